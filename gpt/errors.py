@@ -1,0 +1,20 @@
+"""Errors meant for the person at the keyboard. Torch-free; imported by everything, imports nothing of ours."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work, refused before anything is started or overwritten.
+
+    Attributes:
+        found: what the user asked for, with the values that clash.
+        expected: what would have been accepted.
+        fix: what to type next, ready to be copied.
+    """
+
+    def __init__(self, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"found: {found}\nexpected: {expected}\ntype next: {fix}")
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.found, self.expected, self.fix)

@@ -1,0 +1,42 @@
+"""How a rank tells the ledger that it failed, so that the first failure can be found among its echoes.
+
+When one rank dies, the others fail too, a moment later, with errors about a lost connection. Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+from gpt.run_folder import RunFolder
+
+ECHO = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|recv.*timed? ?out|DistBackendError|NCCL|"
+    r"socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|rank .* failed",
+    re.IGNORECASE,
+)
+
+
+def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
+    """Write the failure of this rank into the ledger, traceback included."""
+    text = "".join(traceback.format_exception(error))
+    folder.record_event(
+        "rank_failed",
+        attempt=attempt,
+        rank=rank,
+        host=socket.gethostname(),
+        step=step,
+        cause=f"{type(error).__name__}: {error}",
+        traceback=text,
+        log=str(folder.log(attempt, rank)),
+        echo=bool(ECHO.search(f"{type(error).__name__}: {error}")),
+    )
+
+
+def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
+    """The failure that came first in an attempt; an error about a lost peer counts only where there is no other."""
+    failures = [e for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt]
+    return min(failures, key=lambda e: (bool(e.get("echo")), e["time"]), default=None)

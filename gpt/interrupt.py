@@ -1,0 +1,42 @@
+"""Being told to stop, and not outliving one's parent.
+
+Owns the signal handlers of a training process. A handler only sets a flag; the loop asks for it between steps, where
+all ranks agree. SIGUSR1 is left alone: NCCL uses it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGUSR2 or SIGINT; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Take the signals over from whoever handled them."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, process ``parent``, is gone (Linux prctl).
+
+    A rank whose agent was killed would otherwise train on, unwatched, and write into a run that has moved on.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,71 @@
+"""Step records: one line per step and rank in ``metrics/rank_*.jsonl``. They are the truth; every other view follows.
+
+Owns the record, its writer and its reader. Torch-free. Must not know who shows the records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from gpt.run_folder import append_json_line, read_json_lines
+
+
+@dataclass
+class StepRecord:
+    """What one rank knows about one optimizer step. What is not known is None and absent from the file, never zero."""
+
+    step: int
+    """Steps are counted from 1: record s describes the update that made the weights of step s."""
+    attempt: int
+    loss: float
+    """Mean cross-entropy over the global batch, nats per token; the same on every rank."""
+    lr: float
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    tokens: int
+    """Tokens this rank trained on in this step."""
+    samples: tuple[int, int]
+    """First and last sample index this rank used in this step."""
+    step_time_s: float
+    """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
+    data_wait_s: Optional[float] = None
+    comm_s: Optional[float] = None
+    checkpoint_s: Optional[float] = None
+    """Time the checkpoint of this step held up training; only where one was written."""
+    val_loss: Optional[float] = None
+    """Mean cross-entropy on the validation sequences after this step; only where it was evaluated."""
+    tokens_per_s: Optional[float] = None
+    """Of the whole run: tokens of the global batch over step_time_s."""
+    tflops_per_s: Optional[float] = None
+    """Model TFLOP/s of this rank by the PaLM convention."""
+    mfu_palm: Optional[float] = None
+    mfu_causal: Optional[float] = None
+    hfu: Optional[float] = None
+    memory_peak_gib: Optional[float] = None
+    time: float = field(default_factory=time.time)
+    """Unix time, seconds."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The known fields."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+def append_record(path: Path, record: StepRecord) -> None:
+    """Append one record to a rank's file."""
+    append_json_line(path, record.as_dict())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of one rank in step order.
+
+    A step that was lost with a crash and done again has two lines; the one of the later attempt counts.
+    """
+    latest: dict[int, dict[str, Any]] = {}
+    for record in read_json_lines(path):
+        if record["attempt"] >= latest.get(record["step"], record)["attempt"]:
+            latest[record["step"]] = record
+    return [latest[step] for step in sorted(latest)]

@@ -1,0 +1,158 @@
+"""TensorBoard event files: the names of the curves, and a writer of scalars, texts, images and chart layouts.
+
+Owns the mapping from a step record to tags, so that every run shows the same curves under the same names, and the
+event files themselves. Uses tensorboard's own file writer and messages; loads neither torch nor TensorFlow. Must not
+know what is trained or how: the records are the truth, this is one view of them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time as clock
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+TAGS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "val_loss": "eval/loss",
+    "tokens_per_s": "speed/tokens_per_s",
+    "step_time_s": "speed/step_time_s",
+    "data_wait_s": "speed/data_wait_s",
+    "comm_s": "speed/comm_s",
+    "checkpoint_s": "speed/checkpoint_s",
+    "tflops_per_s": "efficiency/tflops_per_s",
+    "mfu_palm": "efficiency/mfu_palm",
+    "mfu_causal": "efficiency/mfu_causal",
+    "hfu": "efficiency/hfu",
+    "memory_peak_gib": "memory/peak_gib",
+}
+"""Field of a step record -> tag; what stands before the slash is TensorBoard's group."""
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # colour type in the IHDR chunk -> channels (PNG specification, 11.2.1)
+
+
+class Curve(NamedTuple):
+    """Tags of one curve in a chart of the Custom Scalars tab, and of the band around it where there is one."""
+
+    value: str
+    lower: Optional[str] = None
+    upper: Optional[str] = None
+
+
+def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The curves of one step record: tag -> value. What the record does not know gets no tag."""
+    return {tag: float(record[name]) for name, tag in TAGS.items() if record.get(name) is not None}
+
+
+class EventWriter:
+    """One event file in ``folder``; TensorBoard reads all files of a folder as one run, in the order of their start.
+
+    ``purge_step`` is for a run that resumes: what earlier files of the folder say of this step and later ones was
+    lost with the crash and is done again, so TensorBoard drops it (its ``SessionLog.START`` message). Events reach
+    the disk after at most ``flush_s`` seconds. ``suffix`` ends the file's name.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        purge_step: Optional[int] = None,
+        flush_s: float = 10.0,
+        suffix: str = "",
+    ) -> None:
+        self._writer = EventFileWriter(str(Path(folder)), flush_secs=flush_s, filename_suffix=suffix)
+        if purge_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.add_event(event_pb2.Event(wall_time=clock.time(), step=purge_step, session_log=start))
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def scalar(self, tag: str, value: float, step: int, time: Optional[float] = None) -> None:
+        """Add one point of a curve. ``time`` is Unix seconds, now by default."""
+        self._add(summary_pb2.Summary.Value(tag=tag, simple_value=value), step, time)
+
+    def text(self, tag: str, markdown: str, step: int = 0) -> None:
+        """Add a text in Markdown."""
+        metadata = text_metadata.create_summary_metadata(display_name=None, description=None)
+        self._add(_string_value(tag, markdown.encode(), metadata), step)
+
+    def image(self, tag: str, png: bytes, step: int = 0) -> None:
+        """Add a picture, given as the bytes of a PNG file.
+
+        Raises:
+            ValueError: ``png`` is not a PNG file.
+        """
+        width, height, channels = png_shape(png)
+        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
+        self._add(summary_pb2.Summary.Value(tag=tag, image=image), step)
+
+    def layout(self, categories: Mapping[str, Mapping[str, Sequence[Curve]]]) -> None:
+        """Arrange the Custom Scalars tab: category -> title of a chart -> its curves.
+
+        All are margin charts: TensorBoard smooths its line charts by default, which falsifies curves of a few points.
+        """
+        layout = layout_pb2.Layout(
+            category=[
+                layout_pb2.Category(title=name, chart=[_chart(title, curves) for title, curves in charts.items()])
+                for name, charts in categories.items()
+            ]
+        )
+        metadata = custom_scalar_metadata.create_summary_metadata()
+        tag = custom_scalar_metadata.CONFIG_SUMMARY_TAG
+        self._add(_string_value(tag, layout.SerializeToString(), metadata), step=0)
+
+    def flush(self) -> None:
+        """Hand everything added so far to the operating system."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the file; more than once does no harm."""
+        self._writer.close()
+
+    def _add(self, value: summary_pb2.Summary.Value, step: int, time: Optional[float] = None) -> None:
+        event = event_pb2.Event(wall_time=clock.time() if time is None else time, step=step)
+        event.summary.value.append(value)
+        self._writer.add_event(event)
+
+
+def png_shape(png: bytes) -> tuple[int, int, int]:
+    """Width, height and channels from the header of a PNG file (PNG specification, 11.2.1).
+
+    Raises:
+        ValueError: ``png`` is not a PNG file.
+    """
+    if len(png) < 26 or not png.startswith(PNG_SIGNATURE) or png[12:16] != b"IHDR":
+        raise ValueError(f"not a PNG file: starts with {png[:8]!r}, expected {PNG_SIGNATURE!r}")
+    width, height, _depth, color = struct.unpack(">IIBB", png[16:26])
+    return width, height, PNG_CHANNELS[color]
+
+
+def _chart(title: str, curves: Sequence[Curve]) -> layout_pb2.Chart:
+    series = [
+        layout_pb2.MarginChartContent.Series(
+            value=curve.value, lower=curve.lower or curve.value, upper=curve.upper or curve.value
+        )
+        for curve in curves
+    ]
+    return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=series))
+
+
+def _string_value(tag: str, text: bytes, metadata: summary_pb2.SummaryMetadata) -> summary_pb2.Summary.Value:
+    """A summary that holds one string, the form in which the text and layout plugins read theirs."""
+    shape = tensor_shape_pb2.TensorShapeProto()
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text], tensor_shape=shape)
+    return summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)

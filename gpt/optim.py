@@ -1,0 +1,53 @@
+"""AdamW and its learning-rate schedule (arXiv 1711.05101; cosine: arXiv 1608.03983)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from gpt.config import OptimConfig
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters of ``module``; weight decay for matrices, none for biases and norms."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type == "cuda" for p in parameters)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
+    )
+
+
+def lr_at(config: OptimConfig, step: int) -> float:
+    """Learning rate of step ``step`` (counted from 1): linear warm-up, then a cosine down to ``min_lr``.
+
+    A pure function of the step, so a resumed run needs no schedule state.
+    """
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def clip_gradients(module: nn.Module, limit: float) -> float:
+    """Scale the gradients down to a global norm of ``limit`` (0: leave them) and return the norm they had.
+
+    Works on plain and on sharded gradients; collective for the latter.
+    """
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, torch.distributed.tensor.DTensor):
+        norm = norm.full_tensor()
+    if limit > 0:
+        clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()

@@ -1,0 +1,134 @@
+"""The world of one rank: who it is, which device it has, and how it talks to the others.
+
+Owns the process groups. There is always one, also for a single process, so that no other code branches on it. Must
+not know what is trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from gpt.config import Device
+from gpt.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank among ``size``. Collectives must be called by all ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node: int
+    device: torch.device
+    control: dist.ProcessGroup
+    """A gloo group for messages between the processes, apart from the traffic of training."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of the values over all ranks, in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 only; every rank gets its result, or raises its ConfigError."""
+        outcome: list[Any] = [None]
+        if self.is_first:
+            try:
+                outcome = [action()]
+            except ConfigError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if isinstance(outcome[0], ConfigError):
+            raise outcome[0]
+        return cast(T, outcome[0])
+
+
+def ranks_from_env() -> tuple[int, int, int, int, int]:
+    """(rank, world size, local rank, local world size, node) as torchrun sets them; a single process where it did not.
+
+    Raises:
+        ConfigError: only some of the variables are set, or they contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in names if name in os.environ]
+    if not present:
+        return 0, 1, 0, 1, 0
+    if len(present) < len(names):
+        missing = ", ".join(name for name in names if name not in os.environ)
+        raise ConfigError(
+            f"{', '.join(present)} in the environment, but not {missing}",
+            "all of them (set by torchrun) or none",
+            f"torchrun --nproc-per-node N -m gpt.train ..., or unset {' '.join(present)}",
+        )
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names[:4])
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise ConfigError(
+            f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size}",
+            "0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE",
+            "torchrun --nproc-per-node N -m gpt.train ...",
+        )
+    return rank, size, local_rank, local_size, int(os.environ.get("GROUP_RANK", rank // local_size))
+
+
+def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.device:
+    """The device of this rank: a GPU of its own, or the CPU.
+
+    Raises:
+        ConfigError: cuda was asked for and there are fewer GPUs than ranks on this node.
+    """
+    gpus = torch.cuda.device_count()
+    if wish is Device.cpu or (wish is Device.auto and gpus == 0):
+        return torch.device("cpu")
+    if gpus < local_size:
+        raise ConfigError(
+            f"{local_size} ranks on a node with {gpus} visible GPUs",
+            "a GPU for each rank",
+            f"ranks_per_node={gpus}" if gpus else "device=cpu",
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
+    """Join the other ranks for the length of a ``with`` block.
+
+    Args:
+        wish: the device asked for.
+        timeout_s: seconds after which a collective that does not complete raises.
+    """
+    rank, size, local_rank, local_size, node = ranks_from_env()
+    device = choose_device(wish, local_rank, local_size)
+    timeout = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = dist.HashStore() if size == 1 and "MASTER_ADDR" not in os.environ else None
+    dist.init_process_group(backend, store=alone, rank=rank, world_size=size, timeout=timeout)
+    # Groups do not inherit the timeout of the first one.
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    yield World(rank, size, local_rank, local_size, node, device, control)
+    # Not after an exception: closing waits for peers that may be gone. The process leaves, and that closes it.
+    dist.destroy_process_group()

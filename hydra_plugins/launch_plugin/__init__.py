@@ -1,0 +1,1 @@
+"""Hydra finds launchers only in the namespace package ``hydra_plugins``."""

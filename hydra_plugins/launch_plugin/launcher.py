@@ -1,0 +1,49 @@
+"""The adapter from Hydra's Launcher to ``launch.sweep``: composes each point by itself, resources included.
+
+Stock hydra-submitit-launcher submits every point with the resources of the base config; here a point that sets
+``nodes=4`` gets four nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class PerPointLauncher(Launcher):
+    """Hands all points of a sweep over at once."""
+
+    def __init__(self) -> None:
+        self.context: HydraContext | None = None
+        self.config: DictConfig | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra. The task function is for launchers that run it; jobs of ours run ``launch.agent``."""
+        self.context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose, submit, watch and report the points. Raises where one does not finish."""
+        from launch.sweep import run_sweep
+
+        assert self.context is not None and self.config is not None
+        setup_globals()
+        points = []
+        for words in job_overrides:
+            composed = self.context.config_loader.load_sweep_config(self.config, list(words))
+            typed = list(filter_overrides(OmegaConf.to_container(composed.hydra.overrides.task)))
+            composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            points.append((composed, typed))
+        run_sweep(points)
+        return [done(words) for words in job_overrides]
+
+
+def done(words: Sequence[str]) -> JobReturn:
+    """What Hydra's sweeper wants back of a point that finished."""
+    result = JobReturn(overrides=list(words), status=JobStatus.COMPLETED)
+    result.return_value = None
+    return result

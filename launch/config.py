@@ -1,0 +1,129 @@
+"""The schema of the launcher: a training run, plus where and on how many nodes it happens.
+
+Owns the fields that ``gpt`` does not know. Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from gpt.compose import NOT_IN_POINT as TRAIN_NOT_IN_POINT
+from gpt.config import TrainConfig, require_positive, require_range
+from gpt.errors import ConfigError
+
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
+# ruff: noqa: UP045
+
+NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "cluster", "resilience", "dry_run", "hydra")
+"""Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
+
+
+class ClusterKind(Enum):
+    """``auto`` is slurm where sbatch is found and a controller answers, local elsewhere."""
+
+    auto = "auto"
+    local = "local"
+    slurm = "slurm"
+
+
+@dataclass
+class ClusterConfig:
+    """Where the nodes come from. All but ``kind`` and the times is for Slurm."""
+
+    kind: ClusterKind = MISSING
+    timeout_min: int = MISSING
+    """Time limit of a job, minutes (sbatch --time)."""
+    signal_delay_s: int = MISSING
+    """Seconds before the time limit at which SIGUSR2 asks the run to save and leave (sbatch --signal)."""
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    constraint: Optional[str] = None
+    exclude: Optional[str] = None
+    """Nodes not to use."""
+    gres: Optional[str] = None
+    """Generic resources of each node, where gpus_per_node does not say it."""
+    gpus_per_node: Optional[int] = None
+    """GPUs of each node; one rank is started on each of them unless ranks_per_node says otherwise."""
+    gpu_memory_gib: Optional[float] = None
+    """Memory of one GPU, GiB; where it is said, a run that does not fit is refused."""
+    cpus_per_task: Optional[int] = None
+    """CPUs of each node for all of its ranks: there is one task, the agent, on a node."""
+    mem_gb: Optional[float] = None
+    """Memory of each node, GB."""
+    comment: Optional[str] = None
+    array_parallelism: int = 256
+    """Most elements of a job array that run at the same time."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines of the batch script before the run: module load, conda activate, export."""
+    srun_args: list[str] = field(default_factory=list)
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    """Any other sbatch option, name without dashes: value."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        require_positive("cluster.timeout_min", self.timeout_min)
+        require_range("cluster.signal_delay_s", self.signal_delay_s, 0, 60 * self.timeout_min)
+        require_positive("cluster.array_parallelism", self.array_parallelism)
+        for key in ("gpus_per_node", "gpu_memory_gib", "cpus_per_task", "mem_gb"):
+            if getattr(self, key) is not None:
+                require_range(f"cluster.{key}", getattr(self, key), 0 if key == "gpus_per_node" else 1, float("inf"))
+
+
+@dataclass
+class ResilienceConfig:
+    """How long things may take before they count as failed."""
+
+    rendezvous_timeout_s: int = MISSING
+    """Seconds in which all agents of a run must have found each other."""
+    stop_grace_s: int = MISSING
+    """Seconds a run that was told to stop has for its last step and checkpoint before its ranks are killed."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        require_positive("resilience.rendezvous_timeout_s", self.rendezvous_timeout_s)
+        require_positive("resilience.stop_grace_s", self.stop_grace_s)
+
+
+@dataclass
+class Config(TrainConfig):
+    """One point of a sweep."""
+
+    nodes: int = 1
+    """Nodes of the run; one agent is started on each."""
+    ranks_per_node: Optional[int] = None
+    """Processes on each node; null means cluster.gpus_per_node, or 1."""
+    dry_run: bool = False
+    """Print the plan and the sbatch text, and submit nothing."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+
+    @property
+    def ranks_on_node(self) -> int:
+        """Processes on each node, with the default resolved."""
+        return self.ranks_per_node or self.cluster.gpus_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_on_node
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first thing that cannot work."""
+        super().validate()
+        require_positive("nodes", self.nodes)
+        if self.ranks_per_node is not None:
+            require_positive("ranks_per_node", self.ranks_per_node)
+        self.cluster.validate()
+        self.resilience.validate()
+        gpus = self.cluster.gpus_per_node
+        if gpus and self.ranks_on_node > gpus:
+            raise ConfigError(
+                f"ranks_per_node={self.ranks_on_node} on nodes with cluster.gpus_per_node={gpus}",
+                "at most one rank for each GPU",
+                f"ranks_per_node={gpus}",
+            )

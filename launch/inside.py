@@ -1,0 +1,123 @@
+"""Entering a run from inside a job: the batch script's, or one that a stock Hydra launcher started.
+
+    python -m launch.inside KEY=VALUE ...       in a batch script: plans for the nodes of the job, prints the run folder
+
+Owns making a run folder where nobody submitted for us. The agents then take the same road as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from gpt import compose
+from gpt.compose import CONFIG_ERRORS
+from gpt.errors import ConfigError
+from gpt.run_folder import RunFolder, write_json
+from launch import agent
+from launch.config import ClusterKind, Config
+from launch.node import Node
+from launch.plan import Plan, make_plan, plan_text
+
+
+def given(overrides: Sequence[str], key: str) -> bool:
+    """Whether ``key`` was typed."""
+    return any(word.split("=", 1)[0].lstrip("+") == key for word in overrides)
+
+
+def job_overrides(overrides: Sequence[str]) -> list[str]:
+    """What was typed, and what the allocation decides.
+
+    Raises:
+        ConfigError: this is no Slurm job, or ``nodes`` contradicts it.
+    """
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES")
+    if nodes is None:
+        raise ConfigError(
+            "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
+        )
+    words = list(overrides)
+    if given(words, "nodes"):
+        typed = next(word.split("=", 1)[1] for word in words if word.startswith("nodes="))
+        if typed != nodes:
+            raise ConfigError(f"nodes={typed} in a job of {nodes} nodes", "the same number", f"sbatch --nodes={typed} ...")
+    else:
+        words.append(f"nodes={nodes}")
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    if gpus and not given(words, "cluster.gpus_per_node"):
+        words.append(f"cluster.gpus_per_node={gpus}")
+    return words
+
+
+def compose_launch(overrides: Sequence[str]) -> DictConfig:
+    """Compose ``configs/config.yaml`` without a Hydra run."""
+    ConfigStore.instance().store("launch_schema", Config)
+    with initialize_config_module("configs", version_base="1.3"):
+        try:
+            return hydra_compose("config", overrides=list(overrides))
+        except CONFIG_ERRORS as error:
+            raise compose.explain(error, Config) from error
+
+
+def make_run(overrides: Sequence[str]) -> Plan:
+    """Plan a run for the nodes of this job and write its folder."""
+    words = job_overrides(overrides)
+    composed = compose_launch(words)
+    compose.make_paths_absolute(composed)
+    compose.refuse_unknown(composed, Config)
+    plan = make_plan(compose.to_schema(composed, Config), words, ClusterKind.slurm)
+    folder = RunFolder(plan.run_dir)
+    compose.write_config(folder, composed, words)
+    write_json(folder.plan, plan.as_dict())
+    host, job = os.uname().nodename, os.environ["SLURM_JOB_ID"]
+    folder.record_event("submitted", cluster="slurm", job_id=job, host=host, nodes=plan.nodes)
+    return plan
+
+
+def run_task(composed: DictConfig) -> None:
+    """Take part in a run as a task of a stock launcher's job: one task is one node's agent.
+
+    Raises:
+        ConfigError: the launcher started another number of tasks than the run has nodes.
+    """
+    compose.make_paths_absolute(composed)
+    config = compose.to_schema(composed, Config)
+    node = Node.from_env(None)
+    if node.count != config.nodes:
+        raise ConfigError(
+            f"nodes={config.nodes}, and the launcher started {node.count} tasks",
+            "one task, the agent, for each node",
+            f"nodes={node.count}, or hydra.launcher.nodes={config.nodes} hydra.launcher.tasks_per_node=1 "
+            f"(submitit_local: hydra.launcher.tasks_per_node={config.nodes})",
+        )
+    output = Path(HydraConfig.get().runtime.output_dir)
+    composed.run_dir = str(output)
+    kind = ClusterKind.slurm if node.is_slurm else ClusterKind.local
+    plan = make_plan(compose.to_schema(composed, Config), [], kind)
+    if node.index == 0:
+        write_json(RunFolder(output).plan, plan.as_dict())
+    agent.run(str(output))
+
+
+def main() -> int:
+    """Print the run folder on standard output, the plan on standard error. Exit status 2 where refused."""
+    try:
+        plan = make_run(sys.argv[1:])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(plan_text(plan), file=sys.stderr)
+    print(plan.run_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Which node of which job this process is: read from the variables of Slurm, of submitit's local executor, or neither.
+
+Owns those variables, so that no other module reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from launch import scheduler
+from launch.network import LOOPBACK, address_towards
+
+
+@dataclass(frozen=True)
+class Node:
+    """One agent among ``count``."""
+
+    index: int
+    count: int
+    job: str
+    """Names this start of the job: another one, a requeue included, has another name."""
+    is_slurm: bool
+
+    @classmethod
+    def from_env(cls, token: str | None) -> Node:
+        """Read where this process stands. ``token`` tells local jobs apart whose process ids are the same."""
+        env = os.environ
+        if env.get("SUBMITIT_EXECUTOR") == "local":
+            index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
+            return cls(index, count, f"local-{env['SUBMITIT_LOCAL_JOB_ID']}-{token}", False)
+        if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
+            job = f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_STEP_ID', '0')}"
+            return cls(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), job, True)
+        return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
+
+    def own_address(self) -> str:
+        """The address at which the other nodes of the job reach this one."""
+        if not self.is_slurm or self.count == 1:
+            return LOOPBACK
+        hosts = scheduler.run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        here = os.environ.get("SLURMD_NODENAME")
+        peer = next((host for host in hosts if host != here), None)
+        return LOOPBACK if peer is None else address_towards(peer)

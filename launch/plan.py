@@ -1,0 +1,231 @@
+"""One point of a sweep -> Plan: what it will use, and a refusal where it cannot work.
+
+Owns everything that is promised before the queue. Torch-free, starts nothing and writes nothing. ``dry_run`` prints a
+Plan; the run folder keeps it as ``plan.json``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt import compose
+from gpt.accounting import flops, memory, parameters
+from gpt.batch import Batch, cut
+from gpt.config import Device, nearest_divisor
+from gpt.data.corpus import Corpus, check_size, describe
+from gpt.errors import ConfigError
+from gpt.parallel.topology import Topology, topology
+from launch.config import NOT_IN_POINT, ClusterKind, Config
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one point promises. Bytes are per rank; GPU-hours are the worst case, the whole time limit used."""
+
+    point: str
+    run_dir: str
+    cluster: str
+    nodes: int
+    ranks_per_node: int
+    world_size: int
+    topology: dict[str, Any]
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    block_size: int
+    max_steps: int
+    tokens_per_step: int
+    tokens_total: int
+    model: str
+    parameters: int
+    parameters_non_embedding: int
+    flops_per_token: float
+    memory_bytes: dict[str, int]
+    data: str
+    timeout_min: int
+    node_hours: float
+    gpu_hours: float | None
+    """None where the nodes are not said to have GPUs."""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """The resources asked of Slurm, in submitit's words; points with the same ones share a job array."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return asdict(self)
+
+
+def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Plan:
+    """Plan one point for a cluster of ``kind`` (local or slurm).
+
+    Raises:
+        ConfigError: the point cannot work.
+    """
+    config.validate()
+    folder = compose.choose_folder(config, overrides, NOT_IN_POINT)
+    compose.refuse_other_run(folder, config)
+    layout = topology(config.parallel, config.world_size)
+    batch = cut_batch(config, layout)
+    corpus = describe(config.data)
+    check_size(corpus, config.model.block_size, config.eval.sequences)
+    counted = parameters.count(config.model)
+    needed = memory.per_rank(
+        config.model, config.optim, config.parallel, config.world_size, batch.micro, config.precision
+    )
+    if kind is ClusterKind.local:
+        refuse_too_few_gpus(config, local_gpus())
+    refuse_too_little_memory(config, needed.total, kind)
+    hours = config.nodes * config.cluster.timeout_min / 60
+    gpus = config.cluster.gpus_per_node
+    return Plan(
+        point=folder.point,
+        run_dir=str(folder.path),
+        cluster=kind.name,
+        nodes=config.nodes,
+        ranks_per_node=config.ranks_on_node,
+        world_size=config.world_size,
+        topology=layout.as_dict(),
+        global_batch=batch.global_batch,
+        micro_batch=batch.micro,
+        accumulation=batch.accumulation,
+        block_size=config.model.block_size,
+        max_steps=config.optim.max_steps,
+        tokens_per_step=batch.global_batch * config.model.block_size,
+        tokens_total=batch.global_batch * config.model.block_size * config.optim.max_steps,
+        model=config.model.name,
+        parameters=counted.total,
+        parameters_non_embedding=counted.non_embedding,
+        flops_per_token=flops.training_flops_per_token(config.model).palm,
+        memory_bytes=memory_parts(needed),
+        data=describe_data(config, corpus),
+        timeout_min=config.cluster.timeout_min,
+        node_hours=hours,
+        gpu_hours=hours * gpus if gpus else None,
+        slurm=slurm_resources(config),
+    )
+
+
+def cut_batch(config: Config, layout: Topology) -> Batch:
+    """Cut the global batch, naming nodes and ranks where that does not go."""
+    total, ranks = config.optim.global_batch, layout.data_ranks
+    if not config.optim.weak_scaling and total % ranks:
+        found = (
+            f"nodes={config.nodes} x {config.ranks_on_node} ranks = {ranks} ranks, but optim.global_batch={total} is "
+            f"not a multiple of {ranks}"
+        )
+        fewer = nearest_divisor(total, ranks)
+        raise ConfigError(
+            found,
+            "the same number of sequences for every rank",
+            f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
+        )
+    return cut(config.optim, ranks)
+
+
+def memory_parts(needed: memory.Memory) -> dict[str, int]:
+    """Bytes per rank by kind, and their total."""
+    return {**{k: int(v) for k, v in asdict(needed).items()}, "total": int(needed.total)}
+
+
+def describe_data(config: Config, corpus: Corpus) -> str:
+    """The corpus in a few words."""
+    name = config.data.path if config.data.path else config.data.source.name
+    return f"{name}: {corpus.tokens:,} byte tokens"
+
+
+def local_gpus() -> int:
+    """GPUs of this machine that may be used, counted without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([word for word in visible.split(",") if word.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def refuse_too_few_gpus(config: Config, gpus: int) -> None:
+    """Raise ConfigError where local ranks would have to share GPUs, or there are none and cuda was asked for."""
+    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
+        return
+    if config.world_size > gpus:
+        raise ConfigError(
+            f"nodes={config.nodes} x {config.ranks_on_node} ranks = {config.world_size} ranks on a machine with {gpus} GPUs",
+            "a GPU for each rank",
+            "device=cpu" if gpus == 0 else f"nodes=1 ranks_per_node={gpus}, or device=cpu",
+        )
+
+
+def refuse_too_little_memory(config: Config, needed: float, kind: ClusterKind) -> None:
+    """Raise ConfigError where the memory that is known cannot hold the run."""
+    if kind is ClusterKind.local and (config.device is Device.cpu or local_gpus() == 0):
+        have, ranks, where = available_memory(), config.world_size, "free on this machine"
+    elif config.cluster.gpu_memory_gib is not None:
+        have, ranks, where = int(config.cluster.gpu_memory_gib * GIB), 1, "on a GPU (cluster.gpu_memory_gib)"
+    else:
+        return
+    if ranks * needed > have:
+        raise ConfigError(
+            f"{ranks} ranks x {needed / GIB:.2f} GiB = {ranks * needed / GIB:.2f} GiB, and {have / GIB:.2f} GiB {where}",
+            "a run that fits",
+            "parallel=fsdp, optim.micro_batch=1, or a smaller model",
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that this machine can give without swapping (MemAvailable of /proc/meminfo)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/meminfo has no MemAvailable")
+
+
+def slurm_resources(config: Config) -> dict[str, Any]:
+    """What is asked of Slurm for this point, in the words of submitit's Slurm executor. One task a node: the agent."""
+    cluster = config.cluster
+    asked: dict[str, Any] = {
+        "job_name": config.name,
+        "nodes": config.nodes,
+        "ntasks_per_node": 1,
+        "time": cluster.timeout_min,
+        "signal_delay_s": cluster.signal_delay_s,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "gres": cluster.gres,
+        "gpus_per_node": cluster.gpus_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "mem": f"{round(cluster.mem_gb * 1000)}MB" if cluster.mem_gb else None,
+        "comment": cluster.comment,
+        "array_parallelism": cluster.array_parallelism,
+        "setup": list(cluster.setup) or None,
+        "srun_args": list(cluster.srun_args) or None,
+        "additional_parameters": dict(cluster.additional_parameters) or None,
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    mem = plan.memory_bytes
+    parts = ", ".join(f"{k} {v / GIB:.3f}" for k, v in mem.items() if k != "total" and v)
+    gpu = f"{plan.gpu_hours:g} GPU-hours" if plan.gpu_hours is not None else "no GPUs asked for"
+    ranks = "rank" if plan.world_size == 1 else "ranks"
+    rows = {
+        "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}",
+        "topology": " ".join(f"{k}={v}" for k, v in plan.topology.items()),
+        "model": f"{plan.model}: {plan.parameters:,} parameters ({plan.parameters_non_embedding:,} without embeddings), "
+        f"{plan.flops_per_token / 1e9:.3g} GFLOP a token",
+        "batch": f"{plan.global_batch} sequences x {plan.block_size} tokens, on each rank {plan.accumulation} passes "
+        f"of {plan.micro_batch}",
+        "tokens": f"{plan.tokens_per_step:,} a step, {plan.tokens_total:,} in {plan.max_steps} steps",
+        "memory": f"{mem['total'] / GIB:.3f} GiB per rank ({parts})",
+        "data": plan.data,
+        "worst case": f"{plan.node_hours:g} node-hours, {gpu} ({plan.nodes} nodes for {plan.timeout_min} min)",
+        "folder": plan.run_dir,
+    }
+    return "\n".join([f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())])

@@ -1,0 +1,171 @@
+"""The road of a sweep: plan every point, refuse or show, submit, watch, report.
+
+Owns the order of these steps and the exit status. One point is a sweep of one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from gpt import compose
+from gpt.errors import ConfigError
+from gpt.failure import first_failure
+from gpt.run_folder import RunFolder, write_json
+from launch import scheduler
+from launch.agent import failure_text
+from launch.config import ClusterKind, Config
+from launch.plan import Plan, make_plan, plan_text
+
+Composed = tuple[DictConfig, Sequence[str]]
+
+
+class SweepFailed(RuntimeError):
+    """At least one point did not finish. ``status`` is the exit status of the command."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def run_sweep(points: Sequence[Composed]) -> None:
+    """Take composed points, each with what was typed for it, to a scaling table.
+
+    Raises:
+        ConfigError: a point cannot work; nothing was written or submitted.
+        SweepFailed: a point failed or was stopped.
+    """
+    console = Console(soft_wrap=True)
+    kinds = choose_clusters([config for config, _ in points], console)
+    plans = []
+    for (composed, overrides), kind in zip(points, kinds, strict=True):
+        compose.make_paths_absolute(composed)
+        compose.refuse_unknown(composed, Config)
+        plans.append(make_plan(compose.to_schema(composed, Config), overrides, kind))
+    refuse_same_folder(plans)
+    if points[0][0].dry_run:
+        show_plans(plans, console)
+        return
+    for plan in plans:
+        refuse_running(plan)
+    for (composed, overrides), plan in zip(points, plans, strict=True):
+        folder = RunFolder(plan.run_dir)
+        compose.write_config(folder, composed, overrides)
+        write_json(folder.plan, plan.as_dict())
+    submit_and_watch(plans, console)
+
+
+def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
+    """The cluster of each point; ``auto`` is decided once and said."""
+    kinds = [config.cluster.kind for config in configs]
+    if ClusterKind.auto not in kinds:
+        return list(kinds)
+    answers = scheduler.controller_answers()
+    found = ClusterKind.slurm if answers else ClusterKind.local
+    why = "sbatch and a controller that answers" if answers else "no Slurm here: nodes are agents on this machine"
+    console.print(f"cluster=auto: {found.name} ({why})", highlight=False)
+    return [found if kind is ClusterKind.auto else kind for kind in kinds]
+
+
+def refuse_same_folder(plans: Sequence[Plan]) -> None:
+    """Raise ConfigError where two points would write into one folder."""
+    seen: set[str] = set()
+    for plan in plans:
+        if plan.run_dir in seen:
+            raise ConfigError(
+                f"two points of the sweep with the folder {plan.run_dir}",
+                "a folder for each point; run_dir, cluster.* and resilience.* do not tell points apart",
+                "a sweep over something that changes the run, or one command for each with its own name=NAME",
+            )
+        seen.add(plan.run_dir)
+
+
+def refuse_running(plan: Plan) -> None:
+    """Raise ConfigError where an earlier submission still works on the same folder."""
+    from launch.submit import running_job
+
+    running = running_job(RunFolder(plan.run_dir).read_events())
+    if running is not None:
+        raise ConfigError(
+            f"{plan.run_dir} is being worked on by {running}",
+            "one job for a run folder",
+            "wait for it or cancel it; fresh=true makes a new folder",
+        )
+
+
+def show_plans(plans: Sequence[Plan], console: Console) -> None:
+    """Print the plan of every point and the batch script of every shape."""
+    from launch.submit import sbatch_text, shapes
+
+    for plan in plans:
+        console.print(plan_text(plan), highlight=False, markup=False)
+    hours = sum(plan.node_hours for plan in plans)
+    gpus = [plan.gpu_hours for plan in plans if plan.gpu_hours is not None]
+    total = f"{hours:g} node-hours" + (f", {sum(gpus):g} GPU-hours" if gpus else "")
+    console.print(f"worst case of all {len(plans)} points: {total}", highlight=False)
+    for group in shapes(plans):
+        names = ", ".join(plan.point for plan in group)
+        kind = f"job array of {len(group)}" if len(group) > 1 else "job"
+        here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
+        console.print(f"\nsbatch text of the {kind}{here}: {names}", highlight=False, markup=False)
+        console.print(sbatch_text(group), highlight=False, markup=False)
+    console.print("dry_run=true: nothing was submitted or written", highlight=False)
+
+
+def submit_and_watch(plans: Sequence[Plan], console: Console) -> None:
+    """Submit, follow to the end, and report."""
+    from launch import watch
+    from launch.submit import Job, LocalRun, submit_slurm
+
+    slurm = {run.plan.run_dir: run for run in submit_slurm([p for p in plans if p.cluster == "slurm"])}
+    jobs: list[Job] = [slurm.get(plan.run_dir) or LocalRun(plan) for plan in plans]
+    points = [watch.new_point(job) for job in jobs]
+    for point in points:
+        if point.job.job_id is not None:
+            watch.record_submitted(point)
+            console.print(f"{point.job.plan.point}: job {point.job.job_id}", highlight=False)
+    try:
+        watch.watch(points, console)
+    except KeyboardInterrupt:
+        watch.stop_all(points, console)
+        raise SweepFailed("stopped; the same command goes on from the last checkpoint", 130) from None
+    report(plans, console)
+    failed = [point for point in points if point.state != "finished"]
+    if failed:
+        raise SweepFailed("\n\n".join(explain(point) for point in failed), 1)
+
+
+def report(plans: Sequence[Plan], console: Console) -> None:
+    """Write and show the scaling table of these points."""
+    from launch import report as scaling
+
+    sweep = Path(plans[0].run_dir).parent
+    write_json(sweep / "sweep.json", {"points": [plan.point for plan in plans]})
+    table = scaling.build(sweep, [Path(plan.run_dir) for plan in plans])
+    scaling.show(table, console)
+    for path in scaling.write(table, sweep):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def explain(point: watch.Point) -> str:
+    """Why a point did not finish, and where to read on."""
+    attempts = [n for n in point.folder.attempts() if n > point.attempts_before]
+    failure = first_failure(point.events(), attempts[-1]) if attempts else None
+    head = f"{point.job.plan.point} {point.state}"
+    if failure is not None:
+        return f"{head}: {failure_text(failure)}"
+    log = point.job.log()
+    if log is not None and log.is_file():
+        lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        return f"{head}; the first agent's last words ({log}):\n{lines}"
+    return f"{head}; nothing was recorded in {point.folder.path}"
+
+
+def fail(error: SweepFailed) -> int:
+    """Print why, and give the exit status."""
+    print(f"\n{error}", file=sys.stderr)
+    return error.status
