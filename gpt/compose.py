@@ -197,9 +197,11 @@ def explain(error: BaseException, schema: type) -> ConfigError:
         likely = closest(choice, error.options) or sorted(error.options)
         return ConfigError(f"{group}={choice}", f"one of {', '.join(sorted(error.options))}", f"{group}={likely[0]}")
     if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"an override that cannot be read: {first}", "words of the form KEY=VALUE", "quote values with spaces or =:{}[]"
-        )
+        key, _, value = error.override.partition("=")
+        fix = f"'{key}=\"{value}\"'" if value else f"{key}=VALUE"
+        if value.startswith("["):
+            fix = f"""'{key}=[{",".join(f'"{word.strip()}"' for word in value.strip("[]").split(","))}]'"""
+        return ConfigError(f"{error.override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or =", fix)
     if "is not in struct" in text or "not in '" in text or "No match in the defaults list" in text:
         return unknown_key(key or (re.findall(r"'([\w./+]+)'", text) or [first])[0], schema)
     if any(isinstance(e, MissingMandatoryValue) for e in chain):

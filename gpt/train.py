@@ -232,7 +232,19 @@ def load(run: Run) -> None:
     state = state_of(run)
     loaded = run.store.load(state)
     if loaded is None:
+        # get_state_dict filled the optimizer by a step with zero gradients, which AdamW would count as its first.
+        run.optimizer.state.clear()
         return
+    for line in loaded.set_aside:
+        if run.world.is_first:
+            run.folder.record_event("checkpoint_set_aside", attempt=run.attempt, cause=line)
+    if loaded.meta["samples"] != loaded.step * run.batch.global_batch:
+        raise ConfigError(
+            f"{loaded.meta['samples']} samples in the {loaded.step} steps of the checkpoint, but now "
+            f"{run.batch.global_batch} sequences a step",
+            "the batch of the first attempt: with optim.weak_scaling=true it follows from the number of ranks",
+            f"{loaded.meta['world_size']} ranks, or fresh=true for a new folder",
+        )
     if loaded.meta["data_sha256"] != run.tokens.sha256:
         raise ConfigError(
             f"a checkpoint at step {loaded.step} made with other data (sha256 {loaded.meta['data_sha256'][:12]}...)",

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import struct
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -46,8 +46,8 @@ class Curve(NamedTuple):
     """Tags of one curve in a chart of the Custom Scalars tab, and of the band around it where there is one."""
 
     value: str
-    lower: Optional[str] = None
-    upper: Optional[str] = None
+    lower: str | None = None
+    upper: str | None = None
 
 
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -66,7 +66,7 @@ class EventWriter:
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        purge_step: Optional[int] = None,
+        purge_step: int | None = None,
         flush_s: float = 10.0,
         suffix: str = "",
     ) -> None:
@@ -81,7 +81,7 @@ class EventWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def scalar(self, tag: str, value: float, step: int, time: Optional[float] = None) -> None:
+    def scalar(self, tag: str, value: float, step: int, time: float | None = None) -> None:
         """Add one point of a curve. ``time`` is Unix seconds, now by default."""
         self._add(summary_pb2.Summary.Value(tag=tag, simple_value=value), step, time)
 
@@ -100,17 +100,17 @@ class EventWriter:
         image = summary_pb2.Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
         self._add(summary_pb2.Summary.Value(tag=tag, image=image), step)
 
-    def layout(self, categories: Mapping[str, Mapping[str, Sequence[Curve]]]) -> None:
-        """Arrange the Custom Scalars tab: category -> title of a chart -> its curves.
+    def layout(self, categories: Mapping[str, Mapping[str, Curve]]) -> None:
+        """Arrange the Custom Scalars tab: category -> title of a chart -> its curve, drawn for every run that has it.
 
         All are margin charts: TensorBoard smooths its line charts by default, which falsifies curves of a few points.
+        One curve a chart: with two, TensorBoard complains of every run that has neither.
         """
-        layout = layout_pb2.Layout(
-            category=[
-                layout_pb2.Category(title=name, chart=[_chart(title, curves) for title, curves in charts.items()])
-                for name, charts in categories.items()
-            ]
-        )
+        layout = layout_pb2.Layout()
+        for title, charts in categories.items():
+            # TensorBoard (2.21) puts each chart before the one it got earlier.
+            inverse = [_chart(title, curve) for title, curve in reversed(list(charts.items()))]
+            layout.category.append(layout_pb2.Category(title=title, chart=inverse))
         metadata = custom_scalar_metadata.create_summary_metadata()
         tag = custom_scalar_metadata.CONFIG_SUMMARY_TAG
         self._add(_string_value(tag, layout.SerializeToString(), metadata), step=0)
@@ -123,7 +123,7 @@ class EventWriter:
         """Flush and close the file; more than once does no harm."""
         self._writer.close()
 
-    def _add(self, value: summary_pb2.Summary.Value, step: int, time: Optional[float] = None) -> None:
+    def _add(self, value: summary_pb2.Summary.Value, step: int, time: float | None = None) -> None:
         event = event_pb2.Event(wall_time=clock.time() if time is None else time, step=step)
         event.summary.value.append(value)
         self._writer.add_event(event)
@@ -141,14 +141,11 @@ def png_shape(png: bytes) -> tuple[int, int, int]:
     return width, height, PNG_CHANNELS[color]
 
 
-def _chart(title: str, curves: Sequence[Curve]) -> layout_pb2.Chart:
-    series = [
-        layout_pb2.MarginChartContent.Series(
-            value=curve.value, lower=curve.lower or curve.value, upper=curve.upper or curve.value
-        )
-        for curve in curves
-    ]
-    return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=series))
+def _chart(title: str, curve: Curve) -> layout_pb2.Chart:
+    series = layout_pb2.MarginChartContent.Series(
+        value=curve.value, lower=curve.lower or curve.value, upper=curve.upper or curve.value
+    )
+    return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=[series]))
 
 
 def _string_value(tag: str, text: bytes, metadata: summary_pb2.SummaryMetadata) -> summary_pb2.Summary.Value:

@@ -1,0 +1,171 @@
+"""How much memory one rank needs for training, from the configs alone.
+
+Torch-free. Counts tensors: not the device's context, nor what the allocator and the communication library keep, so a
+plan should leave some tenths of a device free. Must not know how much memory any device has.
+
+D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from gpt.accounting.parameters import Shapes, block_shapes, outer_shapes, size
+from gpt.batch import cut
+from gpt.config import (
+    Activation,
+    AttentionBackend,
+    Ffn,
+    ModelConfig,
+    Norm,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    Strategy,
+)
+
+FP32, BF16, INT64 = 4, 2, 8
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank around the start of the backward pass, where training needs most.
+
+    Within 2 % of what was measured with ddp on small models, and up to a third above it with fsdp, where the gradients
+    grow only while the activations shrink, and where the residual stream may be bf16 as well.
+    """
+
+    parameters: int
+    """Master weights, fp32."""
+    gradients: int
+    optimizer: int
+    """Both moments of AdamW, fp32, and its step counts."""
+    compute_weights: int
+    """Weights gathered or cast to be computed with, and whole gradients that wait to be reduced."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    logits: int
+    """Log-softmax of the logits, the loss's gradient with respect to it, and that with respect to the logits: fp32."""
+
+    @property
+    def total(self) -> int:
+        """All of it, bytes."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    @property
+    def total_gib(self) -> float:
+        """All of it, GiB."""
+        return self.total / GIB
+
+
+def per_rank(
+    model: ModelConfig,
+    optim: OptimConfig,
+    parallel: ParallelConfig,
+    ranks: int,
+    micro_batch: int,
+    precision: Precision,
+) -> Memory:
+    """Memory of one of ``ranks`` ranks, ``micro_batch`` sequences a pass, for AdamW over fp32 master weights.
+
+    ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
+    and 8 for the moments; fsdp the n-th part of each, every tensor cut along its first dimension and padded
+    (ZeRO-3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). Beside that, see ``compute_weights``,
+    ``activations`` and ``logits``.
+    """
+    cuts = ranks if parallel.strategy is Strategy.fsdp else 1
+    accumulates = cut(optim, ranks).per_rank > micro_batch
+    block, around = block_shapes(model), outer_shapes(model)
+    elements = model.n_layer * shard_size(block, cuts) + shard_size(around, cuts)
+    tensors = model.n_layer * len(block) + len(around)
+    tokens = micro_batch * model.block_size
+    return Memory(
+        parameters=FP32 * elements,
+        gradients=FP32 * elements,
+        optimizer=2 * FP32 * elements + FP32 * tensors,
+        compute_weights=compute_weights(model, parallel, precision, accumulates),
+        activations=activations(model, micro_batch, precision),
+        logits=3 * FP32 * tokens * model.vocab_size,
+    )
+
+
+def shard_size(shapes: Shapes, cuts: int) -> int:
+    """Elements that one of ``cuts`` ranks holds: the largest slice of every tensor, to which the others are padded."""
+    return sum(-(-shape[0] // cuts) * math.prod(shape[1:]) for shape in shapes.values())
+
+
+def compute_weights(model: ModelConfig, parallel: ParallelConfig, precision: Precision, accumulates: bool) -> int:
+    """Bytes of weights beside the master weights, and of whole gradients beside the sharded ones.
+
+    ddp in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. fsdp: what is outside the blocks
+    stays gathered for the whole pass; of the blocks two are (one computes while the next arrives), or all of them where
+    they are not resharded after the forward pass; one block's gradient is whole until it is reduced. Where gradients
+    accumulate over several passes they are not reduced in between, so all of them are whole, in fp32.
+    """
+    block, around = size(block_shapes(model)), size(outer_shapes(model))
+    width = BF16 if precision is Precision.bf16 else FP32
+    if parallel.strategy is Strategy.ddp:
+        return BF16 * matmul_weights(model) if precision is Precision.bf16 else 0
+    gathered = min(2, model.n_layer) if parallel.reshard_after_forward else model.n_layer
+    whole = FP32 * (model.n_layer * block + around) if accumulates else width * block
+    return width * (around + gathered * block) + whole
+
+
+def matmul_weights(model: ModelConfig) -> int:
+    """Elements of all matrices that activations are multiplied with, the output matrix among them."""
+    matrices: Shapes = {name: shape for name, shape in block_shapes(model).items() if len(shape) == 2}
+    return model.n_layer * size(matrices) + model.vocab_size * model.n_embd
+
+
+def activations(model: ModelConfig, sequences: int, precision: Precision) -> int:
+    """Bytes kept from the forward pass over ``sequences`` sequences, logits and weights not counted.
+
+    A sum over the tensors that autograd saves, after Korthikanti et al. (arXiv 2205.05198, section 4.1), adapted to
+    the parts here: no activation is recomputed, the residual stream and the norms are fp32 in bf16 too (autocast), and
+    each matrix casts its input for itself. It is what torch keeps on the CPU, and a bound from above for CUDA, whose
+    RMSNorm does not keep the normalized input and whose dropout keeps a byte for each element. The fused attention
+    kernel keeps no T x T matrix; with dropout torch has none for the CPU, and needs there what ``manual`` needs.
+    """
+    tokens = sequences * model.block_size
+    width = BF16 if precision is Precision.bf16 else FP32
+    embedding = INT64 + dropout_bytes(model, FP32)
+    final = norm_bytes(model, width, readers=1)
+    in_blocks = tokens * (attention_bytes(model, width) + ffn_bytes(model, width))
+    if model.attention is AttentionBackend.manual:
+        in_blocks += model.block_size**2  # the mask, one byte for each pair
+    return tokens * (embedding + final) + model.n_layer * in_blocks
+
+
+def norm_bytes(model: ModelConfig, width: int, readers: int) -> int:
+    """Per token: a norm's input and statistics (fp32), and its output, once for all matrices that read it or, cast to
+    bf16, once for each."""
+    inputs = 2 * model.n_embd + 1 if model.norm is Norm.rmsnorm else model.n_embd + 2
+    outputs = readers if width == BF16 else 1
+    return FP32 * inputs + outputs * width * model.n_embd
+
+
+def attention_bytes(model: ModelConfig, width: int) -> int:
+    """Per token of one layer: norm, queries, keys, values, what the kernel keeps of the T x T pairs, and its result."""
+    queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
+    if model.attention is AttentionBackend.manual:
+        pairs = 3 if model.dropout else 1  # softmax; and with dropout its noise and its result
+        kept = width * (4 * queries + pairs * model.n_head * model.block_size)
+    else:
+        kept = width * (2 * queries + 2 * keys) + FP32 * model.n_head  # and the log-sum-exp of every row
+    return norm_bytes(model, width, readers=3) + kept + dropout_bytes(model, width)
+
+
+def ffn_bytes(model: ModelConfig, width: int) -> int:
+    """Per token of one layer: norm, and the inner tensors that the activation and the last matrix keep."""
+    if model.ffn is Ffn.swiglu:
+        inner, readers = 4, 2  # gate, SiLU of the gate, up, and their product
+    else:
+        inner, readers = (1 if model.activation is Activation.relu else 2), 1  # ReLU needs its result only
+    return norm_bytes(model, width, readers) + width * inner * model.ffn_width + dropout_bytes(model, width)
+
+
+def dropout_bytes(model: ModelConfig, width: int) -> int:
+    """Per token: the noise of one dropout over the residual width."""
+    return width * model.n_embd if model.dropout else 0

@@ -1,0 +1,41 @@
+"""How much of a device's peak a run uses, by the conventions that are in circulation.
+
+Torch-free arithmetic. Must not measure anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt.accounting.flops import Flops
+from gpt.accounting.hardware import TERA
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """Rate of one rank, and its share of the peak; None where the peak is not known."""
+
+    tflops_per_s: float
+    """Model TFLOP/s by the PaLM convention."""
+    mfu_palm: float | None
+    """Model FLOPs utilization by the PaLM convention (arXiv 2204.02311, appendix B), 0 to 1."""
+    mfu_causal: float | None
+    """The same with causal attention halved."""
+    hfu: float | None
+    """Hardware FLOPs utilization: counts what is recomputed as well. Nothing is, so it equals ``mfu_palm``."""
+
+
+def utilization(flops_per_token: Flops, tokens_per_s: float, peak_flops_per_s: float | None) -> Utilization:
+    """The utilization of one rank.
+
+    Args:
+        flops_per_token: of training, from ``training_flops_per_token``.
+        tokens_per_s: of this rank, not of the whole run.
+        peak_flops_per_s: of this rank's device, from ``peak_flops``.
+    """
+    rate = flops_per_token.palm * tokens_per_s
+    if peak_flops_per_s is None:
+        return Utilization(rate / TERA, None, None, None)
+    palm = rate / peak_flops_per_s
+    causal = flops_per_token.causal * tokens_per_s / peak_flops_per_s
+    return Utilization(rate / TERA, palm, causal, hfu=palm)

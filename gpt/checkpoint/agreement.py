@@ -1,0 +1,55 @@
+"""Ranks acting as one: what fails on one rank fails on all of them, with the same error, and none waits for ever.
+
+Owns the two collectives that the checkpoint store is made of. Must not know what the ranks do.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A save or a load failed on some rank; raised on every rank with the failure of the lowest."""
+
+
+def on_all(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """Run ``action`` on every rank; every rank gets the results of all, by rank. Results are pickled.
+
+    Raises:
+        CheckpointError: it raised on some rank.
+    """
+    outcome: tuple[T | None, str | None]
+    cause: BaseException | None = None
+    try:
+        outcome = (action(), None)
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
+        outcome, cause = (None, _explain(error)), error
+    outcomes: list[tuple[T, str | None]] = [outcome] * dist.get_world_size(group)  # type: ignore[list-item]
+    dist.all_gather_object(outcomes, outcome, group=group)
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise CheckpointError(f"rank {rank}: {failure}") from cause
+    return [result for result, _ in outcomes]
+
+
+def on_first(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Run ``action`` on rank 0 only; every rank gets its result, or CheckpointError."""
+    first = dist.get_rank(group) == 0
+    results: list[T | None] = on_all(lambda: action() if first else None, group)
+    return results[0]  # type: ignore[return-value]
+
+
+def _explain(error: BaseException) -> str:
+    """The error in one line, and where it came from below."""
+    cause = error
+    if isinstance(error, CheckpointException) and error.failures:
+        cause = error.failures[min(error.failures)][0]
+    line = "".join(traceback.format_exception_only(type(cause), cause)).strip()
+    return f"{line}\n\n{''.join(traceback.format_exception(error))}"

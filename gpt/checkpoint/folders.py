@@ -1,0 +1,131 @@
+"""What happens to checkpoint folders: ``step_00000100`` comes into being, is set aside, is deleted.
+
+Owns the names and the order of renames that keeps every moment safe against a kill. Torch-free. Called on one rank.
+Must not know what is in the folders, beyond the manifest.
+
+- ``.saving_step_00000100_<token>``: being written, or left behind by a killed save.
+- ``step_00000100``: complete; the rename that gives it this name is the commit.
+- ``step_00000100.corrupt``: found damaged; never deleted and never read again.
+- ``.deleting_step_00000100_<token>``: no longer kept, or left behind by a killed deletion.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from gpt.checkpoint import manifest
+
+log = logging.getLogger(__name__)
+
+COMMITTED = re.compile(r"step_(\d{8,})")
+SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
+LEFT_OVER = re.compile(r"\.(saving|deleting)_step_\d{8,}_[0-9a-f]{8}")
+
+
+def committed(folder: Path) -> list[Path]:
+    """Folders that bear a step's name, oldest first."""
+    return sorted((path for path in _entries(folder) if COMMITTED.fullmatch(path.name)), key=step_of)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint, ascending; without its manifest a checkpoint does not exist."""
+    return [step_of(path) for path in committed(folder) if (path / manifest.NAME).is_file()]
+
+
+def set_aside_before(folder: Path) -> list[Path]:
+    """Checkpoints that were found damaged, now or in an earlier attempt."""
+    return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]
+
+
+def step_of(path: Path) -> int:
+    """The step in a committed folder's name."""
+    match = COMMITTED.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make an empty folder to write a checkpoint into, after removing what killed saves left behind.
+
+    Raises:
+        FileExistsError: the step has its checkpoint already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    final = _final(folder, step)
+    if (final / manifest.NAME).is_file():
+        raise FileExistsError(f"{final} is there already; a step is saved once")
+    if final.exists():
+        set_aside(final, f"{manifest.NAME} is missing")
+    # A token of its own: a process left over from an earlier attempt never writes into the same folder.
+    temporary = folder / f".saving_{final.name}_{secrets.token_hex(4)}"
+    temporary.mkdir()
+    return temporary
+
+
+def commit(temporary: Path, step: int) -> Path:
+    """Give a finished folder, manifest included, its final name."""
+    final = _final(temporary.parent, step)
+    temporary.rename(final)
+    manifest.sync_folder(final.parent)
+    return final
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Take a damaged checkpoint out of the way and warn about it."""
+    name, number = f"{path.name}.corrupt", 1
+    while path.with_name(name).exists():
+        number += 1
+        name = f"{path.name}.corrupt.{number}"
+    try:
+        path.rename(path.with_name(name))
+    except FileNotFoundError:
+        return  # another process, left over from an earlier attempt, was faster
+    log.warning("checkpoint %s is damaged (%s): set aside as %s", path, why, name)
+
+
+def retire(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all checkpoints but the newest ``keep_last`` and those at multiples of ``keep_every`` (0: none)."""
+    for step in steps(folder)[:-keep_last]:
+        if keep_every and step % keep_every == 0:
+            continue
+        final = _final(folder, step)
+        doomed = folder / f".deleting_{final.name}_{secrets.token_hex(4)}"
+        try:
+            final.rename(doomed)  # first the name goes: a half-deleted folder is never taken for a checkpoint
+        except OSError as error:
+            log.warning("%s cannot be deleted yet: %s", final, error)
+        else:
+            remove(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves and deletions left behind."""
+    for path in _entries(folder):
+        if LEFT_OVER.fullmatch(path.name):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder; what cannot be deleted now is left to the next sweep."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s cannot be removed yet: %s", path, error)
+
+
+def _final(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []

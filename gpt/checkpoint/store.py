@@ -1,0 +1,231 @@
+"""Save and load the state of a run, collectively, into one folder for each step.
+
+Owns the protocol: tensors go through torch.distributed.checkpoint (DCP), which reshards them to another topology or
+number of ranks; each rank adds a small file for its own state; each rank sums its own files and rank 0 writes the
+manifest; everything is synced to disk, and one rename commits. Must not know what the state means, nor when to save.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan
+
+from gpt.checkpoint import folders
+from gpt.checkpoint.agreement import CheckpointError, on_all, on_first
+from gpt.checkpoint.manifest import (
+    DamagedError,
+    FileSum,
+    Manifest,
+    find_damage,
+    read_manifest,
+    sum_file,
+    write_manifest,
+)
+from gpt.errors import ConfigError
+
+DCP_METADATA = ".metadata"
+
+
+class OutdatedAttemptError(CheckpointError):
+    """A later attempt owns the run, so nothing was committed."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The checkpoint that was loaded; the tensors are in the state that was passed in."""
+
+    step: int
+    meta: dict[str, Any]
+    world_size: int
+    rank_state: dict[str, Any] | None
+    """What this rank saved for itself; None where the number of ranks is another than it was."""
+    set_aside: tuple[str, ...]
+    """Newer checkpoints that were damaged, one line each: which, and why."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Every method but ``steps`` is called on all ranks together.
+
+    Args:
+        folder: holds ``step_00000100`` and the like; every rank sees it.
+        keep_last: how many of the newest are kept, at least one.
+        keep_every: steps that are multiples of this are kept for good; 0 keeps none.
+        group: carries the control messages; a gloo group of all ranks. None means the default group, which must then
+            be gloo.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int, group: dist.ProcessGroup | None = None) -> None:
+        assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)
+        self.folder = folder
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.group = group
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        return folders.steps(self.folder)
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        rank_state: dict[str, Any],
+        meta: dict[str, Any],
+        may_commit: Callable[[], bool] = lambda: True,
+    ) -> Path:
+        """Write the checkpoint of a step, then delete those that are no longer kept.
+
+        Args:
+            state: tensors and DTensors in nested dicts, as get_state_dict of torch.distributed.checkpoint gives them.
+            rank_state: this rank's own, tensors and plain Python values.
+            meta: plain JSON; rank 0's is kept.
+            may_commit: asked on rank 0 just before the commit.
+
+        Raises:
+            CheckpointError: it failed on some rank; on every rank. Nothing is committed, earlier ones are untouched.
+            OutdatedAttemptError: ``may_commit`` said no; on every rank.
+        """
+        temporary = on_first(lambda: folders.begin(self.folder, step), self.group)
+        try:
+            sums = on_all(lambda: self._write(temporary, state, rank_state), self.group)
+            files = {name: entry for own in sums for name, entry in sorted(own.items())}
+            manifest = Manifest(step, len(sums), time.time(), meta, files)
+            path = on_first(lambda: _commit(temporary, manifest, may_commit), self.group)
+            if path is None:
+                raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
+        except CheckpointError:
+            # A full disk is a likely cause, so the room is given back at once. All ranks have stopped writing.
+            if dist.get_rank(self.group) == 0:
+                folders.remove(temporary)
+            raise
+        on_first(lambda: folders.retire(self.folder, self.keep_last, self.keep_every), self.group)
+        return path
+
+    def load(self, state: dict[str, Any]) -> Loaded | None:
+        """Fill ``state`` from the newest checkpoint that is whole; None where there never was one.
+
+        Damaged ones are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
+        saved; topology and number of ranks may differ.
+
+        Raises:
+            ConfigError: there were checkpoints and all are damaged, or the one found belongs to another model.
+            CheckpointError: the filesystem failed.
+        """
+        on_first(lambda: folders.sweep(self.folder), self.group)
+        damaged: list[str] = []
+        for path in reversed(on_first(lambda: folders.committed(self.folder), self.group)):
+            try:
+                manifest = self._verify(path)
+            except DamagedError as damage:
+                damaged.append(self._set_aside(path, str(damage)))
+            else:
+                return self._fill(path, manifest, state, damaged)
+        bad = on_first(lambda: folders.set_aside_before(self.folder), self.group)
+        if bad:
+            # Not only those found damaged now: a restart after this refusal must not begin from nothing either.
+            raise ConfigError(
+                f"no checkpoint in {self.folder} is whole; damaged: {', '.join(path.name for path in bad)}",
+                "at least one that is as it was saved, to go on from",
+                "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
+            )
+        return None
+
+    def _write(self, folder: Path, state: dict[str, Any], rank_state: dict[str, Any]) -> dict[str, FileSum]:
+        """Write this rank's part of the tensors and its own state; returns the sums of every file it wrote."""
+        writer = dcp.FileSystemWriter(folder, sync_files=True)
+        dcp.save(state, storage_writer=writer, process_group=self.group)
+        rank = dist.get_rank(self.group)
+        path = folder / _rank_file(rank)
+        with path.open("w+b") as file:
+            torch.save(rank_state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            torch.load(file, weights_only=True)  # what could not be loaded later fails now
+        mine = [path, *folder.glob(f"__{rank}_*.distcp")] + ([folder / DCP_METADATA] if rank == 0 else [])
+        return {file.name: sum_file(file) for file in mine}
+
+    def _verify(self, path: Path) -> Manifest:
+        """Check every file of a checkpoint, each rank a share; raises DamagedError on all ranks or on none."""
+        manifest = on_first(lambda: _manifest_or_damage(path), self.group)
+        if isinstance(manifest, DamagedError):
+            raise manifest
+        # Largest first and dealt in turn, so that the shares are of similar size.
+        names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+        share = names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+        found = on_all(lambda: [find_damage(path / name, manifest.files[name]) for name in share], self.group)
+        damages = sorted(damage for of_rank in found for damage in of_rank if damage)
+        if damages:
+            raise DamagedError("; ".join(damages))
+        return manifest
+
+    def _set_aside(self, path: Path, why: str) -> str:
+        on_first(lambda: folders.set_aside(path, why), self.group)
+        return f"{path.name}: {why}"
+
+    def _fill(self, path: Path, manifest: Manifest, state: dict[str, Any], damaged: list[str]) -> Loaded:
+        """Read a verified checkpoint; what goes wrong now is that it belongs to something else."""
+        try:
+            on_all(lambda: self._read_tensors(path, state), self.group)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"{path} cannot be loaded into this model ({str(error).splitlines()[0]})",
+                "the model and optimizer it was saved from",
+                "fresh=true to start over in a new folder, or the model it was saved from",
+            ) from error
+        rank_state: list[dict[str, Any]] = []
+        if manifest.world_size == dist.get_world_size(self.group):
+            own = path / _rank_file(dist.get_rank(self.group))
+            on_all(lambda: rank_state.append(torch.load(own, map_location="cpu", weights_only=True)), self.group)
+        return Loaded(
+            manifest.step, manifest.meta, manifest.world_size, rank_state[0] if rank_state else None, tuple(damaged)
+        )
+
+    def _read_tensors(self, path: Path, state: dict[str, Any]) -> None:
+        reader = dcp.FileSystemReader(path)
+        dcp.load(state, storage_reader=reader, planner=_ExactPlanner(), process_group=self.group)
+
+
+class _ExactPlanner(DefaultLoadPlanner):
+    """Refuses a checkpoint that holds more than is asked for: DCP would load part of a larger model without a word."""
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        unused = sorted(self.metadata.state_dict_metadata.keys() - self.state_dict.keys())
+        if unused:
+            raise ValueError(f"the checkpoint also holds {', '.join(unused[:3])}{' ...' if unused[3:] else ''}")
+        return super().create_local_plan()
+
+
+def _commit(temporary: Path, manifest: Manifest, may_commit: Callable[[], bool]) -> Path | None:
+    """Write the manifest and rename; None where the attempt is outdated. On rank 0, when all files are written."""
+    for name, entry in manifest.files.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != entry.size:
+            raise FileNotFoundError(f"{path}, written by another rank, is not seen by rank 0: is the folder shared?")
+    write_manifest(temporary, manifest)
+    return folders.commit(temporary, manifest.step) if may_commit() else None
+
+
+def _manifest_or_damage(path: Path) -> Manifest | DamagedError:
+    try:
+        manifest = read_manifest(path)
+    except DamagedError as damage:
+        return damage
+    if manifest.step != folders.step_of(path):
+        return DamagedError(f"the manifest is of step {manifest.step}")
+    return manifest
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.pt"

@@ -1,0 +1,83 @@
+"""The order of the training samples: a pure function of (index, number of samples, seed), with no state to save.
+
+Owns the permutation of one epoch and its keys. Torch-free. Must not know what a sample is, nor of steps and ranks.
+
+Every epoch is a permutation of its own, computed one index at a time in constant memory: a Feistel network (Luby and
+Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number
+of bits that holds all samples, walked along its cycle until it lands among them (Black and Rogaway 2002, "Ciphers
+with arbitrary finite domains"). The domain is less than four times the samples, or 64, so a walk takes under four
+passes of the network on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea and Flood 2014,
+"Fast splittable pseudorandom number generators").
+
+Changing anything here changes the order of runs that are under way.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_SAMPLES = 1 << 62
+ROUNDS = 8  # four make a pseudorandom permutation of a large domain; small ones mix slower
+MIN_HALF_BITS = 3  # below 64 values the orders of a handful of samples come out measurably uneven
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+Words = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
+
+
+def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[Integers, Integers]:
+    """Epoch and place in the corpus of the samples with these running numbers.
+
+    Args:
+        index: running numbers from 0, counted on through all epochs; any shape.
+        num_samples: samples in one epoch, 1 to 2^62.
+        seed: another seed gives another order in every epoch.
+
+    Returns:
+        epoch and position, int64 and shaped like ``index``. Within an epoch every position from 0 to
+        ``num_samples - 1`` comes exactly once.
+    """
+    assert 1 <= num_samples <= MAX_SAMPLES, f"num_samples={num_samples}"
+    running = np.asarray(index, dtype=np.int64)
+    assert running.size == 0 or running.min() >= 0, "a sample's running number is never negative"
+    epoch, offset = np.divmod(running, num_samples)
+    position = permute(offset.ravel().astype(np.uint64), num_samples, epoch.ravel().astype(np.uint64), seed)
+    return epoch, position.astype(np.int64).reshape(running.shape)
+
+
+def permute(offset: Words, num_samples: int, epoch: Words, seed: int) -> Words:
+    """Image of each offset under the permutation of its epoch; all arrays (N,), values below ``num_samples``."""
+    half_bits = max(MIN_HALF_BITS, -(-(num_samples - 1).bit_length() // 2))
+    keys = _round_keys(epoch, seed)
+    position = _feistel(offset, keys, half_bits)
+    outside = np.flatnonzero(position >= num_samples)
+    while outside.size:
+        position[outside] = _feistel(position[outside], keys[:, outside], half_bits)
+        outside = outside[position[outside] >= num_samples]
+    return position
+
+
+def _feistel(value: Words, keys: Words, half_bits: int) -> Words:
+    """One pass through the network: a bijection on 2 * ``half_bits`` bits. ``keys`` is (ROUNDS, N)."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = value >> shift, value & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << shift) | right
+
+
+def _round_keys(epoch: Words, seed: int) -> Words:
+    """Keys of every round, (ROUNDS, N), for each entry's own epoch; a batch may reach into the next epoch."""
+    start = _mix(_mix(np.full_like(epoch, seed) + _GOLDEN) ^ epoch)
+    count = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None]
+    return _mix(start + count * _GOLDEN)
+
+
+def _mix(word: Words) -> Words:
+    """SplitMix64's finalizer, a bijection on 64 bits; arithmetic wraps."""
+    for shift, factor in _MIX:
+        word = (word ^ (word >> np.uint64(shift))) * np.uint64(factor)
+    return word ^ (word >> np.uint64(31))

@@ -1,0 +1,54 @@
+"""Feed-forward layers, applied to each position by itself. B batch, T time, D width, F inner width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import Activation, Ffn, ModelConfig
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's approximation of GELU (arXiv 1606.08415, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.gelu: F.gelu,
+    Activation.gelu_tanh: gelu_tanh,
+    Activation.silu: F.silu,
+    Activation.relu: F.relu,
+}
+
+
+class StandardFfn(nn.Module):
+    """Two matrices with an activation between them (arXiv 1706.03762, section 3.3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.down = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x_BTD)))
+
+
+class SwiGlu(nn.Module):
+    """SiLU-gated linear unit, three matrices (arXiv 2002.05202). Its activation is SiLU whatever the config's is."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.down = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+def build_ffn(config: ModelConfig) -> nn.Module:
+    """The feed-forward layer that ``config.ffn`` names: (B, T, D) -> (B, T, D)."""
+    return SwiGlu(config) if config.ffn is Ffn.swiglu else StandardFfn(config)

@@ -1,0 +1,64 @@
+"""The GPT: tokens in, logits of the next token out.
+
+    tokens -> token embedding (+ learned position) -> dropout -> n_layer x Block -> norm -> output matrix -> logits
+    Block:    x + attention(norm(x)), then x + ffn(norm(x))                                         (gpt/model/block.py)
+
+Shape letters, here and in every module of this folder; a tensor's name ends in its shape, as in ``x_BTD``:
+
+    B batch   T time   D width   H heads   K key-value heads   C head width   F inner width of the ffn   V vocabulary
+
+Each part is chosen by ``gpt.config.ModelConfig`` and lives in a file of its own. Nothing here knows of devices, ranks
+or training: a strategy shards the model from outside, block by block, through ``blocks``.
+
+    config = ModelConfig(name="small", n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=256)
+    model = GPT(config)
+    initialize(model, seed=1337)                        # gpt/model/init.py; until then the weights are torch's own
+
+Too large for one device: construct under ``torch.device("meta")``, cut it up, ``to_empty``, then load the weights and
+call ``reset_buffers``, since a table that was never on a device cannot have been computed there.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import ModelConfig, Position
+from gpt.model.block import Block
+from gpt.model.norm import build_norm
+from gpt.model.position import LearnedPosition, Rope
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer (GPT-2; Radford et al. 2019, section 2.3) with exchangeable parts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        learned = config.position is Position.learned
+        self.position = LearnedPosition(config.block_size, config.n_embd) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = build_norm(config)
+        # A tied head is no module: to_empty() of a model on the meta device would give two modules two tensors.
+        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits of the token after each position: (B, T) integers -> (B, T, V), T at most ``block_size``."""
+        time = tokens_BT.size(1)
+        assert time <= self.config.block_size, f"{time} tokens in a model of block_size={self.config.block_size}"
+        x_BTD = self.token_embedding(tokens_BT)
+        if self.position is not None:
+            x_BTD = self.position(x_BTD)
+        x_BTD = self.dropout(x_BTD)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        x_BTD = self.norm(x_BTD)
+        return F.linear(x_BTD, self.token_embedding.weight) if self.head is None else self.head(x_BTD)
+
+    def reset_buffers(self) -> None:
+        """Compute the tables that no checkpoint holds; needed once after ``to_empty``."""
+        for module in self.modules():
+            if isinstance(module, Rope):
+                module.reset_buffers()

@@ -1,0 +1,132 @@
+"""Parameters and FLOPs against the built model and torch's own counter: equal, not close."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt.accounting.flops import forward_flops, training_flops, training_flops_per_token
+from gpt.accounting.parameters import block_shapes, count, outer_shapes
+from gpt.config import AttentionBackend, ModelConfig
+from gpt.model.gpt import GPT
+from tests.model.small import configs
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+DRAWN = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def read(preset: Path) -> ModelConfig:
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(preset)))
+    assert isinstance(config, ModelConfig)
+    config.validate()
+    return config
+
+
+def on_meta(config: ModelConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def counted_flops(config: ModelConfig, sequences: int) -> tuple[int, int]:
+    """What torch counts for the forward pass, and for forward and backward."""
+    model = on_meta(config)
+    tokens_BT = torch.zeros(sequences, config.block_size, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        logits_BTV = model(tokens_BT)
+        forward = counter.get_total_flops()
+        F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten()).backward()
+    return forward, counter.get_total_flops()
+
+
+def assert_counts_equal(config: ModelConfig) -> None:
+    model = on_meta(config)
+    built = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    claimed = {f"blocks.{i}.{k}": v for i in range(config.n_layer) for k, v in block_shapes(config).items()}
+    assert claimed | outer_shapes(config) == built
+    parameters = count(config)
+    assert parameters.total == sum(p.numel() for p in model.parameters())
+    assert parameters.non_embedding == sum(p.numel() for p in (*model.blocks.parameters(), *model.norm.parameters()))
+    parts = {"embedding": model.token_embedding, "position": model.position, "head": model.head}
+    for name, module in parts.items():
+        assert getattr(parameters, name) == (sum(p.numel() for p in module.parameters()) if module else 0), name
+    for name in ("attention", "ffn"):
+        assert getattr(parameters, name) == sum(
+            p.numel() for b in model.blocks for p in b.get_submodule(name).parameters()
+        )
+
+
+def assert_flops_equal(config: ModelConfig, sequences: int) -> None:
+    assert (forward_flops(config, sequences).palm, training_flops(config, sequences).palm) == counted_flops(
+        config, sequences
+    )
+
+
+def test_there_are_presets() -> None:
+    names = {"quick_test", "gpt2_124m", "llama_124m", "llama_1p3b", "shakespeare_baseline"}
+    assert names <= {preset.stem for preset in PRESETS}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_preset(preset: Path) -> None:
+    config = read(preset)
+    assert config.name == preset.stem
+    assert_counts_equal(config)
+    comment = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
+    said = re.findall(r"([\d,]+) parameters", comment)[0]
+    assert said == f"{count(config).total:,}"
+    for backend in AttentionBackend:
+        config.attention = backend
+        assert_flops_equal(config, sequences=2)
+
+
+@DRAWN
+@given(configs())
+def test_parameters_of_any_model(config: ModelConfig) -> None:
+    assert_counts_equal(config)
+
+
+@DRAWN
+@given(configs(), st.integers(1, 3))
+def test_flops_of_any_model(config: ModelConfig, sequences: int) -> None:
+    assert_flops_equal(config, sequences)
+
+
+@DRAWN
+@given(configs())
+def test_per_token_figures_follow_the_papers_formula(config: ModelConfig) -> None:
+    model = on_meta(config)
+    n = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    n += model.token_embedding.weight.numel() if model.head is None else 0
+    lhqt = config.n_layer * config.n_head * config.head_dim * config.block_size
+    flops = training_flops_per_token(config)
+    assert flops.palm == 6 * n + 12 * lhqt
+    assert flops.causal == 6 * n + 6 * lhqt
+    assert flops.palm * config.block_size == training_flops(config, sequences=1).palm
+
+
+def test_components_of_the_forward_pass() -> None:
+    config = read(next(p for p in PRESETS if p.stem == "llama_124m"))
+    config.attention = AttentionBackend.manual
+    model, tokens_BT = on_meta(config), torch.zeros(1, config.block_size, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False, depth=8) as counter:
+        model(tokens_BT)
+    by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    forward = forward_flops(config, sequences=1)
+    last = f".{config.n_layer - 1}."
+    inside = [n for n in by_module if last in n and n.rsplit(".", 1)[-1] in ("query", "key", "value", "output")]
+    assert len(inside) == 4
+    assert config.n_layer * sum(by_module[name] for name in inside) == forward.projections
+    attention = next(v for k, v in by_module.items() if k.endswith(f"{last}attention"))
+    assert config.n_layer * attention == forward.projections + forward.attention
+    assert config.n_layer * next(v for k, v in by_module.items() if k.endswith(f"{last}ffn")) == forward.ffn
+    blocks = sum(v for k, v in by_module.items() if re.fullmatch(r".*blocks\.\d+", k))
+    assert by_module["Global"] - blocks == forward.logits

@@ -1,0 +1,104 @@
+"""Peaks by the names that drivers report, and what follows from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpt.accounting.flops import Flops
+from gpt.accounting.hardware import peak_flops
+from gpt.accounting.mfu import utilization
+from gpt.config import Precision
+
+KNOWN_BF16 = {
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "A100-SXM4-40GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA GB200": 2500,
+    "NVIDIA L40S": 362,
+    "AMD Instinct MI300X": 1307,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 4090": 165,
+}
+KNOWN_FP32 = {
+    "Tesla V100-SXM2-16GB": 15.7,
+    "Tesla V100-SXM2-32GB": 15.7,
+    "NVIDIA A100-SXM4-80GB": 19.5,
+    "NVIDIA H100 80GB HBM3": 67,
+    "NVIDIA GeForce RTX 4090": 82.6,
+}
+UNKNOWN = (
+    "NVIDIA L40",
+    "NVIDIA L4",
+    "NVIDIA A10",
+    "NVIDIA A10G",
+    "NVIDIA A30",
+    "NVIDIA H20",
+    "NVIDIA H200 NVL",
+    "NVIDIA H800",
+    "NVIDIA GH200 480GB",
+    "NVIDIA GB300",
+    "NVIDIA B100",
+    "NVIDIA B300 SXM6 AC",
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+    "GRID A100-40C",
+    "NVIDIA A100-SXM-64GB",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "RTX 4090 Laptop GPU",
+    "NVIDIA RTX 4000 Ada Generation",
+    "Quadro RTX 8000",
+    "Tesla T4",
+    "AMD Instinct MI300A",
+    "AMD Instinct MI325X",
+    "AMD Instinct MI250X",
+    "AMD EPYC 9654 96-Core Processor",
+    "cpu",
+    "",
+)
+
+
+@pytest.mark.parametrize(("name", "tflops"), KNOWN_BF16.items())
+def test_known_bf16(name: str, tflops: float) -> None:
+    assert peak_flops(name, Precision.bf16) == tflops * 1e12
+
+
+@pytest.mark.parametrize(("name", "tflops"), KNOWN_FP32.items())
+def test_known_fp32(name: str, tflops: float) -> None:
+    assert peak_flops(name, Precision.fp32) == tflops * 1e12
+
+
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_devices_borrow_no_peak(name: str, precision: Precision) -> None:
+    assert peak_flops(name, precision) is None
+
+
+def test_no_peak_where_the_device_or_the_vendor_has_none() -> None:
+    assert peak_flops("Tesla V100-SXM2-32GB", Precision.bf16) is None
+    assert peak_flops("NVIDIA B200", Precision.fp32) is None
+
+
+def test_utilization_of_a_published_run() -> None:
+    # PaLM, appendix B: 540B on 6144 chips of 275 TFLOP/s, 238,300 tokens/s, 46.2 % with attention and 45.7 % without.
+    # 118 layers, 48 heads 256 wide, 2048 tokens; the parameters beside attention are those of table 1.
+    parameters, attention = 540.35e9, 12 * 118 * 48 * 256 * 2048
+    flops = Flops(projections=0, attention=attention, ffn=int(6 * parameters), logits=0)
+    used = utilization(flops, tokens_per_s=238_300 / 6144, peak_flops_per_s=275e12)
+    assert used.mfu_palm == pytest.approx(0.462, abs=0.001)
+    assert used.hfu == used.mfu_palm
+    assert used.mfu_causal == pytest.approx((0.462 + 0.457) / 2, abs=0.001)
+    assert used.tflops_per_s == pytest.approx(0.462 * 275, rel=0.002)
+
+
+def test_no_utilization_without_a_peak() -> None:
+    used = utilization(Flops(1, 2, 3, 4), tokens_per_s=1e12, peak_flops_per_s=None)
+    assert (used.tflops_per_s, used.mfu_palm, used.mfu_causal, used.hfu) == (10.0, None, None, None)

@@ -1,0 +1,151 @@
+"""Damaged checkpoints are noticed, set aside and passed over; a run never begins again from nothing because of them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gpt.checkpoint import CheckpointError, CheckpointStore
+from gpt.errors import ConfigError
+from tests.checkpoint.tiny import Trained
+from tests.distributed import run_distributed
+
+NEWEST, BEFORE = "step_00000020", "step_00000010"
+
+
+def flip_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def write_garbage(path: Path) -> None:
+    path.write_bytes(b'{"format": 1, "files": []}')
+
+
+def change_meaning(path: Path) -> None:
+    path.write_text(path.read_text().replace('"position": 20', '"position": 21'))
+
+
+def all_damages(folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    for path in sorted(folder.iterdir()):
+        yield from ((path.name, damage) for damage in (flip_bit, cut_short, grow, Path.unlink))
+    yield from (("manifest.json", damage) for damage in (write_garbage, change_meaning))
+
+
+def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, Any]]:
+    """Save two checkpoints, then load after each kind of damage to each file of the newer one."""
+    run = Trained("fsdp", seed=1)
+    saved = CheckpointStore(root / "sound", keep_last=2, keep_every=0)
+    for step in (10, 20):
+        run.step(step)
+        saved.save(step, run.state(), {"rank": rank}, {"position": step})
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("gpt.checkpoint").addHandler(handler)
+
+    results = []
+    for number, (name, damage) in enumerate(all_damages(root / "sound" / NEWEST)):
+        folder = root / f"damaged{number}"
+        if rank == 0:
+            shutil.copytree(root / "sound", folder)
+            damage(folder / NEWEST / name)
+        dist.barrier()
+        warnings.clear()
+        loaded = CheckpointStore(folder, keep_last=2, keep_every=0).load(Trained("fsdp", seed=2).state())
+        again = CheckpointStore(folder, keep_last=2, keep_every=0).load(Trained("fsdp", seed=2).state())
+        results.append({"name": name, "loaded": loaded, "again": again, "warnings": list(warnings)})
+        dist.barrier()
+    return results
+
+
+def test_any_damage_to_any_file_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
+    by_rank = run_distributed(damage_and_load, 2, tmp_path)
+    files = {entry.name for entry in (tmp_path / "sound" / NEWEST).iterdir()}
+    assert files == {
+        ".metadata",
+        "manifest.json",
+        *(f"__{r}_0.distcp" for r in (0, 1)),
+        "rank_00000.pt",
+        "rank_00001.pt",
+    }
+    for rank, results in enumerate(by_rank):
+        assert len(results) == 4 * len(files) + 2
+        for number, result in enumerate(results):
+            loaded = result["loaded"]
+            assert (loaded.step, loaded.meta, loaded.rank_state) == (10, {"position": 10}, {"rank": rank}), result
+            assert len(loaded.set_aside) == 1 and result["name"] in loaded.set_aside[0], result
+            assert (result["again"].step, result["again"].set_aside) == (10, ())
+            assert len(result["warnings"]) == (1 if rank == 0 else 0)
+            if rank == 0:
+                assert result["name"] in result["warnings"][0] and "set aside" in result["warnings"][0]
+            names = {path.name for path in (tmp_path / f"damaged{number}").iterdir()}
+            assert names == {BEFORE, f"{NEWEST}.corrupt"}, "set aside, not deleted"
+
+
+def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    run = Trained("ddp", seed=1)
+    found["never saved"] = CheckpointStore(root / "empty", 1, 0).load(run.state())
+
+    store = CheckpointStore(root / "all_bad", keep_last=2, keep_every=0)
+    for step in (1, 2):
+        store.save(step, run.state(), {}, {})
+    if rank == 0:
+        for path in (root / "all_bad").iterdir():
+            flip_bit(path / "__1_0.distcp")
+    dist.barrier()
+    for attempt in ("first start", "second start"):
+        with pytest.raises(ConfigError) as refusal:
+            store.load(run.state())
+        found[attempt] = str(refusal.value)
+    # The step may be reached and saved again; its damaged namesakes stay where they are.
+    for _ in range(2):
+        store.save(2, run.state(), {}, {})
+        if rank == 0:
+            flip_bit(root / "all_bad" / "step_00000002" / ".metadata")
+        dist.barrier()
+        with pytest.raises(ConfigError):
+            store.load(run.state())
+
+    store = CheckpointStore(root / "other_model", 1, 0)
+    store.save(1, run.state(), {}, {})
+    small = {"model": {"0.weight": torch.zeros(7, 10)}}
+    reshaped = {"model": {**run.state()["model"], "0.weight": torch.zeros(5, 10)}, "optim": run.state()["optim"]}
+    for name, state in (("part of it", small), ("other shape", reshaped)):
+        with pytest.raises(ConfigError) as refusal:
+            store.load(state)
+        found[name] = str(refusal.value)
+    with pytest.raises(CheckpointError, match="a step is saved once"):
+        store.save(1, run.state(), {}, {})
+    found["steps"] = store.steps()
+    return found
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for found in run_distributed(meet_hopeless_cases, 2, tmp_path):
+        assert found["never saved"] is None
+        for attempt in ("first start", "second start"):
+            assert "step_00000001.corrupt, step_00000002.corrupt" in found[attempt]
+            assert "fresh=true" in found[attempt]
+        assert "the checkpoint also holds" in found["part of it"]
+        assert "cannot be loaded into this model" in found["other shape"]
+        assert found["steps"] == [1], "a checkpoint that fits another model is not damaged"
+    names = {path.name for path in (tmp_path / "all_bad").iterdir()}
+    assert names == {f"step_0000000{s}.corrupt" for s in "12"} | {f"step_00000002.corrupt.{n}" for n in "23"}

@@ -1,0 +1,181 @@
+"""Saving: whole or not at all, also when a rank fails, is killed or belongs to an attempt that is over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from gpt.checkpoint import CheckpointError, CheckpointStore, OutdatedAttemptError
+from tests.checkpoint.tiny import Trained
+from tests.distributed import RankFailedError, run_distributed
+
+
+def refuse_writes(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def fail_in_many_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    run = Trained("fsdp", seed=1)
+    store = CheckpointStore(folder, keep_last=2, keep_every=0)
+    store.save(1, run.state(), {}, {})
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, **changes: Any) -> None:
+        arguments: dict[str, Any] = {"step": 2, "state": run.state(), "rank_state": {}, "meta": {}} | changes
+        with pytest.raises(CheckpointError) as failure:
+            store.save(**arguments)
+        found[name] = (type(failure.value), str(failure.value).splitlines()[0])
+
+    with mock.patch.object(FileSystem, "create_stream", refuse_writes if rank == 1 else FileSystem.create_stream):
+        attempt("full disk on one rank")
+    attempt("state that could not be read back", rank_state={"f": Path()} if rank == 1 else {})
+    attempt("meta that is no JSON", meta={"f": {1}})
+    attempt("outdated", may_commit=lambda: False)
+    attempt("fence that fails", may_commit=lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    dist.barrier()  # rank 0 has cleaned up before it gets here
+    found["left"] = sorted(path.name for path in folder.iterdir())
+    dist.barrier()
+    if rank == 0:
+        (folder / "step_00000002").mkdir()  # without its manifest it is no checkpoint, and makes room for one
+
+    asked: list[tuple[int, list[str]]] = []
+
+    def may_commit() -> bool:
+        written = next(path for path in folder.iterdir() if path.name.startswith(".saving"))
+        asked.append((rank, sorted(path.name for path in written.iterdir())))
+        return True
+
+    assert store.save(2, run.state(), {}, {}, may_commit) == folder / "step_00000002"
+    found["asked"] = asked
+    return found
+
+
+def test_a_failure_on_one_rank_is_raised_on_all_and_commits_nothing(tmp_path: Path) -> None:
+    by_rank = run_distributed(fail_in_many_ways, 2, tmp_path)
+    for found in by_rank:
+        assert "No space left on device" in found["full disk on one rank"][1]
+        assert found["state that could not be read back"][1].startswith("rank 1: ")
+        assert "not JSON serializable" in found["meta that is no JSON"][1]
+        assert found["outdated"][0] is OutdatedAttemptError
+        assert "ZeroDivisionError" in found["fence that fails"][1]
+        assert found["left"] == ["step_00000001"]
+    ((rank, names),) = by_rank[0]["asked"] + by_rank[1]["asked"]
+    assert rank == 0 and "manifest.json" in names, "asked once, when nothing but the rename is left to do"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000001",
+        "step_00000002",
+        "step_00000002.corrupt",
+    ]
+
+
+def save_many(rank: int, world_size: int, root: Path) -> dict[str, list[int]]:
+    state = {"model": {"w": torch.full((3,), float(rank))}}
+    found = {}
+    for keep_last, keep_every in ((1, 0), (3, 0), (2, 4)):
+        folder = root / f"{keep_last}_{keep_every}"
+        store = CheckpointStore(folder, keep_last, keep_every, dist.new_group(backend="gloo"))
+        for step in range(1, 11):
+            store.save(step, state, {}, {})
+        assert {path.name for path in folder.iterdir()} == {f"step_{step:08d}" for step in store.steps()}
+        found[folder.name] = store.steps()
+    return found
+
+
+def test_retention(tmp_path: Path) -> None:
+    (found,) = run_distributed(save_many, 1, tmp_path)
+    assert found == {"1_0": [10], "3_0": [8, 9, 10], "2_4": [4, 8, 9, 10]}
+
+
+def die(*args: Any, **kwargs: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_before_commit() -> Any:
+    return mock.patch.object(Path, "rename", lambda path, target: die())
+
+
+def die_while_tensors_are_written() -> Any:
+    return mock.patch.object(FileSystem, "create_stream", die)
+
+
+def die_before_the_manifest() -> Any:
+    return mock.patch("gpt.checkpoint.store.write_manifest", die)
+
+
+def die_in_the_manifest() -> Any:
+    return mock.patch("gpt.checkpoint.manifest.sync_folder", die)
+
+
+def die_after_commit() -> Any:
+    return mock.patch("gpt.checkpoint.folders.retire", die)
+
+
+def die_in_the_middle_of_deleting() -> Any:
+    def remove_one_file(path: Path) -> None:
+        next(path.glob("*.distcp")).unlink()
+        die()
+
+    return mock.patch.object(shutil, "rmtree", remove_one_file)
+
+
+def save_two(rank: int, world_size: int, folder: Path, killing: Callable[[], Any]) -> None:
+    """Save steps 1 and 2; rank 0, the one that commits, is killed by itself in the middle of the second."""
+    run = Trained("fsdp", seed=1)
+    store = CheckpointStore(folder, keep_last=1, keep_every=0)
+    store.save(1, run.state(), {}, {"step": 1})
+    run.step(1)
+    if rank == 0:
+        killing().start()
+    store.save(2, run.state(), {}, {"step": 2})
+
+
+def load_and_save(rank: int, world_size: int, folders: list[Path]) -> list[tuple[int, list[str], list[str]]]:
+    found = []
+    for folder in folders:
+        run = Trained("fsdp", seed=2)
+        state = run.state()
+        store = CheckpointStore(folder, keep_last=1, keep_every=0)
+        loaded = store.load(state)
+        assert loaded is not None and loaded.set_aside == ()
+        dist.barrier()
+        after_load = sorted(path.name for path in folder.iterdir())
+        dist.barrier()
+        store.save(3, state, {}, {})
+        found.append((loaded.step, after_load, sorted(path.name for path in folder.iterdir())))
+    return found
+
+
+def test_kill_9_in_the_middle_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    moments: list[tuple[Callable[[], Any], int, str]] = [
+        (die_while_tensors_are_written, 1, ".saving_step_00000002_"),
+        (die_before_the_manifest, 1, ".saving_step_00000002_"),
+        (die_in_the_manifest, 1, ".saving_step_00000002_"),
+        (die_before_commit, 1, ".saving_step_00000002_"),
+        (die_after_commit, 2, "step_00000002"),
+        (die_in_the_middle_of_deleting, 2, ".deleting_step_00000001_"),
+    ]
+    folders = []
+    for killing, _, left_over in moments:
+        folders.append(tmp_path / killing.__name__)
+        with pytest.raises(RankFailedError, match="died of SIGKILL") as failure:
+            run_distributed(save_two, 2, folders[-1], killing)
+        assert failure.value.rank == 0
+        assert any(path.name.startswith(left_over) for path in folders[-1].iterdir()), killing.__name__
+        (folders[-1] / ".saving_notes").mkdir()  # somebody else's: not swept
+
+    for results in run_distributed(load_and_save, 2, folders):
+        for (killing, step, _), (loaded, after_load, after_save) in zip(moments, results, strict=True):
+            older = ["step_00000001"] if killing is die_after_commit else []
+            assert loaded == step, killing.__name__
+            assert after_load == [".saving_notes", *older, f"step_{step:08d}"], killing.__name__
+            assert after_save == [".saving_notes", "step_00000003"], killing.__name__

@@ -1,0 +1,99 @@
+"""Batches: right windows of the text, dealt out so that no rank count and no restart repeats or skips a sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.batch import Batch, cut
+from gpt.config import DataConfig, OptimConfig, Source
+from gpt.data.corpus import prepare
+from gpt.data.loader import Samples, train_indices
+from gpt.data.token_file import TokenFile
+from gpt.errors import ConfigError
+
+
+def batch_of(global_batch: int, ranks: int) -> Batch:
+    optim = OptimConfig(max_steps=1, global_batch=global_batch, micro_batch=4, lr=1e-3, min_lr=1e-4, warmup_steps=0)
+    return cut(optim, ranks)
+
+
+@given(
+    global_batch=st.integers(1, 64),
+    step=st.integers(1, 10**9),
+    resizes=st.lists(st.integers(0, 100), min_size=1, max_size=5),
+)
+def test_any_number_of_ranks_uses_the_same_samples_once(global_batch: int, step: int, resizes: list[int]) -> None:
+    divisors = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
+    used = []
+    for offset, resize in enumerate(resizes):  # the run is restarted with another size at every step
+        batch = batch_of(global_batch, divisors[resize % len(divisors)])
+        parts = [train_indices(step + offset, rank, batch) for rank in range(batch.ranks)]
+        assert {len(part) for part in parts} == {batch.per_rank}
+        used.append(np.concatenate(parts))
+    first = (step - 1) * global_batch
+    assert np.concatenate(used).tolist() == list(range(first, first + len(resizes) * global_batch))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> tuple[bytes, TokenFile]:
+    content = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
+    (tmp_path / "text").write_bytes(content)
+    config = DataConfig(source=Source.text, path=str(tmp_path / "text"))
+    return content, prepare(config, tmp_path / "cache")
+
+
+def test_an_epoch_of_training_is_every_window_of_the_training_text_once(text: tuple[bytes, TokenFile]) -> None:
+    content, file = text
+    samples = Samples(file, block_size=16, val_fraction=0.2, seed=1)
+    assert (samples.num_train, samples.num_val) == (3999 // 16, 999 // 16)
+    tokens, targets = samples.batch("train", np.arange(samples.num_train))
+    assert tokens.dtype == targets.dtype == torch.int64 and tokens.shape == targets.shape == (249, 16)
+    assert tokens.is_contiguous() and targets.is_contiguous()
+    found = sorted((bytes(row.tolist()), bytes(target.tolist())) for row, target in zip(tokens, targets, strict=True))
+    assert found == sorted((content[i : i + 16], content[i + 1 : i + 17]) for i in range(0, 249 * 16, 16))
+    again, _ = samples.batch("train", np.arange(samples.num_train) + samples.num_train)
+    assert not torch.equal(tokens, again), "the next epoch has another order"
+    assert torch.equal(tokens.sort(0)[0], again.sort(0)[0])
+    other, _ = Samples(file, 16, 0.2, seed=2).batch("train", np.arange(samples.num_train))
+    assert not torch.equal(tokens, other), "another seed has another order"
+
+
+def test_validation_keeps_the_order_of_the_last_part_of_the_text(text: tuple[bytes, TokenFile]) -> None:
+    content, file = text
+    samples = Samples(file, block_size=16, val_fraction=0.2, seed=1)
+    tokens, targets = samples.batch("val", np.arange(samples.num_val))
+    assert bytes(tokens.flatten().tolist()) == content[4000 : 4000 + samples.num_val * 16]
+    assert bytes(targets.flatten().tolist()) == content[4001 : 4001 + samples.num_val * 16]
+    with pytest.raises(AssertionError, match="repeats"):
+        samples.batch("val", np.array([samples.num_val]))
+
+
+def test_ranks_together_make_the_global_batch(text: tuple[bytes, TokenFile]) -> None:
+    samples = Samples(text[1], block_size=16, val_fraction=0.2, seed=1)
+    whole = samples.batch("train", train_indices(41, 0, batch_of(12, 1)))  # crosses into the second epoch
+    for ranks in (2, 3, 4):
+        parts = [samples.batch("train", train_indices(41, r, batch_of(12, ranks))) for r in range(ranks)]
+        for number in (0, 1):
+            assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])
+
+
+def test_a_file_that_this_machine_does_not_see_whole_is_refused(text: tuple[bytes, TokenFile]) -> None:
+    file = text[1]
+    file.path.write_bytes(b"short")
+    with pytest.raises(ConfigError, match="cut short"):
+        Samples(file, 16, 0.2, 1)
+
+
+def test_wider_tokens_are_read_by_the_manifests_dtype(tmp_path: Path) -> None:
+    values = np.arange(1000, dtype="<u2") + 50000
+    path = tmp_path / "wide.bin"
+    path.write_bytes(values.tobytes())
+    file = TokenFile(path, "uint16", 1000, "other", "")
+    tokens, _ = Samples(file, 8, 0.1, 0).batch("val", np.array([0]))
+    assert tokens.tolist() == [list(range(50900, 50908))]

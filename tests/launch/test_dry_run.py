@@ -1,0 +1,104 @@
+"""The dry run: a plan for every point, and the batch script as submitit writes it, one array for each shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from gpt.compose import make_paths_absolute, to_schema
+from launch.config import ClusterKind, Config
+from launch.inside import compose_launch
+from launch.plan import Plan, make_plan
+from launch.submit import sbatch_text, shapes
+from tests.commands import run
+
+
+def plan(*words: str) -> Plan:
+    composed: DictConfig = compose_launch(["cluster=slurm", *words])
+    make_paths_absolute(composed)
+    return make_plan(to_schema(composed, Config), words, ClusterKind.slurm)
+
+
+def directives(text: str) -> dict[str, str]:
+    """The #SBATCH lines of a batch script."""
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+def test_every_shape_of_resources_is_one_array() -> None:
+    plans = [plan(f"nodes={nodes}", f"seed={seed}") for nodes in (1, 2, 4) for seed in (1, 2)]
+    groups = shapes(plans)
+    assert [[p.nodes for p in group] for group in groups] == [[1, 1], [2, 2], [4, 4]]
+    assert [directives(sbatch_text(group))["nodes"] for group in groups] == ["1", "2", "4"]
+    assert [directives(sbatch_text(group))["array"] for group in groups] == ["0-1%2"] * 3
+
+
+def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = sbatch_text(
+        [
+            plan(
+                "nodes=4",
+                "name=my run",
+                "cluster.partition=gpu",
+                "cluster.account=abc",
+                "cluster.qos=high",
+                "cluster.gpus_per_node=8",
+                "cluster.cpus_per_task=64",
+                "cluster.mem_gb=500",
+                "cluster.exclude='n[3-4]'",
+                "cluster.timeout_min=90",
+                "cluster.signal_delay_s=300",
+                'cluster.setup=["module load cuda","export X=1"]',
+                'cluster.srun_args=["--cpu-bind=none"]',
+                "++cluster.additional_parameters={reservation: spring}",
+                "optim.global_batch=64",
+            )
+        ]
+    )
+    folder = tmp_path / "outputs" / "my run" / ".submitit" / "%j"
+    assert directives(text) == {
+        "account": "abc",
+        "cpus-per-task": "64",
+        "error": f"'{folder}/%j_0_log.err'",
+        "exclude": "'n[3-4]'",
+        "gpus-per-node": "8",
+        "job-name": "'my run'",
+        "mem": "500000MB",
+        "nodes": "4",
+        "ntasks-per-node": "1",
+        "open-mode": "append",
+        "output": f"'{folder}/%j_0_log.out'",
+        "partition": "gpu",
+        "qos": "high",
+        "reservation": "spring",
+        "signal": "USR2@300",
+        "time": "90",
+        "wckey": "submitit",
+    }
+    body = text.split("# setup\n")[1]
+    assert body.startswith("module load cuda\nexport X=1\n")
+    assert "srun --unbuffered" in body and "--cpu-bind=none" in body and "submitit.core._submit" in body
+
+
+def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) -> None:
+    text = run("launch", "-m", "nodes=1,2", "cluster=slurm", "cluster.gpus_per_node=8", "dry_run=true",
+               "optim.global_batch=64", cwd=tmp_path)  # fmt: skip
+    assert "1 x 8 = 8 ranks on slurm" in text
+    assert "2 x 8 = 16 ranks on slurm" in text
+    assert "918,656 parameters" in text
+    assert "worst case of all 2 points: 3 node-hours, 24 GPU-hours" in text
+    assert text.count("#!/bin/bash") == 2
+    assert text.count("#SBATCH --gpus-per-node=8") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_works_where_there_is_no_slurm(tmp_path: Path) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    text = run("launch", "nodes=2", "dry_run=true", cwd=tmp_path, PATH=str(empty))
+    assert "cluster=auto: local" in text
+    assert "as cluster=slurm would submit it" in text
+    assert "#SBATCH --nodes=2" in text

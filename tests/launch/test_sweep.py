@@ -1,0 +1,148 @@
+"""The main job: a sweep over nodes on real processes, from the command line to the scaling table."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from tests.commands import TINY, run
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One sweep of five points, and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    words = [*TINY, f"optim.max_steps={STEPS}", "name=s", "checkpoint.interval=4", "eval.interval=4"]
+    text = run("launch", "-m", "nodes=1,2,4", *words, cwd=folder)
+    text += run("launch", "-m", "nodes=1,2", "parallel=fsdp", *words, "name=f", cwd=folder)
+    return folder / "outputs", text
+
+
+def point(outputs: Path, name: str, nodes: int) -> RunFolder:
+    found = [p.parent for p in (outputs / name).glob("*/plan.json") if json.loads(p.read_text())["nodes"] == nodes]
+    assert len(found) == 1, found
+    return RunFolder(found[0])
+
+
+def final(run_folder: RunFolder, key: str) -> float:
+    last = read_records(run_folder.metrics(0))[-1]
+    assert last["step"] == STEPS
+    return float(last[key])
+
+
+def test_the_loss_does_not_depend_on_nodes_or_strategy(sweep: tuple[Path, str]) -> None:
+    outputs, _ = sweep
+    runs = [point(outputs, "s", n) for n in (1, 2, 4)] + [point(outputs, "f", n) for n in (1, 2)]
+    for key in ("loss", "val_loss", "grad_norm"):
+        reference = final(runs[0], key)
+        assert [final(r, key) for r in runs] == pytest.approx([reference] * 5, rel=1e-4), key
+
+
+def test_every_sample_is_used_once_whatever_the_number_of_ranks(sweep: tuple[Path, str]) -> None:
+    outputs, _ = sweep
+    for nodes in (1, 2, 4):
+        folder = point(outputs, "s", nodes)
+        used = []
+        for rank in folder.metric_ranks():
+            for record in read_records(folder.metrics(rank)):
+                first, last = record["samples"]
+                used += range(first, last + 1)
+        assert folder.metric_ranks() == list(range(nodes))
+        assert sorted(used) == list(range(8 * STEPS))
+
+
+def test_the_run_folder_holds_what_is_promised(sweep: tuple[Path, str]) -> None:
+    outputs, _ = sweep
+    folder = point(outputs, "s", 2)
+    plan = json.loads(folder.plan.read_text())
+    environment = json.loads(folder.environment(1).read_text())
+    assert plan["world_size"] == environment["world_size"] == 2
+    assert plan["parameters"] == environment["parameters"]
+    assert [r["rank"] for r in environment["ranks"]] == [0, 1]
+    assert sorted(r["node"] for r in environment["ranks"]) == [0, 1]
+    assert (folder.checkpoints / f"step_{STEPS:08d}" / "manifest.json").is_file()
+    assert f"step {STEPS}/{STEPS}" in folder.log(1, 0).read_text()
+    assert folder.log(1, 1).is_file()
+    assert [e["event"] for e in folder.read_events()] == ["submitted", "started", "saved", "saved", "finished"]
+    for name in ("config.yaml", "overrides.yaml"):
+        assert (folder.path / ".hydra" / name).is_file()
+
+
+def test_records_say_what_is_known_and_leave_out_what_is_not(sweep: tuple[Path, str]) -> None:
+    outputs, _ = sweep
+    record = read_records(point(outputs, "s", 2).metrics(1))[3]
+    known: dict[str, Any] = {"step": 4, "attempt": 1, "tokens": 4 * 32, "samples": [3 * 8 + 4, 3 * 8 + 7]}
+    assert {k: record[k] for k in known} == known
+    assert record["tokens_per_s"] == pytest.approx(8 * 32 / record["step_time_s"])
+    assert record["checkpoint_s"] > 0 and "val_loss" in record
+    assert not {"mfu_palm", "hfu", "memory_peak_gib", "comm_s"} & set(record), "unknown on this device"
+
+
+def test_the_table_has_a_row_for_each_point(sweep: tuple[Path, str]) -> None:
+    outputs, text = sweep
+    rows = list(csv.DictReader((outputs / "s" / "scaling.csv").open()))
+    assert [(r["nodes"], r["ranks"]) for r in rows] == [("1", "1"), ("2", "2"), ("4", "4")]
+    assert "Strong scaling" in text
+    for name in ("scaling.md", "scaling.png"):
+        assert (outputs / "s" / name).stat().st_size > 0
+    assert list((outputs / "s" / "Scaling").glob("events.out.tfevents.*"))
+    assert list((point(outputs, "s", 1).tensorboard).glob("events.out.tfevents.*"))
+
+
+def test_the_report_can_be_made_again(sweep: tuple[Path, str]) -> None:
+    outputs, _ = sweep
+    before = (outputs / "s" / "scaling.csv").read_text()
+    (outputs / "s" / "scaling.csv").unlink()
+    run("launch.report", str(outputs / "s"), cwd=outputs)
+    assert (outputs / "s" / "scaling.csv").read_text() == before
+
+
+def test_the_same_command_again_finds_the_work_done(sweep: tuple[Path, str]) -> None:
+    outputs, _ = sweep
+    folder = point(outputs, "f", 2)
+    before = read_records(folder.metrics(0))
+    words = [*TINY, f"optim.max_steps={STEPS}", "name=f", "checkpoint.interval=4", "eval.interval=4"]
+    run("launch", "nodes=2", "parallel=fsdp", *words, cwd=outputs.parent)
+    assert read_records(folder.metrics(0)) == before
+    assert "already finished" in folder.log(2, 0).read_text()
+
+
+@pytest.mark.parametrize("starter", ["python", "torchrun"])
+def test_the_worker_runs_without_the_launcher(starter: str, sweep: tuple[Path, str], tmp_path: Path) -> None:
+    outputs, _ = sweep
+    words = [*TINY, f"optim.max_steps={STEPS}", f"run_dir={tmp_path / 'run'}", "checkpoint.interval=4", "eval.interval=4"]
+    if starter == "python":
+        run("gpt.train", *words, cwd=tmp_path)
+    else:
+        rendezvous = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        run("torch.distributed.run", *rendezvous, "-m", "gpt.train", "parallel=fsdp", *words, cwd=tmp_path)
+    same = final(point(outputs, "s", 1), "loss")
+    assert final(RunFolder(tmp_path / "run"), "loss") == pytest.approx(same, rel=1e-4)
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "basic"])
+def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tmp_path: Path) -> None:
+    outputs, _ = sweep
+    words = [*TINY, f"optim.max_steps={STEPS}", "checkpoint.interval=4", "eval.interval=4", f"hydra/launcher={launcher}"]
+    nodes = 1
+    if launcher == "submitit_local":
+        nodes = 2
+        words += ["hydra.launcher.tasks_per_node=2"]
+    run("launch", f"nodes={nodes}", *words, cwd=tmp_path)
+    same = final(point(outputs, "s", 1), "loss")
+    made = point(tmp_path / "outputs", "quick_test", nodes)
+    assert final(made, "loss") == pytest.approx(same, rel=1e-4)
+    assert len(json.loads(made.environment(1).read_text())["ranks"]) == nodes
+
+
+def test_a_stock_launcher_with_another_number_of_tasks_is_refused(tmp_path: Path) -> None:
+    text = run("launch", "nodes=2", "hydra/launcher=submitit_local", *TINY, cwd=tmp_path, status=2)
+    assert "nodes=2, and the launcher started 1 tasks" in text

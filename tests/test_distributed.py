@@ -1,0 +1,48 @@
+"""The helper itself: results, the first failure, deaths and hangs, and that no process is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import RankFailedError, run_distributed
+
+
+def add_up(rank: int, world_size: int, start: int) -> tuple[int, float, str]:
+    total = torch.tensor(float(start + rank))
+    dist.all_reduce(total)
+    return os.getpid(), total.item(), os.environ["RANK"]
+
+
+def misbehave(rank: int, world_size: int, how: str) -> Any:
+    if rank == 1:
+        if how == "raise":
+            raise ValueError("the cause")
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()
+    dist.barrier()
+
+
+def test_results_come_by_rank_from_processes_of_their_own() -> None:
+    results = run_distributed(add_up, 2, 10)
+    assert [r[1:] for r in results] == [(21.0, "0"), (21.0, "1")]
+    assert len({os.getpid(), *(r[0] for r in results)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("how", "timeout_s", "message"),
+    [("raise", 60, "ValueError: the cause"), ("die", 60, "died of SIGKILL"), ("hang", 3, "no answer in time")],
+)
+def test_the_rank_that_failed_is_named_and_none_is_left(how: str, timeout_s: float, message: str) -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RankFailedError, match=message) as failure:
+        run_distributed(misbehave, 2, how, timeout_s=timeout_s)
+    assert failure.value.rank == (1 if how != "hang" else failure.value.rank)
+    assert set(multiprocessing.active_children()) == before
