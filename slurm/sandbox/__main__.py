@@ -1,0 +1,200 @@
+"""The command line of the sandbox: ``python -m slurm.sandbox up``, and ``--help`` for the rest.
+
+Owns the options and what is printed. Must not know how anything is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt.errors import ConfigError
+from slurm.sandbox import faults
+from slurm.sandbox.cluster import Cluster, NodeStatus
+from slurm.sandbox.commands import SandboxError
+from slurm.sandbox.settings import Settings, default_directory
+from slurm.sandbox.state import State
+
+DEFAULTS = Settings()
+EXAMPLES = """examples:
+  python -m slurm.sandbox up --nodes 4 --gpus-per-node 2
+  python -m slurm.sandbox up --partitions short:MaxTime=5 long --set SlurmdTimeout=10
+  python -m slurm.sandbox power-cut n3 && python -m slurm.sandbox heal n3
+  python -m slurm.sandbox link n1 n2 --bandwidth-mbit 100 --loss-percent 0.5
+  python -m slurm.sandbox preempt 12
+  python -m slurm.sandbox down
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do one subcommand; 0 where it succeeded, 1 where it failed, 2 where it was refused, 3 where nothing is up."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[Cluster, argparse.Namespace], int] = options.command
+    try:
+        return command(Cluster(options.dir), options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except SandboxError as error:
+        print(f"slurm.sandbox: {error}", file=sys.stderr)
+        return 1
+
+
+def _up(cluster: Cluster, options: argparse.Namespace) -> int:
+    state = cluster.up(
+        Settings(
+            nodes=options.nodes,
+            cpus_per_node=options.cpus_per_node,
+            gpus_per_node=options.gpus_per_node,
+            memory_gib_per_node=options.memory_gib_per_node,
+            partitions=tuple(options.partitions),
+            slurm_conf=tuple(options.set),
+            namespaces=options.namespaces,
+        ),
+        timeout_s=options.timeout_s,
+    )
+    print(_how_to_use(state), flush=True)
+    return 0
+
+
+def _how_to_use(state: State) -> str:
+    names = list(state.nodes)
+    where = "" if state.directory == Cluster().directory else f" --dir {state.directory}"
+    lines = [f"{len(names)} nodes are idle: {names[0]} to {names[-1]}. To use them, from this machine:"]
+    lines += [f"  export SLURM_CONF={state.slurm_conf}"]
+    lines += [f"  srun --nodes={min(2, len(names))} hostname", "To take them away:"]
+    lines += [f"  python -m slurm.sandbox down{where}"]
+    if state.mode == "one-host":
+        lines += [f"The nodes share this host, because: {state.why_one_host}"]
+        lines += ["So they have one address and one /dev/shm between them, and these are refused:"]
+        lines += [f"  {', '.join(faults.NEEDS_NAMESPACES)}"]
+    return "\n".join(lines)
+
+
+def _down(cluster: Cluster, options: argparse.Namespace) -> int:
+    print(f"took down {cluster.directory}" if cluster.down() else f"nothing is up in {cluster.directory}")
+    return 0
+
+
+def _status(cluster: Cluster, options: argparse.Namespace) -> int:
+    try:
+        nodes = cluster.status()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 3
+    print(f"{'node':6} {'address':22} {'power':6} {'link':5} {'processes':10} slurm")
+    for entry in nodes:
+        print(_status_line(entry))
+    print(f"export SLURM_CONF={cluster.env['SLURM_CONF']}")
+    return 0
+
+
+def _status_line(entry: NodeStatus) -> str:
+    address = f"{entry.address}:{entry.port}"
+    power, link = "on" if entry.power else "off", "up" if entry.link else "cut"
+    processes = "frozen" if entry.frozen else "run" if entry.power else "gone"
+    return f"{entry.name:6} {address:22} {power:6} {link:5} {processes:10} {entry.slurm}"
+
+
+def _node_fault(fault: Callable[[Cluster, str], None]) -> Callable[[Cluster, argparse.Namespace], int]:
+    def command(cluster: Cluster, options: argparse.Namespace) -> int:
+        for name in options.node:
+            fault(cluster, name)
+        return 0
+
+    return command
+
+
+def _link(cluster: Cluster, options: argparse.Namespace) -> int:
+    for name in options.node:
+        faults.link(
+            cluster,
+            name,
+            bandwidth_mbit=options.bandwidth_mbit,
+            loss_percent=options.loss_percent,
+            latency_ms=options.latency_ms,
+        )
+    return 0
+
+
+def _preempt(cluster: Cluster, options: argparse.Namespace) -> int:
+    print(faults.preempt(cluster, options.job, seconds=options.seconds))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm.sandbox",
+        description="A real Slurm cluster on this machine, and faults to try on it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--dir", type=Path, metavar="DIR", help=f"where the sandbox lies ({default_directory()})")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[Cluster, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
+        sub.set_defaults(command=command)
+        return sub
+
+    _add_up_options(add("up", _up, "start a sandbox and print how to use it"))
+    add("down", _down, "end everything a sandbox started, and remove its directory")
+    add("status", _status, "show every node; exit status 3 where no sandbox is up")
+    for name, fault, text in (
+        ("power-cut", faults.power_cut, "switch nodes off without a word to anyone"),
+        ("cut-link", faults.cut_link, "pull the network cable of nodes; they run on"),
+        ("freeze", faults.freeze, "stop every process of nodes; their kernel still answers"),
+        ("heal", faults.heal, "undo power-cut, cut-link, freeze and link"),
+    ):
+        add(name, _node_fault(fault), text).add_argument("node", nargs="+", help="a node's name, such as n3")
+    link = add("link", _link, "limit the network cable of nodes, each direction alike; without options, free it")
+    link.add_argument("node", nargs="+", help="a node's name, such as n3")
+    link.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="megabits a second")
+    link.add_argument("--loss-percent", type=float, metavar="PERCENT", help="packets that get lost")
+    link.add_argument("--latency-ms", type=float, metavar="MS", help="delay; refused where the kernel has no netem")
+    preempt = add("preempt", _preempt, "submit a job that preempts a running one, and print its id")
+    preempt.add_argument("job", help="the id of a running job")
+    preempt.add_argument("--seconds", type=int, default=5, help="how long the new job keeps the nodes (%(default)s)")
+    return parser
+
+
+def _add_up_options(up: argparse.ArgumentParser) -> None:
+    up.add_argument("--nodes", type=int, default=DEFAULTS.nodes, help="number of nodes (%(default)s)")
+    up.add_argument(
+        "--cpus-per-node",
+        type=int,
+        default=DEFAULTS.cpus_per_node,
+        help="CPUs that Slurm hands out on each, whatever the machine has (%(default)s)",
+    )
+    up.add_argument("--gpus-per-node", type=int, default=DEFAULTS.gpus_per_node, help="fake GPUs on each (%(default)s)")
+    up.add_argument(
+        "--memory-gib-per-node",
+        type=int,
+        default=DEFAULTS.memory_gib_per_node,
+        help="memory that Slurm checks --mem against, whatever the machine has (%(default)s)",
+    )
+    up.add_argument(
+        "--partitions",
+        nargs="+",
+        metavar="NAME[:KEY=VALUE,...]",
+        default=list(DEFAULTS.partitions),
+        help="in the words of slurm.conf; the first is the default, later ones preempt earlier ones (low high)",
+    )
+    up.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a line of slurm.conf, in place of the sandbox's own (repeat for more), such as SlurmdTimeout=10",
+    )
+    up.add_argument(
+        "--no-namespaces", dest="namespaces", action="store_false", help="let the nodes share this host on purpose"
+    )
+    up.add_argument("--timeout-s", type=float, default=60.0, help="how long to wait for the nodes (%(default)s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""A sandbox as a whole: up, down, and what it looks like. The Python interface for tests.
+
+Owns the order in which the parts are started and taken away.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+from gpt.errors import ConfigError
+from slurm.sandbox import configuration, leftovers, network, node, packages, processes
+from slurm.sandbox import state as records
+from slurm.sandbox.commands import SandboxError, run, wait_until
+from slurm.sandbox.settings import Settings, check, default_directory, directory_tag
+from slurm.sandbox.state import State
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """One node as it is: ``slurm`` in Slurm's word (idle, mixed, down*, ...), the rest as the machine shows it."""
+
+    name: str
+    address: str
+    port: int
+    power: bool
+    link: bool
+    frozen: bool
+    slurm: str
+
+
+class Cluster:
+    """A sandbox in a directory; started with up(), or found again where another process started it."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = Path(os.path.realpath(directory or default_directory()))
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.down()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What to add to an environment so that sbatch, squeue, srun and the like speak to this sandbox."""
+        return {"SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
+
+    @property
+    def nodes(self) -> list[str]:
+        """The names of the nodes, in order; ConfigError where the sandbox is not up."""
+        return list(records.require(self.directory).nodes)
+
+    def slurm(self, *args: str, timeout_s: float = 30.0) -> str:
+        """Run a Slurm command against this sandbox, as a user would, and return what it printed; SandboxError."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
+        return run(args, timeout_s=timeout_s, env={**clean, **self.env})
+
+    def up(self, settings: Settings | None = None, *, timeout_s: float = 60.0) -> State:
+        """Start the sandbox and wait until every node is idle.
+
+        Clears the remains of one that crashed here. Raises ConfigError for what cannot work or is up already, and
+        SandboxError, with the end of the daemons' logs and nothing left behind, where the start fails.
+        """
+        settings = settings or Settings()
+        check(settings, self.directory)
+        packages.require(packages.EVERYWHERE)
+        with records.locked(self.directory, create=True):
+            self._clear_remains()
+            state = self._new_state(settings)
+            try:
+                self._start(state, timeout_s)
+            except BaseException as error:
+                told = leftovers.log_tails(state)
+                leftovers.clear(state)
+                if isinstance(error, SandboxError):
+                    raise SandboxError(f"{error}\n{told}".strip()) from error
+                raise
+        return state
+
+    def _clear_remains(self) -> None:
+        old = records.load(self.directory)
+        if old is None:
+            if any(self.directory.iterdir()):
+                raise ConfigError(
+                    found=f"{self.directory} holds files that are no sandbox's",
+                    expected="a directory that is empty, or not there yet",
+                    fix=f"--dir {self.directory / 'slurm-sandbox'}",
+                )
+            return
+        if old.started and old.processes["slurmctld"].alive():
+            raise ConfigError(
+                found=f"a sandbox is up in {self.directory}",
+                expected="one sandbox in a directory",
+                fix=f"python -m slurm.sandbox down --dir {self.directory}",
+            )
+        leftovers.clear(old)
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _new_state(self, settings: Settings) -> State:
+        why = "asked for with --no-namespaces"
+        if settings.namespaces:
+            packages.require(packages.WITH_NAMESPACES)
+            why = packages.why_no_namespaces(f"ssb{directory_tag(self.directory)}") or ""
+        return State(self.directory, settings, "one-host" if why else "namespaces", why)
+
+    def _start(self, state: State, timeout_s: float) -> None:
+        state.save()
+        (network.build if state.mode == "namespaces" else network.build_on_one_host)(state)
+        _write_files(state)
+        state.save()
+        _start_munged(state)
+        _start_controller(state)
+        for name in state.nodes:
+            node.switch_on(state, name)
+        self._wait_started(state, timeout_s)
+        state.started = True
+        state.save()
+
+    def _wait_started(self, state: State, timeout_s: float) -> None:
+        def all_idle() -> bool:
+            ended = [name for name, process in state.processes.items() if not process.alive()]
+            if ended:
+                raise SandboxError(f"{', '.join(ended)} ended instead of running on")
+            return self._all_idle(set(state.nodes))
+
+        wait_until(all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
+
+    def _all_idle(self, names: set[str]) -> bool:
+        return {name for name, word in self.slurm_states().items() if word == "idle"} == names
+
+    def _nodes_in_words(self) -> str:
+        return f"{len(self.nodes)} idle nodes; Slurm says {self.slurm_states() or 'nothing'}"
+
+    def wait_idle(self, *, timeout_s: float = 60.0) -> None:
+        """Wait until every node is idle and answers; SandboxError with the nodes' states where that does not come."""
+        names = set(self.nodes)
+        wait_until(lambda: self._all_idle(names), timeout_s=timeout_s, what=self._nodes_in_words)
+
+    def slurm_states(self) -> dict[str, str]:
+        """Each node's state in Slurm's word, with a * where it does not answer; empty where no controller answers."""
+        try:
+            lines = self.slurm("sinfo", "--Node", "--noheader", "--format=%N %t").splitlines()
+        except SandboxError:
+            return {}
+        return dict(line.split() for line in lines)
+
+    def status(self) -> list[NodeStatus]:
+        """Every node as it is; ConfigError where the sandbox is not up."""
+        state = records.require(self.directory)
+        words = self.slurm_states()
+        one_host = state.mode == "one-host"
+        return [
+            NodeStatus(
+                name=name,
+                address=at.address,
+                port=at.port,
+                power=node.is_on(state, name),
+                link=one_host or network.link_is_up(state, name),
+                frozen=not one_host and node.is_frozen(state, name),
+                slurm=words.get(name, "unknown"),
+            )
+            for name, at in state.nodes.items()
+        ]
+
+    def down(self) -> bool:
+        """End everything the sandbox started and remove its directory; whether there was anything to end."""
+        with records.locked(self.directory) as there:
+            state = records.load(self.directory) if there else None
+            if state is None:
+                return False
+            leftovers.clear(state)
+            return True
+
+
+def _write_files(state: State) -> None:
+    """Lay out the sandbox's directory: configuration, key, device files, and room for the daemons."""
+    for name in ("etc", "munge", "log", "run", "controller", "spool", "gpu"):
+        (state.directory / name).mkdir(mode=0o755)
+    etc = state.slurm_conf.parent
+    (etc / "slurm.conf").write_text(configuration.slurm_conf(state))
+    (etc / "gres.conf").write_text(configuration.gres_conf(state))
+    (etc / "hosts").write_text(configuration.hosts(state))
+    key = state.directory / "munge" / "key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(1024))
+    for path in configuration.gpu_files(state):
+        # slurmd wants a device file, which only root may make, but a link to one is as good.
+        path.symlink_to("/dev/null")
+
+
+def _start_munged(state: State) -> None:
+    place = state.munge_socket.parent
+    # --force, because the directory of a sandbox may be one that others can write to, as /tmp is.
+    command = ["munged", "--foreground", "--force", f"--socket={state.munge_socket}", f"--key-file={place}/key"]
+    command += [f"--log-file={state.directory}/log/munged.log", f"--pid-file={state.directory}/run/munged.pid"]
+    command += [f"--seed-file={place}/seed"]
+    processes.start(command, log=state.log("munged"), env=node.environment(state), record=partial(state.own, "munged"))
+    wait_until(lambda: _answers(state.munge_socket), timeout_s=20.0, what="munged to answer")
+
+
+def _start_controller(state: State) -> None:
+    command, inside = ["slurmctld", "-D"], []
+    if state.mode == "namespaces":
+        inside = ["unshare", "--uts", "--mount"]
+        script = 'hostname ctl && mount --bind "$1" /etc/hosts && exec slurmctld -D'
+        command = ["sh", "-c", script, "sh", str(state.slurm_conf.with_name("hosts"))]
+    env, log, record = node.environment(state), state.log("slurmctld"), partial(state.own, "slurmctld")
+    processes.start(command, log=log, env=env, record=record, inside=inside)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0

@@ -1,0 +1,124 @@
+"""The text of slurm.conf, gres.conf and the nodes' hosts file. Pure: nothing is written or started here.
+
+The lines follow what Slurm 22.05 and later accept; each that is not a matter of taste says why it is there.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+from pathlib import Path
+
+from slurm.sandbox.state import State
+
+
+def controller_name(state: State) -> str:
+    """The controller's host name: of its own with namespaces, else this machine's without the domain."""
+    return "ctl" if state.mode == "namespaces" else socket.gethostname().partition(".")[0]
+
+
+def slurm_conf(state: State) -> str:
+    """The whole of slurm.conf, the user's own lines in place of ours."""
+    lines = _general(state)
+    names = {key.lower(): key for key in lines}
+    for line in state.settings.slurm_conf:
+        key, _, value = line.partition("=")
+        lines[names.get(key.lower(), key)] = value
+    text = [f"{key}={value}" for key, value in lines.items()]
+    return "\n".join([*text, *_nodes(state), *_partitions(state)]) + "\n"
+
+
+def _general(state: State) -> dict[str, str]:
+    user = pwd.getpwuid(os.getuid()).pw_name
+    return {
+        "ClusterName": "sandbox",
+        "SlurmctldHost": f"{controller_name(state)}({state.controller.address})",
+        "SlurmctldPort": str(state.controller.port),
+        # slurmctld then listens at the address of its host name only, not at every address of the machine.
+        **({"CommunicationParameters": "NoCtldInAddrAny"} if state.mode == "namespaces" else {}),
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        **_directories(state.directory),
+        "AuthType": "auth/munge",
+        "CredType": "cred/munge",
+        # A requeued job may start only when its old credential has expired, 120 s by default.
+        "AuthInfo": f"socket={state.munge_socket},cred_expire=5",
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_CPU",
+        # More CPUs and memory than the machine has.
+        "SlurmdParameters": "config_overrides",
+        "GresTypes": "gpu",
+        "MpiDefault": "none",
+        "AccountingStorageType": "accounting_storage/none",
+        "JobAcctGatherType": "jobacct_gather/none",
+        "SchedulerType": "sched/backfill",
+        "SchedulerParameters": "bf_interval=2,sched_interval=5,sched_min_interval=200000,batch_sched_delay=0",
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "SlurmctldParameters": "preempt_send_user_signal",
+        "RequeueExit": "85",
+        # A node that was lost comes back by itself as soon as it registers.
+        "ReturnToService": "2",
+        "SlurmctldTimeout": "30",
+        "SlurmdTimeout": "20",
+        "KillWait": "5",
+        "UnkillableStepTimeout": "30",
+        "MinJobAge": "300",
+    }
+
+
+def _directories(directory: Path) -> dict[str, str]:
+    return {
+        "StateSaveLocation": f"{directory}/controller",
+        "SlurmdSpoolDir": f"{directory}/spool/%n",
+        "SlurmctldPidFile": f"{directory}/run/slurmctld.pid",
+        "SlurmdPidFile": f"{directory}/run/%n.pid",
+        "SlurmctldLogFile": f"{directory}/log/slurmctld.log",
+        "SlurmdLogFile": f"{directory}/log/%n.log",
+    }
+
+
+def _nodes(state: State) -> list[str]:
+    settings = state.settings
+    gres = f" Gres=gpu:{settings.gpus_per_node}" if settings.gpus_per_node else ""
+    size = f"CPUs={settings.cpus_per_node} RealMemory={settings.memory_gib_per_node * 1024}{gres} State=UNKNOWN"
+    host = "" if state.mode == "namespaces" else f" NodeHostname={controller_name(state)}"
+    return [
+        f"NodeName={name}{host} NodeAddr={node.address} Port={node.port} {size}" for name, node in state.nodes.items()
+    ]
+
+
+def _partitions(state: State) -> list[str]:
+    """One line for each partition: those before the last may be preempted, the last may not."""
+    last = len(state.settings.partitions)
+    lines = []
+    for position, text in enumerate(state.settings.partitions, start=1):
+        name, _, asked = text.partition(":")
+        preempted = {"PreemptMode": "REQUEUE", "GraceTime": "10"} if position < last else {"PreemptMode": "OFF"}
+        words = {"Nodes": "ALL", "Default": "YES" if position == 1 else "NO", "MaxTime": "INFINITE"}
+        words |= {"PriorityTier": str(position), **preempted}
+        ours = {key.lower(): key for key in words}
+        for pair in filter(None, asked.split(",")):
+            key, _, value = pair.partition("=")
+            words[ours.get(key.lower(), key)] = value
+        lines.append(f"PartitionName={name} " + " ".join(f"{key}={value}" for key, value in words.items()))
+    return lines
+
+
+def gpu_files(state: State) -> list[Path]:
+    """The device files that stand for the GPUs, the same on every node."""
+    return [state.directory / "gpu" / f"nvidia{index}" for index in range(state.settings.gpus_per_node)]
+
+
+def gres_conf(state: State) -> str:
+    """The whole of gres.conf: a device file for each GPU, because slurmd reports a mere count as INVAL."""
+    return "".join(f"Name=gpu File={path}\n" for path in gpu_files(state))
+
+
+def hosts(state: State) -> str:
+    """The /etc/hosts of every node: itself, all nodes, and the controller."""
+    lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost", f"{state.controller.address} ctl"]
+    return "\n".join([*lines, *(f"{node.address} {name}" for name, node in state.nodes.items())]) + "\n"

@@ -1,0 +1,103 @@
+"""What goes wrong on a cluster, done on purpose: power, cables, hangs, preemption.
+
+Owns the faults and the refusal of those that one host cannot show. Must not know what runs on the cluster.
+"""
+
+from __future__ import annotations
+
+from gpt.errors import ConfigError
+from slurm.sandbox import network, node, shaping
+from slurm.sandbox import state as records
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.state import State
+
+NEEDS_NAMESPACES = ("power-cut", "cut-link", "freeze", "heal", "link")
+
+
+def _open(cluster: Cluster, fault: str, name: str) -> State:
+    """The sandbox's record, once it is sure that this fault can happen to this node; ConfigError."""
+    state = records.require(cluster.directory)
+    if state.mode == "one-host":
+        raise ConfigError(
+            found=f"{fault} in a sandbox whose nodes share one host ({state.why_one_host})",
+            expected="nodes that are hosts of their own; on one host there is only `preempt`",
+            fix="python -m slurm.sandbox down, then up as root where namespaces are allowed",
+        )
+    if name not in state.nodes:
+        raise ConfigError(f"{fault} {name}", f"one of {' '.join(state.nodes)}", f"{fault} {next(iter(state.nodes))}")
+    return state
+
+
+def _open_running(cluster: Cluster, fault: str, name: str) -> State:
+    """The same, for a fault that needs the node to be switched on; ConfigError."""
+    state = _open(cluster, fault, name)
+    if not node.is_on(state, name):
+        raise ConfigError(f"{fault} {name}, which is off", "a node that is on", f"python -m slurm.sandbox heal {name}")
+    return state
+
+
+def power_cut(cluster: Cluster, name: str) -> None:
+    """End a node within an instant, silently: its cable is dead before its processes are, so no peer is told."""
+    with records.locked(cluster.directory):
+        state = _open_running(cluster, "power-cut", name)
+        network.set_link(state, name, up=False)
+        node.switch_off(state, name)
+
+
+def cut_link(cluster: Cluster, name: str) -> None:
+    """Pull a node's cable; everything on it runs on."""
+    with records.locked(cluster.directory):
+        network.set_link(_open_running(cluster, "cut-link", name), name, up=False)
+
+
+def freeze(cluster: Cluster, name: str) -> None:
+    """Stop every process of a node; its kernel still acknowledges what arrives."""
+    with records.locked(cluster.directory):
+        node.set_frozen(_open_running(cluster, "freeze", name), name, frozen=True)
+
+
+def link(
+    cluster: Cluster,
+    name: str,
+    *,
+    bandwidth_mbit: float | None = None,
+    loss_percent: float | None = None,
+    latency_ms: float | None = None,
+) -> None:
+    """Limit a node's cable, in each direction: megabits a second, percent of packets lost, milliseconds of delay.
+
+    What is None is unlimited. ConfigError for a delay where the kernel has no netem.
+    """
+    with records.locked(cluster.directory):
+        state = _open_running(cluster, "link", name)
+        shaping.shape(state, name, bandwidth_mbit=bandwidth_mbit, loss_percent=loss_percent, latency_ms=latency_ms)
+
+
+def heal(cluster: Cluster, name: str) -> None:
+    """Undo what happened to a node: switch it on, or else continue its processes and free its cable."""
+    with records.locked(cluster.directory):
+        state = _open(cluster, "heal", name)
+        if not node.is_on(state, name):
+            node.switch_on(state, name)
+            return
+        network.set_link(state, name, up=True)
+        shaping.shape(state, name)
+        node.set_frozen(state, name, frozen=False)
+        node.announce(state, name)
+
+
+def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:
+    """Preempt a running job: submit one to the most preferred partition that wants all its nodes for ``seconds``.
+
+    Returns the new job's id. ConfigError where the job does not run, or already runs in that partition.
+    """
+    state = records.require(cluster.directory)
+    best = state.settings.partitions[-1].partition(":")[0]
+    rows = [line.split() for line in cluster.slurm("squeue", "--noheader", "--format=%i %A %T %P %N").splitlines()]
+    found = [row for row in rows if job in row[:2] and row[2] == "RUNNING"]
+    if not found or found[0][3] == best:
+        where = f"runs in partition {best} already" if found else "does not run"
+        raise ConfigError(f"preempt {job}, which {where}", f"a job that runs in a partition before {best}", "squeue")
+    options = ["--partition", best, "--nodelist", found[0][4], "--exclusive", "--output", "/dev/null"]
+    script = ["--parsable", "--job-name", f"preempt-{job}", "--chdir", "/", "--wrap", f"exec sleep {seconds}"]
+    return cluster.slurm("sbatch", *options, *script).strip()

@@ -1,0 +1,93 @@
+"""What a user can ask of a sandbox, checked before anything is started.
+
+Owns the defaults and the words of the refusals. Must not know how any of it is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.errors import ConfigError
+
+MAX_NODES = 200
+# A Unix socket's path holds 107 bytes, and slurmd puts `spool/n200_4294967295.4294967295` behind the directory.
+MAX_DIRECTORY_LENGTH = 70
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The shape of a sandbox.
+
+    Attributes:
+        nodes: number of nodes, called n1, n2, ...
+        cpus_per_node: CPUs that Slurm hands out on each node, whatever the machine has.
+        gpus_per_node: fake GPUs (files that swallow everything) on each node.
+        memory_gib_per_node: memory that Slurm checks --mem against, whatever the machine has.
+        partitions: one text each, ``NAME`` or ``NAME:KEY=VALUE,...`` in the words of slurm.conf; the first is the
+            default, and each is preferred to those before it.
+        slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
+        namespaces: whether nodes are hosts of their own where the machine allows it.
+    """
+
+    nodes: int = 4
+    cpus_per_node: int = 8
+    gpus_per_node: int = 2
+    memory_gib_per_node: int = 256
+    partitions: tuple[str, ...] = ("low", "high")
+    slurm_conf: tuple[str, ...] = ()
+    namespaces: bool = True
+
+    def node_names(self) -> list[str]:
+        """The names of all nodes, in order."""
+        return [f"n{index}" for index in range(1, self.nodes + 1)]
+
+
+def default_directory() -> Path:
+    """Where a sandbox lies when nothing is said: in $XDG_STATE_HOME, by default ~/.local/state."""
+    state_home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state_home) / "slurm-sandbox"
+
+
+def directory_tag(directory: Path) -> str:
+    """Eight letters that belong to this directory alone, for the names of its network interfaces."""
+    return hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+
+
+def check(settings: Settings, directory: Path) -> None:
+    """Refuse numbers and names that cannot work; ConfigError."""
+    limits = {
+        "--nodes": (settings.nodes, 1, MAX_NODES),
+        "--cpus-per-node": (settings.cpus_per_node, 1, 4096),
+        "--gpus-per-node": (settings.gpus_per_node, 0, 64),
+        "--memory-gib-per-node": (settings.memory_gib_per_node, 1, 65536),
+    }
+    for option, (value, low, high) in limits.items():
+        if not low <= value <= high:
+            nearest = min(max(value, low), high)
+            raise ConfigError(f"{option} {value}", f"a number from {low} to {high}", f"{option} {nearest}")
+    _check_partitions(settings.partitions)
+    for line in settings.slurm_conf:
+        if not re.fullmatch(r"[A-Za-z]+=[^\n]+", line):
+            raise ConfigError(f"--set {line!r}", "a line of slurm.conf, KEY=VALUE", "--set KillWait=5")
+    if len(os.fsencode(directory)) > MAX_DIRECTORY_LENGTH:
+        raise ConfigError(
+            found=f"--dir {directory} ({len(os.fsencode(directory))} bytes)",
+            expected=f"at most {MAX_DIRECTORY_LENGTH} bytes, because Unix sockets lie in it",
+            fix="--dir /tmp/slurm-sandbox",
+        )
+
+
+def _check_partitions(partitions: tuple[str, ...]) -> None:
+    example = "--partitions low:GraceTime=10 high:MaxTime=60"
+    if not partitions:
+        raise ConfigError("no partition", "at least one", example)
+    for text in partitions:
+        if not re.fullmatch(r"[A-Za-z][\w-]*(:\w+=[^\s,=]+(,\w+=[^\s,=]+)*)?", text):
+            raise ConfigError(f"--partitions {text!r}", "NAME or NAME:KEY=VALUE,KEY=VALUE", example)
+    names = [text.partition(":")[0] for text in partitions]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--partitions {' '.join(names)}", "each name once", example)

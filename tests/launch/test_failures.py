@@ -1,0 +1,127 @@
+"""What dies, and what the person at the keyboard is told: any rank that fails fails the run, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from tests.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
+
+LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
+
+# What a mistake in somebody's training code looks like from outside: one rank raises in the middle of the run.
+SABOTAGE = """
+import os
+if os.environ.get("RANK") == os.environ.get("SABOTAGED_RANK"):
+    import importlib.machinery, sys
+
+    class Saboteur:
+        def find_spec(self, name, path=None, target=None):
+            spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "gpt.optim" else None
+            if spec is not None:
+                execute = spec.loader.exec_module
+                spec.loader.exec_module = lambda module: (execute(module), self.sabotage(module))
+            return spec
+
+        def sabotage(self, module):
+            lr_at = module.lr_at
+            def sabotaged(config, step):
+                if step == 3:
+                    raise ZeroDivisionError("the data of step 3 has no tokens")
+                return lr_at(config, step)
+            module.lr_at = sabotaged
+
+    sys.meta_path.insert(0, Saboteur())
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_exception_on_any_rank_fails_the_run_with_its_traceback(rank: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    words = ["nodes=2", *TINY, "optim.max_steps=5", f"run_dir={tmp_path / 'run'}"]
+    text = run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK=rank)
+    assert f"rank {rank} on" in text
+    assert "failed first after step 2: ZeroDivisionError: the data of step 3 has no tokens" in text
+    assert "Traceback (most recent call last)" in text and "train_step" in text
+    log = RunFolder(tmp_path / "run").log(1, int(rank))
+    assert f"log: {log}" in text
+    assert "ZeroDivisionError" in log.read_text()
+
+
+def start_long_run(tmp_path: Path, *words: str) -> tuple[subprocess.Popen[bytes], RunFolder, list[int]]:
+    folder = RunFolder(tmp_path / "run")
+    process = start("launch", "nodes=2", *LONG, f"run_dir={folder.path}", *words, cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: len(read_records(folder.metrics(1))) > 2 or process.poll() is not None, "the third step")
+    assert process.poll() is None, (tmp_path / "log").read_text()
+    return process, folder, descendants(process.pid)
+
+
+def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> None:
+    process, _, family = start_long_run(tmp_path)
+    os.kill(ranks_of(family)[1], signal.SIGKILL)
+    assert process.wait(timeout=120) == 1
+    text = (tmp_path / "log").read_text()
+    assert "rank 1 on" in text and "failed first: killed by SIGKILL" in text
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
+
+
+def test_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    process, folder, family = start_long_run(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
+    assert process.wait(timeout=120) == 130
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
+    events = folder.read_events()
+    assert [e["event"] for e in events][-2:] == ["saved", "stopped"]
+    saved = [e["step"] for e in events if e["event"] == "saved"][-1]
+    assert read_records(folder.metrics(0))[-1]["step"] == saved
+    assert "the same command goes on from the last checkpoint" in (tmp_path / "log").read_text()
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    process, _, family = start_long_run(tmp_path)
+    for pid in ranks_of(family).values():
+        os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "Ctrl-C again" in (tmp_path / "log").read_text(), "the answer to the first Ctrl-C")
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
+
+
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    process, _, family = start_long_run(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes", 120)
+
+
+def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
+    process, _, family = start_long_run(tmp_path)
+    agents = [pid for pid in family if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(agents) == 2
+    os.kill(agents[1], signal.SIGKILL)
+    assert process.wait(timeout=120) == 1
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
+
+
+def test_a_folder_that_is_worked_on_is_refused_to_a_second_command(tmp_path: Path) -> None:
+    process, folder, family = start_long_run(tmp_path)
+    text = run("launch", "nodes=2", *LONG, f"run_dir={folder.path}", cwd=tmp_path, status=2)
+    assert "is being worked on by process" in text
+    assert len(read_records(folder.metrics(0))) >= 2
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    words = [*TINY, "optim.lr=1e30", "optim.min_lr=0", "optim.warmup_steps=0", "optim.max_steps=9", "optim.grad_clip=0"]
+    text = run("gpt.train", *words, f"run_dir={tmp_path / 'run'}", cwd=tmp_path, status=1)
+    assert "FloatingPointError: the loss of step" in text

@@ -1,0 +1,45 @@
+"""A sandbox cluster of four nodes, started once for all tests that want one; skips where the machine cannot have it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm.sandbox import packages
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.settings import Settings
+
+# A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own.
+QUICK = ("SlurmdTimeout=10", "MessageTimeout=5", "TCPTimeout=1")
+
+
+@pytest.fixture(scope="session")
+def slurm_installed() -> None:
+    """Skip where Slurm's packages are not installed."""
+    lacking = packages.missing(packages.EVERYWHERE)
+    if lacking:
+        pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
+
+
+@pytest.fixture(scope="session")
+def namespaces(slurm_installed: None) -> None:
+    """Skip where nodes cannot be hosts of their own."""
+    lacking = packages.missing(packages.WITH_NAMESPACES)
+    if lacking:
+        pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
+    # The name is this process's own, so that two test runs on one machine do not meet.
+    why = packages.why_no_namespaces(f"ssbt{Path('/proc/self').readlink()}")
+    if why:
+        pytest.skip(f"needs root and the right to make namespaces: {why}")
+
+
+@pytest.fixture(scope="session")
+def sandbox(namespaces: None) -> Iterator[Cluster]:
+    """A cluster that is up: n1 to n4, 8 CPUs and 2 fake GPUs each; a test that breaks a node heals it."""
+    # Not pytest's own temporary folder, which may be too deep for a Unix socket.
+    with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as cluster:
+        cluster.up(Settings(slurm_conf=QUICK))
+        yield cluster

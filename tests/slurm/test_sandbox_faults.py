@@ -1,0 +1,214 @@
+"""Faults do on the nodes what their names say, Slurm notices, and heal undoes them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpt.errors import ConfigError
+from slurm.sandbox import faults, packages, processes
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.commands import wait_until
+from slurm.sandbox.state import require
+
+# Waits for one connection, then says how many bytes arrived in how many seconds.
+RECEIVE = """
+import socket, sys, time
+server = socket.create_server((sys.argv[1], 0))
+print(server.getsockname()[1], flush=True)
+connection, _ = server.accept()
+start, count = time.monotonic(), 0
+while data := connection.recv(65536):
+    count += len(data)
+print(count, time.monotonic() - start)
+"""
+SEND = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
+    connection.sendall(bytes(int(sys.argv[3])))
+"""
+# A datagram server counts until it is told the end over and over, because that may be lost too.
+COUNT = """
+import socket, sys
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind((sys.argv[1], 0))
+print(server.getsockname()[1], flush=True)
+seen = set()
+while (data := server.recv(64)) != b"end":
+    seen.add(data)
+print(len(seen))
+"""
+SCATTER = """
+import socket, sys, time
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sender.connect((sys.argv[1], int(sys.argv[2])))
+for number in range(int(sys.argv[3])):
+    sender.send(str(number).encode())
+    if number % 50 == 49:
+        time.sleep(0.005)
+for _ in range(40):
+    try:
+        sender.send(b"end")
+    except ConnectionRefusedError:
+        break
+    time.sleep(0.02)
+"""
+CONNECT = """
+import socket, sys, time
+start = time.monotonic()
+try:
+    socket.create_connection((sys.argv[1], 9), timeout=5)
+except ConnectionRefusedError:
+    pass
+print(1000 * (time.monotonic() - start))
+"""
+
+
+@pytest.fixture(autouse=True)
+def healed(sandbox: Cluster) -> Iterator[None]:
+    """Give every test, and the next one, a cluster in good health."""
+    yield
+    for entry in sandbox.status():
+        if not entry.power or not entry.link or entry.frozen or entry.slurm != "idle":
+            faults.heal(sandbox, entry.name)
+        else:
+            faults.link(sandbox, entry.name)
+    sandbox.wait_idle(timeout_s=60)
+
+
+def on_node(sandbox: Cluster, node: str, script: str, *args: str) -> subprocess.Popen[str]:
+    """Start a Python script in a node's network, without Slurm in between."""
+    inside = f"--net=/proc/{require(sandbox.directory).processes[node].pid}/ns/net"
+    command = ["nsenter", inside, sys.executable, "-c", script, *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def transfer(sandbox: Cluster, server: str, client: str, count: int) -> str:
+    """Let ``client`` run against ``server`` between n1 and n2; the server's last words."""
+    address = require(sandbox.directory).nodes["n1"].address
+    with on_node(sandbox, "n1", server, address) as receiver:
+        assert receiver.stdout is not None
+        port = receiver.stdout.readline().strip()
+        with on_node(sandbox, "n2", client, address, port, str(count)) as sender:
+            assert sender.wait(60) == 0
+        return receiver.communicate(timeout=60)[0]
+
+
+def round_trip_ms(sandbox: Cluster, source: str, target: str) -> float:
+    """How long a refused connection takes between two nodes, the second time (the first asks for the address)."""
+    address = require(sandbox.directory).nodes[target].address
+    for _ in range(2):
+        with on_node(sandbox, source, CONNECT, address) as attempt:
+            words = attempt.communicate(timeout=30)[0]
+    return float(words)
+
+
+def wait_down(sandbox: Cluster, node: str) -> None:
+    wait_until(lambda: sandbox.slurm_states().get(node) == "down*", timeout_s=60, what=f"{node} to be down")
+
+
+def status(sandbox: Cluster, node: str) -> tuple[bool, bool, bool]:
+    """A node's power, link, and whether it is frozen."""
+    entry = next(entry for entry in sandbox.status() if entry.name == node)
+    return entry.power, entry.link, entry.frozen
+
+
+def start_ticking(sandbox: Cluster, node: str, path: Path) -> str:
+    """Start a job on a node that appends a letter to a file ten times a second; its id, once it ticks."""
+    script = f"while :; do printf x >> {path}; sleep 0.1; done"
+    options = ["--parsable", "--no-requeue", "--output=/dev/null", f"--nodelist={node}"]
+    job = sandbox.slurm("sbatch", *options, "--wrap", script).strip()
+    wait_until(lambda: path.exists() and path.stat().st_size > 0, timeout_s=30, what="the job to tick")
+    return job
+
+
+def ticks(path: Path, *, within_s: float = 1.0) -> bool:
+    """Whether the file grows."""
+    size, deadline = path.stat().st_size, time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if path.stat().st_size > size:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_power_cut_ends_everything_on_the_node_and_slurm_calls_it_down(sandbox: Cluster, tmp_path: Path) -> None:
+    start_ticking(sandbox, "n3", tmp_path / "ticks")
+    owner = require(sandbox.directory).processes["n3"]
+    inside = processes.children(owner.pid)
+    faults.power_cut(sandbox, "n3")
+    assert not owner.alive() and not any(processes.state_letter(pid) in list("RSDT") for pid in inside)
+    assert not ticks(tmp_path / "ticks")
+    assert status(sandbox, "n3") == (False, False, False)
+    with pytest.raises(ConfigError, match="which is off"):
+        faults.cut_link(sandbox, "n3")
+    wait_down(sandbox, "n3")
+    faults.heal(sandbox, "n3")
+    sandbox.wait_idle(timeout_s=30)
+    assert sandbox.slurm("srun", "--nodelist=n3", "hostname").strip() == "n3"
+
+
+def test_a_cut_link_silences_a_node_that_runs_on(sandbox: Cluster, tmp_path: Path) -> None:
+    job = start_ticking(sandbox, "n2", tmp_path / "ticks")
+    faults.cut_link(sandbox, "n2")
+    assert status(sandbox, "n2") == (True, False, False)
+    wait_down(sandbox, "n2")
+    assert ticks(tmp_path / "ticks"), "the job's processes should not have noticed"
+    faults.heal(sandbox, "n2")
+    sandbox.wait_idle(timeout_s=60)
+    wait_until(lambda: not ticks(tmp_path / "ticks"), timeout_s=30, what=f"Slurm to end what was left of job {job}")
+
+
+def test_a_frozen_node_stops_and_goes_on(sandbox: Cluster, tmp_path: Path) -> None:
+    job = start_ticking(sandbox, "n4", tmp_path / "ticks")
+    faults.freeze(sandbox, "n4")
+    assert status(sandbox, "n4") == (True, True, True)
+    assert not ticks(tmp_path / "ticks")
+    assert round_trip_ms(sandbox, "n1", "n4") < 1000, "its kernel should still answer"
+    faults.heal(sandbox, "n4")
+    assert status(sandbox, "n4") == (True, True, False)
+    assert ticks(tmp_path / "ticks", within_s=10)
+    sandbox.slurm("scancel", job)
+
+
+def test_bandwidth_is_what_was_asked_for(sandbox: Cluster) -> None:
+    faults.link(sandbox, "n1", bandwidth_mbit=40)
+    count, seconds = transfer(sandbox, RECEIVE, SEND, 10_000_000).split()
+    # tbf counts the frames' headers too, 4 to 5 percent; the bucket is full at the start, and is 0.2 MB here.
+    assert 25 < 8 * int(count) / 1e6 / float(seconds) < 42
+    faults.link(sandbox, "n1")
+    count, seconds = transfer(sandbox, RECEIVE, SEND, 10_000_000).split()
+    assert 8 * int(count) / 1e6 / float(seconds) > 80
+
+
+def test_packets_are_lost_as_often_as_was_asked_for(sandbox: Cluster) -> None:
+    packages.missing(packages.WITH_LOSS) and pytest.skip("needs apt-get install nftables")
+    assert int(transfer(sandbox, COUNT, SCATTER, 2000)) == 2000
+    faults.link(sandbox, "n1", loss_percent=30)
+    # Five standard deviations of a binomial with n=2000 and p=0.7 are 102.
+    assert 1298 < int(transfer(sandbox, COUNT, SCATTER, 2000)) < 1502
+
+
+def test_faults_name_the_nodes_and_limits_there_are(sandbox: Cluster) -> None:
+    with pytest.raises(ConfigError, match="one of n1 n2 n3 n4"):
+        faults.freeze(sandbox, "n5")
+    with pytest.raises(ConfigError, match="--loss-percent 101"):
+        faults.link(sandbox, "n1", loss_percent=101)
+    with pytest.raises(ConfigError, match="--bandwidth-mbit 0"):
+        faults.link(sandbox, "n1", bandwidth_mbit=0)
+
+
+def test_a_delay_is_never_pretended(sandbox: Cluster) -> None:
+    """Where the kernel can delay packets a round trip takes twice the delay; where it cannot, the option is refused."""
+    try:
+        faults.link(sandbox, "n1", latency_ms=50)
+    except ConfigError as refused:
+        assert "no netem" in refused.found
+        assert round_trip_ms(sandbox, "n2", "n1") < 50
+    else:
+        assert round_trip_ms(sandbox, "n2", "n1") >= 100
