@@ -59,8 +59,8 @@ class EventWriter:
     """One event file in ``folder``; TensorBoard reads all files of a folder as one run, in the order of their start.
 
     ``purge_step`` is for a run that resumes: what earlier files of the folder say of this step and later ones was
-    lost with the crash and is done again, so TensorBoard drops it (its ``SessionLog.START`` message). Events reach
-    the disk after at most ``flush_s`` seconds. ``suffix`` ends the file's name.
+    lost with the crash and is done again, so TensorBoard drops it. None starts over and drops all they say. Events
+    reach the disk after at most ``flush_s`` seconds. ``suffix`` ends the file's name.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class EventWriter:
         suffix: str = "",
     ) -> None:
         self._writer = EventFileWriter(str(Path(folder)), flush_secs=flush_s, filename_suffix=suffix)
-        if purge_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.add_event(event_pb2.Event(wall_time=clock.time(), step=purge_step, session_log=start))
+        # In every file: TensorBoard takes the first such message of a run for its beginning and obeys the later ones.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(event_pb2.Event(wall_time=clock.time(), step=purge_step or 0, session_log=start))
 
     def __enter__(self) -> EventWriter:
         return self

@@ -1,0 +1,149 @@
+"""What a run ran on: ``attempts/NNNN/environment.json`` as the report needs it.
+
+Owns the reading of that file, the words for a topology, and the question whether ranks shared cores or a GPU. Must
+not know of step times.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from gpt.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where one rank ran: ``machine`` is the physical one (several nodes may lie on it)."""
+
+    node: int
+    host: str
+    machine: str
+    device: str
+    device_name: str
+    cores: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Set-up of one attempt. Batches in sequences, ``block_size`` in tokens."""
+
+    topology: str
+    global_batch: int
+    per_rank_batch: int
+    weak_scaling: bool
+    block_size: int
+    precision: str
+    model: str
+    parameters: int
+    torch: str
+    commit: str
+    ranks: tuple[RankPlace, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return len({place.node for place in self.ranks})
+
+    @property
+    def device_names(self) -> str:
+        """The kinds of devices used, in words."""
+        return " and ".join(sorted({place.device_name for place in self.ranks}))
+
+    def same_setup(self, other: Environment) -> bool:
+        """Whether step times of both attempts may be put together: all equal but the names of hosts and the code."""
+        return self._setup() == other._setup()
+
+    def _setup(self) -> tuple[Any, ...]:
+        machines: dict[str, Counter[tuple[Any, ...]]] = defaultdict(Counter)
+        for place in self.ranks:
+            machines[place.machine][(place.device_name, place.cores, place.threads)] += 1
+        kinds = sorted(sorted(ranks.items()) for ranks in machines.values())
+        batch = (self.global_batch, self.per_rank_batch, self.weak_scaling, self.block_size)
+        return (self.topology, batch, self.precision, self.model, self.parameters, kinds)
+
+    def crowding(self) -> list[str]:
+        """One phrase for each way in which ranks shared cores or a GPU, naming where; empty where each had its own."""
+        machines: dict[str, list[RankPlace]] = defaultdict(list)
+        for place in self.ranks:
+            machines[place.machine].append(place)
+        where: dict[str, list[list[RankPlace]]] = defaultdict(list)
+        for places in machines.values():
+            for what in _shared(places):
+                where[what].append(places)
+        return [f"{what} {_location(crowded)}" for what, crowded in where.items()]
+
+
+def _shared(places: list[RankPlace]) -> list[str]:
+    """What the ranks of one machine had to share."""
+    gpus = Counter(place.device for place in places if place.device != "cpu")
+    phrases = [f"{ranks} ranks on one GPU" for ranks in dict.fromkeys(gpus.values()) if ranks > 1]
+    on_cpu = [place for place in places if place.device == "cpu"]
+    threads, cores = sum(place.threads for place in on_cpu), max((place.cores for place in on_cpu), default=0)
+    if threads > cores:
+        phrases.append(f"{_count(threads, 'thread')} on {_count(cores, 'core')}")
+    return phrases
+
+
+def _location(machines: list[list[RankPlace]]) -> str:
+    if len(machines) > 1:
+        return f"on each of {len(machines)} machines"
+    hosts = list(dict.fromkeys(place.host for place in machines[0]))
+    if len(hosts) == 1:
+        return f"of {hosts[0]}"
+    return f"of one machine ({', '.join(hosts) if len(hosts) <= 4 else f'{hosts[0]} to {hosts[-1]}'})"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def read_environment(run: RunFolder, attempt: int) -> Environment | None:
+    """The set-up of one attempt; None where its file is absent or not whole."""
+    try:
+        return _parse(json.loads(run.environment(attempt).read_text()))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _parse(content: dict[str, Any]) -> Environment:
+    return Environment(
+        topology=topology_label(content["topology"]),
+        global_batch=content["global_batch"],
+        per_rank_batch=content["micro_batch"] * content["accumulation"],
+        weak_scaling=content["weak_scaling"],
+        block_size=content["block_size"],
+        precision=content["precision"],
+        model=content["model"],
+        parameters=content["parameters"],
+        torch=content["software"]["torch"],
+        commit=(content.get("git") or {}).get("commit") or "unavailable",
+        ranks=tuple(_place(rank) for rank in content["ranks"]),
+    )
+
+
+def _place(rank: dict[str, Any]) -> RankPlace:
+    return RankPlace(
+        node=rank["node"],
+        host=rank["host"],
+        machine=rank["machine"],
+        # CUDA numbers devices per process, so two ranks may both say cuda:0 and mean different GPUs.
+        device=rank.get("device_uuid") or rank["device"],
+        device_name=rank["device_name"],
+        cores=rank["cores"],
+        threads=rank["threads"],
+    )
+
+
+def topology_label(topology: dict[str, Any]) -> str:
+    """The strategy and every dimension larger than 1: ``fsdp dp_replicate=2 dp_shard=4``."""
+    sizes = [f"{name}={size}" for name, size in topology.items() if isinstance(size, int) and size > 1]
+    return " ".join([str(topology["strategy"]), *sizes])

@@ -1,0 +1,225 @@
+"""The figure of a scaling report: tokens per second over ranks against the ideal, and what that is in efficiency.
+
+Owns the drawing. Must not compute figures, and never draws a claim that the table does not make.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from launch.report.table import Row, ScalingTable
+
+# Colours that the colour-blind tell apart (Okabe and Ito, Color Universal Design, 2008), without their yellow.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GREY = "#595959"
+IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.3, "zorder": 1}
+LABEL: dict[str, Any] = {"fontsize": 8, "color": GREY, "ha": "center", "va": "bottom"}
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+MAX_LABELS = 4  # more labels at points than this cover each other; the legend explains the hollow ones anyway
+
+SeriesRows = Mapping[str, Sequence[Row]]
+
+
+def draw(table: ScalingTable) -> bytes:
+    """Draw the figure and return it as PNG."""
+    figure = Figure(figsize=(11.0, 5.2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    FigureCanvasAgg(figure)
+    series = _with_figures(table)
+    heading = "\n".join(heading for heading, _ in table.sections())
+    figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    conditions = "\n".join(textwrap.wrap(table.conditions, 160))
+    figure.supxlabel(conditions, fontsize=8, color=GREY, x=0.01, ha="left")
+    if series:
+        _draw_panels(figure, series)
+    else:
+        figure.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _with_figures(table: ScalingTable) -> dict[str, list[Row]]:
+    """Series -> its rows that have figures."""
+    series: dict[str, list[Row]] = {}
+    for row in table.rows:
+        if row.tokens_per_s is not None:
+            series.setdefault(row.series, []).append(row)
+    return series
+
+
+def _draw_panels(figure: Figure, series: SeriesRows) -> None:
+    left, right = figure.subplots(1, 2)
+    rows = [row for of_series in series.values() for row in of_series]
+    _draw_rates(left, series)
+    # The smallest point's own 100 % is no finding.
+    if any(row.efficiency is not None and row.speedup != 1 for row in rows):
+        _draw_efficiency(right, series)
+    else:
+        _draw_step_times(right, series)
+    for axes in (left, right):
+        _style(axes, rows)
+    handles = _legend(series)
+    if len(series) <= MAX_LABELS:
+        left.legend(handles=handles, loc="upper left", framealpha=0.9, edgecolor="none", fontsize=9)
+    else:
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+
+
+def _draw_rates(axes: Axes, series: SeriesRows) -> None:
+    axes.set_title("Throughput", fontsize=11)
+    axes.set_ylabel("tokens per second")
+    for index, rows in enumerate(series.values()):
+        ideal = [(row.ranks, row.tokens_per_s_ideal) for row in rows if row.tokens_per_s_ideal is not None]
+        if len(ideal) > 1:
+            axes.plot(*zip(*ideal), color=_color(index), alpha=0.8, **IDEAL)
+        _plot(axes, index, rows, lambda row: (row.tokens_per_s_low, row.tokens_per_s, row.tokens_per_s_high))
+    axes.set_yscale("log", base=10)
+    low, high = axes.get_ylim()
+    # A factor of 4 at least, or noise between two points looks like a cliff; the room above is for the legend.
+    margin = max(1.1, (4 * low / high) ** 0.5)
+    axes.set_ylim(low / margin, high * margin * 1.25)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    _label_crowded(axes, series)
+
+
+def _draw_efficiency(axes: Axes, series: SeriesRows) -> None:
+    axes.set_title("Efficiency against the smallest point", fontsize=11)
+    axes.set_ylabel("% of its tokens per second and rank")
+    axes.axhline(100, color=GREY, **IDEAL)
+    for index, rows in enumerate(series.values()):
+        _plot(axes, index, [row for row in rows if row.efficiency is not None], _efficiency_band)
+    axes.set_ylim(0, max(115, axes.get_ylim()[1]))
+    unclaimed = {row.ranks for rows in series.values() for row in rows if row.efficiency is None}
+    for ranks in sorted(rank for rank in unclaimed if rank is not None):
+        axes.annotate("not claimed", (ranks, 3), rotation=90, bbox=LABEL_BOX, **LABEL)
+
+
+def _efficiency_band(row: Row) -> tuple[float, float, float]:
+    """Efficiency with the quartiles of the point's own rate, percent."""
+    assert row.efficiency and row.tokens_per_s and row.tokens_per_s_low and row.tokens_per_s_high
+    scale = 100 * row.efficiency / row.tokens_per_s
+    return scale * row.tokens_per_s_low, scale * row.tokens_per_s, scale * row.tokens_per_s_high
+
+
+def _draw_step_times(axes: Axes, series: SeriesRows) -> None:
+    crowded = any(row.oversubscribed for rows in series.values() for row in rows)
+    axes.set_title("Step time (no efficiency is claimed)" if crowded else "Step time", fontsize=11)
+    axes.set_ylabel("seconds")
+    for index, rows in enumerate(series.values()):
+        _plot(axes, index, rows, lambda row: (row.step_time_s_low, row.step_time_s, row.step_time_s_high))
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+
+
+def _plot(axes: Axes, index: int, rows: Sequence[Row], band: Callable[[Row], tuple[Any, Any, Any]]) -> None:
+    """Draw one series: a line, bars between the quartiles, hollow markers where ranks were crowded."""
+    if not rows:
+        return
+    ranks, bands = [row.ranks or 0 for row in rows], [band(row) for row in rows]
+    below, above = ([abs(end - middle) for end, middle in zip(ends, [b[1] for b in bands])] for ends in _ends(bands))
+    color = _color(index)
+    axes.errorbar(
+        ranks,
+        [b[1] for b in bands],
+        yerr=[below, above],
+        color=color,
+        linewidth=1.8,
+        elinewidth=1.2,
+        capsize=3,
+        zorder=2,
+    )
+    for row, (_, middle, _) in zip(rows, bands):
+        axes.plot(row.ranks or 0, middle, markerfacecolor="white" if row.oversubscribed else color, **_marker(index))
+
+
+def _ends(bands: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+    return [band[0] for band in bands], [band[2] for band in bands]
+
+
+def _label_crowded(axes: Axes, series: SeriesRows) -> None:
+    crowded = [row for rows in series.values() for row in rows if row.oversubscribed]
+    for row in crowded if len(crowded) <= MAX_LABELS else []:
+        place = (row.ranks or 0, row.tokens_per_s or 0)
+        axes.annotate("shared", place, xytext=(8, -13), textcoords="offset points", **{**LABEL, "ha": "left"})
+
+
+def _style(axes: Axes, rows: Sequence[Row]) -> None:
+    ranks = sorted({row.ranks for row in rows if row.ranks is not None})
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("ranks")
+    axes.set_xlim(ranks[0] / 2**0.4, ranks[-1] * 2**0.4)
+    axes.xaxis.set_major_locator(FixedLocator([float(rank) for rank in _spaced(ranks)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(True, which="major", color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _spaced(ranks: Sequence[int]) -> list[int]:
+    """The ranks that get a tick: those too close to the one before would print over it."""
+    gap = max(ranks[-1] / ranks[0], 2) ** (1 / 14)
+    kept = [ranks[0]]
+    for rank in ranks[1:]:
+        if rank >= kept[-1] * gap:
+            kept.append(rank)
+    return kept
+
+
+def _legend(series: SeriesRows) -> list[Line2D]:
+    handles = [
+        Line2D(
+            [],
+            [],
+            linewidth=1.8,
+            markerfacecolor=_color(index),
+            label=label or "measured, with quartiles",
+            **_marker(index),
+        )
+        for index, label in enumerate(series)
+    ]
+    rows = [row for of_series in series.values() for row in of_series]
+    if any(row.speedup != 1 and row.tokens_per_s_ideal is not None for row in rows):
+        handles.append(Line2D([], [], color=GREY, label="ideal, from the smallest point", **IDEAL))
+    if any(row.oversubscribed for row in rows):
+        hollow = {**_marker(0), "color": GREY, "markeredgecolor": GREY}
+        handles.append(
+            Line2D([], [], linewidth=0, markerfacecolor="white", label="ranks shared cores or a GPU", **hollow)
+        )
+    return handles
+
+
+def _marker(index: int) -> dict[str, Any]:
+    color = _color(index)
+    return {
+        "color": color,
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 7,
+        "markeredgecolor": color,
+        "markeredgewidth": 1.6,
+        "zorder": 3,
+    }
+
+
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def _short(value: float) -> str:
+    """Axis label: 500, 20k, 1.5M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

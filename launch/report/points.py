@@ -1,0 +1,177 @@
+"""The points of a report: which run folders belong to it, and what each of them says.
+
+Owns finding and reading. Must not know what is computed from the readings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpt.errors import ConfigError
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from launch.report.environment import Environment, read_environment
+
+
+class State(StrEnum):
+    """How far a point has come."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    RUNNING = "running"
+    NO_RECORDS = "no records"
+
+
+ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": State.STOPPED}
+"""Event of the ledger -> state of the point after it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over all ranks: the time of the slowest rank, the tokens of all of them."""
+
+    step: int
+    attempt: int
+    time_s: float
+    tokens: int
+    mfu_palm: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one run folder says. ``environment`` is that of the last attempt with steps, ``steps`` those made in it."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    state: State
+    environment: Environment | None
+    steps: tuple[Step, ...]
+    last_step: int | None
+    loss: float | None
+    """Training loss of the last step, nats per token."""
+
+    @property
+    def name(self) -> str:
+        """The name of this point of the sweep."""
+        return self.path.name
+
+
+def find_points(folder: Path) -> list[Path]:
+    """The run folders a report of ``folder`` is about: itself, those of its ``sweep.json``, or all inside it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}", "a folder with runs in it", _suggestion(folder.parent))
+    if is_run(folder):
+        return [folder]
+    sweep = folder / "sweep.json"
+    if sweep.exists():
+        found = [folder / name for name in json.loads(sweep.read_text())["points"]]
+    else:
+        found = _runs_inside(folder)
+    if not found:
+        expected = "a run folder, or a folder with runs in it (each has metrics/, attempts/ or plan.json)"
+        raise ConfigError(f"no run in {folder}", expected, _suggestion(folder))
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is the folder of one run."""
+    return any((folder / name).exists() for name in ("metrics", "attempts", "plan.json"))
+
+
+def _runs_inside(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.iterdir() if is_run(path)), key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorting key that puts nodes=2 before nodes=16."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _suggestion(folder: Path) -> str:
+    """A command that works: for the newest folder with runs at or below ``folder``, or to make one."""
+    near = [folder, *folder.iterdir()] if folder.is_dir() else []
+    fitting = [path for path in near if path.is_dir() and (is_run(path) or _runs_inside(path))]
+    if fitting:
+        return f"python -m launch.report {max(fitting, key=lambda path: path.stat().st_mtime)}"
+    return "python -m launch -m nodes=1,2"
+
+
+def read_point(path: Path) -> Point:
+    """Read one run folder; one that is empty or does not exist is a point without records."""
+    run = RunFolder(path)
+    setups = {number: read_environment(run, number) for number in run.attempts()}
+    known = {number: setup for number, setup in setups.items() if setup is not None}
+    by_rank = {rank: {r["step"]: r for r in read_records(run.metrics(rank))} for rank in run.metric_ranks()}
+    first = by_rank[min(by_rank)] if by_rank else {}
+    # An attempt that recorded no step, such as a run that was found finished, says nothing of how the steps were made.
+    stepped = {record["attempt"] for record in first.values()} & set(known)
+    environment = known[max(stepped or known)] if known else None
+    last_step = max(first, default=None)
+    return Point(
+        path=path,
+        overrides=_read_overrides(run),
+        state=_state(run, has_records=last_step is not None),
+        environment=environment,
+        steps=tuple(_whole_steps(by_rank, known, environment)),
+        last_step=last_step,
+        loss=None if last_step is None else first[last_step]["loss"],
+    )
+
+
+def _read_overrides(run: RunFolder) -> tuple[str, ...]:
+    if not run.overrides.exists():
+        return ()
+    return tuple(str(word) for word in yaml.safe_load(run.overrides.read_text()) or ())
+
+
+def _state(run: RunFolder, has_records: bool) -> State:
+    """State by the ends that the ledger knows of the last attempt; an event without an attempt belongs to any."""
+    last = max(run.attempts(), default=0)
+    events = [e for e in run.read_events() if e.get("event") in ENDS and e.get("attempt", last) >= last]
+    # A rank that failed fails the attempt, whatever the others wrote after it.
+    if any(e["event"] == "rank_failed" and e.get("attempt") is not None for e in events):
+        return State.FAILED
+    if events:
+        return ENDS[events[-1]["event"]]
+    return State.RUNNING if has_records else State.NO_RECORDS
+
+
+def _whole_steps(
+    by_rank: Mapping[int, Mapping[int, dict[str, Any]]], setups: Mapping[int, Environment], wanted: Environment | None
+) -> list[Step]:
+    """Steps that every rank of their attempt recorded, in attempts with the wanted set-up."""
+    steps = []
+    for number in sorted({step for records in by_rank.values() for step in records}):
+        records = [of_rank[number] for of_rank in by_rank.values() if number in of_rank]
+        attempt = max(record["attempt"] for record in records)
+        records = [record for record in records if record["attempt"] == attempt]
+        setup = setups.get(attempt)
+        if setup is None or wanted is None or not setup.same_setup(wanted):
+            continue
+        if len(records) == setup.world_size:
+            steps.append(_merge(number, attempt, records))
+    return steps
+
+
+def _merge(number: int, attempt: int, records: list[dict[str, Any]]) -> Step:
+    known_mfu = [record["mfu_palm"] for record in records if record.get("mfu_palm") is not None]
+    return Step(
+        step=number,
+        attempt=attempt,
+        time_s=max(record["step_time_s"] for record in records),
+        tokens=sum(record["tokens"] for record in records),
+        mfu_palm=sum(known_mfu) / len(known_mfu) if len(known_mfu) == len(records) else None,
+    )

@@ -1,0 +1,144 @@
+"""Series: the points of a sweep that differ only in their size, and so may be compared with each other.
+
+Owns what makes points comparable, the smallest point that the others are measured against, and the refusal of points
+that were made under different conditions. Must not know how a table looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from gpt.errors import ConfigError
+from launch.report.environment import Environment
+from launch.report.measure import Measurement
+from launch.report.points import Point
+
+SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
+"""Overrides along which a series runs."""
+
+PLACE_KEYS = frozenset({"output_dir", "name", "run_dir", "fresh", "cluster", "dry_run"})
+"""Overrides that say where or when a point ran, not what it is."""
+
+CONDITIONS: dict[str, Callable[[Environment], object]] = {
+    "hardware": lambda e: e.device_names,
+    "precision": lambda e: e.precision,
+    "model": lambda e: f"{e.model} with {e.parameters:,} parameters and sequences of {e.block_size} tokens",
+    "kind of scaling": lambda e: "weak scaling" if e.weak_scaling else "strong scaling",
+    "batch": lambda e: (
+        f"{e.per_rank_batch} sequences per rank" if e.weak_scaling else f"a global batch of {e.global_batch} sequences"
+    ),
+}
+"""What must be the same for all measured points of a series."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point and its figures; ``figures`` is None where too few steps are left."""
+
+    point: Point
+    figures: Measurement | None
+
+    @property
+    def ranks(self) -> int | None:
+        """Number of ranks, from the run, or else from what was typed."""
+        if self.point.environment is not None:
+            return self.point.environment.world_size
+        nodes, per_node = (typed_number(self.point.overrides, key) for key in ("nodes", "ranks_per_node"))
+        return nodes * per_node if nodes is not None and per_node is not None else None
+
+    @property
+    def nodes(self) -> int | None:
+        """Number of nodes, from the run, or else from what was typed."""
+        if self.point.environment is not None:
+            return self.point.environment.nodes
+        return typed_number(self.point.overrides, "nodes")
+
+    @property
+    def crowded(self) -> bool | None:
+        """Whether ranks shared cores or a GPU; None where it is not known what they ran on."""
+        environment = self.point.environment
+        return None if environment is None else bool(environment.crowding())
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that differ in size only, smallest first. ``label`` is what sets it apart, empty for the only one."""
+
+    label: str
+    members: tuple[Measured, ...]
+
+    @property
+    def smallest(self) -> Measured | None:
+        """The smallest point that has figures."""
+        return next((member for member in self.members if member.figures is not None), None)
+
+    @property
+    def scaling(self) -> str | None:
+        """``strong``, ``weak``, or None where no point tells."""
+        known = [m.point.environment for m in self.members if m.point.environment is not None]
+        return ("weak" if known[0].weak_scaling else "strong") if known else None
+
+
+def typed_key(word: str) -> str:
+    """The key of an override: ``nodes`` for ``++nodes=2``."""
+    return word.split("=", 1)[0].lstrip("+~")
+
+
+def typed_number(overrides: Iterable[str], key: str) -> int | None:
+    """The number typed for ``key``, None where there is none."""
+    values = [word.split("=", 1)[1] for word in overrides if "=" in word and typed_key(word) == key]
+    return int(values[-1]) if values and values[-1].isdigit() else None
+
+
+def split(members: Sequence[Measured]) -> list[Series]:
+    """Group points into series by their overrides other than their size, in order of appearance.
+
+    Raises:
+        ConfigError: points of one series were measured under different conditions.
+    """
+    groups: dict[frozenset[str], list[Measured]] = {}
+    for member in members:
+        groups.setdefault(_identity(member.point), []).append(member)
+    common = frozenset.intersection(*groups) if groups else frozenset()
+    found = []
+    for identity, group in groups.items():
+        label = ",".join(sorted(identity - common)) or ("default" if len(groups) > 1 else "")
+        found.append(Series(label, tuple(sorted(group, key=_by_size))))
+    for series in found:
+        _require_comparable(series)
+    return found
+
+
+def _identity(point: Point) -> frozenset[str]:
+    ignored = SIZE_KEYS | PLACE_KEYS
+    return frozenset(word for word in point.overrides if typed_key(word) not in ignored)
+
+
+def _by_size(member: Measured) -> tuple[float, float, str]:
+    """Points whose size is not known come last."""
+    ranks, nodes = (float("inf") if n is None else n for n in (member.ranks, member.nodes))
+    return ranks, nodes, member.point.name
+
+
+def _require_comparable(series: Series) -> None:
+    first = series.smallest
+    for other in series.members:
+        if first is None or other.figures is None:
+            continue
+        assert first.point.environment is not None and other.point.environment is not None
+        for name, condition in CONDITIONS.items():
+            here, there = condition(first.point.environment), condition(other.point.environment)
+            if here != there:
+                raise ConfigError(
+                    f"different {name} in one scaling series: {first.point.name} has {here}, "
+                    f"{other.point.name} has {there}",
+                    f"the same {name} for all points whose efficiency is compared",
+                    f"{_again(other.point)}, so that it has {here}; or take {other.point.path} out of the folder",
+                )
+
+
+def _again(point: Point) -> str:
+    """The command that makes a point again in a new folder."""
+    words = [word for word in point.overrides if typed_key(word) != "fresh"]
+    return " ".join(["python -m launch", *words, "fresh=true"])

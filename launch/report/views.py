@@ -1,0 +1,168 @@
+"""The scaling table as text: on the terminal, as Markdown, as CSV.
+
+Owns the columns, which terminal and Markdown share, and the rounding. Must not compute figures.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.segment import Segments
+from rich.table import Table
+from rich.text import Text
+
+from launch.report.table import Row, ScalingTable
+
+UNAVAILABLE = "unavailable"
+NOT_CLAIMED = "not claimed"
+DROPPED_FIRST = (
+    "topology",
+    "tokens/s\nper rank",
+    "spread",
+    "nodes",
+    "speedup",
+    "loss",
+)  # where a terminal is too narrow
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table for people."""
+
+    title: str
+    cell: Callable[[Row], str]
+    number: bool = True
+
+
+def _count(value: float | None) -> str:
+    return UNAVAILABLE if value is None else f"{value:,.0f}"
+
+
+def rate(value: float | None) -> str:
+    """Tokens per second with three digits at least: 9.87, 98.7, 987, 98,765."""
+    if value is None or value >= 100:
+        return _count(value)
+    return f"{value:.3g}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration in ms or s with three digits."""
+    if value is None:
+        return UNAVAILABLE
+    number, unit = (value * 1000, "ms") if value < 0.9995 else (value, "s")
+    return f"{number:#.3g}".rstrip(".") + f" {unit}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent; small ones, such as the MFU of a small model, keep a digit."""
+    if value is None:
+        return UNAVAILABLE
+    return f"{value * 100:.1f} %"
+
+
+def _efficiency(row: Row) -> str:
+    return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
+
+
+def columns(table: ScalingTable) -> list[Column]:
+    """The columns; MFU only where a point knows it."""
+    found = [
+        Column("point", lambda row: row.point, number=False),
+        Column("nodes", lambda row: _count(row.nodes)),
+        Column("ranks", lambda row: _count(row.ranks)),
+        Column("topology", lambda row: row.topology or UNAVAILABLE, number=False),
+        Column("tokens/s", lambda row: rate(row.tokens_per_s)),
+        Column("tokens/s\nper rank", lambda row: rate(row.tokens_per_s_per_rank)),
+        Column("step time", lambda row: seconds(row.step_time_s)),
+        Column("spread", lambda row: seconds(row.step_time_s_spread)),
+        Column("speedup", lambda row: UNAVAILABLE if row.speedup is None else f"{row.speedup:.2f}"),
+        Column("efficiency", _efficiency),
+        Column("MFU", lambda row: percent(row.mfu_palm)),
+        Column("loss", lambda row: UNAVAILABLE if row.loss is None else f"{row.loss:.4f}"),
+        Column("state", lambda row: row.state, number=False),
+    ]
+    known_mfu = any(row.mfu_palm is not None for row in table.rows)
+    return [column for column in found if known_mfu or column.title != "MFU"]
+
+
+def show(table: ScalingTable, console: Console) -> None:
+    """Print the table and its notes. A narrow terminal gets fewer columns, and is told which are left out."""
+    for heading, rows in table.sections():
+        shown, dropped = columns(table), []
+        for title in DROPPED_FIRST:
+            if console.is_terminal and _natural_width(_grid(shown, rows), console) > console.width:
+                dropped.append(title)
+                shown = [column for column in shown if column.title != title]
+        grid = _grid(shown, rows)
+        # A log file has no width: what is not a terminal gets the whole table on lines as long as they need to be.
+        width = console.width if console.is_terminal else _natural_width(grid, console)
+        console.print(Text(f"\n{heading}\n", style="bold"), soft_wrap=True)
+        console.print(Segments(console.render(grid, console.options.update(width=width))), soft_wrap=True, end="")
+        if dropped:
+            left_out = ", ".join(dropped).replace("\n", " ")
+            console.print(Text(f"(too narrow for {left_out}: see scaling.md)"))
+    console.print()
+    for line in (table.conditions, *table.notes):
+        console.print(Text(line), soft_wrap=not console.is_terminal)
+
+
+def _grid(shown: Sequence[Column], rows: Sequence[Row]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column in shown:
+        # Only names may be folded: a folded number cannot be read.
+        grid.add_column(
+            column.title, justify="right" if column.number else "left", no_wrap=column.number, overflow="fold"
+        )
+    for row in rows:
+        grid.add_row(*(Text(column.cell(row)) for column in shown))
+    return grid
+
+
+def _natural_width(grid: Table, console: Console) -> int:
+    """Characters that the grid takes unfolded."""
+    return Measurement.get(console, console.options.update(width=10_000), grid).maximum
+
+
+def markdown(table: ScalingTable) -> str:
+    """The table, its conditions and its notes in Markdown, headed by the kind of scaling."""
+    blocks = []
+    for heading, rows in table.sections():
+        shown = columns(table)
+        lines = [
+            [column.title.replace("\n", " ") for column in shown],
+            ["---:" if column.number else ":---" for column in shown],
+        ]
+        lines += [[_escape(column.cell(row)) for column in shown] for row in rows]
+        blocks.append(f"# {heading}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    blocks.append(table.conditions)
+    blocks.append("\n".join(f"- {note}" for note in table.notes))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def csv_text(table: ScalingTable) -> str:
+    """The rows with all digits; a figure that is not known, or not claimed, is an empty cell."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    for row in table.rows:
+        writer.writerow([_csv_cell(getattr(row, name)) for name in names])
+    return file.getvalue()
+
+
+def _csv_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,36 @@
+#!/bin/bash
+# One run on the nodes of this job:
+#
+#     sbatch slurm/multi_node.sh model=gpt2_124m parallel=fsdp
+#     sbatch --nodes=4 --gpus-per-node=8 slurm/multi_node.sh model=llama_1p3b optim=gpt2
+#
+# Type it in the folder of the checkout. Options of sbatch go before the script, overrides of the run behind it. The same
+# command again goes on from the last checkpoint. The run takes the same road as `python -m launch`: one agent on each
+# node, which starts a rank for each GPU.
+
+#SBATCH --job-name=gpt             # change: what squeue shows
+#SBATCH --nodes=2                  # change: how many nodes
+#SBATCH --ntasks-per-node=1        # keep: one agent a node; it starts the ranks
+##SBATCH --gpus-per-node=8         # change and remove one #: GPUs of each node, one rank on each
+##SBATCH --cpus-per-task=64        # change and remove one #: CPUs of each node, for all its ranks together
+##SBATCH --partition=gpu           # change and remove one #: your site's partition
+##SBATCH --account=myproject       # change and remove one #: who pays
+#SBATCH --time=01:00:00            # change: the time limit
+#SBATCH --signal=USR2@120          # change: seconds before the limit at which the run saves and leaves
+#SBATCH --output=slurm-%j.out      # change: where this script and the agents write
+#SBATCH --open-mode=append         # keep: a requeued job goes on in the same file
+
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+# shellcheck source=slurm/env.sh
+source slurm/env.sh
+
+# Plans for the nodes of this job, refuses what cannot work, and writes the run folder.
+run_dir="$(python -m launch.inside "$@")"
+
+# --kill-on-bad-exit=0: a node whose ranks failed tells the others itself, and they end in order.
+status=0
+srun --kill-on-bad-exit=0 python -m launch.agent "$run_dir" || status=$?
+
+python -m launch.report "$run_dir" || true
+exit "$status"

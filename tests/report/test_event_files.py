@@ -1,0 +1,143 @@
+"""Event files, written and read back with tensorboard's own reader."""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as PluginEventAccumulator,
+)
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
+
+from gpt.metrics.records import StepRecord
+from gpt.metrics.tensorboard import TAGS, Curve, EventWriter, png_shape, record_scalars
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
+
+
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in read(folder).Scalars(tag)]
+
+
+def record(**known: float) -> StepRecord:
+    return StepRecord(3, 1, 2.5, 1e-3, 0.7, 2048, (32, 47), 0.25, **known)
+
+
+def a_png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Figure(figsize=(width / 10, height / 10), dpi=10).savefig(file, format="png")
+    return file.getvalue()
+
+
+def test_a_record_becomes_the_same_tags_everywhere() -> None:
+    full = dict.fromkeys(set(TAGS) - {"loss", "lr", "grad_norm", "step_time_s"}, 1.5)
+    assert set(record_scalars(record(**full).as_dict())) == set(TAGS.values())
+    plain = record_scalars(record().as_dict())
+    assert plain == {"train/loss": 2.5, "train/lr": 1e-3, "train/grad_norm": 0.7, "speed/step_time_s": 0.25}
+
+
+def test_every_tag_is_a_field_of_the_record() -> None:
+    assert set(TAGS) <= set(StepRecord.__dataclass_fields__)
+
+
+def test_scalars_come_back_with_step_and_time(tmp_path: Path) -> None:
+    with EventWriter(tmp_path) as writer:
+        for step, value in ((1, 3.0), (2, 2.5), (3, math.inf)):
+            writer.scalar("train/loss", value, step, time=1000.0 + step)
+    found = read(tmp_path).Scalars("train/loss")
+    assert [(point.step, point.value, point.wall_time) for point in found] == [
+        (1, 3.0, 1001.0),
+        (2, 2.5, 1002.0),
+        (3, math.inf, 1003.0),
+    ]
+
+
+def test_flush_makes_points_readable_while_the_file_is_open(tmp_path: Path) -> None:
+    writer = EventWriter(tmp_path, flush_s=3600)
+    writer.scalar("a", 1.0, 1)
+    writer.flush()
+    assert curve(tmp_path, "a") == [(1, 1.0)]
+    writer.close()
+    writer.close()
+
+
+def multiplexer_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """As ``curve``, by the reader that TensorBoard itself uses where its fast data server is not at hand."""
+    found = PluginEventAccumulator(str(folder)).Reload().Tensors(tag)
+    return [(point.step, tensor_util.make_ndarray(point.tensor_proto).item()) for point in found]
+
+
+@pytest.mark.parametrize("reader", [curve, multiplexer_curve])
+@pytest.mark.parametrize(
+    ("purge_step", "kept"), [(6, [(step, 10.0 + step) for step in range(1, 6)]), (1, []), (None, [])]
+)
+def test_steps_done_again_after_a_crash_replace_the_old_ones(
+    tmp_path: Path, purge_step: int | None, kept: list[tuple[int, float]], reader: Any
+) -> None:
+    with EventWriter(tmp_path) as first:
+        for step in range(1, 9):
+            first.scalar("train/loss", 10.0 + step, step)
+    [file] = tmp_path.iterdir()
+    # The last record was torn by the crash. Files are read in the order of their names, which begin with the time.
+    torn = tmp_path / "events.out.tfevents.0000000001.crashed"
+    torn.write_bytes(file.read_bytes()[:-3])
+    file.unlink()
+    with EventWriter(tmp_path, purge_step=purge_step) as second:
+        for step in range(6, 8):
+            second.scalar("train/loss", 20.0 + step, step)
+    assert reader(tmp_path, "train/loss") == [*kept, (6, 26.0), (7, 27.0)]
+
+
+def test_text_image_and_layout_come_back(tmp_path: Path) -> None:
+    png = a_png(70, 30)
+    with EventWriter(tmp_path) as writer:
+        writer.text("notes", "| a |\n| --- |\n| ü |", step=2)
+        writer.image("figure", png, step=4)
+        writer.layout({"Scaling": {"Rate": Curve("r", "low", "high"), "Loss": Curve("l")}})
+    found = read(tmp_path)
+    [text] = found.Tensors("notes")
+    assert (text.step, text.tensor_proto.string_val[0].decode()) == (2, "| a |\n| --- |\n| ü |")
+    assert found.SummaryMetadata("notes").plugin_data.plugin_name == "text"
+    [image] = found.Images("figure")
+    assert (image.step, image.width, image.height, image.encoded_image_string) == (4, 70, 30, png)
+    [layout] = found.Tensors("custom_scalars__config__")
+    [category] = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    bands = {chart.title: [(s.value, s.lower, s.upper) for s in chart.margin.series] for chart in category.chart}
+    assert bands == {"Rate": [("r", "low", "high")], "Loss": [("l", "l", "l")]}
+
+
+def test_what_is_no_png_is_refused(tmp_path: Path) -> None:
+    with EventWriter(tmp_path) as writer, pytest.raises(ValueError, match="not a PNG file"):
+        writer.image("figure", b"GIF89a" + bytes(40))
+    assert png_shape(a_png(20, 10)) == (20, 10, 4)
+
+
+def test_a_file_starts_with_its_version_and_one_attempt_is_one_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        EventWriter(tmp_path).close()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+    for file in files:
+        assert b"brain.Event:2" in next(iter(RawEventFileLoader(str(file)).Load()))
+
+
+def test_writing_loads_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
+    code = (
+        "import sys; from gpt.metrics.tensorboard import EventWriter\n"
+        f"with EventWriter({str(tmp_path)!r}) as w: w.scalar('a', 1.0, 1)\n"
+        "assert not {'torch', 'tensorflow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert curve(tmp_path, "a") == [(1, 1.0)]

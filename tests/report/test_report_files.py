@@ -1,0 +1,187 @@
+"""What a report writes and shows, and that making it again replaces its own files and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt.metrics.tensorboard import EventWriter, png_shape
+from launch.report import build, show, write
+
+COLUMNS = (
+    *("point", "nodes", "ranks", "topology", "tokens_per_s", "tokens_per_s_per_rank", "step_time_s"),
+    *("step_time_s_spread", "speedup", "efficiency", "mfu_palm", "oversubscribed"),
+)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    return {point.step: point.value for point in EventAccumulator(str(folder)).Reload().Scalars(tag)}
+
+
+def shown(folder: Path, **console: Any) -> str:
+    file = io.StringIO()
+    show(build(folder), Console(file=file, **console))
+    return file.getvalue()
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "launch.report", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def test_csv_has_the_promised_columns_and_empty_cells_for_what_is_not_known(sweep: Path) -> None:
+    write(build(sweep), sweep)
+    with (sweep / "scaling.csv").open() as file:
+        reader = csv.DictReader(file)
+        found = list(reader)
+    assert tuple(reader.fieldnames or ())[: len(COLUMNS)] == COLUMNS
+    assert [row["point"] for row in found] == ["nodes=1", "nodes=2", "nodes=4"]
+    assert float(found[1]["efficiency"]) == pytest.approx(0.96153846)
+    assert [row["oversubscribed"] for row in found] == ["false", "false", "true"]
+    assert found[2]["efficiency"] == "" and {row["mfu_palm"] for row in found} == {""}
+
+
+def test_markdown_and_terminal_show_the_same_cells(sweep: Path) -> None:
+    write(build(sweep), sweep)
+    text = (sweep / "scaling.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    title = "point|nodes|ranks|topology|tokens/s|tokens/s per rank|step time|spread|speedup|efficiency|loss|state"
+    assert cells[0] == title.split("|")
+    two = "nodes=2|2|2|ddp dp_replicate=2|3,938|1,969|520 ms|10.4 ms|1.92|96.2 %|0.6000|finished"
+    assert cells[3] == two.split("|")
+    assert cells[4][9] == "not claimed"
+    terminal = shown(sweep)
+    for row in cells[2:]:
+        assert any(line.split() == " ".join(row).split() for line in terminal.splitlines()), row
+    assert text.startswith("# Strong scaling of quick_test") and "![Scaling of quick_test](scaling.png)" in text
+    assert "MFU unavailable" in text and "MFU unavailable" in terminal
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_terminal_never_gets_a_folded_number(sweep: Path, width: int) -> None:
+    text = shown(sweep, force_terminal=True, width=width, color_system=None)
+    table = text[: text.index("\n\nquick_test with")].splitlines()[3:]  # without the heading
+    assert max(map(len, table)) <= width
+    [row] = [line for line in table if line.startswith("nodes=2")]
+    for cell in ("3,938", "520 ms", "96.2 %", "finished"):
+        assert cell in row
+    assert ("too narrow for topology" in text) is (width < 118)
+
+
+def test_unknown_figures_are_unavailable_never_zero(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path, overrides=("nodes=1",)).attempt()
+    text = shown(tmp_path)
+    [row] = [line for line in text.splitlines() if " ddp " in line]
+    assert row.split().count("unavailable") == 7 and " 0" not in row
+
+
+@pytest.mark.parametrize("kind", ["one", "two series", "twelve", "none"])
+def test_the_figure_is_drawn_in_every_situation(tmp_path: Path, make_run: Any, kind: str) -> None:
+    sizes = {"one": [1], "two series": [1, 2], "twelve": list(range(1, 13)), "none": [1, 2]}[kind]
+    for word in ("ddp", "fsdp") if kind == "two series" else ("ddp",):
+        for ranks in sizes:
+            words = (f"nodes={ranks}", f"parallel={word}")
+            builder = make_run(tmp_path / ",".join(words), ranks, ranks, words, cores=4, global_batch=27720).attempt()
+            if kind != "none":
+                builder.steps(1, [1.0 / ranks] * 10)
+    write(build(tmp_path), tmp_path)
+    width, height, _ = png_shape((tmp_path / "scaling.png").read_bytes())
+    assert width > 1000 and height > 500
+
+
+def test_the_scaling_run_holds_curves_over_ranks(sweep: Path) -> None:
+    write(build(sweep), sweep)
+    run = sweep / "Scaling"
+    assert scalars(run, "scaling/tokens_per_s") == pytest.approx({1: 2048, 2: 3938.4615, 4: 6400})
+    assert scalars(run / "ideal", "scaling/tokens_per_s") == pytest.approx({1: 2048, 2: 4096, 4: 8192})
+    assert scalars(run, "scaling/efficiency") == pytest.approx({1: 1, 2: 0.96153846})
+    assert scalars(run, "scaling/step_time_s_low") == pytest.approx({1: 0.99, 2: 0.5148, 4: 0.3168})
+    assert scalars(run, "scaling/loss") == pytest.approx({1: 0.6, 2: 0.6, 4: 0.6})
+    found = EventAccumulator(str(run)).Reload()
+    assert found.Images("scaling/figure")[0].encoded_image_string == (sweep / "scaling.png").read_bytes()
+    text = found.Tensors("scaling/table")[0].tensor_proto.string_val[0].decode()
+    assert (sweep / "scaling.md").read_text().startswith(text)
+
+
+def test_series_are_runs_with_the_same_tags(tmp_path: Path, make_run: Any) -> None:
+    for words in (("nodes=1",), ("nodes=1", "data.path=a b")):
+        builder = make_run(tmp_path / words[-1].replace(" ", "_"), overrides=words)
+        builder.attempt().steps(1, [1.0] * 10)
+    write(build(tmp_path), tmp_path)
+    runs = {path.parent for path in (tmp_path / "Scaling").rglob("events.out.tfevents.*")}
+    series = [run for run in runs if run.name != "ideal" and run != tmp_path / "Scaling"]
+    assert len(runs) == 5 and len(series) == 2
+    for run in series:
+        assert scalars(run, "scaling/tokens_per_s") == {1: 2048.0}
+
+
+def test_made_again_it_replaces_its_own_files_only(sweep: Path) -> None:
+    runs = snapshot(sweep)
+    write(build(sweep), sweep)
+    with EventWriter(sweep / "Scaling") as other:
+        other.text("notes", "somebody else's")
+    for name in ("scaling.txt", "Scaling/notes.txt"):
+        (sweep / name).write_text("kept")
+    first = snapshot(sweep)
+    (sweep / "sweep.json").write_text('{"points": ["nodes=1", "nodes=2"]}')
+    write(build(sweep), sweep)
+    second = snapshot(sweep)
+    assert runs.items() <= second.items()
+    changed = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    events = {name for name in changed if name.startswith("Scaling/") and name.endswith(".scaling")}
+    assert changed == {"scaling.md", "scaling.csv", "scaling.png", "sweep.json", *events}
+    assert [len(list((sweep / "Scaling").rglob("*.scaling"))), second["Scaling/notes.txt"]] == [2, b"kept"]
+    assert list(scalars(sweep / "Scaling", "scaling/loss")) == [1, 2]
+
+
+def test_a_run_that_is_gone_leaves_no_empty_folder(tmp_path: Path, make_run: Any) -> None:
+    for strategy in ("ddp", "fsdp"):
+        builder = make_run(tmp_path / strategy, overrides=(f"parallel={strategy}",))
+        builder.attempt().steps(1, [1.0] * 10)
+    write(build(tmp_path), tmp_path)
+    write(build(tmp_path, [tmp_path / "ddp"]), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "Scaling").iterdir() if path.is_dir()) == ["ideal"]
+
+
+def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:
+    code = (
+        "import sys; from launch.report.__main__ import main\n"
+        f"status = main([{str(sweep)!r}])\n"
+        "assert not {'torch', 'tensorflow', 'hydra', 'submitit'} & set(sys.modules), 'too much was loaded'\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Strong scaling of quick_test with a global batch of 16 sequences" in done.stdout
+    for name in ("scaling.md", "scaling.csv", "scaling.png", "Scaling"):
+        assert f"written: {sweep / name}" in done.stdout and (sweep / name).exists()
+
+
+def test_a_wrong_folder_is_refused_in_three_parts_without_a_traceback(tmp_path: Path) -> None:
+    done = command(tmp_path / "absent")
+    assert done.returncode == 2
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["found", "expected", "type next"]
+
+
+def test_showing_needs_neither_matplotlib_nor_tensorboard(sweep: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from launch.report import build, show\n"
+        f"show(build(Path({str(sweep)!r})), Console())\n"
+        "assert not {'torch', 'matplotlib', 'tensorboard', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

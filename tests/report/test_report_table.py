@@ -1,0 +1,324 @@
+"""The figures of a scaling table, against numbers computed by hand, and what holds for any of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.errors import ConfigError
+from launch.report import Row, build
+from launch.report.environment import Environment, RankPlace
+from launch.report.measure import MIN_STEPS, WARMUP_STEPS, measure
+from launch.report.points import Point, State, Step, read_point
+from launch.report.table import tabulate
+
+STEADY = [1.0] * 10
+
+
+def rows(folder: Path) -> dict[str, Row]:
+    return {row.point: row for row in build(folder).rows}
+
+
+def test_figures_are_those_computed_by_hand(sweep: Path) -> None:
+    one, two, four = build(sweep).rows
+    assert [row.point for row in (one, two, four)] == ["nodes=1", "nodes=2", "nodes=4"]
+    assert [(row.nodes, row.ranks, row.topology) for row in (one, two, four)] == [
+        (1, 1, "ddp"),
+        (2, 2, "ddp dp_replicate=2"),
+        (4, 4, "ddp dp_replicate=4"),
+    ]
+    # 16 sequences of 128 tokens are 2048 tokens a step.
+    assert [row.step_time_s for row in (one, two, four)] == pytest.approx([1.0, 0.52, 0.32])
+    assert [row.tokens_per_s for row in (one, two, four)] == pytest.approx([2048, 3938.4615385, 6400])
+    assert [row.tokens_per_s_per_rank for row in (one, two, four)] == pytest.approx([2048, 1969.2307692, 1600])
+    # Quartiles of five values are the second and the fourth: 0.99 and 1.01 of the median.
+    assert [row.step_time_s_spread for row in (one, two, four)] == pytest.approx([0.02, 0.0104, 0.0064])
+    assert [row.speedup for row in (one, two, four)] == pytest.approx([1, 1.9230769, 3.125])
+    assert one.efficiency == 1
+    assert two.efficiency == pytest.approx(0.96153846)
+    assert [row.steps_measured for row in (one, two, four)] == [5, 5, 5]
+    assert [row.state for row in (one, two, four)] == ["finished"] * 3
+    assert four.loss == pytest.approx(6.0 / 10)
+
+
+def test_no_efficiency_where_ranks_shared_cores(sweep: Path) -> None:
+    table = build(sweep)
+    assert [row.oversubscribed for row in table.rows] == [False, False, True]
+    assert table.rows[2].efficiency is None
+    assert any("nodes=4 (4 threads on 2 cores of one machine (n1, n2, n3, n4))" in note for note in table.notes)
+
+
+def test_no_efficiency_at_all_against_a_crowded_point(tmp_path: Path, make_run: Any) -> None:
+    for nodes, cores in ((1, 1), (2, 8)):
+        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=cores, threads=2)
+        builder.attempt().steps(1, STEADY)
+    table = build(tmp_path)
+    assert [row.oversubscribed for row in table.rows] == [True, False]
+    assert [row.efficiency for row in table.rows] == [None, None]
+    assert [row.tokens_per_s_ideal for row in table.rows] == [None, None]
+    assert any("no efficiency is claimed for any point" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(("uuid", "shared"), [("GPU-{rank}", False), ("GPU-0", True)])
+def test_ranks_on_one_gpu_are_told_by_its_identity(tmp_path: Path, make_run: Any, uuid: str, shared: bool) -> None:
+    builder = make_run(tmp_path, 2, device="cuda:0", device_name="NVIDIA H200", extra_rank={"device_uuid": uuid})
+    builder.attempt().steps(1, STEADY)
+    table = build(tmp_path)
+    assert table.rows[0].oversubscribed is shared
+    assert any("2 ranks on one GPU of n1" in note for note in table.notes) is shared
+
+
+def test_cores_are_counted_per_machine_not_per_node(tmp_path: Path, make_run: Any) -> None:
+    for name, machines in (("one_machine", 1), ("two_machines", 2)):
+        make_run(tmp_path / name, 2, 2, (f"x={name}",), cores=1, machines=machines).attempt().steps(1, STEADY)
+    assert {name: row.oversubscribed for name, row in rows(tmp_path).items()} == {
+        "one_machine": True,
+        "two_machines": False,
+    }
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path, 4).attempt().steps(1, STEADY, rank_delay=0.1)
+    assert build(tmp_path).rows[0].step_time_s == pytest.approx(1.3)
+    assert build(tmp_path).rows[0].tokens_per_s == pytest.approx(2048 / 1.3)
+
+
+def test_warmup_is_left_out_of_each_attempt_and_steps_done_again_count_once(tmp_path: Path, make_run: Any) -> None:
+    # Steps 11 to 20 were lost with the first attempt and done again, twice as slow, by the second.
+    builder = make_run(tmp_path).attempt(1).steps(1, [1.0] * 20, attempt=1)
+    builder.attempt(2).steps(11, [9.0] * 5 + [2.0] * 15, attempt=2)
+    steps = read_point(tmp_path).steps
+    assert [step.step for step in steps] == list(range(1, 31))
+    assert [step.attempt for step in steps] == [1] * 10 + [2] * 20
+    figures = measure(steps)
+    assert figures is not None
+    assert figures.steps == 20  # 6 to 10, and 16 to 30
+    assert figures.step_time_s == 2.0
+
+
+def test_steps_made_in_another_setup_are_not_mixed_in(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path, 1).attempt(1).steps(1, [5.0] * 30, attempt=1)
+    make_run(tmp_path, 2).attempt(2).steps(31, [1.0] * 12, attempt=2)
+    row = build(tmp_path).rows[0]
+    assert (row.ranks, row.step_time_s, row.steps_measured, row.last_step) == (2, 1.0, 7, 42)
+
+
+def test_an_attempt_without_steps_does_not_hide_those_before_it(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path, 2).attempt(1).steps(1, STEADY).event("finished", attempt=1)
+    make_run(tmp_path, 1).attempt(2).event("finished", attempt=2)
+    row = build(tmp_path).rows[0]
+    assert (row.ranks, row.step_time_s, row.state) == (2, 1.0, "finished")
+
+
+def test_a_torn_line_spoils_its_own_step_only(tmp_path: Path, make_run: Any) -> None:
+    builder = make_run(tmp_path, 2).attempt().steps(1, [1.0] * 20)
+    path = builder.run.metrics(1)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[11] = lines[11][:25] + b"\n"
+    path.write_bytes(b"".join(lines))
+    assert [step.step for step in read_point(tmp_path).steps] == [n for n in range(1, 21) if n != 12]
+
+
+@given(cut=st.integers(0, 5000))
+def test_a_file_cut_anywhere_still_gives_the_steps_before(
+    tmp_path_factory: pytest.TempPathFactory, make_run: Any, cut: int
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    path = make_run(folder).attempt().steps(1, [1.0] * 12).run.metrics(0)
+    kept = path.read_bytes()[:cut]
+    path.write_bytes(kept)
+    whole = kept.count(b"\n")
+    numbers = [step.step for step in read_point(folder).steps]
+    # A line without its newline counts where nothing of the record is missing.
+    assert numbers in (list(range(1, whole + 1)), list(range(1, whole + 2)))
+
+
+def test_too_few_steps_are_said_instead_of_a_figure(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path / "nodes=1").attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS - 1))
+    make_run(tmp_path / "nodes=2", 2).attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS))
+    table = build(tmp_path)
+    assert [row.step_time_s for row in table.rows] == [None, 1.0]
+    assert any("Too few steps" in note and "nodes=1 (4 of 9)" in note for note in table.notes)
+    assert any("against nodes=2 (2 ranks), because nodes=1 gave no figures" in note for note in table.notes)
+
+
+def test_a_point_without_figures_keeps_its_row_and_its_state(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path / "nodes=1", 1, 1, ("nodes=1",)).attempt().steps(1, STEADY).event("finished", attempt=1)
+    make_run(tmp_path / "nodes=2", 2, 2, ("nodes=2",)).attempt().event("rank_failed", attempt=1, rank=1)
+    make_run(tmp_path / "nodes=4", 4, 4, ("nodes=4",)).attempt()
+    found = rows(tmp_path)
+    assert {name: row.state for name, row in found.items()} == {
+        "nodes=1": "finished",
+        "nodes=2": "failed",
+        "nodes=4": "no records",
+    }
+    for name in ("nodes=2", "nodes=4"):
+        assert (found[name].tokens_per_s, found[name].efficiency, found[name].mfu_palm) == (None, None, None)
+    assert found["nodes=4"].ranks == 4
+    assert any("nodes=2 failed" in note for note in build(tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([], State.RUNNING),
+        ([("finished", 2)], State.FINISHED),
+        ([("stopped", 2)], State.STOPPED),
+        ([("rank_failed", 1)], State.RUNNING),
+        ([("rank_failed", 1), ("finished", 2)], State.FINISHED),
+        ([("rank_failed", 2), ("stopped", 2)], State.FAILED),
+        ([("finished", 1)], State.RUNNING),
+    ],
+)
+def test_the_state_is_that_of_the_last_attempt(
+    tmp_path: Path, make_run: Any, events: list[tuple[str, int]], state: State
+) -> None:
+    builder = make_run(tmp_path).attempt(1).attempt(2).steps(1, STEADY, attempt=2)
+    for event, attempt in events:
+        builder.event(event, attempt=attempt)
+    assert read_point(tmp_path).state is state
+
+
+def test_two_series_have_their_own_smallest_points(tmp_path: Path, make_run: Any) -> None:
+    for strategy, slow in (("ddp", 1.0), ("fsdp", 3.0)):
+        for nodes in (1, 2):
+            words = (f"nodes={nodes}", f"parallel={strategy}")
+            builder = make_run(tmp_path / ",".join(words), nodes, nodes, words, strategy=strategy)
+            builder.attempt().steps(1, [slow * (1.0 if nodes == 1 else 0.6)] * 10)
+    table = build(tmp_path)
+    assert [(row.series, row.ranks) for row in table.rows] == [
+        ("parallel=ddp", 1),
+        ("parallel=ddp", 2),
+        ("parallel=fsdp", 1),
+        ("parallel=fsdp", 2),
+    ]
+    assert [row.efficiency for row in table.rows] == pytest.approx([1, 1 / 1.2, 1, 1 / 1.2])
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"device_name": "Intel Xeon 6"}, "hardware"),
+        ({"precision": "bf16"}, "precision"),
+        ({"model": "gpt2_124m"}, "model"),
+        ({"block_size": 256}, "model"),
+        ({"global_batch": 32}, "batch"),
+        ({"weak_scaling": True}, "kind of scaling"),
+    ],
+)
+def test_points_that_cannot_be_compared_are_refused(
+    tmp_path: Path, make_run: Any, other: dict[str, Any], what: str
+) -> None:
+    make_run(tmp_path / "nodes=1", 1, 1, ("nodes=1",)).attempt().steps(1, STEADY)
+    make_run(tmp_path / "nodes=2", 2, 2, ("nodes=2",), **other).attempt().steps(1, STEADY)
+    with pytest.raises(ConfigError) as refusal:
+        build(tmp_path)
+    assert refusal.value.found.startswith(f"different {what} in one scaling series: nodes=1 has")
+    assert refusal.value.fix.startswith("python -m launch nodes=2 fresh=true")
+
+
+def test_weak_scaling_compares_the_batch_per_rank_and_says_so(tmp_path: Path, make_run: Any) -> None:
+    for nodes in (1, 2, 4):
+        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",))
+        builder.weak_scaling, builder.global_batch = True, 8 * nodes
+        builder.attempt().steps(1, [1.0 if nodes == 1 else 1.25] * 10)
+    table = build(tmp_path)
+    assert [row.efficiency for row in table.rows] == pytest.approx([1, 0.8, 0.8])
+    assert [row.speedup for row in table.rows] == pytest.approx([1, 1.6, 3.2])
+    [(heading, _)] = table.sections()
+    assert heading == f"Weak scaling of {tmp_path.name} with 8 sequences per rank"
+
+
+def test_the_heading_tells_strong_from_weak(sweep: Path, make_run: Any) -> None:
+    folder = sweep / "optim.weak_scaling=true"
+    builder = make_run(folder, overrides=("nodes=1", "optim.weak_scaling=true"), weak_scaling=True)
+    builder.attempt().steps(1, STEADY)
+    headings = [heading for heading, _ in build(sweep).sections()]
+    assert headings == [
+        "Strong scaling of quick_test with a global batch of 16 sequences",
+        "Weak scaling of quick_test with 16 sequences per rank",
+    ]
+
+
+def test_mfu_is_the_median_where_it_is_known_and_absent_elsewhere(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path / "nodes=1").attempt().steps(1, STEADY, mfu_palm=0.4)
+    make_run(tmp_path / "nodes=2", 2).attempt().steps(1, STEADY)
+    table = build(tmp_path)
+    assert [row.mfu_palm for row in table.rows] == [pytest.approx(0.4), None]
+    assert any(note == "MFU unavailable: the runs recorded none on AMD EPYC 7763." for note in table.notes)
+
+
+def test_a_sweep_file_names_the_points_in_their_order(sweep: Path) -> None:
+    (sweep / "sweep.json").write_text('{"points": ["nodes=2", "nodes=1", "nodes=8"]}')
+    found = rows(sweep)
+    assert list(found) == ["nodes=1", "nodes=2", "nodes=8"]
+    assert found["nodes=8"].state == "no records"
+    assert [row.point for row in build(sweep, [sweep / "nodes=4"]).rows] == ["nodes=4"]
+
+
+def test_one_run_folder_is_a_report_of_that_run(sweep: Path) -> None:
+    assert [row.point for row in build(sweep / "nodes=2").rows] == ["nodes=2"]
+
+
+@pytest.mark.parametrize("wrong", ["absent", "empty"])
+def test_a_folder_without_runs_is_refused_with_one_that_has_some(sweep: Path, wrong: str) -> None:
+    (sweep.parent / "empty").mkdir()
+    with pytest.raises(ConfigError) as refusal:
+        build(sweep.parent / wrong)
+    assert str(sweep.parent / wrong) in refusal.value.found
+    expected = f"python -m launch.report {sweep}" if wrong == "absent" else "python -m launch -m nodes=1,2"
+    assert refusal.value.fix == expected
+
+
+# What holds for any measured times.
+
+times = st.lists(st.floats(1e-3, 1e3), min_size=MIN_STEPS, max_size=20)
+
+
+def in_memory(name: str, ranks: int, step_times: list[float]) -> Point:
+    place = RankPlace(0, "n1", "boot", "cpu", "AMD EPYC 7763", cores=1024, threads=1)
+    environment = Environment("ddp", 64, 64, False, 128, "fp32", "m", 1000, "2.13.0", "c", (place,) * ranks)
+    warmup = [Step(number, 1, 100.0, 8192, None) for number in range(1, WARMUP_STEPS + 1)]
+    steady = [Step(WARMUP_STEPS + n, 1, time, 8192, None) for n, time in enumerate(step_times, start=1)]
+    return Point(Path(name), (f"nodes={ranks}",), State.FINISHED, environment, (*warmup, *steady), len(steady), 1.0)
+
+
+@given(measured=st.dictionaries(st.integers(1, 1024), times, min_size=1, max_size=6), data=st.data())
+def test_efficiency_is_speedup_over_ranks_whatever_the_order(
+    measured: dict[int, list[float]], data: st.DataObject
+) -> None:
+    points = [in_memory(f"p{ranks}", ranks, step_times) for ranks, step_times in measured.items()]
+    table = tabulate(Path("sweep"), points)
+    assert [row.ranks for row in table.rows] == sorted(measured)
+    rows: list[Any] = list(table.rows)
+    base = rows[0]
+    assert base.speedup == base.efficiency == 1
+    for row in rows:
+        assert row.step_time_s_low <= row.step_time_s <= row.step_time_s_high
+        assert row.tokens_per_s * row.step_time_s == pytest.approx(8192)
+        assert row.efficiency * row.ranks / base.ranks == pytest.approx(row.speedup)
+        assert row.efficiency == pytest.approx(row.tokens_per_s_per_rank / base.tokens_per_s_per_rank)
+        assert row.efficiency == pytest.approx(row.tokens_per_s / row.tokens_per_s_ideal)
+    shuffled = data.draw(st.permutations(points))
+    assert tabulate(Path("sweep"), shuffled).rows == table.rows
+
+
+@given(measured=st.dictionaries(st.integers(1, 64), times, min_size=2, max_size=4), factor=st.floats(0.01, 100))
+def test_a_machine_faster_throughout_has_the_same_efficiency(measured: dict[int, list[float]], factor: float) -> None:
+    def efficiencies(scale: float) -> list[float | None]:
+        points = [in_memory(f"p{n}", n, [scale * t for t in step_times]) for n, step_times in measured.items()]
+        return [row.efficiency for row in tabulate(Path("sweep"), points).rows]
+
+    assert efficiencies(factor) == pytest.approx(efficiencies(1.0))
+
+
+@given(step_times=times, warmup=st.lists(st.floats(1e-3, 1e6), min_size=WARMUP_STEPS, max_size=WARMUP_STEPS))
+def test_warmup_never_matters(step_times: list[float], warmup: list[float]) -> None:
+    steps = in_memory("p", 1, step_times).steps
+    slow = [dataclasses.replace(step, time_s=time) for step, time in zip(steps, warmup)]
+    assert measure([*slow, *steps[WARMUP_STEPS:]]) == measure(steps)
