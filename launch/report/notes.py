@@ -55,8 +55,8 @@ def _smallest(series: Series) -> str:
 def _crowding(members: Sequence[Measured]) -> str:
     crowded = []
     for member in members:
-        if member.crowded and member.point.environment is not None:
-            crowded.append(f"{member.point.name} ({'; '.join(member.point.environment.crowding())})")
+        if member.crowded:
+            crowded.append(f"{member.point.name} ({'; '.join(member.crowding())})")
     if not crowded:
         return ""
     return f"Ranks shared cores or a GPU, so no efficiency is claimed there: {', '.join(crowded)}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -58,6 +58,8 @@ class Point:
     last_step: int | None
     loss: float | None
     """Training loss of the last step, nats per token."""
+    span: tuple[float, float] | None = None
+    """When its steps were made: Unix times of the first and the last record of the attempt."""
 
     @property
     def name(self) -> str:
@@ -128,7 +130,14 @@ def read_point(path: Path) -> Point:
         steps=tuple(_whole_steps(by_rank, known, environment)),
         last_step=last_step,
         loss=None if last_step is None else first[last_step]["loss"],
+        span=_span(first.values(), max(stepped)) if stepped else None,
     )
+
+
+def _span(records: Iterable[dict[str, Any]], attempt: int) -> tuple[float, float]:
+    """Times of the first and the last record of an attempt."""
+    times = [record["time"] for record in records if record["attempt"] == attempt]
+    return min(times), max(times)
 
 
 def _read_overrides(run: RunFolder) -> tuple[str, ...]:

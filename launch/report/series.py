@@ -38,6 +38,8 @@ class Measured:
 
     point: Point
     figures: Measurement | None
+    neighbours: tuple[str, ...] = ()
+    """Points it shared cores or a GPU with while both made steps."""
 
     @property
     def ranks(self) -> int | None:
@@ -58,7 +60,12 @@ class Measured:
     def crowded(self) -> bool | None:
         """Whether ranks shared cores or a GPU; None where it is not known what they ran on."""
         environment = self.point.environment
-        return None if environment is None else bool(environment.crowding())
+        return None if environment is None else bool(self.crowding())
+
+    def crowding(self) -> list[str]:
+        """One phrase for each way in which its ranks shared cores or a GPU."""
+        own = [] if self.point.environment is None else self.point.environment.crowding()
+        return own + ([f"at the same time as {' and '.join(self.neighbours)}"] if self.neighbours else [])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.report import series as series_of
 from launch.report.measure import measure
+from launch.report.neighbours import neighbours
 from launch.report.notes import notes
 from launch.report.points import Point, find_points, read_point
 from launch.report.series import Measured, Series
@@ -99,7 +100,9 @@ def tabulate(folder: Path, points: Sequence[Point]) -> ScalingTable:
     Raises:
         ConfigError: points that belong together are not comparable.
     """
-    found = series_of.split([Measured(point, measure(point.steps)) for point in points])
+    beside = neighbours(points)
+    members = [Measured(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)]
+    found = series_of.split(members)
     return ScalingTable(
         folder=folder,
         rows=tuple(_row(series, member) for series in found for member in series.members),
