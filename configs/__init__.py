@@ -1,1 +1,1 @@
-"""The YAML that Hydra composes over the schemas of ``gpt.config`` and ``launch.config``. A package, so that wheels carry it."""
+"""The YAML that Hydra composes over the schemas of ``gpt.config`` and ``launch.config``. A package: wheels carry it."""

@@ -13,7 +13,7 @@ from gpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one optimizer step. ``global_batch == per_rank * ranks`` and ``per_rank == micro * accumulation``."""
+    """Sequences of one step: ``global_batch == per_rank * ranks`` and ``per_rank == micro * accumulation``."""
 
     global_batch: int
     ranks: int

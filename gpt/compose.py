@@ -118,7 +118,9 @@ def choose_folder(config: TrainConfig, overrides: Sequence[str], not_in_point: S
     base = Path(config.run_dir or Path(config.output_dir) / config.name / point_name(overrides, not_in_point))
     base = base.expanduser().absolute()
     generations = [1] if base.exists() else []
-    generations += [int(p.name.rsplit("~", 1)[1]) for p in base.parent.glob(f"{glob_escape(base.name)}~*") if p.is_dir()]
+    generations += [
+        int(p.name.rsplit("~", 1)[1]) for p in base.parent.glob(f"{glob_escape(base.name)}~*") if p.is_dir()
+    ]
     newest = max(generations, default=0) + (1 if config.fresh else 0)
     return RunFolder(base if newest <= 1 else base.with_name(f"{base.name}~{newest}"))
 
@@ -201,7 +203,9 @@ def explain(error: BaseException, schema: type) -> ConfigError:
         fix = f"'{key}=\"{value}\"'" if value else f"{key}=VALUE"
         if value.startswith("["):
             fix = f"""'{key}=[{",".join(f'"{word.strip()}"' for word in value.strip("[]").split(","))}]'"""
-        return ConfigError(f"{error.override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or =", fix)
+        return ConfigError(
+            f"{error.override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or =", fix
+        )
     if "is not in struct" in text or "not in '" in text or "No match in the defaults list" in text:
         return unknown_key(key or (re.findall(r"'([\w./+]+)'", text) or [first])[0], schema)
     if any(isinstance(e, MissingMandatoryValue) for e in chain):

@@ -1,8 +1,8 @@
 """Train a GPT: one script, from one process to many nodes.
 
-    python -m gpt.train model=quick_test                                  # one process, on its GPU or the CPU
-    torchrun --nproc-per-node 8 -m gpt.train model=gpt2_124m parallel=fsdp  # one node
-    python -m launch -m nodes=1,2,4                                       # many nodes, through Slurm where there is one
+    python -m gpt.train model=quick_test                                    # one process, on its GPU or the CPU
+    torchrun --nproc-per-node 8 -m gpt.train model=gpt2_124m parallel=fsdp   # one node
+    python -m launch -m nodes=1,2,4                                         # many nodes, on Slurm where it is
 
 The same command again goes on from the last checkpoint. SIGTERM, SIGUSR2 or Ctrl-C finish the step, save and leave.
 Owns the loop. Knows its run folder, but neither Slurm nor who started it.
@@ -10,27 +10,19 @@ Owns the loop. Knows its run folder, but neither Slurm nor who started it.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import functional as F
 
-from gpt import compose
-from gpt.accounting.flops import training_flops_per_token
-from gpt.accounting.hardware import peak_flops
-from gpt.batch import Batch, cut
+from gpt.batch import cut
 from gpt.checkpoint import CheckpointStore
 from gpt.config import TrainConfig
 from gpt.data.corpus import TokenFile, check_size, describe, prepare
@@ -38,34 +30,17 @@ from gpt.data.loader import Samples, train_indices
 from gpt.errors import ConfigError
 from gpt.failure import record_failure
 from gpt.interrupt import StopFlag, die_with_parent
-from gpt.metrics.environment import code_state, describe_rank, software
 from gpt.metrics.records import StepRecord
 from gpt.metrics.views import Views
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.optim import build_optimizer, clip_gradients, lr_at
-from gpt.parallel.engine import Engine, autocast, spread
+from gpt.parallel.engine import autocast, spread
 from gpt.parallel.topology import topology
 from gpt.parallel.world import World, open_world
-from gpt.run_folder import RunFolder, write_json
-
-
-@dataclass
-class Run:
-    """Everything the loop works with. Letters of shapes: B sequences, T tokens of one, V vocabulary."""
-
-    config: TrainConfig
-    folder: RunFolder
-    world: World
-    attempt: int
-    batch: Batch
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    tokens: TokenFile
-    samples: Samples
-    store: CheckpointStore
-    step: int = 0
-    """Steps done."""
+from gpt.resume import load, save
+from gpt.run import Request, Run, agree_on_folder, describe_attempt, open_attempt, parse_request
+from gpt.run_folder import RunFolder
 
 
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int) -> Run:
@@ -203,137 +178,6 @@ def evaluate(run: Run) -> float:
     return world.sum(loss.item())[0] / (wanted * run.config.model.block_size)
 
 
-def state_of(run: Run) -> dict[str, Any]:
-    """Model and optimizer state as torch.distributed.checkpoint takes it, independent of how they are spread."""
-    model, optimizer = get_state_dict(run.engine.module, run.optimizer)
-    return {"model": model, "optimizer": optimizer}
-
-
-def save(run: Run) -> float:
-    """Write a checkpoint of the step just done. Returns the seconds it held up training."""
-    started = time.perf_counter()
-    meta = {
-        "attempt": run.attempt,
-        "samples": run.step * run.batch.global_batch,
-        "data_sha256": run.tokens.sha256,
-        "topology": topology(run.config.parallel, run.world.size).as_dict(),
-        "world_size": run.world.size,
-        "config": compose.flatten({k: v for k, v in plain_config(run.config).items()}),
-    }
-    run.store.save(run.step, state_of(run), rng_state(run.world), meta)
-    seconds = time.perf_counter() - started
-    if run.world.is_first:
-        run.folder.record_event("saved", attempt=run.attempt, step=run.step, seconds=seconds)
-    return seconds
-
-
-def load(run: Run) -> None:
-    """Go on from the newest checkpoint that is whole, if there is one."""
-    state = state_of(run)
-    loaded = run.store.load(state)
-    if loaded is None:
-        # get_state_dict filled the optimizer by a step with zero gradients, which AdamW would count as its first.
-        run.optimizer.state.clear()
-        return
-    for line in loaded.set_aside:
-        if run.world.is_first:
-            run.folder.record_event("checkpoint_set_aside", attempt=run.attempt, cause=line)
-    if loaded.meta["samples"] != loaded.step * run.batch.global_batch:
-        raise ConfigError(
-            f"{loaded.meta['samples']} samples in the {loaded.step} steps of the checkpoint, but now "
-            f"{run.batch.global_batch} sequences a step",
-            "the batch of the first attempt: with optim.weak_scaling=true it follows from the number of ranks",
-            f"{loaded.meta['world_size']} ranks, or fresh=true for a new folder",
-        )
-    if loaded.meta["data_sha256"] != run.tokens.sha256:
-        raise ConfigError(
-            f"a checkpoint at step {loaded.step} made with other data (sha256 {loaded.meta['data_sha256'][:12]}...)",
-            f"the corpus it was made with, now it is {run.tokens.sha256[:12]}...",
-            "fresh=true, to start over with this corpus in a new folder",
-        )
-    set_state_dict(
-        run.engine.module, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    if loaded.rank_state is not None:
-        set_rng_state(run.world, loaded.rank_state)
-    run.step = loaded.step
-
-
-def rng_state(world: World) -> dict[str, Any]:
-    """State of the random generators of this rank."""
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return state
-
-
-def set_rng_state(world: World, state: dict[str, Any]) -> None:
-    """Put the random generators of this rank back."""
-    torch.set_rng_state(state["cpu"])
-    if world.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], world.device)
-
-
-def plain_config(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain values that JSON can hold."""
-    return {k: compose.plain(v) if hasattr(v, "name") else v for k, v in compose.flatten(asdict(config)).items()}
-
-
-def describe_attempt(run: Run) -> None:
-    """Write ``environment.json`` of this attempt and the ledger's ``started``."""
-    ranks = run.world.gather(describe_rank(run.world))
-    if not run.world.is_first:
-        return
-    layout = topology(run.config.parallel, run.world.size)
-    record = {
-        "attempt": run.attempt,
-        "time": time.time(),
-        "world_size": run.world.size,
-        "topology": layout.as_dict(),
-        "global_batch": run.batch.global_batch,
-        "micro_batch": run.batch.micro,
-        "accumulation": run.batch.accumulation,
-        "weak_scaling": run.config.optim.weak_scaling,
-        "block_size": run.config.model.block_size,
-        "precision": run.config.precision.name,
-        "model": run.config.model.name,
-        "parameters": sum(p.numel() for p in run.engine.module.parameters()),
-        "max_steps": run.config.optim.max_steps,
-        "data_sha256": run.tokens.sha256,
-        "ranks": ranks,
-        "software": software(),
-        "git": code_state(),
-    }
-    write_json(run.folder.environment(run.attempt), record)
-    run.folder.record_event(
-        "started", attempt=run.attempt, world_size=run.world.size, topology=str(layout), from_step=run.step
-    )
-    print(banner(run, ranks), flush=True)
-
-
-def banner(run: Run, ranks: list[dict[str, Any]]) -> str:
-    """What is about to happen, in four lines."""
-    model, batch, layout = run.config.model, run.batch, topology(run.config.parallel, run.world.size)
-    hosts = sorted({r["host"] for r in ranks})
-    flops = training_flops_per_token(model).palm
-    peak = peak_flops(ranks[0]["device_name"], run.config.precision)
-    return (
-        f"{run.folder.path}  attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}\n"
-        f"model {model.name}: {sum(p.numel() for p in run.engine.module.parameters()):,} parameters, "
-        f"{flops / 1e9:.3g} GFLOP a token\n"
-        f"{run.world.size} ranks on {', '.join(hosts)} ({ranks[0]['device_name']}), {layout}, {run.config.precision.name}; "
-        f"peak {f'{peak / 1e12:g} TFLOP/s' if peak else 'unknown, so MFU is unavailable'}\n"
-        f"batch {batch.global_batch} x {model.block_size} tokens = {batch.ranks} ranks x {batch.accumulation} passes x "
-        f"{batch.micro} sequences; data {run.tokens.sha256[:12]}, {run.samples.num_train} training sequences"
-    )
-
-
-def open_attempt(folder: RunFolder, world: World) -> int:
-    """The number of this attempt: the agent's where there is one, the next free one elsewhere."""
-    given = os.environ.get("GPT_ATTEMPT")
-    return int(given) if given else world.on_first(folder.create_attempt)
-
-
 def run_ranks(request: Request, stop: StopFlag) -> str:
     """Train with the other ranks of the environment. A failure is written to the ledger before it is raised."""
     config = request.config
@@ -351,46 +195,8 @@ def run_ranks(request: Request, stop: StopFlag) -> str:
                 return "finished"
             return train(run, stop)
         except BaseException as error:
-            record_failure(folder, attempt, world.rank, error, run and run.step)
+            record_failure(folder, attempt, world.rank, error, None if run is None else run.step)
             raise
-
-
-@dataclass
-class Request:
-    """What the command line asks for."""
-
-    config: TrainConfig
-    folder: RunFolder | None
-    """Given with ``--run``; otherwise it follows from the overrides."""
-    composed: DictConfig | None = None
-    overrides: Sequence[str] = ()
-
-
-def parse_request(argv: Sequence[str]) -> Request:
-    """Read ``--run FOLDER``, or overrides of ``configs/train.yaml``."""
-    parser = argparse.ArgumentParser(prog="python -m gpt.train", description="Train a GPT, or go on with a run.")
-    parser.add_argument("--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
-    words = parser.parse_args(argv)
-    if words.run:
-        folder = RunFolder(Path(words.run).absolute())
-        return Request(compose.read_config(folder, TrainConfig), folder)
-    composed = compose.compose_train(words.overrides)
-    config = compose.to_schema(composed, TrainConfig)
-    config.validate()
-    return Request(config, None, composed, words.overrides)
-
-
-def agree_on_folder(request: Request, world: World) -> RunFolder:
-    """Let rank 0 choose the folder of the run and write its config there; all ranks get the same, or the same refusal."""
-    def choose() -> RunFolder:
-        assert request.composed is not None
-        folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
-        compose.refuse_other_run(folder, request.config)
-        compose.write_config(folder, request.composed, request.overrides)
-        return folder
-
-    return request.folder or world.on_first(choose)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ OWNER = "LAUNCH_OWNER_PID"
 """Process of the launcher that started a local run; without it the run stops too."""
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """A run whose ranks did not all finish."""
 
 
@@ -65,7 +65,7 @@ def run(run_dir: str) -> None:
     """Take this node's part in the run of ``run_dir``, to its end.
 
     Raises:
-        RunFailed: a rank failed, here or on another node.
+        RunFailedError: a rank failed, here or on another node.
     """
     stop = StopRequest()
     stop.install()
@@ -87,7 +87,7 @@ def run(run_dir: str) -> None:
 
 
 def finish(folder: RunFolder, node: Node, attempt: int, verdict: str | None, stop: StopRequest) -> None:
-    """Compare what the ranks wrote into the ledger with how they exited. ``verdict`` is None where all exited with 0."""
+    """Compare what the ranks wrote into the ledger with how they exited; ``verdict`` is None where all left with 0."""
     events = folder.read_events()
     mine = [e for e in events if e.get("attempt") == attempt]
     done = {e["event"] for e in mine}
@@ -95,10 +95,12 @@ def finish(folder: RunFolder, node: Node, attempt: int, verdict: str | None, sto
         return
     if stop.count and first_failure(events, attempt) is None:
         if node.index == 0:
-            folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause="ended before it could save")
+            folder.record_event(
+                "stopped", attempt=attempt, step=None, signal=stop.name, cause="ended before it could save"
+            )
         return
     failure = first_failure(folder.read_events(), attempt)
-    raise RunFailed(failure_text(failure) if failure else verdict or "the ranks left without finishing")
+    raise RunFailedError(failure_text(failure) if failure else verdict or "the ranks left without finishing")
 
 
 def failure_text(failure: dict[str, Any]) -> str:
@@ -118,7 +120,7 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except RunFailed as error:
+    except RunFailedError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -152,7 +152,8 @@ def refuse_too_few_gpus(config: Config, gpus: int) -> None:
         return
     if config.world_size > gpus:
         raise ConfigError(
-            f"nodes={config.nodes} x {config.ranks_on_node} ranks = {config.world_size} ranks on a machine with {gpus} GPUs",
+            f"nodes={config.nodes} x {config.ranks_on_node} ranks = {config.world_size} ranks on a machine with {gpus} "
+            "GPUs",
             "a GPU for each rank",
             "device=cpu" if gpus == 0 else f"nodes=1 ranks_per_node={gpus}, or device=cpu",
         )
@@ -167,8 +168,9 @@ def refuse_too_little_memory(config: Config, needed: float, kind: ClusterKind) -
     else:
         return
     if ranks * needed > have:
+        total = f"{ranks} ranks x {needed / GIB:.2f} GiB = {ranks * needed / GIB:.2f} GiB"
         raise ConfigError(
-            f"{ranks} ranks x {needed / GIB:.2f} GiB = {ranks * needed / GIB:.2f} GiB, and {have / GIB:.2f} GiB {where}",
+            f"{total}, and {have / GIB:.2f} GiB {where}",
             "a run that fits",
             "parallel=fsdp, optim.micro_batch=1, or a smaller model",
         )
@@ -218,8 +220,8 @@ def plan_text(plan: Plan) -> str:
     rows = {
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}",
         "topology": " ".join(f"{k}={v}" for k, v in plan.topology.items()),
-        "model": f"{plan.model}: {plan.parameters:,} parameters ({plan.parameters_non_embedding:,} without embeddings), "
-        f"{plan.flops_per_token / 1e9:.3g} GFLOP a token",
+        "model": f"{plan.model}: {plan.parameters:,} parameters ({plan.parameters_non_embedding:,} without "
+        f"embeddings), {plan.flops_per_token / 1e9:.3g} GFLOP a token",
         "batch": f"{plan.global_batch} sequences x {plan.block_size} tokens, on each rank {plan.accumulation} passes "
         f"of {plan.micro_batch}",
         "tokens": f"{plan.tokens_per_step:,} a step, {plan.tokens_total:,} in {plan.max_steps} steps",

@@ -78,8 +78,7 @@ def wait_for_note(note: Path, timeout_s: float) -> dict[str, Any]:
             told = json.loads(note.read_text())
         except FileNotFoundError:
             # Listing the folder makes an NFS client look again instead of answering from its cache.
-            if note.parent.is_dir():
-                os.listdir(note.parent)
+            list(note.parent.glob("*"))
             time.sleep(POLL_S)
             continue
         assert isinstance(told, dict)
@@ -97,7 +96,7 @@ class OneLogEach(LogsSpecs):
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """No redirection."""
         nowhere = dict.fromkeys(envs, "")
-        files = {rank: os.path.join(self._errors, f"{rank}.json") for rank in envs}
+        files = {rank: f"{self._errors}/{rank}.json" for rank in envs}
         return LogsDest(stdouts=nowhere, stderrs=nowhere, error_files=files)
 
     @property
@@ -220,7 +219,9 @@ class Watch:
             self._stop.ask("the launcher is gone")
         if self._stop.count and not self._asked:
             self._asked = True
-            self._folder.record_event("signalled", attempt=self._meeting.attempt, host=socket.gethostname(), signal=self._stop.name)
+            self._folder.record_event(
+                "signalled", attempt=self._meeting.attempt, host=socket.gethostname(), signal=self._stop.name
+            )
             agent.send(signal.SIGTERM)
         if self._asked and (self._stop.count > 1 or time.monotonic() > self._stop.since + self._grace_s):
             agent.send(signal.SIGKILL)

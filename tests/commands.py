@@ -29,7 +29,18 @@ TINY = (
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a user who is in no job: nothing of an enclosing launcher, one thread a process."""
-    gone = ("SLURM_", "SUBMITIT_", "TORCHELASTIC_", "LAUNCH_", "GPT_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "HYDRA_")
+    gone = (
+        "SLURM_",
+        "SUBMITIT_",
+        "TORCHELASTIC_",
+        "LAUNCH_",
+        "GPT_",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "HYDRA_",
+    )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(gone)}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **extra}
 

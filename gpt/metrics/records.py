@@ -9,7 +9,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from gpt.run_folder import append_json_line, read_json_lines
 
@@ -32,20 +32,20 @@ class StepRecord:
     """First and last sample index this rank used in this step."""
     step_time_s: float
     """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
-    data_wait_s: Optional[float] = None
-    comm_s: Optional[float] = None
-    checkpoint_s: Optional[float] = None
+    data_wait_s: float | None = None
+    comm_s: float | None = None
+    checkpoint_s: float | None = None
     """Time the checkpoint of this step held up training; only where one was written."""
-    val_loss: Optional[float] = None
+    val_loss: float | None = None
     """Mean cross-entropy on the validation sequences after this step; only where it was evaluated."""
-    tokens_per_s: Optional[float] = None
+    tokens_per_s: float | None = None
     """Of the whole run: tokens of the global batch over step_time_s."""
-    tflops_per_s: Optional[float] = None
+    tflops_per_s: float | None = None
     """Model TFLOP/s of this rank by the PaLM convention."""
-    mfu_palm: Optional[float] = None
-    mfu_causal: Optional[float] = None
-    hfu: Optional[float] = None
-    memory_peak_gib: Optional[float] = None
+    mfu_palm: float | None = None
+    mfu_causal: float | None = None
+    hfu: float | None = None
+    memory_peak_gib: float | None = None
     time: float = field(default_factory=time.time)
     """Unix time, seconds."""
 

@@ -1,4 +1,4 @@
-"""The views of the step records while a run goes on: the JSONL file of every rank, and rank 0's console and TensorBoard.
+"""The views of the step records while a run goes on: every rank's JSONL file, rank 0's console and TensorBoard.
 
 Owns what is derived from a record for showing. Must not know how a step is made.
 """

@@ -6,7 +6,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.config import TrainConfig
@@ -21,11 +21,13 @@ class ReplicatedEngine:
     def __init__(self, model: GPT, config: TrainConfig, world: World, tokens_BT: Tensor) -> None:
         devices = [world.device] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
-            # torch 2.13 renames broadcast_buffers; 2.11 knows no other name. The buffers are constants: nothing to send.
+            # torch 2.13 renames broadcast_buffers; 2.11 knows no other name. The buffers are constants.
             warnings.simplefilter("ignore", FutureWarning)
-            self.module = DistributedDataParallel(
+            replicated = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        self._replicated = replicated
+        self.module: nn.Module = replicated
         self._settle_buckets(config, world, tokens_BT)
 
     def _settle_buckets(self, config: TrainConfig, world: World, tokens_BT: Tensor) -> None:
@@ -44,4 +46,4 @@ class ReplicatedEngine:
         self.module.zero_grad()
 
     def backward_pass(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last else self.module.no_sync()
+        return nullcontext() if last else self._replicated.no_sync()

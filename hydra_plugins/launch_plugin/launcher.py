@@ -35,7 +35,7 @@ class PerPointLauncher(Launcher):
         points = []
         for words in job_overrides:
             composed = self.context.config_loader.load_sweep_config(self.config, list(words))
-            typed = list(filter_overrides(OmegaConf.to_container(composed.hydra.overrides.task)))
+            typed = list(filter_overrides([str(word) for word in composed.hydra.overrides.task]))
             composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
             points.append((composed, typed))
         run_sweep(points)

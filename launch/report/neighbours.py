@@ -29,10 +29,13 @@ def _share(one: Environment, other: Environment) -> bool:
     gpus = [{place.device for place in side.ranks if place.device != "cpu"} for side in (one, other)]
     if gpus[0] & gpus[1]:
         return True
-    threads, cores = [_threads(one), _threads(other)], defaultdict(int)
+    threads = [_threads(one), _threads(other)]
+    cores: dict[str, int] = defaultdict(int)
     for place in (*one.ranks, *other.ranks):
         cores[place.machine] = max(cores[place.machine], place.cores)
-    return any(threads[0][machine] + threads[1][machine] > cores[machine] for machine in threads[0] if machine in threads[1])
+    return any(
+        threads[0][machine] + threads[1][machine] > cores[machine] for machine in threads[0] if machine in threads[1]
+    )
 
 
 def _threads(environment: Environment) -> dict[str, int]:

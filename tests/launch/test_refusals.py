@@ -32,7 +32,11 @@ REFUSED = [
     (["cluster.exclude=n[3-4]"], "cluster.exclude=n[3-4], which cannot be read", "'cluster.exclude=\"n[3-4]\"'"),
     (["cluster.setup=[a b,c=d]"], "which cannot be read", """'cluster.setup=["a b","c=d"]'"""),
     (["nodes=0"], "nodes=0", "nodes=1"),
-    (["nodes=3"], "nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a multiple of 3", "optim.global_batch=18"),
+    (
+        ["nodes=3"],
+        "nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a multiple of 3",
+        "optim.global_batch=18",
+    ),
     (["model.n_head=3"], "model.n_head=3 does not divide model.n_embd=128", "model.n_head=2"),
     (["model.n_kv_head=3"], "model.n_kv_head=3 does not divide model.n_head=4", "model.n_kv_head="),
     (["model.position=rope", "model.n_embd=20"], "rope with heads 5 wide", "model.position=learned"),
@@ -136,5 +140,5 @@ def test_another_config_is_refused_in_the_folder_of_a_run(tmp_path: Path) -> Non
     compose.write_config(folder, composed, words)
     compose.refuse_other_run(folder, config)
     config.optim.lr = 0.5
-    with pytest.raises(ConfigError, match="optim.lr=0.003, and now optim.lr=0.5"):
+    with pytest.raises(ConfigError, match=r"optim\.lr=0\.002, and now optim\.lr=0\.5"):
         compose.refuse_other_run(folder, config)

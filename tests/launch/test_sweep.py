@@ -118,7 +118,13 @@ def test_the_same_command_again_finds_the_work_done(sweep: tuple[Path, str]) -> 
 @pytest.mark.parametrize("starter", ["python", "torchrun"])
 def test_the_worker_runs_without_the_launcher(starter: str, sweep: tuple[Path, str], tmp_path: Path) -> None:
     outputs, _ = sweep
-    words = [*TINY, f"optim.max_steps={STEPS}", f"run_dir={tmp_path / 'run'}", "checkpoint.interval=4", "eval.interval=4"]
+    words = [
+        *TINY,
+        f"optim.max_steps={STEPS}",
+        f"run_dir={tmp_path / 'run'}",
+        "checkpoint.interval=4",
+        "eval.interval=4",
+    ]
     if starter == "python":
         run("gpt.train", *words, cwd=tmp_path)
     else:
@@ -131,7 +137,13 @@ def test_the_worker_runs_without_the_launcher(starter: str, sweep: tuple[Path, s
 @pytest.mark.parametrize("launcher", ["submitit_local", "basic"])
 def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tmp_path: Path) -> None:
     outputs, _ = sweep
-    words = [*TINY, f"optim.max_steps={STEPS}", "checkpoint.interval=4", "eval.interval=4", f"hydra/launcher={launcher}"]
+    words = [
+        *TINY,
+        f"optim.max_steps={STEPS}",
+        "checkpoint.interval=4",
+        "eval.interval=4",
+        f"hydra/launcher={launcher}",
+    ]
     nodes = 1
     if launcher == "submitit_local":
         nodes = 2

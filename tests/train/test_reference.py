@@ -21,7 +21,7 @@ from gpt.run_folder import RunFolder
 from tests.commands import TINY, run
 
 STEPS = 6
-WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0", "optim.warmup_steps=3", "optim.grad_clip=0.5"]
+WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0", "optim.warmup_steps=3", "optim.lr=3e-3", "optim.min_lr=3e-4", "optim.grad_clip=0.5"]
 
 
 def plain_losses(folder: Path) -> list[tuple[float, float]]:
@@ -43,13 +43,17 @@ def plain_losses(folder: Path) -> list[tuple[float, float]]:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (step + 1) / 3 if step < 3 else 3e-4 + 1.35e-3 * (1 + math.cos(math.pi * (step - 2) / 3))
+            group["lr"] = (
+                3e-3 * (step + 1) / 3 if step < 3 else 3e-4 + 1.35e-3 * (1 + math.cos(math.pi * (step - 2) / 3))
+            )
         optimizer.step()
         seen.append((loss.item(), norm.item()))
     return seen
 
 
-@pytest.mark.parametrize("starter", [("gpt.train",), ("launch", "nodes=2", "parallel=fsdp")], ids=["alone", "fsdp on 2"])
+@pytest.mark.parametrize(
+    "starter", [("gpt.train",), ("launch", "nodes=2", "parallel=fsdp")], ids=["alone", "fsdp on 2"]
+)
 def test_losses_and_gradient_norms_are_those_of_a_plain_loop(starter: tuple[str, ...], tmp_path: Path) -> None:
     run(starter[0], *starter[1:], *WORDS, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
     records = read_records(RunFolder(tmp_path / "run").metrics(0))

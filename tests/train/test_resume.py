@@ -43,7 +43,9 @@ def test_kill_9_and_the_same_command_end_in_the_same_weights(
 
     killed = RunFolder(tmp_path / "killed")
     process = start("launch", *words, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
-    wait_for(lambda: any(r["step"] >= 10 for r in read_records(killed.metrics(0))) or process.poll() is not None, "step 10")
+    wait_for(
+        lambda: any(r["step"] >= 10 for r in read_records(killed.metrics(0))) or process.poll() is not None, "step 10"
+    )
     assert process.poll() is None, (tmp_path / "log").read_text()
     assert set(ranks_of(descendants(process.pid))) == set(range(nodes * ranks))
     kill_all(process)
@@ -61,7 +63,12 @@ def test_kill_9_and_the_same_command_end_in_the_same_weights(
     assert not different
     losses = [[r["loss"] for r in read_records(RunFolder(tmp_path / name).metrics(0))] for name in ("whole", "killed")]
     assert losses[0] == losses[1]
-    samples = [s for rank in killed.metric_ranks() for r in read_records(killed.metrics(rank)) for s in range(r["samples"][0], r["samples"][1] + 1)]
+    samples = [
+        s
+        for rank in killed.metric_ranks()
+        for r in read_records(killed.metrics(rank))
+        for s in range(r["samples"][0], r["samples"][1] + 1)
+    ]
     assert sorted(samples) == list(range(8 * STEPS))
 
 

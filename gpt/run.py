@@ -1,0 +1,147 @@
+"""A run in the making: what the command line asks for, and everything the loop works with.
+
+Owns the way from words to a run folder that all ranks agree on, and the record of what an attempt runs on. Must not
+know how a step is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from gpt import compose
+from gpt.accounting.flops import training_flops_per_token
+from gpt.accounting.hardware import peak_flops
+from gpt.batch import Batch
+from gpt.checkpoint import CheckpointStore
+from gpt.config import TrainConfig
+from gpt.data.loader import Samples
+from gpt.data.token_file import TokenFile
+from gpt.metrics.environment import code_state, describe_rank, software
+from gpt.parallel.engine import Engine
+from gpt.parallel.topology import topology
+from gpt.parallel.world import World
+from gpt.run_folder import RunFolder, write_json
+
+
+@dataclass
+class Request:
+    """What the command line asks for."""
+
+    config: TrainConfig
+    folder: RunFolder | None
+    """Given with ``--run``; otherwise it follows from the overrides."""
+    composed: DictConfig | None = None
+    overrides: Sequence[str] = ()
+
+
+def parse_request(argv: Sequence[str]) -> Request:
+    """Read ``--run FOLDER``, or overrides of ``configs/train.yaml``."""
+    parser = argparse.ArgumentParser(prog="python -m gpt.train", description="Train a GPT, or go on with a run.")
+    parser.add_argument(
+        "--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
+    words = parser.parse_args(argv)
+    if words.run:
+        folder = RunFolder(Path(words.run).absolute())
+        return Request(compose.read_config(folder, TrainConfig), folder)
+    composed = compose.compose_train(words.overrides)
+    config = compose.to_schema(composed, TrainConfig)
+    config.validate()
+    return Request(config, None, composed, words.overrides)
+
+
+def agree_on_folder(request: Request, world: World) -> RunFolder:
+    """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
+
+    def choose() -> RunFolder:
+        assert request.composed is not None
+        folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
+        compose.refuse_other_run(folder, request.config)
+        compose.write_config(folder, request.composed, request.overrides)
+        return folder
+
+    return request.folder or world.on_first(choose)
+
+
+@dataclass
+class Run:
+    """Everything the loop works with. Letters of shapes: B sequences, T tokens of one, V vocabulary."""
+
+    config: TrainConfig
+    folder: RunFolder
+    world: World
+    attempt: int
+    batch: Batch
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    tokens: TokenFile
+    samples: Samples
+    store: CheckpointStore
+    step: int = 0
+    """Steps done."""
+
+
+def open_attempt(folder: RunFolder, world: World) -> int:
+    """The number of this attempt: the agent's where there is one, the next free one elsewhere."""
+    given = os.environ.get("GPT_ATTEMPT")
+    return int(given) if given else world.on_first(folder.create_attempt)
+
+
+def describe_attempt(run: Run) -> None:
+    """Write ``environment.json`` of this attempt and the ledger's ``started``."""
+    ranks = run.world.gather(describe_rank(run.world))
+    if not run.world.is_first:
+        return
+    layout = topology(run.config.parallel, run.world.size)
+    record = {
+        "attempt": run.attempt,
+        "time": time.time(),
+        "world_size": run.world.size,
+        "topology": layout.as_dict(),
+        "global_batch": run.batch.global_batch,
+        "micro_batch": run.batch.micro,
+        "accumulation": run.batch.accumulation,
+        "weak_scaling": run.config.optim.weak_scaling,
+        "block_size": run.config.model.block_size,
+        "precision": run.config.precision.name,
+        "model": run.config.model.name,
+        "parameters": sum(p.numel() for p in run.engine.module.parameters()),
+        "max_steps": run.config.optim.max_steps,
+        "data_sha256": run.tokens.sha256,
+        "ranks": ranks,
+        "software": software(),
+        "git": code_state(),
+    }
+    write_json(run.folder.environment(run.attempt), record)
+    run.folder.record_event(
+        "started", attempt=run.attempt, world_size=run.world.size, topology=str(layout), from_step=run.step
+    )
+    print(banner(run, ranks), flush=True)
+
+
+def banner(run: Run, ranks: list[dict[str, Any]]) -> str:
+    """What is about to happen, in four lines."""
+    model, batch, layout = run.config.model, run.batch, topology(run.config.parallel, run.world.size)
+    hosts = sorted({r["host"] for r in ranks})
+    flops = training_flops_per_token(model).palm
+    peak = peak_flops(ranks[0]["device_name"], run.config.precision)
+    rate = f"{peak / 1e12:g} TFLOP/s" if peak else "unknown, so MFU is unavailable"
+    return (
+        f"{run.folder.path}  attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}\n"
+        f"model {model.name}: {sum(p.numel() for p in run.engine.module.parameters()):,} parameters, "
+        f"{flops / 1e9:.3g} GFLOP a token\n"
+        f"{run.world.size} ranks on {', '.join(hosts)} ({ranks[0]['device_name']}), {layout}, "
+        f"{run.config.precision.name}; peak {rate}\n"
+        f"batch {batch.global_batch} x {model.block_size} tokens = {batch.ranks} ranks x {batch.accumulation} passes x "
+        f"{batch.micro} sequences; data {run.tokens.sha256[:12]}, {run.samples.num_train} training sequences"
+    )

@@ -1,0 +1,101 @@
+"""The README's commands do what they say. Its two set-up lines run whole in ``.ci/run``; here is every other one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT, TIMEOUT_S, TINY, environment, run, start, wait_for
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+SMALL = [*TINY, "optim.max_steps=12"]
+
+
+def commands(start_word: str) -> list[str]:
+    found = [command for command in COMMANDS if command.startswith(start_word)]
+    assert found, start_word
+    return found
+
+
+def test_every_command_is_tested_here() -> None:
+    known = ("python3 -m venv", "python -m launch ", "python -m gpt.train", "torchrun", "tensorboard", "sbatch")
+    assert [c for c in COMMANDS if not c.startswith((*known, "python -m launch.report"))] == []
+
+
+def test_the_two_set_up_lines_pin_and_end_in_the_main_job_and_the_tests() -> None:
+    first, second = commands("python3 -m venv .venv && ")
+    assert first.endswith("&& .venv/bin/python -m launch -m nodes=1,2,4")
+    assert second.endswith("&& .venv/bin/python -m pytest")
+    assert all("-c constraints.txt -e" in command for command in (first, second))
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / path).exists(), f"README links to {path}"
+
+
+@pytest.mark.parametrize("command", [c for c in commands("python -m launch ") if "slurm" in c])
+def test_what_is_for_a_cluster_is_planned(command: str, tmp_path: Path) -> None:
+    words = [word for word in shlex.split(command)[3:] if word != "dry_run=true"]
+    text = run("launch", *words, "dry_run=true", cwd=tmp_path)
+    assert "#SBATCH --nodes=4" in text
+    assert "on slurm" in text
+
+
+@pytest.mark.parametrize("command", [c for c in commands("python -m launch ") if "slurm" not in c])
+def test_what_is_for_this_machine_runs(command: str, tmp_path: Path) -> None:
+    text = run("launch", *shlex.split(command)[3:], *SMALL, cwd=tmp_path)
+    assert "finished  step 12/12" in text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's torchrun line and its line for a text of one's own were typed."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "FILE").write_text("all work and no play makes jack a dull boy\n" * 2000)
+    for command in [*commands("torchrun"), *commands("python -m gpt.train")]:
+        words = shlex.split(command)
+        module = ["torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[2:]
+        run(*module, *SMALL, cwd=folder)
+    return folder
+
+
+def test_the_report_is_made_of_what_was_trained(trained: Path) -> None:
+    for command in commands("python -m launch.report"):
+        text = run(*shlex.split(command)[2:], cwd=trained)
+        assert "fsdp" in text and "finished" in text
+    assert (trained / "outputs" / "quick_test" / "scaling.png").is_file()
+
+
+def test_tensorboard_opens_the_outputs(trained: Path, tmp_path: Path) -> None:
+    (command,) = commands("tensorboard")
+    log = tmp_path / "log"
+    process = start("tensorboard.main", *shlex.split(command)[1:], "--port", "0", cwd=trained, log=log)
+    try:
+        wait_for(lambda: "http://" in log.read_text() or process.poll() is not None, "TensorBoard's address")
+        assert "http://" in log.read_text(), log.read_text()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize("command", commands("sbatch"))
+def test_the_batch_script_plans_for_the_nodes_of_its_job(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    assert (ROOT / words[1]).is_file()
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8"}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.inside", *words[2:]],
+        cwd=tmp_path,
+        env=environment(**job),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x 8 = 16 ranks on slurm" in done.stderr
+    assert (Path(done.stdout.strip()) / "plan.json").is_file()

@@ -1,0 +1,130 @@
+"""The structure holds: who may import whom, and every YAML under configs/ composes."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt import compose
+from gpt.compose import to_schema
+from launch.config import Config
+from launch.inside import compose_launch
+from tests.commands import ROOT
+
+PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the project by dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports(path: Path, top_level_only: bool = False) -> frozenset[str]:
+    """Dotted names that a module imports, at its top or anywhere; names that are submodules are completed."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(names)
+
+
+def starts(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+RULES = [
+    ("gpt", ["launch", "slurm", "hydra_plugins", "submitit"]),
+    ("gpt.model", ["torch.distributed", "gpt.parallel", "gpt.train", "gpt.data"]),
+    ("gpt.accounting", ["torch", "gpt.model", "gpt.parallel"]),
+    ("gpt.config", ["torch", "gpt.model", "gpt.compose"]),
+    ("gpt.data", ["gpt.model", "gpt.parallel", "gpt.train"]),
+    ("gpt.checkpoint", ["gpt.model", "gpt.parallel", "gpt.train", "gpt.data"]),
+    ("gpt.parallel", ["gpt.train", "gpt.data", "gpt.metrics"]),
+    ("launch.report", ["torch", "submitit", "launch.submit", "launch.plan", "hydra"]),
+    ("slurm", ["launch", "torch", "gpt.train", "gpt.model"]),
+]
+
+
+@pytest.mark.parametrize(("package", "forbidden"), RULES, ids=[package for package, _ in RULES])
+def test_dependencies_point_one_way(package: str, forbidden: list[str]) -> None:
+    checked = [name for name in modules() if starts(name, package)]
+    assert checked
+    wrong = [(m, i) for m in checked for i in imports(modules()[m]) if starts(i, *forbidden)]
+    assert not wrong
+
+
+def test_metrics_and_checkpoints_know_no_slurm() -> None:
+    for name, path in modules().items():
+        if starts(name, "gpt"):
+            code = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith(("#", '"')))
+            assert "SLURM_" not in code and "scontrol" not in code, name
+
+
+def test_the_login_node_loads_no_torch() -> None:
+    """Nothing that the launcher's commands import, however far down, imports torch at its top level."""
+    every = modules()
+    seen, waiting = (
+        set(),
+        [name for name in every if starts(name, "launch", "hydra_plugins") and name != "launch.ranks"],
+    )
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        wanted = imports(every[name], top_level_only=True)
+        assert not [i for i in wanted if starts(i, "torch", "deepspeed", "transformers")], name
+        waiting += [i for i in wanted if i in every]
+    assert {"launch.sweep", "gpt.accounting.memory", "gpt.data.corpus"} <= seen
+
+
+def test_no_module_is_a_dead_end() -> None:
+    """Every module is imported by another one or can be started."""
+    every = modules()
+    used = {i for path in every.values() for i in imports(path)}
+    packages = {name for name, path in every.items() if path.name == "__init__.py"}
+    started = {name for name, path in every.items() if "__main__" in path.read_text()}
+    named = {"hydra_plugins.launch_plugin.launcher"}  # in configs/hydra/launcher/per_point.yaml
+    assert set(every) - used - packages - started - named == set()
+
+
+YAML = sorted(path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAML, ids=str)
+def test_every_yaml_composes(path: Path, tmp_path: Path) -> None:
+    assert isinstance(yaml.safe_load((ROOT / "configs" / path).read_text()), dict)
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 1000)
+    group, option = "/".join(path.parts[:-1]), path.stem
+    words = {
+        "": [],
+        "experiment": [f"+experiment={option}"],
+    }.get(group, [f"{group}={option}"])
+    if (group, option) == ("data", "text"):
+        words.append(f"data.path={text}")
+    composed = compose_launch(words)
+    compose.refuse_unknown(composed, Config)
+    config = to_schema(composed, Config)
+    config.validate()
+    if group == "model":
+        assert config.name == config.model.name == option
+
+
+def test_every_preset_says_what_it_is() -> None:
+    for path in YAML:
+        assert (ROOT / "configs" / path).read_text().startswith("#"), f"{path} opens with a comment"
