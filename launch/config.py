@@ -18,7 +18,7 @@ from gpt.errors import ConfigError
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
-NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "cluster", "resilience", "dry_run", "hydra")
+NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "cluster", "resilience", "launch", "dry_run", "hydra")
 """Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
 
 
@@ -90,6 +90,14 @@ class ResilienceConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """What the command does after it has submitted."""
+
+    detach: bool = MISSING
+    """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only."""
+
+
+@dataclass
 class Config(TrainConfig):
     """One point of a sweep."""
 
@@ -99,6 +107,7 @@ class Config(TrainConfig):
     """Processes on each node; null means cluster.gpus_per_node, or 1."""
     dry_run: bool = False
     """Print the plan and the sbatch text, and submit nothing."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 

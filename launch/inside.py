@@ -48,7 +48,9 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     if given(words, "nodes"):
         typed = next(word.split("=", 1)[1] for word in words if word.startswith("nodes="))
         if typed != nodes:
-            raise ConfigError(f"nodes={typed} in a job of {nodes} nodes", "the same number", f"sbatch --nodes={typed} ...")
+            raise ConfigError(
+                f"nodes={typed} in a job of {nodes} nodes", "the same number", f"sbatch --nodes={typed} ..."
+            )
     else:
         words.append(f"nodes={nodes}")
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")

@@ -5,26 +5,36 @@ Owns the talk with Slurm other than sbatch, which is submitit's. Must not know w
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 TIMEOUT_S = 30.0
 RETRIES = 3
 BUSY = ("socket timed out", "unable to contact", "resource temporarily unavailable", "zero bytes were transmitted")
+
+GONE = "invalid job id"
+"""What Slurm says of a job that it has forgotten."""
 
 
 class SlurmError(RuntimeError):
     """A Slurm command that failed, with what it printed."""
 
 
+class SlurmBusyError(SlurmError):
+    """A controller that did not answer: the same command may work later."""
+
+
 def run(*words: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
     """What a Slurm command prints.
 
     Raises:
-        SlurmError: it is not installed, does not answer in time, or fails for another reason than a busy controller.
+        SlurmBusyError: it did not answer in time, ``retries`` times.
+        SlurmError: it is not installed, or fails for another reason.
     """
     if shutil.which(words[0]) is None:
         raise SlurmError(f"{words[0]} is not installed on this machine")
@@ -33,7 +43,15 @@ def run(*words: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> st
         if attempt:
             time.sleep(2.0**attempt)
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+            # A session of its own: Ctrl-C at the launcher must not end an scancel halfway.
+            done = subprocess.run(
+                words,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         except subprocess.TimeoutExpired:
             problem = f"no answer in {timeout_s:g} s"
             continue
@@ -41,8 +59,8 @@ def run(*words: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> st
             return done.stdout
         problem = done.stderr.strip() or f"exit status {done.returncode}"
         if not any(word in problem.lower() for word in BUSY):
-            break
-    raise SlurmError(f"{' '.join(words)}: {problem}")
+            raise SlurmError(f"{' '.join(words)}: {problem}")
+    raise SlurmBusyError(f"{' '.join(words)}: {problem}")
 
 
 def controller_answers() -> bool:
@@ -61,33 +79,78 @@ class JobState:
 
     state: str
     reason: str
+    nodes: str = ""
+    """Names of its nodes, as Slurm abbreviates them; empty while it has none."""
+    start: str = ""
+    """When it started, or is expected to; empty where Slurm does not know."""
 
     @property
     def is_over(self) -> bool:
         """Whether the job will not run again by itself."""
-        active = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
-        return self.state not in (*active, "REQUEUE_FED", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
+        active = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+        return not self.is_waiting and self.state not in active
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the job has yet to start, or to start again."""
+        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
-def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """States of jobs (``123`` or ``123_4``) by id, from squeue: works without accounting.
+def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobState]:
+    """States of jobs by id, with one squeue for all of them: works without accounting.
 
-    A job that the controller has already forgotten (MinJobAge after its end) is absent.
+    An element of an array goes by ``123_4``, or by the number of its own that its script finds in SLURM_JOB_ID.
+
+    A job that the controller has already forgotten (MinJobAge after its end) is absent. Raises SlurmError.
     """
     wanted = set(job_ids)
     roots = sorted({job.split("_")[0] for job in wanted})
     if not roots:
         return {}
+    options = ("--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%N|%S")
     try:
-        text = run("squeue", "--noheader", "--array", "--states=all", "--jobs", ",".join(roots), "--format=%i|%T|%r")
+        text = run("squeue", *options, "--jobs", ",".join(roots), retries=retries)
     except SlurmError as error:
-        if "invalid job id" in str(error).lower():
+        if GONE in str(error).lower():
             return {}
         raise
-    rows = [line.strip().split("|", 2) for line in text.splitlines() if line.count("|") >= 2]
-    return {job: JobState(state, reason) for job, state, reason in rows if job in wanted}
+    rows = [[word.strip() for word in line.split("|")] for line in text.splitlines() if line.count("|") == 5]
+    return {
+        job: JobState(state, reason, nodes, "" if start == "N/A" else start)
+        for name, number, state, reason, nodes, start in rows
+        for job in {name, number} & wanted
+    }
 
 
-def cancel(job_id: str) -> None:
-    """Cancel one job, or one element of an array."""
-    run("scancel", job_id)
+def output_file(job_id: str) -> Path | None:
+    """Where the batch script of a job prints, as scontrol knows it; None where the job is forgotten."""
+    try:
+        text = run("scontrol", "show", "job", job_id)
+    except SlurmError as error:
+        if GONE in str(error).lower():
+            return None
+        raise
+    found = re.search(r"^\s*StdOut=(.+)$", text, re.MULTILINE)
+    return Path(found.group(1)) if found else None
+
+
+def signal_job(job_id: str, name: str) -> None:
+    """Send a signal to everything that runs of one job, or of one element of an array. Nothing where it is gone.
+
+    Never sent twice by itself: the second one would end ranks that are saving.
+    """
+    unless_gone("scancel", f"--signal={name}", job_id, retries=1)
+
+
+def cancel(job_id: str, *, only_waiting: bool = False) -> None:
+    """Cancel one job, or one element of an array; with ``only_waiting`` not if it has started meanwhile."""
+    unless_gone("scancel", *(["--state=PENDING"] if only_waiting else []), job_id)
+
+
+def unless_gone(*words: str, retries: int = RETRIES) -> None:
+    """Run a command about a job; that the job is over or forgotten is no error."""
+    try:
+        run(*words, retries=retries)
+    except SlurmError as error:
+        if not any(word in str(error).lower() for word in (GONE, "already completing or completed")):
+            raise

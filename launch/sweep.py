@@ -8,18 +8,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from rich.console import Console
 
 from gpt import compose
 from gpt.errors import ConfigError
-from gpt.failure import first_failure
 from gpt.run_folder import RunFolder, write_json
 from launch import scheduler
 from launch.agent import failure_text
 from launch.config import ClusterKind, Config
 from launch.plan import Plan, make_plan, plan_text
+
+if TYPE_CHECKING:
+    from launch.point import Point
 
 Composed = tuple[DictConfig, Sequence[str]]
 
@@ -47,6 +51,8 @@ def run_sweep(points: Sequence[Composed]) -> None:
         compose.refuse_unknown(composed, Config)
         plans.append(make_plan(compose.to_schema(composed, Config), overrides, kind))
     refuse_same_folder(plans)
+    if points[0][0].launch.detach:
+        refuse_local(plans)
     if points[0][0].dry_run:
         show_plans(plans, console)
         return
@@ -56,7 +62,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
         folder = RunFolder(plan.run_dir)
         compose.write_config(folder, composed, overrides)
         write_json(folder.plan, plan.as_dict())
-    submit_and_watch(plans, console)
+    submit_and_watch(plans, console, detach=points[0][0].launch.detach)
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
@@ -84,9 +90,19 @@ def refuse_same_folder(plans: Sequence[Plan]) -> None:
         seen.add(plan.run_dir)
 
 
+def refuse_local(plans: Sequence[Plan]) -> None:
+    """Raise ConfigError where a run would have to do without the launcher that it is bound to."""
+    if any(plan.cluster == "local" for plan in plans):
+        raise ConfigError(
+            "launch.detach=true with agents on this machine (cluster=local)",
+            "a Slurm cluster: a local run ends with its launcher, so that it cannot be forgotten",
+            "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
+        )
+
+
 def refuse_running(plan: Plan) -> None:
     """Raise ConfigError where an earlier submission still works on the same folder."""
-    from launch.submit import running_job
+    from launch.jobs import running_job
 
     running = running_job(RunFolder(plan.run_dir).read_events())
     if running is not None:
@@ -116,22 +132,21 @@ def show_plans(plans: Sequence[Plan], console: Console) -> None:
     console.print("dry_run=true: nothing was submitted or written", highlight=False)
 
 
-def submit_and_watch(plans: Sequence[Plan], console: Console) -> None:
-    """Submit, follow to the end, and report."""
-    from launch import watch
-    from launch.submit import Job, LocalRun, submit_slurm
+def submit_and_watch(plans: Sequence[Plan], console: Console, *, detach: bool) -> None:
+    """Submit; then follow to the end and report, or say how to."""
+    from launch import cancel, watch
+    from launch.point import new_point
 
-    slurm = {run.plan.run_dir: run for run in submit_slurm([p for p in plans if p.cluster == "slurm"])}
-    jobs: list[Job] = [slurm.get(plan.run_dir) or LocalRun(plan) for plan in plans]
-    points = [watch.new_point(job) for job in jobs]
-    for point in points:
-        if point.job.job_id is not None:
-            watch.record_submitted(point)
-            console.print(f"{point.job.plan.point}: job {point.job.job_id}", highlight=False)
+    points = [new_point(plan) for plan in plans]
+    submit(points, console)
+    write_json(sweep_folder(plans) / "sweep.json", {"points": [plan.point for plan in plans]})
+    if detach:
+        console.print(follow_up(plans), highlight=False, markup=False)
+        return
     try:
         watch.watch(points, console)
     except KeyboardInterrupt:
-        watch.stop_all(points, console)
+        cancel.stop_on_ctrl_c(points, console)
         raise SweepFailed("stopped; the same command goes on from the last checkpoint", 130) from None
     report(plans, console)
     failed = [point for point in points if point.state != "finished"]
@@ -139,30 +154,75 @@ def submit_and_watch(plans: Sequence[Plan], console: Console) -> None:
         raise SweepFailed("\n\n".join(explain(point) for point in failed), 1)
 
 
+def submit(points: Sequence[Point], console: Console) -> None:
+    """Submit what is for Slurm, one job for each shape; local points get in line.
+
+    Raises:
+        SweepFailed: sbatch refused. What it had taken before goes on.
+    """
+    from launch import watch
+    from launch.jobs import Waiting
+    from launch.submit import shapes, submit_slurm
+
+    by_folder = {str(point.folder.path): point for point in points}
+    for group in shapes([point.plan for point in points if point.plan and point.plan.cluster == "slurm"]):
+        try:
+            jobs = submit_slurm(group)
+        except scheduler.SlurmError as error:
+            ids = ", ".join(point.job.job_id for point in points if point.job is not None)
+            rest = f"\nalready submitted, and going on: {ids}" if ids else ""
+            raise SweepFailed(f"{group[0].point}: {error}{rest}", 1) from error
+        for plan, job in zip(group, jobs, strict=True):
+            point = by_folder[plan.run_dir]
+            point.job = job
+            watch.record_submitted(point)
+            console.print(f"{point.name}: job {job.job_id}", highlight=False, markup=False)
+    for point in points:
+        if point.job is None:
+            Waiting(point.folder).enter(point.events_before)
+
+
+def sweep_folder(plans: Sequence[Plan]) -> Path:
+    """The folder that the points of a sweep lie in."""
+    return Path(plans[0].run_dir).parent
+
+
+def follow_up(plans: Sequence[Plan]) -> str:
+    """The commands for a sweep that goes on without its launcher."""
+    one, sweep = plans[0].run_dir, str(sweep_folder(plans))
+    whole = one if len(plans) == 1 else sweep
+    commands = [f"status {quote(whole)}", f"logs -f {quote(one)}", f"cancel {quote(whole)}", f"report {quote(sweep)}"]
+    lines = [f"  python -m launch.{command}" for command in commands]
+    return "\n".join(["the jobs go on without this command; to follow them:", *lines])
+
+
 def report(plans: Sequence[Plan], console: Console) -> None:
     """Write and show the scaling table of these points."""
     from launch import report as scaling
 
-    sweep = Path(plans[0].run_dir).parent
-    write_json(sweep / "sweep.json", {"points": [plan.point for plan in plans]})
+    sweep = sweep_folder(plans)
     table = scaling.build(sweep, [Path(plan.run_dir) for plan in plans])
     scaling.show(table, console)
     for path in scaling.write(table, sweep):
         console.print(f"wrote {path}", highlight=False)
 
 
-def explain(point: watch.Point) -> str:
+def explain(point: Point) -> str:
     """Why a point did not finish, and where to read on."""
-    attempts = [n for n in point.folder.attempts() if n > point.attempts_before]
-    failure = first_failure(point.events(), attempts[-1]) if attempts else None
-    head = f"{point.job.plan.point} {point.state}"
+    from launch.jobs import agent_logs
+
+    failure = point.failure() if point.state == "failed" else None
+    head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")
     if failure is not None:
         return f"{head}: {failure_text(failure)}"
-    log = point.job.log()
-    if log is not None and log.is_file():
+    logs = agent_logs(point.folder.path, point.job.job_id, 0)[::-1] if point.job is not None else []
+    log = next((log for log in logs if log.is_file() and log.stat().st_size), None)
+    if log is not None and point.state == "failed":
         lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         return f"{head}; the first agent's last words ({log}):\n{lines}"
-    return f"{head}; nothing was recorded in {point.folder.path}"
+    if point.state == "failed":
+        return f"{head}; nothing was recorded in {point.folder.path}"
+    return head
 
 
 def fail(error: SweepFailed) -> int:

@@ -1,108 +1,27 @@
 """Shows how submitted points go on, and waits for their end.
 
-Owns the progress bars of a terminal and the plain lines where there is none. Reads run folders and asks the jobs for
-their state; decides nothing but when a point is over.
+Owns the progress bars of a terminal and the plain lines where there is none. Decides nothing but which local point
+starts next.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from gpt.failure import first_failure
-from gpt.run_folder import RunFolder
-from launch.submit import Job, LocalRun
+from launch.cancel import Stop
+from launch.jobs import SlurmJob, Waiting
+from launch.point import Point, look
+from launch.scheduler import SlurmError
+from launch.submit import start_local
 
 POLL_S = 0.5
 SLURM_POLL_S = 5.0
 PLAIN_LINE_S = 10.0
-TAIL_BYTES = 16384
-RECENT = 20  # steps the ETA is made from
-
-
-@dataclass
-class Point:
-    """One submitted point and what was last seen of it."""
-
-    job: Job
-    state: str = "queued"
-    attempts_before: int = 0
-    """Attempts there were before this submission: their records are history."""
-    events_before: int = 0
-    """Events there were before this submission."""
-    latest: dict[str, Any] = field(default_factory=dict)
-    eta_s: float | None = None
-    shown: tuple[str, int] = ("", -1)
-    shown_at: float = 0.0
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run folder."""
-        return RunFolder(self.job.plan.run_dir)
-
-    def events(self) -> list[dict[str, Any]]:
-        """What the ledger says since this submission."""
-        return self.folder.read_events()[self.events_before :]
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will happen."""
-        return self.state in ("finished", "failed", "stopped")
-
-
-def new_point(job: Job) -> Point:
-    """A point that is about to be submitted."""
-    folder = RunFolder(job.plan.run_dir)
-    return Point(job, attempts_before=max(folder.attempts(), default=0), events_before=len(folder.read_events()))
-
-
-def recent_records(path: Path) -> list[dict[str, Any]]:
-    """The last step records of a rank, without reading the whole file."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the first line may be cut, the last one may be half written
-            continue
-    return records[-RECENT:]
-
-
-def look(point: Point) -> None:
-    """Bring ``point`` up to date from its job and its folder."""
-    job_state = point.job.state()
-    records = recent_records(point.folder.metrics(0))
-    new = [r for r in records if r["attempt"] > point.attempts_before]
-    if new:
-        point.latest = new[-1]
-        left = point.job.plan.max_steps - point.latest["step"]
-        point.eta_s = left * statistics.median(r["step_time_s"] for r in new)
-    point.state = verdict(point) if job_state == "over" else job_state
-
-
-def verdict(point: Point) -> str:
-    """How a point whose job is over ended: its ledger says so, and silence is a failure."""
-    events = point.events()
-    attempts = [e["attempt"] for e in events if "attempt" in e]
-    if attempts and first_failure(events, max(attempts)):
-        return "failed"
-    names = {e["event"] for e in events}
-    return "finished" if "finished" in names else "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 
 def duration(seconds: float) -> str:
@@ -110,6 +29,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def state_words(point: Point) -> str:
+    """The state, and why where that is known."""
+    return f"{point.state} ({point.detail})" if point.detail else point.state
 
 
 def status_words(point: Point) -> str:
@@ -125,7 +49,7 @@ def status_words(point: Point) -> str:
 def plain_line(point: Point) -> str:
     """One point as a line of text."""
     step = point.latest.get("step", 0)
-    return f"{point.job.plan.point:<24} {point.state:<9} step {step}/{point.job.plan.max_steps}  {status_words(point)}".rstrip()
+    return f"{point.name:<24} {state_words(point):<9} step {step}/{point.max_steps}  {status_words(point)}".rstrip()
 
 
 class Display:
@@ -134,6 +58,8 @@ class Display:
     def __init__(self, console: Console, points: Sequence[Point]) -> None:
         self._console = console
         self._tasks: dict[int, TaskID] = {}
+        self._shown: dict[int, tuple[str, int, float]] = {}
+        self._problem = False
         self._bars: Progress | None = None
         if console.is_terminal:
             self._bars = Progress(
@@ -145,21 +71,33 @@ class Display:
                 console=console,
             )
             for point in points:
-                plan = point.job.plan
-                self._tasks[id(point)] = self._bars.add_task(plan.point, total=plan.max_steps, state="queued", words="")
+                self._tasks[id(point)] = self._bars.add_task(
+                    point.name, total=point.max_steps, state="queued", words=""
+                )
             self._bars.start()
 
     def show(self, point: Point) -> None:
         """Show ``point`` as it is now."""
         step = int(point.latest.get("step", 0))
         if self._bars is not None:
-            self._bars.update(self._tasks[id(point)], completed=step, state=point.state, words=status_words(point))
+            task, words = self._tasks[id(point)], status_words(point)
+            self._bars.update(task, completed=step, state=state_words(point), words=words)
             return
-        changed = point.state != point.shown[0]
-        moved = step != point.shown[1] and time.monotonic() - point.shown_at >= PLAIN_LINE_S
-        if changed or moved:
-            point.shown, point.shown_at = (point.state, step), time.monotonic()
+        state, last_step, at = self._shown.get(id(point), ("", -1, 0.0))
+        moved = step != last_step and time.monotonic() - at >= PLAIN_LINE_S
+        if state_words(point) != state or moved:
+            self._shown[id(point)] = (state_words(point), step, time.monotonic())
             self._console.print(plain_line(point), highlight=False, soft_wrap=True)
+
+    def show_problem(self, problem: SlurmError | None) -> None:
+        """Say once that Slurm does not answer, and once that it does again."""
+        if problem is not None and not self._problem:
+            self._console.print(
+                f"{problem}\nthe jobs go on; asking again until Slurm answers", highlight=False, markup=False
+            )
+        elif problem is None and self._problem:
+            self._console.print("Slurm answers again", highlight=False)
+        self._problem = problem is not None
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -168,63 +106,53 @@ class Display:
 
 
 def watch(points: Sequence[Point], console: Console) -> None:
-    """Follow the points to their end, starting local ones one after another."""
+    """Follow the points to their end, starting local ones one after another.
+
+    A Slurm that does not answer is asked again: its jobs go on without us.
+    """
     display = Display(console, points)
     try:
-        while any(not point.is_over for point in points):
-            for point in points:
-                if not point.is_over:
-                    look(point)
+        while watched := [point for point in points if not point.is_over]:
+            start_next_local(watched)
+            display.show_problem(look(watched, retries=1))
+            for point in watched:
                 display.show(point)
-            start_next_local(points)
-            local = any(isinstance(p.job, LocalRun) for p in points if not p.is_over)
-            time.sleep(POLL_S if local else SLURM_POLL_S)
+            time.sleep(poll_s(watched))
     finally:
         display.close()
 
 
+def poll_s(points: Sequence[Point]) -> float:
+    """Seconds between two looks at points: longer where a controller that many share has to be asked."""
+    return SLURM_POLL_S if all(isinstance(point.job, SlurmJob) for point in points) else POLL_S
+
+
 def start_next_local(points: Sequence[Point]) -> None:
     """Start the next local point once the one before is over: side by side they would measure each other."""
-    local = [p for p in points if isinstance(p.job, LocalRun)]
-    if any(p.state == "running" for p in local):
+    local = [p for p in points if p.plan is not None and p.plan.cluster == "local" and not p.is_over]
+    if any(p.job is not None for p in local):
         return
     for point in local:
-        if not point.is_over and isinstance(point.job, LocalRun):
-            point.job.start()
-            record_submitted(point)
-            point.state = "running"
-            return
+        Waiting(point.folder).leave()
+        if is_cancelled(point):
+            point.state = "cancelled"
+            continue
+        assert point.plan is not None
+        point.job = start_local(point.plan)
+        point.state = "running"
+        record_submitted(point)
+        if is_cancelled(point):  # in the moment of its start
+            Stop(point).push()
+        return
+
+
+def is_cancelled(point: Point) -> bool:
+    """Whether somebody has cancelled the point since it was planned."""
+    return any(e["event"] == "cancelled" for e in point.events())
 
 
 def record_submitted(point: Point) -> None:
     """Enter the submission into the ledger."""
-    plan = point.job.plan
-    point.folder.record_event("submitted", cluster=plan.cluster, job_id=point.job.job_id, host=os.uname().nodename, nodes=plan.nodes)
-
-
-def stop_all(points: Sequence[Point], console: Console) -> None:
-    """After Ctrl-C: ask every job to save and leave and wait for it; a second Ctrl-C ends them at once."""
-    console.print("stopping: the runs save a checkpoint and leave; Ctrl-C again ends them now", highlight=False)
-    for point in points:
-        if isinstance(point.job, LocalRun) and point.job.job_id is None:
-            point.state = "stopped"
-        elif not point.is_over:
-            point.job.stop()
-    try:
-        wait_until_over(points)
-    except KeyboardInterrupt:
-        for point in points:
-            if not point.is_over:
-                point.job.kill()
-        wait_until_over(points)
-    for point in points:
-        console.print(plain_line(point), highlight=False, soft_wrap=True)
-
-
-def wait_until_over(points: Sequence[Point]) -> None:
-    """Wait for the end of every job."""
-    while any(not point.is_over for point in points):
-        for point in points:
-            if not point.is_over:
-                look(point)
-        time.sleep(POLL_S)
+    assert point.plan is not None and point.job is not None
+    where = {"cluster": point.plan.cluster, "job_id": point.job.job_id, "host": os.uname().nodename}
+    point.folder.record_event("submitted", **where, nodes=point.nodes)

@@ -1,0 +1,186 @@
+"""``python -m launch.logs PATH``: what a rank, or its agent, printed; with ``-f`` what it goes on to print.
+
+Owns choosing the log and following it over the attempts of a run. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gpt.errors import ConfigError
+from launch.jobs import SlurmJob, agent_logs
+from launch.point import Point, find_point, look, verdict
+from launch.runs import find_runs
+from launch.scheduler import SlurmError, output_file
+
+POLL_S = 0.5
+SLURM_POLL_S = 5.0
+CHUNK_BYTES = 1 << 20
+
+
+class Log:
+    """A file that is read as it grows. It may not be there yet."""
+
+    def __init__(self, path: Path, title: str) -> None:
+        self.path = path
+        self._title = title
+        self._read = 0
+
+    def copy(self) -> None:
+        """Print what is new, under the file's name where several are printed."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                while chunk := file.read(CHUNK_BYTES):
+                    if not self._read:
+                        print(f"==> {self._title}: {self.path} <==", file=sys.stderr, flush=True)
+                    self._read += len(chunk)
+                    sys.stdout.buffer.write(chunk)
+        except FileNotFoundError:
+            return
+        sys.stdout.buffer.flush()
+
+
+def the_run(path: Path) -> Point:
+    """The one run in ``path``. Raises ConfigError where there are several, or none."""
+    runs = find_runs([path])
+    if len(runs) > 1:
+        names = ", ".join(run.point for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
+        raise ConfigError(
+            f"{len(runs)} runs in {path}: {names}", "the folder of one", f"python -m launch.logs {runs[0].path}"
+        )
+    return find_point(runs[0])
+
+
+def default_rank(point: Point, attempt: int | None) -> int:
+    """The rank that failed first in the attempt (or in the newest), else rank 0."""
+    failure = point.failure(attempt)
+    return 0 if failure is None else int(failure["rank"])
+
+
+def rank_logs(point: Point, rank: int, attempt: int) -> list[Log]:
+    """The log of a rank in one attempt."""
+    return [Log(point.folder.log(attempt, rank), f"attempt {attempt}, rank {rank}")]
+
+
+def node_of(point: Point, rank: int) -> int:
+    """The node whose agent started a rank: ranks are not dealt out in the order of the nodes."""
+    for attempt in reversed(point.folder.attempts()):
+        path = point.folder.environment(attempt)
+        if path.is_file():
+            return int(next((r["node"] for r in json.loads(path.read_text())["ranks"] if r["rank"] == rank), 0))
+    return 0
+
+
+def agents(point: Point, rank: int) -> list[Log]:
+    """What the agent of a rank printed, in all attempts of its job."""
+    if point.job is None:
+        return []
+    node = node_of(point, rank)
+    paths = agent_logs(point.folder.path, point.job.job_id, node)
+    if isinstance(point.job, SlurmJob) and not paths[0].parent.is_dir():
+        # Not submitted by us: all agents print into the output of the batch script.
+        script = output_file(point.job.job_id)
+        return [] if script is None else [Log(script, "batch script and agents")]
+    return [Log(path, f"agent of node {node}") for path in paths]
+
+
+def newest(point: Point, rank: int, wanted: int | None) -> int | None:
+    """The attempt to print: the wanted one, or the newest in which the rank has printed anything."""
+    there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file()]
+    return (wanted if wanted in there else None) if wanted is not None else max(there, default=None)
+
+
+def missing(point: Point, what: str) -> ConfigError:
+    """There is no log yet, or never was."""
+    look([point])
+    state = point.state + (f", {point.detail}" if point.detail else "")
+    attempts = ", ".join(str(n) for n in point.folder.attempts()) or "none"
+    return ConfigError(
+        f"no log of {what} in {point.folder.path} ({state}; attempts: {attempts})",
+        "a rank that has printed something",
+        f"python -m launch.logs -f {point.folder.path}, which waits for it",
+    )
+
+
+def follow(point: Point, find: Callable[[], list[Log]], only: int | None) -> None:
+    """Print the logs as they grow, until the run is over, or one newer than attempt ``only`` has begun."""
+    logs: list[Log] = []
+    asked_at, unknown = 0.0, False
+    while True:
+        if time.monotonic() - asked_at >= (SLURM_POLL_S if isinstance(point.job, SlurmJob) else POLL_S):
+            unknown = look([point], retries=1) is not None
+            asked_at = time.monotonic()
+        # Where Slurm does not answer, only a run that made its last step is known not to start again.
+        over = point.is_over or (unknown and verdict(point) == "finished")
+        over = over or (only is not None and max(point.folder.attempts(), default=0) > only)
+        found = find()
+        for log in logs:
+            log.copy()  # to its end, before a newer one
+        if [log.path for log in found] != [log.path for log in logs]:
+            logs = found
+            for log in logs:
+                log.copy()
+        if over:
+            return
+        time.sleep(POLL_S)
+
+
+def print_logs(words: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    point = the_run(words.path)
+    rank = default_rank(point, words.attempt) if words.rank is None else words.rank
+    of_agent = agents(point, rank) if words.agent else []
+
+    def find() -> list[Log]:
+        if words.agent:
+            return of_agent
+        attempt = newest(point, rank, words.attempt)
+        return [] if attempt is None else rank_logs(point, rank, attempt)
+
+    if words.follow:
+        follow(point, find, only=words.attempt)
+        return
+    logs = [log for log in find() if log.path.is_file()]
+    if not logs:
+        raise missing(point, f"the agent of rank {rank}" if words.agent else f"rank {rank}")
+    for log in logs:
+        log.copy()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m launch.logs", description="Print what a rank of a run printed.")
+    made.add_argument("path", type=Path, metavar="PATH", help="a run folder")
+    made.add_argument("-f", "--follow", action="store_true", help="go on, over all attempts, until the run is over")
+    made.add_argument("--rank", type=int, metavar="N", help="default: the rank that failed first, else rank 0")
+    made.add_argument("--attempt", type=int, metavar="N", help="default: the newest")
+    made.add_argument("--agent", action="store_true", help="of the agent that started the rank, over all attempts")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 where Slurm did not answer, 2 where there is no such log."""
+    try:
+        print_logs(parser().parse_args(arguments))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except SlurmError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

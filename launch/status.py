@@ -1,0 +1,131 @@
+"""``python -m launch.status [PATH...]``: how runs stand, from the queue, their ledgers and their newest steps.
+
+Owns the table and the JSON. Needs no accounting, and works for local runs. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gpt.errors import ConfigError
+from launch.point import Point, find_point, judge_by_ledger, look
+from launch.runs import find_runs
+from launch.watch import duration
+
+COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "tokens/s", "loss", "ETA")
+NUMBERS = COLUMNS[3:]
+WIDE = 1000
+
+
+def as_dict(point: Point) -> dict[str, Any]:
+    """What is known of a point; what is not is absent."""
+    failure = point.failure() if point.state in ("failed", "running", "queued") else None
+    known = {
+        "point": point.name,
+        "run_dir": str(point.folder.path),
+        "state": point.state,
+        "detail": point.detail or None,
+        "job_id": None if point.job is None else point.job.job_id,
+        "nodes": point.nodes,
+        "attempt": max(point.attempts(), default=None),
+        "step": point.latest.get("step"),
+        "max_steps": point.max_steps,
+        "tokens_per_s": point.latest.get("tokens_per_s"),
+        "loss": point.latest.get("loss"),
+        "eta_s": point.eta_s,
+        "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def cells(known: dict[str, Any]) -> list[str]:
+    """One row of the table."""
+    step = f"{known.get('step', 0)}/{known.get('max_steps', '?')}"
+    return [
+        known["point"],
+        known["state"],
+        known.get("job_id", ""),
+        str(known.get("nodes", "")),
+        str(known.get("attempt", "")),
+        step,
+        f"{known['tokens_per_s']:,.0f}" if "tokens_per_s" in known else "",
+        f"{known['loss']:.4f}" if "loss" in known else "",
+        duration(known["eta_s"]) if "eta_s" in known else "",
+    ]
+
+
+def notes(known: dict[str, Any]) -> list[str]:
+    """Why a point waits, how Slurm says it ended, and where it failed."""
+    lines = [f"{known['state']}, {known['detail']}"] if "detail" in known else []
+    failure = known.get("failure")
+    if failure is not None:
+        step = f" after step {failure['step']}" if failure.get("step") is not None else ""
+        lines.append(f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}")
+        lines.append(f"log: {failure['log']}")
+    return [f"{known['point']}: {line}" for line in lines]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """All points, one in a line."""
+    drawn = Table(box=box.SIMPLE_HEAD)
+    for title in COLUMNS:
+        drawn.add_column(
+            title, justify="right" if title in NUMBERS else "left", no_wrap=title != "point", overflow="fold"
+        )
+    for row in rows:
+        drawn.add_row(*cells(row))
+    return drawn
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print the table and the notes; one table for each sweep, whose folder is said once."""
+    sweeps: dict[Path, list[dict[str, Any]]] = {}
+    for row in rows:
+        sweeps.setdefault(Path(row["run_dir"]).parent, []).append(row)
+    for folder, inside in sweeps.items():
+        console.print(str(folder), highlight=False, markup=False, soft_wrap=True)
+        console.print(table(inside), highlight=False)
+        for row in inside:
+            for line in notes(row):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 where Slurm did not answer and the table is from the ledgers alone, 2 where there is no run."""
+    parser = argparse.ArgumentParser(prog="python -m launch.status", description="Show how runs stand.")
+    parser.add_argument(
+        "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",
+        help="a run folder, or a folder with runs in it (default: outputs)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
+    words = parser.parse_args(arguments)
+    try:
+        points = [find_point(folder) for folder in find_runs(words.paths)]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    problem = look(points)
+    if problem is not None:
+        judge_by_ledger(points)
+    rows = [as_dict(point) for point in points]
+    if words.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        # A file or a pipe has no width: nothing is folded there.
+        show(rows, Console() if sys.stdout.isatty() else Console(width=WIDE))
+    if problem is not None:
+        print(f"{problem}\nstates of Slurm jobs are what their ledgers say", file=sys.stderr)
+    return 0 if problem is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

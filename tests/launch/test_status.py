@@ -1,0 +1,178 @@
+"""Looking after runs from another terminal: status, logs and cancel, for runs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from launch.jobs import SlurmJob, Standing, Waiting
+from launch.point import find_point, verdict
+from launch.scheduler import JobState
+from tests.commands import TINY, descendants, ranks_of, run, start, wait_for
+from tests.launch.test_failures import LONG, SABOTAGE, start_long_run
+
+
+def status(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
+    """What ``launch.status --json`` says."""
+    told = json.loads(run("launch.status", "--json", *map(str, paths), cwd=cwd))
+    assert isinstance(told, list)
+    return told
+
+
+def names(folder: RunFolder) -> list[str]:
+    return [e["event"] for e in folder.read_events()]
+
+
+def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> None:
+    process, folder, _ = start_long_run(tmp_path)
+    (seen,) = status(folder.path, cwd=tmp_path)
+    assert {k: seen[k] for k in ("state", "nodes", "attempt", "max_steps")} == {
+        "state": "running",
+        "nodes": 2,
+        "attempt": 1,
+        "max_steps": 100000,
+    }
+    assert seen["step"] > 0 and seen["tokens_per_s"] > 0 and seen["eta_s"] > 0 and "failure" not in seen
+    assert "running" in run("launch.status", str(folder.path), cwd=tmp_path)
+
+    following = start("launch.logs", "-f", str(folder.path), cwd=tmp_path, log=tmp_path / "followed")
+    wait_for(lambda: "from step 0 of" in (tmp_path / "followed").read_text(), "the log of rank 0")
+    text = run("launch.cancel", str(folder.path), cwd=tmp_path)
+    step = read_records(folder.metrics(0))[-1]["step"]
+    assert f"run: cancelled after step {step}; the last checkpoint is of step {step}" in text
+    assert process.wait(timeout=120) == 1 and "run cancelled" in (tmp_path / "log").read_text()
+    assert following.wait(timeout=60) == 0
+    told = names(folder)
+    assert told.count("cancelled") == 1 and told.index("cancelled") < told.index("signalled")
+    assert told[-2:] == ["saved", "stopped"]
+    assert [r["state"] for r in status(folder.path, cwd=tmp_path)] == ["cancelled"]
+    assert "nothing to cancel, cancelled" in run("launch.cancel", str(folder.path), cwd=tmp_path)
+
+
+def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path) -> None:
+    words = ["-m", "seed=1,2", *LONG, "name=s"]
+    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: list(tmp_path.glob("outputs/s/*/metrics/rank_00000.jsonl")), "the first step")
+    told = {r["state"]: RunFolder(r["run_dir"]) for r in status(cwd=tmp_path)}
+    assert sorted(told) == ["queued", "running"]
+    for pid in ranks_of(descendants(process.pid)).values():
+        os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
+    text = run("launch.cancel", "outputs/s", "--now", cwd=tmp_path)
+    assert text.count(": cancelled") == 2, text
+    assert process.wait(timeout=120) == 1
+    ran = names(told["running"])
+    assert "saved" not in ran[ran.index("cancelled") :]
+    assert names(told["queued"]) == ["cancelled"]
+    assert [r["state"] for r in status(cwd=tmp_path)] == ["cancelled", "cancelled"]
+
+
+def test_the_rank_that_failed_is_shown_first(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    words = ["nodes=2", *TINY, "optim.max_steps=5", "run_dir=run"]
+    run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK="1")
+    folder = RunFolder(tmp_path / "run")
+    (seen,) = status(folder.path, cwd=tmp_path)
+    assert seen["state"] == "failed"
+    assert {k: seen["failure"][k] for k in ("rank", "step", "log")} == {
+        "rank": 1,
+        "step": 2,
+        "log": str(folder.log(1, 1)),
+    }
+    assert "failed first after step 2: ZeroDivisionError" in run("launch.status", "run", cwd=tmp_path)
+    assert folder.log(1, 1).read_text() in run("launch.logs", "run", cwd=tmp_path)
+    assert folder.log(1, 0).read_text() in run("launch.logs", "run", "--rank", "0", "--attempt", "1", cwd=tmp_path)
+    assert "RunFailed" in run("launch.logs", "run", "--rank", "1", "--agent", cwd=tmp_path)
+    text = run("launch.logs", "run", "--rank", "7", cwd=tmp_path, status=2)
+    assert "found: no log of rank 7" in text and "attempts: 1" in text
+
+
+REFUSED = [
+    (["launch.status"], "found: no folder outputs"),
+    (["launch.logs", "empty"], "found: no run in empty"),
+    (["launch.logs", "two"], "type next: python -m launch.logs"),
+    (["launch.cancel", "nowhere"], "found: no folder nowhere"),
+    (["launch", "cluster=local", "launch.detach=true"], "found: launch.detach=true with agents on this machine"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_refused_in_words(words: list[str], said: str, tmp_path: Path) -> None:
+    for folder in ("empty", "two/a", "two/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for point in ("a", "b"):
+        RunFolder(tmp_path / "two" / point).create_attempt()
+    text = run(words[0], *words[1:], cwd=tmp_path, status=2)
+    assert said in text and "Traceback" not in text
+    assert not (tmp_path / "outputs").exists()
+
+
+START: list[dict[str, Any]] = [
+    {"event": "submitted", "cluster": "slurm", "job_id": "7"},
+    {"event": "started", "attempt": 1},
+]
+FAILURE: dict[str, Any] = {"event": "rank_failed", "attempt": 1, "rank": 0, "cause": "x", "log": "y"}
+CANCEL: dict[str, Any] = {"event": "cancelled", "job_id": "7"}
+LEDGERS: list[tuple[list[dict[str, Any]], str]] = [
+    ([*START, {"event": "finished", "attempt": 1}], "finished"),
+    ([*START, FAILURE], "failed"),
+    ([*START], "failed"),
+    ([*START, {"event": "stopped", "attempt": 1}], "stopped"),
+    ([*START, CANCEL, {"event": "stopped", "attempt": 1}], "cancelled"),
+    ([*START, CANCEL, FAILURE], "cancelled"),
+    ([*START, FAILURE, CANCEL], "failed"),
+    ([*START, CANCEL, {"event": "finished", "attempt": 1}], "finished"),
+    ([START[0], CANCEL], "cancelled"),
+    ([*START, FAILURE, {"event": "started", "attempt": 2}, {"event": "finished", "attempt": 2}], "finished"),
+    ([*START, CANCEL, {"event": "stopped", "attempt": 1}, START[0], {"event": "finished", "attempt": 2}], "finished"),
+]
+
+
+@pytest.mark.parametrize(("ledger", "state"), LEDGERS, ids=[" ".join(e["event"] for e in x) for x, _ in LEDGERS])
+def test_the_ledger_decides_where_the_queue_has_forgotten_the_job(
+    ledger: list[dict[str, Any]], state: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    for event in ledger:
+        folder.record_event(**event)
+    point = find_point(folder)
+    assert isinstance(point.job, SlurmJob)
+    assert point.job.standing({}) == Standing("over")
+    assert verdict(point) == state
+
+
+def test_slurms_words_are_put_into_ours() -> None:
+    def standing(state: str, reason: str = "None", start: str = "") -> Standing:
+        return SlurmJob("7_1").standing({"7_1": JobState(state, reason, "", start), "7_2": JobState("RUNNING", "None")})
+
+    assert standing("RUNNING") == Standing("running")
+    assert standing("COMPLETING") == Standing("running", "COMPLETING")
+    assert standing("PENDING", "Resources") == Standing("queued", "Resources")
+    assert standing("PENDING", "Priority", "2026-01-02T03:04:05") == Standing(
+        "queued", "Priority, starts 2026-01-02T03:04:05"
+    )
+    assert standing("REQUEUED") == Standing("queued")
+    assert standing("COMPLETED") == Standing("over")
+    assert standing("NODE_FAIL") == Standing("over", "NODE_FAIL")
+
+
+def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.record_event("submitted", cluster="local", job_id="1", host="elsewhere")
+    assert Waiting(folder).since() is None
+    Waiting(folder).enter(1)
+    assert Waiting(folder).since() == 1
+    assert find_point(folder).job is None
+    note = folder.path / ".launch" / "waiting"
+    host, pid, born, count = note.read_text().split()
+    note.write_text(f"{host} {pid} {int(born) + 1} {count}")  # another process under the same id
+    assert Waiting(folder).since() is None
+    point = find_point(folder)
+    assert point.job is not None and point.job.standing({}).state == "unknown"
