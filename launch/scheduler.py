@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 
 TIMEOUT_S = 30.0
 RETRIES = 3
@@ -65,7 +66,16 @@ class JobState:
     @property
     def is_over(self) -> bool:
         """Whether the job will not run again by itself."""
-        active = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+        active = (
+            "PENDING",
+            "RUNNING",
+            "CONFIGURING",
+            "COMPLETING",
+            "SUSPENDED",
+            "REQUEUED",
+            "REQUEUE_HOLD",
+            "RESIZING",
+        )
         return self.state not in (*active, "REQUEUE_FED", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
 
 
@@ -91,3 +101,39 @@ def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
 def cancel(job_id: str) -> None:
     """Cancel one job, or one element of an array."""
     run("scancel", job_id)
+
+
+@dataclass(frozen=True)
+class JobDetails:
+    """What the controller knows of one job while it exists. Times are Unix seconds; None where Slurm says none."""
+
+    state: str
+    is_preempted: bool
+    """Whether Slurm has chosen it to make room for another job."""
+    end_time: float | None
+    """When its time limit ends it."""
+
+
+def job_details(job_id: str) -> JobDetails:
+    """Ask the controller for one job, or one element of an array (``123_4``).
+
+    Raises:
+        SlurmError: it does not answer, or has forgotten the job.
+    """
+    text = run("scontrol", "show", "job", "--oneliner", job_id)
+    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
+    return JobDetails(fields.get("JobState", "UNKNOWN"), preempted, unix_time(fields.get("EndTime", "Unknown")))
+
+
+def unix_time(text: str) -> float | None:
+    """A time as Slurm prints it, in the zone of this machine."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job, or one element of an array, back into the queue."""
+    run("scontrol", "requeue", job_id)

@@ -110,7 +110,13 @@ class SlurmRun:
         if known.is_over:
             return "over"
         waiting = known.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
-        return f"queued ({known.reason})" if waiting and known.reason not in ("", "None") else "queued" if waiting else "running"
+        return (
+            f"queued ({known.reason})"
+            if waiting and known.reason not in ("", "None")
+            else "queued"
+            if waiting
+            else "running"
+        )
 
     def stop(self) -> None:
         assert self.job_id is not None

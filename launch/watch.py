@@ -199,7 +199,9 @@ def start_next_local(points: Sequence[Point]) -> None:
 def record_submitted(point: Point) -> None:
     """Enter the submission into the ledger."""
     plan = point.job.plan
-    point.folder.record_event("submitted", cluster=plan.cluster, job_id=point.job.job_id, host=os.uname().nodename, nodes=plan.nodes)
+    point.folder.record_event(
+        "submitted", cluster=plan.cluster, job_id=point.job.job_id, host=os.uname().nodename, nodes=plan.nodes
+    )
 
 
 def stop_all(points: Sequence[Point], console: Console) -> None:
