@@ -7,6 +7,7 @@ The files themselves are ``gpt.checkpoint``'s.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -27,8 +28,11 @@ def state_of(run: Run) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def save(run: Run) -> float:
-    """Write a checkpoint of the step just done. Returns the seconds it held up training."""
+def save(run: Run, may_commit: Callable[[], bool]) -> float:
+    """Write a checkpoint of the step just done. Returns the seconds it held up training.
+
+    ``may_commit`` is asked just before it counts: a rank left over from an earlier attempt must change nothing.
+    """
     started = time.perf_counter()
     meta = {
         "attempt": run.attempt,
@@ -38,7 +42,7 @@ def save(run: Run) -> float:
         "world_size": run.world.size,
         "config": plain_config(run.config),
     }
-    run.store.save(run.step, state_of(run), rng_state(run.world), meta)
+    run.store.save(run.step, state_of(run), rng_state(run.world), meta, may_commit)
     seconds = time.perf_counter() - started
     if run.world.is_first:
         run.folder.record_event("saved", attempt=run.attempt, step=run.step, seconds=seconds)

@@ -38,6 +38,7 @@ from gpt.optim import build_optimizer, clip_gradients, lr_at
 from gpt.parallel.engine import autocast, spread
 from gpt.parallel.topology import topology
 from gpt.parallel.world import World, open_world
+from gpt.requests import Requests
 from gpt.resume import load, save
 from gpt.run import Request, Run, agree_on_folder, describe_attempt, open_attempt, parse_request
 from gpt.run_folder import RunFolder
@@ -77,28 +78,32 @@ def prepare_tokens(config: TrainConfig, cache: Path) -> TokenFile:
     return prepare(config.data, cache)
 
 
-def train(run: Run, stop: StopFlag) -> str:
-    """Do the steps that are left. Returns ``finished``, or ``stopped`` where a signal came first."""
+def train(run: Run, flag: StopFlag) -> str:
+    """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
     config, world = run.config, run.world
+    requests = Requests(run.folder, world, run.attempt, flag)
     views = Views(run.folder, world, run.attempt, config, run.step)
     outcome = "finished"
     run.engine.module.train()
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
-        record, must_stop = train_step(run, stop, clock)
+        requests.look()
+        record, stop, save_now = train_step(run, requests, clock)
         last = run.step == config.optim.max_steps
         if last or due(run.step, config.eval.interval):
             record.val_loss = evaluate(run)
-        if last or must_stop or due(run.step, config.checkpoint.interval):
-            record.checkpoint_s = save(run)
+        if last or stop or save_now or due(run.step, config.checkpoint.interval):
+            record.checkpoint_s = save(run, requests.is_current)
+            requests.done(save_now, stop)
         views.write(record)
         clock = time.perf_counter()
-        if must_stop and not last:
+        if stop and not last:
             outcome = "stopped"
             break
     views.close()
     if world.is_first:
-        run.folder.record_event(outcome, attempt=run.attempt, step=run.step, signal=stop.signal and stop.signal.name)
+        told = {"signal": requests.signal_name, "file": "STOP" if requests.stop_file else None}
+        run.folder.record_event(outcome, attempt=run.attempt, step=run.step, **told)
     return outcome
 
 
@@ -107,8 +112,8 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def train_step(run: Run, stop: StopFlag, started: float) -> tuple[StepRecord, bool]:
-    """One optimizer step over the global batch, and whether any rank was told to stop."""
+def train_step(run: Run, requests: Requests, started: float) -> tuple[StepRecord, bool, bool]:
+    """One optimizer step over the global batch, and whether any rank was asked to stop, or to save."""
     config, world, batch = run.config, run.world, run.batch
     step = run.step + 1
     lr = lr_at(config.optim, step)
@@ -129,7 +134,7 @@ def train_step(run: Run, stop: StopFlag, started: float) -> tuple[StepRecord, bo
         loss_sum += loss.detach()
     grad_norm = clip_gradients(run.engine.module, config.optim.grad_clip)
     run.optimizer.step()
-    total_loss, stops = world.sum(loss_sum.item(), float(stop.signal is not None))
+    total_loss, stops, saves = world.sum(loss_sum.item(), float(requests.stop), float(requests.save))
     run.step = step
     mean = total_loss / (batch.global_batch * config.model.block_size)
     if not math.isfinite(mean):
@@ -145,7 +150,7 @@ def train_step(run: Run, stop: StopFlag, started: float) -> tuple[StepRecord, bo
         step_time_s=time.perf_counter() - started,
         data_wait_s=waited,
     )
-    return record, stops > 0
+    return record, stops > 0, saves > 0
 
 
 def summed_loss(run: Run, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ module loads no torch: the login node submits ``run`` by name.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -21,8 +22,11 @@ from gpt.compose import read_config
 from gpt.errors import ConfigError
 from gpt.failure import first_failure
 from gpt.run_folder import RunFolder
+from launch import scheduler
 from launch.config import Config
+from launch.meeting import give_up
 from launch.node import Node
+from launch.requeue import Action, Cause, Decision, cause_of_failure, decide, since_submission
 
 TOKEN = "LAUNCH_TOKEN"
 OWNER = "LAUNCH_OWNER_PID"
@@ -34,7 +38,11 @@ class RunFailedError(RuntimeError):
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR2 ask the ranks to save and leave; a second one ends them at once."""
+    """SIGTERM or SIGUSR2 ask the ranks to save and leave.
+
+    Without Slurm a second one ends them at once (Ctrl-C twice). Slurm sends several by itself: there only the deadline
+    ends them.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -62,45 +70,137 @@ class StopRequest:
 
 
 def run(run_dir: str) -> None:
-    """Take this node's part in the run of ``run_dir``, to its end.
+    """Take this node's part in the run of ``run_dir``, to its end, over as many starts as its limits allow.
 
     Raises:
-        RunFailedError: a rank failed, here or on another node.
+        RunFailedError: the run failed and does not start again.
     """
     stop = StopRequest()
     stop.install()
     folder = RunFolder(run_dir)
     config = read_config(folder, Config)
     node = Node.from_env(os.environ.get(TOKEN))
+    if node.index == 0:
+        settle_lost_attempts(folder, node, config)
     from launch import ranks  # torch, from here on
 
-    stop.interruptible = True
-    try:
-        meeting = ranks.meet(folder, node, config)
-        verdict = ranks.run_ranks(folder, node, config, meeting, stop)
-    except InterruptedError as error:
-        folder.record_event("agent_stopped", node=node.index, cause=str(error))
-        return
-    finally:
-        stop.interruptible = False
-    finish(folder, node, meeting.attempt, verdict, stop)
-
-
-def finish(folder: RunFolder, node: Node, attempt: int, verdict: str | None, stop: StopRequest) -> None:
-    """Compare what the ranks wrote into the ledger with how they exited; ``verdict`` is None where all left with 0."""
-    events = folder.read_events()
-    mine = [e for e in events if e.get("attempt") == attempt]
-    done = {e["event"] for e in mine}
-    if verdict is None and done & {"finished", "stopped"}:
-        return
-    if stop.count and first_failure(events, attempt) is None:
+    meetings = []  # the first node's stores stay open for nodes that are still leaving the start before
+    for start in itertools.count():
+        try:
+            stop.interruptible = True
+            meetings.append(ranks.meet(folder, node, config, start))
+            verdict = ranks.run_ranks(folder, node, config, meetings[-1], stop)
+        except InterruptedError as error:
+            folder.record_event("agent_stopped", node=node.index, cause=str(error))
+            return
+        finally:
+            stop.interruptible = False
+        ended = ending(folder, meetings[-1].attempt, verdict, stop)
         if node.index == 0:
-            folder.record_event(
-                "stopped", attempt=attempt, step=None, signal=stop.name, cause="ended before it could save"
-            )
+            if conclude(folder, node, config, meetings[-1].attempt, ended, stop).action is not Action.restart:
+                return
+        elif ended is not Cause.crashed:
+            return
+
+
+def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
+    """Enter the end of an attempt that was killed with its job, before this start of the job goes on from it.
+
+    Raises:
+        RunFailedError: the limits are used up.
+    """
+    events = since_submission(folder.read_events())
+    ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
+    lost = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
+    if not lost or not node.is_restarted:
         return
-    failure = first_failure(folder.read_events(), attempt)
-    raise RunFailedError(failure_text(failure) if failure else verdict or "the ranks left without finishing")
+    told = any(e["event"] == "signalled" and e.get("attempt") == lost[-1] for e in events)
+    cause = Cause.preempted if told else Cause.node_failed
+    saved = [e["step"] for e in events if e["event"] == "saved"]
+    reason = f"killed before it could save; goes on from step {max(saved, default=0)}"
+    folder.record_event("attempt_ended", attempt=lost[-1], cause=cause, reason=reason)
+    limits = config.resilience
+    decision = decide(since_submission(folder.read_events()), cause, limits.max_restarts, limits.max_without_progress)
+    if decision.action is Action.stop:
+        raise RunFailedError(f"not started again: {decision.reason}")
+
+
+def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
+    """How an attempt ended, as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
+
+    What the ranks wrote into the ledger is compared with how they exited; ``verdict`` is None where all left with 0.
+    """
+    events = [e for e in folder.read_events() if e.get("attempt") == attempt]
+    names = {e["event"] for e in events}
+    if verdict is None and "finished" in names:
+        return Cause.finished
+    if stop.count or (verdict is None and "stopped" in names):
+        return Cause.cancelled
+    return Cause.crashed
+
+
+def conclude(folder: RunFolder, node: Node, config: Config, attempt: int, ended: Cause, stop: StopRequest) -> Decision:
+    """On the first node: find the cause, decide, tell the other nodes, and put the job back into the queue if need be.
+
+    Raises:
+        RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
+    """
+    failure = None
+    cause = ended
+    if ended is Cause.cancelled:
+        note_unsaved_stop(folder, attempt, stop)
+        cause = why_told_to_stop(folder, node, config, attempt)
+    elif ended is Cause.crashed:
+        failure = first_failure(folder.read_events(), attempt)
+        cause = cause_of_failure(failure)
+    folder.record_event("attempt_ended", attempt=attempt, cause=cause, signal=stop.name or None)
+    events = since_submission(folder.read_events())
+    limits = config.resilience
+    decision = decide(events, cause, limits.max_restarts, limits.max_without_progress)
+    folder.record_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
+    if decision.action is Action.requeue:
+        requeue(folder, node, config, cause)
+    if decision.action is Action.stop and cause not in (Cause.finished, Cause.cancelled):
+        text = failure_text(failure) if failure else f"the run was {cause}"
+        told = f"{text}\nnot started again: {decision.reason}"
+        give_up(folder, node, told)
+        raise RunFailedError(told)
+    return decision
+
+
+def note_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
+    """Say in the ledger where the ranks were ended before they could save."""
+    if not any(e["event"] == "stopped" and e.get("attempt") == attempt for e in folder.read_events()):
+        why = "ended before it could save"
+        folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause=why)
+
+
+def why_told_to_stop(folder: RunFolder, node: Node, config: Config, attempt: int) -> Cause:
+    """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals."""
+    events = since_submission(folder.read_events())
+    by_hand = any(e["event"] == "cancelled" for e in events)
+    by_file = any(e["event"] == "stopped" and e.get("attempt") == attempt and e.get("file") for e in events)
+    if by_hand or by_file or not node.is_slurm:
+        return Cause.cancelled
+    job = scheduler.job_details(node.slurm_job)
+    if job.state == "CANCELLED":
+        return Cause.cancelled
+    # The signal ahead of the limit may come up to a minute early (sbatch --signal).
+    lead = config.cluster.signal_delay_s + 60
+    near_the_limit = job.end_time is not None and time.time() > job.end_time - lead
+    timed_out = job.state == "TIMEOUT" or (near_the_limit and not job.is_preempted)
+    return Cause.timed_out if timed_out else Cause.preempted
+
+
+def requeue(folder: RunFolder, node: Node, config: Config, cause: Cause) -> None:
+    """Put this job, or this one element of its array, back into the queue, unless Slurm has done so already."""
+    if not node.is_slurm or not config.resilience.requeue:
+        raise RunFailedError(f"{cause}, and not requeued (resilience.requeue={config.resilience.requeue})")
+    if scheduler.job_details(node.slurm_job).state in ("PENDING", "REQUEUED"):
+        folder.record_event("requeued", job_id=node.slurm_job, by="slurm", cause=cause)
+        return
+    scheduler.requeue(node.slurm_job)
+    folder.record_event("requeued", job_id=node.slurm_job, by="agent", cause=cause)
 
 
 def failure_text(failure: dict[str, Any]) -> str:

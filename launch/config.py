@@ -75,8 +75,26 @@ class ClusterConfig:
 
 
 @dataclass
+class RestartLimits:
+    """How often a run starts again after each cause; null means as often as it takes."""
+
+    preempted: Optional[int] = None
+    timed_out: Optional[int] = None
+    node_failed: Optional[int] = 10
+    out_of_memory: Optional[int] = 1
+    crashed: Optional[int] = 3
+    hung: Optional[int] = 3
+
+
+@dataclass
 class ResilienceConfig:
-    """How long things may take before they count as failed."""
+    """What is done when a run is interrupted, and how long things may take before they count as failed."""
+
+    max_restarts: RestartLimits = field(default_factory=RestartLimits)
+    max_without_progress: int = MISSING
+    """After so many attempts in a row that saved no new checkpoint the run stops."""
+    requeue: bool = MISSING
+    """On Slurm, put a run that was preempted or ran into its time limit back into the queue."""
 
     rendezvous_timeout_s: int = MISSING
     """Seconds in which all agents of a run must have found each other."""
@@ -87,6 +105,11 @@ class ResilienceConfig:
         """Raise ConfigError where a number is out of its range."""
         require_positive("resilience.rendezvous_timeout_s", self.rendezvous_timeout_s)
         require_positive("resilience.stop_grace_s", self.stop_grace_s)
+        require_positive("resilience.max_without_progress", self.max_without_progress)
+        for key in ("preempted", "timed_out", "node_failed", "out_of_memory", "crashed", "hung"):
+            limit = getattr(self.max_restarts, key)
+            if limit is not None:
+                require_range(f"resilience.max_restarts.{key}", limit, 0, float("inf"))
 
 
 @dataclass

@@ -45,6 +45,8 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
             "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
         )
     words = list(overrides)
+    if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
+        words = [word for word in words if word.lstrip("+") != "fresh=true"]
     if given(words, "nodes"):
         typed = next(word.split("=", 1)[1] for word in words if word.startswith("nodes="))
         if typed != nodes:
@@ -80,7 +82,8 @@ def make_run(overrides: Sequence[str]) -> Plan:
     compose.write_config(folder, composed, words)
     write_json(folder.plan, plan.as_dict())
     host, job = os.uname().nodename, os.environ["SLURM_JOB_ID"]
-    folder.record_event("submitted", cluster="slurm", job_id=job, host=host, nodes=plan.nodes)
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        folder.record_event("submitted", cluster="slurm", job_id=job, host=host, nodes=plan.nodes)
     return plan
 
 

@@ -206,7 +206,10 @@ def slurm_resources(config: Config) -> dict[str, Any]:
         "array_parallelism": cluster.array_parallelism,
         "setup": list(cluster.setup) or None,
         "srun_args": list(cluster.srun_args) or None,
-        "additional_parameters": dict(cluster.additional_parameters) or None,
+        "additional_parameters": {
+            "requeue" if config.resilience.requeue else "no_requeue": True,
+            **cluster.additional_parameters,
+        },
     }
     return {key: value for key, value in asked.items() if value is not None}
 

@@ -6,7 +6,6 @@ shared by several starts was seen to close with a dead node as a member.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,24 +16,25 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server import WorkerSpec
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from gpt.run_folder import RunFolder, write_json
-from launch.agent import OWNER, StopRequest
+from launch.agent import OWNER, RunFailedError, StopRequest
 from launch.config import Config
+from launch.meeting import POLL_S, note_path, wait_for_note
 from launch.network import address_towards, interface_of
 from launch.node import Node
 
-POLL_S = 0.2
+LAST_WORDS_S = 3.0
 FAILED = "launch/failed"
 """Key of the store under which a node tells the others that its ranks failed."""
 
@@ -49,16 +49,17 @@ class Meeting:
     """Address of this node, as the others reach it."""
 
 
-def meet(folder: RunFolder, node: Node, config: Config) -> Meeting:
+def meet(folder: RunFolder, node: Node, config: Config, start: int) -> Meeting:
     """Open the store on the first node and find it from the others, through a file in the run folder.
 
     The first node takes a free port and tells it, so no port is fixed and none can be taken meanwhile.
 
     Raises:
         TimeoutError: the first node did not show up in ``resilience.rendezvous_timeout_s``.
+        RunFailedError: the first node gave the run up.
     """
     timeout = timedelta(seconds=config.resilience.rendezvous_timeout_s)
-    note = folder.path / ".launch" / f"{node.job}.json"
+    note = note_path(folder, node, start)
     if node.index == 0:
         address = node.own_address()
         store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -66,24 +67,10 @@ def meet(folder: RunFolder, node: Node, config: Config) -> Meeting:
         write_json(note, {"address": address, "port": store.port, "attempt": attempt})
         return Meeting(attempt, store, address)
     told = wait_for_note(note, timeout.total_seconds())
+    if "give_up" in told:
+        raise RunFailedError(told["give_up"])
     store = dist.TCPStore(told["address"], told["port"], is_master=False, wait_for_workers=False, timeout=timeout)
     return Meeting(told["attempt"], store, address_towards(told["address"]))
-
-
-def wait_for_note(note: Path, timeout_s: float) -> dict[str, Any]:
-    """Read the first node's note as soon as it is there."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            told = json.loads(note.read_text())
-        except FileNotFoundError:
-            # Listing the folder makes an NFS client look again instead of answering from its cache.
-            list(note.parent.glob("*"))
-            time.sleep(POLL_S)
-            continue
-        assert isinstance(told, dict)
-        return told
-    raise TimeoutError(f"the first node of this job did not write {note} in {timeout_s:g} s")
 
 
 class OneLogEach(LogsSpecs):
@@ -111,10 +98,31 @@ class RankAgent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: LogsSpecs, on_look: Callable[[RankAgent], None]) -> None:
         super().__init__(spec, logs)
         self._on_look = on_look
+        self._first_exit: float | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._on_look(self)
+        if self._others_may_still_tell():
+            return RunResult(state=WorkerState.HEALTHY)
         return super()._monitor_workers(worker_group)
+
+    def _others_may_still_tell(self) -> bool:
+        """Whether a rank has failed and the others still have a moment to write down why.
+
+        Elastic would end them right away: the echo of a failure, which comes first, would hide the failure. Those
+        that are stuck with the lost rank are then killed, where elastic would wait for them for half a minute.
+        """
+        if not isinstance(self._pcontext, SubprocessContext):
+            return False
+        codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+        if None not in codes or not any(codes):
+            return False
+        if self._first_exit is None:
+            self._first_exit = time.monotonic()
+        if time.monotonic() - self._first_exit < LAST_WORDS_S:
+            return True
+        self.send(signal.SIGKILL)
+        return False
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to every rank of this node that is still there."""
@@ -149,7 +157,7 @@ def prepare_environment(node: Node, config: Config, meeting: Meeting) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if node.count > 1 and interface != "lo":
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = os.environ.setdefault("LAUNCH_VISIBLE_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     if not node.is_slurm and gpus:
         each = config.ranks_on_node
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node.index * each : (node.index + 1) * each])
@@ -186,7 +194,7 @@ def run_ranks(folder: RunFolder, node: Node, config: Config, meeting: Meeting, s
         monitor_interval=POLL_S,
         local_addr=meeting.address,
     )
-    watch = Watch(folder, meeting, stop, config.resilience.stop_grace_s)
+    watch = Watch(folder, node, meeting, stop, config.resilience.stop_grace_s)
     with TemporaryDirectory(prefix="launch-") as errors:
         rank_agent = RankAgent(spec, OneLogEach(errors), watch.look)
         try:
@@ -203,8 +211,9 @@ def run_ranks(folder: RunFolder, node: Node, config: Config, meeting: Meeting, s
 class Watch:
     """What an agent looks at several times a second, besides its ranks."""
 
-    def __init__(self, folder: RunFolder, meeting: Meeting, stop: StopRequest, grace_s: float) -> None:
+    def __init__(self, folder: RunFolder, node: Node, meeting: Meeting, stop: StopRequest, grace_s: float) -> None:
         self._folder = folder
+        self._is_slurm = node.is_slurm
         self._meeting = meeting
         self._stop = stop
         self._grace_s = grace_s
@@ -223,7 +232,8 @@ class Watch:
                 "signalled", attempt=self._meeting.attempt, host=socket.gethostname(), signal=self._stop.name
             )
             agent.send(signal.SIGTERM)
-        if self._asked and (self._stop.count > 1 or time.monotonic() > self._stop.since + self._grace_s):
+        at_once = self._stop.count > 1 and not self._is_slurm
+        if self._asked and (at_once or time.monotonic() > self._stop.since + self._grace_s):
             agent.send(signal.SIGKILL)
         if self.verdict is None and self._others_failed():
             self.verdict = "another node failed"

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 TIMEOUT_S = 30.0
@@ -154,3 +155,59 @@ def unless_gone(*words: str, retries: int = RETRIES) -> None:
     except SlurmError as error:
         if not any(word in str(error).lower() for word in (GONE, "already completing or completed")):
             raise
+
+
+@dataclass(frozen=True)
+class JobDetails:
+    """What the controller knows of one job while it exists. Times are Unix seconds; None where Slurm says none."""
+
+    state: str
+    is_preempted: bool
+    """Whether Slurm has chosen it to make room for another job."""
+    restarts: int
+    """How often it was put back into the queue, this time included where that has just happened."""
+    start_time: float | None
+    end_time: float | None
+    """When its time limit ends it, or when it ended."""
+    time_limit_s: float | None
+
+
+def job_details(job_id: str) -> JobDetails:
+    """Ask the controller for one job, or one element of an array (``123_4``).
+
+    Raises:
+        SlurmError: it does not answer, or has forgotten the job.
+    """
+    text = run("scontrol", "show", "job", "--oneliner", job_id)
+    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    return JobDetails(
+        state=fields.get("JobState", "UNKNOWN"),
+        is_preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"),
+        restarts=int(fields.get("Restarts", "0")),
+        start_time=unix_time(fields.get("StartTime", "Unknown")),
+        end_time=unix_time(fields.get("EndTime", "Unknown")),
+        time_limit_s=seconds(fields.get("TimeLimit", "UNLIMITED")),
+    )
+
+
+def unix_time(text: str) -> float | None:
+    """A time as Slurm prints it, in the zone of this machine."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def seconds(text: str) -> float | None:
+    """A length of time as Slurm prints it, ``1-02:03:04``; None where there is no limit."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        return None
+    hours, minutes, rest = (int(part) for part in parts)
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job, or one element of an array, back into the queue."""
+    run("scontrol", "requeue", job_id)

@@ -6,6 +6,7 @@ Owns what is derived from a record for showing. Must not know how a step is made
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from gpt.accounting.hardware import peak_flops
 from gpt.accounting.mfu import utilization
 from gpt.config import TrainConfig
 from gpt.metrics.environment import describe_rank
-from gpt.metrics.records import StepRecord, append_record
+from gpt.metrics.records import StepRecord, append_record, read_records
 from gpt.metrics.tensorboard import EventWriter, record_scalars
 from gpt.parallel.world import World
 from gpt.run_folder import RunFolder
@@ -30,6 +31,9 @@ class Views:
         self._flops = training_flops_per_token(config.model)
         self._peak = peak_flops(describe_rank(world)["device_name"], config.precision)
         self._printed = 0.0
+        self._folder = folder
+        earlier = read_records(self._path) if attempt > 1 and world.is_first else []
+        self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         self._board = (
             EventWriter(folder.tensorboard, purge_step=step + 1 if step else None)
             if world.is_first and config.logging.tensorboard
@@ -40,6 +44,8 @@ class Views:
         """Complete ``record`` with what follows from it, and show it."""
         self._complete(record)
         append_record(self._path, record)
+        if self._lost is not None and record.step > self._lost["step"]:
+            self._recovered(record, self._lost)
         if self._board is not None:
             for tag, value in record_scalars(record.as_dict()).items():
                 self._board.scalar(tag, value, record.step, record.time)
@@ -56,6 +62,12 @@ class Views:
         record.mfu_palm, record.mfu_causal, record.hfu = used.mfu_palm, used.mfu_causal, used.hfu
         if self._world.device.type == "cuda":
             record.memory_peak_gib = torch.cuda.max_memory_allocated(self._world.device) / 2**30
+
+    def _recovered(self, record: StepRecord, lost: dict[str, Any]) -> None:
+        """Tell the ledger how long an interruption took, from the last step before it to the first new one."""
+        down = record.time - lost["time"]
+        self._folder.record_event("recovered", attempt=record.attempt, step=record.step, seconds_since_last_step=down)
+        self._lost = None
 
     def close(self) -> None:
         """Flush the event file."""

@@ -73,6 +73,7 @@ def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
         "output": f"'{folder}/%j_0_log.out'",
         "partition": "gpu",
         "qos": "high",
+        "requeue": "",
         "reservation": "spring",
         "signal": "USR2@300",
         "time": "90",

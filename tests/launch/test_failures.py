@@ -45,7 +45,7 @@ if os.environ.get("RANK") == os.environ.get("SABOTAGED_RANK"):
 def test_an_exception_on_any_rank_fails_the_run_with_its_traceback(rank: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ["nodes=2", *TINY, "optim.max_steps=5", f"run_dir={tmp_path / 'run'}"]
+    words = ["nodes=2", *TINY, "optim.max_steps=5", f"run_dir={tmp_path / 'run'}", "resilience.max_restarts.crashed=0"]
     text = run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK=rank)
     assert f"rank {rank} on" in text
     assert "failed first after step 2: ZeroDivisionError: the data of step 3 has no tokens" in text
@@ -64,7 +64,7 @@ def start_long_run(tmp_path: Path, *words: str) -> tuple[subprocess.Popen[bytes]
 
 
 def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path)
+    process, _, family = start_long_run(tmp_path, "resilience.max_restarts.crashed=0")
     os.kill(ranks_of(family)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 1
     text = (tmp_path / "log").read_text()
@@ -103,7 +103,7 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None
 
 
 def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path)
+    process, _, family = start_long_run(tmp_path, "resilience.rendezvous_timeout_s=10")
     agents = [pid for pid in family if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(agents) == 2
     os.kill(agents[1], signal.SIGKILL)

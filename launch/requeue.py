@@ -1,0 +1,100 @@
+"""How an attempt ended -> restart in place, requeue, or stop. A pure function of the ledger.
+
+Owns the causes, their limits and the rule of progress. Must not know how a restart or a requeue is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from launch.config import RestartLimits
+
+Events = Sequence[dict[str, Any]]
+
+
+class Cause(StrEnum):
+    """Why an attempt ended. Each has a limit of its own, so that preemptions never eat up the limit of crashes."""
+
+    finished = "finished"
+    cancelled = "cancelled"
+    """By the user: scancel, launch.cancel, a STOP file."""
+    preempted = "preempted"
+    timed_out = "timed_out"
+    node_failed = "node_failed"
+    out_of_memory = "out_of_memory"
+    crashed = "crashed"
+    hung = "hung"
+
+
+class Action(StrEnum):
+    """What to do after an attempt."""
+
+    stop = "stop"
+    restart = "restart"
+    """Start the ranks again inside the allocation, without the queue."""
+    requeue = "requeue"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens next, and why in words."""
+
+    action: Action
+    reason: str
+
+
+LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out)
+"""Causes that take the allocation away; only the queue brings nodes back."""
+
+
+def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress: int) -> Decision:
+    """Decide what follows the attempt that just ended for ``cause``.
+
+    Args:
+        events: the ledger, the ``attempt_ended`` of this attempt included.
+        limits: how often each cause may come.
+        without_progress: after so many attempts in a row that saved nothing new the run stops.
+    """
+    if cause in (Cause.finished, Cause.cancelled):
+        return Decision(Action.stop, str(cause))
+    stuck = attempts_without_progress(events)
+    if stuck >= without_progress:
+        return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
+    seen = sum(e["event"] == "attempt_ended" and e["cause"] == cause for e in events)
+    limit = getattr(limits, cause)
+    if limit is not None and seen > limit:
+        return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}")
+    action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart
+    return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}")
+
+
+def since_submission(events: Events) -> list[dict[str, Any]]:
+    """The events since a person last typed the command: typing it again forgives what went before."""
+    last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
+    return list(events[last:])
+
+
+def attempts_without_progress(events: Events) -> int:
+    """How many of the last attempts, one after another, ended without a checkpoint beyond the one they started from."""
+    started = {e["attempt"]: e["from_step"] for e in events if e["event"] == "started"}
+    saved = {e["attempt"]: e["step"] for e in events if e["event"] == "saved"}
+    count = 0
+    for event in reversed([e for e in events if e["event"] == "attempt_ended"]):
+        attempt = event["attempt"]
+        if saved.get(attempt, -1) > started.get(attempt, -1):
+            break
+        count += 1
+    return count
+
+
+def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
+    """The cause behind the first failure of an attempt, from what the rank or its agent wrote into the ledger."""
+    text = str(failure.get("cause", "")) if failure else ""
+    if "OutOfMemoryError" in text or "MemoryError" in text or "out of memory" in text.lower():
+        return Cause.out_of_memory
+    if failure is not None and failure.get("hung"):
+        return Cause.hung
+    return Cause.crashed

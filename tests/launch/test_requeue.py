@@ -1,0 +1,153 @@
+"""The decision after an attempt, and what it makes of a run: restarts in place, limits by cause, STOP and SAVE."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from launch.config import RestartLimits
+from launch.requeue import Action, Cause, attempts_without_progress, cause_of_failure, decide, since_submission
+from tests.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
+from tests.launch.test_failures import SABOTAGE
+
+Events = list[dict[str, Any]]
+
+
+def attempt(number: int, cause: Cause, from_step: int = 0, saved: int | None = None) -> Events:
+    """The ledger of one attempt."""
+    events: Events = [{"event": "started", "attempt": number, "from_step": from_step}]
+    if saved is not None:
+        events.append({"event": "saved", "attempt": number, "step": saved})
+    return [*events, {"event": "attempt_ended", "attempt": number, "cause": cause}]
+
+
+def history(*causes: Cause) -> Events:
+    """Attempts that each saved ten steps more."""
+    return [e for i, cause in enumerate(causes) for e in attempt(i + 1, cause, 10 * i, 10 * (i + 1))]
+
+
+LIMITS = RestartLimits(crashed=2, hung=1, out_of_memory=0)
+
+
+@pytest.mark.parametrize(
+    ("causes", "action"),
+    [
+        ([Cause.finished], Action.stop),
+        ([Cause.cancelled], Action.stop),
+        ([Cause.preempted], Action.requeue),
+        ([Cause.timed_out], Action.requeue),
+        ([Cause.crashed], Action.restart),
+        ([Cause.crashed] * 2, Action.restart),
+        ([Cause.crashed] * 3, Action.stop),
+        ([Cause.preempted] * 50, Action.requeue),
+        ([Cause.preempted] * 50 + [Cause.crashed], Action.restart),
+        ([Cause.crashed] * 2 + [Cause.preempted], Action.requeue),
+        ([Cause.hung] * 2, Action.stop),
+        ([Cause.out_of_memory], Action.stop),
+        ([Cause.node_failed] * 10, Action.restart),
+        ([Cause.node_failed] * 11, Action.stop),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else f"{len(value)}x{value[-1]}",
+)
+def test_each_cause_has_a_limit_of_its_own(causes: list[Cause], action: Action) -> None:
+    assert decide(history(*causes), causes[-1], LIMITS, without_progress=3).action is action
+
+
+def test_a_run_that_saves_nothing_new_stops_whatever_the_cause() -> None:
+    events = [e for n in (1, 2, 3) for e in attempt(n, Cause.preempted, from_step=20)]
+    assert decide(events[:4], Cause.preempted, RestartLimits(), 3).action is Action.requeue
+    decision = decide(events, Cause.preempted, RestartLimits(), 3)
+    assert decision.action is Action.stop and "3 attempts in a row saved nothing new" in decision.reason
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_progress_counts_the_attempts_since_the_last_one_that_saved(gains: list[bool]) -> None:
+    events: Events = []
+    step = 0
+    for number, gain in enumerate(gains, start=1):
+        events += attempt(number, Cause.crashed, step, step + 5 if gain else None)
+        step += 5 if gain else 0
+    expected = len(gains) if True not in gains else gains[::-1].index(True)
+    assert attempts_without_progress(events) == expected
+
+
+def test_typing_the_command_again_forgives() -> None:
+    events = [{"event": "submitted"}, *history(Cause.crashed), {"event": "submitted"}, {"event": "started"}]
+    assert since_submission(events) == events[-2:]
+
+
+def test_memory_is_told_from_other_crashes() -> None:
+    assert cause_of_failure({"cause": "OutOfMemoryError: CUDA out of memory"}) is Cause.out_of_memory
+    assert cause_of_failure({"cause": "killed by SIGKILL"}) is Cause.crashed
+    assert cause_of_failure(None) is Cause.crashed
+
+
+LONG = [*TINY, "optim.max_steps=90", "eval.interval=0", "checkpoint.interval=10"]
+
+
+def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path) -> None:
+    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    run("launch", "nodes=2", *LONG, f"run_dir={whole.path}", cwd=tmp_path)
+    process = start("launch", "nodes=2", *LONG, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: len(read_records(killed.metrics(1))) > 7 or process.poll() is not None, "the eighth step")
+    job = [e["job_id"] for e in killed.read_events() if e["event"] == "submitted"]
+    os.kill(ranks_of(descendants(process.pid))[1], signal.SIGKILL)
+    assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    events = killed.read_events()
+    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "finished"]
+    assert [e["job_id"] for e in events if e["event"] == "submitted"] == job, "the same job went on"
+    assert [e["event"] for e in events].count("recovered") == 1
+    losses = [[r["loss"] for r in read_records(folder.metrics(0))] for folder in (whole, killed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_crash_that_comes_back_stops_the_run_with_its_traceback(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    words = ["nodes=2", *TINY, "optim.max_steps=9", f"run_dir={tmp_path / 'run'}", "resilience.max_without_progress=2"]
+    text = run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK="1")
+    assert "ZeroDivisionError: the data of step 3 has no tokens" in text
+    events = RunFolder(tmp_path / "run").read_events()
+    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "crashed"]
+    assert "saved nothing new" in [e for e in events if e["event"] == "decided"][-1]["reason"]
+
+
+def test_the_files_save_and_stop_do_what_they_say(tmp_path: Path) -> None:
+    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
+    folder = RunFolder(tmp_path / "run")
+    process = start("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
+    family = descendants(process.pid)
+    (folder.path / "SAVE").touch()
+    wait_for(lambda: list(folder.checkpoints.glob("step_*[0-9]")) or process.poll() is not None, "the checkpoint")
+    wait_for(lambda: not (folder.path / "SAVE").exists(), "the end of the file SAVE")
+    assert process.poll() is None
+    (folder.path / "STOP").touch()
+    assert process.wait(timeout=120) == 1, "a run that was stopped has not finished"
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
+    assert not (folder.path / "STOP").exists()
+    last = read_records(folder.metrics(0))[-1]["step"]
+    assert (folder.checkpoints / f"step_{last:08d}" / "manifest.json").is_file()
+    assert [e["cause"] for e in folder.read_events() if e["event"] == "attempt_ended"] == ["cancelled"]
+
+
+def test_an_attempt_that_was_replaced_can_commit_nothing(tmp_path: Path) -> None:
+    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
+    folder = RunFolder(tmp_path / "run")
+    process = start("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
+    process.send_signal(signal.SIGSTOP)  # cut off, as a node behind a dead link is
+    assert folder.create_attempt() == 2
+    there = sorted(p.name for p in folder.checkpoints.glob("step_*"))
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=120) == 1
+    assert "OutdatedAttemptError" in (tmp_path / "log").read_text()
+    assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == there
