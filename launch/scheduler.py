@@ -110,8 +110,12 @@ class JobDetails:
     state: str
     is_preempted: bool
     """Whether Slurm has chosen it to make room for another job."""
+    restarts: int
+    """How often it was put back into the queue, this time included where that has just happened."""
+    start_time: float | None
     end_time: float | None
-    """When its time limit ends it."""
+    """When its time limit ends it, or when it ended."""
+    time_limit_s: float | None
 
 
 def job_details(job_id: str) -> JobDetails:
@@ -122,8 +126,14 @@ def job_details(job_id: str) -> JobDetails:
     """
     text = run("scontrol", "show", "job", "--oneliner", job_id)
     fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
-    preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
-    return JobDetails(fields.get("JobState", "UNKNOWN"), preempted, unix_time(fields.get("EndTime", "Unknown")))
+    return JobDetails(
+        state=fields.get("JobState", "UNKNOWN"),
+        is_preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"),
+        restarts=int(fields.get("Restarts", "0")),
+        start_time=unix_time(fields.get("StartTime", "Unknown")),
+        end_time=unix_time(fields.get("EndTime", "Unknown")),
+        time_limit_s=seconds(fields.get("TimeLimit", "UNLIMITED")),
+    )
 
 
 def unix_time(text: str) -> float | None:
@@ -132,6 +142,16 @@ def unix_time(text: str) -> float | None:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return None
+
+
+def seconds(text: str) -> float | None:
+    """A length of time as Slurm prints it, ``1-02:03:04``; None where there is no limit."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        return None
+    hours, minutes, rest = (int(part) for part in parts)
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest
 
 
 def requeue(job_id: str) -> None:

@@ -19,7 +19,9 @@ from launch.report import build
 )
 def test_two_points_on_one_machine(cores: int, start: float, machines: int, crowded: bool, make_run, tmp_path: Path):
     for nodes, first in ((1, 0.0), (2, start)):
-        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=cores, machines=machines)
+        builder = make_run(
+            tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=cores, machines=machines
+        )
         builder.attempt().steps(1, [1.0] * 5, time=first).steps(6, [1.0] * 6, time=first + 99.0)
     table = build(tmp_path)
     assert [row.oversubscribed for row in table.rows] == [crowded, crowded]
