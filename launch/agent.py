@@ -26,7 +26,7 @@ from launch import scheduler
 from launch.config import Config
 from launch.meeting import give_up
 from launch.node import Node
-from launch.requeue import Action, Cause, Decision, cause_of_failure, decide, since_submission
+from launch.requeue import Action, Cause, Decision, cause_of_failure, cause_of_signal, decide, since_submission
 
 TOKEN = "LAUNCH_TOKEN"
 OWNER = "LAUNCH_OWNER_PID"
@@ -112,7 +112,7 @@ def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     events = since_submission(folder.read_events())
     ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     lost = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
-    if not lost or not node.is_restarted:
+    if not lost or not node.restarts:
         return
     told = any(e["event"] == "signalled" and e.get("attempt") == lost[-1] for e in events)
     cause = Cause.preempted if told else Cause.node_failed
@@ -182,21 +182,16 @@ def why_told_to_stop(folder: RunFolder, node: Node, config: Config, attempt: int
     by_file = any(e["event"] == "stopped" and e.get("attempt") == attempt and e.get("file") for e in events)
     if by_hand or by_file or not node.is_slurm:
         return Cause.cancelled
-    job = scheduler.job_details(node.slurm_job)
-    if job.state == "CANCELLED":
-        return Cause.cancelled
-    # The signal ahead of the limit may come up to a minute early (sbatch --signal).
-    lead = config.cluster.signal_delay_s + 60
-    near_the_limit = job.end_time is not None and time.time() > job.end_time - lead
-    timed_out = job.state == "TIMEOUT" or (near_the_limit and not job.is_preempted)
-    return Cause.timed_out if timed_out else Cause.preempted
+    return cause_of_signal(
+        scheduler.job_details(node.slurm_job), node.restarts, config.cluster.signal_delay_s, time.time()
+    )
 
 
 def requeue(folder: RunFolder, node: Node, config: Config, cause: Cause) -> None:
     """Put this job, or this one element of its array, back into the queue, unless Slurm has done so already."""
     if not node.is_slurm or not config.resilience.requeue:
         raise RunFailedError(f"{cause}, and not requeued (resilience.requeue={config.resilience.requeue})")
-    if scheduler.job_details(node.slurm_job).state in ("PENDING", "REQUEUED"):
+    if scheduler.job_details(node.slurm_job).restarts > node.restarts:
         folder.record_event("requeued", job_id=node.slurm_job, by="slurm", cause=cause)
         return
     scheduler.requeue(node.slurm_job)

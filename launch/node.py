@@ -24,8 +24,8 @@ class Node:
     is_slurm: bool
     slurm_job: str = ""
     """Slurm's id of this job, ``A_a`` for an element of an array: the plain number can mean its siblings too."""
-    is_restarted: bool = False
-    """Whether Slurm started this job before."""
+    restarts: int = 0
+    """How often Slurm has put this job back into the queue."""
 
     @classmethod
     def from_env(cls, token: str | None) -> Node:
@@ -37,9 +37,9 @@ class Node:
         if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
             job = f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_STEP_ID', '0')}"
             array = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
-            restarted = int(env.get("SLURM_RESTART_COUNT", "0")) > 0
+            restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
             index, count = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], restarted)
+            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], restarts)
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
     def own_address(self) -> str:

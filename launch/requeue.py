@@ -11,8 +11,12 @@ from enum import StrEnum
 from typing import Any
 
 from launch.config import RestartLimits
+from launch.scheduler import JobDetails
 
 Events = Sequence[dict[str, Any]]
+
+EARLY_S = 60.0
+SLACK_S = 1.0
 
 
 class Cause(StrEnum):
@@ -88,6 +92,30 @@ def attempts_without_progress(events: Events) -> int:
             break
         count += 1
     return count
+
+
+def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
+    """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals.
+
+    While the job runs, a signal is Slurm's announcement. Once it is completing (seen on Slurm 22.05), a requeue has
+    raised its count of restarts, the time limit has used its time up, and what is left is a cancel, which must never
+    be taken for a preemption and brought back.
+
+    Args:
+        job: what the controller says now.
+        restarts: how often this job had been requeued when it started.
+        signal_delay_s: lead of the signal before the time limit; sbatch may send it up to a minute early.
+        now: Unix time.
+    """
+    if job.state in ("RUNNING", "SUSPENDED"):
+        near_the_limit = job.end_time is not None and now > job.end_time - signal_delay_s - EARLY_S
+        return Cause.timed_out if near_the_limit and not job.is_preempted else Cause.preempted
+    if job.restarts > restarts or job.state == "PENDING":
+        return Cause.preempted
+    if job.start_time is None or job.end_time is None or job.time_limit_s is None:
+        return Cause.timed_out if job.state == "TIMEOUT" else Cause.cancelled
+    used_up = job.end_time - job.start_time >= job.time_limit_s - SLACK_S
+    return Cause.timed_out if used_up or job.state == "TIMEOUT" else Cause.cancelled
 
 
 def cause_of_failure(failure: dict[str, Any] | None) -> Cause:

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from launch.config import RestartLimits
-from launch.requeue import Action, Cause, attempts_without_progress, cause_of_failure, decide, since_submission
+from launch.requeue import (
+    Action,
+    Cause,
+    attempts_without_progress,
+    cause_of_failure,
+    cause_of_signal,
+    decide,
+    since_submission,
+)
+from launch.scheduler import JobDetails
 from tests.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
 from tests.launch.test_failures import SABOTAGE
 
@@ -82,6 +91,27 @@ def test_progress_counts_the_attempts_since_the_last_one_that_saved(gains: list[
 def test_typing_the_command_again_forgives() -> None:
     events = [{"event": "submitted"}, *history(Cause.crashed), {"event": "submitted"}, {"event": "started"}]
     assert since_submission(events) == events[-2:]
+
+
+# What `scontrol show job` of Slurm 22.05 said when a task of the job got SIGTERM: JobState, PreemptTime, Restarts, and
+# seconds since the start of StartTime and EndTime.
+@pytest.mark.parametrize(
+    ("state", "preempted", "restarts", "end", "cause"),
+    [
+        ("COMPLETING", False, 0, 2, Cause.cancelled),  # scancel
+        ("COMPLETING", False, 1, 120, Cause.preempted),  # scontrol requeue, and preemption after its grace time
+        ("COMPLETING", False, 0, 120, Cause.timed_out),  # the time limit itself
+        ("RUNNING", True, 0, 120, Cause.preempted),  # preemption with a grace time
+        ("RUNNING", False, 0, 120, Cause.timed_out),  # the signal ahead of the limit
+        ("RUNNING", False, 0, 7200, Cause.preempted),  # a signal long before the limit
+        ("CANCELLED", False, 0, 2, Cause.cancelled),
+    ],
+)
+def test_a_cancel_is_never_taken_for_a_preemption(
+    state: str, preempted: bool, restarts: int, end: float, cause: Cause
+) -> None:
+    job = JobDetails(state, preempted, restarts, 1000.0, 1000.0 + end, 120.0 if end <= 120 else 7200.0)
+    assert cause_of_signal(job, restarts=0, signal_delay_s=30, now=1060.0) is cause
 
 
 def test_memory_is_told_from_other_crashes() -> None:

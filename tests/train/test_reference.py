@@ -21,7 +21,15 @@ from gpt.run_folder import RunFolder
 from tests.commands import TINY, run
 
 STEPS = 6
-WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0", "optim.warmup_steps=3", "optim.lr=3e-3", "optim.min_lr=3e-4", "optim.grad_clip=0.5"]
+WORDS = [
+    *TINY,
+    f"optim.max_steps={STEPS}",
+    "eval.interval=0",
+    "optim.warmup_steps=3",
+    "optim.lr=3e-3",
+    "optim.min_lr=3e-4",
+    "optim.grad_clip=0.5",
+]
 
 
 def plain_losses(folder: Path) -> list[tuple[float, float]]:

@@ -5,32 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from tests.commands import TINY, descendants, kill_all, ranks_of, run, start, wait_for
+from tests.weights import differing, read_weights
 
 STEPS = 60
 WORDS = [*TINY, f"optim.max_steps={STEPS}", "checkpoint.interval=7", "eval.interval=20", "model.dropout=0.1"]
-
-
-def weights(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """Model and optimizer of the last checkpoint, flattened, read by torch's own converter."""
-    file = scratch / "whole.pt"
-    dcp_to_torch_save(folder / "checkpoints" / f"step_{STEPS:08d}", file)
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(value: object, prefix: str) -> None:
-        if isinstance(value, torch.Tensor):
-            flat[prefix] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{prefix}/{key}")
-
-    walk(torch.load(file, weights_only=False), "")
-    return flat
 
 
 # Four ranks of DDP are the hard case: torch regroups the gradients after the first step of a process.
@@ -57,10 +39,8 @@ def test_kill_9_and_the_same_command_end_in_the_same_weights(
     assert [e["attempt"] for e in started] == [1, 2]
     assert started[1]["from_step"] >= 7 and started[1]["from_step"] % 7 == 0
 
-    whole, resumed = weights(tmp_path / "whole", tmp_path), weights(killed.path, tmp_path)
-    assert whole.keys() == resumed.keys() and len(whole) > 10
-    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
-    assert not different
+    whole, resumed = (read_weights(tmp_path / name, STEPS, tmp_path) for name in ("whole", "killed"))
+    assert differing(whole, resumed) == []
     losses = [[r["loss"] for r in read_records(RunFolder(tmp_path / name).metrics(0))] for name in ("whole", "killed")]
     assert losses[0] == losses[1]
     samples = [

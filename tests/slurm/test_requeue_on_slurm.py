@@ -1,0 +1,93 @@
+"""Interrupted on a real Slurm, a run comes back by itself and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.faults import preempt
+from tests.commands import TINY, run, start, wait_for
+from tests.weights import differing, read_weights
+
+STEPS = 120
+WORDS = [*TINY, "nodes=2", f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The same run, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("launch", *WORDS, "cluster=local", f"run_dir={folder / 'run'}", cwd=folder)
+    return RunFolder(folder / "run")
+
+
+def submit(sandbox: Cluster, folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], RunFolder, str]:
+    """Start a run on the sandbox and wait for its tenth step; gives the launcher, the run folder and the job."""
+    here = RunFolder(folder / "run")
+    process = start(
+        "launch", *WORDS, "cluster=slurm", f"run_dir={here.path}", *words, cwd=folder, log=folder / "log", **sandbox.env
+    )
+    wait_for(lambda: len(read_records(here.metrics(0))) >= 10 or process.poll() is not None, "the tenth step")
+    assert process.poll() is None, (folder / "log").read_text()
+    return process, here, str(next(e["job_id"] for e in here.read_events() if e["event"] == "submitted"))
+
+
+def of(events: list[dict[str, Any]], name: str, key: str) -> list[Any]:
+    return [e[key] for e in events if e["event"] == name]
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("how", ["a higher partition", "scontrol requeue", "SIGTERM alone"])
+def test_an_interrupted_run_ends_in_the_same_weights(
+    how: str, sandbox: Cluster, whole: RunFolder, tmp_path: Path
+) -> None:
+    process, here, job = submit(sandbox, tmp_path)
+    if how == "a higher partition":
+        preempt(sandbox, job)
+    elif how == "scontrol requeue":
+        sandbox.slurm("scontrol", "requeue", job)
+    else:
+        sandbox.slurm("scancel", "--signal=TERM", job)
+    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    events = here.read_events()
+    assert of(events, "attempt_ended", "cause") == ["preempted", "finished"]
+    assert of(events, "requeued", "job_id") == [job]
+    saved, started = of(events, "stopped", "step"), of(events, "started", "from_step")
+    assert started == [0, saved[0]], "it went on from the step at which it saved"
+    assert differing(read_weights(whole.path, STEPS, tmp_path), read_weights(here.path, STEPS, tmp_path)) == []
+    used = [
+        sample
+        for rank in here.metric_ranks()
+        for record in read_records(here.metrics(rank))
+        for sample in range(record["samples"][0], record["samples"][1] + 1)
+    ]
+    assert sorted(used) == list(range(8 * STEPS)), "no sample repeated, none skipped"
+
+
+@pytest.mark.slurm
+def test_a_cancel_stays_a_cancel(sandbox: Cluster, tmp_path: Path) -> None:
+    process, here, job = submit(sandbox, tmp_path, "optim.max_steps=100000")
+    sandbox.slurm("scancel", job)
+    assert process.wait(timeout=300) == 1
+    assert of(here.read_events(), "requeued", "job_id") == []
+    assert of(here.read_events(), "attempt_ended", "cause") == ["cancelled"]
+    assert "PENDING" not in sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
+
+
+@pytest.mark.slurm
+def test_the_time_limit_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
+    words = ["optim.max_steps=100000", "cluster.timeout_min=1", "cluster.signal_delay_s=30"]
+    process, here, job = submit(sandbox, tmp_path, *words)
+    wait_for(lambda: len(of(here.read_events(), "recovered", "step")) > 0 or process.poll() is not None, "the comeback")
+    sandbox.slurm("scancel", job)
+    assert process.wait(timeout=300) == 1
+    events = here.read_events()
+    assert of(events, "attempt_ended", "cause")[0] == "timed_out"
+    assert of(events, "requeued", "job_id")[0] == job
+    assert of(events, "started", "from_step")[1] == of(events, "stopped", "step")[0]
