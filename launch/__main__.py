@@ -24,7 +24,7 @@ from gpt.compose import CONFIG_ERRORS, explain
 from gpt.errors import ConfigError
 from gpt.run_folder import point_name
 from launch.config import NOT_IN_POINT, Config
-from launch.sweep import SweepFailed, fail
+from launch.sweep import SweepFailedError, fail
 
 
 def sweep_dir(launcher: str, folder: str) -> str:
@@ -71,7 +71,7 @@ def main() -> int:
     except CONFIG_ERRORS as error:
         print(explain(error, Config), file=sys.stderr)
         return 2
-    except SweepFailed as error:
+    except SweepFailedError as error:
         return fail(error)
     except KeyboardInterrupt:
         return 130

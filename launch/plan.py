@@ -187,6 +187,9 @@ def available_memory() -> int:
 def slurm_resources(config: Config) -> dict[str, Any]:
     """What is asked of Slurm for this point, in the words of submitit's Slurm executor. One task a node: the agent."""
     cluster = config.cluster
+    # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
+    srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
+    srun_args += cluster.srun_args
     asked: dict[str, Any] = {
         "job_name": config.name,
         "nodes": config.nodes,
@@ -205,7 +208,7 @@ def slurm_resources(config: Config) -> dict[str, Any]:
         "comment": cluster.comment,
         "array_parallelism": cluster.array_parallelism,
         "setup": list(cluster.setup) or None,
-        "srun_args": list(cluster.srun_args) or None,
+        "srun_args": srun_args or None,
         "additional_parameters": {
             "requeue" if config.resilience.requeue else "no_requeue": True,
             **cluster.additional_parameters,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Composed = tuple[DictConfig, Sequence[str]]
 
 
-class SweepFailed(RuntimeError):
+class SweepFailedError(RuntimeError):
     """At least one point did not finish. ``status`` is the exit status of the command."""
 
     def __init__(self, message: str, status: int) -> None:
@@ -41,7 +41,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
 
     Raises:
         ConfigError: a point cannot work; nothing was written or submitted.
-        SweepFailed: a point failed or was stopped.
+        SweepFailedError: a point failed or was stopped.
     """
     console = Console(soft_wrap=True)
     kinds = choose_clusters([config for config, _ in points], console)
@@ -147,18 +147,18 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, *, detach: bool) -
         watch.watch(points, console)
     except KeyboardInterrupt:
         cancel.stop_on_ctrl_c(points, console)
-        raise SweepFailed("stopped; the same command goes on from the last checkpoint", 130) from None
+        raise SweepFailedError("stopped; the same command goes on from the last checkpoint", 130) from None
     report(plans, console)
     failed = [point for point in points if point.state != "finished"]
     if failed:
-        raise SweepFailed("\n\n".join(explain(point) for point in failed), 1)
+        raise SweepFailedError("\n\n".join(explain(point) for point in failed), 1)
 
 
 def submit(points: Sequence[Point], console: Console) -> None:
     """Submit what is for Slurm, one job for each shape; local points get in line.
 
     Raises:
-        SweepFailed: sbatch refused. What it had taken before goes on.
+        SweepFailedError: sbatch refused. What it had taken before goes on.
     """
     from launch import watch
     from launch.jobs import Waiting
@@ -171,7 +171,7 @@ def submit(points: Sequence[Point], console: Console) -> None:
         except scheduler.SlurmError as error:
             ids = ", ".join(point.job.job_id for point in points if point.job is not None)
             rest = f"\nalready submitted, and going on: {ids}" if ids else ""
-            raise SweepFailed(f"{group[0].point}: {error}{rest}", 1) from error
+            raise SweepFailedError(f"{group[0].point}: {error}{rest}", 1) from error
         for plan, job in zip(group, jobs, strict=True):
             point = by_folder[plan.run_dir]
             point.job = job
@@ -225,7 +225,7 @@ def explain(point: Point) -> str:
     return head
 
 
-def fail(error: SweepFailed) -> int:
+def fail(error: SweepFailedError) -> int:
     """Print why, and give the exit status."""
     print(f"\n{error}", file=sys.stderr)
     return error.status

@@ -25,7 +25,8 @@ def commands(start_word: str) -> list[str]:
 
 def test_every_command_is_tested_here() -> None:
     known = ("python3 -m venv", "python -m launch ", "python -m gpt.train", "torchrun", "tensorboard", "sbatch")
-    assert [c for c in COMMANDS if not c.startswith((*known, "python -m launch.report"))] == []
+    modules = tuple(f"python -m launch.{name}" for name in ("report", "doctor", "status", "logs", "cancel"))
+    assert [c for c in COMMANDS if not c.startswith((*known, *modules))] == []
 
 
 def test_the_two_set_up_lines_pin_and_end_in_the_main_job_and_the_tests() -> None:
@@ -69,6 +70,22 @@ def test_the_report_is_made_of_what_was_trained(trained: Path) -> None:
         text = run(*shlex.split(command)[2:], cwd=trained)
         assert "fsdp" in text and "finished" in text
     assert (trained / "outputs" / "quick_test" / "scaling.png").is_file()
+
+
+@pytest.mark.parametrize("module", ["status", "logs", "cancel"])
+def test_a_run_that_is_over_can_be_looked_at(module: str, trained: Path) -> None:
+    for command in commands(f"python -m launch.{module}"):
+        words = [word.replace("nodes=4", "parallel=fsdp") for word in shlex.split(command)[2:]]
+        run_dirs = sorted((trained / "outputs" / "quick_test").glob("*parallel=fsdp*"))
+        words = [str(run_dirs[0]) if word.endswith("/parallel=fsdp") else word for word in words]
+        assert run(*words, cwd=trained)
+
+
+def test_the_doctor_says_that_there_is_no_slurm(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for command in commands("python -m launch.doctor"):
+        text = run(*shlex.split(command)[2:], cwd=tmp_path, status=1, PATH=str(tmp_path / "bin"))
+        assert "sbatch" in text
 
 
 def test_tensorboard_opens_the_outputs(trained: Path, tmp_path: Path) -> None:

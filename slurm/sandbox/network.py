@@ -1,7 +1,7 @@
 """The sandbox's own network: a bridge with the controller on it, and one cable to each node.
 
 Owns addresses, ports, cables and what slows them down. Must not know Slurm. A cable's far end lies in its node's
-network namespace and dies with it, so only the bridge has to be taken away.
+network namespace and dies with it, but the kernel takes its time over that.
 """
 
 from __future__ import annotations
@@ -98,9 +98,21 @@ def build_on_one_host(state: State) -> None:
 
 
 def remove(state: State) -> None:
-    """Take the bridge away, where it is there; what hangs on it goes with the nodes."""
-    if succeeds(["ip", "link", "show", "dev", state.bridge]):
-        run(["ip", "link", "del", state.bridge])
+    """Take the bridge and all cables away, where they are there."""
+    for name in (*(cable(state, node) for node in state.nodes), state.bridge):
+        _delete(name)
+
+
+def _delete(name: str) -> None:
+    """Take an interface away. One that goes by itself, as its far end's namespace ends, is only waited for."""
+
+    def is_gone() -> bool:
+        if not succeeds(["ip", "link", "show", "dev", name]):
+            return True
+        succeeds(["ip", "link", "del", name])
+        return False
+
+    wait_until(is_gone, timeout_s=20.0, what=f"the interface {name} to be gone")
 
 
 def _mac(address: str) -> str:
@@ -123,8 +135,7 @@ def plug_in(state: State, node: str, pid: int) -> None:
 
 def unplug(state: State, node: str) -> None:
     """Take a node's cable away, where there is one."""
-    if succeeds(["ip", "link", "show", "dev", cable(state, node)]):
-        run(["ip", "link", "del", cable(state, node)])
+    _delete(cable(state, node))
 
 
 def set_link(state: State, node: str, *, up: bool) -> None:

@@ -81,7 +81,9 @@ def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
     }
     body = text.split("# setup\n")[1]
     assert body.startswith("module load cuda\nexport X=1\n")
-    assert "srun --unbuffered" in body and "--cpu-bind=none" in body and "submitit.core._submit" in body
+    assert (
+        "srun --unbuffered" in body and "--cpus-per-task=64 --cpu-bind=none" in body and "submitit.core._submit" in body
+    )
 
 
 def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) -> None:

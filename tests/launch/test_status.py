@@ -51,7 +51,7 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     assert following.wait(timeout=60) == 0
     told = names(folder)
     assert told.count("cancelled") == 1 and told.index("cancelled") < told.index("signalled")
-    assert told[-2:] == ["saved", "stopped"]
+    assert told[-4:] == ["saved", "stopped", "attempt_ended", "decided"] and told.count("stopped") == 1
     assert [r["state"] for r in status(folder.path, cwd=tmp_path)] == ["cancelled"]
     assert "nothing to cancel, cancelled" in run("launch.cancel", str(folder.path), cwd=tmp_path)
 
@@ -76,7 +76,7 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
 def test_the_rank_that_failed_is_shown_first(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ["nodes=2", *TINY, "optim.max_steps=5", "run_dir=run"]
+    words = ["nodes=2", *TINY, "optim.max_steps=5", "run_dir=run", "resilience.max_restarts.crashed=0"]
     run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK="1")
     folder = RunFolder(tmp_path / "run")
     (seen,) = status(folder.path, cwd=tmp_path)

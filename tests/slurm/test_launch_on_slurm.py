@@ -52,7 +52,7 @@ def assert_saved_and_cancelled(folder: RunFolder) -> None:
     before, after = events[: (cut := [e["event"] for e in events].index("cancelled"))], events[cut:]
     assert not {"signalled", "stopped", "rank_failed"} & {e["event"] for e in before}
     assert [e["step"] for e in after if e["event"] == "saved"] == [steps(folder)]
-    assert steps(folder) in [e.get("step") for e in after if e["event"] == "stopped"]
+    assert [e.get("step") for e in after if e["event"] == "stopped"] == [steps(folder)]
 
 
 def steps(folder: RunFolder) -> int:
@@ -73,7 +73,7 @@ def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox:
         assert sandbox.slurm("scontrol", "write", "batch_script", job, "-").strip() == script.strip()
         hosts = {rank["host"] for rank in json.loads(folder.environment(1).read_text())["ranks"]}
         assert len(hosts) == nodes and hosts <= set(sandbox.nodes)
-        assert names(folder)[-1] == "finished" and steps(folder) == 12
+        assert "finished" in names(folder) and steps(folder) == 12
         assert queue(sandbox, job) == "COMPLETED"
     assert "Strong scaling of s" in text
     rows = (tmp_path / "outputs" / "s" / "scaling.csv").read_text().splitlines()

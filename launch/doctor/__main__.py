@@ -1,0 +1,182 @@
+"""``python -m launch.doctor``: look for what would break a run, without submitting it.
+
+    python -m launch.doctor                                   this machine, and the cluster if there is one
+    python -m launch.doctor -m nodes=1,2,4 cluster=mysite     the same words as for python -m launch
+    python -m launch.doctor nodes=8 cluster=mysite --on-cluster       and a short job that measures the nodes
+
+Exit status: 0 where nothing is an error, 1 where something is, 2 where the words cannot be understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from rich.console import Console
+from submitit.core.utils import FailedJobError
+
+from gpt import compose
+from gpt.compose import CONFIG_ERRORS
+from gpt.errors import ConfigError
+from launch.config import ClusterKind, Config
+from launch.doctor import asked, facts, findings, machine
+from launch.doctor.facts import Facts, Request
+from launch.doctor.findings import Finding
+from launch.inside import compose_launch
+from launch.plan import Plan, make_plan
+from launch.scheduler import SlurmError
+from launch.submit import shapes
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.doctor", description="Look for what would break a run, without submitting it."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the words you would give python -m launch")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="as for python -m launch; sweeps need no -m here either"
+    )
+    parser.add_argument(
+        "--on-cluster", action="store_true", help="submit a job of some minutes that measures the nodes"
+    )
+    parser.add_argument("--wait-min", type=float, default=10.0, help="how long that job may wait in the queue (10)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
+    return parser.parse_intermixed_args(words)
+
+
+def points_of(overrides: Sequence[str]) -> list[list[str]]:
+    """The words of each point of a sweep, as Hydra's own sweeper splits them; ConfigError."""
+    try:
+        parser = OverridesParser.create()
+        typed = parser.parse_overrides(list(overrides))
+        fixed = [word for word, parsed in zip(overrides, typed, strict=True) if not parsed.is_sweep_override()]
+        compose_launch(fixed)  # registers the schema, and puts what is wrong into words
+        with initialize_config_module("configs", version_base="1.3"):
+            params = (
+                hydra_compose("config", overrides=fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
+            )
+        swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+        return [list(point) for batch in BasicSweeper.split_arguments([*swept, *typed], None) for point in batch]
+    except CONFIG_ERRORS as error:
+        raise compose.explain(error, Config) from error
+
+
+def configs_of(points: Sequence[Sequence[str]]) -> list[Config]:
+    """The config of each point; ConfigError."""
+    configs = []
+    for words in points:
+        composed = compose_launch(words)
+        compose.make_paths_absolute(composed)
+        compose.refuse_unknown(composed, Config)
+        configs.append(compose.to_schema(composed, Config))
+    return configs
+
+
+def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
+    """What can be said without submitting: of this machine, of the requests; and what that was made from."""
+    configs = configs_of(points)
+    first = configs[0]
+    seen = facts.gather(first.cluster.kind, Path(first.output_dir))
+    plans: dict[str, tuple[Plan, Config]] = {}
+    of_request: list[Finding] = []
+    for words, config in zip(points, configs, strict=True):
+        try:
+            plan = make_plan(config, list(words), seen.kind)
+            plans[plan.run_dir] = (plan, config)
+        except ConfigError as error:
+            of_request.append(findings.refusal(" ".join(["plan", *words]), error))
+    groups = shapes([plan for plan, _ in plans.values()])
+    requests = facts.requests_of(groups, {path: config for path, (_, config) in plans.items()}, seen)
+    if seen.kind is ClusterKind.slurm:
+        for request in requests:
+            of_request += [finding for finding in asked.check_request(seen, request) if finding not in of_request]
+    return machine.check_machine(seen, first, requests, own_addresses(seen.machine.host)), of_request, requests, seen
+
+
+def own_addresses(host: str) -> tuple[str, ...]:
+    """What this machine's name resolves to."""
+    try:
+        return tuple(sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)}))
+    except OSError:
+        return ()
+
+
+def run_on_cluster(
+    seen: Facts, requests: Sequence[Request], wait_min: float, console: Console
+) -> tuple[list[Finding], dict[str, Any] | None]:
+    """Measure the nodes of the largest request.
+
+    Raises:
+        ConfigError: there is no cluster to submit to.
+    """
+    from launch.doctor import figures, on_cluster, verdict
+
+    if seen.limits is None or not requests:
+        expected = "a Slurm cluster that answers, and a run that can be planned"
+        raise ConfigError("--on-cluster without a cluster", expected, "python -m launch.doctor, without --on-cluster")
+    largest = max(requests, key=lambda request: (request.plan.nodes, request.plan.world_size))
+    try:
+        results = on_cluster.measure(
+            largest, Path(seen.output.path), wait_min, lambda line: console.print(line, highlight=False, markup=False)
+        )
+    except (SlurmError, FailedJobError) as error:
+        return [on_cluster.refused(error)], None
+    if results["ranks"]:
+        console.print(figures.table(results))
+        console.print(figures.group_line(results), highlight=False)
+    console.print(f"wrote {results['folder']}/results.json", highlight=False, markup=False)
+    return verdict.judge(results), results
+
+
+def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
+    """Look, submit where asked to, and say what was found."""
+    of_machine, of_request, requests, seen = examine(points_of(given.overrides))
+    if not given.on_cluster:
+        return [*of_machine, *of_request], None
+    if findings.has_errors(of_request):
+        why = "the job asks for the same resources as the run"
+        skipped = findings.warn(
+            "job", "not submitted: see the errors above", why, "the lines above, then the same command again"
+        )
+        return [*of_machine, *of_request, skipped], None
+    measured, results = run_on_cluster(seen, requests, given.wait_min, console)
+    if results is not None:
+        from launch.doctor.verdict import is_shared
+
+        if is_shared(results):  # measured, so what the filesystems' types suggest is moot
+            of_machine = [finding for finding in of_machine if finding.check not in ("shared folder", "program")]
+    return [*of_machine, *of_request, *measured], results
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print the report, or JSON alone on standard output."""
+    given = arguments(words)
+    console = Console(soft_wrap=True, stderr=given.json)
+    try:
+        found, results = diagnose(given, console)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    status = int(findings.has_errors(found))
+    if given.json:
+        print(json.dumps({"status": status, "findings": findings.as_json(found), "on_cluster": results}, indent=2))
+    else:
+        findings.show(found, console)
+        console.print(findings.summary(found), highlight=False)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The doctor's job: submitted the way runs are, waited for, and read back.
+
+Owns the job's folder, ``<output_dir>/.doctor/<time>-<random>/``, and ``results.json`` in it. What is wrong with
+the results is ``launch.doctor.verdict``'s to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import submitit
+from omegaconf import OmegaConf
+
+from gpt import compose
+from gpt.config import Device
+from gpt.run_folder import RunFolder, write_json
+from launch import scheduler
+from launch.config import Config
+from launch.doctor import probe
+from launch.doctor.facts import Request
+from launch.doctor.findings import Finding, fail
+from launch.submit import clean_environment
+
+JOB_MIN = 5
+"""Time limit of the job, minutes."""
+POLL_S = 1.0
+LATE_S = 5.0
+"""How long the login node looks for files that the nodes have written: NFS may show them late."""
+
+
+def measure(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Submit the job for the nodes of ``request``, wait for its end, and return (and write) what was measured.
+
+    Raises:
+        SlurmError: the controller does not answer any more.
+        submitit.core.utils.FailedJobError: sbatch refused.
+    """
+    root = make_folder(request.config, output)
+    job_id = submit(request, root)
+    say(f"job {job_id} on {request.config.nodes} nodes, folder {root}")
+    try:
+        state, started = wait(job_id, wait_min, say)
+    except BaseException:
+        scheduler.cancel(job_id)
+        raise
+    results = collect(root, request, job_id, state, started)
+    write_json(root / "results.json", results)
+    return results
+
+
+def make_folder(config: Config, output: Path) -> Path:
+    """A folder for one job, with the config that its nodes read."""
+    above = output / ".doctor"
+    above.mkdir(parents=True, exist_ok=True)
+    root = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))
+    (root / "nodes").mkdir()
+    resilience = dataclasses.replace(config.resilience, rendezvous_timeout_s=probe.ARRIVAL_S)
+    written = OmegaConf.structured(dataclasses.replace(config, resilience=resilience))
+    compose.write_config(RunFolder(root), written, [])
+    return root
+
+
+def submit(request: Request, root: Path) -> str:
+    """Submit the job with the resources of the run, all but its time; its id."""
+    executor = submitit.SlurmExecutor(folder=root / ".submitit" / "%j")
+    limit = min(JOB_MIN, request.config.cluster.timeout_min)
+    executor.update_parameters(**{**request.plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0})
+    with clean_environment():
+        return str(executor.submit(probe.run, str(root)).job_id)
+
+
+def wait(job_id: str, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
+    """Follow a job to its end; its last state in Slurm's word, and whether it ever started.
+
+    A job that has not started after ``wait_min`` is cancelled.
+    """
+    deadline = time.monotonic() + 60 * wait_min
+    last, started = "", False
+    while True:
+        known = scheduler.job_states([job_id]).get(job_id)
+        if known is None:
+            return last or "unknown", started
+        started = started or known.state not in ("PENDING", "CONFIGURING")
+        if known.is_over:
+            return known.state, started
+        word = known.state if known.reason in ("", "None") else f"{known.state} ({known.reason})"
+        if word != last:
+            say(f"job {job_id}: {word}")
+            last = word
+        if not started and time.monotonic() > deadline:
+            scheduler.cancel(job_id)
+            return last, False
+        time.sleep(POLL_S)
+
+
+def collect(root: Path, request: Request, job_id: str, state: str, started: bool) -> dict[str, Any]:
+    """Everything the nodes wrote, with what was asked of them."""
+    deadline = time.monotonic() + (LATE_S if started else 0)
+    nodes, ranks = probe.read_records(root)
+    while len(nodes) < request.config.nodes and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        nodes, ranks = probe.read_records(root)
+    asked = {
+        "nodes": request.config.nodes,
+        "ranks_per_node": request.config.ranks_on_node,
+        "cpus_per_task": request.config.cluster.cpus_per_task,
+        "gpus_per_node": None if request.config.device is Device.cpu else request.config.cluster.gpus_per_node,
+    }
+    logs = str(root / ".submitit" / job_id)
+    return {
+        **{"job_id": job_id, "state": state, "started": started, "folder": str(root), "logs": logs},
+        **{"asked": asked, "nodes": nodes, "ranks": ranks},
+    }
+
+
+def refused(error: Exception) -> Finding:
+    """sbatch refused the job."""
+    words = [line for line in str(error).splitlines() if line.strip()]
+    found = next((line for line in words if "error" in line.lower()), words[-1] if words else type(error).__name__)
+    return fail(
+        "job", found.strip(), "a run with the same resources would be refused too", "python -m launch dry_run=true ..."
+    )

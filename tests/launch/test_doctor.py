@@ -1,0 +1,173 @@
+"""The doctor as a command, and what it says of a login node: environment, limits, versions, folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt import compose
+from launch.config import ClusterKind, Config
+from launch.doctor import facts, machine
+from launch.doctor.__main__ import configs_of, main, points_of
+from launch.doctor.findings import Finding, Level
+from tests.commands import ROOT, environment, run
+from tests.launch.doctor_facts import FACTS, MACHINE, OUTPUT, request
+
+MOUNTS = """22 1 254:0 / / rw - ext4 /dev/vda rw
+23 22 0:21 / /home rw - autofs systemd-1 rw
+24 23 0:22 / /home/ada\\040l rw shared:1 - nfs4 server:/ada rw
+25 22 0:23 / /scratch rw - lustre mgs:/scratch rw
+26 25 0:24 / /scratch/tmp rw - tmpfs tmpfs rw
+27 22 0:25 / /scratch/tmp rw - gpfs gpfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/ada l/outputs", "nfs4"),
+        ("/home/adam", "autofs"),
+        ("/scratch/x", "lustre"),
+        ("/scratch/tmp/x", "gpfs"),
+        ("/scratchy", "ext4"),
+    ],
+)
+def test_the_deepest_and_last_mount_decides(path: str, kind: str) -> None:
+    assert facts.filesystem_in(MOUNTS, path) == kind
+
+
+def test_the_type_of_a_real_filesystem_is_the_one_that_stat_knows() -> None:
+    assert facts.filesystem_of(Path("/dev/shm/not/there/yet")) == "tmpfs"
+    assert facts.filesystem_of(Path("/proc/self")) == "proc"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "level"),
+    [
+        ("/home/ada/outputs", "nfs4", Level.ok),
+        ("/tmp/outputs", "lustre", Level.ok),
+        ("/tmp/outputs", "ext4", Level.error),
+        ("/var/tmp", "xfs", Level.error),
+        ("/dev/shm/x", "tmpfs", Level.error),
+        ("/outputs", "overlay", Level.error),
+        ("/data/outputs", "xfs", Level.warning),
+        ("/tmpfiles", "ext4", Level.warning),
+    ],
+)
+def test_a_folder_that_nodes_do_not_share_is_named(path: str, kind: str, level: Level) -> None:
+    seen = replace(FACTS, output=replace(OUTPUT, path=path, filesystem=kind))
+    assert [f.level for f in machine.check_output_folder(seen)] == [level]
+    here = replace(seen, kind=ClusterKind.local)
+    assert [f.level for f in machine.check_output_folder(here)] == [Level.ok]
+
+
+def test_space_is_compared_with_the_checkpoints() -> None:
+    asking = request()
+    need = asking.plan.parameters * 12 * (asking.config.checkpoint.keep_last + 1)
+    for free, level in ((need - 1, Level.error), (need, Level.ok)):
+        assert [
+            f.level for f in machine.check_space(replace(FACTS, output=replace(OUTPUT, free_bytes=free)), [asking])
+        ] == [level]
+    unwritable = replace(FACTS, output=replace(OUTPUT, problem="Permission denied"))
+    assert "Permission denied" in next(iter(machine.check_space(unwritable, [asking]))).found
+
+
+def on_machine(*words: str, **different: Any) -> dict[str, Finding]:
+    """Warnings and errors about a login node that differs from the recorded one, by check."""
+    seen = replace(FACTS, machine=replace(MACHINE, **different))
+    asking = request(*words)
+    found = machine.check_machine(seen, asking.config, [asking], ("10.0.0.1",))
+    return {f.check: f for f in found if f.level is not Level.ok}
+
+
+def test_a_sound_login_node_has_no_complaint() -> None:
+    assert on_machine() == {}
+
+
+def test_inherited_variables_are_named_and_unset() -> None:
+    inherited = {"SLURM_CPU_BIND": "quiet", "RANK": "0", "PMIX_RANK": "0", "SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x"}
+    found = on_machine(environment=inherited)["environment"]
+    assert set(found.fix.split()) == {"unset", "SLURM_CPU_BIND", "RANK", "PMIX_RANK", "SLURM_JOB_ID"}
+    assert "inside a Slurm job" in found.found
+
+
+def test_sbatch_variables_that_would_be_ignored_are_turned_into_keys() -> None:
+    found = on_machine(environment={"SBATCH_ACCOUNT": "phys"})["environment"]
+    assert found.fix == "cluster.account=phys"
+    assert "environment" not in on_machine(found.fix, environment={"SBATCH_ACCOUNT": "phys"})
+
+
+@pytest.mark.parametrize(
+    ("threads", "fix"), [("64", "export OMP_NUM_THREADS=4"), ("many", "export OMP_NUM_THREADS=1"), ("4", None)]
+)
+def test_threads_are_compared_with_the_cpus(threads: str, fix: str | None) -> None:
+    found = on_machine(environment={"OMP_NUM_THREADS": threads})
+    assert (found["threads"].fix if "threads" in found else None) == fix
+
+
+def test_limits_of_the_shell() -> None:
+    low = on_machine(soft={"nofile": 1024, "core": -1, "memlock": 65536})
+    assert low["open files"].fix == "ulimit -n 65536" and low["core dumps"].fix == "ulimit -c 0"
+    assert "locked memory" not in low
+    words = ("nodes=2", "cluster.gpus_per_node=2")
+    assert (
+        on_machine(*words, soft={"nofile": -1, "core": 0, "memlock": 65536})["locked memory"].fix
+        == "ulimit -l unlimited"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.13.0+cpu", True), ("2.11.0", True), ("2.14.0", False), ("2.9.1", False)]
+)
+def test_versions_are_compared_without_importing(version: str, fits: bool) -> None:
+    assert ("libraries" not in on_machine(versions={"torch": version})) is fits
+    assert on_machine(versions={})["libraries"].fix.startswith("pip install 'torch")
+    assert "python" in on_machine(python=(3, 10))
+
+
+def test_a_controller_that_does_not_answer() -> None:
+    gone = replace(FACTS, limits=None, slurm_problem="no answer")
+    assert [f.level for f in machine.check_slurm(gone)] == [Level.error]
+    local = replace(gone, kind=ClusterKind.local, was_auto=True)
+    assert [f.level for f in machine.check_slurm(local)] == [Level.warning]
+    assert [f.level for f in machine.check_slurm(replace(local, client=False))] == [Level.ok]
+
+
+def test_sweeps_are_split_as_python_m_launch_splits_them() -> None:
+    assert points_of(["nodes=1,2", "seed=range(1,3)"]) == [[f"nodes={n}", f"seed={s}"] for n in (1, 2) for s in (1, 2)]
+    swept = configs_of(points_of(["+experiment=strong_scaling"]))
+    assert [config.nodes for config in swept] == [1, 2, 4]
+    assert all(isinstance(config, Config) for config in swept)
+
+
+def test_it_runs_on_any_machine_loads_no_torch_and_writes_nothing(tmp_path: Path) -> None:
+    script = "import sys; from launch.doctor.__main__ import main; status = main(sys.argv[1:]); "
+    script += "assert 'torch' not in sys.modules; sys.exit(status)"
+    command = [sys.executable, "-c", script, "--json", "-m", "nodes=1,2", "cluster=local", "device=cpu"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["status"] == 0 and report["on_cluster"] is None
+    assert {"slurm", "python", "shared folder", "disk"} <= {finding["check"] for finding in report["findings"]}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    local = ("cluster=local", "device=cpu")
+    text = run("launch.doctor", *local, "nodes=3", "optim.global_batch=8", cwd=tmp_path, status=1)
+    assert "error" in text and "type  optim.global_batch=9" in text and "1 errors" in text
+    assert main(["nodse=3"]) == 2 and "type next: nodes=VALUE" in capsys.readouterr().err
+    assert main([*local, "--on-cluster"]) == 2 and "without --on-cluster" in capsys.readouterr().err
+
+
+def test_what_the_doctor_composes_is_what_a_run_composes() -> None:
+    (config,) = configs_of([["cluster=slurm", "nodes=2"]])
+    assert config.nodes == 2 and compose.plain(config.cluster.kind) == "slurm" and Path(config.output_dir).is_absolute()

@@ -1,0 +1,146 @@
+"""What a run asks of Slurm against a recorded cluster: what cannot run is named, and what to type repairs it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.doctor import asked, findings, limits
+from launch.doctor.facts import Facts
+from launch.doctor.findings import Level
+from tests.launch.doctor_facts import (
+    CONFIG,
+    FACTS,
+    LIMITS,
+    MACHINE,
+    NODE,
+    NODES,
+    PARTITIONS,
+    complaints,
+    request,
+    with_config,
+)
+
+
+def test_scontrol_is_read_field_by_field() -> None:
+    low, short, physics, _closed, small = LIMITS.partitions
+    assert LIMITS.version == (22, 5) and LIMITS.number("KillWait") == 5 and LIMITS.number("DefMemPerNode") is None
+    assert (low.is_default, low.max_time_min, low.grace_s, low.max_nodes) == (True, 1440, 10, None)
+    assert (short.max_time_min, short.max_nodes) == (30, 2)
+    assert physics.allow_accounts == ("phys", "chem") and low.allow_accounts is None
+    assert small.memory_per_cpu_mb == 1000
+    first, second, third = LIMITS.nodes
+    assert first.gres == (limits.Gres("gpu", "a100", 4),) and first.count("gpu") == first.count("gpu", "a100") == 4
+    assert third.count("gpu") == 2 and third.count("gpu", "a100") == 0 and third.features == frozenset()
+    assert not second.is_usable and second.reason == "bad fan [root@2026-11-20T10:00:00]"
+    assert (first.cpus, first.memory_mb, first.features) == (8, 262144, {"fast", "new"})
+
+
+def test_a_node_that_does_not_answer_is_not_usable() -> None:
+    (node,) = limits.parse("", "", NODE.format(name="n", features="", gres="(null)", state="IDLE*", reason="")).nodes
+    assert not node.is_usable and node.gres == ()
+
+
+@given(st.integers(0, 400), st.integers(0, 23), st.integers(0, 59))
+def test_times_are_read_as_slurm_prints_them(days: int, hours: int, mins: int) -> None:
+    text = f"{days}-{hours:02}:{mins:02}:00" if days else f"{hours:02}:{mins:02}:00"
+    assert limits.minutes(text) == (days * 24 + hours) * 60 + mins
+    assert limits.minutes("UNLIMITED") is None
+
+
+def test_a_request_that_fits_has_no_complaint_but_the_known_ones() -> None:
+    # The default partition preempts after 10 s.
+    assert {f.check for f in complaints(FACTS)} <= {"preemption"}
+    assert not findings.has_errors(complaints(FACTS))
+    assert complaints(FACTS, "cluster.partition=short", "cluster.timeout_min=30") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "check", "told"),
+    [
+        (["cluster.partition=loww"], "partition", "loww"),
+        (["cluster.partition=closed"], "partition", "closed is DOWN"),
+        (["cluster.partition=short"], "time limit", "MaxTime of short is 30 min"),
+        (["cluster.partition=short", "cluster.timeout_min=30", "nodes=4"], "nodes", "MaxNodes is 2"),
+        (["nodes=4"], "nodes", "it has 3"),
+        (["cluster.partition=physics"], "account", "phys, chem only"),
+        (["cluster.partition=physics", "cluster.account=fys"], "account", "cluster.account=fys"),
+        (["cluster.gpus_per_node=8"], "resources", "the best node of low has 4 GPUs"),
+        (["cluster.gres=gpu:a100:8"], "resources", "has 4 of gpu"),
+        (["cluster.gres=gpu:h100:1"], "resources", "nodes have gpu:2, gpu:a100:4"),
+        (["cluster.cpus_per_task=9"], "resources", "8 CPUs"),
+        (["cluster.mem_gb=300"], "resources", "262.144 GB"),
+        (["cluster.constraint=fsat"], "constraint", "no node of low has fsat"),
+        (["cluster.gpus_per_node=4", "nodes=4"], "nodes", "it has 3"),
+        (["cluster.constraint=new", "nodes=2"], "nodes", "it has 1"),
+    ],
+)
+def test_what_cannot_run_is_an_error_and_what_it_says_to_type_repairs_it(
+    words: list[str], check: str, told: str
+) -> None:
+    seen = replace(FACTS, machine=replace(MACHINE, groups=("staff",)))
+    errors = [f for f in complaints(seen, *words) if f.level is Level.error]
+    found = [f for f in errors if f.check == check and told in f.found]
+    assert found, errors
+    repaired = [f for f in complaints(seen, *words, *shlex.split(found[0].fix)) if f.level is Level.error]
+    assert found[0].check not in {f.check for f in repaired}, repaired
+
+
+def test_nodes_that_each_lack_something_else_are_no_nodes() -> None:
+    (error,) = [f for f in complaints(FACTS, "nodes=3", "cluster.gpus_per_node=4") if f.level is Level.error]
+    assert "2 of low have all that is asked of each" in error.found and error.fix == "nodes=2"
+
+
+def test_drained_nodes_are_named_with_their_reason() -> None:
+    found = [f for f in complaints(FACTS, "nodes=3") if f.check == "nodes"]
+    assert found[0].level is Level.warning and "n2 DRAIN+MIXED bad fan" in found[0].found
+
+
+def test_excluded_nodes_do_not_count() -> None:
+    asking = replace(request("nodes=2"), excluded=frozenset({"n1", "n2"}))
+    assert any(f.check == "nodes" and f.level is Level.error for f in asked.check_request(FACTS, asking))
+
+
+def test_of_several_partitions_one_that_fits_is_enough() -> None:
+    both = complaints(FACTS, "cluster.partition='closed,short'", "cluster.timeout_min=30")
+    assert not findings.has_errors(both) and any("closed is DOWN" in f.found for f in both)
+    assert findings.has_errors(complaints(FACTS, "cluster.partition='closed,short'"))
+
+
+def test_the_users_groups_are_looked_at_but_root_passes() -> None:
+    words = ("cluster.partition=physics", "cluster.account=phys")
+    assert [f.check for f in complaints(FACTS, *words) if f.level is Level.error] == ["group"]
+    assert not findings.has_errors(complaints(replace(FACTS, machine=replace(MACHINE, user="root")), *words))
+
+
+def test_an_array_may_have_as_many_elements_as_max_array_size() -> None:
+    assert [f.check for f in complaints(FACTS, count=6) if f.level is Level.error] == ["array"]
+    assert not findings.has_errors(complaints(FACTS, count=5))
+
+
+def test_preemption_that_does_not_requeue_or_leaves_no_time_is_said() -> None:
+    def told(seen: Facts, *words: str) -> str:
+        return "\n".join(f.found for f in complaints(seen, *words) if f.check == "preemption")
+
+    assert "GraceTime of low is 10 s" in told(FACTS) and "JobRequeue" not in told(FACTS)
+    assert told(FACTS, "cluster.signal_delay_s=15", "resilience.stop_grace_s=10") == ""
+    assert "JobRequeue=0" in told(with_config(JobRequeue="0"))
+    repaired = told(with_config(JobRequeue="0"), "+cluster.additional_parameters.requeue=true")
+    assert "JobRequeue" not in repaired
+    assert told(with_config(PreemptType="preempt/none")) == ""
+    cancels = limits.parse(CONFIG, PARTITIONS.replace("PreemptMode=REQUEUE", "PreemptMode=CANCEL"), NODES)
+    assert "PreemptMode of low is CANCEL" in told(replace(FACTS, limits=cancels))
+
+
+def test_what_a_site_gives_by_default_is_compared_with_the_ranks() -> None:
+    found = {
+        f.check: f
+        for f in complaints(FACTS, "cluster.partition=small", "cluster.cpus_per_task=null", "cluster.mem_gb=null")
+    }
+    assert "1 CPU" in found["cpus"].why and "1000 MB" in found["memory"].found
+    shared = complaints(FACTS, "cluster.gpus_per_node=4", "cluster.cpus_per_task=2")
+    assert any(f.check == "cpus" and "2 for 4 ranks" in f.found for f in shared)

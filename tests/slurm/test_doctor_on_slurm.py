@@ -1,0 +1,192 @@
+"""The doctor against a real Slurm: what it calls an error Slurm does not run, and a slow cable is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import scheduler
+from launch.config import ClusterKind
+from launch.doctor import facts
+from launch.doctor.__main__ import examine, points_of
+from launch.doctor.findings import Level
+from slurm.sandbox import faults, packages
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.commands import SandboxError
+from slurm.sandbox.settings import Settings
+from slurm.sandbox.state import require
+from tests.commands import ROOT, environment, wait_for
+
+pytestmark = pytest.mark.slurm
+
+STUCK = {"PartitionConfig", "PartitionDown", "AccountNotAllowed", "PartitionTimeLimit", "PartitionNodeLimit"}
+
+
+@pytest.fixture(scope="module")
+def strict(namespaces: None) -> Iterator[Cluster]:
+    """Two nodes behind partitions that allow little."""
+    partitions = ("low:MaxTime=60,MaxNodes=1", "phys:AllowAccounts=phys", "closed:State=DOWN", "high")
+    with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as cluster:
+        cluster.up(Settings(nodes=2, partitions=partitions, slurm_conf=("MaxArraySize=3", "JobRequeue=0")))
+        yield cluster
+
+
+def doctor(cluster: Cluster, cwd: Path, *words: str, status: int) -> dict[str, Any]:
+    """``python -m launch.doctor --json`` as a user of this cluster."""
+    command = [sys.executable, "-m", "launch.doctor", "--json", *words]
+    env = environment(PYTHONPATH=str(ROOT), **cluster.env)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, f"exit status {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    report = json.loads(done.stdout)
+    assert isinstance(report, dict) and report["status"] == status
+    return report
+
+
+def found(report: dict[str, Any], level: str) -> dict[str, str]:
+    """What was found at a level, by check."""
+    return {finding["check"]: finding["found"] for finding in report["findings"] if finding["level"] == level}
+
+
+def slurm_runs(cluster: Cluster, batch_text: str, script: Path) -> bool:
+    """Whether Slurm runs a job of these resources: False where it refuses it, or leaves it for a reason that stays."""
+    asked = [line for line in batch_text.splitlines() if line.startswith("#SBATCH") and "put=" not in line]
+    options = [line for line in asked if "--error" not in line]
+    script.write_text("\n".join(["#!/bin/sh", *options, "#SBATCH --output=/dev/null", "#SBATCH --chdir=/", "true", ""]))
+    try:
+        job = cluster.slurm("sbatch", "--parsable", str(script)).strip()
+    except SandboxError:
+        return False
+    words: list[str] = []
+
+    def decided() -> bool:
+        rows = cluster.slurm("squeue", "--array", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r")
+        words[:] = [row.strip() for row in rows.splitlines()]
+        return all(row.startswith("COMPLETED") or is_stuck(row) for row in words)
+
+    wait_for(decided, "the end of a job, or the reason why it does not start", 60)
+    if any(is_stuck(row) for row in words):
+        cluster.slurm("scancel", job)
+        return False
+    return True
+
+
+def is_stuck(row: str) -> bool:
+    """Whether a job pends for a reason that no waiting removes."""
+    state, reason = row.split("|", 1)
+    return state == "PENDING" and (reason in STUCK or "can't use this partition" in reason)
+
+
+@pytest.mark.parametrize(
+    ("words", "check"),
+    [
+        ("cluster.timeout_min=60 cluster.gpus_per_node=2 cluster.cpus_per_task=8 cluster.mem_gb=200", None),
+        ("cluster.partition=high nodes=2 cluster.timeout_min=90", None),
+        ("seed=1,2,3 cluster.partition=high", None),
+        ("cluster.timeout_min=61", "time limit"),
+        ("nodes=2", "nodes"),
+        ("nodes=3 optim.global_batch=12 cluster.partition=high", "nodes"),
+        ("cluster.partition=high nodes=2 cluster.exclude=n[2-3]", "nodes"),
+        ("cluster.partition=phys", "account"),
+        ("cluster.partition=closed", "partition"),
+        ("cluster.partition=nope", "partition"),
+        ("cluster.gpus_per_node=3 ranks_per_node=1", "resources"),
+        ("cluster.gres=gpu:a100:1", "resources"),
+        ("cluster.cpus_per_task=9", "resources"),
+        ("cluster.mem_gb=300", "resources"),
+        ("cluster.constraint=fast", "constraint"),
+        ("seed=1,2,3,4 cluster.partition=high", "array"),
+    ],
+)
+def test_what_is_an_error_slurm_does_not_run_and_the_rest_it_does(
+    strict: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, check: str | None
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", strict.env["SLURM_CONF"])
+    typed = ["cluster=slurm", f"output_dir={tmp_path}", *words.replace("n[2-3]", "'n[2-3]'").split()]
+    _, findings, (request,), _ = examine(points_of(typed))
+    errors = {finding.check for finding in findings if finding.level is Level.error}
+    assert errors == ({check} if check else set()), findings
+    assert slurm_runs(strict, request.batch_text, tmp_path / "job.sh") is (check is None)
+
+
+def test_the_command_tells_all_that_is_wrong_at_once_and_submits_nothing(strict: Cluster, tmp_path: Path) -> None:
+    wrong = ("nodes=2", "cluster.timeout_min=90", "cluster.gpus_per_node=3", "cluster.cpus_per_task=8")
+    before = strict.slurm("squeue", "--noheader", "--states=all")
+    report = doctor(strict, tmp_path, "cluster=slurm", "optim.global_batch=12", *wrong, "--on-cluster", status=1)
+    assert {"time limit", "nodes", "shared folder"} <= set(found(report, "error"))
+    assert {"preemption", "job"} <= set(found(report, "warning"))
+    assert "JobRequeue=0" in " ".join(finding["found"] for finding in report["findings"])
+    assert "accounting" in found(report, "ok") and report["on_cluster"] is None
+    assert strict.slurm("squeue", "--noheader", "--states=all") == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_controller_that_is_not_there(tmp_path: Path, slurm_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(
+        "ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nNodeName=n1\nPartitionName=p Nodes=n1\n"
+    )
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    with pytest.raises(scheduler.SlurmError):
+        scheduler.run("scontrol", "ping", timeout_s=10.0, retries=1)
+    gone = facts.gather(ClusterKind.slurm, tmp_path)
+    assert gone.limits is None and gone.client and gone.slurm_problem
+    assert facts.gather(ClusterKind.auto, tmp_path).kind is ClusterKind.local
+
+
+def test_a_folder_that_the_nodes_do_not_see(sandbox: Cluster, tmp_path: Path) -> None:
+    # Every node of the sandbox has a /dev/shm of its own.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as own:
+        report = doctor(sandbox, tmp_path, "cluster=slurm", f"output_dir={own}", "--on-cluster", status=1)
+    assert "tmpfs is each machine's own" in found(report, "error")["shared folder"]
+    assert "no node wrote anything" in found(report, "error")["job"]
+
+
+def test_a_firewall_between_nodes_is_named(sandbox: Cluster, tmp_path: Path) -> None:
+    if packages.missing(packages.WITH_LOSS):
+        pytest.skip("needs nftables")
+    state = require(sandbox.directory)
+    inside = ["nsenter", f"--net=/proc/{state.processes['n2'].pid}/ns/net", "nft"]
+    new = f"tcp flags syn / syn,ack tcp dport != {state.nodes['n2'].port} drop"
+    chain = f"chain input {{ type filter hook input priority 0; iifname eth0 {new}; }}"
+    subprocess.run([*inside, "-f", "-"], input=f"table ip doctor {{\n{chain}\n}}\n", text=True, check=True)
+    try:
+        words = ("cluster=slurm", "nodes=2", 'cluster.exclude="n[3-4]"', "--on-cluster")
+        report = doctor(sandbox, tmp_path, *words, status=1)
+    finally:
+        subprocess.run([*inside, "delete table ip doctor"], check=True)
+    assert [f["found"] for f in report["findings"] if f["check"] == "ports"] == ["n1 does not reach n2: timed out"]
+    assert "not every node reaches every other" in found(report, "warning")["links"]
+
+
+def test_sound_nodes_are_measured_and_nothing_is_an_error(sandbox: Cluster, tmp_path: Path) -> None:
+    report = doctor(sandbox, tmp_path, "cluster=slurm", "nodes=2", "ranks_per_node=1", "--on-cluster", status=0)
+    measured = report["on_cluster"]
+    # The folder is under /tmp, which by its name is each node's own; the measurement knows better.
+    assert {"shared folder", "ports", "host names", "clocks", "bandwidth", "latency", "job"} <= set(found(report, "ok"))
+    assert [node["host"] for node in measured["nodes"]] == [rank["host"] for rank in measured["ranks"]] == ["n1", "n2"]
+    assert all(
+        rank["group"]["bytes"] == 16 * 2**20 and rank["group"]["bandwidth_gbit"] > 0 for rank in measured["ranks"]
+    )
+    assert json.loads((Path(measured["folder"]) / "results.json").read_text()) == measured
+
+
+def test_a_slow_cable_is_named_and_no_other(sandbox: Cluster, tmp_path: Path) -> None:
+    faults.link(sandbox, "n2", bandwidth_mbit=20)
+    try:
+        words = ("cluster=slurm", "nodes=3", "optim.global_batch=12", "cluster.exclude=n4", "--on-cluster")
+        report = doctor(sandbox, tmp_path, *words, status=1)
+    finally:
+        faults.heal(sandbox, "n2")
+    errors = [finding for finding in report["findings"] if finding["level"] == "error"]
+    assert [finding["check"] for finding in errors] == ["bandwidth"]
+    assert errors[0]["found"].startswith("every link of n2 is slow") and errors[0]["fix"] == "cluster.exclude=n2"
+    rates = {
+        rank["host"]: max(link["bandwidth_gbit"] for link in rank["links"]) for rank in report["on_cluster"]["ranks"]
+    }
+    assert rates["n2"] < 0.02 < 0.2 < min(rates["n1"], rates["n3"])
