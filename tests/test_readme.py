@@ -75,9 +75,8 @@ def test_the_report_is_made_of_what_was_trained(trained: Path) -> None:
 @pytest.mark.parametrize("module", ["status", "logs", "cancel"])
 def test_a_run_that_is_over_can_be_looked_at(module: str, trained: Path) -> None:
     for command in commands(f"python -m launch.{module}"):
-        words = [word.replace("nodes=4", "parallel=fsdp") for word in shlex.split(command)[2:]]
-        run_dirs = sorted((trained / "outputs" / "quick_test").glob("*parallel=fsdp*"))
-        words = [str(run_dirs[0]) if word.endswith("/parallel=fsdp") else word for word in words]
+        there = next((trained / "outputs" / "quick_test").glob("*/.hydra")).parent
+        words = [word.replace("outputs/quick_test/nodes=4", str(there)) for word in shlex.split(command)[2:]]
         assert run(*words, cwd=trained)
 
 

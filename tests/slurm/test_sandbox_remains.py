@@ -141,15 +141,17 @@ def test_up_clears_what_an_up_that_was_killed_had_built(place: Cluster) -> None:
     assert len(place.slurm("srun", "--nodes=2", "hostname").split()) == 2
 
 
-def test_up_refuses_a_directory_that_is_in_use(sandbox: Cluster, tmp_path: Path) -> None:
+def test_up_refuses_a_directory_that_is_in_use(sandbox: Cluster) -> None:
     with pytest.raises(ConfigError, match="a sandbox is up in"):
         sandbox.up()
     sandbox.wait_idle()
-    (tmp_path / "thesis.txt").write_text("three years")
-    with pytest.raises(ConfigError, match="files that are no sandbox's"):
-        Cluster(tmp_path).up()
-    assert not Cluster(tmp_path).down()
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as name:  # short, as sockets would lie in it
+        folder = Path(name)
+        (folder / "thesis.txt").write_text("three years")
+        with pytest.raises(ConfigError, match="files that are no sandbox's"):
+            Cluster(folder).up()
+        assert not Cluster(folder).down()
+        assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(place: Cluster) -> None:
