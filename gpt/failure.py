@@ -22,17 +22,22 @@ ECHO = re.compile(
 
 def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
     """Write the failure of this rank into the ledger, traceback included."""
-    text = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error))
+    enter_failure(folder, attempt, rank, cause=f"{type(error).__name__}: {error}", trace=trace, step=step)
+
+
+def enter_failure(folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None) -> None:
+    """Write the failure of a rank of this host into the ledger, whoever noticed it."""
     folder.record_event(
         "rank_failed",
         attempt=attempt,
         rank=rank,
         host=socket.gethostname(),
         step=step,
-        cause=f"{type(error).__name__}: {error}",
-        traceback=text,
+        cause=cause,
+        traceback=trace,
         log=str(folder.log(attempt, rank)),
-        echo=bool(ECHO.search(f"{type(error).__name__}: {error}")),
+        echo=bool(ECHO.search(cause)),
     )
 
 

@@ -26,7 +26,16 @@ from launch import scheduler
 from launch.config import Config
 from launch.meeting import give_up
 from launch.node import Node
-from launch.requeue import Action, Cause, Decision, cause_of_failure, cause_of_signal, decide, since_submission
+from launch.requeue import (
+    LEAVES_THE_NODES,
+    Action,
+    Cause,
+    Decision,
+    cause_of_failure,
+    cause_of_signal,
+    decide,
+    since_submission,
+)
 
 TOKEN = "LAUNCH_TOKEN"
 OWNER = "LAUNCH_OWNER_PID"
@@ -91,7 +100,7 @@ def run(run_dir: str) -> None:
             meetings.append(ranks.meet(folder, node, config, start))
             verdict = ranks.run_ranks(folder, node, config, meetings[-1], stop)
         except InterruptedError as error:
-            folder.record_event("agent_stopped", node=node.index, cause=str(error))
+            leave_before_the_start(folder, node, config, str(error))
             return
         finally:
             stop.interruptible = False
@@ -101,6 +110,15 @@ def run(run_dir: str) -> None:
                 return
         elif ended is not Cause.crashed:
             return
+
+
+def leave_before_the_start(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+    """Told to stop while there were no ranks yet: nothing is to be saved, but a preempted job must come back."""
+    folder.record_event("agent_stopped", node=node.index, cause=why)
+    if node.index == 0:
+        cause = why_told_to_stop(folder, node, config, attempt=None)
+        if cause in LEAVES_THE_NODES:
+            requeue(folder, node, config, cause)
 
 
 def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
@@ -122,7 +140,9 @@ def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     limits = config.resilience
     decision = decide(since_submission(folder.read_events()), cause, limits.max_restarts, limits.max_without_progress)
     if decision.action is Action.stop:
-        raise RunFailedError(f"not started again: {decision.reason}")
+        text = f"not started again: {decision.reason}"
+        give_up(folder, node, text)
+        raise RunFailedError(text)
 
 
 def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
@@ -175,7 +195,7 @@ def note_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> Non
         folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause=why)
 
 
-def why_told_to_stop(folder: RunFolder, node: Node, config: Config, attempt: int) -> Cause:
+def why_told_to_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
     """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals."""
     events = since_submission(folder.read_events())
     by_hand = any(e["event"] == "cancelled" for e in events)

@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
+from gpt.failure import enter_failure
 from gpt.run_folder import RunFolder, write_json
 from launch.agent import OWNER, RunFailedError, StopRequest
 from launch.config import Config
@@ -260,20 +261,9 @@ def enter_silent_failures(folder: RunFolder, attempt: int, result: RunResult, st
     for rank, failure in sorted(result.failures.items()):
         if rank in told or (stop.count and failure.exitcode < 0):
             continue
-        log = folder.log(attempt, rank)
         number = -failure.exitcode
         cause = f"killed by {signal.Signals(number).name}" if number > 0 else f"exit status {failure.exitcode}"
-        folder.record_event(
-            "rank_failed",
-            attempt=attempt,
-            rank=rank,
-            host=socket.gethostname(),
-            step=None,
-            cause=cause,
-            traceback=tail(log),
-            log=str(log),
-            echo=False,
-        )
+        enter_failure(folder, attempt, rank, cause=cause, trace=tail(folder.log(attempt, rank)), step=None)
 
 
 def tail(log: Path, lines: int = 30) -> str:

@@ -19,7 +19,7 @@ WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0"]
 
 
 def typed(sandbox: Cluster, *words: str) -> str:
-    """A command typed in the folder of the checkout, with this Python first on the PATH, as an activated venv has it."""
+    """A command typed in the folder of the checkout, with this Python first on the PATH, as in an activated venv."""
     path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
     done = subprocess.run(
         words, cwd=ROOT, env=environment(PATH=path, **sandbox.env), capture_output=True, text=True, timeout=TIMEOUT_S
@@ -39,7 +39,7 @@ def test_sbatch_takes_the_same_road(sandbox: Cluster, tmp_path: Path) -> None:
     ranks = json.loads(folder.environment(1).read_text())["ranks"]
     assert len(ranks) == 4 and len({r["host"] for r in ranks}) == 2
     assert read_records(folder.metrics(3))[-1]["step"] == STEPS
-    assert [e["event"] for e in folder.read_events()][0] == "submitted"
+    assert folder.read_events()[0]["event"] == "submitted"
 
 
 @pytest.mark.slurm

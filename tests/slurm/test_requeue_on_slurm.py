@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import preempt
+from slurm.sandbox.faults import heal, power_cut, preempt
 from tests.commands import TINY, run, start, wait_for
 from tests.weights import differing, read_weights
 
@@ -91,3 +92,24 @@ def test_the_time_limit_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
     assert of(events, "attempt_ended", "cause")[0] == "timed_out"
     assert of(events, "requeued", "job_id")[0] == job
     assert of(events, "started", "from_step")[1] == of(events, "stopped", "step")[0]
+
+
+@pytest.mark.slurm
+def test_a_node_that_loses_power_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
+    process, here, job = submit(sandbox, tmp_path, "optim.max_steps=100000", "parallel.timeout_s=60")
+    wait_for(lambda: of(here.read_events(), "saved", "step") or process.poll() is not None, "a checkpoint")
+    ranks = json.loads(here.environment(1).read_text())["ranks"]
+    dead = ranks[-1]["host"]
+    power_cut(sandbox, dead)
+    try:
+        wait_for(lambda: of(here.read_events(), "recovered", "step") or process.poll() is not None, "the comeback")
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        newest = max(here.attempts())
+        assert dead not in {r["host"] for r in json.loads(here.environment(newest).read_text())["ranks"]}
+        saved_before = max(e["step"] for e in here.read_events() if e["event"] == "saved" and e["attempt"] < newest)
+        assert of(here.read_events(), "started", "from_step")[-1] == saved_before
+    finally:
+        sandbox.slurm("scancel", job)
+        heal(sandbox, dead)
+    assert process.wait(timeout=300) == 1
+    sandbox.wait_idle()
