@@ -55,13 +55,14 @@ def test_what_is_for_this_machine_runs(command: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's torchrun line and its line for a text of one's own were typed."""
+    """A folder in which the README's torchrun line, its line for a text of one's own, and a launch were typed."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "FILE").write_text("all work and no play makes jack a dull boy\n" * 2000)
     for command in [*commands("torchrun"), *commands("python -m gpt.train")]:
         words = shlex.split(command)
         module = ["torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[2:]
         run(*module, *SMALL, cwd=folder)
+    run("launch", *SMALL, "name=launched", cwd=folder)
     return folder
 
 
@@ -75,7 +76,7 @@ def test_the_report_is_made_of_what_was_trained(trained: Path) -> None:
 @pytest.mark.parametrize("module", ["status", "logs", "cancel"])
 def test_a_run_that_is_over_can_be_looked_at(module: str, trained: Path) -> None:
     for command in commands(f"python -m launch.{module}"):
-        there = next((trained / "outputs" / "quick_test").glob("*/.hydra")).parent
+        there = next((trained / "outputs" / "launched").glob("*/plan.json")).parent
         words = [word.replace("outputs/quick_test/nodes=4", str(there)) for word in shlex.split(command)[2:]]
         assert run(*words, cwd=trained)
 

@@ -12,8 +12,9 @@ from slurm.sandbox import packages
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.settings import Settings
 
-# A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own.
-QUICK = ("SlurmdTimeout=10", "MessageTimeout=5", "TCPTimeout=1")
+# A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own. Runs have 20 s to save and leave
+# when they are told to, as two cores are shared by all that the tests start.
+QUICK = ("SlurmdTimeout=10", "MessageTimeout=5", "TCPTimeout=1", "KillWait=20")
 
 
 @pytest.fixture(scope="session")

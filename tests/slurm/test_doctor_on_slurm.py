@@ -189,4 +189,6 @@ def test_a_slow_cable_is_named_and_no_other(sandbox: Cluster, tmp_path: Path) ->
     rates = {
         rank["host"]: max(link["bandwidth_gbit"] for link in rank["links"]) for rank in report["on_cluster"]["ranks"]
     }
-    assert rates["n2"] < 0.02 < 0.2 < min(rates["n1"], rates["n3"])
+    # The cable lets 0.02 Gbit/s through; what the others reach depends on what else this machine does.
+    assert rates["n2"] < 0.022
+    assert min(rates["n1"], rates["n3"]) > 3 * rates["n2"]

@@ -58,7 +58,8 @@ def test_an_interrupted_run_ends_in_the_same_weights(
     assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     events = here.read_events()
     assert of(events, "attempt_ended", "cause") == ["preempted", "finished"]
-    assert of(events, "requeued", "job_id") == [job]
+    by = ["slurm"] if how == "scontrol requeue" else ["agent"]
+    assert (of(events, "requeued", "job_id"), of(events, "requeued", "by")) == ([job], by)
     saved, started = of(events, "stopped", "step"), of(events, "started", "from_step")
     assert started == [0, saved[0]], "it went on from the step at which it saved"
     assert differing(read_weights(whole.path, STEPS, tmp_path), read_weights(here.path, STEPS, tmp_path)) == []
