@@ -214,8 +214,13 @@ def requeue(folder: RunFolder, node: Node, config: Config, cause: Cause) -> None
     if scheduler.job_details(node.slurm_job).restarts > node.restarts:
         folder.record_event("requeued", job_id=node.slurm_job, by="slurm", cause=cause)
         return
-    scheduler.requeue(node.slurm_job)
+    # First the ledger: Slurm may kill this process as soon as it has heard of the requeue.
     folder.record_event("requeued", job_id=node.slurm_job, by="agent", cause=cause)
+    try:
+        scheduler.requeue(node.slurm_job)
+    except scheduler.SlurmError as error:
+        folder.record_event("requeue_failed", job_id=node.slurm_job, cause=str(error))
+        raise RunFailedError(f"{cause}, and Slurm did not requeue it: {error}") from error
 
 
 def failure_text(failure: dict[str, Any]) -> str:

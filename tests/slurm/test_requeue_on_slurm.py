@@ -90,6 +90,7 @@ def test_the_time_limit_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
     sandbox.slurm("scancel", job)
     assert process.wait(timeout=300) == 1
     events = here.read_events()
+    assert of(events, "recovered", "step"), (events, (tmp_path / "log").read_text())
     assert of(events, "attempt_ended", "cause")[0] == "timed_out"
     assert of(events, "requeued", "job_id")[0] == job
     assert of(events, "started", "from_step")[1] == of(events, "stopped", "step")[0]
