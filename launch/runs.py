@@ -5,13 +5,12 @@ Owns what counts as a run folder in a path. Must not know what is in one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpt.errors import ConfigError
 from gpt.run_folder import RunFolder
-from launch.report.points import is_run
+from launch.report.points import is_run, natural
 
 DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
 
@@ -24,7 +23,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """
     found: dict[Path, RunFolder] = {}
     for path in paths:
-        inside = sorted(runs_inside(path.absolute(), DEPTH), key=natural)
+        inside = sorted(runs_inside(path.absolute(), DEPTH), key=lambda folder: natural(str(folder)))
         if not inside:
             raise ConfigError(
                 f"no run in {path}" if path.is_dir() else f"no folder {path}",
@@ -45,8 +44,3 @@ def runs_inside(folder: Path, depth: int) -> Iterator[Path]:
         for inner in folder.iterdir():
             if not inner.name.startswith("."):
                 yield from runs_inside(inner, depth - 1)
-
-
-def natural(path: Path) -> list[tuple[int, str]]:
-    """Sorting key that puts nodes=2 before nodes=16."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(path))]

@@ -94,12 +94,12 @@ def is_run(folder: Path) -> bool:
 
 
 def _runs_inside(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if is_run(path)), key=_natural)
+    return sorted((path for path in folder.iterdir() if is_run(path)), key=lambda path: natural(path.name))
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorting key that puts nodes=2 before nodes=16."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _suggestion(folder: Path) -> str:

@@ -1,0 +1,38 @@
+"""The typed schema of a training run: every field, its unit and its range. Values live in ``configs/``.
+
+Owns the dataclasses that Hydra composes over and the checks that need no other information than the config itself.
+Torch-free, so that the login node can use it. Must not know of nodes, Slurm or the launcher.
+"""
+
+from gpt.config.checks import closest, nearest_divisor, require_positive, require_range
+from gpt.config.data import BYTE_VOCAB, DataConfig, Source
+from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
+from gpt.config.model import Activation, AttentionBackend, Ffn, ModelConfig, Norm, Position
+from gpt.config.optim import OptimConfig
+from gpt.config.parallel import ParallelConfig, Strategy
+from gpt.config.train import Device, Precision, TrainConfig
+
+__all__ = [
+    "BYTE_VOCAB",
+    "Activation",
+    "AttentionBackend",
+    "CheckpointConfig",
+    "DataConfig",
+    "Device",
+    "EvalConfig",
+    "Ffn",
+    "LoggingConfig",
+    "ModelConfig",
+    "Norm",
+    "OptimConfig",
+    "ParallelConfig",
+    "Position",
+    "Precision",
+    "Source",
+    "Strategy",
+    "TrainConfig",
+    "closest",
+    "nearest_divisor",
+    "require_positive",
+    "require_range",
+]

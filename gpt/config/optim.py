@@ -1,0 +1,51 @@
+"""The schema of batch, optimizer and schedule. Torch-free; its values are in ``configs/optim``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from gpt.config.checks import require_positive, require_range
+from gpt.errors import ConfigError
+
+
+@dataclass
+class OptimConfig:
+    """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then a cosine to ``min_lr``."""
+
+    max_steps: int = MISSING
+    """Number of optimizer steps."""
+    global_batch: int = MISSING
+    """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
+    micro_batch: int = MISSING
+    """Most sequences per forward pass and rank; gradients accumulate over as many passes as that takes."""
+    weak_scaling: bool = False
+    """Let the batch grow with the ranks. Changes the loss curve, so it is asked for by name."""
+    lr: float = MISSING
+    """Peak learning rate."""
+    min_lr: float = MISSING
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = MISSING
+    weight_decay: float = 0.1
+    """Applied to matrices, not to biases and norms."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        for key in ("max_steps", "global_batch", "micro_batch", "lr"):
+            require_positive(f"optim.{key}", getattr(self, key))
+        for key in ("min_lr", "warmup_steps", "weight_decay", "grad_clip"):
+            require_range(f"optim.{key}", getattr(self, key), 0.0, float("inf"))
+        require_range("optim.beta1", self.beta1, 0.0, 0.9999999)
+        require_range("optim.beta2", self.beta2, 0.0, 0.9999999)
+        if self.min_lr > self.lr:
+            raise ConfigError(
+                f"optim.min_lr={self.min_lr} above optim.lr={self.lr}",
+                "a schedule that goes down",
+                f"optim.min_lr={self.lr / 10:g}",
+            )

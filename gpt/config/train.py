@@ -1,0 +1,68 @@
+"""The schema of one training run, whatever starts it. Torch-free; its values are in ``configs/train.yaml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+from gpt.config.checks import require_range
+from gpt.config.data import BYTE_VOCAB, DataConfig
+from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
+from gpt.config.model import ModelConfig
+from gpt.config.optim import OptimConfig
+from gpt.config.parallel import ParallelConfig
+from gpt.errors import ConfigError
+
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
+# ruff: noqa: UP045
+
+
+class Precision(Enum):
+    """``bf16`` computes in bfloat16 over fp32 master weights; ``fp32`` computes in fp32 throughout."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(Enum):
+    """``auto`` is cuda where every rank of the machine can have a GPU of its own, cpu elsewhere."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class TrainConfig:
+    """One training run, whatever starts it."""
+
+    name: str = "${model.name}"
+    """Folder under output_dir that holds the points of one sweep."""
+    output_dir: str = "outputs"
+    run_dir: Optional[str] = None
+    """The folder of this run; null derives it from output_dir, name and the overrides."""
+    fresh: bool = False
+    """Start over in a new folder instead of resuming."""
+    seed: int = 1337
+    device: Device = Device.auto
+    precision: Precision = Precision.fp32
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first thing that cannot work; needs no other information than the config."""
+        for part in (self.model, self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
+            part.validate()
+        require_range("seed", self.seed, 0, 2**63 - 1)
+        if self.model.vocab_size < BYTE_VOCAB:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size} with byte tokens",
+                f"room for all {BYTE_VOCAB} byte values",
+                f"model.vocab_size={BYTE_VOCAB}",
+            )
