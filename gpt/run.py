@@ -23,6 +23,7 @@ from gpt.accounting.hardware import peak_flops
 from gpt.batch import Batch
 from gpt.checkpoint import CheckpointStore
 from gpt.config import TrainConfig
+from gpt.data.corpus import check_size, describe, prepare
 from gpt.data.loader import Samples
 from gpt.data.token_file import TokenFile
 from gpt.metrics.environment import code_state, describe_rank, software
@@ -89,6 +90,12 @@ class Run:
     store: CheckpointStore
     step: int = 0
     """Steps done."""
+
+
+def prepare_tokens(config: TrainConfig) -> TokenFile:
+    """The token file of the corpus, refused where it is too small."""
+    check_size(describe(config.data), config.model.block_size, config.eval.sequences)
+    return prepare(config.data, Path(config.data.cache_dir or Path(config.output_dir) / ".cache"))
 
 
 def open_attempt(folder: RunFolder, world: World) -> int:

@@ -16,18 +16,15 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
 from gpt.batch import cut
 from gpt.checkpoint import CheckpointStore
 from gpt.config import TrainConfig
-from gpt.data.corpus import TokenFile, check_size, describe, prepare
 from gpt.data.loader import Samples, train_indices
 from gpt.errors import ConfigError
+from gpt.evaluation import mean_loss, summed_loss
 from gpt.failure import record_failure
 from gpt.interrupt import StopFlag, die_with_parent
 from gpt.metrics.records import StepRecord
@@ -35,12 +32,12 @@ from gpt.metrics.views import Views
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.optim import build_optimizer, clip_gradients, lr_at
-from gpt.parallel.engine import autocast, spread
+from gpt.parallel.engine import spread
 from gpt.parallel.topology import topology
 from gpt.parallel.world import World, open_world
 from gpt.requests import Requests
 from gpt.resume import load, save
-from gpt.run import Request, Run, agree_on_folder, describe_attempt, open_attempt, parse_request
+from gpt.run import Request, Run, agree_on_folder, describe_attempt, open_attempt, parse_request, prepare_tokens
 from gpt.run_folder import RunFolder
 
 
@@ -48,8 +45,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int) ->
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
     layout = topology(config.parallel, world.size)
     batch = cut(config.optim, layout.data_ranks)
-    cache = Path(config.data.cache_dir or Path(config.output_dir) / ".cache")
-    tokens = world.on_first(lambda: prepare_tokens(config, cache))
+    tokens = world.on_first(lambda: prepare_tokens(config))
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout differs by rank, and is saved with it
     model = GPT(config.model)
     initialize(model, config.seed)
@@ -72,12 +68,6 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int) ->
     return run
 
 
-def prepare_tokens(config: TrainConfig, cache: Path) -> TokenFile:
-    """The token file of the corpus, refused where it is too small."""
-    check_size(describe(config.data), config.model.block_size, config.eval.sequences)
-    return prepare(config.data, cache)
-
-
 def train(run: Run, flag: StopFlag) -> str:
     """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
     config, world = run.config, run.world
@@ -91,7 +81,9 @@ def train(run: Run, flag: StopFlag) -> str:
         record, stop, save_now = train_step(run, requests, clock)
         last = run.step == config.optim.max_steps
         if last or due(run.step, config.eval.interval):
-            record.val_loss = evaluate(run)
+            record.val_loss = mean_loss(
+                run.engine.module, config, run.samples, world, config.eval.sequences, run.batch.micro
+            )
         if last or stop or save_now or due(run.step, config.checkpoint.interval):
             record.checkpoint_s = save(run, requests.is_current)
             requests.done(save_now, stop)
@@ -128,7 +120,7 @@ def train_step(run: Run, requests: Requests, started: float) -> tuple[StepRecord
     for i in range(batch.accumulation):
         part = slice(i * batch.micro, (i + 1) * batch.micro)
         with run.engine.backward_pass(last=i == batch.accumulation - 1):
-            loss = summed_loss(run, tokens_BT[part], targets_BT[part])
+            loss = summed_loss(run.engine.module, config, tokens_BT[part], targets_BT[part], world)
             # The engines average over ranks, so a sum over this rank's tokens is scaled to the mean over all tokens.
             (loss * (batch.ranks / (batch.global_batch * config.model.block_size))).backward()
         loss_sum += loss.detach()
@@ -151,36 +143,6 @@ def train_step(run: Run, requests: Requests, started: float) -> tuple[StepRecord
         data_wait_s=waited,
     )
     return record, stops > 0, saves > 0
-
-
-def summed_loss(run: Run, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the tokens, in fp32."""
-    device = run.world.device
-    with autocast(run.config, device):
-        logits_BTV = run.engine.module(tokens_BT.to(device, non_blocking=True))
-    targets = targets_BT.to(device, non_blocking=True).flatten()
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="sum")
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean cross-entropy over the first validation sequences, the same ones for any number of ranks."""
-    world, batch = run.world, run.batch
-    wanted = run.config.eval.sequences
-    mine = np.arange(world.rank, wanted, world.size)
-    rounds = math.ceil(math.ceil(wanted / world.size) / batch.micro)
-    run.engine.module.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    for i in range(rounds):
-        part = mine[i * batch.micro : (i + 1) * batch.micro]
-        # Sharded ranks must all take every pass, so one that has run out repeats a sequence and does not count it.
-        tokens_BT, targets_BT = run.samples.batch("val", part if len(part) else np.zeros(1, dtype=np.int64))
-        if len(part):
-            loss += summed_loss(run, tokens_BT, targets_BT)
-        else:
-            summed_loss(run, tokens_BT, targets_BT)
-    run.engine.module.train()
-    return world.sum(loss.item())[0] / (wanted * run.config.model.block_size)
 
 
 def run_ranks(request: Request, stop: StopFlag) -> str:

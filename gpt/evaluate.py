@@ -1,0 +1,127 @@
+"""Measure a trained model on its validation split: ``python -m gpt.evaluate RUN``.
+
+    python -m gpt.evaluate outputs/quick_test/default                    # the whole split, newest checkpoint
+    python -m gpt.evaluate RUN --sequences 500 --step 40 --device cpu
+    torchrun --nproc-per-node 8 -m gpt.evaluate RUN                      # the ranks share the sequences
+
+Owns the command line and the figures derived from the loss. Only reads the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gpt.checkpoint.folders import step_of
+from gpt.checkpoint.manifest import read_manifest
+from gpt.config import Device
+from gpt.data.loader import Samples
+from gpt.errors import ConfigError
+from gpt.evaluation import mean_loss
+from gpt.load import find_checkpoint, open_run, read_weights
+from gpt.parallel.world import World, open_world
+from gpt.run import prepare_tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on a text it has not seen."""
+
+    run: str
+    step: int
+    sequences: int
+    tokens: int
+    num_bytes: int
+    """Of the text that was predicted."""
+    loss: float
+    """Mean cross-entropy, nats per token."""
+    perplexity: float
+    """exp(loss): as unsure as a choice among so many equally likely tokens."""
+    bits_per_byte: float
+    """Comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
+
+
+def evaluate(path: Path, world: World, step: int | None, sequences: int | None, batch: int | None) -> Evaluation:
+    """Evaluate the checkpoint of a run on the first ``sequences`` of its validation split, all of them by default.
+
+    Raises:
+        ConfigError: there is no such run, checkpoint or corpus, or it has not so many sequences.
+    """
+    folder, config = open_run(path)
+    checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
+    tokens = world.on_first(lambda: prepare_tokens(config))
+    trained_on = read_manifest(checkpoint).meta["data_sha256"]
+    if tokens.sha256 != trained_on:
+        raise ConfigError(
+            f"a corpus (sha256 {tokens.sha256[:12]}...) that is not the one of the run ({trained_on[:12]}...)",
+            "the text the model was trained on, since the validation split is its end",
+            "the original file put back, or gpt.train again with this one",
+        )
+    samples = Samples(tokens, config.model.block_size, config.data.val_fraction, config.seed)
+    wanted = samples.num_val if sequences is None else sequences
+    if not 0 < wanted <= samples.num_val:
+        raise ConfigError(
+            f"--sequences {wanted}", f"1 to {samples.num_val}, all there are", f"--sequences {samples.num_val}"
+        )
+    model = read_weights(config, checkpoint, world.device)
+    loss = mean_loss(model, config, samples, world, wanted, batch or config.optim.micro_batch)
+    num_tokens = wanted * config.model.block_size
+    num_bytes = num_tokens
+    return Evaluation(
+        run=str(folder.path),
+        step=step_of(checkpoint),
+        sequences=wanted,
+        tokens=num_tokens,
+        num_bytes=num_bytes,
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=loss / math.log(2) * num_tokens / num_bytes,
+    )
+
+
+def report(found: Evaluation) -> str:
+    """The figures as a person reads them."""
+    return (
+        f"{found.run}, step {found.step}\n"
+        f"validation split: {found.sequences:,} sequences, {found.tokens:,} tokens, {found.num_bytes:,} bytes\n"
+        f"loss {found.loss:.4f} nats per token   perplexity {found.perplexity:.4g}   "
+        f"bits per byte {found.bits_per_byte:.4f}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m gpt.evaluate",
+        description="Loss, perplexity and bits per byte of a run on its validation split.",
+    )
+    made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    made.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
+    made.add_argument("--sequences", type=int, metavar="N", help="the first N sequences; default: the whole split")
+    made.add_argument("--batch", type=int, metavar="N", help="sequences a pass; default: optim.micro_batch of the run")
+    made.add_argument("--device", choices=[d.name for d in Device], default="auto")
+    made.add_argument("--json", action="store_true", help="print one JSON object")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 where it was refused."""
+    words = parser().parse_args(argv)
+    try:
+        with open_world(Device[words.device], timeout_s=600) as world:
+            found = evaluate(words.run, world, words.step, words.sequences, words.batch)
+            if world.is_first:
+                print(json.dumps(asdict(found)) if words.json else report(found))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
