@@ -1,7 +1,8 @@
 """Causal self-attention with as many key-value heads as queries (MHA) or fewer (GQA, arXiv 2305.13245; one is MQA).
 
-B batch, T time, D width, H heads, K key-value heads, C head width. The number of heads is read off the tensors, not
-off the config, so a layer whose matrices were cut by heads from outside still computes its own part.
+B batch, T time, S time with what a cache remembers (S = T without one), D width, H heads, K key-value heads, C head
+width. The number of heads is read off the tensors, not off the config, so a layer whose matrices were cut by heads from
+outside still computes its own part.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import AttentionBackend, ModelConfig, Position
+from gpt.model.cache import LayerCache
 from gpt.model.position import Rope
 
 
@@ -31,31 +33,45 @@ class Attention(nn.Module):
         self.attend = sdpa_attention if config.attention is AttentionBackend.sdpa else manual_attention
         self.dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). With a cache, the T tokens come after those in it, and are added to it."""
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKC = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
         if self.rope is not None:
-            q_BTHC, k_BTKC = self.rope(q_BTHC), self.rope(k_BTKC)
-        dropout = self.dropout if self.training else 0.0
-        y_BHTC = self.attend(q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2), dropout)
+            start = 0 if cache is None else cache.length
+            q_BTHC, k_BTKC = self.rope(q_BTHC, start), self.rope(k_BTKC, start)
+        q_BHTC, k_BKSC, v_BKSC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
+        if cache is not None:
+            k_BKSC, v_BKSC = cache.extend(k_BKSC, v_BKSC)
+        y_BHTC = self.attend(q_BHTC, k_BKSC, v_BKSC, self.dropout if self.training else 0.0)
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
 
-def sdpa_attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, dropout: float) -> Tensor:
+def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
     """torch's fused kernels, flash attention (arXiv 2307.08691) where the device and the dtype have it."""
+    new, seen = q_BHTC.size(2), k_BKSC.size(2)
+    # torch's is_causal lines the first query up with the first key. Where keys come from a cache, it is the last query
+    # with the last key; a single one then sees them all.
+    mask_TS = past(new, seen, q_BHTC.device) if 1 < new < seen else None
     # enable_gqa narrows torch's choice of kernels, so it is asked for only where it is needed.
-    grouped = q_BHTC.size(1) != k_BKTC.size(1)
-    return F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+    grouped = q_BHTC.size(1) != k_BKSC.size(1)
+    return F.scaled_dot_product_attention(
+        q_BHTC, k_BKSC, v_BKSC, mask_TS, dropout_p=dropout, is_causal=new == seen, enable_gqa=grouped
+    )
 
 
-def manual_attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, dropout: float) -> Tensor:
-    """The formula written out, softmax(Q K^T / sqrt(C)) V with the future masked: the reference, T x T in memory."""
-    sharers = q_BHTC.size(1) // k_BKTC.size(1)
+def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
+    """The formula written out, softmax(Q K^T / sqrt(C)) V with the future masked: the reference, T x S in memory."""
+    sharers = q_BHTC.size(1) // k_BKSC.size(1)
     if sharers > 1:
-        k_BKTC, v_BKTC = k_BKTC.repeat_interleave(sharers, dim=1), v_BKTC.repeat_interleave(sharers, dim=1)
-    time, width = q_BHTC.shape[-2:]
-    future_TT = torch.ones(time, time, dtype=torch.bool, device=q_BHTC.device).triu(1)
-    scores_BHTT = (q_BHTC @ k_BKTC.mT) / math.sqrt(width)
-    weights_BHTT = scores_BHTT.masked_fill(future_TT, -math.inf).softmax(-1)
-    return F.dropout(weights_BHTT, dropout) @ v_BKTC
+        k_BKSC, v_BKSC = k_BKSC.repeat_interleave(sharers, dim=1), v_BKSC.repeat_interleave(sharers, dim=1)
+    future_TS = ~past(q_BHTC.size(2), k_BKSC.size(2), q_BHTC.device)
+    scores_BHTS = (q_BHTC @ k_BKSC.mT) / math.sqrt(q_BHTC.size(3))
+    weights_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf).softmax(-1)
+    return F.dropout(weights_BHTS, dropout) @ v_BKSC
+
+
+def past(new: int, seen: int, device: torch.device) -> Tensor:
+    """(T, S): which of ``seen`` keys each of the last ``new`` queries may look at, its own among them."""
+    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)

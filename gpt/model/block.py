@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model.attention import Attention
+from gpt.model.cache import LayerCache
 from gpt.model.ffn import build_ffn
 from gpt.model.norm import build_norm
 
@@ -24,6 +25,6 @@ class Block(nn.Module):
         self.ffn = build_ffn(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD)))
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cache))
         return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))

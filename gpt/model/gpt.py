@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig, Position
 from gpt.model.block import Block
+from gpt.model.cache import Cache
 from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope
 
@@ -44,16 +45,21 @@ class GPT(nn.Module):
         # A tied head is no module: to_empty() of a model on the meta device would give two modules two tensors.
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of the token after each position: (B, T) integers -> (B, T, V), T at most ``block_size``."""
-        time = tokens_BT.size(1)
-        assert time <= self.config.block_size, f"{time} tokens in a model of block_size={self.config.block_size}"
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of the token after each position: (B, T) integers -> (B, T, V).
+
+        With a cache (gpt/model/cache.py), the T tokens follow those in it, and are added to it. The tokens seen are
+        at most ``block_size`` in all.
+        """
+        start = 0 if cache is None else cache.length
+        seen = start + tokens_BT.size(1)
+        assert seen <= self.config.block_size, f"{seen} tokens in a model of block_size={self.config.block_size}"
         x_BTD = self.token_embedding(tokens_BT)
         if self.position is not None:
-            x_BTD = self.position(x_BTD)
+            x_BTD = self.position(x_BTD, start)
         x_BTD = self.dropout(x_BTD)
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD) if cache is None else block(x_BTD, cache.layer(index))
         x_BTD = self.norm(x_BTD)
         return F.linear(x_BTD, self.token_embedding.weight) if self.head is None else self.head(x_BTD)
 

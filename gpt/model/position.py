@@ -1,6 +1,7 @@
 """How a token knows its place: a learned table added to the embedding, or rotary embeddings inside attention.
 
-B batch, T time, D width, H heads, C head width. A sequence always starts at position 0.
+B batch, T time, D width, H heads, C head width. A sequence starts at position 0, unless
+a cache (gpt/model/cache.py) holds its beginning.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ class LearnedPosition(nn.Module):
         self.weight = nn.Parameter(torch.empty(block_size, n_embd))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.weight[: x_BTD.size(1)]
+    def forward(self, x_BTD: Tensor, start: int = 0) -> Tensor:
+        return x_BTD + self.weight[start : start + x_BTD.size(1)]
 
 
 class Rope(nn.Module):
@@ -50,9 +51,9 @@ class Rope(nn.Module):
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
-    def forward(self, x_BTHC: Tensor) -> Tensor:
-        time = x_BTHC.size(1)
-        cos, sin = self.cos[:time, None], self.sin[:time, None]
+    def forward(self, x_BTHC: Tensor, start: int = 0) -> Tensor:
+        end = start + x_BTHC.size(1)
+        cos, sin = self.cos[start:end, None], self.sin[start:end, None]
         first, second = x_BTHC.chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         # The tables are fp32, which would promote bf16 queries and keys, while the values stay bf16.
