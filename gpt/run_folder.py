@@ -59,6 +59,11 @@ class RunFolder:
         """One folder for each saved step."""
         return self.path / "checkpoints"
 
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer the run is trained with, where that is known."""
+        return self.path / "tokenizer"
+
     def attempt(self, number: int) -> Path:
         """Folder of one (re)start, counted from 1."""
         return self.path / "attempts" / f"{number:04d}"

@@ -23,6 +23,7 @@ from gpt.batch import cut
 from gpt.checkpoint import CheckpointStore
 from gpt.config import TrainConfig
 from gpt.data.loader import Samples, train_indices
+from gpt.data.tokenizer import ByteTokenizer, save_tokenizer
 from gpt.errors import ConfigError
 from gpt.evaluation import mean_loss, summed_loss
 from gpt.failure import record_failure
@@ -46,6 +47,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int) ->
     layout = topology(config.parallel, world.size)
     batch = cut(config.optim, layout.data_ranks)
     tokens = world.on_first(lambda: prepare_tokens(config))
+    world.on_first(lambda: save_tokenizer(ByteTokenizer(), folder.tokenizer))
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout differs by rank, and is saved with it
     model = GPT(config.model)
     initialize(model, config.seed)

@@ -5,7 +5,7 @@ Torch-free, so that the login node can use it. Must not know of nodes, Slurm or 
 """
 
 from gpt.config.checks import closest, nearest_divisor, require_positive, require_range
-from gpt.config.data import BYTE_VOCAB, DataConfig, Source
+from gpt.config.data import BYTE_VOCAB, DataConfig, Source, TokenizerKind
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import Activation, AttentionBackend, Ffn, ModelConfig, Norm, Position
 from gpt.config.optim import OptimConfig
@@ -30,6 +30,7 @@ __all__ = [
     "Precision",
     "Source",
     "Strategy",
+    "TokenizerKind",
     "TrainConfig",
     "closest",
     "nearest_divisor",

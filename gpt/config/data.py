@@ -25,6 +25,16 @@ class Source(Enum):
     text = "text"
 
 
+class TokenizerKind(Enum):
+    """What a token is: a byte, a character, or a piece of a word that one of three libraries has learned."""
+
+    byte = "byte"
+    char = "char"
+    sentencepiece = "sentencepiece"
+    hf = "hf"
+    tiktoken = "tiktoken"
+
+
 @dataclass
 class DataConfig:
     """The corpus. Tokens are bytes: 256 ids, nothing to download."""
