@@ -25,9 +25,11 @@ from gpt.run_folder import RunFolder
 from launch import scheduler
 from launch.config import Config
 from launch.meeting import give_up
+from launch.meter import BUDGET, Meter
 from launch.node import Node
 from launch.requeue import (
     LEAVES_THE_NODES,
+    WANTED,
     Action,
     Cause,
     Decision,
@@ -89,7 +91,18 @@ def run(run_dir: str) -> None:
     folder = RunFolder(run_dir)
     config = read_config(folder, Config)
     node = Node.from_env(os.environ.get(TOKEN))
+    with Meter(folder, node, config) as meter:
+        take_part(folder, node, config, stop, meter)
+
+
+def take_part(folder: RunFolder, node: Node, config: Config, stop: StopRequest, meter: Meter) -> None:
+    """Start the ranks of this node until they are done, or must not start again.
+
+    Raises:
+        RunFailedError: the run failed, or has no budget left.
+    """
     if node.index == 0:
+        refuse_without_budget(folder, node, meter)
         settle_lost_attempts(folder, node, config)
     from launch import ranks  # torch, from here on
 
@@ -98,7 +111,7 @@ def run(run_dir: str) -> None:
         try:
             stop.interruptible = True
             meetings.append(ranks.meet(folder, node, config, start))
-            verdict = ranks.run_ranks(folder, node, config, meetings[-1], stop)
+            verdict = ranks.run_ranks(folder, node, config, meetings[-1], stop, meter)
         except InterruptedError as error:
             leave_before_the_start(folder, node, config, str(error))
             return
@@ -110,6 +123,14 @@ def run(run_dir: str) -> None:
                 return
         elif ended is not Cause.crashed:
             return
+
+
+def refuse_without_budget(folder: RunFolder, node: Node, meter: Meter) -> None:
+    """Raise RunFailedError where the ranks would have to be stopped as soon as they have started."""
+    why = meter.look_now()
+    if why is not None:
+        give_up(folder, node, why)
+        raise RunFailedError(f"not started: {why}")
 
 
 def leave_before_the_start(folder: RunFolder, node: Node, config: Config, why: str) -> None:
@@ -169,7 +190,7 @@ def conclude(folder: RunFolder, node: Node, config: Config, attempt: int, ended:
     cause = ended
     if ended is Cause.cancelled:
         note_unsaved_stop(folder, attempt, stop)
-        cause = why_told_to_stop(folder, node, config, attempt)
+        cause = Cause.budget if stop.name == BUDGET else why_told_to_stop(folder, node, config, attempt)
     elif ended is Cause.crashed:
         failure = first_failure(folder.read_events(), attempt)
         cause = cause_of_failure(failure)
@@ -180,7 +201,7 @@ def conclude(folder: RunFolder, node: Node, config: Config, attempt: int, ended:
     folder.record_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
     if decision.action is Action.requeue:
         requeue(folder, node, config, cause)
-    if decision.action is Action.stop and cause not in (Cause.finished, Cause.cancelled):
+    if decision.action is Action.stop and cause not in WANTED:
         text = failure_text(failure) if failure else f"the run was {cause}"
         told = f"{text}\nnot started again: {decision.reason}"
         give_up(folder, node, told)

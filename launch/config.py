@@ -18,7 +18,7 @@ from gpt.errors import ConfigError
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
-NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "cluster", "resilience", "launch", "dry_run", "hydra")
+NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "cluster", "resilience", "budget", "launch", "dry_run", "hydra")
 """Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
 
 
@@ -55,6 +55,8 @@ class ClusterConfig:
     """CPUs of each node for all of its ranks: there is one task, the agent, on a node."""
     mem_gb: Optional[float] = None
     """Memory of each node, GB."""
+    price_per_gpu_hour: Optional[float] = None
+    """What a GPU costs for an hour, in the site's currency."""
     comment: Optional[str] = None
     array_parallelism: int = 256
     """Most elements of a job array that run at the same time."""
@@ -69,9 +71,10 @@ class ClusterConfig:
         require_positive("cluster.timeout_min", self.timeout_min)
         require_range("cluster.signal_delay_s", self.signal_delay_s, 0, 60 * self.timeout_min)
         require_positive("cluster.array_parallelism", self.array_parallelism)
-        for key in ("gpus_per_node", "gpu_memory_gib", "cpus_per_task", "mem_gb"):
+        for key in ("gpus_per_node", "gpu_memory_gib", "cpus_per_task", "mem_gb", "price_per_gpu_hour"):
             if getattr(self, key) is not None:
-                require_range(f"cluster.{key}", getattr(self, key), 0 if key == "gpus_per_node" else 1, float("inf"))
+                least = 0 if key in ("gpus_per_node", "price_per_gpu_hour") else 1
+                require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
 
 
 @dataclass
@@ -113,6 +116,43 @@ class ResilienceConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """Caps for all points of a command together, over all their attempts.
+
+    An hour of an allocation counts for every GPU in it, from the start of the job to its end.
+    """
+
+    gpu_hours: Optional[float] = None
+    """GPU-hours; at the cap a run saves and stops, and what could exceed it is not submitted. null: no cap."""
+    cost: Optional[float] = None
+    """GPU-hours times cluster.price_per_gpu_hour, in the same currency. null: no cap."""
+    poll_s: float = MISSING
+    """Seconds between two looks at what was used."""
+
+    def validate(self, cluster: ClusterConfig) -> None:
+        """Raise ConfigError where a number is out of its range, or nobody knows what is to be counted."""
+        require_range("budget.poll_s", self.poll_s, 0.1, 3600)
+        for key in ("gpu_hours", "cost"):
+            cap = getattr(self, key)
+            if cap is None:
+                continue
+            require_positive(f"budget.{key}", cap)
+            if not cluster.gpus_per_node:
+                raise ConfigError(
+                    f"budget.{key}={cap:g}, and nodes that are not said to have GPUs",
+                    "cluster.gpus_per_node, by which the hours of a node are counted; without GPUs, "
+                    "cluster.timeout_min and resilience.max_restarts bound a run",
+                    f"cluster.gpus_per_node=8, or budget.{key}=null",
+                )
+        if self.cost is not None and cluster.price_per_gpu_hour is None:
+            raise ConfigError(
+                f"budget.cost={self.cost:g} without a price",
+                "what an hour of one GPU costs",
+                "cluster.price_per_gpu_hour=2.5, or budget.gpu_hours=N in place of budget.cost",
+            )
+
+
+@dataclass
 class LaunchConfig:
     """What the command does after it has submitted."""
 
@@ -133,6 +173,7 @@ class Config(TrainConfig):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
     @property
     def ranks_on_node(self) -> int:
@@ -152,6 +193,7 @@ class Config(TrainConfig):
             require_positive("ranks_per_node", self.ranks_per_node)
         self.cluster.validate()
         self.resilience.validate()
+        self.budget.validate(self.cluster)
         gpus = self.cluster.gpus_per_node
         if gpus and self.ranks_on_node > gpus:
             raise ConfigError(

@@ -19,6 +19,7 @@ from gpt.config import Device, nearest_divisor
 from gpt.data.corpus import Corpus, check_size, describe
 from gpt.errors import ConfigError
 from gpt.parallel.topology import Topology, topology
+from launch.budget import Use, use_of, words
 from launch.config import NOT_IN_POINT, ClusterKind, Config
 
 GIB = 2**30
@@ -26,7 +27,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What one point promises. Bytes are per rank; GPU-hours are the worst case, the whole time limit used."""
+    """What one point promises. Bytes are per rank; GPU-hours and cost are the worst case of one start of the job, the
+    whole time limit used: a requeued job starts anew, until ``budget`` or ``resilience.max_restarts`` end it."""
 
     point: str
     run_dir: str
@@ -52,6 +54,10 @@ class Plan:
     node_hours: float
     gpu_hours: float | None
     """None where the nodes are not said to have GPUs."""
+    cost: float | None
+    """GPU-hours times cluster.price_per_gpu_hour; None where one of them is not known."""
+    command_run_dirs: tuple[str, ...] = ()
+    """The run folders of all points of the command, which share its budget."""
     slurm: dict[str, Any] = field(default_factory=dict)
     """The resources asked of Slurm, in submitit's words; points with the same ones share a job array."""
 
@@ -80,8 +86,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     if kind is ClusterKind.local:
         refuse_too_few_gpus(config, local_gpus())
     refuse_too_little_memory(config, needed.total, kind)
-    hours = config.nodes * config.cluster.timeout_min / 60
-    gpus = config.cluster.gpus_per_node
+    worst = worst_case(config)
     return Plan(
         point=folder.point,
         run_dir=str(folder.path),
@@ -104,8 +109,9 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         memory_bytes=memory_parts(needed),
         data=describe_data(config, corpus),
         timeout_min=config.cluster.timeout_min,
-        node_hours=hours,
-        gpu_hours=hours * gpus if gpus else None,
+        node_hours=worst.node_hours,
+        gpu_hours=worst.gpu_hours,
+        cost=worst.cost,
         slurm=slurm_resources(config),
     )
 
@@ -125,6 +131,13 @@ def cut_batch(config: Config, layout: Topology) -> Batch:
             f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
         )
     return cut(config.optim, ranks)
+
+
+def worst_case(config: Config) -> Use:
+    """What one start of the job uses at most: all nodes, to the time limit."""
+    cluster, nodes = config.cluster, config.nodes
+    gpus = None if cluster.gpus_per_node is None else nodes * cluster.gpus_per_node
+    return use_of(cluster.timeout_min / 60, nodes, gpus, cluster.price_per_gpu_hour)
 
 
 def memory_parts(needed: memory.Memory) -> dict[str, int]:
@@ -221,7 +234,7 @@ def plan_text(plan: Plan) -> str:
     """The plan as a person reads it."""
     mem = plan.memory_bytes
     parts = ", ".join(f"{k} {v / GIB:.3f}" for k, v in mem.items() if k != "total" and v)
-    gpu = f"{plan.gpu_hours:g} GPU-hours" if plan.gpu_hours is not None else "no GPUs asked for"
+    gpus = "" if plan.gpu_hours is not None else ", no GPUs asked for"
     ranks = "rank" if plan.world_size == 1 else "ranks"
     rows = {
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}",
@@ -233,7 +246,8 @@ def plan_text(plan: Plan) -> str:
         "tokens": f"{plan.tokens_per_step:,} a step, {plan.tokens_total:,} in {plan.max_steps} steps",
         "memory": f"{mem['total'] / GIB:.3f} GiB per rank ({parts})",
         "data": plan.data,
-        "worst case": f"{plan.node_hours:g} node-hours, {gpu} ({plan.nodes} nodes for {plan.timeout_min} min)",
+        "worst case": f"{words(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
+        f"{plan.nodes} nodes for {plan.timeout_min} min)",
         "folder": plan.run_dir,
     }
     return "\n".join([f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())])

@@ -7,24 +7,22 @@ has forgotten a job, the ledger decides. Changes nothing.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gpt.compose import read_config
 from gpt.config import TrainConfig
 from gpt.failure import first_failure
+from gpt.metrics.records import recent_records
 from gpt.run_folder import RunFolder
 from launch.jobs import Job, SlurmJob, Waiting, ask_queue, job_of
 from launch.plan import Plan
 from launch.scheduler import RETRIES, JobState, SlurmError
 
-TAIL_BYTES = 16384
-RECENT = 20  # steps the ETA is made from
-OVER = ("finished", "failed", "stopped", "cancelled")
+OVER = ("finished", "failed", "stopped", "cancelled", "budget")
+ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
 
 
 @dataclass
@@ -142,6 +140,8 @@ def judge(point: Point, queue: Mapping[str, JobState]) -> None:
         standing = point.job.standing(queue)
         over = standing.state == "over"
         point.state, point.detail = verdict(point) if over else standing.state, standing.detail
+        if point.state == "budget":
+            point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
 
 
 def adopt_job(point: Point) -> None:
@@ -166,7 +166,7 @@ def judge_by_ledger(points: Sequence[Point]) -> None:
     """Set the states of Slurm's points without Slurm, as far as their ledgers go."""
     for point in points:
         if isinstance(point.job, SlurmJob):
-            ended = {e["event"] for e in since_last_start(point.events())} & {"finished", "stopped", "cancelled"}
+            ended = ENDED & {e["event"] for e in since_last_start(point.events())}
             point.state = verdict(point) if ended or point.failure() else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
@@ -181,15 +181,16 @@ def verdict(point: Point) -> str:
     """How a point whose job is over ended: its ledger says so, and silence is a failure."""
     events = point.events()
     names = {e["event"] for e in events}
-    cancelled = next((i for i, e in enumerate(events) if e["event"] == "cancelled"), None)
+    ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)
     attempts = [e["attempt"] for e in events if e.get("attempt") is not None]
-    # What fails after a cancel failed because of it.
-    if attempts and first_failure(events[:cancelled], max(attempts)):
+    # What fails after a cancel, or at the cap, failed because of it.
+    before = events if ended is None else events[: events.index(ended)]
+    if attempts and first_failure(before, max(attempts)):
         return "failed"
     if "finished" in names:
         return "finished"
-    if cancelled is not None:
-        return "cancelled"
+    if ended is not None:
+        return "cancelled" if ended["event"] == "cancelled" else "budget"
     return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 
@@ -203,24 +204,6 @@ def read_steps(point: Point) -> None:
         if point.max_steps is not None and point.state == "running":
             left = point.max_steps - point.latest["step"]
             point.eta_s = left * statistics.median(record["step_time_s"] for record in new)
-
-
-def recent_records(path: Path) -> list[dict[str, Any]]:
-    """The last step records of a rank, without reading the whole file."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the first line may be cut, the last one may be half written
-            continue
-    return records[-RECENT:]
 
 
 def saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:

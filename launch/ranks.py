@@ -32,6 +32,7 @@ from gpt.run_folder import RunFolder, write_json
 from launch.agent import OWNER, RunFailedError, StopRequest
 from launch.config import Config
 from launch.meeting import POLL_S, note_path, wait_for_note
+from launch.meter import BUDGET, Meter
 from launch.network import address_towards, interface_of
 from launch.node import Node
 
@@ -164,7 +165,9 @@ def prepare_environment(node: Node, config: Config, meeting: Meeting) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node.index * each : (node.index + 1) * each])
 
 
-def run_ranks(folder: RunFolder, node: Node, config: Config, meeting: Meeting, stop: StopRequest) -> str | None:
+def run_ranks(
+    folder: RunFolder, node: Node, config: Config, meeting: Meeting, stop: StopRequest, meter: Meter
+) -> str | None:
     """Start this node's ranks and watch them to their end.
 
     Returns:
@@ -195,7 +198,7 @@ def run_ranks(folder: RunFolder, node: Node, config: Config, meeting: Meeting, s
         monitor_interval=POLL_S,
         local_addr=meeting.address,
     )
-    watch = Watch(folder, node, meeting, stop, config.resilience.stop_grace_s)
+    watch = Watch(folder, node, meeting, stop, config.resilience.stop_grace_s, meter)
     with TemporaryDirectory(prefix="launch-") as errors:
         rank_agent = RankAgent(spec, OneLogEach(errors), watch.look)
         try:
@@ -212,12 +215,15 @@ def run_ranks(folder: RunFolder, node: Node, config: Config, meeting: Meeting, s
 class Watch:
     """What an agent looks at several times a second, besides its ranks."""
 
-    def __init__(self, folder: RunFolder, node: Node, meeting: Meeting, stop: StopRequest, grace_s: float) -> None:
+    def __init__(
+        self, folder: RunFolder, node: Node, meeting: Meeting, stop: StopRequest, grace_s: float, meter: Meter
+    ) -> None:
         self._folder = folder
         self._is_slurm = node.is_slurm
         self._meeting = meeting
         self._stop = stop
         self._grace_s = grace_s
+        self._meter = meter
         self._asked = False
         self.verdict: str | None = None
 
@@ -227,6 +233,8 @@ class Watch:
         owner = os.environ.get(OWNER)
         if owner and not Path(f"/proc/{owner}").exists() and not self._stop.count:
             self._stop.ask("the launcher is gone")
+        if not self._stop.count and self._meter.look():
+            self._stop.ask(BUDGET)
         if self._stop.count and not self._asked:
             self._asked = True
             self._folder.record_event(

@@ -25,6 +25,8 @@ class Cause(StrEnum):
     finished = "finished"
     cancelled = "cancelled"
     """By the user: scancel, launch.cancel, a STOP file."""
+    budget = "budget"
+    """By the agent: a cap of ``budget`` was reached."""
     preempted = "preempted"
     timed_out = "timed_out"
     node_failed = "node_failed"
@@ -50,6 +52,9 @@ class Decision:
     reason: str
 
 
+WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
+"""Causes after which the run is where it was meant to end: it does not start again, and nothing has failed."""
+
 LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out)
 """Causes that take the allocation away; only the queue brings nodes back."""
 
@@ -62,7 +67,7 @@ def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress
         limits: how often each cause may come.
         without_progress: after so many attempts in a row that saved nothing new the run stops.
     """
-    if cause in (Cause.finished, Cause.cancelled):
+    if cause in WANTED:
         return Decision(Action.stop, str(cause))
     stuck = attempts_without_progress(events)
     if stuck >= without_progress:

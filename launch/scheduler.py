@@ -172,13 +172,13 @@ class JobDetails:
     time_limit_s: float | None
 
 
-def job_details(job_id: str) -> JobDetails:
+def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
     """Ask the controller for one job, or one element of an array (``123_4``).
 
     Raises:
         SlurmError: it does not answer, or has forgotten the job.
     """
-    text = run("scontrol", "show", "job", "--oneliner", job_id)
+    text = run("scontrol", "show", "job", "--oneliner", job_id, retries=retries)
     fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
     return JobDetails(
         state=fields.get("JobState", "UNKNOWN"),

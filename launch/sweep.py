@@ -21,6 +21,7 @@ from launch import scheduler
 from launch.agent import failure_text
 from launch.config import ClusterKind, Config
 from launch.plan import Plan, make_plan, plan_text
+from launch.worst_case import share_budget, worst_case_text
 
 if TYPE_CHECKING:
     from launch.point import Point
@@ -45,19 +46,23 @@ def run_sweep(points: Sequence[Composed]) -> None:
     """
     console = Console(soft_wrap=True)
     kinds = choose_clusters([config for config, _ in points], console)
-    plans = []
+    plans: list[Plan] = []
+    configs: list[Config] = []
     for (composed, overrides), kind in zip(points, kinds, strict=True):
         compose.make_paths_absolute(composed)
         compose.refuse_unknown(composed, Config)
-        plans.append(make_plan(compose.to_schema(composed, Config), overrides, kind))
+        configs.append(compose.to_schema(composed, Config))
+        plans.append(make_plan(configs[-1], overrides, kind))
     refuse_same_folder(plans)
     if points[0][0].launch.detach:
         refuse_local(plans)
+    plans = share_budget(plans, configs)
     if points[0][0].dry_run:
-        show_plans(plans, console)
+        show_plans(plans, configs, console)
         return
     for plan in plans:
         refuse_running(plan)
+    console.print(worst_case_text(plans, configs), highlight=False, markup=False)
     for (composed, overrides), plan in zip(points, plans, strict=True):
         folder = RunFolder(plan.run_dir)
         compose.write_config(folder, composed, overrides)
@@ -113,16 +118,13 @@ def refuse_running(plan: Plan) -> None:
         )
 
 
-def show_plans(plans: Sequence[Plan], console: Console) -> None:
+def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
     """Print the plan of every point and the batch script of every shape."""
     from launch.submit import sbatch_text, shapes
 
     for plan in plans:
         console.print(plan_text(plan), highlight=False, markup=False)
-    hours = sum(plan.node_hours for plan in plans)
-    gpus = [plan.gpu_hours for plan in plans if plan.gpu_hours is not None]
-    total = f"{hours:g} node-hours" + (f", {sum(gpus):g} GPU-hours" if gpus else "")
-    console.print(f"worst case of all {len(plans)} points: {total}", highlight=False)
+    console.print(worst_case_text(plans, configs), highlight=False, markup=False)
     for group in shapes(plans):
         names = ", ".join(plan.point for plan in group)
         kind = f"job array of {len(group)}" if len(group) > 1 else "job"

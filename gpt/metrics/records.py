@@ -6,12 +6,18 @@ Owns the record, its writer and its reader. Torch-free. Must not know who shows 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpt.run_folder import append_json_line, read_json_lines
+
+TAIL_BYTES = 16384
+RECENT = 20
+"""Steps that speak for now: an estimate of what the next ones take is made from them."""
 
 
 @dataclass
@@ -69,3 +75,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if record["attempt"] >= latest.get(record["step"], record)["attempt"]:
             latest[record["step"]] = record
     return [latest[step] for step in sorted(latest)]
+
+
+def recent_records(path: Path) -> list[dict[str, Any]]:
+    """The last step records of a rank, without reading the whole file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the first line may be cut, the last one may be half written
+            continue
+    return records[-RECENT:]

@@ -1,0 +1,160 @@
+"""The budget: what was used, what is refused before the queue, and a run that stops at the cap and goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.errors import ConfigError
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from launch.budget import SILENT_S, Ledger, Rates, Use, amount, refuse_above, spent, used
+from launch.config import BudgetConfig
+from tests.commands import TINY, run, start, wait_for
+
+Events = list[dict[str, Any]]
+RATES = Rates(gpus_per_node=8, price_per_gpu_hour=2.5)
+
+
+def started(job: str, at: float, nodes: int = 1, **more: Any) -> dict[str, Any]:
+    return {"event": "agent_started", "time": at, "job": job, "nodes": nodes, "allocated_at": at, **more}
+
+
+def ended(job: str, at: float) -> dict[str, Any]:
+    return {"event": "agent_ended", "time": at, "job": job, "ended_at": at}
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30), st.integers(1, 4), st.integers(1, 8)), max_size=4),
+        max_size=3,
+    ),
+    st.integers(0, 250),
+)
+def test_use_is_what_a_count_of_seconds_gives(runs: list[list[tuple[int, int, int, int]]], now: int) -> None:
+    ledgers, paid = [], []
+    for allocations in runs:
+        events: Events = []
+        clock = 0
+        for number, (wait, length, nodes, gpus) in enumerate(allocations):
+            begin, clock = clock + wait, clock + wait + length
+            events += [started(str(number), begin, nodes, gpus=gpus), ended(str(number), clock)]
+            paid.append((begin, clock, nodes, gpus))
+        ledgers.append(Ledger(events))
+    total = used(ledgers, 10**9, Rates())
+    seconds = [(n, g) for second in range(250) for begin, end, n, g in paid if begin <= second < end]
+    assert total.node_hours * 3600 == pytest.approx(sum(n for n, _ in seconds))
+    assert (total.gpu_hours or 0.0) * 3600 == pytest.approx(sum(g for _, g in seconds))
+
+
+def test_an_allocation_counts_to_its_end_its_limit_or_its_last_sign_of_life() -> None:
+    going = started("a", 1000.0, nodes=2, gpus=16, limit_s=7200.0)
+    assert used([Ledger([going], alive=4590)], 4600, RATES) == Use(2.0, 16.0, 40.0)
+    assert used([Ledger([going], alive=8190)], 8200 + 50000, RATES).node_hours == pytest.approx(2 * 7190 / 3600)
+    assert used([Ledger([going], alive=8190)], 8210, RATES) == Use(4.0, 32.0, 80.0), "never beyond the time limit"
+    killed = Ledger([going], alive=2800)
+    assert used([killed], 2800 + SILENT_S, RATES).node_hours == pytest.approx(2 * (1800 + SILENT_S) / 3600)
+    assert used([killed], 2801 + SILENT_S, RATES) == Use(1.0, 8.0, 20.0), "silent for too long"
+    assert used([Ledger([going, started("b", 2800.0, nodes=0, gpus=0)], 2800)], 2800, RATES).node_hours == 1.0
+
+
+def test_what_the_ledger_does_not_say_is_charged_as_the_command_says() -> None:
+    hour = [started("a", 0.0, nodes=2), ended("a", 3600.0)]
+    assert used([Ledger(hour)], 3600, RATES) == Use(2.0, 16.0, 40.0)
+    assert used([Ledger(hour)], 3600, Rates()) == Use(2.0, None, None)
+    dearer = [started("a", 0.0, nodes=2, gpus=4, price_per_gpu_hour=10.0), ended("a", 3600.0)]
+    assert used([Ledger(dearer)], 3600, RATES) == Use(2.0, 4.0, 40.0)
+
+
+def test_a_worst_case_above_the_cap_is_refused_with_what_fits() -> None:
+    budget, worst = BudgetConfig(gpu_hours=100.0), Use(4.0, 32.0, 80.0)
+    refuse_above(budget, Use(8.5, 68.0, 170.0), worst, 60)
+    with pytest.raises(ConfigError) as refused:
+        refuse_above(budget, Use(11.25, 90.0, 225.0), worst, 60)
+    assert "90 used so far, and a worst case of 32 GPU-hours more" in refused.value.found
+    assert "at most 10 GPU-hours more" in refused.value.expected
+    assert refused.value.fix == "cluster.timeout_min=18, or budget.gpu_hours=122"  # 60 min x 10 / 32 = 18.75
+    with pytest.raises(ConfigError) as refused:
+        refuse_above(BudgetConfig(cost=250.0), Use(12.0, 100.0, 250.0), worst, 60)
+    assert refused.value.fix == "budget.cost=330"
+
+
+@given(st.floats(1e-4, 1e7))
+def test_an_amount_that_is_rounded_up_is_never_too_small(value: float) -> None:
+    assert value * (1 - 1e-6) <= float(amount(value, up=True)) <= value * 1.002
+
+
+def test_a_cap_is_reached_before_it_is_passed() -> None:
+    budget = BudgetConfig(gpu_hours=10.0)
+    assert spent(budget, Use(1, 9.0, None), Use(1, 9.9, None)) is None
+    why = spent(budget, Use(1, 9.0, None), Use(1, 10.0, None))
+    assert why is not None and "budget.gpu_hours=10 is used up: 9 GPU-hours so far" in why
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["budget.gpu_hours=5"], "cluster.gpus_per_node=8"),
+        (["budget.cost=5", "cluster.gpus_per_node=1"], "cluster.price_per_gpu_hour=2.5"),
+        (["-m", "nodes=1,2", "budget.gpu_hours=2.9", "cluster.gpus_per_node=1"], "cluster.timeout_min=58"),
+        (["budget.cost=1", "cluster.gpus_per_node=1", "cluster.price_per_gpu_hour=4"], "budget.cost=4"),
+    ],
+)
+def test_the_command_refuses_before_it_writes_or_submits(words: list[str], fix: str, tmp_path: Path) -> None:
+    text = run("launch", *words, "device=cpu", *TINY, cwd=tmp_path, status=2)
+    assert fix in text.split("type next: ")[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_worst_case_is_shown_with_what_was_used(tmp_path: Path) -> None:
+    words = ["nodes=2", "cluster=slurm", "cluster.gpus_per_node=8", "cluster.price_per_gpu_hour=2", "dry_run=true"]
+    folder = RunFolder(tmp_path / "run")
+    folder.record_event("agent_started", job="a", nodes=2, gpus=16, price_per_gpu_hour=1.5, allocated_at=0.0)
+    folder.record_event("agent_ended", job="a", ended_at=1800.0)
+    text = run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", cwd=tmp_path)
+    assert "worst case: 2 node-hours, 16 GPU-hours, cost 32; used so far: 1 node-hours, 8 GPU-hours, cost 12" in text
+    assert "as much again for each requeue" in text
+    text = run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", "budget.cost=44", cwd=tmp_path)
+    assert "at most budget.cost=44 over all attempts" in text
+    run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", "budget.cost=43", cwd=tmp_path, status=2)
+
+
+WORDS = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20", "device=cpu", "name=capped"]
+WORDS += ["cluster.gpus_per_node=1", "budget.poll_s=0.2", "budget.gpu_hours=100"]
+
+
+def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: Path) -> None:
+    process = start("launch", "-m", "seed=1,2", *WORDS, cwd=tmp_path, log=tmp_path / "log")
+    sweep = tmp_path / "outputs" / "capped"
+    wait_for(lambda: (sweep / "sweep.json").exists() or process.poll() is not None, "the sweep")
+    points = json.loads((sweep / "sweep.json").read_text())["points"]
+    first, second = (RunFolder(sweep / point) for point in points)
+    wait_for(lambda: read_records(first.metrics(0)) or process.poll() is not None, "the first step")
+    # What the other point would enter on a cluster, where both run at the same time: 99.99 GPU-hours.
+    second.record_event("agent_started", job="x", nodes=1, gpus=9999, allocated_at=time.time() - 36, limit_s=3600.0)
+    second.record_event("agent_ended", job="x", ended_at=time.time())
+    assert process.wait(timeout=120) == 1
+    text = (tmp_path / "log").read_text()
+    assert text.count("budget (budget.gpu_hours=100 is used up: ") >= 2, text
+    assert "the same command with a higher budget.gpu_hours" in text
+    events = first.read_events()
+    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["budget"]
+    assert [e["action"] for e in events if e["event"] == "decided"] == ["stop"]
+    stopped = next(e["step"] for e in events if e["event"] == "stopped")
+    assert (first.checkpoints / f"step_{stopped:08d}" / "manifest.json").is_file()
+    assert second.attempts() == [], "nothing is started that would have to stop at once"
+    rows = json.loads(run("launch.status", "--json", "outputs", cwd=tmp_path))
+    assert {row["state"] for row in rows} == {"budget"}
+
+    process = start("launch", "seed=1", *WORDS, "budget.gpu_hours=1000", cwd=tmp_path, log=tmp_path / "log2")
+    wait_for(lambda: first.environment(2).exists() or process.poll() is not None, "the second attempt")
+    (first.path / "STOP").touch()
+    process.wait(timeout=120)
+    begun = [e["from_step"] for e in first.read_events() if e["event"] == "started"]
+    assert begun == [0, stopped], (tmp_path / "log2").read_text()
