@@ -78,7 +78,7 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert process.wait(timeout=120) == 130
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
     events = folder.read_events()
-    assert [e["event"] for e in events][-4:] == ["saved", "stopped", "attempt_ended", "decided"]
+    assert [e["event"] for e in events][-5:] == ["saved", "stopped", "attempt_ended", "decided", "agent_ended"]
     assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["cancelled"]
     saved = [e["step"] for e in events if e["event"] == "saved"][-1]
     assert read_records(folder.metrics(0))[-1]["step"] == saved

@@ -51,7 +51,7 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     assert following.wait(timeout=60) == 0
     told = names(folder)
     assert told.count("cancelled") == 1 and told.index("cancelled") < told.index("signalled")
-    assert told[-4:] == ["saved", "stopped", "attempt_ended", "decided"] and told.count("stopped") == 1
+    assert told[-5:] == ["saved", "stopped", "attempt_ended", "decided", "agent_ended"] and told.count("stopped") == 1
     assert [r["state"] for r in status(folder.path, cwd=tmp_path)] == ["cancelled"]
     assert "nothing to cancel, cancelled" in run("launch.cancel", str(folder.path), cwd=tmp_path)
 
