@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens of one, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,11 +31,17 @@ def summed_loss(module: nn.Module, config: TrainConfig, tokens_BT: Tensor, targe
 
 @torch.no_grad()
 def mean_loss(
-    module: nn.Module, config: TrainConfig, samples: Samples, world: World, sequences: int, batch: int
+    module: nn.Module,
+    config: TrainConfig,
+    samples: Samples,
+    world: World,
+    sequences: int,
+    batch: int,
+    on_round: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean cross-entropy, nats per token, over the first validation sequences; the same ones for any number of ranks.
 
-    Collective: every rank takes its share of them, ``batch`` at a time.
+    Collective: every rank takes its share of them, ``batch`` at a time, and calls ``on_round`` before each.
     """
     mine = np.arange(world.rank, sequences, world.size)
     rounds = math.ceil(math.ceil(sequences / world.size) / batch)
@@ -42,6 +49,7 @@ def mean_loss(
     module.eval()
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     for i in range(rounds):
+        on_round()
         part = mine[i * batch : (i + 1) * batch]
         # Sharded ranks must all take every pass, so one that has run out repeats a sequence and does not count it.
         tokens_BT, targets_BT = samples.batch("val", part if len(part) else np.zeros(1, dtype=np.int64))

@@ -26,8 +26,13 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
     enter_failure(folder, attempt, rank, cause=f"{type(error).__name__}: {error}", trace=trace, step=step)
 
 
-def enter_failure(folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None) -> None:
-    """Write the failure of a rank of this host into the ledger, whoever noticed it."""
+def enter_failure(
+    folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None, **more: Any
+) -> None:
+    """Write the failure of a rank of this host into the ledger, whoever noticed it.
+
+    ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last sign of life.
+    """
     folder.record_event(
         "rank_failed",
         attempt=attempt,
@@ -38,10 +43,14 @@ def enter_failure(folder: RunFolder, attempt: int, rank: int, *, cause: str, tra
         traceback=trace,
         log=str(folder.log(attempt, rank)),
         echo=bool(ECHO.search(cause)),
+        **more,
     )
 
 
 def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
-    """The failure that came first in an attempt; an error about a lost peer counts only where there is no other."""
+    """The failure that came first in an attempt; an error about a lost peer counts only where there is no other.
+
+    Of ranks that were stuck it is the one that went silent first: the others waited for it.
+    """
     failures = [e for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt]
-    return min(failures, key=lambda e: (bool(e.get("echo")), e["time"]), default=None)
+    return min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)

@@ -30,6 +30,7 @@ from gpt.metrics.environment import code_state, describe_rank, software
 from gpt.parallel.engine import Engine
 from gpt.parallel.topology import topology
 from gpt.parallel.world import World
+from gpt.pulse import Phase, Pulse
 from gpt.run_folder import RunFolder, write_json
 
 
@@ -88,8 +89,13 @@ class Run:
     tokens: TokenFile
     samples: Samples
     store: CheckpointStore
+    pulse: Pulse
     step: int = 0
     """Steps done."""
+
+    def evaluating(self) -> None:
+        """Show that an evaluation goes on."""
+        self.pulse.at(self.step, Phase.evaluating)
 
 
 def prepare_tokens(config: TrainConfig) -> TokenFile:

@@ -10,8 +10,10 @@ Owns the loop. Knows its run folder, but neither Slurm nor who started it.
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -36,13 +38,14 @@ from gpt.optim import build_optimizer, clip_gradients, lr_at
 from gpt.parallel.engine import spread
 from gpt.parallel.topology import topology
 from gpt.parallel.world import World, open_world
+from gpt.pulse import Phase, Pulse
 from gpt.requests import Requests
 from gpt.resume import load, save
 from gpt.run import Request, Run, agree_on_folder, describe_attempt, open_attempt, parse_request, prepare_tokens
 from gpt.run_folder import RunFolder
 
 
-def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int) -> Run:
+def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
     layout = topology(config.parallel, world.size)
     batch = cut(config.optim, layout.data_ranks)
@@ -65,6 +68,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int) ->
         store=CheckpointStore(
             folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every, group=world.control
         ),
+        pulse=pulse,
     )
     load(run)
     return run
@@ -77,16 +81,19 @@ def train(run: Run, flag: StopFlag) -> str:
     views = Views(run.folder, world, run.attempt, config, run.step)
     outcome = "finished"
     run.engine.module.train()
+    phase = Phase.starting  # the first step may compile
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
         requests.look()
-        record, stop, save_now = train_step(run, requests, clock)
+        record, stop, save_now = train_step(run, requests, clock, phase)
+        phase = Phase.training
         last = run.step == config.optim.max_steps
         if last or due(run.step, config.eval.interval):
             record.val_loss = mean_loss(
-                run.engine.module, config, run.samples, world, config.eval.sequences, run.batch.micro
+                run.engine.module, config, run.samples, world, config.eval.sequences, run.batch.micro, run.evaluating
             )
         if last or stop or save_now or due(run.step, config.checkpoint.interval):
+            run.pulse.at(run.step, Phase.saving)
             record.checkpoint_s = save(run, requests.is_current)
             requests.done(save_now, stop)
         views.write(record)
@@ -94,6 +101,7 @@ def train(run: Run, flag: StopFlag) -> str:
         if stop and not last:
             outcome = "stopped"
             break
+    run.pulse.at(run.step, Phase.leaving)
     views.close()
     if world.is_first:
         told = {"signal": requests.signal_name, "file": "STOP" if requests.stop_file else None}
@@ -106,7 +114,7 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def train_step(run: Run, requests: Requests, started: float) -> tuple[StepRecord, bool, bool]:
+def train_step(run: Run, requests: Requests, started: float, phase: Phase) -> tuple[StepRecord, bool, bool]:
     """One optimizer step over the global batch, and whether any rank was asked to stop, or to save."""
     config, world, batch = run.config, run.world, run.batch
     step = run.step + 1
@@ -120,6 +128,7 @@ def train_step(run: Run, requests: Requests, started: float) -> tuple[StepRecord
     run.optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for i in range(batch.accumulation):
+        run.pulse.at(run.step, phase)
         part = slice(i * batch.micro, (i + 1) * batch.micro)
         with run.engine.backward_pass(last=i == batch.accumulation - 1):
             loss = summed_loss(run.engine.module, config, tokens_BT[part], targets_BT[part], world)
@@ -153,9 +162,10 @@ def run_ranks(request: Request, stop: StopFlag) -> str:
     with open_world(config.device, config.parallel.timeout_s) as world:
         folder = agree_on_folder(request, world)
         attempt = open_attempt(folder, world)
+        pulse = Pulse.from_env(world.rank)
         run: Run | None = None
         try:
-            run = build(config, folder, world, attempt)
+            run = build(config, folder, world, attempt, pulse)
             describe_attempt(run)
             if run.step >= config.optim.max_steps:
                 if world.is_first:
@@ -175,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_parent(int(agent) if agent else os.getppid())
     stop = StopFlag()
     stop.install()
+    faulthandler.register(signal.SIGQUIT)  # a rank that hangs is asked for its stacks, and writes them into its log
     try:
         outcome = run_ranks(parse_request(sys.argv[1:] if argv is None else argv), stop)
     except ConfigError as error:

@@ -18,7 +18,7 @@ from gpt.errors import ConfigError
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
-NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "cluster", "resilience", "budget", "launch", "dry_run", "hydra")
+NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "spares", "cluster", "resilience", "budget", "launch", "dry_run", "hydra")
 """Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
 
 
@@ -103,12 +103,21 @@ class ResilienceConfig:
     """Seconds in which all agents of a run must have found each other."""
     stop_grace_s: int = MISSING
     """Seconds a run that was told to stop has for its last step and checkpoint before its ranks are killed."""
+    node_timeout_s: int = MISSING
+    """Seconds without a word from a node's agent after which the node counts as lost."""
+    frozen_timeout_s: int = MISSING
+    """Seconds in which the process of a rank has not run at all after which it counts as hung."""
+    hang_timeout_s: int = MISSING
+    """Seconds without progress (a forward and backward pass, a round of an evaluation) after which a rank is hung."""
+    hang_timeout_slow_s: int = MISSING
+    """The same while a rank starts (data, compilation, loading) or writes a checkpoint, which give no sign between."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
-        require_positive("resilience.rendezvous_timeout_s", self.rendezvous_timeout_s)
-        require_positive("resilience.stop_grace_s", self.stop_grace_s)
-        require_positive("resilience.max_without_progress", self.max_without_progress)
+        for key in ("rendezvous_timeout_s", "stop_grace_s", "max_without_progress", "hang_timeout_slow_s"):
+            require_positive(f"resilience.{key}", getattr(self, key))
+        for key in ("node_timeout_s", "frozen_timeout_s", "hang_timeout_s"):
+            require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
         for key in ("preempted", "timed_out", "node_failed", "out_of_memory", "crashed", "hung"):
             limit = getattr(self.max_restarts, key)
             if limit is not None:
@@ -168,6 +177,8 @@ class Config(TrainConfig):
     """Nodes of the run; one agent is started on each."""
     ranks_per_node: Optional[int] = None
     """Processes on each node; null means cluster.gpus_per_node, or 1."""
+    spares: int = 0
+    """Slurm only: nodes asked for beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
     dry_run: bool = False
     """Print the plan and the sbatch text, and submit nothing."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -181,6 +192,11 @@ class Config(TrainConfig):
         return self.ranks_per_node or self.cluster.gpus_per_node or 1
 
     @property
+    def nodes_asked(self) -> int:
+        """Nodes of the allocation."""
+        return self.nodes + self.spares
+
+    @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.ranks_on_node
@@ -189,6 +205,7 @@ class Config(TrainConfig):
         """Raise ConfigError for the first thing that cannot work."""
         super().validate()
         require_positive("nodes", self.nodes)
+        require_range("spares", self.spares, 0, float("inf"))
         if self.ranks_per_node is not None:
             require_positive("ranks_per_node", self.ranks_per_node)
         self.cluster.validate()

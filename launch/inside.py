@@ -28,9 +28,10 @@ from launch.node import Node
 from launch.plan import Plan, make_plan, plan_text
 
 
-def given(overrides: Sequence[str], key: str) -> bool:
-    """Whether ``key`` was typed."""
-    return any(word.split("=", 1)[0].lstrip("+") == key for word in overrides)
+def value_of(overrides: Sequence[str], key: str) -> str | None:
+    """What was typed for ``key``, the last word where it was typed twice; None where it was not."""
+    values = [word.split("=", 1)[1] for word in overrides if word.split("=", 1)[0].lstrip("+") == key and "=" in word]
+    return values[-1] if values else None
 
 
 def job_overrides(overrides: Sequence[str]) -> list[str]:
@@ -47,16 +48,19 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     words = list(overrides)
     if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
         words = [word for word in words if word.lstrip("+") != "fresh=true"]
-    if given(words, "nodes"):
-        typed = next(word.split("=", 1)[1] for word in words if word.startswith("nodes="))
-        if typed != nodes:
-            raise ConfigError(
-                f"nodes={typed} in a job of {nodes} nodes", "the same number", f"sbatch --nodes={typed} ..."
-            )
-    else:
-        words.append(f"nodes={nodes}")
+    spares = value_of(words, "spares") or "0"
+    used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
+    typed = value_of(words, "nodes")
+    if typed is None:
+        words.append(f"nodes={used}")
+    elif typed != used:
+        raise ConfigError(
+            f"nodes={typed} spares={spares} in a job of {nodes} nodes",
+            "as many nodes in all",
+            f"sbatch --nodes={int(typed) + int(spares) if (typed + spares).isdigit() else typed} ...",
+        )
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
-    if gpus and not given(words, "cluster.gpus_per_node"):
+    if gpus and value_of(words, "cluster.gpus_per_node") is None:
         words.append(f"cluster.gpus_per_node={gpus}")
     return words
 
@@ -96,12 +100,13 @@ def run_task(composed: DictConfig) -> None:
     compose.make_paths_absolute(composed)
     config = compose.to_schema(composed, Config)
     node = Node.from_env(None)
-    if node.count != config.nodes:
+    asked = config.nodes_asked
+    if node.count != asked:
         raise ConfigError(
-            f"nodes={config.nodes}, and the launcher started {node.count} tasks",
+            f"nodes={config.nodes} spares={config.spares}, and the launcher started {node.count} tasks",
             "one task, the agent, for each node",
-            f"nodes={node.count}, or hydra.launcher.nodes={config.nodes} hydra.launcher.tasks_per_node=1 "
-            f"(submitit_local: hydra.launcher.tasks_per_node={config.nodes})",
+            f"nodes={node.count - config.spares}, or hydra.launcher.nodes={asked} hydra.launcher.tasks_per_node=1 "
+            f"(submitit_local: hydra.launcher.tasks_per_node={asked})",
         )
     output = Path(HydraConfig.get().runtime.output_dir)
     composed.run_dir = str(output)

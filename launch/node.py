@@ -26,6 +26,22 @@ class Node:
     """Slurm's id of this job, ``A_a`` for an element of an array: the plain number can mean its siblings too."""
     restarts: int = 0
     """How often Slurm has put this job back into the queue."""
+    hosts: tuple[str, ...] = ()
+    """Names of the job's nodes, in order, as Slurm knows them; empty elsewhere."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
+        return self.index == 0
+
+    @property
+    def host(self) -> str:
+        """The name of this node."""
+        return self.host_of(self.index)
+
+    def host_of(self, index: int) -> str:
+        """The name of node ``index`` of the job."""
+        return self.hosts[index] if self.hosts else socket.gethostname()
 
     @classmethod
     def from_env(cls, token: str | None) -> Node:
@@ -39,14 +55,14 @@ class Node:
             array = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
             restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
             index, count = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], restarts)
+            names = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+            hosts = tuple(scheduler.run("scontrol", "show", "hostnames", names).split())
+            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], restarts, hosts)
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
     def own_address(self) -> str:
         """The address at which the other nodes of the job reach this one."""
         if not self.is_slurm or self.count == 1:
             return LOOPBACK
-        hosts = scheduler.run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-        here = os.environ.get("SLURMD_NODENAME")
-        peer = next((host for host in hosts if host != here), None)
+        peer = next((host for host in self.hosts if host != self.host), None)
         return LOOPBACK if peer is None else address_towards(peer)

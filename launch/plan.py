@@ -34,6 +34,7 @@ class Plan:
     run_dir: str
     cluster: str
     nodes: int
+    spares: int
     ranks_per_node: int
     world_size: int
     topology: dict[str, Any]
@@ -61,6 +62,11 @@ class Plan:
     slurm: dict[str, Any] = field(default_factory=dict)
     """The resources asked of Slurm, in submitit's words; points with the same ones share a job array."""
 
+    @property
+    def nodes_asked(self) -> int:
+        """Nodes of the allocation, spares included."""
+        return self.nodes + self.spares
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
         return asdict(self)
@@ -84,6 +90,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         config.model, config.optim, config.parallel, config.world_size, batch.micro, config.precision
     )
     if kind is ClusterKind.local:
+        refuse_local_spares(config)
         refuse_too_few_gpus(config, local_gpus())
     refuse_too_little_memory(config, needed.total, kind)
     worst = worst_case(config)
@@ -92,6 +99,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         run_dir=str(folder.path),
         cluster=kind.name,
         nodes=config.nodes,
+        spares=config.spares,
         ranks_per_node=config.ranks_on_node,
         world_size=config.world_size,
         topology=layout.as_dict(),
@@ -135,7 +143,7 @@ def cut_batch(config: Config, layout: Topology) -> Batch:
 
 def worst_case(config: Config) -> Use:
     """What one start of the job uses at most: all nodes, to the time limit."""
-    cluster, nodes = config.cluster, config.nodes
+    cluster, nodes = config.cluster, config.nodes_asked
     gpus = None if cluster.gpus_per_node is None else nodes * cluster.gpus_per_node
     return use_of(cluster.timeout_min / 60, nodes, gpus, cluster.price_per_gpu_hour)
 
@@ -149,6 +157,16 @@ def describe_data(config: Config, corpus: Corpus) -> str:
     """The corpus in a few words."""
     name = config.data.path if config.data.path else config.data.source.name
     return f"{name}: {corpus.tokens:,} byte tokens"
+
+
+def refuse_local_spares(config: Config) -> None:
+    """Raise ConfigError where spares would be agents on the machine that they should stand in for."""
+    if config.spares:
+        raise ConfigError(
+            f"spares={config.spares} with agents on this machine (cluster=local)",
+            "a Slurm cluster: nodes on one machine are lost together",
+            "spares=0, or cluster=slurm",
+        )
 
 
 def local_gpus() -> int:
@@ -202,10 +220,12 @@ def slurm_resources(config: Config) -> dict[str, Any]:
     cluster = config.cluster
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
+    # A node that is lost must not take the others, and with them the spare that would replace it.
+    srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if config.spares else []
     srun_args += cluster.srun_args
     asked: dict[str, Any] = {
         "job_name": config.name,
-        "nodes": config.nodes,
+        "nodes": config.nodes_asked,
         "ntasks_per_node": 1,
         "time": cluster.timeout_min,
         "signal_delay_s": cluster.signal_delay_s,
@@ -224,6 +244,7 @@ def slurm_resources(config: Config) -> dict[str, Any]:
         "srun_args": srun_args or None,
         "additional_parameters": {
             "requeue" if config.resilience.requeue else "no_requeue": True,
+            **({"no_kill": True} if config.spares else {}),
             **cluster.additional_parameters,
         },
     }
@@ -236,8 +257,9 @@ def plan_text(plan: Plan) -> str:
     parts = ", ".join(f"{k} {v / GIB:.3f}" for k, v in mem.items() if k != "total" and v)
     gpus = "" if plan.gpu_hours is not None else ", no GPUs asked for"
     ranks = "rank" if plan.world_size == 1 else "ranks"
+    spares = f", and {plan.spares} spare" if plan.spares else ""
     rows = {
-        "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}",
+        "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
         "topology": " ".join(f"{k}={v}" for k, v in plan.topology.items()),
         "model": f"{plan.model}: {plan.parameters:,} parameters ({plan.parameters_non_embedding:,} without "
         f"embeddings), {plan.flops_per_token / 1e9:.3g} GFLOP a token",
@@ -247,7 +269,7 @@ def plan_text(plan: Plan) -> str:
         "memory": f"{mem['total'] / GIB:.3f} GiB per rank ({parts})",
         "data": plan.data,
         "worst case": f"{words(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
-        f"{plan.nodes} nodes for {plan.timeout_min} min)",
+        f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
         "folder": plan.run_dir,
     }
     return "\n".join([f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())])

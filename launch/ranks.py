@@ -1,18 +1,16 @@
-"""The ranks of one node, through torch elastic: find the other agents, start the ranks, watch them to the end.
+"""The ranks of one node, through torch elastic: start them, watch them to the end, and say which of them failed.
 
-Owns everything of the agent that needs torch. Every start is a fresh rendezvous in a fresh store: a rendezvous that is
-shared by several starts was seen to close with a dead node as a member.
+Owns the processes. Every start is a fresh rendezvous among nodes that the crew has agreed on: elastic's own, shared by
+several starts, was seen to close with a dead node as a member.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,56 +21,66 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from gpt import pulse
 from gpt.failure import enter_failure
-from gpt.run_folder import RunFolder, write_json
-from launch.agent import OWNER, RunFailedError, StopRequest
+from gpt.run_folder import RunFolder
+from launch.conclude import StopRequest
 from launch.config import Config
-from launch.meeting import POLL_S, note_path, wait_for_note
-from launch.meter import BUDGET, Meter
-from launch.network import address_towards, interface_of
+from launch.crew import Crew, Start
+from launch.meeting import POLL_S
+from launch.meter import Meter
+from launch.network import interface_of
 from launch.node import Node
+from launch.watch_ranks import Watch
 
 LAST_WORDS_S = 3.0
-FAILED = "launch/failed"
-"""Key of the store under which a node tells the others that its ranks failed."""
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """Where the agents of one start of a job meet."""
+class FixedRendezvous(RendezvousHandler):
+    """Elastic's rendezvous for agents that have agreed already on who takes part and where."""
 
-    attempt: int
-    store: dist.TCPStore
-    address: str
-    """Address of this node, as the others reach it."""
+    def __init__(self, start: Start, index: int, timeout_s: float) -> None:
+        self._start = start
+        self._place = start.members.index(index)
+        self._store = dist.TCPStore(
+            start.address, start.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
 
+    def next_rendezvous(self) -> RendezvousInfo:
+        """The place of this node among the members, and the store for the ranks."""
+        where = RendezvousStoreInfo(self._start.address, self._start.port)
+        store = dist.PrefixStore("agents", self._store)
+        return RendezvousInfo(store, self._place, len(self._start.members), where)
 
-def meet(folder: RunFolder, node: Node, config: Config, start: int) -> Meeting:
-    """Open the store on the first node and find it from the others, through a file in the run folder.
+    @property
+    def use_agent_store(self) -> bool:
+        """The ranks meet in the store too: no port is opened that could be taken."""
+        return True
 
-    The first node takes a free port and tells it, so no port is fixed and none can be taken meanwhile.
+    def get_backend(self) -> str:
+        """Its name in elastic's logs."""
+        return "fixed"
 
-    Raises:
-        TimeoutError: the first node did not show up in ``resilience.rendezvous_timeout_s``.
-        RunFailedError: the first node gave the run up.
-    """
-    timeout = timedelta(seconds=config.resilience.rendezvous_timeout_s)
-    note = note_path(folder, node, start)
-    if node.index == 0:
-        address = node.own_address()
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        attempt = folder.create_attempt()
-        write_json(note, {"address": address, "port": store.port, "attempt": attempt})
-        return Meeting(attempt, store, address)
-    told = wait_for_note(note, timeout.total_seconds())
-    if "give_up" in told:
-        raise RunFailedError(told["give_up"])
-    store = dist.TCPStore(told["address"], told["port"], is_master=False, wait_for_workers=False, timeout=timeout)
-    return Meeting(told["attempt"], store, address_towards(told["address"]))
+    def is_closed(self) -> bool:
+        """Never: it serves one start."""
+        return False
+
+    def set_closed(self) -> None:
+        """Nothing to close."""
+
+    def num_nodes_waiting(self) -> int:
+        """Nobody joins later."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """A name for this start."""
+        return f"attempt-{self._start.attempt}"
+
+    def shutdown(self) -> bool:
+        """The store belongs to the first node's crew."""
+        return True
 
 
 class OneLogEach(LogsSpecs):
@@ -101,6 +109,8 @@ class RankAgent(LocalElasticAgent):
         super().__init__(spec, logs)
         self._on_look = on_look
         self._first_exit: float | None = None
+        self.killed: set[int] = set()
+        """Ranks that were ended from here: their end explains nothing."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._on_look(self)
@@ -128,11 +138,21 @@ class RankAgent(LocalElasticAgent):
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to every rank of this node that is still there."""
-        for pid in list(self._pcontext.pids().values()) if self._pcontext else []:
+        for rank, pid in self.ranks().items():
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
+            if number is signal.SIGKILL:
+                self.killed.add(rank)
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids of this node's ranks that have not been reaped, by rank."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return {}
+        workers = self._worker_group.workers
+        handlers = self._pcontext.subprocess_handlers
+        return {workers[i].global_rank: h.proc.pid for i, h in handlers.items() if h.proc.poll() is None}
 
 
 def worker_command(folder: RunFolder, attempt: int) -> tuple[str, tuple[str, ...]]:
@@ -146,15 +166,13 @@ def worker_command(folder: RunFolder, attempt: int) -> tuple[str, tuple[str, ...
     return "/bin/sh", ("-c", script, sys.executable, str(folder.path), str(logs))
 
 
-def prepare_environment(node: Node, config: Config, meeting: Meeting) -> None:
+def prepare_environment(node: Node, config: Config, address: str) -> None:
     """Set what the ranks inherit. torchrun's habit of one thread for each rank is kept, and can be overridden."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONUNBUFFERED"] = "1"
-    os.environ["GPT_ATTEMPT"] = str(meeting.attempt)
-    os.environ["GPT_AGENT_PID"] = str(os.getpid())
     # Elastic would kill the ranks on SIGTERM; ours asks them to save. A hang-up of the terminal stays its own.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
-    interface = interface_of(meeting.address)
+    interface = interface_of(address)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if node.count > 1 and interface != "lo":
@@ -166,108 +184,50 @@ def prepare_environment(node: Node, config: Config, meeting: Meeting) -> None:
 
 
 def run_ranks(
-    folder: RunFolder, node: Node, config: Config, meeting: Meeting, stop: StopRequest, meter: Meter
+    folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter
 ) -> str | None:
     """Start this node's ranks and watch them to their end.
 
     Returns:
         None where all exited with status 0, what went wrong elsewhere. Ranks that could not tell the ledger
-        themselves (killed, or dead before our code ran) are entered here.
+        themselves (killed, stuck, or dead before our code ran) are entered here.
     """
-    prepare_environment(node, config, meeting)
-    run_id = f"{node.job}-{meeting.attempt}"
-    limit = config.resilience.rendezvous_timeout_s
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint="",
-        run_id=run_id,
-        min_nodes=config.nodes,
-        max_nodes=config.nodes,
-        local_addr=meeting.address,
-        join_timeout=limit,
-    )
-    handler = create_handler(meeting.store, C10dRendezvousBackend(meeting.store, run_id), parameters)
-    command, words = worker_command(folder, meeting.attempt)
-    spec = WorkerSpec(
-        role="rank",
-        local_world_size=config.ranks_on_node,
-        entrypoint=command,
-        args=words,
-        rdzv_handler=handler,
-        max_restarts=0,
-        monitor_interval=POLL_S,
-        local_addr=meeting.address,
-    )
-    watch = Watch(folder, node, meeting, stop, config.resilience.stop_grace_s, meter)
-    with TemporaryDirectory(prefix="launch-") as errors:
-        rank_agent = RankAgent(spec, OneLogEach(errors), watch.look)
+    command, words = worker_command(folder, start.attempt)
+    with TemporaryDirectory(prefix="launch-") as scratch:
+        prepare_environment(node, config, crew.address)
+        ours = {"GPT_ATTEMPT": start.attempt, "GPT_AGENT_PID": os.getpid(), pulse.ENVIRONMENT: scratch}
+        os.environ |= {name: str(value) for name, value in ours.items()}
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=config.ranks_on_node,
+            entrypoint=command,
+            args=words,
+            rdzv_handler=FixedRendezvous(start, node.index, config.resilience.rendezvous_timeout_s),
+            max_restarts=0,
+            monitor_interval=POLL_S,
+            local_addr=crew.address,
+        )
+        watch = Watch(folder, node, config, crew, start, stop, meter, Path(scratch))
+        rank_agent = RankAgent(spec, OneLogEach(scratch), watch.look)
         try:
             result = rank_agent.run()
-        finally:
-            handler.shutdown()
+        except dist.DistError as error:  # the store is gone, and with it the first node
+            rank_agent.send(signal.SIGKILL)
+            return f"the first node's store does not answer: {error}"
     if result is None or not result.is_failed():
         return None
-    tell_the_others(meeting)
-    enter_silent_failures(folder, meeting.attempt, result, stop)
+    crew.tell_failed(start.number)
+    enter_silent_failures(folder, start.attempt, result, stop, rank_agent.killed)
     return watch.verdict or "ranks failed on this node"
 
 
-class Watch:
-    """What an agent looks at several times a second, besides its ranks."""
-
-    def __init__(
-        self, folder: RunFolder, node: Node, meeting: Meeting, stop: StopRequest, grace_s: float, meter: Meter
-    ) -> None:
-        self._folder = folder
-        self._is_slurm = node.is_slurm
-        self._meeting = meeting
-        self._stop = stop
-        self._grace_s = grace_s
-        self._meter = meter
-        self._asked = False
-        self.verdict: str | None = None
-
-    def look(self, agent: RankAgent) -> None:
-        """Hand a request to stop on, end ranks that outstay it, and end the ranks when another node has failed."""
-        self._stop.interruptible = False
-        owner = os.environ.get(OWNER)
-        if owner and not Path(f"/proc/{owner}").exists() and not self._stop.count:
-            self._stop.ask("the launcher is gone")
-        if not self._stop.count and self._meter.look():
-            self._stop.ask(BUDGET)
-        if self._stop.count and not self._asked:
-            self._asked = True
-            self._folder.record_event(
-                "signalled", attempt=self._meeting.attempt, host=socket.gethostname(), signal=self._stop.name
-            )
-            agent.send(signal.SIGTERM)
-        at_once = self._stop.count > 1 and not self._is_slurm
-        if self._asked and (at_once or time.monotonic() > self._stop.since + self._grace_s):
-            agent.send(signal.SIGKILL)
-        if self.verdict is None and self._others_failed():
-            self.verdict = "another node failed"
-            agent.send(signal.SIGKILL)
-
-    def _others_failed(self) -> bool:
-        try:
-            return bool(self._meeting.store.check([FAILED]))
-        except dist.DistError:  # the first node, which holds the store, is gone
-            return True
-
-
-def tell_the_others(meeting: Meeting) -> None:
-    """Let the agents of the other nodes end their ranks now rather than at the timeout of a collective."""
-    try:
-        meeting.store.set(FAILED, socket.gethostname())
-    except dist.DistError:
-        return  # the first node is gone, and with it the store: they see that themselves
-
-
-def enter_silent_failures(folder: RunFolder, attempt: int, result: RunResult, stop: StopRequest) -> None:
+def enter_silent_failures(
+    folder: RunFolder, attempt: int, result: RunResult, stop: StopRequest, ended_here: Collection[int]
+) -> None:
     """Enter ranks that died without a word into the ledger, with the end of their log."""
     told = {e["rank"] for e in folder.read_events() if e["event"] == "rank_failed" and e.get("attempt") == attempt}
     for rank, failure in sorted(result.failures.items()):
-        if rank in told or (stop.count and failure.exitcode < 0):
+        if rank in told or rank in ended_here or (stop.count and failure.exitcode < 0):
             continue
         number = -failure.exitcode
         cause = f"killed by {signal.Signals(number).name}" if number > 0 else f"exit status {failure.exitcode}"

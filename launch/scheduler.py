@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -44,15 +45,7 @@ def run(*words: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> st
         if attempt:
             time.sleep(2.0**attempt)
         try:
-            # A session of its own: Ctrl-C at the launcher must not end an scancel halfway.
-            done = subprocess.run(
-                words,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            done = run_undisturbed(words, timeout_s)
         except subprocess.TimeoutExpired:
             problem = f"no answer in {timeout_s:g} s"
             continue
@@ -62,6 +55,25 @@ def run(*words: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> st
         if not any(word in problem.lower() for word in BUSY):
             raise SlurmError(f"{' '.join(words)}: {problem}")
     raise SlurmBusyError(f"{' '.join(words)}: {problem}")
+
+
+def run_undisturbed(words: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a command that neither Ctrl-C nor a SIGTERM ends halfway.
+
+    Slurm sends SIGTERM to everything in a job that is requeued or preempted, the command that asked for it included.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # what is started inherits the mask
+    try:
+        return subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def controller_answers() -> bool:
@@ -178,8 +190,7 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
     Raises:
         SlurmError: it does not answer, or has forgotten the job.
     """
-    text = run("scontrol", "show", "job", "--oneliner", job_id, retries=retries)
-    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    fields = job_fields(job_id, retries)
     return JobDetails(
         state=fields.get("JobState", "UNKNOWN"),
         is_preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"),
@@ -211,3 +222,24 @@ def seconds(text: str) -> float | None:
 def requeue(job_id: str) -> None:
     """Put a running job, or one element of an array, back into the queue."""
     run("scontrol", "requeue", job_id)
+
+
+def usable_nodes(job_id: str) -> set[str]:
+    """Names of the nodes of a job's partitions that are not down, drained or failing. Raises SlurmError."""
+    fields = job_fields(job_id)
+    states = "idle,allocated,mixed,completing,planned,reserved"
+    text = run("sinfo", "--noheader", "--Node", "--format=%N", f"--states={states}", "--partition", fields["Partition"])
+    return set(text.split())
+
+
+def exclude(job_id: str, hosts: Iterable[str]) -> None:
+    """Keep a job that waits away from hosts, besides those that it was kept away from before. Raises SlurmError."""
+    before = job_fields(job_id).get("ExcNodeList", "(null)")
+    names = [] if before == "(null)" else run("scontrol", "show", "hostnames", before).split()
+    run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted({*names, *hosts}))}")
+
+
+def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
+    """``scontrol show job`` as names and values. Raises SlurmError."""
+    text = run("scontrol", "show", "job", "--oneliner", job_id, retries=retries)
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)

@@ -21,6 +21,7 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launch import agent
+from launch.conclude import OWNER
 from launch.jobs import LocalJob, SlurmJob, submitit_folder
 from launch.plan import Plan
 from launch.scheduler import SlurmError
@@ -95,7 +96,7 @@ def start_local(plan: Plan) -> LocalJob:
         tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
     )
     os.environ[agent.TOKEN] = uuid.uuid4().hex
-    os.environ[agent.OWNER] = str(os.getpid())
+    os.environ[OWNER] = str(os.getpid())
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with clean_environment():

@@ -18,7 +18,7 @@ from gpt import compose
 from gpt.errors import ConfigError
 from gpt.run_folder import RunFolder, write_json
 from launch import scheduler
-from launch.agent import failure_text
+from launch.conclude import failure_text
 from launch.config import ClusterKind, Config
 from launch.plan import Plan, make_plan, plan_text
 from launch.worst_case import share_budget, worst_case_text

@@ -18,6 +18,7 @@
 #SBATCH --time=01:00:00            # change: the time limit
 #SBATCH --signal=USR2@120          # change: seconds before the limit at which the run saves and leaves
 #SBATCH --output=slurm-%j.out      # change: where this script and the agents write
+##SBATCH --no-kill                 # remove one # to type spares=1: a lost node must not end the job, a spare replaces it
 #SBATCH --requeue                  # keep: a preempted job, or one whose node dies, goes back into the queue
 #SBATCH --open-mode=append         # keep: a requeued job goes on in the same file
 
@@ -29,9 +30,9 @@ source slurm/env.sh
 # Plans for the nodes of this job, refuses what cannot work, and writes the run folder.
 run_dir="$(python -m launch.inside "$@")"
 
-# --kill-on-bad-exit=0: a node whose ranks failed tells the others itself, and they end in order.
+# A node whose ranks failed, or that is lost, must not take the others along: they end in order, or go on with a spare.
 status=0
-srun --kill-on-bad-exit=0 python -m launch.agent "$run_dir" || status=$?
+srun --kill-on-bad-exit=0 --no-kill --wait=0 python -m launch.agent "$run_dir" || status=$?
 
 python -m launch.report "$run_dir" || true
 exit "$status"

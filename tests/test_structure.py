@@ -74,7 +74,7 @@ def test_metrics_and_checkpoints_know_no_slurm() -> None:
             assert "SLURM_" not in code and "scontrol" not in code, name
 
 
-ON_THE_NODES = ("launch.ranks", "launch.doctor.links")
+ON_THE_NODES = ("launch.ranks", "launch.crew", "launch.heartbeat", "launch.doctor.links")
 
 
 def test_the_login_node_loads_no_torch() -> None:

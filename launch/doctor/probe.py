@@ -32,7 +32,7 @@ from launch.doctor.facts import filesystem_of
 from launch.node import Node
 
 if TYPE_CHECKING:
-    from launch.ranks import Meeting
+    from launch.heartbeat import Meeting
 
 ARRIVAL_S = 60
 """Seconds in which all nodes of the job must have met."""
@@ -98,9 +98,9 @@ def resolve(hosts: list[str]) -> dict[str, str]:
 
 def visit(folder: RunFolder, node: Node, config: Config, record: dict[str, Any]) -> None:
     """Meet the other nodes, look for their files, call at their ports, and start this node's ranks."""
-    from launch import ranks  # torch, from here on
+    from launch import heartbeat, ranks  # torch, from here on
 
-    meeting = ranks.meet(folder, node, config, start=0)
+    meeting = heartbeat.meet(folder, node, ARRIVAL_S, ARRIVAL_S)
     record["address"] = meeting.address
     own = folder.path / "seen" / str(node.index)
     own.parent.mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ def visit(folder: RunFolder, node: Node, config: Config, record: dict[str, Any])
     elif any(meeting.store.get(f"doctor/closed/{index}") != b"0" for index in told):
         record["skipped"] = "not every node reaches every other"
     else:
-        ranks.prepare_environment(node, config, meeting)
+        ranks.prepare_environment(node, config, meeting.address)
         record["error"] = start_ranks(folder.path, node, config, meeting)
     # The first node holds the store, so it leaves last.
     everybody(meeting, "done", node.index, list(told) if node.index == 0 else [])

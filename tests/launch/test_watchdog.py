@@ -1,0 +1,111 @@
+"""Ranks that stop without dying: found, named with their stacks, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt import pulse
+from gpt.failure import first_failure
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from launch.config import ResilienceConfig
+from launch.watchdog import Watchdog, stack_of
+from tests.commands import TINY, descendants, environment, ranks_of, start, wait_for
+
+LIMITS = ResilienceConfig(frozen_timeout_s=10**6, hang_timeout_s=20, hang_timeout_slow_s=40)
+STEPPING = """
+import faulthandler, signal, sys, time
+from pathlib import Path
+from gpt.pulse import Phase, Pulse
+faulthandler.register(signal.SIGQUIT)
+pulse = Pulse(Path(sys.argv[1]))
+pulse.at(7, Phase[sys.argv[2]])
+def where_it_waits():
+    time.sleep(600)
+where_it_waits()
+"""
+
+
+class Clock:
+    """The monotonic clock, set forward by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real, self.ahead = time.monotonic, 0.0
+        monkeypatch.setattr("launch.watchdog.time.monotonic", lambda: self._real() + self.ahead)
+
+
+def rank(folder: Path, phase: str) -> subprocess.Popen[bytes]:
+    """A process that says where it is, once, and then only beats."""
+    with (folder / "log").open("wb") as log:
+        command = [sys.executable, "-c", STEPPING, str(folder / "3"), phase]
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    wait_for(lambda: (sign := pulse.read(folder / "3")) is not None and sign.step == 7, "its sign of life")
+    return process
+
+
+@pytest.mark.parametrize(("phase", "limit"), [("training", 20), ("evaluating", 20), ("saving", 40), ("starting", 40)])
+def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
+    phase: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = rank(tmp_path, phase)
+    try:
+        clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
+        ranks = {3: process.pid}
+        assert dog.look(ranks) == []
+        while clock.ahead < limit - 4:  # in steps: a jump would be a pause of the agent itself
+            clock.ahead += 4
+            assert dog.look(ranks) == [], clock.ahead
+        for _ in range(3):
+            clock.ahead += 4
+            found = dog.look(ranks)
+        assert [(one.rank, one.step) for one in found] == [(3, 7)]
+        assert found[0].why.startswith("hung: no progress for ") and found[0].why.endswith(phase)
+        stack = stack_of(process.pid, tmp_path / "log")
+        assert "where_it_waits" in stack
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_pause_of_the_agent_itself_is_held_against_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = rank(tmp_path, "training")
+    try:
+        clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
+        assert dog.look({3: process.pid}) == []
+        clock.ahead = 1000  # scontrol suspend
+        assert dog.look({3: process.pid}) == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
+    while clock.ahead < 44:
+        clock.ahead += 4
+        found = dog.look({0: os.getpid()})
+    assert [(one.rank, one.step) for one in found] == [(0, None)] and "not started after" in found[0].why
+
+
+def test_a_frozen_rank_is_named_with_its_stack_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    words = [*TINY, "optim.max_steps=60", "eval.interval=0", "checkpoint.interval=10", "resilience.frozen_timeout_s=6"]
+    process = start("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: len(read_records(folder.metrics(1))) > 7 or process.poll() is not None, "the eighth step")
+    os.kill(ranks_of(descendants(process.pid))[1], signal.SIGSTOP)
+    assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    events = folder.read_events()
+    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["hung", "finished"]
+    failure = first_failure(events, 1)
+    assert failure is not None, events
+    assert (failure["rank"], failure.get("hung")) == (1, True) and failure["step"] >= 7 and failure["host"]
+    assert "stopped: the process has not run for" in failure["cause"]
+    assert "train_step" in failure["traceback"], "the stack of the frozen rank"
+    assert [e["event"] for e in events].count("recovered") == 1

@@ -1,0 +1,122 @@
+"""Nodes lost under a running job: a spare takes over, a cut link is named, and a lost first node is survived."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.faults import cut_link, freeze, heal, power_cut
+from tests.commands import TINY, start, wait_for
+
+pytestmark = pytest.mark.slurm
+
+WORDS = [
+    *TINY, "nodes=2", "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20", "cluster=slurm",
+    "resilience.node_timeout_s=8", "parallel.timeout_s=120",
+]  # fmt: skip
+
+
+class Running:
+    """A run on the sandbox that has saved at least once."""
+
+    def __init__(self, sandbox: Cluster, folder: Path, *words: str) -> None:
+        self.sandbox = sandbox
+        self.log = folder / "log"
+        self.folder = RunFolder(folder / "run")
+        words = (*WORDS, f"run_dir={self.folder.path}", *words)
+        self.process: subprocess.Popen[bytes] = start("launch", *words, cwd=folder, log=self.log, **sandbox.env)
+        self.wait(lambda: self.of("saved"), "a checkpoint")
+
+    def wait(self, condition: Any, what: str) -> None:
+        wait_for(lambda: condition() or self.process.poll() is not None, what)
+        assert self.process.poll() is None, (self.folder.read_events(), self.log.read_text())
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        return [e for e in self.folder.read_events() if e["event"] == name]
+
+    @property
+    def job(self) -> str:
+        return str(self.of("submitted")[0]["job_id"])
+
+    def hosts(self, attempt: int) -> list[str]:
+        """Hosts of the ranks, in the order of the ranks."""
+        return [rank["host"] for rank in json.loads(self.folder.environment(attempt).read_text())["ranks"]]
+
+    def end(self) -> None:
+        self.sandbox.slurm("scancel", self.job)
+        self.process.wait(timeout=300)
+
+
+@pytest.fixture
+def broken(sandbox: Cluster) -> Iterator[list[str]]:
+    """Names of nodes that the test breaks; they are healed afterwards."""
+    names: list[str] = []
+    yield names
+    for name in names:
+        heal(sandbox, name)
+    sandbox.wait_idle()
+
+
+def test_a_spare_takes_the_place_of_a_node_that_loses_power(
+    sandbox: Cluster, broken: list[str], tmp_path: Path
+) -> None:
+    run = Running(sandbox, tmp_path, "spares=1")
+    try:
+        (members,) = run.of("members")
+        assert run.hosts(1) == members["hosts"] and len(members["spares"]) == 1
+        dead = members["hosts"][1]
+        broken.append(dead)
+        power_cut(sandbox, dead)
+        run.wait(lambda: run.of("recovered"), "training on the spare")
+        assert run.hosts(2) == [members["hosts"][0], *members["spares"]]
+        assert [(e["host"], e["attempt"]) for e in run.of("node_lost")] == [(dead, 1)]
+        assert run.of("attempt_ended")[0]["cause"] == "node_failed"
+        assert run.of("requeued") == [], "inside the same job"
+        saved = max(e["step"] for e in run.of("saved") if e["attempt"] == 1)
+        assert run.of("started")[1]["from_step"] == saved
+        assert run.of("recovered")[0]["seconds_since_last_step"] > 0
+    finally:
+        run.end()
+
+
+def test_a_cut_link_is_noticed_and_named_and_the_job_comes_back_without_the_node(
+    sandbox: Cluster, broken: list[str], tmp_path: Path
+) -> None:
+    run = Running(sandbox, tmp_path)
+    try:
+        dead = run.hosts(1)[1]
+        broken.append(dead)
+        cut_link(sandbox, dead)
+        run.wait(lambda: run.of("recovered"), "the comeback")
+        (lost,) = run.of("node_lost")
+        assert lost["host"] == dead and "nothing heard for" in lost["cause"]
+        # Far sooner than the collectives would give up.
+        last = max(r["time"] for r in read_records(run.folder.metrics(0)) if r["attempt"] == 1)
+        assert lost["time"] - last < 60
+        assert [e["hosts"] for e in run.of("excluded")] == [[dead]]
+        assert f"ExcNodeList={dead}" in sandbox.slurm("scontrol", "show", "job", run.job)
+        assert dead not in run.hosts(2)
+    finally:
+        run.end()
+
+
+def test_a_frozen_first_node_is_noticed_by_the_others(sandbox: Cluster, broken: list[str], tmp_path: Path) -> None:
+    run = Running(sandbox, tmp_path)
+    try:
+        dead = run.hosts(1)[0]
+        broken.append(dead)
+        freeze(sandbox, dead)
+        run.wait(lambda: run.of("recovered"), "the comeback")
+        assert [e["host"] for e in run.of("node_lost")] == [dead]
+        assert [e["cause"] for e in run.of("attempt_ended")] == ["node_failed"]
+        assert dead not in run.hosts(2)
+    finally:
+        run.end()
