@@ -50,7 +50,8 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
 
 def make_paths_absolute(config: DictConfig) -> None:
     """Take the paths that were typed relative to the folder they were typed in; ranks may run elsewhere."""
-    for node, key in ((config, "output_dir"), (config, "run_dir"), (config.data, "path"), (config.data, "cache_dir")):
+    top = ((config, key) for key in ("output_dir", "run_dir", "init_from"))
+    for node, key in (*top, (config.data, "path"), (config.data, "cache_dir")):
         if node[key] is not None:
             node[key] = str(Path(node[key]).expanduser().absolute())
 

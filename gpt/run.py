@@ -90,6 +90,8 @@ class Run:
     samples: Samples
     store: CheckpointStore
     pulse: Pulse
+    initialised_from: dict[str, Any] | None = None
+    """Where this attempt took its first weights from; None where it drew them, or went on from a checkpoint."""
     step: int = 0
     """Steps done."""
 
@@ -131,11 +133,14 @@ def describe_attempt(run: Run) -> None:
         "parameters": sum(p.numel() for p in run.engine.module.parameters()),
         "max_steps": run.config.optim.max_steps,
         "data_sha256": run.tokens.sha256,
+        "initialised_from": run.initialised_from,
         "ranks": ranks,
         "software": software(),
         "git": code_state(),
     }
     write_json(run.folder.environment(run.attempt), record)
+    if run.initialised_from is not None:
+        run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
     run.folder.record_event(
         "started", attempt=run.attempt, world_size=run.world.size, topology=str(layout), from_step=run.step
     )
@@ -149,8 +154,9 @@ def banner(run: Run, ranks: list[dict[str, Any]]) -> str:
     flops = training_flops_per_token(model).palm
     peak = peak_flops(ranks[0]["device_name"], run.config.precision)
     rate = f"{peak / 1e12:g} TFLOP/s" if peak else "unknown, so MFU is unavailable"
+    weights = f", weights of {run.initialised_from['path']}" if run.initialised_from else ""
     return (
-        f"{run.folder.path}  attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}\n"
+        f"{run.folder.path}  attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}{weights}\n"
         f"model {model.name}: {sum(p.numel() for p in run.engine.module.parameters()):,} parameters, "
         f"{flops / 1e9:.3g} GFLOP a token\n"
         f"{run.world.size} ranks on {', '.join(hosts)} ({ranks[0]['device_name']}), {layout}, "

@@ -157,6 +157,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary in a file; empty where there is no such file, or something else in it."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
     """Name of a point from what was typed: the same words in any order give the same name.
 

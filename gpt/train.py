@@ -29,6 +29,7 @@ from gpt.data.tokenizer import ByteTokenizer, save_tokenizer
 from gpt.errors import ConfigError
 from gpt.evaluation import mean_loss, summed_loss
 from gpt.failure import record_failure
+from gpt.initial import load_initial
 from gpt.interrupt import StopFlag, die_with_parent
 from gpt.metrics.records import StepRecord
 from gpt.metrics.views import Views
@@ -54,6 +55,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout differs by rank, and is saved with it
     model = GPT(config.model)
     initialize(model, config.seed)
+    initialised_from = load_initial(model, config, folder, world)
     engine = spread(model.to(world.device), config, world, batch.micro)
     run = Run(
         config=config,
@@ -69,6 +71,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
             folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every, group=world.control
         ),
         pulse=pulse,
+        initialised_from=initialised_from,
     )
     load(run)
     return run

@@ -18,6 +18,7 @@ from gpt.batch import Batch, cut
 from gpt.config import Device, nearest_divisor
 from gpt.data.corpus import Corpus, check_size, describe
 from gpt.errors import ConfigError
+from gpt.interchange.source import check_init_from
 from gpt.parallel.topology import Topology, topology
 from launch.budget import Use, use_of, words
 from launch.config import NOT_IN_POINT, ClusterKind, Config
@@ -81,6 +82,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     config.validate()
     folder = compose.choose_folder(config, overrides, NOT_IN_POINT)
     compose.refuse_other_run(folder, config)
+    check_init_from(config, folder)
     layout = topology(config.parallel, config.world_size)
     batch = cut_batch(config, layout)
     corpus = describe(config.data)

@@ -53,6 +53,7 @@ RULES = [
     ("gpt.config", ["torch", "gpt.model", "gpt.compose"]),
     ("gpt.data", ["gpt.model", "gpt.parallel", "gpt.train"]),
     ("gpt.checkpoint", ["gpt.model", "gpt.parallel", "gpt.train", "gpt.data"]),
+    ("gpt.interchange", ["torch.distributed", "gpt.parallel", "gpt.train", "gpt.metrics", "transformers"]),
     ("gpt.parallel", ["gpt.train", "gpt.data", "gpt.metrics"]),
     ("launch.report", ["torch", "submitit", "launch.submit", "launch.plan", "hydra"]),
     ("slurm", ["launch", "torch", "gpt.train", "gpt.model"]),

@@ -4,7 +4,21 @@
 one, ``store`` puts them together over torch.distributed.checkpoint. Must not know the model, the loop or the launcher.
 """
 
-from gpt.checkpoint.agreement import CheckpointError
-from gpt.checkpoint.store import CheckpointStore, Loaded, OutdatedAttemptError
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt.checkpoint.agreement import CheckpointError
+    from gpt.checkpoint.store import CheckpointStore, Loaded, OutdatedAttemptError
 
 __all__ = ["CheckpointError", "CheckpointStore", "Loaded", "OutdatedAttemptError"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch when it is asked for: the login node looks into ``folders``, which does not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gpt.checkpoint import store
+
+    return getattr(store, name)

@@ -44,6 +44,10 @@ class TrainConfig:
     """The folder of this run; null derives it from output_dir, name and the overrides."""
     fresh: bool = False
     """Start over in a new folder instead of resuming."""
+    init_from: Optional[str] = None
+    """Take the first weights from there instead of drawing them: a folder of the transformers library (safetensors), a
+    file of ``python -m gpt.export --format torch``, or the folder of another run, whose newest checkpoint is taken. The
+    model must be the same. Without effect once the run has a checkpoint of its own."""
     seed: int = 1337
     device: Device = Device.auto
     precision: Precision = Precision.fp32

@@ -1,0 +1,201 @@
+"""Write the model of a run for other programs: ``python -m gpt.export RUN --format hf OUT``.
+
+    python -m gpt.export outputs/gpt2_124m/default --format hf gpt2-mine          # a folder that transformers loads
+    python -m gpt.export RUN --format torch model.pt --step 2000 --dtype bf16     # one file of torch.save
+
+Reads the newest checkpoint that is whole, of any number of ranks and any strategy, in one process without a GPU. An
+export appears under its name when it is complete. Owns the command; the files are ``gpt.interchange``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.checkpoint import folders
+from gpt.checkpoint.manifest import Manifest, read_manifest, sum_file, sync_folder
+from gpt.config import TrainConfig, require_positive
+from gpt.data.tokenizer import ABOUT, Tokenizer, tokenizer_of
+from gpt.errors import ConfigError
+from gpt.interchange.formats import format_for
+from gpt.interchange.hf_folder import write_configs, write_sums, write_weights
+from gpt.interchange.hf_tokenizer import write_tokenizer
+from gpt.interchange.layout import Format
+from gpt.interchange.torch_file import write_torch_file
+from gpt.interchange.weights import to_theirs
+from gpt.load import find_checkpoint, open_run, read_weights
+from gpt.model.gpt import GPT
+from gpt.run_folder import RunFolder, read_json
+
+GB = 10**9
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was typed."""
+    parser = argparse.ArgumentParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "torch"),
+        default="hf",
+        help="hf: a folder that transformers loads; torch: one file with our own names (default: hf)",
+    )
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of weights (default: 5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser.parse_args(argv)
+
+
+def export(words: argparse.Namespace) -> str:
+    """Do what was typed; returns what to say.
+
+    Raises:
+        ConfigError: no such checkpoint, a model that the format has no parts for, or something is there already.
+    """
+    require_positive("--max-shard-gb", words.max_shard_gb)
+    out = words.out.expanduser().absolute()
+    refuse_existing(out, words.format, words.overwrite)
+    folder, config = open_run(words.run)
+    fmt = format_for(config.model) if words.format == "hf" else None
+    checkpoint = find_checkpoint(folder, words.step)
+    origin = origin_of(folder, checkpoint)
+    model = read_weights(config, checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.saving_{secrets.token_hex(4)}")
+    try:
+        if fmt is None:
+            write_torch_file(temporary, model.state_dict(), config.model, DTYPES[words.dtype], origin)
+        else:
+            write_hf(temporary, fmt, model, folder, config, origin, words)
+        replace(out, temporary)
+    except BaseException:
+        remove(temporary)
+        raise
+    kind = "torch" if fmt is None else fmt.architecture
+    numbers = sum(p.numel() for p in model.parameters())
+    return f"wrote {out}: {kind}, {numbers:,} parameters of step {origin['step']} in {words.dtype}"
+
+
+def write_hf(
+    temporary: Path,
+    fmt: Format,
+    model: GPT,
+    folder: RunFolder,
+    config: TrainConfig,
+    origin: dict[str, Any],
+    words: argparse.Namespace,
+) -> None:
+    """Write the whole folder of transformers, synced to disk."""
+    temporary.mkdir()
+    dtype = DTYPES[words.dtype]
+    write_weights(temporary, to_theirs(model.state_dict(), fmt, config.model), dtype, int(words.max_shard_gb * GB))
+    tokenizer: Tokenizer | None = tokenizer_of(folder) if (folder.tokenizer / ABOUT).is_file() else None
+    about = "not known" if tokenizer is None else write_tokenizer(tokenizer, folder, temporary, config.model.block_size)
+    write_configs(temporary, fmt, config.model, dtype, None if tokenizer is None else tokenizer.eot, origin)
+    (temporary / "README.md").write_text(card(config, origin, about))
+    write_sums(temporary)
+    for path in temporary.rglob("*"):
+        sync(path)
+    sync_folder(temporary)
+
+
+def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
+    """Where an export comes from, as far as the run folder tells."""
+    manifest: Manifest = read_manifest(checkpoint)
+    git = read_json(folder.environment(manifest.meta["attempt"])).get("git", {})
+    return {
+        "run": str(folder.path),
+        "step": manifest.step,
+        "samples": manifest.meta["samples"],
+        "data_sha256": manifest.meta["data_sha256"],
+        "checkpoint_sha256": sum_file(checkpoint / "manifest.json").sha256,
+        "commit": git.get("commit"),
+    }
+
+
+def card(config: TrainConfig, origin: dict[str, Any], tokenizer: str) -> str:
+    """README.md of the export: a model card in the format of the Hugging Face hub."""
+    tokens = origin["samples"] * config.model.block_size
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {config.model.name}
+
+Exported from `{origin["run"]}`, step {origin["step"]}: {tokens:,} tokens of training data.
+
+- training data: sha256 `{origin["data_sha256"]}`
+- trained with commit: {origin["commit"] or "not known"}
+- checkpoint: sha256 `{origin["checkpoint_sha256"]}` of its manifest
+- sequence length: {config.model.block_size} tokens
+- tokenizer: {tokenizer}
+- `sha256sum -c SHA256SUMS` checks the files
+"""
+
+
+def refuse_existing(out: Path, kind: str, overwrite: bool) -> None:
+    """Raise ConfigError where something lies at ``out``, unless it is an earlier export that may go."""
+    if not os.path.lexists(out):
+        return
+    if kind == "torch":
+        replaceable = out.is_file() and out.suffix in (".pt", ".pth")
+    else:
+        replaceable = out.is_dir() and "exported_from" in read_json(out / "config.json")
+    if not replaceable:
+        what = "a .pt file" if kind == "torch" else "a folder of gpt.export"
+        raise ConfigError(f"{out} is there already, and is not {what}", "a path where nothing is", f"{out}-export")
+    if not overwrite:
+        raise ConfigError(f"{out} is there already", "a path where nothing is", "--overwrite, or another path")
+
+
+def replace(out: Path, temporary: Path) -> None:
+    """Give the finished export its name; an earlier one goes first and is deleted last."""
+    if temporary.is_dir() and out.is_dir():
+        old = out.with_name(f".{out.name}.deleting_{secrets.token_hex(4)}")
+        out.rename(old)
+        temporary.rename(out)
+        folders.remove(old)
+    else:
+        temporary.replace(out)
+    sync_folder(out.parent)
+
+
+def remove(temporary: Path) -> None:
+    """Delete what a failed export has written."""
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file last."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 written, 2 refused."""
+    try:
+        print(export(parse(argv)), flush=True)
+    except ConfigError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Llama as transformers stores it; rotary channels are paired as ours are, c with c + C/2. Torch-free.
+
+Names and shapes as in LlamaForCausalLM of transformers (models/llama/modeling_llama.py). config.json is written with
+``rope_theta`` and ``rope_scaling``, which version 4 needs and version 5 understands; both spellings are read.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gpt.config import Ffn, ModelConfig, Norm, Position
+from gpt.errors import ConfigError
+from gpt.interchange.layout import Format, Rule, refuse_part, required
+
+ATTENTION = {
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+}
+FFN = {"ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj"}
+NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""The frequencies, which old versions saved."""
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The model's part of config.json."""
+    return write_common(config) | {"attention_bias": config.bias, "mlp_bias": config.bias}
+
+
+def write_common(config: ModelConfig) -> dict[str, Any]:
+    """The keys of config.json that the relatives of Llama share."""
+    return {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_base,
+        "rope_scaling": None,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def read_config(hf: dict[str, Any]) -> ModelConfig:
+    """The model that a config.json describes."""
+    bias = bool(hf.get("attention_bias", False))
+    if bool(hf.get("mlp_bias", False)) is not bias:
+        raise refuse_part(hf, "mlp_bias", f"mlp_bias={bias}, as attention_bias is")
+    config = read_common(hf, rope_base=10000.0)
+    config.bias = bias
+    return config
+
+
+def read_common(hf: dict[str, Any], rope_base: float) -> ModelConfig:
+    """What the relatives of Llama share; ``rope_base`` is used where config.json says nothing."""
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise refuse_part(hf, "hidden_act", "hidden_act=silu")
+    n_embd, n_head = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+    if hf.get("head_dim") not in (None, n_embd // n_head):
+        raise refuse_part(hf, "head_dim", f"hidden_size / num_attention_heads = {n_embd // n_head}")
+    return ModelConfig(
+        name=hf["model_type"],
+        n_layer=required(hf, "num_hidden_layers"),
+        n_head=n_head,
+        n_kv_head=hf.get("num_key_value_heads"),
+        n_embd=n_embd,
+        block_size=required(hf, "max_position_embeddings"),
+        vocab_size=required(hf, "vocab_size"),
+        norm=Norm.rmsnorm,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        position=Position.rope,
+        ffn=Ffn.swiglu,
+        ffn_hidden=required(hf, "intermediate_size"),
+        bias=False,
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        **read_rope(hf, rope_base),
+    )
+
+
+def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
+    """The fields about rotary embeddings, from either version's spelling."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(
+            f"rope_type={kind} in a config.json of model_type={hf['model_type']}",
+            "rope_type=default, since there is no such part here",
+            "another model to start from",
+        )
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise refuse_part(hf, "partial_rotary_factor", "rotary embeddings of whole heads")
+    return {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or base)}
+
+
+def rules(config: ModelConfig) -> list[Rule]:
+    """All tensors of a model."""
+    kinds = ("weight", "bias") if config.bias else ("weight",)
+    found = [Rule(("token_embedding.weight",), ("model.embed_tokens.weight",))]
+    for layer in range(config.n_layer):
+        here, there = f"blocks.{layer}", f"model.layers.{layer}"
+        found += same(here, there, NORMS, ("weight",)) + same(here, there, ATTENTION | FFN, kinds)
+    return found + last_rules(config)
+
+
+def last_rules(config: ModelConfig) -> list[Rule]:
+    """What comes after the blocks."""
+    found = [Rule(("norm.weight",), ("model.norm.weight",))]
+    return found if config.tie_embeddings else [*found, Rule(("head.weight",), ("lm_head.weight",))]
+
+
+def same(ours: str, theirs: str, names: dict[str, str], kinds: tuple[str, ...]) -> list[Rule]:
+    """Rules for tensors of a block that differ in nothing but their names."""
+    return [
+        Rule((f"{ours}.{here}.{kind}",), (f"{theirs}.{there}.{kind}",))
+        for here, there in names.items()
+        for kind in kinds
+    ]
+
+
+SHARED_NUMBERS = frozenset(
+    ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "norm_eps", "rope_base", "ffn_hidden", "tie_embeddings"]
+)
+
+LLAMA = Format(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    prefix="model.",
+    parts={"norm": (Norm.rmsnorm,), "position": (Position.rope,), "ffn": (Ffn.swiglu,)},
+    numbers=SHARED_NUMBERS | {"bias"},
+    write_config=write_config,
+    read_config=read_config,
+    rules=rules,
+    buffers=ROTARY_TABLE,
+)
