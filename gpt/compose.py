@@ -23,7 +23,8 @@ from gpt.errors import ConfigError
 from gpt.run_folder import RunFolder, point_name, write_atomically
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
-NOT_IN_POINT = ("output_dir", "name", "run_dir", "fresh", "logging")
+WATCHING = ("logging", "profile", "profile_from", "profile_to")
+NOT_IN_POINT = ("output_dir", "name", "run_dir", "fresh", *WATCHING)
 """Keys that say where a run's files go or how it is watched, not what it computes."""
 
 Schema = TypeVar("Schema", bound=TrainConfig)
@@ -131,7 +132,8 @@ def glob_escape(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-RESUMABLE = ("output_dir", "name", "run_dir", "fresh", "logging", "checkpoint", "eval", "parallel", "device")
+EXECUTION = ("parallel", "device", "compile", "compile_dynamic", "recompute", "deterministic")
+RESUMABLE = ("output_dir", "name", "run_dir", "fresh", *WATCHING, "checkpoint", "eval", *EXECUTION)
 """What may change between the attempts of one run: it does not change what is learned."""
 
 
@@ -165,6 +167,12 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def plain(value: Any) -> str:
     """``value`` as one would type it in an override."""
     return "null" if value is None else str(getattr(value, "name", value))
+
+
+def plain_config(config: TrainConfig) -> dict[str, Any]:
+    """The config by dotted keys, as plain values that JSON can hold."""
+    flat = flatten(dataclasses.asdict(config))
+    return {key: plain(value) if hasattr(value, "name") else value for key, value in flat.items()}
 
 
 def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:

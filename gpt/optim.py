@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt.config import OptimConfig
@@ -39,10 +39,10 @@ def lr_at(config: OptimConfig, step: int) -> float:
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Scale the gradients down to a global norm of ``limit`` (0: leave them) and return the norm they had.
+def clip_gradients(module: nn.Module, limit: float) -> Tensor:
+    """Scale the gradients down to a global norm of ``limit`` (0: leave them) and return the norm they had, ().
 
-    Works on plain and on sharded gradients; collective for the latter.
+    Works on plain and on sharded gradients; collective for the latter. Does not wait for the device.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -50,4 +50,4 @@ def clip_gradients(module: nn.Module, limit: float) -> float:
         norm = norm.full_tensor()
     if limit > 0:
         clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
+    return norm

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gpt import compose
-from gpt.config import TrainConfig
 from gpt.errors import ConfigError
 from gpt.parallel.topology import topology
 from gpt.parallel.world import World
@@ -40,7 +38,7 @@ def save(run: Run, may_commit: Callable[[], bool]) -> float:
         "data_sha256": run.tokens.sha256,
         "topology": topology(run.config.parallel, run.world.size).as_dict(),
         "world_size": run.world.size,
-        "config": plain_config(run.config),
+        "config": compose.plain_config(run.config),
     }
     run.store.save(run.step, state_of(run), rng_state(run.world), meta, may_commit)
     seconds = time.perf_counter() - started
@@ -94,8 +92,3 @@ def set_rng_state(world: World, state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if world.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], world.device)
-
-
-def plain_config(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain values that JSON can hold."""
-    return {k: compose.plain(v) if hasattr(v, "name") else v for k, v in compose.flatten(asdict(config)).items()}

@@ -10,16 +10,18 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from gpt import compose
+from gpt import compose, reproducibility
+from gpt.accounting import memory
 from gpt.accounting.flops import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
+from gpt.accounting.parameters import count
 from gpt.batch import Batch
 from gpt.checkpoint import CheckpointStore
 from gpt.config import TrainConfig
@@ -27,6 +29,7 @@ from gpt.data.corpus import check_size, describe, prepare
 from gpt.data.loader import Samples
 from gpt.data.token_file import TokenFile
 from gpt.metrics.environment import code_state, describe_rank, software
+from gpt.metrics.panel import show
 from gpt.parallel.engine import Engine
 from gpt.parallel.topology import topology
 from gpt.parallel.world import World
@@ -113,54 +116,53 @@ def open_attempt(folder: RunFolder, world: World) -> int:
 
 
 def describe_attempt(run: Run) -> None:
-    """Write ``environment.json`` of this attempt and the ledger's ``started``."""
+    """Write ``environment.json`` of this attempt and the ledger's ``started``, and show the start-up panel."""
     ranks = run.world.gather(describe_rank(run.world))
     if not run.world.is_first:
         return
-    layout = topology(run.config.parallel, run.world.size)
     record = {
         "attempt": run.attempt,
         "time": time.time(),
-        "world_size": run.world.size,
-        "topology": layout.as_dict(),
-        "global_batch": run.batch.global_batch,
-        "micro_batch": run.batch.micro,
-        "accumulation": run.batch.accumulation,
-        "weak_scaling": run.config.optim.weak_scaling,
-        "block_size": run.config.model.block_size,
-        "precision": run.config.precision.name,
-        "model": run.config.model.name,
-        "parameters": sum(p.numel() for p in run.engine.module.parameters()),
-        "max_steps": run.config.optim.max_steps,
-        "data_sha256": run.tokens.sha256,
+        "from_step": run.step,
         "initialised_from": run.initialised_from,
+        **set_up(run),
         "ranks": ranks,
+        "peak_flops_per_s": peak_flops(ranks[0]["device_name"], run.config.precision),
         "software": software(),
         "git": code_state(),
+        "reproducibility": {"seed": run.config.seed, **reproducibility.state()},
     }
+    layout = topology(run.config.parallel, run.world.size)
     write_json(run.folder.environment(run.attempt), record)
     if run.initialised_from is not None:
         run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
     run.folder.record_event(
         "started", attempt=run.attempt, world_size=run.world.size, topology=str(layout), from_step=run.step
     )
-    print(banner(run, ranks), flush=True)
+    panel = show(record, run.config, f"{run.config.name}  attempt {run.attempt}")
+    print(f"{run.folder.path}\n{panel}", flush=True)
 
 
-def banner(run: Run, ranks: list[dict[str, Any]]) -> str:
-    """What is about to happen, in four lines."""
-    model, batch, layout = run.config.model, run.batch, topology(run.config.parallel, run.world.size)
-    hosts = sorted({r["host"] for r in ranks})
-    flops = training_flops_per_token(model).palm
-    peak = peak_flops(ranks[0]["device_name"], run.config.precision)
-    rate = f"{peak / 1e12:g} TFLOP/s" if peak else "unknown, so MFU is unavailable"
-    weights = f", weights of {run.initialised_from['path']}" if run.initialised_from else ""
-    return (
-        f"{run.folder.path}  attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}{weights}\n"
-        f"model {model.name}: {sum(p.numel() for p in run.engine.module.parameters()):,} parameters, "
-        f"{flops / 1e9:.3g} GFLOP a token\n"
-        f"{run.world.size} ranks on {', '.join(hosts)} ({ranks[0]['device_name']}), {layout}, "
-        f"{run.config.precision.name}; peak {rate}\n"
-        f"batch {batch.global_batch} x {model.block_size} tokens = {batch.ranks} ranks x {batch.accumulation} passes x "
-        f"{batch.micro} sequences; data {run.tokens.sha256[:12]}, {run.samples.num_train} training sequences"
-    )
+def set_up(run: Run) -> dict[str, Any]:
+    """What is trained and how, with the counts that follow from the config."""
+    config, batch, ranks = run.config, run.batch, run.world.size
+    model = config.model
+    planned = memory.per_rank(model, config.optim, config.parallel, ranks, batch.micro, config.precision)
+    return {
+        "world_size": ranks,
+        "topology": topology(config.parallel, ranks).as_dict(),
+        "global_batch": batch.global_batch,
+        "micro_batch": batch.micro,
+        "accumulation": batch.accumulation,
+        "weak_scaling": config.optim.weak_scaling,
+        "block_size": model.block_size,
+        "precision": config.precision.name,
+        "model": model.name,
+        "parameters": sum(p.numel() for p in run.engine.module.parameters()),
+        "counts": {**asdict(count(model)), "total": count(model).total},
+        "flops_per_token": training_flops_per_token(model).palm,
+        "memory_planned_gib": planned.total_gib,
+        "max_steps": config.optim.max_steps,
+        "data": f"{config.data.path or config.data.source.name}, {run.tokens.tokens:,} tokens",
+        "data_sha256": run.tokens.sha256,
+    }

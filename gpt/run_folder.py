@@ -55,6 +55,16 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def steps_csv(self) -> Path:
+        """Rank 0's step records as a table."""
+        return self.path / "steps.csv"
+
+    @property
+    def run_json(self) -> Path:
+        """The whole run as one value."""
+        return self.path / "run.json"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder for each saved step."""
         return self.path / "checkpoints"

@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from gpt import pulse
 from gpt.failure import enter_failure
+from gpt.reproducibility import hash_seed
 from gpt.run_folder import RunFolder
 from launch.conclude import StopRequest
 from launch.config import Config
@@ -170,6 +171,7 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
     """Set what the ranks inherit. torchrun's habit of one thread for each rank is kept, and can be overridden."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ.setdefault("PYTHONHASHSEED", hash_seed(config.seed))
     # Elastic would kill the ranks on SIGTERM; ours asks them to save. A hang-up of the terminal stays its own.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     interface = interface_of(address)

@@ -10,13 +10,14 @@ from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import Activation, AttentionBackend, Ffn, ModelConfig, Norm, Position
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
-from gpt.config.train import Device, Precision, TrainConfig
+from gpt.config.train import CompileMode, Device, Precision, Recompute, TrainConfig
 
 __all__ = [
     "BYTE_VOCAB",
     "Activation",
     "AttentionBackend",
     "CheckpointConfig",
+    "CompileMode",
     "DataConfig",
     "Device",
     "EvalConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "ParallelConfig",
     "Position",
     "Precision",
+    "Recompute",
     "Source",
     "Strategy",
     "TokenizerKind",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
-from gpt.config.checks import require_range
+from gpt.config.checks import require_positive, require_range
 from gpt.config.data import BYTE_VOCAB, DataConfig
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import ModelConfig
@@ -33,6 +33,26 @@ class Device(Enum):
     cuda = "cuda"
 
 
+CompileMode = Enum(
+    "CompileMode",
+    {"none": "none", "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"},
+)
+"""``none``, or a mode of ``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also
+tries kernels out; takes minutes)."""
+
+
+class Recompute(Enum):
+    """What the backward pass computes again instead of having kept it (activation checkpointing, arXiv 1604.06174).
+
+    ``none`` keeps all. ``selective`` keeps what matrix products and the attention kernel gave, and computes the rest
+    again: norms, activations, rotations, dropout. ``full`` keeps the input of each block.
+    """
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 @dataclass
 class TrainConfig:
     """One training run, whatever starts it."""
@@ -51,6 +71,20 @@ class TrainConfig:
     seed: int = 1337
     device: Device = Device.auto
     precision: Precision = Precision.fp32
+    compile: CompileMode = CompileMode["none"]
+    """Compile every block with torch.compile; needs a C++ compiler on CPUs. Changes the last bits of the loss."""
+    compile_dynamic: bool = False
+    """Compile for any batch size at once: slower kernels, one compilation less where an evaluation ends in a part."""
+    recompute: Recompute = Recompute.none
+    """Less memory for activations, for up to a third more computing. Does not change the loss."""
+    deterministic: bool = False
+    """Refuse operations whose result depends on scheduling (torch.use_deterministic_algorithms); costs time on GPUs."""
+    profile: bool = False
+    """Write a trace of some steps of rank 0, and a table of where their time went, into the folder of the attempt."""
+    profile_from: int = 5
+    """First step that is profiled, counted from 1."""
+    profile_to: int = 7
+    """Last step that is profiled; the trace grows by megabytes a step."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -64,6 +98,14 @@ class TrainConfig:
         for part in (self.model, self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
             part.validate()
         require_range("seed", self.seed, 0, 2**63 - 1)
+        require_positive("profile_from", self.profile_from)
+        if self.profile and not self.profile_from <= self.profile_to <= self.optim.max_steps:
+            last = self.optim.max_steps
+            raise ConfigError(
+                f"profile_from={self.profile_from} profile_to={self.profile_to} in a run of {last} steps",
+                "profile_from <= profile_to <= optim.max_steps",
+                f"profile_from={min(self.profile_from, last)} profile_to={min(self.profile_from + 2, last)}",
+            )
         if self.model.vocab_size < BYTE_VOCAB:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} with byte tokens",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import socket
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -62,7 +63,17 @@ def software() -> dict[str, str]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
         versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
-    return versions
+    driver = driver_version()
+    return versions | ({"nvidia-driver": driver} if driver else {})
+
+
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The NVIDIA driver of this machine; None where there is none."""
+    try:
+        found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", path.read_text())
+    except OSError:
+        return None
+    return found.group(1) if found else None
 
 
 def code_state(folder: Path = Path(__file__).parent) -> dict[str, str]:

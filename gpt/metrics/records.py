@@ -38,7 +38,13 @@ class StepRecord:
     """First and last sample index this rank used in this step."""
     step_time_s: float
     """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
+    grad_mean: float | None = None
+    """Mean over all elements of the gradient before clipping; with the next two only at logging.gradients_interval."""
+    grad_std: float | None = None
+    layer_grad_norms: dict[str, float] | None = None
+    """Gradient norm by layer: ``blocks.0`` and so on, and what is outside the blocks."""
     data_wait_s: float | None = None
+    """Time the step waited for its samples."""
     comm_s: float | None = None
     checkpoint_s: float | None = None
     """Time the checkpoint of this step held up training; only where one was written."""
@@ -51,7 +57,12 @@ class StepRecord:
     mfu_palm: float | None = None
     mfu_causal: float | None = None
     hfu: float | None = None
+    memory_allocated_gib: float | None = None
+    """In tensors on the GPU when the step was queued."""
     memory_peak_gib: float | None = None
+    """The most this attempt has held: in tensors on the GPU, or of RAM by the process."""
+    memory_reserved_gib: float | None = None
+    """Held by torch's allocator on the GPU."""
     time: float = field(default_factory=time.time)
     """Unix time, seconds."""
 

@@ -20,10 +20,14 @@ from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from gpt.metrics.records import StepRecord
+
 TAGS = {
     "loss": "train/loss",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
+    "grad_mean": "gradients/mean",
+    "grad_std": "gradients/std",
     "val_loss": "eval/loss",
     "tokens_per_s": "speed/tokens_per_s",
     "step_time_s": "speed/step_time_s",
@@ -34,9 +38,14 @@ TAGS = {
     "mfu_palm": "efficiency/mfu_palm",
     "mfu_causal": "efficiency/mfu_causal",
     "hfu": "efficiency/hfu",
+    "memory_allocated_gib": "memory/allocated_gib",
     "memory_peak_gib": "memory/peak_gib",
+    "memory_reserved_gib": "memory/reserved_gib",
 }
 """Field of a step record -> tag; what stands before the slash is TensorBoard's group."""
+
+LAYER_TAG = "gradients/norm/"
+"""Before the name of a layer, in the tag of its gradient norm."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # colour type in the IHDR chunk -> channels (PNG specification, 11.2.1)
@@ -52,7 +61,8 @@ class Curve(NamedTuple):
 
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The curves of one step record: tag -> value. What the record does not know gets no tag."""
-    return {tag: float(record[name]) for name, tag in TAGS.items() if record.get(name) is not None}
+    scalars = {tag: float(record[name]) for name, tag in TAGS.items() if record.get(name) is not None}
+    return scalars | {LAYER_TAG + layer: norm for layer, norm in (record.get("layer_grad_norms") or {}).items()}
 
 
 class EventWriter:
@@ -84,6 +94,11 @@ class EventWriter:
     def scalar(self, tag: str, value: float, step: int, time: float | None = None) -> None:
         """Add one point of a curve. ``time`` is Unix seconds, now by default."""
         self._add(summary_pb2.Summary.Value(tag=tag, simple_value=value), step, time)
+
+    def write(self, record: StepRecord) -> None:
+        """Add the curves of one step record."""
+        for tag, value in record_scalars(record.as_dict()).items():
+            self.scalar(tag, value, record.step, record.time)
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Add a text in Markdown."""

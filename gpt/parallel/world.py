@@ -46,6 +46,17 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over all ranks, in place; a GPU does it in its queue, and nobody waits."""
+        dist.all_reduce(values)
+        return values
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Which flags are set on some rank. Asked between the processes, so no device is waited for."""
+        told = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in told.tolist()]
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank."""
         values: list[Any] = [None] * self.size

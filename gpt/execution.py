@@ -1,0 +1,71 @@
+"""How the blocks of a model are executed: what they keep for the backward pass, and whether they are compiled.
+
+Applied to the model from outside, before a strategy spreads it: both replace ``forward`` of each block, so parameters
+keep their names, and what a strategy hangs around a block stays outside of it. Must not know strategies or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from gpt.config import Recompute, TrainConfig
+from gpt.model.gpt import GPT
+
+aten = torch.ops.aten
+MATRIX_PRODUCTS = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default}
+)
+ATTENTION_KERNELS = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+
+
+def prepare_blocks(model: GPT, config: TrainConfig) -> None:
+    """Let the blocks of ``model`` recompute and compile as ``config`` says."""
+    for block in model.blocks:
+        if config.recompute is not Recompute.none:
+            replace_forward(block, partial(recomputing, block.forward, context_of(config)))
+        if config.compile.name != "none":
+            # Outside the recomputation, so that the compiler sees it and plans the backward pass around it. Shapes are
+            # fixed: left to itself, torch would go over to slower kernels for any shape after the first evaluation.
+            mode = None if config.compile.name == "default" else config.compile.name
+            replace_forward(block, torch.compile(block.forward, mode=mode, dynamic=config.compile_dynamic))
+
+
+def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have ``block(...)`` call ``forward``, inside the hooks of the block."""
+    block.forward = forward
+
+
+def recomputing(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
+    """Call ``forward`` keeping only its inputs, and what ``contexts`` says; random numbers are the same again."""
+    return checkpoint(forward, *args, use_reentrant=False, **contexts)
+
+
+def context_of(config: TrainConfig) -> dict[str, Any]:
+    """What distinguishes selective from full recomputation in torch's words."""
+    if config.recompute is Recompute.full:
+        return {}
+    kept = MATRIX_PRODUCTS if config.model.dropout else MATRIX_PRODUCTS | ATTENTION_KERNELS
+    return {"context_fn": partial(create_selective_checkpoint_contexts, partial(keep, kept))}
+
+
+def keep(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """Keep the costly results: matrix products, and attention unless it draws random numbers.
+
+    The choice of Korthikanti et al. (arXiv 2205.05198, section 5) turned round: there attention was the part with much
+    memory and little arithmetic; a fused kernel made it the other way. An operation that is not repeated draws nothing
+    the second time, and all dropout after it would be another, so with dropout attention is computed again.
+    """
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,146 @@
+"""The start-up panel: what is about to be trained, how, on what, and how fast that could be at best.
+
+Owns its text; every figure comes from the record of the attempt (``environment.json``) and the config. Torch-free. Must
+not compute what that record does not hold, beyond putting it into words.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gpt.config import Ffn, ModelConfig, Norm, Position, TrainConfig
+
+WIDTH = 110
+"""In a log file, which has no width of its own."""
+
+
+def show(record: dict[str, Any], config: TrainConfig, title: str) -> str:
+    """The panel as text, without control characters unless standard output is a terminal."""
+    terminal = Console()
+    width = min(terminal.width, WIDTH) if terminal.is_terminal else WIDTH
+    file = io.StringIO()
+    # Log files are read in all kinds of viewers: lines of - and | instead of box-drawing characters.
+    console = Console(file=file, width=width, force_terminal=terminal.is_terminal, highlight=False, emoji=False)
+    look = box.ROUNDED if terminal.is_terminal else box.ASCII
+    console.print(Panel(contents(record, config), title=Text(title), title_align="left", box=look, padding=(0, 1)))
+    return file.getvalue().rstrip("\n")
+
+
+def contents(record: dict[str, Any], config: TrainConfig) -> RenderableType:
+    """The four parts, one below the other."""
+    parts = {
+        "Architecture": architecture(config.model, record["counts"]),
+        "Configuration": configuration(record, config),
+        "Hardware": hardware(record),
+        "Theoretical performance": performance(record, config),
+    }
+    blocks: list[RenderableType] = []
+    for heading, rows in parts.items():
+        blocks.append(Text(heading, style="bold"))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(min_width=18)
+        grid.add_column(overflow="fold")
+        for name, value in rows.items():
+            grid.add_row(Text(f"  {name}", style="dim"), Text(value))
+        blocks.append(grid)
+    return Group(*blocks)
+
+
+def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
+    """What the model is made of."""
+    heads = f"{model.n_head} heads of {model.head_dim}"
+    if model.kv_heads != model.n_head:
+        heads += f", {model.kv_heads} for keys and values"
+    ffn = "SwiGLU" if model.ffn is Ffn.swiglu else f"standard, {model.activation.name}"
+    norm = "RMSNorm" if model.norm is Norm.rmsnorm else "LayerNorm"
+    position = {
+        Position.rope: f"rotary positions (base {model.rope_base:g})",
+        Position.learned: "learned positions",
+        Position.none: "no positions",
+    }
+    extras = [word for word, on in (("bias", model.bias), ("tied embeddings", model.tie_embeddings)) if on]
+    if model.dropout:
+        extras.append(f"dropout {model.dropout:g}")
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count and name != "total")
+    return {
+        "model": f"{model.name}: {model.n_layer} layers x {model.n_embd}, {heads}",
+        "parts": f"{norm}, {position[model.position]}, {ffn} ffn {model.ffn_width} wide"
+        + "".join(f", {extra}" for extra in extras),
+        "sequence": f"{model.block_size:,} tokens of a vocabulary of {model.vocab_size:,}",
+        "parameters": f"{counts['total']:,} ({parts})",
+    }
+
+
+def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
+    """How it is trained."""
+    optim = config.optim
+    tokens = record["global_batch"] * record["block_size"]
+    steps = f"{record['from_step']} done of {optim.max_steps:,}" if record["from_step"] else f"{optim.max_steps:,}"
+    per_rank = f"{record['accumulation']} passes of {record['micro_batch']}"
+    saves = f"every {config.checkpoint.interval} steps" if config.checkpoint.interval else "at the end"
+    evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
+    execution = [
+        f"{config.precision.name}",
+        f"compile {config.compile.name}{' dynamic' if config.compile_dynamic else ''}",
+        f"recompute {config.recompute.name}",
+        *(["deterministic"] if config.deterministic else []),
+    ]
+    first = record["initialised_from"]
+    return {
+        "batch": f"{record['global_batch']:,} sequences = {tokens:,} tokens a step; on each rank {per_rank}",
+        "steps": f"{steps}; {tokens * optim.max_steps:,} tokens in all",
+        "optimizer": f"AdamW, lr {optim.lr:g} to {optim.min_lr:g} after {optim.warmup_steps} steps of warm-up, "
+        f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.grad_clip:g}",
+        **({"first weights": first["path"]} if first else {}),
+        "execution": ", ".join(execution),
+        "data": f"{record['data']}, sha256 {record['data_sha256'][:12]}; seed {config.seed}",
+        "evaluation": f"{evaluates}, {config.eval.sequences} sequences; checkpoint {saves}",
+    }
+
+
+def hardware(record: dict[str, Any]) -> dict[str, str]:
+    """What it runs on."""
+    ranks = record["ranks"]
+    hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
+    devices: dict[str, int] = {}
+    for rank in ranks:
+        devices[rank["device_name"]] = devices.get(rank["device_name"], 0) + 1
+    named = ", ".join(f"{count} x {name}" for name, count in devices.items())
+    memory = [rank["memory_gib"] for rank in ranks if "memory_gib" in rank]
+    shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+    layout = record["topology"]
+    topology = " ".join([layout["strategy"], *(f"{k}={v}" for k, v in layout.items() if isinstance(v, int) and v > 1)])
+    threads = f"{ranks[0]['threads']} {'thread' if ranks[0]['threads'] == 1 else 'threads'} a rank"
+    return {
+        "ranks": f"{len(ranks)} on {len(hosts)} {'host' if len(hosts) == 1 else 'hosts'} ({shown}), {topology}",
+        "devices": named + (f", {min(memory):.0f} GiB each" if memory else f", {threads}"),
+        "software": ", ".join(f"{k} {v}" for k, v in record["software"].items() if k in ("python", "torch", "cuda")),
+    }
+
+
+def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
+    """What the arithmetic costs and what the devices could do; no forecast of what they will."""
+    flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
+    step = flops * record["global_batch"] * record["block_size"]
+    rows = {
+        "arithmetic": f"{flops / 1e9:.4g} GFLOP a token (PaLM convention), {step / 1e12:.4g} TFLOP a step",
+        "memory": f"{record['memory_planned_gib']:.3g} GiB a rank in tensors, planned",
+    }
+    if peak is None:
+        rows["peak"] = f"of this device in {config.precision.name} unknown, so MFU is unavailable"
+        return rows
+    rows["peak"] = (
+        f"{peak / 1e12:,.4g} TFLOP/s a rank, dense {config.precision.name}; {ranks * peak / 1e12:,.4g} in all"
+    )
+    rows["upper bound"] = (
+        f"{ranks * peak / flops:,.0f} tokens/s, {step / (ranks * peak) * 1000:,.3g} ms a step, at 100 % of the peak; "
+        f"at an MFU of 40 % {0.4 * ranks * peak / flops:,.0f} tokens/s"
+    )
+    return rows

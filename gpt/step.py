@@ -1,0 +1,126 @@
+"""One optimizer step, and its figures.
+
+Owns the arithmetic of a step: accumulation, scaling, clipping. A GPU works off its queue while this process already
+prepares the next step, so a step is queued first and its figures are read later: reading waits for the device. Must not
+know what is done with the figures.
+
+Shapes: B sequences, T tokens of one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.data.loader import train_indices
+from gpt.evaluation import summed_loss
+from gpt.gradients import Gradients
+from gpt.metrics.memory import memory_gib
+from gpt.metrics.records import StepRecord
+from gpt.optim import clip_gradients, lr_at
+from gpt.pulse import Phase
+from gpt.run import Run
+
+
+class LateFigures:
+    """Numbers that the device may still be working on. ``read`` waits for them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._queued = time.perf_counter()
+
+    def read(self) -> tuple[list[float], float]:
+        """The numbers, and when they were there (time.perf_counter)."""
+        if self._event is None:
+            return self._values.tolist(), self._queued
+        self._event.synchronize()
+        return self._values.tolist(), time.perf_counter()
+
+
+@dataclass(frozen=True)
+class QueuedStep:
+    """A step that the device works on, or has finished."""
+
+    record: StepRecord
+    """What is known without waiting; the rest is filled in by ``finish``."""
+    gradients: Gradients | None
+    """Where this step measures them."""
+    figures: LateFigures
+    tokens: int
+    """Of the global batch."""
+
+    def finish(self, since: float) -> tuple[StepRecord, float]:
+        """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not a number, so the weights are none either.
+        """
+        (grad_norm, loss_sum, *sums), ended = self.figures.read()
+        record = self.record
+        record.loss, record.grad_norm, record.step_time_s = loss_sum / self.tokens, grad_norm, ended - since
+        record.time = time.time()
+        if not (math.isfinite(record.loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(
+                f"the loss of step {record.step} is {record.loss}, with gradient norm {grad_norm} and lr {record.lr}"
+            )
+        if self.gradients is not None:
+            found = self.gradients.figures(sums)
+            record.grad_mean, record.grad_std = found.mean, found.std
+            record.layer_grad_norms = found.layer_norms
+        return record, ended
+
+
+def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedStep:
+    """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given."""
+    config, world, batch = run.config, run.world, run.batch
+    step = run.step + 1
+    lr = lr_at(config.optim, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    indices = train_indices(step, world.rank, batch)
+    waited = time.perf_counter()
+    tokens_BT, targets_BT = run.samples.batch("train", indices)
+    waited = time.perf_counter() - waited
+    run.optimizer.zero_grad(set_to_none=True)
+    loss_sum = forward_and_backward(run, tokens_BT, targets_BT, phase)
+    sums = torch.stack([loss_sum]) if gradients is None else torch.cat([loss_sum[None], gradients.sums()])
+    grad_norm = clip_gradients(run.engine.module, config.optim.grad_clip)
+    run.optimizer.step()
+    run.step = step
+    record = StepRecord(
+        step=step,
+        attempt=run.attempt,
+        loss=math.nan,
+        lr=lr,
+        grad_norm=math.nan,
+        tokens=tokens_BT.numel(),
+        samples=(int(indices[0]), int(indices[-1])),
+        step_time_s=math.nan,
+        data_wait_s=waited,
+    )
+    record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
+    figures = LateFigures(torch.cat([grad_norm.double()[None], world.add_up(sums)]))
+    return QueuedStep(record, gradients, figures, batch.global_batch * config.model.block_size)
+
+
+def forward_and_backward(run: Run, tokens_BT: Tensor, targets_BT: Tensor, phase: Phase) -> Tensor:
+    """Leave the gradients of the mean loss in the parameters; returns this rank's summed loss, () float64."""
+    config, world, batch = run.config, run.world, run.batch
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    for i in range(batch.accumulation):
+        run.pulse.at(run.step, phase)
+        part = slice(i * batch.micro, (i + 1) * batch.micro)
+        with run.engine.backward_pass(last=i == batch.accumulation - 1):
+            loss = summed_loss(run.engine.module, config, tokens_BT[part], targets_BT[part], world)
+            # The engines average over ranks, so a sum over this rank's tokens is scaled to the mean over all tokens.
+            (loss * (batch.ranks / (batch.global_batch * config.model.block_size))).backward()
+        loss_sum += loss.detach()
+    return loss_sum
