@@ -17,15 +17,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from gpt.checkpoint.folders import step_of
 from gpt.checkpoint.manifest import read_manifest
 from gpt.config import Device
 from gpt.data.loader import Samples
+from gpt.data.tokenizer import Tokenizer, tokenizer_of
 from gpt.errors import ConfigError
 from gpt.evaluation import mean_loss
 from gpt.load import find_checkpoint, open_run, read_weights
 from gpt.parallel.world import World, open_world
 from gpt.run import prepare_tokens
+
+READ_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Evaluation:
     sequences: int
     tokens: int
     num_bytes: int
-    """Of the text that was predicted."""
+    """Of the text that was predicted, in UTF-8."""
     loss: float
     """Mean cross-entropy, nats per token."""
     perplexity: float
@@ -71,7 +76,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
     model = read_weights(config, checkpoint, world.device)
     loss = mean_loss(model, config, samples, world, wanted, batch or config.optim.micro_batch)
     num_tokens = wanted * config.model.block_size
-    num_bytes = num_tokens
+    num_bytes = text_bytes(tokenizer_of(folder), samples, wanted)
     return Evaluation(
         run=str(folder.path),
         step=step_of(checkpoint),
@@ -82,6 +87,18 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
         perplexity=math.exp(loss),
         bits_per_byte=loss / math.log(2) * num_tokens / num_bytes,
     )
+
+
+def text_bytes(tokenizer: Tokenizer, samples: Samples, sequences: int) -> int:
+    """Bytes of the text that the targets of the first validation sequences stand for."""
+    sizes, total = tokenizer.token_bytes(), 0
+    for start in range(0, sequences, READ_SEQUENCES):
+        _, targets_BT = samples.batch("val", np.arange(start, min(start + READ_SEQUENCES, sequences)))
+        if sizes is not None:
+            total += int(sizes[targets_BT.numpy()].sum())
+        else:  # it depends on the neighbours, so a whole sequence is turned back into text
+            total += sum(len(tokenizer.decode(targets).encode()) for targets in targets_BT.tolist())
+    return total
 
 
 def report(found: Evaluation) -> str:

@@ -1,0 +1,183 @@
+"""Let a trained model write: ``python -m gpt.generate RUN -p "..."``.
+
+    python -m gpt.generate outputs/quick_test/default -p "def main(" --stream
+    python -m gpt.generate RUN -p "once" -p "twice" --tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7
+
+Owns the command line: prompts to tokens, tokens to text as they come. Only reads the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from gpt.checkpoint.folders import step_of
+from gpt.config import Device, TrainConfig
+from gpt.data.tokenizer import Tokenizer, tokenizer_of
+from gpt.errors import ConfigError
+from gpt.generation import Sampling, generate, generators
+from gpt.load import find_checkpoint, open_run, read_weights
+from gpt.model.gpt import GPT
+from gpt.parallel.engine import autocast
+from gpt.parallel.world import choose_device
+
+UNFINISHED = "\ufffd"
+"""What a tokenizer makes of a character whose last bytes are still to come."""
+
+
+class Text:
+    """The text of one sequence, token by token."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._shown = 0
+        self.ended = False
+        """Whether the model has ended the document."""
+
+    def add(self, token: int) -> None:
+        """Take one more token, and show what has become readable."""
+        if self.ended:
+            return
+        if token == self._tokenizer.eot:
+            self.ended = True
+            return
+        self._ids.append(token)
+        self._show(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
+
+    def close(self) -> None:
+        """Show the rest, finished or not."""
+        self._show(self._tokenizer.decode(self._ids))
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self._ids)
+
+    def _show(self, text: str) -> None:
+        if len(text) > self._shown:
+            self._on_text(text[self._shown :])
+            self._shown = len(text)
+
+
+def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
+    """The tokens of a prompt; an empty one begins a document.
+
+    Raises:
+        ConfigError: the tokenizer does not know its characters, or it is empty and documents have no beginning.
+    """
+    ids = [int(i) for i in tokenizer.encode(prompt)]
+    if not ids and tokenizer.eot is None:
+        raise ConfigError("an empty prompt", "text, since this tokenizer has no token to begin with", '-p "\n"')
+    if len(ids) > block_size:
+        print(f"the prompt has {len(ids)} tokens: the model sees the last {block_size}", file=sys.stderr)
+    return ids or [int(tokenizer.eot or 0)]
+
+
+def batches(prompts: Sequence[list[int]], one_by_one: bool) -> Iterator[list[int]]:
+    """Numbers of the prompts that run together: a batch, and its cache, is of sequences of equal length."""
+    if one_by_one:
+        yield from ([i] for i in range(len(prompts)))
+        return
+    lengths = dict.fromkeys(len(prompt) for prompt in prompts)
+    yield from ([i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths)
+
+
+def write(
+    model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], words: argparse.Namespace
+) -> None:
+    """Continue every prompt and print the texts, as they come or when all are done."""
+    sampling = Sampling(words.temperature, words.top_k, words.top_p)
+    sampling.validate()
+    device = next(model.parameters()).device
+    ids = [encode(tokenizer, prompt, config.model.block_size) for prompt in prompts]
+    draws = generators(words.seed, len(prompts))
+    pieces: list[list[str]] = [[] for _ in prompts]
+    made, started = 0, time.perf_counter()
+    for batch in batches(ids, words.stream):
+        if words.stream:
+            print(heading(batch[0], prompts) + prompts[batch[0]], end="", flush=True)
+        texts = [Text(tokenizer, show if words.stream else pieces[i].append) for i in batch]
+        prompt_BT = torch.tensor([ids[i] for i in batch], device=device)
+        size = min(tokenizer.vocab_size, config.model.vocab_size)
+        with autocast(config, device):
+            steps = generate(
+                model, prompt_BT, words.tokens, size, sampling, [draws[i] for i in batch], not words.no_cache
+            )
+            for next_B in steps:
+                for text, token in zip(texts, next_B.tolist(), strict=True):
+                    text.add(token)
+                if all(text.ended for text in texts):
+                    break
+        for text in texts:
+            text.close()
+            made += text.tokens
+        if words.stream:
+            print()
+    for i, parts in enumerate(pieces if not words.stream else []):
+        print(heading(i, prompts) + prompts[i] + "".join(parts))
+    seconds = time.perf_counter() - started
+    print(f"{made} tokens in {seconds:.2f} s: {made / seconds:.1f} tokens/s on {device}", file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Print a piece of text at once."""
+    print(text, end="", flush=True)
+
+
+def heading(index: int, prompts: Sequence[str]) -> str:
+    """What sets several texts apart."""
+    return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m gpt.generate", description="Let a trained model continue a text.")
+    made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    made.add_argument(
+        "-p", "--prompt", action="append", required=True, help="the beginning; several of them run as batches"
+    )
+    made.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to add (default 100)")
+    made.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
+    made.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (default 1)")
+    made.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    made.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of P together")
+    made.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    made.add_argument("--stream", action="store_true", help="print tokens as they come, one text after another")
+    made.add_argument("--no-cache", action="store_true", help="compute every token again at each step, to compare")
+    made.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
+    made.add_argument("--device", choices=[d.name for d in Device], default="auto")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 where it was refused, 130 after Ctrl-C."""
+    words = parser().parse_args(argv)
+    try:
+        for name in ("tokens", "samples"):
+            if getattr(words, name) < 1:
+                raise ConfigError(f"--{name} {getattr(words, name)}", "1 or more", f"--{name} 1")
+        folder, config = open_run(words.run)
+        tokenizer = tokenizer_of(folder)
+        checkpoint = find_checkpoint(folder, words.step)
+        model = read_weights(config, checkpoint, choose_device(Device[words.device], 0, 1))
+        print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
+        prompts = [prompt for prompt in words.prompt for _ in range(words.samples)]
+        write(model, config, tokenizer, prompts, words)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
