@@ -102,7 +102,8 @@ def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     events = since_submission(folder.read_events())
     ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     lost = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
-    if not lost or not node.restarts:
+    moved = any(e["event"] == "moved" for e in events)  # a preempted run that waited for long: another job goes on
+    if not lost or not (node.restarts or moved):
         return
     told = any(e["event"] == "signalled" and e.get("attempt") == lost[-1] for e in events)
     cause = Cause.preempted if told else Cause.node_failed

@@ -5,7 +5,7 @@ Owns the fields that ``gpt`` does not know. Names are Slurm's for Slurm's things
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import Enum
 from typing import Any, Optional
 
@@ -28,6 +28,22 @@ class ClusterKind(Enum):
     auto = "auto"
     local = "local"
     slurm = "slurm"
+
+
+@dataclass
+class PlacementConfig:
+    """One candidate of ``cluster.placement``. What is null is as ``cluster`` says."""
+
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    constraint: Optional[str] = None
+    gres: Optional[str] = None
+    """Generic resources of each node there; where they name GPUs they stand for gpus_per_node."""
+    gpus_per_node: Optional[int] = None
+    """GPUs of each node there. Ranks stay as many as they are: their number is the run's, not the partition's."""
+    price_per_gpu_hour: Optional[float] = None
+    """What a GPU costs there for an hour, in the site's currency."""
 
 
 @dataclass
@@ -57,6 +73,14 @@ class ClusterConfig:
     """Memory of each node, GB."""
     price_per_gpu_hour: Optional[float] = None
     """What a GPU costs for an hour, in the site's currency."""
+    placement: list[PlacementConfig] = field(default_factory=list)
+    """Where to try, in this order: a point that waits longer than retry_interval_min moves to the next candidate, round
+    and round. What a candidate does not say is as above; with no candidate the run stays where ``cluster`` puts it."""
+    retry_interval_min: float = 30.0
+    """How long a point waits in one place before it moves to the next, minutes, fractions allowed. It loses the
+    priority that its age has earned it there."""
+    give_up_after_min: Optional[float] = None
+    """A point that waits longer than this, minutes, over all places, is taken out of the queue; null: it waits on."""
     comment: Optional[str] = None
     array_parallelism: int = 256
     """Most elements of a job array that run at the same time."""
@@ -75,6 +99,33 @@ class ClusterConfig:
             if getattr(self, key) is not None:
                 least = 0 if key in ("gpus_per_node", "price_per_gpu_hour") else 1
                 require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
+        self.validate_placement()
+
+    def validate_placement(self) -> None:
+        """Raise ConfigError where the candidates, or the times they are tried for, make no sense."""
+        require_positive("cluster.retry_interval_min", self.retry_interval_min)
+        if self.give_up_after_min is not None:
+            require_positive("cluster.give_up_after_min", self.give_up_after_min)
+            if len(self.placement) > 1 and self.give_up_after_min <= self.retry_interval_min:
+                raise ConfigError(
+                    f"cluster.give_up_after_min={self.give_up_after_min:g} and "
+                    f"cluster.retry_interval_min={self.retry_interval_min:g}",
+                    "time for more than the first candidate of cluster.placement",
+                    f"cluster.give_up_after_min={len(self.placement) * self.retry_interval_min:g}",
+                )
+        for index, candidate in enumerate(self.placement):
+            key = f"cluster.placement[{index}]"
+            if candidate.gpus_per_node is not None:
+                require_range(f"{key}.gpus_per_node", candidate.gpus_per_node, 0, float("inf"))
+            if candidate.price_per_gpu_hour is not None:
+                require_range(f"{key}.price_per_gpu_hour", candidate.price_per_gpu_hour, 0, float("inf"))
+            twice = [i for i, other in enumerate(self.placement[:index]) if astuple(other) == astuple(candidate)]
+            if twice:
+                raise ConfigError(
+                    f"{key} is the same as cluster.placement[{twice[0]}]",
+                    "candidates that differ: a move to the same place only loses the wait there",
+                    "cluster.placement='[{partition: A}, {partition: B}]'",
+                )
 
 
 @dataclass
@@ -166,7 +217,9 @@ class LaunchConfig:
     """What the command does after it has submitted."""
 
     detach: bool = MISSING
-    """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only."""
+    """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only.
+
+    Where they may have to be moved (cluster.placement), a process that does it stays behind on this machine."""
 
 
 @dataclass

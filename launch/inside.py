@@ -26,6 +26,7 @@ from launch import agent
 from launch.config import ClusterKind, Config
 from launch.node import Node
 from launch.plan import Plan, make_plan, plan_text
+from launch.submit import record_submitted
 
 
 def value_of(overrides: Sequence[str], key: str) -> str | None:
@@ -81,13 +82,14 @@ def make_run(overrides: Sequence[str]) -> Plan:
     composed = compose_launch(words)
     compose.make_paths_absolute(composed)
     compose.refuse_unknown(composed, Config)
-    plan = make_plan(compose.to_schema(composed, Config), words, ClusterKind.slurm)
+    config = compose.to_schema(composed, Config)
+    config.cluster.placement = []  # the nodes are here already
+    plan = make_plan(config, words, ClusterKind.slurm)
     folder = RunFolder(plan.run_dir)
     compose.write_config(folder, composed, words)
     write_json(folder.plan, plan.as_dict())
-    host, job = os.uname().nodename, os.environ["SLURM_JOB_ID"]
     if "SLURM_RESTART_COUNT" not in os.environ:
-        folder.record_event("submitted", cluster="slurm", job_id=job, host=host, nodes=plan.nodes)
+        record_submitted(plan, os.environ["SLURM_JOB_ID"])
     return plan
 
 

@@ -30,6 +30,12 @@ class Standing:
 
     state: str
     detail: str = ""
+    partition: str = ""
+    """Where it waits."""
+    since: float | None = None
+    """When it began to wait there, Unix seconds; None where nothing can take it out of the queue."""
+    reason: str = ""
+    """Why it waits, in Slurm's word."""
 
 
 class Job(Protocol):
@@ -77,7 +83,10 @@ class SlurmJob:
         if not known.is_waiting:
             return Standing("running", "" if known.state == "RUNNING" else known.state)
         starts = f"starts {known.start}" if known.start else ""
-        return Standing("queued", ", ".join(part for part in (known.reason.replace("None", ""), starts) if part))
+        reason = known.reason.replace("None", "")
+        detail = ", ".join(part for part in (reason, starts) if part)
+        pending = known.state == "PENDING"  # and not, say, waiting for its nodes to boot
+        return Standing("queued", detail, known.partition, known.submitted if pending else None, reason)
 
     def stop(self, state: str) -> None:
         """A job that waits is taken out of the queue; the agents of one that runs turn SIGTERM into a save."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from gpt.data.corpus import Corpus, check_size, describe
 from gpt.errors import ConfigError
 from gpt.interchange.source import check_init_from
 from gpt.parallel.topology import Topology, topology
-from launch.budget import Use, use_of, words
+from launch import placement
+from launch.budget import Use, words
 from launch.config import NOT_IN_POINT, ClusterKind, Config
+from launch.placement import Placement
+from launch.resources import place, worst_case
 
 GIB = 2**30
 
@@ -58,10 +61,12 @@ class Plan:
     """None where the nodes are not said to have GPUs."""
     cost: float | None
     """GPU-hours times cluster.price_per_gpu_hour; None where one of them is not known."""
+    slurm: dict[str, Any]
+    """The resources asked of Slurm, in submitit's words; points with the same ones share a job array."""
+    placement: Placement
+    """Where else the point may go, and when it does; ``slurm`` is what is asked at one of its candidates."""
     command_run_dirs: tuple[str, ...] = ()
     """The run folders of all points of the command, which share its budget."""
-    slurm: dict[str, Any] = field(default_factory=dict)
-    """The resources asked of Slurm, in submitit's words; points with the same ones share a job array."""
 
     @property
     def nodes_asked(self) -> int:
@@ -71,6 +76,23 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, known: dict[str, Any]) -> Plan:
+        """Read back what ``plan.json`` holds."""
+        tuples = {"command_run_dirs": tuple(known["command_run_dirs"])}
+        return cls(**{**known, **tuples, "placement": Placement.from_dict(known["placement"])})
+
+    def at(self, index: int) -> Plan:
+        """The same, submitted to a candidate of its placement."""
+        return replace(self, slurm=self.placement.candidates[index].slurm)
+
+    def placed(self, placement: Placement) -> Plan:
+        """The same with another placement, submitted to its first candidate where the point could run."""
+        assert placement.possible
+        worst = worst_case(placement, self.nodes_asked, self.timeout_min)
+        changed = replace(self, placement=placement, gpu_hours=worst.gpu_hours, cost=worst.cost)
+        return changed.at(placement.possible[0])
 
 
 def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Plan:
@@ -95,7 +117,8 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         refuse_local_spares(config)
         refuse_too_few_gpus(config, local_gpus())
     refuse_too_little_memory(config, needed.total, kind)
-    worst = worst_case(config)
+    placed = place(config)
+    worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
         point=folder.point,
         run_dir=str(folder.path),
@@ -122,7 +145,8 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         node_hours=worst.node_hours,
         gpu_hours=worst.gpu_hours,
         cost=worst.cost,
-        slurm=slurm_resources(config),
+        slurm=placed.candidates[0].slurm,
+        placement=placed,
     )
 
 
@@ -141,13 +165,6 @@ def cut_batch(config: Config, layout: Topology) -> Batch:
             f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
         )
     return cut(config.optim, ranks)
-
-
-def worst_case(config: Config) -> Use:
-    """What one start of the job uses at most: all nodes, to the time limit."""
-    cluster, nodes = config.cluster, config.nodes_asked
-    gpus = None if cluster.gpus_per_node is None else nodes * cluster.gpus_per_node
-    return use_of(cluster.timeout_min / 60, nodes, gpus, cluster.price_per_gpu_hour)
 
 
 def memory_parts(needed: memory.Memory) -> dict[str, int]:
@@ -217,42 +234,6 @@ def available_memory() -> int:
     raise AssertionError("/proc/meminfo has no MemAvailable")
 
 
-def slurm_resources(config: Config) -> dict[str, Any]:
-    """What is asked of Slurm for this point, in the words of submitit's Slurm executor. One task a node: the agent."""
-    cluster = config.cluster
-    # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
-    srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
-    # A node that is lost must not take the others, and with them the spare that would replace it.
-    srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if config.spares else []
-    srun_args += cluster.srun_args
-    asked: dict[str, Any] = {
-        "job_name": config.name,
-        "nodes": config.nodes_asked,
-        "ntasks_per_node": 1,
-        "time": cluster.timeout_min,
-        "signal_delay_s": cluster.signal_delay_s,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "exclude": cluster.exclude,
-        "gres": cluster.gres,
-        "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
-        "mem": f"{round(cluster.mem_gb * 1000)}MB" if cluster.mem_gb else None,
-        "comment": cluster.comment,
-        "array_parallelism": cluster.array_parallelism,
-        "setup": list(cluster.setup) or None,
-        "srun_args": srun_args or None,
-        "additional_parameters": {
-            "requeue" if config.resilience.requeue else "no_requeue": True,
-            **({"no_kill": True} if config.spares else {}),
-            **cluster.additional_parameters,
-        },
-    }
-    return {key: value for key, value in asked.items() if value is not None}
-
-
 def plan_text(plan: Plan) -> str:
     """The plan as a person reads it."""
     mem = plan.memory_bytes
@@ -274,4 +255,5 @@ def plan_text(plan: Plan) -> str:
         f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
         "folder": plan.run_dir,
     }
-    return "\n".join([f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())])
+    lines = [f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())]
+    return "\n".join([*lines, *placement.text(plan.placement)])

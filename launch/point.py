@@ -17,11 +17,12 @@ from gpt.config import TrainConfig
 from gpt.failure import first_failure
 from gpt.metrics.records import recent_records
 from gpt.run_folder import RunFolder
-from launch.jobs import Job, SlurmJob, Waiting, ask_queue, job_of
+from launch.jobs import Job, SlurmJob, Standing, Waiting, ask_queue, job_of
 from launch.plan import Plan
+from launch.requeue import last_command
 from launch.scheduler import RETRIES, JobState, SlurmError
 
-OVER = ("finished", "failed", "stopped", "cancelled", "budget")
+OVER = ("finished", "failed", "stopped", "cancelled", "budget", "gave up")
 ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
 
 
@@ -44,6 +45,8 @@ class Point:
     """queued, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
     """Why it waits, or how Slurm says it ended."""
+    standing: Standing = field(default_factory=lambda: Standing("unknown"))
+    """What Slurm, or this machine, last said of its job."""
     latest: dict[str, Any] = field(default_factory=dict)
     """The newest record of rank 0 since this submission."""
     eta_s: float | None = None
@@ -90,7 +93,7 @@ def find_point(folder: RunFolder) -> Point:
     plan, events = promised(folder), folder.read_events()
     start = Waiting(folder).since()
     if start is None:
-        start = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
+        start = last_command(events)
     point = Point(
         folder,
         nodes=plan.get("nodes"),
@@ -137,17 +140,45 @@ def judge(point: Point, queue: Mapping[str, JobState]) -> None:
     if point.job is None:
         point.state, point.detail = without_job(point)
     else:
-        standing = point.job.standing(queue)
-        over = standing.state == "over"
-        point.state, point.detail = verdict(point) if over else standing.state, standing.detail
+        point.standing = standing = point.job.standing(queue)
+        point.state, point.detail = standing.state, standing.detail
+        if standing.state == "over":
+            known = queue.get(point.job.job_id)
+            out = known is None or known.state == "CANCELLED"
+            point.state, point.detail = without_place(point.events(), out) or (verdict(point), standing.detail)
         if point.state == "budget":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
 
 
+PLACED = ("submitted", "moved", "gave_up", "stayed")
+"""Events that say where a point waits: the last of them holds."""
+
+
+def last_placed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last event that says where the point waits; None where it ran after that."""
+    for event in reversed(events):
+        if event["event"] in PLACED:
+            return event
+        if event["event"] in ("agent_started", "started"):
+            return None
+    return None
+
+
+def without_place(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, str] | None:
+    """State and detail of a point whose launcher took it out of the queue, to put it elsewhere or for good."""
+    last = last_placed(events)
+    if last is not None and last["event"] == "gave_up":
+        return "gave up", str(last["cause"])
+    if last is not None and last["event"] == "moved" and is_out and all(e["event"] != "cancelled" for e in events):
+        return "queued", f"on its way to {last['to']}"
+    return None
+
+
 def adopt_job(point: Point) -> None:
-    """Find the job of a point that some process has submitted."""
+    """Find the job of a point that some process has submitted, or moved."""
     submitted = [e for e in point.events() if e["event"] == "submitted"]
-    if point.job is None and submitted:
+    newer = isinstance(point.job, SlurmJob) and submitted and str(submitted[-1]["job_id"]) != point.job.job_id
+    if submitted and (point.job is None or newer):
         point.job = job_of(submitted[-1])
 
 
@@ -167,7 +198,8 @@ def judge_by_ledger(points: Sequence[Point]) -> None:
     for point in points:
         if isinstance(point.job, SlurmJob):
             ended = ENDED & {e["event"] for e in since_last_start(point.events())}
-            point.state = verdict(point) if ended or point.failure() else "unknown"
+            gave_up = without_place(point.events(), is_out=False)
+            point.state = gave_up[0] if gave_up else verdict(point) if ended or point.failure() else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
 

@@ -82,8 +82,12 @@ def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress
 
 def since_submission(events: Events) -> list[dict[str, Any]]:
     """The events since a person last typed the command: typing it again forgives what went before."""
-    last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
-    return list(events[last:])
+    return list(events[last_command(events) :])
+
+
+def last_command(events: Events) -> int:
+    """Index of the submission that a person last asked for; a move to another partition is none."""
+    return max((i for i, e in enumerate(events) if e["event"] == "submitted" and not e.get("moved")), default=0)
 
 
 def attempts_without_progress(events: Events) -> int:

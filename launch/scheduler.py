@@ -5,6 +5,7 @@ Owns the talk with Slurm other than sbatch, which is submitit's. Must not know w
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -71,6 +72,7 @@ def run_undisturbed(words: Sequence[str], timeout_s: float) -> subprocess.Comple
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # a user's own would not be understood
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -96,6 +98,9 @@ class JobState:
     """Names of its nodes, as Slurm abbreviates them; empty while it has none."""
     start: str = ""
     """When it started, or is expected to; empty where Slurm does not know."""
+    partition: str = ""
+    submitted: float | None = None
+    """When it was submitted, or put back into the queue, in Unix seconds."""
 
     @property
     def is_over(self) -> bool:
@@ -120,17 +125,17 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobS
     roots = sorted({job.split("_")[0] for job in wanted})
     if not roots:
         return {}
-    options = ("--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%N|%S")
+    options = ("--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%N|%S|%P|%V")
     try:
         text = run("squeue", *options, "--jobs", ",".join(roots), retries=retries)
     except SlurmError as error:
         if GONE in str(error).lower():
             return {}
         raise
-    rows = [[word.strip() for word in line.split("|")] for line in text.splitlines() if line.count("|") == 5]
+    rows = [[word.strip() for word in line.split("|")] for line in text.splitlines() if line.count("|") == 7]
     return {
-        job: JobState(state, reason, nodes, "" if start == "N/A" else start)
-        for name, number, state, reason, nodes, start in rows
+        job: JobState(state, reason, nodes, "" if start == "N/A" else start, partition, unix_time(submitted))
+        for name, number, state, reason, nodes, start, partition, submitted in rows
         for job in {name, number} & wanted
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def as_dict(point: Point) -> dict[str, Any]:
         "run_dir": str(point.folder.path),
         "state": point.state,
         "detail": point.detail or None,
+        "partition": point.standing.partition or None,
+        "waiting_s": waiting_s(point),
         "job_id": None if point.job is None else point.job.job_id,
         "nodes": point.nodes,
         "attempt": max(point.attempts(), default=None),
@@ -45,6 +48,12 @@ def as_dict(point: Point) -> dict[str, Any]:
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
     return {key: value for key, value in known.items() if value is not None}
+
+
+def waiting_s(point: Point) -> float | None:
+    """Seconds the point has waited where it is; None where it does not wait, or Slurm does not say."""
+    since = point.standing.since if point.state == "queued" else None
+    return None if since is None else max(0.0, time.time() - since)
 
 
 def cells(known: dict[str, Any]) -> list[str]:
@@ -65,7 +74,10 @@ def cells(known: dict[str, Any]) -> list[str]:
 
 def notes(known: dict[str, Any]) -> list[str]:
     """Why a point waits, how Slurm says it ended, and where it failed."""
-    lines = [f"{known['state']}, {known['detail']}"] if "detail" in known else []
+    where = f" in partition {known['partition']}" if "partition" in known else ""
+    where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""
+    why = f", {known['detail']}" if "detail" in known else ""
+    lines = [f"{known['state']}{where}{why}"] if where or why else []
     failure = known.get("failure")
     if failure is not None:
         step = f" after step {failure['step']}" if failure.get("step") is not None else ""

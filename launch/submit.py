@@ -14,17 +14,20 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
+from gpt.run_folder import RunFolder
 from launch import agent
 from launch.conclude import OWNER
 from launch.jobs import LocalJob, SlurmJob, submitit_folder
+from launch.placement import after
 from launch.plan import Plan
-from launch.scheduler import SlurmError
+from launch.scheduler import BUSY, SlurmBusyError, SlurmError
 
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
 INHERITED_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -50,10 +53,11 @@ def clean_environment() -> Iterator[None]:
 
 
 def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Group plans that ask Slurm for the same resources, in order of first appearance."""
+    """Group plans that ask Slurm for the same resources, there and elsewhere, in order of first appearance."""
     groups: dict[str, list[Plan]] = {}
     for plan in plans:
-        key = json.dumps([str(submitit_folder(plan.run_dir)), plan.slurm], sort_keys=True, default=str)
+        asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement)]
+        key = json.dumps(asked, sort_keys=True, default=str)
         groups.setdefault(key, []).append(plan)
     return list(groups.values())
 
@@ -72,6 +76,7 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
     """Submit plans of one shape: a job array, or a plain job where there is one plan. In the plans' order.
 
     Raises:
+        SlurmBusyError: the controller did not answer.
         SlurmError: sbatch refused.
     """
     executor = submitit.SlurmExecutor(folder=submitit_folder(plans[0].run_dir) / "%j")
@@ -84,8 +89,57 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
                 with executor.batch():
                     jobs = [executor.submit(agent.run, plan.run_dir) for plan in plans]
     except FailedJobError as error:
-        raise SlurmError(f"sbatch: {error}") from error
+        busy = any(word in str(error).lower() for word in BUSY)
+        raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
     return [SlurmJob(job.job_id) for job in jobs]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The jobs of plans of one shape, and the candidate of their placement that took them."""
+
+    candidate: int
+    jobs: list[SlurmJob]
+    refused: dict[int, str]
+    """Candidates that sbatch refused before, and why."""
+
+
+def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submitted:
+    """Submit plans of one shape to a candidate of their placement, or to the next that sbatch does not refuse.
+
+    Raises:
+        SlurmBusyError: the controller did not answer.
+        SlurmError: sbatch refused them everywhere.
+    """
+    placement, refused = plans[0].placement, dict[int, str]()
+    while True:
+        try:
+            return Submitted(candidate, submit_slurm([plan.at(candidate) for plan in plans]), refused)
+        except SlurmBusyError:
+            raise
+        except SlurmError as error:
+            refused[candidate] = refusal_words(error)
+            placement = placement.without(candidate, refused[candidate])
+            following = after(placement, candidate)
+            if following is None and len(refused) == 1:
+                raise
+            if following is None:
+                reasons = (f"\n  {placement.candidates[index].name}: {why}" for index, why in refused.items())
+                raise SlurmError(f"sbatch refuses it at every candidate:{''.join(reasons)}") from error
+            candidate = following
+
+
+def refusal_words(error: SlurmError) -> str:
+    """What sbatch complained of, without what submitit says around it."""
+    lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
+    return lines[-1].removeprefix("sbatch: ") if lines else str(error)
+
+
+def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False) -> None:
+    """Enter a submission into the ledger; ``moved`` where the run waited elsewhere before."""
+    where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
+    place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
+    RunFolder(plan.run_dir).record_event("submitted", **where, **place, **({"moved": True} if moved else {}))
 
 
 def start_local(plan: Plan) -> LocalJob:

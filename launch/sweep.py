@@ -5,6 +5,7 @@ Owns the order of these steps and the exit status. One point is a sweep of one.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from gpt.run_folder import RunFolder, write_json
 from launch import scheduler
 from launch.conclude import failure_text
 from launch.config import ClusterKind, Config
-from launch.plan import Plan, make_plan, plan_text
+from launch.plan import Plan, make_plan
 from launch.worst_case import share_budget, worst_case_text
 
 if TYPE_CHECKING:
@@ -54,10 +55,16 @@ def run_sweep(points: Sequence[Composed]) -> None:
         configs.append(compose.to_schema(composed, Config))
         plans.append(make_plan(configs[-1], overrides, kind))
     refuse_same_folder(plans)
+    if any(plan.cluster == "slurm" and config.cluster.placement for plan, config in zip(plans, configs, strict=True)):
+        from launch.doctor.candidates import settle_placements
+
+        plans = settle_placements(plans, configs, console)
     if points[0][0].launch.detach:
         refuse_local(plans)
     plans = share_budget(plans, configs)
     if points[0][0].dry_run:
+        from launch.dry_run import show_plans
+
         show_plans(plans, configs, console)
         return
     for plan in plans:
@@ -111,27 +118,13 @@ def refuse_running(plan: Plan) -> None:
 
     running = running_job(RunFolder(plan.run_dir).read_events())
     if running is not None:
+        waits = running.endswith("queued") and plan.placement.is_watched
+        move = f"; where its launcher is gone, python -m launch.move {quote(plan.run_dir)} moves it on" if waits else ""
         raise ConfigError(
             f"{plan.run_dir} is being worked on by {running}",
             "one job for a run folder",
-            "wait for it or cancel it; fresh=true makes a new folder",
+            f"wait for it or cancel it; fresh=true makes a new folder{move}",
         )
-
-
-def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
-    """Print the plan of every point and the batch script of every shape."""
-    from launch.submit import sbatch_text, shapes
-
-    for plan in plans:
-        console.print(plan_text(plan), highlight=False, markup=False)
-    console.print(worst_case_text(plans, configs), highlight=False, markup=False)
-    for group in shapes(plans):
-        names = ", ".join(plan.point for plan in group)
-        kind = f"job array of {len(group)}" if len(group) > 1 else "job"
-        here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
-        console.print(f"\nsbatch text of the {kind}{here}: {names}", highlight=False, markup=False)
-        console.print(sbatch_text(group), highlight=False, markup=False)
-    console.print("dry_run=true: nothing was submitted or written", highlight=False)
 
 
 def submit_and_watch(plans: Sequence[Plan], console: Console, *, detach: bool) -> None:
@@ -144,6 +137,7 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, *, detach: bool) -
     write_json(sweep_folder(plans) / "sweep.json", {"points": [plan.point for plan in plans]})
     if detach:
         console.print(follow_up(plans), highlight=False, markup=False)
+        leave_mover(plans, console)
         return
     try:
         watch.watch(points, console)
@@ -162,23 +156,28 @@ def submit(points: Sequence[Point], console: Console) -> None:
     Raises:
         SweepFailedError: sbatch refused. What it had taken before goes on.
     """
-    from launch import watch
     from launch.jobs import Waiting
-    from launch.submit import shapes, submit_slurm
+    from launch.submit import record_submitted, shapes, submit_somewhere
 
     by_folder = {str(point.folder.path): point for point in points}
     for group in shapes([point.plan for point in points if point.plan and point.plan.cluster == "slurm"]):
         try:
-            jobs = submit_slurm(group)
+            done = submit_somewhere(group, group[0].placement.possible[0])
         except scheduler.SlurmError as error:
             ids = ", ".join(point.job.job_id for point in points if point.job is not None)
             rest = f"\nalready submitted, and going on: {ids}" if ids else ""
             raise SweepFailedError(f"{group[0].point}: {error}{rest}", 1) from error
-        for plan, job in zip(group, jobs, strict=True):
+        for plan, job in zip(group, done.jobs, strict=True):
             point = by_folder[plan.run_dir]
             point.job = job
-            watch.record_submitted(point)
-            console.print(f"{point.name}: job {job.job_id}", highlight=False, markup=False)
+            record_submitted(plan, job.job_id, done.candidate)
+            for refused, why in done.refused.items():
+                point.folder.record_event("refused", candidate=refused, cause=why)
+                text = f"{point.name}: {plan.placement.candidates[refused].name} is skipped: {why}"
+                console.print(text, highlight=False, markup=False)
+            place = plan.placement.candidates[done.candidate].name
+            at = f" at {place}" if place else ""
+            console.print(f"{point.name}: job {job.job_id}{at}", highlight=False, markup=False)
     for point in points:
         if point.job is None:
             Waiting(point.folder).enter(point.events_before)
@@ -196,6 +195,24 @@ def follow_up(plans: Sequence[Plan]) -> str:
     commands = [f"status {quote(whole)}", f"logs -f {quote(one)}", f"cancel {quote(whole)}", f"report {quote(sweep)}"]
     lines = [f"  python -m launch.{command}" for command in commands]
     return "\n".join(["the jobs go on without this command; to follow them:", *lines])
+
+
+def leave_mover(plans: Sequence[Plan], console: Console) -> None:
+    """Leave a process behind that moves the points that wait, where there is another place for them."""
+    from launch.move import start_in_background
+
+    watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
+    if not watched:
+        return
+    log = sweep_folder(plans) / ".launch" / "move.log"
+    process = start_in_background(watched, log)
+    whole = plans[0].run_dir if len(plans) == 1 else str(sweep_folder(plans))
+    text = (
+        f"process {process.pid} on {os.uname().nodename} goes on in the background and moves what waits to its next "
+        f"place (log: {log}).\nWithout it, say after a reboot, jobs wait where they are; to have them moved again:\n"
+        f"  nohup python -m launch.move {quote(whole)} &"
+    )
+    console.print(text, highlight=False, markup=False)
 
 
 def report(plans: Sequence[Plan], console: Console) -> None:
@@ -224,6 +241,8 @@ def explain(point: Point) -> str:
         return f"{head}; the first agent's last words ({log}):\n{lines}"
     if point.state == "failed":
         return f"{head}; nothing was recorded in {point.folder.path}"
+    if point.state == "gave up":
+        return f"{head}; the same command submits it again"
     return head
 
 

@@ -1,12 +1,11 @@
 """Shows how submitted points go on, and waits for their end.
 
 Owns the progress bars of a terminal and the plain lines where there is none. Decides nothing but which local point
-starts next.
+starts next; where one on Slurm waits is decided in ``launch.placement``.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 
@@ -15,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from launch.cancel import Stop
 from launch.jobs import SlurmJob, Waiting
+from launch.mover import Mover
 from launch.point import Point, look
 from launch.scheduler import SlurmError
-from launch.submit import start_local
+from launch.submit import record_submitted, start_local
 
 POLL_S = 0.5
 SLURM_POLL_S = 5.0
@@ -110,11 +110,11 @@ def watch(points: Sequence[Point], console: Console) -> None:
 
     A Slurm that does not answer is asked again: its jobs go on without us.
     """
-    display = Display(console, points)
+    display, mover = Display(console, points), Mover(console)
     try:
         while watched := [point for point in points if not point.is_over]:
             start_next_local(watched)
-            display.show_problem(look(watched, retries=1))
+            display.show_problem(look(watched, retries=1) or mover.step(watched))
             for point in watched:
                 display.show(point)
             time.sleep(poll_s(watched))
@@ -140,7 +140,7 @@ def start_next_local(points: Sequence[Point]) -> None:
         assert point.plan is not None
         point.job = start_local(point.plan)
         point.state = "running"
-        record_submitted(point)
+        record_submitted(point.plan, point.job.job_id)
         if is_cancelled(point):  # in the moment of its start
             Stop(point).push()
         return
@@ -149,10 +149,3 @@ def start_next_local(points: Sequence[Point]) -> None:
 def is_cancelled(point: Point) -> bool:
     """Whether somebody has cancelled the point since it was planned."""
     return any(e["event"] == "cancelled" for e in point.events())
-
-
-def record_submitted(point: Point) -> None:
-    """Enter the submission into the ledger."""
-    assert point.plan is not None and point.job is not None
-    where = {"cluster": point.plan.cluster, "job_id": point.job.job_id, "host": os.uname().nodename}
-    point.folder.record_event("submitted", **where, nodes=point.nodes)

@@ -14,6 +14,7 @@ import json
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gpt import compose
 from gpt.compose import CONFIG_ERRORS
 from gpt.errors import ConfigError
 from launch.config import ClusterKind, Config
-from launch.doctor import asked, facts, findings, machine
+from launch.doctor import candidates, facts, findings, machine
 from launch.doctor.facts import Facts, Request
 from launch.doctor.findings import Finding
 from launch.inside import compose_launch
@@ -98,8 +99,7 @@ def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Findin
     groups = shapes([plan for plan, _ in plans.values()])
     requests = facts.requests_of(groups, {path: config for path, (_, config) in plans.items()}, seen)
     if seen.kind is ClusterKind.slurm:
-        for request in requests:
-            of_request += [finding for finding in asked.check_request(seen, request) if finding not in of_request]
+        of_request += candidates.check_requests(seen, requests)
     return machine.check_machine(seen, first, requests, own_addresses(seen.machine.host)), of_request, requests, seen
 
 
@@ -125,6 +125,9 @@ def run_on_cluster(
         expected = "a Slurm cluster that answers, and a run that can be planned"
         raise ConfigError("--on-cluster without a cluster", expected, "python -m launch.doctor, without --on-cluster")
     largest = max(requests, key=lambda request: (request.plan.nodes, request.plan.world_size))
+    settled = candidates.settle(seen, largest)
+    if settled.possible:
+        largest = replace(largest, plan=largest.plan.placed(settled))
     try:
         results = on_cluster.measure(
             largest, Path(seen.output.path), wait_min, lambda line: console.print(line, highlight=False, markup=False)

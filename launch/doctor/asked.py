@@ -75,7 +75,7 @@ def check_partition(limits: Limits, partition: Partition, request: Request, fact
         *resources.check_defaults(limits, partition, request),
     ]
     if not has_errors(complaints):
-        room = f"{request.config.nodes} of {len(eligible(limits, partition, request))} nodes"
+        room = f"{request.config.nodes_asked} of {len(eligible(limits, partition, request))} nodes"
         yield fine("partition", f"{partition.name}: {room} for {request.config.cluster.timeout_min} min")
     yield from complaints
     yield from preemption.check(limits, partition, request)
@@ -150,7 +150,8 @@ def features(request: Request) -> frozenset[str]:
 
 def check_nodes(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
     """The number of nodes: the partition's limits, those there are, and those that work."""
-    asked, there = request.config.nodes, limits.nodes_of(partition)
+    asked, spares, there = request.config.nodes_asked, request.config.spares, limits.nodes_of(partition)
+    words = f"nodes={request.config.nodes}" + (f" and spares={spares}" if spares else "")
     missing = features(request) - frozenset().union(*(node.features for node in there))
     for word in sorted(missing):
         known = sorted(frozenset().union(*(node.features for node in there)))
@@ -162,16 +163,18 @@ def check_nodes(limits: Limits, partition: Partition, request: Request) -> Itera
     most = min(len(left), len(left) if partition.max_nodes is None else partition.max_nodes)
     if asked > most:
         limit = f"MaxNodes is {most}" if most < len(left) else f"it has {most} that fit cluster.exclude and constraint"
-        yield fail("nodes", f"nodes={asked} in partition {partition.name}: {limit}", PENDS, f"nodes={max(1, most)}")
+        fix = f"nodes={max(1, most - spares)}"
+        yield fail("nodes", f"{words} in partition {partition.name}: {limit}", PENDS, fix)
         return
     if asked < partition.min_nodes:
-        found = f"nodes={asked}, and MinNodes of {partition.name} is {partition.min_nodes}"
-        yield fail("nodes", found, PENDS, f"nodes={partition.min_nodes}")
+        found = f"{words}, and MinNodes of {partition.name} is {partition.min_nodes}"
+        yield fail("nodes", found, PENDS, f"nodes={partition.min_nodes - spares}")
     broken = [node for node in left if not node.is_usable]
     if asked > len(left) - len(broken):
         shown = ", ".join(f"{node.name} {'+'.join(sorted(node.states))} {node.reason}".strip() for node in broken[:4])
-        found = f"nodes={asked}, and {len(left) - len(broken)} of {len(left)} in {partition.name} work: {shown}"
-        yield warn("nodes", found, "the job waits until they are back", f"nodes={max(1, len(left) - len(broken))}")
+        found = f"{words}, and {len(left) - len(broken)} of {len(left)} in {partition.name} work: {shown}"
+        fix = f"nodes={max(1, len(left) - len(broken) - spares)}"
+        yield warn("nodes", found, "the job waits until they are back", fix)
 
 
 def check_array(limits: Limits, request: Request) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ def check_asked(
     limits: Limits, partition: Partition, request: Request, nodes: Sequence[NodeLimits]
 ) -> Iterator[Finding]:
     """GPUs, CPUs and memory of each node: more than any node has, or more than enough nodes have."""
-    if len(nodes) < request.config.nodes:
+    if len(nodes) < request.config.nodes_asked:
         return  # said already
     fits: list[Callable[[NodeLimits], bool]] = []
     for key, asked, have in wants(limits, partition, request):
@@ -29,9 +29,9 @@ def check_asked(
         else:
             fits.append(lambda node, have=have, asked=asked: have(node) >= asked)  # type: ignore[misc]
     enough = [node for node in nodes if all(fit(node) for fit in fits)]
-    if len(enough) < request.config.nodes:
+    if len(enough) < request.config.nodes_asked:
         found = f"nodes={request.config.nodes}, and {len(enough)} of {partition.name} have all that is asked of each"
-        yield fail("resources", found, PENDS, f"nodes={max(1, len(enough))}")
+        yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - request.config.spares)}")
 
 
 Want = tuple[tuple[str, str, str, str], float, Callable[[NodeLimits], float]]

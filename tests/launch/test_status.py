@@ -154,9 +154,9 @@ def test_slurms_words_are_put_into_ours() -> None:
 
     assert standing("RUNNING") == Standing("running")
     assert standing("COMPLETING") == Standing("running", "COMPLETING")
-    assert standing("PENDING", "Resources") == Standing("queued", "Resources")
+    assert standing("PENDING", "Resources") == Standing("queued", "Resources", reason="Resources")
     assert standing("PENDING", "Priority", "2026-01-02T03:04:05") == Standing(
-        "queued", "Priority, starts 2026-01-02T03:04:05"
+        "queued", "Priority, starts 2026-01-02T03:04:05", reason="Priority"
     )
     assert standing("REQUEUED") == Standing("queued")
     assert standing("COMPLETED") == Standing("over")

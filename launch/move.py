@@ -1,0 +1,83 @@
+"""``python -m launch.move PATH...``: move runs that wait for too long to the next candidate of their placement.
+
+Owns the command, and leaving it behind for runs that go on without their launcher. The moves are ``launch.mover``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from gpt.errors import ConfigError
+from gpt.run_folder import RunFolder
+from launch.mover import Mover, is_watched, promised
+from launch.point import Point, find_point, look
+from launch.runs import find_runs
+
+POLL_S = 1.0
+LONGEST_POLL_S = 60.0
+
+
+def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[bytes]:
+    """Start ``python -m launch.move`` for runs that go on without their launcher; closing the terminal leaves it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", "launch.move", *map(str, folders)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def move(folders: Sequence[RunFolder], console: Console) -> None:
+    """Move what waits until all runs are over."""
+    points = [point for folder in folders if is_watched(point := find_point(folder))]
+    mover, said = Mover(console), False
+    while True:
+        problem = look(points, retries=1)
+        points = [point for point in points if not point.is_over]
+        if not points:
+            console.print("nothing waits any more", highlight=False)
+            return
+        problem = problem or mover.step(points)
+        if problem is not None and not said:
+            console.print(f"{problem}\nasking again until Slurm answers", highlight=False, markup=False)
+        said = problem is not None
+        time.sleep(poll_s(points))
+
+
+def poll_s(points: Sequence[Point]) -> float:
+    """Seconds between two looks: a fraction of the shortest patience."""
+    shortest = min((plan.placement.retry_interval_min for point in points if (plan := promised(point))), default=1.0)
+    return min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 the runs are over, 2 there is no such run, 130 stopped by Ctrl-C: they stay where they are."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.move",
+        description="Move runs that wait to the next candidate of their cluster.placement, until they are over. "
+        "python -m launch does so itself while it watches; with launch.detach=true it leaves this command behind.",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
+    words = parser.parse_args(arguments)
+    try:
+        move(find_runs(words.paths), Console(soft_wrap=True))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Placement: the order of the candidates, when a point moves or gives up, and where it could never run."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.errors import ConfigError
+from gpt.run_folder import RunFolder, write_json
+from launch import placement
+from launch.doctor import candidates
+from launch.dry_run import elsewhere
+from launch.jobs import SlurmJob, Standing
+from launch.mover import Pending, claim, is_current, promised
+from launch.placement import Candidate, Placement, decide, waiting_since
+from launch.plan import Plan, plan_text
+from launch.point import Point, find_point, judge
+from launch.scheduler import JobState
+from launch.submit import record_submitted, shapes
+from tests.commands import run
+from tests.launch.doctor_facts import FACTS, request
+from tests.launch.test_dry_run import plan
+
+
+def placed(never: list[bool], interval: float = 30, give_up: float | None = None) -> Placement:
+    return Placement(
+        tuple(Candidate(f"p{i}", {"partition": f"p{i}"}, never="no" if no else "") for i, no in enumerate(never)),
+        interval,
+        give_up,
+    )
+
+
+@given(
+    never=st.lists(st.booleans(), min_size=1, max_size=5).filter(lambda flags: not all(flags)),
+    interval=st.integers(1, 20),
+    patience=st.none() | st.integers(1, 100),
+    tick=st.integers(1, 7),
+)
+def test_a_point_that_never_starts_goes_round_and_round(
+    never: list[bool], interval: int, patience: int | None, tick: int
+) -> None:
+    """Minute by minute, against a plain cycle over the possible candidates."""
+    possible = [index for index, no in enumerate(never) if not no]
+    here, since, visits, gave_up = possible[0], 0, [(possible[0], 0)], None
+    for minute in range(0, 130, tick):
+        step = decide(placed(never, interval, patience), here, 60 * (minute - since), 60 * minute)
+        if step.give_up:
+            gave_up = minute
+            break
+        if step.move_to is not None:
+            here, since = step.move_to, minute
+            visits.append((here, minute))
+    assert [index for index, _ in visits] == list(itertools.islice(itertools.cycle(possible), len(visits)))
+    stays = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(visits)]
+    assert all(interval <= stay < interval + tick for stay in stays)
+    if len(possible) > 1 and patience is None:
+        assert len(visits) > (130 - tick) // (interval + tick)
+    first_look = None if patience is None else -(-patience // tick) * tick
+    assert gave_up == (first_look if first_look is not None and first_look < 130 else None)
+
+
+def ledger(*words: str) -> list[dict[str, Any]]:
+    """Events by name; ``submitted+`` is a move's, and each ``moved`` says that the wait began at 100."""
+    made: list[dict[str, Any]] = []
+    for number, word in enumerate(words):
+        event: dict[str, Any] = {"event": word.rstrip("+"), "cause": "x"}
+        if event["event"] == "submitted":
+            event |= {"cluster": "slurm", "job_id": str(number), "candidate": 0, "host": "h"}
+            event |= {"moved": True} if word.endswith("+") else {}
+        elif word == "moved":
+            event |= {"waiting_since": 100.0, "to": "p1", "candidate": 1}
+        elif word in ("started", "attempt_ended"):
+            event |= {"attempt": 1, "from_step": 0}
+        made.append(event)
+    return made
+
+
+WAITS = [
+    (["submitted"], 500.0),
+    (["submitted", "moved", "submitted+"], 100.0),
+    (["submitted", "moved", "submitted+", "refused", "moved", "stayed"], 100.0),
+    (["submitted", "started", "requeued"], 500.0),
+    (["submitted", "moved", "submitted+", "started", "requeued"], 500.0),
+    (["submitted", "started", "requeued", "moved", "submitted+"], 100.0),
+]
+
+
+@pytest.mark.parametrize(("words", "since"), WAITS, ids=[" ".join(words) for words, _ in WAITS])
+def test_a_wait_begins_anew_only_after_the_point_has_run(words: list[str], since: float) -> None:
+    assert waiting_since(ledger(*words), 500.0) == since
+
+
+OUT, RUNS = JobState("CANCELLED", "None"), JobState("RUNNING", "None")
+STATES = [
+    (["submitted", "moved"], OUT, ("queued", "on its way to p1")),
+    (["submitted", "moved"], None, ("queued", "on its way to p1")),
+    (["submitted", "moved", "stayed"], OUT, ("failed", "CANCELLED")),
+    (["submitted", "moved", "cancelled"], OUT, ("cancelled", "CANCELLED")),
+    (["submitted", "moved", "started", "finished"], None, ("finished", "")),
+    (["submitted", "moved", "submitted+"], RUNS, ("running", "")),
+    (["submitted", "gave_up"], OUT, ("gave up", "x")),
+    (["submitted", "gave_up", "started"], RUNS, ("running", "")),
+    (["submitted", "gave_up", "submitted"], RUNS, ("running", "")),
+]
+
+
+@pytest.mark.parametrize(("words", "job", "state"), STATES, ids=[" ".join([*w, str(s[0])]) for w, _, s in STATES])
+def test_a_move_is_no_cancel(words: list[str], job: JobState | None, state: tuple[str, str], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for event in ledger(*words):
+        folder.record_event(**event)
+    point = find_point(folder)
+    last = max(number for number, word in enumerate(words) if word.startswith("submitted"))
+    assert isinstance(point.job, SlurmJob) and point.job.job_id == str(last)
+    judge(point, {} if job is None else {str(last): job})
+    assert (point.state, point.detail) == state
+
+
+def test_the_attempts_of_a_moved_run_are_no_history(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for event in ledger("submitted", "started", "attempt_ended", "requeued", "moved", "submitted+"):
+        folder.record_event(**event)
+    folder.create_attempt()
+    assert find_point(folder).attempts() == [1]
+
+
+@pytest.mark.parametrize("reason", ["JobHeldUser", "Dependency", "JobArrayTaskLimit", "BeginTime"])
+def test_what_the_user_waits_for_on_purpose_does_not_count(reason: str) -> None:
+    assert not placement.counts(reason)
+
+
+@pytest.mark.parametrize("reason", ["", "Resources", "Priority", "PartitionTimeLimit", "ReqNodeNotAvail, May be down"])
+def test_every_other_reason_counts(reason: str) -> None:
+    assert placement.counts(reason)
+
+
+LISTED = (
+    "cluster.placement=[{partition: short}, {partition: low, price_per_gpu_hour: 1.5}, {gres: 'gpu:a100:4', qos: b}]"
+)
+
+
+def test_a_candidate_overrides_what_the_cluster_says() -> None:
+    made = plan("nodes=2", "cluster.gpus_per_node=2", "cluster.qos=a", "cluster.price_per_gpu_hour=1", LISTED)
+    asked = [
+        {key: candidate.slurm.get(key) for key in ("partition", "qos", "gpus_per_node", "gres")}
+        for candidate in made.placement.candidates
+    ]
+    assert asked == [
+        {"partition": "short", "qos": "a", "gpus_per_node": 2, "gres": None},
+        {"partition": "low", "qos": "a", "gpus_per_node": 2, "gres": None},
+        {"partition": None, "qos": "b", "gpus_per_node": None, "gres": "gpu:a100:4"},
+    ]
+    assert [(c.gpus, c.price_per_gpu_hour) for c in made.placement.candidates] == [(4, 1), (4, 1.5), (8, 1)]
+    assert (made.world_size, made.gpu_hours, made.cost) == (4, 8, 8), "the ranks are the run's; the worst place counts"
+    assert Plan.from_dict(made.as_dict()) == made
+
+
+def test_without_a_list_there_is_one_candidate_that_nobody_watches() -> None:
+    made = plan("cluster.partition=low")
+    (only,) = made.placement.candidates
+    assert only.slurm == made.slurm and only.name == "" and not made.placement.is_watched
+    assert "placement" not in plan_text(made) and list(elsewhere([made])) == []
+    assert plan("cluster.give_up_after_min=5").placement.is_watched
+
+
+def test_the_ledger_knows_where_a_job_went_and_what_it_costs() -> None:
+    made = plan("nodes=2", "cluster.gpus_per_node=4", "run_dir=run", LISTED)
+    record_submitted(made, "7", 1, moved=True)
+    (event,) = RunFolder("run").read_events()
+    known = {"placement": "partition=low", "partition": "low", "gpus": 8, "price_per_gpu_hour": 1.5}
+    assert event == event | known | {"job_id": "7", "nodes": 2, "candidate": 1, "moved": True}
+
+
+def test_the_dry_run_shows_every_candidate() -> None:
+    text = run(
+        "launch", "cluster=slurm", "dry_run=true", "cluster.give_up_after_min=90", LISTED, cwd=Path.cwd(), PATH=""
+    )
+    assert "1. partition=short" in text and "2. partition=low, 1.5 per GPU-hour" in text
+    assert "to the next after 30 min in the queue, round and round; given up after 90 min" in text
+    assert "at partition=low it differs in:\n- #SBATCH --partition=short\n+ #SBATCH --partition=low" in text
+    assert "no candidate was looked at" in text
+
+
+IMPOSSIBLE = [
+    ("{partition: short}", ["cluster.timeout_min=60"], "MaxTime of short is 30 min"),
+    ("{partition: short}", ["cluster.timeout_min=20", "nodes=3"], "MaxNodes is 2"),
+    (
+        "{partition: short}",
+        ["cluster.timeout_min=20", "nodes=2", "spares=1"],
+        "nodes=2 and spares=1 in partition short",
+    ),
+    ("{partition: lowest}", [], "cluster.partition=lowest, and there are low, short"),
+    ("{partition: closed}", [], "partition closed is DOWN"),
+    ("{partition: physics}", [], "takes account phys, chem only"),
+    ("{partition: physics, account: phis}", [], "cluster.account=phis"),
+    ("{constraint: slow}", [], "no node of low has slow"),
+    ("{gres: 'gpu:h100:1'}", [], "the best node of low has 0 of gpu"),
+    ("{gpus_per_node: 8}", ["ranks_per_node=2"], "the best node of low has 4 GPUs"),
+    ("{gpus_per_node: 1}", ["ranks_per_node=2"], "ranks_per_node=2 on nodes with cluster.gpus_per_node=1"),
+]
+
+
+@pytest.mark.parametrize(("candidate", "words", "why"), IMPOSSIBLE, ids=[why for _, _, why in IMPOSSIBLE])
+def test_a_candidate_that_could_never_run_is_skipped_with_the_reason(
+    candidate: str, words: list[str], why: str
+) -> None:
+    asking = request("cluster.timeout_min=60", *words, f"cluster.placement=[{candidate}, {{partition: low}}]")
+    settled = candidates.settle(FACTS, asking)
+    assert settled.possible == [1] and why in settled.candidates[0].never
+    assert asking.plan.placed(settled).slurm["partition"] == "low"
+    candidates.refuse_impossible("p", settled)
+    with pytest.raises(ConfigError) as refused:
+        candidates.refuse_impossible("p", settled.without(1, "too small"))
+    assert why in refused.value.found and "partition=low: too small" in refused.value.found
+
+
+def test_the_doctor_looks_at_every_candidate() -> None:
+    listed = request("cluster.timeout_min=60", "cluster.placement=[{partition: short}, {partition: low}]")
+    found = [f"{finding.level.value} {finding.found}" for finding in candidates.check_requests(FACTS, [listed])]
+    assert "warning at partition=short: cluster.timeout_min=60, and MaxTime of short is 30 min" in found
+    only = request("cluster.timeout_min=60", "cluster.placement=[{partition: short}]")
+    found = [f"{finding.level.value} {finding.found}" for finding in candidates.check_requests(FACTS, [only])]
+    assert "error at partition=short: cluster.timeout_min=60, and MaxTime of short is 30 min" in found
+
+
+REFUSED = [
+    (["cluster.retry_interval_min=0"], "cluster.retry_interval_min=0"),
+    (["cluster.give_up_after_min=0"], "cluster.give_up_after_min=0"),
+    ([LISTED, "cluster.give_up_after_min=20"], "cluster.give_up_after_min=20 and cluster.retry_interval_min=30"),
+    (["cluster.placement=[{qos: a}, {}, {qos: a}]"], "cluster.placement[2] is the same as cluster.placement[0]"),
+    (["cluster.placement=[{}, {price_per_gpu_hour: -1}]"], "cluster.placement[1].price_per_gpu_hour=-1"),
+    (["cluster.placement=[{gpus_per_node: -1}]"], "cluster.placement[0].gpus_per_node=-1"),
+    (["cluster.price_per_gpu_hour=-1"], "cluster.price_per_gpu_hour=-1"),
+]
+
+
+@pytest.mark.parametrize(("words", "found"), REFUSED, ids=[found for _, found in REFUSED])
+def test_candidates_that_make_no_sense_are_refused(words: list[str], found: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(*words)
+    assert found in refused.value.found
+
+
+def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhile(tmp_path: Path) -> None:
+    made = plan(f"run_dir={tmp_path}", LISTED)
+    folder = RunFolder(tmp_path)
+    write_json(folder.plan, made.as_dict())
+    record_submitted(made, "7")
+    point = find_point(folder)
+    assert promised(point) == made
+    waiting = Pending(point, made, 0, 0.0, 0.0)
+    assert is_current(waiting)
+    ask = f"from launch.mover import *\nwith claim(RunFolder({str(tmp_path)!r})) as ours: print(ours)"
+    with claim(folder) as ours:
+        assert ours
+        assert subprocess.check_output([sys.executable, "-c", ask], text=True) == "False\n"
+    assert subprocess.check_output([sys.executable, "-c", ask], text=True) == "True\n"
+    folder.record_event("refused", candidate=1, cause="no such account")
+    after = promised(point)
+    assert after is not None and after.placement.possible == [0, 2]
+    record_submitted(made, "8", 1, moved=True)
+    assert not is_current(waiting), "another process has moved it"
+    point = find_point(folder)
+    assert point.job is not None and point.job.job_id == "8" and is_current(Pending(point, made, 1, 0.0, 0.0))
+    folder.record_event("cancelled", job_id="8")
+    assert not is_current(Pending(point, made, 1, 0.0, 0.0))
+
+
+def test_a_moved_run_keeps_away_from_hosts_that_failed_in_it(tmp_path: Path) -> None:
+    made = plan(f"run_dir={tmp_path}", "cluster.exclude=n9", LISTED)
+    folder = RunFolder(tmp_path)
+    write_json(folder.plan, made.as_dict())
+    record_submitted(made, "7")
+    folder.record_event("excluded", hosts=["n1", "n2"])
+    seen = promised(find_point(folder))
+    assert seen is not None and seen.at(1).slurm == made.at(1).slurm | {"exclude": "n9,n1,n2"}
+
+
+def test_points_with_other_candidates_are_no_array() -> None:
+    one, other = (
+        plan("seed=1", "cluster.placement=[{qos: a}]"),
+        plan("seed=2", "cluster.placement=[{qos: a}, {qos: b}]"),
+    )
+    assert one.slurm == other.slurm and len(shapes([one, other])) == 2
+    assert Point(RunFolder("x")).standing == Standing("unknown")
