@@ -25,6 +25,7 @@ from launch.conclude import (
     conclude_without_nodes,
     ending,
     leave_before_the_start,
+    refuse_replaced,
     refuse_without_budget,
     settle_lost_attempts,
     stand_in_for_the_first,
@@ -81,6 +82,8 @@ def take_part(folder: RunFolder, node: Node, config: Config, crew: Crew, stop: S
 
     for number in itertools.count():
         stop.interruptible = True
+        if node.is_first:
+            refuse_replaced(folder, node)
         avoid = unreliable_hosts(folder.read_events()) if node.is_first else ()
         start = crew.next_start(number, avoid)
         if start is None:

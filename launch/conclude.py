@@ -138,6 +138,7 @@ def conclude(
     Raises:
         RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
     """
+    refuse_replaced(folder, node)
     failure = None
     cause = ended
     if ended is Cause.cancelled:
@@ -148,6 +149,16 @@ def conclude(
         cause = cause_of_crash(folder, crew, start, failure)
     text = lost_text(crew.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
     return carry_out(folder, node, config, start.attempt, cause, text, signal=stop.name or None, crew=crew)
+
+
+def refuse_replaced(folder: RunFolder, node: Node) -> None:
+    """Raise RunFailedError where Slurm has started the job elsewhere while this node was cut off from it.
+
+    Two agents that both think the run theirs would start it again and again under each other's hands.
+    """
+    starts = [e["job"] for e in folder.read_events() if e["event"] == "agent_started"]
+    if starts and starts[-1] != node.job:
+        raise RunFailedError(f"{starts[-1]} works on this run now; {node.job} was left over")
 
 
 def cause_of_crash(folder: RunFolder, crew: Crew, start: Start, failure: dict[str, Any] | None) -> Cause:

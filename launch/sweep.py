@@ -233,7 +233,9 @@ def explain(point: Point) -> str:
     failure = point.failure() if point.state == "failed" else None
     head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")
     if failure is not None:
-        return f"{head}: {failure_text(failure)}"
+        decided = [e["reason"] for e in point.events() if e["event"] == "decided" and e["action"] == "stop"]
+        last = f"\nnot started again: {decided[-1]}" if decided else ""
+        return f"{head}: {failure_text(failure)}{last}"
     logs = agent_logs(point.folder.path, point.job.job_id, 0)[::-1] if point.job is not None else []
     log = next((log for log in logs if log.is_file() and log.stat().st_size), None)
     if log is not None and point.state == "failed":
