@@ -32,6 +32,7 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.eot is not None:
         about["eos_token"] = token_named(content, tokenizer.eot)

@@ -48,6 +48,7 @@ def test_the_tokenizer_goes_with_it(trained: Path, tmp_path: Path) -> None:
     text = "def f(x):\n\treturn 'naïve — 水'  # \x00\x7f"
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
+    assert set(tokenizer(text)) == {"input_ids", "attention_mask"}
     assert tokenizer.model_max_length == 32
 
 
