@@ -24,7 +24,7 @@ from gpt.run_folder import RunFolder, point_name, write_atomically
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
-NOT_IN_POINT = ("output_dir", "name", "run_dir", "fresh", *WATCHING)
+NOT_IN_POINT = ("output_dir", "name", "run_dir", "fresh", "strict", *WATCHING)
 """Keys that say where a run's files go or how it is watched, not what it computes."""
 
 Schema = TypeVar("Schema", bound=TrainConfig)
@@ -133,7 +133,7 @@ def glob_escape(name: str) -> str:
 
 
 EXECUTION = ("parallel", "device", "compile", "compile_dynamic", "recompute", "deterministic")
-RESUMABLE = ("output_dir", "name", "run_dir", "fresh", *WATCHING, "checkpoint", "eval", *EXECUTION)
+RESUMABLE = ("output_dir", "name", "run_dir", "fresh", "strict", *WATCHING, "checkpoint", "eval", *EXECUTION)
 """What may change between the attempts of one run: it does not change what is learned."""
 
 

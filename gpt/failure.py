@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
+from gpt.errors import ConfigError
 from gpt.run_folder import RunFolder
 
 ECHO = re.compile(
@@ -22,7 +23,8 @@ ECHO = re.compile(
 
 def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
     """Write the failure of this rank into the ledger, traceback included."""
-    trace = "".join(traceback.format_exception(error))
+    # A refusal says it all by itself.
+    trace = "" if isinstance(error, ConfigError) else "".join(traceback.format_exception(error))
     enter_failure(folder, attempt, rank, cause=f"{type(error).__name__}: {error}", trace=trace, step=step)
 
 

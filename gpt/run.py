@@ -24,11 +24,12 @@ from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
 from gpt.batch import Batch
 from gpt.checkpoint import CheckpointStore
+from gpt.code import changed_since, code_state, describe_code, refuse_change
 from gpt.config import TrainConfig
 from gpt.data.corpus import check_size, describe, prepare
 from gpt.data.loader import Samples
 from gpt.data.token_file import TokenFile
-from gpt.metrics.environment import code_state, describe_rank, software
+from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.panel import show
 from gpt.parallel.engine import Engine
 from gpt.parallel.topology import topology
@@ -115,6 +116,23 @@ def open_attempt(folder: RunFolder, world: World) -> int:
     return int(given) if given else world.on_first(folder.create_attempt)
 
 
+def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
+    """Warn where this attempt does not run what the one before it ran.
+
+    Raises:
+        ConfigError: it does not, and ``strict`` forbids that.
+    """
+    now = {"code": describe_code(), "git": code_state(), "software": software()}
+    changed = changed_since(folder, now, attempt)
+    if changed is None:
+        return
+    since, what = changed
+    folder.record_event("code_changed", attempt=attempt, since=since, cause=what)
+    if strict:
+        refuse_change(folder, since, what)
+    print(f"warning: changed since attempt {since}: {what} (strict=true refuses that)", flush=True)
+
+
 def describe_attempt(run: Run) -> None:
     """Write ``environment.json`` of this attempt and the ledger's ``started``, and show the start-up panel."""
     ranks = run.world.gather(describe_rank(run.world))
@@ -130,6 +148,7 @@ def describe_attempt(run: Run) -> None:
         "peak_flops_per_s": peak_flops(ranks[0]["device_name"], run.config.precision),
         "software": software(),
         "git": code_state(),
+        "code": describe_code(),
         "reproducibility": {"seed": run.config.seed, **reproducibility.state()},
     }
     layout = topology(run.config.parallel, run.world.size)

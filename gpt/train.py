@@ -42,7 +42,16 @@ from gpt.pulse import Phase, Pulse
 from gpt.reproducibility import fix_hash_seed, seed_all, set_determinism
 from gpt.requests import Requests
 from gpt.resume import load, save
-from gpt.run import Request, Run, agree_on_folder, describe_attempt, open_attempt, parse_request, prepare_tokens
+from gpt.run import (
+    Request,
+    Run,
+    agree_on_folder,
+    describe_attempt,
+    look_for_changes,
+    open_attempt,
+    parse_request,
+    prepare_tokens,
+)
 from gpt.run_folder import RunFolder
 from gpt.step import QueuedStep, queue_step
 
@@ -146,6 +155,7 @@ def run_ranks(request: Request, stop: StopFlag) -> str:
         pulse = Pulse.from_env(world.rank)
         run: Run | None = None
         try:
+            world.on_first(lambda: look_for_changes(folder, attempt, config.strict))
             run = build(config, folder, world, attempt, pulse)
             describe_attempt(run)
             if run.step >= config.optim.max_steps:

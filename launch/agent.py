@@ -35,6 +35,7 @@ from launch.config import Config
 from launch.meter import Meter
 from launch.node import Node
 from launch.requeue import Action, Cause
+from launch.snapshot import refuse_other_code
 
 if TYPE_CHECKING:
     from launch.crew import Crew
@@ -48,6 +49,7 @@ def run(run_dir: str) -> None:
     Raises:
         RunFailedError: the run failed and does not start again.
     """
+    refuse_other_code()
     stop = StopRequest()
     stop.install()
     folder = RunFolder(run_dir)

@@ -18,7 +18,17 @@ from gpt.errors import ConfigError
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
-NOT_IN_POINT = (*TRAIN_NOT_IN_POINT, "spares", "cluster", "resilience", "budget", "launch", "dry_run", "hydra")
+NOT_IN_POINT = (
+    *TRAIN_NOT_IN_POINT,
+    "spares",
+    "cluster",
+    "resilience",
+    "budget",
+    "launch",
+    "dry_run",
+    "snapshot",
+    "hydra",
+)
 """Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
 
 
@@ -234,6 +244,8 @@ class Config(TrainConfig):
     """Slurm only: nodes asked for beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
     dry_run: bool = False
     """Print the plan and the sbatch text, and submit nothing."""
+    snapshot: bool = False
+    """Run from a copy of the code taken at submission, however the checkout changes while the job waits."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)

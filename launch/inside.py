@@ -83,6 +83,7 @@ def make_run(overrides: Sequence[str]) -> Plan:
     compose.make_paths_absolute(composed)
     compose.refuse_unknown(composed, Config)
     config = compose.to_schema(composed, Config)
+    refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
     plan = make_plan(config, words, ClusterKind.slurm)
     folder = RunFolder(plan.run_dir)
@@ -93,6 +94,16 @@ def make_run(overrides: Sequence[str]) -> Plan:
     return plan
 
 
+def refuse_snapshot(config: Config) -> None:
+    """Raise ConfigError where a copy of the code is wanted: the time to take it, the submission, is over."""
+    if config.snapshot:
+        raise ConfigError(
+            "snapshot=true inside a job",
+            "python -m launch, which takes the copy when it submits; a job runs what lies there when it starts",
+            "python -m launch ... snapshot=true, or strict=true to refuse code that has changed between attempts",
+        )
+
+
 def run_task(composed: DictConfig) -> None:
     """Take part in a run as a task of a stock launcher's job: one task is one node's agent.
 
@@ -101,6 +112,7 @@ def run_task(composed: DictConfig) -> None:
     """
     compose.make_paths_absolute(composed)
     config = compose.to_schema(composed, Config)
+    refuse_snapshot(config)
     node = Node.from_env(None)
     asked = config.nodes_asked
     if node.count != asked:

@@ -20,7 +20,7 @@ from gpt.data.corpus import Corpus, check_size, describe
 from gpt.errors import ConfigError
 from gpt.interchange.source import check_init_from
 from gpt.parallel.topology import Topology, topology
-from launch import placement
+from launch import placement, snapshot
 from launch.budget import Use, words
 from launch.config import NOT_IN_POINT, ClusterKind, Config
 from launch.placement import Placement
@@ -67,6 +67,10 @@ class Plan:
     """Where else the point may go, and when it does; ``slurm`` is what is asked at one of its candidates."""
     command_run_dirs: tuple[str, ...] = ()
     """The run folders of all points of the command, which share its budget."""
+    code: str | None = None
+    """The copy of the code that the job runs from; None where it runs from where it was submitted."""
+    warnings: tuple[str, ...] = ()
+    """What may go wrong, as far as earlier attempts tell."""
 
     @property
     def nodes_asked(self) -> int:
@@ -80,7 +84,7 @@ class Plan:
     @classmethod
     def from_dict(cls, known: dict[str, Any]) -> Plan:
         """Read back what ``plan.json`` holds."""
-        tuples = {"command_run_dirs": tuple(known["command_run_dirs"])}
+        tuples = {key: tuple(known[key]) for key in ("command_run_dirs", "warnings")}
         return cls(**{**known, **tuples, "placement": Placement.from_dict(known["placement"])})
 
     def at(self, index: int) -> Plan:
@@ -117,7 +121,8 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         refuse_local_spares(config)
         refuse_too_few_gpus(config, local_gpus())
     refuse_too_little_memory(config, needed.total, kind)
-    placed = place(config)
+    code = snapshot.place(folder.path) if config.snapshot else None
+    placed = place(config, code)
     worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
         point=folder.point,
@@ -147,6 +152,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         cost=worst.cost,
         slurm=placed.candidates[0].slurm,
         placement=placed,
+        code=None if code is None else str(code),
     )
 
 
@@ -255,5 +261,7 @@ def plan_text(plan: Plan) -> str:
         f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
         "folder": plan.run_dir,
     }
+    rows |= {"code": plan.code} if plan.code else {}
     lines = [f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())]
+    lines += [f"  {'warning':<11} {warning}" for warning in plan.warnings]
     return "\n".join([*lines, *placement.text(plan.placement)])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from gpt.errors import ConfigError
 from launch.config import RestartLimits
 from launch.scheduler import JobDetails
 
@@ -33,6 +34,8 @@ class Cause(StrEnum):
     out_of_memory = "out_of_memory"
     crashed = "crashed"
     hung = "hung"
+    refused = "refused"
+    """By the ranks, before the first step: what was asked for cannot work, and would be refused again."""
 
 
 class Action(StrEnum):
@@ -69,6 +72,8 @@ def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress
     """
     if cause in WANTED:
         return Decision(Action.stop, str(cause))
+    if cause is Cause.refused:
+        return Decision(Action.stop, "it would be refused again")
     stuck = attempts_without_progress(events)
     if stuck >= without_progress:
         return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
@@ -130,6 +135,8 @@ def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: 
 def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
     """The cause behind the first failure of an attempt, from what the rank or its agent wrote into the ledger."""
     text = str(failure.get("cause", "")) if failure else ""
+    if text.startswith(f"{ConfigError.__name__}: "):
+        return Cause.refused
     if "OutOfMemoryError" in text or "MemoryError" in text or "out of memory" in text.lower():
         return Cause.out_of_memory
     if failure is not None and failure.get("hung"):

@@ -5,25 +5,29 @@ Owns the translation from our keys to submitit's. Pure functions of the config; 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from launch import placement
+from launch import placement, snapshot
 from launch.budget import Use, use_of
 from launch.config import Config
 from launch.placement import Candidate, Placement
 
 
-def place(config: Config) -> Placement:
-    """The candidates of ``cluster.placement``, each with what is asked there; without a list the cluster itself."""
+def place(config: Config, code: Path | None = None) -> Placement:
+    """The candidates of ``cluster.placement``, each with what is asked there; without a list the cluster itself.
+
+    ``code`` is the copy of the code that the job runs from, if it runs from one.
+    """
     candidates = [
-        Candidate(name, slurm_resources(there), placement.gpus_of(there), there.cluster.price_per_gpu_hour)
+        Candidate(name, slurm_resources(there, code), placement.gpus_of(there), there.cluster.price_per_gpu_hour)
         for name, there in placement.configs(config)
     ]
     cluster = config.cluster
     return Placement(tuple(candidates), cluster.retry_interval_min, cluster.give_up_after_min)
 
 
-def slurm_resources(config: Config) -> dict[str, Any]:
+def slurm_resources(config: Config, code: Path | None) -> dict[str, Any]:
     """What is asked of Slurm for this point, in the words of submitit's Slurm executor. One task a node: the agent."""
     cluster = config.cluster
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
@@ -48,7 +52,7 @@ def slurm_resources(config: Config) -> dict[str, Any]:
         "mem": f"{round(cluster.mem_gb * 1000)}MB" if cluster.mem_gb else None,
         "comment": cluster.comment,
         "array_parallelism": cluster.array_parallelism,
-        "setup": list(cluster.setup) or None,
+        "setup": [*cluster.setup, *(snapshot.shell_lines(code) if code else [])] or None,
         "srun_args": srun_args or None,
         "additional_parameters": {
             "requeue" if config.resilience.requeue else "no_requeue": True,

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import submitit
@@ -28,9 +29,19 @@ from launch.jobs import LocalJob, SlurmJob, submitit_folder
 from launch.placement import after
 from launch.plan import Plan
 from launch.scheduler import BUSY, SlurmBusyError, SlurmError
+from launch.snapshot import RUNS_FROM, running_from
 
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
-INHERITED_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+INHERITED_NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    RUNS_FROM,
+)
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 """What tells the client which cluster to talk to stays."""
 
@@ -153,7 +164,7 @@ def start_local(plan: Plan) -> LocalJob:
     os.environ[OWNER] = str(os.getpid())
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with clean_environment():
+        with clean_environment(), running_from(Path(plan.code) if plan.code else None):
             job: Any = executor.submit(agent.run, plan.run_dir)
     finally:
         signal.signal(signal.SIGINT, handler)

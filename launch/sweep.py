@@ -18,9 +18,10 @@ from rich.console import Console
 from gpt import compose
 from gpt.errors import ConfigError
 from gpt.run_folder import RunFolder, write_json
-from launch import scheduler
+from launch import scheduler, snapshot
 from launch.conclude import failure_text
 from launch.config import ClusterKind, Config
+from launch.forewarn import forewarn
 from launch.plan import Plan, make_plan
 from launch.worst_case import share_budget, worst_case_text
 
@@ -61,7 +62,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
         plans = settle_placements(plans, configs, console)
     if points[0][0].launch.detach:
         refuse_local(plans)
-    plans = share_budget(plans, configs)
+    plans = [forewarn(plan, config) for plan, config in zip(share_budget(plans, configs), configs, strict=True)]
     if points[0][0].dry_run:
         from launch.dry_run import show_plans
 
@@ -70,6 +71,9 @@ def run_sweep(points: Sequence[Composed]) -> None:
     for plan in plans:
         refuse_running(plan)
     console.print(worst_case_text(plans, configs), highlight=False, markup=False)
+    show_warnings(plans, console)
+    for copy in {plan.code for plan in plans if plan.code}:
+        snapshot.take(Path(copy))
     for (composed, overrides), plan in zip(points, plans, strict=True):
         folder = RunFolder(plan.run_dir)
         compose.write_config(folder, composed, overrides)
@@ -125,6 +129,14 @@ def refuse_running(plan: Plan) -> None:
             "one job for a run folder",
             f"wait for it or cancel it; fresh=true makes a new folder{move}",
         )
+
+
+def show_warnings(plans: Sequence[Plan], console: Console) -> None:
+    """Print what the plans warn of; a warning that several points share once."""
+    for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
+        names = [plan.point for plan in plans if warning in plan.warnings]
+        where = "" if len(names) == len(plans) else f"{', '.join(names)}: "
+        console.print(f"warning: {where}{warning}", highlight=False, markup=False)
 
 
 def submit_and_watch(plans: Sequence[Plan], console: Console, *, detach: bool) -> None:

@@ -59,6 +59,7 @@ class Display:
         self._console = console
         self._tasks: dict[int, TaskID] = {}
         self._shown: dict[int, tuple[str, int, float]] = {}
+        self._told: set[tuple[int, int]] = set()
         self._problem = False
         self._bars: Progress | None = None
         if console.is_terminal:
@@ -78,6 +79,7 @@ class Display:
 
     def show(self, point: Point) -> None:
         """Show ``point`` as it is now."""
+        self._show_changes(point)
         step = int(point.latest.get("step", 0))
         if self._bars is not None:
             task, words = self._tasks[id(point)], status_words(point)
@@ -88,6 +90,17 @@ class Display:
         if state_words(point) != state or moved:
             self._shown[id(point)] = (state_words(point), step, time.monotonic())
             self._console.print(plain_line(point), highlight=False, soft_wrap=True)
+
+    def _show_changes(self, point: Point) -> None:
+        """Say once what an attempt runs on that the one before it did not, unless the submission has said so."""
+        for event in point.events():
+            words = f"changed since attempt {event.get('since')}: {event.get('cause')}"
+            known = point.plan is not None and any(words in warning for warning in point.plan.warnings)
+            key = (id(point), event.get("attempt", 0))
+            if event["event"] == "code_changed" and not known and key not in self._told:
+                self._told.add(key)
+                text = f"warning: {point.name}, attempt {event['attempt']}: {words}"
+                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show_problem(self, problem: SlurmError | None) -> None:
         """Say once that Slurm does not answer, and once that it does again."""

@@ -68,6 +68,8 @@ class TrainConfig:
     """Take the first weights from there instead of drawing them: a folder of the transformers library (safetensors), a
     file of ``python -m gpt.export --format torch``, or the folder of another run, whose newest checkpoint is taken. The
     model must be the same. Without effect once the run has a checkpoint of its own."""
+    strict: bool = False
+    """Refuse to go on where the code or a library has changed since the attempt before, instead of warning."""
     seed: int = 1337
     device: Device = Device.auto
     precision: Precision = Precision.fp32

@@ -1,26 +1,21 @@
-"""What one attempt ran on: hosts, devices, cores, software, and the state of the code.
+"""What one attempt ran on: hosts, devices, cores, and software.
 
 Owns ``attempts/NNNN/environment.json``. Names no variable of the environment wholesale: they hold secrets.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
 import socket
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpt.code import library_versions
 from gpt.parallel.world import World
-
-PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "submitit", "deepspeed")
-GIT_TIMEOUT_S = 10
 
 
 def describe_rank(world: World) -> dict[str, Any]:
@@ -54,12 +49,7 @@ def cpu_name() -> str:
 
 def software() -> dict[str, str]:
     """Versions of Python, of the libraries that decide a result, and of CUDA and NCCL where torch has them."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions = library_versions()
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
         versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
@@ -74,23 +64,3 @@ def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | No
     except OSError:
         return None
     return found.group(1) if found else None
-
-
-def code_state(folder: Path = Path(__file__).parent) -> dict[str, str]:
-    """Commit and hash of the uncommitted changes of the checkout ``folder`` lies in; empty where there is none."""
-    commit = git(folder, "rev-parse", "HEAD")
-    diff = git(folder, "diff", "HEAD")
-    if commit is None or diff is None:
-        return {}
-    return {"commit": commit.decode().strip(), "diff_sha256": hashlib.sha256(diff).hexdigest()}
-
-
-def git(folder: Path, *words: str) -> bytes | None:
-    """What git prints, or None where there is no git or no checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, timeout=GIT_TIMEOUT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout

@@ -71,8 +71,8 @@ def test_the_run_folder_holds_what_is_promised(sweep: tuple[Path, str]) -> None:
     assert (folder.checkpoints / f"step_{STEPS:08d}" / "manifest.json").is_file()
     assert f"step {STEPS}/{STEPS}" in folder.log(1, 0).read_text()
     assert folder.log(1, 1).is_file()
-    told = ["submitted", "started", "saved", "saved", "finished", "attempt_ended", "decided"]
-    assert [e["event"] for e in folder.read_events()] == told
+    told = ["submitted", "agent_started", "started", "saved", "saved", "finished", "attempt_ended", "decided"]
+    assert [e["event"] for e in folder.read_events()] == [*told, "agent_ended"]
     for name in ("config.yaml", "overrides.yaml"):
         assert (folder.path / ".hydra" / name).is_file()
 

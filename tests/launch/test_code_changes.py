@@ -1,0 +1,146 @@
+"""The code of a run: a change between attempts is warned about, refused when asked to, and kept out by a snapshot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.code import PACKAGES, changes, code_state, describe_code
+from gpt.compose import to_schema
+from gpt.errors import ConfigError
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder, write_json
+from launch import snapshot
+from launch.config import Config
+from launch.forewarn import forewarn
+from launch.inside import compose_launch
+from launch.plan import plan_text
+from launch.submit import sbatch_text
+from tests.commands import ROOT, TINY, descendants, ranks_of, run, start, wait_for
+from tests.launch.test_dry_run import plan
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Our packages in a folder of their own, to be changed."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / "checkout" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "checkout"
+
+
+def edit(checkout: Path, text: str) -> None:
+    path = checkout / "gpt" / "optim.py"
+    path.write_text(path.read_text() + text)
+
+
+def config_of(*words: str) -> Config:
+    return to_schema(compose_launch(["cluster=slurm", *words]), Config)
+
+
+def environment(folder: RunFolder, attempt: int) -> Any:
+    return json.loads(folder.environment(attempt).read_text())
+
+
+def test_files_are_told_apart_one_by_one(checkout: Path) -> None:
+    before = {"code": describe_code(checkout), "git": {"commit": "a" * 40}}
+    edit(checkout, "# changed\n")
+    (checkout / "gpt" / "new.py").write_text("")
+    (checkout / "configs" / "optim" / "quick.yaml").unlink()
+    (checkout / "gpt" / "notes.txt").write_text("no code")
+    now = {"code": describe_code(checkout), "git": {"commit": "b" * 40}}
+    assert changes(before, now) == [
+        "configs/optim/quick.yaml removed, gpt/new.py added, gpt/optim.py changed (commit aaaaaaaaaaaa -> bbbbbbbbbbbb)"
+    ]
+    assert changes(now, {**now, "git": {"commit": "c" * 40}}) == [], "a commit that touches none of the files"
+
+
+def test_libraries_count_and_what_the_login_node_cannot_know_does_not() -> None:
+    before = {"software": {"python": "3.11.2", "torch": "2.12.0", "cuda": "12.8", "deepspeed": "0.19.8"}}
+    now = {"software": {"python": "3.11.2", "torch": "2.13.0"}, "code": {"files": {}}}
+    assert changes(before, now) == ["deepspeed 0.19.8 -> not installed", "torch 2.12.0 -> 2.13.0"]
+    older = {"git": {"commit": "a" * 40, "diff_sha256": "1"}}
+    assert changes(older, {"git": {"commit": "a" * 40, "diff_sha256": "2"}}) == ["uncommitted changes"]
+
+
+def test_a_copy_is_the_code_and_knows_its_commit(tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    snapshot.take(target)
+    snapshot.take(target)
+    copied, original = describe_code(target), describe_code()
+    assert (copied["sha256"], copied["files"]) == (original["sha256"], original["files"])
+    assert copied["is_snapshot"] and not original["is_snapshot"]
+    assert code_state(target) == code_state()
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"], "nothing half-made is left"
+
+
+def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    code = describe_code()
+    old = {"code": {**code, "files": {**code["files"], "gpt/optim.py": "other"}}, "git": {"commit": "a" * 40}}
+    folder.create_attempt()
+    write_json(folder.environment(1), old)
+    words = [f"run_dir={folder.path}", *TINY]
+    text = plan_text(forewarn(plan(*words), config_of(*words)))
+    assert "warning     changed since attempt 1: gpt/optim.py changed (commit aaaaaaaaaaaa -> " in text
+    with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, strict=false"):
+        forewarn(plan(*words), config_of(*words, "strict=true"))
+
+
+def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    words = [*TINY, "optim.max_steps=2", f"run_dir={folder.path}"]
+    there = {"cwd": tmp_path, "PYTHONPATH": str(checkout)}
+    run("gpt.train", *words, **there)
+    assert environment(folder, 1)["code"]["root"] == str(checkout)
+    edit(checkout, "# changed\n")
+    text = run("launch", *words, **there)
+    assert text.count("changed since attempt 1: gpt/optim.py changed") == 1, text
+    assert "changed since attempt 1: gpt/optim.py changed" in folder.log(2, 0).read_text()
+    changed = [e for e in folder.read_events() if e["event"] == "code_changed"]
+    assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/optim.py changed")]
+    edit(checkout, "# and again\n")
+    text = run("launch", *words, "strict=true", status=2, **there)
+    assert "since attempt 2 of" in text and "strict=false to go on with what has changed" in text
+    assert folder.attempts() == [1, 2]
+    text = run("gpt.train", *words, "strict=true", status=2, **there)  # torchrun's road has no login node
+    assert "gpt/optim.py changed" in text
+
+
+@pytest.mark.parametrize("words", [["snapshot=true"], []], ids=["snapshot", "checkout"])
+def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "outputs" / "run")
+    every = [*TINY, "optim.max_steps=150", "eval.interval=0", "checkpoint.interval=10", "strict=true", *words]
+    process = start(
+        "launch", *every, f"run_dir={folder.path}", cwd=checkout, log=tmp_path / "log", PYTHONPATH=str(checkout)
+    )
+    wait_for(lambda: len(read_records(folder.metrics(0))) > 11 or process.poll() is not None, "a checkpoint")
+    edit(checkout, "raise RuntimeError('half an edit')\n" if words else "# changed\n")
+    os.kill(ranks_of(descendants(process.pid))[0], signal.SIGKILL)
+    status = process.wait(timeout=200)
+    text = (tmp_path / "log").read_text()
+    causes = [e["cause"] for e in folder.read_events() if e["event"] == "attempt_ended"]
+    if words:
+        assert status == 0 and causes == ["crashed", "finished"], text
+        copy = environment(folder, 2)["code"]
+        assert copy["is_snapshot"] and Path(copy["root"]).parent == tmp_path / "outputs" / ".code"
+        assert copy == environment(folder, 1)["code"]
+    else:
+        assert status == 1 and causes == ["crashed", "refused"], text
+        assert "as strict=true demands" in text and "Traceback" not in text
+
+
+def test_the_batch_script_names_the_copy_after_the_setup_of_the_site() -> None:
+    copied = plan("snapshot=true", 'cluster.setup=["export PYTHONPATH=/site"]', "name=a name")
+    lines = sbatch_text([copied]).split("# setup\n")[1].splitlines()
+    assert copied.code is not None and copied.code.endswith(f"/a name/.code/{describe_code()['sha256'][:16]}")
+    assert lines[:3] == [
+        "export PYTHONPATH=/site",
+        f"export PYTHONPATH='{copied.code}'${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",
+    ]
