@@ -1,0 +1,146 @@
+"""Put runs side by side: ``python -m gpt.compare RUN RUN ...``, where RUN is a run folder or a folder of such.
+
+    python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --out comparison
+
+Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads run folders only, finished or not; needs
+no torch and no GPU. Owns which runs are compared and how they are shown; the figures are gpt/comparison.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gpt.comparison import Comparison, RunFigures, compare, read_figures
+from gpt.errors import ConfigError
+from gpt.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of every run: its title for people, its name in the CSV, and how it is written."""
+
+    title: str
+    name: str
+    value: Callable[[RunFigures], float | int | str | None]
+    text: str
+
+
+COLUMNS = (
+    Column("parameters", "parameters", lambda run: run.parameters, "{:,}"),
+    Column("steps", "steps", lambda run: run.steps, "{:,}"),
+    Column("tokens", "tokens", lambda run: run.tokens, "{:,}"),
+    Column("loss*", "loss_at_equal_tokens", lambda run: run.loss_then, "{:.4f}"),
+    Column("val loss*", "val_loss_at_equal_tokens", lambda run: run.val_loss_then, "{:.4f}"),
+    Column("best val loss", "best_val_loss", lambda run: run.best_val_loss, "{:.4f}"),
+    Column("tokens/s", "tokens_per_s", lambda run: run.tokens_per_s, "{:,.0f}"),
+    Column("MFU", "mfu_palm", lambda run: run.mfu_palm, "{:.1%}"),
+    Column("peak GiB", "memory_peak_gib", lambda run: run.memory_peak_gib, "{:.2f}"),
+    Column("ranks", "ranks", lambda run: run.ranks, "{}"),
+    Column("device", "device", lambda run: run.device, "{}"),
+    Column("state", "state", lambda run: run.state, "{}"),
+)
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run folders at or below ``paths``, each once, in the order given.
+
+    Raises:
+        ConfigError: there is none at one of them, or fewer than two in all.
+    """
+    found: list[Path] = []
+    for path in paths:
+        here = sorted(config.parents[1] for config in path.absolute().glob("**/.hydra/config.yaml"))
+        if not here:
+            raise ConfigError(f"no run in {path.absolute()}", "a run folder, or a folder of such", "outputs/NAME/POINT")
+        found += [run for run in here if run not in found]
+    if len(found) < 2:
+        raise ConfigError(f"one run, {found[0]}", "two or more", f"python -m gpt.compare {found[0]} ANOTHER")
+    return found
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """What sets the paths of the runs apart."""
+    common = Path(os.path.commonpath([run.parent for run in runs]))
+    return [str(run.relative_to(common)) for run in runs]
+
+
+def show(compared: Comparison, console: Console) -> None:
+    """Print a table with a column for each run, and below it what the figures do not say."""
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    grid.add_column("", no_wrap=True)
+    for run in compared.runs:
+        grid.add_column(Text(run.label), justify="right", overflow="fold")
+    for column in COLUMNS:
+        if any(column.value(run) is not None for run in compared.runs):
+            grid.add_row(column.title, *(cell(column, run) for run in compared.runs))
+    for heading, differences in compared.differences.items():
+        grid.add_section()
+        grid.add_row(Text(heading if differences else f"{heading}: the same", style="bold"))
+        for key, values in differences.items():
+            grid.add_row(f"  {key}", *(Text(value) for value in values))
+    console.print(grid)
+    console.print()
+    for note in compared.notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def cell(column: Column, run: RunFigures) -> Text:
+    """One figure as people read it."""
+    value = column.value(run)
+    return Text("-" if value is None else column.text.format(value))
+
+
+def write_csv(compared: Comparison, path: Path) -> None:
+    """All figures with all digits, and every setting that differs; what is not known is an empty cell."""
+    differing = {key: values for part in compared.differences.values() for key, values in part.items()}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["run", *(column.name for column in COLUMNS), *differing])
+        for i, run in enumerate(compared.runs):
+            figures = ["" if (value := column.value(run)) is None else value for column in COLUMNS]
+            writer.writerow([run.label, *figures, *(values[i] for values in differing.values())])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
+    made.add_argument("--out", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 where there is nothing to compare."""
+    words = parser().parse_args(argv)
+    try:
+        runs = find_runs(words.runs)
+        named = zip(runs, labels(runs), strict=True)
+        compared = compare([read_figures(RunFolder(path), label) for path, label in named])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    out = words.out or Path(os.path.commonpath([run.parent for run in runs]))
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    show(compared, console)
+    from gpt.comparison_figure import draw  # matplotlib takes half a second
+
+    write_csv(compared, out / "compare.csv")
+    (out / "compare.png").write_bytes(draw(compared))
+    console.print(Text(f"wrote {out / 'compare.csv'} and {out / 'compare.png'}"), soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

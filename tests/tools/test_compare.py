@@ -1,0 +1,82 @@
+"""Comparing runs whose records were made by hand, so that every figure is known."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpt.compare import main
+from gpt.comparison import interpolate
+from gpt.run_folder import RunFolder, append_json_line, write_json
+from tests.commands import environment
+
+
+def a_run(path: Path, *, steps: int, batch: int, first: float, data: str = "d1", **model: Any) -> None:
+    """A run on sequences of 10 tokens whose loss falls by 0.01 a token-step of 10, evaluated every third step."""
+    folder = RunFolder(path)
+    folder.config.parent.mkdir(parents=True)
+    config = {"model": {"name": path.name, "n_embd": 64, **model}, "optim": {"global_batch": batch}, "seed": 1}
+    folder.config.write_text(yaml.safe_dump(config))
+    ranks = [{"device_name": "NVIDIA H200"}]
+    start = {"global_batch": batch, "block_size": 10, "parameters": 7, "world_size": 1, "ranks": ranks}
+    write_json(folder.environment(1), start | {"data_sha256": data})
+    for step in range(1, steps + 1):
+        loss = first - 0.01 * step * batch
+        record: dict[str, Any] = {"step": step, "attempt": 1, "loss": loss, "step_time_s": 0.5, "tokens_per_s": 100.0}
+        if step % 3 == 0:
+            record |= {"val_loss": loss + 1, "time": 1.0}
+        append_json_line(folder.metrics(0), record)
+    folder.record_event("finished")
+
+
+def compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, dict[str, str]], str]:
+    """Rows of the CSV by run, and what was printed."""
+    assert main([str(folder), "--out", str(folder / "out")]) == 0
+    assert (folder / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    rows = csv.DictReader((folder / "out" / "compare.csv").open())
+    return {row["run"]: row for row in rows}, capsys.readouterr().out
+
+
+def test_losses_at_equal_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run(tmp_path / "one", steps=40, batch=1, first=5.0)
+    a_run(tmp_path / "two", steps=8, batch=4, first=6.0, n_embd=96, newer=1)
+    rows, text = compared(tmp_path, capsys)
+    assert (rows["one"]["tokens"], rows["two"]["tokens"]) == ("400", "320")
+    # At 320 tokens: of the first run the mean of steps 31 and 32, of the second the last step alone.
+    assert float(rows["one"]["loss_at_equal_tokens"]) == pytest.approx(5.0 - 0.315)
+    assert float(rows["two"]["loss_at_equal_tokens"]) == pytest.approx(6.0 - 0.32)
+    # Evaluated at steps 30 and 33: on the line between. The second run's last evaluation is at 240 tokens.
+    assert float(rows["one"]["val_loss_at_equal_tokens"]) == pytest.approx(6.0 - 0.32)
+    assert rows["two"]["val_loss_at_equal_tokens"] == ""
+    assert "No validation loss there for two" in text and "* at 320 tokens" in text
+    assert (rows["one"]["model.n_embd"], rows["two"]["model.n_embd"]) == ("64", "96")
+    assert {"optim.global_batch"} <= rows["one"].keys() and not {"model.name", "model.newer", "seed"} & rows[
+        "one"
+    ].keys()
+
+
+def test_what_cannot_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run(tmp_path / "one", steps=4, batch=1, first=5.0)
+    a_run(tmp_path / "two", steps=4, batch=1, first=5.0, data="d2")
+    a_run(tmp_path / "new", steps=0, batch=1, first=5.0)
+    rows, text = compared(tmp_path, capsys)
+    assert all(row["loss_at_equal_tokens"] == "" for row in rows.values())
+    assert "trained on different data" in text and "No steps yet: new" in text and "architecture: the same" in text
+    assert main([str(tmp_path / "one")]) == 2
+    assert "two or more" in capsys.readouterr().err
+
+
+def test_interpolation_stays_within_the_curve() -> None:
+    curve = [(10, 3.0), (20, 1.0)]
+    assert [interpolate(curve, x) for x in (5, 10, 15, 20, 21)] == [None, 3.0, 2.0, 1.0, None]
+
+
+def test_no_torch_is_loaded(tmp_path: Path) -> None:
+    code = "import sys, gpt.compare, gpt.comparison_figure; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
