@@ -10,7 +10,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def set_up(run: Run) -> dict[str, Any]:
         "precision": config.precision.name,
         "model": model.name,
         "parameters": sum(p.numel() for p in run.engine.module.parameters()),
-        "counts": {**asdict(count(model)), "total": count(model).total},
+        "counts": count(model).as_dict(),
         "flops_per_token": training_flops_per_token(model).palm,
         "memory_planned_gib": planned.total_gib,
         "max_steps": config.optim.max_steps,

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt.balance import balance_experts
 from gpt.data.loader import train_indices
 from gpt.evaluation import summed_loss
 from gpt.gradients import Gradients
 from gpt.metrics.memory import memory_gib
 from gpt.metrics.records import StepRecord
+from gpt.model.moe import reset_counts
 from gpt.optim import clip_gradients, lr_at
 from gpt.pulse import Phase
 from gpt.run import Run
@@ -56,6 +58,8 @@ class QueuedStep:
     figures: LateFigures
     tokens: int
     """Of the global batch."""
+    with_experts: bool
+    """Whether the last figure is the experts' imbalance."""
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
         """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
@@ -65,6 +69,8 @@ class QueuedStep:
         """
         (grad_norm, loss_sum, *sums), ended = self.figures.read()
         record = self.record
+        if self.with_experts:
+            record.expert_imbalance = sums.pop()
         record.loss, record.grad_norm, record.step_time_s = loss_sum / self.tokens, grad_norm, ended - since
         record.time = time.time()
         if not (math.isfinite(record.loss) and math.isfinite(grad_norm)):
@@ -90,10 +96,12 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     tokens_BT, targets_BT = run.samples.batch("train", indices)
     waited = time.perf_counter() - waited
     run.optimizer.zero_grad(set_to_none=True)
+    reset_counts(run.engine.module)
     loss_sum = forward_and_backward(run, tokens_BT, targets_BT, phase)
     sums = torch.stack([loss_sum]) if gradients is None else torch.cat([loss_sum[None], gradients.sums()])
     grad_norm = clip_gradients(run.engine.module, config.optim.grad_clip)
     run.optimizer.step()
+    imbalance = balance_experts(run.engine.module, world)
     run.step = step
     record = StepRecord(
         step=step,
@@ -107,8 +115,9 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
         data_wait_s=waited,
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
-    figures = LateFigures(torch.cat([grad_norm.double()[None], world.add_up(sums)]))
-    return QueuedStep(record, gradients, figures, batch.global_batch * config.model.block_size)
+    figures = [grad_norm.double()[None], world.add_up(sums), *([] if imbalance is None else [imbalance[None]])]
+    tokens = batch.global_batch * config.model.block_size
+    return QueuedStep(record, gradients, LateFigures(torch.cat(figures)), tokens, imbalance is not None)
 
 
 def forward_and_backward(run: Run, tokens_BT: Tensor, targets_BT: Tensor, phase: Phase) -> Tensor:

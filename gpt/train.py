@@ -30,9 +30,11 @@ from gpt.failure import record_failure
 from gpt.gradients import Gradients
 from gpt.initial import load_initial
 from gpt.interrupt import StopFlag, die_with_parent
+from gpt.kernels import check_flash
 from gpt.metrics.views import Views
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
+from gpt.model.moe import set_auxiliary_scale
 from gpt.optim import build_optimizer
 from gpt.parallel.engine import spread
 from gpt.parallel.topology import topology
@@ -66,8 +68,12 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
     model = GPT(config.model)
     initialize(model, config.seed)
     initialised_from = load_initial(model, config, folder, world)
+    without_flash = check_flash(config, world)
+    if without_flash and world.is_first:
+        print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
     prepare_blocks(model, config)
     engine = spread(model.to(world.device), config, world, batch.micro)
+    set_auxiliary_scale(engine.module, batch.ranks / batch.global_batch)  # as the loss is scaled in gpt/step.py
     run = Run(
         config=config,
         folder=folder,

@@ -52,6 +52,8 @@ class Plan:
     model: str
     parameters: int
     parameters_non_embedding: int
+    parameters_active: int
+    """What one token is computed with: of experts those it goes to, else all."""
     flops_per_token: float
     memory_bytes: dict[str, int]
     data: str
@@ -143,6 +145,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         model=config.model.name,
         parameters=counted.total,
         parameters_non_embedding=counted.non_embedding,
+        parameters_active=counted.active,
         flops_per_token=flops.training_flops_per_token(config.model).palm,
         memory_bytes=memory_parts(needed),
         data=describe_data(config, corpus),
@@ -240,6 +243,11 @@ def available_memory() -> int:
     raise AssertionError("/proc/meminfo has no MemAvailable")
 
 
+def active_text(plan: Plan) -> str:
+    """How many parameters a token is computed with, where that is not all of them."""
+    return f", {plan.parameters_active:,} active for a token" if plan.parameters_active != plan.parameters else ""
+
+
 def plan_text(plan: Plan) -> str:
     """The plan as a person reads it."""
     mem = plan.memory_bytes
@@ -251,7 +259,7 @@ def plan_text(plan: Plan) -> str:
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
         "topology": " ".join(f"{k}={v}" for k, v in plan.topology.items()),
         "model": f"{plan.model}: {plan.parameters:,} parameters ({plan.parameters_non_embedding:,} without "
-        f"embeddings), {plan.flops_per_token / 1e9:.3g} GFLOP a token",
+        f"embeddings{active_text(plan)}), {plan.flops_per_token / 1e9:.3g} GFLOP a token",
         "batch": f"{plan.global_batch} sequences x {plan.block_size} tokens, on each rank {plan.accumulation} passes "
         f"of {plan.micro_batch}",
         "tokens": f"{plan.tokens_per_step:,} a step, {plan.tokens_total:,} in {plan.max_steps} steps",

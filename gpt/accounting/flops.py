@@ -11,7 +11,8 @@ the first block, since the embedding under it is trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from gpt.config import Ffn, ModelConfig
 
@@ -25,7 +26,10 @@ class Flops:
     attention: int
     """Scores Q K^T and the weighted sum of V, over all T x T pairs, as if nothing were masked."""
     ffn: int
+    """Feed-forward layers, or of a mixture the experts that tokens go to and the shared ones."""
     logits: int
+    """With the rows that fill up the vocabulary."""
+    router: int = 0
 
     @property
     def palm(self) -> int:
@@ -33,9 +37,10 @@ class Flops:
 
         L layers, H heads, Q head width, T sequence length, causality not taken off. N counts every matrix that a token
         is multiplied with, so the output matrix, but not the input embedding, the position table, gains and biases.
-        PaLM counts all its parameters; having one matrix for input and output and no bias, it differs by its gains.
+        PaLM counts all its parameters; having one matrix for input and output and no bias, it differs by its gains. Of
+        experts, those that a token goes to.
         """
-        return self.projections + self.attention + self.ffn + self.logits
+        return sum(getattr(self, component.name) for component in fields(self))
 
     @property
     def causal(self) -> int:
@@ -47,13 +52,26 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
     """FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
     tokens = sequences * model.block_size
     queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
-    matrices = 3 if model.ffn is Ffn.swiglu else 2
+    of_experts = model.ffn is Ffn.moe
+    rows = sequences * expert_rows(model) + tokens * model.n_shared_expert if of_experts else tokens
     return Flops(
         projections=2 * tokens * model.n_layer * model.n_embd * (2 * queries + 2 * keys),
         attention=2 * tokens * model.n_layer * 2 * queries * model.block_size,
-        ffn=2 * tokens * model.n_layer * matrices * model.n_embd * model.ffn_width,
-        logits=2 * tokens * model.n_embd * model.vocab_size,
+        ffn=2 * rows * model.n_layer * (3 if model.gated else 2) * model.n_embd * model.ffn_width,
+        logits=2 * tokens * model.n_embd * model.padded_vocab,
+        router=2 * tokens * model.n_layer * model.n_embd * model.n_expert if of_experts else 0,
     )
+
+
+def expert_rows(model: ModelConfig) -> int:
+    """Rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
+
+    Each token once for each of its experts; with a capacity the places of all experts, those left empty too.
+    """
+    time, chosen = model.block_size, model.n_expert_per_token
+    if model.capacity_factor is None:
+        return time * chosen
+    return model.n_expert * min(time, math.ceil(model.capacity_factor * time * chosen / model.n_expert))
 
 
 def training_flops(model: ModelConfig, sequences: int) -> Flops:
@@ -63,13 +81,13 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
     computes the scores once more in the backward pass: the kernel's doing, not the model's, and not counted.
     """
     once = forward_flops(model, sequences)
-    return Flops(3 * once.projections, 3 * once.attention, 3 * once.ffn, 3 * once.logits)
+    return Flops(**{part.name: 3 * getattr(once, part.name) for part in fields(once)})
 
 
 def training_flops_per_token(model: ModelConfig) -> Flops:
-    """FLOPs of training on one token, in sequences of ``block_size``. Whole numbers, as every term is linear in T."""
+    """FLOPs of training on one token, in sequences of ``block_size``.
+
+    Whole numbers, as every term is linear in T; only the places of a capacity may not be, and are rounded down.
+    """
     sequence = training_flops(model, sequences=1)
-    time = model.block_size
-    return Flops(
-        sequence.projections // time, sequence.attention // time, sequence.ffn // time, sequence.logits // time
-    )
+    return Flops(**{part.name: getattr(sequence, part.name) // model.block_size for part in fields(sequence)})

@@ -3,7 +3,8 @@
 Torch-free. Counts tensors: not the device's context, nor what the allocator and the communication library keep, so a
 plan should leave some tenths of a device free. Must not know how much memory any device has.
 
-D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers.
+D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers, E
+experts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from gpt.accounting.flops import expert_rows
 from gpt.accounting.parameters import Shapes, block_shapes, outer_shapes, size
 from gpt.batch import cut
 from gpt.config import (
@@ -19,6 +21,7 @@ from gpt.config import (
     Ffn,
     ModelConfig,
     Norm,
+    NormPosition,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -87,7 +90,7 @@ def per_rank(
         optimizer=2 * FP32 * elements + FP32 * tensors,
         compute_weights=compute_weights(model, parallel, precision, accumulates),
         activations=activations(model, micro_batch, precision),
-        logits=3 * FP32 * tokens * model.vocab_size,
+        logits=3 * FP32 * tokens * model.padded_vocab,
     )
 
 
@@ -114,9 +117,11 @@ def compute_weights(model: ModelConfig, parallel: ParallelConfig, precision: Pre
 
 
 def matmul_weights(model: ModelConfig) -> int:
-    """Elements of all matrices that activations are multiplied with, the output matrix among them."""
-    matrices: Shapes = {name: shape for name, shape in block_shapes(model).items() if len(shape) == 2}
-    return model.n_layer * size(matrices) + model.vocab_size * model.n_embd
+    """Elements of all matrices that autocast casts: those that activations are multiplied with, the output matrix among
+    them, the router, which computes in fp32, not."""
+    shapes = block_shapes(model).items()
+    matrices: Shapes = {name: shape for name, shape in shapes if len(shape) > 1 and name != "ffn.router.weight"}
+    return model.n_layer * size(matrices) + model.padded_vocab * model.n_embd
 
 
 def activations(model: ModelConfig, sequences: int, precision: Precision) -> int:
@@ -131,19 +136,26 @@ def activations(model: ModelConfig, sequences: int, precision: Precision) -> int
     tokens = sequences * model.block_size
     width = BF16 if precision is Precision.bf16 else FP32
     embedding = INT64 + dropout_bytes(model, FP32)
-    final = norm_bytes(model, width, readers=1)
+    final = width * model.n_embd + (norm_bytes(model) if model.norm_position is NormPosition.pre else 0)
     in_blocks = tokens * (attention_bytes(model, width) + ffn_bytes(model, width))
+    if model.ffn is Ffn.moe:
+        in_blocks += expert_bytes(model, sequences, width)
+    if model.parallel_residual:
+        in_blocks -= tokens * FP32 * model.n_embd  # both norms keep the same input
     if model.attention is AttentionBackend.manual:
         in_blocks += model.block_size**2  # the mask, one byte for each pair
     return tokens * (embedding + final) + model.n_layer * in_blocks
 
 
-def norm_bytes(model: ModelConfig, width: int, readers: int) -> int:
-    """Per token: a norm's input and statistics (fp32), and its output, once for all matrices that read it or, cast to
-    bf16, once for each."""
-    inputs = 2 * model.n_embd + 1 if model.norm is Norm.rmsnorm else model.n_embd + 2
-    outputs = readers if width == BF16 else 1
-    return FP32 * inputs + outputs * width * model.n_embd
+def norm_bytes(model: ModelConfig, norms: int = 1, width: int | None = None) -> int:
+    """Per token: input and statistics of ``norms`` norms over ``width`` (D), fp32."""
+    width = model.n_embd if width is None else width
+    return FP32 * norms * (2 * width + 1 if model.norm is Norm.rmsnorm else width + 2)
+
+
+def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
+    """Per token: what matrices that read the same tensor keep of it; one tensor, or in bf16 each its own cast."""
+    return (readers if width == BF16 else 1) * width * model.n_embd
 
 
 def attention_bytes(model: ModelConfig, width: int) -> int:
@@ -154,16 +166,48 @@ def attention_bytes(model: ModelConfig, width: int) -> int:
         kept = width * (4 * queries + pairs * model.n_head * model.block_size)
     else:
         kept = width * (2 * queries + 2 * keys) + FP32 * model.n_head  # and the log-sum-exp of every row
-    return norm_bytes(model, width, readers=3) + kept + dropout_bytes(model, width)
+    if model.qk_norm:
+        kept += norm_bytes(model, model.n_head + model.kv_heads, model.head_dim)
+        if model.norm is not Norm.rmsnorm:
+            kept -= (FP32 - width) * (queries + keys)  # LayerNorm keeps what it is given as it is
+    return norm_bytes(model) + read_bytes(model, width, readers=3) + kept + dropout_bytes(model, width)
 
 
 def ffn_bytes(model: ModelConfig, width: int) -> int:
-    """Per token of one layer: norm, and the inner tensors that the activation and the last matrix keep."""
-    if model.ffn is Ffn.swiglu:
-        inner, readers = 4, 2  # gate, SiLU of the gate, up, and their product
-    else:
-        inner, readers = (1 if model.activation is Activation.relu else 2), 1  # ReLU needs its result only
-    return norm_bytes(model, width, readers) + width * inner * model.ffn_width + dropout_bytes(model, width)
+    """Per token of one layer: norm, and what the feed-forward layer keeps."""
+    around = norm_bytes(model) + dropout_bytes(model, width)
+    if model.ffn is not Ffn.moe:
+        return around + dense_bytes(model, width, model.ffn_width)
+    kept = around + mixture_bytes(model, width)
+    if model.n_shared_expert:
+        kept += dense_bytes(model, width, model.n_shared_expert * model.ffn_width)
+        kept -= 0 if width == BF16 else width * model.n_embd  # the router keeps the same input
+    return kept
+
+
+def dense_bytes(model: ModelConfig, width: int, inner: int) -> int:
+    """Per token: the input, once for each matrix that reads it, and the inner tensors."""
+    return read_bytes(model, width, readers=2 if model.gated else 1) + width * inner_tensors(model) * inner
+
+
+def inner_tensors(model: ModelConfig) -> int:
+    """Tensors of the inner width that the activation and the last matrix keep."""
+    if model.gated:
+        return 4  # gate, activation of the gate, up, and their product
+    return 1 if model.ffn_activation is Activation.relu else 2  # ReLU needs its result only
+
+
+def mixture_bytes(model: ModelConfig, width: int) -> int:
+    """Per token: the router, in fp32; the results of its experts, and where they were computed."""
+    chosen, indices = model.n_expert_per_token, 2 if model.capacity_factor else 3
+    router = FP32 * (model.n_embd + 2 * model.n_expert + 2) + chosen * (2 * FP32 + indices * INT64)
+    return router + chosen * width * model.n_embd
+
+
+def expert_bytes(model: ModelConfig, sequences: int, width: int) -> int:
+    """The rows that the experts of one layer are given, and their inner tensors."""
+    rows = sequences * expert_rows(model) + (1 if model.capacity_factor else 0)
+    return rows * width * (model.n_embd + inner_tensors(model) * model.ffn_width)
 
 
 def dropout_bytes(model: ModelConfig, width: int) -> int:

@@ -3,15 +3,15 @@
 Torch-free: the planner counts a model before any machine builds it. The names and shapes are those of
 ``gpt.model.gpt.GPT`` and are compared with it in the tests; nothing here imports it.
 
-D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size.
+D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, E experts.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
-from gpt.config import Ffn, ModelConfig, Norm, Position
+from gpt.config import Ffn, ModelConfig, Norm, NormPosition, Position
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -21,26 +21,48 @@ class Parameters:
     """Number of parameters by component; a tied output matrix counts once, as embedding."""
 
     embedding: int
+    """Of the tokens, with the rows that fill up the vocabulary."""
     position: int
     attention: int
+    """With the norms of queries and keys."""
     ffn: int
+    """Of a mixture: router, all experts, and the shared ones."""
     norm: int
     head: int
+    idle: int = 0
+    """Part of ``ffn``: the experts that a token does not go to."""
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return sum(getattr(self, component.name) for component in fields(self))
+        return sum(getattr(self, component.name) for component in fields(self) if component.name != "idle")
+
+    @property
+    def active(self) -> int:
+        """What one token is computed with: all parameters but the experts it does not go to."""
+        return self.total - self.idle
 
     @property
     def non_embedding(self) -> int:
         """Without token, position and output embeddings: the N of the scaling laws (arXiv 2001.08361, section 2.1)."""
         return self.total - self.embedding - self.position - self.head
 
+    @property
+    def active_non_embedding(self) -> int:
+        """``active`` without the embeddings."""
+        return self.non_embedding - self.idle
+
+    def as_dict(self) -> dict[str, int]:
+        """The components, and what they add up to in each way."""
+        sums = ("total", "active", "non_embedding", "active_non_embedding")
+        return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+
 
 def count(model: ModelConfig) -> Parameters:
     """The parameters of ``model`` by component."""
     block, around = block_shapes(model), outer_shapes(model)
+    experts = model.n_layer * size(block, "ffn.experts.")
+    idle_experts = model.n_expert - model.n_expert_per_token
     return Parameters(
         embedding=size(around, "token_embedding."),
         position=size(around, "position."),
@@ -48,6 +70,7 @@ def count(model: ModelConfig) -> Parameters:
         ffn=model.n_layer * size(block, "ffn."),
         norm=model.n_layer * (size(block, "attention_norm.") + size(block, "ffn_norm.")) + size(around, "norm."),
         head=size(around, "head."),
+        idle=experts // model.n_expert * idle_experts if experts else 0,
     )
 
 
@@ -59,25 +82,45 @@ def size(shapes: Shapes, prefix: str = "") -> int:
 def block_shapes(model: ModelConfig) -> Shapes:
     """Name and shape of every parameter of one block."""
     width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
-    shapes = norm_shapes(model, "attention_norm")
+    shapes = norm_shapes(model, "attention_norm", width)
     shapes |= linear_shapes(model, "attention.query", queries, width)
     shapes |= linear_shapes(model, "attention.key", keys, width)
     shapes |= linear_shapes(model, "attention.value", keys, width)
     shapes |= linear_shapes(model, "attention.output", width, queries)
-    shapes |= norm_shapes(model, "ffn_norm")
-    for matrix in ("gate", "up") if model.ffn is Ffn.swiglu else ("up",):
-        shapes |= linear_shapes(model, f"ffn.{matrix}", model.ffn_width, width)
-    return shapes | linear_shapes(model, "ffn.down", width, model.ffn_width)
+    if model.qk_norm:
+        shapes |= norm_shapes(model, "attention.query_norm", model.head_dim)
+        shapes |= norm_shapes(model, "attention.key_norm", model.head_dim)
+    shapes |= norm_shapes(model, "ffn_norm", width)
+    return shapes | (mixture_shapes(model) if model.ffn is Ffn.moe else dense_shapes(model, "ffn", model.ffn_width))
+
+
+def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
+    """A feed-forward layer of two matrices, or three where it is gated."""
+    shapes: Shapes = {}
+    for matrix in ("gate", "up") if model.gated else ("up",):
+        shapes |= linear_shapes(model, f"{name}.{matrix}", inner, model.n_embd)
+    return shapes | linear_shapes(model, f"{name}.down", model.n_embd, inner)
+
+
+def mixture_shapes(model: ModelConfig) -> Shapes:
+    """Router, the stacked matrices of the experts, and the shared experts as one layer."""
+    width, inner, experts = model.n_embd, model.ffn_width, model.n_expert
+    shapes: Shapes = {"ffn.router.weight": (experts, width)}
+    for matrix in ("gate", "up") if model.gated else ("up",):
+        shapes[f"ffn.experts.{matrix}"] = (experts, inner, width)
+    shapes["ffn.experts.down"] = (experts, width, inner)
+    return shapes | (dense_shapes(model, "ffn.shared", model.n_shared_expert * inner) if model.n_shared_expert else {})
 
 
 def outer_shapes(model: ModelConfig) -> Shapes:
     """Name and shape of every parameter outside the blocks."""
-    shapes: Shapes = {"token_embedding.weight": (model.vocab_size, model.n_embd)}
+    shapes: Shapes = {"token_embedding.weight": (model.padded_vocab, model.n_embd)}
     if model.position is Position.learned:
         shapes["position.weight"] = (model.block_size, model.n_embd)
-    shapes |= norm_shapes(model, "norm")
+    if model.norm_position is NormPosition.pre:
+        shapes |= norm_shapes(model, "norm", model.n_embd)
     if not model.tie_embeddings:
-        shapes["head.weight"] = (model.vocab_size, model.n_embd)
+        shapes["head.weight"] = (model.padded_vocab, model.n_embd)
     return shapes
 
 
@@ -87,8 +130,7 @@ def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> S
     return matrix | {f"{name}.bias": (outputs,)} if model.bias else matrix
 
 
-def norm_shapes(model: ModelConfig, name: str) -> Shapes:
+def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
     """A gain, and a shift where the layer has one."""
-    gain: Shapes = {f"{name}.weight": (model.n_embd,)}
-    shift = model.bias and model.norm is Norm.layernorm
-    return gain | {f"{name}.bias": (model.n_embd,)} if shift else gain
+    gain: Shapes = {f"{name}.weight": (width,)}
+    return gain | {f"{name}.bias": (width,)} if model.norm is Norm.layernorm else gain

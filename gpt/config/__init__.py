@@ -5,9 +5,20 @@ Torch-free, so that the login node can use it. Must not know of nodes, Slurm or 
 """
 
 from gpt.config.checks import closest, nearest_divisor, require_positive, require_range
+from gpt.config.components import (
+    Activation,
+    AttentionBackend,
+    ExpertBalance,
+    ExpertMatmul,
+    Ffn,
+    Norm,
+    NormPosition,
+    Position,
+    RopeScaling,
+)
 from gpt.config.data import BYTE_VOCAB, DataConfig, Source, TokenizerKind
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
-from gpt.config.model import Activation, AttentionBackend, Ffn, ModelConfig, Norm, Position
+from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
 from gpt.config.train import CompileMode, Device, Precision, Recompute, TrainConfig
@@ -21,15 +32,19 @@ __all__ = [
     "DataConfig",
     "Device",
     "EvalConfig",
+    "ExpertBalance",
+    "ExpertMatmul",
     "Ffn",
     "LoggingConfig",
     "ModelConfig",
     "Norm",
+    "NormPosition",
     "OptimConfig",
     "ParallelConfig",
     "Position",
     "Precision",
     "Recompute",
+    "RopeScaling",
     "Source",
     "Strategy",
     "TokenizerKind",

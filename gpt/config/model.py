@@ -1,56 +1,26 @@
-"""The schema of the architecture. Torch-free; its values are in ``configs/model``."""
+"""The schema of the architecture. Torch-free; its values are in ``configs/model``, its parts in ``components``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Optional
 
 from omegaconf import MISSING
 
-from gpt.config.checks import nearest_divisor, require_positive, require_range
-from gpt.errors import ConfigError
+from gpt.config.components import (
+    Activation,
+    AttentionBackend,
+    ExpertBalance,
+    ExpertMatmul,
+    Ffn,
+    Norm,
+    NormPosition,
+    Position,
+    RopeScaling,
+)
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
-
-
-class Norm(Enum):
-    """Normalization layer: LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467)."""
-
-    layernorm = "layernorm"
-    rmsnorm = "rmsnorm"
-
-
-class Position(Enum):
-    """How a token knows its place: a learned table (GPT-2), rotary (arXiv 2104.09864), or not at all."""
-
-    learned = "learned"
-    rope = "rope"
-    none = "none"
-
-
-class Ffn(Enum):
-    """Feed-forward layer: two matrices and an activation, or the gated SwiGLU (arXiv 2002.05202)."""
-
-    standard = "standard"
-    swiglu = "swiglu"
-
-
-class Activation(Enum):
-    """Activation of the standard feed-forward layer; ``gelu_tanh`` is GPT-2's approximation."""
-
-    gelu = "gelu"
-    gelu_tanh = "gelu_tanh"
-    silu = "silu"
-    relu = "relu"
-
-
-class AttentionBackend(Enum):
-    """``sdpa`` is torch's fused kernel; ``manual`` writes the formula out and is the reference."""
-
-    sdpa = "sdpa"
-    manual = "manual"
 
 
 @dataclass
@@ -68,24 +38,80 @@ class ModelConfig:
     block_size: int = MISSING
     """Sequence length in tokens."""
     vocab_size: int = MISSING
-    """Number of token ids the embedding holds; at least the tokenizer's."""
+    """Number of token ids; at least the tokenizer's."""
+    vocab_multiple: int = 1
+    """The embedding and the output matrix get rows up to a multiple of this, for speed (128 on GPUs). The rows added
+    take no part: logits and loss are those of vocab_size tokens."""
     n_kv_head: Optional[int] = None
-    """Number of key and value heads (grouped-query attention, arXiv 2305.13245); null means n_head."""
+    """Number of key and value heads (grouped-query attention, arXiv 2305.13245; 1 is multi-query, arXiv 1911.02150);
+    null means n_head."""
     norm: Norm = Norm.layernorm
     norm_eps: float = 1e-5
+    norm_position: NormPosition = NormPosition.pre
+    qk_norm: bool = False
+    """Normalize queries and keys, head by head, before positions turn them (arXiv 2010.04245, arXiv 2302.05442)."""
     position: Position = Position.learned
     rope_base: float = 10000.0
     """Base of the rotary frequencies; used with position=rope only."""
+    rope_scaling: RopeScaling = RopeScaling.none
+    rope_factor: float = 1.0
+    """How many times longer the sequences became; rope_scaling other than none only. At least 1."""
+    rope_original_block_size: Optional[int] = None
+    """Sequence length before the scaling; rope_scaling=llama3 only."""
+    rope_low_freq_factor: float = 1.0
+    """rope_scaling=llama3: frequencies that turn less often in the original length are divided by the factor."""
+    rope_high_freq_factor: float = 4.0
+    """rope_scaling=llama3: frequencies that turn more often in the original length are left alone."""
     ffn: Ffn = Ffn.standard
     ffn_hidden: Optional[int] = None
-    """Inner width of the feed-forward layer; null means 4 n_embd (standard) or 8/3 n_embd rounded up to 64 (swiglu)."""
-    activation: Activation = Activation.gelu
+    """Inner width of the feed-forward layer, with ffn=moe of one expert; null means 4 n_embd (standard) or 8/3 n_embd
+    rounded up to 64 (gated)."""
+    activation: Optional[Activation] = None
+    """Activation of the feed-forward layer. null means GELU for standard and geglu, SiLU for swiglu. swiglu takes no
+    other, geglu also gelu_tanh."""
+    n_expert: int = 0
+    """ffn=moe: number of experts."""
+    n_expert_per_token: int = 2
+    """ffn=moe: experts that each token goes to."""
+    n_shared_expert: int = 0
+    """ffn=moe: experts beside these that every token goes to (arXiv 2401.06066, section 3.2), computed as one."""
+    expert_ffn: Ffn = Ffn.swiglu
+    """ffn=moe: what one expert is; standard, swiglu or geglu."""
+    expert_matmul: ExpertMatmul = ExpertMatmul.grouped
+    capacity_factor: Optional[float] = None
+    """ffn=moe: in training an expert takes from each sequence at most this many times its even share of the tokens, the
+    earlier ones first; the others pass it by (arXiv 2101.03961, section 2.2). null drops none. In evaluation and
+    generation none is dropped."""
+    router_normalize: Optional[bool] = None
+    """ffn=moe: scale a token's expert weights to a sum of 1 (arXiv 2401.04088, section 2.1). null means where there are
+    two or more of them; a single one would always weigh 1, and teach the router nothing."""
+    expert_balance: ExpertBalance = ExpertBalance.loss
+    balance_coefficient: Optional[float] = None
+    """ffn=moe: weight of the balance loss; null means 0.01 with expert_balance=loss, and 0 with bias, where a small one
+    (0.0001) can guard single sequences (arXiv 2412.19437, section 2.1.2)."""
+    balance_bias_rate: float = 0.001
+    """expert_balance=bias: how far a bias moves after each step (arXiv 2408.15664, section 2)."""
+    z_coefficient: float = 0.001
+    """ffn=moe: weight of the router's z-loss, which keeps its logits small (arXiv 2202.08906, section 3); 0 turns it
+    off."""
     attention: AttentionBackend = AttentionBackend.sdpa
+    force_flash: bool = False
+    """attention=flash: refuse to train, and say why, where the flash kernel cannot run."""
+    parallel_residual: bool = False
+    """Attention and ffn read the same residual stream and are added together (GPT-NeoX, arXiv 2204.06745, section 2.1),
+    instead of one after the other."""
     bias: bool = True
-    """Bias in linear layers and LayerNorm."""
+    """Bias in linear layers; that of LayerNorm is a matter of ``norm``."""
     tie_embeddings: bool = True
-    """Output matrix shared with the token embedding."""
+    """Output matrix shared with the token embedding (arXiv 1608.05859)."""
     dropout: float = 0.0
+    """Share of zeros after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
+    init_std: float = 0.02
+    """Standard deviation of the initial matrices (GPT-2)."""
+    embedding_init_std: Optional[float] = None
+    """That of the token embedding; null means init_std."""
+    residual_init_scaled: bool = True
+    """Divide the initial matrices that write into the residual stream by sqrt(2 n_layer) (GPT-2, section 2.3)."""
 
     @property
     def head_dim(self) -> int:
@@ -98,36 +124,48 @@ class ModelConfig:
         return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding and of the output matrix."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def dense_ffn(self) -> Ffn:
+        """What the feed-forward layer is, or one expert of it."""
+        return self.expert_ffn if self.ffn is Ffn.moe else self.ffn
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer, or an expert, has a third matrix for its gate."""
+        return self.dense_ffn in (Ffn.swiglu, Ffn.geglu)
+
+    @property
     def ffn_width(self) -> int:
-        """Inner width of the feed-forward layer, with the default resolved."""
+        """Inner width of the feed-forward layer, or of one expert, with the default resolved."""
         if self.ffn_hidden is not None:
             return self.ffn_hidden
-        if self.ffn is Ffn.swiglu:
-            return -(-8 * self.n_embd // (3 * 64)) * 64
-        return 4 * self.n_embd
+        return -(-8 * self.n_embd // (3 * 64)) * 64 if self.gated else 4 * self.n_embd
+
+    @property
+    def ffn_activation(self) -> Activation:
+        """Activation of the feed-forward layer, with the default resolved."""
+        if self.activation is not None:
+            return self.activation
+        return Activation.silu if self.dense_ffn is Ffn.swiglu else Activation.gelu
+
+    @property
+    def normalizes_experts(self) -> bool:
+        """Whether a token's expert weights are scaled to a sum of 1, with the default resolved."""
+        return self.n_expert_per_token > 1 if self.router_normalize is None else self.router_normalize
+
+    @property
+    def balance_weight(self) -> float:
+        """Weight of the balance loss, with the default resolved."""
+        if self.balance_coefficient is not None:
+            return self.balance_coefficient
+        return 0.01 if self.expert_balance is ExpertBalance.loss else 0.0
 
     def validate(self) -> None:
-        """Raise ConfigError where the numbers cannot make a model."""
-        for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "kv_heads", "ffn_width"):
-            require_positive(f"model.{key}", getattr(self, key))
-        if self.n_embd % self.n_head:
-            heads = nearest_divisor(self.n_embd, self.n_head)
-            raise ConfigError(
-                f"model.n_head={self.n_head} does not divide model.n_embd={self.n_embd}",
-                "heads of equal width",
-                f"model.n_head={heads}",
-            )
-        if self.n_head % self.kv_heads:
-            heads = nearest_divisor(self.n_head, self.kv_heads)
-            raise ConfigError(
-                f"model.n_kv_head={self.kv_heads} does not divide model.n_head={self.n_head}",
-                "every key-value head shared by the same number of query heads",
-                f"model.n_kv_head={heads}",
-            )
-        if self.position is Position.rope and self.head_dim % 2:
-            raise ConfigError(
-                f"model.position=rope with heads {self.head_dim} wide",
-                "an even head width, since rotary embeddings turn pairs of channels",
-                "model.position=learned, or a model.n_head that makes n_embd / n_head even",
-            )
-        require_range("model.dropout", self.dropout, 0.0, 0.99)
+        """Raise ConfigError for the first thing that cannot make a model."""
+        from gpt.config.model_checks import check
+
+        check(self)

@@ -32,7 +32,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_inner": config.ffn_width,
-        "activation_function": ACTIVATIONS[config.activation],
+        "activation_function": ACTIVATIONS[config.ffn_activation],
         "layer_norm_epsilon": config.norm_eps,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
@@ -104,7 +104,7 @@ GPT2 = Format(
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
     parts={
-        "norm": (Norm.layernorm,),
+        "norm": (Norm.layernorm, Norm.layernorm_nobias),
         "position": (Position.learned,),
         "ffn": (Ffn.standard,),
         "activation": tuple(ACTIVATIONS),

@@ -31,8 +31,8 @@ VOCABULARY = ("token_embedding.weight", "head.weight")
 
 def to_theirs(state: State, fmt: Format, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model of ours under a format's names, in the order of its rules."""
-    if fmt.requires_bias and not config.bias:
-        state = state | zero_biases(state)
+    if fmt.requires_bias:
+        state = zero_biases(state) | state
     for rule in fmt.rules(config):
         if len(rule.theirs) == 1:
             parts = [torch.cat([state[name] for name in rule.ours])]

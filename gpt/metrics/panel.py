@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gpt.config import Ffn, ModelConfig, Norm, Position, TrainConfig
+from gpt.config import Ffn, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 
 WIDTH = 110
 """In a log file, which has no width of its own."""
@@ -58,23 +58,35 @@ def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
     heads = f"{model.n_head} heads of {model.head_dim}"
     if model.kv_heads != model.n_head:
         heads += f", {model.kv_heads} for keys and values"
-    ffn = "SwiGLU" if model.ffn is Ffn.swiglu else f"standard, {model.activation.name}"
-    norm = "RMSNorm" if model.norm is Norm.rmsnorm else "LayerNorm"
+    kinds = {Ffn.swiglu: "SwiGLU", Ffn.geglu: "GEGLU", Ffn.standard: f"standard, {model.ffn_activation.name}"}
+    ffn = f"{kinds[model.dense_ffn]} ffn {model.ffn_width} wide"
+    if model.ffn is Ffn.moe:
+        ffn = f"{model.n_expert_per_token} of {model.n_expert} experts, {ffn}"
+    norm = {Norm.rmsnorm: "RMSNorm", Norm.layernorm: "LayerNorm", Norm.layernorm_nobias: "LayerNorm without shift"}
     position = {
         Position.rope: f"rotary positions (base {model.rope_base:g})",
         Position.learned: "learned positions",
         Position.none: "no positions",
     }
-    extras = [word for word, on in (("bias", model.bias), ("tied embeddings", model.tie_embeddings)) if on]
+    choices = {
+        "norms after": model.norm_position is NormPosition.post,
+        "normalized queries and keys": model.qk_norm,
+        f"rope scaling {model.rope_scaling.name}": model.rope_scaling is not RopeScaling.none,
+        "parallel residual": model.parallel_residual,
+        "bias": model.bias,
+        "tied embeddings": model.tie_embeddings,
+    }
+    extras = [words for words, on in choices.items() if on]
     if model.dropout:
         extras.append(f"dropout {model.dropout:g}")
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count and name != "total")
+    components = ("embedding", "position", "attention", "ffn", "norm", "head")
+    parts = ", ".join(f"{name} {counts[name]:,}" for name in components if counts[name])
+    active = f"{counts['active']:,} active for a token, " if counts["idle"] else ""
     return {
         "model": f"{model.name}: {model.n_layer} layers x {model.n_embd}, {heads}",
-        "parts": f"{norm}, {position[model.position]}, {ffn} ffn {model.ffn_width} wide"
-        + "".join(f", {extra}" for extra in extras),
+        "parts": f"{norm[model.norm]}, {position[model.position]}, {ffn}" + "".join(f", {extra}" for extra in extras),
         "sequence": f"{model.block_size:,} tokens of a vocabulary of {model.vocab_size:,}",
-        "parameters": f"{counts['total']:,} ({parts})",
+        "parameters": f"{counts['total']:,}, {active}{counts['non_embedding']:,} without embeddings ({parts})",
     }
 
 

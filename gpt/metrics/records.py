@@ -45,6 +45,8 @@ class StepRecord:
     """Gradient norm by layer: ``blocks.0`` and so on, and what is outside the blocks."""
     data_wait_s: float | None = None
     """Time the step waited for its samples."""
+    expert_imbalance: float | None = None
+    """How far the busiest expert of any layer was above an even share, in such shares: 0 is even; with experts only."""
     comm_s: float | None = None
     checkpoint_s: float | None = None
     """Time the checkpoint of this step held up training; only where one was written."""

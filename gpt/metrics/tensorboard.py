@@ -28,6 +28,7 @@ TAGS = {
     "grad_norm": "train/grad_norm",
     "grad_mean": "gradients/mean",
     "grad_std": "gradients/std",
+    "expert_imbalance": "train/expert_imbalance",
     "val_loss": "eval/loss",
     "tokens_per_s": "speed/tokens_per_s",
     "step_time_s": "speed/step_time_s",

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import AttentionBackend, ModelConfig, Position
 from gpt.model.cache import LayerCache
+from gpt.model.fused import flash_attention, past, sdpa_attention
+from gpt.model.norm import build_norm
 from gpt.model.position import Rope
 
 
@@ -28,9 +29,12 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
         self.value = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
         self.output = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        rope = config.position is Position.rope
-        self.rope = Rope(config.block_size, config.head_dim, config.rope_base) if rope else None
-        self.attend = sdpa_attention if config.attention is AttentionBackend.sdpa else manual_attention
+        # One gain for all heads, so that heads can be dealt out.
+        self.query_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.key_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.rope = Rope(config) if config.position is Position.rope else None
+        self.backend = config.attention
+        self.force_flash = config.force_flash
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -38,27 +42,26 @@ class Attention(nn.Module):
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKC = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.query_norm is not None and self.key_norm is not None:
+            # Under autocast a norm gives fp32, while the values stay bf16.
+            q_BTHC, k_BTKC = self.query_norm(q_BTHC).type_as(v_BTKC), self.key_norm(k_BTKC).type_as(v_BTKC)
         if self.rope is not None:
             start = 0 if cache is None else cache.length
             q_BTHC, k_BTKC = self.rope(q_BTHC, start), self.rope(k_BTKC, start)
         q_BHTC, k_BKSC, v_BKSC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
         if cache is not None:
             k_BKSC, v_BKSC = cache.extend(k_BKSC, v_BKSC)
-        y_BHTC = self.attend(q_BHTC, k_BKSC, v_BKSC, self.dropout if self.training else 0.0)
+        y_BHTC = self.attend(q_BHTC, k_BKSC, v_BKSC)
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
-
-def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
-    """torch's fused kernels, flash attention (arXiv 2307.08691) where the device and the dtype have it."""
-    new, seen = q_BHTC.size(2), k_BKSC.size(2)
-    # torch's is_causal lines the first query up with the first key. Where keys come from a cache, it is the last query
-    # with the last key; a single one then sees them all.
-    mask_TS = past(new, seen, q_BHTC.device) if 1 < new < seen else None
-    # enable_gqa narrows torch's choice of kernels, so it is asked for only where it is needed.
-    grouped = q_BHTC.size(1) != k_BKSC.size(1)
-    return F.scaled_dot_product_attention(
-        q_BHTC, k_BKSC, v_BKSC, mask_TS, dropout_p=dropout, is_causal=new == seen, enable_gqa=grouped
-    )
+    def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+        """Attention by the backend that was chosen: (B, H, T, C)."""
+        dropout = self.dropout if self.training else 0.0
+        if self.backend is AttentionBackend.manual:
+            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
+        if self.backend is AttentionBackend.flash:
+            return flash_attention(q_BHTC, k_BKSC, v_BKSC, dropout, self.force_flash and self.training)
+        return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
 
 
 def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
@@ -70,8 +73,3 @@ def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: fl
     scores_BHTS = (q_BHTC @ k_BKSC.mT) / math.sqrt(q_BHTC.size(3))
     weights_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf).softmax(-1)
     return F.dropout(weights_BHTS, dropout) @ v_BKSC
-
-
-def past(new: int, seen: int, device: torch.device) -> Tensor:
-    """(T, S): which of ``seen`` keys each of the last ``new`` queries may look at, its own among them."""
-    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig
+from gpt.config import ModelConfig, NormPosition
 from gpt.model.attention import Attention
 from gpt.model.cache import LayerCache
 from gpt.model.ffn import build_ffn
@@ -15,7 +15,11 @@ from gpt.model.norm import build_norm
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the residual stream, each normalized before (arXiv 2002.04745)."""
+    """Attention and feed-forward, each added to the residual stream.
+
+    Each is normalized before (``pre``, arXiv 2002.04745) or the sum is after (``post``, arXiv 1706.03762, section 5.4);
+    in parallel both read the same stream (arXiv 2204.06745, section 2.1).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -24,7 +28,15 @@ class Block(nn.Module):
         self.ffn_norm = build_norm(config)
         self.ffn = build_ffn(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.post = config.norm_position is NormPosition.post
+        self.parallel = config.parallel_residual
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        if self.post:
+            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, cache)))
+            return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
+        if self.parallel:
+            attended_BTD = self.dropout(self.attention(self.attention_norm(x_BTD), cache))
+            return x_BTD + attended_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cache))
         return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))

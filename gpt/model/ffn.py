@@ -20,35 +20,44 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.gelu_tanh: gelu_tanh,
     Activation.silu: F.silu,
     Activation.relu: F.relu,
+    Activation.leaky_relu: F.leaky_relu,
 }
 
 
 class StandardFfn(nn.Module):
     """Two matrices with an activation between them (arXiv 1706.03762, section 3.3)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.down = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.ffn_activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x_BTD)))
 
 
-class SwiGlu(nn.Module):
-    """SiLU-gated linear unit, three matrices (arXiv 2002.05202). Its activation is SiLU whatever the config's is."""
+class GatedFfn(nn.Module):
+    """Gated linear unit, three matrices: SwiGLU with SiLU, GEGLU with GELU (arXiv 2002.05202, section 2)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.down = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.ffn_activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+def build_dense(config: ModelConfig, width: int) -> nn.Module:
+    """The layer that ``config.dense_ffn`` names, ``width`` wide inside: (B, T, D) -> (B, T, D)."""
+    return GatedFfn(config, width) if config.gated else StandardFfn(config, width)
 
 
 def build_ffn(config: ModelConfig) -> nn.Module:
     """The feed-forward layer that ``config.ffn`` names: (B, T, D) -> (B, T, D)."""
-    return SwiGlu(config) if config.ffn is Ffn.swiglu else StandardFfn(config)
+    from gpt.model.moe import MixtureOfExperts
+
+    return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)

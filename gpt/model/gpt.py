@@ -1,11 +1,12 @@
 """The GPT: tokens in, logits of the next token out.
 
     tokens -> token embedding (+ learned position) -> dropout -> n_layer x Block -> norm -> output matrix -> logits
-    Block:    x + attention(norm(x)), then x + ffn(norm(x))                                         (gpt/model/block.py)
+    Block:    x + attention(norm(x)), then x + ffn(norm(x))      (gpt/model/block.py; norms after, or both in parallel)
 
 Shape letters, here and in every module of this folder; a tensor's name ends in its shape, as in ``x_BTD``:
 
     B batch   T time   D width   H heads   K key-value heads   C head width   F inner width of the ffn   V vocabulary
+    E experts   R rows given to experts
 
 Each part is chosen by ``gpt.config.ModelConfig`` and lives in a file of its own. Nothing here knows of devices, ranks
 or training: a strategy shards the model from outside, block by block, through ``blocks``.
@@ -23,9 +24,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig, Position
+from gpt.config import ModelConfig, NormPosition, Position
 from gpt.model.block import Block
 from gpt.model.cache import Cache
+from gpt.model.moe import MixtureOfExperts
 from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope
 
@@ -36,14 +38,15 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.token_embedding = nn.Embedding(config.padded_vocab, config.n_embd)
         learned = config.position is Position.learned
         self.position = LearnedPosition(config.block_size, config.n_embd) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = build_norm(config)
+        # Norms after each addition leave the stream normalized.
+        self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
         # A tied head is no module: to_empty() of a model on the meta device would give two modules two tensors.
-        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab, bias=False)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the token after each position: (B, T) integers -> (B, T, V).
@@ -61,10 +64,11 @@ class GPT(nn.Module):
         for index, block in enumerate(self.blocks):
             x_BTD = block(x_BTD) if cache is None else block(x_BTD, cache.layer(index))
         x_BTD = self.norm(x_BTD)
-        return F.linear(x_BTD, self.token_embedding.weight) if self.head is None else self.head(x_BTD)
+        logits_BTV = F.linear(x_BTD, self.token_embedding.weight) if self.head is None else self.head(x_BTD)
+        return logits_BTV[..., : self.config.vocab_size]
 
     def reset_buffers(self) -> None:
         """Compute the tables that no checkpoint holds; needed once after ``to_empty``."""
         for module in self.modules():
-            if isinstance(module, Rope):
+            if isinstance(module, Rope | MixtureOfExperts):
                 module.reset_buffers()

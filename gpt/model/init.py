@@ -9,44 +9,71 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from gpt.config import ModelConfig
 from gpt.model.gpt import GPT
 
-STD = 0.02
-RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight")
+RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
 """The matrices that write into the residual stream."""
 
 
 def initialize(model: GPT, seed: int) -> None:
     """Fill every parameter and buffer of ``model``, whatever they hold and wherever they lie.
 
-    Matrices are normal with standard deviation 0.02; those that write into the residual stream are scaled by
+    Matrices are normal with standard deviation ``init_std``; those that write into the residual stream are scaled by
     1 / sqrt(2 n_layer), one factor for each addition to it; gains are 1 and biases 0. Language Models are Unsupervised
     Multitask Learners (Radford et al. 2019), section 2.3,
     https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and
-    https://github.com/openai/gpt-2/blob/master/src/model.py. The position table has 0.02 too, as in later GPTs, where
-    that code has 0.01.
+    https://github.com/openai/gpt-2/blob/master/src/model.py. The position table is like the matrices, as in later GPTs,
+    where that code has half as much.
 
     To be called before a strategy wraps or cuts the model, since wrappers change the parameters' names.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, model.config.n_layer, seed))
+            parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+        for name, buffer in model.named_buffers():
+            if name.endswith("balance_bias"):
+                buffer.zero_()
     model.reset_buffers()
 
 
-def initial_value(name: str, shape: torch.Size, n_layer: int, seed: int) -> Tensor:
-    """The whole of one parameter, fp32 on the CPU."""
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The whole of one parameter, fp32 on the CPU.
+
+    Each expert is drawn by itself, so its values do not depend on how many there are. Rows that only fill up the
+    vocabulary are 0, and the others are what they are without them.
+    """
     if name.endswith(".bias"):
         return torch.zeros(shape, device="cpu")
     if len(shape) == 1:
         return torch.ones(shape, device="cpu")
-    std = STD / math.sqrt(2 * n_layer) if name.endswith(RESIDUAL_OUTPUTS) else STD
+    std = initial_std(name, config)
+    if len(shape) == 3:
+        return torch.stack([normal(f"{name}.{expert}", shape[1:], std, seed) for expert in range(shape[0])])
+    if name in ("token_embedding.weight", "head.weight"):
+        rows = normal(name, (config.vocab_size, *shape[1:]), std, seed)
+        return F.pad(rows, (0, 0, 0, shape[0] - config.vocab_size))
+    return normal(name, shape, std, seed)
+
+
+def initial_std(name: str, config: ModelConfig) -> float:
+    """Standard deviation of one matrix."""
+    if name == "token_embedding.weight" and config.embedding_init_std is not None:
+        return config.embedding_init_std
+    scaled = config.residual_init_scaled and name.endswith(RESIDUAL_OUTPUTS)
+    return config.init_std / math.sqrt(2 * config.n_layer) if scaled else config.init_std
+
+
+def normal(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
+    """Normal values that follow from the run's seed and a name."""
     generator = torch.Generator("cpu").manual_seed(seed_of(name, seed))
-    return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
+    return torch.empty(tuple(shape), device="cpu").normal_(std=std, generator=generator)
 
 
 def seed_of(name: str, seed: int) -> int:

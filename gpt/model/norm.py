@@ -10,12 +10,13 @@ from torch import nn
 from gpt.config import ModelConfig, Norm
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
-    """The normalization layer that ``config.norm`` names: (..., D) -> (..., D).
+def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
+    """The normalization layer that ``config.norm`` names: (..., width) -> (..., width), by default over D.
 
-    ``layernorm`` has a gain, and a shift where ``config.bias`` is set (arXiv 1607.06450); ``rmsnorm`` has a gain only
-    (arXiv 1910.07467).
+    ``layernorm`` has a gain and a shift (arXiv 1607.06450), ``layernorm_nobias`` and ``rmsnorm`` (arXiv 1910.07467) a
+    gain only.
     """
+    width = config.n_embd if width is None else width
     if config.norm is Norm.rmsnorm:
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm is Norm.layernorm)

@@ -6,8 +6,12 @@ a cache (gpt/model/cache.py) holds its beginning.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from gpt.config import ModelConfig, RopeScaling
 
 
 class LearnedPosition(nn.Module):
@@ -32,12 +36,12 @@ class Rope(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, block_size: int, head_dim: int, base: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert head_dim % 2 == 0, f"rotary embeddings turn pairs of channels, and a head has {head_dim}"
-        self.base = base
-        self.register_buffer("cos", torch.empty(block_size, head_dim // 2), persistent=False)
-        self.register_buffer("sin", torch.empty(block_size, head_dim // 2), persistent=False)
+        self.config = config
+        shape = (config.block_size, config.head_dim // 2)
+        self.register_buffer("cos", torch.empty(shape), persistent=False)
+        self.register_buffer("sin", torch.empty(shape), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -45,9 +49,8 @@ class Rope(nn.Module):
 
         They are computed on the CPU in float64: the same bits on every device, and no loss of phase far from the start.
         """
-        positions, pairs = self.cos.shape
-        rates = self.base ** -(torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
-        angles = torch.outer(torch.arange(positions, dtype=torch.float64, device="cpu"), rates)
+        positions = torch.arange(self.config.block_size, dtype=torch.float64, device="cpu")
+        angles = torch.outer(positions, rotation_rates(self.config))
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
@@ -58,3 +61,27 @@ class Rope(nn.Module):
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         # The tables are fp32, which would promote bf16 queries and keys, while the values stay bf16.
         return turned.type_as(x_BTHC)
+
+
+def rotation_rates(config: ModelConfig) -> Tensor:
+    """Angle per position of each pair of channels, (C/2,) in float64 on the CPU, fastest first.
+
+    Pair i of a head turns by base^(-2i/C); ``rope_scaling`` slows that down, see ``gpt.config.RopeScaling``.
+    """
+    width, base, factor = config.head_dim, config.rope_base, config.rope_factor
+    if config.rope_scaling is RopeScaling.ntk:
+        base *= factor ** (width / (width - 2))
+    rates = base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    if config.rope_scaling is RopeScaling.linear:
+        return rates / factor
+    return llama3_rates(rates, config) if config.rope_scaling is RopeScaling.llama3 else rates
+
+
+def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
+    """Rates that turn less than ``low`` times in the original length, divided by the factor; more than ``high``, left;
+    between, blended linearly in the number of turns."""
+    assert config.rope_original_block_size is not None
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_block_size * rates / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return rates * (kept + (1 - kept) / config.rope_factor)

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gpt.config import Activation, AttentionBackend, Ffn, ModelConfig, Norm, Position
+from gpt.config import (
+    Activation,
+    AttentionBackend,
+    ExpertBalance,
+    ExpertMatmul,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+)
 
 LLAMA: dict[str, Any] = {
     "norm": Norm.rmsnorm,
@@ -17,6 +27,8 @@ LLAMA: dict[str, Any] = {
     "bias": False,
     "tie_embeddings": False,
 }
+
+MOE: dict[str, Any] = {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2, "ffn_hidden": 24, "bias": False}
 
 
 def small(**overrides: Any) -> ModelConfig:
@@ -28,27 +40,32 @@ def small(**overrides: Any) -> ModelConfig:
 
 
 def variants() -> list[ModelConfig]:
-    """Every norm with every position, ffn and attention, with and without bias and tying, in turn grouped and not."""
-    parts = itertools.product(Norm, Position, Ffn, AttentionBackend)
-    return [
-        small(
-            norm=norm,
-            position=position,
-            ffn=ffn,
-            attention=attention,
-            n_kv_head=(None, 2, 1)[i % 3],
-            bias=i % 2 == 0,
-            tie_embeddings=i % 4 < 2,
-            activation=list(Activation)[i % len(Activation)],
-        )
-        for i, (norm, position, ffn, attention) in enumerate(parts)
-    ]
+    """Every norm with every position and ffn; the other choices change from one to the next, each at its own pace."""
+    made = []
+    for i, (norm, position, ffn) in enumerate(itertools.product(Norm, Position, Ffn)):
+        parts: dict[str, Any] = {"norm": norm, "position": position, "ffn": ffn, "bias": i % 2 == 0}
+        parts["n_kv_head"] = (None, 2, 1)[i % 3]
+        parts["attention"] = list(AttentionBackend)[i // 4 % 3]
+        parts["tie_embeddings"] = i % 4 < 2
+        parts["norm_position"] = list(NormPosition)[i // 3 % 2]
+        parts["parallel_residual"] = i % 6 < 3 and i % 5 < 3
+        parts["qk_norm"] = i % 5 > 2
+        parts["vocab_multiple"] = (1, 16)[i // 2 % 2]
+        if ffn is Ffn.standard:
+            parts["activation"] = list(Activation)[i // 4 % len(Activation)]
+        if ffn is Ffn.moe:
+            kinds = (Ffn.swiglu, Ffn.standard, Ffn.geglu)
+            parts |= {**MOE, "expert_ffn": kinds[i // 4 % 3], "n_shared_expert": i // 12 % 2}
+            parts["expert_matmul"] = list(ExpertMatmul)[i // 8 % 2]
+        made.append(small(**parts))
+    return made
 
 
 def label(config: ModelConfig) -> str:
     """What sets a variant apart, for the test's name."""
-    parts = (config.norm.name, config.position.name, config.ffn.name, config.attention.name, f"kv{config.kv_heads}")
-    return "-".join(parts)
+    parts = [config.norm.name, config.position.name, config.ffn.name, config.attention.name, f"kv{config.kv_heads}"]
+    parts += [config.norm_position.name, *(["parallel"] if config.parallel_residual else [])]
+    return "-".join([*parts, *(["qk"] if config.qk_norm else [])])
 
 
 def random_tokens(config: ModelConfig, sequences: int, seed: int = 0) -> torch.Tensor:
@@ -58,11 +75,12 @@ def random_tokens(config: ModelConfig, sequences: int, seed: int = 0) -> torch.T
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> ModelConfig:
+def configs(draw: st.DrawFn, ffns: tuple[Ffn, ...] = tuple(Ffn)) -> ModelConfig:
     """Any valid model that is small enough to be built."""
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 3))
-    ffn_hidden = draw(st.none() | st.integers(1, 40))
+    ffn = draw(st.sampled_from(ffns))
+    norm_position = draw(st.sampled_from(NormPosition))
     config = ModelConfig(
         name="drawn",
         n_layer=draw(st.integers(1, 3)),
@@ -71,14 +89,26 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         n_embd=heads * 2 * draw(st.integers(1, 6)),
         block_size=draw(st.integers(1, 20)),
         vocab_size=draw(st.integers(1, 70)),
+        vocab_multiple=draw(st.sampled_from([1, 16])),
         norm=draw(st.sampled_from(Norm)),
+        norm_position=norm_position,
+        qk_norm=draw(st.booleans()),
         position=draw(st.sampled_from(Position)),
-        ffn=draw(st.sampled_from(Ffn)),
-        ffn_hidden=ffn_hidden,
-        activation=draw(st.sampled_from(Activation)),
+        ffn=ffn,
+        ffn_hidden=draw(st.none() | st.integers(1, 40)),
+        activation=draw(st.sampled_from(Activation)) if ffn is Ffn.standard else None,
         attention=draw(st.sampled_from(AttentionBackend)),
-        bias=draw(st.booleans()),
+        parallel_residual=norm_position is NormPosition.pre and draw(st.booleans()),
+        bias=ffn is not Ffn.moe and draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
     )
+    if ffn is Ffn.moe:
+        config.n_expert = draw(st.integers(1, 5))
+        config.n_expert_per_token = draw(st.integers(1, config.n_expert))
+        config.n_shared_expert = draw(st.integers(0, 2))
+        config.expert_ffn = draw(st.sampled_from([Ffn.standard, Ffn.swiglu, Ffn.geglu]))
+        config.expert_balance = draw(st.sampled_from(ExpertBalance))
+        config.expert_matmul = ExpertMatmul.loop  # takes any width, and torch counts its products
+        config.capacity_factor = draw(st.none() | st.sampled_from([0.5, 1.0, 1.25, 9.0]))
     config.validate()
     return config

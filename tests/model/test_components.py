@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gpt.config import Activation, AttentionBackend, Ffn, Norm
-from gpt.model.attention import Attention, manual_attention, sdpa_attention
+from gpt.config import Activation, AttentionBackend, Ffn, Norm, NormPosition, Position, RopeScaling
+from gpt.model.attention import Attention, manual_attention
 from gpt.model.block import Block
 from gpt.model.ffn import build_ffn
+from gpt.model.fused import sdpa_attention, why_not_flash
 from gpt.model.gpt import GPT
 from gpt.model.norm import build_norm
-from gpt.model.position import LearnedPosition, Rope
+from gpt.model.position import LearnedPosition, Rope, rotation_rates
 from tests.model.small import LLAMA, small
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 5, "ffn_hidden": 6}
 
 
 def components() -> dict[str, nn.Module]:
-    made: dict[str, nn.Module] = {}
-    for norm in Norm:
-        for bias in (True, False):
-            made[f"{norm.name}-bias={bias}"] = build_norm(small(**TINY, norm=norm, bias=bias))
+    made: dict[str, nn.Module] = {norm.name: build_norm(small(**TINY, norm=norm)) for norm in Norm}
     for backend in AttentionBackend:
         for kv_heads in (2, 1):
-            made[f"attention-{backend.name}-kv={kv_heads}"] = Attention(
-                small(**TINY, attention=backend, n_kv_head=kv_heads)
-            )
-            made[f"attention-{backend.name}-kv={kv_heads}-llama"] = Attention(
-                small(**TINY, **LLAMA, attention=backend, n_kv_head=kv_heads)
-            )
+            parts = {"attention": backend, "n_kv_head": kv_heads}
+            made[f"attention-{backend.name}-kv={kv_heads}"] = Attention(small(**TINY, **parts))
+            made[f"attention-{backend.name}-kv={kv_heads}-llama"] = Attention(small(**TINY, **LLAMA, **parts))
+    for norm in Norm:
+        made[f"attention-qk-{norm.name}"] = Attention(small(**TINY, **{**LLAMA, "norm": norm}, qk_norm=True))
     for activation in Activation:
         made[f"ffn-{activation.name}"] = build_ffn(small(**TINY, activation=activation))
     made["ffn-swiglu"] = build_ffn(small(**TINY, ffn=Ffn.swiglu))
+    made["ffn-geglu"] = build_ffn(small(**TINY, ffn=Ffn.geglu))
+    made["ffn-geglu-tanh"] = build_ffn(small(**TINY, ffn=Ffn.geglu, activation=Activation.gelu_tanh))
     made["learned position"] = LearnedPosition(4, 8)
     made["block-gpt2"] = Block(small(**TINY))
     made["block-llama"] = Block(small(**TINY, **LLAMA))
+    made["block-post"] = Block(small(**TINY, norm_position=NormPosition.post))
+    made["block-parallel"] = Block(small(**TINY, parallel_residual=True))
     return made
 
 
@@ -72,31 +77,56 @@ def test_gradient_of_the_whole_model(parts: dict) -> None:
     check_gradients(GPT(small(**TINY, **parts)), torch.tensor([[1, 4, 2]]))
 
 
+def rope(positions: int, head_dim: int, base: float = 10000.0, **scaling: object) -> Rope:
+    parts = {"n_head": 1, "n_embd": head_dim, "position": Position.rope}
+    return Rope(small(**parts, block_size=positions, rope_base=base, **scaling))
+
+
 def test_gradient_of_rope() -> None:
-    rope = Rope(4, 6, base=10.0).double()
-    assert gradcheck(rope, torch.randn(2, 3, 1, 6, dtype=torch.float64, requires_grad=True))
+    turned = torch.randn(2, 3, 1, 6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(rope(4, 6, base=10.0).double(), turned)
 
 
 def test_rope_is_a_rotation_of_complex_numbers() -> None:
-    rope = Rope(block_size=64, head_dim=8, base=500.0)
     x_BTHC = torch.randn(2, 64, 3, 8)
     rates = torch.tensor([500.0 ** (-2 * pair / 8) for pair in range(4)], dtype=torch.float64)
     turn = torch.exp(1j * torch.arange(64, dtype=torch.float64)[:, None] * rates)[:, None]
     expected = torch.complex(x_BTHC[..., :4].double(), x_BTHC[..., 4:].double()) * turn
-    torch.testing.assert_close(rope(x_BTHC), torch.cat((expected.real, expected.imag), -1).float())
+    ours = rope(64, 8, base=500.0)(x_BTHC)
+    torch.testing.assert_close(ours, torch.cat((expected.real, expected.imag), -1).float())
 
 
 def test_rope_scores_depend_on_the_distance_only() -> None:
-    rope = Rope(block_size=40, head_dim=16, base=10000.0).double()
+    turn = rope(40, 16).double()
     q, k = torch.randn(16).double(), torch.randn(16).double()
-    q_T, k_T = (rope(x.expand(1, 40, 1, 16))[0, :, 0] for x in (q, k))
+    q_T, k_T = (turn(x.expand(1, 40, 1, 16))[0, :, 0] for x in (q, k))
     scores = q_T @ k_T.T
     torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5], rtol=0, atol=1e-5)
     assert (scores[0] - scores[0, 0]).abs().max() > 1e-3
 
 
 def test_rope_keeps_the_dtype_of_bf16() -> None:
-    assert Rope(4, 6, 10.0)(torch.randn(1, 4, 2, 6, dtype=torch.bfloat16)).dtype is torch.bfloat16
+    assert rope(4, 6)(torch.randn(1, 4, 2, 6, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_rope_scaling_is_that_of_transformers() -> None:
+    theirs = LlamaConfig(hidden_size=64, num_attention_heads=1, max_position_embeddings=1000, rope_theta=5e5)
+    theirs.rope_parameters = {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs.rope_parameters["original_max_position_embeddings"] = 1000
+    ours = {"base": 5e5, "rope_factor": 8.0}
+    # Their dynamic NTK grows with the sequence; at 15 times the length it is ours by 8 x that factor's definition:
+    # factor * length / original - (factor - 1) = 8 with factor 8 at length 15/8 of the original.
+    cases = {
+        RopeScaling.linear: ("linear", {}),
+        RopeScaling.llama3: ("llama3", {}),
+        RopeScaling.ntk: ("dynamic", {"seq_len": 1875}),
+    }
+    for scaling, (kind, words) in cases.items():
+        theirs.rope_parameters["rope_type"] = kind
+        expected, _ = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), **words)
+        more = {"rope_original_block_size": 1000} if scaling is RopeScaling.llama3 else {}
+        rates = rotation_rates(rope(8, 64, rope_scaling=scaling, **ours, **more).config)
+        torch.testing.assert_close(rates.float(), expected)
 
 
 @pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
@@ -139,3 +169,72 @@ def test_attention_dropout_acts_in_training_only(backend: AttentionBackend) -> N
     assert not torch.equal(attention(x_BTD), attention(x_BTD))
     attention.eval()
     assert torch.equal(attention(x_BTD), attention(x_BTD))
+
+
+def test_norms_against_their_formulas() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 32, dtype=torch.float64) * 3 + 1
+    gain, shift = torch.randn(2, 32, dtype=torch.float64)
+    centred = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = {
+        Norm.layernorm: centred * gain + shift,
+        Norm.layernorm_nobias: centred * gain,
+        Norm.rmsnorm: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain,
+    }
+    for norm, value in expected.items():
+        layer = build_norm(small(norm=norm)).double()
+        layer.load_state_dict({"weight": gain, "bias": shift} if norm is Norm.layernorm else {"weight": gain})
+        torch.testing.assert_close(layer(x), value)
+
+
+@pytest.mark.parametrize(("ffn", "activation"), [(Ffn.swiglu, F.silu), (Ffn.geglu, F.gelu)])
+def test_gated_layers_against_their_formula(ffn: Ffn, activation: Callable[[Tensor], Tensor]) -> None:
+    layer = build_ffn(small(ffn=ffn, bias=False))
+    w = dict(layer.named_parameters())
+    x = torch.randn(7, 32)
+    expected = (activation(x @ w["gate.weight"].T) * (x @ w["up.weight"].T)) @ w["down.weight"].T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_blocks_against_their_formulas() -> None:
+    torch.manual_seed(0)
+    x_BTD = torch.randn(2, 12, 32)
+    before, after, both = (
+        Block(small(**parts)).eval()
+        for parts in ({}, {"norm_position": NormPosition.post}, {"parallel_residual": True})
+    )
+    for block in (before, after, both):
+        block.load_state_dict(before.state_dict())
+    a, f = before.attention, before.ffn
+    n1, n2 = before.attention_norm, before.ffn_norm
+    middle = x_BTD + a(n1(x_BTD))
+    torch.testing.assert_close(before(x_BTD), middle + f(n2(middle)))
+    middle = n1(x_BTD + a(x_BTD))
+    torch.testing.assert_close(after(x_BTD), n2(middle + f(middle)))
+    torch.testing.assert_close(both(x_BTD), x_BTD + a(n1(x_BTD)) + f(n2(x_BTD)))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_normalized_queries_and_keys_do_not_feel_the_size_of_their_matrices(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    attention = Attention(small(**LLAMA, n_kv_head=kv_heads, qk_norm=True))
+    x_BTD = torch.randn(2, 12, 32)
+    y_BTD = attention(x_BTD)
+    with torch.no_grad():
+        attention.query.weight.mul_(3)
+        attention.key.weight.mul_(0.5)
+    torch.testing.assert_close(attention(x_BTD), y_BTD, rtol=1e-3, atol=1e-4)
+    assert attention.query_norm.weight.shape == (8,), "one gain for all heads"
+
+
+def test_forced_flash_runs_where_it_can_and_says_why_where_not() -> None:
+    here = torch.device("cpu")
+    config = small(attention=AttentionBackend.flash, force_flash=True, n_kv_head=2)
+    assert why_not_flash(config, here, torch.float32) is None
+    Attention(config)(torch.randn(2, 12, 32)).sum().backward()
+    config.dropout = 0.1  # torch's flash kernel for the CPU has none
+    assert "dropout 0.1 on cpu" in (why_not_flash(config, here, torch.float32) or "")
+    with pytest.raises(RuntimeError, match="kernel"):
+        Attention(config)(torch.randn(2, 12, 32))
+    config.force_flash = False
+    Attention(config)(torch.randn(2, 12, 32)).sum().backward()

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.config import ModelConfig, Position
+from gpt.config import ExpertBalance, ModelConfig, Position
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
-from tests.model.small import LLAMA, label, random_tokens, small, variants
+from tests.model.small import LLAMA, MOE, label, random_tokens, small, variants
 
 SEED = 7
 
@@ -71,7 +71,7 @@ def test_the_config_is_left_alone() -> None:
     assert config == before
 
 
-@pytest.mark.parametrize("parts", [{}, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("parts", [{}, LLAMA, MOE], ids=["gpt2", "llama", "moe"])
 def test_same_seed_same_bits(parts: dict) -> None:
     config = small(**parts)
     tokens_BT = random_tokens(config, 2)
@@ -96,7 +96,11 @@ def test_dropout_follows_the_generator_and_stops_in_evaluation() -> None:
     assert torch.equal(model.eval()(tokens_BT), plain)
 
 
-@pytest.mark.parametrize("parts", [{}, {"tie_embeddings": False}, LLAMA], ids=["gpt2", "untied", "llama"])
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"tie_embeddings": False}, LLAMA, {**MOE, "expert_balance": ExpertBalance.bias}],
+    ids=["gpt2", "untied", "llama", "moe"],
+)
 def test_meta_construction_then_to_empty(parts: dict) -> None:
     config = small(**parts)
     plain, tokens_BT = built(config), random_tokens(config, 2)
@@ -118,7 +122,7 @@ def test_meta_construction_then_to_empty(parts: dict) -> None:
 
 
 def test_a_checkpoint_holds_parameters_only() -> None:
-    for parts in ({}, LLAMA):
+    for parts in ({}, LLAMA, MOE):
         model = GPT(small(**parts))
         assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
@@ -130,6 +134,28 @@ def test_a_value_depends_on_seed_and_name_only() -> None:
     layers = [deep.get_parameter(f"blocks.{layer}.attention.query.weight") for layer in range(3)]
     assert not torch.equal(layers[0], layers[1])
     assert not torch.equal(layers[1], layers[2])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_fill_up_the_vocabulary_take_no_part(tied: bool) -> None:
+    plain = built(small(tie_embeddings=tied))
+    padded = built(small(tie_embeddings=tied, vocab_multiple=64))
+    assert padded.token_embedding.weight.shape == (64, 32)
+    tokens_BT = random_tokens(plain.config, 2)
+    for model in (plain, padded):
+        F.cross_entropy(model(tokens_BT).flatten(0, 1), tokens_BT.flatten()).backward()
+    torch.testing.assert_close(padded(tokens_BT), plain(tokens_BT))
+    for (name, mine), reference in zip(padded.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad[: len(reference)], reference.grad, msg=name)
+        assert not mine.grad[len(reference) :].any(), name
+
+
+def test_initial_values_follow_their_keys() -> None:
+    chosen = {"init_std": 0.01, "embedding_init_std": 1.0, "residual_init_scaled": False}
+    model = built(small(n_layer=1, n_embd=128, vocab_size=300, **chosen))
+    assert model.token_embedding.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    for name in ("attention.query", "attention.output", "ffn.down"):
+        assert model.get_parameter(f"blocks.0.{name}.weight").std().item() == pytest.approx(0.01, rel=0.05), name
 
 
 def test_standard_deviations_are_those_of_gpt2() -> None:

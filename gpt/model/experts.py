@@ -1,0 +1,57 @@
+"""The experts of a mixture: feed-forward layers of one shape, their matrices stacked, each applied to its own rows.
+
+R rows, E experts, D width, F inner width. Every parameter has the experts first, so that experts can be dealt out by
+cutting it there. Must not know how rows are chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import ExpertMatmul, ModelConfig
+from gpt.model.ffn import ACTIVATIONS
+
+untraced_grouped_mm = torch.compiler.disable(F.grouped_mm)
+
+
+class Experts(nn.Module):
+    """The feed-forward layers of ``n_expert`` experts, without biases. Matrices are (outputs, inputs), as in Linear."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, inner = config.n_expert, config.n_embd, config.ffn_width
+        self.gate = nn.Parameter(torch.empty(experts, inner, width)) if config.gated else None
+        self.up = nn.Parameter(torch.empty(experts, inner, width))
+        self.down = nn.Parameter(torch.empty(experts, width, inner))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=config.init_std)
+        self.activation = ACTIVATIONS[config.ffn_activation]
+        self.product = grouped_product if config.expert_matmul is ExpertMatmul.grouped else looped_product
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """(R, D) -> (R, D), the rows of expert e being those from ``ends_E[e - 1]`` to ``ends_E[e]``, int32."""
+        # torch.autocast does not know grouped products; cast here, the rows are kept once for both matrices.
+        if torch.is_autocast_enabled(x_RD.device.type):
+            x_RD = x_RD.to(torch.get_autocast_dtype(x_RD.device.type))
+        up_RF = self.product(x_RD, self.up, ends_E)
+        if self.gate is None:
+            inner_RF = self.activation(up_RF)
+        else:
+            inner_RF = self.activation(self.product(x_RD, self.gate, ends_E)) * up_RF
+        return self.product(inner_RF, self.down, ends_E)
+
+
+def grouped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's rows times the transpose of its matrix, in one product of torch's."""
+    # torch 2.13 traces it in bf16 only, though it computes others too.
+    product = F.grouped_mm if x_RI.dtype is torch.bfloat16 else untraced_grouped_mm
+    return product(x_RI, weight_EOI.to(x_RI.dtype).mT, offs=ends_E)
+
+
+def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """The same, expert by expert: the reference. Waits for the device to learn where each expert's rows end."""
+    ends = ends_E.tolist()
+    parts = [F.linear(x_RI[start:end], weight_OI) for start, end, weight_OI in zip([0, *ends], ends, weight_EOI)]
+    return torch.cat(parts)

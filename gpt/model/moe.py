@@ -1,0 +1,158 @@
+"""Mixture of experts: each token goes through the few experts that a router picks for it (arXiv 1701.06538).
+
+B sequences, T time, D width, E experts, K experts of one token, N = B T tokens, R rows given to experts.
+
+What a token is routed to depends on its own sequence alone: capacity and balance loss are counted sequence by sequence.
+So the result is the same however a batch is cut into passes and over ranks, and no token sees a later one. The losses
+of routing are no output. They enter the gradient, scaled by ``set_auxiliary_scale``; see ``Auxiliary``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import ExpertBalance, ModelConfig
+from gpt.model.auxiliary import Auxiliary
+from gpt.model.experts import Experts
+from gpt.model.ffn import build_dense
+
+
+class MixtureOfExperts(nn.Module):
+    """A router, the experts, and the shared experts that every token goes through (arXiv 2401.06066)."""
+
+    balance_bias: Tensor | None
+    counts: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = Experts(config)
+        shared = config.n_shared_expert * config.ffn_width
+        self.shared = build_dense(config, shared) if shared else None
+        by_bias = config.expert_balance is ExpertBalance.bias
+        self.register_buffer("balance_bias", torch.zeros(config.n_expert) if by_bias else None)
+        self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)
+        self.auxiliary_scale: float | None = None
+
+    def reset_buffers(self) -> None:
+        """Forget the tokens counted so far; needed once after ``to_empty``."""
+        self.counts.zero_()
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        logits_BTE = self.route(x_BTD)
+        scores_BTE = logits_BTE.softmax(-1)
+        chosen_BTK = self.choose(scores_BTE)
+        weight_BTK = scores_BTE.gather(-1, chosen_BTK)
+        if self.config.normalizes_experts:
+            weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
+        taken_BTE = torch.zeros_like(scores_BTE, dtype=torch.int32).scatter_(-1, chosen_BTK, 1)
+        if self.training and self.config.capacity_factor is not None:
+            y_BTKD = self.with_capacity(x_BTD, chosen_BTK, taken_BTE)
+        else:
+            y_BTKD = self.dropless(x_BTD, chosen_BTK, taken_BTE)
+        y_BTD = (weight_BTK.unsqueeze(-1).type_as(y_BTKD) * y_BTKD).sum(2)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        if not self.training:
+            return y_BTD
+        loss = self.auxiliary_loss(logits_BTE, scores_BTE, taken_BTE)
+        return Auxiliary.apply(y_BTD, loss, taken_BTE.sum((0, 1)), self.counts)
+
+    def route(self, x_BTD: Tensor) -> Tensor:
+        """The router's logits, (B, T, E) in fp32 or wider: rounding here would move tokens (arXiv 2101.03961, 2.4)."""
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return F.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
+
+    @torch.no_grad()
+    def choose(self, scores_BTE: Tensor) -> Tensor:
+        """The K experts of each token, best first: (B, T, K). The bias counts here only (arXiv 2408.15664)."""
+        biased_BTE = scores_BTE if self.balance_bias is None else scores_BTE + self.balance_bias
+        return biased_BTE.topk(self.config.n_expert_per_token, dim=-1).indices
+
+    def dropless(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
+        """What its K experts make of each token: (B, T, K, D). Rows are sorted by expert, and put back."""
+        order_R = chosen_BTK.flatten().argsort(stable=True)
+        back_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        ends_E = taken_BTE.sum((0, 1)).cumsum(0).to(torch.int32)
+        # A token's copies are made before they are sorted, so that their gradients are summed in one order always.
+        y_RD = self.experts(copies(x_BTD, chosen_BTK).index_select(0, order_R), ends_E)
+        return y_RD.index_select(0, back_R).unflatten(0, chosen_BTK.shape)
+
+    def with_capacity(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
+        """The same with a fixed number of places for each expert in each sequence; zero where a token found none."""
+        sequences, time, experts = taken_BTE.shape
+        assert self.config.capacity_factor is not None
+        places = min(time, math.ceil(self.config.capacity_factor * time * self.config.n_expert_per_token / experts))
+        before_BTK = (taken_BTE.cumsum(1) - taken_BTE).gather(-1, chosen_BTK)
+        sequence_B11 = torch.arange(sequences, device=x_BTD.device)[:, None, None]
+        place_BTK = (chosen_BTK * sequences + sequence_B11) * places + before_BTK
+        rows = experts * sequences * places
+        place_N = place_BTK.masked_fill(before_BTK >= places, rows).flatten()  # the last row is for those left over
+        # index_put keeps nothing for the backward pass but the places.
+        x_RD = x_BTD.new_zeros(rows + 1, x_BTD.size(-1)).index_put((place_N,), copies(x_BTD, chosen_BTK))
+        ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_BTD.device) * (sequences * places)
+        y_RD = F.pad(self.experts(x_RD[:-1], ends_E), (0, 0, 0, 1))
+        return y_RD.index_select(0, place_N).unflatten(0, chosen_BTK.shape)
+
+    def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
+        """Balance loss and z-loss, summed over the sequences and scaled.
+
+        Balance: the sum over experts of (share of the choices x E) x (mean score), 1 where all are equal (arXiv
+        2412.19437, equations 17 to 20). z: the mean square of log-sum-exp (arXiv 2202.08906, equation 5).
+        """
+        config = self.config
+        frequency_BE = taken_BTE.float().mean(1) * (config.n_expert / config.n_expert_per_token)
+        balance_B = (frequency_BE * scores_BTE.mean(1)).sum(-1)
+        z_B = logits_BTE.logsumexp(-1).square().mean(1)
+        scale = 1 / len(logits_BTE) if self.auxiliary_scale is None else self.auxiliary_scale
+        return scale * (config.balance_weight * balance_B + config.z_coefficient * z_B).sum()
+
+
+def copies(x_BTD: Tensor, chosen_BTK: Tensor) -> Tensor:
+    """Each token once for each of its experts: (B T K, D)."""
+    return x_BTD.unsqueeze(2).expand(*chosen_BTK.shape, -1).flatten(0, 2)
+
+
+def mixtures(module: nn.Module) -> list[MixtureOfExperts]:
+    """The mixtures of a model or a part of one, in order, whatever it is wrapped in."""
+    return [m for m in module.modules() if isinstance(m, MixtureOfExperts)]
+
+
+def set_auxiliary_scale(module: nn.Module, per_sequence: float) -> None:
+    """Say what the losses of routing are multiplied with, for each sequence and layer.
+
+    The same as the other loss's mean over a step's sequences: ``1 / sequences``, times whatever that one is scaled by.
+    Until it is said, they are averaged over the sequences of each pass.
+    """
+    for mixture in mixtures(module):
+        mixture.auxiliary_scale = per_sequence
+
+
+def expert_counts(module: nn.Module) -> Tensor | None:
+    """Tokens that each expert was chosen for in the backward passes since the last reset: (L, E), None without experts.
+
+    Of this process; to be summed over those that saw other tokens.
+    """
+    found = mixtures(module)
+    return torch.stack([mixture.counts for mixture in found]) if found else None
+
+
+def reset_counts(module: nn.Module) -> None:
+    """Start counting anew."""
+    for mixture in mixtures(module):
+        mixture.counts.zero_()
+
+
+@torch.no_grad()
+def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
+    """Raise the bias of experts that were chosen less often than the mean, and lower the others' (arXiv 2408.15664,
+    algorithm 1), each layer by its row of the counts of the whole step."""
+    for mixture, counts_E in zip(mixtures(module), counts_LE, strict=True):
+        if mixture.balance_bias is not None:
+            mixture.balance_bias.add_((counts_E.mean() - counts_E).sign(), alpha=mixture.config.balance_bias_rate)
