@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -216,7 +216,8 @@ def explain(error: BaseException, schema: type) -> ConfigError:
             f"{error.override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or =", fix
         )
     if "is not in struct" in text or "not in '" in text or "No match in the defaults list" in text:
-        return unknown_key(key or (re.findall(r"'([\w./+]+)'", text) or [first])[0], schema)
+        of_list = unknown_in_list(text, schema)
+        return of_list or unknown_key(key or (re.findall(r"'([\w./+]+)'", text) or [first])[0], schema)
     if any(isinstance(e, MissingMandatoryValue) for e in chain):
         return ConfigError(f"no value for {key}", "a value", f"{key}=VALUE")
     typed = re.search(r"override (\S+)", text)
@@ -236,6 +237,33 @@ def wrong_value(found: str, key: str, text: str) -> ConfigError:
         return ConfigError(found, expected, f"{key}={example}")
     lines = [line for line in text.splitlines() if line.strip() and "$" not in line]
     return ConfigError(found, lines[-1] if lines else "a value that fits", f"{key}=VALUE with a value that fits")
+
+
+def unknown_in_list(text: str, schema: type) -> ConfigError | None:
+    """Name the keys of the elements of a list, where OmegaConf says that one of them has no such key; else None."""
+    found = re.search(r"Key '([^']+)' not in '(\w+)'", text)
+    for path, element in list_elements(schema):
+        if found and element.__name__ == found.group(2):
+            keys = [field.name for field in dataclasses.fields(element)]
+            example = (closest(found.group(1), keys) or keys)[0]
+            return ConfigError(
+                f"unknown key {found.group(1)} in {path}",
+                f"one of {', '.join(keys)}",
+                f"{path}='[{{{example}: VALUE}}]'",
+            )
+    return None
+
+
+def list_elements(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Dotted keys whose value is a list of dataclasses, and that dataclass."""
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        inner, arguments = field.default_factory, get_args(hints[field.name])
+        element = arguments[0] if inner is list and arguments else None
+        if isinstance(element, type) and dataclasses.is_dataclass(element):
+            yield f"{prefix}{field.name}", element
+        elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from list_elements(inner, f"{prefix}{field.name}.")
 
 
 def unknown_key(key: str, schema: type) -> ConfigError:

@@ -52,6 +52,9 @@ class PlacementConfig:
     """Generic resources of each node there; where they name GPUs they stand for gpus_per_node."""
     gpus_per_node: Optional[int] = None
     """GPUs of each node there. Ranks stay as many as they are: their number is the run's, not the partition's."""
+    cluster: Optional[str] = None
+    """Another cluster (sbatch --clusters). Refused: jobs are followed by their number, which each cluster counts by
+    itself."""
     price_per_gpu_hour: Optional[float] = None
     """What a GPU costs there for an hour, in the site's currency."""
 
@@ -129,6 +132,13 @@ class ClusterConfig:
                 require_range(f"{key}.gpus_per_node", candidate.gpus_per_node, 0, float("inf"))
             if candidate.price_per_gpu_hour is not None:
                 require_range(f"{key}.price_per_gpu_hour", candidate.price_per_gpu_hour, 0, float("inf"))
+            if candidate.cluster is not None:
+                raise ConfigError(
+                    f"{key}.cluster={candidate.cluster}",
+                    "candidates of one cluster, the one this command talks to: jobs are followed, moved and cancelled "
+                    "by their number, which each cluster counts by itself",
+                    f"python -m launch ... on a login node of {candidate.cluster}, a command for each cluster",
+                )
             twice = [i for i, other in enumerate(self.placement[:index]) if astuple(other) == astuple(candidate)]
             if twice:
                 raise ConfigError(

@@ -41,29 +41,29 @@ def placed(never: list[bool], interval: float = 30, give_up: float | None = None
     never=st.lists(st.booleans(), min_size=1, max_size=5).filter(lambda flags: not all(flags)),
     interval=st.integers(1, 20),
     patience=st.none() | st.integers(1, 100),
-    tick=st.integers(1, 7),
+    tick=st.integers(7, 400),
 )
 def test_a_point_that_never_starts_goes_round_and_round(
     never: list[bool], interval: int, patience: int | None, tick: int
 ) -> None:
-    """Minute by minute, against a plain cycle over the possible candidates."""
+    """Looked at every ``tick`` seconds for 130 minutes, against a plain cycle over the possible candidates."""
     possible = [index for index, no in enumerate(never) if not no]
-    here, since, visits, gave_up = possible[0], 0, [(possible[0], 0)], None
-    for minute in range(0, 130, tick):
-        step = decide(placed(never, interval, patience), here, 60 * (minute - since), 60 * minute)
+    here, since, visits, gave_up, end = possible[0], 0, [(possible[0], 0)], None, 130 * 60
+    for now in range(0, end, tick):
+        step = decide(placed(never, interval, patience), here, now - since, now)
         if step.give_up:
-            gave_up = minute
+            gave_up = now
             break
         if step.move_to is not None:
-            here, since = step.move_to, minute
-            visits.append((here, minute))
+            here, since = step.move_to, now
+            visits.append((here, now))
     assert [index for index, _ in visits] == list(itertools.islice(itertools.cycle(possible), len(visits)))
     stays = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(visits)]
-    assert all(interval <= stay < interval + tick for stay in stays)
+    assert all(60 * interval <= stay < 60 * interval + tick for stay in stays)
     if len(possible) > 1 and patience is None:
-        assert len(visits) > (130 - tick) // (interval + tick)
-    first_look = None if patience is None else -(-patience // tick) * tick
-    assert gave_up == (first_look if first_look is not None and first_look < 130 else None)
+        assert len(visits) > (end - tick) // (60 * interval + tick)
+    first_look = None if patience is None else -(-60 * patience // tick) * tick
+    assert gave_up == (first_look if first_look is not None and first_look < end else None)
 
 
 def ledger(*words: str) -> list[dict[str, Any]]:
@@ -237,6 +237,8 @@ REFUSED = [
     (["cluster.placement=[{qos: a}, {}, {qos: a}]"], "cluster.placement[2] is the same as cluster.placement[0]"),
     (["cluster.placement=[{}, {price_per_gpu_hour: -1}]"], "cluster.placement[1].price_per_gpu_hour=-1"),
     (["cluster.placement=[{gpus_per_node: -1}]"], "cluster.placement[0].gpus_per_node=-1"),
+    (["cluster.placement=[{partitio: low}]"], "unknown key partitio in cluster.placement"),
+    (["cluster.placement=[{cluster: other}]"], "cluster.placement[0].cluster=other"),
     (["cluster.price_per_gpu_hour=-1"], "cluster.price_per_gpu_hour=-1"),
 ]
 
