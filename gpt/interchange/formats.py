@@ -9,8 +9,9 @@ from gpt.errors import ConfigError
 from gpt.interchange.gpt2 import GPT2
 from gpt.interchange.layout import Format
 from gpt.interchange.llama import LLAMA
+from gpt.interchange.mixtral import MIXTRAL
 
-FORMATS = (GPT2, LLAMA)
+FORMATS = (GPT2, LLAMA, MIXTRAL)
 
 
 def format_for(config: ModelConfig) -> Format:

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     Activation.gelu: "gelu",
     Activation.relu: "relu",
     Activation.silu: "silu",
+    Activation.leaky_relu: "leaky_relu",
 }
 OTHER_NAMES = {"gelu_pytorch_tanh": Activation.gelu_tanh, "swish": Activation.silu}
 

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gpt.config import Activation, Ffn, ModelConfig, Position, RopeScaling
+from gpt.config import ExpertBalance, Ffn, ModelConfig, Position, RopeScaling
 from gpt.errors import ConfigError
 
 INITIAL_FIELDS = ("init_std", "embedding_init_std", "residual_init_scaled")
-BALANCE_FIELDS = ("capacity_factor", "balance_coefficient", "balance_bias_rate", "z_coefficient")
-NOT_LEARNED = frozenset(
-    {"name", "attention", "force_flash", "dropout", "expert_matmul", *INITIAL_FIELDS, *BALANCE_FIELDS}
-)
-"""Fields of ModelConfig that are no part of a trained model: any format takes any value of them."""
+TRAINING_FIELDS = ("dropout", "capacity_factor", "balance_coefficient", "balance_bias_rate", "z_coefficient")
+KERNEL_FIELDS = ("attention", "force_flash", "expert_matmul", "vocab_multiple")
+NOT_LEARNED = frozenset({"name", *INITIAL_FIELDS, *TRAINING_FIELDS, *KERNEL_FIELDS})
+"""Fields of ModelConfig that a trained model does not depend on: any format takes any value of them."""
 ROPE_FIELDS = ("rope_base", "rope_scaling")
-SCALING_FIELDS = ("rope_factor", "rope_original_block_size", "rope_low_freq_factor", "rope_high_freq_factor")
+LLAMA3_FIELDS = ("rope_original_block_size", "rope_low_freq_factor", "rope_high_freq_factor")
+SCALING_FIELDS = ("rope_factor", *LLAMA3_FIELDS)
 EXPERT_FIELDS = (
     "n_expert",
     "n_expert_per_token",
@@ -83,7 +83,6 @@ class Format:
     def misfits(self, config: ModelConfig) -> list[str]:
         """What of ``config`` the format has no room for, as ``key=value``; a field it does not name must be neutral."""
         defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-        defaults |= {"activation": Activation.gelu}  # that of the default ffn
         wrong = []
         for key, value in architecture(config).items():
             if key == "n_kv_head":
@@ -110,13 +109,15 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
         idle.update(ROPE_FIELDS)
     if config.rope_scaling is RopeScaling.none:
         idle.update(SCALING_FIELDS)
-    if config.dense_ffn is Ffn.swiglu:
-        idle.add("activation")
+    if config.rope_scaling is not RopeScaling.llama3:
+        idle.update(LLAMA3_FIELDS)
     if config.ffn is not Ffn.moe:
         idle.update(EXPERT_FIELDS)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     fields |= {"n_kv_head": config.kv_heads, "ffn_hidden": config.ffn_width, "activation": config.ffn_activation}
-    fields["router_normalize"] = config.normalizes_experts if config.ffn is Ffn.moe else None
+    fields |= {"router_normalize": config.normalizes_experts}
+    if config.expert_balance is not ExpertBalance.bias:
+        fields["expert_balance"] = ExpertBalance.loss  # a loss leaves nothing behind, a bias is a part of the model
     return {key: value for key, value in fields.items() if key not in idle}
 
 

@@ -25,6 +25,7 @@ from gpt.interchange.layout import Format, architecture, spelled
 from gpt.run_folder import RunFolder
 
 HF_CONFIG = "config.json"
+PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn")
 
 
 class Kind(Enum):
@@ -146,24 +147,29 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
     The embedding may have more rows than the source, and a model may be trained on shorter sequences than the source
     (on longer ones where no table of positions limits it).
     """
-    here, there = architecture(asked), architecture(found)
-    if here["vocab_size"] >= there["vocab_size"]:
-        there["vocab_size"] = here["vocab_size"]
-    if here["block_size"] <= there["block_size"] or found.position is not Position.learned:
-        there["block_size"] = here["block_size"]
-    return [f"model.{key}={spelled(value)}" for key, value in there.items() if here.get(key) != value]
+    there = architecture(found)
+    if asked.vocab_size >= found.vocab_size:
+        del there["vocab_size"]
+    if asked.block_size <= found.block_size or found.position is not Position.learned:
+        del there["block_size"]
+    changes: dict[str, Any] = {}
+    # A part decides which other keys matter and what their defaults are, so the parts are changed first.
+    for keys in (PART_KEYS, there.keys()):
+        here = architecture(dataclasses.replace(asked, **changes))
+        changes |= {key: there[key] for key in there if key in keys and key in here and here[key] != there[key]}
+    return [f"model.{key}={spelled(value)}" for key, value in changes.items()]
 
 
 def refuse_other_model(asked: ModelConfig, source: Source) -> None:
     """Raise ConfigError where the weights of ``source`` are of another architecture than the run's."""
-    keys = differences(asked, source.model)
-    if keys:
-        here = architecture(asked)
-        mine = ", ".join(f"model.{k}={spelled(here.get(k))}" for k in (key.split("=")[0][6:] for key in keys))
+    typed = differences(asked, source.model)
+    if typed:
+        keys = [word.split("=")[0].removeprefix("model.") for word in typed]
+        mine = ", ".join(f"model.{key}={spelled(getattr(asked, key))}" for key in keys)
         raise ConfigError(
             f"init_from={source.path} with {mine}",
-            f"the model that lies there: {', '.join(keys)}",
-            " ".join(keys),
+            "the same model as there, since its weights fit no other",
+            " ".join(typed),
         )
 
 

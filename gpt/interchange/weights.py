@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -31,6 +32,7 @@ VOCABULARY = ("token_embedding.weight", "head.weight")
 
 def to_theirs(state: State, fmt: Format, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model of ours under a format's names, in the order of its rules."""
+    state = {name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in state.items()}
     if fmt.requires_bias:
         state = zero_biases(state) | state
     for rule in fmt.rules(config):
@@ -69,12 +71,12 @@ def to_ours(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, 
     return state
 
 
-def fit(state: State, shapes: dict[str, torch.Size]) -> State:
+def fit(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
     """``state`` in the shapes of our model: a longer vocabulary is filled up, a shorter table of positions cut off.
 
-    Rows that no token of the source has are the mean of those it has, so that they take next to nothing from the
+    Tokens that the source does not have get the mean of those it has, so that they take next to nothing from the
     probabilities of the others; zeros can take nearly all where the logits are far below zero (J. Hewitt, Initializing
-    New Word Embeddings for Pretrained Language Models, 2021).
+    New Word Embeddings for Pretrained Language Models, 2021). Rows that only fill up the table are 0.
 
     Raises:
         ConfigError: a tensor has another shape; names all of them.
@@ -82,8 +84,9 @@ def fit(state: State, shapes: dict[str, torch.Size]) -> State:
     fitted, wrong = {}, []
     for name, tensor in state.items():
         rows = shapes[name][0]
-        if name in VOCABULARY and tensor.size(0) < rows:
-            tensor = torch.cat([tensor, tensor.mean(0, keepdim=True).expand(rows - tensor.size(0), -1)])
+        if name in VOCABULARY:
+            new = tensor.mean(0, keepdim=True).expand(config.vocab_size - tensor.size(0), -1)
+            tensor = F.pad(torch.cat([tensor, new]), (0, 0, 0, rows - config.vocab_size))
         elif name == "position.weight":
             tensor = tensor[:rows]
         if tensor.shape != shapes[name]:
@@ -165,7 +168,9 @@ def read_source(verified: Verified, model: GPT) -> State:
     if state.keys() != shapes.keys():
         differing = sorted(state.keys() ^ shapes.keys())
         raise wrong_shapes([f"{name} is {'missing' if name in shapes else 'unknown'}" for name in differing])
-    return fit({name: tensor.float() for name, tensor in state.items()}, shapes)
+    known = source.model.vocab_size
+    state = {name: (tensor[:known] if name in VOCABULARY else tensor).float() for name, tensor in state.items()}
+    return fit(state, model.config, shapes)
 
 
 def read_hf(folder: Path, shapes: dict[str, torch.Size]) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gpt.config import Ffn, ModelConfig, Norm, Position
+from gpt.compose import compose_train, to_schema
+from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig, Norm, NormPosition, Position, TrainConfig
 from gpt.errors import ConfigError
-from gpt.interchange.formats import format_for, format_of
+from gpt.interchange.formats import FORMATS, format_for, format_of
 from gpt.interchange.hf_folder import write_configs, write_sums, write_weights
-from gpt.interchange.layout import architecture
+from gpt.interchange.layout import Format, architecture
 from gpt.interchange.source import differences, find_source
 from gpt.interchange.torch_file import write_torch_file
-from gpt.interchange.weights import read_source, to_ours, to_theirs, verify
+from gpt.interchange.weights import VOCABULARY, read_source, to_ours, to_theirs, verify
 from gpt.model.gpt import GPT
 from tests.commands import ROOT, environment
-from tests.model.small import LLAMA, configs, small
+from tests.model.small import LLAMA, MOE, configs, small
 
 
 @pytest.fixture
@@ -44,23 +47,46 @@ def change_config(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-@given(configs())
-def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig) -> None:
+def bent(config: ModelConfig, fmt: Format) -> ModelConfig:
+    """``config`` with the parts that a format has, where it has others."""
+    plain = {"norm_position": NormPosition.pre, "qk_norm": False, "parallel_residual": False, "n_shared_expert": 0}
+    changes = {key: values[0] for key, values in fmt.parts.items() if getattr(config, key) not in values}
+    if Ffn.moe in fmt.parts["ffn"]:
+        experts = max(2, config.n_expert)
+        plain |= {"n_expert": experts, "n_expert_per_token": 2, "expert_matmul": ExpertMatmul.loop}
+    else:
+        plain |= {"n_expert": 0, "capacity_factor": None, "expert_ffn": Ffn.swiglu, "n_expert_per_token": 2}
+        plain |= {"expert_balance": ExpertBalance.loss, "expert_matmul": ExpertMatmul.grouped}
+        changes.pop("expert_balance", None)
+    if config.activation is None or fmt.name != "gpt2":
+        changes["activation"] = None
+    if not fmt.grouped_queries:
+        changes["n_kv_head"] = None
+    made = dataclasses.replace(config, **plain, **changes)
+    made.validate()
+    return made
+
+
+@given(configs(), st.sampled_from(FORMATS) | st.none())
+def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wanted: Format | None) -> None:
+    config = config if wanted is None else bent(config, wanted)
     try:
         fmt = format_for(config)
     except ConfigError as refusal:
+        assert wanted is None
         assert "model." in refusal.found and "gpt2 (norm=layernorm" in refusal.expected and "torch" in refusal.fix
         return
     hf = json.loads(json.dumps({"model_type": fmt.name, **fmt.write_config(config)}))
     back = format_of(hf).read_config(hf)
-    bias = {"bias": True} if fmt.requires_bias else {}
+    bias = {"bias": True, "norm": Norm.layernorm} if fmt.requires_bias else {}
     assert architecture(back) == architecture(config) | bias
     state = GPT(config).state_dict()
     theirs = dict(to_theirs(state, fmt, config))
     assert set(theirs) == {name for rule in fmt.rules(config) for name in rule.theirs}
     again = to_ours(theirs.__getitem__, fmt.rules(back), {k: v.shape for k, v in GPT(back).state_dict().items()})
     assert again.keys() >= state.keys()
-    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert all(torch.equal(again[name], state[name][: len(again[name])]) for name in state)
+    assert all(len(again[name]) == config.vocab_size for name in VOCABULARY if name in again)
     assert not any(again[name].any() for name in again.keys() - state.keys())
 
 
@@ -71,20 +97,25 @@ def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig) -> 
         ({"position": Position.none}, "model.position=none"),
         ({"n_kv_head": 2}, "model.n_kv_head=2"),
         ({**LLAMA, "ffn": Ffn.standard}, "model.ffn=standard"),
+        ({**LLAMA, "qk_norm": True}, "model.qk_norm=true"),
+        ({"parallel_residual": True}, "model.parallel_residual=true"),
+        ({**LLAMA, **MOE, "n_shared_expert": 1}, "model.n_shared_expert=1"),
+        ({**LLAMA, **MOE, "expert_balance": ExpertBalance.bias}, "model.expert_balance=bias"),
+        ({**LLAMA, **MOE, "router_normalize": False}, "model.router_normalize=false"),
     ],
 )
 def test_a_part_without_a_place_is_named(parts: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         format_for(small(**parts))
     assert refusal.value.found.startswith(found)
-    assert "llama (norm=rmsnorm, position=rope, ffn=swiglu)" in refusal.value.expected
+    assert "llama (norm=rmsnorm, position=rope, ffn=swiglu|geglu" in refusal.value.expected
 
 
 @pytest.mark.parametrize(
     ("values", "found"),
     [
         ({"model_type": "bert"}, "model_type=bert"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"head_dim": 16}, "head_dim=16"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type=longrope"),
@@ -145,6 +176,14 @@ def test_the_overrides_to_type_make_the_model_fit() -> None:
         typed
     )
     assert differences(small(**LLAMA, n_layer=3, n_kv_head=2, rope_base=500.0, ffn_hidden=found.ffn_width), found) == []
+    mixture = small(**{**LLAMA, **MOE})
+    typed = differences(small(), mixture)
+    assert {"model.ffn=moe", "model.n_expert=4", "model.ffn_hidden=24"} < set(typed)
+    assert not [word for word in typed if "activation" in word or "router" in word]
+    for start in ([], ["model=gpt2_124m"]):
+        typed = differences(to_schema(compose_train(start), TrainConfig).model, mixture)
+        assert differences(to_schema(compose_train([*start, *typed]), TrainConfig).model, mixture) == []
+    assert differences(dataclasses.replace(mixture, n_expert=8), mixture) == ["model.n_expert=4"]
     assert differences(small(vocab_size=64, block_size=6, dropout=0.1), small()) == []
     assert differences(small(vocab_size=48), small()) == ["model.vocab_size=50"]
     assert differences(small(block_size=14), small()) == ["model.block_size=12"]

@@ -9,15 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
-from gpt.config import Activation, ModelConfig
+from gpt.config import Activation, Ffn, ModelConfig, Norm, RopeScaling
 from gpt.interchange.formats import format_for
 from gpt.interchange.hf_folder import write_configs, write_weights
 from gpt.interchange.source import find_source
 from gpt.interchange.weights import read_source, to_theirs, verify
 from gpt.model.gpt import GPT
-from tests.model.small import LLAMA, random_tokens, small
+from tests.model.small import LLAMA, MOE, random_tokens, small
 
 
 def shaken(model: nn.Module) -> Any:
@@ -39,6 +47,12 @@ def llama(**overrides: Any) -> LlamaForCausalLM:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12}
     return shaken(LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **overrides})))
+
+
+def mixtral(**overrides: Any) -> MixtralForCausalLM:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12, "num_local_experts": 4}
+    return shaken(MixtralForCausalLM(MixtralConfig(**{**sizes, **heads, **overrides})))
 
 
 def imported(folder: Path, config: ModelConfig | None = None) -> GPT:
@@ -69,11 +83,18 @@ def assert_equal_logits(ours: GPT, theirs: Any) -> None:
         torch.testing.assert_close(ours(tokens_BT), expected, rtol=1e-5, atol=1e-5)
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 6}
+
 THEIRS = {
     "gpt2": lambda: gpt2(),
     "gpt2 untied": lambda: gpt2(tie_word_embeddings=False, activation_function="gelu", n_inner=40),
     "llama": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
     "llama tied": lambda: llama(tie_word_embeddings=True, num_key_value_heads=1),
+    "llama 3.1": lambda: llama(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **LLAMA3}),
+    "llama linear": lambda: llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama geglu": lambda: llama(hidden_act="gelu_pytorch_tanh"),
+    "mixtral": lambda: mixtral(),
+    "mixtral tied": lambda: mixtral(tie_word_embeddings=True, num_experts_per_tok=3, num_key_value_heads=4),
     "llama with biases": lambda: llama(attention_bias=True, mlp_bias=True, num_key_value_heads=4),
 }
 
@@ -90,9 +111,16 @@ def test_what_transformers_wrote_gives_the_same_logits(kind: str, shards: int, t
 OURS = {
     "gpt2": small(activation=Activation.gelu_tanh),
     "gpt2 untied": small(activation=Activation.relu, tie_embeddings=False, ffn_hidden=40, norm_eps=1e-3),
-    "gpt2 without biases": small(bias=False, activation=Activation.gelu),
+    "gpt2 without biases": small(bias=False, activation=Activation.gelu, norm=Norm.layernorm_nobias),
+    "gpt2 padded": small(activation=Activation.leaky_relu, vocab_multiple=16, bias=False),
     "llama": small(**LLAMA, n_kv_head=2, rope_base=500.0, norm_eps=1e-3),
     "llama tied": small(**{**LLAMA, "tie_embeddings": True}, n_kv_head=1),
+    "llama 3.1": small(**LLAMA, rope_scaling=RopeScaling.llama3, rope_factor=8.0, rope_original_block_size=6),
+    "llama linear": small(**LLAMA, rope_scaling=RopeScaling.linear, rope_factor=4.0),
+    "llama ntk": small(**LLAMA, rope_scaling=RopeScaling.ntk, rope_factor=4.0),
+    "llama geglu": small(**{**LLAMA, "ffn": Ffn.geglu}, activation=Activation.gelu_tanh, vocab_multiple=16),
+    "mixtral": small(**{**LLAMA, **MOE}, n_kv_head=2),
+    "mixtral tied": small(**{**LLAMA, **MOE, "tie_embeddings": True, "n_expert_per_token": 3}, expert_ffn=Ffn.geglu),
     "llama with biases": small(**{**LLAMA, "bias": True}),
 }
 
