@@ -51,9 +51,13 @@ class Meter:
         if self._node.index == 0:
             self._folder.record_event("agent_ended", job=self._node.job, ended_at=time.time())
 
-    def look(self) -> str | None:
-        """Every ``budget.poll_s``: give a sign of life, and say which cap is reached, if one is."""
+    def look(self, *, is_leaving: bool) -> str | None:
+        """Every ``budget.poll_s``: give a sign of life, and say which cap is reached; none to a run that is leaving."""
         if self._node.index or time.monotonic() - self._looked < self._config.budget.poll_s:
+            return None
+        if is_leaving:
+            self._looked = time.monotonic()
+            self._give_sign()
             return None
         return self.look_now()
 
@@ -83,13 +87,15 @@ class Meter:
         return self._config.budget.poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
 
     def _settle(self) -> None:
-        """Enter the end of an allocation that was killed, when it was last seen alive."""
+        """Enter the end of an allocation that was killed, from when it was last seen alive."""
         events = self._folder.read_events()
         ended = {e["job"] for e in events if e["event"] == "agent_ended"}
         lost = [e for e in events if e["event"] == "agent_started" and e["job"] not in ended]
         if lost:
-            seen = max(last_sign(self._folder) or 0.0, lost[-1]["time"])
-            self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=seen, cause="killed")
+            # It may have gone on until just before it would have given the next sign.
+            seen = max(last_sign(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
+            ended_at = min(seen, time.time())
+            self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
     def _allocation(self) -> dict[str, Any]:
         """What is paid for, and since when."""

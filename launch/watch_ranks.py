@@ -50,7 +50,7 @@ class Watch:
         owner = os.environ.get(OWNER)
         if owner and not Path(f"/proc/{owner}").exists() and not self._stop.count:
             self._stop.ask("the launcher is gone")
-        if not self._stop.count and self._meter.look():
+        if self._meter.look(is_leaving=bool(self._stop.count)):
             self._stop.ask(BUDGET)
         if self._stop.count:
             self._stop_ranks(agent)

@@ -1,0 +1,108 @@
+"""What the plan warns of where saving takes longer than a run is given when it is told to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpt.compose import to_schema
+from gpt.run_folder import RunFolder, append_json_line, write_json
+from launch import forewarn as forewarning
+from launch.config import Config
+from launch.doctor import limits
+from launch.forewarn import forewarn
+from launch.grace import measure
+from launch.inside import compose_launch
+from launch.scheduler import SlurmError
+from tests.commands import TINY, run
+from tests.launch.doctor_facts import CONFIG, NODES, PARTITIONS
+from tests.launch.test_dry_run import plan
+
+
+@pytest.fixture(autouse=True)
+def recorded_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor's recorded cluster: partition low, the default, has GraceTime=10, and KillWait is 5."""
+    monkeypatch.setattr(forewarning, "cluster_limits", lambda: limits.parse(CONFIG, PARTITIONS, NODES))
+
+
+def ran_before(folder: RunFolder, save_s: float, step_s: float) -> RunFolder:
+    """A run folder with some saves and steps, the last but one of each the slowest."""
+    for number, (save, step) in enumerate(((save_s / 2, step_s / 3), (save_s, step_s), (save_s / 4, step_s / 2)), 1):
+        folder.record_event("saved", attempt=1, step=number, seconds=save)
+        append_json_line(folder.metrics(0), {"step": number, "attempt": 1, "step_time_s": step})
+    return folder
+
+
+def warnings(*words: str) -> tuple[str, ...]:
+    config = to_schema(compose_launch(["cluster=slurm", *TINY, *words]), Config)
+    return forewarn(plan(*TINY, *words), config).warnings
+
+
+HERE = ("cluster.partition=short", "checkpoint.interval=7")  # a partition that is never preempted
+
+
+def test_the_slowest_of_the_last_saves_and_steps_counts(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert measure(folder) is None
+    known = measure(ran_before(folder, save_s=90.0, step_s=20.0))
+    assert known is not None and (known.save_s, known.step_s, known.stop_s) == (90.0, 20.0, 110.0)
+
+
+@pytest.mark.parametrize(
+    ("save_s", "step_s", "said"),
+    [
+        (60.0, 20.0, []),
+        (90.0, 20.0, ["resilience.stop_grace_s=100", "type resilience.stop_grace_s=170"]),  # 1.5 x 110
+        (90.0, 45.0, ["=100 and cluster.signal_delay_s=120", "stop_grace_s=210 cluster.signal_delay_s=210"]),
+    ],
+)
+def test_a_save_that_takes_longer_than_the_lead_is_warned_about(
+    save_s: float, step_s: float, said: list[str], tmp_path: Path
+) -> None:
+    ran_before(RunFolder(tmp_path / "run"), save_s, step_s)
+    found = warnings(f"run_dir={tmp_path / 'run'}", *HERE)
+    assert len(found) == bool(said)
+    for words in said:
+        assert words in found[0] and "checkpoint.interval=7" in found[0] and f"up to {save_s:g} s" in found[0]
+
+
+def test_a_partition_that_preempts_sooner_is_warned_about(tmp_path: Path) -> None:
+    ran_before(RunFolder(tmp_path / "run"), save_s=14.0, step_s=2.0)
+    found = warnings(f"run_dir={tmp_path / 'run'}")
+    assert len(found) == 1 and "partition low gives a preempted job 15 s (GraceTime and KillWait)" in found[0]
+    assert warnings(f"run_dir={tmp_path / 'run'}", "cluster.partition=short") == ()
+    ran_before(RunFolder(tmp_path / "other"), save_s=12.0, step_s=2.0)
+    assert warnings(f"run_dir={tmp_path / 'other'}") == ()
+
+
+def test_another_point_of_the_sweep_tells_where_the_model_is_the_same(tmp_path: Path) -> None:
+    other = ran_before(RunFolder(tmp_path / "other"), save_s=500.0, step_s=1.0)
+    write_json(other.plan, plan(*TINY, f"run_dir={other.path}").as_dict())
+    found = warnings(f"run_dir={tmp_path / 'new'}", *HERE)
+    assert len(found) == 1 and str(other.path) in found[0]
+    assert warnings(f"run_dir={tmp_path / 'new'}", *HERE, "model.n_embd=128") == ()
+    ran_before(RunFolder(tmp_path / "own"), save_s=5.0, step_s=1.0)
+    assert warnings(f"run_dir={tmp_path / 'own'}", *HERE) == (), "what the run itself has measured is better"
+
+
+def test_no_controller_no_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    forewarning.cluster_limits.cache_clear()
+
+    def silent(*words: str) -> str:
+        raise SlurmError("scontrol is not installed on this machine")
+
+    monkeypatch.setattr("launch.scheduler.run", silent)
+    monkeypatch.chdir(tmp_path)
+    ran_before(RunFolder(tmp_path / "run"), save_s=14.0, step_s=2.0)
+    assert warnings(f"run_dir={tmp_path / 'run'}") == ()
+    forewarning.cluster_limits.cache_clear()
+
+
+def test_the_dry_run_shows_it(tmp_path: Path) -> None:
+    ran_before(RunFolder(tmp_path / "run"), save_s=90.0, step_s=20.0)
+    words = ["cluster=local", "dry_run=true", "resilience.stop_grace_s=30", *TINY, f"run_dir={tmp_path / 'run'}"]
+    text = run("launch", *words, cwd=tmp_path)
+    assert "  warning     a save took up to 90 s and a step 20 s" in text
+    assert "and resilience.stop_grace_s=30: told to stop" in text and "type resilience.stop_grace_s=170" in text
