@@ -24,7 +24,7 @@ from gpt.run_folder import RunFolder, point_name, write_atomically
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
-NOT_IN_POINT = ("output_dir", "name", "run_dir", "fresh", "strict", *WATCHING)
+NOT_IN_POINT = ("output_dir", "name", "run_dir", "fresh", "strict", "data.cache_dir", *WATCHING)
 """Keys that say where a run's files go or how it is watched, not what it computes."""
 
 Schema = TypeVar("Schema", bound=TrainConfig)
@@ -51,9 +51,14 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
 
 def make_paths_absolute(config: DictConfig) -> None:
     """Take the paths that were typed relative to the folder they were typed in; ranks may run elsewhere."""
-    top = ((config, key) for key in ("output_dir", "run_dir", "init_from"))
-    for node, key in (*top, (config.data, "path"), (config.data, "cache_dir")):
-        if node[key] is not None:
+    data = config.data
+    keys = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
+    keys += [(data, key) for key in ("path", "val_path", "tokenizer_path", "cache_dir")]
+    keys += [(source, "path") for source in data.sources]
+    if data.dataset is not None and Path(data.dataset).is_dir():  # elsewhere it is a name on the hub
+        keys.append((data, "dataset"))
+    for node, key in keys:
+        if not OmegaConf.is_missing(node, key) and node[key] is not None:
             node[key] = str(Path(node[key]).expanduser().absolute())
 
 
@@ -133,7 +138,18 @@ def glob_escape(name: str) -> str:
 
 
 EXECUTION = ("parallel", "device", "compile", "compile_dynamic", "recompute", "deterministic")
-RESUMABLE = ("output_dir", "name", "run_dir", "fresh", "strict", *WATCHING, "checkpoint", "eval", *EXECUTION)
+RESUMABLE = (
+    "output_dir",
+    "name",
+    "run_dir",
+    "fresh",
+    "strict",
+    "data.cache_dir",
+    *WATCHING,
+    "checkpoint",
+    "eval",
+    *EXECUTION,
+)
 """What may change between the attempts of one run: it does not change what is learned."""
 
 
@@ -143,7 +159,7 @@ def refuse_other_run(folder: RunFolder, config: TrainConfig) -> None:
         return
     there = flatten(dataclasses.asdict(read_config(folder, TrainConfig)))
     here = flatten({f.name: dataclasses.asdict(config)[f.name] for f in dataclasses.fields(TrainConfig)})
-    changed = [key for key in here if here[key] != there.get(key) and key.split(".")[0] not in RESUMABLE]
+    changed = [key for key in here if here[key] != there.get(key) and not may_change(key)]
     if changed:
         key = changed[0]
         raise ConfigError(
@@ -151,6 +167,11 @@ def refuse_other_run(folder: RunFolder, config: TrainConfig) -> None:
             "the same settings, to go on with that run",
             f"fresh=true, for a new folder beside it (or {key}={plain(there.get(key))}, to go on)",
         )
+
+
+def may_change(key: str) -> bool:
+    """Whether ``key``, or a group that it is in, may change between attempts."""
+    return any(f"{key}.".startswith(f"{allowed}.") for allowed in RESUMABLE)
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

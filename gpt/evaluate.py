@@ -17,20 +17,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gpt.checkpoint.folders import step_of
 from gpt.checkpoint.manifest import read_manifest
 from gpt.config import Device
 from gpt.data.loader import Samples
-from gpt.data.tokenizer import Tokenizer, tokenizer_of
 from gpt.errors import ConfigError
 from gpt.evaluation import mean_loss
 from gpt.load import find_checkpoint, open_run, read_weights
 from gpt.parallel.world import World, open_world
 from gpt.run import prepare_tokens
-
-READ_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
@@ -41,13 +36,13 @@ class Evaluation:
     step: int
     sequences: int
     tokens: int
-    num_bytes: int
-    """Of the text that was predicted, in UTF-8."""
+    num_bytes: float | None
+    """Of the text that was predicted; None where the tokens do not tell, or are no text."""
     loss: float
     """Mean cross-entropy, nats per token."""
     perplexity: float
     """exp(loss): as unsure as a choice among so many equally likely tokens."""
-    bits_per_byte: float
+    bits_per_byte: float | None
     """Comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
 
 
@@ -67,7 +62,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
             "the text the model was trained on, since the validation split is its end",
             "the original file put back, or gpt.train again with this one",
         )
-    samples = Samples(tokens, config.model.block_size, config.data.val_fraction, config.seed)
+    samples = Samples(tokens, config.model.block_size, config.seed)
     wanted = samples.num_val if sequences is None else sequences
     if not 0 < wanted <= samples.num_val:
         raise ConfigError(
@@ -76,7 +71,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
     model = read_weights(config, checkpoint, world.device)
     loss = mean_loss(model, config, samples, world, wanted, batch or config.optim.micro_batch)
     num_tokens = wanted * config.model.block_size
-    num_bytes = text_bytes(tokenizer_of(folder), samples, wanted)
+    num_bytes = samples.val_bytes(wanted)
     return Evaluation(
         run=str(folder.path),
         step=step_of(checkpoint),
@@ -85,29 +80,18 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
         num_bytes=num_bytes,
         loss=loss,
         perplexity=math.exp(loss),
-        bits_per_byte=loss / math.log(2) * num_tokens / num_bytes,
+        bits_per_byte=samples.val_bits_per_byte(loss, wanted),
     )
-
-
-def text_bytes(tokenizer: Tokenizer, samples: Samples, sequences: int) -> int:
-    """Bytes of the text that the targets of the first validation sequences stand for."""
-    sizes, total = tokenizer.token_bytes(), 0
-    for start in range(0, sequences, READ_SEQUENCES):
-        _, targets_BT = samples.batch("val", np.arange(start, min(start + READ_SEQUENCES, sequences)))
-        if sizes is not None:
-            total += int(sizes[targets_BT.numpy()].sum())
-        else:  # it depends on the neighbours, so a whole sequence is turned back into text
-            total += sum(len(tokenizer.decode(targets).encode()) for targets in targets_BT.tolist())
-    return total
 
 
 def report(found: Evaluation) -> str:
     """The figures as a person reads them."""
+    size = "" if found.num_bytes is None else f", {found.num_bytes:,.0f} bytes"
+    bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
     return (
         f"{found.run}, step {found.step}\n"
-        f"validation split: {found.sequences:,} sequences, {found.tokens:,} tokens, {found.num_bytes:,} bytes\n"
-        f"loss {found.loss:.4f} nats per token   perplexity {found.perplexity:.4g}   "
-        f"bits per byte {found.bits_per_byte:.4f}"
+        f"validation split: {found.sequences:,} sequences, {found.tokens:,} tokens{size}\n"
+        f"loss {found.loss:.4f} nats per token   perplexity {found.perplexity:.4g}   bits per byte {bits}"
     )
 
 

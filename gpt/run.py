@@ -26,9 +26,9 @@ from gpt.batch import Batch
 from gpt.checkpoint import CheckpointStore
 from gpt.code import changed_since, code_state, describe_code, refuse_change
 from gpt.config import TrainConfig
-from gpt.data.corpus import check_size, describe, prepare
+from gpt.data.corpus import check_fit, describe, described, prepare
 from gpt.data.loader import Samples
-from gpt.data.token_file import TokenFile
+from gpt.data.prepared import Tokens
 from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.panel import show
 from gpt.parallel.engine import Engine
@@ -90,7 +90,7 @@ class Run:
     batch: Batch
     engine: Engine
     optimizer: torch.optim.Optimizer
-    tokens: TokenFile
+    tokens: Tokens
     samples: Samples
     store: CheckpointStore
     pulse: Pulse
@@ -104,10 +104,10 @@ class Run:
         self.pulse.at(self.step, Phase.evaluating)
 
 
-def prepare_tokens(config: TrainConfig) -> TokenFile:
-    """The token file of the corpus, refused where it is too small."""
-    check_size(describe(config.data), config.model.block_size, config.eval.sequences)
-    return prepare(config.data, Path(config.data.cache_dir or Path(config.output_dir) / ".cache"))
+def prepare_tokens(config: TrainConfig) -> Tokens:
+    """The tokens of the corpus, refused where they do not fit the model or are too few."""
+    check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
+    return prepare(config.data, config.data_cache)
 
 
 def open_attempt(folder: RunFolder, world: World) -> int:
@@ -143,6 +143,7 @@ def describe_attempt(run: Run) -> None:
         "time": time.time(),
         "from_step": run.step,
         "initialised_from": run.initialised_from,
+        "data_sources": run.tokens.as_dict(),
         **set_up(run),
         "ranks": ranks,
         "peak_flops_per_s": peak_flops(ranks[0]["device_name"], run.config.precision),
@@ -182,6 +183,6 @@ def set_up(run: Run) -> dict[str, Any]:
         "flops_per_token": training_flops_per_token(model).palm,
         "memory_planned_gib": planned.total_gib,
         "max_steps": config.optim.max_steps,
-        "data": f"{config.data.path or config.data.source.name}, {run.tokens.tokens:,} tokens",
+        "data": str(described(str(config.data.path or config.data.title), run.tokens)),
         "data_sha256": run.tokens.sha256,
     }

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from gpt.batch import cut
 from gpt.checkpoint import CheckpointStore
 from gpt.config import TrainConfig
+from gpt.data.corpus import keep_tokenizer
 from gpt.data.loader import Samples
-from gpt.data.tokenizer import ByteTokenizer, save_tokenizer
 from gpt.errors import ConfigError
 from gpt.evaluation import mean_loss
 from gpt.execution import prepare_blocks
@@ -63,7 +63,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
     layout = topology(config.parallel, world.size)
     batch = cut(config.optim, layout.data_ranks)
     tokens = world.on_first(lambda: prepare_tokens(config))
-    world.on_first(lambda: save_tokenizer(ByteTokenizer(), folder.tokenizer))
+    world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)
     model = GPT(config.model)
     initialize(model, config.seed)
@@ -83,7 +83,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
         engine=engine,
         optimizer=build_optimizer(engine.module, config.optim),
         tokens=tokens,
-        samples=Samples(tokens, config.model.block_size, config.data.val_fraction, config.seed),
+        samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
         store=CheckpointStore(
             folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every, group=world.control
         ),
@@ -127,6 +127,7 @@ def train(run: Run, flag: StopFlag) -> str:
             record.val_loss = mean_loss(
                 run.engine.module, config, run.samples, world, config.eval.sequences, run.batch.micro, run.evaluating
             )
+            record.val_bits_per_byte = run.samples.val_bits_per_byte(record.val_loss, config.eval.sequences)
         if saves:
             run.pulse.at(run.step, Phase.saving)
             record.checkpoint_s = save(run, requests.is_current)

@@ -16,7 +16,7 @@ from gpt import compose
 from gpt.accounting import flops, memory, parameters
 from gpt.batch import Batch, cut
 from gpt.config import Device, nearest_divisor
-from gpt.data.corpus import Corpus, check_size, describe
+from gpt.data.corpus import check_fit, describe
 from gpt.errors import ConfigError
 from gpt.interchange.source import check_init_from
 from gpt.parallel.topology import Topology, topology
@@ -113,8 +113,8 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     check_init_from(config, folder)
     layout = topology(config.parallel, config.world_size)
     batch = cut_batch(config, layout)
-    corpus = describe(config.data)
-    check_size(corpus, config.model.block_size, config.eval.sequences)
+    corpus = describe(config.data, config.data_cache)
+    check_fit(corpus, config.model, config.eval.sequences)
     counted = parameters.count(config.model)
     needed = memory.per_rank(
         config.model, config.optim, config.parallel, config.world_size, batch.micro, config.precision
@@ -148,7 +148,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         parameters_active=counted.active,
         flops_per_token=flops.training_flops_per_token(config.model).palm,
         memory_bytes=memory_parts(needed),
-        data=describe_data(config, corpus),
+        data=str(corpus),
         timeout_min=config.cluster.timeout_min,
         node_hours=worst.node_hours,
         gpu_hours=worst.gpu_hours,
@@ -179,12 +179,6 @@ def cut_batch(config: Config, layout: Topology) -> Batch:
 def memory_parts(needed: memory.Memory) -> dict[str, int]:
     """Bytes per rank by kind, and their total."""
     return {**{k: int(v) for k, v in asdict(needed).items()}, "total": int(needed.total)}
-
-
-def describe_data(config: Config, corpus: Corpus) -> str:
-    """The corpus in a few words."""
-    name = config.data.path if config.data.path else config.data.source.name
-    return f"{name}: {corpus.tokens:,} byte tokens"
 
 
 def refuse_local_spares(config: Config) -> None:

@@ -119,7 +119,7 @@ def test_every_yaml_composes(path: Path, tmp_path: Path) -> None:
         "": [],
         "experiment": [f"+experiment={option}"],
     }.get(group, [f"{group}={option}"])
-    if (group, option) == ("data", "text"):
+    if group == "data" and option in ("text", "files", "tokens"):
         words.append(f"data.path={text}")
     composed = compose_launch(words)
     compose.refuse_unknown(composed, Config)

@@ -16,7 +16,16 @@ from gpt.config.components import (
     Position,
     RopeScaling,
 )
-from gpt.config.data import BYTE_VOCAB, DataConfig, Source, TokenizerKind
+from gpt.config.data import (
+    BYTE_VOCAB,
+    DataConfig,
+    Layout,
+    Source,
+    SyntheticConfig,
+    TokenDtype,
+    TokenizerKind,
+    WeightedPath,
+)
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
@@ -35,6 +44,7 @@ __all__ = [
     "ExpertBalance",
     "ExpertMatmul",
     "Ffn",
+    "Layout",
     "LoggingConfig",
     "ModelConfig",
     "Norm",
@@ -47,8 +57,11 @@ __all__ = [
     "RopeScaling",
     "Source",
     "Strategy",
+    "SyntheticConfig",
+    "TokenDtype",
     "TokenizerKind",
     "TrainConfig",
+    "WeightedPath",
     "closest",
     "nearest_divisor",
     "require_positive",

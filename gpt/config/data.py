@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
@@ -19,10 +19,20 @@ BYTE_VOCAB = 256
 
 
 class Source(Enum):
-    """Where the text comes from: the running Python's own library source, or a text file of the user's."""
+    """Where the tokens come from.
+
+    The running Python's own library source; a text file of the user's; tinyshakespeare; text, jsonl or parquet files by
+    pattern; a dataset that Hugging Face's library streams; a Markov chain of known entropy; or files of tokens that are
+    there already.
+    """
 
     stdlib = "stdlib"
     text = "text"
+    shakespeare = "shakespeare"
+    files = "files"
+    dataset = "dataset"
+    synthetic = "synthetic"
+    tokens = "tokens"
 
 
 class TokenizerKind(Enum):
@@ -35,24 +45,163 @@ class TokenizerKind(Enum):
     tiktoken = "tiktoken"
 
 
+class Layout(Enum):
+    """How prepared tokens lie on disk.
+
+    ``nanogpt``: train.bin and val.bin without a header, and meta.pkl. ``llmc``: shards with the header of 1024 bytes
+    that llm.c and modded-nanogpt read. ``megatron``: a .bin and an .idx for each split.
+    """
+
+    nanogpt = "nanogpt"
+    llmc = "llmc"
+    megatron = "megatron"
+
+
+class TokenDtype(Enum):
+    """Width of the tokens in a file whose header does not tell it."""
+
+    uint8 = "uint8"
+    uint16 = "uint16"
+    uint32 = "uint32"
+
+
+@dataclass
+class WeightedPath:
+    """One source of a mixture."""
+
+    path: str = MISSING
+    """A prepared corpus or a token file, as ``data.path`` of data=tokens."""
+    weight: float = 1.0
+    """Share of the training samples, relative to the other weights."""
+
+
+@dataclass
+class SyntheticConfig:
+    """A Markov chain: the next token depends on the last one only. source=synthetic only."""
+
+    vocab_size: int = 64
+    """Number of states, which are the tokens."""
+    successors: int = 8
+    """Tokens that can follow a token, with random probabilities."""
+    tokens: int = 4_194_304
+    """Length of the walk."""
+    seed: int = 0
+    """Of the chain and of the walk; another number is another corpus."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        require_range("data.synthetic.vocab_size", self.vocab_size, 2, 4096)
+        require_range("data.synthetic.successors", self.successors, 1, self.vocab_size)
+        require_positive("data.synthetic.tokens", self.tokens)
+        require_range("data.synthetic.seed", self.seed, 0, 2**63 - 1)
+
+
 @dataclass
 class DataConfig:
-    """The corpus. Tokens are bytes: 256 ids, nothing to download."""
+    """The corpus, its tokens, and where validation begins."""
 
+    name: Optional[str] = None
+    """Short name of the corpus, that of its file in configs/data; null takes the source's."""
     source: Source = MISSING
     path: Optional[str] = None
-    """The text file; source=text only."""
+    """The text file (text, shakespeare), a pattern of files (files: text, .jsonl, .jsonl.gz or .parquet), or the token
+    files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards)."""
+    val_path: Optional[str] = None
+    """source=tokens only: validation files; null takes val.bin beside train.bin, or the end of the training files."""
+    sources: list[WeightedPath] = field(default_factory=list)
+    """source=tokens only: several paths with weights, instead of ``path``."""
+    dataset: Optional[str] = None
+    """source=dataset only: its name on the Hugging Face hub, or a folder that load_dataset reads."""
+    subset: Optional[str] = None
+    """source=dataset only: the configuration of the dataset, where it has several."""
+    train_split: str = "train"
+    """source=dataset only: the split to train on."""
+    val_split: Optional[str] = None
+    """source=dataset only: the split to validate on; null keeps ``val_fraction`` of the documents of train_split."""
+    text_key: str = "text"
+    """Field (jsonl), column (parquet) or feature (dataset) that holds a document's text."""
     max_bytes: Optional[int] = None
-    """Read at most so many bytes of the corpus; null reads all of it."""
+    """Read at most so many bytes of text, rounded up to whole documents where there are documents; null reads all."""
     val_fraction: float = 0.1
-    """Share of the corpus, at its end, that is kept for validation."""
+    """Share kept for validation: the end of a text, and of documents those that a hash of their place picks."""
+    tokenizer: TokenizerKind = TokenizerKind.byte
+    tokenizer_path: Optional[str] = None
+    """A tokenizer that is there already: tokenizer.json (hf), .model (sentencepiece), ranks.json of a prepared corpus
+    (tiktoken)."""
+    tokenizer_vocab_size: int = 16384
+    """Ids of a SentencePiece model that is trained on the corpus."""
+    tokenizer_train_bytes: int = 100_000_000
+    """At most so many bytes of the training text are used to train a SentencePiece model."""
+    layout: Layout = Layout.nanogpt
+    """Format of the prepared files; the tokens are the same."""
+    token_dtype: Optional[TokenDtype] = None
+    """source=tokens only: width of tokens in files without a header; null means uint16, as nanoGPT writes them."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     cache_dir: Optional[str] = None
-    """Where the token file is written once; null means <output_dir>/.cache. Shared by all nodes."""
+    """Where prepared corpora lie; null means <output_dir>/.cache. Shared by all nodes."""
+
+    @property
+    def title(self) -> str:
+        """The name of the corpus, with the default resolved."""
+        return self.name or self.source.name
 
     def validate(self) -> None:
         """Raise ConfigError where the corpus is not fully described."""
         if self.source is Source.text and not self.path:
             raise ConfigError("data=text without data.path", "the path of a text file", "data=text data.path=FILE")
-        require_range("data.val_fraction", self.val_fraction, 0.001, 0.5)
+        if self.source is Source.files and not self.path:
+            raise ConfigError(
+                "data=files without data.path", "a pattern of files", "data=files 'data.path=FOLDER/*.jsonl'"
+            )
+        if self.source is Source.dataset and not self.dataset:
+            raise ConfigError(
+                "source=dataset without data.dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"
+            )
+        require_range("data.val_fraction", self.val_fraction, 0.0001, 0.5)
+        require_range("data.tokenizer_vocab_size", self.tokenizer_vocab_size, 260, 1_000_000)
+        require_positive("data.tokenizer_train_bytes", self.tokenizer_train_bytes)
         if self.max_bytes is not None:
             require_positive("data.max_bytes", self.max_bytes)
+        self.synthetic.validate()
+        self._validate_tokenizer()
+        self._validate_tokens()
+
+    def _validate_tokenizer(self) -> None:
+        kind, path = self.tokenizer, self.tokenizer_path
+        if kind is TokenizerKind.hf and not path:
+            raise ConfigError(
+                "data.tokenizer=hf without data.tokenizer_path",
+                "a file of the tokenizers library",
+                "data.tokenizer=hf data.tokenizer_path=FOLDER/tokenizer.json",
+            )
+        if path and kind in (TokenizerKind.byte, TokenizerKind.char):
+            raise ConfigError(
+                f"data.tokenizer_path={path} with data.tokenizer={kind.name}, which reads no file",
+                "a tokenizer that is kept in one",
+                "data.tokenizer=hf (or sentencepiece, tiktoken), or no data.tokenizer_path",
+            )
+
+    def _validate_tokens(self) -> None:
+        if self.source is not Source.tokens:
+            if self.sources:
+                raise ConfigError(
+                    f"data.sources with data={self.title}", "data=tokens, which mixes prepared corpora", "data=tokens"
+                )
+            return
+        if bool(self.path) == bool(self.sources):
+            raise ConfigError(
+                "data=tokens with " + ("both data.path and data.sources" if self.path else "no data.path"),
+                "one path, or several with weights",
+                "data=tokens data.path=FOLDER, or 'data.sources=[{path: A, weight: 0.7}, {path: B, weight: 0.3}]'",
+            )
+        if self.sources and self.val_path:
+            raise ConfigError(
+                "data.val_path with data.sources",
+                "the validation files of each source in its folder",
+                "data.val_path=null",
+            )
+        for i, source in enumerate(self.sources):
+            if not 0 < source.weight < float("inf"):
+                raise ConfigError(
+                    f"data.sources[{i}].weight={source.weight}", "a number above 0", f"data.sources[{i}].weight=1"
+                )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Optional
 
 from gpt.config.checks import require_positive, require_range
-from gpt.config.data import BYTE_VOCAB, DataConfig
+from gpt.config.data import DataConfig
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
@@ -95,6 +96,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def data_cache(self) -> Path:
+        """Where prepared corpora lie, with the default resolved."""
+        return Path(self.data.cache_dir or Path(self.output_dir) / ".cache").expanduser().absolute()
+
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work; needs no other information than the config."""
         for part in (self.model, self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
@@ -107,10 +113,4 @@ class TrainConfig:
                 f"profile_from={self.profile_from} profile_to={self.profile_to} in a run of {last} steps",
                 "profile_from <= profile_to <= optim.max_steps",
                 f"profile_from={min(self.profile_from, last)} profile_to={min(self.profile_from + 2, last)}",
-            )
-        if self.model.vocab_size < BYTE_VOCAB:
-            raise ConfigError(
-                f"model.vocab_size={self.model.vocab_size} with byte tokens",
-                f"room for all {BYTE_VOCAB} byte values",
-                f"model.vocab_size={BYTE_VOCAB}",
             )

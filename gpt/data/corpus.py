@@ -1,206 +1,204 @@
-"""What text a run trains on: which files, how much of them, and where training ends and validation begins.
+"""What a run trains on, as the login node and training ask for it: is it there, does it fit, and the tokens themselves.
 
-Owns the sources and everything that can be refused before a start. Torch-free and quick, since the login node asks
-it before submitting. Must not know how tokens become batches.
+Owns the questions: what is known of a corpus before there are tokens, what is refused, and which corpora training may
+prepare by itself. Torch-free and quick, since the login node asks it before submitting. Must not know how tokens become
+batches.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import stat
-import sys
-import sysconfig
-from collections.abc import Iterator
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.config import DataConfig, Source, closest
-from gpt.data.token_file import TOKENIZER, TokenFile, open_or_write
+from gpt.config import DataConfig, ModelConfig, Source
+from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
+from gpt.data.recipe import Recipe, known_vocab, prepare_command, recipe_of
 from gpt.errors import ConfigError
-
-CHUNK_BYTES = 1 << 20
-
-# Left out of the standard library: other people's packages, tests, programs that happen to be shipped with it and are
-# missing from some distributions' packages, and files generated for one machine.
-STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"} | {
-    "idlelib",
-    "turtledemo",
-    "lib2to3",
-    "ensurepip",
-    "pydoc_data",
-}
-STDLIB_SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")
+from gpt.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class CorpusFile:
-    """One file of a corpus and what tells its present content from an older one."""
+class Part:
+    """What is known of one source: tokens of each run of them that is read by itself."""
 
-    path: Path
-    size: int
-    mtime_ns: int
+    name: str
+    train: tuple[int, ...]
+    val: tuple[int, ...]
+    weight: int = 1
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as it lies there now. A token is a byte; validation is the last part of the text."""
+    """What is known of a corpus before training."""
 
-    source: Source
-    files: tuple[CorpusFile, ...]
-    tokens: int
-    train_tokens: int
-    val_tokens: int
+    name: str
+    parts: tuple[Part, ...]
+    tokenizer: str
+    """What makes its tokens, in a word."""
+    vocab_size: int | None
+    """Ids are below it; None where nobody says so."""
+    entropy: float | None
+    """Nats per token that no model can go below, where that is known."""
 
     @property
-    def key(self) -> str:
-        """Name of the token file: the same as long as the files and the amount taken of them are the same."""
-        content = [TOKENIZER, self.tokens, [(str(f.path), f.size, f.mtime_ns) for f in self.files]]
-        return f"{self.source.value}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
+    def train_tokens(self) -> int:
+        """Training tokens of all sources."""
+        return sum(sum(part.train) for part in self.parts)
+
+    @property
+    def val_tokens(self) -> int:
+        """Validation tokens of all sources."""
+        return sum(sum(part.val) for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.train_tokens + self.val_tokens
+
+    def __str__(self) -> str:
+        floor = "" if self.entropy is None else f", entropy {self.entropy:.4f} nats per token"
+        return f"{self.name}: {self.tokens:,} {self.tokenizer} tokens{floor}"
 
 
-def describe(config: DataConfig) -> Corpus:
-    """Look up the corpus without reading it; a relative ``data.path`` starts at the current folder.
+def describe(config: DataConfig, cache: Path) -> Corpus:
+    """What is known of the corpus, from its manifest or from the text that it will be made of.
 
     Raises:
-        ConfigError: it is not there, cannot be read, or holds nothing.
+        ConfigError: the text is not there, or it has to be prepared before training.
     """
-    files = _stdlib_files() if config.source is Source.stdlib else (_text_file(config.path),)
-    taken, tokens = [], 0
-    for file in files:
-        if config.max_bytes is not None and tokens >= config.max_bytes:
-            break
-        taken.append(file)
-        tokens += file.size
-    if config.max_bytes is not None:
-        tokens = min(tokens, config.max_bytes)
-    if not tokens:
-        raise ConfigError(f"{files[0].path} is empty", "a file with text in it", "data=text data.path=FILE")
-    train, val = split_tokens(tokens, config.val_fraction)
-    return Corpus(config.source, tuple(taken), tokens, train, val)
+    if config.source is Source.tokens:
+        return described(config.title, open_tokens(config))
+    recipe = recipe_of(config, cache)
+    found = None if recipe is None else _prepared(recipe, cache)
+    if found is not None:
+        return described(str(config.path or config.title), Tokens((found,)))
+    known = recipe.known_tokens() if recipe is not None and recipe.on_first_use() else None
+    if known is None:
+        raise ConfigError(
+            f"data={config.title} with data.tokenizer={config.tokenizer.name} is not prepared in {cache}",
+            "a corpus of this size, or with this tokenizer, that was prepared before training",
+            prepare_command(config, cache),
+        )
+    name = str(config.path or config.title)
+    tokenizer = "byte" if config.source is not Source.synthetic else "synthetic"
+    entropy = None
+    if config.source is Source.synthetic:
+        from gpt.data.synthetic import chain_of  # loads numpy, which the other sources do without here
+
+        entropy = chain_of(config.synthetic).entropy()
+    part = Part(config.title, (known[0],), (known[1],))
+    return Corpus(name, (part,), tokenizer, known_vocab(config), entropy)
 
 
-def split_tokens(tokens: int, val_fraction: float) -> tuple[int, int]:
-    """Number of training and of validation tokens; the training tokens come first."""
-    val = min(tokens, max(1, int(tokens * val_fraction)))
-    return tokens - val, val
+def _prepared(recipe: Recipe, cache: Path) -> TokenSource | None:
+    folder = cache / recipe.key
+    manifest = read_manifest(folder)
+    return open_folder(folder) if manifest is not None and manifest["spec"] == recipe.spec else None
+
+
+def described(name: str, tokens: Tokens) -> Corpus:
+    """What is known of tokens that are there."""
+    parts, sizes = [], []
+    for source in tokens.sources:
+        train = tuple(segment.tokens for segment in source.train.segments)
+        val = tuple(segment.tokens for segment in source.val.segments)
+        parts.append(Part(source.name, train, val, source.weight))
+        sizes.append(source.vocab_size if source.vocab_size is not None else largest_id_seen(source) + 1)
+    first = tokens.sources[0]
+    kind = first.tokenizer["kind"] if first.tokenizer is not None else "synthetic" if first.entropy else "unknown"
+    if first.characters is not None:
+        kind = "char"
+    entropy = first.entropy if len(tokens.sources) == 1 else None
+    return Corpus(name, tuple(parts), str(kind), max(sizes), entropy)
 
 
 def num_windows(tokens: int, block_size: int) -> int:
-    """Samples in a split: windows of ``block_size`` tokens that do not overlap, each with its next token as target."""
+    """Samples in a run of tokens: windows of ``block_size`` that do not overlap, each with its next token as target."""
     return max(0, (tokens - 1) // block_size)
 
 
-def check_size(corpus: Corpus, block_size: int, eval_sequences: int = 1) -> None:
-    """Raise ConfigError unless both splits hold the samples that are asked of them."""
-    val_samples = num_windows(corpus.val_tokens, block_size)
-    if not num_windows(corpus.train_tokens, block_size) or not val_samples:
-        smaller = max(1, min(corpus.train_tokens, corpus.val_tokens) - 1)
+def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> None:
+    """Raise ConfigError unless the model has room for the ids, and the splits hold the samples asked of them."""
+    _check_vocabulary(corpus, model.vocab_size)
+    for part in corpus.parts:
+        _check_size(corpus, part, model.block_size)
+    samples = _val_samples(corpus, model.block_size)
+    if eval_sequences > samples:
         raise ConfigError(
-            f"a corpus of {corpus.train_tokens} training and {corpus.val_tokens} validation tokens",
+            f"eval.sequences={eval_sequences}, but {corpus.val_tokens} validation tokens make {samples}"
+            f" sequences of {model.block_size}",
+            "an evaluation that uses no sequence twice",
+            f"eval.sequences={samples} (or a larger data.val_fraction)",
+        )
+
+
+def _val_samples(corpus: Corpus, block_size: int) -> int:
+    """Validation samples that can be used without repeating one, in the proportions of a mixture."""
+    available = [sum(num_windows(tokens, block_size) for tokens in part.val) for part in corpus.parts]
+    if len(available) == 1:
+        return available[0]
+    from gpt.data import mixture  # loads numpy, which a login node does without otherwise
+
+    return mixture.largest(available, [part.weight for part in corpus.parts])
+
+
+def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+    needed = corpus.vocab_size
+    if needed is not None and vocab_size < needed:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} with {corpus.tokenizer} tokens of {corpus.name}",
+            f"room for all {needed} ids",
+            f"model.vocab_size={needed}",
+        )
+
+
+def _check_size(corpus: Corpus, part: Part, block_size: int) -> None:
+    if not (max(part.train, default=0) > block_size and max(part.val, default=0) > block_size):
+        smaller = max(1, min(max(part.train, default=0), max(part.val, default=0)) - 1)
+        of = f" of {part.name}" if len(corpus.parts) > 1 else ""
+        raise ConfigError(
+            f"a corpus of {sum(part.train)} training and {sum(part.val)} validation tokens{of}",
             f"at least model.block_size + 1 = {block_size + 1} tokens in each",
             f"a longer text, or model.block_size={smaller}",
         )
-    if eval_sequences > val_samples:
-        raise ConfigError(
-            f"eval.sequences={eval_sequences}, but {corpus.val_tokens} validation tokens make {val_samples}"
-            f" sequences of {block_size}",
-            "an evaluation that uses no sequence twice",
-            f"eval.sequences={val_samples} (or a larger data.val_fraction)",
-        )
 
 
-def prepare(config: DataConfig, cache_dir: Path) -> TokenFile:
-    """The token file of the corpus, written into ``cache_dir`` by the first caller and found there by all others.
+def prepare(config: DataConfig, cache: Path) -> Tokens:
+    """The tokens of the corpus, prepared in ``cache`` by the first caller where training may do so itself.
 
     Raises:
         ConfigError: as ``describe`` does; the folder cannot be written; the text changed while it was read.
     """
-    corpus = describe(config)
+    if config.source is Source.tokens:
+        return open_tokens(config)
+    describe(config, cache)
+    recipe = recipe_of(config, cache)
+    assert recipe is not None, "describe refuses what has to be downloaded"
+    from gpt.data import preparation  # loads numpy and tokenizers, which a login node does without
+
     try:
-        return open_or_write(cache_dir, corpus.key, corpus.tokens, corpus.source.value, lambda: _read(corpus))
+        return Tokens((_prepared(recipe, cache) or preparation.prepare(recipe, cache / recipe.key),))
     except (OSError, NotImplementedError) as error:  # the latter from filelock, on filesystems without locks
-        raise ConfigError(
-            f"the token file cannot be written in {cache_dir} ({error})",
-            "a folder with room that all nodes share",
-            "data.cache_dir=FOLDER",
-        ) from error
+        raise cannot_write(cache, error) from error
 
 
-def _read(corpus: Corpus) -> Iterator[bytes]:
-    """The text in pieces of bounded size."""
-    left = corpus.tokens
-    for file in corpus.files:
-        expected = min(file.size, left)
-        got = 0
-        try:
-            with file.path.open("rb") as stream:
-                while got < expected and (chunk := stream.read(min(CHUNK_BYTES, expected - got))):
-                    got += len(chunk)
-                    yield chunk
-            changed = got < expected or file.path.stat().st_mtime_ns != file.mtime_ns
-        except OSError as error:
-            raise _unreadable(file.path, error) from error
-        if changed:
-            raise ConfigError(
-                f"{file.path} changed while it was read", "a text that holds still", "the same command again"
-            )
-        left -= expected
+def cannot_write(folder: Path, error: Exception) -> ConfigError:
+    """The refusal of a folder for prepared corpora."""
+    return ConfigError(
+        f"tokens cannot be written in {folder} ({error})",
+        "a folder with room that all nodes share",
+        "data.cache_dir=FOLDER",
+    )
 
 
-def _text_file(path: str | None) -> CorpusFile:
-    assert path is not None, "DataConfig.validate asks for a path"
-    try:
-        text = Path(path).expanduser().absolute()
-        status = text.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise ConfigError(f"data.path={path} is {kind}", "a text file", _suggestion(text))
-        with text.open("rb"):
-            pass  # permissions are best asked of the filesystem itself
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"data.path={path}, but there is no {text}", "a text file", _suggestion(text.parent, text.name)
-        ) from error
-    except (OSError, RuntimeError) as error:  # expanduser raises RuntimeError for an unknown ~user
-        raise _unreadable(Path(path), error) from error
-    return CorpusFile(text, status.st_size, status.st_mtime_ns)
+def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
+    """Copy the tokenizer, where it is known, into the run's folder, to decode the run without its corpus."""
+    from gpt.data.tokenizer import CharTokenizer, save_tokenizer
 
-
-def _suggestion(folder: Path, name: str = "") -> str:
-    """What to type for a path that does not lead to a text: a file beside it, where one looks right."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    except OSError:
-        names = []
-    likely = closest(name, names) if name else [n for n in names if n.endswith(".txt")]
-    return f"data.path={folder / likely[0]}" if likely else "data.path=FILE"
-
-
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} cannot be read ({error})", "a text file this user may read", f"chmod u+r {path}")
-
-
-def _stdlib_files() -> tuple[CorpusFile, ...]:
-    """Source files of the running Python's own library, in the order of their relative paths."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, CorpusFile] = {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if _in_stdlib_corpus(s)]
-        for name in names:
-            path = Path(folder, name)
-            if name.endswith(".py") and _in_stdlib_corpus(name) and path.is_file():
-                status = path.stat()
-                found[path.relative_to(root).as_posix()] = CorpusFile(path, status.st_size, status.st_mtime_ns)
-    if not found:
-        raise ConfigError(
-            f"Python {sys.version.split()[0]} has no library source in {root}",
-            "a Python installed with its .py files",
-            "data=text data.path=FILE",
-        )
-    return tuple(found[name] for name in sorted(found))
-
-
-def _in_stdlib_corpus(name: str) -> bool:
-    return name not in STDLIB_SKIPPED_FOLDERS and not name.startswith(STDLIB_SKIPPED_PREFIXES)
+    source = tokens.tokenizer_folder
+    characters = next((s.characters for s in tokens.sources if s.characters is not None), None)
+    if source is not None:
+        shutil.copytree(source, folder.tokenizer, dirs_exist_ok=True)
+    elif characters is not None:
+        save_tokenizer(CharTokenizer(characters), folder.tokenizer)

@@ -1,4 +1,4 @@
-"""From a token file to batches: which samples a rank trains on in a step, and the tensors of these samples.
+"""From token files to batches: which samples a rank trains on in a step, and the tensors of these samples.
 
 Owns the windows and who gets which. There is no state: a batch follows from (seed, step, rank), so nothing has to be
 saved, and a restart or another number of ranks repeats nothing and skips nothing. Must not know the model, the device
@@ -9,6 +9,8 @@ Shapes: B sequences of a batch, T tokens of a sequence.
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -16,13 +18,17 @@ import numpy.typing as npt
 import torch
 
 from gpt.batch import Batch
-from gpt.data.corpus import num_windows, split_tokens
+from gpt.data import mixture
+from gpt.data.corpus import num_windows
 from gpt.data.order import sample_position
-from gpt.data.token_file import TokenFile
+from gpt.data.prepared import TOKEN_BYTES, Tokens, TokenSource
+from gpt.data.prepared import Split as SplitFiles
 from gpt.errors import ConfigError
 
 Split = Literal["train", "val"]
 Indices = npt.NDArray[np.int64]
+
+SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # an odd constant (Knuth's MMIX multiplier): sources of one size differ in order
 
 
 def train_indices(step: int, rank: int, batch: Batch) -> Indices:
@@ -36,44 +42,145 @@ def train_indices(step: int, rank: int, batch: Batch) -> Indices:
     return np.arange(first, first + batch.per_rank, dtype=np.int64)
 
 
-class Samples:
-    """The samples of a token file: windows of T tokens that do not overlap, read from the mapped file when asked.
+class Windows:
+    """The samples of one split of one source: windows of T tokens that do not overlap and lie in one file each.
 
-    The targets are the same window one token later. Training samples are shuffled anew in every epoch; validation
-    samples keep the order of the text. Tokens at the end of a split that fill no window are not used.
-
-    Raises:
-        ConfigError: the file cannot be seen whole from this machine.
+    Tokens at the end of a file that fill no window are not used.
     """
 
-    def __init__(self, file: TokenFile, block_size: int, val_fraction: float, seed: int) -> None:
-        if not file.is_whole():
-            raise ConfigError(
-                f"{file.path} is missing or cut short on this machine",
-                f"{file.num_bytes} bytes, visible from every node",
-                "data.cache_dir=FOLDER on a filesystem that all nodes share",
+    def __init__(self, split: SplitFiles, block_size: int) -> None:
+        self.block_size = block_size
+        self._tokens = []
+        for segment in split.segments:
+            if not segment.is_whole():
+                raise ConfigError(
+                    f"{segment.path} is missing or cut short on this machine",
+                    f"{segment.file_bytes} bytes, visible from every node",
+                    "data.cache_dir=FOLDER on a filesystem that all nodes share",
+                )
+            dtype = np.dtype(segment.dtype).newbyteorder("<")
+            self._tokens.append(
+                np.memmap(segment.path, dtype=dtype, mode="r", offset=segment.offset, shape=(segment.tokens,))
             )
+        self._first = np.cumsum([0, *(num_windows(len(tokens), block_size) for tokens in self._tokens)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, position: int) -> Indices:
+        """The T + 1 tokens of a window, (T + 1,)."""
+        number = int(np.searchsorted(self._first, position, side="right")) - 1
+        start = (position - int(self._first[number])) * self.block_size
+        return np.asarray(self._tokens[number][start : start + self.block_size + 1], dtype=np.int64)
+
+
+class Samples:
+    """The samples of a run, read from the mapped files when asked.
+
+    The targets are the same window one token later. Training samples are shuffled anew in every epoch of their source;
+    validation samples keep the order of the text. Several sources are mixed by their weights, in both splits.
+
+    Args:
+        tokens: what to read.
+        block_size: T.
+        seed: of the order.
+        vocab_size: ids must be below it; None asks for nothing.
+
+    Raises:
+        ConfigError: a file cannot be seen whole from this machine.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, seed: int, vocab_size: int | None = None) -> None:
         self.block_size = block_size
         self.seed = seed
-        self._tokens = np.memmap(file.path, dtype=np.dtype(file.dtype).newbyteorder("<"), mode="r")
-        self._val_start, val_tokens = split_tokens(file.tokens, val_fraction)
-        self.num_train = num_windows(self._val_start, block_size)
-        self.num_val = num_windows(val_tokens, block_size)
-        assert self.num_train and self.num_val, "check_size is asked before"
+        self._vocab_size = vocab_size
+        self._val_bytes: dict[int, float | None] = {}
+        self._sources = tokens.sources
+        self._weights = tuple(source.weight for source in tokens.sources)
+        self._train = [Windows(source.train, block_size) for source in tokens.sources]
+        self._val = [Windows(source.val, block_size) for source in tokens.sources]
+        assert all(map(len, self._train)) and all(map(len, self._val)), "check_fit is asked before"
+        self.num_train = sum(map(len, self._train))
+        self.num_val = mixture.largest([len(windows) for windows in self._val], self._weights)
 
     def batch(self, split: Split, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices (B,).
 
         Training indices count on through the epochs; validation indices are below ``num_val``.
         """
-        starts = self._starts(split, indices)
-        windows = np.stack([self._tokens[start : start + self.block_size + 1] for start in starts])
-        both = torch.from_numpy(windows.astype(np.int64))
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-    def _starts(self, split: Split, indices: Indices) -> Indices:
-        """Offset in the file of each sample's first token."""
         if split == "train":
-            return sample_position(indices, self.num_train, self.seed)[1] * self.block_size
-        assert indices.min() >= 0 and indices.max() < self.num_val, "validation repeats no sample"
-        return self._val_start + indices * self.block_size
+            source, position = self._train_places(indices)
+            windows = self._train
+        else:
+            assert indices.min() >= 0 and indices.max() < self.num_val, "validation repeats no sample"
+            source, position = mixture.draw(indices, self._weights)
+            windows = self._val
+        both = np.stack([windows[s].read(p) for s, p in zip(source.tolist(), position.tolist(), strict=True)])
+        self._check_ids(both)
+        whole = torch.from_numpy(both)
+        return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+
+    def _train_places(self, indices: Indices) -> tuple[Indices, Indices]:
+        """Source of each sample, and the window of it."""
+        source, running = mixture.draw(indices, self._weights)
+        position = np.empty_like(running)
+        for number, windows in enumerate(self._train):
+            mine = source == number
+            seed = (self.seed + number * SOURCE_SEED_STEP) % 2**63
+            position[mine] = sample_position(running[mine], len(windows), seed)[1]
+        return source, position
+
+    def _check_ids(self, both: Indices) -> None:
+        largest = int(both.max())
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise ConfigError(
+                f"the token id {largest} in {self._sources[0].name}, with model.vocab_size={self._vocab_size}",
+                "ids that the model has room for",
+                f"model.vocab_size={largest + 1}, or the vocabulary of the tokenizer these files were made with",
+            )
+
+    def val_bytes(self, sequences: int) -> float | None:
+        """Bytes of text that the targets of the first ``sequences`` validation samples stand for; None: not known.
+
+        Exact where every id stands for a known number of bytes; elsewhere by the average of the split.
+        """
+        if sequences in self._val_bytes:
+            return self._val_bytes[sequences]
+        found = self._val_bytes[sequences] = self._count_bytes(sequences)
+        return found
+
+    def _count_bytes(self, sequences: int) -> float | None:
+        tables = self._byte_tables
+        total = 0.0
+        source, position = mixture.draw(np.arange(sequences), self._weights)
+        for number, windows in enumerate(self._val):
+            places, table = position[source == number].tolist(), tables[number]
+            split = self._sources[number].val
+            if table is not None:
+                total += sum(int(table[windows.read(place)[1:]].sum()) for place in places)
+            elif split.num_bytes is not None:
+                total += len(places) * self.block_size * split.num_bytes / split.tokens
+            elif places:
+                return None
+        return total
+
+    def val_bits_per_byte(self, loss: float, sequences: int) -> float | None:
+        """A loss over the first ``sequences`` validation samples, nats per token, in bits per byte of their text.
+
+        Comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1); None where the text is not known.
+        """
+        num_bytes = self.val_bytes(sequences)
+        return loss / math.log(2) * sequences * self.block_size / num_bytes if num_bytes else None
+
+    @cached_property
+    def _byte_tables(self) -> list[npt.NDArray[np.int64] | None]:
+        return [_byte_table(source) for source in self._sources]
+
+
+def _byte_table(source: TokenSource) -> npt.NDArray[np.int64] | None:
+    """Bytes of each id of a source, (vocab_size,), where they are known."""
+    if source.characters is not None:
+        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in source.characters], dtype=np.int64)
+    if source.folder is None or not (source.folder / TOKEN_BYTES).is_file():
+        return None
+    return np.fromfile(source.folder / TOKEN_BYTES, dtype="<u4").astype(np.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -252,12 +253,13 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
             character_coverage=0.9999,
             # Pieces of its own for what the trainer would not see or would change in its lines.
             user_defined_symbols=["\n", "\r", "\t"],
-            minloglevel=1,
+            minloglevel=2,
         )
     except RuntimeError as error:
+        limit = re.search(r"value <= (\d+)", str(error))
         raise ConfigError(
             f"data.tokenizer_vocab_size={vocab_size}, which SentencePiece cannot learn from this text ({error})",
             "more text, or a smaller vocabulary",
-            f"data.tokenizer_vocab_size={max(300, vocab_size // 4)}",
+            f"data.tokenizer_vocab_size={limit.group(1) if limit else vocab_size // 4}",
         ) from error
     return SentencePieceTokenizer(model.getvalue())

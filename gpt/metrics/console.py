@@ -71,6 +71,8 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
         parts.append(f"{duration(pace_s * (max_steps - record.step))} left")
     if record.val_loss is not None:
         parts.append(f"val_loss {record.val_loss:.4f}")
+    if record.val_bits_per_byte is not None:
+        parts.append(f"{record.val_bits_per_byte:.4f} bits per byte")
     if record.checkpoint_s is not None:
         parts.append(f"saved in {record.checkpoint_s:.2f} s")
     return "  ".join(parts)

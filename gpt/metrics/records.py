@@ -52,6 +52,8 @@ class StepRecord:
     """Time the checkpoint of this step held up training; only where one was written."""
     val_loss: float | None = None
     """Mean cross-entropy on the validation sequences after this step; only where it was evaluated."""
+    val_bits_per_byte: float | None = None
+    """The same in bits per byte of text, which compares tokenizers; only where the text is known."""
     tokens_per_s: float | None = None
     """Of the whole run: tokens of the global batch over step_time_s."""
     tflops_per_s: float | None = None

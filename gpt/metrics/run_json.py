@@ -75,7 +75,8 @@ def startup(folder: RunFolder) -> dict[str, Any] | None:
 
 def evaluation(record: dict[str, Any]) -> dict[str, Any]:
     """One evaluation."""
-    return {name: record[name] for name in ("step", "attempt", "time", "val_loss")}
+    names = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
+    return {name: record[name] for name in names if name in record}
 
 
 def checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ TAGS = {
     "grad_std": "gradients/std",
     "expert_imbalance": "train/expert_imbalance",
     "val_loss": "eval/loss",
+    "val_bits_per_byte": "eval/bits_per_byte",
     "tokens_per_s": "speed/tokens_per_s",
     "step_time_s": "speed/step_time_s",
     "data_wait_s": "speed/data_wait_s",

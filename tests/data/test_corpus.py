@@ -1,9 +1,8 @@
-"""Corpora: what is found, what is refused before a start, and token files that are written once and whole."""
+"""Corpora: what is found, what is refused before a start, and tokens that are made once and whole."""
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import os
 import subprocess
@@ -11,107 +10,134 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from gpt.config import DataConfig, Source
-from gpt.data.corpus import check_size, describe, num_windows, prepare, split_tokens
+from gpt.compose import compose_train, to_schema
+from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConfig
+from gpt.data.corpus import check_fit, describe, num_windows, prepare
+from gpt.data.files import stdlib_files
+from gpt.data.prepared import TokenSource
+from gpt.data.recipe import prepare_command, recipe_of, split_tokens
 from gpt.errors import ConfigError
+from gpt.prepare import main
 from tests.distributed import run_distributed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+NOWHERE = Path("/nowhere")
 
 
 def text_config(path: Path | str, **changes: object) -> DataConfig:
     return DataConfig(source=Source.text, path=str(path), **changes)  # type: ignore[arg-type]
 
 
+def text_of(source: TokenSource) -> bytes:
+    """The bytes of a corpus of bytes."""
+    assert source.folder is not None
+    parts = [np.fromfile(source.folder / f"{split}.bin", dtype="<u2") for split in ("train", "val")]
+    return bytes(np.concatenate(parts).tolist())
+
+
+def prepared(config: DataConfig, cache: Path) -> TokenSource:
+    (source,) = prepare(config, cache).sources
+    return source
+
+
+def model_of(block_size: int, vocab_size: int = 256) -> ModelConfig:
+    return ModelConfig(block_size=block_size, vocab_size=vocab_size)
+
+
 def test_stdlib_is_this_pythons_own_source() -> None:
-    corpus = describe(DataConfig(source=Source.stdlib))
-    paths = [file.path for file in corpus.files]
+    paths = [file.path for file in stdlib_files()]
     library = Path(os.__file__).parent
     assert library / "argparse.py" in paths and library / "json" / "decoder.py" in paths
     names = [path.relative_to(library).as_posix() for path in paths]
     assert names == sorted(names)
     folders = {part for name in names for part in name.split("/")[:-1]}
     assert not folders & {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idlelib"}
+    corpus = describe(DataConfig(source=Source.stdlib), NOWHERE)
     assert corpus.tokens == sum(path.stat().st_size for path in paths) > 5_000_000
 
 
 def test_stdlib_is_cut_at_max_bytes(tmp_path: Path) -> None:
     config = DataConfig(source=Source.stdlib, max_bytes=100_000)
-    file = prepare(config, tmp_path)
-    text = file.path.read_bytes()
-    assert len(text) == file.tokens == 100_000 == describe(config).tokens
-    whole = b"".join(f.path.read_bytes() for f in describe(DataConfig(source=Source.stdlib)).files[:20])
+    text = text_of(prepared(config, tmp_path))
+    assert len(text) == 100_000 == describe(config, NOWHERE).tokens
+    whole = b"".join(f.path.read_bytes() for f in stdlib_files()[:20])
     assert text == whole[:100_000]
-    ast.parse(describe(config).files[0].path.read_bytes())
+    ast.parse(stdlib_files()[0].path.read_bytes())
 
 
 def test_text_file_becomes_tokens_with_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(range(256)) * 40
     (tmp_path / "text.bin").write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    file = prepare(text_config("text.bin", val_fraction=0.25), tmp_path / "cache")
-    assert file.path.read_bytes() == content and (file.dtype, file.tokenizer, file.tokens) == ("uint8", "byte", 10240)
-    assert file.sha256 == hashlib.sha256(content).hexdigest()
-    manifest = json.loads(file.path.with_suffix(".json").read_text())
-    assert manifest["source"] == "text" and manifest["sha256"] == file.sha256
-    corpus = describe(text_config("text.bin", val_fraction=0.25))
+    source = prepared(text_config("text.bin", val_fraction=0.25), tmp_path / "cache")
+    assert text_of(source) == content and (source.train.tokens, source.val.tokens) == (7680, 2560)
+    assert source.folder is not None
+    manifest = json.loads((source.folder / "manifest.json").read_text())
+    assert manifest["tokenizer"]["kind"] == "byte" and manifest["sha256"] == source.sha256
+    assert manifest["splits"]["val"]["tokens"] == manifest["splits"]["val"]["bytes"] == 2560
+    corpus = describe(text_config("text.bin", val_fraction=0.25), NOWHERE)
     assert (corpus.train_tokens, corpus.val_tokens) == (7680, 2560)
+    assert describe(text_config("text.bin", val_fraction=0.25), tmp_path / "cache") == corpus, "before and after"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert describe(text_config("~/text.bin", val_fraction=0.25)) == corpus
+    assert describe(text_config("~/text.bin", val_fraction=0.25), NOWHERE).parts[0].val == (2560,)
 
 
-def test_token_file_is_written_once_until_the_text_changes(tmp_path: Path) -> None:
-    text = tmp_path / "text"
+def test_tokens_are_made_once_until_the_text_changes(tmp_path: Path) -> None:
+    text, cache = tmp_path / "text", tmp_path / "cache"
     text.write_bytes(b"abc" * 1000)
-    first = prepare(text_config(text), tmp_path / "cache")
-    written = first.path.stat().st_mtime_ns
-    assert prepare(text_config(text, val_fraction=0.5), tmp_path / "cache") == first
-    assert first.path.stat().st_mtime_ns == written, "the split is not part of the file"
-    assert prepare(text_config(text, max_bytes=7), tmp_path / "cache").path.read_bytes() == b"abcabca"
+    first = prepared(text_config(text), cache)
+    assert first.folder is not None
+    written = (first.folder / "train.bin").stat().st_mtime_ns
+    assert prepared(text_config(text), cache) == first
+    assert (first.folder / "train.bin").stat().st_mtime_ns == written
+    assert text_of(prepared(text_config(text, max_bytes=7), cache)) == b"abcabca"
     text.write_bytes(b"xyz" * 1000)
     os.utime(text, ns=(1, 1))
-    assert prepare(text_config(text), tmp_path / "cache").path.read_bytes() == b"xyz" * 1000
+    assert text_of(prepared(text_config(text), cache)) == b"xyz" * 1000
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "no manifest", "garbage manifest", "other format"])
-def test_a_broken_token_file_is_written_again(tmp_path: Path, harm: str) -> None:
+def test_a_broken_corpus_is_made_again(tmp_path: Path, harm: str) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"abc" * 1000)
-    file = prepare(text_config(text), tmp_path / "cache")
-    manifest = file.path.with_suffix(".json")
+    source = prepared(text_config(text), tmp_path / "cache")
+    assert source.folder is not None
+    manifest, tokens = source.folder / "manifest.json", source.folder / "train.bin"
     if harm == "cut":
-        file.path.write_bytes(b"abc")
+        tokens.write_bytes(b"abcd")
     elif harm == "gone":
-        file.path.unlink()
+        tokens.unlink()
     elif harm == "no manifest":
         manifest.unlink()
     elif harm == "garbage manifest":
         manifest.write_text("[1")
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
-    assert prepare(text_config(text), tmp_path / "cache") == file
-    assert file.path.read_bytes() == b"abc" * 1000
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    assert prepared(text_config(text), tmp_path / "cache") == source
+    assert text_of(source) == b"abc" * 1000
 
 
 def prepare_at_once(rank: int, world_size: int, text: Path, cache: Path) -> tuple[str, bytes]:
     import torch.distributed as dist
 
     dist.barrier()
-    file = prepare(text_config(text), cache)
-    return file.sha256, file.path.read_bytes()[:4]
+    source = prepared(text_config(text), cache)
+    return source.sha256, text_of(source)[:4]
 
 
 def test_several_processes_at_once_get_the_same_whole_file(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"some" * 500_000)
     results = run_distributed(prepare_at_once, 4, text, tmp_path / "cache")
-    assert results == [(hashlib.sha256(text.read_bytes()).hexdigest(), b"some")] * 4
-    assert len(list((tmp_path / "cache").glob("*.bin"))) == 1 and not list((tmp_path / "cache").glob(".*.tmp"))
+    assert results == [(results[0][0], b"some")] * 4
+    left = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert len(left) == 2 and left[0] == f".{left[1]}.lock", "the folder and its lock"
 
 
 def test_preparing_holds_only_a_piece_in_memory(tmp_path: Path) -> None:
@@ -121,7 +147,7 @@ def test_preparing_holds_only_a_piece_in_memory(tmp_path: Path) -> None:
     prepare(text_config(text), tmp_path / "cache")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5_000_000
+    assert peak < 8_000_000
 
 
 def test_paths_that_lead_to_no_text_are_refused_with_what_to_type(tmp_path: Path) -> None:
@@ -138,7 +164,7 @@ def test_paths_that_lead_to_no_text_are_refused_with_what_to_type(tmp_path: Path
         ("~no such user/file", "cannot be read", "chmod"),
     ):
         with pytest.raises(ConfigError) as refusal:
-            describe(text_config(path))
+            describe(text_config(path), NOWHERE)
         assert found in refusal.value.found and refusal.value.fix.startswith(fix), refusal.value
 
 
@@ -149,8 +175,9 @@ def test_a_text_without_read_permission_is_refused(tmp_path: Path) -> None:
     # Root may read everything, so ask as another user where that is who runs the tests.
     code = (
         "import os, sys; from gpt.config import DataConfig, Source; from gpt.data.corpus import describe\n"
+        "from pathlib import Path\n"
         "os.geteuid() == 0 and os.seteuid(65534)\n"
-        "describe(DataConfig(source=Source.text, path=sys.argv[1]))"
+        "describe(DataConfig(source=Source.text, path=sys.argv[1]), Path('.'))"
     )
     result = subprocess.run([sys.executable, "-c", code, secret], capture_output=True, text=True)
     assert result.returncode == 1 and "cannot be read (" in result.stderr and "Permission denied" in result.stderr
@@ -161,12 +188,12 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
     text = tmp_path / "text"
     text.write_bytes(b"abc" * 1000)
-    described = describe(text_config(text))
+    recipe = recipe_of(text_config(text), tmp_path)
     text.write_bytes(b"abc")
-    monkeypatch.setattr(corpus, "describe", lambda config: described)
+    monkeypatch.setattr(corpus, "recipe_of", lambda config, cache: recipe)
     with pytest.raises(ConfigError, match="changed while it was read"):
         prepare(text_config(text), tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.bin"))
+    assert not list((tmp_path / "cache").glob("text-*"))
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -182,22 +209,22 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     block_size=st.integers(1, 300),
     eval_sequences=st.integers(1, 20),
 )
-def test_what_check_size_accepts_has_the_samples_and_what_it_proposes_is_accepted(
+def test_what_check_fit_accepts_has_the_samples_and_what_it_proposes_is_accepted(
     tmp_path_factory: pytest.TempPathFactory, size: int, val_fraction: float, block_size: int, eval_sequences: int
 ) -> None:
     text = tmp_path_factory.getbasetemp() / f"{size}"
     text.write_bytes(bytes(size))
-    corpus = describe(text_config(text, val_fraction=val_fraction))
+    corpus = describe(text_config(text, val_fraction=val_fraction), NOWHERE)
     assert corpus.train_tokens + corpus.val_tokens == size and corpus.val_tokens >= 1
     try:
-        check_size(corpus, block_size, eval_sequences)
+        check_fit(corpus, model_of(block_size), eval_sequences)
     except ConfigError as refusal:
         key, _, value = refusal.fix.removeprefix("a longer text, or ").partition(" ")[0].partition("=")
         if key == "model.block_size" and min(corpus.train_tokens, corpus.val_tokens) >= 2:
             assert int(value) < block_size
-            check_size(corpus, int(value))
+            check_fit(corpus, model_of(int(value)))
         elif key == "eval.sequences":
-            check_size(corpus, block_size, int(value))
+            check_fit(corpus, model_of(block_size), int(value))
     else:
         assert corpus.train_tokens > block_size
         assert num_windows(corpus.val_tokens, block_size) >= eval_sequences
@@ -209,17 +236,73 @@ def test_the_split_is_near_the_fraction_asked_for(tokens: int, val_fraction: flo
     assert train + val == tokens and abs(val - tokens * val_fraction) <= 1
 
 
-@pytest.mark.parametrize("name", ["stdlib", "text"])
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_configs_fit_the_schema(name: str) -> None:
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONFIGS / f"{name}.yaml"))
     config = OmegaConf.to_object(merged)
-    assert isinstance(config, DataConfig) and config.source.value == name
-    if name == "text":
+    assert isinstance(config, DataConfig) and config.title == name
+    if name in ("text", "files", "tokens"):
         with pytest.raises(ConfigError, match=r"data\.path"):
             config.validate()
     else:
         config.validate()
-        check_size(describe(config), block_size=4096, eval_sequences=100)
+    if name in ("stdlib", "synthetic"):
+        check_fit(describe(config, NOWHERE), model_of(4096), eval_sequences=50)
+
+
+@pytest.mark.parametrize("name", ["tinystories", "openwebtext", "slimpajama", "shakespeare"])
+def test_what_has_to_be_prepared_is_refused_with_the_command(name: str, tmp_path: Path) -> None:
+    words = [f"data={name}", "data.max_bytes=1000", f"data.cache_dir={tmp_path}"]
+    config = to_schema(compose_train(words), TrainConfig)
+    with pytest.raises(ConfigError) as refusal:
+        describe(config.data, config.data_cache)
+    assert refusal.value.fix == f"python -m gpt.prepare {words[0]} {words[1]} {words[2]}"
+
+
+def test_the_command_that_is_proposed_prepares_what_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "To be, or not to be: that is the question.\n" * 100
+    (tmp_path / "a text.txt").write_text(text)
+    words = ["data=files", "data.path='a *.txt'", "data.tokenizer=char", "data.val_fraction=0.2"]
+    config = to_schema(compose_train(words), TrainConfig)
+    with pytest.raises(ConfigError) as refusal:
+        describe(config.data, config.data_cache)
+    command = refusal.value.fix
+    assert command == prepare_command(config.data, config.data_cache)
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, capture_output=True)
+    corpus = describe(config.data, config.data_cache)
+    assert (corpus.tokenizer, corpus.vocab_size, corpus.tokens) == ("char", len(set(text)), 4300)
+    check_fit(corpus, model_of(64, vocab_size=18))
+    with pytest.raises(ConfigError, match=r"type next: model\.vocab_size=18"):
+        check_fit(corpus, model_of(64, vocab_size=17))
+
+
+def test_large_texts_are_not_prepared_while_ranks_wait(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(ConfigError, match=r"gpt\.prepare data=text data\.path="):
+        describe(text_config(tmp_path / "large"), tmp_path)
+    assert describe(text_config(tmp_path / "large", max_bytes=1000), tmp_path).tokens == 1000
+
+
+def test_keys_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    for changes, fix in (
+        ({"tokenizer": TokenizerKind.hf}, "data.tokenizer=hf data.tokenizer_path="),
+        ({"tokenizer_path": "file"}, "data.tokenizer=hf"),
+        ({"source": Source.dataset}, "data=tinystories"),
+        ({"source": Source.tokens, "path": None}, "data=tokens data.path=FOLDER"),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            text_config(tmp_path, **{**changes}).validate() if "source" not in changes else DataConfig(
+                **changes  # type: ignore[arg-type]
+            ).validate()
+        assert refusal.value.fix.startswith(fix)
+    assert main(["data=tokens", f"data.path={tmp_path}"]) == 2
 
 
 def test_looking_up_a_corpus_loads_no_torch_and_no_numpy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.batch import Batch, cut
-from gpt.config import DataConfig, OptimConfig, Source
+from gpt.config import DataConfig, OptimConfig, Source, TokenizerKind
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples, train_indices
-from gpt.data.token_file import TokenFile
+from gpt.data.preparation import prepare as prepare_folder
+from gpt.data.prepared import Tokens
+from gpt.data.recipe import recipe_of
 from gpt.errors import ConfigError
 
 
@@ -41,16 +44,16 @@ def test_any_number_of_ranks_uses_the_same_samples_once(global_batch: int, step:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> tuple[bytes, TokenFile]:
+def text(tmp_path: Path) -> tuple[bytes, Tokens]:
     content = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
     (tmp_path / "text").write_bytes(content)
-    config = DataConfig(source=Source.text, path=str(tmp_path / "text"))
+    config = DataConfig(source=Source.text, path=str(tmp_path / "text"), val_fraction=0.2)
     return content, prepare(config, tmp_path / "cache")
 
 
-def test_an_epoch_of_training_is_every_window_of_the_training_text_once(text: tuple[bytes, TokenFile]) -> None:
+def test_an_epoch_of_training_is_every_window_of_the_training_text_once(text: tuple[bytes, Tokens]) -> None:
     content, file = text
-    samples = Samples(file, block_size=16, val_fraction=0.2, seed=1)
+    samples = Samples(file, block_size=16, seed=1)
     assert (samples.num_train, samples.num_val) == (3999 // 16, 999 // 16)
     tokens, targets = samples.batch("train", np.arange(samples.num_train))
     assert tokens.dtype == targets.dtype == torch.int64 and tokens.shape == targets.shape == (249, 16)
@@ -60,13 +63,13 @@ def test_an_epoch_of_training_is_every_window_of_the_training_text_once(text: tu
     again, _ = samples.batch("train", np.arange(samples.num_train) + samples.num_train)
     assert not torch.equal(tokens, again), "the next epoch has another order"
     assert torch.equal(tokens.sort(0)[0], again.sort(0)[0])
-    other, _ = Samples(file, 16, 0.2, seed=2).batch("train", np.arange(samples.num_train))
+    other, _ = Samples(file, 16, seed=2).batch("train", np.arange(samples.num_train))
     assert not torch.equal(tokens, other), "another seed has another order"
 
 
-def test_validation_keeps_the_order_of_the_last_part_of_the_text(text: tuple[bytes, TokenFile]) -> None:
+def test_validation_keeps_the_order_of_the_last_part_of_the_text(text: tuple[bytes, Tokens]) -> None:
     content, file = text
-    samples = Samples(file, block_size=16, val_fraction=0.2, seed=1)
+    samples = Samples(file, block_size=16, seed=1)
     tokens, targets = samples.batch("val", np.arange(samples.num_val))
     assert bytes(tokens.flatten().tolist()) == content[4000 : 4000 + samples.num_val * 16]
     assert bytes(targets.flatten().tolist()) == content[4001 : 4001 + samples.num_val * 16]
@@ -74,8 +77,8 @@ def test_validation_keeps_the_order_of_the_last_part_of_the_text(text: tuple[byt
         samples.batch("val", np.array([samples.num_val]))
 
 
-def test_ranks_together_make_the_global_batch(text: tuple[bytes, TokenFile]) -> None:
-    samples = Samples(text[1], block_size=16, val_fraction=0.2, seed=1)
+def test_ranks_together_make_the_global_batch(text: tuple[bytes, Tokens]) -> None:
+    samples = Samples(text[1], block_size=16, seed=1)
     whole = samples.batch("train", train_indices(41, 0, batch_of(12, 1)))  # crosses into the second epoch
     for ranks in (2, 3, 4):
         parts = [samples.batch("train", train_indices(41, r, batch_of(12, ranks))) for r in range(ranks)]
@@ -83,17 +86,29 @@ def test_ranks_together_make_the_global_batch(text: tuple[bytes, TokenFile]) -> 
             assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])
 
 
-def test_a_file_that_this_machine_does_not_see_whole_is_refused(text: tuple[bytes, TokenFile]) -> None:
-    file = text[1]
-    file.path.write_bytes(b"short")
+def test_a_file_that_this_machine_does_not_see_whole_is_refused(text: tuple[bytes, Tokens]) -> None:
+    tokens = text[1]
+    tokens.sources[0].val.segments[0].path.write_bytes(b"short")
     with pytest.raises(ConfigError, match="cut short"):
-        Samples(file, 16, 0.2, 1)
+        Samples(tokens, 16, 1)
 
 
-def test_wider_tokens_are_read_by_the_manifests_dtype(tmp_path: Path) -> None:
-    values = np.arange(1000, dtype="<u2") + 50000
-    path = tmp_path / "wide.bin"
-    path.write_bytes(values.tobytes())
-    file = TokenFile(path, "uint16", 1000, "other", "")
-    tokens, _ = Samples(file, 8, 0.1, 0).batch("val", np.array([0]))
-    assert tokens.tolist() == [list(range(50900, 50908))]
+def test_bits_per_byte_count_the_bytes_of_the_targets(tmp_path: Path) -> None:
+    """Of characters of one to four bytes: exact, not by the average."""
+    content = "a" * 4000 + "aé日🎉" * 1000
+    (tmp_path / "text").write_text(content)
+    config = DataConfig(source=Source.text, path=str(tmp_path / "text"), tokenizer=TokenizerKind.char)
+    recipe = recipe_of(config, tmp_path)
+    assert recipe is not None
+    source = prepare_folder(recipe, tmp_path / "char")
+    samples = Samples(Tokens((source,)), 16, 1)
+    val = content[source.train.tokens :]
+    for sequences in (1, 5, samples.num_val):
+        predicted = len(val[1 : 1 + sequences * 16].encode())
+        assert samples.val_bytes(sequences) == predicted
+        bits = samples.val_bits_per_byte(1.5, sequences)
+        assert bits == pytest.approx(1.5 * sequences * 16 / predicted / math.log(2))
+    (tmp_path / "char" / "token_bytes.bin").unlink()  # as with a tokenizer.json, whose tokens do not tell
+    samples = Samples(Tokens((source,)), 16, 1)
+    average = source.val.num_bytes / source.val.tokens  # type: ignore[operator]
+    assert samples.val_bytes(5) == pytest.approx(5 * 16 * average)

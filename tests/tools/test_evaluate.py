@@ -18,11 +18,10 @@ from tests.commands import run
 
 
 def plain_loss(folder: Path, sequences: int | None) -> tuple[float, int]:
-    """Mean loss, one sequence at a time, over the last tenth of the corpus file; and the number of sequences."""
+    """Mean loss, one sequence at a time, over the validation file; and the number of sequences."""
     config, model = load_model(folder)
-    (cached,) = (folder.parent / "outputs" / ".cache").glob("*.bin")
-    text = np.fromfile(cached, dtype=np.uint8)
-    text = text[len(text) - len(text) // 10 :]
+    (cached,) = (folder.parent / "outputs" / ".cache").glob("*/val.bin")
+    text = np.fromfile(cached, dtype=np.uint16)
     size = config.model.block_size
     starts = range(0, len(text) - size, size)[:sequences]
     losses = []

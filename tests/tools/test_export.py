@@ -93,7 +93,7 @@ def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_
     assert "type next: model.n_layer=2 model.n_kv_head=2" in refusal and not new.exists()
     run("launch", "nodes=2", "parallel=fsdp", *words, cwd=tmp_path)
     config = to_schema(compose_train(words), TrainConfig)
-    samples = Samples(prepare(config.data, tmp_path), 32, config.data.val_fraction, config.seed)
+    samples = Samples(prepare(config.data, tmp_path), 32, config.seed)
     tokens_BT, targets_BT = samples.batch("train", torch.arange(8).numpy())
     theirs = AutoModelForCausalLM.from_pretrained(source).eval()
     with torch.no_grad():

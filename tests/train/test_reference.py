@@ -35,7 +35,7 @@ WORDS = [
 def plain_losses(folder: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step, of the whole batch in one pass."""
     config = to_schema(compose_train(WORDS), TrainConfig)
-    samples = Samples(prepare(config.data, folder), config.model.block_size, config.data.val_fraction, config.seed)
+    samples = Samples(prepare(config.data, folder), config.model.block_size, config.seed)
     model = GPT(config.model)
     initialize(model, config.seed)
     matrices = [p for p in model.parameters() if p.dim() > 1]

@@ -1,0 +1,130 @@
+"""Prepare a corpus before training: ``python -m gpt.prepare data=NAME``.
+
+    python -m gpt.prepare data=shakespeare data.tokenizer=char
+    python -m gpt.prepare data=tinystories data.tokenizer=sentencepiece --workers 16
+    python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --to corpora/mine
+
+Finds what training with the same data.* keys will look for. A preparation that was killed goes on with the same
+command. Owns the command line; the work is ``gpt.data.preparation``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gpt import compose
+from gpt.config import DataConfig, Source, TrainConfig
+from gpt.data import preparation
+from gpt.data.corpus import cannot_write
+from gpt.data.files import download_shakespeare
+from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_manifest
+from gpt.data.recipe import Recipe, recipe_of, usable_cores
+from gpt.errors import ConfigError
+
+
+def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> TokenSource:
+    """Prepare a corpus, or verify one that is there.
+
+    Raises:
+        ConfigError: there is nothing to prepare, the text cannot be had, or ``to`` holds something else.
+    """
+    if config.source is Source.tokens:
+        raise ConfigError(
+            "data=tokens, which are prepared already",
+            "a corpus of text",
+            "python -m gpt.prepare data=text data.path=FILE",
+        )
+    recipe = recipe_of(config, cache)
+    if recipe is None:
+        download_shakespeare(cache)
+        recipe = recipe_of(config, cache)
+        assert recipe is not None, "it was just downloaded"
+    folder = to or cache / recipe.key
+    _refuse_damage(recipe, folder)
+    return preparation.prepare(recipe, folder, workers, progress=True, replace=to is None)
+
+
+def _refuse_damage(recipe: Recipe, folder: Path) -> None:
+    """Verify the checksums of a corpus that is there already."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["spec"] != recipe.spec or open_folder(folder) is None:
+        return
+    files = [file for told in manifest["splits"].values() for file in told["files"]]
+    with tqdm(desc="verify", total=sum(file["size"] for file in files), unit="B", unit_scale=True) as bar:
+
+        def advance(size: int) -> None:
+            bar.update(size)
+
+        bad = preparation.verify(folder, advance)
+    if bad:
+        raise ConfigError(
+            f"{', '.join(bad)} in {folder} is not what was written there (its checksum differs)",
+            "the file as it was prepared",
+            f"rm {folder / MANIFEST}, and the same command again",
+        )
+
+
+def report(source: TokenSource, config: DataConfig, to: Path | None) -> str:
+    """What there is now, and what to type next."""
+    assert source.folder is not None and source.vocab_size is not None
+    name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
+    lines = [
+        f"{source.folder}",
+        f"train: {_counts(source.train.tokens, source.train.num_bytes, source.train.documents)}",
+        f"val: {_counts(source.val.tokens, source.val.num_bytes, source.val.documents)}",
+        f"tokenizer: {name}, {source.vocab_size:,} ids; sha256 of the tokens {source.sha256[:12]}",
+    ]
+    if source.entropy is not None:
+        lines.append(f"entropy: {source.entropy:.4f} nats per token, which no loss goes below")
+    what = f"data=tokens data.path={source.folder}" if to else "the same data.* keys"
+    lines.append(f"train with {what} and model.vocab_size={source.vocab_size} (or more)")
+    return "\n".join(lines)
+
+
+def _counts(tokens: int, num_bytes: int | None, documents: int | None) -> str:
+    parts = [f"{tokens:,} tokens"]
+    parts += [f"{num_bytes:,} bytes"] if num_bytes is not None else []
+    parts += [f"{documents:,} documents"] if documents is not None else []
+    return ", ".join(parts)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m gpt.prepare",
+        description="Turn a corpus into tokens, once, before training. Goes on where it was killed.",
+    )
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="data=NAME and data.* keys, as for training")
+    made.add_argument("--to", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
+    made.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores there are")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 where it was refused."""
+    words = parser().parse_args(argv)
+    to = words.to.expanduser().absolute() if words.to else None
+    try:
+        config = compose.to_schema(compose.compose_train(words.overrides), TrainConfig)
+        config.data.validate()
+        if words.workers is not None and words.workers < 1:
+            raise ConfigError(f"--workers {words.workers}", "at least one process", f"--workers {usable_cores()}")
+        cache = config.data_cache
+        try:
+            source = prepare(config.data, cache, to, words.workers or usable_cores())
+        except (OSError, NotImplementedError) as error:
+            raise cannot_write(to or cache, error) from error
+        print(report(source, config.data, to))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,410 @@
+"""Preparing corpora: against plain loops, killed and gone on with, in every layout, by any number of processes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt.config import DataConfig, Layout, Source, SyntheticConfig, TokenizerKind
+from gpt.data import files, readers, units
+from gpt.data.files import SHAKESPEARE_SHA256
+from gpt.data.preparation import prepare
+from gpt.data.prepared import TokenSource, open_folder, open_tokens, read_manifest
+from gpt.data.readers import is_validation, read_unit
+from gpt.data.recipe import Recipe, recipe_of
+from gpt.data.tokenizer import load_tokenizer
+from gpt.data.units import cut_units
+from gpt.errors import ConfigError
+from gpt.prepare import main
+from tests.commands import kill_all, run, start, wait_for
+
+TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(20 + i % 7)) + " é🎉" for i in range(300)]
+
+
+def made(config: DataConfig, folder: Path, workers: int = 1) -> TokenSource:
+    config.validate()
+    recipe = recipe_of(config, folder.parent)
+    assert recipe is not None
+    return prepare(recipe, folder, workers)
+
+
+def ids_of(source: TokenSource, split: str) -> list[int]:
+    """All tokens of a split, read with numpy."""
+    segments = source.train.segments if split == "train" else source.val.segments
+    parts = [np.fromfile(s.path, dtype=np.dtype(s.dtype), count=s.tokens, offset=s.offset) for s in segments]
+    return np.concatenate(parts).tolist()
+
+
+def write_jsonl(folder: Path) -> str:
+    """The texts in three files, one of them packed."""
+    folder.mkdir()
+    for i in range(2):
+        lines = "".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in enumerate(TEXTS[i * 100 : i * 100 + 100]))
+        (folder / f"{i}.jsonl").write_text(lines + "\n" * i)
+    (folder / "empty.jsonl").touch()
+    return f"{folder}/*.jsonl"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a prepared folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def same_but_for_place(first: Path, second: Path) -> bool:
+    return content(first) == content(second)
+
+
+def write_parquet(folder: Path) -> str:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    for i in range(2):
+        table = pyarrow.table({"n": list(range(100)), "text": TEXTS[i * 100 : i * 100 + 100]})
+        parquet.write_table(table, folder / f"{i}.parquet", row_group_size=30)
+    return f"{folder}/*.parquet"
+
+
+def write_packed(folder: Path) -> str:
+    folder.mkdir()
+    for i in range(2):
+        with gzip.open(folder / f"{i}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": t}) + "\n" for t in TEXTS[i * 100 : i * 100 + 100])
+    return f"{folder}/*.jsonl.gz"
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_packed], ids=["jsonl", "parquet", "gz"])
+def test_documents_by_pattern_against_a_plain_loop(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    config = DataConfig(source=Source.files, path=write(tmp_path / "in"), val_fraction=0.2)
+    source = made(config, tmp_path / "out")
+    expected = {"train": b"", "val": b""}
+    kept = [is_validation(0, n, 0.2) for n in range(200)]  # small files: all of them are one unit
+    for text, val in zip(TEXTS[:200], kept, strict=True):
+        expected["val" if val else "train"] += text.encode() + b"\n"
+    assert 20 < sum(kept) < 60
+    for split in ("train", "val"):
+        assert bytes(ids_of(source, split)) == expected[split]
+    assert (source.train.documents, source.val.documents) == (200 - sum(kept), sum(kept))
+    assert source.val.num_bytes == len(expected["val"])
+
+
+def test_every_tokenizer_decodes_to_the_text(tmp_path: Path) -> None:
+    from tests.data.test_tokenizer import byte_level_bpe, same_for_tiktoken
+
+    (tmp_path / "tokenizer.json").write_text(byte_level_bpe())
+    (tmp_path / "ranks.json").write_bytes(same_for_tiktoken())
+    text = "\n".join(TEXTS)
+    (tmp_path / "text").write_text(text)
+    paths = {TokenizerKind.hf: "tokenizer.json", TokenizerKind.tiktoken: "ranks.json"}
+    for kind in TokenizerKind:
+        config = DataConfig(source=Source.text, path=str(tmp_path / "text"), tokenizer=kind, tokenizer_vocab_size=300)
+        config.tokenizer_path = str(tmp_path / paths[kind]) if kind in paths else None
+        source = made(config, tmp_path / kind.name)
+        tokenizer = load_tokenizer(tmp_path / kind.name / "tokenizer")
+        assert source.tokenizer is not None and source.tokenizer["kind"] == kind.name
+        assert "".join(tokenizer.decode(ids_of(source, s)) for s in ("train", "val")) == text, kind
+        assert source.val.num_bytes == pytest.approx(len(text.encode()) / 10, abs=4)
+        for split in ("train", "val"):
+            ids = ids_of(source, split)
+            assert tokenizer.encode(tokenizer.decode(ids)).tolist() == ids
+
+
+def test_documents_end_with_the_tokenizers_sign(tmp_path: Path) -> None:
+    from tests.data.test_tokenizer import same_for_tiktoken
+
+    (tmp_path / "ranks.json").write_bytes(same_for_tiktoken())
+    config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"), tokenizer=TokenizerKind.tiktoken)
+    config.tokenizer_path = str(tmp_path / "ranks.json")
+    source = made(config, tmp_path / "out")
+    ids = ids_of(source, "train")
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    assert ids.count(0) == source.train.documents and ids[-1] == 0
+    train = [t for n, t in enumerate(TEXTS[:200]) if not is_validation(0, n, 0.1)]
+    assert ids[: ids.index(0)] == tokenizer.encode(train[0]).tolist()
+    assert source.train.num_bytes == sum(len(t.encode()) for t in train), "the sign stands for no byte"
+
+
+def test_text_files_follow_one_another_and_validation_is_the_end(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.txt").write_text("".join(TEXTS[i * 100 : i * 100 + 100]))
+    config = DataConfig(source=Source.files, path=f"{tmp_path}/in/*", val_fraction=0.25)
+    source = made(config, tmp_path / "bytes")
+    whole = "".join(TEXTS).encode()
+    assert bytes(ids_of(source, "train") + ids_of(source, "val")) == whole
+    assert len(ids_of(source, "val")) == len(whole) // 4
+
+
+@pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
+def test_every_layout_holds_the_same_tokens_and_is_read_as_token_files(tmp_path: Path, layout: Layout) -> None:
+    config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"), layout=layout)
+    source = made(config, tmp_path / "out")
+    reference = made(DataConfig(source=Source.files, path=config.path), tmp_path / "reference")
+    for split in ("train", "val"):
+        assert ids_of(source, split) == ids_of(reference, split)
+    again = open_tokens(DataConfig(source=Source.tokens, path=str(tmp_path / "out")))
+    assert again.sources == (source,) and again.sha256 == source.sha256
+    if layout is Layout.megatron:
+        index = (tmp_path / "out" / "train.idx").read_bytes()
+        sizes = np.frombuffer(index, dtype="<i4", count=source.train.documents or 0, offset=34)
+        train = [len(t.encode()) + 1 for n, t in enumerate(TEXTS[:200]) if not is_validation(0, n, 0.1)]
+        assert sizes.tolist() == train
+    if layout is Layout.nanogpt:
+        assert (tmp_path / "out" / "meta.pkl").is_file()
+    told = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for part in told["splits"].values():
+        for file in part["files"]:
+            assert hashlib.sha256((tmp_path / "out" / file["name"]).read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_any_cut_reads_every_line_and_character_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = write_jsonl(tmp_path / "in")
+    (tmp_path / "text").write_text("".join(TEXTS[:40]) + "\n".join(TEXTS[40:60]))
+    for size in (1, 7, 100, 1000, 10**6):
+        monkeypatch.setattr(units, "UNIT_BYTES", size)
+        monkeypatch.setattr(units, "PIECE_BYTES", max(size, 3))
+        recipe = recipe_of(DataConfig(source=Source.files, path=pattern), tmp_path)
+        assert recipe is not None
+        if size >= 100:
+            lines = [piece.data.decode() for unit in cut_units(recipe) for piece in read_unit(recipe, unit)]
+            assert lines == TEXTS[:200]
+        for kind in (TokenizerKind.byte, TokenizerKind.char):
+            config = DataConfig(source=Source.text, path=str(tmp_path / "text"), tokenizer=kind, val_fraction=0.3)
+            recipe = recipe_of(config, tmp_path)
+            assert recipe is not None
+            pieces = [piece for unit in cut_units(recipe) for piece in read_unit(recipe, unit)]
+            assert b"".join(piece.data for piece in pieces) == (tmp_path / "text").read_bytes()
+            assert [piece.split for piece in pieces] == sorted(piece.split for piece in pieces)
+            if kind is TokenizerKind.char:
+                assert "".join(piece.data.decode() for piece in pieces)  # no piece cuts a character
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 5000, 10**9])
+def test_max_bytes_takes_whole_documents_from_the_front(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"), max_bytes=limit, val_fraction=0.3)
+    recipe = recipe_of(config, tmp_path)
+    assert recipe is not None
+    texts, total = [], 0
+    for unit in cut_units(recipe):
+        for piece in read_unit(recipe, unit):
+            if total < limit:
+                texts.append((piece.split, piece.data + b"\n"))
+                total += len(piece.data) + 1
+    if {split for split, _ in texts} != {0, 1}:
+        with pytest.raises(ConfigError, match="no text for validation"):
+            made(config, tmp_path / "out")
+        return
+    source = made(config, tmp_path / "out")
+    for number, split in enumerate(("train", "val")):
+        assert bytes(ids_of(source, split)) == b"".join(data for s, data in texts if s == number)
+
+
+def test_a_text_cut_at_max_bytes_ends_with_a_whole_character(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("é" * 50)
+    config = DataConfig(source=Source.text, path=str(tmp_path / "text"), max_bytes=51, tokenizer=TokenizerKind.char)
+    source = made(config, tmp_path / "out")
+    assert source.train.tokens + source.val.tokens == 25
+
+
+def test_any_number_of_processes_gives_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(source=Source.synthetic, synthetic=SyntheticConfig(tokens=4_000_000), val_fraction=0.3)
+    made(config, tmp_path / "one")
+    made(config, tmp_path / "two", workers=2)
+    assert same_but_for_place(tmp_path / "one", tmp_path / "two")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".one.lock", ".two.lock", "one", "two"]
+
+
+def finished_units(parts: Path) -> list[Path]:
+    return sorted(parts.glob("[0-9]*.json"))
+
+
+def kill_in_time(words: list[str], folder: Path) -> Path | None:
+    """Kill a preparation after its first units; its parts, or None where it was done before it could be killed."""
+    process = start("gpt.prepare", *words, "--to", str(folder), cwd=folder.parent, log=folder.with_suffix(".log"))
+    parts = folder.with_name(f".{folder.name}.parts")
+    wait_for(lambda: len(finished_units(parts)) >= 2 or process.poll() is not None, "two units")
+    family = kill_all(process)
+    if folder.exists() or not parts.is_dir():
+        return None
+    assert len(family) >= 3, "two processes were at work"
+    return parts
+
+
+def kill_and_go_on(words: list[str], tmp_path: Path) -> Path:
+    """Kill a preparation, damage a unit, go on, and compare with one that was left alone; the finished folder."""
+    run("gpt.prepare", *words, "--to", "whole", cwd=tmp_path)
+    for folder in (tmp_path / f"killed{i}" for i in range(5)):
+        parts = kill_in_time(words, folder)
+        if parts is not None:
+            break
+    assert parts is not None, "the kill must fall into the preparation"
+    damaged = finished_units(parts)[0].with_suffix(".train")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    told = run("gpt.prepare", *words, "--to", str(folder), cwd=tmp_path)
+    assert "train: " in told and not parts.exists()
+    assert same_but_for_place(tmp_path / "whole", folder)
+    return folder
+
+
+def test_kill_9_of_a_preparation_and_the_same_command_end_in_the_same_files(tmp_path: Path) -> None:
+    kill_and_go_on(["data=synthetic", "data.synthetic.tokens=8000000", "--workers", "2"], tmp_path)
+
+
+def test_finished_units_are_kept_and_damaged_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpt.data import preparation, unit_work
+
+    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
+    config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"))
+    made(config, tmp_path / "whole")
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "assemble", crash)
+        with pytest.raises(KeyboardInterrupt):
+            made(config, tmp_path / "again")
+    parts = tmp_path / ".again.parts"
+    assert len(finished_units(parts)) > 5 and not (tmp_path / "again").exists()
+    (parts / "000001.train").write_bytes(b"damaged")
+    (parts / "000003.json").unlink()
+    done: list[int] = []
+    real = readers.read_unit
+
+    def watched(recipe: Recipe, unit: units.Unit) -> object:
+        done.append(unit.number)
+        return real(recipe, unit)
+
+    monkeypatch.setattr(unit_work, "read_unit", watched)
+    made(config, tmp_path / "again")
+    assert done == [1, 3]
+    assert same_but_for_place(tmp_path / "whole", tmp_path / "again") and not parts.exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("some text\n" * 100)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    words = ["data=text", f"data.path={tmp_path}/text"]
+    assert main([*words, "--to", str(tmp_path / "mine")]) == 2
+    assert "no prepared corpus" in capsys.readouterr().err
+    assert main([*words, "--to", str(tmp_path / "out")]) == 0
+    before = content(tmp_path / "out")
+    assert main([*words, "data.val_fraction=0.2", "--to", str(tmp_path / "out")]) == 2
+    assert "prepared with val_fraction=0.1, and now val_fraction=0.2" in capsys.readouterr().err
+    assert main([*words, "--to", str(tmp_path / "out")]) == 0
+    assert content(tmp_path / "out") == before
+    (tmp_path / "out" / "train.bin").write_bytes(bytes(len(before["train.bin"])))
+    assert main([*words, "--to", str(tmp_path / "out")]) == 2
+    assert "train.bin in" in (told := capsys.readouterr().err) and "checksum differs" in told
+    (tmp_path / "out" / "train.bin").unlink()
+    assert open_folder(tmp_path / "out") is None
+    assert main([*words, "--to", str(tmp_path / "out")]) == 0 and content(tmp_path / "out") == before
+
+
+def test_shakespeare_is_the_pinned_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = os.environ.get("GPT_TEST_TEXT")
+    if not text:
+        pytest.skip("GPT_TEST_TEXT names no text file")
+    content = Path(text).read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        pytest.skip("GPT_TEST_TEXT is not tinyshakespeare")
+    config = DataConfig(source=Source.shakespeare, path=text, tokenizer=TokenizerKind.char)
+    source = made(config, tmp_path / "out")
+    assert source.vocab_size == 65 and source.train.tokens + source.val.tokens == 1_115_394
+    # nanoGPT's shakespeare_char: the sorted characters are numbered.
+    ids = {c: i for i, c in enumerate(sorted(set(content.decode())))}
+    assert ids_of(source, "val") == [ids[c] for c in content.decode()[-len(ids_of(source, "val")) :]]
+    # A download, without a network: urllib reads files, too.
+    file = files.download_shakespeare(tmp_path / "cache", Path(text).as_uri())
+    assert file.path.read_bytes() == content
+    assert recipe_of(DataConfig(source=Source.shakespeare), tmp_path / "cache") is not None
+    assert recipe_of(DataConfig(source=Source.shakespeare), tmp_path / "empty") is None
+
+
+def test_another_text_is_no_shakespeare(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("To be")
+    with pytest.raises(ConfigError, match="is not tinyshakespeare"):
+        recipe_of(DataConfig(source=Source.shakespeare, path=str(tmp_path / "text")), tmp_path)
+    with pytest.raises(ConfigError, match="is not tinyshakespeare"):
+        files.download_shakespeare(tmp_path, (tmp_path / "text").as_uri())
+    with pytest.raises(ConfigError, match="cannot be fetched"):
+        files.download_shakespeare(tmp_path, (tmp_path / "nothing").as_uri())
+
+
+def test_patterns_and_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    pattern = write_jsonl(tmp_path / "in")
+
+    def refusal(**changes: object) -> ConfigError:
+        config = DataConfig(source=Source.files, **{"path": pattern, **changes})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError) as caught:
+            made(config, tmp_path / "out")
+        return caught.value
+
+    assert "matches no file" in refusal(path=f"{tmp_path}/*.json").found
+    assert refusal(text_key="body").fix == "data.text_key=text"
+    (tmp_path / "in" / "a.txt").write_text("text")
+    assert "several kinds (jsonl, text)" in refusal(path=f"{tmp_path}/in/*").found
+    (tmp_path / "in" / "2.jsonl.zst").write_text("text")
+    assert "is packed" in refusal(path=f"{tmp_path}/in/*.zst").found
+    (tmp_path / "in" / "a.txt").write_bytes(b"\xff\xfe" * 100)
+    assert "not UTF-8" in refusal(path=f"{tmp_path}/in/*.txt", tokenizer=TokenizerKind.char).found
+    (tmp_path / "in" / "0.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    assert "at byte 14" in refusal().found
+    (tmp_path / "in" / "bad.parquet").write_text("no parquet")
+    assert "cannot be read" in refusal(path=f"{tmp_path}/in/*.parquet").found
+
+
+def test_a_dataset_is_streamed_by_shards(tmp_path: Path) -> None:
+    """The road of tinystories, openwebtext and slimpajama, with local files in place of the hub."""
+    pytest.importorskip("datasets", reason="Hugging Face's datasets (the extra 'data') is not installed")
+    write_parquet(tmp_path / "in")
+    (tmp_path / "in" / "0.parquet").rename(tmp_path / "in" / "train-0.parquet")
+    (tmp_path / "in" / "1.parquet").rename(tmp_path / "in" / "train-1.parquet")
+    config = DataConfig(source=Source.dataset, dataset=str(tmp_path / "in"), val_fraction=0.2)
+    source = made(config, tmp_path / "out")
+    expected = {0: b"", 1: b""}
+    for unit in range(2):
+        for n, text in enumerate(TEXTS[unit * 100 : unit * 100 + 100]):
+            expected[is_validation(unit, n, 0.2)] += text.encode() + b"\n"
+    assert bytes(ids_of(source, "train")) == expected[0] and bytes(ids_of(source, "val")) == expected[1]
+    (tmp_path / "in" / "train-1.parquet").rename(tmp_path / "in" / "validation-0.parquet")
+    with pytest.raises(ConfigError, match="broke off in shard 1 of 2"):
+        made(config, tmp_path / "broken")
+    (tmp_path / "in").rename(tmp_path / "pair")
+    config = DataConfig(source=Source.dataset, dataset=str(tmp_path / "pair"), val_split="validation")
+    source = made(config, tmp_path / "named")
+    assert bytes(ids_of(source, "train")) == "".join(f"{t}\n" for t in TEXTS[:100]).encode()
+    assert bytes(ids_of(source, "val")) == "".join(f"{t}\n" for t in TEXTS[100:200]).encode()
+    config.max_bytes = 4000
+    source = made(config, tmp_path / "limited")
+    assert 3600 <= (source.train.num_bytes or 0) < 3600 + 300 and 400 <= (source.val.num_bytes or 0) < 400 + 300
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        made(DataConfig(source=Source.dataset, dataset=str(tmp_path / "nothing")), tmp_path / "refused")
+
+
+def test_a_killed_stream_of_a_dataset_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="Hugging Face's datasets (the extra 'data') is not installed")
+    (tmp_path / "in").mkdir()
+    for shard in range(6):
+        lines = (json.dumps({"text": f"{shard}.{n} " + TEXTS[n % 300]}) + "\n" for n in range(1000))
+        (tmp_path / "in" / f"train-{shard:02d}.jsonl").write_text("".join(lines))
+    words = ["data=tinystories", f"data.dataset={tmp_path / 'in'}", "data.val_split=null", "data.val_fraction=0.1"]
+    manifest = read_manifest(kill_and_go_on([*words, "data.tokenizer_vocab_size=300", "--workers", "2"], tmp_path))
+    assert manifest is not None and manifest["tokenizer"]["kind"] == "sentencepiece"
+    assert sum(manifest["splits"][s]["documents"] for s in ("train", "val")) == 6000
+
+
+def test_preparing_loads_no_torch() -> None:
+    code = "import sys, gpt.prepare; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
