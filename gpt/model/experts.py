@@ -33,7 +33,7 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """(R, D) -> (R, D), the rows of expert e being those from ``ends_E[e - 1]`` to ``ends_E[e]``, int32."""
         # torch.autocast does not know grouped products; cast here, the rows are kept once for both matrices.
-        if torch.is_autocast_enabled(x_RD.device.type):
+        if autocasts(x_RD.device):
             x_RD = x_RD.to(torch.get_autocast_dtype(x_RD.device.type))
         up_RF = self.product(x_RD, self.up, ends_E)
         if self.gate is None:
@@ -41,6 +41,11 @@ class Experts(nn.Module):
         else:
             inner_RF = self.activation(self.product(x_RD, self.gate, ends_E)) * up_RF
         return self.product(inner_RF, self.down, ends_E)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is on for a device; on the meta device it cannot even be asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def grouped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ of routing are no output. They enter the gradient, scaled by ``set_auxiliary_sca
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from gpt.config import ExpertBalance, ModelConfig
 from gpt.model.auxiliary import Auxiliary
-from gpt.model.experts import Experts
+from gpt.model.experts import Experts, autocasts
 from gpt.model.ffn import build_dense
 
 
@@ -66,7 +67,7 @@ class MixtureOfExperts(nn.Module):
     def route(self, x_BTD: Tensor) -> Tensor:
         """The router's logits, (B, T, E) in fp32 or wider: rounding here would move tokens (arXiv 2101.03961, 2.4)."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with torch.autocast(x_BTD.device.type, enabled=False) if autocasts(x_BTD.device) else nullcontext():
             return F.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
     @torch.no_grad()

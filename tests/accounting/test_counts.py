@@ -23,7 +23,7 @@ from tests.model.small import configs
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 DENSE = (Ffn.standard, Ffn.swiglu, Ffn.geglu)
-DRAWN = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DRAWN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def read(preset: Path) -> ModelConfig:
@@ -96,8 +96,9 @@ def assert_flops_equal(config: ModelConfig, sequences: int) -> None:
 
 
 def test_there_are_presets() -> None:
-    names = {"quick_test", "gpt2_124m", "llama_124m", "llama_1p3b", "shakespeare_baseline"}
-    assert names <= {preset.stem for preset in PRESETS}
+    names = {"gpt2_124m", "gpt2_1p36b", "llama_124m", "llama_1p36b", "llama_1p3b", "team_124m", "hybrid_124m"}
+    names |= {"moe_200m", "shakespeare_baseline", "quick_test", "custom"}
+    assert {preset.stem for preset in PRESETS} == names
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -106,11 +107,33 @@ def test_preset(preset: Path) -> None:
     assert config.name == preset.stem
     assert_counts_equal(config)
     comment = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
-    said = re.findall(r"([\d,]+) parameters", comment)[0]
-    assert said == f"{count(config).total:,}"
+    counted = count(config)
+    said = {"parameters": counted.total, "without embeddings": counted.non_embedding}
+    if config.ffn is Ffn.moe:
+        said |= {"active": counted.active, "of them without": counted.active_non_embedding}
+    for word, number in said.items():
+        assert re.findall(rf"([\d,]+) {word}", comment)[0] == f"{number:,}", word
     for backend in AttentionBackend:
         config.attention = backend
         assert_flops_equal(config, sequences=2)
+
+
+def test_the_custom_preset_has_every_key() -> None:
+    text = next(preset for preset in PRESETS if preset.stem == "custom").read_text()
+    keys = [line.split(":")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert keys == [field.name for field in dataclasses.fields(ModelConfig)]
+
+
+def test_the_mixture_by_hand() -> None:
+    config = read(next(preset for preset in PRESETS if preset.stem == "moe_200m"))
+    attention = 12 * (2 * 768 * 768 + 2 * 768 * 256)
+    experts, router, norms = 12 * 8 * 3 * 768 * 2048, 12 * 8 * 768, 25 * 768
+    counted = count(config)
+    assert counted.non_embedding == attention + experts + router + norms
+    assert counted.active == 2 * 50257 * 768 + attention + experts // 4 + router + norms
+    per_token = training_flops_per_token(config)
+    assert per_token.palm == 6 * (counted.active - 50257 * 768 - norms) + 12 * 12 * 768 * 2048
+    assert (per_token.router, per_token.ffn) == (6 * router, 6 * experts // 4)
 
 
 @DRAWN
