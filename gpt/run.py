@@ -167,7 +167,9 @@ def set_up(run: Run) -> dict[str, Any]:
     """What is trained and how, with the counts that follow from the config."""
     config, batch, ranks = run.config, run.batch, run.world.size
     model = config.model
-    planned = memory.per_rank(model, config.optim, config.parallel, ranks, batch.micro, config.precision)
+    planned = memory.per_rank(
+        model, config.optim, config.parallel, ranks, batch.micro, config.precision, config.recompute
+    )
     return {
         "world_size": ranks,
         "topology": topology(config.parallel, ranks).as_dict(),

@@ -117,7 +117,13 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     check_fit(corpus, config.model, config.eval.sequences)
     counted = parameters.count(config.model)
     needed = memory.per_rank(
-        config.model, config.optim, config.parallel, config.world_size, batch.micro, config.precision
+        config.model,
+        config.optim,
+        config.parallel,
+        config.world_size,
+        batch.micro,
+        config.precision,
+        config.recompute,
     )
     if kind is ClusterKind.local:
         refuse_local_spares(config)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from gpt.config import Ffn, ModelConfig
+from gpt.config import AttentionBackend, Ffn, ModelConfig, NormPosition, Recompute
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,22 @@ def training_flops_per_token(model: ModelConfig) -> Flops:
     """
     sequence = training_flops(model, sequences=1)
     return Flops(**{part.name: getattr(sequence, part.name) // model.block_size for part in fields(sequence)})
+
+
+def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
+    """FLOPs that the backward pass spends on doing the forward pass of the blocks again, for one token.
+
+    ``full`` repeats all products of a block but the last: torch stops where nothing is missing any more, and the result
+    of the last product is needed only where something that keeps its input follows it (dropout, a norm, the weighting
+    of experts). ``selective`` repeats attention where a fused kernel draws dropout, and nothing else. Compiled code may
+    repeat less.
+    """
+    once = forward_flops(model, sequences=1)
+    if recompute is Recompute.none:
+        return 0
+    if recompute is Recompute.selective:
+        fused = model.attention is not AttentionBackend.manual
+        return once.attention // model.block_size if model.dropout and fused else 0
+    last_is_kept = model.dropout or model.ffn is Ffn.moe or model.norm_position is not NormPosition.pre
+    spared = 0 if last_is_kept else once.ffn // (3 if model.gated else 2)
+    return (once.palm - once.logits - spared) // model.block_size

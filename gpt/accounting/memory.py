@@ -25,6 +25,7 @@ from gpt.config import (
     OptimConfig,
     ParallelConfig,
     Precision,
+    Recompute,
     Strategy,
 )
 
@@ -70,6 +71,7 @@ def per_rank(
     ranks: int,
     micro_batch: int,
     precision: Precision,
+    recompute: Recompute = Recompute.none,
 ) -> Memory:
     """Memory of one of ``ranks`` ranks, ``micro_batch`` sequences a pass, for AdamW over fp32 master weights.
 
@@ -89,7 +91,7 @@ def per_rank(
         gradients=FP32 * elements,
         optimizer=2 * FP32 * elements + FP32 * tensors,
         compute_weights=compute_weights(model, parallel, precision, accumulates),
-        activations=activations(model, micro_batch, precision),
+        activations=activations(model, micro_batch, precision, recompute),
         logits=3 * FP32 * tokens * model.padded_vocab,
     )
 
@@ -124,27 +126,56 @@ def matmul_weights(model: ModelConfig) -> int:
     return model.n_layer * size(matrices) + model.padded_vocab * model.n_embd
 
 
-def activations(model: ModelConfig, sequences: int, precision: Precision) -> int:
+def activations(model: ModelConfig, sequences: int, precision: Precision, recompute: Recompute = Recompute.none) -> int:
     """Bytes kept from the forward pass over ``sequences`` sequences, logits and weights not counted.
 
     A sum over the tensors that autograd saves, after Korthikanti et al. (arXiv 2205.05198, section 4.1), adapted to
-    the parts here: no activation is recomputed, the residual stream and the norms are fp32 in bf16 too (autocast), and
-    each matrix casts its input for itself. It is what torch keeps on the CPU, and a bound from above for CUDA, whose
-    RMSNorm does not keep the normalized input and whose dropout keeps a byte for each element. The fused attention
-    kernel keeps no T x T matrix; with dropout torch has none for the CPU, and needs there what ``manual`` needs.
+    the parts here: the residual stream and the norms are fp32 in bf16 too (autocast), and each matrix casts its input
+    for itself. It is what torch keeps on the CPU, and a bound from above for CUDA, whose RMSNorm does not keep the
+    normalized input and whose dropout keeps a byte for each element. The fused attention kernel keeps no T x T matrix;
+    with dropout torch has none for the CPU, and needs there what ``manual`` needs.
+
+    Where blocks are recomputed, each keeps its input, and with ``selective`` the results of its products; of one block
+    at a time everything is there again.
     """
     tokens = sequences * model.block_size
     width = BF16 if precision is Precision.bf16 else FP32
     embedding = INT64 + dropout_bytes(model, FP32)
     final = width * model.n_embd + (norm_bytes(model) if model.norm_position is NormPosition.pre else 0)
-    in_blocks = tokens * (attention_bytes(model, width) + ffn_bytes(model, width))
+    around, block = tokens * (embedding + final), block_bytes(model, sequences, width)
+    if recompute is Recompute.none:
+        return around + model.n_layer * block
+    products = product_bytes(model, sequences, width) if recompute is Recompute.selective else 0
+    return around + (model.n_layer - 1) * (tokens * FP32 * model.n_embd + products) + block
+
+
+def block_bytes(model: ModelConfig, sequences: int, width: int) -> int:
+    """Everything one block keeps for its backward pass."""
+    tokens = sequences * model.block_size
+    kept = tokens * (attention_bytes(model, width) + ffn_bytes(model, width))
     if model.ffn is Ffn.moe:
-        in_blocks += expert_bytes(model, sequences, width)
+        kept += expert_bytes(model, sequences, width)
     if model.parallel_residual:
-        in_blocks -= tokens * FP32 * model.n_embd  # both norms keep the same input
+        kept -= tokens * FP32 * model.n_embd  # both norms keep the same input
     if model.attention is AttentionBackend.manual:
-        in_blocks += model.block_size**2  # the mask, one byte for each pair
-    return tokens * (embedding + final) + model.n_layer * in_blocks
+        kept += model.block_size**2  # the mask, one byte for each pair
+    return kept
+
+
+def product_bytes(model: ModelConfig, sequences: int, width: int) -> int:
+    """Results of the matrix products of one block, the attention kernel's among them (gpt/execution.py says which)."""
+    tokens, up = sequences * model.block_size, 2 if model.gated else 1
+    queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
+    pairs = model.n_head * model.block_size
+    written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
+    attention = width * (2 * queries + 2 * keys + model.n_embd)
+    attention += width * pairs if written_out else FP32 * model.n_head
+    if model.ffn is not Ffn.moe:
+        return tokens * (attention + width * (up * model.ffn_width + model.n_embd))
+    shared = model.n_shared_expert * model.ffn_width
+    mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
+    rows = sequences * expert_rows(model)
+    return tokens * (attention + mixture) + rows * width * (up * model.ffn_width + model.n_embd)
 
 
 def norm_bytes(model: ModelConfig, norms: int = 1, width: int | None = None) -> int:

@@ -22,20 +22,23 @@ class Utilization:
     mfu_causal: float | None
     """The same with causal attention halved."""
     hfu: float | None
-    """Hardware FLOPs utilization: counts what is recomputed as well. Nothing is, so it equals ``mfu_palm``."""
+    """Hardware FLOPs utilization: counts what is recomputed as well (PaLM, as above)."""
 
 
-def utilization(flops_per_token: Flops, tokens_per_s: float, peak_flops_per_s: float | None) -> Utilization:
+def utilization(
+    flops_per_token: Flops, tokens_per_s: float, peak_flops_per_s: float | None, recomputed_per_token: int = 0
+) -> Utilization:
     """The utilization of one rank.
 
     Args:
         flops_per_token: of training, from ``training_flops_per_token``.
         tokens_per_s: of this rank, not of the whole run.
         peak_flops_per_s: of this rank's device, from ``peak_flops``.
+        recomputed_per_token: FLOPs done again in the backward pass, from ``recomputed_flops_per_token``.
     """
     rate = flops_per_token.palm * tokens_per_s
     if peak_flops_per_s is None:
         return Utilization(rate / TERA, None, None, None)
     palm = rate / peak_flops_per_s
     causal = flops_per_token.causal * tokens_per_s / peak_flops_per_s
-    return Utilization(rate / TERA, palm, causal, hfu=palm)
+    return Utilization(rate / TERA, palm, causal, hfu=palm + recomputed_per_token * tokens_per_s / peak_flops_per_s)

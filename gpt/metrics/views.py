@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from gpt.accounting.flops import training_flops_per_token
+from gpt.accounting.flops import recomputed_flops_per_token, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.accounting.mfu import utilization
 from gpt.compose import plain_config
@@ -43,6 +43,7 @@ class Views:
         self._path = folder.metrics(world.rank)
         self._world = world
         self._flops = training_flops_per_token(config.model)
+        self._recomputed = recomputed_flops_per_token(config.model, config.recompute)
         self._peak = peak_flops(describe_rank(world)["device_name"], config.precision)
         self._folder = folder
         earlier = read_records(self._path) if attempt > 1 and world.is_first else []
@@ -67,7 +68,7 @@ class Views:
     def _complete(self, record: StepRecord) -> None:
         tokens_per_s = record.tokens / record.step_time_s
         record.tokens_per_s = tokens_per_s * self._world.size
-        used = utilization(self._flops, tokens_per_s, self._peak)
+        used = utilization(self._flops, tokens_per_s, self._peak, self._recomputed)
         record.tflops_per_s = used.tflops_per_s
         record.mfu_palm, record.mfu_causal, record.hfu = used.mfu_palm, used.mfu_causal, used.hfu
 

@@ -8,9 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.config import AttentionBackend, CompileMode, ModelConfig, Recompute, TrainConfig
+from gpt.accounting.flops import forward_flops, recomputed_flops_per_token, training_flops_per_token
+from gpt.accounting.memory import per_rank
+from gpt.accounting.mfu import utilization
+from gpt.config import (
+    AttentionBackend,
+    CompileMode,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    Strategy,
+    TrainConfig,
+)
 from gpt.execution import prepare_blocks
 from gpt.metrics.records import read_records
 from gpt.model.gpt import GPT
@@ -82,3 +96,51 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
     assert "FloatingPointError: the loss of step 2 is" in text and "gradient norm nan" in text
     assert not folder.checkpoints.exists()
     assert read_records(folder.metrics(0))[-1]["step"] == 1
+
+
+MANUAL = {"attention": AttentionBackend.manual}  # torch's counter knows no attention kernel of the CPU
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [MANUAL, MANUAL | LLAMA, MANUAL | {"dropout": 0.1}, MANUAL | LLAMA | {"n_kv_head": 2}],
+    ids=["gpt2", "llama", "dropout", "grouped"],
+)
+def test_recomputed_flops_are_those_that_torch_counts(parts: dict) -> None:
+    model = small(**parts)
+    _, kept = gradients(model, Recompute.none)
+    for recompute in (Recompute.selective, Recompute.full):
+        _, repeated = gradients(model, recompute)
+        tokens = 3 * model.block_size
+        assert tokens * recomputed_flops_per_token(model, recompute) == repeated - kept
+    flops = training_flops_per_token(model)
+    used = utilization(flops, 100.0, 1e12, recomputed_flops_per_token(model, Recompute.full))
+    assert used.hfu == pytest.approx(100.0 * (kept + forward_flops(model, 3).palm + repeated - kept) / tokens / 1e12)
+
+
+def peak_bytes(model: ModelConfig, recompute: Recompute) -> int:
+    """The most that one step of training held at once, as torch's tracker of every tensor saw it."""
+    gpt = GPT(model)
+    prepare_blocks(gpt, TrainConfig(recompute=recompute, model=model))
+    tokens_BT = random_tokens(model, 3)
+    optimizer = torch.optim.AdamW(gpt.parameters())
+    F.cross_entropy(gpt(tokens_BT).flatten(0, 1), tokens_BT.flatten()).backward()
+    optimizer.step()
+    tracker = MemTracker()
+    tracker.track_external(gpt, optimizer, tokens_BT)
+    with tracker:
+        optimizer.zero_grad(set_to_none=False)
+        logits_BTV = gpt(tokens_BT)
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten())
+        del logits_BTV
+        loss.backward()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize("parts", [{}, LLAMA, MANUAL], ids=["gpt2", "llama", "manual"])
+def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, recompute: Recompute) -> None:
+    model = small(**parts, n_layer=6, n_embd=64, block_size=64, vocab_size=64)
+    optim = OptimConfig(max_steps=1, global_batch=3, micro_batch=3, lr=1e-3, min_lr=0.0, warmup_steps=0)
+    claimed = per_rank(model, optim, ParallelConfig(Strategy.ddp), 1, 3, Precision.fp32, recompute)
+    assert claimed.total == pytest.approx(peak_bytes(model, recompute), rel=0.03)
