@@ -30,6 +30,7 @@ class Peak:
 PEAKS = (
     # Data sheets of the vendors. NVIDIA V100 (2020); its tensor cores know fp16 (125 TFLOP/s), not bf16.
     Peak(r"(Tesla|NVIDIA) V100-SXM2-(16|32)GB", None, 15.7),
+    Peak(r"(Tesla|NVIDIA) V100-PCIE-(16|32)GB", None, 14),
     # NVIDIA A100 (2021): the same for SXM4 and PCIe.
     Peak(r"(NVIDIA )?A100-(SXM4|PCI[Ee])-(40|80)GB", 312, 19.5),
     Peak(r"NVIDIA A100 80GB PCIe", 312, 19.5),

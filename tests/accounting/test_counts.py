@@ -17,8 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting.flops import forward_flops, training_flops, training_flops_per_token
 from gpt.accounting.parameters import block_shapes, count, outer_shapes
+from gpt.compose import to_schema
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig
+from gpt.metrics.panel import architecture
 from gpt.model.gpt import GPT
+from launch.config import ClusterKind, Config
+from launch.inside import compose_launch
+from launch.plan import make_plan, plan_text
 from tests.model.small import configs
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -134,6 +139,16 @@ def test_the_mixture_by_hand() -> None:
     per_token = training_flops_per_token(config)
     assert per_token.palm == 6 * (counted.active - 50257 * 768 - norms) + 12 * 12 * 768 * 2048
     assert (per_token.router, per_token.ffn) == (6 * router, 6 * experts // 4)
+
+
+def test_plan_and_panel_tell_the_total_the_active_and_those_without_embeddings() -> None:
+    words = ["model=moe_200m", "cluster=slurm"]
+    plan = make_plan(to_schema(compose_launch(words), Config), words, ClusterKind.slurm)
+    config = read(next(preset for preset in PRESETS if preset.stem == "moe_200m"))
+    for text in (plan_text(plan), architecture(config, count(config).as_dict())["parameters"]):
+        for figure in ("549,146,880", "209,408,256 active", "471,952,128 without embeddings"):
+            assert figure in text
+    assert "active" not in plan_text(dataclasses.replace(plan, parameters_active=plan.parameters))
 
 
 @DRAWN

@@ -29,6 +29,7 @@ KNOWN_BF16 = {
 KNOWN_FP32 = {
     "Tesla V100-SXM2-16GB": 15.7,
     "Tesla V100-SXM2-32GB": 15.7,
+    "Tesla V100-PCIE-32GB": 14,
     "NVIDIA A100-SXM4-80GB": 19.5,
     "NVIDIA H100 80GB HBM3": 67,
     "NVIDIA GeForce RTX 4090": 82.6,

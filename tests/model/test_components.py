@@ -227,6 +227,7 @@ def test_normalized_queries_and_keys_do_not_feel_the_size_of_their_matrices(kv_h
     assert attention.query_norm.weight.shape == (8,), "one gain for all heads"
 
 
+@pytest.mark.filterwarnings("ignore")  # torch says in warnings why it has no kernel
 def test_forced_flash_runs_where_it_can_and_says_why_where_not() -> None:
     here = torch.device("cpu")
     config = small(attention=AttentionBackend.flash, force_flash=True, n_kv_head=2)
