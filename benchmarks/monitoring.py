@@ -5,7 +5,8 @@
 
 Blocks of ten steps alternate: with one, every record is completed, appended to its file and handed to TensorBoard, CSV,
 JSON and console, and one step of the ten measures the gradients by layer; with the other, only the loss is read. Prints
-a Markdown table: wall time, and CPU time of the whole process, which other users of the machine disturb less.
+two Markdown tables: wall time, and CPU time of the whole process, which other users of the machine disturb less; and
+the CPU time of each part by itself.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt.gradients import Gradients
+from gpt.metrics.memory import memory_gib
+from gpt.metrics.records import append_record
 from gpt.metrics.views import Views
 from gpt.parallel.world import open_world
 from gpt.pulse import Phase, Pulse
@@ -26,6 +30,7 @@ from gpt.train import build
 
 STEPS = 10
 ROUNDS = 12
+ALONE = 300
 
 
 def block(run: Run, views: Views | None, gradients: Gradients) -> tuple[float, float]:
@@ -56,7 +61,7 @@ def main() -> None:
     """Measure, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*sys.argv[1:], f"run_dir={folder}/run", f"optim.max_steps={2 * STEPS * (ROUNDS + 1)}"]
-        request = parse_request([*words, "logging.console_interval_s=0"])
+        request = parse_request(words)
         with open_world(request.config.device, request.config.parallel.timeout_s) as world:
             there = agree_on_folder(request, world)
             run = build(request.config, there, world, open_attempt(there, world), Pulse(None))
@@ -68,6 +73,7 @@ def main() -> None:
                     measured = block(run, views if side == "all" else None, gradients)
                     if turn:  # the first round warms up
                         sides[side].append(measured)
+            alone = parts(run, views, gradients)
             views.close()
         print(f"\n{request.config.model.name}, files of {size_mb(Path(folder)):.1f} MB\n")
     print(f"| a step, median of {ROUNDS} blocks | none | all | difference |\n|---|---|---|---|")
@@ -76,6 +82,28 @@ def main() -> None:
         pairs = zip(sides["none"], sides["all"], strict=True)
         extra = statistics.median((with_all[index] - with_none[index]) / STEPS for with_none, with_all in pairs)
         print(f"| {name} | {none * 1e3:.2f} ms | {every * 1e3:.2f} ms | {extra * 1e3:+.2f} ms, {extra / none:+.2%} |")
+    print("\n| part | CPU time a step |\n|---|---|")
+    for name, seconds in alone.items():
+        print(f"| {name} | {seconds * 1e6:,.0f} us |")
+
+
+def parts(run: Run, views: Views, gradients: Gradients) -> dict[str, float]:
+    """CPU seconds that each part takes for one step, by itself, many times over."""
+    record, _ = queue_step(run, None, Phase.training).finish(0.0)
+    actions: dict[str, Callable[[], object]] = {
+        "gradients by layer, every tenth step": gradients.sums,
+        "memory": lambda: memory_gib(run.world.device),
+        "rank_00000.jsonl": lambda: append_record(run.folder.metrics(0), record),
+    }
+    for view in views.views:
+        actions[type(view).__name__] = lambda view=view: view.write(record)  # type: ignore[misc]
+    costs = {}
+    for name, action in actions.items():
+        started = time.process_time()
+        for _ in range(ALONE):
+            action()
+        costs[name] = (time.process_time() - started) / ALONE / (STEPS if name.startswith("gradients") else 1)
+    return costs
 
 
 def size_mb(folder: Path) -> float:

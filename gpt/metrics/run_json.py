@@ -21,7 +21,7 @@ from gpt.run_folder import RunFolder, write_json
 FORMAT = 1
 WARM_UP_STEPS = 5
 """Steps of an attempt that say nothing about speed: caches fill, kernels are chosen, the compiler works."""
-SHARE = 0.005
+SHARE = 0.002
 """Of the wall time that may go into rewriting the file while the run goes on."""
 
 

@@ -49,7 +49,7 @@ class Views:
         earlier = read_records(self._path) if attempt > 1 and world.is_first else []
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         done = [record for record in earlier if record["step"] <= step]
-        self._views = open_views(folder, config, step, done, layers) if world.is_first else []
+        self.views = open_views(folder, config, step, done, layers) if world.is_first else []
 
     def write(self, record: StepRecord) -> None:
         """Complete ``record`` with what follows from it, and show it."""
@@ -57,12 +57,12 @@ class Views:
         append_record(self._path, record)
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
-        for view in self._views:
+        for view in self.views:
             view.write(record)
 
     def close(self) -> None:
         """After the last record, and after the ledger knows how the attempt ended."""
-        for view in self._views:
+        for view in self.views:
             view.close()
 
     def _complete(self, record: StepRecord) -> None:

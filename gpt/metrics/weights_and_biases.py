@@ -37,7 +37,7 @@ class WeightsAndBiases:
             )
         except (wandb.Error, OSError) as error:
             # A compute node without a way out, or a service that is down, must not cost the run.
-            log.warning("Weights & Biases cannot be reached (%s): training goes on without; WANDB_MODE=offline", error)
+            log.warning("Weights & Biases: %s; training goes on without it (WANDB_MODE=offline keeps it here)", error)
 
     def write(self, record: StepRecord) -> None:
         """Send one record."""

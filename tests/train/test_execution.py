@@ -17,6 +17,7 @@ from gpt.accounting.mfu import utilization
 from gpt.config import (
     AttentionBackend,
     CompileMode,
+    Ffn,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -31,6 +32,8 @@ from gpt.model.gpt import GPT
 from gpt.run_folder import RunFolder
 from tests.commands import TINY, run
 from tests.model.small import LLAMA, random_tokens, small
+
+MIXTURE = LLAMA | {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2}
 
 
 def gradients(
@@ -55,7 +58,7 @@ def gradients(
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("attention", AttentionBackend)
-@pytest.mark.parametrize("parts", [{}, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("parts", [{}, LLAMA, MIXTURE], ids=["gpt2", "llama", "mixture"])
 def test_recomputing_changes_no_bit_of_the_gradients(
     parts: dict, attention: AttentionBackend, dropout: float, precision: torch.dtype
 ) -> None:
