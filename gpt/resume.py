@@ -15,14 +15,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from gpt import compose
 from gpt.errors import ConfigError
-from gpt.parallel.topology import topology
 from gpt.parallel.world import World
 from gpt.run import Run
+from gpt.topology import topology
 
 
 def state_of(run: Run) -> dict[str, Any]:
     """Model and optimizer state as torch.distributed.checkpoint takes it, independent of how they are spread."""
-    model, optimizer = get_state_dict(run.engine.module, run.optimizer)
+    model, optimizer = get_state_dict(run.engine.trained, run.optimizer)
     return {"model": model, "optimizer": optimizer}
 
 
@@ -72,8 +72,9 @@ def load(run: Run) -> None:
             "fresh=true, to start over with this corpus in a new folder",
         )
     set_state_dict(
-        run.engine.module, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        run.engine.trained, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
+    run.engine.loaded()
     if loaded.rank_state is not None:
         set_rng_state(run.world, loaded.rank_state)
     run.step = loaded.step

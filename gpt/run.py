@@ -32,10 +32,10 @@ from gpt.data.prepared import Tokens
 from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.panel import show
 from gpt.parallel.engine import Engine
-from gpt.parallel.topology import topology
 from gpt.parallel.world import World
 from gpt.pulse import Phase, Pulse
 from gpt.run_folder import RunFolder, write_json
+from gpt.topology import topology
 
 
 @dataclass

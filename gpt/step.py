@@ -95,7 +95,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     waited = time.perf_counter()
     tokens_BT, targets_BT = run.samples.batch("train", indices)
     waited = time.perf_counter() - waited
-    run.optimizer.zero_grad(set_to_none=True)
+    run.engine.module.zero_grad(set_to_none=True)
     reset_counts(run.engine.module)
     loss_sum = forward_and_backward(run, tokens_BT, targets_BT, phase)
     sums = torch.stack([loss_sum]) if gradients is None else torch.cat([loss_sum[None], gradients.sums()])

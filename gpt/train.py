@@ -35,9 +35,7 @@ from gpt.metrics.views import Views
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.model.moe import set_auxiliary_scale
-from gpt.optim import build_optimizer
 from gpt.parallel.engine import spread
-from gpt.parallel.topology import topology
 from gpt.parallel.world import World, open_world
 from gpt.profiling import StepProfile
 from gpt.pulse import Phase, Pulse
@@ -56,6 +54,7 @@ from gpt.run import (
 )
 from gpt.run_folder import RunFolder
 from gpt.step import QueuedStep, queue_step
+from gpt.topology import topology
 
 
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:
@@ -81,7 +80,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
         attempt=attempt,
         batch=batch,
         engine=engine,
-        optimizer=build_optimizer(engine.module, config.optim),
+        optimizer=engine.build_optimizer(config.optim),
         tokens=tokens,
         samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
         store=CheckpointStore(

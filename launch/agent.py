@@ -58,6 +58,7 @@ def run(run_dir: str) -> None:
     from launch import crew as crews  # torch, from here on
 
     stop.interruptible = True
+    failure: str | None = None
     try:
         with Meter(folder, node, config) as meter, crews.join(folder, node, config) as crew:
             try:
@@ -70,10 +71,13 @@ def run(run_dir: str) -> None:
             except crews.FirstNodeLostError as error:
                 stop.interruptible = False
                 stand_in_for_the_first(folder, node, config, str(error))
+            except RunFailedError as error:
+                failure = str(error)
+                raise
             finally:
                 stop.interruptible = False
                 if node.is_first:
-                    crew.end()
+                    crew.end(failure)
     except InterruptedError as error:
         leave_before_the_start(folder, node, config, str(error))
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from gpt.run_folder import RunFolder
+from launch.conclude import RunFailedError
 from launch.config import Config
 from launch.heartbeat import Heartbeat, Words, meet
 from launch.meeting import POLL_S, read_note, write_note
@@ -84,6 +85,7 @@ class Crew:
         Raises:
             NodesMissingError: on the first node, where too few nodes are left.
             FirstNodeLostError: elsewhere, where the first node is lost.
+            RunFailedError: elsewhere, where the run has failed and does not start again.
         """
         self.line.say(host=self._node.host, ready=number)
         return self._call(number, avoid) if self._node.is_first else self._follow(number)
@@ -115,10 +117,10 @@ class Crew:
 
     # On the first node.
 
-    def end(self) -> None:
-        """The job's work on the run is over: tell those that wait for the next start."""
-        write_note(self._folder, self._node, over=True)
-        self.line.post(over=True)
+    def end(self, failure: str | None = None) -> None:
+        """The job's work on the run is over: tell those that wait for the next start, and why if it failed."""
+        write_note(self._folder, self._node, over=True, failure=failure)
+        self.line.post(over=True, failure=failure)
 
     def find_silent(self, start: Start) -> list[Lost]:
         """Members of a start from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
@@ -203,12 +205,13 @@ class Crew:
         while True:
             board = self.line.heard.get(0, {})
             if board.get("over"):
+                raise_failure(board)
                 return None
             told = board.get("start")
             if told is not None and told["number"] >= number:
                 return Start(**{**told, "members": tuple(told["members"])})
             if self.first_is_lost():
-                self._without_the_first()
+                raise_failure(self._last_word())
                 return None
             time.sleep(POLL_S)
 
@@ -217,15 +220,22 @@ class Crew:
         silent = self.line.silence(0)
         return self.line.hung_up or (silent is not None and silent > self._limits.node_timeout_s)
 
-    def _without_the_first(self) -> None:
-        """It may just have left at the end of the run: the note then says so, as soon as the filesystem shows it."""
+    def _last_word(self) -> Words:
+        """The first node may just have left at the end of the run: its note says so, once the filesystem shows it."""
         why = "hung up" if self.line.hung_up else f"nothing heard for {self.line.silence(0) or 0:.0f} s"
         deadline = time.monotonic() + OVER_S
         while time.monotonic() < deadline:
-            if (read_note(self._folder, self._node) or {}).get("over"):
-                return
+            note = read_note(self._folder, self._node) or {}
+            if note.get("over"):
+                return note
             time.sleep(POLL_S)
         raise FirstNodeLostError(why)
+
+
+def raise_failure(last_word: Words) -> None:
+    """Raise RunFailedError where the first node's last word is that the run failed."""
+    if last_word.get("failure"):
+        raise RunFailedError(last_word["failure"])
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from gpt.config import Device, nearest_divisor
 from gpt.data.corpus import check_fit, describe
 from gpt.errors import ConfigError
 from gpt.interchange.source import check_init_from
-from gpt.parallel.topology import Topology, topology
+from gpt.topology import Topology, topology
 from launch import placement, snapshot
 from launch.budget import Use, words
 from launch.config import NOT_IN_POINT, ClusterKind, Config

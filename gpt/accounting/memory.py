@@ -28,6 +28,7 @@ from gpt.config import (
     Recompute,
     Strategy,
 )
+from gpt.topology import topology
 
 FP32, BF16, INT64 = 4, 2, 8
 GIB = 2**30
@@ -76,20 +77,23 @@ def per_rank(
     """Memory of one of ``ranks`` ranks, ``micro_batch`` sequences a pass, for AdamW over fp32 master weights.
 
     ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
-    and 8 for the moments; fsdp the n-th part of each, every tensor cut along its first dimension and padded
-    (ZeRO-3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). Beside that, see ``compute_weights``,
-    ``activations`` and ``logits``.
+    and 8 for the moments; zero1 the n-th part of the moments; fsdp of all three, every tensor cut along its first
+    dimension and padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). Beside that, see
+    ``compute_weights``, ``activations`` and ``logits``.
     """
-    cuts = ranks if parallel.strategy is Strategy.fsdp else 1
+    layout = topology(parallel, ranks)
+    moments_cuts = ranks if parallel.strategy is Strategy.zero1 else layout.dp_shard
     accumulates = cut(optim, ranks).per_rank > micro_batch
     block, around = block_shapes(model), outer_shapes(model)
-    elements = model.n_layer * shard_size(block, cuts) + shard_size(around, cuts)
+    elements, moments = (
+        model.n_layer * shard_size(block, cuts) + shard_size(around, cuts) for cuts in (layout.dp_shard, moments_cuts)
+    )
     tensors = model.n_layer * len(block) + len(around)
     tokens = micro_batch * model.block_size
     return Memory(
         parameters=FP32 * elements,
         gradients=FP32 * elements,
-        optimizer=2 * FP32 * elements + FP32 * tensors,
+        optimizer=2 * FP32 * moments + FP32 * tensors,
         compute_weights=compute_weights(model, parallel, precision, accumulates),
         activations=activations(model, micro_batch, precision, recompute),
         logits=3 * FP32 * tokens * model.padded_vocab,
@@ -111,7 +115,7 @@ def compute_weights(model: ModelConfig, parallel: ParallelConfig, precision: Pre
     """
     block, around = size(block_shapes(model)), size(outer_shapes(model))
     width = BF16 if precision is Precision.bf16 else FP32
-    if parallel.strategy is Strategy.ddp:
+    if parallel.strategy is not Strategy.fsdp:
         return BF16 * matmul_weights(model) if precision is Precision.bf16 else 0
     gathered = min(2, model.n_layer) if parallel.reshard_after_forward else model.n_layer
     whole = FP32 * (model.n_layer * block + around) if accumulates else width * block

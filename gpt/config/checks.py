@@ -28,5 +28,7 @@ def nearest_divisor(number: int, wish: int) -> int:
 
 
 def closest(word: str, choices: Iterable[str]) -> list[str]:
-    """Up to three of ``choices`` that look like ``word``, best first, for error messages."""
-    return difflib.get_close_matches(word, list(choices), n=3, cutoff=0.6)
+    """Up to three of ``choices`` that look like ``word``, or begin like it, best first, for error messages."""
+    known = sorted(choices)
+    alike = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return alike or [choice for choice in known if choice[:3] == word[:3]][:3]

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Optional
 
 from omegaconf import MISSING
 
 from gpt.config.checks import require_positive
+from gpt.errors import ConfigError
+
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
+# ruff: noqa: UP045
 
 
 class Strategy(Enum):
-    """How ranks share the work: DDP (replicas) or FSDP2 (parameters, gradients and optimizer sharded)."""
+    """How ranks share the work: ``ddp`` (every rank holds all), ``zero1`` (all but the optimizer's moments, which are
+    sharded), or ``fsdp`` (parameters, gradients and moments sharded: FSDP2)."""
 
     ddp = "ddp"
+    zero1 = "zero1"
     fsdp = "fsdp"
 
 
@@ -22,11 +29,23 @@ class ParallelConfig:
     """How the model is spread over the ranks. Nothing here changes the loss curve."""
 
     strategy: Strategy = MISSING
+    dp_shard: Optional[int] = None
+    """fsdp only: ranks that share one copy of the model; null shares it among all. With fewer there are several copies,
+    whose gradients are averaged (HSDP): the gathering stays inside a node where this is the number of its GPUs."""
     reshard_after_forward: bool = True
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather)."""
     timeout_s: int = 600
     """Seconds after which a collective that does not complete fails the run."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError where a number is out of its range, or belongs to another strategy."""
         require_positive("parallel.timeout_s", self.timeout_s)
+        if self.dp_shard is None:
+            return
+        require_positive("parallel.dp_shard", self.dp_shard)
+        if self.strategy is not Strategy.fsdp:
+            raise ConfigError(
+                f"parallel.dp_shard={self.dp_shard} with parallel.strategy={self.strategy.name}",
+                "a strategy that shards the model",
+                f"parallel=hsdp parallel.dp_shard={self.dp_shard}, or no parallel.dp_shard",
+            )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.config import TrainConfig
+from gpt.config import OptimConfig, TrainConfig
 from gpt.model.gpt import GPT
+from gpt.optim import build_optimizer
 from gpt.parallel.engine import autocast
 from gpt.parallel.world import World
 
@@ -28,6 +29,7 @@ class ReplicatedEngine:
             )
         self._replicated = replicated
         self.module: nn.Module = replicated
+        self.trained: nn.Module = replicated
         self._settle_buckets(config, world, tokens_BT)
 
     def _settle_buckets(self, config: TrainConfig, world: World, tokens_BT: Tensor) -> None:
@@ -44,6 +46,12 @@ class ReplicatedEngine:
                     logits_BTV = self.module(tokens_BT)
                 logits_BTV.float().square().mean().backward()
         self.module.zero_grad()
+
+    def build_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
+        return build_optimizer(self.trained, config)
+
+    def loaded(self) -> None:
+        """Nothing to do: the model holds what was loaded."""
 
     def backward_pass(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last else self._replicated.no_sync()

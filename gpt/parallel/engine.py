@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from gpt.config import Precision, Strategy, TrainConfig
+from gpt.config import OptimConfig, Precision, Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.world import World
 
@@ -21,6 +21,16 @@ class Engine(Protocol):
 
     module: nn.Module
     """Called with (B, T) tokens, gives (B, T, V) logits; its gradients are averages over the data ranks."""
+    trained: nn.Module
+    """Holds the parameters that the optimizer steps and checkpoints store: ``module``, or this rank's part of it."""
+
+    def build_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
+        """The optimizer of ``trained``."""
+        ...
+
+    def loaded(self) -> None:
+        """To be called after a checkpoint was loaded into ``trained``. Collective."""
+        ...
 
     def backward_pass(self, last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
@@ -31,11 +41,13 @@ def spread(model: GPT, config: TrainConfig, world: World, micro_batch: int) -> E
     """Apply the strategy that ``config.parallel`` names. The model must lie on ``world.device``."""
     from gpt.parallel.ddp import ReplicatedEngine
     from gpt.parallel.fsdp import ShardedEngine
+    from gpt.parallel.zero1 import Zero1Engine
 
     if config.parallel.strategy is Strategy.fsdp:
         return ShardedEngine(model, config, world)
     tokens_BT = torch.zeros(micro_batch, config.model.block_size, dtype=torch.long, device=world.device)
-    return ReplicatedEngine(model, config, world, tokens_BT)
+    kind = Zero1Engine if config.parallel.strategy is Strategy.zero1 else ReplicatedEngine
+    return kind(model, config, world, tokens_BT)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:

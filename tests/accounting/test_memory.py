@@ -42,7 +42,7 @@ def memory(
     optim = OptimConfig(
         max_steps=1, global_batch=ranks * MICRO * accumulation, micro_batch=MICRO, lr=1e-3, min_lr=0.0, warmup_steps=0
     )
-    return per_rank(config, optim, ParallelConfig(strategy, reshard), ranks, MICRO, precision)
+    return per_rank(config, optim, ParallelConfig(strategy, reshard_after_forward=reshard), ranks, MICRO, precision)
 
 
 def trained_one_step(model: nn.Module, tokens_BT: Tensor) -> torch.optim.AdamW:

@@ -1,0 +1,36 @@
+"""The ranks as a grid, with a process group for every line of it.
+
+Owns the names of the dimensions and the groups' timeout, which torch does not take over from the first group.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from gpt.parallel.world import World
+from gpt.topology import Topology
+
+
+def build_mesh(layout: Topology, world: World, timeout_s: int) -> DeviceMesh:
+    """The data-parallel ranks: ``dp_shard``, or ``dp_replicate`` x ``dp_shard`` where there are several copies."""
+    sizes = {"dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard}
+    used = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
+    options: dict[int | str, Any] = {name: group_options(world, timeout_s) for name in used}
+    return init_device_mesh(
+        world.device.type, tuple(used.values()), mesh_dim_names=tuple(used), backend_override=options
+    )
+
+
+def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
+    """Backend and options of a group in which a collective fails after ``timeout_s``."""
+    if world.device.type == "cuda":
+        options: Any = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        return "nccl", options
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs leave it out
+    options._timeout = timedelta(seconds=timeout_s)
+    return "gloo", options

@@ -1,0 +1,73 @@
+"""ZeRO stage 1: every rank holds model and gradients, and the moments of its part only (arXiv 1910.02054, section 5.1).
+
+Owns the parts. Each parameter is cut along its first dimension like FSDP2's, as a DTensor whose local tensor is a view
+of the whole one: the optimizer steps the view, then the ranks gather what the others have stepped. So the state is
+stored and resharded like any other, and the arithmetic is element by element that of ddp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from gpt.config import OptimConfig, TrainConfig
+from gpt.model.gpt import GPT
+from gpt.optim import build_optimizer
+from gpt.parallel.ddp import ReplicatedEngine
+from gpt.parallel.mesh import build_mesh
+from gpt.parallel.world import World
+from gpt.topology import Topology
+
+
+class Zero1Engine(ReplicatedEngine):
+    """DDP, with an optimizer that each rank runs for a part of every parameter."""
+
+    def __init__(self, model: GPT, config: TrainConfig, world: World, tokens_BT: Tensor) -> None:
+        super().__init__(model, config, world, tokens_BT)
+        self._mesh = build_mesh(Topology("zero1", 1, world.size), world, config.parallel.timeout_s)
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        """The whole of a parameter, and this rank's part of it."""
+        with torch.device("meta"):
+            parts = GPT(config.model)
+        for name, whole in model.named_parameters():
+            part = nn.Parameter(part_of(whole.detach(), self._mesh))
+            owner, _, leaf = name.rpartition(".")
+            setattr(parts.get_submodule(owner), leaf, part)
+            self._pairs.append((whole, part))
+        self.trained = parts
+
+    def build_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(self.trained, config)
+        optimizer.register_step_pre_hook(self._hand_out)
+        optimizer.register_step_post_hook(self._collect)
+        return optimizer
+
+    def loaded(self) -> None:
+        """Gather what every rank has loaded of its part."""
+        self._collect()
+
+    def _hand_out(self, *_: Any) -> None:
+        """Give the optimizer this rank's part of the averaged gradients."""
+        for whole, part in self._pairs:
+            if whole.grad is not None:
+                part.grad = part_of(whole.grad, self._mesh)
+
+    @torch.no_grad()
+    def _collect(self, *_: Any) -> None:
+        """Bring every parameter together from its parts."""
+        for whole, part in self._pairs:
+            assert isinstance(part, DTensor)
+            whole.copy_(part.full_tensor())
+            part.grad = None
+
+
+def part_of(whole: Tensor, mesh: DeviceMesh) -> DTensor:
+    """This rank's slice of ``whole`` along its first dimension, as a DTensor over the same memory."""
+    chunks = whole.chunk(mesh.size(), dim=0)
+    rank = mesh.get_local_rank()
+    local = chunks[rank] if rank < len(chunks) else whole[:0]  # fewer rows than ranks: some have none
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())

@@ -1,0 +1,192 @@
+"""However a model is spread, it learns the same: losses, gradients and weights against one process, one pass a step.
+
+Everything is the training's own code (``gpt.train.build``, ``gpt.step``); the reference differs in that nothing is
+spread or accumulated. No biases: that of the keys has no gradient but rounding, which AdamW blows up to its full step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gpt.compose import compose_train, to_schema
+from gpt.config import TrainConfig
+from gpt.parallel.world import World
+from gpt.pulse import Phase, Pulse
+from gpt.resume import save
+from gpt.run import Run
+from gpt.run_folder import RunFolder
+from gpt.step import queue_step
+from gpt.train import build
+from tests.distributed import run_distributed
+
+STEPS = 5
+BATCH = 16
+TINY = [
+    *("model.n_layer=2", "model.n_embd=32", "model.n_head=4", "model.block_size=16", "data.max_bytes=60000"),
+    *(f"optim.global_batch={BATCH}", "eval.sequences=4", "optim.warmup_steps=2", "logging.tensorboard=false"),
+]
+MODELS = {
+    "tied": ["model.tie_embeddings=true", "model.position=learned", "model.norm=layernorm"],
+    "untied, grouped queries": ["model.tie_embeddings=false", "model.n_kv_head=2"],
+    "experts": ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"],
+}
+STRATEGIES = {
+    "ddp": ["parallel=ddp"],
+    "zero1": ["parallel=zero1"],
+    "fsdp": ["parallel=fsdp"],
+    "hsdp": ["parallel=hsdp", "parallel.dp_shard=2"],
+}
+ACCUMULATIONS = (1, 4)
+CASES = [(strategy, model) for strategy in STRATEGIES for model in MODELS]
+
+
+def start(rank: int, size: int, folder: Path, *words: str) -> Run:
+    """A run of the configuration that is typed, as ``gpt.train`` makes it."""
+    config = to_schema(compose_train([*TINY, *words, f"data.cache_dir={folder.parent / 'cache'}"]), TrainConfig)
+    config.validate()
+    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    return build(config, RunFolder(folder), world, 1, Pulse(None))
+
+
+def step(run: Run) -> tuple[float, float]:
+    """Loss and gradient norm of the next step."""
+    record, _ = queue_step(run, None, Phase.training).finish(0.0)
+    return record.loss, record.grad_norm
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors brought together from their parts, by their plain names."""
+    return {
+        name.removeprefix("module."): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+        for name, t in tensors.items()
+    }
+
+
+def learn(run: Run) -> dict[str, Any]:
+    """What a run computes in its first steps."""
+    seen = [step(run)]
+    parameters = dict(run.engine.module.named_parameters())
+    gradients = whole({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    seen += [step(run) for _ in range(STEPS - 1)]
+    losses, norms = zip(*seen, strict=True)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": whole(parameters)}
+
+
+def learn_all(rank: int, size: int, folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    found = {}
+    for (strategy, model), accumulation in itertools.product(CASES, ACCUMULATIONS):
+        micro = BATCH // (size * accumulation)
+        words = [*STRATEGIES[strategy], *MODELS[model], f"optim.micro_batch={micro}"]
+        run = start(rank, size, folder / f"{strategy}{model}{accumulation}", *words)
+        assert run.batch.accumulation == accumulation
+        found[strategy, model, accumulation] = learn(run)
+    return found if rank == 0 else {}
+
+
+def learn_alone(rank: int, size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
+    return {model: learn(start(rank, size, folder / model, *words, *MODELS[model])) for model in MODELS}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_distributed(learn_alone, 1, tmp_path_factory.mktemp("alone") / "runs")[0]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def spread(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, int], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp(f"on_{request.param}") / "runs"
+    return run_distributed(learn_all, request.param, folder, timeout_s=400)[0]
+
+
+@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+@pytest.mark.parametrize(("strategy", "model"), CASES)
+def test_losses_gradients_and_weights_are_those_of_one_process(
+    strategy: str,
+    model: str,
+    accumulation: int,
+    spread: dict[tuple[str, str, int], dict[str, Any]],
+    reference: dict[str, dict[str, Any]],
+) -> None:
+    found, expected = spread[strategy, model, accumulation], reference[model]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    for what in ("gradients", "weights"):
+        assert found[what].keys() == expected[what].keys()
+        for name, tensor in expected[what].items():
+            error = (found[what][name] - tensor).norm() / tensor.norm()
+            assert error < 1e-5, f"{what} of {name}: {error:.1e}"
+
+
+CROSSED = ("ddp", "zero1", "fsdp", "hsdp")
+
+
+def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Save under each strategy, go on under each: the losses of the steps after, and those that were to come."""
+    found = {}
+    words = [*MODELS["untied, grouped queries"], "optim.micro_batch=2"]
+    for saved in CROSSED:
+        there = folder / saved
+        run = start(rank, size, there, *STRATEGIES[saved], *words)
+        for _ in range(2):
+            step(run)
+        save(run, lambda: True)
+        to_come = [step(run)[0] for _ in range(3)]
+        for resumed in CROSSED:
+            again = start(rank, size, there, *STRATEGIES[resumed], *words)
+            assert again.step == 2
+            found[saved, resumed] = ([step(again)[0] for _ in range(3)], to_come)
+    return found
+
+
+def test_a_checkpoint_of_each_strategy_goes_on_under_each_other(tmp_path: Path) -> None:
+    found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
+    assert len(found) == len(CROSSED) ** 2
+    for pair, (losses, to_come) in found.items():
+        assert losses == pytest.approx(to_come, rel=1e-6), pair
+        if pair[0] == pair[1]:
+            assert losses == to_come, f"{pair[0]}: bit for bit"
+
+
+def moments(rank: int, size: int, folder: Path) -> dict[str, tuple[int, int]]:
+    """Bytes of the optimizer's moments, and of parameters and gradients, that this rank holds."""
+    found = {}
+    for strategy in CROSSED:
+        run = start(rank, size, folder / strategy, *STRATEGIES[strategy], "optim.micro_batch=2")
+        step(run)
+        states = [t for state in run.optimizer.state.values() for t in state.values() if t.dim()]
+        held = [t for p in run.engine.module.parameters() for t in (p, p.grad) if t is not None]
+        local = [[t.to_local() if hasattr(t, "to_local") else t for t in group] for group in (states, held)]
+        found[strategy] = tuple(sum(t.numel() * t.element_size() for t in group) for group in local)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_memory_falls_as_the_plan_says(size: int, tmp_path: Path) -> None:
+    from gpt.accounting import memory
+
+    held = run_distributed(moments, size, tmp_path / "runs")
+    for strategy in CROSSED:
+        config = to_schema(compose_train([*TINY, *STRATEGIES[strategy], "optim.micro_batch=2"]), TrainConfig)
+        said = memory.per_rank(config.model, config.optim, config.parallel, size, 2, config.precision)
+        most = [max(rank[strategy][i] for rank in held) for i in (0, 1)]
+        assert most[1] == said.parameters + said.gradients, strategy
+        assert most[0] == said.optimizer - count_of_steps(config), strategy
+    whole, part = (max(rank[s][0] for rank in held) for s in ("ddp", "zero1"))
+    assert part == pytest.approx(whole / size, rel=0.01)
+
+
+def count_of_steps(config: TrainConfig) -> int:
+    """Bytes of AdamW's step counts, one float for each tensor, which are no moments."""
+    from gpt.model.gpt import GPT
+
+    with torch.device("meta"):
+        return 4 * len(list(GPT(config.model).parameters()))
