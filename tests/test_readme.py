@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from tests.commands import ROOT, TIMEOUT_S, TINY, environment, run, start, wait_
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SMALL = [*TINY, "optim.max_steps=12"]
+TOOLS = ("prepare", "compare", "generate", "evaluate", "export")
 
 
 def commands(start_word: str) -> list[str]:
@@ -26,6 +28,7 @@ def commands(start_word: str) -> list[str]:
 def test_every_command_is_tested_here() -> None:
     known = ("python3 -m venv", "python -m launch ", "python -m gpt.train", "torchrun", "tensorboard", "sbatch")
     modules = tuple(f"python -m launch.{name}" for name in ("report", "doctor", "status", "logs", "cancel"))
+    modules += tuple(f"python -m gpt.{name}" for name in TOOLS)
     assert [c for c in COMMANDS if not c.startswith((*known, *modules))] == []
 
 
@@ -79,6 +82,24 @@ def test_a_run_that_is_over_can_be_looked_at(module: str, trained: Path) -> None
         there = next((trained / "outputs" / "launched").glob("*/plan.json")).parent
         words = [word.replace("outputs/quick_test/nodes=4", str(there)) for word in shlex.split(command)[2:]]
         assert run(*words, cwd=trained)
+
+
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "prepare"])
+def test_a_run_can_be_used(tool: str, trained: Path) -> None:
+    made = [next((trained / "outputs" / name).glob("*/run.json")).parent for name in ("launched", "quick_test")]
+    for command in commands(f"python -m gpt.{tool}"):
+        there = iter(made)
+        words = [str(next(there)) if word.startswith("outputs/") else word for word in shlex.split(command)[2:]]
+        assert run(*words, cwd=trained)
+
+
+def test_files_become_a_corpus(trained: Path) -> None:
+    lines = [json.dumps({"text": f"{n} bottles of beer on the wall, {n} bottles of beer"}) for n in range(2000)]
+    (trained / "FOLDER").mkdir()
+    (trained / "FOLDER" / "a.jsonl").write_text("\n".join(lines))
+    for command in commands("python -m gpt.prepare"):
+        text = run(*shlex.split(command)[2:], cwd=trained)
+        assert "val: " in text and "sentencepiece" in text
 
 
 def test_the_doctor_says_that_there_is_no_slurm(tmp_path: Path) -> None:
