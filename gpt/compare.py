@@ -120,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+WIDE = 1000
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where there is nothing to compare."""
     words = parser().parse_args(argv)
@@ -132,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     out = words.out or Path(os.path.commonpath([run.parent for run in runs]))
     out.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False)
+    # A file or a pipe has no width: nothing is folded there.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
     show(compared, console)
     from gpt.comparison_figure import draw  # matplotlib takes half a second
 

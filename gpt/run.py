@@ -22,7 +22,7 @@ from gpt.accounting import memory
 from gpt.accounting.flops import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
-from gpt.batch import Batch
+from gpt.batch import Batch, cut
 from gpt.checkpoint import CheckpointStore
 from gpt.code import changed_since, code_state, describe_code, refuse_change
 from gpt.config import TrainConfig
@@ -71,12 +71,19 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
     def choose() -> RunFolder:
         assert request.composed is not None
+        refuse_what_cannot_run(request.config, world.size)
         folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
         compose.refuse_other_run(folder, request.config)
         compose.write_config(folder, request.composed, request.overrides)
         return folder
 
     return request.folder or world.on_first(choose)
+
+
+def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
+    """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together."""
+    cut(config.optim, topology(config.parallel, world_size).data_ranks)
+    check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
 
 
 @dataclass
