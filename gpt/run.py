@@ -166,7 +166,8 @@ def describe_attempt(run: Run) -> None:
     run.folder.record_event(
         "started", attempt=run.attempt, world_size=run.world.size, topology=str(layout), from_step=run.step
     )
-    panel = show(record, run.config, f"{run.config.name}  attempt {run.attempt}")
+    where = f"attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}"
+    panel = show(record, run.config, f"{run.config.name}  {where}")
     print(f"{run.folder.path}\n{panel}", flush=True)
 
 

@@ -61,10 +61,14 @@ def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> s
     return done.stdout
 
 
+STARTED: list[subprocess.Popen[bytes]] = []
+"""What ``start`` has started. A test that ends with one of them alive has it killed (tests/conftest.py)."""
+
+
 def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subprocess.Popen[bytes]:
     """``python -m module words`` in a session of its own, printing into ``log``."""
     with log.open("wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", module, *words],
             cwd=cwd,
             env=environment(**extra),
@@ -73,6 +77,8 @@ def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subpr
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+    STARTED.append(process)
+    return process
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
