@@ -5,6 +5,7 @@ Owns the fields that ``gpt`` does not know. Names are Slurm's for Slurm's things
 
 from __future__ import annotations
 
+import re
 from dataclasses import astuple, dataclass, field
 from enum import Enum
 from typing import Any, Optional
@@ -40,6 +41,14 @@ class ClusterKind(Enum):
     slurm = "slurm"
 
 
+def require_cluster_name(key: str, name: str | None) -> None:
+    """Raise ConfigError where this is not the name of one cluster; null is the one the command talks to."""
+    if name is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+        raise ConfigError(
+            f"{key}={name}", "the name of one cluster, as sacctmgr show clusters prints it", f"{key}=NAME, or null"
+        )
+
+
 @dataclass
 class PlacementConfig:
     """One candidate of ``cluster.placement``. What is null is as ``cluster`` says."""
@@ -53,8 +62,7 @@ class PlacementConfig:
     gpus_per_node: Optional[int] = None
     """GPUs of each node there. Ranks stay as many as they are: their number is the run's, not the partition's."""
     cluster: Optional[str] = None
-    """Another cluster (sbatch --clusters). Refused: jobs are followed by their number, which each cluster counts by
-    itself."""
+    """Another cluster that this one's slurmdbd knows (sbatch --clusters); it must see the same folders."""
     price_per_gpu_hour: Optional[float] = None
     """What a GPU costs there for an hour, in the site's currency."""
 
@@ -64,6 +72,8 @@ class ClusterConfig:
     """Where the nodes come from. All but ``kind`` and the times is for Slurm."""
 
     kind: ClusterKind = MISSING
+    cluster: Optional[str] = None
+    """Another cluster that this one's slurmdbd knows (sbatch --clusters), with the same folders; null: this one."""
     timeout_min: int = MISSING
     """Time limit of a job, minutes (sbatch --time)."""
     signal_delay_s: int = MISSING
@@ -112,7 +122,19 @@ class ClusterConfig:
             if getattr(self, key) is not None:
                 least = 0 if key in ("gpus_per_node", "price_per_gpu_hour") else 1
                 require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
+        self.validate_cluster()
         self.validate_placement()
+
+    def validate_cluster(self) -> None:
+        """Raise ConfigError where it is not one cluster that a job goes to."""
+        for key in ("clusters", "M"):
+            if key in self.additional_parameters:
+                raise ConfigError(
+                    f"cluster.additional_parameters.{key}={self.additional_parameters[key]}",
+                    "one cluster, which the launcher asks about the job later",
+                    "cluster.cluster=NAME, or cluster.placement='[{cluster: A}, {cluster: B}]' for several",
+                )
+        require_cluster_name("cluster.cluster", self.cluster)
 
     def validate_placement(self) -> None:
         """Raise ConfigError where the candidates, or the times they are tried for, make no sense."""
@@ -132,13 +154,7 @@ class ClusterConfig:
                 require_range(f"{key}.gpus_per_node", candidate.gpus_per_node, 0, float("inf"))
             if candidate.price_per_gpu_hour is not None:
                 require_range(f"{key}.price_per_gpu_hour", candidate.price_per_gpu_hour, 0, float("inf"))
-            if candidate.cluster is not None:
-                raise ConfigError(
-                    f"{key}.cluster={candidate.cluster}",
-                    "candidates of one cluster, the one this command talks to: jobs are followed, moved and cancelled "
-                    "by their number, which each cluster counts by itself",
-                    f"python -m launch ... on a login node of {candidate.cluster}, a command for each cluster",
-                )
+            require_cluster_name(f"{key}.cluster", candidate.cluster)
             twice = [i for i, other in enumerate(self.placement[:index]) if astuple(other) == astuple(candidate)]
             if twice:
                 raise ConfigError(

@@ -43,8 +43,13 @@ class Job(Protocol):
 
     job_id: str
 
+    @property
+    def name(self) -> str:
+        """What tells it from all others: its id, and the cluster that counts so where that is not the local one."""
+        ...
+
     def standing(self, queue: Mapping[str, JobState]) -> Standing:
-        """How it is. ``queue`` is what squeue said, asked once for all jobs."""
+        """How it is. ``queue`` is what squeue said of jobs by name, asked once for all of them."""
         ...
 
     def stop(self, state: str) -> None:
@@ -56,26 +61,36 @@ class Job(Protocol):
         ...
 
 
-def submitit_folder(run_dir: str | Path) -> Path:
-    """Where submitit keeps its pickles and the agents' logs: beside the points, on the shared filesystem."""
-    return Path(run_dir).parent / ".submitit"
+def submitit_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
+    """Where submitit keeps its pickles and the agents' logs: beside the points, on the shared filesystem.
+
+    Another cluster has a folder of its own, as its jobs may have the numbers of jobs here.
+    """
+    return Path(run_dir).parent / ".submitit" / (f"on-{cluster}" if cluster else "")
 
 
-def agent_logs(run_dir: str | Path, job_id: str, node: int) -> list[Path]:
+def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
     """What the agent of a node printed: standard output and standard error. They may not be there."""
-    paths = JobPaths(submitit_folder(run_dir) / "%j", job_id, node)
+    cluster = job.cluster if isinstance(job, SlurmJob) else None
+    paths = JobPaths(submitit_folder(run_dir, cluster) / "%j", job.job_id, node)
     return [Path(paths.stdout), Path(paths.stderr)]
 
 
 class SlurmJob:
-    """A Slurm job, or one element of a job array."""
+    """A Slurm job, or one element of a job array; of another cluster where ``cluster`` names one."""
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job_id: str, cluster: str | None = None) -> None:
         self.job_id = job_id
+        self.cluster = cluster
+
+    @property
+    def name(self) -> str:
+        """In the words of sbatch."""
+        return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
 
     def standing(self, queue: Mapping[str, JobState]) -> Standing:
         """Over, where the controller has forgotten it, some minutes after its end."""
-        known = queue.get(self.job_id)
+        known = queue.get(self.name)
         if known is None:
             return Standing("over")
         if known.is_over:
@@ -91,13 +106,17 @@ class SlurmJob:
     def stop(self, state: str) -> None:
         """A job that waits is taken out of the queue; the agents of one that runs turn SIGTERM into a save."""
         if state == "queued":
-            scheduler.cancel(self.job_id, only_waiting=True)
+            self.take_out()
         else:
-            scheduler.signal_job(self.job_id, "TERM")
+            scheduler.signal_job(self.job_id, "TERM", self.cluster)
+
+    def take_out(self) -> None:
+        """Take it out of the queue; one that has started meanwhile is left alone."""
+        scheduler.cancel(self.job_id, self.cluster, only_waiting=True)
 
     def kill(self) -> None:
         """Slurm sends SIGTERM, and SIGKILL after its KillWait."""
-        scheduler.cancel(self.job_id)
+        scheduler.cancel(self.job_id, self.cluster)
 
 
 class LocalJob:
@@ -109,6 +128,11 @@ class LocalJob:
         self._process = process
         """Given by the launcher that started it, which has to ask after its child for it to go."""
         self._asked = False
+
+    @property
+    def name(self) -> str:
+        """The number of its controller's process."""
+        return self.job_id
 
     @property
     def is_alive(self) -> bool:
@@ -153,12 +177,20 @@ def job_of(event: Mapping[str, Any]) -> Job:
     """The job of a ledger's ``submitted`` event."""
     if event["cluster"] == "local":
         return LocalJob(str(event["job_id"]), str(event.get("host")))
-    return SlurmJob(str(event["job_id"]))
+    return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
-    """What squeue says of those jobs that are Slurm's, in one question. Raises SlurmError."""
-    return scheduler.job_states((job.job_id for job in jobs if isinstance(job, SlurmJob)), retries)
+    """What squeue says of those jobs that are Slurm's, by name, in one question to each cluster. Raises SlurmError."""
+    by_cluster: dict[str | None, set[str]] = {}
+    for job in jobs:
+        if isinstance(job, SlurmJob):
+            by_cluster.setdefault(job.cluster, set()).add(job.job_id)
+    return {
+        SlurmJob(number, cluster).name: state
+        for cluster, numbers in by_cluster.items()
+        for number, state in scheduler.job_states(numbers, retries, cluster).items()
+    }
 
 
 def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
@@ -171,7 +203,7 @@ def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
     if standing.state not in ("queued", "running"):
         return None
     kind = "process" if isinstance(job, LocalJob) else "job"
-    return f"{kind} {job.job_id}, {standing.state}"
+    return f"{kind} {job.name}, {standing.state}"
 
 
 class Waiting:

@@ -82,10 +82,10 @@ def agents(point: Point, rank: int) -> list[Log]:
     if point.job is None:
         return []
     node = node_of(point, rank)
-    paths = agent_logs(point.folder.path, point.job.job_id, node)
+    paths = agent_logs(point.folder.path, point.job, node)
     if isinstance(point.job, SlurmJob) and not paths[0].parent.is_dir():
         # Not submitted by us: all agents print into the output of the batch script.
-        script = output_file(point.job.job_id)
+        script = output_file(point.job.job_id, point.job.cluster)
         return [] if script is None else [Log(script, "batch script and agents")]
     return [Log(path, f"agent of node {node}") for path in paths]
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from gpt.run_folder import RunFolder
-from launch import scheduler
 from launch.cancel import Stop
-from launch.jobs import SlurmJob, ask_queue
+from launch.jobs import SlurmJob, ask_queue, job_of
 from launch.placement import Candidate, Placement, Step, counts, decide, minutes, waiting_since
 from launch.plan import Plan
 from launch.point import Point, last_placed
@@ -107,9 +106,9 @@ class Mover:
         if standing.since is None:
             return None
         if not counts(standing.reason):
-            self._excused[point.job.job_id] = now
+            self._excused[point.job.name] = now
             return None
-        excused = self._excused.get(point.job.job_id, 0.0)
+        excused = self._excused.get(point.job.name, 0.0)
         at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
         since = waiting_since(events, standing.since)
         return Pending(point, plan, at, max(standing.since, excused), max(since, excused))
@@ -120,8 +119,8 @@ class Mover:
         for w in asked:
             self._note(w, w.step(now), now)
         for w in asked:
-            assert w.point.job is not None
-            scheduler.cancel(w.point.job.job_id, only_waiting=True)
+            assert isinstance(w.point.job, SlurmJob)
+            w.point.job.take_out()
         queue = wait_until_out([w.point for w in asked]) if asked else {}
         on_their_way = [w for w in due if w.is_between]
         for w in asked:
@@ -176,7 +175,7 @@ class Mover:
                 self._say(f"{w.name}: {w.plan.placement.candidates[refused].name} is skipped from now on: {why}")
             record_submitted(w.plan, job.job_id, done.candidate, moved=True)
             w.point.job = job
-            self._say(f"{w.name}: job {job.job_id} at {place}")
+            self._say(f"{w.name}: job {job.name} at {place}")
             if any(e["event"] == "cancelled" for e in w.point.events()):  # in the moment of the move
                 Stop(w.point, now=True).push()
 
@@ -219,9 +218,9 @@ def note_that_it_stayed(point: Point) -> None:
 def is_current(w: Pending) -> bool:
     """Whether nobody else has moved the point or cancelled it since it was looked at."""
     events = w.point.events()
-    submitted = [e["job_id"] for e in events if e["event"] == "submitted"]
+    submitted = [job_of(e).name for e in events if e["event"] == "submitted"]
     cancelled = any(e["event"] == "cancelled" for e in events)
-    return not cancelled and w.point.job is not None and submitted[-1] == w.point.job.job_id
+    return not cancelled and w.point.job is not None and submitted[-1] == w.point.job.name
 
 
 @contextmanager
@@ -258,7 +257,7 @@ def wait_until_out(points: Sequence[Point]) -> Mapping[str, JobState]:
     deadline = time.monotonic() + LEAVE_S
     while True:
         queue = ask_queue(point.job for point in points)
-        known = [queue.get(point.job.job_id) for point in points if point.job is not None]
+        known = [queue.get(point.job.name) for point in points if point.job is not None]
         left = [state for state in known if state is not None and (state.is_waiting or state.state == "COMPLETING")]
         if not left or time.monotonic() > deadline:
             return queue
@@ -268,5 +267,5 @@ def wait_until_out(points: Sequence[Point]) -> Mapping[str, JobState]:
 def is_out(point: Point, queue: Mapping[str, JobState]) -> bool:
     """Whether the job of a point was taken out of the queue, rather than having started."""
     assert point.job is not None
-    known = queue.get(point.job.job_id)
+    known = queue.get(point.job.name)
     return known is None or known.state == "CANCELLED"

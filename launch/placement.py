@@ -21,6 +21,12 @@ OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
 """Events that a point's ledger may gain while it waits."""
 
 
+def cluster_of(slurm: Mapping[str, Any]) -> str | None:
+    """The other cluster that resources in submitit's words are asked of; None where it is the local one."""
+    name: str | None = slurm.get("additional_parameters", {}).get("clusters")
+    return name
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One place, and what is asked of Slurm there."""
@@ -39,6 +45,7 @@ class Candidate:
         """What the ledger says of a submission to this place; what is not known is absent."""
         known = {
             "placement": self.name or None,
+            "slurm_cluster": cluster_of(self.slurm),
             "partition": self.slurm.get("partition"),
             "gpus": self.gpus,
             "price_per_gpu_hour": self.price_per_gpu_hour,

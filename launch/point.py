@@ -143,7 +143,7 @@ def judge(point: Point, queue: Mapping[str, JobState]) -> None:
         point.standing = standing = point.job.standing(queue)
         point.state, point.detail = standing.state, standing.detail
         if standing.state == "over":
-            known = queue.get(point.job.job_id)
+            known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
             point.state, point.detail = without_place(point.events(), out) or (verdict(point), standing.detail)
         if point.state == "budget":
@@ -177,9 +177,11 @@ def without_place(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, 
 def adopt_job(point: Point) -> None:
     """Find the job of a point that some process has submitted, or moved."""
     submitted = [e for e in point.events() if e["event"] == "submitted"]
-    newer = isinstance(point.job, SlurmJob) and submitted and str(submitted[-1]["job_id"]) != point.job.job_id
-    if submitted and (point.job is None or newer):
-        point.job = job_of(submitted[-1])
+    if not submitted:
+        return
+    newest = job_of(submitted[-1])
+    if point.job is None or (isinstance(point.job, SlurmJob) and newest.name != point.job.name):
+        point.job = newest
 
 
 def without_job(point: Point) -> tuple[str, str]:

@@ -57,6 +57,7 @@ def slurm_resources(config: Config, code: Path | None) -> dict[str, Any]:
         "additional_parameters": {
             "requeue" if config.resilience.requeue else "no_requeue": True,
             **({"no_kill": True} if config.spares else {}),
+            **({"clusters": cluster.cluster} if cluster.cluster else {}),
             **cluster.additional_parameters,
         },
     }

@@ -114,8 +114,13 @@ class JobState:
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
-def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobState]:
-    """States of jobs by id, with one squeue for all of them: works without accounting.
+def on(cluster: str | None) -> tuple[str, ...]:
+    """The words that have a command talk to another cluster, through slurmdbd; none for the local one."""
+    return () if cluster is None else (f"--clusters={cluster}",)
+
+
+def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | None = None) -> dict[str, JobState]:
+    """States of jobs of one cluster by id, with one squeue for all of them: works without accounting.
 
     An element of an array goes by ``123_4``, or by the number of its own that its script finds in SLURM_JOB_ID.
 
@@ -127,7 +132,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobS
         return {}
     options = ("--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%N|%S|%P|%V")
     try:
-        text = run("squeue", *options, "--jobs", ",".join(roots), retries=retries)
+        text = run("squeue", *on(cluster), *options, "--jobs", ",".join(roots), retries=retries)
     except SlurmError as error:
         if GONE in str(error).lower():
             return {}
@@ -140,10 +145,10 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobS
     }
 
 
-def output_file(job_id: str) -> Path | None:
+def output_file(job_id: str, cluster: str | None = None) -> Path | None:
     """Where the batch script of a job prints, as scontrol knows it; None where the job is forgotten."""
     try:
-        text = run("scontrol", "show", "job", job_id)
+        text = run("scontrol", *on(cluster), "show", "job", job_id)
     except SlurmError as error:
         if GONE in str(error).lower():
             return None
@@ -152,17 +157,17 @@ def output_file(job_id: str) -> Path | None:
     return Path(found.group(1)) if found else None
 
 
-def signal_job(job_id: str, name: str) -> None:
+def signal_job(job_id: str, name: str, cluster: str | None = None) -> None:
     """Send a signal to everything that runs of one job, or of one element of an array. Nothing where it is gone.
 
     Never sent twice by itself: the second one would end ranks that are saving.
     """
-    unless_gone("scancel", f"--signal={name}", job_id, retries=1)
+    unless_gone("scancel", *on(cluster), f"--signal={name}", job_id, retries=1)
 
 
-def cancel(job_id: str, *, only_waiting: bool = False) -> None:
+def cancel(job_id: str, cluster: str | None = None, *, only_waiting: bool = False) -> None:
     """Cancel one job, or one element of an array; with ``only_waiting`` not if it has started meanwhile."""
-    unless_gone("scancel", *(["--state=PENDING"] if only_waiting else []), job_id)
+    unless_gone("scancel", *on(cluster), *(["--state=PENDING"] if only_waiting else []), job_id)
 
 
 def unless_gone(*words: str, retries: int = RETRIES) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt.errors import ConfigError
+from launch.jobs import SlurmJob
 from launch.point import Point, find_point, judge_by_ledger, look
 from launch.runs import find_runs
 from launch.watch import duration
@@ -38,6 +39,7 @@ def as_dict(point: Point) -> dict[str, Any]:
         "partition": point.standing.partition or None,
         "waiting_s": waiting_s(point),
         "job_id": None if point.job is None else point.job.job_id,
+        "slurm_cluster": point.job.cluster if isinstance(point.job, SlurmJob) else None,
         "nodes": point.nodes,
         "attempt": max(point.attempts(), default=None),
         "step": point.latest.get("step"),
@@ -62,7 +64,7 @@ def cells(known: dict[str, Any]) -> list[str]:
     return [
         known["point"],
         known["state"],
-        known.get("job_id", ""),
+        known.get("job_id", "") + (f" on {known['slurm_cluster']}" if "slurm_cluster" in known else ""),
         str(known.get("nodes", "")),
         str(known.get("attempt", "")),
         step,
@@ -75,6 +77,7 @@ def cells(known: dict[str, Any]) -> list[str]:
 def notes(known: dict[str, Any]) -> list[str]:
     """Why a point waits, how Slurm says it ended, and where it failed."""
     where = f" in partition {known['partition']}" if "partition" in known else ""
+    where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
     where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []

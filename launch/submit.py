@@ -26,7 +26,7 @@ from gpt.run_folder import RunFolder
 from launch import agent
 from launch.conclude import OWNER
 from launch.jobs import LocalJob, SlurmJob, submitit_folder
-from launch.placement import after
+from launch.placement import after, cluster_of
 from launch.plan import Plan
 from launch.scheduler import BUSY, SlurmBusyError, SlurmError
 from launch.snapshot import RUNS_FROM, running_from
@@ -75,7 +75,7 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
 
 def sbatch_text(plans: Sequence[Plan]) -> str:
     """The batch script that submitit writes for plans of one shape. Needs no Slurm."""
-    folder = submitit_folder(plans[0].run_dir) / "%j"
+    folder = jobs_folder(plans[0])
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     count = len(plans) if len(plans) > 1 else None
     text = _make_sbatch_string(command=command, folder=folder, map_count=count, **plans[0].slurm)
@@ -90,7 +90,7 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
         SlurmBusyError: the controller did not answer.
         SlurmError: sbatch refused.
     """
-    executor = submitit.SlurmExecutor(folder=submitit_folder(plans[0].run_dir) / "%j")
+    executor = submitit.SlurmExecutor(folder=jobs_folder(plans[0]))
     executor.update_parameters(**plans[0].slurm)
     try:
         with clean_environment():
@@ -102,7 +102,12 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
     except FailedJobError as error:
         busy = any(word in str(error).lower() for word in BUSY)
         raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
-    return [SlurmJob(job.job_id) for job in jobs]
+    return [SlurmJob(job.job_id, cluster_of(plans[0].slurm)) for job in jobs]
+
+
+def jobs_folder(plan: Plan) -> Path:
+    """Where submitit keeps what belongs to a job, by its number."""
+    return submitit_folder(plan.run_dir, cluster_of(plan.slurm)) / "%j"
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def submit(points: Sequence[Point], console: Console) -> None:
         try:
             done = submit_somewhere(group, group[0].placement.possible[0])
         except scheduler.SlurmError as error:
-            ids = ", ".join(point.job.job_id for point in points if point.job is not None)
+            ids = ", ".join(point.job.name for point in points if point.job is not None)
             rest = f"\nalready submitted, and going on: {ids}" if ids else ""
             raise SweepFailedError(f"{group[0].point}: {error}{rest}", 1) from error
         for plan, job in zip(group, done.jobs, strict=True):
@@ -189,7 +189,7 @@ def submit(points: Sequence[Point], console: Console) -> None:
                 console.print(text, highlight=False, markup=False)
             place = plan.placement.candidates[done.candidate].name
             at = f" at {place}" if place else ""
-            console.print(f"{point.name}: job {job.job_id}{at}", highlight=False, markup=False)
+            console.print(f"{point.name}: job {job.name}{at}", highlight=False, markup=False)
     for point in points:
         if point.job is None:
             Waiting(point.folder).enter(point.events_before)
@@ -248,7 +248,7 @@ def explain(point: Point) -> str:
         decided = [e["reason"] for e in point.events() if e["event"] == "decided" and e["action"] == "stop"]
         last = f"\nnot started again: {decided[-1]}" if decided else ""
         return f"{head}: {failure_text(failure)}{last}"
-    logs = agent_logs(point.folder.path, point.job.job_id, 0)[::-1] if point.job is not None else []
+    logs = agent_logs(point.folder.path, point.job, 0)[::-1] if point.job is not None else []
     log = next((log for log in logs if log.is_file() and log.stat().st_size), None)
     if log is not None and point.state == "failed":
         lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])

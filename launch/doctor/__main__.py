@@ -87,7 +87,7 @@ def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Findin
     """What can be said without submitting: of this machine, of the requests; and what that was made from."""
     configs = configs_of(points)
     first = configs[0]
-    seen = facts.gather(first.cluster.kind, Path(first.output_dir))
+    seen = facts.gather(first.cluster.kind, Path(first.output_dir), facts.clusters_named(configs))
     plans: dict[str, tuple[Plan, Config]] = {}
     of_request: list[Finding] = []
     for words, config in zip(points, configs, strict=True):

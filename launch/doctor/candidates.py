@@ -16,7 +16,7 @@ from gpt.errors import ConfigError
 from launch import placement
 from launch.config import ClusterKind, Config
 from launch.doctor import asked
-from launch.doctor.facts import Facts, Request, gather, requests_of
+from launch.doctor.facts import Facts, Request, clusters_named, gather, requests_of
 from launch.doctor.findings import Finding, Level, fail, has_errors
 from launch.placement import Placement
 from launch.plan import Plan
@@ -41,10 +41,22 @@ def check_at(facts: Facts, request: Request, name: str, config: Config) -> list[
     except ConfigError as error:
         findings = [fail("resources", error.found, f"expected: {error.expected}", error.fix)]
     else:
-        findings = asked.check_request(facts, replace(request, config=config))
+        findings = check_on_its_cluster(facts, replace(request, config=config))
     if not name:
         return findings
     return [f if f.level is Level.ok else replace(f, found=f"at {name}: {f.found}") for f in findings]
+
+
+def check_on_its_cluster(facts: Facts, request: Request) -> list[Finding]:
+    """All checks against the limits of the cluster that the request goes to."""
+    name = request.config.cluster.cluster
+    if name is None or facts.limits is None:
+        return asked.check_request(facts, request)
+    there = facts.others[name]
+    if isinstance(there, str):
+        fix = "sacctmgr show clusters lists those that this cluster's slurmdbd knows; cluster.cluster=null is this one"
+        return [fail("cluster", f"cluster.cluster={name}, and {there}", "nothing can be submitted there", fix)]
+    return asked.check_request(replace(facts, limits=there), request)
 
 
 def settle(facts: Facts, request: Request) -> Placement:
@@ -77,7 +89,8 @@ def settle_placements(plans: Sequence[Plan], configs: Sequence[Config], console:
     """
     by_folder = {plan.run_dir: config for plan, config in zip(plans, configs, strict=True)}
     listed = [plan for plan in plans if plan.cluster == "slurm" and by_folder[plan.run_dir].cluster.placement]
-    seen = gather(ClusterKind.slurm, Path(listed[0].run_dir))
+    named = clusters_named(by_folder[plan.run_dir] for plan in listed)
+    seen = gather(ClusterKind.slurm, Path(listed[0].run_dir), named)
     if seen.limits is None:
         why = f"the limits of the partitions are not known ({seen.slurm_problem}): no candidate was looked at"
         console.print(f"cluster.placement: {why}", highlight=False, markup=False)

@@ -12,8 +12,8 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import launch
 from launch import scheduler
 from launch.config import ClusterKind, Config
 from launch.doctor import limits
+from launch.doctor.limits import Limits
 from launch.plan import Plan
 
 DISTRIBUTION = "gpt-launch"
@@ -86,9 +87,11 @@ class Facts:
     output: Folder
     client: bool
     """Whether Slurm's commands are installed here."""
-    limits: limits.Limits | None
+    limits: Limits | None
     """None where no controller answers."""
     slurm_problem: str = ""
+    others: dict[str, Limits | str] = field(default_factory=dict)
+    """The limits of other clusters that are asked for, by name; the reason where one is not known or not there."""
 
 
 def filesystem_of(path: Path) -> str:
@@ -164,16 +167,35 @@ def group_name(number: int) -> str:
         return str(number)
 
 
-def gather(kind: ClusterKind, output: Path) -> Facts:
-    """Look at everything. ``kind`` is what the config says, auto included."""
+def last_line(error: Exception) -> str:
+    """What an error says at its end."""
+    return str(error).strip().splitlines()[-1]
+
+
+def look_at_cluster(name: str) -> Limits | str:
+    """The limits of another cluster, or why it is none to submit to."""
+    try:
+        return limits.read(name)
+    except scheduler.SlurmError as error:
+        return last_line(error)
+
+
+def clusters_named(configs: Iterable[Config]) -> set[str]:
+    """The other clusters that configs name, as a place or as a candidate."""
+    named: set[str | None] = set()
+    for config in configs:
+        named |= {config.cluster.cluster, *(candidate.cluster for candidate in config.cluster.placement)}
+    return {name for name in named if name is not None}
+
+
+def gather(kind: ClusterKind, output: Path, clusters: Iterable[str] = ()) -> Facts:
+    """Look at everything. ``kind`` is what the config says, auto included; ``clusters`` are others than this one."""
     found, problem = None, ""
     if kind is not ClusterKind.local:
         try:
-            # Once only: limits.read would keep trying where nobody answers.
-            scheduler.run("scontrol", "ping", timeout_s=10.0, retries=1)
             found = limits.read()
         except scheduler.SlurmError as error:
-            problem = str(error).strip().splitlines()[-1]
+            problem = last_line(error)
     resolved = ClusterKind.slurm if kind is ClusterKind.slurm or found is not None else ClusterKind.local
     return Facts(
         kind=resolved,
@@ -183,6 +205,7 @@ def gather(kind: ClusterKind, output: Path) -> Facts:
         client=shutil.which("sbatch") is not None,
         limits=found,
         slurm_problem=problem,
+        others={name: look_at_cluster(name) for name in sorted(clusters)} if found is not None else {},
     )
 
 

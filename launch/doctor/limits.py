@@ -106,11 +106,14 @@ class Limits:
         return [node for node in self.nodes if partition.name in node.partitions]
 
 
-def read() -> Limits:
-    """Ask the controller; SlurmError where it does not answer."""
-    config = scheduler.run("scontrol", "show", "config")
-    partitions = scheduler.run("scontrol", "show", "partition", "--all", "--oneliner")
-    return parse(config, partitions, scheduler.run("scontrol", "show", "node", "--all", "--oneliner"))
+def read(cluster: str | None = None) -> Limits:
+    """Ask the controller, or that of another cluster; SlurmError where it does not answer, or no such one is known."""
+    at = scheduler.on(cluster)
+    # Once only: what comes after would keep trying where nobody answers.
+    scheduler.run("scontrol", *at, "ping", timeout_s=10.0, retries=1)
+    config = scheduler.run("scontrol", *at, "show", "config")
+    partitions = scheduler.run("scontrol", *at, "show", "partition", "--all", "--oneliner")
+    return parse(config, partitions, scheduler.run("scontrol", *at, "show", "node", "--all", "--oneliner"))
 
 
 def parse(config_text: str, partition_text: str, node_text: str) -> Limits:

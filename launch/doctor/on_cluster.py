@@ -19,11 +19,12 @@ from omegaconf import OmegaConf
 from gpt import compose
 from gpt.config import Device
 from gpt.run_folder import RunFolder, write_json
-from launch import scheduler
 from launch.config import Config
 from launch.doctor import probe
 from launch.doctor.facts import Request
 from launch.doctor.findings import Finding, fail
+from launch.jobs import SlurmJob, ask_queue
+from launch.placement import cluster_of
 from launch.submit import clean_environment
 
 JOB_MIN = 5
@@ -41,14 +42,14 @@ def measure(request: Request, output: Path, wait_min: float, say: Callable[[str]
         submitit.core.utils.FailedJobError: sbatch refused.
     """
     root = make_folder(request.config, output)
-    job_id = submit(request, root)
-    say(f"job {job_id} on {request.config.nodes} nodes, folder {root}")
+    job = submit(request, root)
+    say(f"job {job.name} on {request.config.nodes} nodes, folder {root}")
     try:
-        state, started = wait(job_id, wait_min, say)
+        state, started = wait(job, wait_min, say)
     except BaseException:
-        scheduler.cancel(job_id)
+        job.kill()
         raise
-    results = collect(root, request, job_id, state, started)
+    results = collect(root, request, job.job_id, state, started)
     write_json(root / "results.json", results)
     return results
 
@@ -65,16 +66,16 @@ def make_folder(config: Config, output: Path) -> Path:
     return root
 
 
-def submit(request: Request, root: Path) -> str:
-    """Submit the job with the resources of the run, all but its time; its id."""
+def submit(request: Request, root: Path) -> SlurmJob:
+    """Submit the job with the resources of the run, all but its time."""
     executor = submitit.SlurmExecutor(folder=root / ".submitit" / "%j")
     limit = min(JOB_MIN, request.config.cluster.timeout_min)
     executor.update_parameters(**{**request.plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0})
     with clean_environment():
-        return str(executor.submit(probe.run, str(root)).job_id)
+        return SlurmJob(executor.submit(probe.run, str(root)).job_id, cluster_of(request.plan.slurm))
 
 
-def wait(job_id: str, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
+def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
     """Follow a job to its end; its last state in Slurm's word, and whether it ever started.
 
     A job that has not started after ``wait_min`` is cancelled.
@@ -82,7 +83,7 @@ def wait(job_id: str, wait_min: float, say: Callable[[str], None]) -> tuple[str,
     deadline = time.monotonic() + 60 * wait_min
     last, started = "", False
     while True:
-        known = scheduler.job_states([job_id]).get(job_id)
+        known = ask_queue([job]).get(job.name)
         if known is None:
             return last or "unknown", started
         started = started or known.state not in ("PENDING", "CONFIGURING")
@@ -90,10 +91,10 @@ def wait(job_id: str, wait_min: float, say: Callable[[str], None]) -> tuple[str,
             return known.state, started
         word = known.state if known.reason in ("", "None") else f"{known.state} ({known.reason})"
         if word != last:
-            say(f"job {job_id}: {word}")
+            say(f"job {job.name}: {word}")
             last = word
         if not started and time.monotonic() > deadline:
-            scheduler.cancel(job_id)
+            job.kill()
             return last, False
         time.sleep(POLL_S)
 

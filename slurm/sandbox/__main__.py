@@ -25,6 +25,11 @@ EXAMPLES = """examples:
   python -m slurm.sandbox link n1 n2 --bandwidth-mbit 100 --loss-percent 0.5
   python -m slurm.sandbox preempt 12
   python -m slurm.sandbox down
+
+two clusters that know each other:
+  python -m slurm.sandbox up --accounting
+  python -m slurm.sandbox up --dir /tmp/beta --cluster-name beta --join ~/.local/state/slurm-sandbox
+  sinfo --clusters=sandbox,beta
 """
 
 
@@ -52,6 +57,9 @@ def _up(cluster: Cluster, options: argparse.Namespace) -> int:
             partitions=tuple(options.partitions),
             slurm_conf=tuple(options.set),
             namespaces=options.namespaces,
+            accounting=options.accounting,
+            cluster_name=options.cluster_name,
+            join=str(options.join.resolve()) if options.join else "",
         ),
         timeout_s=options.timeout_s,
     )
@@ -192,6 +200,13 @@ def _add_up_options(up: argparse.ArgumentParser) -> None:
     )
     up.add_argument(
         "--no-namespaces", dest="namespaces", action="store_false", help="let the nodes share this host on purpose"
+    )
+    up.add_argument(
+        "--accounting", action="store_true", help="with a slurmdbd and a MariaDB of its own, for sacct and --join"
+    )
+    up.add_argument("--cluster-name", default=DEFAULTS.cluster_name, metavar="NAME", help="(%(default)s)")
+    up.add_argument(
+        "--join", type=Path, metavar="DIR", help="share the slurmdbd of the sandbox that lies there: sbatch --clusters"
     )
     up.add_argument("--timeout-s", type=float, default=60.0, help="how long to wait for the nodes (%(default)s)")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gpt.errors import ConfigError
-from slurm.sandbox import configuration, leftovers, network, node, packages, processes
+from slurm.sandbox import accounting, configuration, leftovers, network, node, packages, processes
 from slurm.sandbox import state as records
 from slurm.sandbox.commands import SandboxError, run, wait_until
 from slurm.sandbox.settings import Settings, check, default_directory, directory_tag
@@ -70,7 +70,7 @@ class Cluster:
         """
         settings = settings or Settings()
         check(settings, self.directory)
-        packages.require(packages.EVERYWHERE)
+        packages.require(packages.EVERYWHERE | (packages.WITH_ACCOUNTING if settings.accounting else {}))
         with records.locked(self.directory, create=True):
             self._clear_remains()
             state = self._new_state(settings)
@@ -113,9 +113,13 @@ class Cluster:
     def _start(self, state: State, timeout_s: float) -> None:
         state.save()
         (network.build if state.mode == "namespaces" else network.build_on_one_host)(state)
+        accounting.place(state)
         _write_files(state)
         state.save()
-        _start_munged(state)
+        if not state.settings.join:
+            _start_munged(state)
+        accounting.start(state)
+        accounting.enter(state, self.slurm)
         _start_controller(state)
         for name in state.nodes:
             node.switch_on(state, name)
@@ -128,7 +132,7 @@ class Cluster:
             ended = [name for name, process in state.processes.items() if not process.alive()]
             if ended:
                 raise SandboxError(f"{', '.join(ended)} ended instead of running on")
-            return self._all_idle(set(state.nodes))
+            return self._all_idle(set(state.nodes)) and accounting.is_known(state, self.slurm)
 
         wait_until(all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
 

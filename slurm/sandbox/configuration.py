@@ -1,4 +1,4 @@
-"""The text of slurm.conf, gres.conf and the nodes' hosts file. Pure: nothing is written or started here.
+"""The text of slurm.conf, slurmdbd.conf, gres.conf and the nodes' hosts file. Pure: nothing is written or started here.
 
 The lines follow what Slurm 22.05 and later accept; each that is not a matter of taste says why it is there.
 """
@@ -32,11 +32,10 @@ def slurm_conf(state: State) -> str:
 def _general(state: State) -> dict[str, str]:
     user = pwd.getpwuid(os.getuid()).pw_name
     return {
-        "ClusterName": "sandbox",
+        "ClusterName": state.settings.cluster_name,
         "SlurmctldHost": f"{controller_name(state)}({state.controller.address})",
         "SlurmctldPort": str(state.controller.port),
-        # slurmctld then listens at the address of its host name only, not at every address of the machine.
-        **({"CommunicationParameters": "NoCtldInAddrAny"} if state.mode == "namespaces" else {}),
+        **_listening(state),
         "SlurmUser": user,
         "SlurmdUser": user,
         **_directories(state.directory),
@@ -52,7 +51,7 @@ def _general(state: State) -> dict[str, str]:
         "SlurmdParameters": "config_overrides",
         "GresTypes": "gpu",
         "MpiDefault": "none",
-        "AccountingStorageType": "accounting_storage/none",
+        **_accounting(state),
         "JobAcctGatherType": "jobacct_gather/none",
         "SchedulerType": "sched/backfill",
         "SchedulerParameters": "bf_interval=2,sched_interval=5,sched_min_interval=200000,batch_sched_delay=0",
@@ -68,6 +67,47 @@ def _general(state: State) -> dict[str, str]:
         "UnkillableStepTimeout": "30",
         "MinJobAge": "300",
     }
+
+
+def _listening(state: State) -> dict[str, str]:
+    # slurmctld then listens at the address of its host name only, not at every address of the machine. One that has
+    # joined another sandbox is known to others by the address from which slurmdbd saw it come, which is another.
+    own = state.mode == "namespaces" and not state.settings.join
+    return {"CommunicationParameters": "NoCtldInAddrAny"} if own else {}
+
+
+def _accounting(state: State) -> dict[str, str]:
+    if state.accounting is None:
+        return {"AccountingStorageType": "accounting_storage/none"}
+    return {
+        "AccountingStorageType": "accounting_storage/slurmdbd",
+        "AccountingStorageHost": state.accounting.address,
+        "AccountingStoragePort": str(state.accounting.port),
+        # No password: the MUNGE socket for this connection, which AuthInfo does not hold for.
+        "AccountingStoragePass": str(state.munge_socket),
+    }
+
+
+def slurmdbd_conf(state: State) -> str:
+    """The whole of slurmdbd.conf; which database it is, the environment says (``accounting.environment``)."""
+    assert state.accounting is not None
+    user = pwd.getpwuid(os.getuid()).pw_name
+    lines = {
+        # slurmdbd refuses any other name than that of its host, and this.
+        "DbdHost": "localhost",
+        "DbdAddr": state.accounting.address,
+        "DbdPort": str(state.accounting.port),
+        "SlurmUser": user,
+        "AuthType": "auth/munge",
+        "AuthInfo": f"socket={state.munge_socket}",
+        "LogFile": f"{state.directory}/log/slurmdbd.log",
+        "PidFile": f"{state.directory}/run/slurmdbd.pid",
+        "StorageType": "accounting_storage/mysql",
+        "StorageHost": "localhost",
+        "StorageUser": user,
+        "StorageLoc": "slurm_acct_db",
+    }
+    return "".join(f"{key}={value}\n" for key, value in lines.items())
 
 
 def _directories(directory: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 
-from slurm.sandbox import network, node, processes
+from slurm.sandbox import accounting, network, node, processes
 from slurm.sandbox.commands import SandboxError, wait_until
 from slurm.sandbox.state import State
 
@@ -17,7 +17,7 @@ def clear(state: State) -> None:
     """End every process of a sandbox that still runs, and remove its bridge and its directory."""
     for name in list(state.nodes):
         node.switch_off(state, name)
-    for daemon in ("slurmctld", "munged"):
+    for daemon in ("slurmctld", *accounting.DAEMONS, "munged"):
         if daemon in state.processes:
             processes.end(state.processes[daemon], grace_s=5.0)
             state.disown(daemon)

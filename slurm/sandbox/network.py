@@ -82,7 +82,8 @@ def build(state: State) -> None:
         run(["ip", "link", "add", state.bridge, "address", _mac(str(network[1])), "type", "bridge"])
         run(["ip", "address", "add", f"{network[1]}/24", "dev", state.bridge])
     run(["ip", "link", "set", state.bridge, "up"])
-    state.controller = Endpoint(str(network[1]), free_port(str(network[1])))
+    # One that has joined another sandbox listens at every address.
+    state.controller = Endpoint(str(network[1]), free_port("0.0.0.0" if state.settings.join else str(network[1])))
     for index, name in enumerate(state.settings.node_names()):
         state.nodes[name] = Endpoint(str(network[FIRST_NODE + index]), state.controller.port)
 

@@ -32,6 +32,13 @@ WITH_NAMESPACES = {
     "tc": "iproute2",
 }
 WITH_LOSS = {"nft": "nftables"}
+WITH_ACCOUNTING = {
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server-core",
+    "mariadb-install-db": "mariadb-server-core",
+    "my_print_defaults": "mariadb-client-core",
+    "sacctmgr": "slurm-client",
+}
 
 
 def missing(programs: dict[str, str]) -> list[str]:

@@ -31,6 +31,10 @@ class Settings:
             default, and each is preferred to those before it.
         slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
         namespaces: whether nodes are hosts of their own where the machine allows it.
+        accounting: whether there is a slurmdbd, with a database of its own: sacct, and clusters that know each other.
+        cluster_name: what Slurm calls the cluster.
+        join: the directory of a sandbox with accounting, whose slurmdbd and MUNGE key this one uses as well, so that
+            commands reach either from the other (``sbatch --clusters``, ``squeue -M``); empty for none.
     """
 
     nodes: int = 4
@@ -40,6 +44,9 @@ class Settings:
     partitions: tuple[str, ...] = ("low", "high")
     slurm_conf: tuple[str, ...] = ()
     namespaces: bool = True
+    accounting: bool = False
+    cluster_name: str = "sandbox"
+    join: str = ""
 
     def node_names(self) -> list[str]:
         """The names of all nodes, in order."""
@@ -70,6 +77,7 @@ def check(settings: Settings, directory: Path) -> None:
             nearest = min(max(value, low), high)
             raise ConfigError(f"{option} {value}", f"a number from {low} to {high}", f"{option} {nearest}")
     _check_partitions(settings.partitions)
+    _check_accounting(settings)
     for line in settings.slurm_conf:
         if not re.fullmatch(r"[A-Za-z]+=[^\n]+", line):
             raise ConfigError(f"--set {line!r}", "a line of slurm.conf, KEY=VALUE", "--set KillWait=5")
@@ -78,6 +86,22 @@ def check(settings: Settings, directory: Path) -> None:
             found=f"--dir {directory} ({len(os.fsencode(directory))} bytes)",
             expected=f"at most {MAX_DIRECTORY_LENGTH} bytes, because Unix sockets lie in it",
             fix="--dir /tmp/slurm-sandbox",
+        )
+
+
+def _check_accounting(settings: Settings) -> None:
+    # It becomes the name of tables in the database, which knows lower case only.
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", settings.cluster_name):
+        raise ConfigError(
+            f"--cluster-name {settings.cluster_name!r}",
+            "lower-case letters, digits and underscores, 40 at most",
+            "--cluster-name beta",
+        )
+    if settings.join and settings.accounting:
+        raise ConfigError(
+            f"--accounting and --join {settings.join}",
+            "one of them: a sandbox that joins another uses that one's slurmdbd",
+            f"--join {settings.join}",
         )
 
 

@@ -32,8 +32,9 @@ class Endpoint:
 
 @dataclass
 class State:
-    """A sandbox as recorded; ``processes`` has munged, slurmctld and one entry for each node that is on.
+    """A sandbox as recorded; ``processes`` has its daemons (munged, slurmctld, ...) and one for each node that is on.
 
+    ``accounting`` is where its slurmdbd listens, or that of the sandbox it has joined; None where there is none.
     ``why_one_host`` holds the reason for the mode one-host, empty in the mode namespaces; ``started`` is set once every
     node was idle.
     """
@@ -46,6 +47,7 @@ class State:
     nodes: dict[str, Endpoint] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
     started: bool = False
+    accounting: Endpoint | None = None
 
     @property
     def bridge(self) -> str:
@@ -59,11 +61,11 @@ class State:
 
     @property
     def munge_socket(self) -> Path:
-        """Where this sandbox's munged answers."""
-        return self.directory / "munge" / "socket"
+        """Where this sandbox's munged answers; that of the sandbox it has joined, whose key must be its own."""
+        return (Path(self.settings.join) if self.settings.join else self.directory) / "munge" / "socket"
 
     def log(self, daemon: str) -> Path:
-        """Where the output of a daemon goes: munged, slurmctld, or a node's name."""
+        """Where the output of a daemon goes: munged, slurmctld, slurmdbd, mariadbd, or a node's name."""
         return self.directory / "log" / f"{daemon}.out"
 
     def save(self) -> None:
@@ -98,6 +100,7 @@ def load(directory: Path) -> State | None:
         mode=record["mode"],
         why_one_host=record["why_one_host"],
         controller=Endpoint(**record["controller"]),
+        accounting=Endpoint(**record["accounting"]) if record.get("accounting") else None,
         nodes={name: Endpoint(**value) for name, value in record["nodes"].items()},
         processes={name: Process(**value) for name, value in record["processes"].items()},
         started=record["started"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from launch.jobs import SlurmJob, Standing
 from launch.mover import Pending, claim, is_current, promised
 from launch.placement import Candidate, Placement, decide, waiting_since
 from launch.plan import Plan, plan_text
-from launch.point import Point, find_point, judge
+from launch.point import Point, adopt_job, find_point, judge
 from launch.scheduler import JobState
-from launch.submit import record_submitted, shapes
+from launch.submit import record_submitted, sbatch_text, shapes
 from tests.commands import run
-from tests.launch.doctor_facts import FACTS, request
+from tests.launch.doctor_facts import FACTS, LIMITS, request
 from tests.launch.test_dry_run import plan
 
 
@@ -178,6 +179,37 @@ def test_the_ledger_knows_where_a_job_went_and_what_it_costs() -> None:
     assert event == event | known | {"job_id": "7", "nodes": 2, "candidate": 1, "moved": True}
 
 
+def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
+    made = plan(f"run_dir={tmp_path}/run", "cluster.placement=[{partition: low}, {cluster: b}]")
+    here, there = (sbatch_text([made.at(index)]) for index in (0, 1))
+    assert "--clusters" not in here and "#SBATCH --clusters=b\n" in there
+    assert f"{tmp_path}/.submitit/%j" in here and f"{tmp_path}/.submitit/on-b/%j" in there
+    folder = RunFolder(tmp_path / "run")
+    record_submitted(made, "7")
+    point = find_point(folder)
+    waiting = Pending(point, made, 0, 0.0, 0.0)
+    assert is_current(waiting)
+    record_submitted(made, "7", 1, moved=True)
+    assert not is_current(waiting) and "slurm_cluster" not in folder.read_events()[0]
+    adopt_job(point)
+    assert isinstance(point.job, SlurmJob) and (point.job.job_id, point.job.cluster) == ("7", "b")
+    judge(point, {"7": OUT, "7 on cluster b": RUNS})
+    assert point.state == "running"
+    judge(point, {"7": RUNS, "7 on cluster b": JobState("COMPLETED", "None")})
+    assert point.standing.state == "over"
+
+
+def test_the_checks_of_a_candidate_are_those_of_its_cluster() -> None:
+    asking = request("cluster.timeout_min=60", "cluster.placement=[{cluster: b}, {cluster: c}, {partition: short}]")
+    other = replace(LIMITS, partitions=tuple(p for p in LIMITS.partitions if p.name == "short"))
+    facts = replace(FACTS, others={"b": "No cluster 'b' known by database.", "c": LIMITS})
+    settled = candidates.settle(facts, asking)
+    assert settled.possible == [1]
+    assert settled.candidates[0].never == "cluster.cluster=b, and No cluster 'b' known by database."
+    none_default = candidates.settle(replace(facts, others={"b": other, "c": LIMITS}), asking)
+    assert "no cluster.partition, and none of short is the default" in none_default.candidates[0].never
+
+
 def test_the_dry_run_shows_every_candidate() -> None:
     text = run(
         "launch", "cluster=slurm", "dry_run=true", "cluster.give_up_after_min=90", LISTED, cwd=Path.cwd(), PATH=""
@@ -238,7 +270,8 @@ REFUSED = [
     (["cluster.placement=[{}, {price_per_gpu_hour: -1}]"], "cluster.placement[1].price_per_gpu_hour=-1"),
     (["cluster.placement=[{gpus_per_node: -1}]"], "cluster.placement[0].gpus_per_node=-1"),
     (["cluster.placement=[{partitio: low}]"], "unknown key partitio in cluster.placement"),
-    (["cluster.placement=[{cluster: other}]"], "cluster.placement[0].cluster=other"),
+    (["cluster.placement=[{cluster: 'a,b'}]"], "cluster.placement[0].cluster=a,b"),
+    (["+cluster.additional_parameters.clusters=b"], "cluster.additional_parameters.clusters=b"),
     (["cluster.price_per_gpu_hour=-1"], "cluster.price_per_gpu_hour=-1"),
 ]
 

@@ -44,3 +44,16 @@ def sandbox(namespaces: None) -> Iterator[Cluster]:
     with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as cluster:
         cluster.up(Settings(slurm_conf=QUICK))
         yield cluster
+
+
+@pytest.fixture
+def two_clusters(namespaces: None) -> Iterator[tuple[Cluster, Cluster]]:
+    """Clusters of one node each, ``sandbox`` and ``beta``, that know each other through one slurmdbd."""
+    lacking = packages.missing(packages.WITH_ACCOUNTING)
+    if lacking:
+        pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
+    places = [Path(tempfile.mkdtemp(prefix="sandbox-")) for _ in range(2)]
+    with Cluster(places[0]) as first, Cluster(places[1]) as second:
+        first.up(Settings(nodes=1, slurm_conf=QUICK, accounting=True), timeout_s=180.0)
+        second.up(Settings(nodes=1, slurm_conf=QUICK, cluster_name="beta", join=str(first.directory)), timeout_s=180.0)
+        yield first, second

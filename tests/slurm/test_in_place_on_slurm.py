@@ -11,7 +11,7 @@ import pytest
 from gpt.failure import first_failure
 from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
-from launch.jobs import agent_logs
+from launch.jobs import agent_logs, job_of
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link, heal
 from tests.commands import TINY, ranks_of, run, start, wait_for
@@ -97,7 +97,7 @@ def test_a_rank_behind_a_cut_link_commits_nothing_once_the_job_runs_elsewhere(sa
         # It trains on, all by itself, until it finds that it was replaced.
         wait_for(lambda: any(e["attempt"] == 2 for e in of("saved")), "a checkpoint of the run elsewhere")
         wait_for(lambda: not Path(f"/proc/{left_over}").exists(), "the end of the rank that was left over")
-        agent = agent_logs(folder.path, str(of("submitted")[0]["job_id"]), 0)[1]
+        agent = agent_logs(folder.path, job_of(of("submitted")[0]), 0)[1]
         wait_for(lambda: "was left over" in agent.read_text(), "the end of its agent", 60)
         events = folder.read_events()
         begun = next(i for i, e in enumerate(events) if e["event"] == "started" and e["attempt"] == 2)

@@ -138,6 +138,8 @@ def test_missing_packages_are_named_with_the_command_and_nothing_is_started(tmp_
         Settings(partitions=("low", "low")),
         Settings(partitions=("low:MaxTime",)),
         Settings(partitions=("low high",)),
+        Settings(cluster_name="Beta"),
+        Settings(accounting=True, join="/tmp"),
         Settings(slurm_conf=("KillWait",)),
         Settings(slurm_conf=("KillWait=5\nSlurmUser=root",)),
     ],
