@@ -49,7 +49,7 @@ def test_an_exception_on_any_rank_fails_the_run_with_its_traceback(rank: str, tm
     text = run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK=rank)
     assert f"rank {rank} on" in text
     assert "failed first after step 2: ZeroDivisionError: the data of step 3 has no tokens" in text
-    assert "Traceback (most recent call last)" in text and "train_step" in text
+    assert "Traceback (most recent call last)" in text and "queue_step" in text
     log = RunFolder(tmp_path / "run").log(1, int(rank))
     assert f"log: {log}" in text
     assert "ZeroDivisionError" in log.read_text()

@@ -107,5 +107,5 @@ def test_a_frozen_rank_is_named_with_its_stack_and_the_run_goes_on(tmp_path: Pat
     assert failure is not None, events
     assert (failure["rank"], failure.get("hung")) == (1, True) and failure["step"] >= 7 and failure["host"]
     assert "stopped: the process has not run for" in failure["cause"]
-    assert "train_step" in failure["traceback"], "the stack of the frozen rank"
+    assert "gpt/train.py" in failure["traceback"], "the stack of the frozen rank"
     assert [e["event"] for e in events].count("recovered") == 1

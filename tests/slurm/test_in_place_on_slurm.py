@@ -63,7 +63,7 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     killed, frozen = first_failure(events, 1), first_failure(events, 2)
     assert killed is not None and frozen is not None
     assert (killed["rank"], killed["cause"]) == (1, "killed by SIGKILL")
-    assert (frozen["rank"], frozen["host"]) == (1, killed["host"]) and "train_step" in frozen["traceback"]
+    assert (frozen["rank"], frozen["host"]) == (1, killed["host"]) and "gpt/train.py" in frozen["traceback"]
     assert [e["from_step"] for e in events if e["event"] == "started"][1] == saved
     assert all(e["seconds_since_last_step"] > 0 for e in events if e["event"] == "recovered")
     assert "Restarts=0" in sandbox.slurm("scontrol", "show", "job", str(events[0]["job_id"]))
