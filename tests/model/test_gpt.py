@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.config import ExpertBalance, ModelConfig, Position
+from gpt.config import ExpertBalance, Ffn, ModelConfig, Position
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from tests.model.small import LLAMA, MOE, label, random_tokens, small, variants
@@ -30,12 +30,14 @@ def test_shape_and_causality(config: ModelConfig) -> None:
         parameter.data.mul_(5)  # away from the start, where attention is almost uniform
     logits_BTV = model(tokens_BT)
     assert logits_BTV.shape == (3, config.block_size, config.vocab_size)
+    # How many rows an expert gets changes with a later token, and with it how threads cut its product: the last bits.
+    rounding = 1e-5 * float(logits_BTV.abs().max()) if config.ffn is Ffn.moe else 0.0
     for t in (0, 5, config.block_size - 1):
         changed = tokens_BT.clone()
         changed[:, t] = (changed[:, t] + 1) % config.vocab_size
         difference_T = (model(changed) - logits_BTV).abs().amax((0, 2))
-        assert torch.all(difference_T[:t] == 0)
-        assert torch.all(difference_T[t:] > 0), "every later position sees the change"
+        assert torch.all(difference_T[:t] <= rounding)
+        assert torch.all(difference_T[t:] > rounding), "every later position sees the change"
 
 
 @pytest.mark.parametrize("position", Position)
