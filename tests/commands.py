@@ -61,6 +61,11 @@ def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> s
     return done.stdout
 
 
+def answer_ctrl_c() -> None:
+    """Have what is started answer SIGINT: a shell that runs the tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 STARTED: list[subprocess.Popen[bytes]] = []
 """What ``start`` has started. A test that ends with one of them alive has it killed (tests/conftest.py)."""
 
@@ -76,6 +81,7 @@ def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subpr
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=answer_ctrl_c,
         )
     STARTED.append(process)
     return process

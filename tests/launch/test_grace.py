@@ -90,7 +90,7 @@ def test_no_controller_no_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     forewarning.cluster_limits.cache_clear()
 
-    def silent(*words: str) -> str:
+    def silent(*words: str, **options: object) -> str:
         raise SlurmError("scontrol is not installed on this machine")
 
     monkeypatch.setattr("launch.scheduler.run", silent)
