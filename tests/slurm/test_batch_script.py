@@ -47,7 +47,7 @@ def test_a_contradiction_ends_the_batch_script_before_anything_runs(sandbox: Clu
     with pytest.raises(AssertionError):
         words = ["nodes=3", f"output_dir={tmp_path / 'outputs'}"]
         typed(sandbox, "sbatch", "--wait", f"--output={tmp_path / 'out'}", "slurm/multi_node.sh", *words)
-    assert "found: nodes=3 in a job of 2 nodes" in (tmp_path / "out").read_text()
+    assert "found: nodes=3 spares=0 in a job of 2 nodes" in (tmp_path / "out").read_text()
     assert not (tmp_path / "outputs").exists()
 
 
