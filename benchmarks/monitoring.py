@@ -65,8 +65,8 @@ def main() -> None:
         with open_world(request.config.device, request.config.parallel.timeout_s) as world:
             there = agree_on_folder(request, world)
             run = build(request.config, there, world, open_attempt(there, world), Pulse(None))
-            gradients = Gradients(run.engine.module, world.size)
-            views = Views(there, world, run.attempt, request.config, run.step, gradients.names)
+            gradients = Gradients(request.config.model, world.device)
+            views = Views(there, world, run.attempt, request.config, run.step, gradients.names, run.tokens_per_step)
             sides: dict[str, list[tuple[float, float]]] = {"none": [], "all": []}
             for turn in range(ROUNDS + 1):
                 for side in ("none", "all") if turn % 2 else ("all", "none"):
@@ -91,7 +91,7 @@ def parts(run: Run, views: Views, gradients: Gradients) -> dict[str, float]:
     """CPU seconds that each part takes for one step, by itself, many times over."""
     record, _ = queue_step(run, None, Phase.training).finish(0.0)
     actions: dict[str, Callable[[], object]] = {
-        "gradients by layer, every tenth step": gradients.sums,
+        "gradients by layer, every tenth step": lambda: gradients.sums(run.engine.gradients()),
         "memory": lambda: memory_gib(run.world.device),
         "rank_00000.jsonl": lambda: append_record(run.folder.metrics(0), record),
     }

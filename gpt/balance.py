@@ -6,22 +6,27 @@ without experts.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from gpt.model.moe import expert_counts, move_balance_bias
+from gpt.parallel.engine import Engine
 from gpt.parallel.world import World
 
 
-def balance_experts(module: nn.Module, world: World) -> Tensor | None:
+def balance_experts(engine: Engine, world: World) -> Tensor | None:
     """Move the experts' biases by the tokens of this step, over all ranks; waits for no device.
 
     Collective. Returns how uneven the tokens were, () float64: the most that any expert was chosen beyond its even
     share, in units of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1). None where there are no
     experts.
     """
-    mine_LE = expert_counts(module)
+    mine_LE = expert_counts(engine.module)
     if mine_LE is None:
         return None
-    counts_LE = world.add_up(mine_LE.double())
-    move_balance_bias(module, counts_LE)
-    return (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
+    counts_LE = world.add_up(mine_LE.double(), engine.layer_group)
+    move_balance_bias(engine.module, counts_LE)
+    most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
+    if engine.layer_group is not None:  # others hold the other layers
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most

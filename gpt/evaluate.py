@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from gpt.checkpoint.folders import step_of
@@ -24,6 +25,7 @@ from gpt.data.loader import Samples
 from gpt.errors import ConfigError
 from gpt.evaluation import mean_loss
 from gpt.load import find_checkpoint, open_run, read_weights
+from gpt.loss import summed_loss
 from gpt.parallel.world import World, open_world
 from gpt.run import prepare_tokens
 
@@ -69,7 +71,16 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
             f"--sequences {wanted}", f"1 to {samples.num_val}, all there are", f"--sequences {samples.num_val}"
         )
     model = read_weights(config, checkpoint, world.device)
-    loss = mean_loss(model, config, samples, world, wanted, batch or config.optim.micro_batch)
+    loss = mean_loss(
+        model,
+        partial(summed_loss, model, config, device=world.device),
+        samples,
+        world,
+        wanted,
+        batch or config.optim.micro_batch,
+        world.rank,
+        world.size,
+    )
     num_tokens = wanted * config.model.block_size
     num_bytes = samples.val_bytes(wanted)
     return Evaluation(

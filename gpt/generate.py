@@ -22,8 +22,8 @@ from gpt.data.tokenizer import Tokenizer, tokenizer_of
 from gpt.errors import ConfigError
 from gpt.generation import Sampling, generate, generators
 from gpt.load import find_checkpoint, open_run, read_weights
+from gpt.loss import autocast
 from gpt.model.gpt import GPT
-from gpt.parallel.engine import autocast
 from gpt.parallel.world import choose_device
 
 UNFINISHED = "\ufffd"

@@ -8,11 +8,15 @@ strategies.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor
+
+from gpt.config import ModelConfig
+from gpt.model.gpt import GPT
+from gpt.optim import squares_of_parts, sum_of_parts
 
 
 @dataclass(frozen=True)
@@ -26,34 +30,31 @@ class GradientFigures:
 
 
 class Gradients:
-    """The gradients of a module, by layer."""
+    """The gradients of a model, by layer."""
 
-    def __init__(self, module: nn.Module, ranks: int) -> None:
-        self._ranks = ranks
-        self._layers: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in module.named_parameters():
-            self._layers.setdefault(layer_of(name), []).append(parameter)
-        self._elements = sum(p.numel() for p in module.parameters())
-
-    @property
-    def names(self) -> list[str]:
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        with torch.device("meta"):
+            whole = GPT(model)
+        self._device = device
+        self.names = list(dict.fromkeys(layer_of(name) for name, _ in whole.named_parameters()))
         """The layers, in the order of the model."""
-        return list(self._layers)
+        self._elements = sum(p.numel() for p in whole.parameters())
 
-    def sums(self) -> Tensor:
+    def sums(self, parts: Iterable[tuple[str, Tensor, float]]) -> Tensor:
         """This rank's share of the sums over all elements: squares by layer, then the elements; (layers + 1,) float64.
 
         Added up over all ranks they are those of the whole model.
+
+        Args:
+            parts: name, part of the gradient that this rank holds, one over the number of ranks that hold the same.
         """
-        squares, elements = [], []
-        for parameters in self._layers.values():
-            grads = [p.grad for p in parameters if p.grad is not None]
-            parts = [local(grad) for grad in grads]
-            # float64 on the device: the squares of a whole model do not fit the digits of a float32.
-            shares = torch.tensor([self._share(grad) for grad in grads], dtype=torch.float64, device=parts[0].device)
-            squares.append((torch.stack(torch._foreach_norm(parts)).double().square() * shares).sum())
-            elements.append((torch.stack([part.sum() for part in parts]).double() * shares).sum())
-        return torch.stack([*squares, torch.stack(elements).sum()])
+        layers: dict[str, list[tuple[Tensor, float]]] = {name: [] for name in self.names}
+        for name, part, share in parts:
+            layers[layer_of(name)].append((part, share))
+        nothing = torch.zeros((), dtype=torch.float64, device=self._device)
+        squares = [squares_of_parts(held) if held else nothing for held in layers.values()]
+        elements = sum_of_parts([pair for held in layers.values() for pair in held])
+        return torch.stack([*squares, elements])
 
     def figures(self, sums: list[float]) -> GradientFigures:
         """What the sums of all ranks say."""
@@ -61,24 +62,11 @@ class Gradients:
         mean = total / self._elements
         variance = max(0.0, sum(squares) / self._elements - mean**2)
         return GradientFigures(
-            mean, math.sqrt(variance), {n: math.sqrt(s) for n, s in zip(self._layers, squares, strict=True)}
+            mean, math.sqrt(variance), {n: math.sqrt(s) for n, s in zip(self.names, squares, strict=True)}
         )
-
-    def _share(self, grad: Tensor) -> float:
-        """One over the number of ranks that hold the same part of this gradient."""
-        if not isinstance(grad, DTensor):
-            return 1 / self._ranks
-        placements = enumerate(grad.placements)
-        parts = math.prod(grad.device_mesh.size(i) for i, placement in placements if isinstance(placement, Shard))
-        return parts / self._ranks
-
-
-def local(grad: Tensor) -> Tensor:
-    """The part of a gradient that this rank holds."""
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def layer_of(parameter: str) -> str:
-    """``blocks.3`` for ``module.blocks.3.ffn.up.weight``, the first word for what is in no block."""
-    words = parameter.removeprefix("module.").split(".")
+    """``blocks.3`` for ``blocks.3.ffn.up.weight``, the first word for what is in no block."""
+    words = parameter.split(".")
     return ".".join(words[:2]) if words[0] == "blocks" else words[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,36 @@ def lr_at(config: OptimConfig, step: int) -> float:
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:
     """Scale the gradients down to a global norm of ``limit`` (0: leave them) and return the norm they had, ().
 
-    Works on plain and on sharded gradients; collective for the latter. Does not wait for the device.
+    For a rank that holds all of them. Does not wait for the device.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, torch.distributed.tensor.DTensor):
-        norm = norm.full_tensor()
     if limit > 0:
         clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def squares_of_parts(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """This rank's share of the sum of squares of gradients of which it holds parts, () float64.
+
+    Args:
+        parts: each with one over the number of ranks that hold the same part. At least one.
+    """
+    # float64 on the device: the squares of a whole model do not fit the digits of a float32.
+    norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
+    return (norms.square() * shares(parts)).sum()
+
+
+def sum_of_parts(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The same for the sum of their elements."""
+    return (torch.stack([part.sum() for part, _ in parts]).double() * shares(parts)).sum()
+
+
+def shares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The second of each pair, (pairs,) float64, where the first ones are."""
+    return torch.tensor([share for _, share in parts], dtype=torch.float64, device=parts[0][0].device)
+
+
+def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
+    """Scale parts of gradients, in place, whose global norm () is ``norm`` down to one of ``limit``."""
+    torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0].dtype))

@@ -11,19 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gpt import compose
 from gpt.errors import ConfigError
 from gpt.parallel.world import World
 from gpt.run import Run
-from gpt.topology import topology
-
-
-def state_of(run: Run) -> dict[str, Any]:
-    """Model and optimizer state as torch.distributed.checkpoint takes it, independent of how they are spread."""
-    model, optimizer = get_state_dict(run.engine.trained, run.optimizer)
-    return {"model": model, "optimizer": optimizer}
 
 
 def save(run: Run, may_commit: Callable[[], bool]) -> float:
@@ -36,11 +28,11 @@ def save(run: Run, may_commit: Callable[[], bool]) -> float:
         "attempt": run.attempt,
         "samples": run.step * run.batch.global_batch,
         "data_sha256": run.tokens.sha256,
-        "topology": topology(run.config.parallel, run.world.size).as_dict(),
+        "topology": run.layout.as_dict(),
         "world_size": run.world.size,
         "config": compose.plain_config(run.config),
     }
-    run.store.save(run.step, state_of(run), rng_state(run.world), meta, may_commit)
+    run.store.save(run.step, run.engine.state(), rng_state(run.world), meta, may_commit)
     seconds = time.perf_counter() - started
     if run.world.is_first:
         run.folder.record_event("saved", attempt=run.attempt, step=run.step, seconds=seconds)
@@ -49,11 +41,10 @@ def save(run: Run, may_commit: Callable[[], bool]) -> float:
 
 def load(run: Run) -> None:
     """Go on from the newest checkpoint that is whole, if there is one."""
-    state = state_of(run)
+    state = run.engine.state()
     loaded = run.store.load(state)
     if loaded is None:
-        # get_state_dict filled the optimizer by a step with zero gradients, which AdamW would count as its first.
-        run.optimizer.state.clear()
+        run.engine.begin()
         return
     for line in loaded.set_aside:
         if run.world.is_first:
@@ -71,10 +62,7 @@ def load(run: Run) -> None:
             f"the corpus it was made with, now it is {run.tokens.sha256[:12]}...",
             "fresh=true, to start over with this corpus in a new folder",
         )
-    set_state_dict(
-        run.engine.trained, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    run.engine.loaded()
+    run.engine.load(state)
     if loaded.rank_state is not None:
         set_rng_state(run.world, loaded.rank_state)
     run.step = loaded.step

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from gpt import compose, reproducibility
@@ -25,6 +24,7 @@ from gpt.accounting.parameters import count
 from gpt.batch import Batch, cut
 from gpt.checkpoint import CheckpointStore
 from gpt.code import changed_since, code_state, describe_code, refuse_change
+from gpt.composition import lay_out
 from gpt.config import TrainConfig
 from gpt.data.corpus import check_fit, describe, described, prepare
 from gpt.data.loader import Samples
@@ -35,7 +35,7 @@ from gpt.parallel.engine import Engine
 from gpt.parallel.world import World
 from gpt.pulse import Phase, Pulse
 from gpt.run_folder import RunFolder, write_json
-from gpt.topology import topology
+from gpt.topology import Topology
 
 
 @dataclass
@@ -82,7 +82,7 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
 def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
     """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together."""
-    cut(config.optim, topology(config.parallel, world_size).data_ranks)
+    cut(config.optim, lay_out(config, world_size).data_ranks)
     check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
 
 
@@ -95,8 +95,8 @@ class Run:
     world: World
     attempt: int
     batch: Batch
+    layout: Topology
     engine: Engine
-    optimizer: torch.optim.Optimizer
     tokens: Tokens
     samples: Samples
     store: CheckpointStore
@@ -105,6 +105,11 @@ class Run:
     """Where this attempt took its first weights from; None where it drew them, or went on from a checkpoint."""
     step: int = 0
     """Steps done."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the global batch."""
+        return self.batch.global_batch * self.config.model.block_size
 
     def evaluating(self) -> None:
         """Show that an evaluation goes on."""
@@ -159,12 +164,11 @@ def describe_attempt(run: Run) -> None:
         "code": describe_code(),
         "reproducibility": {"seed": run.config.seed, **reproducibility.state()},
     }
-    layout = topology(run.config.parallel, run.world.size)
     write_json(run.folder.environment(run.attempt), record)
     if run.initialised_from is not None:
         run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
     run.folder.record_event(
-        "started", attempt=run.attempt, world_size=run.world.size, topology=str(layout), from_step=run.step
+        "started", attempt=run.attempt, world_size=run.world.size, topology=str(run.layout), from_step=run.step
     )
     where = f"attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}"
     panel = show(record, run.config, f"{run.config.name}  {where}")
@@ -180,7 +184,7 @@ def set_up(run: Run) -> dict[str, Any]:
     )
     return {
         "world_size": ranks,
-        "topology": topology(config.parallel, ranks).as_dict(),
+        "topology": run.layout.as_dict(),
         "global_batch": batch.global_batch,
         "micro_batch": batch.micro,
         "accumulation": batch.accumulation,
@@ -188,7 +192,7 @@ def set_up(run: Run) -> dict[str, Any]:
         "block_size": model.block_size,
         "precision": config.precision.name,
         "model": model.name,
-        "parameters": sum(p.numel() for p in run.engine.module.parameters()),
+        "parameters": count(model).total,
         "counts": count(model).as_dict(),
         "flops_per_token": training_flops_per_token(model).palm,
         "memory_planned_gib": planned.total_gib,

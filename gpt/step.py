@@ -1,8 +1,8 @@
 """One optimizer step, and its figures.
 
-Owns the arithmetic of a step: accumulation, scaling, clipping. A GPU works off its queue while this process already
-prepares the next step, so a step is queued first and its figures are read later: reading waits for the device. Must not
-know what is done with the figures.
+Owns the order of what a step does. A GPU works off its queue while this process already prepares the next step, so a
+step is queued first and its figures are read later: reading waits for the device. Must not know how the model is
+spread, nor what is done with the figures.
 
 Shapes: B sequences, T tokens of one.
 """
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from gpt.balance import balance_experts
 from gpt.data.loader import train_indices
-from gpt.evaluation import summed_loss
 from gpt.gradients import Gradients
 from gpt.metrics.memory import memory_gib
 from gpt.metrics.records import StepRecord
 from gpt.model.moe import reset_counts
-from gpt.optim import clip_gradients, lr_at
+from gpt.optim import lr_at
 from gpt.pulse import Phase
 from gpt.run import Run
 
@@ -86,50 +85,32 @@ class QueuedStep:
 
 def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedStep:
     """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given."""
-    config, world, batch = run.config, run.world, run.batch
+    config, world, batch, engine = run.config, run.world, run.batch, run.engine
     step = run.step + 1
     lr = lr_at(config.optim, step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    indices = train_indices(step, world.rank, batch)
+    indices = train_indices(step, run.layout.data_rank(world.rank), batch)
     waited = time.perf_counter()
     tokens_BT, targets_BT = run.samples.batch("train", indices)
     waited = time.perf_counter() - waited
-    run.engine.module.zero_grad(set_to_none=True)
-    reset_counts(run.engine.module)
-    loss_sum = forward_and_backward(run, tokens_BT, targets_BT, phase)
-    sums = torch.stack([loss_sum]) if gradients is None else torch.cat([loss_sum[None], gradients.sums()])
-    grad_norm = clip_gradients(run.engine.module, config.optim.grad_clip)
-    run.optimizer.step()
-    imbalance = balance_experts(run.engine.module, world)
+    reset_counts(engine.module)
+    loss_sum = engine.backward(tokens_BT, targets_BT, lambda: run.pulse.at(step - 1, phase))
+    measured = [] if gradients is None else [gradients.sums(engine.gradients())]
+    sums = torch.cat([loss_sum[None], *measured])
+    grad_norm = engine.update(lr)
+    imbalance = balance_experts(engine, world)
     run.step = step
+    tokens = run.tokens_per_step
     record = StepRecord(
         step=step,
         attempt=run.attempt,
         loss=math.nan,
         lr=lr,
         grad_norm=math.nan,
-        tokens=tokens_BT.numel(),
+        tokens=tokens * (world.rank + 1) // world.size - tokens * world.rank // world.size,
         samples=(int(indices[0]), int(indices[-1])),
         step_time_s=math.nan,
         data_wait_s=waited,
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     figures = [grad_norm.double()[None], world.add_up(sums), *([] if imbalance is None else [imbalance[None]])]
-    tokens = batch.global_batch * config.model.block_size
     return QueuedStep(record, gradients, LateFigures(torch.cat(figures)), tokens, imbalance is not None)
-
-
-def forward_and_backward(run: Run, tokens_BT: Tensor, targets_BT: Tensor, phase: Phase) -> Tensor:
-    """Leave the gradients of the mean loss in the parameters; returns this rank's summed loss, () float64."""
-    config, world, batch = run.config, run.world, run.batch
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    for i in range(batch.accumulation):
-        run.pulse.at(run.step, phase)
-        part = slice(i * batch.micro, (i + 1) * batch.micro)
-        with run.engine.backward_pass(last=i == batch.accumulation - 1):
-            loss = summed_loss(run.engine.module, config, tokens_BT[part], targets_BT[part], world)
-            # The engines average over ranks, so a sum over this rank's tokens is scaled to the mean over all tokens.
-            (loss * (batch.ranks / (batch.global_batch * config.model.block_size))).backward()
-        loss_sum += loss.detach()
-    return loss_sum

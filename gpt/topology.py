@@ -14,25 +14,51 @@ from gpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks along each dimension; their product is the world size. The last one is the innermost: neighbours."""
+    """Ranks along each dimension. All but ``ep`` multiply to the world size; of these ``pp`` is the outermost and
+    ``tp`` the innermost, so that the ranks that talk most are neighbours."""
 
     strategy: str
     dp_replicate: int
     """Copies of the model."""
     dp_shard: int
     """Ranks that share one copy."""
+    pp: int = 1
+    """Stages of the pipeline."""
+    cp: int = 1
+    """Ranks that share each sequence."""
+    tp: int = 1
+    """Ranks that share each matrix."""
+    ep: int = 1
+    """Data ranks that deal out the experts among themselves."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions of the grid of ranks, from the outermost."""
+        names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that see different samples."""
+        """Groups of ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that work on the same samples."""
+        return self.pp * self.cp * self.tp
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the ``data_ranks`` parts of a batch a rank works on."""
+        return rank // (self.cp * self.tp) % self.data_ranks
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for records."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.strategy} dp_replicate={self.dp_replicate} dp_shard={self.dp_shard}"
+        sizes = {**self.sizes, "ep": self.ep}
+        always = ("dp_replicate", "dp_shard")
+        return " ".join([self.strategy, *(f"{n}={s}" for n, s in sizes.items() if s > 1 or n in always)])
 
 
 def topology(parallel: ParallelConfig, world_size: int) -> Topology:
@@ -41,14 +67,35 @@ def topology(parallel: ParallelConfig, world_size: int) -> Topology:
     Raises:
         ConfigError: they cannot be laid out so.
     """
-    if parallel.strategy is not Strategy.fsdp:
-        return Topology(parallel.strategy.name, world_size, 1)
-    shard = world_size if parallel.dp_shard is None else parallel.dp_shard
-    if world_size % shard:
+    model_ranks = 1
+    for name in ("tp", "cp", "pp"):
+        size = getattr(parallel, name)
+        left = world_size // model_ranks
+        if left % size:
+            taken = f", {left} of them beside the other dimensions" if model_ranks > 1 else ""
+            raise ConfigError(
+                f"parallel.{name}={size} with {world_size} ranks{taken}",
+                f"a divisor of {left}",
+                f"parallel.{name}={nearest_divisor(left, size)}",
+            )
+        model_ranks *= size
+    data_ranks = world_size // model_ranks
+    shard = 1
+    if parallel.strategy is Strategy.fsdp:
+        shard = data_ranks if parallel.dp_shard is None else parallel.dp_shard
+    if data_ranks % shard:
         raise ConfigError(
-            f"parallel.dp_shard={shard} does not divide {world_size} ranks",
+            f"parallel.dp_shard={shard} does not divide {data_ranks} ranks",
             "copies of the model that are shared by equally many ranks",
-            f"parallel.dp_shard={nearest_divisor(world_size, shard)}",
+            f"parallel.dp_shard={nearest_divisor(data_ranks, shard)}",
         )
-    name = "fsdp" if shard == world_size else "hsdp"
-    return Topology(name, world_size // shard, shard)
+    experts_among = shard if shard > 1 else data_ranks
+    if experts_among % parallel.ep:
+        raise ConfigError(
+            f"parallel.ep={parallel.ep} with {experts_among} ranks that see different samples",
+            f"a divisor of {experts_among}",
+            f"parallel.ep={nearest_divisor(experts_among, parallel.ep)}",
+        )
+    name = "hsdp" if parallel.strategy is Strategy.fsdp and shard < data_ranks else parallel.strategy.name
+    sizes = {name: getattr(parallel, name) for name in ("pp", "cp", "tp", "ep")}
+    return Topology(name, data_ranks // shard, shard, **sizes)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from gpt.batch import cut
 from gpt.checkpoint import CheckpointStore
+from gpt.composition import lay_out
 from gpt.config import TrainConfig
 from gpt.data.corpus import keep_tokenizer
 from gpt.data.loader import Samples
@@ -34,7 +35,6 @@ from gpt.kernels import check_flash
 from gpt.metrics.views import Views
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
-from gpt.model.moe import set_auxiliary_scale
 from gpt.parallel.engine import spread
 from gpt.parallel.world import World, open_world
 from gpt.profiling import StepProfile
@@ -54,12 +54,11 @@ from gpt.run import (
 )
 from gpt.run_folder import RunFolder
 from gpt.step import QueuedStep, queue_step
-from gpt.topology import topology
 
 
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
-    layout = topology(config.parallel, world.size)
+    layout = lay_out(config, world.size)
     batch = cut(config.optim, layout.data_ranks)
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
@@ -71,16 +70,14 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
     if without_flash and world.is_first:
         print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
     prepare_blocks(model, config)
-    engine = spread(model.to(world.device), config, world, batch.micro)
-    set_auxiliary_scale(engine.module, batch.ranks / batch.global_batch)  # as the loss is scaled in gpt/step.py
     run = Run(
         config=config,
         folder=folder,
         world=world,
         attempt=attempt,
         batch=batch,
-        engine=engine,
-        optimizer=engine.build_optimizer(config.optim),
+        layout=layout,
+        engine=spread(model.to(world.device), config, world, layout, batch),
         tokens=tokens,
         samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
         store=CheckpointStore(
@@ -97,8 +94,8 @@ def train(run: Run, flag: StopFlag) -> str:
     """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
     config, world = run.config, run.world
     requests = Requests(run.folder, world, run.attempt, flag)
-    gradients = Gradients(run.engine.module, world.size)
-    views = Views(run.folder, world, run.attempt, config, run.step, gradients.names)
+    gradients = Gradients(config.model, world.device)
+    views = Views(run.folder, world, run.attempt, config, run.step, gradients.names, run.tokens_per_step)
     profile = StepProfile(run.folder.attempt(run.attempt), config, world)
     outcome = "finished"
     queued: QueuedStep | None = None
@@ -124,7 +121,15 @@ def train(run: Run, flag: StopFlag) -> str:
         queued = None
         if evaluates:
             record.val_loss = mean_loss(
-                run.engine.module, config, run.samples, world, config.eval.sequences, run.batch.micro, run.evaluating
+                run.engine.module,
+                run.engine.loss,
+                run.samples,
+                world,
+                config.eval.sequences,
+                run.batch.micro,
+                run.layout.data_rank(world.rank),
+                run.layout.data_ranks,
+                run.evaluating,
             )
             record.val_bits_per_byte = run.samples.val_bits_per_byte(record.val_loss, config.eval.sequences)
         if saves:

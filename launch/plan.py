@@ -15,11 +15,12 @@ from typing import Any
 from gpt import compose
 from gpt.accounting import flops, memory, parameters
 from gpt.batch import Batch, cut
+from gpt.composition import lay_out
 from gpt.config import Device, nearest_divisor
 from gpt.data.corpus import check_fit, describe
 from gpt.errors import ConfigError
 from gpt.interchange.source import check_init_from
-from gpt.topology import Topology, topology
+from gpt.topology import Topology
 from launch import placement, snapshot
 from launch.budget import Use, words
 from launch.config import NOT_IN_POINT, ClusterKind, Config
@@ -111,7 +112,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     folder = compose.choose_folder(config, overrides, NOT_IN_POINT)
     compose.refuse_other_run(folder, config)
     check_init_from(config, folder)
-    layout = topology(config.parallel, config.world_size)
+    layout = lay_out(config, config.world_size)
     batch = cut_batch(config, layout)
     corpus = describe(config.data, config.data_cache)
     check_fit(corpus, config.model, config.eval.sequences)

@@ -34,12 +34,21 @@ class ParallelConfig:
     whose gradients are averaged (HSDP): the gathering stays inside a node where this is the number of its GPUs."""
     reshard_after_forward: bool = True
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather)."""
+    tp: int = 1
+    """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
+    pp: int = 1
+    """Pipeline parallelism: stages that the layers are dealt out to."""
+    cp: int = 1
+    """Context parallelism: ranks that share each sequence."""
+    ep: int = 1
+    """Expert parallelism: ranks that see different samples and deal out the experts among themselves."""
     timeout_s: int = 600
     """Seconds after which a collective that does not complete fails the run."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range, or belongs to another strategy."""
-        require_positive("parallel.timeout_s", self.timeout_s)
+        for key in ("tp", "pp", "cp", "ep", "timeout_s"):
+            require_positive(f"parallel.{key}", getattr(self, key))
         if self.dp_shard is None:
             return
         require_positive("parallel.dp_shard", self.dp_shard)

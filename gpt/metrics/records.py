@@ -33,9 +33,9 @@ class StepRecord:
     grad_norm: float
     """Global gradient norm before clipping."""
     tokens: int
-    """Tokens this rank trained on in this step."""
+    """This rank's share of the tokens of this step: over all ranks each counts once, also where several work on it."""
     samples: tuple[int, int]
-    """First and last sample index this rank used in this step."""
+    """First and last sample index this rank used in this step; ranks that work on the same ones each name them."""
     step_time_s: float
     """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
     grad_mean: float | None = None

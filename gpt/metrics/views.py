@@ -38,8 +38,16 @@ class Views:
     """Takes each record once, completes it, writes it into the rank's file, and hands it to the views."""
 
     def __init__(
-        self, folder: RunFolder, world: World, attempt: int, config: TrainConfig, step: int, layers: Sequence[str]
+        self,
+        folder: RunFolder,
+        world: World,
+        attempt: int,
+        config: TrainConfig,
+        step: int,
+        layers: Sequence[str],
+        tokens_per_step: int,
     ) -> None:
+        self._tokens = tokens_per_step
         self._path = folder.metrics(world.rank)
         self._world = world
         self._flops = training_flops_per_token(config.model)
@@ -66,8 +74,8 @@ class Views:
             view.close()
 
     def _complete(self, record: StepRecord) -> None:
-        tokens_per_s = record.tokens / record.step_time_s
-        record.tokens_per_s = tokens_per_s * self._world.size
+        record.tokens_per_s = self._tokens / record.step_time_s
+        tokens_per_s = record.tokens_per_s / self._world.size
         used = utilization(self._flops, tokens_per_s, self._peak, self._recomputed)
         record.tflops_per_s = used.tflops_per_s
         record.mfu_palm, record.mfu_causal, record.hfu = used.mfu_palm, used.mfu_causal, used.hfu

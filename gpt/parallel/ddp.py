@@ -6,52 +6,55 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.config import OptimConfig, TrainConfig
+from gpt.batch import Batch
+from gpt.config import TrainConfig
+from gpt.loss import autocast
 from gpt.model.gpt import GPT
-from gpt.optim import build_optimizer
-from gpt.parallel.engine import autocast
+from gpt.parallel.native import NativeEngine
 from gpt.parallel.world import World
+from gpt.topology import Topology
 
 
-class ReplicatedEngine:
-    """A model held whole by every rank."""
+class ReplicatedEngine(NativeEngine):
+    """A model held whole by every rank; ``trained`` where the optimizer is to step something else."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, tokens_BT: Tensor) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        world: World,
+        layout: Topology,
+        batch: Batch,
+        trained: nn.Module | None = None,
+    ) -> None:
         devices = [world.device] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; 2.11 knows no other name. The buffers are constants.
             warnings.simplefilter("ignore", FutureWarning)
-            replicated = DistributedDataParallel(
+            self._replicated = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        self._replicated = replicated
-        self.module: nn.Module = replicated
-        self.trained: nn.Module = replicated
-        self._settle_buckets(config, world, tokens_BT)
+        super().__init__(self._replicated, trained or self._replicated, config, world, layout, batch, world.size)
+        self._settle_buckets()
 
-    def _settle_buckets(self, config: TrainConfig, world: World, tokens_BT: Tensor) -> None:
+    def _settle_buckets(self) -> None:
         """Run two passes whose gradients are thrown away.
 
         DDP regroups its gradients after the first pass, and the order of summation with them: a resumed run would
         take its first step in another order than the uninterrupted one and differ in the last bits. After this, the
         first real step of every attempt uses the final grouping.
         """
-        devices = [world.device] if world.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        device, block = self.world.device, self.config.model.block_size
+        tokens_BT = torch.zeros(self.batch.micro, block, dtype=torch.long, device=device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for _ in range(2):
-                with autocast(config, world.device):
+                with autocast(self.config, device):
                     logits_BTV = self.module(tokens_BT)
                 logits_BTV.float().square().mean().backward()
         self.module.zero_grad()
 
-    def build_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
-        return build_optimizer(self.trained, config)
-
-    def loaded(self) -> None:
-        """Nothing to do: the model holds what was loaded."""
-
-    def backward_pass(self, last: bool) -> AbstractContextManager[object]:
+    def one_pass(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last else self._replicated.no_sync()

@@ -1,58 +1,80 @@
-"""What the training loop sees of a parallel strategy, and the choice of one.
+"""What the training loop sees of a way to spread a model over ranks, and the choice of one.
 
 A strategy is applied to a finished model from outside; the model knows nothing of it.
+
+Shapes: B sequences, T tokens of one.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
-import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from gpt.config import OptimConfig, Precision, Strategy, TrainConfig
+from gpt.batch import Batch
+from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.world import World
+from gpt.topology import Topology
 
 
 class Engine(Protocol):
-    """A model spread over the ranks."""
+    """A model spread over the ranks, and its optimizer. Every method is called by all ranks together."""
 
     module: nn.Module
-    """Called with (B, T) tokens, gives (B, T, V) logits; its gradients are averages over the data ranks."""
-    trained: nn.Module
-    """Holds the parameters that the optimizer steps and checkpoints store: ``module``, or this rank's part of it."""
+    """This rank's share of the model, its parameters named as in the whole one (maybe after ``module.``)."""
+    layer_group: dist.ProcessGroup | None
+    """The ranks that hold the same layers; None means all."""
 
-    def build_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
-        """The optimizer of ``trained``."""
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        """Leave in the parameters the gradients of the mean loss over the global batch.
+
+        Args:
+            tokens_BT: this data rank's sequences of the batch, (per_rank, T).
+            targets_BT: the tokens that follow.
+            on_pass: called before every pass of a micro-batch.
+
+        Returns:
+            This rank's share of the summed loss, () float64: over all ranks each token counts once.
+        """
         ...
 
-    def loaded(self) -> None:
-        """To be called after a checkpoint was loaded into ``trained``. Collective."""
+    def update(self, lr: float) -> Tensor:
+        """Clip the gradients and step the parameters; the global norm the gradients had, (). Waits for no device."""
         ...
 
-    def backward_pass(self, last: bool) -> AbstractContextManager[object]:
-        """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """This rank's share of the summed loss of at most a micro-batch, (); for evaluation."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
+        """For each parameter with a gradient: its name in the whole model, this rank's part of the gradient, and one
+        over the number of ranks that hold the same part."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Model and optimizer state as torch.distributed.checkpoint takes it, independent of how they are spread."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state that was loaded into the tensors of ``state()``."""
+        ...
+
+    def begin(self) -> None:
+        """Forget what ``state()`` did to an optimizer that has not stepped yet."""
         ...
 
 
-def spread(model: GPT, config: TrainConfig, world: World, micro_batch: int) -> Engine:
+def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
     """Apply the strategy that ``config.parallel`` names. The model must lie on ``world.device``."""
+    from gpt.parallel.composed import ComposedEngine
     from gpt.parallel.ddp import ReplicatedEngine
-    from gpt.parallel.fsdp import ShardedEngine
     from gpt.parallel.zero1 import Zero1Engine
 
-    if config.parallel.strategy is Strategy.fsdp:
-        return ShardedEngine(model, config, world)
-    tokens_BT = torch.zeros(micro_batch, config.model.block_size, dtype=torch.long, device=world.device)
-    kind = Zero1Engine if config.parallel.strategy is Strategy.zero1 else ReplicatedEngine
-    return kind(model, config, world, tokens_BT)
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 matrix products over fp32 weights where asked for.
-
-    Under fsdp the gathered weights are bf16 already; autocast then still decides for the loss and the norms.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision is Precision.bf16)
+    if config.parallel.strategy is Strategy.zero1:
+        return Zero1Engine(model, config, world, layout, batch)
+    if config.parallel.strategy is Strategy.fsdp or layout.model_ranks * layout.ep > 1:
+        return ComposedEngine(model, config, world, layout, batch)
+    return ReplicatedEngine(model, config, world, layout, batch)

@@ -16,9 +16,8 @@ from gpt.topology import Topology
 
 
 def build_mesh(layout: Topology, world: World, timeout_s: int) -> DeviceMesh:
-    """The data-parallel ranks: ``dp_shard``, or ``dp_replicate`` x ``dp_shard`` where there are several copies."""
-    sizes = {"dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard}
-    used = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
+    """The dimensions of the topology that have more than one rank, and ``dp_shard`` always, from the outermost."""
+    used = {name: size for name, size in layout.sizes.items() if size > 1 or name == "dp_shard"}
     options: dict[int | str, Any] = {name: group_options(world, timeout_s) for name in used}
     return init_device_mesh(
         world.device.type, tuple(used.values()), mesh_dim_names=tuple(used), backend_override=options

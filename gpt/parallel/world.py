@@ -46,9 +46,9 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over all ranks, in place; a GPU does it in its queue, and nobody waits."""
-        dist.all_reduce(values)
+    def add_up(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """Sums over all ranks, or those of ``group``, in place; a GPU does it in its queue, and nobody waits."""
+        dist.all_reduce(values, group=group)
         return values
 
     def any(self, *flags: bool) -> list[bool]:

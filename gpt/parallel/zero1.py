@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from gpt.config import OptimConfig, TrainConfig
+from gpt.batch import Batch
+from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
-from gpt.optim import build_optimizer
 from gpt.parallel.ddp import ReplicatedEngine
 from gpt.parallel.mesh import build_mesh
 from gpt.parallel.world import World
@@ -26,8 +26,7 @@ from gpt.topology import Topology
 class Zero1Engine(ReplicatedEngine):
     """DDP, with an optimizer that each rank runs for a part of every parameter."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, tokens_BT: Tensor) -> None:
-        super().__init__(model, config, world, tokens_BT)
+    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
         self._mesh = build_mesh(Topology("zero1", 1, world.size), world, config.parallel.timeout_s)
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         """The whole of a parameter, and this rank's part of it."""
@@ -38,16 +37,12 @@ class Zero1Engine(ReplicatedEngine):
             owner, _, leaf = name.rpartition(".")
             setattr(parts.get_submodule(owner), leaf, part)
             self._pairs.append((whole, part))
-        self.trained = parts
+        super().__init__(model, config, world, layout, batch, trained=parts)
+        self.optimizer.register_step_pre_hook(self._hand_out)
+        self.optimizer.register_step_post_hook(self._collect)
 
-    def build_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(self.trained, config)
-        optimizer.register_step_pre_hook(self._hand_out)
-        optimizer.register_step_post_hook(self._collect)
-        return optimizer
-
-    def loaded(self) -> None:
-        """Gather what every rank has loaded of its part."""
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
         self._collect()
 
     def _hand_out(self, *_: Any) -> None:

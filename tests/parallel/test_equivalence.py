@@ -162,7 +162,7 @@ def moments(rank: int, size: int, folder: Path) -> dict[str, tuple[int, int]]:
     for strategy in CROSSED:
         run = start(rank, size, folder / strategy, *STRATEGIES[strategy], "optim.micro_batch=2")
         step(run)
-        states = [t for state in run.optimizer.state.values() for t in state.values() if t.dim()]
+        states = [t for state in run.engine.optimizer.state.values() for t in state.values() if t.dim()]
         held = [t for p in run.engine.module.parameters() for t in (p, p.grad) if t is not None]
         local = [[t.to_local() if hasattr(t, "to_local") else t for t in group] for group in (states, held)]
         found[strategy] = tuple(sum(t.numel() * t.element_size() for t in group) for group in local)

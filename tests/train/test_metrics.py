@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt.gradients import Gradients
 from gpt.metrics.records import read_records
 from gpt.model.gpt import GPT
+from gpt.parallel.composed import local, share_of
 from gpt.run_folder import RunFolder
 from tests.commands import TINY, run
 from tests.distributed import run_distributed
@@ -35,8 +36,9 @@ def measured(rank: int, world_size: int, sharded: bool) -> tuple[list[str], list
     else:
         model = DistributedDataParallel(model)
     backward(model, rank)
-    gradients = Gradients(model, world_size)
-    sums = gradients.sums()
+    gradients = Gradients(small(**LLAMA, vocab_size=51, n_layer=2), torch.device("cpu"))
+    grads = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    sums = gradients.sums((name, local(grad), share_of(grad, world_size)) for name, grad in grads)
     torch.distributed.all_reduce(sums)
     figures = gradients.figures(sums.tolist())
     return list(figures.layer_norms), [figures.mean, figures.std, *figures.layer_norms.values()]
