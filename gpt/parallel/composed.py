@@ -7,9 +7,11 @@ over the ranks that saw other tokens, and a norm in which every element counts o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -19,24 +21,44 @@ from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.optim import scale_to, squares_of_parts
 from gpt.parallel.fsdp import shard
-from gpt.parallel.mesh import build_mesh
+from gpt.parallel.mesh import build_mesh, copies_mesh, shard_mesh
 from gpt.parallel.native import NativeEngine
 from gpt.parallel.world import World
 from gpt.topology import Topology
 
+BUCKET_BYTES = 32 * 2**20
+"""As much is sent at once: more hides the latency, and is held twice meanwhile."""
+
 
 class ComposedEngine(NativeEngine):
-    """Every rank holds a slice of each parameter; blocks are gathered one at a time."""
+    """A model cut along the dimensions of the grid, whose parameters the data ranks shard (fsdp) or copy (ddp).
+
+    A sequence that ``cp`` ranks share gives each of them a part of the gradient, so there they count as data ranks.
+
+    Copies sum their gradients here, after the last pass, without DistributedDataParallel: that wants every parameter on
+    one kind of mesh, and a pipeline's schedule would call it for one stage while another still computes.
+    """
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
-        assert config.parallel.strategy is Strategy.fsdp
-        mesh = build_mesh(layout, world, config.parallel.timeout_s)
-        shard(model, list(model.blocks), mesh, config)
-        super().__init__(model, model, config, world, layout, batch, averaged=layout.data_ranks)
+        timeout_s = config.parallel.timeout_s
+        self.grid = build_mesh(layout, world, timeout_s)
+        self._sharded = config.parallel.strategy is Strategy.fsdp
+        if self._sharded:
+            shard(model, list(model.blocks), shard_mesh(self.grid, world, timeout_s), config)
+        else:
+            self._copies = copies_mesh(self.grid, world, timeout_s).get_group()
+        averaged = layout.data_ranks * layout.cp if self._sharded else 1
+        super().__init__(model, model, config, world, layout, batch, averaged)
+
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        loss_sum = super().backward(tokens_BT, targets_BT, on_pass)
+        if not self._sharded:
+            sum_over([local(p.grad) for p in self.module.parameters() if p.grad is not None], self._copies)
+        return loss_sum
 
     def one_pass(self, last: bool) -> AbstractContextManager[object]:
-        assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(last)
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
         return nullcontext()
 
     def clip(self, limit: float) -> Tensor:
@@ -50,6 +72,19 @@ class ComposedEngine(NativeEngine):
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
                 yield name, local(parameter.grad), share_of(parameter.grad, self.world.size)
+
+
+def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Add tensors up over the ranks of a group, in place, ``BUCKET_BYTES`` at a time."""
+    bucket: list[Tensor] = []
+    for tensor, following in zip(tensors, [*tensors[1:], None], strict=True):
+        bucket.append(tensor)
+        if following is None or following.dtype != tensor.dtype or sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
+            flat = torch.cat([t.flatten() for t in bucket])
+            dist.all_reduce(flat, group=group)
+            for part, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                part.copy_(values.view_as(part))
+            bucket = []
 
 
 def share_of(grad: Tensor, ranks: int) -> float:

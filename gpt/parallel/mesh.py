@@ -5,6 +5,7 @@ Owns the names of the dimensions and the groups' timeout, which torch does not t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -33,3 +34,25 @@ def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs leave it out
     options._timeout = timedelta(seconds=timeout_s)
     return "gloo", options
+
+
+def flat(grid: DeviceMesh, names: Sequence[str], world: World, timeout_s: int) -> DeviceMesh:
+    """Several neighbouring dimensions of a grid as one, with a group of its own."""
+    if len(names) == 1:
+        return grid[names[0]]
+    return grid[tuple(names)]._flatten("_".join(names), backend_override=group_options(world, timeout_s))
+
+
+def shard_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
+    """Where parameters are sharded: ``dp_shard`` and ``cp`` as one, after ``dp_replicate`` where there are copies."""
+    names = grid.mesh_dim_names or ()
+    shard = flat(grid, [name for name in ("dp_shard", "cp") if name in names], world, timeout_s)
+    if "dp_replicate" not in names:
+        return shard
+    return DeviceMesh._concatenate([grid["dp_replicate"], shard])
+
+
+def copies_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
+    """The ranks that hold the same part of the model and see other samples, or other parts of them."""
+    names = grid.mesh_dim_names or ()
+    return flat(grid, [n for n in ("dp_replicate", "dp_shard", "cp") if n in names], world, timeout_s)
