@@ -1,8 +1,4 @@
-"""However a model is spread, it learns the same: losses, gradients and weights against one process, one pass a step.
-
-Everything is the training's own code (``gpt.train.build``, ``gpt.step``); the reference differs in that nothing is
-spread or accumulated. No biases: that of the keys has no gradient but rounding, which AdamW blows up to its full step.
-"""
+"""However a model is shared among data ranks, it learns the same: against one process that takes one pass a step."""
 
 from __future__ import annotations
 
@@ -12,70 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from gpt.compose import compose_train, to_schema
 from gpt.config import TrainConfig
-from gpt.parallel.world import World
-from gpt.pulse import Phase, Pulse
 from gpt.resume import save
-from gpt.run import Run
-from gpt.run_folder import RunFolder
-from gpt.step import queue_step
-from gpt.train import build
 from tests.distributed import run_distributed
+from tests.parallel.learning import ACCUMULATIONS, BATCH, MODELS, TINY, assert_same, learn, learn_alone, start, step
 
-STEPS = 5
-BATCH = 16
-TINY = [
-    *("model.n_layer=2", "model.n_embd=32", "model.n_head=4", "model.block_size=16", "data.max_bytes=60000"),
-    *(f"optim.global_batch={BATCH}", "eval.sequences=4", "optim.warmup_steps=2", "logging.tensorboard=false"),
-]
-MODELS = {
-    "tied": ["model.tie_embeddings=true", "model.position=learned", "model.norm=layernorm"],
-    "untied, grouped queries": ["model.tie_embeddings=false", "model.n_kv_head=2"],
-    "experts": ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"],
-}
 STRATEGIES = {
     "ddp": ["parallel=ddp"],
     "zero1": ["parallel=zero1"],
     "fsdp": ["parallel=fsdp"],
     "hsdp": ["parallel=hsdp", "parallel.dp_shard=2"],
 }
-ACCUMULATIONS = (1, 4)
 CASES = [(strategy, model) for strategy in STRATEGIES for model in MODELS]
-
-
-def start(rank: int, size: int, folder: Path, *words: str) -> Run:
-    """A run of the configuration that is typed, as ``gpt.train`` makes it."""
-    config = to_schema(compose_train([*TINY, *words, f"data.cache_dir={folder.parent / 'cache'}"]), TrainConfig)
-    config.validate()
-    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    return build(config, RunFolder(folder), world, 1, Pulse(None))
-
-
-def step(run: Run) -> tuple[float, float]:
-    """Loss and gradient norm of the next step."""
-    record, _ = queue_step(run, None, Phase.training).finish(0.0)
-    return record.loss, record.grad_norm
-
-
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors brought together from their parts, by their plain names."""
-    return {
-        name.removeprefix("module."): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
-        for name, t in tensors.items()
-    }
-
-
-def learn(run: Run) -> dict[str, Any]:
-    """What a run computes in its first steps."""
-    seen = [step(run)]
-    parameters = dict(run.engine.module.named_parameters())
-    gradients = whole({name: p.grad for name, p in parameters.items() if p.grad is not None})
-    seen += [step(run) for _ in range(STEPS - 1)]
-    losses, norms = zip(*seen, strict=True)
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": whole(parameters)}
 
 
 def learn_all(rank: int, size: int, folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -89,14 +35,9 @@ def learn_all(rank: int, size: int, folder: Path) -> dict[tuple[str, str, int], 
     return found if rank == 0 else {}
 
 
-def learn_alone(rank: int, size: int, folder: Path) -> dict[str, dict[str, Any]]:
-    words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
-    return {model: learn(start(rank, size, folder / model, *words, *MODELS[model])) for model in MODELS}
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_distributed(learn_alone, 1, tmp_path_factory.mktemp("alone") / "runs")[0]
+    return run_distributed(learn_alone, 1, tmp_path_factory.mktemp("alone") / "runs", MODELS)[0]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -116,14 +57,7 @@ def test_losses_gradients_and_weights_are_those_of_one_process(
     spread: dict[tuple[str, str, int], dict[str, Any]],
     reference: dict[str, dict[str, Any]],
 ) -> None:
-    found, expected = spread[strategy, model, accumulation], reference[model]
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
-    for what in ("gradients", "weights"):
-        assert found[what].keys() == expected[what].keys()
-        for name, tensor in expected[what].items():
-            error = (found[what][name] - tensor).norm() / tensor.norm()
-            assert error < 1e-5, f"{what} of {name}: {error:.1e}"
+    assert_same(spread[strategy, model, accumulation], reference[model])
 
 
 CROSSED = ("ddp", "zero1", "fsdp", "hsdp")

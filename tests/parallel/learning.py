@@ -1,0 +1,89 @@
+"""What a run computes in its first steps, brought together from all ranks, and what one process computes instead.
+
+Everything is the training's own code (``gpt.train.build``, ``gpt.step``); the reference differs in that nothing is
+spread or accumulated. No biases: that of the keys has no gradient but rounding, which AdamW blows up to its full step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gpt.compose import compose_train, to_schema
+from gpt.config import TrainConfig
+from gpt.parallel.world import World
+from gpt.pulse import Phase, Pulse
+from gpt.run import Run
+from gpt.run_folder import RunFolder
+from gpt.step import queue_step
+from gpt.train import build
+
+STEPS = 5
+BATCH = 16
+TINY = [
+    *("model.n_layer=2", "model.n_embd=32", "model.n_head=4", "model.block_size=16", "data.max_bytes=60000"),
+    *(f"optim.global_batch={BATCH}", "eval.sequences=4", "optim.warmup_steps=2", "logging.tensorboard=false"),
+]
+MODELS = {
+    "tied": ["model.tie_embeddings=true", "model.position=learned", "model.norm=layernorm"],
+    "untied, grouped queries": ["model.tie_embeddings=false", "model.n_kv_head=2"],
+    "experts": ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"],
+}
+ACCUMULATIONS = (1, 4)
+
+
+def start(rank: int, size: int, folder: Path, *words: str) -> Run:
+    """A run of the configuration that is typed, as ``gpt.train`` makes it."""
+    config = to_schema(compose_train([*TINY, *words, f"data.cache_dir={folder.parent / 'cache'}"]), TrainConfig)
+    config.validate()
+    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    return build(config, RunFolder(folder), world, 1, Pulse(None))
+
+
+def step(run: Run) -> tuple[float, float]:
+    """Loss and gradient norm of the next step."""
+    record, _ = queue_step(run, None, Phase.training).finish(0.0)
+    return record.loss, record.grad_norm
+
+
+def whole(run: Run, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of all ranks brought together from their parts, by their plain names; rank 0 of a pair is believed."""
+    mine = {
+        name.removeprefix("module."): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+        for name, t in tensors.items()
+    }
+    found: dict[str, torch.Tensor] = {}
+    for theirs in reversed(run.world.gather(mine) if run.layout.pp > 1 else [mine]):
+        found |= theirs
+    return found
+
+
+def learn(run: Run, steps: int = STEPS) -> dict[str, Any]:
+    """Losses, gradient norms, the first step's gradients, and the weights after the last one."""
+    seen = [step(run)]
+    parameters = dict(run.engine.module.named_parameters())
+    gradients = whole(run, {name: p.grad for name, p in parameters.items() if p.grad is not None})
+    seen += [step(run) for _ in range(steps - 1)]
+    losses, norms = zip(*seen, strict=True)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": whole(run, parameters)}
+
+
+def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """What one process learns of each model, in one pass a step; for ``run_distributed`` with one rank."""
+    words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
+    return {name: learn(start(rank, size, folder / name, *words, *model)) for name, model in models.items()}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """Losses and norms of every step, every gradient of the first and every weight after the last agree."""
+    assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+    for what in ("gradients", "weights"):
+        assert found[what].keys() == expected[what].keys()
+        for name, tensor in expected[what].items():
+            error = (found[what][name] - tensor).norm() / tensor.norm()
+            assert error < tolerance, f"{what} of {name}: {error:.1e}"
