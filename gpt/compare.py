@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.comparison import Comparison, RunFigures, compare, read_figures
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from gpt.run_folder import RunFolder
 
 
@@ -123,16 +123,13 @@ def parser() -> argparse.ArgumentParser:
 WIDE = 1000
 
 
+@refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where there is nothing to compare."""
     words = parser().parse_args(argv)
-    try:
-        runs = find_runs(words.runs)
-        named = zip(runs, labels(runs), strict=True)
-        compared = compare([read_figures(RunFolder(path), label) for path, label in named])
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    runs = find_runs(words.runs)
+    named = zip(runs, labels(runs), strict=True)
+    compared = compare([read_figures(RunFolder(path), label) for path, label in named])
     out = words.out or Path(os.path.commonpath([run.parent for run in runs]))
     out.mkdir(parents=True, exist_ok=True)
     # A file or a pipe has no width: nothing is folded there.

@@ -1,5 +1,14 @@
 """Errors meant for the person at the keyboard. Torch-free; imported by everything, imports nothing of ours."""
 
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot work, refused before anything is started or overwritten.
@@ -18,3 +27,17 @@ class ConfigError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.found, self.expected, self.fix)
+
+
+def refusing(main: Callable[P, int]) -> Callable[P, int]:
+    """Have the ``main`` of a command print a ConfigError on standard error and return 2, its exit status."""
+
+    @functools.wraps(main)
+    def with_refusals(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except ConfigError as error:
+            print(error, file=sys.stderr, flush=True)
+            return 2
+
+    return with_refusals

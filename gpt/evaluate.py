@@ -22,7 +22,7 @@ from gpt.checkpoint.folders import step_of
 from gpt.checkpoint.manifest import read_manifest
 from gpt.config import Device
 from gpt.data.loader import Samples
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from gpt.evaluation import mean_loss
 from gpt.load import find_checkpoint, open_run, read_weights
 from gpt.loss import summed_loss
@@ -121,17 +121,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where it was refused."""
     words = parser().parse_args(argv)
-    try:
-        with open_world(Device[words.device], timeout_s=600) as world:
-            found = evaluate(words.run, world, words.step, words.sequences, words.batch)
-            if world.is_first:
-                print(json.dumps(asdict(found)) if words.json else report(found))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    with open_world(Device[words.device], timeout_s=600) as world:
+        found = evaluate(words.run, world, words.step, words.sequences, words.batch)
+        if world.is_first:
+            print(json.dumps(asdict(found)) if words.json else report(found))
     return 0
 
 

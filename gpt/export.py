@@ -24,7 +24,7 @@ from gpt.checkpoint import folders
 from gpt.checkpoint.manifest import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import TrainConfig, require_positive
 from gpt.data.tokenizer import ABOUT, Tokenizer, tokenizer_of
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from gpt.interchange.formats import format_for
 from gpt.interchange.hf_folder import write_configs, write_sums, write_weights
 from gpt.interchange.hf_tokenizer import write_tokenizer
@@ -187,13 +187,10 @@ def sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+@refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 2 refused."""
-    try:
-        print(export(parse(argv)), flush=True)
-    except ConfigError as error:
-        print(error, file=sys.stderr, flush=True)
-        return 2
+    print(export(parse(argv)), flush=True)
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 from gpt.checkpoint.folders import step_of
 from gpt.config import Device, TrainConfig
 from gpt.data.tokenizer import Tokenizer, tokenizer_of
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from gpt.generation import Sampling, generate, generators
 from gpt.load import find_checkpoint, open_run, read_weights
 from gpt.loss import autocast
@@ -156,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 where it was refused, 130 after Ctrl-C."""
     words = parser().parse_args(argv)
@@ -170,9 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
         prompts = [prompt for prompt in words.prompt for _ in range(words.samples)]
         write(model, config, tokenizer, prompts, words)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -24,7 +24,7 @@ from gpt.data.corpus import cannot_write
 from gpt.data.files import download_shakespeare
 from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_manifest
 from gpt.data.recipe import Recipe, recipe_of, usable_cores
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 
 
 def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> TokenSource:
@@ -105,24 +105,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where it was refused."""
     words = parser().parse_args(argv)
     to = words.to.expanduser().absolute() if words.to else None
+    config = compose.to_schema(compose.compose_train(words.overrides), TrainConfig)
+    config.data.validate()
+    if words.workers is not None and words.workers < 1:
+        raise ConfigError(f"--workers {words.workers}", "at least one process", f"--workers {usable_cores()}")
+    cache = config.data_cache
     try:
-        config = compose.to_schema(compose.compose_train(words.overrides), TrainConfig)
-        config.data.validate()
-        if words.workers is not None and words.workers < 1:
-            raise ConfigError(f"--workers {words.workers}", "at least one process", f"--workers {usable_cores()}")
-        cache = config.data_cache
-        try:
-            source = prepare(config.data, cache, to, words.workers or usable_cores())
-        except (OSError, NotImplementedError) as error:
-            raise cannot_write(to or cache, error) from error
-        print(report(source, config.data, to))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        source = prepare(config.data, cache, to, words.workers or usable_cores())
+    except (OSError, NotImplementedError) as error:
+        raise cannot_write(to or cache, error) from error
+    print(report(source, config.data, to))
     return 0
 
 

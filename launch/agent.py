@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.compose import read_config
-from gpt.errors import ConfigError
+from gpt.errors import refusing
 from gpt.run_folder import RunFolder
 from launch.conclude import (
     RunFailedError,
@@ -106,15 +106,13 @@ def take_part(folder: RunFolder, node: Node, config: Config, crew: Crew, stop: S
             return
 
 
+@refusing
 def main() -> int:
     """Run the agent of this node. Exit status 1 where the run failed, 2 where there is no run."""
     parser = argparse.ArgumentParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
     try:
         run(str(Path(parser.parse_args().run_dir).absolute()))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except RunFailedError as error:
         print(error, file=sys.stderr)
         return 1

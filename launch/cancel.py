@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gpt.compose import read_config
-from gpt.errors import ConfigError
+from gpt.errors import refusing
 from launch.config import Config
 from launch.jobs import Job, LocalJob
 from launch.point import Point, find_point, look, saved_step
@@ -153,6 +153,7 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     return all(stop.error is None for stop in stops) and all(point.state != "unknown" for point in points)
 
 
+@refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 nothing of the runs is left, 1 something could not be ended, 2 there is no such run."""
     parser = argparse.ArgumentParser(
@@ -163,9 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = parser.parse_args(arguments)
     try:
         return 0 if cancel(words.paths, Console(soft_wrap=True), now=words.now) else 1
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except SlurmError as error:
         print(error, file=sys.stderr)
         return 1

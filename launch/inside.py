@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from gpt import compose
 from gpt.compose import CONFIG_ERRORS
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from gpt.run_folder import RunFolder, write_json
 from launch import agent
 from launch.config import ClusterKind, Config
@@ -131,13 +131,10 @@ def run_task(composed: DictConfig) -> None:
     agent.run(str(output))
 
 
+@refusing
 def main() -> int:
     """Print the run folder on standard output, the plan on standard error. Exit status 2 where refused."""
-    try:
-        plan = make_run(sys.argv[1:])
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    plan = make_run(sys.argv[1:])
     print(plan_text(plan), file=sys.stderr)
     print(plan.run_dir)
     return 0

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from launch.jobs import SlurmJob, agent_logs
 from launch.point import Point, find_point, look, verdict
 from launch.runs import find_runs
@@ -164,13 +164,11 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where Slurm did not answer, 2 where there is no such log."""
     try:
         print_logs(parser().parse_args(arguments))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except SlurmError as error:
         print(error, file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpt.errors import ConfigError
+from gpt.errors import refusing
 from gpt.run_folder import RunFolder
 from launch.mover import Mover, is_watched, promised
 from launch.point import Point, find_point, look
@@ -60,6 +60,7 @@ def poll_s(points: Sequence[Point]) -> float:
     return min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10))
 
 
+@refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 the runs are over, 2 there is no such run, 130 stopped by Ctrl-C: they stay where they are."""
     parser = argparse.ArgumentParser(
@@ -71,9 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = parser.parse_args(arguments)
     try:
         move(find_runs(words.paths), Console(soft_wrap=True))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     return 0

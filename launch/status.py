@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gpt.errors import ConfigError
+from gpt.errors import refusing
 from launch.jobs import SlurmJob
 from launch.point import Point, find_point, judge_by_ledger, look
 from launch.runs import find_runs
@@ -114,6 +114,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where Slurm did not answer and the table is from the ledgers alone, 2 where there is no run."""
     parser = argparse.ArgumentParser(prog="python -m launch.status", description="Show how runs stand.")
@@ -123,11 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
     words = parser.parse_args(arguments)
-    try:
-        points = [find_point(folder) for folder in find_runs(words.paths)]
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    points = [find_point(folder) for folder in find_runs(words.paths)]
     problem = look(points)
     if problem is not None:
         judge_by_ledger(points)

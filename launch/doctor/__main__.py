@@ -27,7 +27,7 @@ from submitit.core.utils import FailedJobError
 
 from gpt import compose
 from gpt.compose import CONFIG_ERRORS
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from launch.config import ClusterKind, Config
 from launch.doctor import candidates, facts, findings, machine
 from launch.doctor.facts import Facts, Request
@@ -161,15 +161,13 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
     return [*of_machine, *of_request, *measured], results
 
 
+@refusing
 def main(words: Sequence[str] | None = None) -> int:
     """Print the report, or JSON alone on standard output."""
     given = arguments(words)
     console = Console(soft_wrap=True, stderr=given.json)
     try:
         found, results = diagnose(given, console)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     status = int(findings.has_errors(found))

@@ -9,20 +9,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpt.errors import ConfigError
+from gpt.errors import refusing
 from launch.report import build, show, write
 
 
+@refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the report; returns the exit status: 0, or 2 where there is nothing to report or it cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m launch.report", description="The scaling report of a sweep.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with runs in it, or one run folder")
     folder = parser.parse_args(arguments).folder
-    try:
-        table = build(folder)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    table = build(folder)
     show(table, Console())
     for path in write(table, folder):
         print(f"written: {path}")

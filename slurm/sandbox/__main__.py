@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, refusing
 from slurm.sandbox import faults
 from slurm.sandbox.cluster import Cluster, NodeStatus
 from slurm.sandbox.commands import SandboxError
@@ -33,15 +33,13 @@ two clusters that know each other:
 """
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     """Do one subcommand; 0 where it succeeded, 1 where it failed, 2 where it was refused, 3 where nothing is up."""
     options = _parser().parse_args(arguments)
     command: Callable[[Cluster, argparse.Namespace], int] = options.command
     try:
         return command(Cluster(options.dir), options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except SandboxError as error:
         print(f"slurm.sandbox: {error}", file=sys.stderr)
         return 1
