@@ -1,0 +1,156 @@
+"""Is it the same model, however it is spread? The equivalence matrix: topologies down, properties across.
+
+    python benchmarks/equivalence.py                    # all of it, about half an hour on two cores
+    python benchmarks/equivalence.py --only tp,fsdp_tp  # some rows
+    python benchmarks/equivalence.py --write            # and keep it, in benchmarks/equivalence.md
+
+Every cell trains five steps on real processes (gloo) and compares with one process that takes the same global batch in
+one fp32 pass: the losses and gradient norms of all steps, every gradient of the first, every parameter after the last.
+The figure is the largest relative error of all these; tests demand 1e-5. Exit status 1 where a cell fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt.code import code_state
+from gpt.compose import compose_train, to_schema
+from gpt.config import TrainConfig
+from gpt.errors import ConfigError
+from gpt.metrics.environment import software
+from gpt.topology import topology
+from tests.distributed import RankFailedError, run_distributed
+from tests.parallel.learning import BATCH, MODELS, learn, learn_alone, start
+
+TOLERANCE = 1e-5
+FAILED = "failed"
+SIZE = ("model.n_layer=4", "model.n_head=8", "model.n_embd=64")
+PROPERTIES = {
+    "tied": MODELS["tied"],
+    "untied, GQA": ["model.tie_embeddings=false", "model.n_kv_head=4"],
+    "experts": MODELS["experts"],
+}
+ACCUMULATIONS = (1, 4)
+COLUMNS = [(model, accumulation) for model in PROPERTIES for accumulation in ACCUMULATIONS]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A topology, and on how many ranks it is tried."""
+
+    name: str
+    words: str
+    ranks: tuple[int, ...] = (2, 4)
+
+
+ROWS = (
+    Row("ddp", "parallel=ddp"),
+    Row("zero1", "parallel=zero1"),
+    Row("fsdp", "parallel=fsdp"),
+    Row("fsdp, not resharded", "parallel=fsdp parallel.reshard_after_forward=false"),
+    Row("hsdp 2 x 2", "parallel=hsdp parallel.dp_shard=2", (4,)),
+)
+
+
+def cell(rank: int, size: int, folder: Path, words: Sequence[str], accumulation: int) -> dict[str, Any] | str:
+    """What rank 0 sees of one run, or why there is none."""
+    try:
+        parallel = to_schema(compose_train(words), TrainConfig).parallel
+        micro = BATCH // (topology(parallel, size).data_ranks * accumulation)
+        run = start(rank, size, folder, *words, f"optim.micro_batch={micro}")
+    except ConfigError as error:
+        return f"{error.found}; expected {error.expected}"
+    assert run.batch.accumulation == accumulation
+    learned = learn(run)
+    return learned if rank == 0 else {}
+
+
+def cells(rank: int, size: int, folder: Path, words: list[str]) -> dict[tuple[str, int], dict[str, Any] | str]:
+    """The cells of a topology, on this rank."""
+    return {
+        (model, accumulation): cell(
+            rank, size, folder / f"{model}{accumulation}", [*SIZE, *PROPERTIES[model], *words], accumulation
+        )
+        for model, accumulation in COLUMNS
+    }
+
+
+def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest relative error of losses, norms, gradients and weights."""
+    errors = [
+        abs(a - b) / abs(b) for what in ("losses", "norms") for a, b in zip(found[what], expected[what], strict=True)
+    ]
+    for what in ("gradients", "weights"):
+        assert found[what].keys() == expected[what].keys(), what
+        errors += [float((found[what][n] - t).norm() / t.norm()) for n, t in expected[what].items()]
+    return max(errors)
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], bool]:
+    """The lines of the table and its footnotes, and whether every cell holds or says why not."""
+    heads = [f"{model}, {count} {'pass' if count == 1 else 'passes'}" for model, count in COLUMNS]
+    lines = [f"| topology | ranks | {' | '.join(heads)} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    notes: dict[str, int] = {}
+    good = True
+    with tempfile.TemporaryDirectory() as place:
+        models = {name: [*SIZE, *words] for name, words in PROPERTIES.items()}
+        alone = run_distributed(learn_alone, 1, Path(place) / "alone" / "runs", models)[0]
+        for which, size in [(row, size) for row in rows for size in row.ranks]:
+            began = time.monotonic()
+            found = measured(which, size, Path(place) / f"{which.name}{size}" / "runs")
+            shown = []
+            for model, accumulation in COLUMNS:
+                result = found[model, accumulation]
+                if isinstance(result, str):
+                    good = good and not result.startswith(FAILED)
+                    shown.append(f"[{notes.setdefault(result, len(notes) + 1)}]")
+                else:
+                    error = error_of(result, alone[model])
+                    good = good and error < TOLERANCE
+                    shown.append(f"{error:.0e}" if error < TOLERANCE else f"**{error:.0e}**")
+            lines.append(f"| {which.name} | {size} | {' | '.join(shown)} |")
+            print(f"{lines[-1]}  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return [*lines, "", *(f"[{number}] {note}\n" for note, number in notes.items())], good
+
+
+def measured(which: Row, size: int, folder: Path) -> dict[tuple[str, int], dict[str, Any] | str]:
+    """The cells of a row on ``size`` ranks; all of them failed where one rank did."""
+    try:
+        found: dict[tuple[str, int], Any] = run_distributed(cells, size, folder, which.words.split(), timeout_s=900)[0]
+    except RankFailedError as failure:
+        print(failure, file=sys.stderr)
+        return dict.fromkeys(COLUMNS, f"{FAILED}: {str(failure).strip().splitlines()[-1]}")
+    return found
+
+
+def main() -> int:
+    """Exit status: 0, or 1 where a cell does not hold."""
+    parser = argparse.ArgumentParser(description="The equivalence matrix.")
+    parser.add_argument("--only", default="", metavar="ROW,ROW", help="names of topologies; default: all")
+    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/equivalence.md")
+    words = parser.parse_args()
+    names = words.only.split(",") if words.only else [which.name for which in ROWS]
+    lines, good = table([which for which in ROWS if which.name in names])
+    known = software()
+    versions = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "deepspeed") if name in known)
+    commit = code_state().get("commit", "unknown")[:7]
+    text = "\n".join(
+        [f"{time.strftime('%Y-%m-%d')}, {versions}, gloo, one thread a rank, commit {commit}.", "", *lines]
+    )
+    print(text)
+    if words.write:
+        about = (__doc__ or "").split("\n\n")[2]
+        page = f"# The equivalence matrix\n\n`python benchmarks/equivalence.py --write`. {about}\n{text}\n"
+        Path(__file__).with_suffix(".md").write_text(page)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
