@@ -179,9 +179,7 @@ def set_up(run: Run) -> dict[str, Any]:
     """What is trained and how, with the counts that follow from the config."""
     config, batch, ranks = run.config, run.batch, run.world.size
     model = config.model
-    planned = memory.per_rank(
-        model, config.optim, config.parallel, ranks, batch.micro, config.precision, config.recompute
-    )
+    planned = memory.per_rank(config, run.layout, batch)
     return {
         "world_size": ranks,
         "topology": run.layout.as_dict(),

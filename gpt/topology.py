@@ -47,6 +47,11 @@ class Topology:
         """Ranks that work on the same samples."""
         return self.pp * self.cp * self.tp
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks of a copy share its parameters, rather than each holding its own."""
+        return self.strategy in ("fsdp", "hsdp")
+
     def data_rank(self, rank: int) -> int:
         """Which of the ``data_ranks`` parts of a batch a rank works on."""
         return rank // (self.cp * self.tp) % self.data_ranks

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from launch.config import Config
-from launch.plan import Plan, plan_text
+from launch.plan import Plan
+from launch.plan_text import plan_text
 from launch.submit import sbatch_text, shapes
 from launch.worst_case import worst_case_text
 

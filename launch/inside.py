@@ -25,7 +25,8 @@ from gpt.run_folder import RunFolder, write_json
 from launch import agent
 from launch.config import ClusterKind, Config
 from launch.node import Node
-from launch.plan import Plan, make_plan, plan_text
+from launch.plan import Plan, make_plan
+from launch.plan_text import plan_text
 from launch.submit import record_submitted
 
 

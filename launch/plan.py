@@ -6,28 +6,24 @@ Plan; the run folder keeps it as ``plan.json``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gpt import compose
 from gpt.accounting import flops, memory, parameters
 from gpt.batch import Batch, cut
 from gpt.composition import lay_out
-from gpt.config import Device, nearest_divisor
+from gpt.config import nearest_divisor
 from gpt.data.corpus import check_fit, describe
 from gpt.errors import ConfigError
 from gpt.interchange.source import check_init_from
 from gpt.topology import Topology
-from launch import placement, snapshot
-from launch.budget import Use, words
+from launch import snapshot
+from launch.capacity import refuse_what_does_not_fit
 from launch.config import NOT_IN_POINT, ClusterKind, Config
 from launch.placement import Placement
 from launch.resources import place, worst_case
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -116,54 +112,64 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     batch = cut_batch(config, layout)
     corpus = describe(config.data, config.data_cache)
     check_fit(corpus, config.model, config.eval.sequences)
-    counted = parameters.count(config.model)
-    needed = memory.per_rank(
-        config.model,
-        config.optim,
-        config.parallel,
-        config.world_size,
-        batch.micro,
-        config.precision,
-        config.recompute,
-    )
-    if kind is ClusterKind.local:
-        refuse_local_spares(config)
-        refuse_too_few_gpus(config, local_gpus())
-    refuse_too_little_memory(config, needed.total, kind)
+    needed = memory.per_rank(config, layout, batch)
+    refuse_what_does_not_fit(config, needed.total, kind)
     code = snapshot.place(folder.path) if config.snapshot else None
-    placed = place(config, code)
-    worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
         point=folder.point,
         run_dir=str(folder.path),
-        cluster=kind.name,
-        nodes=config.nodes,
-        spares=config.spares,
-        ranks_per_node=config.ranks_on_node,
-        world_size=config.world_size,
         topology=layout.as_dict(),
-        global_batch=batch.global_batch,
-        micro_batch=batch.micro,
-        accumulation=batch.accumulation,
-        block_size=config.model.block_size,
-        max_steps=config.optim.max_steps,
-        tokens_per_step=batch.global_batch * config.model.block_size,
-        tokens_total=batch.global_batch * config.model.block_size * config.optim.max_steps,
-        model=config.model.name,
-        parameters=counted.total,
-        parameters_non_embedding=counted.non_embedding,
-        parameters_active=counted.active,
-        flops_per_token=flops.training_flops_per_token(config.model).palm,
-        memory_bytes=memory_parts(needed),
+        memory_bytes={**asdict(needed), "total": needed.total},
         data=str(corpus),
-        timeout_min=config.cluster.timeout_min,
-        node_hours=worst.node_hours,
-        gpu_hours=worst.gpu_hours,
-        cost=worst.cost,
-        slurm=placed.candidates[0].slurm,
-        placement=placed,
         code=None if code is None else str(code),
+        **of_model(config),
+        **of_batch(config, batch),
+        **of_nodes(config, kind, place(config, code)),
     )
+
+
+def of_model(config: Config) -> dict[str, Any]:
+    """The fields of a plan that say what is trained."""
+    counted = parameters.count(config.model)
+    return {
+        "model": config.model.name,
+        "parameters": counted.total,
+        "parameters_non_embedding": counted.non_embedding,
+        "parameters_active": counted.active,
+        "flops_per_token": flops.training_flops_per_token(config.model).palm,
+    }
+
+
+def of_batch(config: Config, batch: Batch) -> dict[str, Any]:
+    """The fields of a plan that say how much is trained on."""
+    tokens_per_step = batch.global_batch * config.model.block_size
+    return {
+        "global_batch": batch.global_batch,
+        "micro_batch": batch.micro,
+        "accumulation": batch.accumulation,
+        "block_size": config.model.block_size,
+        "max_steps": config.optim.max_steps,
+        "tokens_per_step": tokens_per_step,
+        "tokens_total": tokens_per_step * config.optim.max_steps,
+    }
+
+
+def of_nodes(config: Config, kind: ClusterKind, placed: Placement) -> dict[str, Any]:
+    """The fields of a plan that say where it runs, and what that uses at worst."""
+    worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
+    return {
+        "cluster": kind.name,
+        "nodes": config.nodes,
+        "spares": config.spares,
+        "ranks_per_node": config.ranks_on_node,
+        "world_size": config.world_size,
+        "timeout_min": config.cluster.timeout_min,
+        "node_hours": worst.node_hours,
+        "gpu_hours": worst.gpu_hours,
+        "cost": worst.cost,
+        "slurm": placed.candidates[0].slurm,
+        "placement": placed,
+    }
 
 
 def cut_batch(config: Config, layout: Topology) -> Batch:
@@ -181,96 +187,3 @@ def cut_batch(config: Config, layout: Topology) -> Batch:
             f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
         )
     return cut(config.optim, ranks)
-
-
-def memory_parts(needed: memory.Memory) -> dict[str, int]:
-    """Bytes per rank by kind, and their total."""
-    return {**{k: int(v) for k, v in asdict(needed).items()}, "total": int(needed.total)}
-
-
-def refuse_local_spares(config: Config) -> None:
-    """Raise ConfigError where spares would be agents on the machine that they should stand in for."""
-    if config.spares:
-        raise ConfigError(
-            f"spares={config.spares} with agents on this machine (cluster=local)",
-            "a Slurm cluster: nodes on one machine are lost together",
-            "spares=0, or cluster=slurm",
-        )
-
-
-def local_gpus() -> int:
-    """GPUs of this machine that may be used, counted without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([word for word in visible.split(",") if word.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-
-
-def refuse_too_few_gpus(config: Config, gpus: int) -> None:
-    """Raise ConfigError where local ranks would have to share GPUs, or there are none and cuda was asked for."""
-    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
-        return
-    if config.world_size > gpus:
-        raise ConfigError(
-            f"nodes={config.nodes} x {config.ranks_on_node} ranks = {config.world_size} ranks on a machine with {gpus} "
-            "GPUs",
-            "a GPU for each rank",
-            "device=cpu" if gpus == 0 else f"nodes=1 ranks_per_node={gpus}, or device=cpu",
-        )
-
-
-def refuse_too_little_memory(config: Config, needed: float, kind: ClusterKind) -> None:
-    """Raise ConfigError where the memory that is known cannot hold the run."""
-    if kind is ClusterKind.local and (config.device is Device.cpu or local_gpus() == 0):
-        have, ranks, where = available_memory(), config.world_size, "free on this machine"
-    elif config.cluster.gpu_memory_gib is not None:
-        have, ranks, where = int(config.cluster.gpu_memory_gib * GIB), 1, "on a GPU (cluster.gpu_memory_gib)"
-    else:
-        return
-    if ranks * needed > have:
-        total = f"{ranks} ranks x {needed / GIB:.2f} GiB = {ranks * needed / GIB:.2f} GiB"
-        raise ConfigError(
-            f"{total}, and {have / GIB:.2f} GiB {where}",
-            "a run that fits",
-            "parallel=fsdp, optim.micro_batch=1, or a smaller model",
-        )
-
-
-def available_memory() -> int:
-    """Bytes of memory that this machine can give without swapping (MemAvailable of /proc/meminfo)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/meminfo has no MemAvailable")
-
-
-def active_text(plan: Plan) -> str:
-    """How many parameters a token is computed with, where that is not all of them."""
-    return f", {plan.parameters_active:,} active for a token" if plan.parameters_active != plan.parameters else ""
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan as a person reads it."""
-    mem = plan.memory_bytes
-    parts = ", ".join(f"{k} {v / GIB:.3f}" for k, v in mem.items() if k != "total" and v)
-    gpus = "" if plan.gpu_hours is not None else ", no GPUs asked for"
-    ranks = "rank" if plan.world_size == 1 else "ranks"
-    spares = f", and {plan.spares} spare" if plan.spares else ""
-    rows = {
-        "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
-        "topology": " ".join(f"{k}={v}" for k, v in plan.topology.items()),
-        "model": f"{plan.model}: {plan.parameters:,} parameters ({plan.parameters_non_embedding:,} without "
-        f"embeddings{active_text(plan)}), {plan.flops_per_token / 1e9:.3g} GFLOP a token",
-        "batch": f"{plan.global_batch} sequences x {plan.block_size} tokens, on each rank {plan.accumulation} passes "
-        f"of {plan.micro_batch}",
-        "tokens": f"{plan.tokens_per_step:,} a step, {plan.tokens_total:,} in {plan.max_steps} steps",
-        "memory": f"{mem['total'] / GIB:.3f} GiB per rank ({parts})",
-        "data": plan.data,
-        "worst case": f"{words(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
-        f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
-        "folder": plan.run_dir,
-    }
-    rows |= {"code": plan.code} if plan.code else {}
-    lines = [f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())]
-    lines += [f"  {'warning':<11} {warning}" for warning in plan.warnings]
-    return "\n".join([*lines, *placement.text(plan.placement)])

@@ -178,7 +178,7 @@ def start_local(plan: Plan) -> LocalJob:
 
 def visible_gpus() -> list[int]:
     """Indices of the GPUs that local runs may use; submitit hides all others."""
-    from launch.plan import local_gpus
+    from launch.capacity import local_gpus
 
     words = os.environ.get("CUDA_VISIBLE_DEVICES")
     if words is not None:

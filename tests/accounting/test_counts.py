@@ -23,7 +23,8 @@ from gpt.metrics.panel import architecture
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind, Config
 from launch.inside import compose_launch
-from launch.plan import make_plan, plan_text
+from launch.plan import make_plan
+from launch.plan_text import plan_text
 from tests.model.small import configs
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))

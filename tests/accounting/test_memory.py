@@ -15,7 +15,8 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from gpt.accounting.memory import GIB, Memory, activations, matmul_weights, per_rank
+from gpt.accounting.memory import GIB, Memory, activations, cast_elements, per_rank, pieces
+from gpt.batch import cut
 from gpt.config import (
     AttentionBackend,
     ModelConfig,
@@ -23,8 +24,10 @@ from gpt.config import (
     ParallelConfig,
     Precision,
     Strategy,
+    TrainConfig,
 )
 from gpt.model.gpt import GPT
+from gpt.topology import Topology, topology
 from tests.distributed import run_distributed
 from tests.model.small import LLAMA, MOE, configs, label, random_tokens, small, variants
 
@@ -42,7 +45,10 @@ def memory(
     optim = OptimConfig(
         max_steps=1, global_batch=ranks * MICRO * accumulation, micro_batch=MICRO, lr=1e-3, min_lr=0.0, warmup_steps=0
     )
-    return per_rank(config, optim, ParallelConfig(strategy, reshard_after_forward=reshard), ranks, MICRO, precision)
+    parallel = ParallelConfig(strategy, reshard_after_forward=reshard)
+    layout = topology(parallel, ranks)
+    trained = TrainConfig(model=config, optim=optim, parallel=parallel, precision=precision)
+    return per_rank(trained, layout, cut(optim, layout.data_ranks))
 
 
 def trained_one_step(model: nn.Module, tokens_BT: Tensor) -> torch.optim.AdamW:
@@ -112,7 +118,7 @@ def saved_bytes(config: ModelConfig, sequences: int, precision: Precision) -> in
 
 
 def expected_bytes(config: ModelConfig, sequences: int, precision: Precision) -> int:
-    casts = 2 * matmul_weights(config) if precision is Precision.bf16 else 0
+    casts = 2 * cast_elements(pieces(config, Topology("ddp", 1, 1))) if precision is Precision.bf16 else 0
     return activations(config, sequences, precision) + casts
 
 

@@ -20,7 +20,7 @@ from launch import snapshot
 from launch.config import Config
 from launch.forewarn import forewarn
 from launch.inside import compose_launch
-from launch.plan import plan_text
+from launch.plan_text import plan_text
 from launch.submit import sbatch_text
 from tests.commands import ROOT, TINY, descendants, ranks_of, run, start, wait_for
 from tests.launch.test_dry_run import plan

@@ -21,7 +21,8 @@ from launch.dry_run import elsewhere
 from launch.jobs import SlurmJob, Standing
 from launch.mover import Pending, claim, is_current, promised
 from launch.placement import Candidate, Placement, decide, waiting_since
-from launch.plan import Plan, plan_text
+from launch.plan import Plan
+from launch.plan_text import plan_text
 from launch.point import Point, adopt_job, find_point, judge
 from launch.scheduler import JobState
 from launch.submit import record_submitted, sbatch_text, shapes

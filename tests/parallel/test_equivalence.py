@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpt.batch import cut
 from gpt.compose import compose_train, to_schema
+from gpt.composition import lay_out
 from gpt.config import TrainConfig
 from gpt.resume import save
 from tests.distributed import run_distributed
@@ -110,7 +112,8 @@ def test_memory_falls_as_the_plan_says(size: int, tmp_path: Path) -> None:
     held = run_distributed(moments, size, tmp_path / "runs")
     for strategy in CROSSED:
         config = to_schema(compose_train([*TINY, *STRATEGIES[strategy], "optim.micro_batch=2"]), TrainConfig)
-        said = memory.per_rank(config.model, config.optim, config.parallel, size, 2, config.precision)
+        layout = lay_out(config, size)
+        said = memory.per_rank(config, layout, cut(config.optim, layout.data_ranks))
         most = [max(rank[strategy][i] for rank in held) for i in (0, 1)]
         assert most[1] == said.parameters + said.gradients, strategy
         assert most[0] == said.optimizer - count_of_steps(config), strategy

@@ -1,133 +1,13 @@
-"""How much memory one rank needs for training, from the configs alone.
+"""What a forward pass keeps for its backward pass, tensor by tensor.
 
-Torch-free. Counts tensors: not the device's context, nor what the allocator and the communication library keep, so a
-plan should leave some tenths of a device free. Must not know how much memory any device has.
-
-D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers, E
-experts.
+D width, H heads, K key-value heads, C head width, F inner width of the ffn, T block size, L layers, E experts.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
-
 from gpt.accounting.flops import expert_rows
-from gpt.accounting.parameters import Shapes, block_shapes, outer_shapes, size
-from gpt.batch import cut
-from gpt.config import (
-    Activation,
-    AttentionBackend,
-    Ffn,
-    ModelConfig,
-    Norm,
-    NormPosition,
-    OptimConfig,
-    ParallelConfig,
-    Precision,
-    Recompute,
-    Strategy,
-)
-from gpt.topology import topology
-
-FP32, BF16, INT64 = 4, 2, 8
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank around the start of the backward pass, where training needs most.
-
-    Within 2 % of what was measured with ddp on small models, and up to a third above it with fsdp, where the gradients
-    grow only while the activations shrink, and where the residual stream may be bf16 as well.
-    """
-
-    parameters: int
-    """Master weights, fp32."""
-    gradients: int
-    optimizer: int
-    """Both moments of AdamW, fp32, and its step counts."""
-    compute_weights: int
-    """Weights gathered or cast to be computed with, and whole gradients that wait to be reduced."""
-    activations: int
-    """What the forward pass keeps for the backward pass."""
-    logits: int
-    """Log-softmax of the logits, the loss's gradient with respect to it, and that with respect to the logits: fp32."""
-
-    @property
-    def total(self) -> int:
-        """All of it, bytes."""
-        return sum(getattr(self, part.name) for part in fields(self))
-
-    @property
-    def total_gib(self) -> float:
-        """All of it, GiB."""
-        return self.total / GIB
-
-
-def per_rank(
-    model: ModelConfig,
-    optim: OptimConfig,
-    parallel: ParallelConfig,
-    ranks: int,
-    micro_batch: int,
-    precision: Precision,
-    recompute: Recompute = Recompute.none,
-) -> Memory:
-    """Memory of one of ``ranks`` ranks, ``micro_batch`` sequences a pass, for AdamW over fp32 master weights.
-
-    ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
-    and 8 for the moments; zero1 the n-th part of the moments; fsdp of all three, every tensor cut along its first
-    dimension and padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). Beside that, see
-    ``compute_weights``, ``activations`` and ``logits``.
-    """
-    layout = topology(parallel, ranks)
-    moments_cuts = ranks if parallel.strategy is Strategy.zero1 else layout.dp_shard
-    accumulates = cut(optim, ranks).per_rank > micro_batch
-    block, around = block_shapes(model), outer_shapes(model)
-    elements, moments = (
-        model.n_layer * shard_size(block, cuts) + shard_size(around, cuts) for cuts in (layout.dp_shard, moments_cuts)
-    )
-    tensors = model.n_layer * len(block) + len(around)
-    tokens = micro_batch * model.block_size
-    return Memory(
-        parameters=FP32 * elements,
-        gradients=FP32 * elements,
-        optimizer=2 * FP32 * moments + FP32 * tensors,
-        compute_weights=compute_weights(model, parallel, precision, accumulates),
-        activations=activations(model, micro_batch, precision, recompute),
-        logits=3 * FP32 * tokens * model.padded_vocab,
-    )
-
-
-def shard_size(shapes: Shapes, cuts: int) -> int:
-    """Elements that one of ``cuts`` ranks holds: the largest slice of every tensor, to which the others are padded."""
-    return sum(-(-shape[0] // cuts) * math.prod(shape[1:]) for shape in shapes.values())
-
-
-def compute_weights(model: ModelConfig, parallel: ParallelConfig, precision: Precision, accumulates: bool) -> int:
-    """Bytes of weights beside the master weights, and of whole gradients beside the sharded ones.
-
-    ddp in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. fsdp: what is outside the blocks
-    stays gathered for the whole pass; of the blocks two are (one computes while the next arrives), or all of them where
-    they are not resharded after the forward pass; one block's gradient is whole until it is reduced. Where gradients
-    accumulate over several passes they are not reduced in between, so all of them are whole, in fp32.
-    """
-    block, around = size(block_shapes(model)), size(outer_shapes(model))
-    width = BF16 if precision is Precision.bf16 else FP32
-    if parallel.strategy is not Strategy.fsdp:
-        return BF16 * matmul_weights(model) if precision is Precision.bf16 else 0
-    gathered = min(2, model.n_layer) if parallel.reshard_after_forward else model.n_layer
-    whole = FP32 * (model.n_layer * block + around) if accumulates else width * block
-    return width * (around + gathered * block) + whole
-
-
-def matmul_weights(model: ModelConfig) -> int:
-    """Elements of all matrices that autocast casts: those that activations are multiplied with, the output matrix among
-    them, the router, which computes in fp32, not."""
-    shapes = block_shapes(model).items()
-    matrices: Shapes = {name: shape for name, shape in shapes if len(shape) > 1 and name != "ffn.router.weight"}
-    return model.n_layer * size(matrices) + model.padded_vocab * model.n_embd
+from gpt.accounting.memory.units import BF16, FP32, INT64
+from gpt.config import Activation, AttentionBackend, Ffn, ModelConfig, Norm, NormPosition, Precision, Recompute
 
 
 def activations(model: ModelConfig, sequences: int, precision: Precision, recompute: Recompute = Recompute.none) -> int:

@@ -1,0 +1,18 @@
+"""How much memory one rank needs for training, from the configs alone.
+
+Torch-free. Counts tensors: not the device's context, nor what the allocator and the communication library keep, so a
+plan should leave some tenths of a device free. Must not know how much memory any device has.
+
+``pieces`` is exact: which part of each parameter a rank holds. ``activations`` is what a forward pass keeps. ``rank``
+puts them together.
+
+D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers, E
+experts.
+"""
+
+from gpt.accounting.memory.activations import activations
+from gpt.accounting.memory.pieces import cast_elements, pieces
+from gpt.accounting.memory.rank import Memory, per_rank
+from gpt.accounting.memory.units import BF16, FP32, GIB
+
+__all__ = ["BF16", "FP32", "GIB", "Memory", "activations", "cast_elements", "per_rank", "pieces"]
