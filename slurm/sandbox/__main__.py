@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("node", nargs="+", help="a node's name, such as n3")
     link.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="megabits a second")
     link.add_argument("--loss-percent", type=float, metavar="PERCENT", help="packets that get lost")
-    link.add_argument("--latency-ms", type=float, metavar="MS", help="delay; refused where the kernel has no netem")
+    link.add_argument("--latency-ms", type=float, metavar="MS", help="delay of a packet; a round trip takes two")
     preempt = add("preempt", _preempt, "submit a job that preempts a running one, and print its id")
     preempt.add_argument("job", help="the id of a running job")
     preempt.add_argument("--seconds", type=int, default=5, help="how long the new job keeps the nodes (%(default)s)")

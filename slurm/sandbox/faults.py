@@ -66,7 +66,7 @@ def link(
 ) -> None:
     """Limit a node's cable, in each direction: megabits a second, percent of packets lost, milliseconds of delay.
 
-    What is None is unlimited. ConfigError for a delay where the kernel has no netem.
+    What is None is unlimited.
     """
     with records.locked(cluster.directory):
         state = _open_running(cluster, "link", name)

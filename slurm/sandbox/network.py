@@ -100,11 +100,13 @@ def build_on_one_host(state: State) -> None:
 
 def remove(state: State) -> None:
     """Take the bridge and all cables away, where they are there."""
-    for name in (*(cable(state, node) for node in state.nodes), state.bridge):
-        _delete(name)
+    for node in state.nodes:
+        delete(cable(state, node))
+        delete(second_cable(state, node)[1])
+    delete(state.bridge)
 
 
-def _delete(name: str) -> None:
+def delete(name: str) -> None:
     """Take an interface away. One that goes by itself, as its far end's namespace ends, is only waited for."""
 
     def is_gone() -> bool:
@@ -126,6 +128,15 @@ def cable(state: State, node: str) -> str:
     return f"{state.bridge}{node}"
 
 
+def second_cable(state: State, node: str) -> tuple[str, str]:
+    """The ends of what lies between a node's cable and the bridge where something stands in between, the bridge's last.
+
+    Names of interfaces have 15 letters at the most, and a cable's may have as many.
+    """
+    rest = cable(state, node).removeprefix("ssb")
+    return f"ssp{rest}", f"ssd{rest}"
+
+
 def plug_in(state: State, node: str, pid: int) -> None:
     """Lay a cable from the bridge to eth0 in the network namespace of a process."""
     unplug(state, node)
@@ -136,7 +147,7 @@ def plug_in(state: State, node: str, pid: int) -> None:
 
 def unplug(state: State, node: str) -> None:
     """Take a node's cable away, where there is one."""
-    _delete(cable(state, node))
+    delete(cable(state, node))
 
 
 def set_link(state: State, node: str, *, up: bool) -> None:

@@ -10,7 +10,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from slurm.sandbox import network, processes
+from slurm.sandbox import delay, network, processes
 from slurm.sandbox.commands import SandboxError, clean_environment, wait_until
 from slurm.sandbox.processes import Process
 from slurm.sandbox.state import State
@@ -68,6 +68,7 @@ def switch_off(state: State, name: str) -> None:
     if owner is not None:
         # slurmd that is still registering ignores SIGTERM, so nothing waits for it to be polite.
         processes.end(owner, grace_s=0)
+    delay.remove(state, name)
     state.disown(name)
 
 

@@ -1,4 +1,4 @@
-"""What slows a node's cable down: less bandwidth (tbf), packets lost (nftables), delay (netem), in both directions.
+"""What slows a node's cable down: less bandwidth (tbf), packets lost (nftables), delay (netem, or a program of ours).
 
 Owns the words for tc and nft. Must not know Slurm. Delay and loss hold for each direction, so a round trip meets both.
 """
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 
 from gpt.errors import ConfigError
-from slurm.sandbox import packages
+from slurm.sandbox import delay, packages
 from slurm.sandbox.commands import SandboxError, run, search_path
 from slurm.sandbox.network import cable
 from slurm.sandbox.state import State
@@ -29,16 +29,16 @@ def shape(
 ) -> None:
     """Give a node's cable these limits in place of those it had; what is None is unlimited.
 
-    Raises ConfigError, with the cable unlimited again, for values that cannot be, and for a delay where the kernel
-    has no netem.
+    Raises ConfigError for values that cannot be.
     """
     _check(bandwidth_mbit, loss_percent, latency_ms)
     _clear(state, node)
+    by_kernel = bool(latency_ms) and _kernel_delays(state, node, latency_ms or 0.0)
+    if latency_ms and not by_kernel:
+        delay.insert(state, node, latency_ms)
     for end in _ends(state, node):
-        if latency_ms:
-            _delay(state, node, end, latency_ms)
         if bandwidth_mbit is not None:
-            parent = ["parent", "1:1"] if latency_ms else ["root"]
+            parent = ["parent", "1:1"] if by_kernel else ["root"]
             # A bucket smaller than a burst between two timer ticks (4 ms at 250 Hz) would never reach the rate.
             burst = max(65536, int(bandwidth_mbit * 1e6 / 8 * 0.004))
             rate = f"{int(bandwidth_mbit * 1000)}kbit"
@@ -70,6 +70,7 @@ def _ends(state: State, node: str) -> Iterator[list[str]]:
 
 
 def _clear(state: State, node: str) -> None:
+    delay.remove(state, node)
     for *inside, device in _ends(state, node):
         queues = json.loads(run([*inside, "tc", "-json", "qdisc", "show", "dev", device, "root"]))
         if any(queue["kind"] in ("tbf", "netem") for queue in queues):
@@ -78,17 +79,17 @@ def _clear(state: State, node: str) -> None:
         run([*_inside(state, node), "nft", "-f", "-"], stdin=EMPTY_TABLE)
 
 
-def _delay(state: State, node: str, end: list[str], latency_ms: float) -> None:
-    delay = ["netem", "delay", f"{int(latency_ms * 1000)}us", "limit", "100000"]
-    try:
-        run([*end[:-1], "tc", "qdisc", "add", "dev", end[-1], "root", "handle", "1:", *delay])
-    except SandboxError as error:
-        _clear(state, node)
-        raise ConfigError(
-            found=f"--latency-ms {latency_ms:g}, and this kernel has no netem ({error})",
-            expected="a kernel with CONFIG_NET_SCH_NETEM, the only thing here that can delay a packet",
-            fix=f"python -m slurm.sandbox link {node} --bandwidth-mbit 100",
-        ) from error
+def _kernel_delays(state: State, node: str, latency_ms: float) -> bool:
+    """Delay both directions of a cable by netem; False, and nothing done, where this kernel has none."""
+    netem = ["netem", "delay", f"{int(latency_ms * 1000)}us", "limit", "100000"]
+    for *inside, device in _ends(state, node):
+        try:
+            run([*inside, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", *netem])
+        except SandboxError as error:
+            if "qdisc kind is unknown" not in str(error):
+                raise
+            return False
+    return True
 
 
 def _lose(state: State, node: str, loss_percent: float) -> None:
