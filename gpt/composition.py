@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from gpt.config import Strategy, TrainConfig
 from gpt.errors import ConfigError
+from gpt.expert_layout import check_expert
 from gpt.topology import Topology, topology
 
 
@@ -48,11 +49,6 @@ def check_pipeline(config: TrainConfig, layout: Topology) -> None:
 def check_context(config: TrainConfig, layout: Topology) -> None:
     """Raise ConfigError where a sequence cannot be shared by ``cp`` ranks."""
     refuse("cp", layout)
-
-
-def check_expert(config: TrainConfig, layout: Topology) -> None:
-    """Raise ConfigError where the experts cannot be dealt out to ``ep`` ranks."""
-    refuse("ep", layout)
 
 
 def refuse(name: str, layout: Topology) -> None:

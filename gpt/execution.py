@@ -21,6 +21,8 @@ aten = torch.ops.aten
 MATRIX_PRODUCTS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default}
 )
+EXCHANGES = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
+"""Rows sent to experts on other ranks, and back: waiting for other ranks costs more than the memory."""
 ATTENTION_KERNELS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -57,12 +59,12 @@ def context_of(config: TrainConfig) -> dict[str, Any]:
     """What distinguishes selective from full recomputation in torch's words."""
     if config.recompute is Recompute.full:
         return {}
-    kept = MATRIX_PRODUCTS if config.model.dropout else MATRIX_PRODUCTS | ATTENTION_KERNELS
+    kept = MATRIX_PRODUCTS | EXCHANGES if config.model.dropout else MATRIX_PRODUCTS | EXCHANGES | ATTENTION_KERNELS
     return {"context_fn": partial(create_selective_checkpoint_contexts, partial(keep, kept))}
 
 
 def keep(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    """Keep the costly results: matrix products, and attention unless it draws random numbers.
+    """Keep the costly results: matrix products, exchanges, and attention unless it draws random numbers.
 
     The choice of Korthikanti et al. (arXiv 2205.05198, section 5) turned round: there attention was the part with much
     memory and little arithmetic; a fused kernel made it the other way. An operation that is not repeated draws nothing

@@ -94,10 +94,12 @@ def topology(parallel: ParallelConfig, world_size: int) -> Topology:
             "copies of the model that are shared by equally many ranks",
             f"parallel.dp_shard={nearest_divisor(data_ranks, shard)}",
         )
-    experts_among = shard if shard > 1 else data_ranks
+    # Under fsdp inside one copy, whose experts fsdp cuts further over the ranks that are left.
+    experts_among = shard if parallel.strategy is Strategy.fsdp else data_ranks
     if experts_among % parallel.ep:
+        where = " in one copy of the model" if experts_among < data_ranks else ""
         raise ConfigError(
-            f"parallel.ep={parallel.ep} with {experts_among} ranks that see different samples",
+            f"parallel.ep={parallel.ep} with {experts_among} ranks that see different samples{where}",
             f"a divisor of {experts_among}",
             f"parallel.ep={nearest_divisor(experts_among, parallel.ep)}",
         )

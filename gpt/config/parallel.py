@@ -41,7 +41,9 @@ class ParallelConfig:
     cp: int = 1
     """Context parallelism: ranks that share each sequence."""
     ep: int = 1
-    """Expert parallelism: ranks that see different samples and deal out the experts among themselves."""
+    """Expert parallelism (arXiv 2006.16668): ranks that see different samples and deal out the experts among
+    themselves; the rest of the model is spread as without. Divides model.n_expert, and the number of ranks that see
+    different samples (with fsdp, of those that share one copy of the model)."""
     timeout_s: int = 600
     """Seconds after which a collective that does not complete fails the run."""
 

@@ -32,15 +32,25 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """(R, D) -> (R, D), the rows of expert e being those from ``ends_E[e - 1]`` to ``ends_E[e]``, int32."""
+        return self.apply_to(x_RD, ends_E, self.gate, self.up, self.down)
+
+    def apply_to(
+        self, x_RD: Tensor, ends_E: Tensor, gate_EFD: Tensor | None, up_EFD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        """The same with the matrices given: those of all experts, or of the ones that are held here."""
         # torch.autocast does not know grouped products; cast here, the rows are kept once for both matrices.
-        if autocasts(x_RD.device):
-            x_RD = x_RD.to(torch.get_autocast_dtype(x_RD.device.type))
-        up_RF = self.product(x_RD, self.up, ends_E)
-        if self.gate is None:
+        x_RD = autocast_rows(x_RD)
+        up_RF = self.product(x_RD, up_EFD, ends_E)
+        if gate_EFD is None:
             inner_RF = self.activation(up_RF)
         else:
-            inner_RF = self.activation(self.product(x_RD, self.gate, ends_E)) * up_RF
-        return self.product(inner_RF, self.down, ends_E)
+            inner_RF = self.activation(self.product(x_RD, gate_EFD, ends_E)) * up_RF
+        return self.product(inner_RF, down_EDF, ends_E)
+
+
+def autocast_rows(x_RD: Tensor) -> Tensor:
+    """The rows in the precision of torch.autocast where it is on."""
+    return x_RD.to(torch.get_autocast_dtype(x_RD.device.type)) if autocasts(x_RD.device) else x_RD
 
 
 def autocasts(device: torch.device) -> bool:

@@ -40,6 +40,11 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)
         self.auxiliary_scale: float | None = None
 
+    @property
+    def has_fixed_places(self) -> bool:
+        """Whether every expert is given equally many rows, some of them empty, instead of those that chose it."""
+        return self.training and self.config.capacity_factor is not None
+
     def reset_buffers(self) -> None:
         """Forget the tokens counted so far; needed once after ``to_empty``."""
         self.counts.zero_()
@@ -52,7 +57,7 @@ class MixtureOfExperts(nn.Module):
         if self.config.normalizes_experts:
             weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
         taken_BTE = torch.zeros_like(scores_BTE, dtype=torch.int32).scatter_(-1, chosen_BTK, 1)
-        if self.training and self.config.capacity_factor is not None:
+        if self.has_fixed_places:
             y_BTKD = self.with_capacity(x_BTD, chosen_BTK, taken_BTE)
         else:
             y_BTKD = self.dropless(x_BTD, chosen_BTK, taken_BTE)
@@ -79,11 +84,10 @@ class MixtureOfExperts(nn.Module):
     def dropless(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
         """What its K experts make of each token: (B, T, K, D). Rows are sorted by expert, and put back."""
         order_R = chosen_BTK.flatten().argsort(stable=True)
-        back_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         ends_E = taken_BTE.sum((0, 1)).cumsum(0).to(torch.int32)
         # A token's copies are made before they are sorted, so that their gradients are summed in one order always.
-        y_RD = self.experts(copies(x_BTD, chosen_BTK).index_select(0, order_R), ends_E)
-        return y_RD.index_select(0, back_R).unflatten(0, chosen_BTK.shape)
+        y_RD = self.give_to_experts(copies(x_BTD, chosen_BTK).index_select(0, order_R), ends_E)
+        return y_RD.index_select(0, inverse(order_R)).unflatten(0, chosen_BTK.shape)
 
     def with_capacity(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
         """The same with a fixed number of places for each expert in each sequence; zero where a token found none."""
@@ -98,8 +102,15 @@ class MixtureOfExperts(nn.Module):
         # index_put keeps nothing for the backward pass but the places.
         x_RD = x_BTD.new_zeros(rows + 1, x_BTD.size(-1)).index_put((place_N,), copies(x_BTD, chosen_BTK))
         ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_BTD.device) * (sequences * places)
-        y_RD = F.pad(self.experts(x_RD[:-1], ends_E), (0, 0, 0, 1))
+        y_RD = F.pad(self.give_to_experts(x_RD[:-1], ends_E), (0, 0, 0, 1))
         return y_RD.index_select(0, place_N).unflatten(0, chosen_BTK.shape)
+
+    def give_to_experts(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """What the experts make of rows that are sorted by expert, those of expert e ending at ``ends_E[e]``.
+
+        Replaced from outside where other processes hold some of the experts.
+        """
+        return self.experts(x_RD, ends_E)
 
     def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
         """Balance loss and z-loss, summed over the sequences and scaled.
@@ -118,6 +129,11 @@ class MixtureOfExperts(nn.Module):
 def copies(x_BTD: Tensor, chosen_BTK: Tensor) -> Tensor:
     """Each token once for each of its experts: (B T K, D)."""
     return x_BTD.unsqueeze(2).expand(*chosen_BTK.shape, -1).flatten(0, 2)
+
+
+def inverse(order_R: Tensor) -> Tensor:
+    """The order that undoes an order."""
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
 
 def mixtures(module: nn.Module) -> list[MixtureOfExperts]:

@@ -12,16 +12,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from gpt.batch import Batch
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.optim import scale_to, squares_of_parts
+from gpt.parallel.expert import deal_out, dealt_out, shard_experts
 from gpt.parallel.fsdp import shard
-from gpt.parallel.mesh import build_mesh, copies_mesh, shard_mesh
+from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.native import NativeEngine
 from gpt.parallel.world import World
 from gpt.topology import Topology
@@ -43,17 +44,28 @@ class ComposedEngine(NativeEngine):
         timeout_s = config.parallel.timeout_s
         self.grid = build_mesh(layout, world, timeout_s)
         self._sharded = config.parallel.strategy is Strategy.fsdp
+        self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
+        """Parameters whose gradients are summed here, and over which ranks."""
+        data = self.grid
+        if layout.ep > 1:
+            data = expert_grid(self.grid, layout, world, timeout_s)
+            deal_out(model, data["ep"], averaged=self._sharded)
         if self._sharded:
+            if layout.ep > 1:
+                shard_experts(model, shard_mesh(data, world, timeout_s, "edp"), config, layout)
             shard(model, list(model.blocks), shard_mesh(self.grid, world, timeout_s), config)
         else:
-            self._copies = copies_mesh(self.grid, world, timeout_s).get_group()
+            dealt = dealt_out(model) if layout.ep > 1 else []
+            rest = [p for p in model.parameters() if not any(p is other for other in dealt)]
+            for chosen, grid in ((rest, self.grid), (dealt, data)):
+                self._summed.append((chosen, copies_mesh(grid, world, timeout_s).get_group()))
         averaged = layout.data_ranks * layout.cp if self._sharded else 1
         super().__init__(model, model, config, world, layout, batch, averaged)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         loss_sum = super().backward(tokens_BT, targets_BT, on_pass)
-        if not self._sharded:
-            sum_over([local(p.grad) for p in self.module.parameters() if p.grad is not None], self._copies)
+        for parameters, group in self._summed:
+            sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
         return loss_sum
 
     def one_pass(self, last: bool) -> AbstractContextManager[object]:
@@ -91,8 +103,9 @@ def share_of(grad: Tensor, ranks: int) -> float:
     """One over the number of ranks, out of ``ranks``, that hold the same part of this gradient."""
     if not isinstance(grad, DTensor):
         return 1 / ranks
-    placements = enumerate(grad.placements)
-    return math.prod(grad.device_mesh.size(i) for i, placement in placements if isinstance(placement, Shard)) / ranks
+    # FSDP2 cuts what was cut before into strided shards, which are no Shard to Python.
+    cut = [i for i, placement in enumerate(grad.placements) if not placement.is_replicate()]
+    return math.prod(grad.device_mesh.size(i) for i in cut) / ranks
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -9,15 +9,24 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from gpt.config import Precision, TrainConfig
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: TrainConfig) -> None:
     """Cut every parameter of ``model`` over the ranks of ``mesh``, each of the ``blocks`` gathered by itself."""
+    for module in (*blocks, model):
+        shard_one(module, mesh, config)
+
+
+def shard_one(module: nn.Module, mesh: DeviceMesh, config: TrainConfig, dimension: int = 0) -> None:
+    """Cut those parameters of ``module`` that are whole so far along a dimension; they are gathered together."""
     bf16 = config.precision is Precision.bf16
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    reshard = config.parallel.reshard_after_forward
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
+        reshard_after_forward=config.parallel.reshard_after_forward,
+        shard_placement_fn=lambda _: Shard(dimension),
+    )

@@ -43,10 +43,11 @@ def flat(grid: DeviceMesh, names: Sequence[str], world: World, timeout_s: int) -
     return grid[tuple(names)]._flatten("_".join(names), backend_override=group_options(world, timeout_s))
 
 
-def shard_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
-    """Where parameters are sharded: ``dp_shard`` and ``cp`` as one, after ``dp_replicate`` where there are copies."""
+def shard_mesh(grid: DeviceMesh, world: World, timeout_s: int, within: str = "dp_shard") -> DeviceMesh:
+    """Where parameters are sharded: the dimension ``within`` a copy of the model and ``cp`` as one, after
+    ``dp_replicate`` where there are copies."""
     names = grid.mesh_dim_names or ()
-    shard = flat(grid, [name for name in ("dp_shard", "cp") if name in names], world, timeout_s)
+    shard = flat(grid, [name for name in (within, "cp") if name in names], world, timeout_s)
     if "dp_replicate" not in names:
         return shard
     return DeviceMesh._concatenate([grid["dp_replicate"], shard])
@@ -55,4 +56,18 @@ def shard_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
 def copies_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
     """The ranks that hold the same part of the model and see other samples, or other parts of them."""
     names = grid.mesh_dim_names or ()
-    return flat(grid, [n for n in ("dp_replicate", "dp_shard", "cp") if n in names], world, timeout_s)
+    return flat(grid, [name for name in names if name not in ("pp", "ep", "tp")], world, timeout_s)
+
+
+def expert_grid(grid: DeviceMesh, layout: Topology, world: World, timeout_s: int) -> DeviceMesh:
+    """The data ranks and ``cp``, with a dimension ``ep`` of neighbours that deal out the experts among themselves.
+
+    It is cut off from ``dp_shard`` where copies are sharded, so that the experts of one are in its own ranks, else from
+    ``dp_replicate``. ``edp`` is what is left of that: ranks to which the same experts are dealt out.
+    """
+    cut = "dp_shard" if layout.is_sharded else "dp_replicate"
+    names = grid.mesh_dim_names or ()
+    data = grid[tuple(name for name in ("dp_replicate", "dp_shard", "cp") if name in names)]
+    sizes = (getattr(layout, cut) // layout.ep, layout.ep)
+    options: dict[Any, Any] = {name: group_options(world, timeout_s) for name in ("edp", "ep")}
+    return data._unflatten(cut, sizes, ("edp", "ep"), backend_override=options)

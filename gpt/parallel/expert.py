@@ -1,0 +1,154 @@
+"""Expert parallelism: ranks that see different samples deal out the experts among themselves (arXiv 2006.16668, 3.2).
+
+Each rank routes its own tokens. Their rows travel to the ranks that hold their experts, and what these make of them
+travels back: two exchanges of all with all, and as many of the gradients in the backward pass. So an expert's gradient
+is already the sum over the ranks that dealt with each other; over those that hold the same experts it is summed or
+averaged like every other one. Must not know how rows are chosen.
+
+E experts, H experts held here, P ranks, R rows of this rank's tokens, S rows sent here, D width, F inner width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from gpt.config import TrainConfig
+from gpt.execution import replace_forward
+from gpt.expert_layout import shard_dimension
+from gpt.model.experts import autocast_rows
+from gpt.model.gpt import GPT
+from gpt.model.moe import MixtureOfExperts, inverse, mixtures
+from gpt.parallel.fsdp import shard_one
+from gpt.topology import Topology
+
+
+def deal_out(model: GPT, line: DeviceMesh, averaged: bool) -> None:
+    """Leave in every mixture of ``model`` the experts that are dealt out to this rank, and send the rows to them.
+
+    Args:
+        model: with all experts, the same on every rank.
+        line: the ranks that deal them out among themselves.
+        averaged: whether gradients are averaged afterwards over the ranks that hold the same experts. What is averaged
+            over all data ranks elsewhere is summed over ``line`` already, and so divided here.
+    """
+    share = 1 / line.size() if averaged else 1.0
+    for mixture in mixtures(model):
+        for name, whole in list(mixture.experts.named_parameters()):
+            mine = whole.detach().chunk(line.size())[line.get_local_rank()].clone()
+            setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, line, [Shard(0)], run_check=False)))
+        # Each call is of another length and waits for other ranks, which no compiler can see through.
+        send = torch.compiler.disable(sending_rows(mixture, line.get_group(), share))
+        mixture.give_to_experts = send  # type: ignore[method-assign]
+
+
+def shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, layout: Topology) -> None:
+    """Cut the experts that were dealt out to a rank over those that hold the same ones (FSDP2).
+
+    FSDP2 gathers parameters when their module is called. Inside a block that would be in the middle of what is
+    recomputed or compiled, where torch 2.13 refuses it; so the experts' module is called around the whole block.
+    """
+    for block in model.blocks:
+        for mixture in mixtures(block):
+            shard_one(mixture.experts, mesh, config, shard_dimension(config.model, layout))
+            replace_forward(mixture.experts, block.forward)
+            replace_forward(block, partial(call, mixture.experts))
+
+
+def call(module: nn.Module, *inputs: Any) -> Any:
+    """Call a module, hooks and all. As a function, which can become an attribute without becoming a submodule."""
+    return module(*inputs)
+
+
+def dealt_out(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model that are dealt out."""
+    return [parameter for mixture in mixtures(model) for parameter in mixture.experts.parameters()]
+
+
+def sending_rows(
+    mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``MixtureOfExperts.give_to_experts`` where this rank holds a part of them."""
+
+    def forward(x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        experts = mixture.experts
+        plan = plan_of(len(x_RD), ends_E, group, mixture.has_fixed_places)
+        x_SD = Exchange.apply(autocast_rows(x_RD), plan.sent, plan.received, group)
+        gate_HFD = None if experts.gate is None else held_here(experts.gate, share)
+        up_HFD, down_HDF = held_here(experts.up, share), held_here(experts.down, share)
+        y_SD = experts.apply_to(x_SD.index_select(0, plan.order), plan.ends, gate_HFD, up_HFD, down_HDF)
+        return Exchange.apply(y_SD.index_select(0, inverse(plan.order)), plan.received, plan.sent, group)
+
+    return forward
+
+
+def held_here(weight: Tensor, share: float) -> Tensor:
+    """This rank's experts of a parameter, whose gradient is multiplied by ``share``."""
+    assert isinstance(weight, DTensor)
+    mine = weight.to_local()
+    # FSDP2 could divide too, but by a factor that gloo cannot (PREMUL_SUM), or twice where one rank has the experts.
+    if share != 1 and mine.requires_grad:
+        mine.register_hook(lambda gradient: gradient * share)
+    return mine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who sends how many rows to whom, and where the rows of each expert then lie."""
+
+    sent: list[int]
+    """Rows from here to each rank."""
+    received: list[int]
+    """Rows from each rank to here."""
+    order: Tensor
+    """(S,): sorts the rows that come rank by rank by expert; those of one expert stay in the order of ranks."""
+    ends: Tensor
+    """(H,): where each expert's rows end then, int32."""
+
+
+def plan_of(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> Plan:
+    """The plan for rows that end at ``ends_E`` for each expert.
+
+    With fixed places all ranks know it, and the device is not waited for. Else the ranks tell each other.
+    """
+    ranks, device = group.size(), ends_E.device
+    held = len(ends_E) // ranks
+    if fixed_places:
+        places = rows // len(ends_E)
+        order_S = torch.arange(rows, device=device).view(ranks, held, places).transpose(0, 1).flatten()
+        ends_H = torch.arange(1, held + 1, dtype=torch.int32, device=device) * (ranks * places)
+        return Plan([rows // ranks] * ranks, [rows // ranks] * ranks, order_S, ends_H)
+    sent_PH = ends_E.long().diff(prepend=ends_E.new_zeros(1).long()).view(ranks, held)
+    received_PH = exchange(sent_PH, [1] * ranks, [1] * ranks, group)
+    sent, received = torch.stack([sent_PH.sum(1), received_PH.sum(1)]).tolist()
+    expert_S = torch.arange(held, device=device).repeat(ranks).repeat_interleave(received_PH.flatten())
+    ends_H = received_PH.sum(0).cumsum(0).to(torch.int32)
+    return Plan(sent, received, expert_S.argsort(stable=True), ends_H)
+
+
+def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send to every rank of a group its rows, in the order of ranks; what they send here in the same order."""
+    # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/execution.py).
+    operations = torch.ops._c10d_functional
+    return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
+
+
+class Exchange(torch.autograd.Function):
+    """``exchange``; gradients go the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.way_back = received, sent, group
+        return exchange(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange(gradients[0], *ctx.way_back), None, None, None
