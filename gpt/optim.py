@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt.config import OptimConfig
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's, also for a model of which some parameters are DTensors and some are not: its fused step, which is the
+    one for GPUs, refuses a list with both."""
+
+    def step(self, closure: Any = None) -> Any:
+        everything = [group["params"] for group in self.param_groups]
+        loss = None
+        for kind in sorted({isinstance(p, DTensor) for parameters in everything for p in parameters}):
+            for group, parameters in zip(self.param_groups, everything, strict=True):
+                group["params"] = [p for p in parameters if isinstance(p, DTensor) is kind]
+            loss = super().step(closure)
+        for group, parameters in zip(self.param_groups, everything, strict=True):
+            group["params"] = parameters
+        return loss
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW over the parameters of ``module``; weight decay for matrices, none for biases and norms."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -20,7 +38,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type == "cuda" for p in parameters)
-    return torch.optim.AdamW(
+    return AdamW(
         [g for g in groups if g["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -194,3 +194,19 @@ def test_what_cannot_be_dealt_out_is_refused_with_what_can(words: list[str], ran
         laid_out()
     assert found in refusal.value.found
     laid_out(*refusal.value.fix.split(", or ")[0].split())
+
+
+def fused(rank: int, size: int, folder: Path) -> tuple[list[float], list[float]]:
+    """Losses with torch's loop over parameters, and with its fused step, which GPUs take."""
+    found = []
+    for fuse in (False, True):
+        run = start(rank, size, folder / str(fuse), *MODELS["dropless"], *WAYS[2]["ep"], "optim.micro_batch=8")
+        for group in run.engine.optimizer.param_groups:
+            group["fused"] = fuse
+        found.append([step(run)[0] for _ in range(3)])
+    return found[0], found[1]
+
+
+def test_the_fused_optimizer_steps_dealt_out_and_whole_parameters(tmp_path: Path) -> None:
+    loop, at_once = run_distributed(fused, 2, tmp_path / "runs")[0]
+    assert at_once == pytest.approx(loop, rel=1e-6)

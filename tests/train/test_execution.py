@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt.accounting.flops import forward_flops, recomputed_flops_per_token, training_flops_per_token
 from gpt.accounting.memory import per_rank
 from gpt.accounting.mfu import utilization
+from gpt.batch import cut
 from gpt.config import (
     AttentionBackend,
     CompileMode,
@@ -30,6 +31,7 @@ from gpt.execution import prepare_blocks
 from gpt.metrics.records import read_records
 from gpt.model.gpt import GPT
 from gpt.run_folder import RunFolder
+from gpt.topology import topology
 from tests.commands import TINY, run
 from tests.model.small import LLAMA, random_tokens, small
 
@@ -145,5 +147,8 @@ def peak_bytes(model: ModelConfig, recompute: Recompute) -> int:
 def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, recompute: Recompute) -> None:
     model = small(**parts, n_layer=6, n_embd=64, block_size=64, vocab_size=64)
     optim = OptimConfig(max_steps=1, global_batch=3, micro_batch=3, lr=1e-3, min_lr=0.0, warmup_steps=0)
-    claimed = per_rank(model, optim, ParallelConfig(Strategy.ddp), 1, 3, Precision.fp32, recompute)
+    config = TrainConfig(
+        model=model, optim=optim, parallel=ParallelConfig(Strategy.ddp), precision=Precision.fp32, recompute=recompute
+    )
+    claimed = per_rank(config, topology(config.parallel, 1), cut(optim, 1))
     assert claimed.total == pytest.approx(peak_bytes(model, recompute), rel=0.03)
