@@ -35,14 +35,27 @@ ATTENTION_KERNELS = frozenset(
 
 def prepare_blocks(model: GPT, config: TrainConfig) -> None:
     """Let the blocks of ``model`` recompute and compile as ``config`` says."""
+    # Compiled outside the recomputation, so that the compiler sees it and plans the backward pass around it. It must
+    # then see all of the block: not where experts on other ranks are asked in the middle, so there it is inside.
+    ways = (compile_block, recompute_block) if config.parallel.ep > 1 else (recompute_block, compile_block)
     for block in model.blocks:
-        if config.recompute is not Recompute.none:
-            replace_forward(block, partial(recomputing, block.forward, context_of(config)))
-        if config.compile.name != "none":
-            # Outside the recomputation, so that the compiler sees it and plans the backward pass around it. Shapes are
-            # fixed: left to itself, torch would go over to slower kernels for any shape after the first evaluation.
-            mode = None if config.compile.name == "default" else config.compile.name
-            replace_forward(block, torch.compile(block.forward, mode=mode, dynamic=config.compile_dynamic))
+        for way in ways:
+            way(block, config)
+
+
+def recompute_block(block: nn.Module, config: TrainConfig) -> None:
+    """Let a block compute again what ``config.recompute`` does not keep."""
+    if config.recompute is not Recompute.none:
+        replace_forward(block, partial(recomputing, block.forward, context_of(config)))
+
+
+def compile_block(block: nn.Module, config: TrainConfig) -> None:
+    """Compile a block as ``config.compile`` says."""
+    if config.compile.name != "none":
+        # Shapes are fixed: left to itself, torch would go over to slower kernels for any shape after the first
+        # evaluation.
+        mode = None if config.compile.name == "default" else config.compile.name
+        replace_forward(block, torch.compile(block.forward, mode=mode, dynamic=config.compile_dynamic))
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:

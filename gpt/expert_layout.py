@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from gpt.config import Ffn, ModelConfig, TrainConfig
+from gpt.config import Ffn, ModelConfig, Recompute, TrainConfig
 from gpt.errors import ConfigError
 from gpt.topology import Topology
 
@@ -43,6 +43,12 @@ def check_expert(config: TrainConfig, layout: Topology) -> None:
             f"parallel.ep={ep} with model.ffn={model.ffn.name}",
             "a mixture of experts, whose experts can be dealt out",
             "parallel.ep=1, or model=moe_200m",
+        )
+    if config.recompute is Recompute.selective and config.compile.name != "none":
+        raise ConfigError(
+            f"parallel.ep={ep} with recompute=selective and compile={config.compile.name}",
+            "one of the two, or full recomputation: the compiler hides from a selective one what could be kept",
+            "recompute=full",
         )
     if model.n_expert % ep:
         raise ConfigError(

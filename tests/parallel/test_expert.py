@@ -184,6 +184,7 @@ def test_bf16_rows_travel_as_bf16(tmp_path: Path) -> None:
         ([*MOE, "parallel=hsdp", "parallel.dp_shard=2", "parallel.ep=4"], 4, "in one copy of the model"),
         ([*MOE, "parallel=fsdp", "parallel.ep=2", "model.ffn_hidden=40"], 12, "6 ranks"),
         ([*MOE, "parallel=zero1", "parallel.ep=2"], 4, "zero1"),
+        ([*MOE, "parallel.ep=2", "compile=default", "recompute=selective"], 4, "recompute=selective"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused_with_what_can(words: list[str], ranks: int, found: str) -> None:
