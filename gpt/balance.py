@@ -1,11 +1,11 @@
 """Keeping the experts of a model equally busy, between the steps.
 
-Owns the exchange among ranks; the arithmetic is the model's (gpt/model/moe.py). Does nothing for a model
-without experts.
+Owns the exchange among ranks; the arithmetic is the model's (gpt/model/moe.py).
 """
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,19 +14,18 @@ from gpt.parallel.engine import Engine
 from gpt.parallel.world import World
 
 
-def balance_experts(engine: Engine, world: World) -> Tensor | None:
+def balance_experts(engine: Engine, world: World) -> Tensor:
     """Move the experts' biases by the tokens of this step, over all ranks; waits for no device.
 
     Collective. Returns how uneven the tokens were, () float64: the most that any expert was chosen beyond its even
-    share, in units of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1). None where there are no
-    experts.
+    share, in units of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1).
     """
     mine_LE = expert_counts(engine.module)
-    if mine_LE is None:
-        return None
-    counts_LE = world.add_up(mine_LE.double(), engine.layer_group)
-    move_balance_bias(engine.module, counts_LE)
-    most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
+    most = torch.zeros((), dtype=torch.float64, device=world.device)
+    if mine_LE is not None:  # a stage of a pipeline may hold nothing but the output matrix
+        counts_LE = world.add_up(mine_LE.double(), engine.layer_group)
+        move_balance_bias(engine.module, counts_LE)
+        most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
     if engine.layer_group is not None:  # others hold the other layers
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most

@@ -9,6 +9,7 @@ from __future__ import annotations
 from gpt.config import Strategy, TrainConfig
 from gpt.errors import ConfigError
 from gpt.expert_layout import check_expert
+from gpt.stage_rules import check_pipeline
 from gpt.topology import Topology, topology
 
 
@@ -39,11 +40,6 @@ def check_zero1(config: TrainConfig, layout: Topology) -> None:
 def check_tensor(config: TrainConfig, layout: Topology) -> None:
     """Raise ConfigError where the model's matrices cannot be shared by ``tp`` ranks."""
     refuse("tp", layout)
-
-
-def check_pipeline(config: TrainConfig, layout: Topology) -> None:
-    """Raise ConfigError where the layers or the batch cannot be dealt out to ``pp`` stages."""
-    refuse("pp", layout)
 
 
 def check_context(config: TrainConfig, layout: Topology) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gpt.balance import balance_experts
+from gpt.config import Ffn
 from gpt.data.loader import train_indices
 from gpt.gradients import Gradients
 from gpt.metrics.memory import memory_gib
@@ -97,7 +98,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     measured = [] if gradients is None else [gradients.sums(engine.gradients())]
     sums = torch.cat([loss_sum[None], *measured])
     grad_norm = engine.update(lr)
-    imbalance = balance_experts(engine, world)
+    imbalance = balance_experts(engine, world) if config.model.ffn is Ffn.moe else None
     run.step = step
     tokens = run.tokens_per_step
     record = StepRecord(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 
@@ -193,15 +194,26 @@ class CheckpointStore:
 
     def _read_tensors(self, path: Path, state: dict[str, Any]) -> None:
         reader = dcp.FileSystemReader(path)
-        dcp.load(state, storage_reader=reader, planner=_ExactPlanner(), process_group=self.group)
+        wanted: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(wanted, sorted(flatten_state_dict(state)[0]), group=self.group)
+        planner = _ExactPlanner({name for names in wanted for name in names})
+        dcp.load(state, storage_reader=reader, planner=planner, process_group=self.group)
 
 
 class _ExactPlanner(DefaultLoadPlanner):
-    """Refuses a checkpoint that holds more than is asked for: DCP would load part of a larger model without a word."""
+    """Refuses a checkpoint that holds more than is asked for: DCP would load part of a larger model without a word.
+
+    Args:
+        wanted: what any of the ranks asks for.
+    """
+
+    def __init__(self, wanted: set[str]) -> None:
+        super().__init__()
+        self._wanted = wanted
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
-        unused = sorted(self.metadata.state_dict_metadata.keys() - self.state_dict.keys())
+        unused = sorted(self.metadata.state_dict_metadata.keys() - self._wanted)
         if unused:
             raise ValueError(f"the checkpoint also holds {', '.join(unused[:3])}{' ...' if unused[3:] else ''}")
         return super().create_local_plan()

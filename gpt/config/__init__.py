@@ -29,7 +29,7 @@ from gpt.config.data import (
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
-from gpt.config.parallel import ParallelConfig, Strategy
+from gpt.config.parallel import ParallelConfig, Schedule, Strategy
 from gpt.config.train import CompileMode, Device, Precision, Recompute, TrainConfig
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "Precision",
     "Recompute",
     "RopeScaling",
+    "Schedule",
     "Source",
     "Strategy",
     "SyntheticConfig",

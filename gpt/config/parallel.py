@@ -24,6 +24,13 @@ class Strategy(Enum):
     fsdp = "fsdp"
 
 
+Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
+"""In which order the stages of a pipeline work on the micro-batches: ``gpipe`` (all forward passes, then all backward
+ones; arXiv 1811.06965), ``1f1b`` (in turn, which keeps fewer activations; arXiv 2006.09503), ``interleaved`` (1F1B with
+several stages on each rank, which idles less and sends more; arXiv 2104.04473), ``zbv`` (zero bubble: the backward pass
+is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev`` (arXiv 2412.19437, cut in half)."""
+
+
 @dataclass
 class ParallelConfig:
     """How the model is spread over the ranks. Nothing here changes the loss curve."""
@@ -37,7 +44,12 @@ class ParallelConfig:
     tp: int = 1
     """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
     pp: int = 1
-    """Pipeline parallelism: stages that the layers are dealt out to."""
+    """Pipeline parallelism: ranks that the layers are dealt out to. ``batch.accumulation`` micro-batches go through."""
+    schedule: Schedule = Schedule["1f1b"]
+    """With ``pp``: in which order the stages work."""
+    stages_per_rank: Optional[int] = None
+    """With ``pp``: stages that each rank holds. null is what the schedule has: 1, or 2 where it is interleaved (which
+    may have more) or V-shaped (which has 2)."""
     cp: int = 1
     """Context parallelism: ranks that share each sequence."""
     ep: int = 1
@@ -51,6 +63,7 @@ class ParallelConfig:
         """Raise ConfigError where a number is out of its range, or belongs to another strategy."""
         for key in ("tp", "pp", "cp", "ep", "timeout_s"):
             require_positive(f"parallel.{key}", getattr(self, key))
+        self._check_stages()
         if self.dp_shard is None:
             return
         require_positive("parallel.dp_shard", self.dp_shard)
@@ -60,3 +73,17 @@ class ParallelConfig:
                 "a strategy that shards the model",
                 f"parallel=hsdp parallel.dp_shard={self.dp_shard}, or no parallel.dp_shard",
             )
+
+    def _check_stages(self) -> None:
+        if self.stages_per_rank is None:
+            return
+        several = {Schedule.interleaved: "2 or more", Schedule.zbv: "2", Schedule.dualpipev: "2"}
+        expected = several.get(self.schedule, "1")
+        if str(self.stages_per_rank) == expected or (expected == "2 or more" and self.stages_per_rank >= 2):
+            return
+        other = ", or parallel.schedule=interleaved" if expected == "1" and self.stages_per_rank > 1 else ""
+        raise ConfigError(
+            f"parallel.stages_per_rank={self.stages_per_rank} with parallel.schedule={self.schedule.name}",
+            f"{expected} stages on each rank",
+            f"parallel.stages_per_rank={expected[0]}{other}",
+        )

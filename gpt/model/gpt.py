@@ -57,12 +57,20 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         seen = start + tokens_BT.size(1)
         assert seen <= self.config.block_size, f"{seen} tokens in a model of block_size={self.config.block_size}"
+        x_BTD = self.embed(tokens_BT, start)
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD) if cache is None else block(x_BTD, cache.layer(index))
+        return self.logits(x_BTD)
+
+    def embed(self, tokens_BT: Tensor, start: int = 0) -> Tensor:
+        """The stream that enters the first block, of tokens at the positions from ``start``: (B, T) -> (B, T, D)."""
         x_BTD = self.token_embedding(tokens_BT)
         if self.position is not None:
             x_BTD = self.position(x_BTD, start)
-        x_BTD = self.dropout(x_BTD)
-        for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD) if cache is None else block(x_BTD, cache.layer(index))
+        return self.dropout(x_BTD)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """The logits of the stream that leaves the last block: (B, T, D) -> (B, T, V)."""
         x_BTD = self.norm(x_BTD)
         logits_BTV = F.linear(x_BTD, self.token_embedding.weight) if self.head is None else self.head(x_BTD)
         return logits_BTV[..., : self.config.vocab_size]

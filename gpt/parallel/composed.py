@@ -6,15 +6,12 @@ over the ranks that saw other tokens, and a norm in which every element counts o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from gpt.batch import Batch
 from gpt.config import Strategy, TrainConfig
@@ -24,11 +21,9 @@ from gpt.parallel.expert import deal_out, dealt_out, shard_experts
 from gpt.parallel.fsdp import shard
 from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.native import NativeEngine
+from gpt.parallel.parts import local, share_of, sum_over
 from gpt.parallel.world import World
 from gpt.topology import Topology
-
-BUCKET_BYTES = 32 * 2**20
-"""As much is sent at once: more hides the latency, and is held twice meanwhile."""
 
 
 class ComposedEngine(NativeEngine):
@@ -46,24 +41,38 @@ class ComposedEngine(NativeEngine):
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         """Parameters whose gradients are summed here, and over which ranks."""
+        module, parts = self.take_apart(model, config, world, batch)
         data = self.grid
         if layout.ep > 1:
             data = expert_grid(self.grid, layout, world, timeout_s)
-            deal_out(model, data["ep"], averaged=self._sharded)
+            for part in parts:
+                deal_out(part, data["ep"], averaged=self._sharded)
         if self._sharded:
             if layout.ep > 1:
-                shard_experts(model, shard_mesh(data, world, timeout_s, "edp"), config, layout)
-            shard(model, list(model.blocks), shard_mesh(self.grid, world, timeout_s), config)
+                expert_mesh = shard_mesh(data, world, timeout_s, "edp")
+                for part in parts:
+                    shard_experts(part, expert_mesh, config, layout)
+            mesh = shard_mesh(self.grid, world, timeout_s)
+            for part in parts:
+                shard(part, list(part.blocks), mesh, config)
         else:
-            dealt = dealt_out(model) if layout.ep > 1 else []
-            rest = [p for p in model.parameters() if not any(p is other for other in dealt)]
+            dealt = dealt_out(module) if layout.ep > 1 else []
+            rest = [p for p in module.parameters() if not any(p is other for other in dealt)]
             for chosen, grid in ((rest, self.grid), (dealt, data)):
                 self._summed.append((chosen, copies_mesh(grid, world, timeout_s).get_group()))
         averaged = layout.data_ranks * layout.cp if self._sharded else 1
-        super().__init__(model, model, config, world, layout, batch, averaged)
+        super().__init__(module, module, config, world, layout, batch, averaged)
+
+    def take_apart(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
+        """What this rank holds of the model: all of it as one module, and the parts that are called by themselves."""
+        return model, [model]
+
+    def passes(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
+        return super().backward(tokens_BT, targets_BT, on_pass)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
-        loss_sum = super().backward(tokens_BT, targets_BT, on_pass)
+        loss_sum = self.passes(tokens_BT, targets_BT, on_pass)
         for parameters, group in self._summed:
             sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
         return loss_sum
@@ -83,31 +92,8 @@ class ComposedEngine(NativeEngine):
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
-                yield name, local(parameter.grad), share_of(parameter.grad, self.world.size)
+                yield name, local(parameter.grad), share_of(parameter.grad, self.holders(name))
 
-
-def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Add tensors up over the ranks of a group, in place, ``BUCKET_BYTES`` at a time."""
-    bucket: list[Tensor] = []
-    for tensor, following in zip(tensors, [*tensors[1:], None], strict=True):
-        bucket.append(tensor)
-        if following is None or following.dtype != tensor.dtype or sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
-            flat = torch.cat([t.flatten() for t in bucket])
-            dist.all_reduce(flat, group=group)
-            for part, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                part.copy_(values.view_as(part))
-            bucket = []
-
-
-def share_of(grad: Tensor, ranks: int) -> float:
-    """One over the number of ranks, out of ``ranks``, that hold the same part of this gradient."""
-    if not isinstance(grad, DTensor):
-        return 1 / ranks
-    # FSDP2 cuts what was cut before into strided shards, which are no Shard to Python.
-    cut = [i for i, placement in enumerate(grad.placements) if not placement.is_replicate()]
-    return math.prod(grad.device_mesh.size(i) for i in cut) / ranks
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def holders(self, name: str) -> int:
+        """Ranks that hold a parameter, or parts of it."""
+        return self.world.size

@@ -71,10 +71,13 @@ def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batc
     """Apply the strategy that ``config.parallel`` names. The model must lie on ``world.device``."""
     from gpt.parallel.composed import ComposedEngine
     from gpt.parallel.ddp import ReplicatedEngine
+    from gpt.parallel.staged import StagedEngine
     from gpt.parallel.zero1 import Zero1Engine
 
     if config.parallel.strategy is Strategy.zero1:
         return Zero1Engine(model, config, world, layout, batch)
+    if layout.pp > 1:
+        return StagedEngine(model, config, world, layout, batch)
     if config.parallel.strategy is Strategy.fsdp or layout.model_ranks * layout.ep > 1:
         return ComposedEngine(model, config, world, layout, batch)
     return ReplicatedEngine(model, config, world, layout, batch)

@@ -71,3 +71,8 @@ def expert_grid(grid: DeviceMesh, layout: Topology, world: World, timeout_s: int
     sizes = (getattr(layout, cut) // layout.ep, layout.ep)
     options: dict[Any, Any] = {name: group_options(world, timeout_s) for name in ("edp", "ep")}
     return data._unflatten(cut, sizes, ("edp", "ep"), backend_override=options)
+
+
+def layer_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
+    """The ranks that hold the same layers: all that are at the same place of their pipelines."""
+    return flat(grid, [name for name in grid.mesh_dim_names or () if name != "pp"], world, timeout_s)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 
 from gpt.batch import Batch
 from gpt.config import TrainConfig
@@ -97,9 +97,11 @@ class NativeEngine:
         return {"model": model, "optimizer": optimizer}
 
     def load(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.trained, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        # The groups that were stored name the parameters of one rank, which under a pipeline are not those of another.
+        # What else they say is the config's.
+        groups = get_optimizer_state_dict(self.trained, self.optimizer)["param_groups"]
+        optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
+        set_state_dict(self.trained, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
 
     def begin(self) -> None:
         # get_state_dict filled the optimizer by a step with zero gradients, which AdamW would count as its first.

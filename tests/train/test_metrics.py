@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt.gradients import Gradients
 from gpt.metrics.records import read_records
 from gpt.model.gpt import GPT
-from gpt.parallel.composed import local, share_of
+from gpt.parallel.parts import local, share_of
 from gpt.run_folder import RunFolder
 from tests.commands import TINY, run
 from tests.distributed import run_distributed

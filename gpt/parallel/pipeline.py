@@ -1,0 +1,236 @@
+"""Pipeline parallelism: the layers dealt out to ranks, through which micro-batches flow (torch.distributed.pipelining).
+
+Owns the stages of this rank, torch's schedule that runs them, and the tied embedding that the first and the last stage
+both hold. Whatever else spreads the model is applied to the stages afterwards. The split is gpt/stages.py's.
+
+Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+from gpt.batch import Batch
+from gpt.config import Precision, Schedule, Strategy, TrainConfig
+from gpt.execution import replace_forward
+from gpt.loss import autocast, cross_entropy
+from gpt.model.gpt import GPT
+from gpt.model.stage import Stage
+from gpt.parallel.parts import local
+from gpt.parallel.world import World
+from gpt.stages import local_stages, parts_of, stages_of
+
+SCHEDULES = {
+    Schedule.gpipe: ScheduleGPipe,
+    Schedule["1f1b"]: Schedule1F1B,
+    Schedule.interleaved: ScheduleInterleaved1F1B,
+    Schedule.zbv: ScheduleZBVZeroBubble,
+    Schedule.dualpipev: ScheduleDualPipeV,
+}
+
+
+class Pipeline:
+    """This rank's stages of a model, and how they work together with those of the other ranks.
+
+    Args:
+        model: the whole one; its parts go over to the stages.
+        config: of the run.
+        world: all ranks.
+        batch: how the global batch is cut; its passes are the micro-batches.
+        group: the ranks of this pipeline, in order.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, world: World, batch: Batch, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._config, self._device, self._batch = config, world.device, batch
+        self.sharded = config.parallel.strategy is Strategy.fsdp
+        self._count = config.parallel.pp * local_stages(config.parallel)
+        self._owner = {s: rank for rank in range(config.parallel.pp) for s in stages_of(config.parallel, rank)}
+        place = dist.get_rank(group)
+        held = zip(stages_of(config.parallel, place), parts_of(config, place), strict=True)
+        self.stages = {index: Stage(model, part.blocks, part.first, part.last) for index, part in held}
+        """Those of this rank, by their place in the pipeline."""
+        self.module = together(model, list(self.stages.values()))
+        """The same as one module, whose names are those of the model; to be stepped and stored, not to be called."""
+        self.tied = Tied(self)
+        for stage in self.stages.values():
+            replace_forward(stage, partial(self._pass, stage.forward, stage.last))
+        self._on_pass: Callable[[], None] = lambda: None
+        self._scale = 1.0
+        self._schedule = self._build_schedule()
+
+    def step(self, tokens_BT: Tensor, targets_BT: Tensor, scale: float, on_pass: Callable[[], None]) -> Tensor:
+        """Send a data rank's sequences through all stages and back; gradients are of the summed loss times ``scale``.
+
+        Returns:
+            The summed loss where the last stage is, 0 elsewhere, () float64.
+        """
+        self._on_pass, self._scale = on_pass, scale
+        losses: list[Tensor] = []
+        tokens = [tokens_BT.to(self._device, non_blocking=True)] if 0 in self.stages else []
+        targets_BT = targets_BT.to(self._device, non_blocking=True)
+        self._schedule.step(*tokens, target=targets_BT, losses=losses, return_outputs=False)
+        self._on_pass = lambda: None
+        if not losses:
+            return torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.stack([loss.detach().double() for loss in losses]).sum() / scale
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Summed loss where the last stage is, 0 elsewhere, (); forward only, of any number of sequences.
+
+        A rank goes on as soon as it has handed its part over, so passes one after another fill the pipeline.
+        """
+        x = tokens_BT.to(self._device)
+        total = torch.zeros((), device=self._device)
+        for index, stage in self.stages.items():
+            if index and index - 1 not in self.stages:
+                x = self._stream(len(tokens_BT), self._device)
+                dist.recv(x, self.rank_of(index - 1), self.group)
+            x = stage(x)
+            reshard(stage)
+            if stage.last:
+                total = cross_entropy(x, targets_BT.to(self._device))
+            elif index + 1 not in self.stages:
+                dist.send(x.contiguous(), self.rank_of(index + 1), self.group)
+        return total
+
+    def rank_of(self, stage: int) -> int:
+        """The rank, in the world, that holds a stage of this pipeline."""
+        return dist.get_global_rank(self.group, self._owner[stage])
+
+    def holders(self, name: str) -> int:
+        """Ranks of this pipeline that hold a parameter."""
+        return 2 if self.tied.apart and name == "token_embedding.weight" else 1
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The first and the last stage."""
+        return 0, self._count - 1
+
+    def _pass(self, forward: Callable[[Tensor], Tensor], last: bool, x: Tensor) -> Tensor:
+        self._on_pass()
+        with autocast(self._config, self._device):
+            y = forward(x)
+        return y if last else y.to(self._stream(0, torch.device("meta")).dtype)
+
+    def _stream(self, sequences: int, device: torch.device) -> Tensor:
+        """A tensor like those that go from stage to stage, (B, T, D).
+
+        Residual stream and norms are fp32 under autocast; fsdp computes with bf16 weights, and casts what enters.
+        """
+        dtype = torch.bfloat16 if self.sharded and self._config.precision is Precision.bf16 else torch.float32
+        model = self._config.model
+        return torch.empty(sequences, model.block_size, model.n_embd, dtype=dtype, device=device)
+
+    def _build_schedule(self) -> Any:
+        stages = [
+            PipelineStage(
+                stage,
+                index,
+                self._count,
+                self._device,
+                input_args=self._example(tokens=stage.first),
+                output_args=self._example(logits=stage.last),
+                group=self.group,
+            )
+            for index, stage in self.stages.items()
+        ]
+        kind: Any = SCHEDULES[self._config.parallel.schedule]
+        held = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
+        return kind(held, self._batch.accumulation, loss_fn=self._scaled_loss, scale_grads=False)
+
+    def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
+        """Shape and type of what enters or leaves a stage; not told, torch would find out by a pass of its own."""
+        model, meta = self._config.model, torch.device("meta")
+        shape = (self._batch.micro, model.block_size)
+        if tokens:
+            return torch.empty(shape, dtype=torch.long, device=meta)
+        if logits:
+            dtype = torch.bfloat16 if self._config.precision is Precision.bf16 else torch.float32
+            return torch.empty(*shape, model.padded_vocab, dtype=dtype, device=meta)[..., : model.vocab_size]
+        return self._stream(self._batch.micro, meta).requires_grad_()
+
+    def _scaled_loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        return cross_entropy(logits_BTV, targets_BT) * self._scale
+
+
+class Tied:
+    """The embedding that is the output matrix too, where first and last stage hold a tensor each; else nothing.
+
+    Both get the sum of the two gradients. On different ranks both are stepped, and stay equal. On one rank they are one
+    parameter; only fsdp, which gathers each stage by itself, wants two, and then the second follows the first.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        stages, (first, last) = pipeline.stages, pipeline.ends
+        self._group = pipeline.group
+        tied = pipeline.module.config.tie_embeddings
+        here = [stages[end] for end in (first, last) if end in stages and tied]
+        self.apart = tied and pipeline.rank_of(first) != pipeline.rank_of(last)
+        """Whether two ranks hold it."""
+        self._mine = here[0] if here and self.apart else None
+        self._peer = pipeline.rank_of(last if first in stages else first)
+        self._pair = here if len(here) == 2 and pipeline.sharded else None
+        if self._pair is not None:
+            self._pair[1].token_embedding = deepcopy(self._pair[1].token_embedding)
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Add up the gradients of the two, after those of the data ranks."""
+        if self._mine is not None:
+            grad = gradient_of(self._mine)
+            own, theirs = grad.contiguous(), torch.empty_like(grad)
+            ways = ((dist.isend, own), (dist.irecv, theirs))
+            for work in dist.batch_isend_irecv([dist.P2POp(way, t, self._peer, self._group) for way, t in ways]):
+                work.wait()
+            grad.add_(theirs)
+        if self._pair is not None:
+            first, second = self._pair
+            gradient_of(first).add_(gradient_of(second))
+            second.token_embedding.weight.grad = None
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Give the second what the first was stepped to."""
+        if self._pair is not None:
+            first, second = (stage.token_embedding.weight for stage in self._pair)
+            local(second).copy_(local(first))
+
+
+def gradient_of(stage: Stage) -> Tensor:
+    """This rank's part of the gradient of the tied matrix."""
+    grad = stage.token_embedding.weight.grad
+    assert grad is not None
+    return local(grad)
+
+
+def together(model: GPT, stages: Sequence[Stage]) -> Stage:
+    """The stages of a rank as one module."""
+    if len(stages) == 1:
+        return stages[0]
+    blocks = [int(number) for stage in stages for number, _ in stage.blocks.named_children()]
+    return Stage(model, blocks, any(stage.first for stage in stages), any(stage.last for stage in stages))
+
+
+def reshard(stage: nn.Module) -> None:
+    """Give back what was gathered for a pass, which nothing else does where there is no backward pass."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,182 @@
+"""A model whose layers are dealt out to the stages of a pipeline learns what one process learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.evaluation import mean_loss
+from gpt.gradients import Gradients
+from gpt.pulse import Phase
+from gpt.resume import save
+from gpt.run import Run
+from gpt.step import queue_step
+from tests.distributed import run_distributed
+from tests.parallel.learning import MODELS, assert_same, learn, start, step
+
+Words = list[str]
+BASE = {
+    **{name: [*words, "model.n_layer=4"] for name, words in MODELS.items()},
+    "biased experts": [
+        *(*MODELS["experts"], "model.n_layer=4", "model.expert_balance=bias"),
+        "model.balance_bias_rate=0.05",
+    ],
+    # its output matrix costs more than a block, so that the last of four stages has nothing else
+    "large vocabulary": [*MODELS["experts"], "model.n_layer=4", "model.vocab_size=2048"],
+}
+EVAL = ["eval.sequences=7"]
+
+
+def pipeline(schedule: str, *words: str, pp: int = 2) -> Words:
+    return [f"parallel.pp={pp}", f"parallel.schedule={schedule}", *words]
+
+
+KEPT = ("parallel=fsdp", "parallel.reshard_after_forward=false")
+V_SHAPED = ("zbv", "dualpipev")
+ON_2: list[tuple[str, Words]] = [
+    *((model, pipeline(schedule)) for model in MODELS for schedule in ("gpipe", "1f1b", "interleaved", *V_SHAPED)),
+    *(("tied", pipeline(schedule, "optim.micro_batch=1")) for schedule in ("1f1b", "interleaved", *V_SHAPED)),
+    ("biased experts", pipeline("zbv")),
+    *((model, pipeline("1f1b", "recompute=full")) for model in ("tied", "experts")),
+    *((model, pipeline("interleaved", "recompute=selective")) for model in ("tied", "biased experts")),
+]
+ON_4: list[tuple[str, Words]] = [
+    *(("tied", pipeline(schedule)) for schedule in ("1f1b", "interleaved", *V_SHAPED)),
+    ("biased experts", pipeline("zbv")),
+    ("large vocabulary", pipeline("1f1b", pp=4)),
+    ("tied", pipeline("gpipe", pp=4)),
+    *(("tied", pipeline(schedule, "parallel=fsdp")) for schedule in ("gpipe", "1f1b", "interleaved")),
+    *((model, pipeline(schedule, *KEPT)) for model in ("tied", "biased experts") for schedule in ("1f1b", *V_SHAPED)),
+]
+
+
+def everything(run: Run) -> dict[str, Any]:
+    """What a run learns in its first steps, then the figures of one more, and an evaluation."""
+    found = learn(run)
+    record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
+    found["figures"] = {
+        "loss": record.loss,
+        "norm": record.grad_norm,
+        "mean": record.grad_mean,
+        "std": record.grad_std,
+        "imbalance": record.expert_imbalance or 0.0,
+        **(record.layer_grad_norms or {}),
+    }
+    found["evaluated"] = evaluated(run)
+    return found
+
+
+def evaluated(run: Run) -> float:
+    place, ranks = run.layout.data_rank(run.world.rank), run.layout.data_ranks
+    number = run.config.eval.sequences
+    return mean_loss(run.engine.module, run.engine.loss, run.samples, run.world, number, run.batch.micro, place, ranks)
+
+
+def learn_table(rank: int, size: int, folder: Path, table: list[tuple[str, Words]]) -> list[dict[str, Any]]:
+    found = []
+    for i, (model, words) in enumerate(table):
+        micro = [] if any("micro_batch" in word for word in words) else [f"optim.micro_batch={2 if size == 4 else 4}"]
+        run = start(rank, size, folder / str(i), *EVAL, *BASE[model], *micro, *words)
+        mine = everything(run)
+        again = evaluated(run)  # and the step after it is not disturbed
+        assert again == mine["evaluated"]
+        mine["after"] = step(run)
+        found.append(mine)
+    return found if rank == 0 else []
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    table = [(model, ["parallel=ddp", "optim.micro_batch=16"]) for model in BASE]
+    found = run_distributed(learn_table, 1, tmp_path_factory.mktemp("alone") / "runs", table)[0]
+    return dict(zip(BASE, found, strict=True))
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def spread(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Words, Any]]:
+    table = ON_2 if request.param == 2 else ON_4
+    folder = tmp_path_factory.mktemp(f"on_{request.param}") / "runs"
+    found = run_distributed(learn_table, request.param, folder, table, timeout_s=400)[0]
+    return [(model, words, each) for (model, words), each in zip(table, found, strict=True)]
+
+
+def test_a_pipeline_learns_what_one_process_learns(
+    spread: list[tuple[str, Words, Any]], reference: dict[str, dict[str, Any]]
+) -> None:
+    wrong = []
+    for model, words, found in spread:
+        expected = reference[model]
+        try:
+            assert_same(found, expected)
+            assert found["figures"] == pytest.approx(expected["figures"], rel=2e-5, abs=1e-9)
+            assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-6)
+            assert found["after"] == pytest.approx(expected["after"], rel=2e-5)
+        except AssertionError as error:
+            wrong.append(f"{model} {' '.join(words)}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+CROSSED: dict[str, Words] = {
+    "ddp": ["parallel=ddp"],
+    "fsdp": ["parallel=fsdp"],
+    "pp": pipeline("1f1b", pp=4),
+    "interleaved": pipeline("interleaved"),
+    "zbv, fsdp": pipeline("zbv", *KEPT),
+}
+
+
+def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Save under each, go on under each: the losses of the steps after, and those that were to come."""
+    found = {}
+    words = [*BASE["tied"], "optim.micro_batch=2"]
+    for saved in CROSSED:
+        there = folder / saved.replace(", ", "_")
+        run = start(rank, size, there, *CROSSED[saved], *words)
+        for _ in range(2):
+            step(run)
+        save(run, lambda: True)
+        to_come = [step(run)[0] for _ in range(2)]
+        for resumed in CROSSED:
+            again = start(rank, size, there, *CROSSED[resumed], *words)
+            assert again.step == 2
+            found[saved, resumed] = ([step(again)[0] for _ in range(2)], to_come)
+    return found
+
+
+def test_a_checkpoint_goes_from_any_pipeline_to_any_other_and_back(tmp_path: Path) -> None:
+    found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
+    assert len(found) == len(CROSSED) ** 2
+    for pair, (losses, to_come) in found.items():
+        assert losses == pytest.approx(to_come, rel=1e-6), pair
+
+
+def noisy(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """With dropout: a resumed run against the uninterrupted one. In bf16: what is learned. And the signs of life."""
+    words = [*BASE["tied"], "optim.micro_batch=2", "model.dropout=0.2"]
+    found: dict[str, Any] = {}
+    for name in ("pp", "interleaved", "zbv, fsdp"):
+        there = folder / name.replace(", ", "_")
+        run = start(rank, size, there, *CROSSED[name], *words)
+        step(run)
+        save(run, lambda: True)
+        to_come = [step(run) for _ in range(2)]
+        again = start(rank, size, there, *CROSSED[name], *words)
+        found[name] = (to_come, [step(again) for _ in range(2)])
+    for name, spread_so in {"ddp": ["parallel=ddp"], "pp": CROSSED["pp"], "fsdp": CROSSED["zbv, fsdp"]}.items():
+        run = start(rank, size, folder / f"bf16{name}", *spread_so, *words, "model.dropout=0", "precision=bf16")
+        found[f"bf16 {name}"] = [step(run)[0] for _ in range(3)]
+    passes: list[None] = []
+    batch = run.samples.batch("train", list(range(run.batch.per_rank)))
+    run.engine.backward(*batch, lambda: passes.append(None))
+    return {**found, "passes": len(passes)}
+
+
+def test_dropout_bf16_and_signs_of_life(tmp_path: Path) -> None:
+    for found in run_distributed(noisy, 4, tmp_path / "runs", timeout_s=300):
+        for name in ("pp", "interleaved", "zbv, fsdp"):
+            assert found[name][0] == found[name][1], f"{name}: bit for bit"
+        for name in ("pp", "fsdp"):
+            assert found[f"bf16 {name}"] == pytest.approx(found["bf16 ddp"], rel=5e-3)
+        assert found["passes"] == 2 * 4  # two stages, four micro-batches
