@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -18,7 +18,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from gpt.config import TrainConfig, closest
+from gpt.config import ParallelConfig, TrainConfig, closest
 from gpt.errors import ConfigError
 from gpt.run_folder import RunFolder, point_name, write_atomically
 
@@ -108,6 +108,11 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
     loaded = OmegaConf.load(folder.config)
     assert isinstance(loaded, DictConfig)
     return to_schema(loaded, schema)
+
+
+def set_parallel(config: DictConfig, values: Mapping[str, Any]) -> None:
+    """Put how a run is spread, every key of ``parallel``, into its composed config, which may have left it open."""
+    config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
 
 
 def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from gpt.accounting import memory
 from gpt.accounting.flops import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
+from gpt.automatic import settle_here
 from gpt.batch import Batch, cut
 from gpt.checkpoint import CheckpointStore
 from gpt.code import changed_since, code_state, describe_code, refuse_change
 from gpt.composition import lay_out
-from gpt.config import TrainConfig
+from gpt.config import ParallelConfig, TrainConfig
 from gpt.data.corpus import check_fit, describe, described, prepare
 from gpt.data.loader import Samples
 from gpt.data.prepared import Tokens
@@ -69,15 +70,20 @@ def parse_request(argv: Sequence[str]) -> Request:
 def agree_on_folder(request: Request, world: World) -> RunFolder:
     """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
 
-    def choose() -> RunFolder:
+    def choose() -> tuple[RunFolder, ParallelConfig]:
         assert request.composed is not None
-        refuse_what_cannot_run(request.config, world.size)
         folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
-        compose.refuse_other_run(folder, request.config)
+        config = replace(request.config, parallel=settle_here(request.config, request.overrides, folder, world))
+        refuse_what_cannot_run(config, world.size)
+        compose.refuse_other_run(folder, config)
+        compose.set_parallel(request.composed, vars(config.parallel))
         compose.write_config(folder, request.composed, request.overrides)
-        return folder
+        return folder, config.parallel
 
-    return request.folder or world.on_first(choose)
+    if request.folder is not None:
+        return request.folder
+    folder, request.config.parallel = world.on_first(choose)
+    return folder
 
 
 def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:

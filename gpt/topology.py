@@ -72,6 +72,7 @@ def topology(parallel: ParallelConfig, world_size: int) -> Topology:
     Raises:
         ConfigError: they cannot be laid out so.
     """
+    assert parallel.strategy is not Strategy.auto, "to be settled before"
     model_ranks = 1
     for name in ("tp", "cp", "pp"):
         size = getattr(parallel, name)

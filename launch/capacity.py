@@ -6,11 +6,14 @@ Owns the look at this machine, without torch. Must not know what a run needs, be
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
 from gpt.accounting.memory import GIB
-from gpt.config import Device
+from gpt.config import Device, closest
 from gpt.errors import ConfigError
+from gpt.planning.machine import Machine, Stated, cpus, free_memory, gpus
 from launch.config import ClusterKind, Config
 
 
@@ -55,10 +58,10 @@ def refuse_too_few_gpus(config: Config, gpus: int) -> None:
 
 def refuse_too_little_memory(config: Config, needed: int, kind: ClusterKind) -> None:
     """Raise ConfigError where the memory that is known cannot hold the run."""
-    if kind is ClusterKind.local and (config.device is Device.cpu or local_gpus() == 0):
-        have, ranks, where = available_memory(), config.world_size, "free on this machine"
-    elif config.cluster.gpu_memory_gib is not None:
-        have, ranks, where = int(config.cluster.gpu_memory_gib * GIB), 1, "on a GPU (cluster.gpu_memory_gib)"
+    if on_cpus(config, kind) and kind is ClusterKind.local:
+        have, ranks, where = free_memory(), config.world_size, "free on this machine"
+    elif (memory := gpu_memory(config)) is not None:
+        have, ranks, where = memory, 1, f"on a GPU ({gpu_words(config)})"
     else:
         return
     if ranks * needed > have:
@@ -70,9 +73,76 @@ def refuse_too_little_memory(config: Config, needed: int, kind: ClusterKind) -> 
         )
 
 
-def available_memory() -> int:
-    """Bytes of memory that this machine can give without swapping (MemAvailable of /proc/meminfo)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/meminfo has no MemAvailable")
+def on_cpus(config: Config, kind: ClusterKind) -> bool:
+    """Whether the ranks will compute on CPUs, as far as can be told from here."""
+    if config.device is not Device.auto:
+        return config.device is Device.cpu
+    if kind is ClusterKind.local:
+        return local_gpus() == 0
+    return not (config.cluster.gpus_per_node or config.cluster.gpu_name or "gpu" in (config.cluster.gres or ""))
+
+
+def gpu_memory(config: Config) -> int | None:
+    """Bytes of one GPU, as far as they are said or known."""
+    cluster = config.cluster
+    if cluster.gpu_memory_gib is not None:
+        return int(cluster.gpu_memory_gib * GIB)
+    return None if cluster.gpu_name is None else memory_bytes(cluster.gpu_name)
+
+
+def gpu_words(config: Config) -> str:
+    """Where the memory of a GPU is known from."""
+    known = config.cluster.gpu_memory_gib is None
+    return f"cluster.gpu_name={config.cluster.gpu_name}" if known else "cluster.gpu_memory_gib"
+
+
+def machine_of(config: Config, kind: ClusterKind) -> Machine:
+    """What the estimates assume of the nodes of a cluster.
+
+    Raises:
+        ConfigError: too little is said of them.
+    """
+    cluster, links = config.cluster, config.cluster.links
+    stated = Stated(
+        memory=gpu_memory(config),
+        peak_tflops=cluster.gpu_tflops,
+        attainable=cluster.attainable,
+        inside_gb_per_s=links.inside_gb_per_s,
+        between_gb_per_s=links.between_gb_per_s,
+        inside_latency_s=links.inside_us / 1e6,
+        between_latency_s=links.between_us / 1e6,
+    )
+    if on_cpus(config, kind):
+        return cpus(cpu_memory(config, kind), config.ranks_on_node, stated)
+    name = cluster.gpu_name or (local_gpu_name() if kind is ClusterKind.local else None)
+    found = gpus(name or "", config.precision, config.ranks_on_node, stated)
+    if found is None:
+        raise ConfigError(
+            f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "
+            f"precision={config.precision.name}",
+            "cluster.gpu_name, as nvidia-smi -L prints it; or cluster.gpu_tflops and cluster.gpu_memory_gib",
+            f"""'cluster.gpu_name="{(closest(name or "", KNOWN) or ["NVIDIA H100 80GB HBM3"])[0]}"'""",
+        )
+    return found if name else replace(found, device="a GPU")
+
+
+def cpu_memory(config: Config, kind: ClusterKind) -> int:
+    """Bytes that one rank on CPUs may have."""
+    if kind is ClusterKind.local:
+        return free_memory() // config.world_size
+    if config.cluster.mem_gb is None:
+        raise ConfigError(
+            "parallel.strategy=auto on nodes of unknown memory",
+            "cluster.mem_gb, the memory of a node; or, on GPUs, cluster.gpu_name",
+            "cluster.mem_gb=64",
+        )
+    return int(config.cluster.mem_gb * GIGA) // config.ranks_on_node
+
+
+def local_gpu_name() -> str | None:
+    """What the first GPU of this machine calls itself, asked of the driver's files."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.removeprefix("Model:").strip()
+    return None

@@ -21,11 +21,10 @@ from omegaconf import DictConfig
 from gpt import compose
 from gpt.compose import CONFIG_ERRORS
 from gpt.errors import ConfigError, refusing
-from gpt.run_folder import RunFolder, write_json
 from launch import agent
 from launch.config import ClusterKind, Config
 from launch.node import Node
-from launch.plan import Plan, make_plan
+from launch.plan import Plan, make_plan, write_run
 from launch.plan_text import plan_text
 from launch.submit import record_submitted
 
@@ -87,9 +86,7 @@ def make_run(overrides: Sequence[str]) -> Plan:
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
     plan = make_plan(config, words, ClusterKind.slurm)
-    folder = RunFolder(plan.run_dir)
-    compose.write_config(folder, composed, words)
-    write_json(folder.plan, plan.as_dict())
+    write_run(plan, composed, words)
     if "SLURM_RESTART_COUNT" not in os.environ:
         record_submitted(plan, os.environ["SLURM_JOB_ID"])
     return plan
@@ -126,9 +123,10 @@ def run_task(composed: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     composed.run_dir = str(output)
     kind = ClusterKind.slurm if node.is_slurm else ClusterKind.local
-    plan = make_plan(compose.to_schema(composed, Config), [], kind)
+    words = HydraConfig.get().overrides.task
+    plan = make_plan(compose.to_schema(composed, Config), words, kind)
     if node.index == 0:
-        write_json(RunFolder(output).plan, plan.as_dict())
+        write_run(plan, composed, words)
     agent.run(str(output))
 
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from typing import Any
+
+from omegaconf import DictConfig
 
 from gpt import compose
 from gpt.accounting import flops, memory, parameters
 from gpt.batch import Batch, cut
 from gpt.composition import lay_out
-from gpt.config import nearest_divisor
+from gpt.config import ParallelConfig, nearest_divisor
 from gpt.data.corpus import check_fit, describe
 from gpt.errors import ConfigError
 from gpt.interchange.source import check_init_from
+from gpt.planning.settle import settle
+from gpt.run_folder import RunFolder, write_json
 from gpt.topology import Topology
 from launch import snapshot
-from launch.capacity import refuse_what_does_not_fit
+from launch.capacity import machine_of, refuse_what_does_not_fit
 from launch.config import NOT_IN_POINT, ClusterKind, Config
 from launch.placement import Placement
 from launch.resources import place, worst_case
@@ -53,6 +58,8 @@ class Plan:
     """What one token is computed with: of experts those it goes to, else all."""
     flops_per_token: float
     memory_bytes: dict[str, int]
+    parallel: dict[str, Any]
+    """How the model is spread, every key, as the run folder's config has it: also where the command left it open."""
     data: str
     timeout_min: int
     node_hours: float
@@ -70,6 +77,10 @@ class Plan:
     """The copy of the code that the job runs from; None where it runs from where it was submitted."""
     warnings: tuple[str, ...] = ()
     """What may go wrong, as far as earlier attempts tell."""
+    chosen: str = ""
+    """Why it is spread so, where the command left that open."""
+    choices: tuple[dict[str, Any], ...] = ()
+    """The best layouts there were, the chosen one first, each with what an estimate says of it."""
 
     @property
     def nodes_asked(self) -> int:
@@ -83,7 +94,7 @@ class Plan:
     @classmethod
     def from_dict(cls, known: dict[str, Any]) -> Plan:
         """Read back what ``plan.json`` holds."""
-        tuples = {key: tuple(known[key]) for key in ("command_run_dirs", "warnings")}
+        tuples = {key: tuple(known[key]) for key in ("command_run_dirs", "warnings", "choices")}
         return cls(**{**known, **tuples, "placement": Placement.from_dict(known["placement"])})
 
     def at(self, index: int) -> Plan:
@@ -108,6 +119,8 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     folder = compose.choose_folder(config, overrides, NOT_IN_POINT)
     compose.refuse_other_run(folder, config)
     check_init_from(config, folder)
+    settled = settle(config, overrides, folder, config.world_size, lambda: machine_of(config, kind))
+    config = replace(config, parallel=settled.parallel)
     layout = lay_out(config, config.world_size)
     batch = cut_batch(config, layout)
     corpus = describe(config.data, config.data_cache)
@@ -120,12 +133,20 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         run_dir=str(folder.path),
         topology=layout.as_dict(),
         memory_bytes={**asdict(needed), "total": needed.total},
+        parallel=plain_values(config.parallel),
+        chosen=settled.why,
+        choices=tuple(choice.as_dict() for choice in settled.best),
         data=str(corpus),
         code=None if code is None else str(code),
         **of_model(config),
         **of_batch(config, batch),
         **of_nodes(config, kind, place(config, code)),
     )
+
+
+def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
+    """The keys of ``parallel`` as JSON and YAML hold them."""
+    return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
 
 
 def of_model(config: Config) -> dict[str, Any]:
@@ -187,3 +208,11 @@ def cut_batch(config: Config, layout: Topology) -> Batch:
             f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
         )
     return cut(config.optim, ranks)
+
+
+def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Make the run folder: the config, in which nothing is left open, what was typed, and the plan."""
+    folder = RunFolder(plan.run_dir)
+    compose.set_parallel(composed, plan.parallel)
+    compose.write_config(folder, composed, overrides)
+    write_json(folder.plan, plan.as_dict())

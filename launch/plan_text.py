@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpt.accounting.memory import GIB
+from gpt.planning.text import table
 from gpt.topology import Topology
 from launch import placement
 from launch.budget import Use, words
@@ -31,7 +32,9 @@ def plan_text(plan: Plan) -> str:
         "folder": plan.run_dir,
     }
     rows |= {"code": plan.code} if plan.code else {}
+    rows |= {"chosen": plan.chosen} if plan.chosen else {}
     lines = [f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())]
+    lines += [f"  {'':<11} {line}" for line in table(plan.choices)]
     lines += [f"  {'warning':<11} {warning}" for warning in plan.warnings]
     return "\n".join([*lines, *placement.text(plan.placement)])
 

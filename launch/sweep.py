@@ -22,7 +22,7 @@ from launch import scheduler, snapshot
 from launch.conclude import failure_text
 from launch.config import ClusterKind, Config
 from launch.forewarn import forewarn
-from launch.plan import Plan, make_plan
+from launch.plan import Plan, make_plan, write_run
 from launch.worst_case import share_budget, worst_case_text
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
     for copy in {plan.code for plan in plans if plan.code}:
         snapshot.take(Path(copy))
     for (composed, overrides), plan in zip(points, plans, strict=True):
-        folder = RunFolder(plan.run_dir)
-        compose.write_config(folder, composed, overrides)
-        write_json(folder.plan, plan.as_dict())
+        write_run(plan, composed, overrides)
     submit_and_watch(plans, console, detach=points[0][0].launch.detach)
 
 

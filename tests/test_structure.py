@@ -50,6 +50,7 @@ RULES = [
     ("gpt", ["launch", "slurm", "hydra_plugins", "submitit"]),
     ("gpt.model", ["torch.distributed", "gpt.parallel", "gpt.train", "gpt.data"]),
     ("gpt.accounting", ["torch", "gpt.model", "gpt.parallel"]),
+    ("gpt.planning", ["torch", "gpt.model", "gpt.parallel", "gpt.train"]),
     ("gpt.config", ["torch", "gpt.model", "gpt.compose"]),
     ("gpt.data", ["gpt.model", "gpt.parallel", "gpt.train"]),
     ("gpt.checkpoint", ["gpt.model", "gpt.parallel", "gpt.train", "gpt.data"]),

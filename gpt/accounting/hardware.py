@@ -1,7 +1,7 @@
-"""Peak rates of accelerators, by the name the device gives itself.
+"""Peak rates, memory and links of accelerators, by the name the device gives itself.
 
-Torch-free. All are dense: the figures twice as high that circulate assume 2:4 sparsity. A device that is not in the
-table has no known peak, and no utilization is reported for it: a guess would be somebody else's.
+Torch-free. All rates are dense: the figures twice as high that circulate assume 2:4 sparsity. A device that is not in
+the table has no known figures, and no utilization is reported for it: a guess would be somebody else's.
 """
 
 from __future__ import annotations
@@ -11,46 +11,74 @@ from dataclasses import dataclass
 
 from gpt.config import Precision
 
-TERA = 1e12
+GIGA, TERA = 1e9, 1e12
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Dense peaks of one device, TFLOP/s; None where it cannot or where the vendor gives no figure."""
+class Accelerator:
+    """Figures of one device, all from the vendor; None where it cannot or where there is none."""
 
     name: str
     """Regular expression for the whole of ``torch.cuda.get_device_name()``."""
     bf16: float | None
+    """Dense peak, TFLOP/s."""
     fp32: float | None
     """Of the ordinary fp32 units, not of TF32, which is another number format and off by default in torch."""
+    memory_gb: float
+    """10^9 bytes; a name that tells its own memory goes before."""
+    link_gb_per_s: float
+    """What it sends to the others of its node, 10^9 bytes a second: NVLink, Infinity Fabric, else PCIe."""
+    network_gb_per_s: float | None
+    """Its share of the network adapters in the vendor's own system, 10^9 bytes a second; None where there is none."""
 
 
 # Names are matched whole. "NVIDIA H20", "NVIDIA A10G", "NVIDIA L40", "NVIDIA H200 NVL", a laptop's chip of the same
-# number, and a slice of a device ("NVIDIA A100-SXM4-40GB MIG 1g.5gb") are other devices.
-PEAKS = (
-    # Data sheets of the vendors. NVIDIA V100 (2020); its tensor cores know fp16 (125 TFLOP/s), not bf16.
-    Peak(r"(Tesla|NVIDIA) V100-SXM2-(16|32)GB", None, 15.7),
-    Peak(r"(Tesla|NVIDIA) V100-PCIE-(16|32)GB", None, 14),
-    # NVIDIA A100 (2021): the same for SXM4 and PCIe.
-    Peak(r"(NVIDIA )?A100-(SXM4|PCI[Ee])-(40|80)GB", 312, 19.5),
-    Peak(r"NVIDIA A100 80GB PCIe", 312, 19.5),
-    # NVIDIA H100 (2023 and 2024): 1979, 1513 and 1671 TFLOP/s with sparsity.
-    Peak(r"NVIDIA H100 80GB HBM3", 989, 67),
-    Peak(r"NVIDIA H100 PCIe", 756, 51),
-    Peak(r"NVIDIA H100 NVL", 835, 60),
+# number, and a slice of a device ("NVIDIA A100-SXM4-40GB MIG 1g.5gb") are other devices. Links are half of what data
+# sheets give, which is both directions together.
+ACCELERATORS = (
+    # Data sheets of the vendors. NVIDIA V100 (2020); its tensor cores know fp16 (125 TFLOP/s), not bf16. DGX-1: four
+    # adapters of 100 Gbit/s for eight GPUs.
+    Accelerator(r"(Tesla|NVIDIA) V100-SXM2-(16|32)GB", None, 15.7, 16, 150, 6.25),
+    Accelerator(r"(Tesla|NVIDIA) V100-PCIE-(16|32)GB", None, 14, 16, 16, None),
+    # NVIDIA A100 (2021): the same peaks for SXM4 and PCIe. DGX A100: 200 Gbit/s for each GPU.
+    Accelerator(r"(NVIDIA )?A100-SXM4-(40|80)GB", 312, 19.5, 40, 300, 25),
+    Accelerator(r"(NVIDIA )?A100-PCI[Ee]-(40|80)GB", 312, 19.5, 40, 32, None),
+    Accelerator(r"NVIDIA A100 80GB PCIe", 312, 19.5, 80, 32, None),
+    # NVIDIA H100 (2023 and 2024): 1979, 1513 and 1671 TFLOP/s with sparsity. DGX H100: 400 Gbit/s for each GPU. Of the
+    # PCIe forms only two are joined by a bridge.
+    Accelerator(r"NVIDIA H100 80GB HBM3", 989, 67, 80, 450, 50),
+    Accelerator(r"NVIDIA H100 PCIe", 756, 51, 80, 64, None),
+    Accelerator(r"NVIDIA H100 NVL", 835, 60, 94, 64, None),
     # NVIDIA H200 (2024), the SXM form.
-    Peak(r"NVIDIA H200", 989, 67),
+    Accelerator(r"NVIDIA H200", 989, 67, 141, 450, 50),
     # NVIDIA HGX B200 and GB200 NVL72 (2024): 4500 and, for each of the two GPUs, 5000 with sparsity.
-    Peak(r"NVIDIA B200", 2250, None),
-    Peak(r"NVIDIA GB200", 2500, None),
+    Accelerator(r"NVIDIA B200", 2250, None, 180, 900, 50),
+    Accelerator(r"NVIDIA GB200", 2500, None, 186, 900, 50),
     # NVIDIA L40S (2023): 733 with sparsity, the data sheet also giving the dense figure.
-    Peak(r"NVIDIA L40S", 362, 91.6),
-    # AMD Instinct MI300X (2023).
-    Peak(r"AMD Instinct MI300X( OAM)?", 1307, 163.4),
+    Accelerator(r"NVIDIA L40S", 362, 91.6, 48, 32, None),
+    # AMD Instinct MI300X (2023): seven links of 128 GB/s.
+    Accelerator(r"AMD Instinct MI300X( OAM)?", 1307, 163.4, 192, 448, 50),
     # NVIDIA white papers of the GA102 (appendix A) and AD102 architectures: products accumulated in fp32.
-    Peak(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6),
-    Peak(r"NVIDIA GeForce RTX 4090", 165, 82.6),
+    Accelerator(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 32, None),
+    Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None),
 )
+
+
+KNOWN = (
+    *("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"),
+    *("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
+    *("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200"),
+    *("NVIDIA L40S", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090"),
+)
+"""Names of these devices, to propose."""
+
+
+def find(device_name: str) -> Accelerator | None:
+    """The device of this name, or None where it is not known."""
+    for known in ACCELERATORS:
+        if re.fullmatch(known.name, device_name.strip()):
+            return known
+    return None
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
@@ -59,8 +87,15 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
     ``device_name`` is what ``torch.cuda.get_device_name()`` gives. With ``fp32`` the peak is that of true fp32
     products, torch's default; it says nothing about a run that allows TF32.
     """
-    for peak in PEAKS:
-        if re.fullmatch(peak.name, device_name.strip()):
-            tflops = peak.bf16 if precision is Precision.bf16 else peak.fp32
-            return None if tflops is None else tflops * TERA
-    return None
+    known = find(device_name)
+    tflops = None if known is None else known.bf16 if precision is Precision.bf16 else known.fp32
+    return None if tflops is None else tflops * TERA
+
+
+def memory_bytes(device_name: str) -> int | None:
+    """Memory of a device in bytes, or None where it is not known."""
+    known = find(device_name)
+    if known is None:
+        return None
+    told = re.search(r"(\d+)GB", device_name)
+    return int((float(told.group(1)) if told else known.memory_gb) * GIGA)

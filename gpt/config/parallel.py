@@ -22,6 +22,8 @@ class Strategy(Enum):
     ddp = "ddp"
     zero1 = "zero1"
     fsdp = "fsdp"
+    auto = "auto"
+    """Chosen by the planner (gpt/planning), which puts one of the others in its place before a run folder is made."""
 
 
 Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
@@ -67,7 +69,7 @@ class ParallelConfig:
         if self.dp_shard is None:
             return
         require_positive("parallel.dp_shard", self.dp_shard)
-        if self.strategy is not Strategy.fsdp:
+        if self.strategy not in (Strategy.fsdp, Strategy.auto):
             raise ConfigError(
                 f"parallel.dp_shard={self.dp_shard} with parallel.strategy={self.strategy.name}",
                 "a strategy that shards the model",

@@ -15,7 +15,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from gpt.accounting.memory import GIB, Memory, activations, cast_elements, per_rank, pieces
+from gpt.accounting.memory import GIB, Memory, cast_elements, kept, per_rank, pieces
 from gpt.batch import cut
 from gpt.config import (
     AttentionBackend,
@@ -119,7 +119,8 @@ def saved_bytes(config: ModelConfig, sequences: int, precision: Precision) -> in
 
 def expected_bytes(config: ModelConfig, sequences: int, precision: Precision) -> int:
     casts = 2 * cast_elements(pieces(config, Topology("ddp", 1, 1))) if precision is Precision.bf16 else 0
-    return activations(config, sequences, precision) + casts
+    found = kept(config, sequences, precision)
+    return found.embedding + config.n_layer * found.block + found.final + casts
 
 
 @pytest.mark.parametrize("precision", Precision)

@@ -90,7 +90,9 @@ print("torch loaded:", "torch" in sys.modules, "deepspeed" in sys.modules, "matp
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-m", "nodes=1,2", "dry_run=true"], ["nodes=3"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["-m", "nodes=1,2", "parallel=auto", "dry_run=true"], ["nodes=3"]], ids=" ".join
+)
 def test_help_dry_run_and_refusal_load_no_torch(words: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOADS_NO_TORCH, *words],

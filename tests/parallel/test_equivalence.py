@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from gpt.batch import cut
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
-from gpt.config import TrainConfig
 from gpt.resume import save
 from tests.distributed import run_distributed
-from tests.parallel.learning import ACCUMULATIONS, BATCH, MODELS, TINY, assert_same, learn, learn_alone, start, step
+from tests.parallel.learning import ACCUMULATIONS, BATCH, MODELS, assert_same, learn, learn_alone, start, step
 
 STRATEGIES = {
     "ddp": ["parallel=ddp"],
@@ -90,40 +85,3 @@ def test_a_checkpoint_of_each_strategy_goes_on_under_each_other(tmp_path: Path) 
         assert losses == pytest.approx(to_come, rel=1e-6), pair
         if pair[0] == pair[1]:
             assert losses == to_come, f"{pair[0]}: bit for bit"
-
-
-def moments(rank: int, size: int, folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes of the optimizer's moments, and of parameters and gradients, that this rank holds."""
-    found = {}
-    for strategy in CROSSED:
-        run = start(rank, size, folder / strategy, *STRATEGIES[strategy], "optim.micro_batch=2")
-        step(run)
-        states = [t for state in run.engine.optimizer.state.values() for t in state.values() if t.dim()]
-        held = [t for p in run.engine.module.parameters() for t in (p, p.grad) if t is not None]
-        local = [[t.to_local() if hasattr(t, "to_local") else t for t in group] for group in (states, held)]
-        found[strategy] = tuple(sum(t.numel() * t.element_size() for t in group) for group in local)
-    return found
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_memory_falls_as_the_plan_says(size: int, tmp_path: Path) -> None:
-    from gpt.accounting import memory
-
-    held = run_distributed(moments, size, tmp_path / "runs")
-    for strategy in CROSSED:
-        config = to_schema(compose_train([*TINY, *STRATEGIES[strategy], "optim.micro_batch=2"]), TrainConfig)
-        layout = lay_out(config, size)
-        said = memory.per_rank(config, layout, cut(config.optim, layout.data_ranks))
-        most = [max(rank[strategy][i] for rank in held) for i in (0, 1)]
-        assert most[1] == said.parameters + said.gradients, strategy
-        assert most[0] == said.optimizer - count_of_steps(config), strategy
-    whole, part = (max(rank[s][0] for rank in held) for s in ("ddp", "zero1"))
-    assert part == pytest.approx(whole / size, rel=0.01)
-
-
-def count_of_steps(config: TrainConfig) -> int:
-    """Bytes of AdamW's step counts, one float for each tensor, which are no moments."""
-    from gpt.model.gpt import GPT
-
-    with torch.device("meta"):
-        return 4 * len(list(GPT(config.model).parameters()))

@@ -10,9 +10,9 @@ D width, H heads, K key-value heads, C head width, F inner width of the ffn, V v
 experts.
 """
 
-from gpt.accounting.memory.activations import activations
-from gpt.accounting.memory.pieces import cast_elements, pieces
+from gpt.accounting.memory.activations import kept
+from gpt.accounting.memory.pieces import Pieces, cast_elements, elements, pieces
 from gpt.accounting.memory.rank import Memory, per_rank
 from gpt.accounting.memory.units import BF16, FP32, GIB
 
-__all__ = ["BF16", "FP32", "GIB", "Memory", "activations", "cast_elements", "per_rank", "pieces"]
+__all__ = ["BF16", "FP32", "GIB", "Memory", "Pieces", "cast_elements", "elements", "kept", "per_rank", "pieces"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from gpt.accounting.memory.activations import activations
+from gpt.accounting.memory.activations import Share, kept
+from gpt.accounting.memory.in_flight import passes_at_once
 from gpt.accounting.memory.pieces import Pieces, cast_elements, elements, pieces
 from gpt.accounting.memory.units import BF16, FP32, GIB
 from gpt.batch import Batch
 from gpt.config import Precision, Strategy, TrainConfig
+from gpt.stages import Part, parts_of
 from gpt.topology import Topology
 
 
@@ -56,18 +58,54 @@ def per_rank(config: TrainConfig, layout: Topology, batch: Batch) -> Memory:
         layout: how its ranks stand.
         batch: how the global batch is cut for its data ranks.
     """
-    model = config.model
-    held = pieces(model, layout)
+    return max((of_rank(config, layout, batch, rank) for rank in range(layout.pp)), key=lambda memory: memory.total)
+
+
+def of_rank(config: TrainConfig, layout: Topology, batch: Batch, pp_rank: int) -> Memory:
+    """Memory of the ranks that hold one rank's stages of a pipeline."""
+    parts = parts_of(config, pp_rank)
+    held = pieces(config.model, layout, parts)
     moments = held.held(layout.data_ranks) if config.parallel.strategy is Strategy.zero1 else held.held()
-    tokens = batch.micro * model.block_size
+    passes = passes_at_once(config.parallel, pp_rank, batch.accumulation)
     return Memory(
         parameters=FP32 * held.held(),
         gradients=FP32 * held.held(),
         optimizer=2 * FP32 * moments + FP32 * held.tensors,
         compute_weights=compute_weights(config, held, batch.accumulation > 1),
-        activations=activations(model, batch.micro, config.precision, config.recompute),
-        logits=3 * FP32 * tokens * model.padded_vocab,
+        activations=activations(config, layout, batch, parts, passes),
+        logits=logits(config, layout, batch, passes) if any(part.last for part in parts) else 0,
     )
+
+
+def share_of(layout: Topology) -> Share:
+    """What part of a pass a rank computes."""
+    return Share(tp=layout.tp, stream=layout.tp, cp=layout.cp, gathers_keys=layout.cp > 1)
+
+
+def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], passes: int) -> int:
+    """Bytes that ``passes`` micro-batches keep in a rank's parts of the model.
+
+    torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
+    (torch.distributed.pipelining.stage), and keeps what goes out as long as the rest.
+    """
+    model, share = config.model, share_of(layout)
+    of_pass = kept(model, batch.micro, config.precision, config.recompute, share)
+    layers = sum(len(part.blocks) for part in parts)
+    inside = passes * layers * of_pass.recomputed + (of_pass.block - of_pass.recomputed if layers else 0)
+    around = passes * sum(part.first * of_pass.embedding + part.last * of_pass.final for part in parts)
+    if layout.pp == 1:
+        return inside + around
+    stream = share.tokens(model, batch.micro) * FP32 * model.n_embd
+    received = sum((batch.accumulation - passes) * (not part.first) for part in parts)
+    handed_on = sum((batch.accumulation + passes) * (not part.last) for part in parts)
+    return inside + around + stream * (received + handed_on)
+
+
+def logits(config: TrainConfig, layout: Topology, batch: Batch, passes: int) -> int:
+    """Three tensors of one micro-batch, and one of each other whose backward pass has not begun."""
+    tokens = share_of(layout).tokens(config.model, batch.micro)
+    columns = -(-config.model.padded_vocab // layout.tp)
+    return (2 + passes) * FP32 * tokens * columns
 
 
 def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int:

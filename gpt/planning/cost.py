@@ -1,0 +1,95 @@
+"""What a step takes: computing, waiting in a pipeline, and sending, by dimension of the grid.
+
+An estimate, to rank layouts against each other: it knows no kernel, no straggler and no small matrix. What it assumes:
+
+- computing: FLOPs over the rate that a rank attains, whatever the shapes. The slowest rank of a pipeline sets the pace.
+- gradients that DDP or FSDP exchange hide behind the backward pass of the last micro-batch, and gathered parameters
+  behind the pass they are gathered for, as far as that is long enough; the keys that a ring passes on hide behind
+  attention. Everything else waits: what tensor, context and expert parallelism exchange inside a layer, what a stage of
+  a pipeline hands on, and gradients that are summed after the last pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt.accounting.flops import Flops, recomputed_flops_per_token, training_flops_per_token
+from gpt.accounting.memory import pieces
+from gpt.batch import Batch
+from gpt.config import AttentionBackend, TrainConfig
+from gpt.planning.data_traffic import data_s
+from gpt.planning.layer_traffic import layers_s, send_s
+from gpt.planning.machine import Machine
+from gpt.stages import Part, bubble_fraction, local_stages, parts_of
+from gpt.topology import Topology
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step, by what they go to."""
+
+    compute_s: float
+    """Of the slowest rank of a pipeline, recomputation included."""
+    idle_s: float
+    """That a rank of a pipeline waits for the first and the last micro-batches."""
+    communication_s: dict[str, float]
+    """By dimension, what is not hidden behind computing."""
+    tokens: int
+    """Of a step."""
+
+    @property
+    def step_s(self) -> float:
+        """All of it."""
+        return self.compute_s + self.idle_s + sum(self.communication_s.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the whole run."""
+        return self.tokens / self.step_s
+
+
+def estimate(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine) -> Estimate:
+    """The time of a step on ``machine``: that of the pipeline's slowest rank."""
+    ranks = [estimate_rank(config, layout, batch, machine, rank) for rank in range(layout.pp)]
+    return max(ranks, key=lambda found: found.step_s)
+
+
+def estimate_rank(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine, rank: int) -> Estimate:
+    """The time of a step for one rank of the pipeline, if it were the one that sets the pace."""
+    parts = parts_of(config, rank)
+    held = pieces(config.model, layout, parts)
+    compute_s = pass_s(config, layout, batch, parts, machine)
+    each_pass = layers_s(config, layout, batch, parts, machine, compute_s)
+    if layout.pp > 1:
+        each_pass["pp"] = send_s(config, layout, batch, len(parts), machine)
+    inside = {name: batch.accumulation * seconds for name, seconds in each_pass.items()}
+    busy_s = batch.accumulation * compute_s + sum(inside.values())
+    idle = idle_share(config, layout, batch)
+    return Estimate(
+        compute_s=batch.accumulation * compute_s,
+        idle_s=busy_s * idle / (1 - idle),
+        communication_s={"dp": data_s(config, layout, batch, held, machine, compute_s), **inside},
+        tokens=batch.global_batch * config.model.block_size,
+    )
+
+
+def idle_share(config: TrainConfig, layout: Topology, batch: Batch) -> float:
+    """The share of a step that a rank of the pipeline waits, 0 to 1."""
+    if layout.pp == 1:
+        return 0.0
+    return bubble_fraction(config.parallel.schedule, layout.pp, batch.accumulation, local_stages(config.parallel))
+
+
+def pass_s(config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], machine: Machine) -> float:
+    """Seconds in which a rank computes both passes of a micro-batch through its parts of the model."""
+    model, flops = config.model, training_flops_per_token(config.model)
+    layers = sum(len(part.blocks) for part in parts)
+    of_blocks = products(config, flops) - flops.logits + recomputed_flops_per_token(model, config.recompute)
+    logits = flops.logits if any(part.last for part in parts) else 0
+    per_token = (layers / model.n_layer * of_blocks + logits) / (layout.tp * layout.cp)
+    return batch.micro * model.block_size * per_token / machine.flops_per_s
+
+
+def products(config: TrainConfig, flops: Flops) -> int:
+    """All of them, of attention those that the kernel computes."""
+    return flops.palm if config.model.attention is AttentionBackend.manual else flops.causal

@@ -1,0 +1,183 @@
+"""What a rank holds of a model that is cut along any dimension: numbers by hand, and laws that hold for any model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt.accounting.memory import FP32, Memory, per_rank, pieces
+from gpt.accounting.memory.in_flight import passes_at_once
+from gpt.accounting.parameters import count
+from gpt.batch import cut
+from gpt.config import (
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    Schedule,
+    Strategy,
+    TrainConfig,
+)
+from gpt.stages import parts_of
+from gpt.topology import Topology, topology
+from tests.model.small import LLAMA, MOE, configs, small
+
+OPTIM = OptimConfig(max_steps=1, global_batch=64, micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)
+HAND: dict[str, Any] = {**LLAMA, "n_layer": 4, "n_kv_head": 2, "ffn_hidden": 64, "block_size": 16, "vocab_size": 64}
+"""Of a block: two gains of 32, matrices of 32 x 32, 16 x 32, 16 x 32, 32 x 32, and three of 64 x 32; 9280 in all.
+Around them an embedding and an output matrix of 64 x 32, and a gain of 32."""
+
+
+def run(model: ModelConfig, **parallel: Any) -> TrainConfig:
+    return TrainConfig(model=model, optim=OPTIM, parallel=ParallelConfig(**{"strategy": Strategy.ddp, **parallel}))
+
+
+def memory(config: TrainConfig, ranks: int) -> Memory:
+    layout = topology(config.parallel, ranks)
+    return per_rank(config, layout, cut(config.optim, layout.data_ranks))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "elements"),
+    [
+        ({}, 1, 4 * 9280 + 2 * 2048 + 32),
+        ({"tp": 2}, 2, 4 * (9216 // 2 + 64) + 2 * 1024 + 32),
+        ({"tp": 2}, 4, 4 * (9216 // 2 + 64) + 2 * 1024 + 32),
+        ({"cp": 2}, 2, 4 * 9280 + 2 * 2048 + 32),
+        ({"strategy": Strategy.fsdp}, 4, 4 * 2320 + 2 * 512 + 8),
+        ({"strategy": Strategy.fsdp, "cp": 2}, 4, 4 * 2320 + 2 * 512 + 8),
+        ({"strategy": Strategy.fsdp, "dp_shard": 2}, 4, 4 * 4640 + 2 * 1024 + 16),
+        ({"strategy": Strategy.fsdp, "tp": 2}, 8, 4 * (9216 // 8 + 16) + 2 * 256 + 8),
+    ],
+    ids=lambda value: " ".join(f"{k}={getattr(v, 'name', v)}" for k, v in value.items()) if type(value) is dict else "",
+)
+def test_states_by_hand(parallel: dict[str, Any], ranks: int, elements: int) -> None:
+    found = memory(run(small(**HAND), **parallel), ranks)
+    assert (found.parameters, found.gradients) == (FP32 * elements, FP32 * elements)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "by_rank"),
+    [
+        ({}, 2, [2 * 9280 + 2048, 2 * 9280 + 2048 + 32]),
+        ({"tp": 2}, 4, [2 * (4608 + 64) + 1024, 2 * (4608 + 64) + 1024 + 32]),
+        ({"strategy": Strategy.fsdp}, 4, [2 * 4640 + 1024, 2 * 4640 + 1024 + 16]),
+        ({"strategy": Strategy.fsdp, "tp": 2}, 8, [2 * (2304 + 32) + 512, 2 * (2304 + 32) + 512 + 16]),
+        # In a V the first rank has both ends; of five layers, the output matrix being one, two stages have two.
+        ({"schedule": Schedule.zbv}, 2, [2 * 9280 + 2 * 2048 + 32, 2 * 9280]),
+        ({"schedule": Schedule.interleaved}, 2, [2 * 9280 + 2048, 2 * 9280 + 2048 + 32]),
+    ],
+    ids=lambda value: " ".join(f"{k}={getattr(v, 'name', v)}" for k, v in value.items()) if type(value) is dict else "",
+)
+def test_states_of_a_pipeline_by_hand(parallel: dict[str, Any], ranks: int, by_rank: list[int]) -> None:
+    config = run(small(**HAND), pp=2, **parallel)
+    layout = topology(config.parallel, ranks)
+    assert [pieces(config.model, layout, parts_of(config, rank)).held() for rank in range(2)] == by_rank
+    assert memory(config, ranks).parameters in [FP32 * elements for elements in by_rank]
+
+
+def test_a_tied_embedding_is_at_both_ends_of_a_pipeline() -> None:
+    config = run(small(**{**HAND, "tie_embeddings": True}), pp=2)
+    held = [pieces(config.model, topology(config.parallel, 2), parts_of(config, rank)) for rank in range(2)]
+    assert [[p.name for p in rank.around] for rank in held] == [
+        ["token_embedding.weight"],
+        ["token_embedding.weight", "norm.weight"],
+    ]
+
+
+def test_experts_are_dealt_out_and_shared_by_those_that_hold_the_same() -> None:
+    model = small(**{**MOE, "n_layer": 1, "ffn_hidden": 24})
+    experts = 4 * 3 * 24 * 32
+    rest = count(model).total - experts
+    copies, sharded = (memory(run(model, ep=2, strategy=s), 4) for s in (Strategy.ddp, Strategy.fsdp))
+    assert copies.parameters == FP32 * (rest + experts // 2)
+    whole = memory(run(model, strategy=Strategy.fsdp), 4)
+    assert sharded.parameters == whole.parameters  # two deal out the experts, and two share what each is dealt
+    stack = next(p for p in pieces(model, Topology("fsdp", 1, 8, ep=4)).block if p.name == "ffn.experts.gate")
+    assert (stack.shape, stack.cuts, stack.dimension) == ((1, 24, 32), 2, 1)  # one expert cannot be cut into two
+
+
+@pytest.mark.parametrize("model", [HAND, {}, {**MOE, "n_shared_expert": 1}], ids=["llama", "gpt2", "experts"])
+def test_one_rank_along_a_dimension_changes_nothing(model: dict[str, Any]) -> None:
+    alone = memory(run(small(**model)), 1)
+    for keys in ({"schedule": Schedule.zbv}, {"strategy": Strategy.fsdp, "dp_shard": 1}):
+        found = memory(run(small(**model), **keys), 1)
+        assert (found.parameters, found.gradients, found.activations) == (
+            alone.parameters,
+            alone.gradients,
+            alone.activations,
+        )
+
+
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "strategy": st.sampled_from([Strategy.ddp, Strategy.fsdp]),
+        "tp": st.sampled_from([1, 2, 4]),
+        "cp": st.sampled_from([1, 2]),
+        "pp": st.sampled_from([1, 2, 3]),
+        "schedule": st.sampled_from(list(Schedule)),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs(), LAYOUTS, st.sampled_from([1, 2, 3]))
+def test_the_ranks_of_a_copy_hold_all_of_it(model: ModelConfig, parallel: dict[str, Any], data_ranks: int) -> None:
+    config = run(replace(model, n_layer=6), **parallel)
+    layout = topology(config.parallel, data_ranks * parallel["tp"] * parallel["cp"] * parallel["pp"])
+    held = [pieces(config.model, layout, parts_of(config, rank)) for rank in range(layout.pp)]
+    sharing = layout.tp * (layout.dp_shard * layout.cp if layout.is_sharded else 1)
+    assert sharing * sum(rank.held() for rank in held) >= count(config.model).total
+    assert sum(rank.layers for rank in held) == 6
+    for rank in held:
+        assert rank.held() <= rank.elements <= count(config.model).total
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs(), st.sampled_from(Precision), st.sampled_from(Recompute))
+def test_more_ranks_along_a_dimension_never_need_more(
+    model: ModelConfig, precision: Precision, recompute: Recompute
+) -> None:
+    model = replace(model, n_layer=6, block_size=16)
+
+    def total(ranks: int, **parallel: Any) -> int:
+        return memory(replace(run(model, **parallel), precision=precision, recompute=recompute), ranks).total
+
+    for key in ("tp", "cp"):
+        for strategy in (Strategy.ddp, Strategy.fsdp):
+            sizes = [total(2 * size, strategy=strategy, **{key: size}) for size in (1, 2, 4)]
+            assert sizes == sorted(sizes, reverse=True), (key, strategy)
+    states = [memory(run(model, strategy=Strategy.fsdp), ranks).parameters for ranks in (1, 2, 4, 8)]
+    assert states == sorted(states, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "by_rank"),
+    [
+        ("gpipe", [8, 8, 8, 8]),
+        ("1f1b", [4, 3, 2, 1]),
+        # (4 + 6 + 1) / 2, (4 + 4 + 1) / 2, ...: passes through one of two stages, rounded up.
+        ("interleaved", [6, 5, 4, 3]),
+        ("zbv", [4, 4, 4, 4]),
+        ("dualpipev", [5, 5, 5, 5]),
+    ],
+)
+def test_passes_begun_by_schedule(schedule: str, by_rank: list[int]) -> None:
+    parallel = ParallelConfig(Strategy.ddp, pp=4, schedule=Schedule[schedule])
+    assert [passes_at_once(parallel, rank, 8) for rank in range(4)] == by_rank
+    assert passes_at_once(parallel, 0, 1) == 1
+    assert passes_at_once(replace(parallel, pp=1), 0, 8) == 1
+
+
+def test_gpipe_keeps_every_micro_batch_and_1f1b_a_few() -> None:
+    found = {
+        name: memory(run(small(**HAND), pp=2, schedule=Schedule[name]), 2).activations for name in ("gpipe", "1f1b")
+    }
+    one = memory(run(small(**HAND)), 1).activations
+    assert found["gpipe"] > 5 * found["1f1b"]
+    assert found["gpipe"] > 16 * one  # 32 micro-batches of half the layers

@@ -1,0 +1,112 @@
+"""``parallel=auto``: shown before anything is submitted, written into the run folder, and kept from then on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt.compose import to_schema
+from gpt.config import Strategy
+from gpt.errors import ConfigError
+from gpt.run_folder import RunFolder
+from launch.config import ClusterKind, Config
+from launch.inside import compose_launch
+from launch.plan import Plan, make_plan, write_run
+from launch.plan_text import plan_text
+from tests.commands import TINY, run
+
+H100 = 'cluster.gpu_name="NVIDIA H100 80GB HBM3"'
+BIG = [
+    "nodes=2",
+    "model=llama_1p3b",
+    "data=synthetic",
+    "precision=bf16",
+    "optim.global_batch=64",
+    "optim.micro_batch=1",
+]
+GPUS = ["cluster=slurm", "cluster.gpus_per_node=8", H100]
+
+
+def plan_of(*words: str) -> Plan:
+    return make_plan(to_schema(compose_launch(words), Config), words, ClusterKind.slurm)
+
+
+def test_the_plan_shows_the_first_five_and_takes_the_first() -> None:
+    plan = plan_of(*GPUS, *BIG, "parallel=auto")
+    assert len(plan.choices) == 5
+    assert plan.choices[0]["memory_bytes"] == plan.memory_bytes["total"]
+    assert plan.parallel["strategy"] == plan.topology["strategy"].replace("hsdp", "fsdp") != "auto"
+    text = plan_text(plan)
+    assert "NVIDIA H100 80GB HBM3: 494 TFLOP/s attained" in text
+    for number, choice in enumerate(plan.choices, start=1):
+        assert f"{number}. {choice['layout']}" in text
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))).choices == plan.choices
+
+
+def test_the_point_is_named_by_what_was_typed_and_the_folder_holds_what_was_chosen(tmp_path: Path) -> None:
+    words = [*GPUS, *BIG, "parallel=auto", f"output_dir={tmp_path}"]
+    composed = compose_launch(words)
+    plan = make_plan(to_schema(composed, Config), words, ClusterKind.slurm)
+    assert "parallel=auto" in plan.point
+    write_run(plan, composed, words)
+    stored = yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["parallel"]
+    assert stored == plan.parallel and stored["strategy"] != "auto"
+    # A start after the queue chooses nothing, even on nodes that would have it otherwise.
+    again = plan_of(*words, "cluster.links.between_gb_per_s=0.1", "cluster.gpu_memory_gib=200")
+    assert (again.run_dir, again.parallel, again.choices) == (plan.run_dir, plan.parallel, ())
+    assert "as this run began" in plan_text(again)
+    assert plan_of(*words, "fresh=true").choices
+
+
+def test_links_that_are_stated_count() -> None:
+    words = [*GPUS, *BIG, "parallel=auto"]
+    slow = plan_of(*words, "cluster.links.between_gb_per_s=1")
+    assert slow.choices[0]["tokens_per_s"] < plan_of(*words).choices[0]["tokens_per_s"] / 2
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "fix"),
+    [
+        (["cluster.gpus_per_node=8"], "GPUs of which nothing is known", "cluster.gpu_name="),
+        (["cluster.gpus_per_node=8", "cluster.gpu_name=H20"], "nothing is known (H20)", "NVIDIA H"),
+        ([], "nodes of unknown memory", "cluster.mem_gb=64"),
+        (["cluster.gpus_per_node=8", H100, "cluster.gpu_memory_gib=2"], "needs least", "nodes="),
+        (["cluster.gpus_per_node=8", H100, "optim.global_batch=7"], "optim.global_batch=7", "optim.global_batch="),
+    ],
+    ids=["no name", "unknown name", "no memory", "too small", "batch"],
+)
+def test_what_cannot_be_chosen_is_refused(words: list[str], found: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan_of(
+            "cluster=slurm", *BIG, "model.block_size=1026", "parallel=auto", "parallel.tp=1", "parallel.pp=1", *words
+        )
+    assert found in refusal.value.found
+    assert fix in refusal.value.fix
+
+
+def test_what_is_said_of_an_unknown_gpu_is_enough() -> None:
+    said = ["cluster.gpu_tflops=150", "cluster.gpu_memory_gib=64", "cluster.links.inside_gb_per_s=100"]
+    plan = plan_of("cluster=slurm", "cluster.gpus_per_node=8", *said, *BIG, "parallel=auto")
+    assert "a GPU: 75 TFLOP/s attained, 100 GB/s inside a node" in plan.chosen
+
+
+def test_a_run_of_two_ranks_chooses_and_learns(tmp_path: Path) -> None:
+    words = [*TINY, "optim.max_steps=2", "ranks_per_node=2", "parallel=auto", "cluster=local", "run_dir=run"]
+    text = run("launch", *words, cwd=tmp_path)
+    assert "finished" in text or "tokens/s" in text
+    folder = RunFolder(tmp_path / "run")
+    stored = yaml.safe_load(folder.config.read_text())["parallel"]
+    assert stored["strategy"] in ("ddp", "zero1", "fsdp")
+    started = next(event for event in folder.read_events() if event["event"] == "started")
+    assert started["topology"].split()[0] in (stored["strategy"], "hsdp")
+
+
+def test_ranks_that_nobody_planned_for_choose_for_their_device(tmp_path: Path) -> None:
+    words = [*TINY, "optim.max_steps=2", "parallel=auto", "run_dir=run"]
+    text = run("gpt.train", *words, cwd=tmp_path)
+    assert "parallel.strategy=auto: 1 of 1 layouts that fit" in text and "1. ddp" in text
+    stored = yaml.safe_load(RunFolder(tmp_path / "run").config.read_text())["parallel"]
+    assert stored["strategy"] == Strategy.ddp.name

@@ -1,0 +1,81 @@
+"""What the ranks of every kind of engine hold is what the plan says they will."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpt.accounting.memory import FP32, pieces
+from gpt.batch import cut
+from gpt.compose import compose_train, to_schema
+from gpt.composition import lay_out
+from gpt.config import Strategy, TrainConfig
+from gpt.stages import parts_of
+from tests.distributed import run_distributed
+from tests.parallel.holding import held_bytes
+from tests.parallel.learning import BATCH, MODELS, TINY, start, step
+
+WORDS = ["model.n_layer=4", "model.n_head=4", "optim.micro_batch=2"]
+"""Layers for four ranks, and micro-batches for a pipeline."""
+LAYOUTS = {
+    "ddp": "parallel=ddp",
+    "zero1": "parallel=zero1",
+    "fsdp": "parallel=fsdp",
+    "hsdp": "parallel=hsdp parallel.dp_shard=2",
+    "pp": "parallel=ddp parallel.pp=2",
+    "pp in a V": "parallel=ddp parallel.pp=2 parallel.schedule=zbv",
+    "pp of two stages": "parallel=ddp parallel.pp=2 parallel.schedule=interleaved",
+    "pp x fsdp": "parallel=fsdp parallel.pp=2",
+    "ep": "parallel=ep parallel.ep=2",
+    "ep x fsdp": "parallel=fsdp_ep parallel.ep=2",
+}
+DENSE = "untied, grouped queries"
+CASES = [
+    *((name, DENSE) for name in LAYOUTS if "ep" not in name.split()),
+    *((name, "tied") for name in ("ddp", "pp")),
+    *((name, "experts") for name in ("ep", "ep x fsdp", "fsdp")),
+]
+
+
+def words_of(name: str, model: str) -> list[str]:
+    return [*WORDS, *LAYOUTS[name].split(), *MODELS[model]]
+
+
+def hold(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
+    found = {}
+    for name, model in CASES:
+        run = start(rank, size, folder / f"{name}{model}", *words_of(name, model))
+        step(run)
+        found[name, model] = held_bytes(run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[int, int, int]]]:
+    return run_distributed(hold, 4, tmp_path_factory.mktemp("held") / "runs", timeout_s=400)
+
+
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_every_rank_holds_what_the_plan_says(
+    name: str, model: str, held: list[dict[tuple[str, str], tuple[int, int, int]]]
+) -> None:
+    config = to_schema(compose_train([*TINY, *words_of(name, model)]), TrainConfig)
+    layout = lay_out(config, len(held))
+    assert cut(config.optim, layout.data_ranks).global_batch == BATCH
+    line = len(held) // layout.pp
+    for stage in range(layout.pp):
+        said = pieces(config.model, layout, parts_of(config, stage))
+        moments = said.held(layout.data_ranks) if config.parallel.strategy is Strategy.zero1 else said.held()
+        expected = (FP32 * said.held(), FP32 * said.held(), 2 * FP32 * moments + FP32 * said.tensors)
+        found = [rank[name, model] for rank in held[stage * line : (stage + 1) * line]]
+        # The first of those that share a tensor has the largest part of it.
+        assert tuple(map(max, zip(*found, strict=True))) == expected, f"{name} of {model}, stage {stage}"
+
+
+def test_memory_falls_as_promised(held: list[dict[tuple[str, str], tuple[int, int, int]]]) -> None:
+    most = {name: [max(rank[name, DENSE][i] for rank in held) for i in range(3)] for name in ("ddp", "zero1", "fsdp")}
+    whole, moments, shards = most["ddp"], most["zero1"], most["fsdp"]
+    assert moments[:2] == whole[:2]
+    assert moments[2] == pytest.approx(whole[2] / 4, rel=0.03)
+    assert shards == pytest.approx([part / 4 for part in whole], rel=0.03)

@@ -1,0 +1,180 @@
+"""The estimate of a step: its terms by hand on a made-up machine, and laws that hold on any."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt.accounting.flops import recomputed_flops_per_token, training_flops
+from gpt.accounting.parameters import count
+from gpt.batch import cut
+from gpt.config import (
+    AttentionBackend,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    Schedule,
+    Strategy,
+    TrainConfig,
+)
+from gpt.planning.collectives import Group, group, strided
+from gpt.planning.cost import Estimate, estimate
+from gpt.planning.machine import Link, Machine, Stated, cpus, gpus
+from gpt.topology import Topology, topology
+from tests.model.small import LLAMA, MOE, small
+
+FAST, SLOW = Link(0.0, 8e9), Link(0.0, 1e9)
+MACHINE = Machine("made up", 1e9, 10**9, 4, FAST, SLOW)
+SHARDS, MOMENTS = Strategy.fsdp, Strategy.zero1
+ENDLESS = replace(MACHINE, inside=Link(0.0, 1e30), between=Link(0.0, 1e30))
+MODEL = small(**{**LLAMA, "n_layer": 4, "n_kv_head": 2, "ffn_hidden": 64, "block_size": 16, "vocab_size": 64})
+T, D, BLOCK, AROUND = 2 * 16, 32, 9280, 2 * 2048 + 32
+"""Tokens of a micro-batch, width, and parameters."""
+
+
+def config_of(accumulation: int = 1, data_ranks: int = 1, model: Any = MODEL, **parallel: Any) -> TrainConfig:
+    batch = {"global_batch": 2 * data_ranks * accumulation, "micro_batch": 2}
+    optim = OptimConfig(max_steps=1, lr=1e-3, min_lr=0.0, warmup_steps=0, **batch)
+    return TrainConfig(model=model, optim=optim, parallel=ParallelConfig(**{"strategy": Strategy.ddp, **parallel}))
+
+
+def cost(config: TrainConfig, ranks: int, machine: Machine = MACHINE) -> Estimate:
+    layout = topology(config.parallel, ranks)
+    return estimate(config, layout, cut(config.optim, layout.data_ranks), machine)
+
+
+def test_a_ring_of_four() -> None:
+    ring = Group(4, Link(0.5, 1000.0))
+    assert ring.gather(4000) == 3 * (0.5 + 1)
+    assert ring.all_reduce(4000) == 9
+    assert Group(1, SLOW).all_reduce(1e9) == 0
+
+
+def test_links_of_a_group() -> None:
+    layout = Topology("hsdp", dp_replicate=2, dp_shard=2, pp=2, tp=2)  # 16 ranks on four nodes of four
+    assert group(layout, MACHINE, ["tp"]).link == FAST
+    assert group(layout, MACHINE, ["dp_shard"]).link == FAST
+    assert group(layout, MACHINE, ["dp_replicate"]) == Group(2, SLOW)
+    # Two ranks of each node are in this ring, and send through the node's adapters at once.
+    assert group(layout, MACHINE, ["dp_replicate", "dp_shard"]) == Group(4, Link(0.0, 2e9))
+    assert strided(MACHINE, 8, 1).link.bytes_per_s == 4e9
+    assert strided(replace(MACHINE, inside=Link(0.0, 2e9)), 8, 1).link.bytes_per_s == 2e9
+
+
+def test_computing_is_the_models_arithmetic() -> None:
+    for backend, part in ((AttentionBackend.manual, "palm"), (AttentionBackend.sdpa, "causal")):
+        config = config_of(accumulation=3, model=replace(MODEL, attention=backend))
+        found = cost(config, 1)
+        assert found.compute_s == pytest.approx(getattr(training_flops(config.model, 6), part) / 1e9)
+        assert (found.idle_s, found.step_s) == (0, found.compute_s)
+        assert found.tokens_per_s == pytest.approx(6 * 16 / found.step_s)
+    again = cost(replace(config_of(), recompute=Recompute.full), 1).compute_s - cost(config_of(), 1).compute_s
+    assert again == pytest.approx(T * recomputed_flops_per_token(MODEL, Recompute.full) / 1e9)
+
+
+@pytest.mark.parametrize("keys", [{"tp": 4}, {"cp": 4}, {"pp": 2, "tp": 2}], ids=str)
+def test_ranks_share_the_arithmetic(keys: dict[str, int]) -> None:
+    alone, shared = (cost(config_of(4, **k), n, ENDLESS) for k, n in (({}, 1), (keys, 4)))
+    # Two of five unequal layers are at most somewhat more than half.
+    assert alone.compute_s / 4 <= shared.compute_s * 1.0001 < alone.compute_s / 4 * 1.15
+
+
+def test_a_pipeline_waits_for_its_ends() -> None:
+    for schedule in ("gpipe", "1f1b"):
+        found = cost(config_of(8, pp=4, schedule=Schedule[schedule]), 4, ENDLESS)
+        assert found.idle_s / found.step_s == pytest.approx(3 / 11)  # (p - 1) / (m + p - 1)
+    less = cost(config_of(8, pp=2, schedule=Schedule.interleaved), 2, ENDLESS)
+    assert less.idle_s / less.step_s == pytest.approx(1 / 17)  # (p - 1) / (v m + p - 1)
+
+
+def test_gradients_of_copies_by_hand() -> None:
+    parameters = count(MODEL).total
+    fast = replace(MACHINE, flops_per_s=1e30)
+    assert cost(config_of(data_ranks=4), 4, fast).communication_s["dp"] == pytest.approx(
+        2 * 3 / 4 * 4 * parameters / 8e9
+    )
+    # After the last pass, by hand, whatever there is to hide behind.
+    slow = replace(MACHINE, flops_per_s=1.0)
+    shared = cost(config_of(data_ranks=2, tp=2), 4, slow).communication_s["dp"]
+    assert shared == pytest.approx(2 * 1 / 2 * 4 * (4 * (4608 + 64) + 2 * 1024 + 32) / 8e9)
+    # zero1 brings the weights together beside that.
+    extra = cost(config_of(data_ranks=4, strategy=Strategy.zero1), 4, fast).communication_s["dp"]
+    assert extra == pytest.approx(3 * 3 / 4 * 4 * parameters / 8e9)
+
+
+def test_gathered_parameters_by_hand() -> None:
+    fast, parameters = replace(MACHINE, flops_per_s=1e30), count(MODEL).total
+    each = 3 / 4 * 4 * parameters / 8e9
+    for reshard, gathers in ((True, 2), (False, 1)):
+        keys = {"strategy": Strategy.fsdp, "reshard_after_forward": reshard}
+        found = cost(config_of(3, data_ranks=4, **keys), 4, fast).communication_s["dp"]
+        assert found == pytest.approx((3 * gathers + 1) * each)
+    hidden = cost(config_of(data_ranks=4, strategy=Strategy.fsdp), 4, replace(MACHINE, flops_per_s=1e6))
+    assert hidden.communication_s["dp"] == pytest.approx(3 / 4 * 4 * (2 * BLOCK + AROUND) / 8e9)  # first and last
+
+
+def test_tensor_parallelism_by_hand() -> None:
+    gather = 1 / 2 * 4 * T * D / 8e9
+    with_stream = cost(config_of(tp=2), 2).communication_s["tp"]
+    assert with_stream == pytest.approx((4 * 8 + 2 * 2) * gather)  # as many bytes with sequence parallelism as without
+
+
+def test_context_parallelism_by_hand() -> None:
+    gather = 1 / 2 * 4 * T * 2 * (2 * 8) / 8e9
+    assert cost(config_of(cp=2), 2).communication_s["cp"] == pytest.approx(4 * 2 * gather)
+
+
+def test_expert_parallelism_by_hand() -> None:
+    config = config_of(data_ranks=2, model=small(**MOE), ep=2)
+    rows = 2 * 12 * 2
+    assert cost(config, 2).communication_s["ep"] == pytest.approx(2 * 4 * 1 / 2 * 4 * rows * 32 / 8e9)
+
+
+def test_a_stage_hands_the_stream_on() -> None:
+    assert cost(config_of(4, pp=2), 2).communication_s["pp"] == pytest.approx(4 * 2 * 4 * T * D / 8e9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keys=st.sampled_from(
+        [{}, {"tp": 2}, {"cp": 2}, {"pp": 2}, {"strategy": Strategy.fsdp}, {"strategy": Strategy.zero1}]
+    ),
+    accumulation=st.sampled_from([2, 4]),
+    rate=st.floats(1e6, 1e12),
+    slower=st.floats(1, 100),
+)
+def test_a_slower_machine_is_never_faster(keys: dict[str, Any], accumulation: int, rate: float, slower: float) -> None:
+    config = config_of(accumulation, data_ranks=8, **keys)
+    usual = replace(MACHINE, inside=Link(1e-5, rate))
+    step_s = cost(config, 8, usual).step_s
+    for worse in (
+        replace(usual, inside=Link(1e-5, rate / slower)),
+        replace(usual, between=Link(1e-5, 1e9 / slower)),
+        replace(usual, inside=Link(1e-5 * slower, rate)),
+        replace(usual, flops_per_s=1e9 / slower),
+    ):
+        assert cost(config, 8, worse).step_s >= step_s * (1 - 1e-9)
+
+
+def test_what_is_assumed_of_a_device() -> None:
+    known = gpus("NVIDIA H100 80GB HBM3", Precision.bf16, 8, Stated())
+    assert known is not None
+    assert known.flops_per_s == 989e12 / 2
+    assert (known.inside.bytes_per_s, known.between.bytes_per_s) == (450e9, 50e9)
+    assert known.room == int(0.9 * 80e9)
+    stated = Stated(memory=10**10, peak_tflops=100, attainable=0.3, inside_gb_per_s=20, between_gb_per_s=40)
+    for name in ("NVIDIA H100 80GB HBM3", "something new"):
+        told = gpus(name, Precision.bf16, 4, stated)
+        assert told is not None
+        assert told.flops_per_s == pytest.approx(30e12)
+        assert (told.inside.bytes_per_s, told.between.bytes_per_s, told.room) == (20e9, 10e9, 9 * 10**9)
+    assert gpus("something new", Precision.bf16, 8, Stated()) is None
+    assert gpus("Tesla V100-SXM2-32GB", Precision.bf16, 8, Stated()) is None  # has no bf16
+    plain = gpus("NVIDIA L40S", Precision.bf16, 4, Stated())
+    assert plain is not None and plain.between.bytes_per_s == pytest.approx(12.5e9 / 4)
+    assert cpus(1000, 2, Stated()).room == 900
