@@ -10,6 +10,7 @@ from gpt.config import Strategy, TrainConfig
 from gpt.errors import ConfigError
 from gpt.expert_layout import check_expert
 from gpt.stage_rules import check_pipeline
+from gpt.tensor_rules import check_tensor
 from gpt.topology import Topology, topology
 
 
@@ -35,11 +36,6 @@ def check_zero1(config: TrainConfig, layout: Topology) -> None:
             "zero1 with data ranks only: it cuts the optimizer of a model that every rank holds whole",
             f"parallel.strategy=fsdp parallel.reshard_after_forward=false {words}",
         )
-
-
-def check_tensor(config: TrainConfig, layout: Topology) -> None:
-    """Raise ConfigError where the model's matrices cannot be shared by ``tp`` ranks."""
-    refuse("tp", layout)
 
 
 def check_context(config: TrainConfig, layout: Topology) -> None:

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens of one, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,15 +23,20 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision is Precision.bf16)
 
 
-def summed_loss(
-    module: nn.Module, config: TrainConfig, tokens_BT: Tensor, targets_BT: Tensor, device: torch.device
-) -> Tensor:
-    """Cross-entropy in nats, summed over the tokens, in fp32."""
-    with autocast(config, device):
-        logits_BTV = module(tokens_BT.to(device, non_blocking=True))
-    return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
-
-
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy of logits in nats, summed over the tokens, in fp32."""
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+
+def summed_loss(
+    module: nn.Module,
+    config: TrainConfig,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    device: torch.device,
+    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
+    """What ``criterion`` makes of the logits of one forward pass: the loss summed over the tokens."""
+    with autocast(config, device):
+        logits_BTV = module(tokens_BT.to(device, non_blocking=True))
+    return criterion(logits_BTV, targets_BT.to(device, non_blocking=True))

@@ -45,6 +45,11 @@ class ParallelConfig:
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather)."""
     tp: int = 1
     """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
+    sequence_parallel: bool = True
+    """tp > 1 only: norms, dropout and the residual stream work on a slice of the sequence on each of the tp ranks. Less
+    memory for activations, as many bytes sent. Needed for dropout."""
+    loss_parallel: bool = True
+    """tp > 1 only: logits stay cut by the vocabulary, and the ranks exchange sums for each token instead of logits."""
     pp: int = 1
     """Pipeline parallelism: ranks that the layers are dealt out to. ``batch.accumulation`` micro-batches go through."""
     schedule: Schedule = Schedule["1f1b"]

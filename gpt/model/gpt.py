@@ -32,6 +32,15 @@ from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope
 
 
+class TiedHead(nn.Module):
+    """The token embedding's matrix as output matrix (arXiv 1608.05859). It is handed over at each call: if two modules
+    owned it, ``to_empty`` of a model on the meta device would make it two tensors."""
+
+    def forward(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        """Logits, (B, T, D) -> (B, T, V)."""
+        return F.linear(x_BTD, weight_VD)
+
+
 class GPT(nn.Module):
     """Decoder-only transformer (GPT-2; Radford et al. 2019, section 2.3) with exchangeable parts."""
 
@@ -45,8 +54,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # Norms after each addition leave the stream normalized.
         self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
-        # A tied head is no module: to_empty() of a model on the meta device would give two modules two tensors.
-        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab, bias=False)
+        self.head = TiedHead() if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab, bias=False)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the token after each position: (B, T) integers -> (B, T, V).
@@ -72,7 +80,8 @@ class GPT(nn.Module):
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The logits of the stream that leaves the last block: (B, T, D) -> (B, T, V)."""
         x_BTD = self.norm(x_BTD)
-        logits_BTV = F.linear(x_BTD, self.token_embedding.weight) if self.head is None else self.head(x_BTD)
+        tied = [self.token_embedding.weight] if self.config.tie_embeddings else []
+        logits_BTV = self.head(x_BTD, *tied)
         return logits_BTV[..., : self.config.vocab_size]
 
     def reset_buffers(self) -> None:

@@ -31,7 +31,7 @@ class Stage(GPT):
     def __init__(self, whole: GPT, blocks: Iterable[int], first: bool, last: bool) -> None:
         nn.Module.__init__(self)
         self.config, self.first, self.last = whole.config, first, last
-        if first or (last and whole.head is None):
+        if first or (last and whole.config.tie_embeddings):
             self.token_embedding = whole.token_embedding
         if first:
             self.position, self.dropout = whole.position, whole.dropout

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from gpt.batch import Batch
@@ -22,6 +23,8 @@ from gpt.parallel.fsdp import shard
 from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.native import NativeEngine
 from gpt.parallel.parts import local, share_of, sum_over
+from gpt.parallel.tensor import cut_matrices, finish_gradients
+from gpt.parallel.vocabulary import vocabulary_loss
 from gpt.parallel.world import World
 from gpt.topology import Topology
 
@@ -47,6 +50,8 @@ class ComposedEngine(NativeEngine):
             data = expert_grid(self.grid, layout, world, timeout_s)
             for part in parts:
                 deal_out(part, data["ep"], averaged=self._sharded)
+        if layout.tp > 1:
+            self._cut_matrices(module, config, self.grid["tp"])
         if self._sharded:
             if layout.ep > 1:
                 expert_mesh = shard_mesh(data, world, timeout_s, "edp")
@@ -71,8 +76,17 @@ class ComposedEngine(NativeEngine):
         """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
         return super().backward(tokens_BT, targets_BT, on_pass)
 
+    def _cut_matrices(self, model: GPT, config: TrainConfig, line: DeviceMesh) -> None:
+        cut_matrices(model, line, config.parallel)
+        self.counted = 1.0 if line.get_local_rank() == 0 else 0.0
+        if config.parallel.loss_parallel:
+            columns = config.model.padded_vocab // line.size()
+            self.criterion = vocabulary_loss(line, columns, config.model.vocab_size)
+
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         loss_sum = self.passes(tokens_BT, targets_BT, on_pass)
+        if self.layout.tp > 1 and not self._sharded:
+            finish_gradients(self.module, self.grid["tp"])
         for parameters, group in self._summed:
             sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
         return loss_sum

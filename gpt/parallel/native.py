@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 
 from gpt.batch import Batch
 from gpt.config import TrainConfig
-from gpt.loss import summed_loss
+from gpt.loss import cross_entropy, summed_loss
 from gpt.model.moe import set_auxiliary_scale
 from gpt.optim import build_optimizer, clip_gradients
 from gpt.parallel.world import World
@@ -39,6 +39,10 @@ class NativeEngine:
     """
 
     layer_group: dist.ProcessGroup | None = None
+    criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
+    """Of logits and targets: the summed loss."""
+    counted: float = 1.0
+    """0 where another rank computes the loss of the same tokens and reports it."""
 
     def __init__(
         self,
@@ -54,7 +58,8 @@ class NativeEngine:
         self.config, self.world, self.layout, self.batch = config, world, layout, batch
         self.optimizer = build_optimizer(trained, config.optim)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
-        set_auxiliary_scale(module, averaged / batch.global_batch)
+        # Ranks that share the matrices route the same tokens, and their gradients are added up.
+        set_auxiliary_scale(module, averaged / (batch.global_batch * layout.tp))
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
@@ -64,17 +69,21 @@ class NativeEngine:
             on_pass()
             part = slice(i * micro, (i + 1) * micro)
             with self.one_pass(last=i == passes - 1):
-                loss = self.loss(tokens_BT[part], targets_BT[part])
+                loss = self.pass_loss(tokens_BT[part], targets_BT[part])
                 (loss * self.scale).backward()
             loss_sum += loss.detach()
-        return loss_sum
+        return loss_sum * self.counted
 
     def one_pass(self, last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
         return nullcontext()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return summed_loss(self.module, self.config, tokens_BT, targets_BT, self.world.device)
+        return self.pass_loss(tokens_BT, targets_BT) * self.counted
+
+    def pass_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The summed loss of one forward pass, () fp32, on every rank that takes part in it."""
+        return summed_loss(self.module, self.config, tokens_BT, targets_BT, self.world.device, self.criterion)
 
     def update(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:

@@ -1,15 +1,24 @@
-"""What a rank holds of the tensors of a model that is spread, and sums over the ranks that hold the same."""
+"""Tensors of which each rank holds a part: the part, how many hold the same, sums over ranks, and modules that compute
+with their part of each parameter.
+
+Must not know who cuts what, nor why.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
+from torch.func import functional_call
+
+from gpt.execution import replace_forward
 
 BUCKET_BYTES = 32 * 2**20
 """As much is sent at once: more hides the latency, and is held twice meanwhile."""
@@ -32,11 +41,48 @@ def share_of(grad: Tensor, ranks: int) -> float:
     """One over the number of ranks, out of ``ranks``, that hold the same part of this gradient."""
     if not isinstance(grad, DTensor):
         return 1 / ranks
+    placements = list(enumerate(grad.placements))
+    assert not any(placement.is_partial() for _, placement in placements), "a part of a sum has no share"
     # FSDP2 cuts what was cut before into strided shards, which are no Shard to Python.
-    cut = [i for i, placement in enumerate(grad.placements) if not placement.is_replicate()]
-    return math.prod(grad.device_mesh.size(i) for i in cut) / ranks
+    return math.prod(grad.device_mesh.size(i) for i, placement in placements if not placement.is_replicate()) / ranks
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def distribute(module: nn.Module, line: DeviceMesh, cuts: Mapping[str, Placement]) -> None:
+    """Make the parameters of a module, the same on all ranks of ``line``, DTensors: cut as ``cuts`` says, or whole."""
+    for name, parameter in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        placement = cuts.get(name, Replicate())
+        spread = distribute_tensor(parameter.detach(), line, [placement], src_data_rank=None)
+        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(spread))
+
+
+def compute_on_parts(module: nn.Module, gradient_of_whole: Placement) -> None:
+    """Have a module compute with plain tensors: the parts that this rank holds of its parameters at each call.
+
+    ``gradient_of_whole``: what the rank then finds of the gradient of a parameter that it holds whole.
+    """
+    caller = nn.Module()
+    caller.module, caller.forward = module, module.forward
+
+    def forward(*inputs: Any) -> Any:
+        parts = {f"module.{name}": part_of(p, gradient_of_whole) for name, p in module.named_parameters()}
+        return functional_call(caller, parts, inputs)
+
+    replace_forward(module, forward)
+
+
+def part_of(parameter: Tensor, gradient_of_whole: Placement) -> Tensor:
+    """This rank's part of a parameter; the gradient finds its way back."""
+    assert isinstance(parameter, DTensor)
+    placements = [gradient_of_whole if p.is_replicate() else p for p in parameter.placements]
+    return parameter.to_local(grad_placements=placements)
+
+
+def summed(part: Tensor, line: DeviceMesh, layout: Placement) -> Tensor:
+    """``layout`` of the sum of what the ranks of ``line`` have."""
+    return DTensor.from_local(part, line, [Partial()]).redistribute(placements=[layout]).to_local()

@@ -1,0 +1,293 @@
+"""Tensor parallelism learns what one process learns, each rank holds and sends what it should, and a model that cannot
+be cut is refused with what can."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt.compose import compose_train, to_schema
+from gpt.composition import lay_out
+from gpt.config import ParallelConfig, TrainConfig
+from gpt.errors import ConfigError
+from gpt.evaluation import mean_loss
+from gpt.gradients import Gradients
+from gpt.load import find_checkpoint, read_weights
+from gpt.loss import cross_entropy
+from gpt.model.gpt import GPT
+from gpt.parallel.mesh import build_mesh
+from gpt.parallel.tensor import cut_matrices
+from gpt.parallel.vocabulary import vocabulary_loss
+from gpt.parallel.world import World
+from gpt.pulse import Phase
+from gpt.resume import save
+from gpt.run import Run
+from gpt.run_folder import RunFolder
+from gpt.step import queue_step
+from gpt.topology import Topology
+from tests.distributed import run_distributed
+from tests.model.small import LLAMA, random_tokens, small
+from tests.parallel.learning import BATCH, TINY, assert_same, learn, start, step
+
+PADDED = ["model.vocab_size=259", "model.vocab_multiple=16"]
+LAYERS = {
+    "tied": ["model.tie_embeddings=true", "model.position=learned", "model.norm=layernorm"],
+    "grouped queries": ["model.tie_embeddings=false", "model.n_kv_head=2", "model.qk_norm=true", "model.norm=rmsnorm"],
+    "post": ["model.norm_position=post", "model.ffn=swiglu", "model.ffn_hidden=36", "model.position=none"],
+    "parallel": ["model.parallel_residual=true", "model.ffn=geglu", "model.ffn_hidden=44", "model.n_kv_head=2"],
+    "experts": ["model.ffn=moe", "model.n_expert=4", "model.ffn_hidden=32", "model.n_shared_expert=1"],
+    "few places": [
+        *("model.ffn=moe", "model.n_expert=4", "model.ffn_hidden=12", "model.expert_matmul=loop"),
+        *("model.expert_ffn=standard", "model.capacity_factor=1.0", "model.expert_balance=bias"),
+    ],
+}
+MODELS = {name: [*words, *PADDED] for name, words in LAYERS.items()}
+TP = ["parallel=tp"]
+WHOLE = ["parallel.sequence_parallel=false", "parallel.loss_parallel=false"]
+HSDP = ["parallel=fsdp_tp", "parallel.dp_shard=1"]
+ON_TWO = [
+    *((TP, model, 4) for model in MODELS),
+    *(([*TP, *WHOLE], model, 1) for model in ("tied", "grouped queries", "experts")),
+    ([*TP, "recompute=full"], "experts", 1),
+]
+ON_FOUR = [
+    (["parallel=tp", "parallel.tp=4"], "tied", 4),
+    (TP, "grouped queries", 1),
+    *((["parallel=fsdp_tp"], model, 2) for model in ("tied", "grouped queries", "few places")),
+    (["parallel=fsdp_tp", "parallel.reshard_after_forward=false", "recompute=selective"], "parallel", 1),
+    (HSDP, "experts", 4),
+]
+Case = tuple[list[str], str, int]
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """What a run learns, and what it then says of its gradients and of the validation split."""
+    learned = learn(run)
+    record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
+    layout, engine = run.layout, run.engine
+    data = layout.data_rank(run.world.rank), layout.data_ranks
+    learned["val"] = mean_loss(engine.module, engine.loss, run.samples, run.world, 5, 2, *data)
+    return {**learned, "mean": record.grad_mean, "std": record.grad_std, "layers": record.layer_grad_norms}
+
+
+def figures_alone(rank: int, size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
+    return {name: figures(start(rank, size, folder / name, *words, *model)) for name, model in MODELS.items()}
+
+
+def figures_of(rank: int, size: int, folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
+    found = []
+    for number, (words, model, accumulation) in enumerate(cases):
+        config = to_schema(compose_train([*TINY, *words]), TrainConfig)
+        micro = BATCH // (lay_out(config, size).data_ranks * accumulation)
+        run = start(rank, size, folder / str(number), *words, *MODELS[model], f"optim.micro_batch={micro}")
+        assert run.batch.accumulation == accumulation
+        found.append(figures(run))
+    return found if rank == 0 else []
+
+
+@pytest.mark.parametrize(("size", "cases"), [(2, ON_TWO), (4, ON_FOUR)], ids=["2 ranks", "4 ranks"])
+def test_everything_is_as_in_one_process(
+    size: int, cases: list[Case], alone: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    found = run_distributed(figures_of, size, tmp_path / "runs", cases, timeout_s=300)[0]
+    assert len(found) == len(cases)
+    for case, learned in zip(cases, found, strict=True):
+        expected = alone[case[1]]
+        try:
+            assert_same(learned, expected)
+            assert learned["val"] == pytest.approx(expected["val"], rel=1e-5)
+            assert learned["std"] == pytest.approx(expected["std"], rel=1e-5)
+            assert learned["mean"] == pytest.approx(expected["mean"], abs=1e-5 * expected["std"])
+            assert learned["layers"] == pytest.approx(expected["layers"], rel=1e-5)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_distributed(figures_alone, 1, tmp_path_factory.mktemp("alone") / "runs")[0]
+
+
+CROSSED = {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"], "tp": TP, "fsdp_tp": ["parallel=fsdp_tp"]}
+UNEVEN = ["model.ffn=swiglu", "model.ffn_hidden=42", "model.n_layer=1", "optim.micro_batch=2", *PADDED]
+"""Halves of 21 rows, which two ranks cut into 11 and 10."""
+
+
+CROSSINGS = [
+    *(("tp", "ddp"), ("tp", "fsdp"), ("tp", "fsdp_tp"), ("tp", "tp"), ("fsdp", "tp")),
+    *(("fsdp_tp", "fsdp"), ("fsdp_tp", "tp"), ("fsdp_tp", "fsdp_tp"), ("ddp", "fsdp_tp")),
+]
+
+
+def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Save under one, go on under another: the losses of the steps after, and those that were to come."""
+    found = {}
+    for saved, saving in CROSSED.items():
+        run = start(rank, size, folder / saved, *saving, *UNEVEN)
+        for _ in range(2):
+            step(run)
+        save(run, lambda: True)
+        to_come = [step(run)[0] for _ in range(2)]
+        for resumed in [to for way, to in CROSSINGS if way == saved]:
+            again = start(rank, size, folder / saved, *CROSSED[resumed], *UNEVEN)
+            assert again.step == 2
+            found[saved, resumed] = ([step(again)[0] for _ in range(2)], to_come)
+    return found
+
+
+def test_checkpoints_cross_and_are_read_by_one_process(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    found = run_distributed(cross, 4, folder, timeout_s=200)[0]
+    assert found.keys() == set(CROSSINGS)
+    for pair, (losses, to_come) in found.items():
+        assert losses == pytest.approx(to_come, rel=1e-6), pair
+        if pair[0] == pair[1]:
+            assert losses == to_come, f"{pair[0]}: bit for bit"
+    weights = [dict(checkpointed(folder / saved, saving).named_parameters()) for saved, saving in CROSSED.items()]
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def checkpointed(folder: Path, words: list[str]) -> GPT:
+    """The model of a run's checkpoint, as generation and export read it."""
+    config = to_schema(compose_train([*TINY, *words, *UNEVEN]), TrainConfig)
+    return read_weights(config, find_checkpoint(RunFolder(folder)))
+
+
+def other_ways(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
+    """Losses of bf16 cut and whole; of dropout before and after a restart."""
+    found = {}
+    words = [*MODELS["grouped queries"], "optim.micro_batch=4"]
+    for name, more in {"bf16": [*TP, "precision=bf16"], "bf16, fsdp": ["parallel=fsdp_tp", "precision=bf16"]}.items():
+        found[name] = [step(run)[0] for run in [start(rank, size, folder / name, *words, *more)] for _ in range(5)]
+    words = [*words, *TP, "model.dropout=0.3"]
+    run = start(rank, size, folder / "dropout", *words)
+    step(run)
+    save(run, lambda: True)
+    found["dropout"] = [step(run)[0] for _ in range(2)]
+    again = start(rank, size, folder / "dropout", *words)
+    found["restarted"] = [step(again)[0] for _ in range(2)]
+    return found
+
+
+def test_bf16_agrees_and_dropout_goes_on_where_it_was(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    found = run_distributed(other_ways, 2, tmp_path / "runs")[0]
+    whole = alone["grouped queries"]["losses"]
+    assert found["bf16"] == pytest.approx(whole, rel=2e-3) and found["bf16"] != list(whole)
+    assert found["bf16, fsdp"] == pytest.approx(whole, rel=2e-3)
+    assert found["restarted"] == found["dropout"]
+
+
+def cut_model(rank: int, size: int) -> dict[str, Any]:
+    """What a rank holds and sends of a model without padding, in one forward and backward pass."""
+    config = small(**LLAMA, n_kv_head=2, n_layer=3, vocab_size=48, ffn_hidden=36)
+    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    line = build_mesh(Topology("ddp", 1, 1, tp=size), world, 60)["tp"]
+    model = GPT(config)
+    cut_matrices(model, line, ParallelConfig())
+    shapes: dict[str, tuple[int, ...]] = {}
+    model.blocks[1].register_forward_pre_hook(lambda _, inputs: shapes.update(stream=tuple(inputs[0].shape)))
+    tokens_BT = random_tokens(config, 5)
+    counts = []
+    with Collectives() as seen:
+        logits_BTV = model(tokens_BT)
+        counts.append(dict(seen.counts))
+        logits_BTV.sum().backward()
+        counts.append(dict(seen.counts))
+    held = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
+    grads = {name: tuple(p.grad.to_local().shape) for name, p in model.named_parameters()}
+    return {"shapes": {**shapes, "logits": tuple(logits_BTV.shape)}, "counts": counts, "held": held, "grads": grads}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if "c10d" in func.namespace and name != "wait_tensor" and not name.startswith("_"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rank_holds_its_part_and_sends_no_more_than_it_must() -> None:
+    """Korthikanti et al. (arXiv 2205.05198, section 4.2.2): two gathers and two reduce-scatters for each block and
+    pass; one more each for embedding and output matrix. No gradient is larger than what it belongs to."""
+    size, layers = 2, 3
+    for rank in run_distributed(cut_model, size):
+        assert rank["shapes"] == {"stream": (5, 12 // size, 32), "logits": (5, 12, 48 // size)}
+        for passes, counts in enumerate(rank["counts"], start=1):
+            each = passes * (2 * layers + 1)
+            assert counts == {"all_gather_into_tensor": each, "reduce_scatter_tensor": each}
+        assert rank["grads"] == rank["held"]
+        cut = {name: shape for name, shape in rank["held"].items() if "norm" not in name}
+        assert cut["token_embedding.weight"] == cut["head.weight"] == (24, 32)
+        assert cut["blocks.0.attention.query.weight"] == cut["blocks.0.attention.output.weight"][::-1] == (16, 32)
+        assert cut["blocks.0.attention.key.weight"] == cut["blocks.0.attention.value.weight"] == (8, 32)
+        assert cut["blocks.0.ffn.up.weight"] == cut["blocks.0.ffn.down.weight"][::-1] == (18, 32)
+
+
+def losses_of_cut_logits(rank: int, size: int) -> list[tuple[float, float, torch.Tensor, torch.Tensor]]:
+    """Value and gradient beside those of whole logits, for vocabularies that end in the last part, before it, or in the
+    first one."""
+    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    line = build_mesh(Topology("ddp", 1, 1, tp=size), world, 60)["tp"]
+    found = []
+    for vocab_size, columns in ((12, 4), (11, 4), (7, 4), (2, 4)):
+        torch.manual_seed(vocab_size)
+        whole = (30 * torch.randn(3, 5, size * columns)).requires_grad_()
+        targets = torch.randint(vocab_size, (3, 5))
+        expected = cross_entropy(whole[..., :vocab_size], targets)
+        (gradient,) = torch.autograd.grad(7 * expected, whole)
+        mine = slice(rank * columns, (rank + 1) * columns)
+        part = whole[..., mine].detach().requires_grad_()
+        loss = vocabulary_loss(line, columns, vocab_size)(part[..., :vocab_size], targets)
+        (found_gradient,) = torch.autograd.grad(7 * loss, part)
+        found.append((loss.item(), expected.item(), found_gradient, gradient[..., mine]))
+    return found
+
+
+def test_the_loss_of_cut_logits_is_that_of_whole_ones() -> None:
+    for rank in run_distributed(losses_of_cut_logits, 3):
+        for loss, expected, gradient, expected_gradient in rank:
+            assert loss == pytest.approx(expected, rel=1e-6)
+            torch.testing.assert_close(gradient, expected_gradient)
+
+
+REFUSED = [
+    (["model.n_head=6", "model.n_embd=48", "parallel.tp=4"], "model.n_head=6"),
+    (["model.n_kv_head=1"], "1 key and value heads"),
+    (["model.ffn_hidden=33"], "33 wide"),
+    (["model.ffn=moe", "model.n_expert=2", "model.ffn_hidden=24", "parallel.tp=2"], "12 on each rank"),
+    (["model.ffn=moe", "model.n_expert=2", "model.ffn_hidden=24", "parallel.tp=4", "model.n_head=8"], "6 on each rank"),
+    (["model.vocab_size=257"], "257 rows"),
+    (["model.vocab_size=257", "model.vocab_multiple=6", "parallel.tp=4"], "258 rows"),
+    (["model.block_size=15"], "model.block_size=15"),
+    (["model.block_size=15", "model.dropout=0.1"], "model.block_size=15"),
+    (["model.dropout=0.1", "parallel.sequence_parallel=false"], "model.dropout=0.1"),
+    (["model.dropout=0.1", "parallel.sequence_parallel=false", "model.block_size=15"], "model.dropout=0.1"),
+    (["parallel.strategy=zero1"], "parallel.strategy=zero1"),
+]
+
+
+@pytest.mark.parametrize(("words", "found"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_what_cannot_be_cut_is_refused_with_what_can(words: list[str], found: str) -> None:
+    typed = [*TINY, *TP, *words]
+    with pytest.raises(ConfigError) as refusal:
+        lay_out(to_schema(compose_train(typed), TrainConfig), 4)
+    assert found in refusal.value.found
+    for fix in refusal.value.fix.split(", or "):
+        config = to_schema(compose_train([*typed, *fix.split()]), TrainConfig)
+        config.validate()
+        lay_out(config, 4)
