@@ -56,8 +56,14 @@ def tensor_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Machi
     in twice as many steps (arXiv 2205.05198, section 4.2.2); one for the embedding and one for the output matrix."""
     line, elements = group(layout, machine, ["tp"]), tokens_of(config, layout, batch) * config.model.n_embd
     stream, product = line.gather(stream_width(config) * elements), line.gather(product_width(config) * elements)
-    direction = 2 * (stream + product)
-    return layers * (forward_passes(config) + 1) * direction + 2 * around * stream
+    if config.parallel.sequence_parallel:
+        forward = backward = 2 * (stream + product)
+    else:
+        forward, backward = 4 * product, 4 * stream
+    seconds = layers * (forward_passes(config) * forward + backward) + 2 * around * stream
+    if not config.parallel.loss_parallel:
+        seconds += line.gather(FP32 * tokens_of(config, layout, batch) * config.model.padded_vocab)
+    return seconds
 
 
 def context_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine) -> float:

@@ -156,6 +156,16 @@ def test_more_ranks_along_a_dimension_never_need_more(
     assert states == sorted(states, reverse=True)
 
 
+def test_activations_are_cut_by_tensor_parallelism() -> None:
+    config = run(small(**HAND))
+    alone = memory(config, 1)
+    cut_up, whole = (memory(run(config.model, tp=2, sequence_parallel=s), 2) for s in (True, False))
+    tokens, norms = 2 * 16, 2 * 4 + 1
+    assert whole.activations - cut_up.activations == norms * tokens * (2 * 32 + 1) * FP32 // 2
+    assert cut_up.logits == alone.logits // 2
+    assert memory(run(config.model, tp=2, loss_parallel=False), 2).logits == alone.logits
+
+
 @pytest.mark.parametrize(
     ("schedule", "by_rank"),
     [

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from gpt.accounting.memory import FP32, pieces
+from gpt.accounting.memory import BF16, FP32, cast_elements, kept, pieces
+from gpt.accounting.memory.rank import share_of
 from gpt.batch import cut
 from gpt.compose import compose_train, to_schema
 from gpt.composition import lay_out
-from gpt.config import Strategy, TrainConfig
+from gpt.config import Precision, Strategy, TrainConfig
 from gpt.stages import parts_of
 from tests.distributed import run_distributed
-from tests.parallel.holding import held_bytes
+from tests.parallel.holding import held_bytes, saved_bytes
 from tests.parallel.learning import BATCH, MODELS, TINY, start, step
 
 WORDS = ["model.n_layer=4", "model.n_head=4", "optim.micro_batch=2"]
@@ -23,6 +24,8 @@ LAYOUTS = {
     "zero1": "parallel=zero1",
     "fsdp": "parallel=fsdp",
     "hsdp": "parallel=hsdp parallel.dp_shard=2",
+    "tp": "parallel=tp",
+    "fsdp x tp": "parallel=fsdp_tp",
     "pp": "parallel=ddp parallel.pp=2",
     "pp in a V": "parallel=ddp parallel.pp=2 parallel.schedule=zbv",
     "pp of two stages": "parallel=ddp parallel.pp=2 parallel.schedule=interleaved",
@@ -33,8 +36,8 @@ LAYOUTS = {
 DENSE = "untied, grouped queries"
 CASES = [
     *((name, DENSE) for name in LAYOUTS if "ep" not in name.split()),
-    *((name, "tied") for name in ("ddp", "pp")),
-    *((name, "experts") for name in ("ep", "ep x fsdp", "fsdp")),
+    *((name, "tied") for name in ("ddp", "pp", "fsdp x tp")),
+    *((name, "experts") for name in ("ep", "ep x fsdp", "fsdp", "tp")),
 ]
 
 
@@ -79,3 +82,28 @@ def test_memory_falls_as_promised(held: list[dict[tuple[str, str], tuple[int, in
     assert moments[:2] == whole[:2]
     assert moments[2] == pytest.approx(whole[2] / 4, rel=0.03)
     assert shards == pytest.approx([part / 4 for part in whole], rel=0.03)
+
+
+ACTIVATIONS = {
+    (way, model, precision): [f"precision={precision}", *words.split(), *MODELS[model]]
+    for way, words in {"tp": "parallel=tp", "whole stream": "parallel=tp parallel.sequence_parallel=false"}.items()
+    for model in MODELS
+    for precision in ("fp32", "bf16")
+}
+
+
+def keep(rank: int, size: int, folder: Path) -> dict[tuple[str, str, str], int]:
+    cases = enumerate(ACTIVATIONS.items())
+    return {case: saved_bytes(start(rank, size, folder / str(i), *WORDS, *words)) for i, (case, words) in cases}
+
+
+def test_activations_of_a_rank_are_what_the_plan_says(tmp_path: Path) -> None:
+    found = run_distributed(keep, 2, tmp_path / "runs", timeout_s=300)[0]
+    for case, words in ACTIVATIONS.items():
+        config = to_schema(compose_train([*TINY, *WORDS, *words]), TrainConfig)
+        layout = lay_out(config, 2)
+        micro = cut(config.optim, layout.data_ranks).micro
+        said = kept(config.model, micro, config.precision, config.recompute, share_of(config, layout))
+        casts = BF16 * cast_elements(pieces(config.model, layout)) if config.precision is Precision.bf16 else 0
+        total = said.embedding + config.model.n_layer * said.block + said.final + casts
+        assert total == pytest.approx(found[case], rel=0.01), case

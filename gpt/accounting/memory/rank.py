@@ -77,9 +77,10 @@ def of_rank(config: TrainConfig, layout: Topology, batch: Batch, pp_rank: int) -
     )
 
 
-def share_of(layout: Topology) -> Share:
+def share_of(config: TrainConfig, layout: Topology) -> Share:
     """What part of a pass a rank computes."""
-    return Share(tp=layout.tp, stream=layout.tp, cp=layout.cp, gathers_keys=layout.cp > 1)
+    stream = layout.tp if config.parallel.sequence_parallel else 1
+    return Share(tp=layout.tp, stream=stream, cp=layout.cp, gathers_keys=layout.cp > 1)
 
 
 def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], passes: int) -> int:
@@ -88,7 +89,7 @@ def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list
     torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
     (torch.distributed.pipelining.stage), and keeps what goes out as long as the rest.
     """
-    model, share = config.model, share_of(layout)
+    model, share = config.model, share_of(config, layout)
     of_pass = kept(model, batch.micro, config.precision, config.recompute, share)
     layers = sum(len(part.blocks) for part in parts)
     inside = passes * layers * of_pass.recomputed + (of_pass.block - of_pass.recomputed if layers else 0)
@@ -103,8 +104,8 @@ def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list
 
 def logits(config: TrainConfig, layout: Topology, batch: Batch, passes: int) -> int:
     """Three tensors of one micro-batch, and one of each other whose backward pass has not begun."""
-    tokens = share_of(layout).tokens(config.model, batch.micro)
-    columns = -(-config.model.padded_vocab // layout.tp)
+    tokens = share_of(config, layout).tokens(config.model, batch.micro)
+    columns = config.model.padded_vocab // (layout.tp if config.parallel.loss_parallel else 1)
     return (2 + passes) * FP32 * tokens * columns
 
 
