@@ -61,13 +61,12 @@ def _up(cluster: Cluster, options: argparse.Namespace) -> int:
         ),
         timeout_s=options.timeout_s,
     )
-    print(_how_to_use(state), flush=True)
+    print(_how_to_use(state, cluster.option), flush=True)
     return 0
 
 
-def _how_to_use(state: State) -> str:
+def _how_to_use(state: State, where: str) -> str:
     names = list(state.nodes)
-    where = "" if state.directory == Cluster().directory else f" --dir {state.directory}"
     lines = [f"{len(names)} nodes are idle: {names[0]} to {names[-1]}. To use them, from this machine:"]
     lines += [f"  export SLURM_CONF={state.slurm_conf}"]
     lines += [f"  srun --nodes={min(2, len(names))} hostname", "To take them away:"]
@@ -106,7 +105,7 @@ def _status_line(entry: NodeStatus) -> str:
 
 def _node_fault(fault: Callable[[Cluster, str], None]) -> Callable[[Cluster, argparse.Namespace], int]:
     def command(cluster: Cluster, options: argparse.Namespace) -> int:
-        for name in options.node:
+        for name in options.node or cluster.nodes:
             fault(cluster, name)
         return 0
 
@@ -153,9 +152,10 @@ def _parser() -> argparse.ArgumentParser:
         ("power-cut", faults.power_cut, "switch nodes off without a word to anyone"),
         ("cut-link", faults.cut_link, "pull the network cable of nodes; they run on"),
         ("freeze", faults.freeze, "stop every process of nodes; their kernel still answers"),
-        ("heal", faults.heal, "undo power-cut, cut-link, freeze and link"),
     ):
         add(name, _node_fault(fault), text).add_argument("node", nargs="+", help="a node's name, such as n3")
+    heal = add("heal", _node_fault(faults.heal), "undo power-cut, cut-link, freeze and link, and resume drained nodes")
+    heal.add_argument("node", nargs="*", help="a node's name, such as n3 (all nodes)")
     link = add("link", _link, "limit the network cable of nodes, each direction alike; without options, free it")
     link.add_argument("node", nargs="+", help="a node's name, such as n3")
     link.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="megabits a second")

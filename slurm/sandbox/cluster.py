@@ -21,8 +21,30 @@ from slurm.sandbox.state import State
 
 
 @dataclass(frozen=True)
+class SlurmState:
+    """What Slurm says of a node: its short word, with a * where it does not answer, and why it is out of service."""
+
+    word: str = "unknown"
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.word} ({self.reason})" if self.reason else self.word
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it gets no more jobs until somebody resumes it."""
+        return self.word.startswith(("drain", "drng"))
+
+    @property
+    def is_in_service(self) -> bool:
+        """Whether it answers and may have jobs."""
+        out = self.is_drained or self.word.startswith(("down", "fail", "inval", "unk"))
+        return not out and not self.word.endswith("*")
+
+
+@dataclass(frozen=True)
 class NodeStatus:
-    """One node as it is: ``slurm`` in Slurm's word (idle, mixed, down*, ...), the rest as the machine shows it."""
+    """One node as it is: ``slurm`` as Slurm has it, the rest as the machine shows it."""
 
     name: str
     address: str
@@ -30,7 +52,12 @@ class NodeStatus:
     power: bool
     link: bool
     frozen: bool
-    slurm: str
+    slurm: SlurmState
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is nothing to heal, but for limits on its cable."""
+        return self.power and self.link and not self.frozen and self.slurm.is_in_service
 
 
 class Cluster:
@@ -51,6 +78,11 @@ class Cluster:
     def env(self) -> dict[str, str]:
         """What to add to an environment so that sbatch, squeue, srun and the like speak to this sandbox."""
         return {"SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
+
+    @property
+    def option(self) -> str:
+        """What follows a command of the sandbox so that it means this one: `` --dir DIR``, nothing for the default."""
+        return "" if self.directory == Cluster().directory else f" --dir {self.directory}"
 
     @property
     def nodes(self) -> list[str]:
@@ -137,28 +169,33 @@ class Cluster:
         wait_until(all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
 
     def _all_idle(self, names: set[str]) -> bool:
-        return {name for name, word in self.slurm_states().items() if word == "idle"} == names
+        return {name for name, said in self.slurm_states().items() if said.word == "idle"} == names
 
     def _nodes_in_words(self) -> str:
-        return f"{len(self.nodes)} idle nodes; Slurm says {self.slurm_states() or 'nothing'}"
+        states = self.slurm_states()
+        said = ", ".join(f"{name} {state}" for name, state in states.items())
+        drained = [name for name, state in states.items() if state.is_drained]
+        fix = f"; to resume: python -m slurm.sandbox heal{self.option} {' '.join(drained)}" if drained else ""
+        return f"{len(self.nodes)} idle nodes; Slurm says {said or 'nothing'}{fix}"
 
     def wait_idle(self, *, timeout_s: float = 60.0) -> None:
-        """Wait until every node is idle and answers; SandboxError with the nodes' states where that does not come."""
+        """Wait until every node is idle and answers; SandboxError with what Slurm says where that does not come."""
         names = set(self.nodes)
         wait_until(lambda: self._all_idle(names), timeout_s=timeout_s, what=self._nodes_in_words)
 
-    def slurm_states(self) -> dict[str, str]:
-        """Each node's state in Slurm's word, with a * where it does not answer; empty where no controller answers."""
+    def slurm_states(self) -> dict[str, SlurmState]:
+        """What Slurm says of each node; empty where no controller answers."""
         try:
-            lines = self.slurm("sinfo", "--Node", "--noheader", "--format=%N %t").splitlines()
+            lines = self.slurm("sinfo", "--Node", "--noheader", "--format=%N %t %E").splitlines()
         except SandboxError:
             return {}
-        return dict(line.split() for line in lines)
+        rows = [line.split(maxsplit=2) for line in lines]
+        return {name: SlurmState(word, "" if reason == "none" else reason) for name, word, reason in rows}
 
     def status(self) -> list[NodeStatus]:
         """Every node as it is; ConfigError where the sandbox is not up."""
         state = records.require(self.directory)
-        words = self.slurm_states()
+        said = self.slurm_states()
         one_host = state.mode == "one-host"
         return [
             NodeStatus(
@@ -168,7 +205,7 @@ class Cluster:
                 power=node.is_on(state, name),
                 link=one_host or network.link_is_up(state, name),
                 frozen=not one_host and node.is_frozen(state, name),
-                slurm=words.get(name, "unknown"),
+                slurm=said.get(name, SlurmState()),
             )
             for name, at in state.nodes.items()
         ]

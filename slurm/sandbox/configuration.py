@@ -64,7 +64,9 @@ def _general(state: State) -> dict[str, str]:
         "SlurmctldTimeout": "30",
         "SlurmdTimeout": "20",
         "KillWait": "5",
-        "UnkillableStepTimeout": "30",
+        # A step that could not report its end, as the cable was out, tries again after 60 s. If the node comes back
+        # meanwhile and the step may not take so long, the node is drained for it ("Kill task failed").
+        "UnkillableStepTimeout": "120",
         "MinJobAge": "300",
     }
 

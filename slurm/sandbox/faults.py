@@ -8,19 +8,19 @@ from __future__ import annotations
 from gpt.errors import ConfigError
 from slurm.sandbox import network, node, shaping
 from slurm.sandbox import state as records
-from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.cluster import Cluster, SlurmState
 from slurm.sandbox.state import State
 
-NEEDS_NAMESPACES = ("power-cut", "cut-link", "freeze", "heal", "link")
+NEEDS_NAMESPACES = ("power-cut", "cut-link", "freeze", "link")
 
 
 def _open(cluster: Cluster, fault: str, name: str) -> State:
     """The sandbox's record, once it is sure that this fault can happen to this node; ConfigError."""
     state = records.require(cluster.directory)
-    if state.mode == "one-host":
+    if state.mode == "one-host" and fault in NEEDS_NAMESPACES:
         raise ConfigError(
             found=f"{fault} in a sandbox whose nodes share one host ({state.why_one_host})",
-            expected="nodes that are hosts of their own; on one host there is only `preempt`",
+            expected="nodes that are hosts of their own; on one host there are only `preempt` and `heal`",
             fix="python -m slurm.sandbox down, then up as root where namespaces are allowed",
         )
     if name not in state.nodes:
@@ -74,16 +74,21 @@ def link(
 
 
 def heal(cluster: Cluster, name: str) -> None:
-    """Undo what happened to a node: switch it on, or else continue its processes and free its cable."""
+    """Undo what happened to a node: switch it on, or else continue its processes and free its cable; then resume it.
+
+    Slurm drains a node by itself too, such as one on which it could not end a step, and leaves it to an operator.
+    """
     with records.locked(cluster.directory):
         state = _open(cluster, "heal", name)
         if not node.is_on(state, name):
             node.switch_on(state, name)
-            return
-        network.set_link(state, name, up=True)
-        shaping.shape(state, name)
-        node.set_frozen(state, name, frozen=False)
-        node.announce(state, name)
+        elif state.mode == "namespaces":
+            network.set_link(state, name, up=True)
+            shaping.shape(state, name)
+            node.set_frozen(state, name, frozen=False)
+            node.announce(state, name)
+    if cluster.slurm_states().get(name, SlurmState()).is_drained:
+        cluster.slurm("scontrol", "update", f"NodeName={name}", "State=UNDRAIN")
 
 
 def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from slurm.sandbox import packages
 from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.faults import heal
 from slurm.sandbox.settings import Settings
 
 # A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own. Runs have 20 s to save and leave
@@ -38,12 +39,23 @@ def namespaces(slurm_installed: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def sandbox(namespaces: None) -> Iterator[Cluster]:
-    """A cluster that is up: n1 to n4, 8 CPUs and 2 fake GPUs each; a test that breaks a node heals it."""
+def shared_sandbox(namespaces: None) -> Iterator[Cluster]:
+    """The cluster behind ``sandbox``, which is what a test asks for."""
     # Not pytest's own temporary folder, which may be too deep for a Unix socket.
     with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as cluster:
         cluster.up(Settings(slurm_conf=QUICK))
         yield cluster
+
+
+@pytest.fixture
+def sandbox(shared_sandbox: Cluster) -> Iterator[Cluster]:
+    """A cluster with nothing to do: n1 to n4, 8 CPUs and 2 fake GPUs each. What a test breaks is mended after it."""
+    yield shared_sandbox
+    shared_sandbox.slurm("scancel", "--me")
+    for entry in shared_sandbox.status():
+        if not entry.is_sound:
+            heal(shared_sandbox, entry.name)
+    shared_sandbox.wait_idle(timeout_s=180)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from launch.jobs import agent_logs, job_of
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import cut_link, heal
+from slurm.sandbox.faults import cut_link
 from tests.commands import TINY, ranks_of, run, start, wait_for
 from tests.launch.test_failures import SABOTAGE
 
@@ -105,7 +105,5 @@ def test_a_rank_behind_a_cut_link_commits_nothing_once_the_job_runs_elsewhere(sa
         assert folder.attempts() == [1, 2], "the left-over agent started nothing"
         assert "OutdatedAttemptError" in folder.log(1, 0).read_text()
     finally:
-        heal(sandbox, host)
         sandbox.slurm("scancel", str(folder.read_events()[0]["job_id"]))
         process.wait(timeout=300)
-        sandbox.wait_idle()

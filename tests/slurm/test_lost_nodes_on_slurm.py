@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ import pytest
 from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import cut_link, freeze, heal, power_cut
+from slurm.sandbox.faults import cut_link, freeze, power_cut
 from tests.commands import TINY, start, wait_for
 
 pytestmark = pytest.mark.slurm
 
+# Slurm itself calls a lost node down after 13 s or so and requeues the job: the agents have to be well ahead of it.
 WORDS = [
     *TINY, "nodes=2", "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20", "cluster=slurm",
-    "resilience.node_timeout_s=8", "parallel.timeout_s=120",
+    "resilience.node_timeout_s=5", "parallel.timeout_s=120",
 ]  # fmt: skip
 
 
@@ -55,25 +55,12 @@ class Running:
         self.process.wait(timeout=300)
 
 
-@pytest.fixture
-def broken(sandbox: Cluster) -> Iterator[list[str]]:
-    """Names of nodes that the test breaks; they are healed afterwards."""
-    names: list[str] = []
-    yield names
-    for name in names:
-        heal(sandbox, name)
-    sandbox.wait_idle(timeout_s=180)
-
-
-def test_a_spare_takes_the_place_of_a_node_that_loses_power(
-    sandbox: Cluster, broken: list[str], tmp_path: Path
-) -> None:
+def test_a_spare_takes_the_place_of_a_node_that_loses_power(sandbox: Cluster, tmp_path: Path) -> None:
     run = Running(sandbox, tmp_path, "spares=1")
     try:
         (members,) = run.of("members")
         assert run.hosts(1) == members["hosts"] and len(members["spares"]) == 1
         dead = members["hosts"][1]
-        broken.append(dead)
         power_cut(sandbox, dead)
         run.wait(lambda: run.of("recovered"), "training on the spare")
         assert run.hosts(2) == [members["hosts"][0], *members["spares"]]
@@ -88,12 +75,11 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_power(
 
 
 def test_a_cut_link_is_noticed_and_named_and_the_job_comes_back_without_the_node(
-    sandbox: Cluster, broken: list[str], tmp_path: Path
+    sandbox: Cluster, tmp_path: Path
 ) -> None:
     run = Running(sandbox, tmp_path)
     try:
         dead = run.hosts(1)[1]
-        broken.append(dead)
         cut_link(sandbox, dead)
         run.wait(lambda: run.of("recovered"), "the comeback")
         (lost,) = run.of("node_lost")
@@ -108,10 +94,9 @@ def test_a_cut_link_is_noticed_and_named_and_the_job_comes_back_without_the_node
         run.end()
 
 
-def test_a_frozen_first_node_is_noticed_by_the_others(sandbox: Cluster, broken: list[str], tmp_path: Path) -> None:
+def test_a_frozen_first_node_is_noticed_by_the_others(sandbox: Cluster, tmp_path: Path) -> None:
     run = Running(sandbox, tmp_path)
     dead = run.hosts(1)[0]
-    broken.append(dead)
     try:
         freeze(sandbox, dead)
         run.wait(lambda: run.of("recovered"), "the comeback")

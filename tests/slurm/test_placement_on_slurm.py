@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,12 @@ WORDS = ["cluster=slurm", "optim.max_steps=5", "eval.interval=0", "checkpoint.in
 
 
 @pytest.fixture
-def no_gpus(sandbox: Cluster) -> Iterator[str]:
+def no_gpus(sandbox: Cluster) -> str:
     """A job that holds the GPUs of all nodes, and one CPU of each."""
     options = ["--parsable", "--partition=high", "--nodes=4", "--gpus-per-node=2", "--chdir=/", "--output=/dev/null"]
     job = sandbox.slurm("sbatch", *options, "--wrap", "exec sleep 600").strip()
     wait_for(lambda: sandbox.slurm("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING", "the GPUs to be taken")
-    yield job
-    sandbox.slurm("scancel", job)
-    sandbox.wait_idle()
+    return job
 
 
 def of(folder: RunFolder, *names: str) -> list[dict[str, Any]]:

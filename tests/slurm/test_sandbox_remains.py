@@ -169,6 +169,9 @@ def test_nodes_on_one_host_run_jobs_and_refuse_what_they_cannot_show(slurm_insta
         assert sorted(names) == ["n1 0,1", "n2 0,1"]
         with pytest.raises(ConfigError, match="hosts of their own"):
             faults.power_cut(cluster, "n1")
+        cluster.slurm("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=to be resumed")
+        faults.heal(cluster, "n1")
+        cluster.wait_idle()
         cluster.slurm("sbatch", "--output=/dev/null", "--nodes=2", "--wrap", "setsid sleep 300 & srun sleep 300")
         wait_until(lambda: "R" in cluster.slurm("squeue", "-h", "-o", "%t"), timeout_s=30, what="the job to run")
     assert_nothing_left(cluster, set())
