@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from submitit.core.utils import JobPaths
 
 from gpt.run_folder import RunFolder
-from launch import scheduler
+from launch import processes, scheduler
 from launch.scheduler import JobState
 
 SECOND_SIGNAL_S = 0.5  # two signals that are pending at the same time count as one
@@ -216,7 +216,7 @@ class Waiting:
         """Note that this process will start the point, and how many events are history by then."""
         self._note.parent.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
-        self._note.write_text(f"{os.uname().nodename} {pid} {process_start(pid)} {events_before}")
+        self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")
 
     def leave(self) -> None:
         """The point starts, or never will."""
@@ -228,13 +228,5 @@ class Waiting:
             host, pid, start, events_before = self._note.read_text().split()
         except (FileNotFoundError, ValueError):
             return None
-        lives = host == os.uname().nodename and process_start(int(pid)) == start
+        lives = host == os.uname().nodename and processes.start_time(int(pid)) == start
         return int(events_before) if lives else None
-
-
-def process_start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with its id it names a process for good. None: not there."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return None

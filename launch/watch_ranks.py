@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from gpt.failure import enter_failure
 from gpt.run_folder import RunFolder
+from launch import processes
 from launch.conclude import OWNER, StopRequest, enter_lost_nodes
 from launch.config import Config
 from launch.meter import BUDGET, Meter
@@ -48,7 +49,7 @@ class Watch:
         """Hand a request to stop on, and end the ranks where they outstay it, are stuck, or have lost their peers."""
         self._stop.interruptible = False
         owner = os.environ.get(OWNER)
-        if owner and not self._stop.count and is_gone(owner):
+        if owner and not self._stop.count and processes.is_gone(int(owner)):
             self._stop.ask("the launcher is gone")
         if self._meter.look(is_leaving=bool(self._stop.count)):
             self._stop.ask(BUDGET)
@@ -93,11 +94,3 @@ class Watch:
         lost = self._crew.find_silent(self._start)
         enter_lost_nodes(self._folder, self._start.attempt, lost)
         return f"node {lost[0].host} is lost" if lost else None
-
-
-def is_gone(pid: str) -> bool:
-    """Whether a process has ended, also where its parent has not asked after it yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True

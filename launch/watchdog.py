@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gpt import pulse
 from gpt.pulse import Phase, Sign
+from launch import processes
 from launch.config import ResilienceConfig
 
 SLOW = (Phase.starting, Phase.saving, Phase.leaving)
@@ -68,7 +69,7 @@ class Watchdog:
             return _stuck(rank, pid, None, f"not started after {silent:.0f} s", silent) if silent > limit else None
         frozen = now - max(sign.beat, self._started)
         if frozen > limits.frozen_timeout_s * share:
-            state = "stopped" if _is_stopped(pid) else "frozen"
+            state = "stopped" if processes.is_stopped(pid) else "frozen"
             return _stuck(rank, pid, sign.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
         silent = now - max(sign.moved, self._started)
         if silent > self._limit(sign) * share:
@@ -81,14 +82,6 @@ class Watchdog:
 
 def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> Stuck:
     return Stuck(rank, pid, step, why, time.time() - silent)
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal (SIGSTOP, or a debugger)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in ("T", "t")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def stack_of(pid: int, log: Path) -> str:
