@@ -37,10 +37,24 @@ def refuse_local_spares(config: Config) -> None:
 
 def local_gpus() -> int:
     """GPUs of this machine that may be used, counted without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([word for word in visible.split(",") if word.strip() not in ("", "-1")])
+    named = _named_gpus()
+    if named is not None:
+        return len([word for word in named if word not in ("", "-1")])
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def visible_gpus() -> list[int]:
+    """Their indices; those that CUDA_VISIBLE_DEVICES names in another way are left out."""
+    named = _named_gpus()
+    if named is not None:
+        return [int(word) for word in named if word.isdigit()]
+    return list(range(local_gpus()))
+
+
+def _named_gpus() -> list[str] | None:
+    """The words of CUDA_VISIBLE_DEVICES; None where it is not set, and all GPUs may be used."""
+    words = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if words is None else [word.strip() for word in words.split(",")]
 
 
 def refuse_too_few_gpus(config: Config, gpus: int) -> None:

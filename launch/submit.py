@@ -24,6 +24,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from gpt.run_folder import RunFolder
 from launch import agent
+from launch.capacity import visible_gpus
 from launch.conclude import OWNER
 from launch.jobs import LocalJob, SlurmJob, submitit_folder
 from launch.placement import after, cluster_of
@@ -161,7 +162,7 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool
 def start_local(plan: Plan) -> LocalJob:
     """Start the agents of a point here. They ignore the terminal's Ctrl-C, which is the launcher's to answer."""
     executor = submitit.LocalExecutor(folder=submitit_folder(plan.run_dir) / "%j", max_num_timeout=0)
-    gpus = visible_gpus()
+    gpus = visible_gpus()  # submitit hides all others
     executor.update_parameters(
         tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
     )
@@ -174,13 +175,3 @@ def start_local(plan: Plan) -> LocalJob:
     finally:
         signal.signal(signal.SIGINT, handler)
     return LocalJob(job.job_id, os.uname().nodename, job._process)
-
-
-def visible_gpus() -> list[int]:
-    """Indices of the GPUs that local runs may use; submitit hides all others."""
-    from launch.capacity import local_gpus
-
-    words = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if words is not None:
-        return [int(word) for word in words.split(",") if word.strip().isdigit()]
-    return list(range(local_gpus()))
