@@ -12,8 +12,8 @@ import shlex
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,30 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
         SlurmBusyError: the controller did not answer.
         SlurmError: sbatch refused.
     """
-    executor = submitit.SlurmExecutor(folder=jobs_folder(plans[0]))
-    executor.update_parameters(**plans[0].slurm)
     try:
-        with clean_environment():
-            if len(plans) == 1:
-                jobs = [executor.submit(agent.run, plans[0].run_dir)]
-            else:
-                with executor.batch():
-                    jobs = [executor.submit(agent.run, plan.run_dir) for plan in plans]
+        return submit_calls(jobs_folder(plans[0]), plans[0].slurm, agent.run, [plan.run_dir for plan in plans])
     except FailedJobError as error:
         busy = any(word in str(error).lower() for word in BUSY)
         raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
-    return [SlurmJob(job.job_id, cluster_of(plans[0].slurm)) for job in jobs]
+
+
+def submit_calls(
+    folder: Path, resources: Mapping[str, Any], function: Callable[[str], object], arguments: Sequence[str]
+) -> list[SlurmJob]:
+    """Submit calls of a function of one argument, on every node: a job array, or a plain job where there is one call.
+
+    Args:
+        folder: where submitit keeps what belongs to a job; ``%j`` in it stands for the job's number.
+        resources: what each job asks for, in submitit's words.
+
+    Raises:
+        submitit.core.utils.FailedJobError: sbatch refused.
+    """
+    executor = submitit.SlurmExecutor(folder=folder)
+    executor.update_parameters(**resources)
+    with clean_environment(), executor.batch() if len(arguments) > 1 else nullcontext():
+        jobs = [executor.submit(function, argument) for argument in arguments]
+    return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
 
 
 def jobs_folder(plan: Plan) -> Path:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import submitit
 from omegaconf import OmegaConf
 
 from gpt import compose
@@ -24,8 +23,7 @@ from launch.doctor import probe
 from launch.doctor.facts import Request
 from launch.doctor.findings import Finding, fail
 from launch.jobs import SlurmJob, ask_queue
-from launch.placement import cluster_of
-from launch.submit import clean_environment
+from launch.submit import submit_calls
 
 JOB_MIN = 5
 """Time limit of the job, minutes."""
@@ -68,11 +66,10 @@ def make_folder(config: Config, output: Path) -> Path:
 
 def submit(request: Request, root: Path) -> SlurmJob:
     """Submit the job with the resources of the run, all but its time."""
-    executor = submitit.SlurmExecutor(folder=root / ".submitit" / "%j")
     limit = min(JOB_MIN, request.config.cluster.timeout_min)
-    executor.update_parameters(**{**request.plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0})
-    with clean_environment():
-        return SlurmJob(executor.submit(probe.run, str(root)).job_id, cluster_of(request.plan.slurm))
+    resources = {**request.plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
+    (job,) = submit_calls(root / ".submitit" / "%j", resources, probe.run, [str(root)])
+    return job
 
 
 def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
