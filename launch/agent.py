@@ -20,7 +20,6 @@ from gpt.errors import refusing
 from gpt.run_folder import RunFolder
 from launch.conclude import (
     RunFailedError,
-    StopRequest,
     conclude,
     conclude_without_nodes,
     ending,
@@ -36,6 +35,7 @@ from launch.meter import Meter
 from launch.node import Node
 from launch.requeue import Action, Cause
 from launch.snapshot import refuse_other_code
+from launch.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from launch.crew import Crew

@@ -6,11 +6,9 @@ not know how ranks are started or watched. Torch-free.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gpt.failure import first_failure
@@ -30,12 +28,11 @@ from launch.requeue import (
     decide,
     since_submission,
 )
+from launch.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from launch.crew import Crew, Lost, Start
 
-OWNER = "LAUNCH_OWNER_PID"
-"""Process of the launcher that started a local run; without it the run stops too."""
 STAND_IN_S = 3.0
 UNRELIABLE = 2
 """After so many failures of its own a host is avoided."""
@@ -43,38 +40,6 @@ UNRELIABLE = 2
 
 class RunFailedError(RuntimeError):
     """A run whose ranks did not all finish."""
-
-
-class StopRequest:
-    """SIGTERM or SIGUSR2 ask the ranks to save and leave.
-
-    Without Slurm a second one ends them at once (Ctrl-C twice). Slurm sends several by itself: there only the deadline
-    ends them.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.name = ""
-        self.since = 0.0
-        self.interruptible = False
-        """Whether to break out of a wait in which there are no ranks to ask."""
-
-    def install(self) -> None:
-        """Replace submitit's handlers, which would requeue from inside the handler and on rank 0 only."""
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._handle)
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
-        if self.interruptible:
-            raise InterruptedError(f"{self.name} before the ranks had started")
-
-    def ask(self, name: str) -> None:
-        """Note that the run should stop, and why."""
-        self.count += 1
-        if self.count == 1:
-            self.name, self.since = name, time.monotonic()
 
 
 def refuse_without_budget(meter: Meter) -> None:

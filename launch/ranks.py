@@ -27,13 +27,13 @@ from gpt import pulse
 from gpt.failure import enter_failure
 from gpt.reproducibility import hash_seed
 from gpt.run_folder import RunFolder
-from launch.conclude import StopRequest
 from launch.config import Config
 from launch.crew import Crew, Start
 from launch.meeting import POLL_S
 from launch.meter import Meter
 from launch.network import interface_of
 from launch.node import Node
+from launch.stop_request import StopRequest
 from launch.watch_ranks import Watch
 
 LAST_WORDS_S = 3.0

@@ -25,12 +25,12 @@ from submitit.slurm.slurm import _make_sbatch_string
 from gpt.run_folder import RunFolder
 from launch import agent
 from launch.capacity import visible_gpus
-from launch.conclude import OWNER
 from launch.jobs import LocalJob, SlurmJob, submitit_folder
 from launch.placement import after, cluster_of
 from launch.plan import Plan
 from launch.scheduler import BUSY, SlurmBusyError, SlurmError
 from launch.snapshot import RUNS_FROM, running_from
+from launch.stop_request import OWNER
 
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
 INHERITED_NAMES = (

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from gpt.failure import enter_failure
 from gpt.run_folder import RunFolder
 from launch import processes
-from launch.conclude import OWNER, StopRequest, enter_lost_nodes
+from launch.conclude import enter_lost_nodes
 from launch.config import Config
 from launch.meter import BUDGET, Meter
 from launch.node import Node
+from launch.stop_request import OWNER, StopRequest
 from launch.watchdog import NEARLY, Watchdog, stack_of
 
 if TYPE_CHECKING:
