@@ -137,6 +137,12 @@ class LaunchConfig:
     """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only.
 
     Where they may have to be moved (cluster.placement), a process that does it stays behind on this machine."""
+    poll_s: float = MISSING
+    """Seconds between two looks at Slurm's queue while the command follows its jobs, 0.5 to 3600."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        require_range("launch.poll_s", self.poll_s, 0.5, 3600)
 
 
 @dataclass
@@ -183,6 +189,7 @@ class Config(TrainConfig):
         self.cluster.validate()
         self.resilience.validate()
         self.budget.validate(self.cluster)
+        self.launch.validate()
         gpus = self.cluster.gpus_per_node
         if gpus and self.ranks_on_node > gpus:
             raise ConfigError(

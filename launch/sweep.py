@@ -20,7 +20,7 @@ from gpt.errors import ConfigError
 from gpt.run_folder import RunFolder, write_json
 from launch import scheduler, snapshot
 from launch.conclude import failure_text
-from launch.config import ClusterKind, Config
+from launch.config import ClusterKind, Config, LaunchConfig
 from launch.forewarn import forewarn
 from launch.plan import Plan, make_plan, write_run
 from launch.worst_case import share_budget, worst_case_text
@@ -76,7 +76,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
         snapshot.take(Path(copy))
     for (composed, overrides), plan in zip(points, plans, strict=True):
         write_run(plan, composed, overrides)
-    submit_and_watch(plans, console, detach=points[0][0].launch.detach)
+    submit_and_watch(plans, console, configs[0].launch)
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
@@ -137,7 +137,7 @@ def show_warnings(plans: Sequence[Plan], console: Console) -> None:
         console.print(f"warning: {where}{warning}", highlight=False, markup=False)
 
 
-def submit_and_watch(plans: Sequence[Plan], console: Console, *, detach: bool) -> None:
+def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig) -> None:
     """Submit; then follow to the end and report, or say how to."""
     from launch import cancel, watch
     from launch.point import new_point
@@ -145,12 +145,12 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, *, detach: bool) -
     points = [new_point(plan) for plan in plans]
     submit(points, console)
     write_json(sweep_folder(plans) / "sweep.json", {"points": [plan.point for plan in plans]})
-    if detach:
+    if after.detach:
         console.print(follow_up(plans), highlight=False, markup=False)
         leave_mover(plans, console)
         return
     try:
-        watch.watch(points, console)
+        watch.watch(points, console, after.poll_s)
     except KeyboardInterrupt:
         cancel.stop_on_ctrl_c(points, console)
         raise SweepFailedError("stopped; the same command goes on from the last checkpoint", 130) from None

@@ -20,7 +20,6 @@ from launch.scheduler import SlurmError
 from launch.submit import record_submitted, start_local
 
 POLL_S = 0.5
-SLURM_POLL_S = 5.0
 PLAIN_LINE_S = 10.0
 
 
@@ -118,8 +117,8 @@ class Display:
             self._bars.stop()
 
 
-def watch(points: Sequence[Point], console: Console) -> None:
-    """Follow the points to their end, starting local ones one after another.
+def watch(points: Sequence[Point], console: Console, slurm_poll_s: float) -> None:
+    """Follow the points to their end, starting local ones one after another; ask Slurm every ``slurm_poll_s``.
 
     A Slurm that does not answer is asked again: its jobs go on without us.
     """
@@ -130,14 +129,14 @@ def watch(points: Sequence[Point], console: Console) -> None:
             display.show_problem(look(watched, retries=1) or mover.step(watched))
             for point in watched:
                 display.show(point)
-            time.sleep(poll_s(watched))
+            time.sleep(poll_s(watched, slurm_poll_s))
     finally:
         display.close()
 
 
-def poll_s(points: Sequence[Point]) -> float:
+def poll_s(points: Sequence[Point], slurm_poll_s: float) -> float:
     """Seconds between two looks at points: longer where a controller that many share has to be asked."""
-    return SLURM_POLL_S if all(isinstance(point.job, SlurmJob) for point in points) else POLL_S
+    return slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in points) else POLL_S
 
 
 def start_next_local(points: Sequence[Point]) -> None:

@@ -26,6 +26,9 @@ TINY = (
 )
 """A run of seconds: small, but with accumulation, grouped queries and an evaluation that no rank count divides."""
 
+ON_SLURM = ("cluster=slurm", "launch.poll_s=1")
+"""On the sandbox, whose controller has nothing else to do than to answer."""
+
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a user who is in no job: nothing of an enclosing launcher, one thread a process."""

@@ -10,7 +10,7 @@ import pytest
 
 from gpt.run_folder import RunFolder
 from slurm.sandbox.cluster import Cluster
-from tests.commands import TINY, start, wait_for
+from tests.commands import ON_SLURM, TINY, start, wait_for
 from tests.slurm.test_requeue_on_slurm import of
 
 # A disk that hangs, as one that many share does: fsync returns once the file is gone.
@@ -32,7 +32,7 @@ def test_too_short_a_grace_falls_back_to_the_periodic_checkpoint(sandbox: Cluste
     hangs = tmp_path / "hangs"
     more = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "DISK_HANGS": str(hangs)}
     here = RunFolder(tmp_path / "outputs" / "run")
-    words = [*TINY, "cluster=slurm", f"run_dir={here.path}", "eval.interval=0", "checkpoint.interval=50"]
+    words = [*ON_SLURM, *TINY, f"run_dir={here.path}", "eval.interval=0", "checkpoint.interval=50"]
     words += ["optim.max_steps=100000", "snapshot=true", "cluster.gpus_per_node=1", "device=cpu"]
     process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **{**sandbox.env, **more})
     wait_for(lambda: of(here.read_events(), "saved", "step") or process.poll() is not None, "a checkpoint")

@@ -14,12 +14,12 @@ from gpt.run_folder import RunFolder
 from launch.jobs import agent_logs, job_of
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link
-from tests.commands import TINY, ranks_of, run, start, wait_for
+from tests.commands import ON_SLURM, TINY, ranks_of, run, start, wait_for
 from tests.launch.test_failures import SABOTAGE
 
 pytestmark = pytest.mark.slurm
 
-LONG = [*TINY, "cluster=slurm", "optim.max_steps=100000", "eval.interval=0"]
+LONG = [*ON_SLURM, *TINY, "optim.max_steps=100000", "eval.interval=0"]
 
 
 def ranks_in(folder: RunFolder) -> dict[int, int]:

@@ -18,7 +18,7 @@ from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from slurm.sandbox import state as sandbox_state
 from slurm.sandbox.cluster import Cluster
-from tests.commands import TINY, run, start, wait_for
+from tests.commands import ON_SLURM, TINY, run, start, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -60,7 +60,7 @@ def steps(folder: RunFolder) -> int:
 
 
 def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["-m", "nodes=1,2,4", "cluster=slurm", "name=s", *TINY, "optim.max_steps=12"]
+    words = ["-m", "nodes=1,2,4", *ON_SLURM, "name=s", *TINY, "optim.max_steps=12"]
     dry = run("launch", *words, "dry_run=true", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     scripts = [part.partition("\n")[2] for part in re.split(r"^sbatch text of the .*:", dry, flags=re.MULTILINE)[1:]]
     scripts[-1] = scripts[-1].partition("dry_run=true: nothing")[0]
@@ -135,7 +135,7 @@ def test_a_job_that_waits_says_why_and_leaves_the_queue(sandbox: Cluster, tmp_pa
 
 
 def test_watching_outlives_a_controller_that_does_not_answer_and_ctrl_c_saves(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["nodes=1", "cluster=slurm", "run_dir=run", *TINY, *ENDLESS]
+    words = ["nodes=1", *ON_SLURM, "run_dir=run", *TINY, *ENDLESS]
     log, folder = tmp_path / "log", RunFolder(tmp_path / "run")
     process = start("launch", *words, cwd=tmp_path, log=log, SLURM_CONF=sandbox.env["SLURM_CONF"])
     wait_for(lambda: steps(folder) > 2, "a few steps")

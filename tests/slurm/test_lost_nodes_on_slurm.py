@@ -13,13 +13,13 @@ from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link, freeze, power_cut
-from tests.commands import TINY, start, wait_for
+from tests.commands import ON_SLURM, TINY, start, wait_for
 
 pytestmark = pytest.mark.slurm
 
 # Slurm itself calls a lost node down after 13 s or so and requeues the job: the agents have to be well ahead of it.
 WORDS = [
-    *TINY, "nodes=2", "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20", "cluster=slurm",
+    *ON_SLURM, *TINY, "nodes=2", "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20",
     "resilience.node_timeout_s=5", "parallel.timeout_s=120",
 ]  # fmt: skip
 

@@ -15,12 +15,12 @@ from launch.mover import Mover
 from launch.point import Point, find_point
 from launch.scheduler import output_file
 from slurm.sandbox.cluster import Cluster
-from tests.commands import TINY, is_alive, run, wait_for
+from tests.commands import ON_SLURM, TINY, is_alive, run, wait_for
 
 pytestmark = pytest.mark.slurm
 
 NO_ROOM = "{partition: low, gres: 'gpu:2'}"
-WORDS = ["cluster=slurm", "optim.max_steps=5", "eval.interval=0", "checkpoint.interval=0", *TINY]
+WORDS = [*ON_SLURM, "optim.max_steps=5", "eval.interval=0", "checkpoint.interval=0", *TINY]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import power_cut, preempt
-from tests.commands import TINY, run, start, wait_for
+from tests.commands import ON_SLURM, TINY, run, start, wait_for
 from tests.weights import differing, read_weights
 
 STEPS = 120
@@ -31,9 +31,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def submit(sandbox: Cluster, folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], RunFolder, str]:
     """Start a run on the sandbox and wait for its tenth step; gives the launcher, the run folder and the job."""
     here = RunFolder(folder / "run")
-    process = start(
-        "launch", *WORDS, "cluster=slurm", f"run_dir={here.path}", *words, cwd=folder, log=folder / "log", **sandbox.env
-    )
+    words = (*WORDS, *ON_SLURM, f"run_dir={here.path}", *words)
+    process = start("launch", *words, cwd=folder, log=folder / "log", **sandbox.env)
     wait_for(lambda: len(read_records(here.metrics(0))) >= 10 or process.poll() is not None, "the tenth step")
     assert process.poll() is None, (folder / "log").read_text()
     return process, here, str(next(e["job_id"] for e in here.read_events() if e["event"] == "submitted"))
