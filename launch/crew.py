@@ -108,7 +108,8 @@ class Crew:
     def close(self) -> None:
         """Leave. The first node lets the others hear its last word before its store closes."""
         self.line.say(bye=True)
-        self.line.flush(OVER_S)
+        if not self.first_is_lost():
+            self.line.flush(OVER_S)
         deadline = time.monotonic() + GOODBYE_S
         if self._node.is_first:
             while time.monotonic() < deadline and any(not w.get("bye") for i, w in self._present()):
