@@ -134,31 +134,28 @@ def ticks(path: Path, *, within_s: float = 1.0) -> bool:
     return False
 
 
-def test_power_cut_ends_everything_on_the_node_and_slurm_calls_it_down(sandbox: Cluster, tmp_path: Path) -> None:
-    start_ticking(sandbox, "n3", tmp_path / "ticks")
+def test_a_node_without_power_and_one_without_a_link_are_called_down(sandbox: Cluster, tmp_path: Path) -> None:
+    dead, alone = tmp_path / "dead", tmp_path / "alone"
+    start_ticking(sandbox, "n3", dead)
+    job = start_ticking(sandbox, "n2", alone)
     owner = require(sandbox.directory).processes["n3"]
     inside = processes.children(owner.pid)
     faults.power_cut(sandbox, "n3")
+    faults.cut_link(sandbox, "n2")
     assert not owner.alive() and not any(processes.state_letter(pid) in list("RSDT") for pid in inside)
-    assert not ticks(tmp_path / "ticks")
+    assert not ticks(dead)
     assert status(sandbox, "n3") == (False, False, False)
+    assert status(sandbox, "n2") == (True, False, False)
     with pytest.raises(ConfigError, match="which is off"):
         faults.cut_link(sandbox, "n3")
     wait_down(sandbox, "n3")
-    faults.heal(sandbox, "n3")
-    sandbox.wait_idle(timeout_s=30)
-    assert sandbox.slurm("srun", "--nodelist=n3", "hostname").strip() == "n3"
-
-
-def test_a_cut_link_silences_a_node_that_runs_on(sandbox: Cluster, tmp_path: Path) -> None:
-    job = start_ticking(sandbox, "n2", tmp_path / "ticks")
-    faults.cut_link(sandbox, "n2")
-    assert status(sandbox, "n2") == (True, False, False)
     wait_down(sandbox, "n2")
-    assert ticks(tmp_path / "ticks"), "the job's processes should not have noticed"
+    assert ticks(alone), "the job's processes should not have noticed"
+    faults.heal(sandbox, "n3")
     faults.heal(sandbox, "n2")
     sandbox.wait_idle(timeout_s=60)
-    wait_until(lambda: not ticks(tmp_path / "ticks"), timeout_s=30, what=f"Slurm to end what was left of job {job}")
+    assert sandbox.slurm("srun", "--nodelist=n3", "hostname").strip() == "n3"
+    wait_until(lambda: not ticks(alone), timeout_s=30, what=f"Slurm to end what was left of job {job}")
 
 
 def test_a_frozen_node_stops_and_goes_on(sandbox: Cluster, tmp_path: Path) -> None:
