@@ -56,6 +56,14 @@ ROWS = (
     Row("fsdp", "parallel=fsdp"),
     Row("fsdp, not resharded", "parallel=fsdp parallel.reshard_after_forward=false"),
     Row("hsdp 2 x 2", "parallel=hsdp parallel.dp_shard=2", (4,)),
+    Row("pp 1f1b", "parallel=pp"),
+    Row("pp gpipe", "parallel=pp parallel.schedule=gpipe", (2,)),
+    Row("pp interleaved", "parallel=pp parallel.schedule=interleaved"),
+    Row("pp zbv", "parallel=pp parallel.schedule=zbv"),
+    Row("pp dualpipev", "parallel=pp parallel.schedule=dualpipev", (2,)),
+    Row("pp 4", "parallel=pp parallel.pp=4", (4,)),
+    Row("pp 1f1b x fsdp", "parallel=pp_fsdp", (4,)),
+    Row("pp zbv x fsdp", "parallel=pp_fsdp parallel.schedule=zbv", (4,)),
 )
 
 

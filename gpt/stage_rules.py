@@ -43,8 +43,9 @@ def check_micro_batches(config: TrainConfig, layout: Topology) -> None:
         return
     fewest = fewest_micro_batches(parallel)
     enough = f"at least {fewest}" if batch.accumulation < fewest else f"a multiple of {parallel.pp}"
+    number = f"{batch.accumulation} micro-batch{'es' if batch.accumulation > 1 else ''}"
     raise ConfigError(
-        f"{batch.accumulation} micro-batches (optim.global_batch={batch.global_batch} over {batch.ranks} data ranks, "
+        f"{number} (optim.global_batch={batch.global_batch} over {batch.ranks} data ranks, "
         f"{batch.micro} sequences each) for parallel.schedule={parallel.schedule.name} on {parallel.pp} ranks",
         f"{enough} of them",
         other_batch(config, batch),

@@ -77,7 +77,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
         attempt=attempt,
         batch=batch,
         layout=layout,
-        engine=spread(model.to(world.device), config, world, layout, batch),
+        engine=spread(model, config, world, layout, batch),
         tokens=tokens,
         samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
         store=CheckpointStore(

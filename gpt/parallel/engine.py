@@ -68,16 +68,17 @@ class Engine(Protocol):
 
 
 def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
-    """Apply the strategy that ``config.parallel`` names. The model must lie on ``world.device``."""
+    """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
     from gpt.parallel.composed import ComposedEngine
     from gpt.parallel.ddp import ReplicatedEngine
     from gpt.parallel.staged import StagedEngine
     from gpt.parallel.zero1 import Zero1Engine
 
-    if config.parallel.strategy is Strategy.zero1:
-        return Zero1Engine(model, config, world, layout, batch)
     if layout.pp > 1:
         return StagedEngine(model, config, world, layout, batch)
+    model.to(world.device)
+    if config.parallel.strategy is Strategy.zero1:
+        return Zero1Engine(model, config, world, layout, batch)
     if config.parallel.strategy is Strategy.fsdp or layout.model_ranks * layout.ep > 1:
         return ComposedEngine(model, config, world, layout, batch)
     return ReplicatedEngine(model, config, world, layout, batch)

@@ -71,6 +71,7 @@ class Pipeline:
         """The same as one module, whose names are those of the model; to be stepped and stored, not to be called."""
         self.tied = Tied(self)
         for stage in self.stages.values():
+            stage.to(world.device)
             replace_forward(stage, partial(self._pass, stage.forward, stage.last))
         self._on_pass: Callable[[], None] = lambda: None
         self._scale = 1.0

@@ -36,15 +36,17 @@ def pipeline(schedule: str, *words: str, pp: int = 2) -> Words:
 KEPT = ("parallel=fsdp", "parallel.reshard_after_forward=false")
 V_SHAPED = ("zbv", "dualpipev")
 ON_2: list[tuple[str, Words]] = [
-    *((model, pipeline(schedule)) for model in MODELS for schedule in ("gpipe", "1f1b", "interleaved", *V_SHAPED)),
-    *(("tied", pipeline(schedule, "optim.micro_batch=1")) for schedule in ("1f1b", "interleaved", *V_SHAPED)),
-    ("biased experts", pipeline("zbv")),
-    *((model, pipeline("1f1b", "recompute=full")) for model in ("tied", "experts")),
-    *((model, pipeline("interleaved", "recompute=selective")) for model in ("tied", "biased experts")),
+    *(("tied", pipeline(schedule)) for schedule in ("gpipe", "1f1b", "interleaved", *V_SHAPED)),
+    *((model, pipeline("1f1b")) for model in ("untied, grouped queries", "experts")),
+    ("untied, grouped queries", pipeline("interleaved")),
+    *((model, pipeline("zbv")) for model in ("untied, grouped queries", "biased experts")),
+    *(("tied", pipeline(schedule, "optim.micro_batch=1")) for schedule in ("1f1b", "dualpipev")),
+    ("biased experts", pipeline("1f1b", "recompute=full")),
+    ("biased experts", pipeline("interleaved", "recompute=selective")),
 ]
 ON_4: list[tuple[str, Words]] = [
-    *(("tied", pipeline(schedule)) for schedule in ("1f1b", "interleaved", *V_SHAPED)),
-    ("biased experts", pipeline("zbv")),
+    *(("tied", pipeline(schedule)) for schedule in ("1f1b", "zbv")),
+    ("biased experts", pipeline("interleaved")),
     ("large vocabulary", pipeline("1f1b", pp=4)),
     ("tied", pipeline("gpipe", pp=4)),
     *(("tied", pipeline(schedule, "parallel=fsdp")) for schedule in ("gpipe", "1f1b", "interleaved")),
@@ -127,6 +129,12 @@ CROSSED: dict[str, Words] = {
 }
 
 
+def others(name: str) -> list[str]:
+    """Two to go on under: so each is saved and gone on from twice."""
+    names = list(CROSSED)
+    return [names[(names.index(name) + further) % len(names)] for further in (1, 3)]
+
+
 def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """Save under each, go on under each: the losses of the steps after, and those that were to come."""
     found = {}
@@ -138,7 +146,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
             step(run)
         save(run, lambda: True)
         to_come = [step(run)[0] for _ in range(2)]
-        for resumed in CROSSED:
+        for resumed in others(saved):
             again = start(rank, size, there, *CROSSED[resumed], *words)
             assert again.step == 2
             found[saved, resumed] = ([step(again)[0] for _ in range(2)], to_come)
@@ -147,7 +155,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
 
 def test_a_checkpoint_goes_from_any_pipeline_to_any_other_and_back(tmp_path: Path) -> None:
     found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
-    assert len(found) == len(CROSSED) ** 2
+    assert len(found) == 2 * len(CROSSED)
     for pair, (losses, to_come) in found.items():
         assert losses == pytest.approx(to_come, rel=1e-6), pair
 

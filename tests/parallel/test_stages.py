@@ -202,11 +202,11 @@ REFUSED = [
         "parallel.pp=4 with 2 stages on each rank",
         "parallel.pp=2",
     ),
-    (2, ("optim.micro_batch=16",), "1 micro-batches", "optim.micro_batch=8"),
-    (2, ("optim.micro_batch=16", "optim.weak_scaling=true"), "1 micro-batches", "optim.micro_batch=8"),
-    (4, ("optim.global_batch=2",), "1 micro-batches", "optim.global_batch=4 optim.micro_batch=1"),
+    (2, ("optim.micro_batch=16",), "1 micro-batch (", "optim.micro_batch=8"),
+    (2, ("optim.micro_batch=16", "optim.weak_scaling=true"), "1 micro-batch (", "optim.micro_batch=8"),
+    (4, ("optim.global_batch=2",), "1 micro-batch (", "optim.global_batch=4 optim.micro_batch=1"),
     (
-        *(4, ("optim.global_batch=1", "optim.weak_scaling=true"), "1 micro-batches"),
+        *(4, ("optim.global_batch=1", "optim.weak_scaling=true"), "1 micro-batch ("),
         "optim.global_batch=2 optim.micro_batch=1",
     ),
     (
