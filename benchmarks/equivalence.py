@@ -64,6 +64,11 @@ ROWS = (
     Row("pp 4", "parallel=pp parallel.pp=4", (4,)),
     Row("pp 1f1b x fsdp", "parallel=pp_fsdp", (4,)),
     Row("pp zbv x fsdp", "parallel=pp_fsdp parallel.schedule=zbv", (4,)),
+    Row("ep", "parallel=ep parallel.ep=2"),
+    Row("ep 4", "parallel=ep parallel.ep=4", (4,)),
+    Row("fsdp x ep", "parallel=fsdp_ep parallel.ep=2"),
+    Row("fsdp x ep 4", "parallel=fsdp_ep parallel.ep=4", (4,)),
+    Row("hsdp 2 x 2 x ep", "parallel=hsdp parallel.dp_shard=2 parallel.ep=2", (4,)),
 )
 
 
