@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,23 @@ WAYS = {
         "hsdp, ep=2": ["parallel=hsdp", "parallel.dp_shard=2", "parallel.ep=2"],
     },
 }
+COMPOSED = {
+    "pp, fsdp, ep=2": ["parallel=fsdp", "parallel.pp=2", "parallel.ep=2"],
+}
+"""With other dimensions, on four ranks, of which two see different samples: tried in four passes a step."""
 Found = dict[tuple[str, str, int], dict[str, Any]]
 
 
 def learn_all(rank: int, size: int, folder: Path) -> Found:
+    every = list(itertools.product(MODELS, ACCUMULATIONS))
+    tried = every if size == 2 else [*every[:2], every[3], every[4]]  # on four ranks each model, and both counts
+    cases = [(way, *rest, size) for way, rest in itertools.product(WAYS[size].items(), tried)]
+    cases += [(way, "dropless", 4, 2) for way in COMPOSED.items() if size == 4]
     found = {}
-    for way, spread in WAYS[size].items():
-        for model, words in MODELS.items():
-            for accumulation in ACCUMULATIONS:
-                micro = f"optim.micro_batch={BATCH // (size * accumulation)}"
-                found[way, model, accumulation] = learn(
-                    start(rank, size, folder / f"{way}{model}{accumulation}", *words, *spread, micro)
-                )
+    for (way, words), model, accumulation, data_ranks in cases:
+        micro = f"optim.micro_batch={BATCH // (data_ranks * accumulation)}"
+        run = start(rank, size, folder / f"{way}{model}{accumulation}", *MODELS[model], *words, micro)
+        found[way, model, accumulation] = learn(run)
     return found if rank == 0 else {}
 
 
