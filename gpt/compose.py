@@ -54,6 +54,7 @@ def make_paths_absolute(config: DictConfig) -> None:
     data = config.data
     keys = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
     keys += [(data, key) for key in ("path", "val_path", "tokenizer_path", "cache_dir")]
+    keys.append((config.parallel, "deepspeed_config"))
     keys += [(source, "path") for source in data.sources]
     if data.dataset is not None and Path(data.dataset).is_dir():  # elsewhere it is a name on the hub
         keys.append((data, "dataset"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from gpt.config import Strategy, TrainConfig
 from gpt.errors import ConfigError
 from gpt.expert_layout import check_expert
+from gpt.parallel.deepspeed.limits import check_deepspeed
 from gpt.stage_rules import check_pipeline
 from gpt.tensor_rules import check_tensor
 from gpt.topology import Topology, topology
@@ -21,7 +22,7 @@ def lay_out(config: TrainConfig, world_size: int) -> Topology:
         ConfigError: the ranks cannot be laid out so, or the model cannot be spread over them so.
     """
     layout = topology(config.parallel, world_size)
-    for check in (check_zero1, check_tensor, check_pipeline, check_context, check_expert):
+    for check in (check_zero1, check_deepspeed, check_tensor, check_pipeline, check_context, check_expert):
         check(config, layout)
     return layout
 

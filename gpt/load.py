@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gpt import compose
-from gpt.checkpoint import folders
-from gpt.checkpoint.manifest import DamagedError, Manifest, find_damage, read_manifest
+from gpt.checkpoint import deepspeed_files, folders
+from gpt.checkpoint.manifest import DEEPSPEED, DamagedError, Manifest, find_damage, read_manifest
 from gpt.config import TrainConfig
 from gpt.errors import ConfigError
 from gpt.model.gpt import GPT
@@ -121,7 +121,11 @@ def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | s
     model.to_empty(device="cpu")
     model.reset_buffers()
     state = {"model": model.state_dict()}
+    manifest = read_manifest(checkpoint)
     try:
+        if manifest.contents["kind"] == DEEPSPEED:
+            model.load_state_dict(deepspeed_files.read_weights(checkpoint, manifest))
+            return model.to(device).eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's, that one process loads: it does
             dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)

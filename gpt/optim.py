@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
         return loss
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> AdamW:
+def build_optimizer(module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW) -> torch.optim.AdamW:
     """AdamW over the parameters of ``module``; weight decay for matrices, none for biases and norms."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -38,7 +38,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type == "cuda" for p in parameters)
-    return AdamW(
+    return kind(
         [g for g in groups if g["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

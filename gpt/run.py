@@ -26,12 +26,13 @@ from gpt.batch import Batch, cut
 from gpt.checkpoint import CheckpointStore
 from gpt.code import changed_since, code_state, describe_code, refuse_change
 from gpt.composition import lay_out
-from gpt.config import ParallelConfig, TrainConfig
+from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.data.corpus import check_fit, describe, described, prepare
 from gpt.data.loader import Samples
 from gpt.data.prepared import Tokens
 from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.panel import show
+from gpt.parallel.deepspeed.config import ds_config
 from gpt.parallel.engine import Engine
 from gpt.parallel.world import World
 from gpt.pulse import Phase, Pulse
@@ -171,6 +172,8 @@ def describe_attempt(run: Run) -> None:
         "reproducibility": {"seed": run.config.seed, **reproducibility.state()},
     }
     write_json(run.folder.environment(run.attempt), record)
+    if run.config.parallel.strategy is Strategy.deepspeed:
+        write_json(run.folder.ds_config(run.attempt), ds_config(run.config, run.batch))
     if run.initialised_from is not None:
         run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
     run.folder.record_event(

@@ -82,6 +82,10 @@ class RunFolder:
         """What one attempt ran on: hosts, devices, software, commit."""
         return self.attempt(attempt) / "environment.json"
 
+    def ds_config(self, attempt: int) -> Path:
+        """What one attempt started DeepSpeed with."""
+        return self.attempt(attempt) / "ds_config.json"
+
     def log(self, attempt: int, rank: int) -> Path:
         """Everything one rank printed in one attempt."""
         return self.attempt(attempt) / "logs" / f"rank_{rank:05d}.log"

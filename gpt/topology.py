@@ -89,6 +89,8 @@ def topology(parallel: ParallelConfig, world_size: int) -> Topology:
     shard = 1
     if parallel.strategy is Strategy.fsdp:
         shard = data_ranks if parallel.dp_shard is None else parallel.dp_shard
+    elif parallel.strategy is Strategy.deepspeed and parallel.zero_stage == 3:
+        shard = data_ranks
     if data_ranks % shard:
         raise ConfigError(
             f"parallel.dp_shard={shard} does not divide {data_ranks} ranks",
@@ -104,6 +106,12 @@ def topology(parallel: ParallelConfig, world_size: int) -> Topology:
             f"a divisor of {experts_among}",
             f"parallel.ep={nearest_divisor(experts_among, parallel.ep)}",
         )
-    name = "hsdp" if parallel.strategy is Strategy.fsdp and shard < data_ranks else parallel.strategy.name
     sizes = {name: getattr(parallel, name) for name in ("pp", "cp", "tp", "ep")}
-    return Topology(name, data_ranks // shard, shard, **sizes)
+    return Topology(name_of(parallel, shard < data_ranks), data_ranks // shard, shard, **sizes)
+
+
+def name_of(parallel: ParallelConfig, copies: bool) -> str:
+    """What records call the strategy; ``copies``: there is more than one copy of the model."""
+    if parallel.strategy is Strategy.deepspeed:
+        return f"ds_zero{parallel.zero_stage}"
+    return "hsdp" if parallel.strategy is Strategy.fsdp and copies else parallel.strategy.name

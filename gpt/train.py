@@ -70,6 +70,8 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
     if without_flash and world.is_first:
         print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
     prepare_blocks(model, config)
+    engine = spread(model, config, world, layout, batch)
+    kept = config.checkpoint
     run = Run(
         config=config,
         folder=folder,
@@ -77,12 +79,10 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
         attempt=attempt,
         batch=batch,
         layout=layout,
-        engine=spread(model, config, world, layout, batch),
+        engine=engine,
         tokens=tokens,
         samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
-        store=CheckpointStore(
-            folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every, group=world.control
-        ),
+        store=CheckpointStore(folder.checkpoints, kept.keep_last, kept.keep_every, world.control, engine.files),
         pulse=pulse,
         initialised_from=initialised_from,
     )

@@ -7,6 +7,7 @@ Must not know what is in the folders, beyond the manifest.
 - ``step_00000100``: complete; the rename that gives it this name is the commit.
 - ``step_00000100.corrupt``: found damaged; never deleted and never read again.
 - ``.deleting_step_00000100_<token>``: no longer kept, or left behind by a killed deletion.
+- ``.converting_step_00000100_<token>``: a copy in another form, for the time of reading.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 COMMITTED = re.compile(r"step_(\d{8,})")
 SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
-LEFT_OVER = re.compile(r"\.(saving|deleting)_step_\d{8,}_[0-9a-f]{8}")
+LEFT_OVER = re.compile(r"\.(saving|deleting|converting)_step_\d{8,}_[0-9a-f]{8}")
 
 
 def committed(folder: Path) -> list[Path]:
@@ -61,10 +62,12 @@ def begin(folder: Path, step: int) -> Path:
         raise FileExistsError(f"{final} is there already; a step is saved once")
     if final.exists():
         set_aside(final, f"{manifest.NAME} is missing")
-    # A token of its own: a process left over from an earlier attempt never writes into the same folder.
-    temporary = folder / f".saving_{final.name}_{secrets.token_hex(4)}"
-    temporary.mkdir()
-    return temporary
+    return _temporary(folder, "saving", final.name)
+
+
+def begin_conversion(path: Path) -> Path:
+    """Make an empty folder beside a checkpoint, for a copy of it in another form."""
+    return _temporary(path.parent, "converting", path.name)
 
 
 def commit(temporary: Path, step: int) -> Path:
@@ -118,6 +121,13 @@ def remove(path: Path) -> None:
         pass
     except OSError as error:
         log.warning("%s cannot be removed yet: %s", path, error)
+
+
+def _temporary(folder: Path, what: str, name: str) -> Path:
+    # A token of its own: a process left over from an earlier attempt never writes into the same folder.
+    temporary = folder / f".{what}_{name}_{secrets.token_hex(4)}"
+    temporary.mkdir()
+    return temporary
 
 
 def _final(folder: Path, step: int) -> Path:

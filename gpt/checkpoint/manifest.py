@@ -11,12 +11,16 @@ import errno
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
 FORMAT = 1
+TENSORS = {"kind": "tensors"}
+"""Contents of a checkpoint: whole tensors by name. Those that do not say are such."""
+DEEPSPEED = "deepspeed"
+"""The kind of contents that DeepSpeed writes."""
 
 
 class DamagedError(Exception):
@@ -41,6 +45,9 @@ class Manifest:
     """Unix time of the save, seconds."""
     meta: dict[str, Any]
     files: dict[str, FileSum]
+    """By path in the folder."""
+    contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
+    """What the files are: ``kind``, and what that kind of files has to say."""
 
 
 def sum_file(path: Path) -> FileSum:
@@ -78,7 +85,8 @@ def read_manifest(folder: Path) -> Manifest:
     if value["format"] != FORMAT:
         raise RuntimeError(f"{folder / NAME} has format {value['format']}, and this program reads {FORMAT}")
     files = {name: FileSum(**entry) for name, entry in value["files"].items()}
-    return Manifest(value["step"], value["world_size"], value["time"], value["meta"], files)
+    contents = value.get("contents", TENSORS)
+    return Manifest(value["step"], value["world_size"], value["time"], value["meta"], files, contents)
 
 
 def find_damage(path: Path, expected: FileSum) -> str | None:

@@ -1,8 +1,8 @@
 """Save and load the state of a run, collectively, into one folder for each step.
 
-Owns the protocol: tensors go through torch.distributed.checkpoint (DCP), which reshards them to another topology or
-number of ranks; each rank adds a small file for its own state; each rank sums its own files and rank 0 writes the
-manifest; everything is synced to disk, and one rename commits. Must not know what the state means, nor when to save.
+Owns the protocol: a format writes the state (``formats``); each rank adds a small file for its own state; each rank
+sums its own files and rank 0 writes the manifest; everything is synced to disk, and one rename commits. Must not know
+what the state means, nor when to save.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import LoadPlan
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.agreement import CheckpointError, on_all, on_first
+from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.manifest import (
     DamagedError,
     FileSum,
@@ -33,8 +30,6 @@ from gpt.checkpoint.manifest import (
     write_manifest,
 )
 from gpt.errors import ConfigError
-
-DCP_METADATA = ".metadata"
 
 
 class OutdatedAttemptError(CheckpointError):
@@ -63,10 +58,19 @@ class CheckpointStore:
         keep_every: steps that are multiples of this are kept for good; 0 keeps none.
         group: carries the control messages; a gloo group of all ranks. None means the default group, which must then
             be gloo.
+        fmt: how the state becomes files.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_every: int,
+        group: dist.ProcessGroup | None = None,
+        fmt: Format | None = None,
+    ) -> None:
         assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)
+        self.format: Format = fmt or TensorFiles()
         self.folder = folder
         self.keep_last = keep_last
         self.keep_every = keep_every
@@ -79,7 +83,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        state: dict[str, Any],
+        state: Any,
         rank_state: dict[str, Any],
         meta: dict[str, Any],
         may_commit: Callable[[], bool] = lambda: True,
@@ -87,7 +91,8 @@ class CheckpointStore:
         """Write the checkpoint of a step, then delete those that are no longer kept.
 
         Args:
-            state: tensors and DTensors in nested dicts, as get_state_dict of torch.distributed.checkpoint gives them.
+            state: what the format takes; by default tensors and DTensors in nested dicts, as get_state_dict of
+                torch.distributed.checkpoint gives them.
             rank_state: this rank's own, tensors and plain Python values.
             meta: plain JSON; rank 0's is kept.
             may_commit: asked on rank 0 just before the commit.
@@ -98,9 +103,9 @@ class CheckpointStore:
         """
         temporary = on_first(lambda: folders.begin(self.folder, step), self.group)
         try:
-            sums = on_all(lambda: self._write(temporary, state, rank_state), self.group)
+            sums = on_all(lambda: self._write(temporary, step, state, rank_state), self.group)
             files = {name: entry for own in sums for name, entry in sorted(own.items())}
-            manifest = Manifest(step, len(sums), time.time(), meta, files)
+            manifest = Manifest(step, len(sums), time.time(), meta, files, self.format.describe())
             path = on_first(lambda: _commit(temporary, manifest, may_commit), self.group)
             if path is None:
                 raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
@@ -112,7 +117,7 @@ class CheckpointStore:
         on_first(lambda: folders.retire(self.folder, self.keep_last, self.keep_every), self.group)
         return path
 
-    def load(self, state: dict[str, Any]) -> Loaded | None:
+    def load(self, state: Any) -> Loaded | None:
         """Fill ``state`` from the newest checkpoint that is whole; None where there never was one.
 
         Damaged ones are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
@@ -141,20 +146,17 @@ class CheckpointStore:
             )
         return None
 
-    def _write(self, folder: Path, state: dict[str, Any], rank_state: dict[str, Any]) -> dict[str, FileSum]:
-        """Write this rank's part of the tensors and its own state; returns the sums of every file it wrote."""
-        writer = dcp.FileSystemWriter(folder, sync_files=True)
-        dcp.save(state, storage_writer=writer, process_group=self.group)
-        rank = dist.get_rank(self.group)
-        path = folder / _rank_file(rank)
+    def _write(self, folder: Path, step: int, state: Any, rank_state: dict[str, Any]) -> dict[str, FileSum]:
+        """Write this rank's part of the state and its own; returns the sums of every file it wrote."""
+        files = self.format.write(folder, step, state, self.group)
+        path = folder / _rank_file(dist.get_rank(self.group))
         with path.open("w+b") as file:
             torch.save(rank_state, file)
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
             torch.load(file, weights_only=True)  # what could not be loaded later fails now
-        mine = [path, *folder.glob(f"__{rank}_*.distcp")] + ([folder / DCP_METADATA] if rank == 0 else [])
-        return {file.name: sum_file(file) for file in mine}
+        return {file.relative_to(folder).as_posix(): sum_file(file) for file in (path, *files)}
 
     def _verify(self, path: Path) -> Manifest:
         """Check every file of a checkpoint, each rank a share; raises DamagedError on all ranks or on none."""
@@ -174,10 +176,10 @@ class CheckpointStore:
         on_first(lambda: folders.set_aside(path, why), self.group)
         return f"{path.name}: {why}"
 
-    def _fill(self, path: Path, manifest: Manifest, state: dict[str, Any], damaged: list[str]) -> Loaded:
+    def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> Loaded:
         """Read a verified checkpoint; what goes wrong now is that it belongs to something else."""
         try:
-            on_all(lambda: self._read_tensors(path, state), self.group)
+            on_all(lambda: self.format.read(path, manifest, state, self.group), self.group)
         except CheckpointError as error:
             raise ConfigError(
                 f"{path} cannot be loaded into this model ({str(error).splitlines()[0]})",
@@ -191,32 +193,6 @@ class CheckpointStore:
         return Loaded(
             manifest.step, manifest.meta, manifest.world_size, rank_state[0] if rank_state else None, tuple(damaged)
         )
-
-    def _read_tensors(self, path: Path, state: dict[str, Any]) -> None:
-        reader = dcp.FileSystemReader(path)
-        wanted: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(wanted, sorted(flatten_state_dict(state)[0]), group=self.group)
-        planner = _ExactPlanner({name for names in wanted for name in names})
-        dcp.load(state, storage_reader=reader, planner=planner, process_group=self.group)
-
-
-class _ExactPlanner(DefaultLoadPlanner):
-    """Refuses a checkpoint that holds more than is asked for: DCP would load part of a larger model without a word.
-
-    Args:
-        wanted: what any of the ranks asks for.
-    """
-
-    def __init__(self, wanted: set[str]) -> None:
-        super().__init__()
-        self._wanted = wanted
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        unused = sorted(self.metadata.state_dict_metadata.keys() - self._wanted)
-        if unused:
-            raise ValueError(f"the checkpoint also holds {', '.join(unused[:3])}{' ...' if unused[3:] else ''}")
-        return super().create_local_plan()
 
 
 def _commit(temporary: Path, manifest: Manifest, may_commit: Callable[[], bool]) -> Path | None:

@@ -17,11 +17,13 @@ from gpt.errors import ConfigError
 
 class Strategy(Enum):
     """How ranks share the work: ``ddp`` (every rank holds all), ``zero1`` (all but the optimizer's moments, which are
-    sharded), or ``fsdp`` (parameters, gradients and moments sharded: FSDP2)."""
+    sharded), ``fsdp`` (parameters, gradients and moments sharded: FSDP2), or ``deepspeed`` (DeepSpeed's engine, which
+    shards what ``zero_stage`` says)."""
 
     ddp = "ddp"
     zero1 = "zero1"
     fsdp = "fsdp"
+    deepspeed = "deepspeed"
     auto = "auto"
     """Chosen by the planner (gpt/planning), which puts one of the others in its place before a run folder is made."""
 
@@ -63,11 +65,22 @@ class ParallelConfig:
     """Expert parallelism (arXiv 2006.16668): ranks that see different samples and deal out the experts among
     themselves; the rest of the model is spread as without. Divides model.n_expert, and the number of ranks that see
     different samples (with fsdp, of those that share one copy of the model)."""
+    zero_stage: Optional[int] = None
+    """deepspeed only: what the data ranks share instead of each holding it (arXiv 1910.02054): 0 nothing, 1 the
+    optimizer's moments and master weights, 2 the gradients too, 3 the parameters too."""
+    offload_optimizer: bool = False
+    """deepspeed only, from stage 1: keep moments and master weights in the memory of the host, and step there."""
+    offload_parameters: bool = False
+    """deepspeed only, stage 3: keep the parameters in the memory of the host until they are computed with."""
+    deepspeed_config: Optional[str] = None
+    """deepspeed only: a JSON file of DeepSpeed's own settings to add (bucket sizes, overlap, ...). One that contradicts
+    this configuration is refused."""
     timeout_s: int = 600
     """Seconds after which a collective that does not complete fails the run."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range, or belongs to another strategy."""
+        check_zero(self)
         for key in ("tp", "pp", "cp", "ep", "timeout_s"):
             require_positive(f"parallel.{key}", getattr(self, key))
         self._check_stages()
@@ -94,3 +107,31 @@ class ParallelConfig:
             f"{expected} stages on each rank",
             f"parallel.stages_per_rank={expected[0]}{other}",
         )
+
+
+def check_zero(parallel: ParallelConfig) -> None:
+    """Raise ConfigError where the keys of DeepSpeed do not go together, or with the strategy."""
+    stage, keys = parallel.zero_stage, ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+    if parallel.strategy is not Strategy.deepspeed:
+        for key in keys:
+            value = getattr(parallel, key)
+            if value not in (None, False):
+                raise ConfigError(
+                    f"parallel.{key}={value} with parallel.strategy={parallel.strategy.name}",
+                    "parallel.strategy=deepspeed, whose key it is",
+                    f"parallel=zero{value if value in (2, 3) else 2}, or no parallel.{key}",
+                )
+        return
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"parallel.zero_stage={'null' if stage is None else stage} with parallel.strategy=deepspeed",
+            "0, 1, 2 or 3",
+            "parallel.zero_stage=2",
+        )
+    for key, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
+        if getattr(parallel, key) and stage < least:
+            raise ConfigError(
+                f"parallel.{key}=true with parallel.zero_stage={stage}",
+                f"at least parallel.zero_stage={least}: only what is sharded can be kept elsewhere",
+                f"parallel.zero_stage={least}, or parallel.{key}=false",
+            )

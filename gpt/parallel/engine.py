@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt.batch import Batch
+from gpt.checkpoint.formats import Format
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.world import World
@@ -27,6 +28,8 @@ class Engine(Protocol):
     """This rank's share of the model, its parameters named as in the whole one (maybe after ``module.``)."""
     layer_group: dist.ProcessGroup | None
     """The ranks that hold the same layers; None means all."""
+    files: Format
+    """How ``state()`` becomes the files of a checkpoint."""
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         """Leave in the parameters the gradients of the mean loss over the global batch.
@@ -54,12 +57,12 @@ class Engine(Protocol):
         over the number of ranks that hold the same part."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Model and optimizer state as torch.distributed.checkpoint takes it, independent of how they are spread."""
+    def state(self) -> Any:
+        """Model and optimizer state as ``files`` takes it, independent of how they are spread."""
         ...
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a state that was loaded into the tensors of ``state()``."""
+    def load(self, state: Any) -> None:
+        """Take over a state that was loaded into what ``state()`` gave."""
         ...
 
     def begin(self) -> None:
@@ -77,6 +80,10 @@ def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batc
     if layout.pp > 1:
         return StagedEngine(model, config, world, layout, batch)
     model.to(world.device)
+    if config.parallel.strategy is Strategy.deepspeed:
+        from gpt.parallel.deepspeed.engine import ZeroEngine
+
+        return ZeroEngine(model, config, world, layout, batch)
     if config.parallel.strategy is Strategy.zero1:
         return Zero1Engine(model, config, world, layout, batch)
     if config.parallel.strategy is Strategy.fsdp or layout.model_ranks * layout.ep > 1:

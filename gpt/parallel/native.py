@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 
 from gpt.batch import Batch
+from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.config import TrainConfig
 from gpt.loss import cross_entropy, summed_loss
 from gpt.model.moe import set_auxiliary_scale
@@ -43,6 +44,7 @@ class NativeEngine:
     """Of logits and targets: the summed loss."""
     counted: float = 1.0
     """0 where another rank computes the loss of the same tokens and reports it."""
+    files: Format = TensorFiles()
 
     def __init__(
         self,

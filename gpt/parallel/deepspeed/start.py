@@ -1,0 +1,37 @@
+"""Loading DeepSpeed: the few things that it reads from its surroundings, said once.
+
+Owns the import, which takes seconds: nothing else imports ``deepspeed`` at its top. Must not know models.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+from types import ModuleType
+
+import torch.distributed.distributed_c10d as c10d
+
+from gpt.parallel.world import World
+
+
+def load_deepspeed(world: World) -> ModuleType:
+    """The module ``deepspeed``, set up for the device of this rank; says only what went wrong."""
+    os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes a GPU that it sees, whatever ``device`` says
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 renames the collectives that it calls in every pass, and 2.11 knows no other names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Shared memory between the ranks of a node: compiled at the first start for a minute, and gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def set_timeouts(timeout_s: int) -> None:
+    """Have collectives fail after ``timeout_s`` in the groups that DeepSpeed made: it gives them torch's default."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
