@@ -1,0 +1,41 @@
+"""Every way of spreading a model in one sweep over hosts: the same losses, and one scaling table."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from gpt.metrics.records import read_records
+from gpt.run_folder import RunFolder
+from slurm.sandbox.cluster import Cluster
+from tests.commands import TINY, run
+
+pytestmark = pytest.mark.slurm
+
+TOPOLOGIES = ("ddp", "fsdp", "pp", "zero2")
+
+
+def test_nodes_and_topologies_in_one_sweep_end_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
+    words = ["-m", "nodes=1,2", f"parallel={','.join(TOPOLOGIES)}", "ranks_per_node=2", "cluster=slurm", "name=t"]
+    steps = ["optim.max_steps=8", "eval.interval=0", "checkpoint.interval=0"]
+    text = run("launch", *words, *TINY, *steps, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
+
+    outputs = tmp_path / "outputs" / "t"
+    losses = {
+        plan.parent.name: [record["loss"] for record in read_records(RunFolder(plan.parent).metrics(0))]
+        for plan in outputs.glob("*/plan.json")
+    }
+    assert len(losses) == 2 * len(TOPOLOGIES)
+    first = next(iter(losses.values()))
+    assert len(first) == 8
+    for name, found in losses.items():
+        assert found == pytest.approx(first, rel=1e-5), name
+
+    with (outputs / "scaling.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["nodes"], row["ranks"]) for row in rows].count(("2", "4")) == len(TOPOLOGIES)
+    assert len({row["topology"].split()[0] for row in rows}) >= 3
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert text.count("finished") >= len(rows)
