@@ -19,7 +19,7 @@ TOPOLOGIES = ("ddp", "fsdp", "pp", "zero2")
 
 def test_nodes_and_topologies_in_one_sweep_end_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
     words = ["-m", "nodes=1,2", f"parallel={','.join(TOPOLOGIES)}", "ranks_per_node=2", "cluster=slurm", "name=t"]
-    steps = ["optim.max_steps=8", "eval.interval=0", "checkpoint.interval=0"]
+    steps = ["optim.max_steps=12", "eval.interval=0", "checkpoint.interval=0"]
     text = run("launch", *words, *TINY, *steps, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
 
     outputs = tmp_path / "outputs" / "t"
@@ -29,7 +29,7 @@ def test_nodes_and_topologies_in_one_sweep_end_in_one_table(sandbox: Cluster, tm
     }
     assert len(losses) == 2 * len(TOPOLOGIES)
     first = next(iter(losses.values()))
-    assert len(first) == 8
+    assert len(first) == 12
     for name, found in losses.items():
         assert found == pytest.approx(first, rel=1e-5), name
 
