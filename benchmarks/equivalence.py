@@ -69,6 +69,15 @@ ROWS = (
     Row("fsdp x ep", "parallel=fsdp_ep parallel.ep=2"),
     Row("fsdp x ep 4", "parallel=fsdp_ep parallel.ep=4", (4,)),
     Row("hsdp 2 x 2 x ep", "parallel=hsdp parallel.dp_shard=2 parallel.ep=2", (4,)),
+    Row("cp", "parallel=cp"),
+    Row("cp ring", "parallel=cp parallel.cp_method=ring"),
+    Row("cp 4", "parallel=cp parallel.cp=4", (4,)),
+    Row("cp 4 ring", "parallel=cp parallel.cp=4 parallel.cp_method=ring", (4,)),
+    Row("fsdp x cp", "parallel=fsdp_cp"),
+    Row("hsdp 2 x cp", "parallel=fsdp_cp parallel.dp_shard=1", (4,)),
+    Row("tp x cp", "parallel=tp parallel.tp=2 parallel.cp=2", (4,)),
+    Row("pp x cp", "parallel=pp parallel.cp=2", (4,)),
+    Row("fsdp x ep x cp", "parallel=fsdp_cp parallel.ep=2", (4,)),
 )
 
 

@@ -7,6 +7,7 @@ ranks ask again before there is a run folder.
 from __future__ import annotations
 
 from gpt.config import Strategy, TrainConfig
+from gpt.context_rules import check_context
 from gpt.errors import ConfigError
 from gpt.expert_layout import check_expert
 from gpt.parallel.deepspeed.limits import check_deepspeed
@@ -37,14 +38,3 @@ def check_zero1(config: TrainConfig, layout: Topology) -> None:
             "zero1 with data ranks only: it cuts the optimizer of a model that every rank holds whole",
             f"parallel.strategy=fsdp parallel.reshard_after_forward=false {words}",
         )
-
-
-def check_context(config: TrainConfig, layout: Topology) -> None:
-    """Raise ConfigError where a sequence cannot be shared by ``cp`` ranks."""
-    refuse("cp", layout)
-
-
-def refuse(name: str, layout: Topology) -> None:
-    """Raise ConfigError where a dimension that cannot be spread along yet has more than one rank."""
-    if getattr(layout, name) > 1:
-        raise ConfigError(f"parallel.{name}={getattr(layout, name)}", "1: more is not there yet", f"parallel.{name}=1")

@@ -36,8 +36,10 @@ ATTENTION_KERNELS = frozenset(
 def prepare_blocks(model: GPT, config: TrainConfig) -> None:
     """Let the blocks of ``model`` recompute and compile as ``config`` says."""
     # Compiled outside the recomputation, so that the compiler sees it and plans the backward pass around it. It must
-    # then see all of the block: not where experts on other ranks are asked in the middle, so there it is inside.
-    ways = (compile_block, recompute_block) if config.parallel.ep > 1 else (recompute_block, compile_block)
+    # then see all of the block: not where other ranks are asked in the middle, for their experts or their part of the
+    # sequence, so there it is inside.
+    asks = config.parallel.ep > 1 or config.parallel.cp > 1
+    ways = (compile_block, recompute_block) if asks else (recompute_block, compile_block)
     for block in model.blocks:
         for way in ways:
             way(block, config)

@@ -29,7 +29,7 @@ from gpt.config.data import (
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
-from gpt.config.parallel import ParallelConfig, Schedule, Strategy
+from gpt.config.parallel import CpMethod, ParallelConfig, Schedule, Strategy
 from gpt.config.train import CompileMode, Device, Precision, Recompute, TrainConfig
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "AttentionBackend",
     "CheckpointConfig",
     "CompileMode",
+    "CpMethod",
     "DataConfig",
     "Device",
     "EvalConfig",

@@ -35,6 +35,18 @@ several stages on each rank, which idles less and sends more; arXiv 2104.04473),
 is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev`` (arXiv 2412.19437, cut in half)."""
 
 
+class CpMethod(Enum):
+    """How ranks that share a sequence attend to each other's tokens.
+
+    ``allgather`` brings the keys and values of the whole sequence to every rank, layer by layer, and keeps them for the
+    backward pass: little with few key-value heads (arXiv 2407.21783, section 3.3.2). ``ring`` passes them round and
+    keeps this rank's only (arXiv 2310.01889).
+    """
+
+    allgather = "allgather"
+    ring = "ring"
+
+
 @dataclass
 class ParallelConfig:
     """How the model is spread over the ranks. Nothing here changes the loss curve."""
@@ -60,7 +72,9 @@ class ParallelConfig:
     """With ``pp``: stages that each rank holds. null is what the schedule has: 1, or 2 where it is interleaved (which
     may have more) or V-shaped (which has 2)."""
     cp: int = 1
-    """Context parallelism: ranks that share each sequence."""
+    """Context parallelism: ranks that share each sequence. 2 x cp divides model.block_size."""
+    cp_method: CpMethod = CpMethod.allgather
+    """With cp above 1: how they attend to each other's tokens."""
     ep: int = 1
     """Expert parallelism (arXiv 2006.16668): ranks that see different samples and deal out the experts among
     themselves; the rest of the model is spread as without. Divides model.n_expert, and the number of ranks that see

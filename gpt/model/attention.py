@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import AttentionBackend, ModelConfig, Position
 from gpt.model.cache import LayerCache
-from gpt.model.fused import flash_attention, past, sdpa_attention
+from gpt.model.fused import flash_attention, sdpa_attention
 from gpt.model.norm import build_norm
 from gpt.model.position import Rope
 
@@ -55,7 +56,10 @@ class Attention(nn.Module):
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
     def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
-        """Attention by the backend that was chosen: (B, H, T, C)."""
+        """Attention by the backend that was chosen: (B, H, T, C). The T queries are those of the last of S keys.
+
+        Replaced from outside where the keys are not all here.
+        """
         dropout = self.dropout if self.training else 0.0
         if self.backend is AttentionBackend.manual:
             return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
@@ -73,3 +77,8 @@ def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: fl
     scores_BHTS = (q_BHTC @ k_BKSC.mT) / math.sqrt(q_BHTC.size(3))
     weights_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf).softmax(-1)
     return F.dropout(weights_BHTS, dropout) @ v_BKSC
+
+
+def past(new: int, seen: int, device: torch.device) -> Tensor:
+    """(T, S): which of ``seen`` keys each of the last ``new`` queries may look at, its own among them."""
+    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)

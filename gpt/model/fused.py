@@ -6,11 +6,13 @@ B batch, H heads, K key-value heads, C head width; T queries are the last of S p
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from gpt.config import ModelConfig
 
@@ -20,19 +22,23 @@ FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBa
 def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
     """torch's fused kernels, flash attention (arXiv 2307.08691) where the device and the dtype have it."""
     new, seen = q_BHTC.size(2), k_BKSC.size(2)
-    # torch's is_causal lines the first query up with the first key. Where keys come from a cache, it is the last query
-    # with the last key; a single one then sees them all.
-    mask_TS = past(new, seen, q_BHTC.device) if 1 < new < seen else None
+    # torch's is_causal lines the first query up with the first key. Where there are keys before, it is the last query
+    # with the last key; a single one then sees them all. This bias is no T x S mask where a kernel can do without.
+    bias = lower_right(new, seen) if 1 < new < seen else None
     # enable_gqa narrows torch's choice of kernels, so it is asked for only where it is needed.
     grouped = q_BHTC.size(1) != k_BKSC.size(1)
     return F.scaled_dot_product_attention(
-        q_BHTC, k_BKSC, v_BKSC, mask_TS, dropout_p=dropout, is_causal=new == seen, enable_gqa=grouped
+        q_BHTC, k_BKSC, v_BKSC, bias, dropout_p=dropout, is_causal=new == seen, enable_gqa=grouped
     )
 
 
-def past(new: int, seen: int, device: torch.device) -> Tensor:
-    """(T, S): which of ``seen`` keys each of the last ``new`` queries may look at, its own among them."""
-    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
+@cache
+def lower_right(new: int, seen: int) -> CausalBias:
+    """What each of the last ``new`` of ``seen`` tokens may look at: no numbers, only the two lengths.
+
+    It is kept, since torch cannot make one while it records what recomputation is to keep.
+    """
+    return causal_lower_right(new, seen)
 
 
 def flash_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, force: bool) -> Tensor:

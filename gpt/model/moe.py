@@ -10,6 +10,7 @@ of routing are no output. They enter the gradient, scaled by ``set_auxiliary_sca
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -39,6 +40,7 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(config.n_expert) if by_bias else None)
         self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)
         self.auxiliary_scale: float | None = None
+        self.mean_over_parts: Callable[[Tensor], Tensor] | None = None
 
     @property
     def has_fixed_places(self) -> bool:
@@ -117,9 +119,14 @@ class MixtureOfExperts(nn.Module):
 
         Balance: the sum over experts of (share of the choices x E) x (mean score), 1 where all are equal (arXiv
         2412.19437, equations 17 to 20). z: the mean square of log-sum-exp (arXiv 2202.08906, equation 5).
+
+        Of a part of each sequence this is the part's mean, with the choices of the whole sequence: the balance loss is
+        linear in the scores, so the mean of it over the parts is exact, and so are the gradients.
         """
         config = self.config
         frequency_BE = taken_BTE.float().mean(1) * (config.n_expert / config.n_expert_per_token)
+        if self.mean_over_parts is not None:
+            frequency_BE = self.mean_over_parts(frequency_BE)
         balance_B = (frequency_BE * scores_BTE.mean(1)).sum(-1)
         z_B = logits_BTE.logsumexp(-1).square().mean(1)
         scale = 1 / len(logits_BTE) if self.auxiliary_scale is None else self.auxiliary_scale
@@ -149,6 +156,12 @@ def set_auxiliary_scale(module: nn.Module, per_sequence: float) -> None:
     """
     for mixture in mixtures(module):
         mixture.auxiliary_scale = per_sequence
+
+
+def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Tensor]) -> None:
+    """Say that the model is given equal parts of sequences, and how to average a tensor over the parts of each."""
+    for mixture in mixtures(module):
+        mixture.mean_over_parts = mean_over_parts
 
 
 def expert_counts(module: nn.Module) -> Tensor | None:

@@ -1,7 +1,7 @@
 """How a token knows its place: a learned table added to the embedding, or rotary embeddings inside attention.
 
-B batch, T time, D width, H heads, C head width. A sequence starts at position 0, unless
-a cache (gpt/model/cache.py) holds its beginning.
+B batch, T time, D width, H heads, C head width. The tokens are the whole of a sequence from position 0 on, unless a
+cache (gpt/model/cache.py) holds its beginning, or ``set_positions`` said which part of it they are.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig, RopeScaling
@@ -21,9 +22,13 @@ class LearnedPosition(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(block_size, n_embd))
         nn.init.normal_(self.weight, std=0.02)
+        self.positions_T: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, start: int = 0) -> Tensor:
-        return x_BTD + self.weight[start : start + x_BTD.size(1)]
+        tokens = slice(start, start + x_BTD.size(1))
+        if self.positions_T is not None:
+            return x_BTD + F.embedding(self.positions_T[tokens], self.weight)
+        return x_BTD + self.weight[tokens]
 
 
 class Rope(nn.Module):
@@ -42,6 +47,7 @@ class Rope(nn.Module):
         shape = (config.block_size, config.head_dim // 2)
         self.register_buffer("cos", torch.empty(shape), persistent=False)
         self.register_buffer("sin", torch.empty(shape), persistent=False)
+        self.positions_T: Tensor | None = None
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -55,12 +61,23 @@ class Rope(nn.Module):
         self.sin.copy_(angles.sin())
 
     def forward(self, x_BTHC: Tensor, start: int = 0) -> Tensor:
-        end = start + x_BTHC.size(1)
-        cos, sin = self.cos[start:end, None], self.sin[start:end, None]
+        tokens = slice(start, start + x_BTHC.size(1))
+        rows = tokens if self.positions_T is None else self.positions_T[tokens]
+        cos, sin = self.cos[rows, None], self.sin[rows, None]
         first, second = x_BTHC.chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         # The tables are fp32, which would promote bf16 queries and keys, while the values stay bf16.
         return turned.type_as(x_BTHC)
+
+
+def set_positions(module: nn.Module, positions_T: Tensor) -> None:
+    """Say at which positions the tokens stand that a model, or a part of one, is given: T integers.
+
+    For a process that holds a part of each sequence. ``start`` counts these tokens then.
+    """
+    for part in module.modules():
+        if isinstance(part, LearnedPosition | Rope):
+            part.positions_T = positions_T
 
 
 def rotation_rates(config: ModelConfig) -> Tensor:

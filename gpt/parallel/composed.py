@@ -18,6 +18,7 @@ from gpt.batch import Batch
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.optim import scale_to, squares_of_parts
+from gpt.parallel.context import share_sequences
 from gpt.parallel.expert import deal_out, dealt_out, shard_experts
 from gpt.parallel.fsdp import shard
 from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
@@ -41,6 +42,7 @@ class ComposedEngine(NativeEngine):
     def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
         timeout_s = config.parallel.timeout_s
         self.grid = build_mesh(layout, world, timeout_s)
+        self._sequence = share_sequences(model, self.grid["cp"].get_group(), config) if layout.cp > 1 else None
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         """Parameters whose gradients are summed here, and over which ranks."""
@@ -90,6 +92,13 @@ class ComposedEngine(NativeEngine):
         for parameters, group in self._summed:
             sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
         return loss_sum
+
+    def pass_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return super().pass_loss(self.own(tokens_BT), self.own(targets_BT))
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        """What this rank takes of the tokens, or of the targets, of each sequence."""
+        return x_BT if self._sequence is None else self._sequence.part(x_BT)
 
     def one_pass(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.module, FSDPModule):

@@ -60,8 +60,9 @@ class NativeEngine:
         self.config, self.world, self.layout, self.batch = config, world, layout, batch
         self.optimizer = build_optimizer(trained, config.optim)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
-        # Ranks that share the matrices route the same tokens, and their gradients are added up.
-        set_auxiliary_scale(module, averaged / (batch.global_batch * layout.tp))
+        # Ranks that share the matrices route the same tokens, and their gradients are added up; of those that share a
+        # sequence each has the mean over its part.
+        set_auxiliary_scale(module, averaged / (batch.global_batch * layout.tp * layout.cp))
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)

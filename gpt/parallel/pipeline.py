@@ -60,6 +60,8 @@ class Pipeline:
     def __init__(self, model: GPT, config: TrainConfig, world: World, batch: Batch, group: dist.ProcessGroup) -> None:
         self.group = group
         self._config, self._device, self._batch = config, world.device, batch
+        self._time = config.model.block_size // config.parallel.cp
+        """Tokens of each sequence that this rank takes."""
         self.sharded = config.parallel.strategy is Strategy.fsdp
         self._count = config.parallel.pp * local_stages(config.parallel)
         self._owner = {s: rank for rank in range(config.parallel.pp) for s in stages_of(config.parallel, rank)}
@@ -137,8 +139,7 @@ class Pipeline:
         Residual stream and norms are fp32 under autocast; fsdp computes with bf16 weights, and casts what enters.
         """
         dtype = torch.bfloat16 if self.sharded and self._config.precision is Precision.bf16 else torch.float32
-        model = self._config.model
-        return torch.empty(sequences, model.block_size, model.n_embd, dtype=dtype, device=device)
+        return torch.empty(sequences, self._time, self._config.model.n_embd, dtype=dtype, device=device)
 
     def _build_schedule(self) -> Any:
         stages = [
@@ -160,7 +161,7 @@ class Pipeline:
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
         """Shape and type of what enters or leaves a stage; not told, torch would find out by a pass of its own."""
         model, meta = self._config.model, torch.device("meta")
-        shape = (self._batch.micro, model.block_size)
+        shape = (self._batch.micro, self._time)
         if tokens:
             return torch.empty(shape, dtype=torch.long, device=meta)
         if logits:

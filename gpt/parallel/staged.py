@@ -31,7 +31,7 @@ class StagedEngine(ComposedEngine):
 
     def passes(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
-        return self._pipeline.step(tokens_BT, targets_BT, self.scale, on_pass)
+        return self._pipeline.step(self.own(tokens_BT), self.own(targets_BT), self.scale, on_pass)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         loss_sum = super().backward(tokens_BT, targets_BT, on_pass)
@@ -39,7 +39,7 @@ class StagedEngine(ComposedEngine):
         return loss_sum
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self._pipeline.loss(tokens_BT, targets_BT)
+        return self._pipeline.loss(self.own(tokens_BT), self.own(targets_BT))
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)

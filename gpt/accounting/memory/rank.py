@@ -9,7 +9,7 @@ from gpt.accounting.memory.in_flight import passes_at_once
 from gpt.accounting.memory.pieces import Pieces, cast_elements, elements, pieces
 from gpt.accounting.memory.units import BF16, FP32, GIB
 from gpt.batch import Batch
-from gpt.config import Precision, Strategy, TrainConfig
+from gpt.config import CpMethod, Precision, Strategy, TrainConfig
 from gpt.stages import Part, parts_of
 from gpt.topology import Topology
 
@@ -80,7 +80,8 @@ def of_rank(config: TrainConfig, layout: Topology, batch: Batch, pp_rank: int) -
 def share_of(config: TrainConfig, layout: Topology) -> Share:
     """What part of a pass a rank computes."""
     stream = layout.tp if config.parallel.sequence_parallel else 1
-    return Share(tp=layout.tp, stream=stream, cp=layout.cp, gathers_keys=layout.cp > 1)
+    gathers = layout.cp > 1 and config.parallel.cp_method is CpMethod.allgather
+    return Share(tp=layout.tp, stream=stream, cp=layout.cp, gathers_keys=gathers)
 
 
 def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], passes: int) -> int:

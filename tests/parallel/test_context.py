@@ -1,0 +1,258 @@
+"""Ranks that share sequences learn what one process learns, whichever way they see each other's tokens."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from gpt.compose import compose_train, to_schema
+from gpt.composition import lay_out
+from gpt.config import TrainConfig
+from gpt.errors import ConfigError
+from gpt.evaluation import mean_loss
+from gpt.parallel.context import SharedSequence
+from gpt.resume import save
+from gpt.run import Run
+from tests.distributed import run_distributed
+from tests.parallel.learning import BATCH, MODELS, TINY, assert_same, learn, learn_alone, start, step
+
+METHODS = ("allgather", "ring")
+OTHERS = {
+    "one key-value head, written out": ["model.n_kv_head=1", "model.attention=manual", "model.position=none"],
+    "normalized queries": ["model.qk_norm=true", "model.attention=flash", "model.rope_scaling=ntk"],
+    "losses of routing": [*MODELS["experts"], "model.balance_coefficient=0.3", "model.z_coefficient=0.1"],
+}
+ALL = MODELS | OTHERS
+WAYS = {
+    2: {"copies, cp=2": ["parallel=cp"], "fsdp, cp=2": ["parallel=fsdp_cp"]},
+    4: {
+        "copies, cp=4": ["parallel=cp", "parallel.cp=4"],
+        "copies, dp=2 cp=2": ["parallel=cp"],
+        "fsdp, dp=2 cp=2": ["parallel=fsdp_cp"],
+        "hsdp, dp=2 cp=2": ["parallel=fsdp_cp", "parallel.dp_shard=1"],
+        "copies, dp=2 cp=2 ep=2": ["parallel=cp", "parallel.ep=2"],
+        "fsdp, dp=2 cp=2 ep=2": ["parallel=fsdp_cp", "parallel.ep=2"],
+        "tp=2 cp=2": ["parallel=tp", "parallel.tp=2", "parallel.cp=2"],
+        "fsdp, tp=2 cp=2": ["parallel=fsdp_tp", "parallel.tp=2", "parallel.cp=2"],
+        "pp=2 cp=2": ["parallel=pp", "parallel.pp=2", "parallel.cp=2"],
+        "fsdp, pp=2 cp=2": ["parallel=pp_fsdp", "parallel.pp=2", "parallel.cp=2"],
+    },
+}
+
+
+def cases(size: int) -> list[tuple[str, str, str, int]]:
+    """Way, method, model, accumulation: every model with both methods on 2 ranks, every way with both of them."""
+    ways = list(WAYS[size])
+    if size == 2:
+        models = itertools.product(ways[:1], METHODS, ALL, (4,))
+        return [*models, *itertools.product(ways, METHODS, ("untied, grouped queries",), (1,))]
+    gathered, passed = METHODS
+    dense = itertools.product(ways[:4], METHODS, ("untied, grouped queries",), (4,))
+    tied = [(ways[1], gathered, "tied", 1), *((way, passed, "tied", 4) for way in ways[6:])]
+    experts = [(way, gathered, "losses of routing", 4) for way in (ways[0], ways[2], *ways[4:])]
+    return [*dense, *tied, *experts]
+
+
+def learn_all(rank: int, size: int, folder: Path) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+    found = {}
+    for way, method, model, accumulation in cases(size):
+        words = [*WAYS[size][way], f"parallel.cp_method={method}", *ALL[model]]
+        micro = BATCH // accumulation // (2 if "dp=2" in way else 1)
+        run = start(rank, size, folder / f"{way}{method}{model}{accumulation}", *words, f"optim.micro_batch={micro}")
+        assert run.batch.accumulation == accumulation
+        found[way, method, model, accumulation] = learn(run)
+    return found if rank == 0 else {}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_distributed(learn_alone, 1, tmp_path_factory.mktemp("alone") / "runs", ALL)[0]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[tuple[str, str, str, int], Any]]:
+    found: dict[int, Any] = {}
+
+    def of(size: int) -> Any:
+        if size not in found:
+            found[size] = None
+            folder = tmp_path_factory.mktemp(f"on_{size}") / "runs"
+            found[size] = run_distributed(learn_all, size, folder, timeout_s=400)[0]
+        assert found[size] is not None, f"the runs on {size} ranks failed in an earlier test"
+        return found[size]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("size", "case"), [(size, case) for size in WAYS for case in cases(size)], ids=lambda x: str(x).strip("()")
+)
+def test_losses_gradients_and_weights_are_those_of_one_process(
+    size: int,
+    case: tuple[str, str, str, int],
+    shared: Callable[[int], dict[tuple[str, str, str, int], Any]],
+    reference: dict[str, dict[str, Any]],
+) -> None:
+    assert_same(shared(size)[case], reference[case[2]])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_token_is_taken_once_and_every_rank_has_the_same_work(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, work = [], []
+    monkeypatch.setattr(dist, "get_world_size", lambda group: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+        positions_T = SharedSequence(None).part(torch.arange(48))
+        tokens += positions_T.tolist()
+        work.append(int((positions_T + 1).sum()))  # a token looks at those before it and at itself
+    assert sorted(tokens) == list(range(48))
+    assert len(set(work)) == 1
+
+
+def validation_loss(run: Run) -> float:
+    layout = run.layout
+    return mean_loss(
+        run.engine.module,
+        run.engine.loss,
+        run.samples,
+        run.world,
+        5,
+        2,
+        layout.data_rank(run.world.rank),
+        layout.data_ranks,
+    )
+
+
+def go_on(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Evaluation, recomputation and checkpoints of runs that share sequences, and of one that does not."""
+    words = [*MODELS["untied, grouped queries"], "optim.micro_batch=2"]
+    kinds = {
+        "alone": ["parallel=ddp"],
+        "allgather": ["parallel=cp"],
+        "ring": ["parallel=fsdp_cp", "parallel.cp_method=ring"],
+    }
+    found: dict[str, Any] = {"crossed": {}, "recomputed": {}, "evaluated": {}}
+    for saved, kind in kinds.items():
+        there = folder / saved
+        run = start(rank, size, there, *kind, *words)
+        found["evaluated"][saved] = validation_loss(run)
+        steps = [step(run) for _ in range(2)]
+        save(run, lambda: True)
+        to_come = [step(run) for _ in range(2)]
+        for resumed, other in kinds.items():
+            again = start(rank, size, there, *other, *words)
+            assert again.step == 2
+            found["crossed"][saved, resumed] = ([step(again) for _ in range(2)], to_come)
+        for recompute in ("selective", "full") if saved != "alone" else ():
+            again = start(rank, size, folder / f"{saved}{recompute}", *kind, *words, f"recompute={recompute}")
+            found["recomputed"][saved, recompute] = ([step(again) for _ in range(2)], steps)
+    return found
+
+
+def test_evaluation_recomputation_and_checkpoints_are_those_of_a_run_that_shares_no_sequences(tmp_path: Path) -> None:
+    found = run_distributed(go_on, 2, tmp_path / "runs", timeout_s=200)[0]
+    alone = found["evaluated"].pop("alone")
+    assert found["evaluated"] == pytest.approx(dict.fromkeys(found["evaluated"], alone), rel=1e-6)
+    for pair, (losses, to_come) in found["crossed"].items():
+        assert losses == [pytest.approx(expected, rel=1e-5) for expected in to_come], pair
+        if pair[0] == pair[1]:
+            assert losses == to_come, f"{pair[0]}: bit for bit"
+    assert len(found["recomputed"]) == 4
+    for case, (losses, kept) in found["recomputed"].items():
+        assert losses == kept, f"{case}: bit for bit"
+
+
+def kept_bytes(rank: int, size: int, folder: Path) -> dict[str, int]:
+    """Bytes that the forward pass over one sequence keeps for the backward pass, parameters not counted."""
+    found = {}
+    words = ["model.block_size=128", "optim.micro_batch=1", "model.n_kv_head=2"]
+    for method in METHODS:
+        run = start(
+            rank, size, folder / method, *words, "parallel=cp", f"parallel.cp={size}", f"parallel.cp_method={method}"
+        )
+        weights = {p.untyped_storage().data_ptr() for p in run.engine.module.parameters()}
+        storages: dict[int, int] = {}
+
+        def note(
+            tensor: torch.Tensor, weights: set[int] = weights, storages: dict[int, int] = storages
+        ) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = run.engine.loss(*run.samples.batch("val", np.zeros(1, dtype=np.int64)))
+        found[method] = sum(storages.values())
+        assert loss.isfinite()
+    return found
+
+
+def test_activations_are_dealt_out(tmp_path: Path) -> None:
+    whole = run_distributed(kept_bytes, 1, tmp_path / "alone")[0]["ring"]
+    for found in run_distributed(kept_bytes, 2, tmp_path / "shared"):
+        assert found["ring"] < 0.55 * whole
+        assert found["ring"] < found["allgather"] < 0.7 * whole
+
+
+def lively(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Runs that cannot equal one process: with noise, and in half precision."""
+    found = {}
+    for name, words in {
+        "noise": ["model.dropout=0.5"],
+        "ring": ["precision=bf16", "parallel.cp_method=ring"],
+        "allgather": ["precision=bf16"],
+    }.items():
+        run = start(rank, size, folder / name, "parallel=cp", "optim.micro_batch=16", *words)
+        found[name] = [step(run)[0] for _ in range(3)]
+    state = torch.get_rng_state()
+    return found | {"drawn": state.sum().item()}
+
+
+def test_noise_is_each_ranks_own_and_half_precision_stays_close(
+    tmp_path: Path, reference: dict[str, dict[str, Any]]
+) -> None:
+    first, second = run_distributed(lively, 2, tmp_path / "runs")
+    assert first["drawn"] != second["drawn"]
+    assert all(map(math.isfinite, first["noise"])) and len(set(first["noise"])) == 3
+    plain = run_distributed(plain_losses, 1, tmp_path / "alone")[0]
+    for method in METHODS:
+        assert first[method] == pytest.approx(plain, rel=2e-3)
+
+
+def plain_losses(rank: int, size: int, folder: Path) -> list[float]:
+    run = start(rank, size, folder / "plain", "parallel=ddp", "optim.micro_batch=16", "precision=bf16")
+    return [step(run)[0] for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["parallel.cp=4", "model.block_size=36"], "parallel.cp=4 with model.block_size=36"),
+        ([*MODELS["experts"], "model.capacity_factor=1.5"], "model.capacity_factor=1.5"),
+        (["parallel.cp_method=ring", "model.dropout=0.1"], "parallel.cp_method=ring with model.dropout=0.1"),
+        (["compile=default", "recompute=selective"], "parallel.cp=2 with recompute=selective"),
+        (["parallel.strategy=zero1"], "parallel.strategy=zero1 with parallel.cp=2"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_and_the_fix_is_accepted(words: list[str], found: str) -> None:
+    def composed(*more: str) -> TrainConfig:
+        config = to_schema(compose_train([*TINY, "parallel=cp", *words, *more]), TrainConfig)
+        config.validate()
+        return config
+
+    with pytest.raises(ConfigError) as refused:
+        lay_out(composed(), 4)
+    assert found in refused.value.found
+    for fix in refused.value.fix.split(", or "):
+        lay_out(composed(*fix.split()), 4)
