@@ -54,7 +54,7 @@ class Gradients:
         nothing = torch.zeros((), dtype=torch.float64, device=self._device)
         squares = [squares_of_parts(held) if held else nothing for held in layers.values()]
         elements = sum_of_parts([pair for held in layers.values() for pair in held])
-        return torch.stack([*squares, elements])
+        return torch.stack([value.to(self._device) for value in (*squares, elements)])
 
     def figures(self, sums: list[float]) -> GradientFigures:
         """What the sums of all ranks say."""

@@ -93,4 +93,4 @@ def shares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
     """Scale parts of gradients, in place, whose global norm () is ``norm`` down to one of ``limit``."""
-    torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0].dtype))
+    torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0]))

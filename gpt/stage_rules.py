@@ -16,10 +16,21 @@ def check_pipeline(config: TrainConfig, layout: Topology) -> None:
     """Raise ConfigError where the layers or the batch cannot be dealt out to ``pp`` ranks."""
     if layout.pp == 1:
         return
+    check_host(config)
     check_layers(config)
     check_micro_batches(config, layout)
     if config.parallel.schedule in V_SHAPED:
         check_split_backward(config)
+
+
+def check_host(config: TrainConfig) -> None:
+    """The ranks that hold a tied embedding send each other its gradient, which only devices can."""
+    if config.parallel.cpu_offload and config.model.tie_embeddings:
+        raise ConfigError(
+            f"parallel.cpu_offload=true with parallel.pp={config.parallel.pp} and model.tie_embeddings=true",
+            "gradients on the devices, where first and last rank add up those of the matrix that they share",
+            "parallel.cpu_offload=false",
+        )
 
 
 def check_layers(config: TrainConfig) -> None:

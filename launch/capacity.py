@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
-from gpt.accounting.memory import GIB
+from gpt.accounting.memory import GIB, Memory
 from gpt.config import Device, closest
 from gpt.errors import ConfigError
 from gpt.planning.machine import Machine, Stated, cpus, free_memory, gpus
 from launch.config import ClusterKind, Config
 
 
-def refuse_what_does_not_fit(config: Config, needed: int, kind: ClusterKind) -> None:
-    """Raise ConfigError where the nodes, as far as they are known, cannot hold a run of ``needed`` bytes a rank."""
+def refuse_what_does_not_fit(config: Config, needed: Memory, kind: ClusterKind) -> None:
+    """Raise ConfigError where the nodes, as far as they are known, cannot hold ranks that need ``needed`` each."""
     if kind is ClusterKind.local:
         refuse_local_spares(config)
         refuse_too_few_gpus(config, local_gpus())
@@ -70,16 +70,17 @@ def refuse_too_few_gpus(config: Config, gpus: int) -> None:
         )
 
 
-def refuse_too_little_memory(config: Config, needed: int, kind: ClusterKind) -> None:
+def refuse_too_little_memory(config: Config, needed: Memory, kind: ClusterKind) -> None:
     """Raise ConfigError where the memory that is known cannot hold the run."""
     if on_cpus(config, kind) and kind is ClusterKind.local:
         have, ranks, where = free_memory(), config.world_size, "free on this machine"
+        wanted = needed.total + needed.host
     elif (memory := gpu_memory(config)) is not None:
-        have, ranks, where = memory, 1, f"on a GPU ({gpu_words(config)})"
+        have, ranks, where, wanted = memory, 1, f"on a GPU ({gpu_words(config)})", needed.total
     else:
         return
-    if ranks * needed > have:
-        total = f"{ranks} ranks x {needed / GIB:.2f} GiB = {ranks * needed / GIB:.2f} GiB"
+    if ranks * wanted > have:
+        total = f"{ranks} ranks x {wanted / GIB:.2f} GiB = {ranks * wanted / GIB:.2f} GiB"
         raise ConfigError(
             f"{total}, and {have / GIB:.2f} GiB {where}",
             "a run that fits",

@@ -126,7 +126,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     corpus = describe(config.data, config.data_cache)
     check_fit(corpus, config.model, config.eval.sequences)
     needed = memory.per_rank(config, layout, batch)
-    refuse_what_does_not_fit(config, needed.total, kind)
+    refuse_what_does_not_fit(config, needed, kind)
     code = snapshot.place(folder.path) if config.snapshot else None
     return Plan(
         point=folder.point,

@@ -13,7 +13,8 @@ from launch.plan import Plan
 def plan_text(plan: Plan) -> str:
     """The plan as a person reads it."""
     mem = plan.memory_bytes
-    parts = ", ".join(f"{k} {v / GIB:.3f}" for k, v in mem.items() if k != "total" and v)
+    parts = ", ".join(f"{k} {v / GIB:.3f}" for k, v in mem.items() if k not in ("total", "host") and v)
+    host = f", and {mem['host'] / GIB:.3f} GiB of the host's" if mem["host"] else ""
     gpus = "" if plan.gpu_hours is not None else ", no GPUs asked for"
     ranks = "rank" if plan.world_size == 1 else "ranks"
     spares = f", and {plan.spares} spare" if plan.spares else ""
@@ -25,7 +26,7 @@ def plan_text(plan: Plan) -> str:
         "batch": f"{plan.global_batch} sequences x {plan.block_size} tokens, on each rank {plan.accumulation} passes "
         f"of {plan.micro_batch}",
         "tokens": f"{plan.tokens_per_step:,} a step, {plan.tokens_total:,} in {plan.max_steps} steps",
-        "memory": f"{mem['total'] / GIB:.3f} GiB per rank ({parts})",
+        "memory": f"{mem['total'] / GIB:.3f} GiB per rank ({parts}){host}",
         "data": plan.data,
         "worst case": f"{words(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
         f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",

@@ -57,6 +57,10 @@ class ParallelConfig:
     whose gradients are averaged (HSDP): the gathering stays inside a node where this is the number of its GPUs."""
     reshard_after_forward: bool = True
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather)."""
+    cpu_offload: bool = False
+    """fsdp only: keep parameters, gradients and moments in the memory of the host, and step there; a GPU holds what it
+    computes with. Slow: that is copied there in every pass, and the gradients back in every step. Where the device is
+    the CPU, nothing changes."""
     tp: int = 1
     """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
     sequence_parallel: bool = True
@@ -98,6 +102,12 @@ class ParallelConfig:
         for key in ("tp", "pp", "cp", "ep", "timeout_s"):
             require_positive(f"parallel.{key}", getattr(self, key))
         self._check_stages()
+        if self.cpu_offload and self.strategy is not Strategy.fsdp:
+            raise ConfigError(
+                f"parallel.cpu_offload=true with parallel.strategy={self.strategy.name}",
+                "a strategy that gathers the model part by part as it computes",
+                "parallel=fsdp_offload, or parallel.cpu_offload=false",
+            )
         if self.dp_shard is None:
             return
         require_positive("parallel.dp_shard", self.dp_shard)

@@ -18,7 +18,7 @@ from gpt.batch import Batch
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.optim import scale_to, squares_of_parts
-from gpt.parallel.context import share_sequences
+from gpt.parallel.context import SharedSequence, share_sequences
 from gpt.parallel.expert import deal_out, dealt_out, shard_experts
 from gpt.parallel.fsdp import shard
 from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
@@ -42,7 +42,9 @@ class ComposedEngine(NativeEngine):
     def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
         timeout_s = config.parallel.timeout_s
         self.grid = build_mesh(layout, world, timeout_s)
-        self._sequence = share_sequences(model, self.grid["cp"].get_group(), config) if layout.cp > 1 else None
+        self._sequence: SharedSequence | None = None
+        if layout.cp > 1:
+            self._sequence = share_sequences(model, self.grid["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         """Parameters whose gradients are summed here, and over which ranks."""
@@ -107,7 +109,8 @@ class ComposedEngine(NativeEngine):
 
     def clip(self, limit: float) -> Tensor:
         parts = [(part, share) for _, part, share in self.gradients()]
-        norm = self.world.add_up(squares_of_parts(parts)).sqrt()
+        # Gradients may be offloaded; ranks talk on the device.
+        norm = self.world.add_up(squares_of_parts(parts).to(self.world.device)).sqrt()
         if limit > 0:
             scale_to(limit, norm, [part for part, _ in parts])
         return norm

@@ -58,14 +58,14 @@ class SharedSequence:
         return mean / self.ranks
 
 
-def share_sequences(model: nn.Module, group: dist.ProcessGroup, config: TrainConfig) -> SharedSequence:
+def share_sequences(
+    model: nn.Module, group: dist.ProcessGroup, config: TrainConfig, device: torch.device
+) -> SharedSequence:
     """Let a model, or a part of one, compute this rank's part of each sequence together with the others of ``group``.
 
-    It must lie on its device. From then on it takes sequences of ``block_size`` tokens only, of which it is given
-    ``part``.
+    From then on it takes sequences of ``block_size`` tokens only, of which it is given ``part``, on ``device``.
     """
     shared = SharedSequence(group)
-    device = next(model.parameters()).device
     set_positions(model, shared.part(torch.arange(config.model.block_size, device=device)))
     # Collectives are not compiled: what is compiled of a block ends before them and goes on after them.
     set_sequence_mean(model, torch.compiler.disable(shared.mean))

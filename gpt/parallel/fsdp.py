@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from gpt.config import Precision, TrainConfig
@@ -23,10 +23,13 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: T
 def shard_one(module: nn.Module, mesh: DeviceMesh, config: TrainConfig, dimension: int = 0) -> None:
     """Cut those parameters of ``module`` that are whole so far along a dimension; they are gathered together."""
     bf16 = config.precision is Precision.bf16
+    # Only memory that is pinned is copied to a GPU while that computes.
+    host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     fully_shard(
         module,
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
+        offload_policy=host if config.parallel.cpu_offload else OffloadPolicy(),
         reshard_after_forward=config.parallel.reshard_after_forward,
         shard_placement_fn=lambda _: Shard(dimension),
     )

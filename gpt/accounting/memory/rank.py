@@ -34,10 +34,13 @@ class Memory:
     logits: int
     """Log-softmax of the logits, the loss's gradient with respect to it, and that with respect to the logits: fp32."""
 
+    host: int = 0
+    """Parameters, gradients and moments where they lie in the host's memory instead; not in the total."""
+
     @property
     def total(self) -> int:
-        """All of it, bytes."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        """All of it that is on the device, bytes."""
+        return sum(getattr(self, part.name) for part in fields(self)) - self.host
 
     @property
     def total_gib(self) -> float:
@@ -67,10 +70,13 @@ def of_rank(config: TrainConfig, layout: Topology, batch: Batch, pp_rank: int) -
     held = pieces(config.model, layout, parts)
     moments = held.held(layout.data_ranks) if config.parallel.strategy is Strategy.zero1 else held.held()
     passes = passes_at_once(config.parallel, pp_rank, batch.accumulation)
+    weights, state = FP32 * held.held(), 2 * FP32 * moments + FP32 * held.tensors
+    on_device = 0 if config.parallel.cpu_offload else 1
     return Memory(
-        parameters=FP32 * held.held(),
-        gradients=FP32 * held.held(),
-        optimizer=2 * FP32 * moments + FP32 * held.tensors,
+        parameters=on_device * weights,
+        gradients=on_device * weights,
+        optimizer=on_device * state,
+        host=(1 - on_device) * (2 * weights + state),
         compute_weights=compute_weights(config, held, batch.accumulation > 1),
         activations=activations(config, layout, batch, parts, passes),
         logits=logits(config, layout, batch, passes) if any(part.last for part in parts) else 0,
