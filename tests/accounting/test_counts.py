@@ -169,7 +169,7 @@ def test_flops_of_any_model(config: ModelConfig, sequences: int) -> None:
 def test_per_token_figures_follow_the_papers_formula(config: ModelConfig) -> None:
     model = on_meta(config)
     n = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    n += model.token_embedding.weight.numel() if model.head is None else 0
+    n += model.token_embedding.weight.numel() if config.tie_embeddings else 0
     lhqt = config.n_layer * config.n_head * config.head_dim * config.block_size
     flops = training_flops_per_token(config)
     assert flops.palm == 6 * n + 12 * lhqt
