@@ -14,7 +14,7 @@ def plan_text(plan: Plan) -> str:
     """The plan as a person reads it."""
     mem = plan.memory_bytes
     parts = ", ".join(f"{k} {v / GIB:.3f}" for k, v in mem.items() if k not in ("total", "host") and v)
-    host = f", and {mem['host'] / GIB:.3f} GiB of the host's" if mem["host"] else ""
+    host = f", and {mem['host'] / GIB:.3f} GiB of the host" if mem.get("host") else ""
     gpus = "" if plan.gpu_hours is not None else ", no GPUs asked for"
     ranks = "rank" if plan.world_size == 1 else "ranks"
     spares = f", and {plan.spares} spare" if plan.spares else ""

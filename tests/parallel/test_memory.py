@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt.accounting.memory import BF16, FP32, cast_elements, kept, pieces
+from gpt.accounting.memory import BF16, cast_elements, kept, pieces, states
 from gpt.accounting.memory.rank import share_of
 from gpt.batch import cut
 from gpt.compose import compose_train, to_schema
 from gpt.composition import lay_out
-from gpt.config import Precision, Strategy, TrainConfig
+from gpt.config import Precision, TrainConfig
 from gpt.stages import parts_of
 from tests.distributed import run_distributed
 from tests.parallel.holding import held_bytes, saved_bytes
@@ -32,6 +32,12 @@ LAYOUTS = {
     "pp x fsdp": "parallel=fsdp parallel.pp=2",
     "ep": "parallel=ep parallel.ep=2",
     "ep x fsdp": "parallel=fsdp_ep parallel.ep=2",
+    "ZeRO 0": "parallel=ds_zero0",
+    "ZeRO 1": "parallel=ds_zero1",
+    "ZeRO 1 in bf16": "parallel=ds_zero1 precision=bf16",
+    "ZeRO 2": "parallel=zero2",
+    "ZeRO 3": "parallel=zero3",
+    "ZeRO 3 in bf16": "parallel=zero3 precision=bf16",
 }
 DENSE = "untied, grouped queries"
 CASES = [
@@ -68,9 +74,8 @@ def test_every_rank_holds_what_the_plan_says(
     assert cut(config.optim, layout.data_ranks).global_batch == BATCH
     line = len(held) // layout.pp
     for stage in range(layout.pp):
-        said = pieces(config.model, layout, parts_of(config, stage))
-        moments = said.held(layout.data_ranks) if config.parallel.strategy is Strategy.zero1 else said.held()
-        expected = (FP32 * said.held(), FP32 * said.held(), 2 * FP32 * moments + FP32 * said.tensors)
+        said = states(config, layout, pieces(config.model, layout, parts_of(config, stage)))
+        expected = (said.parameters, said.gradients, said.optimizer)
         found = [rank[name, model] for rank in held[stage * line : (stage + 1) * line]]
         # The first of those that share a tensor has the largest part of it.
         assert tuple(map(max, zip(*found, strict=True))) == expected, f"{name} of {model}, stage {stage}"

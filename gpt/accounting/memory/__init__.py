@@ -3,8 +3,8 @@
 Torch-free. Counts tensors: not the device's context, nor what the allocator and the communication library keep, so a
 plan should leave some tenths of a device free. Must not know how much memory any device has.
 
-``pieces`` is exact: which part of each parameter a rank holds. ``activations`` is what a forward pass keeps. ``rank``
-puts them together.
+``pieces`` is exact, which part of each parameter a rank holds, and so is ``states``, what training keeps of it.
+``activations`` is what a forward pass keeps. ``rank`` puts them together.
 
 D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers, E
 experts.
@@ -13,6 +13,19 @@ experts.
 from gpt.accounting.memory.activations import kept
 from gpt.accounting.memory.pieces import Pieces, cast_elements, elements, pieces
 from gpt.accounting.memory.rank import Memory, per_rank
+from gpt.accounting.memory.states import states
 from gpt.accounting.memory.units import BF16, FP32, GIB
 
-__all__ = ["BF16", "FP32", "GIB", "Memory", "Pieces", "cast_elements", "elements", "kept", "per_rank", "pieces"]
+__all__ = [
+    "BF16",
+    "FP32",
+    "GIB",
+    "Memory",
+    "Pieces",
+    "cast_elements",
+    "elements",
+    "kept",
+    "per_rank",
+    "pieces",
+    "states",
+]

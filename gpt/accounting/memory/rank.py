@@ -7,11 +7,15 @@ from dataclasses import dataclass, fields
 from gpt.accounting.memory.activations import Share, kept
 from gpt.accounting.memory.in_flight import passes_at_once
 from gpt.accounting.memory.pieces import Pieces, cast_elements, elements, pieces
+from gpt.accounting.memory.states import states
 from gpt.accounting.memory.units import BF16, FP32, GIB
 from gpt.batch import Batch
 from gpt.config import CpMethod, Precision, Strategy, TrainConfig
 from gpt.stages import Part, parts_of
 from gpt.topology import Topology
+
+LIVE = 10**9
+"""Elements that stage 3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,10 @@ class Memory:
     """
 
     parameters: int
-    """Master weights, fp32."""
+    """fp32; with DeepSpeed in bf16 what it computes with."""
     gradients: int
     optimizer: int
-    """Both moments of AdamW, fp32, and its step counts."""
+    """Both moments of AdamW, fp32, and its step counts; with DeepSpeed the fp32 master weights too."""
     compute_weights: int
     """Weights gathered or cast to be computed with, and whole gradients that wait to be reduced."""
     activations: int
@@ -35,7 +39,7 @@ class Memory:
     """Log-softmax of the logits, the loss's gradient with respect to it, and that with respect to the logits: fp32."""
 
     host: int = 0
-    """Parameters, gradients and moments where they lie in the host's memory instead; not in the total."""
+    """Parameters, gradients and optimizer state that lie in the memory of the host instead; not in the total."""
 
     @property
     def total(self) -> int:
@@ -53,8 +57,8 @@ def per_rank(config: TrainConfig, layout: Topology, batch: Batch) -> Memory:
 
     ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
     and 8 for the moments; zero1 the n-th part of the moments; fsdp of all three, every tensor cut along its first
-    dimension and padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). Beside that, see
-    ``compute_weights``, ``activations`` and ``logits``.
+    dimension and padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). DeepSpeed: see
+    ``states``. Beside that, see ``compute_weights``, ``activations`` and ``logits``.
 
     Args:
         config: of the run.
@@ -68,18 +72,16 @@ def of_rank(config: TrainConfig, layout: Topology, batch: Batch, pp_rank: int) -
     """Memory of the ranks that hold one rank's stages of a pipeline."""
     parts = parts_of(config, pp_rank)
     held = pieces(config.model, layout, parts)
-    moments = held.held(layout.data_ranks) if config.parallel.strategy is Strategy.zero1 else held.held()
+    stored = states(config, layout, held)
     passes = passes_at_once(config.parallel, pp_rank, batch.accumulation)
-    weights, state = FP32 * held.held(), 2 * FP32 * moments + FP32 * held.tensors
-    on_device = 0 if config.parallel.cpu_offload else 1
     return Memory(
-        parameters=on_device * weights,
-        gradients=on_device * weights,
-        optimizer=on_device * state,
-        host=(1 - on_device) * (2 * weights + state),
+        parameters=stored.parameters,
+        gradients=stored.gradients,
+        optimizer=stored.optimizer,
         compute_weights=compute_weights(config, held, batch.accumulation > 1),
         activations=activations(config, layout, batch, parts, passes),
         logits=logits(config, layout, batch, passes) if any(part.last for part in parts) else 0,
+        host=stored.host,
     )
 
 
@@ -122,9 +124,14 @@ def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int
     ddp in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. fsdp: what is outside the blocks
     stays gathered for the whole pass; of the blocks two are (one computes while the next arrives), or all of them where
     they are not resharded after the forward pass; one block's gradient is whole until it is reduced. Where gradients
-    accumulate over several passes they are not reduced in between, so all of them are whole, in fp32.
+    accumulate over several passes they are not reduced in between, so all of them are whole, in fp32. DeepSpeed's
+    stage 3 gives back what it gathered only where it holds more than ``LIVE`` elements, or needs it no more; stages 1
+    and 2 compute with the parameters that they hold.
     """
     bf16 = config.precision is Precision.bf16
+    if config.parallel.zero_stage:
+        gathered = min(held.elements, LIVE) if config.parallel.zero_stage == 3 else 0
+        return (BF16 if bf16 else FP32) * gathered
     if config.parallel.strategy is not Strategy.fsdp:
         return BF16 * cast_elements(held) if bf16 else 0
     block, around = elements(held.block), elements(held.around)
