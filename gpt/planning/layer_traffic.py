@@ -5,10 +5,10 @@ T tokens of a micro-batch on one rank, D width, K width of the keys.
 
 from __future__ import annotations
 
-from gpt.accounting.flops import expert_rows
+from gpt.accounting.flops import expert_rows, forward_flops
 from gpt.accounting.memory import BF16, FP32
 from gpt.batch import Batch
-from gpt.config import Ffn, Precision, Recompute, Strategy, TrainConfig
+from gpt.config import CpMethod, Ffn, Precision, Recompute, Strategy, TrainConfig
 from gpt.planning.collectives import group, strided
 from gpt.planning.machine import Machine
 from gpt.stages import Part
@@ -71,7 +71,13 @@ def context_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Mach
     attention."""
     model, line = config.model, group(layout, machine, ["cp"])
     keys = 2 * product_width(config) * batch.micro * model.block_size * model.kv_heads * model.head_dim / layout.tp
-    return (forward_passes(config) + 1) * line.gather(keys)
+    seconds = (forward_passes(config) + 1) * line.gather(keys)
+    if config.parallel.cp_method is CpMethod.allgather:
+        return seconds
+    # On the way back the keys go round again, with their gradients, which are summed in fp32.
+    products = forward_flops(model, batch.micro).attention / 2 / model.n_layer / (layout.cp * layout.tp)
+    computing = (forward_passes(config) + 2) * products / machine.flops_per_s
+    return max(0.0, seconds + line.gather(keys * FP32 / product_width(config)) - computing)
 
 
 def expert_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine) -> float:

@@ -14,6 +14,7 @@ from gpt.accounting.memory.in_flight import passes_at_once
 from gpt.accounting.parameters import count
 from gpt.batch import cut
 from gpt.config import (
+    CpMethod,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -154,6 +155,18 @@ def test_more_ranks_along_a_dimension_never_need_more(
             assert sizes == sorted(sizes, reverse=True), (key, strategy)
     states = [memory(run(model, strategy=Strategy.fsdp), ranks).parameters for ranks in (1, 2, 4, 8)]
     assert states == sorted(states, reverse=True)
+
+
+def test_activations_are_cut_by_context_parallelism() -> None:
+    alone = memory(run(small(**HAND)), 1)
+    shared = memory(run(small(**HAND), cp=2, cp_method=CpMethod.ring), 2)
+    angles = 2 * 2 * 8 * (8 // 2) * FP32  # sine and cosine, for queries and keys, 8 tokens, heads 8 wide
+    assert shared.activations == pytest.approx(alone.activations / 2 + 4 * angles, rel=0.001)
+    assert shared.logits == alone.logits // 2
+    gathered = memory(run(small(**HAND), cp=2), 2)
+    keys = 2 * (2 * 16) * (2 * 8) * FP32  # both, of two sequences of 16 tokens, 2 heads 8 wide
+    result = 2 * 8 * 32 * FP32  # of attention, once more: two sequences, 8 tokens, 32 wide
+    assert gathered.activations - shared.activations == 4 * (keys // 2 + result)
 
 
 def test_activations_are_cut_by_tensor_parallelism() -> None:

@@ -79,5 +79,5 @@ def saved_bytes(run: Run) -> int:
     alive: list[Tensor] = []
     tokens_BT = torch.zeros(run.batch.micro, run.config.model.block_size, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(run.config, tokens_BT.device):
-        module(tokens_BT)
+        module(run.engine.own(tokens_BT))  # type: ignore[attr-defined]  # of engines that share sequences
     return sum(kept.values())

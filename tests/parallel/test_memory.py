@@ -30,6 +30,8 @@ LAYOUTS = {
     "pp in a V": "parallel=ddp parallel.pp=2 parallel.schedule=zbv",
     "pp of two stages": "parallel=ddp parallel.pp=2 parallel.schedule=interleaved",
     "pp x fsdp": "parallel=fsdp parallel.pp=2",
+    "cp": "parallel=cp",
+    "cp x fsdp": "parallel=fsdp parallel.cp=2",
     "ep": "parallel=ep parallel.ep=2",
     "ep x fsdp": "parallel=fsdp_ep parallel.ep=2",
     "ZeRO 0": "parallel=ds_zero0",
@@ -91,7 +93,12 @@ def test_memory_falls_as_promised(held: list[dict[tuple[str, str], tuple[int, in
 
 ACTIVATIONS = {
     (way, model, precision): [f"precision={precision}", *words.split(), *MODELS[model]]
-    for way, words in {"tp": "parallel=tp", "whole stream": "parallel=tp parallel.sequence_parallel=false"}.items()
+    for way, words in {
+        "tp": "parallel=tp",
+        "whole stream": "parallel=tp parallel.sequence_parallel=false",
+        "cp": "parallel=cp",
+        "ring": "parallel=cp parallel.cp_method=ring",
+    }.items()
     for model in MODELS
     for precision in ("fp32", "bf16")
 }

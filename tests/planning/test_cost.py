@@ -14,6 +14,7 @@ from gpt.accounting.parameters import count
 from gpt.batch import cut
 from gpt.config import (
     AttentionBackend,
+    CpMethod,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -130,6 +131,8 @@ def test_tensor_parallelism_by_hand() -> None:
 def test_context_parallelism_by_hand() -> None:
     gather = 1 / 2 * 4 * T * 2 * (2 * 8) / 8e9
     assert cost(config_of(cp=2), 2).communication_s["cp"] == pytest.approx(4 * 2 * gather)
+    slow = replace(MACHINE, flops_per_s=1.0)
+    assert cost(config_of(cp=2, cp_method=CpMethod.ring), 2, slow).communication_s["cp"] == 0
 
 
 def test_expert_parallelism_by_hand() -> None:

@@ -4,7 +4,8 @@ A sum over the tensors that autograd saves, after Korthikanti et al. (arXiv 2205
 parts here: the residual stream and the norms are fp32 in bf16 too (autocast), and each matrix casts its input for
 itself. It is what torch keeps on the CPU, and a bound from above for CUDA, whose RMSNorm does not keep the normalized
 input and whose dropout keeps a byte for each element. The fused attention kernel keeps no T x T matrix; with dropout
-torch has none for the CPU, and needs there what ``manual`` needs.
+torch has none for the CPU, and needs there what ``manual`` needs. Where keys are gathered the CPU's also keeps a mask,
+the tokens of a chunk by those up to its end, which a GPU has not and which is not counted.
 
 D width, H heads, K key-value heads, C head width, F inner width of the ffn, T tokens of a sequence.
 """
@@ -15,7 +16,17 @@ from dataclasses import dataclass
 
 from gpt.accounting.flops import expert_rows
 from gpt.accounting.memory.units import BF16, FP32, INT64
-from gpt.config import Activation, AttentionBackend, Ffn, ModelConfig, Norm, NormPosition, Precision, Recompute
+from gpt.config import (
+    Activation,
+    AttentionBackend,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    Precision,
+    Recompute,
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,9 @@ def block_bytes(model: ModelConfig, sequences: int, width: int, share: Share) ->
         bytes_ -= tokens * FP32 * model.n_embd // share.stream  # both norms keep the same input
     if model.attention is AttentionBackend.manual:
         bytes_ += model.block_size**2 // share.cp  # the mask, one byte for each pair
+    if share.cp > 1 and model.position is Position.rope:
+        # Sines and cosines of the rank's own positions, picked out for the queries and again for the keys.
+        bytes_ += 2 * FP32 * model.head_dim * share.tokens(model, 1)
     return bytes_
 
 
@@ -133,6 +147,8 @@ def attention_bytes(model: ModelConfig, width: int, share: Share) -> int:
         bytes_ = width * (2 * queries + 2 * queries * of_others + pairs * heads * model.block_size)
     else:
         bytes_ = width * (2 * queries + 2 * keys * of_others) + FP32 * heads  # and the log-sum-exp of every row
+    if share.gathers_keys:
+        bytes_ += width * queries  # the result, once as the kernel gave its chunks and once put together
     if model.qk_norm:
         bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim)
         if model.norm is not Norm.rmsnorm:
