@@ -78,6 +78,13 @@ ROWS = (
     Row("tp x cp", "parallel=tp parallel.tp=2 parallel.cp=2", (4,)),
     Row("pp x cp", "parallel=pp parallel.cp=2", (4,)),
     Row("fsdp x ep x cp", "parallel=fsdp_cp parallel.ep=2", (4,)),
+    Row("tp", "parallel=tp"),
+    Row("tp 4", "parallel=tp parallel.tp=4", (4,)),
+    Row("tp, nothing in slices", "parallel=tp parallel.sequence_parallel=false parallel.loss_parallel=false"),
+    Row("fsdp x tp", "parallel=fsdp_tp", (4,)),
+    Row("hsdp x tp", "parallel=fsdp_tp parallel.dp_shard=1", (4,)),
+    Row("ep x tp", "parallel=ep parallel.ep=2 parallel.tp=2", (4,)),
+    Row("fsdp x ep x tp", "parallel=fsdp_ep parallel.ep=2 parallel.tp=2", (4,)),
 )
 
 

@@ -30,7 +30,7 @@ def can_be_cut(model: ModelConfig, layout: Topology) -> bool:
     """Whether fsdp can cut them: evenly, as torch demands of any but the first dimension."""
     if not layout.is_sharded or shard_dimension(model, layout) == 0:
         return True
-    return model.n_embd % holders(layout) == 0 and model.ffn_width % holders(layout) == 0
+    return model.n_embd % holders(layout) == 0 and model.ffn_width % (holders(layout) * layout.tp) == 0
 
 
 def check_expert(config: TrainConfig, layout: Topology) -> None:

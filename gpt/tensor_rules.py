@@ -23,12 +23,6 @@ def check_tensor(config: TrainConfig, layout: Topology) -> None:
             "matrices that are cut, or layers that are dealt out",
             f"parallel.tp={layout.tp} parallel.pp=1, or parallel.tp=1 parallel.pp={layout.pp}",
         )
-    if layout.ep > 1:
-        raise ConfigError(
-            f"parallel.tp={layout.tp} with parallel.ep={layout.ep}",
-            "experts that are cut by their width, or dealt out whole",
-            f"parallel.tp={layout.tp} parallel.ep=1, or parallel.tp=1 parallel.ep={layout.ep}",
-        )
     check_matrices(config.model, layout.tp)
     check_vocabulary(config.model, layout.tp)
     check_sequence(config, layout)

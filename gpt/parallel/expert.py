@@ -28,6 +28,7 @@ from gpt.model.experts import autocast_rows
 from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts, inverse, mixtures
 from gpt.parallel.fsdp import shard_one
+from gpt.parallel.parts import local
 from gpt.topology import Topology
 
 
@@ -92,8 +93,7 @@ def sending_rows(
 
 def held_here(weight: Tensor, share: float) -> Tensor:
     """This rank's experts of a parameter, whose gradient is multiplied by ``share``."""
-    assert isinstance(weight, DTensor)
-    mine = weight.to_local()
+    mine = local(weight)
     # FSDP2 could divide too, but by a factor that gloo cannot (PREMUL_SUM), or twice where one rank has the experts.
     if share != 1 and mine.requires_grad:
         mine.register_hook(lambda gradient: gradient * share)

@@ -5,6 +5,8 @@ With fewer ranks to a copy than there are (HSDP), each copy is sharded and the g
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +18,8 @@ from gpt.config import Precision, TrainConfig
 
 def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: TrainConfig) -> None:
     """Cut every parameter of ``model`` over the ranks of ``mesh``, each of the ``blocks`` gathered by itself."""
+    # torch 2.13 warns that nobody may write into the logits, which are a view. The loss does not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for module in (*blocks, model):
         shard_one(module, mesh, config)
 

@@ -53,11 +53,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def distribute(module: nn.Module, line: DeviceMesh, cuts: Mapping[str, Placement]) -> None:
-    """Make the parameters of a module, the same on all ranks of ``line``, DTensors: cut as ``cuts`` says, or whole."""
+    """Make the parameters of a module, the same on all ranks of ``line``, DTensors: cut as ``cuts`` says, or whole.
+
+    One that was cut over other ranks before is cut further.
+    """
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         placement = cuts.get(name, Replicate())
-        spread = distribute_tensor(parameter.detach(), line, [placement], src_data_rank=None)
+        spread = distribute_tensor(local(parameter.detach()), line, [placement], src_data_rank=None)
+        if isinstance(parameter, DTensor):
+            mesh = DeviceMesh._concatenate([parameter.device_mesh, line])
+            spread = DTensor.from_local(spread.to_local(), mesh, [*parameter.placements, placement], run_check=False)
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(spread))
 
 

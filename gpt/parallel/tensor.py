@@ -48,7 +48,7 @@ MIXTURE_CUTS: dict[str, Placement] = {
 
 
 def cut_matrices(model: GPT, line: DeviceMesh, config: ParallelConfig) -> None:
-    """Cut ``model``, which is the same on all ranks of ``line``, and have them meet in its passes.
+    """Cut ``model``, or a stage of one, which is the same on all ranks of ``line``, and have them meet in its passes.
 
     It takes tokens as before. Of the logits it gives this rank's columns (``loss_parallel``) or all; what the model
     leaves out as padding of the vocabulary is padding among any rank's columns too.
@@ -60,8 +60,11 @@ def cut_matrices(model: GPT, line: DeviceMesh, config: ParallelConfig) -> None:
 
 
 def hang(module: nn.Module, line: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
-    """Hang styles on the parts of a module that this variant of the model has."""
-    there = dict(module.named_modules())
+    """Hang styles on the parts of a module that this variant of the model has, and that are not cut yet: two stages may
+    have one embedding."""
+    there = {
+        name for name, part in module.named_modules() if not any(isinstance(p, DTensor) for p in part.parameters())
+    }
     # No values are sent: every rank has them.
     parallelize_module(module, line, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
 
@@ -69,7 +72,7 @@ def hang(module: nn.Module, line: DeviceMesh, plan: dict[str, ParallelStyle]) ->
 def around_blocks(model: GPT, stream: Placement, logits: Placement) -> dict[str, ParallelStyle]:
     """What is before and after the blocks."""
     head: ParallelStyle = ColwiseParallel(input_layouts=stream, output_layouts=logits)
-    if isinstance(model.head, TiedHead):
+    if isinstance(getattr(model, "head", None), TiedHead):
         head = PrepareModuleInputOutput(
             input_layouts=(stream, None),
             desired_input_layouts=(WHOLE, None),

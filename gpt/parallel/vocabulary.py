@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from gpt.execution import replace_forward
@@ -36,6 +36,8 @@ class CutVocabulary(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
+        if isinstance(module.weight, DTensor):  # two stages of a pipeline may have it
+            return module
         distribute(module, device_mesh, {"weight": Shard(0)})
         replace_forward(module, partial(look_up, module, device_mesh, self.stream))
         return module

@@ -59,9 +59,11 @@ ON_TWO = [
 ON_FOUR = [
     (["parallel=tp", "parallel.tp=4"], "tied", 4),
     (TP, "grouped queries", 1),
-    *((["parallel=fsdp_tp"], model, 2) for model in ("tied", "grouped queries", "few places")),
+    *((["parallel=fsdp_tp"], model, 2) for model in ("tied", "grouped queries")),
     (["parallel=fsdp_tp", "parallel.reshard_after_forward=false", "recompute=selective"], "parallel", 1),
     (HSDP, "experts", 4),
+    (["parallel=ep", "parallel.ep=2", "parallel.tp=2"], "few places", 1),
+    (["parallel=fsdp_ep", "parallel.ep=2", "parallel.tp=2", "recompute=full"], "experts", 4),
 ]
 Case = tuple[list[str], str, int]
 
