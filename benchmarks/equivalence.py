@@ -64,6 +64,11 @@ ROWS = (
     Row("pp 4", "parallel=pp parallel.pp=4", (4,)),
     Row("pp 1f1b x fsdp", "parallel=pp_fsdp", (4,)),
     Row("pp zbv x fsdp", "parallel=pp_fsdp parallel.schedule=zbv", (4,)),
+    Row("pp 1f1b x tp", "parallel=pp parallel.tp=2", (4,)),
+    Row("pp zbv x tp", "parallel=pp parallel.schedule=zbv parallel.tp=2", (4,)),
+    Row("3d: fsdp 2 x pp 2 x tp 2", "parallel=3d", (8,)),
+    Row("3d, zbv", "parallel=3d parallel.schedule=zbv", (8,)),
+    Row("hsdp 2 x 2 x pp 2", "parallel=pp_fsdp parallel.dp_shard=2", (8,)),
     Row("ep", "parallel=ep parallel.ep=2"),
     Row("ep 4", "parallel=ep parallel.ep=4", (4,)),
     Row("fsdp x ep", "parallel=fsdp_ep parallel.ep=2"),
@@ -85,6 +90,9 @@ ROWS = (
     Row("hsdp x tp", "parallel=fsdp_tp parallel.dp_shard=1", (4,)),
     Row("ep x tp", "parallel=ep parallel.ep=2 parallel.tp=2", (4,)),
     Row("fsdp x ep x tp", "parallel=fsdp_ep parallel.ep=2 parallel.tp=2", (4,)),
+    Row("pp x ep x tp", "parallel=pp parallel.ep=2 parallel.tp=2", (8,)),
+    Row("pp x cp x tp", "parallel=pp parallel.cp=2 parallel.tp=2", (8,)),
+    Row("fsdp x cp x tp", "parallel=fsdp_cp parallel.tp=2", (8,)),
 )
 
 

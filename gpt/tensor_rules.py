@@ -17,12 +17,6 @@ def check_tensor(config: TrainConfig, layout: Topology) -> None:
     """Raise ConfigError where the model's matrices, or its activations, cannot be shared by ``tp`` ranks."""
     if layout.tp == 1:
         return
-    if layout.pp > 1:
-        raise ConfigError(
-            f"parallel.tp={layout.tp} with parallel.pp={layout.pp}",
-            "matrices that are cut, or layers that are dealt out",
-            f"parallel.tp={layout.tp} parallel.pp=1, or parallel.tp=1 parallel.pp={layout.pp}",
-        )
     check_matrices(config.model, layout.tp)
     check_vocabulary(config.model, layout.tp)
     check_sequence(config, layout)

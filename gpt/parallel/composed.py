@@ -6,7 +6,7 @@ over the ranks that saw other tokens, and a norm in which every element counts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class ComposedEngine(NativeEngine):
             for part in parts:
                 deal_out(part, data["ep"], averaged=self._sharded)
         if layout.tp > 1:
-            self._cut_matrices(module, config, self.grid["tp"])
+            self._cut_matrices(parts, config, self.grid["tp"])
         if self._sharded:
             if layout.ep > 1:
                 expert_mesh = shard_mesh(data, world, timeout_s, "edp")
@@ -80,8 +80,9 @@ class ComposedEngine(NativeEngine):
         """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
         return super().backward(tokens_BT, targets_BT, on_pass)
 
-    def _cut_matrices(self, model: GPT, config: TrainConfig, line: DeviceMesh) -> None:
-        cut_matrices(model, line, config.parallel)
+    def _cut_matrices(self, parts: Sequence[GPT], config: TrainConfig, line: DeviceMesh) -> None:
+        for part in parts:
+            cut_matrices(part, line, config.parallel)
         self.counted = 1.0 if line.get_local_rank() == 0 else 0.0
         if config.parallel.loss_parallel:
             columns = config.model.padded_vocab // line.size()

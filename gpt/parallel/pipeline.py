@@ -45,6 +45,9 @@ SCHEDULES = {
     Schedule.dualpipev: ScheduleDualPipeV,
 }
 
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""Of logits and targets: the summed loss."""
+
 
 class Pipeline:
     """This rank's stages of a model, and how they work together with those of the other ranks.
@@ -76,16 +79,18 @@ class Pipeline:
             stage.to(world.device)
             replace_forward(stage, partial(self._pass, stage.forward, stage.last))
         self._on_pass: Callable[[], None] = lambda: None
-        self._scale = 1.0
+        self._objective: Criterion = cross_entropy
         self._schedule = self._build_schedule()
 
-    def step(self, tokens_BT: Tensor, targets_BT: Tensor, scale: float, on_pass: Callable[[], None]) -> Tensor:
+    def step(
+        self, tokens_BT: Tensor, targets_BT: Tensor, scale: float, criterion: Criterion, on_pass: Callable[[], None]
+    ) -> Tensor:
         """Send a data rank's sequences through all stages and back; gradients are of the summed loss times ``scale``.
 
         Returns:
             The summed loss where the last stage is, 0 elsewhere, () float64.
         """
-        self._on_pass, self._scale = on_pass, scale
+        self._on_pass, self._objective = on_pass, lambda logits, targets: criterion(logits, targets) * scale
         losses: list[Tensor] = []
         tokens = [tokens_BT.to(self._device, non_blocking=True)] if 0 in self.stages else []
         targets_BT = targets_BT.to(self._device, non_blocking=True)
@@ -95,7 +100,7 @@ class Pipeline:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack([loss.detach().double() for loss in losses]).sum() / scale
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, criterion: Criterion) -> Tensor:
         """Summed loss where the last stage is, 0 elsewhere, (); forward only, of any number of sequences.
 
         A rank goes on as soon as it has handed its part over, so passes one after another fill the pipeline.
@@ -109,7 +114,7 @@ class Pipeline:
             x = stage(x)
             reshard(stage)
             if stage.last:
-                total = cross_entropy(x, targets_BT.to(self._device))
+                total = criterion(x, targets_BT.to(self._device))
             elif index + 1 not in self.stages:
                 dist.send(x.contiguous(), self.rank_of(index + 1), self.group)
         return total
@@ -134,12 +139,13 @@ class Pipeline:
         return y if last else y.to(self._stream(0, torch.device("meta")).dtype)
 
     def _stream(self, sequences: int, device: torch.device) -> Tensor:
-        """A tensor like those that go from stage to stage, (B, T, D).
+        """A tensor like those that go from stage to stage, (B, T, D), or this rank's slice of them along T.
 
         Residual stream and norms are fp32 under autocast; fsdp computes with bf16 weights, and casts what enters.
         """
+        slices = self._config.parallel.tp if self._config.parallel.sequence_parallel else 1
         dtype = torch.bfloat16 if self.sharded and self._config.precision is Precision.bf16 else torch.float32
-        return torch.empty(sequences, self._time, self._config.model.n_embd, dtype=dtype, device=device)
+        return torch.empty(sequences, self._time // slices, self._config.model.n_embd, dtype=dtype, device=device)
 
     def _build_schedule(self) -> Any:
         stages = [
@@ -156,21 +162,19 @@ class Pipeline:
         ]
         kind: Any = SCHEDULES[self._config.parallel.schedule]
         held = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
-        return kind(held, self._batch.accumulation, loss_fn=self._scaled_loss, scale_grads=False)
+        return kind(held, self._batch.accumulation, loss_fn=lambda *pair: self._objective(*pair), scale_grads=False)
 
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
         """Shape and type of what enters or leaves a stage; not told, torch would find out by a pass of its own."""
-        model, meta = self._config.model, torch.device("meta")
+        model, parallel, meta = self._config.model, self._config.parallel, torch.device("meta")
         shape = (self._batch.micro, self._time)
         if tokens:
             return torch.empty(shape, dtype=torch.long, device=meta)
         if logits:
             dtype = torch.bfloat16 if self._config.precision is Precision.bf16 else torch.float32
-            return torch.empty(*shape, model.padded_vocab, dtype=dtype, device=meta)[..., : model.vocab_size]
+            columns = model.padded_vocab // (parallel.tp if parallel.loss_parallel else 1)
+            return torch.empty(*shape, columns, dtype=dtype, device=meta)[..., : model.vocab_size]
         return self._stream(self._batch.micro, meta).requires_grad_()
-
-    def _scaled_loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        return cross_entropy(logits_BTV, targets_BT) * self._scale
 
 
 class Tied:

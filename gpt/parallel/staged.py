@@ -31,7 +31,8 @@ class StagedEngine(ComposedEngine):
 
     def passes(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
-        return self._pipeline.step(self.own(tokens_BT), self.own(targets_BT), self.scale, on_pass)
+        own = self.own(tokens_BT), self.own(targets_BT)
+        return self._pipeline.step(*own, self.scale, self.criterion, on_pass) * self.counted
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         loss_sum = super().backward(tokens_BT, targets_BT, on_pass)
@@ -39,7 +40,7 @@ class StagedEngine(ComposedEngine):
         return loss_sum
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self._pipeline.loss(self.own(tokens_BT), self.own(targets_BT))
+        return self._pipeline.loss(self.own(tokens_BT), self.own(targets_BT), self.criterion) * self.counted
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)

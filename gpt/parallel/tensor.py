@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 
 from gpt.config import ParallelConfig
 from gpt.execution import replace_forward
-from gpt.model.gpt import GPT, TiedHead
+from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts
 from gpt.parallel.parts import compute_on_parts, distribute, sum_over, summed
 from gpt.parallel.vocabulary import CutVocabulary
@@ -60,11 +60,8 @@ def cut_matrices(model: GPT, line: DeviceMesh, config: ParallelConfig) -> None:
 
 
 def hang(module: nn.Module, line: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
-    """Hang styles on the parts of a module that this variant of the model has, and that are not cut yet: two stages may
-    have one embedding."""
-    there = {
-        name for name, part in module.named_modules() if not any(isinstance(p, DTensor) for p in part.parameters())
-    }
+    """Hang styles on the parts of a module that this variant of the model has."""
+    there = dict(module.named_modules())
     # No values are sent: every rank has them.
     parallelize_module(module, line, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
 
@@ -72,7 +69,7 @@ def hang(module: nn.Module, line: DeviceMesh, plan: dict[str, ParallelStyle]) ->
 def around_blocks(model: GPT, stream: Placement, logits: Placement) -> dict[str, ParallelStyle]:
     """What is before and after the blocks."""
     head: ParallelStyle = ColwiseParallel(input_layouts=stream, output_layouts=logits)
-    if isinstance(getattr(model, "head", None), TiedHead):
+    if model.config.tie_embeddings:
         head = PrepareModuleInputOutput(
             input_layouts=(stream, None),
             desired_input_layouts=(WHOLE, None),

@@ -30,7 +30,7 @@ from gpt.resume import save
 from gpt.run import Run
 from gpt.run_folder import RunFolder
 from gpt.step import queue_step
-from gpt.topology import Topology
+from gpt.topology import Topology, topology
 from tests.distributed import run_distributed
 from tests.model.small import LLAMA, random_tokens, small
 from tests.parallel.learning import BATCH, TINY, assert_same, learn, start, step
@@ -86,8 +86,8 @@ def figures_alone(rank: int, size: int, folder: Path) -> dict[str, dict[str, Any
 def figures_of(rank: int, size: int, folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
     found = []
     for number, (words, model, accumulation) in enumerate(cases):
-        config = to_schema(compose_train([*TINY, *words]), TrainConfig)
-        micro = BATCH // (lay_out(config, size).data_ranks * accumulation)
+        parallel = to_schema(compose_train([*TINY, *words]), TrainConfig).parallel
+        micro = BATCH // (topology(parallel, size).data_ranks * accumulation)
         run = start(rank, size, folder / str(number), *words, *MODELS[model], f"optim.micro_batch={micro}")
         assert run.batch.accumulation == accumulation
         found.append(figures(run))
