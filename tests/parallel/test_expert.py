@@ -85,6 +85,7 @@ CROSSED = {
     "ddp": ["parallel=ddp"],
     "fsdp": ["parallel=fsdp"],
     **{way: WAYS[4][way] for way in ("ep=2, 2 copies", "fsdp, ep=2", "hsdp, ep=2")},
+    "fsdp, ep=2, tp=2": ["parallel=fsdp_ep", "parallel.ep=2", "parallel.tp=2"],
 }
 
 
@@ -97,6 +98,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
         ("ep=2, 2 copies", ["fsdp", "fsdp, ep=2", "ep=2, 2 copies"]),
         ("fsdp", ["ep=2, 2 copies", "hsdp, ep=2"]),
         ("ddp", ["fsdp, ep=2"]),
+        ("fsdp, ep=2, tp=2", ["fsdp, ep=2", "fsdp, ep=2, tp=2"]),
     ):
         run = start(rank, size, folder / saved, *CROSSED[saved], *words)
         for _ in range(2):
@@ -112,7 +114,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
 
 def test_a_checkpoint_goes_on_however_its_experts_lie(tmp_path: Path) -> None:
     found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
-    assert len(found) == 11
+    assert len(found) == 14
     for pair, (losses, to_come) in found.items():
         assert losses == pytest.approx(to_come, rel=1e-6), pair
         if pair[0] == pair[1]:

@@ -32,8 +32,11 @@ LAYOUTS = {
     "pp x fsdp": "parallel=fsdp parallel.pp=2",
     "cp": "parallel=cp",
     "cp x fsdp": "parallel=fsdp parallel.cp=2",
+    "pp x tp": "parallel=tp parallel.pp=2",
     "ep": "parallel=ep parallel.ep=2",
     "ep x fsdp": "parallel=fsdp_ep parallel.ep=2",
+    "ep x tp": "parallel=ep parallel.ep=2 parallel.tp=2",
+    "ep x tp x fsdp": "parallel=fsdp_ep parallel.ep=2 parallel.tp=2",
     "ZeRO 0": "parallel=ds_zero0",
     "ZeRO 1": "parallel=ds_zero1",
     "ZeRO 1 in bf16": "parallel=ds_zero1 precision=bf16",
@@ -44,8 +47,8 @@ LAYOUTS = {
 DENSE = "untied, grouped queries"
 CASES = [
     *((name, DENSE) for name in LAYOUTS if "ep" not in name.split()),
-    *((name, "tied") for name in ("ddp", "pp", "fsdp x tp")),
-    *((name, "experts") for name in ("ep", "ep x fsdp", "fsdp", "tp")),
+    *((name, "tied") for name in ("ddp", "pp", "fsdp x tp", "pp x tp")),
+    *((name, "experts") for name in ("ep", "ep x fsdp", "ep x tp", "ep x tp x fsdp", "fsdp", "tp")),
 ]
 
 

@@ -129,6 +129,7 @@ CROSSED: dict[str, Words] = {
     "pp": pipeline("1f1b", pp=4),
     "interleaved": pipeline("interleaved"),
     "zbv, fsdp": pipeline("zbv", *KEPT),
+    "interleaved, tp": pipeline("interleaved", "parallel=tp"),
 }
 
 
