@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt.code import code_state
-from gpt.compose import compose_train, to_schema
-from gpt.config import TrainConfig
 from gpt.errors import ConfigError
 from gpt.metrics.environment import software
-from gpt.topology import topology
 from tests.distributed import RankFailedError, run_distributed
-from tests.parallel.learning import BATCH, MODELS, learn, learn_alone, start
+from tests.parallel.learning import MODELS, Case, learn, learn_alone, start_case
 
 TOLERANCE = 1e-5
 FAILED = "failed"
@@ -96,25 +93,19 @@ ROWS = (
 )
 
 
-def cell(rank: int, size: int, folder: Path, words: Sequence[str], accumulation: int) -> dict[str, Any] | str:
+def cell(rank: int, size: int, folder: Path, case: Case) -> dict[str, Any] | str:
     """What rank 0 sees of one run, or why there is none."""
     try:
-        parallel = to_schema(compose_train(words), TrainConfig).parallel
-        micro = BATCH // (topology(parallel, size).data_ranks * accumulation)
-        run = start(rank, size, folder, *words, f"optim.micro_batch={micro}")
+        learned = learn(start_case(rank, size, folder, case, [*SIZE, *PROPERTIES[case.model]]))
     except ConfigError as error:
         return f"{error.found}; expected {error.expected}"
-    assert run.batch.accumulation == accumulation
-    learned = learn(run)
     return learned if rank == 0 else {}
 
 
-def cells(rank: int, size: int, folder: Path, words: list[str]) -> dict[tuple[str, int], dict[str, Any] | str]:
+def cells(rank: int, size: int, folder: Path, words: str) -> dict[tuple[str, int], dict[str, Any] | str]:
     """The cells of a topology, on this rank."""
     return {
-        (model, accumulation): cell(
-            rank, size, folder / f"{model}{accumulation}", [*SIZE, *PROPERTIES[model], *words], accumulation
-        )
+        (model, accumulation): cell(rank, size, folder / f"{model}{accumulation}", Case(words, model, accumulation))
         for model, accumulation in COLUMNS
     }
 
@@ -160,7 +151,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], bool]:
 def measured(which: Row, size: int, folder: Path) -> dict[tuple[str, int], dict[str, Any] | str]:
     """The cells of a row on ``size`` ranks; all of them failed where one rank did."""
     try:
-        found: dict[tuple[str, int], Any] = run_distributed(cells, size, folder, which.words.split(), timeout_s=900)[0]
+        found: dict[tuple[str, int], Any] = run_distributed(cells, size, folder, which.words, timeout_s=900)[0]
     except RankFailedError as failure:
         print(failure, file=sys.stderr)
         return dict.fromkeys(COLUMNS, f"{FAILED}: {str(failure).strip().splitlines()[-1]}")

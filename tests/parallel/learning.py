@@ -6,6 +6,8 @@ spread or accumulated. No biases: that of the keys has no gradient but rounding,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from gpt.pulse import Phase, Pulse
 from gpt.run import Run
 from gpt.run_folder import RunFolder
 from gpt.step import queue_step
+from gpt.topology import topology
 from gpt.train import build
 
 STEPS = 5
@@ -36,12 +39,31 @@ MODELS = {
 ACCUMULATIONS = (1, 4)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A run to be compared: a layout as it is typed, a model by its name, and the passes of a step."""
+
+    words: str
+    model: str
+    accumulation: int = 4
+
+
 def start(rank: int, size: int, folder: Path, *words: str) -> Run:
     """A run of the configuration that is typed, as ``gpt.train`` makes it."""
     config = to_schema(compose_train([*TINY, *words, f"data.cache_dir={folder.parent / 'cache'}"]), TrainConfig)
     config.validate()
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
     return build(config, RunFolder(folder), world, 1, Pulse(None))
+
+
+def start_case(rank: int, size: int, folder: Path, case: Case, model: Sequence[str]) -> Run:
+    """The run of a case, whose model has these ``model`` words."""
+    words = [*model, *case.words.split()]
+    parallel = to_schema(compose_train([*TINY, *words]), TrainConfig).parallel
+    micro = BATCH // (topology(parallel, size).data_ranks * case.accumulation)
+    run = start(rank, size, folder, *words, f"optim.micro_batch={micro}")
+    assert run.batch.accumulation == case.accumulation
+    return run
 
 
 def step(run: Run) -> tuple[float, float]:
@@ -78,6 +100,16 @@ def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]
     return {name: learn(start(rank, size, folder / name, *words, *model)) for name, model in models.items()}
 
 
+def learn_cases(
+    rank: int, size: int, folder: Path, cases: Sequence[Case], models: Mapping[str, list[str]]
+) -> list[dict[str, Any]]:
+    """What the ranks learn of each case; for ``run_distributed``."""
+    return [
+        learn(start_case(rank, size, folder / str(number), case, models[case.model]))
+        for number, case in enumerate(cases)
+    ]
+
+
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
     """Losses and norms of every step, every gradient of the first and every weight after the last agree."""
     assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
@@ -87,3 +119,16 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
         for name, tensor in expected[what].items():
             error = (found[what][name] - tensor).norm() / tensor.norm()
             assert error < tolerance, f"{what} of {name}: {error:.1e}"
+
+
+def assert_all_same(
+    cases: Sequence[Case], found: Sequence[dict[str, Any]], alone: Mapping[str, dict[str, Any]]
+) -> None:
+    """Every case learned what one process learned of its model; otherwise, all that did not are named."""
+    wrong = []
+    for case, learned in zip(cases, found, strict=True):
+        try:
+            assert_same(learned, alone[case.model])
+        except AssertionError as error:
+            wrong.append(f"{case}: {error}")
+    assert not wrong, "\n".join(wrong)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from gpt.parallel.context import SharedSequence
 from gpt.resume import save
 from gpt.run import Run
 from tests.distributed import run_distributed
-from tests.parallel.learning import BATCH, MODELS, TINY, assert_same, learn, learn_alone, start, step
+from tests.parallel.learning import MODELS, TINY, Case, assert_all_same, learn_alone, learn_cases, start, step
 
 METHODS = ("allgather", "ring")
 OTHERS = {
@@ -31,45 +29,27 @@ OTHERS = {
     "losses of routing": [*MODELS["experts"], "model.balance_coefficient=0.3", "model.z_coefficient=0.1"],
 }
 ALL = MODELS | OTHERS
-WAYS = {
-    2: {"copies, cp=2": ["parallel=cp"], "fsdp, cp=2": ["parallel=fsdp_cp"]},
-    4: {
-        "copies, cp=4": ["parallel=cp", "parallel.cp=4"],
-        "copies, dp=2 cp=2": ["parallel=cp"],
-        "fsdp, dp=2 cp=2": ["parallel=fsdp_cp"],
-        "hsdp, dp=2 cp=2": ["parallel=fsdp_cp", "parallel.dp_shard=1"],
-        "copies, dp=2 cp=2 ep=2": ["parallel=cp", "parallel.ep=2"],
-        "fsdp, dp=2 cp=2 ep=2": ["parallel=fsdp_cp", "parallel.ep=2"],
-        "tp=2 cp=2": ["parallel=tp", "parallel.tp=2", "parallel.cp=2"],
-        "fsdp, tp=2 cp=2": ["parallel=fsdp_tp", "parallel.tp=2", "parallel.cp=2"],
-        "pp=2 cp=2": ["parallel=pp", "parallel.pp=2", "parallel.cp=2"],
-        "fsdp, pp=2 cp=2": ["parallel=pp_fsdp", "parallel.pp=2", "parallel.cp=2"],
-    },
+RING = " parallel.cp_method=ring"
+GQA = "untied, grouped queries"
+ROUTED = "losses of routing"
+CASES = {
+    2: [
+        *(Case(f"parallel=cp{method}", model) for model in ALL for method in ("", RING)),
+        *(Case(f"parallel=fsdp_cp{method}", GQA, 1) for method in ("", RING)),
+    ],
+    4: [
+        *(Case(f"parallel=cp parallel.cp=4{method}", model) for model, method in ((GQA, RING), (ROUTED, ""))),
+        *(Case(f"parallel=cp{method}", model, 1) for model, method in ((GQA, RING), ("tied", ""))),
+        *(Case(f"parallel=fsdp_cp{method}", model) for model, method in ((GQA, RING), (ROUTED, ""))),
+        Case("parallel=fsdp_cp parallel.dp_shard=1", GQA),
+        Case("parallel=cp parallel.ep=2", ROUTED),
+        Case("parallel=fsdp_cp parallel.ep=2", ROUTED),
+        Case(f"parallel=tp parallel.cp=2{RING}", "tied"),
+        Case("parallel=fsdp_tp parallel.cp=2", ROUTED),
+        Case(f"parallel=pp parallel.cp=2{RING}", "tied"),
+        Case("parallel=pp_fsdp parallel.cp=2", ROUTED),
+    ],
 }
-
-
-def cases(size: int) -> list[tuple[str, str, str, int]]:
-    """Way, method, model, accumulation: every model with both methods on 2 ranks, every way with both of them."""
-    ways = list(WAYS[size])
-    if size == 2:
-        models = itertools.product(ways[:1], METHODS, ALL, (4,))
-        return [*models, *itertools.product(ways, METHODS, ("untied, grouped queries",), (1,))]
-    gathered, passed = METHODS
-    dense = itertools.product(ways[:4], METHODS, ("untied, grouped queries",), (4,))
-    tied = [(ways[1], gathered, "tied", 1), *((way, passed, "tied", 4) for way in ways[6:])]
-    experts = [(way, gathered, "losses of routing", 4) for way in (ways[0], ways[2], *ways[4:])]
-    return [*dense, *tied, *experts]
-
-
-def learn_all(rank: int, size: int, folder: Path) -> dict[tuple[str, str, str, int], dict[str, Any]]:
-    found = {}
-    for way, method, model, accumulation in cases(size):
-        words = [*WAYS[size][way], f"parallel.cp_method={method}", *ALL[model]]
-        micro = BATCH // accumulation // (2 if "dp=2" in way else 1)
-        run = start(rank, size, folder / f"{way}{method}{model}{accumulation}", *words, f"optim.micro_batch={micro}")
-        assert run.batch.accumulation == accumulation
-        found[way, method, model, accumulation] = learn(run)
-    return found if rank == 0 else {}
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +57,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     return run_distributed(learn_alone, 1, tmp_path_factory.mktemp("alone") / "runs", ALL)[0]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[tuple[str, str, str, int], Any]]:
-    found: dict[int, Any] = {}
-
-    def of(size: int) -> Any:
-        if size not in found:
-            found[size] = None
-            folder = tmp_path_factory.mktemp(f"on_{size}") / "runs"
-            found[size] = run_distributed(learn_all, size, folder, timeout_s=400)[0]
-        assert found[size] is not None, f"the runs on {size} ranks failed in an earlier test"
-        return found[size]
-
-    return of
-
-
-@pytest.mark.parametrize(
-    ("size", "case"), [(size, case) for size in WAYS for case in cases(size)], ids=lambda x: str(x).strip("()")
-)
+@pytest.mark.parametrize("ranks", CASES)
 def test_losses_gradients_and_weights_are_those_of_one_process(
-    size: int,
-    case: tuple[str, str, str, int],
-    shared: Callable[[int], dict[tuple[str, str, str, int], Any]],
-    reference: dict[str, dict[str, Any]],
+    ranks: int, reference: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert_same(shared(size)[case], reference[case[2]])
+    found = run_distributed(learn_cases, ranks, tmp_path / "runs", CASES[ranks], ALL, timeout_s=400)[0]
+    assert_all_same(CASES[ranks], found, reference)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -219,9 +180,7 @@ def lively(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found | {"drawn": state.sum().item()}
 
 
-def test_noise_is_each_ranks_own_and_half_precision_stays_close(
-    tmp_path: Path, reference: dict[str, dict[str, Any]]
-) -> None:
+def test_noise_is_each_ranks_own_and_half_precision_stays_close(tmp_path: Path) -> None:
     first, second = run_distributed(lively, 2, tmp_path / "runs")
     assert first["drawn"] != second["drawn"]
     assert all(map(math.isfinite, first["noise"])) and len(set(first["noise"])) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,17 @@ from gpt.resume import save
 from gpt.step import queue_step
 from gpt.topology import Topology
 from tests.distributed import run_distributed
-from tests.parallel.learning import ACCUMULATIONS, BATCH, TINY, assert_same, learn, learn_alone, start, step
+from tests.parallel.learning import (
+    ACCUMULATIONS,
+    BATCH,
+    TINY,
+    Case,
+    assert_all_same,
+    learn_alone,
+    learn_cases,
+    start,
+    step,
+)
 
 MOE = ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"]
 MODELS = {
@@ -34,58 +43,36 @@ MODELS = {
     ],
     "shared, grouped queries": [*MOE, "model.n_shared_expert=1", "model.n_kv_head=2", "model.z_coefficient=0.01"],
 }
-WAYS = {
-    2: {"ep": ["parallel=ddp", "parallel.ep=2"], "fsdp ep": ["parallel=fsdp", "parallel.ep=2"]},
-    4: {
-        "ep=4": ["parallel=ddp", "parallel.ep=4"],
-        "ep=2, 2 copies": ["parallel=ddp", "parallel.ep=2"],
-        "fsdp, ep=2": ["parallel=fsdp", "parallel.ep=2"],
-        "fsdp, ep=4": ["parallel=fsdp", "parallel.ep=4"],
-        "hsdp, ep=2": ["parallel=hsdp", "parallel.dp_shard=2", "parallel.ep=2"],
-    },
+EP, FSDP = "parallel=ep parallel.ep=2", "parallel=fsdp_ep parallel.ep=2"
+HSDP = "parallel=hsdp parallel.dp_shard=2 parallel.ep=2"
+PLACES, SHARED = "capacity, bias, plain", "shared, grouped queries"
+CASES = {
+    2: [Case(words, model, count) for words in (EP, FSDP) for model in MODELS for count in ACCUMULATIONS],
+    4: [
+        *(Case(EP, model, 4) for model in (PLACES, SHARED)),
+        *(Case("parallel=ep parallel.ep=4", model, 1) for model in ("dropless", PLACES)),
+        *(Case(FSDP, model, 1) for model in (PLACES, SHARED)),
+        *(Case("parallel=fsdp_ep parallel.ep=4", model, 4) for model in ("dropless", SHARED)),
+        *(Case(HSDP, model, 4) for model in ("dropless", PLACES)),
+        Case("parallel=pp_fsdp parallel.pp=2 parallel.ep=2", "dropless"),
+    ],
 }
-COMPOSED = {
-    "pp, fsdp, ep=2": ["parallel=fsdp", "parallel.pp=2", "parallel.ep=2"],
-}
-"""With other dimensions, on four ranks, of which two see different samples: tried in four passes a step."""
-Found = dict[tuple[str, str, int], dict[str, Any]]
 
 
-def learn_all(rank: int, size: int, folder: Path) -> Found:
-    every = list(itertools.product(MODELS, ACCUMULATIONS))
-    tried = every if size == 2 else [*every[:2], every[3], every[4]]  # on four ranks each model, and both counts
-    cases = [(way, *rest, size) for way, rest in itertools.product(WAYS[size].items(), tried)]
-    cases += [(way, "dropless", 4, 2) for way in COMPOSED.items() if size == 4]
-    found = {}
-    for (way, words), model, accumulation, data_ranks in cases:
-        micro = f"optim.micro_batch={BATCH // (data_ranks * accumulation)}"
-        run = start(rank, size, folder / f"{way}{model}{accumulation}", *MODELS[model], *words, micro)
-        found[way, model, accumulation] = learn(run)
-    return found if rank == 0 else {}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_distributed(learn_alone, 1, tmp_path_factory.mktemp("alone") / "runs", MODELS)[0]
-
-
-@pytest.mark.parametrize("size", WAYS)
-def test_dealt_out_experts_learn_what_one_process_learns(
-    size: int, reference: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    found: Found = run_distributed(learn_all, size, tmp_path / "runs", timeout_s=300)[0]
-    for (way, model, accumulation), learned in found.items():
-        try:
-            assert_same(learned, reference[model])
-        except AssertionError as error:
-            raise AssertionError(f"{way}, {model}, accumulation {accumulation}: {error}") from error
+@pytest.mark.parametrize("ranks", CASES)
+def test_dealt_out_experts_learn_what_one_process_learns(ranks: int, tmp_path: Path) -> None:
+    alone = run_distributed(learn_alone, 1, tmp_path / "alone" / "runs", MODELS)[0]
+    found = run_distributed(learn_cases, ranks, tmp_path / "spread" / "runs", CASES[ranks], MODELS, timeout_s=300)[0]
+    assert_all_same(CASES[ranks], found, alone)
 
 
 CROSSED = {
     "ddp": ["parallel=ddp"],
     "fsdp": ["parallel=fsdp"],
-    **{way: WAYS[4][way] for way in ("ep=2, 2 copies", "fsdp, ep=2", "hsdp, ep=2")},
-    "fsdp, ep=2, tp=2": ["parallel=fsdp_ep", "parallel.ep=2", "parallel.tp=2"],
+    "ep=2, 2 copies": EP.split(),
+    "fsdp, ep=2": FSDP.split(),
+    "hsdp, ep=2": HSDP.split(),
+    "fsdp, ep=2, tp=2": [*FSDP.split(), "parallel.tp=2"],
 }
 
 
@@ -123,8 +110,8 @@ def test_a_checkpoint_goes_on_however_its_experts_lie(tmp_path: Path) -> None:
 
 def measure(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """What a run records beside the loss: gradient figures, imbalance, and an evaluation that does not go round."""
-    spread = ["parallel=ddp"] if size == 1 else WAYS[4]["fsdp, ep=2"]
-    words = [*MODELS["shared, grouped queries"], *spread, f"optim.micro_batch={BATCH // size}"]
+    spread = ["parallel=ddp"] if size == 1 else FSDP.split()
+    words = [*MODELS[SHARED], *spread, f"optim.micro_batch={BATCH // size}"]
     run = start(rank, size, folder, *words)
     gradients = Gradients(run.config.model, run.world.device)
     record, _ = queue_step(run, gradients, Phase.training).finish(0.0)
@@ -154,7 +141,7 @@ def recomputed(rank: int, size: int, folder: Path) -> dict[str, tuple[tuple[floa
     """Losses of a few steps, and exchanges of the first, for each way to recompute."""
     found = {}
     for recompute in ("none", "selective", "full"):
-        words = [*MODELS["dropless"], *WAYS[2]["fsdp ep"], "optim.micro_batch=8", f"recompute={recompute}"]
+        words = [*MODELS["dropless"], *FSDP.split(), "optim.micro_batch=8", f"recompute={recompute}"]
         run = start(rank, size, folder / recompute, *words)
         with Exchanges() as exchanges:
             first = step(run)[0]
@@ -172,8 +159,8 @@ def test_recomputation_repeats_exchanges_only_where_nothing_is_kept(tmp_path: Pa
 
 
 def in_bf16(rank: int, size: int, folder: Path) -> list[float]:
-    spread = WAYS[2]["fsdp ep"] if size > 1 else ["parallel=ddp"]
-    words = [*MODELS["shared, grouped queries"], *spread, f"optim.micro_batch={BATCH // size}", "precision=bf16"]
+    spread = FSDP.split() if size > 1 else ["parallel=ddp"]
+    words = [*MODELS[SHARED], *spread, f"optim.micro_batch={BATCH // size}", "precision=bf16"]
     run = start(rank, size, folder, *words)
     return [step(run)[0] for _ in range(3)]
 
@@ -209,7 +196,7 @@ def fused(rank: int, size: int, folder: Path) -> tuple[list[float], list[float]]
     """Losses with torch's loop over parameters, and with its fused step, which GPUs take."""
     found = []
     for fuse in (False, True):
-        run = start(rank, size, folder / str(fuse), *MODELS["dropless"], *WAYS[2]["ep"], "optim.micro_batch=8")
+        run = start(rank, size, folder / str(fuse), *MODELS["dropless"], *EP.split(), "optim.micro_batch=8")
         for group in run.engine.optimizer.param_groups:
             group["fused"] = fuse
         found.append([step(run)[0] for _ in range(3)])

@@ -30,10 +30,10 @@ from gpt.resume import save
 from gpt.run import Run
 from gpt.run_folder import RunFolder
 from gpt.step import queue_step
-from gpt.topology import Topology, topology
+from gpt.topology import Topology
 from tests.distributed import run_distributed
 from tests.model.small import LLAMA, random_tokens, small
-from tests.parallel.learning import BATCH, TINY, assert_same, learn, start, step
+from tests.parallel.learning import BATCH, TINY, Case, assert_all_same, learn, start, start_case, step
 
 PADDED = ["model.vocab_size=259", "model.vocab_multiple=16"]
 LAYERS = {
@@ -48,24 +48,24 @@ LAYERS = {
     ],
 }
 MODELS = {name: [*words, *PADDED] for name, words in LAYERS.items()}
-TP = ["parallel=tp"]
-WHOLE = ["parallel.sequence_parallel=false", "parallel.loss_parallel=false"]
-HSDP = ["parallel=fsdp_tp", "parallel.dp_shard=1"]
-ON_TWO = [
-    *((TP, model, 4) for model in MODELS),
-    *(([*TP, *WHOLE], model, 1) for model in ("tied", "grouped queries", "experts")),
-    ([*TP, "recompute=full"], "experts", 1),
-]
-ON_FOUR = [
-    (["parallel=tp", "parallel.tp=4"], "tied", 4),
-    (TP, "grouped queries", 1),
-    *((["parallel=fsdp_tp"], model, 2) for model in ("tied", "grouped queries")),
-    (["parallel=fsdp_tp", "parallel.reshard_after_forward=false", "recompute=selective"], "parallel", 1),
-    (HSDP, "experts", 4),
-    (["parallel=ep", "parallel.ep=2", "parallel.tp=2"], "few places", 1),
-    (["parallel=fsdp_ep", "parallel.ep=2", "parallel.tp=2", "recompute=full"], "experts", 4),
-]
-Case = tuple[list[str], str, int]
+TP = "parallel=tp"
+WHOLE = "parallel.sequence_parallel=false parallel.loss_parallel=false"
+CASES = {
+    2: [
+        *(Case(TP, model) for model in MODELS),
+        *(Case(f"{TP} {WHOLE}", model, 1) for model in ("tied", "experts")),
+        Case(f"{TP} recompute=full", "experts", 1),
+    ],
+    4: [
+        Case(f"{TP} parallel.tp=4", "tied"),
+        Case(TP, "grouped queries", 1),
+        *(Case("parallel=fsdp_tp", model, 2) for model in ("tied", "grouped queries")),
+        Case("parallel=fsdp_tp parallel.reshard_after_forward=false recompute=selective", "parallel", 1),
+        Case("parallel=fsdp_tp parallel.dp_shard=1", "experts"),
+        Case("parallel=ep parallel.ep=2 parallel.tp=2", "few places", 1),
+        Case("parallel=fsdp_ep parallel.ep=2 parallel.tp=2 recompute=full", "experts"),
+    ],
+}
 
 
 def figures(run: Run) -> dict[str, Any]:
@@ -84,32 +84,20 @@ def figures_alone(rank: int, size: int, folder: Path) -> dict[str, dict[str, Any
 
 
 def figures_of(rank: int, size: int, folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
-    found = []
-    for number, (words, model, accumulation) in enumerate(cases):
-        parallel = to_schema(compose_train([*TINY, *words]), TrainConfig).parallel
-        micro = BATCH // (topology(parallel, size).data_ranks * accumulation)
-        run = start(rank, size, folder / str(number), *words, *MODELS[model], f"optim.micro_batch={micro}")
-        assert run.batch.accumulation == accumulation
-        found.append(figures(run))
-    return found if rank == 0 else []
+    return [figures(start_case(rank, size, folder / str(i), case, MODELS[case.model])) for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize(("size", "cases"), [(2, ON_TWO), (4, ON_FOUR)], ids=["2 ranks", "4 ranks"])
-def test_everything_is_as_in_one_process(
-    size: int, cases: list[Case], alone: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    found = run_distributed(figures_of, size, tmp_path / "runs", cases, timeout_s=300)[0]
-    assert len(found) == len(cases)
+@pytest.mark.parametrize("ranks", CASES)
+def test_everything_is_as_in_one_process(ranks: int, alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    cases = CASES[ranks]
+    found = run_distributed(figures_of, ranks, tmp_path / "runs", cases, timeout_s=300)[0]
+    assert_all_same(cases, found, alone)
     for case, learned in zip(cases, found, strict=True):
-        expected = alone[case[1]]
-        try:
-            assert_same(learned, expected)
-            assert learned["val"] == pytest.approx(expected["val"], rel=1e-5)
-            assert learned["std"] == pytest.approx(expected["std"], rel=1e-5)
-            assert learned["mean"] == pytest.approx(expected["mean"], abs=1e-5 * expected["std"])
-            assert learned["layers"] == pytest.approx(expected["layers"], rel=1e-5)
-        except AssertionError as error:
-            raise AssertionError(f"{case}: {error}") from error
+        expected = alone[case.model]
+        assert learned["val"] == pytest.approx(expected["val"], rel=1e-5), case
+        assert learned["std"] == pytest.approx(expected["std"], rel=1e-5), case
+        assert learned["mean"] == pytest.approx(expected["mean"], abs=1e-5 * expected["std"]), case
+        assert learned["layers"] == pytest.approx(expected["layers"], rel=1e-5), case
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +105,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return run_distributed(figures_alone, 1, tmp_path_factory.mktemp("alone") / "runs")[0]
 
 
-CROSSED = {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"], "tp": TP, "fsdp_tp": ["parallel=fsdp_tp"]}
+CROSSED = {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"], "tp": [TP], "fsdp_tp": ["parallel=fsdp_tp"]}
 UNEVEN = ["model.ffn=swiglu", "model.ffn_hidden=42", "model.n_layer=1", "optim.micro_batch=2", *PADDED]
 """Halves of 21 rows, which two ranks cut into 11 and 10."""
 
@@ -168,9 +156,9 @@ def other_ways(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
     """Losses of bf16 cut and whole; of dropout before and after a restart."""
     found = {}
     words = [*MODELS["grouped queries"], "optim.micro_batch=4"]
-    for name, more in {"bf16": [*TP, "precision=bf16"], "bf16, fsdp": ["parallel=fsdp_tp", "precision=bf16"]}.items():
+    for name, more in {"bf16": [TP, "precision=bf16"], "bf16, fsdp": ["parallel=fsdp_tp", "precision=bf16"]}.items():
         found[name] = [step(run)[0] for run in [start(rank, size, folder / name, *words, *more)] for _ in range(5)]
-    words = [*words, *TP, "model.dropout=0.3"]
+    words = [*words, TP, "model.dropout=0.3"]
     run = start(rank, size, folder / "dropout", *words)
     step(run)
     save(run, lambda: True)
@@ -285,7 +273,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("words", "found"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
 def test_what_cannot_be_cut_is_refused_with_what_can(words: list[str], found: str) -> None:
-    typed = [*TINY, *TP, *words]
+    typed = [*TINY, TP, *words]
     with pytest.raises(ConfigError) as refusal:
         lay_out(to_schema(compose_train(typed), TrainConfig), 4)
     assert found in refusal.value.found
