@@ -9,22 +9,22 @@ from collections.abc import Sequence
 
 import torch
 
-from gpt.config import ParallelConfig, TrainConfig
+from gpt.config import TrainConfig
 from gpt.errors import ConfigError
 from gpt.parallel.world import World
 from gpt.planning.machine import Machine, Stated, cpus, free_memory, gpus
-from gpt.planning.settle import settle
+from gpt.planning.settle import Settled, settle
 from gpt.planning.text import table
 from gpt.run_folder import RunFolder
 
 
-def settle_here(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelConfig:
+def settle_here(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> Settled:
     """How the model is spread, chosen for the device of this rank where the command leaves it open."""
     settled = settle(config, overrides, folder, world.size, lambda: machine_of(config, world))
     if settled.why:
-        lines = table([choice.as_dict() for choice in settled.best])
+        lines = [*table([choice.as_dict() for choice in settled.best]), *settled.left_out]
         print("\n".join([f"parallel.strategy=auto: {settled.why}", *(f"  {line}" for line in lines)]), flush=True)
-    return settled.parallel
+    return settled
 
 
 def machine_of(config: TrainConfig, world: World) -> Machine:
@@ -36,7 +36,8 @@ def machine_of(config: TrainConfig, world: World) -> Machine:
     if world.device.type != "cuda":
         return cpus(free_memory() // world.local_size, world.local_size, Stated())
     seen = torch.cuda.get_device_properties(world.device)
-    found = gpus(seen.name, config.precision, world.local_size, Stated(memory=seen.total_memory))
+    stated = Stated(memory=seen.total_memory, host_memory=free_memory() // world.local_size)
+    found = gpus(seen.name, config.precision, world.local_size, stated)
     if found is None:
         raise ConfigError(
             f"parallel.strategy=auto on a {seen.name} in precision={config.precision.name}, whose peak is not known",

@@ -111,9 +111,16 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
     return to_schema(loaded, schema)
 
 
-def set_parallel(config: DictConfig, values: Mapping[str, Any]) -> None:
-    """Put how a run is spread, every key of ``parallel``, into its composed config, which may have left it open."""
+def read_overrides(folder: RunFolder) -> list[str]:
+    """What was typed to get the run of a folder."""
+    return [str(word) for word in OmegaConf.load(folder.overrides)] if folder.overrides.is_file() else []
+
+
+def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
+    """Put how a run is spread, every key of ``parallel``, and how large its passes are into its composed config, which
+    may have left it open."""
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
+    config.optim.micro_batch = micro_batch
 
 
 def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]) -> None:
@@ -143,7 +150,7 @@ def glob_escape(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-EXECUTION = ("parallel", "device", "compile", "compile_dynamic", "recompute", "deterministic")
+EXECUTION = ("parallel", "optim.micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic")
 RESUMABLE = (
     "output_dir",
     "name",

@@ -10,7 +10,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from gpt.batch import Batch, cut
 from gpt.checkpoint import CheckpointStore
 from gpt.code import changed_since, code_state, describe_code, refuse_change
 from gpt.composition import lay_out
-from gpt.config import ParallelConfig, Strategy, TrainConfig
+from gpt.config import Strategy, TrainConfig
 from gpt.data.corpus import check_fit, describe, described, prepare
 from gpt.data.loader import Samples
 from gpt.data.prepared import Tokens
@@ -35,6 +35,7 @@ from gpt.metrics.panel import show
 from gpt.parallel.deepspeed.config import ds_config
 from gpt.parallel.engine import Engine
 from gpt.parallel.world import World
+from gpt.planning.settle import Settled
 from gpt.pulse import Phase, Pulse
 from gpt.run_folder import RunFolder, write_json
 from gpt.topology import Topology
@@ -71,19 +72,21 @@ def parse_request(argv: Sequence[str]) -> Request:
 def agree_on_folder(request: Request, world: World) -> RunFolder:
     """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
 
-    def choose() -> tuple[RunFolder, ParallelConfig]:
+    def choose() -> tuple[RunFolder, Settled]:
         assert request.composed is not None
         folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
-        config = replace(request.config, parallel=settle_here(request.config, request.overrides, folder, world))
+        settled = settle_here(request.config, request.overrides, folder, world)
+        config = settled.apply(request.config)
         refuse_what_cannot_run(config, world.size)
         compose.refuse_other_run(folder, config)
-        compose.set_parallel(request.composed, vars(config.parallel))
+        compose.settle_parallel(request.composed, vars(settled.parallel), settled.micro_batch)
         compose.write_config(folder, request.composed, request.overrides)
-        return folder, config.parallel
+        return folder, settled
 
     if request.folder is not None:
         return request.folder
-    folder, request.config.parallel = world.on_first(choose)
+    folder, settled = world.on_first(choose)
+    request.config.parallel, request.config.optim.micro_batch = settled.parallel, settled.micro_batch
     return folder
 
 

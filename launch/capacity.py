@@ -23,6 +23,7 @@ def refuse_what_does_not_fit(config: Config, needed: Memory, kind: ClusterKind) 
         refuse_local_spares(config)
         refuse_too_few_gpus(config, local_gpus())
     refuse_too_little_memory(config, needed, kind)
+    refuse_too_little_host(config, needed, kind)
 
 
 def refuse_local_spares(config: Config) -> None:
@@ -88,6 +89,18 @@ def refuse_too_little_memory(config: Config, needed: Memory, kind: ClusterKind) 
         )
 
 
+def refuse_too_little_host(config: Config, needed: Memory, kind: ClusterKind) -> None:
+    """Raise ConfigError where what GPUs leave to the memory of their node is more than that has, as far as is known."""
+    have = host_memory(config, kind)
+    if on_cpus(config, kind) or have is None or needed.host <= have:
+        return
+    raise ConfigError(
+        f"offload of {needed.host / GIB:.2f} GiB for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
+        "a node that holds what its GPUs leave to it",
+        "more nodes, no offload, or cluster.mem_gb=N where the nodes have more",
+    )
+
+
 def on_cpus(config: Config, kind: ClusterKind) -> bool:
     """Whether the ranks will compute on CPUs, as far as can be told from here."""
     if config.device is not Device.auto:
@@ -126,6 +139,7 @@ def machine_of(config: Config, kind: ClusterKind) -> Machine:
         between_gb_per_s=links.between_gb_per_s,
         inside_latency_s=links.inside_us / 1e6,
         between_latency_s=links.between_us / 1e6,
+        host_memory=host_memory(config, kind),
     )
     if on_cpus(config, kind):
         return cpus(cpu_memory(config, kind), config.ranks_on_node, stated)
@@ -141,17 +155,23 @@ def machine_of(config: Config, kind: ClusterKind) -> Machine:
     return found if name else replace(found, device="a GPU")
 
 
-def cpu_memory(config: Config, kind: ClusterKind) -> int:
-    """Bytes that one rank on CPUs may have."""
+def host_memory(config: Config, kind: ClusterKind) -> int | None:
+    """Bytes of a node's memory that one rank may have; None where nobody said."""
     if kind is ClusterKind.local:
         return free_memory() // config.world_size
-    if config.cluster.mem_gb is None:
+    return None if config.cluster.mem_gb is None else int(config.cluster.mem_gb * GIGA) // config.ranks_on_node
+
+
+def cpu_memory(config: Config, kind: ClusterKind) -> int:
+    """Bytes that one rank on CPUs may have."""
+    found = host_memory(config, kind)
+    if found is None:
         raise ConfigError(
             "parallel.strategy=auto on nodes of unknown memory",
             "cluster.mem_gb, the memory of a node; or, on GPUs, cluster.gpu_name",
             "cluster.mem_gb=64",
         )
-    return int(config.cluster.mem_gb * GIGA) // config.ranks_on_node
+    return found
 
 
 def local_gpu_name() -> str | None:

@@ -60,6 +60,8 @@ class Plan:
     memory_bytes: dict[str, int]
     parallel: dict[str, Any]
     """How the model is spread, every key, as the run folder's config has it: also where the command left it open."""
+    micro_batch_limit: int
+    """``optim.micro_batch`` there: smaller than typed where the layout was left open, and none fits otherwise."""
     data: str
     timeout_min: int
     node_hours: float
@@ -81,6 +83,8 @@ class Plan:
     """Why it is spread so, where the command left that open."""
     choices: tuple[dict[str, Any], ...] = ()
     """The best layouts there were, the chosen one first, each with what an estimate says of it."""
+    left_out: tuple[str, ...] = ()
+    """Why not another, and what it took to fit, in words."""
 
     @property
     def nodes_asked(self) -> int:
@@ -94,7 +98,7 @@ class Plan:
     @classmethod
     def from_dict(cls, known: dict[str, Any]) -> Plan:
         """Read back what ``plan.json`` holds."""
-        tuples = {key: tuple(known[key]) for key in ("command_run_dirs", "warnings", "choices")}
+        tuples = {key: tuple(known[key]) for key in ("command_run_dirs", "warnings", "choices", "left_out")}
         return cls(**{**known, **tuples, "placement": Placement.from_dict(known["placement"])})
 
     def at(self, index: int) -> Plan:
@@ -120,7 +124,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     compose.refuse_other_run(folder, config)
     check_init_from(config, folder)
     settled = settle(config, overrides, folder, config.world_size, lambda: machine_of(config, kind))
-    config = replace(config, parallel=settled.parallel)
+    config = settled.apply(config)
     layout = lay_out(config, config.world_size)
     batch = cut_batch(config, layout)
     corpus = describe(config.data, config.data_cache)
@@ -136,6 +140,8 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         parallel=plain_values(config.parallel),
         chosen=settled.why,
         choices=tuple(choice.as_dict() for choice in settled.best),
+        left_out=settled.left_out,
+        micro_batch_limit=settled.micro_batch,
         data=str(corpus),
         code=None if code is None else str(code),
         **of_model(config),
@@ -213,6 +219,6 @@ def cut_batch(config: Config, layout: Topology) -> Batch:
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Make the run folder: the config, in which nothing is left open, what was typed, and the plan."""
     folder = RunFolder(plan.run_dir)
-    compose.set_parallel(composed, plan.parallel)
+    compose.settle_parallel(composed, plan.parallel, plan.micro_batch_limit)
     compose.write_config(folder, composed, overrides)
     write_json(folder.plan, plan.as_dict())

@@ -35,7 +35,7 @@ def plan_text(plan: Plan) -> str:
     rows |= {"code": plan.code} if plan.code else {}
     rows |= {"chosen": plan.chosen} if plan.chosen else {}
     lines = [f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())]
-    lines += [f"  {'':<11} {line}" for line in table(plan.choices)]
+    lines += [f"  {'':<11} {line}" for line in (*table(plan.choices), *plan.left_out)]
     lines += [f"  {'warning':<11} {warning}" for warning in plan.warnings]
     return "\n".join([*lines, *placement.text(plan.placement)])
 

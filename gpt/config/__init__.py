@@ -29,7 +29,7 @@ from gpt.config.data import (
 from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
-from gpt.config.parallel import CpMethod, ParallelConfig, Schedule, Strategy
+from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
 from gpt.config.train import CompileMode, Device, Precision, Recompute, TrainConfig
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "CpMethod",
     "DataConfig",
     "Device",
+    "EngineKind",
     "EvalConfig",
     "ExpertBalance",
     "ExpertMatmul",

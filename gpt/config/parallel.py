@@ -28,6 +28,13 @@ class Strategy(Enum):
     """Chosen by the planner (gpt/planning), which puts one of the others in its place before a run folder is made."""
 
 
+class EngineKind(Enum):
+    """Whose strategies ``auto`` chooses from: those of torch (``ddp``, ``zero1``, ``fsdp``), or DeepSpeed's stages."""
+
+    native = "native"
+    deepspeed = "deepspeed"
+
+
 Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
 """In which order the stages of a pipeline work on the micro-batches: ``gpipe`` (all forward passes, then all backward
 ones; arXiv 1811.06965), ``1f1b`` (in turn, which keeps fewer activations; arXiv 2006.09503), ``interleaved`` (1F1B with
@@ -52,6 +59,8 @@ class ParallelConfig:
     """How the model is spread over the ranks. Nothing here changes the loss curve."""
 
     strategy: Strategy = MISSING
+    engine: Optional[EngineKind] = None
+    """With ``strategy=auto``: what to choose from; null is native. Beside another strategy it has to be its own."""
     dp_shard: Optional[int] = None
     """fsdp only: ranks that share one copy of the model; null shares it among all. With fewer there are several copies,
     whose gradients are averaged (HSDP): the gathering stays inside a node where this is the number of its GPUs."""
@@ -98,11 +107,12 @@ class ParallelConfig:
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range, or belongs to another strategy."""
+        check_engine(self)
         check_zero(self)
         for key in ("tp", "pp", "cp", "ep", "timeout_s"):
             require_positive(f"parallel.{key}", getattr(self, key))
         self._check_stages()
-        if self.cpu_offload and self.strategy is not Strategy.fsdp:
+        if self.cpu_offload and self.strategy not in (Strategy.fsdp, Strategy.auto):
             raise ConfigError(
                 f"parallel.cpu_offload=true with parallel.strategy={self.strategy.name}",
                 "a strategy that gathers the model part by part as it computes",
@@ -133,22 +143,39 @@ class ParallelConfig:
         )
 
 
+def check_engine(parallel: ParallelConfig) -> None:
+    """Raise ConfigError where the engine is not that of the strategy."""
+    if parallel.engine is None or parallel.strategy is Strategy.auto:
+        return
+    own = EngineKind.deepspeed if parallel.strategy is Strategy.deepspeed else EngineKind.native
+    if parallel.engine is not own:
+        raise ConfigError(
+            f"parallel.engine={parallel.engine.name} with parallel.strategy={parallel.strategy.name}",
+            f"parallel.engine={own.name}, or a strategy that is left open",
+            f"parallel=auto parallel.engine={parallel.engine.name}, or no parallel.engine",
+        )
+
+
 def check_zero(parallel: ParallelConfig) -> None:
     """Raise ConfigError where the keys of DeepSpeed do not go together, or with the strategy."""
     stage, keys = parallel.zero_stage, ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
-    if parallel.strategy is not Strategy.deepspeed:
+    left_open = parallel.strategy is Strategy.auto
+    if parallel.strategy is not Strategy.deepspeed and not (left_open and parallel.engine is EngineKind.deepspeed):
         for key in keys:
             value = getattr(parallel, key)
             if value not in (None, False):
                 raise ConfigError(
                     f"parallel.{key}={value} with parallel.strategy={parallel.strategy.name}",
-                    "parallel.strategy=deepspeed, whose key it is",
-                    f"parallel=zero{value if value in (2, 3) else 2}, or no parallel.{key}",
+                    "DeepSpeed, whose key it is",
+                    f"parallel={'auto parallel.engine=deepspeed' if left_open else zero_preset(value)}, "
+                    f"or no parallel.{key}",
                 )
+        return
+    if left_open and stage is None:
         return
     if stage not in (0, 1, 2, 3):
         raise ConfigError(
-            f"parallel.zero_stage={'null' if stage is None else stage} with parallel.strategy=deepspeed",
+            f"parallel.zero_stage={'null' if stage is None else stage} with parallel.strategy={parallel.strategy.name}",
             "0, 1, 2 or 3",
             "parallel.zero_stage=2",
         )
@@ -159,3 +186,8 @@ def check_zero(parallel: ParallelConfig) -> None:
                 f"at least parallel.zero_stage={least}: only what is sharded can be kept elsewhere",
                 f"parallel.zero_stage={least}, or parallel.{key}=false",
             )
+
+
+def zero_preset(value: object) -> str:
+    """The preset for somebody who typed this value for a key of DeepSpeed."""
+    return f"zero{value if value in (2, 3) else 2}"

@@ -1,22 +1,24 @@
 """The choice of a way to spread a model: of those that fit, the one that an estimate says is fastest.
 
-Owns the order, and what is said where nothing fits.
+Owns the order. gpt/planning/fitting.py knows what fits, gpt/planning/left_out.py what to say of the others, and
+gpt/planning/refusals.py what to say where there is no choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from gpt.accounting.memory import GIB, Memory, per_rank
-from gpt.batch import cut
-from gpt.compose import plain
-from gpt.composition import lay_out
-from gpt.config import ParallelConfig, Recompute, Strategy, TrainConfig
-from gpt.errors import ConfigError
-from gpt.planning.candidates import Candidate, candidates
+from gpt.accounting.memory import Memory
+from gpt.batch import Batch
+from gpt.config import ParallelConfig, TrainConfig
+from gpt.planning.candidates import Candidate
 from gpt.planning.cost import Estimate, estimate
+from gpt.planning.fitting import Freedom, Sized, Sizes, sizes, with_passes
+from gpt.planning.left_out import left_out
 from gpt.planning.machine import Machine
+from gpt.planning.refusals import impossible, too_large
+from gpt.planning.text import describe
 from gpt.topology import Topology
 
 NO_DIFFERENCE = 1.03
@@ -29,6 +31,9 @@ class Choice:
 
     parallel: ParallelConfig
     layout: Topology
+    batch: Batch
+    micro_batch: int
+    """``optim.micro_batch``: as it was typed, or smaller where nothing fits otherwise."""
     memory: Memory
     estimate: Estimate
 
@@ -37,7 +42,10 @@ class Choice:
         found = self.estimate
         return {
             "layout": describe(self.parallel, self.layout),
+            "micro_batch": self.batch.micro,
+            "accumulation": self.batch.accumulation,
             "memory_bytes": self.memory.total,
+            "host_bytes": self.memory.host,
             "step_s": found.step_s,
             "tokens_per_s": found.tokens_per_s,
             "compute_s": found.compute_s,
@@ -46,18 +54,18 @@ class Choice:
         }
 
 
-def describe(parallel: ParallelConfig, layout: Topology) -> str:
-    """The layout in words, with what its grid does not say."""
-    words = [str(layout)]
-    if layout.pp > 1:
-        words.append(parallel.schedule.name)
-    if layout.is_sharded and not parallel.reshard_after_forward:
-        words.append("reshard_after_forward=false")
-    return " ".join(words)
+@dataclass(frozen=True)
+class Chosen:
+    """What there was to choose from."""
+
+    choices: tuple[Choice, ...]
+    """The layouts that fit, best first."""
+    left_out: tuple[str, ...]
+    """Of the others, and of what it took to fit, in words: a line each."""
 
 
-def choose(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> list[Choice]:
-    """The layouts that fit, best first.
+def choose(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> Chosen:
+    """The layouts that fit, best first: as typed, or where nothing does with more freedom.
 
     Args:
         config: of the run, with ``parallel.strategy=auto``.
@@ -68,25 +76,29 @@ def choose(config: TrainConfig, world_size: int, machine: Machine, fixed: Collec
     Raises:
         ConfigError: none is possible, or none fits.
     """
-    possible = list(candidates(config, world_size, machine.ranks_per_node, fixed))
-    if not possible:
+    tried: list[Sizes] = []
+    for found in sizes(config, world_size, machine, fixed):
+        tried.append(found)
+        if found.fitting:
+            pairs = [(one.candidate, choice(config, found.freedom, one, machine)) for one in found.fitting]
+            return Chosen(in_order(pairs), tuple(left_out(config, world_size, machine, fixed, tried)))
+    if all(not found.too_large for found in tried):
         raise impossible(config, world_size, fixed)
-    sizes = [(one, per_rank(replace(config, parallel=one.parallel), one.layout, one.batch)) for one in possible]
-    fitting = [(one, memory) for one, memory in sizes if memory.total <= machine.room]
-    if not fitting:
-        least = min(sizes, key=lambda pair: pair[1].total)
-        raise too_large(config, world_size, machine, fixed, *least)
-    return in_order([(one, choice(config, one, memory, machine)) for one, memory in fitting])
+    raise too_large(config, world_size, machine, fixed, tried)
 
 
-def choice(config: TrainConfig, one: Candidate, memory: Memory, machine: Machine) -> Choice:
-    """What is expected of a candidate."""
-    chosen = replace(config, parallel=one.parallel)
-    return Choice(one.parallel, one.layout, memory, estimate(chosen, one.layout, one.batch, machine))
+def choice(config: TrainConfig, freedom: Freedom, sized: Sized, machine: Machine) -> Choice:
+    """What is expected of a candidate that fits with some freedom."""
+    one = sized.candidate
+    micro_batch = one.batch.micro if freedom.smaller_passes else config.optim.micro_batch
+    chosen = replace(with_passes(config, micro_batch), parallel=one.parallel)
+    expected = estimate(chosen, one.layout, one.batch, machine)
+    return Choice(one.parallel, one.layout, one.batch, micro_batch, sized.memory, expected)
 
 
-def in_order(found: Sequence[tuple[Candidate, Choice]]) -> list[Choice]:
-    """Fastest first; but of those that are hardly slower than the fastest, plainest first."""
+def in_order(found: Sequence[tuple[Candidate, Choice]]) -> tuple[Choice, ...]:
+    """Fastest first; but of those that are hardly slower than the fastest, plainest first. Each layout once, with the
+    passes that are best for it."""
     limit = NO_DIFFERENCE * min(choice.estimate.step_s for _, choice in found)
 
     def key(pair: tuple[Candidate, Choice]) -> tuple[object, ...]:
@@ -94,53 +106,6 @@ def in_order(found: Sequence[tuple[Candidate, Choice]]) -> list[Choice]:
         step_s = choice.estimate.step_s
         return (step_s > limit, *((step_s,) if step_s > limit else ()), one.plainness, step_s, str(choice))
 
-    return [choice for _, choice in sorted(found, key=key)]
-
-
-def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
-    """The refusal where nothing can be laid out: that of the plainest layout."""
-    given = config.parallel
-    kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted(fixed))
-    try:
-        plainest = replace(given, strategy=Strategy.ddp)
-        cut(config.optim, lay_out(replace(config, parallel=plainest), world_size).data_ranks)
-    except ConfigError as error:
-        return error
-    return ConfigError(
-        f"parallel.strategy=auto {kept} on {world_size} ranks: no layout is possible",
-        "fewer keys of parallel that are given",
-        "parallel=auto",
-    )
-
-
-def too_large(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], least: Candidate, memory: Memory
-) -> ConfigError:
-    """The refusal where nothing fits, with the first of the usual remedies that would help."""
-    fix = next(remedies(config, world_size, machine, fixed), "a smaller model, or a smaller model.block_size")
-    return ConfigError(
-        f"parallel.strategy=auto on {world_size} ranks: the layout that needs least, "
-        f"{describe(least.parallel, least.layout)}, needs {memory.total_gib:.2f} GiB on each",
-        f"at most {machine.room / GIB:.2f} GiB, the part of {machine.device} that tensors may take",
-        fix,
-    )
-
-
-def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> Iterator[str]:
-    """What to type for a run that fits, the least change first."""
-    changes: list[tuple[str, TrainConfig]] = []
-    if config.recompute is Recompute.none:
-        changes.append(("recompute=selective", replace(config, recompute=Recompute.selective)))
-    if config.recompute is not Recompute.full:
-        changes.append(("recompute=full", replace(config, recompute=Recompute.full)))
-    small = replace(config, optim=replace(config.optim, micro_batch=1), recompute=Recompute.full)
-    changes.append(("recompute=full optim.micro_batch=1", small))
-    nodes = -(-world_size // machine.ranks_per_node)
-    for times in (1, 2, 4, 8, 16, 32, 64):
-        for words, changed in changes if times == 1 else [("", config), *changes]:
-            ranks = times * world_size
-            if any(
-                per_rank(replace(changed, parallel=one.parallel), one.layout, one.batch).total <= machine.room
-                for one in candidates(changed, ranks, machine.ranks_per_node, fixed)
-            ):
-                yield " ".join([*([f"nodes={times * nodes}"] if times > 1 else []), *([words] if words else [])])
+    ordered = [choice for _, choice in sorted(found, key=key)]
+    first = {str(choice.parallel): choice for choice in reversed(ordered)}
+    return tuple(choice for choice in ordered if first[str(choice.parallel)] is choice)

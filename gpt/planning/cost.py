@@ -14,12 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpt.accounting.flops import Flops, recomputed_flops_per_token, training_flops_per_token
-from gpt.accounting.memory import pieces
+from gpt.accounting.memory import Pieces, pieces
 from gpt.batch import Batch
-from gpt.config import AttentionBackend, TrainConfig
-from gpt.planning.data_traffic import data_s
+from gpt.config import AttentionBackend, Strategy, TrainConfig
+from gpt.planning.data_traffic import data_group, data_s
+from gpt.planning.host_traffic import host_s, keeps_on_host
 from gpt.planning.layer_traffic import layers_s, send_s
 from gpt.planning.machine import Machine
+from gpt.planning.zero_traffic import zero_s
 from gpt.stages import Part, bubble_fraction, local_stages, parts_of
 from gpt.topology import Topology
 
@@ -33,7 +35,7 @@ class Estimate:
     idle_s: float
     """That a rank of a pipeline waits for the first and the last micro-batches."""
     communication_s: dict[str, float]
-    """By dimension, what is not hidden behind computing."""
+    """By dimension, and ``host`` for copies to and from the host; what is not hidden behind computing."""
     tokens: int
     """Of a step."""
 
@@ -65,12 +67,26 @@ def estimate_rank(config: TrainConfig, layout: Topology, batch: Batch, machine: 
     inside = {name: batch.accumulation * seconds for name, seconds in each_pass.items()}
     busy_s = batch.accumulation * compute_s + sum(inside.values())
     idle = idle_share(config, layout, batch)
+    after = between_passes_s(config, layout, batch, held, machine, compute_s)
     return Estimate(
         compute_s=batch.accumulation * compute_s,
         idle_s=busy_s * idle / (1 - idle),
-        communication_s={"dp": data_s(config, layout, batch, held, machine, compute_s), **inside},
+        communication_s={**after, **inside},
         tokens=batch.global_batch * config.model.block_size,
     )
+
+
+def between_passes_s(
+    config: TrainConfig, layout: Topology, batch: Batch, held: Pieces, machine: Machine, compute_s: float
+) -> dict[str, float]:
+    """Seconds of a step that a rank waits for gradients and parameters, of the other data ranks and of its host."""
+    if config.parallel.strategy is Strategy.deepspeed:
+        waits = {"dp": zero_s(config, batch, held, data_group(layout, machine), compute_s)}
+    else:
+        waits = {"dp": data_s(config, layout, batch, held, machine, compute_s)}
+    if machine.host is not None and keeps_on_host(config.parallel):
+        waits["host"] = host_s(config, layout, batch, held, machine.host, compute_s)
+    return waits
 
 
 def idle_share(config: TrainConfig, layout: Topology, batch: Batch) -> float:

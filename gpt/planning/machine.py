@@ -22,7 +22,9 @@ takes some 30 us in fourteen of them."""
 NETWORK_GB_PER_S = 12.5
 """What a node of unknown make sends to others: 100 Gbit/s."""
 PCIE_GB_PER_S = 32.0
-"""What a GPU of unknown make sends to others of its node: 16 lanes of PCIe 4."""
+"""What a GPU of unknown make sends to others of its node, and any to the host: 16 lanes of PCIe 4."""
+HOST_GB_PER_S = 100.0
+"""What the CPUs of a node read and write its memory with: half of the 205 that eight channels of DDR4-3200 have."""
 CPU_FLOPS_PER_S, CPU_LINK_GB_PER_S = 60e9, 1.0
 """One thread in fp32, as benchmarks/README.md has it, and gloo through the loopback device or 10 Gbit/s."""
 
@@ -33,6 +35,18 @@ class Link:
 
     latency_s: float
     bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Host:
+    """The memory of a node beside that of its devices, as far as one rank has it."""
+
+    link_bytes_per_s: float
+    """Between it and a device, in one direction."""
+    bytes_per_s: float
+    """That the CPUs of a rank read and write it with."""
+    room: int | None
+    """Bytes for the tensors of one rank; None where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,8 @@ class Machine:
     """From a rank to one of its own node."""
     between: Link
     """From a rank to one of another node, while all of its node send."""
+    host: Host | None = None
+    """None where the devices are the CPUs themselves."""
 
     def __str__(self) -> str:
         inside, between = self.inside.bytes_per_s / GIGA, self.between.bytes_per_s / GIGA
@@ -67,6 +83,8 @@ class Stated:
     """Bytes of one device."""
     peak_tflops: float | None = None
     """Of one device, dense, in the precision of the run."""
+    host_memory: int | None = None
+    """Of a node, as far as one rank may have it."""
     attainable: float = ATTAINABLE
     inside_gb_per_s: float | None = None
     """From one device to the others of its node."""
@@ -93,7 +111,9 @@ def gpus(name: str, precision: Precision, ranks_per_node: int, stated: Stated) -
     inside = PCIE_GB_PER_S if known is None else known.link_gb_per_s
     network = (known and known.network_gb_per_s) or NETWORK_GB_PER_S / ranks_per_node
     rates = links(stated, ranks_per_node, inside, network)
-    return Machine(name, peak * stated.attainable, int(ROOM * memory), ranks_per_node, *rates)
+    room = None if stated.host_memory is None else int(ROOM * stated.host_memory)
+    host = Host(PCIE_GB_PER_S * GIGA, HOST_GB_PER_S * GIGA / ranks_per_node, room)
+    return Machine(name, peak * stated.attainable, int(ROOM * memory), ranks_per_node, *rates, host)
 
 
 def cpus(memory: int, ranks_per_node: int, stated: Stated) -> Machine:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from gpt.batch import cut
-from gpt.compose import read_config
+from gpt.compose import read_config, read_overrides
 from gpt.composition import lay_out
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.errors import ConfigError
 from gpt.planning.choice import Choice, choose
+from gpt.planning.fitting import with_passes
 from gpt.planning.machine import Machine
 from gpt.run_folder import RunFolder
 
+Config = TypeVar("Config", bound=TrainConfig)
 SHOWN = 5
+MICRO_BATCH = "optim.micro_batch"
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,18 @@ class Settled:
     """How a run is spread, and why so."""
 
     parallel: ParallelConfig
+    micro_batch: int
+    """``optim.micro_batch``: as it was typed, or smaller where nothing fits otherwise."""
     best: tuple[Choice, ...] = ()
     """The first of the layouts there were to choose from, where there was a choice."""
     why: str = ""
     """In words; empty where nobody had to choose."""
+    left_out: tuple[str, ...] = ()
+    """Why not another, and what it took to fit, in words: a line each."""
+
+    def apply(self, config: Config) -> Config:
+        """The config with nothing left open."""
+        return replace(with_passes(config, self.micro_batch), parallel=self.parallel)
 
 
 def settle(
@@ -52,15 +64,18 @@ def settle(
         ConfigError: nothing is possible, or nothing fits.
     """
     if config.parallel.strategy is not Strategy.auto:
-        return Settled(config.parallel)
+        return Settled(config.parallel, config.optim.micro_batch)
     fixed = typed_keys(overrides)
-    earlier = earlier_choice(config, fixed, folder, world_size)
+    earlier = earlier_choice(config, overrides, fixed, folder, world_size)
     if earlier is not None:
-        return Settled(earlier, why="as this run began; fresh=true chooses anew")
+        return earlier
     seen = machine()
     found = choose(config, world_size, seen, fixed)
-    why = f"1 of {len(found)} layouts that fit, by an estimate that ranks them on {seen}"
-    return Settled(found[0].parallel, tuple(found[:SHOWN]), why)
+    first, number = found.choices[0], len(found.choices)
+    why = f"1 of {number} layouts that fit, by an estimate that ranks them on {seen}"
+    if first.micro_batch != config.optim.micro_batch:
+        why = f"optim.micro_batch={first.micro_batch} instead of {config.optim.micro_batch}, and {why}"
+    return Settled(first.parallel, first.micro_batch, found.choices[:SHOWN], why, found.left_out)
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
@@ -70,18 +85,29 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
 
 
 def earlier_choice(
-    config: TrainConfig, fixed: Collection[str], folder: RunFolder, world_size: int
-) -> ParallelConfig | None:
+    config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
+) -> Settled | None:
     """How the run of this folder is spread, where that goes on this number of ranks and nothing else was typed."""
     if not folder.config.is_file():
         return None
-    earlier = replace(read_config(folder, TrainConfig).parallel, timeout_s=config.parallel.timeout_s)
+    before = read_config(folder, TrainConfig)
+    earlier = replace(before.parallel, timeout_s=config.parallel.timeout_s)
     if earlier.strategy is Strategy.auto:  # written by a launcher of another kind, before anybody chose
         return None
     if any(getattr(earlier, key) != getattr(config.parallel, key) for key in fixed):
         return None
+    if last_word(overrides, MICRO_BATCH) != last_word(read_overrides(folder), MICRO_BATCH):
+        return None
+    settled = Settled(earlier, before.optim.micro_batch, why="as this run began; fresh=true chooses anew")
+    chosen = settled.apply(config)
     try:
-        cut(config.optim, lay_out(replace(config, parallel=earlier), world_size).data_ranks)
+        cut(chosen.optim, lay_out(chosen, world_size).data_ranks)
     except ConfigError:
         return None
-    return earlier
+    return settled
+
+
+def last_word(overrides: Sequence[str], key: str) -> str | None:
+    """What was typed for a key."""
+    values = [word.split("=", 1)[1] for word in overrides if word.lstrip("+").startswith(f"{key}=")]
+    return values[-1] if values else None

@@ -61,6 +61,30 @@ def test_the_point_is_named_by_what_was_typed_and_the_folder_holds_what_was_chos
     assert plan_of(*words, "fresh=true").choices
 
 
+def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> None:
+    small = [*BIG, "parallel=auto", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "cluster.gpu_memory_gib=14"]
+    words = [*GPUS, *small, "optim.micro_batch=4", f"output_dir={tmp_path}"]
+    composed = compose_launch(words)
+    plan = make_plan(to_schema(composed, Config), words, ClusterKind.slurm)
+    assert plan.micro_batch == plan.micro_batch_limit < 4
+    assert plan.micro_batch * plan.accumulation * plan.topology["dp_shard"] * plan.topology["dp_replicate"] == 64
+    text = plan_text(plan)
+    assert f"optim.micro_batch={plan.micro_batch} instead of 4" in text
+    assert "with optim.micro_batch=4 nothing fits (nearest: " in text and "not considered: DeepSpeed's stages" in text
+    write_run(plan, composed, words)
+    assert yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["micro_batch"] == plan.micro_batch
+    again = plan_of(*words, "cluster.gpu_memory_gib=80")
+    assert (again.run_dir, again.micro_batch, again.parallel) == (plan.run_dir, plan.micro_batch, plan.parallel)
+
+
+def test_a_node_too_small_for_what_is_offloaded_is_refused() -> None:
+    words = [*GPUS, *BIG, "parallel=fsdp_offload"]
+    needed = plan_of(*words).memory_bytes["host"] * 8 / 1e9
+    assert plan_of(*words, f"cluster.mem_gb={1.1 * needed:.0f}").memory_bytes["host"]
+    with pytest.raises(ConfigError, match="of a node's memory"):
+        plan_of(*words, f"cluster.mem_gb={0.9 * needed:.0f}")
+
+
 def test_links_that_are_stated_count() -> None:
     words = [*GPUS, *BIG, "parallel=auto"]
     slow = plan_of(*words, "cluster.links.between_gb_per_s=1")

@@ -25,7 +25,7 @@ from gpt.config import (
 )
 from gpt.planning.collectives import Group, group, strided
 from gpt.planning.cost import Estimate, estimate
-from gpt.planning.machine import Link, Machine, Stated, cpus, gpus
+from gpt.planning.machine import Host, Link, Machine, Stated, cpus, gpus
 from gpt.topology import Topology, topology
 from tests.model.small import LLAMA, MOE, small
 
@@ -126,6 +126,41 @@ def test_tensor_parallelism_by_hand() -> None:
     assert cost(config_of(tp=2, sequence_parallel=False), 2).communication_s["tp"] == pytest.approx(with_stream)
     logits = cost(config_of(tp=2, loss_parallel=False), 2).communication_s["tp"] - with_stream
     assert logits == pytest.approx(1 / 2 * 4 * T * 64 / 8e9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sums", "gathers"), [(0, 2, 0), (1, 1, 1), (2, 3, 1), (3, 3, 6)], ids=lambda value: str(value)
+)
+def test_stages_of_deepspeed_by_hand(stage: int, sums: int, gathers: int) -> None:
+    # Three passes: stage 1 sums once, 2 and 3 after each; 3 gathers for both directions of each.
+    fast, each = replace(MACHINE, flops_per_s=1e30), 3 / 4 * count(MODEL).total / 8e9
+    keys = {"strategy": Strategy.deepspeed, "zero_stage": stage}
+    config = replace(config_of(3, data_ranks=4, **keys), precision=Precision.bf16)
+    found = cost(config, 4, fast).communication_s["dp"]
+    assert found == pytest.approx((4 * sums + 2 * gathers) * each)
+
+
+HOST = Host(link_bytes_per_s=1e9, bytes_per_s=5e8, room=None)
+
+
+def test_offloading_by_hand() -> None:
+    parameters, slow = count(MODEL).total, replace(MACHINE, flops_per_s=1e30, host=HOST)
+    part = 4 * BLOCK / 4 + (2 * 2048 + 32) / 4
+    keys = {"strategy": Strategy.fsdp, "cpu_offload": True}
+    stepping = part * (4 / 1e9 + 28 / 5e8)  # gradients copied; weight, gradient, moments read, all but one written
+    found = cost(config_of(3, data_ranks=4, **keys), 4, slow).communication_s
+    assert found["host"] == pytest.approx(3 * 2 * 4 * part / 1e9 + stepping)
+    kept = cost(config_of(3, data_ranks=4, reshard_after_forward=False, **keys), 4, slow).communication_s
+    assert kept["host"] == pytest.approx(3 * 4 * part / 1e9 + stepping)
+    hidden = cost(config_of(3, data_ranks=4, **keys), 4, replace(slow, flops_per_s=1e6)).communication_s
+    assert hidden["host"] == pytest.approx(stepping)
+    keys = {"strategy": Strategy.deepspeed, "zero_stage": 2, "offload_optimizer": True}
+    config = replace(config_of(3, data_ranks=4, **keys), precision=Precision.bf16)
+    shard = parameters / 4
+    assert cost(config, 4, slow).communication_s["host"] == pytest.approx(
+        shard * (3 * 4 / 1e9 + 28 / 5e8 + 2 / 1e9), rel=1e-3
+    )
+    assert "host" not in cost(config, 4).communication_s
 
 
 def test_context_parallelism_by_hand() -> None:

@@ -12,12 +12,13 @@ experts.
 
 from gpt.accounting.memory.activations import kept
 from gpt.accounting.memory.pieces import Pieces, cast_elements, elements, pieces
-from gpt.accounting.memory.rank import Memory, per_rank
+from gpt.accounting.memory.rank import BUCKET, Memory, per_rank
 from gpt.accounting.memory.states import states
 from gpt.accounting.memory.units import BF16, FP32, GIB
 
 __all__ = [
     "BF16",
+    "BUCKET",
     "FP32",
     "GIB",
     "Memory",

@@ -14,6 +14,8 @@ from gpt.config import CpMethod, Precision, Strategy, TrainConfig
 from gpt.stages import Part, parts_of
 from gpt.topology import Topology
 
+BUCKET = 500_000_000
+"""Elements of gradients that DeepSpeed reduces at once, its own default (reduce_bucket_size)."""
 LIVE = 10**9
 """Elements that stage 3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
@@ -126,12 +128,12 @@ def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int
     they are not resharded after the forward pass; one block's gradient is whole until it is reduced. Where gradients
     accumulate over several passes they are not reduced in between, so all of them are whole, in fp32. DeepSpeed's
     stage 3 gives back what it gathered only where it holds more than ``LIVE`` elements, or needs it no more; stages 1
-    and 2 compute with the parameters that they hold.
+    and 2 compute with the parameters that they hold. All three have a bucket for gradients, in fp32 at most.
     """
     bf16 = config.precision is Precision.bf16
     if config.parallel.zero_stage:
         gathered = min(held.elements, LIVE) if config.parallel.zero_stage == 3 else 0
-        return (BF16 if bf16 else FP32) * gathered
+        return (BF16 if bf16 else FP32) * gathered + FP32 * min(held.elements, BUCKET)
     if config.parallel.strategy is not Strategy.fsdp:
         return BF16 * cast_elements(held) if bf16 else 0
     block, around = elements(held.block), elements(held.around)

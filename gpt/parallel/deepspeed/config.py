@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt.accounting.memory import BUCKET
 from gpt.accounting.parameters import count
 from gpt.batch import Batch
 from gpt.config import Precision, TrainConfig
 from gpt.errors import ConfigError
 
-BUCKET = 500_000_000
-"""Elements of gradients that are reduced at once, DeepSpeed's own default."""
 AUTO = "auto"
 """What files for other trainers say where the trainer is to fill in its own value."""
 
