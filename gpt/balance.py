@@ -18,7 +18,8 @@ def balance_experts(engine: Engine, world: World) -> Tensor:
     """Move the experts' biases by the tokens of this step, over all ranks; waits for no device.
 
     Collective. Returns how uneven the tokens were, () float64: the most that any expert was chosen beyond its even
-    share, in units of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1).
+    share, in units of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices
+    all count the same tokens, so that every count is as many times too high; only their ratios matter.
     """
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)

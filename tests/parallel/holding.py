@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gpt.loss import autocast
 from gpt.run import Run
@@ -63,21 +67,32 @@ def local(tensor: Any) -> Tensor:
     return part
 
 
-def saved_bytes(run: Run) -> int:
-    """What autograd keeps of a forward pass over a micro-batch, the parameters and buffers of this rank not counted."""
-    module = run.engine.module
+class Alive(TorchDispatchMode):
+    """The storages that operations have made, for as long as anything holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if torch.is_tensor(tensor):
+                self.storages[local(tensor).untyped_storage()] = None
+        return made
+
+
+def living_bytes(run: Run) -> int:
+    """What is there after a forward pass over a micro-batch, beside parameters and buffers.
+
+    That is what its backward pass needs, whether autograd or selective recomputation keeps it, and the logits.
+    """
+    module, alive = run.engine.module, Alive()
     own = {local(t).untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = local(tensor).untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that no other one takes its address
-        return tensor
-
-    alive: list[Tensor] = []
-    tokens_BT = torch.zeros(run.batch.micro, run.config.model.block_size, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(run.config, tokens_BT.device):
-        module(run.engine.own(tokens_BT))  # type: ignore[attr-defined]  # of engines that share sequences
-    return sum(kept.values())
+    tokens_BT = torch.arange(run.config.model.block_size).repeat(run.batch.micro, 1)
+    with alive, autocast(run.config, tokens_BT.device):
+        given = run.engine.own(tokens_BT) if hasattr(run.engine, "own") else tokens_BT
+        logits_BTV = module(given)
+    assert logits_BTV.requires_grad
+    gc.collect()
+    return sum(s.nbytes() for s in alive.storages if s.data_ptr() not in own)

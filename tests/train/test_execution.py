@@ -33,7 +33,7 @@ from gpt.model.gpt import GPT
 from gpt.run_folder import RunFolder
 from gpt.topology import topology
 from tests.commands import TINY, run
-from tests.model.small import LLAMA, random_tokens, small
+from tests.model.small import LLAMA, MOE, random_tokens, small
 
 MIXTURE = LLAMA | {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2}
 
@@ -143,7 +143,11 @@ def peak_bytes(model: ModelConfig, recompute: Recompute) -> int:
 
 
 @pytest.mark.parametrize("recompute", Recompute)
-@pytest.mark.parametrize("parts", [{}, LLAMA, MANUAL], ids=["gpt2", "llama", "manual"])
+@pytest.mark.parametrize(
+    "parts",
+    [{}, LLAMA, MANUAL, {**MOE, "n_shared_expert": 1}, {**MOE, "capacity_factor": 1.25}],
+    ids=["gpt2", "llama", "manual", "experts", "capacity"],
+)
 def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, recompute: Recompute) -> None:
     model = small(**parts, n_layer=6, n_embd=64, block_size=64, vocab_size=64)
     optim = OptimConfig(max_steps=1, global_batch=3, micro_batch=3, lr=1e-3, min_lr=0.0, warmup_steps=0)

@@ -41,6 +41,8 @@ class Share:
     """Ranks that share each sequence."""
     gathers_keys: bool = False
     """With cp: each of them keeps the keys and values of all."""
+    sends_rows: bool = False
+    """Experts are on several ranks, so rows are sent to them and back."""
 
     def tokens(self, model: ModelConfig, sequences: int) -> int:
         """Of one rank, in so many sequences."""
@@ -111,13 +113,16 @@ def product_bytes(model: ModelConfig, sequences: int, width: int, share: Share) 
     written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
     attention = width * (2 * queries + 2 * keys + model.n_embd)
     attention += width * heads * model.block_size if written_out else FP32 * heads
+    if share.cp > 1 and not share.gathers_keys:  # what a ring's last rank merges: a result for each block of keys
+        attention += (share.cp - 1) * (width * queries + (0 if written_out else FP32 * heads))
     inner = -(-model.ffn_width // share.tp)
     if model.ffn is not Ffn.moe:
         return tokens * (attention + width * (up * inner + model.n_embd))
     shared = model.n_shared_expert * inner
     mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
     rows = sequences * expert_rows(model) // share.cp
-    return tokens * (attention + mixture) + rows * width * (up * inner + model.n_embd)
+    results = up * inner + (3 if share.sends_rows else 1) * model.n_embd  # and what came of either exchange
+    return tokens * (attention + mixture) + rows * width * results
 
 
 def head_widths(model: ModelConfig, share: Share) -> tuple[int, int, int]:
@@ -191,7 +196,8 @@ def expert_bytes(model: ModelConfig, sequences: int, width: int, share: Share) -
     """The rows that the experts of one layer are given, and their inner tensors. Where experts are dealt out, a rank
     is given as many rows as it sends, if they are chosen equally often."""
     rows = sequences * expert_rows(model) // share.cp + (1 if model.capacity_factor else 0)
-    return rows * width * (model.n_embd + inner_tensors(model) * -(-model.ffn_width // share.tp))
+    orders = 2 * INT64 if share.sends_rows else 0  # in which they are sorted by expert there, and back
+    return rows * (orders + width * (model.n_embd + inner_tensors(model) * -(-model.ffn_width // share.tp)))
 
 
 def dropout_bytes(model: ModelConfig, width: int, share: Share) -> int:
