@@ -24,9 +24,9 @@ LIVE = 10**9
 class Memory:
     """Bytes of one rank around the start of the backward pass, where training needs most.
 
-    Within 3 % of what was measured with ddp on small models, with experts and recomputation too. But up to a tenth above
-    it with recomputation in bf16, which casts the matrices of a block again and keeps none. And up to a third with
-    fsdp, where the gradients grow only while the activations shrink, and where the residual stream may be bf16 too.
+    Within 3 % of what was measured with ddp on small models, with experts and recomputation too. But up to a tenth
+    above it with recomputation in bf16, which casts the matrices of a block again and keeps none; and up to a third
+    with fsdp, where gradients grow only while activations shrink, and where the residual stream may be bf16 too.
     """
 
     parameters: int
