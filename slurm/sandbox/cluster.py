@@ -228,6 +228,9 @@ def _write_files(state: State) -> None:
     (etc / "slurm.conf").write_text(configuration.slurm_conf(state))
     (etc / "gres.conf").write_text(configuration.gres_conf(state))
     (etc / "hosts").write_text(configuration.hosts(state))
+    epilog = configuration.epilog_file(state)
+    epilog.write_text(configuration.EPILOG)
+    epilog.chmod(0o755)
     key = state.directory / "munge" / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))

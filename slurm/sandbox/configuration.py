@@ -1,4 +1,4 @@
-"""The text of slurm.conf, slurmdbd.conf, gres.conf and the nodes' hosts file. Pure: nothing is written or started here.
+"""The text of slurm.conf, slurmdbd.conf, gres.conf, the epilog and the nodes' hosts file. Pure: it writes nothing.
 
 The lines follow what Slurm 22.05 and later accept; each that is not a matter of taste says why it is there.
 """
@@ -44,6 +44,7 @@ def _general(state: State) -> dict[str, str]:
         # A requeued job may start only when its old credential has expired, 120 s by default.
         "AuthInfo": f"socket={state.munge_socket},cred_expire=5",
         "ProctrackType": "proctrack/linuxproc",
+        "Epilog": str(epilog_file(state)),
         "TaskPlugin": "task/none",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",
@@ -69,6 +70,26 @@ def _general(state: State) -> dict[str, str]:
         "UnkillableStepTimeout": "120",
         "MinJobAge": "300",
     }
+
+
+EPILOG = """\
+#!/bin/sh
+# Ends what a job has left on this node, before Slurm lets the job or another one start. proctrack/linuxproc, unlike
+# cgroups, loses sight of a process whose parent has died, such as the srun of a batch script. That one waits for its
+# step, and then ends the step of this number, which by then is that of the requeued job.
+for file in $(grep -lzx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ 2>/dev/null); do
+    grep -qzx "SLURMD_NODENAME=$SLURMD_NODENAME" "$file" || continue
+    grep -qz "^SLURM_SCRIPT_CONTEXT=" "$file" && continue  # an epilog
+    pid="${file#/proc/}"
+    kill -KILL "${pid%/environ}"
+done 2>/dev/null
+exit 0  # any other status drains the node
+"""
+
+
+def epilog_file(state: State) -> Path:
+    """Where the epilog lies, the same on every node."""
+    return state.slurm_conf.with_name("epilog")
 
 
 def _listening(state: State) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt.errors import ConfigError
-from slurm.sandbox import configuration, faults
+from slurm.sandbox import configuration, faults, processes
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError, wait_until
 from slurm.sandbox.settings import MAX_DIRECTORY_LENGTH, Settings, check
@@ -68,6 +68,18 @@ def test_a_batch_job_finds_the_cluster_without_the_users_environment(sandbox: Cl
     sandbox.slurm("sbatch", "--export=NONE", f"--output={output}", "--wrap", script)
     wait_until(lambda: output.exists() and output.read_text().endswith("\n"), timeout_s=30, what="the job's output")
     assert output.read_text().strip() in sandbox.nodes
+
+
+def test_what_a_job_leaves_behind_ends_with_it(sandbox: Cluster, tmp_path: Path) -> None:
+    def left() -> list[int]:
+        return [pid for pid in processes.all_pids() if processes.environment(pid).get("LEFT_BY") == str(tmp_path)]
+
+    there = tmp_path / "there"
+    orphan = f"setsid sh -c 'touch {there}; exec sleep 300' & while [ ! -e {there} ]; do sleep 0.1; done"
+    options = ["--parsable", f"--export=ALL,LEFT_BY={tmp_path}", "--output=/dev/null", "--chdir=/"]
+    job = sandbox.slurm("sbatch", *options, "--wrap", orphan).strip()
+    wait_until(lambda: dict(sandbox_job_states(sandbox))[job] == "COMPLETED", timeout_s=30, what="the end of the job")
+    assert there.exists() and left() == []
 
 
 def test_a_job_in_high_requeues_one_in_low(sandbox: Cluster, tmp_path: Path) -> None:
