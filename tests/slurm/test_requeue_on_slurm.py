@@ -83,8 +83,9 @@ def test_a_cancel_stays_a_cancel(sandbox: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 def test_the_time_limit_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["optim.max_steps=100000", "cluster.timeout_min=1", "cluster.signal_delay_s=30"]
-    process, here, job = submit(sandbox, tmp_path, *words)
+    # An attempt has 40 s, in which a busy machine may not even begin.
+    words = ["cluster.timeout_min=1", "cluster.signal_delay_s=20", "resilience.max_without_progress=10"]
+    process, here, job = submit(sandbox, tmp_path, "optim.max_steps=100000", *words)
     wait_for(lambda: len(of(here.read_events(), "recovered", "step")) > 0 or process.poll() is not None, "the comeback")
     sandbox.slurm("scancel", job)
     assert process.wait(timeout=300) == 1
