@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.code import code_state
+from benchmarks.page import keep, stamp
 from gpt.errors import ConfigError
-from gpt.metrics.environment import software
 from tests.distributed import RankFailedError, run_distributed
 from tests.parallel.learning import MODELS, Case, learn, learn_alone, start_case
 
@@ -166,17 +165,10 @@ def main() -> int:
     words = parser.parse_args()
     names = words.only.split(",") if words.only else [which.name for which in ROWS]
     lines, good = table([which for which in ROWS if which.name in names])
-    known = software()
-    versions = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "deepspeed") if name in known)
-    commit = code_state().get("commit", "unknown")[:7]
-    text = "\n".join(
-        [f"{time.strftime('%Y-%m-%d')}, {versions}, gloo, one thread a rank, commit {commit}.", "", *lines]
-    )
+    text = "\n".join([stamp("gloo, one thread a rank"), "", *lines])
     print(text)
     if words.write:
-        about = (__doc__ or "").split("\n\n")[2]
-        page = f"# The equivalence matrix\n\n`python benchmarks/equivalence.py --write`. {about}\n{text}\n"
-        Path(__file__).with_suffix(".md").write_text(page)
+        keep(Path(__file__), "The equivalence matrix", __doc__, text)
     return 0 if good else 1
 
 

@@ -15,13 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.page import stamp
 from gpt.accounting.memory import Memory, per_rank
 from gpt.batch import cut
-from gpt.code import code_state
 from gpt.compose import compose_train, to_schema
 from gpt.composition import lay_out
 from gpt.config import TrainConfig
-from gpt.metrics.environment import software
 from tests.distributed import run_distributed
 from tests.parallel.holding import held_bytes
 from tests.parallel.learning import TINY, start, step
@@ -79,8 +78,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(STRATEGIES), metavar="NAME,NAME", help="strategies; default: all")
     chosen = parser.parse_args().only.split(",")
     strategies = ["ddp", *(name for name in chosen if name != "ddp")]
-    git = code_state()
-    print(f"torch {software()['torch']}, commit {str(git.get('commit'))[:7]}; MiB of the rank that holds most\n")
+    print(f"{stamp('gloo')} MiB of the rank that holds most.\n")
     print("| strategy | ranks | parameters | gradients | optimizer | together | planned | off by | saved against ddp |")
     print("|---" * 9 + "|")
     good = True

@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -111,7 +112,9 @@ def _rank_main(sender: Connection, environment: dict[str, str], work: bytes, mee
     sender.send_bytes(pickle.dumps(answer))
     faulthandler.cancel_dump_traceback_later()
     if answer.error is None and dist.is_initialized():
-        dist.barrier()  # rank 0 closing the group early would fail a rank that still works
+        # Rank 0 closing the group early would fail a rank that still works; one that leaves this first fails nobody.
+        with suppress(RuntimeError):
+            dist.barrier()
         dist.destroy_process_group()
 
 

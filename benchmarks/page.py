@@ -1,0 +1,31 @@
+"""What the pages of benchmarks have in common: when, with what and from which commit, and where they are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+from gpt.code import code_state
+from gpt.metrics.environment import software
+
+UNCHANGED = hashlib.sha256(b"").hexdigest()
+
+
+def stamp(machine: str) -> str:
+    """Date, versions, ``machine`` in words, and commit."""
+    known = software()
+    versions = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "deepspeed") if name in known)
+    state = code_state()
+    changes = "" if state.get("diff_sha256") in (None, UNCHANGED) else ", with changes"
+    return f"{time.strftime('%Y-%m-%d')}, {versions}, {machine}, commit {state.get('commit', 'unknown')[:7]}{changes}."
+
+
+def keep(script: Path, title: str, document: str | None, text: str) -> None:
+    """Write the page of a script beside it: its ``title``, how it was made, what it shows, and the result.
+
+    What it shows is the paragraph of its docstring (``document``) after the commands.
+    """
+    about = (document or "").split("\n\n")[2].strip()
+    page = f"# {title}\n\n`python benchmarks/{script.name} --write`. {about}\n\n{text}"
+    script.with_suffix(".md").write_text(page.rstrip() + "\n")
