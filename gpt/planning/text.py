@@ -26,11 +26,11 @@ def needs(one: Candidate, memory: Memory, machine: Machine) -> str:
     """A layout and what it takes of what there is."""
     host = ""
     if memory.host and machine.host is not None:
-        room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.2f}"
-        host = f", and {memory.host / GIB:.2f}{room} GiB of the host"
+        room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
+        host = f", and {memory.host / GIB:.3g}{room} GiB of the host"
     return (
         f"{describe(one.parallel, one.layout)} in passes of {one.batch.micro}, "
-        f"{memory.total_gib:.2f} of {machine.room / GIB:.2f} GiB{host}"
+        f"{memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
     )
 
 

@@ -110,16 +110,11 @@ ACTIVATIONS = {
         for way, words in WAYS.items()
         for model in MODELS
         for precision in ("fp32", "bf16")
+        if (model, precision) != ("tied", "bf16")
     },
     **{
-        (way, "experts", recompute): [f"recompute={recompute}", *words.split(), *MODELS["experts"], *LONG]
-        # As many rows for every expert, so that what is sent to a rank does not depend on the tokens.
-        for way, words in {
-            **WAYS,
-            "ddp": "parallel=ddp",
-            "ep": "parallel=ep parallel.ep=2 model.capacity_factor=1",
-        }.items()
-        for recompute in ("selective", "full")
+        (way, "experts", "selective"): ["recompute=selective", *words.split(), *MODELS["experts"], *LONG]
+        for way, words in {**WAYS, **COPIES}.items()
     },
 }
 
