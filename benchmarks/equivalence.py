@@ -6,6 +6,7 @@
 
 Every cell trains five steps on real processes (gloo) and compares with one process that takes the same global batch in
 one fp32 pass: the losses and gradient norms of all steps, every gradient of the first, every parameter after the last.
+DeepSpeed shows gradients before they are clipped, so there the norm it clipped by is applied to them here.
 The figure is the largest relative error of all these; tests demand 1e-5. AdamW's eps is 1e-6, because it makes a whole
 step of a gradient that is rounding alone where eps is as small. Exit status 1 where a cell fails.
 """
@@ -90,6 +91,11 @@ ROWS = (
     Row("pp x ep x tp", "parallel=pp parallel.ep=2 parallel.tp=2", (8,)),
     Row("pp x cp x tp", "parallel=pp parallel.cp=2 parallel.tp=2", (8,)),
     Row("fsdp x cp x tp", "parallel=fsdp_cp parallel.tp=2", (8,)),
+    *(Row(f"DeepSpeed zero{stage}", f"parallel=ds_zero0 parallel.zero_stage={stage}") for stage in range(4)),
+    Row("DeepSpeed pp", "parallel=ds_pp"),
+    Row("DeepSpeed pp x zero1", "parallel=ds_pp_zero1"),
+    Row("DeepSpeed pp 4", "parallel=ds_pp parallel.pp=4", (4,)),
+    Row("DeepSpeed pp 4 x zero1", "parallel=ds_pp_zero1 parallel.pp=4", (4,)),
 )
 
 

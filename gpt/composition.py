@@ -23,7 +23,7 @@ def lay_out(config: TrainConfig, world_size: int) -> Topology:
         ConfigError: the ranks cannot be laid out so, or the model cannot be spread over them so.
     """
     layout = topology(config.parallel, world_size)
-    for check in (check_zero1, check_deepspeed, check_tensor, check_pipeline, check_context, check_expert):
+    for check in (check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed):
         check(config, layout)
     return layout
 

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import accumulate, pairwise
 
 from gpt.accounting.flops import recomputed_flops_per_token, training_flops
-from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, TrainConfig
+from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 
 V_SHAPED = (Schedule.zbv, Schedule.dualpipev)
 """Each rank holds a stage on the way down and one on the way back, so the first rank has the first and the last one."""
@@ -111,14 +111,14 @@ def deal_out(costs: tuple[int, ...], parts: int) -> list[range]:
 
 
 def fewest_micro_batches(parallel: ParallelConfig) -> int:
-    """Micro-batches without which torch's schedule does not run at all."""
+    """Micro-batches without which torch's schedule does not run at all; DeepSpeed's 1F1B runs with any number."""
     if parallel.schedule is Schedule["1f1b"]:
-        return parallel.pp
+        return 1 if parallel.strategy is Strategy.deepspeed else parallel.pp
     return 2 * parallel.pp if parallel.schedule is Schedule.dualpipev else 1
 
 
 def runs_with(parallel: ParallelConfig, micro_batches: int) -> bool:
-    """Whether torch's schedule takes so many micro-batches.
+    """Whether the schedule takes so many micro-batches.
 
     Interleaved 1F1B goes in rounds of equally many, at least one for each rank.
     """

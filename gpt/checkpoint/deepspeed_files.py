@@ -19,6 +19,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,9 +105,20 @@ def read_whole(universal: Path, name: str, key: str) -> Tensor:
 
 def read_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
     """The weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that writes nothing there."""
+    if saved.contents.get("pp", 1) > 1:
+        return read_stages(folder, saved)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     about = torch.load(folder / ABOUT, map_location="cpu", weights_only=True)
     with contextlib.redirect_stdout(sys.stderr):  # it tells what it does
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag_of(saved.step))
     return {name: found[name] for name in about["shapes"]} | about["buffers"]
+
+
+def read_stages(folder: Path, saved: Manifest) -> dict[str, Tensor]:
+    """The same of the stages of a pipeline, which ``zero_to_fp32`` does not put together."""
+    about = torch.load(folder / ABOUT, map_location="cpu", weights_only=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        universal = to_universal(folder / tag_of(saved.step), Path(scratch) / "universal")
+        whole = {name: read_whole(universal, name, "fp32").view(shape) for name, shape in about["shapes"].items()}
+        return {name: tensor.clone() for name, tensor in whole.items()} | about["buffers"]

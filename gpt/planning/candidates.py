@@ -85,7 +85,7 @@ def grids(
 ) -> Iterator[ParallelConfig]:
     """Every combination of what is not fixed, possible or not."""
     given = config.parallel
-    cuts_others = given.engine is not EngineKind.deepspeed  # which cuts nothing over other than data ranks
+    cuts_others = given.engine is not EngineKind.deepspeed  # whose pipeline is taken where it is asked for
 
     def sizes(key: str, most: int) -> list[int]:
         return [getattr(given, key)] if key in fixed else divisors(most if cuts_others else 1)

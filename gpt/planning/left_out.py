@@ -72,6 +72,8 @@ def not_considered(config: TrainConfig, fixed: Collection[str], freedom: Freedom
     """What else there is, and how to ask for it."""
     if config.parallel.engine is EngineKind.deepspeed:
         yield "torch's own strategies (parallel.engine=native)"
+        if "pp" not in fixed:
+            yield "DeepSpeed's pipeline (parallel.pp=2)"
     else:
         yield "DeepSpeed's stages (parallel.engine=deepspeed)"
     if freedom == Freedom():

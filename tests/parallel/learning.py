@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from gpt.compose import compose_train, to_schema
-from gpt.config import TrainConfig
+from gpt.config import Strategy, TrainConfig
+from gpt.optim import squares_of_parts
 from gpt.parallel.world import World
 from gpt.pulse import Phase, Pulse
 from gpt.run import Run
@@ -88,12 +89,47 @@ def whole(run: Run, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def learn(run: Run, steps: int = STEPS) -> dict[str, Any]:
     """Losses, gradient norms, the first step's gradients, and the weights after the last one."""
+    if run.config.parallel.strategy is Strategy.deepspeed:
+        return _learn_zero(run, steps)
     seen = [step(run)]
     parameters = dict(run.engine.module.named_parameters())
     gradients = whole(run, {name: p.grad for name, p in parameters.items() if p.grad is not None})
     seen += [step(run) for _ in range(steps - 1)]
     losses, norms = zip(*seen, strict=True)
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": whole(run, parameters)}
+
+
+def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
+    """As ``learn``, of DeepSpeed's engine, which tells gradients between the passes and the step only, not yet clipped;
+    its weights are the masters."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    parameters = dict(run.engine.module.named_parameters())
+    found: dict[str, Any] = {}
+    update = run.engine.update
+
+    def look(lr: float) -> torch.Tensor:
+        if not found:
+            found["gradients"] = whole(run, {name: safe_get_full_grad(p) for name, p in parameters.items()})
+            found["norm of the parts"] = norm_of_parts(run)
+        return update(lr)
+
+    run.engine.update = look  # type: ignore[method-assign]
+    found["losses"], found["norms"] = zip(*[step(run) for _ in range(steps)], strict=True)
+    run.engine.update = update  # type: ignore[method-assign]
+    assert found["norm of the parts"] == pytest.approx(found["norms"][0], rel=1e-5)
+    clipped = min(1.0, run.config.optim.grad_clip / (found["norms"][0] + 1e-6))
+    found["gradients"] = {name: grad * clipped for name, grad in found["gradients"].items()}
+    masters = run.config.parallel.zero_stage
+    full = {name: safe_get_full_fp32_param(p) if masters else p.detach() for name, p in parameters.items()}
+    found["weights"] = whole(run, full)
+    return found
+
+
+def norm_of_parts(run: Run) -> float:
+    """The norm of the gradients, from the parts that the ranks say they hold."""
+    parts = [(part, share) for _, part, share in run.engine.gradients()]
+    return run.world.add_up(squares_of_parts(parts)).sqrt().item()
 
 
 def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:

@@ -114,7 +114,9 @@ def test_deepspeed_is_chosen_from_only_where_it_was_asked_for() -> None:
     assert {one.parallel.strategy for one in zero.choices} == {Strategy.deepspeed}
     assert {one.parallel.zero_stage for one in zero.choices} == {0, 1, 2, 3}
     assert {one.parallel.zero_stage for one in chosen(72.0, *ZERO, "parallel.zero_stage=2").choices} == {2}
-    with pytest.raises(ConfigError, match="data ranks only"):
+    assert any("DeepSpeed's pipeline (parallel.pp=2)" in line for line in zero.left_out)
+    assert {one.parallel.zero_stage for one in chosen(72.0, *ZERO, "parallel.pp=2").choices} == {0, 1}
+    with pytest.raises(ConfigError, match="data ranks and stages only"):
         chosen(72.0, *ZERO, "parallel.tp=2")
 
 

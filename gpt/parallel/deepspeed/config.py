@@ -42,7 +42,8 @@ def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 
     In bf16 DeepSpeed holds bf16 weights over fp32 masters, and gradients are summed in fp32 (in bf16 by default). Not
     in stage 0, where it would step Adam twice in the first step: there the weights are fp32 and autocast casts them, as
-    with ddp. Optimizer and schedule are not here: DeepSpeed is given torch's AdamW, whose rate is set before each step.
+    with ddp. Clipping is ours in stage 0: there DeepSpeed clips each stage of a pipeline by a norm of its own, and does
+    not tell it. Optimizer and schedule are not here: DeepSpeed is given torch's AdamW, whose rate is set at each step.
     """
     parallel = config.parallel
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
@@ -57,7 +58,7 @@ def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
-        "gradient_clipping": config.optim.grad_clip,
+        "gradient_clipping": config.optim.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": zero,
     }
     if casts_weights(config):
@@ -154,6 +155,8 @@ NOT_TAKEN = {
     "curriculum_learning": "no curriculum_learning",
     "data_efficiency": "no data_efficiency",
     "compression_training": "no compression_training",
+    "activation_checkpointing": "recompute=full, or recompute=selective",
+    "compile": "compile=default",
     "tensor_parallel": "parallel=tp",
     "pipeline": "parallel=ds_pp",
 }

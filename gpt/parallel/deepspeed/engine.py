@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.nn.utils import get_total_norm
 
 from gpt.batch import Batch
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.config import TrainConfig
 from gpt.execution import replace_forward
 from gpt.loss import autocast, cross_entropy
+from gpt.model.block import Block
 from gpt.model.gpt import GPT
 from gpt.model.moe import set_auxiliary_scale
-from gpt.optim import build_optimizer
+from gpt.optim import build_optimizer, scale_to, squares_of_parts
 from gpt.parallel.deepspeed.config import casts_weights, ds_config, pieces_of
 from gpt.parallel.deepspeed.files import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
@@ -45,29 +45,37 @@ class ZeroEngine:
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
         deepspeed = load_deepspeed(world)
-        self.module: nn.Module = model
         self.config, self.world, self.layout, self.batch = config, world, layout, batch
         self.stage = config.parallel.zero_stage or 0
         self.scale = layout.data_ranks / (batch.global_batch * config.model.block_size)
         set_auxiliary_scale(model, layout.data_ranks / batch.global_batch)
+        module = self.module = self.spreadable(model)
         casts = casts_weights(config)
-        first = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if casts else {}
+        first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
         # Inside the model, since DeepSpeed switches off an autocast that is on around it, on GPUs only.
-        replace_forward(model, partial(in_autocast, model.forward, config, world.device))
+        replace_forward(module, partial(in_autocast, module.forward, config, world.device))
         settings = ds_config(config, batch)
+        if self.stage == 3 and config.compile.name != "none":
+            # The layers of a block are gathered together, outside of its compiled code, and not each by hooks inside.
+            deepspeed.utils.set_z3_leaf_modules(module, [Block])
         with redirect_stdout(io.StringIO()):  # it prints how much memory there is, again and again
             self.ds, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=build_optimizer(model, config.optim, torch.optim.AdamW),
+                model=module,
+                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW),
                 config=deepcopy(settings),  # it adds to what it is given
                 dist_init_required=False,
             )
         set_timeouts(config.parallel.timeout_s)
-        self.files: Format = ZeroFiles(pieces_of(settings)) if self.stage else TensorFiles()
-        self.shards = Shards(self.ds, dict(model.named_parameters()))
+        self.files: Format = ZeroFiles(pieces_of(settings) | {"pp": layout.pp}) if self.stage else TensorFiles()
+        self.shards = Shards(self.ds, dict(module.named_parameters()))
         if casts:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
-            self.shards.set_weights(first.__getitem__)
+            self.shards.set_masters(first.__getitem__)
+            self.shards.spread_masters()
+
+    def spreadable(self, model: GPT) -> nn.Module:
+        """What DeepSpeed is given of the model."""
+        return model.to(self.world.device)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         passes, micro = self.batch.accumulation, self.batch.micro
@@ -90,10 +98,25 @@ class ZeroEngine:
     def update(self, lr: float) -> Tensor:
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        whole = [p.grad for p in self.module.parameters() if p.grad is not None] if self.stage == 0 else []
-        norm = get_total_norm(whole) if whole else None  # stage 0 clips, and does not tell
-        self.ds.step()
+        return self.step()
+
+    def step(self) -> Tensor:
+        """Clip and step; the norm that the gradients had, ()."""
+        norm = self.clip() if self.stage == 0 else None
+        self.take_step()
         return torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm, device=self.world.device)
+
+    def clip(self) -> Tensor:
+        """Scale gradients that every rank holds whole, or its stage's, down to ``optim.grad_clip``; their norm, ()."""
+        parts = [(part, share) for _, part, share in self.gradients()]
+        norm = self.world.add_up(squares_of_parts(parts)).sqrt()
+        if self.config.optim.grad_clip > 0:
+            scale_to(self.config.optim.grad_clip, norm, [part for part, _ in parts])
+        return norm
+
+    def take_step(self) -> None:
+        """Have DeepSpeed step."""
+        self.ds.step()
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, parameter in self.module.named_parameters():
@@ -105,41 +128,67 @@ class ZeroEngine:
         """The engine itself, whose files are DeepSpeed's; in stage 0 what torch has, as with ddp."""
         if self.stage:
             return self
-        model, optimizer = get_state_dict(self.module, self.ds.basic_optimizer)
-        return {"model": model, "optimizer": optimizer}
+        parameters, optimizer = self.shards.parameters, self.ds.basic_optimizer
+        if not optimizer.state:
+            self.shards.create_moments(0)
+        name_of = {parameter: name for name, parameter in parameters.items()}
+        groups = [{**group, "params": [name_of[p] for p in group["params"]]} for group in optimizer.param_groups]
+        moments = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+        model = {name: parameter.detach() for name, parameter in parameters.items()}
+        return {
+            "model": model | self.buffers(),
+            "optimizer": {"state": moments, "param_groups": groups},
+        }
 
     def load(self, state: Any) -> None:
-        if not self.stage:
-            set_state_dict(
-                self.module,
-                self.ds.basic_optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
+        """Nothing is left to do: what ``state`` gave was loaded in its place."""
 
     def begin(self) -> None:
         if not self.stage:
             self.ds.basic_optimizer.state.clear()
 
-    def take(self, tensors: TensorReader, steps: int) -> None:
-        """Take over the state after ``steps`` from whole tensors."""
-        buffers = persistent_buffers(self.module)
-        tensors.refuse_others({*self.shards.parameters, *buffers})
-        self.shards.set_weights(tensors.weight)
+    def own_files(self, folder: Path, tag: str) -> list[str]:
+        """What this rank reads of a checkpoint of DeepSpeed's that was written with the same layout."""
+        return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
+
+    def take(self, tensors: TensorReader, names: set[str], steps: int) -> None:
+        """Take over the state after ``steps`` from whole tensors, if they are those of ``names``.
+
+        Waits for no other rank; ``spread_masters`` of ``shards`` is to follow.
+        """
+        tensors.refuse_others(names)
+        self.shards.set_masters(tensors.weight)
         self.shards.set_moments(tensors.moment, steps)
-        for name, buffer in buffers.items():
+        for name, buffer in self.buffers().items():
             buffer.copy_(tensors.weight(name))
 
+    def names(self) -> set[str]:
+        """All parameters and buffers of the whole model. Collective."""
+        mine = [*self.shards.parameters, *self.buffers()]
+        return {name for theirs in self.world.gather(mine) for name in theirs}
+
     def about(self) -> dict[str, Any]:
-        """Shapes of the parameters, and the buffers that belong to the model, by name."""
+        """Shapes of the parameters, and the buffers that belong to the model, by name; of all stages. Collective."""
         shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.shards.parameters.items()}
-        return {"shapes": shapes, "buffers": persistent_buffers(self.module)}
+        buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
+        found: dict[str, Any] = {"shapes": {}, "buffers": {}}
+        for theirs in self.world.gather({"shapes": shapes, "buffers": buffers}):
+            for what, named in theirs.items():
+                found[what] |= named
+        return found
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that a checkpoint holds, by their names in the whole model."""
+        return {
+            self.whole_name(f"{prefix}.{name}".removeprefix(".")): buffer
+            for prefix, module in self.module.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
 
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds."""
-    stored = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in stored}
+    def whole_name(self, name: str) -> str:
+        """The name in the whole model of what has ``name`` in ``module``."""
+        return name
 
 
 def in_autocast(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:

@@ -7,6 +7,7 @@ ranks, and from another strategy, each rank takes its pieces of whole tensors (g
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from gpt.checkpoint.agreement import on_all
 from gpt.checkpoint.deepspeed_files import ABOUT, LOOSE, as_tensors, tag_of
 from gpt.checkpoint.manifest import DEEPSPEED, Manifest, sync_folder
 
@@ -40,17 +42,24 @@ class ZeroFiles:
         writer = Writer()
         state.ds.checkpoint_engine.save = writer.save
         state.ds.save_checkpoint(str(folder), tag_of(step))
+        about = state.about()
         if dist.get_rank(group) == 0:
-            writer.save(state.about(), str(folder / ABOUT))
+            writer.save(about, str(folder / ABOUT))
             writer.paths += [path for name in LOOSE if (path := folder / name).exists()]
         return writer.finish()
 
     def read(self, folder: Path, saved: Manifest, state: ZeroEngine, group: dist.ProcessGroup | None) -> None:
         if saved.contents == self.describe() and saved.world_size == dist.get_world_size(group):
+            reader = Reader()
+            on_all(lambda: reader.read(state.own_files(folder, tag_of(saved.step))), group)
+            state.ds.checkpoint_engine.load = reader.load
             state.ds.load_checkpoint(str(folder), tag_of(saved.step))
+            del state.ds.checkpoint_engine.load  # and what was read
             return
         with as_tensors(folder, saved, group) as tensors:
-            state.take(TensorReader(tensors), saved.step)
+            names = state.names()
+            on_all(lambda: state.take(TensorReader(tensors), names, saved.step), group)
+            state.shards.spread_masters()
 
 
 class Writer:
@@ -82,6 +91,27 @@ class Writer:
         for parent in {path.parent for path in self.paths}:
             sync_folder(parent)
         return self.paths
+
+
+class Reader:
+    """Reads a rank's files before DeepSpeed asks for them.
+
+    DeepSpeed's ranks wait for each other between their files: what fails on one has to be known before they begin.
+    """
+
+    def __init__(self) -> None:
+        self._contents: dict[str, Any] = {}
+
+    def read(self, paths: Sequence[str]) -> None:
+        """Read all of ``paths``."""
+        for path in paths:
+            self.load(path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """What DeepSpeed calls for each file, for some of them twice."""
+        if path not in self._contents:
+            self._contents[path] = torch.load(path, map_location="cpu", weights_only=False)
+        return self._contents[path]
 
 
 class TensorReader:

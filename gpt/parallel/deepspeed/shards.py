@@ -32,26 +32,28 @@ class Shards:
         return self.stage in (0, 3) or self.parameters[name]._hp_mapping is not None  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def set_weights(self, whole: Callable[[str], Tensor]) -> None:
-        """Take the weights from ``whole``, which gives a parameter by its name: fp32, all of it. Collective."""
+    def set_masters(self, whole: Callable[[str], Tensor]) -> None:
+        """Take the weights from ``whole``, which gives a parameter by its name: fp32, all of it.
+
+        Computed with is what they were until ``spread_masters``.
+        """
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # all parameters back into their pieces
         for name, parameter in self.parameters.items():
             if self.holds(name):
                 self._set(parameter, whole(name), None)
-        self._spread_masters()
 
     @torch.no_grad()
     def set_moments(self, whole: Callable[[str, str], Tensor], steps: int) -> None:
         """Take AdamW's moments from ``whole``, which gives one by the parameter's name and its key, after ``steps``."""
-        self._create_moments(steps)
+        self.create_moments(steps)
         for name, parameter in self.parameters.items():
             if self.holds(name):
                 for key in MOMENTS:
                     self._set(parameter, whole(name, key), key)
 
-    def _create_moments(self, steps: int) -> None:
-        """AdamW makes them in its first step."""
+    def create_moments(self, steps: int) -> None:
+        """Make the moments as AdamW does in its first step, all of them zero."""
         base = self.ds.basic_optimizer
         flat = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
         for group in base.param_groups:
@@ -78,8 +80,9 @@ class Shards:
         else:
             self.ds.basic_optimizer.state[parameter][key].copy_(whole)
 
-    def _spread_masters(self) -> None:
-        """Compute with what the masters now are."""
+    @torch.no_grad()
+    def spread_masters(self) -> None:
+        """Compute with what the masters now are. Collective."""
         if self.stage == 3:
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)

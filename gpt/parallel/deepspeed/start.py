@@ -28,6 +28,8 @@ def load_deepspeed(world: World) -> ModuleType:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Shared memory between the ranks of a node: compiled at the first start for a minute, and gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.groups.mpu = None  # left behind where this process has had a pipeline before
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
     return deepspeed
 
 

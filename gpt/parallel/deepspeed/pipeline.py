@@ -1,0 +1,177 @@
+"""DeepSpeed's pipeline: the layers dealt out to ranks, in the order of 1F1B, with data ranks beside them.
+
+Owns the model as DeepSpeed's list of layers, cut where gpt/stages.py cuts, and the passes, which DeepSpeed makes all at
+once. A tied embedding is one layer that the first and the last stage both have; DeepSpeed adds up its two gradients.
+Imports DeepSpeed at its top, so it is imported when ``load_deepspeed`` has set that up.
+
+Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep
+from torch import Tensor, nn
+
+from gpt.batch import Batch
+from gpt.config import TrainConfig
+from gpt.loss import cross_entropy
+from gpt.model.gpt import GPT
+from gpt.parallel.deepspeed.engine import ZeroEngine
+from gpt.parallel.world import World
+from gpt.stages import split
+from gpt.topology import Topology
+
+BEFORE, AFTER = 2, 2
+"""Layers of DeepSpeed's before the first block, and after the last one."""
+TIED = "token_embedding"
+
+
+class StagedZeroEngine(ZeroEngine):
+    """Stages of a model, run and stepped by DeepSpeed's pipeline engine."""
+
+    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
+        self._rows = batch.micro
+        self._on_pass: Callable[[], None] = lambda: None
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        super().__init__(model, config, world, layout, batch)
+        self.layer_group = self.ds.grid.get_data_parallel_group()
+        self.ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py does not put stages together
+        steps = {ForwardPass: self._forward_pass, OptimizerStep: lambda _: None}  # the step is ``update``'s
+        self.ds._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | steps
+
+    def spreadable(self, model: GPT) -> nn.Module:
+        with redirect_stdout(io.StringIO()):  # it prints the layers
+            return StagedModel(model, self.config, self.layout.pp, self._criterion)
+
+    def whole_name(self, name: str) -> str:
+        assert isinstance(self.module, StagedModel)
+        return self.module.whole_name(name)
+
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        self._on_pass, self._rows = on_pass, self.batch.micro
+        self._loss_sum.zero_()
+        self.ds.train_batch(zip(tokens_BT.split(self.batch.micro), targets_BT.split(self.batch.micro), strict=True))
+        return self._loss_sum.clone()
+
+    @torch.no_grad()
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """DeepSpeed's stages expect passes of one size, so a smaller one is filled up with rows that do not count."""
+        self._on_pass, self._rows = lambda: None, len(tokens_BT)
+        self._loss_sum.zero_()
+        filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
+        self.ds.eval_batch(iter([tuple(filled)]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        return self._loss_sum.clone()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
+        twice = f"{TIED}.weight" if self.config.model.tie_embeddings else None
+        held = self.layout.data_ranks if self.stage == 0 else 1
+        for name, part, _ in super().gradients():
+            yield name, part, 1 / (held * (2 if name == twice else 1))
+
+    def own_files(self, folder: Path, tag: str) -> list[str]:
+        assert isinstance(self.module, StagedModel)
+        return [*super().own_files(folder, tag), *self.module.own_files(folder / tag)]
+
+    def take_step(self) -> None:
+        self.ds._exec_optimizer_step()
+
+    def _forward_pass(self, ds: PipelineEngine, buffer_id: int) -> None:
+        self._on_pass()
+        PipelineEngine._exec_forward_pass(ds, buffer_id)
+
+    def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        """What the last stage goes back from. DeepSpeed divides it by the number of passes."""
+        logits_BTV = logits_BTV[: self._rows, :, : self.config.model.vocab_size]
+        loss = cross_entropy(logits_BTV, targets_BT[: self._rows])
+        self._loss_sum += loss.detach()
+        return loss * (self.scale * self.batch.accumulation)
+
+
+class StagedModel(PipelineModule):
+    """This rank's layers of a GPT, whose parameters keep the names that they have in the whole model.
+
+    Args:
+        model: the whole one, on the CPU; its layers go over.
+        config: of the run.
+        stages: ranks of the pipeline.
+        criterion: of logits and targets.
+    """
+
+    def __init__(
+        self, model: GPT, config: TrainConfig, stages: int, criterion: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        parts = split(config.model, stages, config.recompute)
+        ends = [BEFORE + part.blocks.stop for part in parts]
+        self._cuts = [0, *ends[:-1], BEFORE + config.model.n_layer + AFTER]
+        self._names = whole_names(config.model.n_layer)
+        super().__init__(layers_of(model), num_stages=stages, loss_fn=criterion)
+        self._layer_specs: list[Any] = []  # the other stages' layers, which nobody needs any more
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._cuts
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(*self.parts[stage : stage + 2])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        super()._synchronize_tied_weights()  # torch warns of a broadcast that it cannot differentiate
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield self.whole_name(name), parameter
+
+    def own_files(self, folder: Path) -> list[str]:
+        """What this rank reads from there: one file for each of its layers that has a state."""
+        layers = [i for i, layer in enumerate(self.forward_funcs) if hasattr(layer, "load_state_dict")]
+        return [path for i in layers for path in self.ckpt_layer_path_list(str(folder), i)]
+
+    def whole_name(self, name: str) -> str:
+        """The name in the whole model of what has ``name`` in this one."""
+        layer, _, rest = name.removeprefix("tied_modules.").partition(".")
+        return f"{self._names[layer]}{rest}"
+
+
+class Entry(nn.Module):
+    """What is between the token embedding and the first block."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.position, self.dropout = model.position, model.dropout
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Positions added, where they are learned, and dropout."""
+        return self.dropout(x_BTD if self.position is None else self.position(x_BTD, 0))
+
+
+def layers_of(model: GPT) -> list[Any]:
+    """A GPT as DeepSpeed's list of layers, each of which takes what the one before gives."""
+    embedding: Any = model.token_embedding
+    head: Any = model.head
+    if model.config.tie_embeddings:
+        # DeepSpeed builds it anew in both stages, over the memory of the weights that are there.
+        weight = model.token_embedding.weight.detach()
+        embedding = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight)
+        head = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight, forward_fn=logits_of)
+    return [embedding, Entry(model), *model.blocks, model.norm, head]
+
+
+def logits_of(embedding: nn.Embedding, x_BTD: Tensor) -> Tensor:
+    """The embedding's matrix as output matrix."""
+    return F.linear(x_BTD, embedding.weight)
+
+
+def whole_names(n_layer: int) -> dict[str, str]:
+    """What the names of each layer's parameters begin with in the whole model, by its name in DeepSpeed's."""
+    blocks = {str(BEFORE + number): f"blocks.{number}." for number in range(n_layer)}
+    around = {"0": f"{TIED}.", TIED: f"{TIED}.", "1": ""}
+    return around | blocks | {str(BEFORE + n_layer): "norm.", str(BEFORE + n_layer + 1): "head."}

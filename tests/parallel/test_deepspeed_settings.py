@@ -1,0 +1,113 @@
+"""DeepSpeed's configuration is this run's: what contradicts it, and what cannot be asked for, is refused in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt.compose import compose_train, to_schema
+from gpt.composition import lay_out
+from gpt.config import TrainConfig
+from gpt.errors import ConfigError
+from tests.parallel.learning import BATCH, MODELS, TINY
+
+
+def config_of(*words: str) -> TrainConfig:
+    config = to_schema(compose_train([*TINY, "optim.micro_batch=2", *words]), TrainConfig)
+    config.validate()
+    return config
+
+
+REFUSED = {
+    "train_batch_size": (32, "optim.global_batch=32"),
+    "train_micro_batch_size_per_gpu": (4, "optim.micro_batch=4"),
+    "gradient_accumulation_steps": (1, "optim.micro_batch of 4 sequences divided by 1"),
+    "gradient_clipping": (0.5, "optim.grad_clip=0.5"),
+    "zero_optimization": ({"stage": 3}, "parallel.zero_stage=3"),
+    "bf16": ({"enabled": True}, "precision=bf16"),
+    "fp16": ({"enabled": True}, "precision=bf16"),
+    "optimizer": ({"type": "Lamb"}, "AdamW"),
+    "scheduler": ({"type": "WarmupLR"}, "optim.warmup_steps"),
+    "activation_checkpointing": ({"partition_activations": True}, "recompute=full"),
+    "tensorboard": ({"enabled": True}, "logging.tensorboard=true"),
+    "wandb": ({"enabled": True}, "logging.wandb=true"),
+    "checkpoint": ({"load_universal": True}, "checkpoint group"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_file_that_contradicts_the_run_is_refused(key: str, tmp_path: Path) -> None:
+    value, fix = REFUSED[key]
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigError) as refusal:
+        lay_out(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
+    assert key in refusal.value.found and "ds.json" in refusal.value.found
+    assert fix in refusal.value.fix
+
+
+def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
+    from gpt.batch import cut
+    from gpt.parallel.deepspeed.config import ds_config
+
+    path = tmp_path / "ds.json"
+    theirs = {
+        "train_batch_size": "auto",
+        "gradient_clipping": 1,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000, "overlap_comm": False},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1}},
+        "bf16": {"enabled": "auto"},
+        "wall_clock_breakdown": False,
+    }
+    path.write_text(json.dumps(theirs))
+    config = config_of("parallel=zero2", f"parallel.deepspeed_config={path}")
+    made = ds_config(config, cut(config.optim, 4))
+    assert made["zero_optimization"] == theirs["zero_optimization"]
+    assert made["train_batch_size"] == BATCH and "optimizer" not in made and "bf16" not in made
+    assert made["wall_clock_breakdown"] is False
+    for text in ("{", "[]"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="deepspeed_config"):
+            lay_out(config, 4)
+
+
+# The last stage has the output matrix alone.
+ALONE = ["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=4", "model.n_layer=4", "model.vocab_size=2048"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["parallel=zero2", "parallel.pp=2"], ["parallel.zero_stage=1"]),
+        (["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=1"], ["parallel.pp=2"]),
+        ([*ALONE, "model.norm_position=post"], ["parallel.zero_stage=0"]),
+        (["parallel=ds_pp_zero1", "parallel.offload_optimizer=true"], ["parallel.offload_optimizer=false"]),
+        (["parallel=ds_pp", "parallel.schedule=gpipe"], ["parallel.schedule=1f1b"]),
+        (["parallel=zero2", "parallel.zero_stage=4"], ["parallel.zero_stage=2"]),
+        (["parallel=zero2", "parallel.offload_parameters=true"], ["parallel.zero_stage=3"]),
+        (["parallel=ds_zero0", "parallel.offload_optimizer=true"], ["parallel.zero_stage=1"]),
+    ],
+)
+def test_refusals_name_what_is_accepted(words: list[str], fix: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        lay_out(config_of(*words), 4)
+    assert refusal.value.fix.startswith(fix[0])
+    lay_out(config_of(*words, *fix), 4)
+
+
+def test_a_lone_output_matrix_is_refused_for_its_norms_only() -> None:
+    lay_out(config_of(*ALONE), 4)
+
+
+@pytest.mark.parametrize("dimension", ["tp", "cp", "ep"])
+def test_deepspeed_cuts_nothing_else(dimension: str) -> None:
+    with pytest.raises(ConfigError, match="parallel=fsdp"):
+        lay_out(config_of(*MODELS["experts"], "parallel=zero2", f"parallel.{dimension}=2"), 4)
+
+
+def test_keys_of_deepspeed_belong_to_it() -> None:
+    for word in ("zero_stage=2", "offload_optimizer=true", "deepspeed_config=ds.json"):
+        with pytest.raises(ConfigError, match="DeepSpeed, whose key it is"):
+            config_of("parallel=fsdp", f"parallel.{word}")
