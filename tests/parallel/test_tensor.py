@@ -55,6 +55,7 @@ CASES = {
         *(Case(TP, model) for model in MODELS),
         *(Case(f"{TP} {WHOLE}", model, 1) for model in ("tied", "experts")),
         Case(f"{TP} recompute=full", "experts", 1),
+        Case(f"{TP} recompute=full compile=default", "grouped queries", 1),
     ],
     4: [
         Case(f"{TP} parallel.tp=4", "tied"),
