@@ -46,6 +46,8 @@ LAYOUTS = {
     "ds_zero1": "parallel=ds_zero1",
     "zero2": "parallel=zero2",
     "zero3": "parallel=zero3",
+    "ds_pp": "parallel=ds_pp",
+    "ds_pp_zero1": "parallel=ds_pp_zero1",
 }
 SIZE = ("model.n_layer=4", "optim.micro_batch=2")
 
@@ -67,11 +69,11 @@ TABLES = (
     Table(
         "tied",
         [name for name in LAYOUTS if "ep" not in name.split()],
-        [(name, 2) for name in ("ddp", "fsdp", "tp", "pp", "ds_zero1", "zero3")] + [("ddp", 1)],
+        [(name, 2) for name in ("ddp", "fsdp", "tp", "pp", "ds_zero1", "zero3", "ds_pp")] + [("ddp", 1)],
     ),
     Table(
         "experts",
-        ["ddp", "fsdp", "fsdp x tp", "pp x fsdp", "fsdp x cp", "ep", "fsdp x ep", "ep x tp", "zero2", "zero3"],
+        ["ddp", "fsdp", "fsdp x tp", "pp x fsdp", "fsdp x cp", "ep", "fsdp x ep", "ep x tp", "zero2", "zero3", "ds_pp"],
         [("ep", 2), ("fsdp", 2), ("ddp", 1)],
     ),
 )
