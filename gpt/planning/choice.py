@@ -33,7 +33,7 @@ class Choice:
     layout: Topology
     batch: Batch
     micro_batch: int
-    """``optim.micro_batch``: as it was typed, or smaller where nothing fits otherwise."""
+    """``optim.micro_batch``: as it was typed, or smaller."""
     memory: Memory
     estimate: Estimate
 
@@ -71,7 +71,7 @@ def choose(config: TrainConfig, world_size: int, machine: Machine, fixed: Collec
         config: of the run, with ``parallel.strategy=auto``.
         world_size: ranks.
         machine: what they run on.
-        fixed: keys of ``parallel`` that were typed, and are kept.
+        fixed: keys of ``parallel`` that were typed, and are kept; ``optim.micro_batch``, where it was typed too.
 
     Raises:
         ConfigError: none is possible, or none fits.

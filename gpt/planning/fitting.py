@@ -1,7 +1,8 @@
 """Which layouts fit in memory, as things are or with more freedom than was typed.
 
 Owns the order of that freedom, the cheapest first: smaller passes, which only make matrices smaller, before the memory
-of the host, which is slow. Must not know how fast a layout is, beyond that.
+of the host, which is slow. A pass that was typed comes before any other; one that nobody typed is a limit, under which
+each layout has the passes that fit. Must not know how fast a layout is, beyond that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gpt.planning.candidates import OFFLOADS, Candidate, candidates
 from gpt.planning.machine import Machine
 
 Config = TypeVar("Config", bound=TrainConfig)
+MICRO_BATCH = "optim.micro_batch"
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class Sizes:
 
 
 def sizes(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> Iterator[Sizes]:
-    """What is possible, with more and more freedom; for keys of ``parallel`` that are ``fixed`` there is none."""
+    """What is possible, with more and more freedom; for keys of ``parallel`` that are ``fixed`` there is none, and
+    passes are not smaller at once where they are."""
+    least = config.optim.micro_batch == 1
     for freedom in ORDER:
         if freedom.offload and not may_offload(machine, fixed):
             continue
-        if freedom.smaller_passes and config.optim.micro_batch == 1:
+        if least if freedom.smaller_passes else not least and MICRO_BATCH not in fixed:
             continue
         yield of_freedom(config, world_size, machine, fixed, freedom)
 

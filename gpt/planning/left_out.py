@@ -33,8 +33,8 @@ def left_out(
 def taken(config: TrainConfig, machine: Machine, tried: Sequence[Sizes]) -> Iterator[str]:
     """Each freedom that was taken, and what there was without it."""
     known, last = {found.freedom: found for found in tried}, tried[-1].freedom
-    if last.smaller_passes:
-        without = known[replace(last, smaller_passes=False)]
+    without = known.get(replace(last, smaller_passes=False))
+    if last.smaller_passes and without:
         yield (
             f"smaller passes, and more of them for the same global batch: with optim.micro_batch="
             f"{config.optim.micro_batch} {nothing(without, machine)}"
@@ -76,8 +76,8 @@ def not_considered(config: TrainConfig, fixed: Collection[str], freedom: Freedom
             yield "DeepSpeed's pipeline (parallel.pp=2)"
     else:
         yield "DeepSpeed's stages (parallel.engine=deepspeed)"
-    if freedom == Freedom():
-        ways = ["smaller passes"] if config.optim.micro_batch > 1 else []
-        ways += ["memory of the host"] if may_offload(machine, fixed) else []
-        if ways:
-            yield f"{' and '.join(ways)}, which are for what does not fit otherwise"
+    smaller = config.optim.micro_batch > 1 and not freedom.smaller_passes
+    ways = ["smaller passes"] if smaller and not freedom.offload else []
+    ways += ["the memory of the host"] if may_offload(machine, fixed) and not freedom.offload else []
+    if ways:
+        yield f"{' and '.join(ways)}, only for what does not fit otherwise"

@@ -11,7 +11,7 @@ from gpt.compose import plain
 from gpt.composition import lay_out
 from gpt.config import EngineKind, Recompute, Strategy, TrainConfig
 from gpt.errors import ConfigError
-from gpt.planning.fitting import ORDER, Freedom, Sizes, can_fit, sizes
+from gpt.planning.fitting import MICRO_BATCH, ORDER, Freedom, Sizes, can_fit, sizes
 from gpt.planning.machine import Machine
 from gpt.planning.text import describe
 
@@ -19,7 +19,7 @@ from gpt.planning.text import describe
 def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
     """The refusal where nothing can be laid out: that of the plainest layout."""
     given = config.parallel
-    kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted(fixed))
+    kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted({*fixed} - {MICRO_BATCH}))
     plainest = replace(given, strategy=Strategy.ddp)
     if given.engine is EngineKind.deepspeed:
         plainest = replace(given, strategy=Strategy.deepspeed, zero_stage=given.zero_stage or 0)

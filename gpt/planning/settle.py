@@ -16,13 +16,12 @@ from gpt.composition import lay_out
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.errors import ConfigError
 from gpt.planning.choice import Choice, choose
-from gpt.planning.fitting import with_passes
+from gpt.planning.fitting import MICRO_BATCH, with_passes
 from gpt.planning.machine import Machine
 from gpt.run_folder import RunFolder
 
 Config = TypeVar("Config", bound=TrainConfig)
 SHOWN = 5
-MICRO_BATCH = "optim.micro_batch"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Settled:
 
     parallel: ParallelConfig
     micro_batch: int
-    """``optim.micro_batch``: as it was typed, or smaller where nothing fits otherwise."""
+    """``optim.micro_batch``: as it was typed, or smaller."""
     best: tuple[Choice, ...] = ()
     """The first of the layouts there were to choose from, where there was a choice."""
     why: str = ""
@@ -79,9 +78,10 @@ def settle(
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """Keys of ``parallel`` that were typed, the strategy not."""
-    keys = (word.split("=", 1)[0].lstrip("+") for word in overrides)
-    return {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")} - {"strategy", "timeout_s"}
+    """Keys of ``parallel`` that were typed, the strategy not; and ``optim.micro_batch``."""
+    keys = {word.split("=", 1)[0].lstrip("+") for word in overrides}
+    ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
+    return ours - {"strategy", "timeout_s"} | keys & {MICRO_BATCH}
 
 
 def earlier_choice(
@@ -94,7 +94,7 @@ def earlier_choice(
     earlier = replace(before.parallel, timeout_s=config.parallel.timeout_s)
     if earlier.strategy is Strategy.auto:  # written by a launcher of another kind, before anybody chose
         return None
-    if any(getattr(earlier, key) != getattr(config.parallel, key) for key in fixed):
+    if any(getattr(earlier, key) != getattr(config.parallel, key) for key in {*fixed} - {MICRO_BATCH}):
         return None
     if last_word(overrides, MICRO_BATCH) != last_word(read_overrides(folder), MICRO_BATCH):
         return None

@@ -53,7 +53,8 @@ def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def passes_of(choice: Mapping[str, Any]) -> str:
     """How a rank's sequences of a step are cut."""
-    return f"{choice['accumulation']} x {choice['micro_batch']}"
+    count = choice["accumulation"]
+    return f"{count} pass{'es' if count > 1 else ''} of {choice['micro_batch']}"
 
 
 def seconds(value: float) -> str:

@@ -90,6 +90,19 @@ def test_a_small_model_is_copied_and_a_large_one_cut() -> None:
     assert large.layout.is_sharded or large.layout.model_ranks > 1
 
 
+def test_passes_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None:
+    config = config_of("optim.micro_batch=16", "optim.global_batch=512")
+    typed = choose(config, 16, machine(8.0), ("optim.micro_batch",)).choices
+    free = choose(config, 16, machine(8.0)).choices
+    assert {one.batch.micro for one in typed} == {16}
+    assert free[0].layout.model_ranks == 1 < typed[0].layout.model_ranks
+    assert free[0].batch.micro < 16 and free[0].estimate.step_s <= NO_DIFFERENCE * typed[0].estimate.step_s
+    optim = replace(config.optim, micro_batch=2 * free[0].batch.micro)
+    larger = replace(config, optim=optim, parallel=free[0].parallel)
+    cut_so = cut(larger.optim, free[0].layout.data_ranks)
+    assert per_rank(larger, free[0].layout, cut_so).total > 8.0 * GIB
+
+
 def test_what_was_typed_is_kept() -> None:
     words = ["parallel.pp=2", "parallel.strategy=auto", "optim.lr=1", "+parallel.ep=1", "parallel=auto"]
     assert typed_keys(words) == {"ep", "pp"}
