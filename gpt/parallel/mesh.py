@@ -68,9 +68,10 @@ def expert_grid(grid: DeviceMesh, layout: Topology, world: World, timeout_s: int
     cut = "dp_shard" if layout.is_sharded else "dp_replicate"
     names = grid.mesh_dim_names or ()
     data = grid[tuple(name for name in ("dp_replicate", "dp_shard", "cp") if name in names)]
+    place = (data.mesh_dim_names or ()).index(cut)  # torch 2.11 takes no name here: it refuses those that it has
     sizes = (getattr(layout, cut) // layout.ep, layout.ep)
     options: dict[Any, Any] = {name: group_options(world, timeout_s) for name in ("edp", "ep")}
-    return data._unflatten(cut, sizes, ("edp", "ep"), backend_override=options)
+    return data._unflatten(place, sizes, ("edp", "ep"), backend_override=options)
 
 
 def layer_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
