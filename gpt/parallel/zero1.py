@@ -34,9 +34,10 @@ class Zero1Engine(ReplicatedEngine):
             parts = GPT(config.model)
         for name, whole in model.named_parameters():
             part = nn.Parameter(part_of(whole.detach(), self._mesh))
-            owner, _, leaf = name.rpartition(".")
-            setattr(parts.get_submodule(owner), leaf, part)
+            put(parts, name, part)
             self._pairs.append((whole, part))
+        for name, buffer in model.named_buffers():
+            put(parts, name, buffer)  # which every rank has and stores whole
         super().__init__(model, config, world, layout, batch, trained=parts)
         self.optimizer.register_step_pre_hook(self._hand_out)
         self.optimizer.register_step_post_hook(self._collect)
@@ -58,6 +59,12 @@ class Zero1Engine(ReplicatedEngine):
             assert isinstance(part, DTensor)
             whole.copy_(part.full_tensor())
             part.grad = None
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let a module have ``tensor`` as what it has under ``name``."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, tensor)
 
 
 def part_of(whole: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -37,12 +37,14 @@ def test_losses_gradients_and_weights_are_those_of_one_process(ranks: int, tmp_p
 
 
 CROSSED = ("ddp", "zero1", "fsdp", "hsdp")
+BIASED = (*MODELS["experts"], "model.expert_balance=bias", "model.balance_bias_rate=0.05")
+"""Its biases are buffers: no gradient moves them, and a checkpoint holds them."""
 
 
 def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """Save under each strategy, go on under each: the losses of the steps after, and those that were to come."""
     found = {}
-    words = [*MODELS["untied, grouped queries"], "optim.micro_batch=2"]
+    words = [*MODELS["untied, grouped queries"], *BIASED, "optim.micro_batch=2"]
     for saved in CROSSED:
         there = folder / saved
         run = start(rank, size, there, *STRATEGIES[saved].split(), *words)
