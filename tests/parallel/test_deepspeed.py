@@ -77,6 +77,7 @@ OTHER_WAYS = {
     "tied": [
         ["parallel=zero3_offload"],
         [*words_of(2), "compile=default", "recompute=selective"],
+        [*words_of(3), "recompute=selective", "parallel.deepspeed_config={}"],
         [*words_of(3), "compile=default", "recompute=full", "parallel.deepspeed_config={}"],
     ],
 }

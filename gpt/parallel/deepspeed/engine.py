@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gpt.batch import Batch
 from gpt.checkpoint.formats import Format, TensorFiles
-from gpt.config import TrainConfig
+from gpt.config import Recompute, TrainConfig
 from gpt.execution import replace_forward
 from gpt.loss import autocast, cross_entropy
 from gpt.model.block import Block
@@ -55,8 +55,9 @@ class ZeroEngine:
         # Inside the model, since DeepSpeed switches off an autocast that is on around it, on GPUs only.
         replace_forward(module, partial(in_autocast, module.forward, config, world.device))
         settings = ds_config(config, batch)
-        if self.stage == 3 and config.compile.name != "none":
-            # The layers of a block are gathered together, outside of its compiled code, and not each by hooks inside.
+        if self.stage == 3 and (config.compile.name != "none" or config.recompute is Recompute.selective):
+            # The layers of a block are gathered together, and not each by hooks inside: these no compiler sees through,
+            # and what is computed again would find nothing kept of what they do.
             deepspeed.utils.set_z3_leaf_modules(module, [Block])
         with redirect_stdout(io.StringIO()):  # it prints how much memory there is, again and again
             self.ds, *_ = deepspeed.initialize(
