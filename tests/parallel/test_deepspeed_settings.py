@@ -26,6 +26,8 @@ REFUSED = {
     "gradient_accumulation_steps": (1, "optim.micro_batch of 4 sequences divided by 1"),
     "gradient_clipping": (0.5, "optim.grad_clip=0.5"),
     "zero_optimization": ({"stage": 3}, "parallel.zero_stage=3"),
+    "cpu_offload": (True, "parallel.offload_optimizer=true"),
+    "round_robin_gradients": (True, "no round_robin_gradients"),
     "bf16": ({"enabled": True}, "precision=bf16"),
     "fp16": ({"enabled": True}, "precision=bf16"),
     "optimizer": ({"type": "Lamb"}, "AdamW"),
@@ -37,15 +39,26 @@ REFUSED = {
 }
 
 
+OF_ZERO = ("cpu_offload", "round_robin_gradients")
+
+
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_file_that_contradicts_the_run_is_refused(key: str, tmp_path: Path) -> None:
     value, fix = REFUSED[key]
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({key: value}))
+    path.write_text(json.dumps({"zero_optimization": {key: value}} if key in OF_ZERO else {key: value}))
     with pytest.raises(ConfigError) as refusal:
         lay_out(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
     assert key in refusal.value.found and "ds.json" in refusal.value.found
     assert fix in refusal.value.fix
+
+
+def test_timers_that_the_pipeline_cannot_run_are_refused_there_alone(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"wall_clock_breakdown": True}))
+    lay_out(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
+    with pytest.raises(ConfigError, match="wall_clock_breakdown"):
+        lay_out(config_of("parallel=ds_pp", f"parallel.deepspeed_config={path}"), 4)
 
 
 def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
@@ -81,6 +94,8 @@ ALONE = ["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=4", "model.
     ("words", "fix"),
     [
         (["parallel=zero2", "parallel.pp=2"], ["parallel.zero_stage=1"]),
+        (["parallel=zero3_offload", "parallel.pp=2"], ["parallel=ds_pp_zero1"]),
+        (["parallel=zero2", "parallel.engine=deepspeed", "parallel.tp=2"], ["parallel=fsdp parallel.engine=native"]),
         (["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=1"], ["parallel.pp=2"]),
         ([*ALONE, "model.norm_position=post"], ["parallel.zero_stage=0"]),
         (["parallel=ds_pp_zero1", "parallel.offload_optimizer=true"], ["parallel.offload_optimizer=false"]),
@@ -94,7 +109,7 @@ def test_refusals_name_what_is_accepted(words: list[str], fix: list[str]) -> Non
     with pytest.raises(ConfigError) as refusal:
         lay_out(config_of(*words), 4)
     assert refusal.value.fix.startswith(fix[0])
-    lay_out(config_of(*words, *fix), 4)
+    lay_out(config_of(*words, *" ".join(fix).split()), 4)
 
 
 def test_a_lone_output_matrix_is_refused_for_its_norms_only() -> None:

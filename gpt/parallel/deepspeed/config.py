@@ -128,6 +128,11 @@ def settled(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
             "cpu" if parallel.offload_parameters else "none",
             offloads.format("parameters"),
         ),
+        # The words of older files for the same two.
+        "zero_optimization.cpu_offload": (parallel.offload_optimizer, offloads.format("optimizer")),
+        "zero_optimization.cpu_offload_param": (parallel.offload_parameters, offloads.format("parameters")),
+        # With it the pieces lie in an order that a checkpoint does not tell: it goes on with other weights elsewhere.
+        "zero_optimization.round_robin_gradients": (False, "false"),
         "zero_force_ds_cpu_optimizer": (False, "no zero_force_ds_cpu_optimizer"),
         "bf16.enabled": (bf16, f"precision={'fp32' if bf16 else 'bf16'}"),
         "fp16.enabled": (False, "precision=bf16"),
@@ -141,6 +146,8 @@ def settled(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
         "optimizer.params.torch_adam": (True, "true: torch's AdamW is used"),
         "optimizer.params.adam_w_mode": (True, "true: the weight decay is AdamW's"),
     }
+    if parallel.pp > 1:
+        found["wall_clock_breakdown"] = (False, "parallel.pp=1: its pipeline starts a timer of it twice")
     for monitor in ("tensorboard", "wandb", "csv_monitor", "comet"):
         ours = "logging.csv=true" if monitor == "csv_monitor" else f"logging.{monitor}=true"
         found[f"{monitor}.enabled"] = (False, ours if monitor != "comet" else "logging.wandb=true")

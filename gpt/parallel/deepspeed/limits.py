@@ -14,21 +14,22 @@ def check_deepspeed(config: TrainConfig, layout: Topology) -> None:
     """Raise ConfigError where DeepSpeed cannot spread this model so, or its file says something else than this run."""
     if config.parallel.strategy is not Strategy.deepspeed:
         return
-    check_dimensions(layout)
+    check_dimensions(config, layout)
     if layout.pp > 1:
         check_stages(config, layout)
     ds_config(config, cut(config.optim, layout.data_ranks))
 
 
-def check_dimensions(layout: Topology) -> None:
+def check_dimensions(config: TrainConfig, layout: Topology) -> None:
     """Raise ConfigError where more is cut than data ranks and stages."""
     others = [name for name in ("tp", "cp", "ep") if getattr(layout, name) > 1]
     if others:
         words = " ".join(f"parallel.{name}={getattr(layout, name)}" for name in others)
+        engine = "" if config.parallel.engine is None else "parallel.engine=native "
         raise ConfigError(
             f"parallel.strategy=deepspeed with {words}",
             "data ranks and stages only: DeepSpeed does not cut the matrices, sequences or experts of this model",
-            f"parallel=fsdp {words}",
+            f"parallel=fsdp {engine}{words}",
         )
 
 
@@ -36,10 +37,12 @@ def check_stages(config: TrainConfig, layout: Topology) -> None:
     """Raise ConfigError where DeepSpeed's pipeline does not take what is asked."""
     parallel = config.parallel
     if parallel.zero_stage in (2, 3):
+        # What a preset keeps on the host belongs to its stage.
+        fix = "parallel=ds_pp_zero1" if parallel.offload_parameters else "parallel.zero_stage=1"
         raise ConfigError(
             f"parallel.zero_stage={parallel.zero_stage} with parallel.pp={layout.pp}",
             "stage 0 or 1: a stage of DeepSpeed's pipeline keeps its gradients over all micro-batches",
-            f"parallel.zero_stage=1, or parallel=fsdp parallel.pp={layout.pp}",
+            f"{fix}, or parallel=fsdp parallel.pp={layout.pp}",
         )
     if parallel.offload_optimizer:
         raise ConfigError(
