@@ -18,42 +18,45 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from gpt.batch import cut
-from gpt.checkpoint import CheckpointStore
-from gpt.composition import lay_out
-from gpt.config import TrainConfig
-from gpt.data.corpus import keep_tokenizer
-from gpt.data.loader import Samples
-from gpt.errors import ConfigError
-from gpt.evaluation import mean_loss
-from gpt.execution import prepare_blocks
-from gpt.failure import record_failure
-from gpt.gradients import Gradients
-from gpt.initial import load_initial
-from gpt.interrupt import StopFlag, die_with_parent
-from gpt.kernels import check_flash
-from gpt.metrics.views import Views
-from gpt.model.gpt import GPT
-from gpt.model.init import initialize
-from gpt.parallel.engine import spread
-from gpt.parallel.world import World, open_world
-from gpt.profiling import StepProfile
-from gpt.pulse import Phase, Pulse
-from gpt.reproducibility import fix_hash_seed, seed_all, set_determinism
-from gpt.requests import Requests
-from gpt.resume import load, save
-from gpt.run import (
-    Request,
-    Run,
-    agree_on_folder,
-    describe_attempt,
-    look_for_changes,
-    open_attempt,
-    parse_request,
-    prepare_tokens,
-)
-from gpt.run_folder import RunFolder
-from gpt.step import QueuedStep, queue_step
+from gpt.startup import lasting_imports
+
+with lasting_imports():
+    from gpt.batch import cut
+    from gpt.checkpoint import CheckpointStore
+    from gpt.composition import lay_out
+    from gpt.config import TrainConfig
+    from gpt.data.corpus import keep_tokenizer
+    from gpt.data.loader import Samples
+    from gpt.errors import ConfigError
+    from gpt.evaluation import mean_loss
+    from gpt.execution import prepare_blocks
+    from gpt.failure import record_failure
+    from gpt.gradients import Gradients
+    from gpt.initial import load_initial
+    from gpt.interrupt import StopFlag, die_with_parent
+    from gpt.kernels import check_flash
+    from gpt.metrics.views import Views
+    from gpt.model.gpt import GPT
+    from gpt.model.init import initialize
+    from gpt.parallel.engine import spread
+    from gpt.parallel.world import World, open_world
+    from gpt.profiling import StepProfile
+    from gpt.pulse import Phase, Pulse
+    from gpt.reproducibility import fix_hash_seed, seed_all, set_determinism
+    from gpt.requests import Requests
+    from gpt.resume import load, save
+    from gpt.run import (
+        Request,
+        Run,
+        agree_on_folder,
+        describe_attempt,
+        look_for_changes,
+        open_attempt,
+        parse_request,
+        prepare_tokens,
+    )
+    from gpt.run_folder import RunFolder
+    from gpt.step import QueuedStep, queue_step
 
 
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:

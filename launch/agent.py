@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from gpt.compose import read_config
 from gpt.errors import refusing
 from gpt.run_folder import RunFolder
+from gpt.startup import lasting_imports
 from launch.conclude import (
     RunFailedError,
     conclude,
@@ -55,7 +56,9 @@ def run(run_dir: str) -> None:
     folder = RunFolder(run_dir)
     config = read_config(folder, Config)
     node = Node.from_env(os.environ.get(TOKEN))
-    from launch import crew as crews  # torch, from here on
+    with lasting_imports():
+        from launch import crew as crews  # torch, from here on
+        from launch import ranks  # noqa: F401  # all agents alike, before they meet
 
     stop.interruptible = True
     failure: str | None = None

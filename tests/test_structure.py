@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def modules() -> dict[str, Path]:
 def imports(path: Path, top_level_only: bool = False) -> frozenset[str]:
     """Dotted names that a module imports, at its top or anywhere; names that are submodules are completed."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    blocks = [statement.body for statement in tree.body if isinstance(statement, ast.With)]
+    nodes = [*tree.body, *itertools.chain(*blocks)] if top_level_only else list(ast.walk(tree))
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):

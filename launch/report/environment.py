@@ -144,6 +144,11 @@ def _place(rank: dict[str, Any]) -> RankPlace:
 
 
 def topology_label(topology: dict[str, Any]) -> str:
-    """The strategy and every dimension larger than 1: ``fsdp dp_replicate=2 dp_shard=4``."""
+    """The strategy and every dimension larger than 1: ``fsdp dp_shard=4``, ``deepspeed_zero0 dp_replicate=2 pp=2``."""
     sizes = [f"{name}={size}" for name, size in topology.items() if isinstance(size, int) and size > 1]
-    return " ".join([str(topology["strategy"]), *sizes])
+    return " ".join([_strategy_label(str(topology["strategy"])), *sizes])
+
+
+def _strategy_label(strategy: str) -> str:
+    """The strategy's name in records, with DeepSpeed's prefix written out."""
+    return f"deepspeed_{strategy.removeprefix('ds_')}" if strategy.startswith("ds_") else strategy

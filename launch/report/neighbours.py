@@ -14,7 +14,7 @@ from launch.report.points import Point
 
 def neighbours(points: Sequence[Point]) -> list[list[str]]:
     """For each point, the names of those it had to share cores or a GPU with while both made steps."""
-    return [[other.name for other in points if other is not point and _disturb(point, other)] for point in points]
+    return [[other.title for other in points if other is not point and _disturb(point, other)] for point in points]
 
 
 def _disturb(one: Point, other: Point) -> bool:

@@ -28,7 +28,7 @@ def notes(found: Sequence[Series]) -> list[str]:
 
 
 def _steps_used(members: Sequence[Measured]) -> str:
-    used = {m.point.name: m.figures.steps for m in members if m.figures is not None}
+    used = {m.point.title: m.figures.steps for m in members if m.figures is not None}
     if not used:
         return ""
     few, many = min(used.values()), max(used.values())
@@ -46,17 +46,17 @@ def _smallest(series: Series) -> str:
     if base is None or len(series.members) == 1:
         return ""
     of = f" of {series.label}" if series.label else ""
-    passed_over = [m.point.name for m in series.members[: series.members.index(base)]]
+    passed_over = [m.point.title for m in series.members[: series.members.index(base)]]
     instead = f", because {' and '.join(passed_over)} gave no figures" if passed_over else ""
     ranks = "1 rank" if base.ranks == 1 else f"{base.ranks} ranks"
-    return f"Speedup and efficiency{of} are against {base.point.name} ({ranks}){instead}."
+    return f"Speedup and efficiency{of} are against {base.point.title} ({ranks}){instead}."
 
 
 def _crowding(members: Sequence[Measured]) -> str:
     crowded = []
     for member in members:
         if member.crowded:
-            crowded.append(f"{member.point.name} ({'; '.join(member.crowding())})")
+            crowded.append(f"{member.point.title} ({'; '.join(member.crowding())})")
     if not crowded:
         return ""
     return f"Ranks shared cores or a GPU, so no efficiency is claimed there: {', '.join(crowded)}."
@@ -67,12 +67,14 @@ def _crowded_base(series: Series) -> str:
     if base is None or not base.crowded or len(series.members) == 1:
         return ""
     of = f" of {series.label}" if series.label else ""
-    return f"The point to compare with{of}, {base.point.name}, is one of these: no efficiency is claimed for any point."
+    return (
+        f"The point to compare with{of}, {base.point.title}, is one of these: no efficiency is claimed for any point."
+    )
 
 
 def _too_few_steps(members: Sequence[Measured]) -> str:
     few = [
-        f"{m.point.name} ({len(after_warmup(m.point.steps))} of {len(m.point.steps)})"
+        f"{m.point.title} ({len(after_warmup(m.point.steps))} of {len(m.point.steps)})"
         for m in members
         if m.figures is None and m.point.last_step is not None
     ]
@@ -86,7 +88,7 @@ def _state(member: Measured) -> str:
     if words is None:
         return ""
     at = f" (last step recorded: {member.point.last_step})" if member.point.last_step is not None else ""
-    return f"{member.point.name} {words}{at}; see {member.point.path}."
+    return f"{member.point.title} {words}{at}; see {member.point.path}."
 
 
 def _mfu(members: Sequence[Measured]) -> str:

@@ -60,11 +60,18 @@ class Point:
     """Training loss of the last step, nats per token."""
     span: tuple[float, float] | None = None
     """When its steps were made: Unix times of the first and the last record of the attempt."""
+    label: str = ""
+    """What sets it apart from the other points of a report, for people; empty where that is its name."""
 
     @property
     def name(self) -> str:
-        """The name of this point of the sweep."""
+        """The name of its folder, which is cut where it would be too long."""
         return self.path.name
+
+    @property
+    def title(self) -> str:
+        """What people are shown."""
+        return self.label or self.name
 
 
 def find_points(folder: Path) -> list[Path]:

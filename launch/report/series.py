@@ -7,7 +7,7 @@ that were made under different conditions. Must not know how a table looks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpt.errors import ConfigError
 from launch.report.environment import Environment
@@ -65,7 +65,12 @@ class Measured:
     def crowding(self) -> list[str]:
         """One phrase for each way in which its ranks shared cores or a GPU."""
         own = [] if self.point.environment is None else self.point.environment.crowding()
-        return own + ([f"at the same time as {' and '.join(self.neighbours)}"] if self.neighbours else [])
+        return own + ([f"at the same time as {_few(self.neighbours)}"] if self.neighbours else [])
+
+
+def _few(names: Sequence[str]) -> str:
+    """Two names at most, and how many there are besides."""
+    return " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,20 @@ def typed_number(overrides: Iterable[str], key: str) -> int | None:
     """The number typed for ``key``, None where there is none."""
     values = [word.split("=", 1)[1] for word in overrides if "=" in word and typed_key(word) == key]
     return int(values[-1]) if values and values[-1].isdigit() else None
+
+
+def with_labels(points: Sequence[Point]) -> list[Point]:
+    """The points, each with the overrides that not all of them share, in the order in which they were typed.
+
+    A folder's name holds all overrides, shared ones too, and is cut after a hundred letters or so: in a sweep with many
+    of them the names would differ in their hashes alone.
+    """
+    words = [[word for word in point.overrides if typed_key(word) not in PLACE_KEYS] for point in points]
+    common = set.intersection(*map(set, words)) if words else set()
+    labels = [",".join(word for word in of_point if word not in common) or "default" for of_point in words]
+    if len(set(labels)) < max(len(points), 2):
+        return list(points)
+    return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
 
 
 def split(members: Sequence[Measured]) -> list[Series]:

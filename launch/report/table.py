@@ -55,6 +55,8 @@ class Row:
     """At the first quartile of the step time."""
     tokens_per_s_ideal: float | None = None
     """Of as many ranks as fast as those of the smallest point; None where these shared cores or a GPU."""
+    label: str = ""
+    """What sets the point apart from the others of this table: the overrides that not all of them share."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def tabulate(folder: Path, points: Sequence[Point]) -> ScalingTable:
     Raises:
         ConfigError: points that belong together are not comparable.
     """
+    points = series_of.with_labels(points)
     beside = neighbours(points)
     members = [Measured(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)]
     found = series_of.split(members)
@@ -125,6 +128,7 @@ def _row(series: Series, member: Measured) -> Row:
         scaling=series.scaling,
         loss=point.loss,
         last_step=point.last_step,
+        label=point.title,
         **_figures(series, member),
     )
 

@@ -75,7 +75,7 @@ def _efficiency(row: Row) -> str:
 def columns(table: ScalingTable) -> list[Column]:
     """The columns; MFU only where a point knows it."""
     found = [
-        Column("point", lambda row: row.point, number=False),
+        Column("point", lambda row: row.label, number=False),
         Column("nodes", lambda row: _count(row.nodes)),
         Column("ranks", lambda row: _count(row.ranks)),
         Column("topology", lambda row: row.topology or UNAVAILABLE, number=False),

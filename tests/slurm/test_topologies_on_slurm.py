@@ -10,15 +10,15 @@ import pytest
 from gpt.metrics.records import read_records
 from gpt.run_folder import RunFolder
 from slurm.sandbox.cluster import Cluster
-from tests.commands import TINY, run
+from tests.commands import ON_SLURM, TINY, run
 
 pytestmark = pytest.mark.slurm
 
-TOPOLOGIES = ("ddp", "fsdp", "pp", "zero2")
+TOPOLOGIES = ("ddp", "fsdp", "pp", "zero2", "ds_pp")
 
 
 def test_nodes_and_topologies_in_one_sweep_end_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["-m", "nodes=1,2", f"parallel={','.join(TOPOLOGIES)}", "ranks_per_node=2", "cluster=slurm", "name=t"]
+    words = ["-m", "nodes=1,2", f"parallel={','.join(TOPOLOGIES)}", "ranks_per_node=2", *ON_SLURM, "name=t"]
     steps = ["optim.max_steps=12", "eval.interval=0", "checkpoint.interval=0"]
     text = run("launch", *words, *TINY, *steps, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
 
@@ -36,6 +36,14 @@ def test_nodes_and_topologies_in_one_sweep_end_in_one_table(sandbox: Cluster, tm
     with (outputs / "scaling.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["nodes"], row["ranks"]) for row in rows].count(("2", "4")) == len(TOPOLOGIES)
-    assert len({row["topology"].split()[0] for row in rows}) >= 3
+    assert {row["topology"] for row in rows if row["ranks"] == "4"} == {
+        "ddp dp_replicate=4",
+        "fsdp dp_shard=4",
+        "ddp dp_replicate=2 pp=2",
+        "deepspeed_zero2 dp_replicate=4",
+        "deepspeed_zero0 dp_replicate=2 pp=2",
+    }
+    wanted = {f"nodes={nodes},parallel={topology}" for nodes in (1, 2) for topology in TOPOLOGIES}
+    assert {row["label"] for row in rows} == wanted, "what tells the points apart is not cut off"
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
     assert text.count("finished") >= len(rows)

@@ -1,0 +1,37 @@
+"""What a point is called in tables and notes: what sets it apart, which its folder's name may not show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launch.report import build
+
+STEADY = [1.0] * 10
+
+
+def test_points_are_shown_by_what_sets_them_apart(tmp_path: Path, make_run: Any) -> None:
+    shared = ("optim.max_steps=12", "name=t", "data.max_bytes=200000")
+    for nodes, strategy in ((1, "ddp"), (1, "ds_zero0"), (2, "ddp"), (2, "ds_zero0")):
+        words = (f"nodes={nodes}", f"parallel={strategy}", *shared)
+        make_run(tmp_path / f"cut-{nodes}{strategy}", nodes, nodes, words, strategy=strategy).attempt().steps(
+            1, STEADY
+        ).event("finished")
+    table = build(tmp_path)
+    assert {row.point: row.label for row in table.rows} == {
+        f"cut-{nodes}{strategy}": f"nodes={nodes},parallel={strategy}"
+        for nodes in (1, 2)
+        for strategy in ("ddp", "ds_zero0")
+    }
+    assert {row.topology for row in table.rows if row.nodes == 2} == {
+        "ddp dp_replicate=2",
+        "deepspeed_zero0 dp_replicate=2",
+    }
+    assert not any("cut-" in note for note in table.notes)
+
+
+def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path, make_run: Any) -> None:
+    for name, words in (("a", ("nodes=1",)), ("b", ("nodes=1", "output_dir=elsewhere"))):
+        make_run(tmp_path / name, overrides=words).attempt().steps(1, STEADY)
+    assert [row.label for row in build(tmp_path).rows] == ["a", "b"]
+    assert [row.label for row in build(tmp_path / "a").rows] == ["a"]
