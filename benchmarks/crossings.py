@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.page import keep, stamp
+from benchmarks.page import chosen, keep, stamp
 from gpt.resume import save
 from tests.distributed import RankFailedError, run_distributed
 from tests.parallel.learning import MODELS, start, step
@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="ROW,ROW", help="names of layouts; default: all")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/crossings.md")
     words = parser.parse_args()
-    wanted = words.only.split(",") if words.only else list(LAYOUTS)
+    wanted = chosen(words.only, list(LAYOUTS))
     lines = [stamp("gloo, one thread a rank")]
     for table in TABLES:
         lines += ["", *lines_of(table, [name for name in table.layouts if name in wanted])]

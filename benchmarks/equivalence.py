@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import keep, stamp
+from benchmarks.page import chosen, keep, stamp
 from gpt.errors import ConfigError
 from tests.distributed import RankFailedError, run_distributed
 from tests.parallel.learning import MODELS, Case, learn, learn_alone, start_case
@@ -77,7 +77,7 @@ ROWS = (
     Row("ddp", "parallel=ddp", executed=True),
     Row("zero1", "parallel=zero1", executed=True),
     Row("fsdp", "parallel=fsdp", executed=True),
-    Row("fsdp, not resharded", "parallel=fsdp parallel.reshard_after_forward=false"),
+    Row("fsdp kept whole", "parallel=fsdp parallel.reshard_after_forward=false"),
     Row("hsdp 2 x 2", "parallel=hsdp parallel.dp_shard=2", (4,), executed=True),
     Row("pp 1f1b", "parallel=pp", executed=True),
     Row("pp gpipe", "parallel=pp parallel.schedule=gpipe", (2,)),
@@ -90,7 +90,7 @@ ROWS = (
     Row("pp 1f1b x tp", "parallel=pp parallel.tp=2", (4,)),
     Row("pp zbv x tp", "parallel=pp parallel.schedule=zbv parallel.tp=2", (4,)),
     Row("3d: fsdp 2 x pp 2 x tp 2", "parallel=3d", (8,), executed=True),
-    Row("3d, zbv", "parallel=3d parallel.schedule=zbv", (8,)),
+    Row("3d zbv", "parallel=3d parallel.schedule=zbv", (8,)),
     Row("hsdp 2 x 2 x pp 2", "parallel=pp_fsdp parallel.dp_shard=2", (8,)),
     Row("ep", "parallel=ep parallel.ep=2", executed=True),
     Row("ep 4", "parallel=ep parallel.ep=4", (4,)),
@@ -108,7 +108,7 @@ ROWS = (
     Row("fsdp x ep x cp", "parallel=fsdp_cp parallel.ep=2", (4,)),
     Row("tp", "parallel=tp", executed=True),
     Row("tp 4", "parallel=tp parallel.tp=4", (4,)),
-    Row("tp, nothing in slices", "parallel=tp parallel.sequence_parallel=false parallel.loss_parallel=false"),
+    Row("tp without slices", "parallel=tp parallel.sequence_parallel=false parallel.loss_parallel=false"),
     Row("fsdp x tp", "parallel=fsdp_tp", (4,), executed=True),
     Row("hsdp x tp", "parallel=fsdp_tp parallel.dp_shard=1", (4,)),
     Row("ep x tp", "parallel=ep parallel.ep=2 parallel.tp=2", (4,)),
@@ -213,7 +213,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="ROW,ROW", help="names of topologies; default: all")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/equivalence.md")
     words = parser.parse_args()
-    names = words.only.split(",") if words.only else [row.name for row in ROWS]
+    names = chosen(words.only, [row.name for row in ROWS])
     text, good = tables([row for row in ROWS if row.name in names])
     text = f"{stamp('gloo, one thread a rank')}\n\n{text}"
     print(text)

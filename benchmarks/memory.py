@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                     # every strategy on 1, 2 and 4 ranks, some minutes on two cores
     python benchmarks/memory.py --only fsdp,zero3   # some of them
+    python benchmarks/memory.py --picture FILE.png  # and draw what was measured
 
 Real processes (gloo) take a step; then the bytes of the storages under every parameter, gradient and tensor of the
 optimizer are added up, each once. Of the ranks the one that holds most counts. Prints a Markdown table; exit status 1
@@ -15,7 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.page import stamp
+from matplotlib.figure import Figure
+
+from benchmarks.page import chosen, stamp
 from gpt.accounting.memory import Memory, per_rank
 from gpt.batch import cut
 from gpt.compose import compose_train, to_schema
@@ -31,6 +34,9 @@ rank takes its part of the 16 sequences of a step in several passes, between whi
 STRATEGIES = ("ddp", "zero1", "fsdp", "ds_zero1", "zero2", "zero3")
 RANKS = (1, 2, 4)
 MIB = 2**20
+PARTS = {"parameters": "#2A6F97", "gradients": "#61A5C2", "optimizer": "#C9D6DF"}
+Held = dict[str, list[int]]
+"""Bytes of parameters, gradients and optimizer state under each strategy."""
 
 
 def words_of(strategy: str) -> list[str]:
@@ -56,10 +62,15 @@ def planned(strategy: str, size: int) -> Memory:
     return per_rank(config, layout, cut(config.optim, layout.data_ranks))
 
 
-def rows(strategies: list[str], size: int, folder: Path) -> tuple[list[str], bool]:
-    """The rows of one number of ranks, and whether the plan is right in all of them."""
+def measured(strategies: list[str], size: int, folder: Path) -> Held:
+    """What is held on the rank that holds most."""
     held = run_distributed(hold, size, folder, strategies, timeout_s=1200)
-    most = {name: [max(rank[name][part] for rank in held) for part in range(3)] for name in strategies}
+    return {name: [max(rank[name][part] for rank in held) for part in range(3)] for name in strategies}
+
+
+def rows(most: Held, size: int) -> tuple[list[str], bool]:
+    """The rows of one number of ranks, and whether the plan is right in all of them."""
+    strategies = list(most)
     lines, good = [], True
     for name in strategies:
         said = planned(name, size)
@@ -72,21 +83,47 @@ def rows(strategies: list[str], size: int, folder: Path) -> tuple[list[str], boo
     return lines, good
 
 
+def draw(found: dict[int, Held], file: Path) -> None:
+    """A panel for each number of ranks, a bar for each strategy, labelled with what it saves against the first."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True)
+    for axes, (size, most) in zip(panels, found.items(), strict=True):
+        below = [0.0] * len(most)
+        for part, (label, color) in enumerate(PARTS.items()):
+            heights = [held[part] / MIB for held in most.values()]
+            axes.bar(list(most), heights, bottom=below, color=color, label=label, width=0.7)
+            below = [low + height for low, height in zip(below, heights, strict=True)]
+        for place, total in enumerate(below[1:], start=1):
+            saved = f"{total / below[0] - 1:+.0%}".replace("+0%", "0%")
+            axes.text(place, total, saved, ha="center", va="bottom", fontsize=8)
+        axes.set_title(f"{size} rank{'s' if size > 1 else ''}", fontsize=10)
+        axes.tick_params(axis="x", labelrotation=45, labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("MiB on the rank that holds most")
+    handles, labels = panels[-1].get_legend_handles_labels()
+    panels[-1].legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="upper right")
+    figure.savefig(file, dpi=110)
+
+
 def main() -> int:
     """Exit status: 0, or 1 where a figure is not the plan's."""
     parser = argparse.ArgumentParser(description="Memory of each strategy, measured and planned.")
-    parser.add_argument("--only", default=",".join(STRATEGIES), metavar="NAME,NAME", help="strategies; default: all")
-    chosen = parser.parse_args().only.split(",")
-    strategies = ["ddp", *(name for name in chosen if name != "ddp")]
+    parser.add_argument("--only", default="", metavar="NAME,NAME", help="strategies; default: all")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what was measured")
+    words = parser.parse_args()
+    strategies = list(dict.fromkeys(["ddp", *chosen(words.only, STRATEGIES)]))
     print(f"{stamp('gloo')} MiB of the rank that holds most.\n")
     print("| strategy | ranks | parameters | gradients | optimizer | together | planned | off by | saved against ddp |")
     print("|---" * 9 + "|")
-    good = True
+    good, found = True, {}
     with tempfile.TemporaryDirectory() as place:
         for size in RANKS:
-            lines, right = rows(strategies, size, Path(place) / str(size) / "runs")
+            found[size] = measured(strategies, size, Path(place) / str(size) / "runs")
+            lines, right = rows(found[size], size)
             good = good and right
             print("\n".join(lines), flush=True)
+    if words.picture:
+        draw(found, words.picture)
     return 0 if good else 1
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.code import code_state
 from gpt.metrics.environment import software
 
 UNCHANGED = hashlib.sha256(b"").hexdigest()
+
+
+def chosen(words: str, known: Sequence[str]) -> list[str]:
+    """The names in ``words`` (NAME,NAME), all of the ``known`` ones where it is empty; ends the program at others."""
+    names = words.split(",") if words else list(known)
+    if strangers := [name for name in names if name not in known]:
+        sys.exit(
+            f"found: --only {','.join(strangers)}\nexpected: some of {', '.join(known)}\ntype next: --only {known[0]}"
+        )
+    return names
 
 
 def stamp(machine: str) -> str:

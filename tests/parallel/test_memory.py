@@ -43,6 +43,7 @@ LAYOUTS = {
     "ZeRO 2": "parallel=zero2",
     "ZeRO 3": "parallel=zero3",
     "ZeRO 3 in bf16": "parallel=zero3 precision=bf16",
+    "pp x ZeRO 1": "parallel=ds_pp_zero1",
 }
 LONG = ["model.n_embd=64", "model.block_size=64"]
 """For recomputation, which leaves so little that what torch keeps once for each pass shows."""
