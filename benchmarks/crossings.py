@@ -26,6 +26,8 @@ from tests.parallel.learning import MODELS, start, step
 
 TOLERANCE = 1e-5
 RANKS = 4
+AT_ONCE = 8
+"""Runs of one process: the groups of each keep threads awake, and later ones get slower and slower."""
 LAYOUTS = {
     "ddp": "parallel=ddp",
     "zero1": "parallel=zero1",
@@ -99,9 +101,10 @@ def row(name: str, table: Table, folder: Path) -> list[str]:
     try:
         to_come = run_distributed(losses, RANKS, folder, table.model, [name], True, timeout_s=600)[0][0]
         for size in sorted({size for _, size in table.columns}, reverse=True):
-            names = [other for other, ranks in table.columns if ranks == size]
-            found = run_distributed(losses, size, folder, table.model, names, False, timeout_s=600)[0]
-            cells |= {(other, size): shown(each, to_come) for other, each in zip(names, found, strict=True)}
+            every = [other for other, ranks in table.columns if ranks == size]
+            for names in (every[i : i + AT_ONCE] for i in range(0, len(every), AT_ONCE)):
+                found = run_distributed(losses, size, folder, table.model, names, False, timeout_s=600)[0]
+                cells |= {(other, size): shown(each, to_come) for other, each in zip(names, found, strict=True)}
     except RankFailedError as failure:
         print(failure, file=sys.stderr)
     return [cells.get(column, "**failed**") for column in table.columns]
