@@ -22,12 +22,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# Ranks are forked from a clean server process that has imported torch and run nothing, so that a test pays for the
+# Ranks are forked from a clean server process that has imported all they need and run nothing, so a test pays for the
 # imports once and not once for each rank. Environment variables are handed over at each start.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor"]
-)
+_CONTEXT.set_forkserver_preload(["tests.preload"])
 
 NEWS_S = 0.3
 

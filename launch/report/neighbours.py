@@ -13,14 +13,17 @@ from launch.report.points import Point
 
 
 def neighbours(points: Sequence[Point]) -> list[list[str]]:
-    """For each point, the names of those it had to share cores or a GPU with while both made steps."""
+    """For each point, the names of those it had to share cores or a GPU with while it made steps.
+
+    A point that starts takes as much of a machine as one that makes steps: its ranks import libraries.
+    """
     return [[other.title for other in points if other is not point and _disturb(point, other)] for point in points]
 
 
 def _disturb(one: Point, other: Point) -> bool:
-    if one.environment is None or other.environment is None or one.span is None or other.span is None:
+    if one.environment is None or other.environment is None or one.span is None or other.presence is None:
         return False
-    at_the_same_time = one.span[0] < other.span[1] and other.span[0] < one.span[1]
+    at_the_same_time = one.span[0] < other.presence[1] and other.presence[0] < one.span[1]
     return at_the_same_time and _share(one.environment, other.environment)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -60,6 +60,8 @@ class Point:
     """Training loss of the last step, nats per token."""
     span: tuple[float, float] | None = None
     """When its steps were made: Unix times of the first and the last record of the attempt."""
+    presence: tuple[float, float] | None = None
+    """When its processes were there, starting and ending as well; at least the span."""
     label: str = ""
     """What sets it apart from the other points of a report, for people; empty where that is its name."""
 
@@ -129,6 +131,7 @@ def read_point(path: Path) -> Point:
     stepped = {record["attempt"] for record in first.values()} & set(known)
     environment = known[max(stepped or known)] if known else None
     last_step = max(first, default=None)
+    span = _span(first.values(), max(stepped)) if stepped else None
     return Point(
         path=path,
         overrides=_read_overrides(run),
@@ -137,7 +140,8 @@ def read_point(path: Path) -> Point:
         steps=tuple(_whole_steps(by_rank, known, environment)),
         last_step=last_step,
         loss=None if last_step is None else first[last_step]["loss"],
-        span=_span(first.values(), max(stepped)) if stepped else None,
+        span=span,
+        presence=span and _presence(run.read_events(), span),
     )
 
 
@@ -145,6 +149,13 @@ def _span(records: Iterable[dict[str, Any]], attempt: int) -> tuple[float, float
     """Times of the first and the last record of an attempt."""
     times = [record["time"] for record in records if record["attempt"] == attempt]
     return min(times), max(times)
+
+
+def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tuple[float, float]:
+    """From the start of the agent, or where there was none of the ranks, to their end, around ``span``."""
+    before = {event["event"]: event["time"] for event in events if event["time"] <= span[0]}
+    ends = [event["time"] for event in events if event["event"] == "agent_ended" and event["time"] >= span[1]]
+    return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
 def _read_overrides(run: RunFolder) -> tuple[str, ...]:

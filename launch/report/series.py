@@ -39,7 +39,7 @@ class Measured:
     point: Point
     figures: Measurement | None
     neighbours: tuple[str, ...] = ()
-    """Points it shared cores or a GPU with while both made steps."""
+    """Points it shared cores or a GPU with while it made steps."""
 
     @property
     def ranks(self) -> int | None:

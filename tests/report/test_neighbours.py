@@ -35,3 +35,13 @@ def test_two_points_on_different_machines(make_run, tmp_path: Path):
         builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=2, extra_rank=place)
         builder.attempt().steps(1, [1.0] * 5, time=0.0).steps(6, [1.0] * 6, time=99.0)
     assert [row.oversubscribed for row in build(tmp_path).rows] == [False, False]
+
+
+def test_a_point_that_starts_beside_another_disturbs_it(make_run, tmp_path: Path):
+    """Ranks that import libraries take a core each, long before their first step."""
+    for nodes, begun, first in ((1, 0.0, 10.0), (2, 50.0, 200.0)):
+        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=2)
+        builder.attempt().steps(1, [1.0] * 5, time=first).steps(6, [1.0] * 6, time=first + 99.0)
+        builder.event("agent_started", time=begun).event("agent_ended", time=first + 110.0)
+    first_row, second_row = build(tmp_path).rows
+    assert (first_row.oversubscribed, second_row.oversubscribed) == (True, False)
