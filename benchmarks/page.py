@@ -39,5 +39,5 @@ def keep(script: Path, title: str, document: str | None, text: str) -> None:
     What it shows is the paragraph of its docstring (``document``) after the commands.
     """
     about = (document or "").split("\n\n")[2].strip()
-    page = f"# {title}\n\n`python benchmarks/{script.name} --write`. {about}\n\n{text}"
+    page = f"# {title}\n\n`python benchmarks/{script.name} --write`.\n\n{about}\n\n{text}"
     script.with_suffix(".md").write_text(page.rstrip() + "\n")

@@ -27,7 +27,7 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
 
-NEWS_S = 0.3
+NEWS_S = 2.0
 
 
 class RankFailedError(AssertionError):

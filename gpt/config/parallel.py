@@ -135,10 +135,11 @@ class ParallelConfig:
         expected = several.get(self.schedule, "1")
         if str(self.stages_per_rank) == expected or (expected == "2 or more" and self.stages_per_rank >= 2):
             return
-        other = ", or parallel.schedule=interleaved" if expected == "1" and self.stages_per_rank > 1 else ""
+        can = self.strategy is not Strategy.deepspeed and self.stages_per_rank > 1
+        other = ", or parallel.schedule=interleaved" if expected == "1" and can else ""
         raise ConfigError(
             f"parallel.stages_per_rank={self.stages_per_rank} with parallel.schedule={self.schedule.name}",
-            f"{expected} stages on each rank",
+            f"{expected} stage{'' if expected == '1' else 's'} on each rank",
             f"parallel.stages_per_rank={expected[0]}{other}",
         )
 

@@ -1,6 +1,6 @@
 """What ranks wait for that share a model by DeepSpeed's stages (arXiv 1910.02054, section 7).
 
-As deepspeed 0.18 and 0.19 do it unless their own file says otherwise: stages 0 to 2 exchange beside nothing
+As deepspeed 0.19 does it unless its own file says otherwise: stages 0 to 2 exchange beside nothing
 (``overlap_comm`` is for stage 3), stage 1 once a step, stages 2 and 3 after every pass, and in fp32.
 """
 

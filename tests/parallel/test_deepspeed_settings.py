@@ -28,6 +28,8 @@ REFUSED = {
     "zero_optimization": ({"stage": 3}, "parallel.zero_stage=3"),
     "cpu_offload": (True, "parallel.offload_optimizer=true"),
     "round_robin_gradients": (True, "no round_robin_gradients"),
+    "zero_hpz_partition_size": (2, "parallel=hsdp parallel.dp_shard=2"),
+    "mics_shard_size": (2, "parallel=hsdp parallel.dp_shard=2"),
     "bf16": ({"enabled": True}, "precision=bf16"),
     "fp16": ({"enabled": True}, "precision=bf16"),
     "optimizer": ({"type": "Lamb"}, "AdamW"),
@@ -39,7 +41,7 @@ REFUSED = {
 }
 
 
-OF_ZERO = ("cpu_offload", "round_robin_gradients")
+OF_ZERO = ("cpu_offload", "round_robin_gradients", "zero_hpz_partition_size", "mics_shard_size")
 
 
 @pytest.mark.parametrize("key", REFUSED)

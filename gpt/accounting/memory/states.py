@@ -1,7 +1,7 @@
 """Parameters, gradients and the optimizer's state of one rank, in bytes: exact, for AdamW over fp32 weights.
 
 DeepSpeed keeps fp32 masters beside the weights it computes with, also where these are fp32, and lays tensors end to end
-before it cuts them (deepspeed 0.18 and 0.19: runtime/zero/stage_1_and_2.py, stage3.py, runtime/bf16_optimizer.py). The
+before it cuts them (deepspeed 0.19: runtime/zero/stage_1_and_2.py, stage3.py, runtime/bf16_optimizer.py). The
 bucket that it reduces gradients in is not counted here.
 """
 

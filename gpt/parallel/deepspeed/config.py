@@ -133,6 +133,9 @@ def settled(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
         "zero_optimization.cpu_offload_param": (parallel.offload_parameters, offloads.format("parameters")),
         # With it the pieces lie in an order that a checkpoint does not tell: it goes on with other weights elsewhere.
         "zero_optimization.round_robin_gradients": (False, "false"),
+        # Groups of ranks with a copy each, which what is saved and read here knows nothing of.
+        "zero_optimization.zero_hpz_partition_size": (1, "parallel=hsdp parallel.dp_shard={}"),
+        "zero_optimization.mics_shard_size": (-1, "parallel=hsdp parallel.dp_shard={}"),
         "zero_force_ds_cpu_optimizer": (False, "no zero_force_ds_cpu_optimizer"),
         "bf16.enabled": (bf16, f"precision={'fp32' if bf16 else 'bf16'}"),
         "fp16.enabled": (False, "precision=bf16"),
