@@ -24,5 +24,9 @@ class Auxiliary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        ctx.total.add_(ctx.counts)
-        return gradients[0], torch.ones((), dtype=ctx.dtype, device=gradients[0].device), None, None
+        gradient = gradients[0]
+        # Nothing, but it hangs on the gradient: else the compiler would add to the total in the forward pass already,
+        # and of two passes forward, as pipelines make them before the first one back, the second forget the first.
+        nothing = gradient[(0,) * gradient.dim()].float().nan_to_num().clamp(0, 0)
+        ctx.total.add_(ctx.counts + nothing)
+        return gradient, torch.ones((), dtype=ctx.dtype, device=gradient.device), None, None

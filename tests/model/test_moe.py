@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig
+from gpt.model.auxiliary import Auxiliary
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.model.moe import (
@@ -232,6 +233,22 @@ def test_compiled_blocks_have_the_same_gradients_and_counts() -> None:
     assert torch.equal(counts_LE, compiled_LE)
     for one, other in zip(whole, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_passes_count_each_though_two_go_forward_before_one_goes_back() -> None:
+    """As in a pipeline. By inductor, which moves what it can from the backward pass to the forward one."""
+    total_E = torch.zeros(3)
+
+    def count(x_TE: torch.Tensor, weight_E: torch.Tensor) -> torch.Tensor:
+        y_TE = x_TE * weight_E
+        return Auxiliary.apply(y_TE, y_TE.sum(), (y_TE > 0).sum(0).to(torch.int32), total_E)
+
+    weight_E = torch.ones(3, requires_grad=True)
+    compiled = torch.compile(count)
+    passes = [compiled(torch.tensor(row).repeat(4, 1), weight_E) for row in ([1.0, 1, -1], [1.0, -1, 1])]
+    for y_TE in passes:
+        y_TE.sum().backward()
+    assert total_E.tolist() == [8, 4, 4]
 
 
 def test_evaluation_counts_nothing_and_drops_nothing() -> None:
