@@ -6,12 +6,13 @@ Owns the look at this machine, without torch. Must not know what a run needs, be
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
 from gpt.accounting.memory import GIB, Memory
-from gpt.config import Device, closest
+from gpt.config import Device, Recompute, Strategy, closest
 from gpt.errors import ConfigError
 from gpt.planning.machine import Machine, Stated, cpus, free_memory, gpus
 from launch.config import ClusterKind, Config
@@ -81,12 +82,25 @@ def refuse_too_little_memory(config: Config, needed: Memory, kind: ClusterKind) 
     else:
         return
     if ranks * wanted > have:
-        total = f"{ranks} ranks x {wanted / GIB:.2f} GiB = {ranks * wanted / GIB:.2f} GiB"
+        each = f"{wanted / GIB:.2f} GiB"
+        total = f"{ranks} ranks x {each} = {ranks * wanted / GIB:.2f} GiB" if ranks > 1 else f"a rank of {each}"
         raise ConfigError(
             f"{total}, and {have / GIB:.2f} GiB {where}",
             "a run that fits",
-            "parallel=fsdp, optim.micro_batch=1, or a smaller model",
+            ", or ".join([*smaller(config), "a smaller model"]),
         )
+
+
+def smaller(config: Config) -> Iterator[str]:
+    """What is left to type for a run that needs less, the cheapest first."""
+    if config.optim.micro_batch > 1:
+        yield "optim.micro_batch=1"
+    if config.recompute is Recompute.none:
+        yield "recompute=selective"
+    if config.parallel.strategy is Strategy.fsdp or config.parallel.zero_stage == 3:
+        yield "more nodes"
+    else:
+        yield "parallel=fsdp"
 
 
 def refuse_too_little_host(config: Config, needed: Memory, kind: ClusterKind) -> None:
