@@ -26,6 +26,15 @@ class StopFlag:
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
+    def retire(self) -> None:
+        """Ignore the signals from now on: all is done, and the process is about to end.
+
+        Python gives them their default back while it ends. A signal that came then, as a second one to a rank that had
+        saved, killed it: a failure to its agent, while the agents of ranks that had ended well waited for this one.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is signal.SIGINT:
             raise KeyboardInterrupt

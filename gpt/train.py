@@ -195,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = parse_request(sys.argv[1:] if argv is None else argv)
         fix_hash_seed(request.config)
         outcome = run_ranks(request, stop)
+        stop.retire()
     except ConfigError as error:
         print(error, file=sys.stderr, flush=True)
         return 2
