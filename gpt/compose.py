@@ -111,11 +111,6 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
     return to_schema(loaded, schema)
 
 
-def read_overrides(folder: RunFolder) -> list[str]:
-    """What was typed to get the run of a folder."""
-    return [str(word) for word in OmegaConf.load(folder.overrides)] if folder.overrides.is_file() else []
-
-
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
     """Put how a run is spread, every key of ``parallel``, and how large its passes are into its composed config, which
     may have left it open."""

@@ -180,6 +180,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def typed_key(word: str) -> str:
+    """The key of an override: ``nodes`` for ``++nodes=2``."""
+    return word.split("=", 1)[0].lstrip("+~")
+
+
 def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
     """Name of a point from what was typed: the same words in any order give the same name.
 
@@ -190,7 +195,7 @@ def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
     excluded = set(exclude)
     kept = []
     for word in overrides:
-        key = word.split("=", 1)[0].lstrip("+~")
+        key = typed_key(word)
         parents = {".".join(key.split(".")[: i + 1]) for i in range(len(key.split(".")))}
         if not parents & excluded:
             kept.append(word)

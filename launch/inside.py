@@ -21,18 +21,13 @@ from omegaconf import DictConfig
 from gpt import compose
 from gpt.compose import CONFIG_ERRORS
 from gpt.errors import ConfigError, refusing
+from gpt.overrides import typed_value
 from launch import agent
 from launch.config import ClusterKind, Config
 from launch.node import Node
 from launch.plan import Plan, make_plan, write_run
 from launch.plan_text import plan_text
 from launch.submit import record_submitted
-
-
-def value_of(overrides: Sequence[str], key: str) -> str | None:
-    """What was typed for ``key``, the last word where it was typed twice; None where it was not."""
-    values = [word.split("=", 1)[1] for word in overrides if word.split("=", 1)[0].lstrip("+") == key and "=" in word]
-    return values[-1] if values else None
 
 
 def job_overrides(overrides: Sequence[str]) -> list[str]:
@@ -49,9 +44,9 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     words = list(overrides)
     if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
         words = [word for word in words if word.lstrip("+") != "fresh=true"]
-    spares = value_of(words, "spares") or "0"
+    spares = typed_value(words, "spares") or "0"
     used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
-    typed = value_of(words, "nodes")
+    typed = typed_value(words, "nodes")
     if typed is None:
         words.append(f"nodes={used}")
     elif typed != used:
@@ -61,7 +56,7 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
             f"sbatch --nodes={int(typed) + int(spares) if (typed + spares).isdigit() else typed} ...",
         )
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
-    if gpus and value_of(words, "cluster.gpus_per_node") is None:
+    if gpus and typed_value(words, "cluster.gpus_per_node") is None:
         words.append(f"cluster.gpus_per_node={gpus}")
     return words
 

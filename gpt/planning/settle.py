@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from gpt.batch import cut
-from gpt.compose import read_config, read_overrides
+from gpt.compose import read_config
 from gpt.composition import lay_out
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.errors import ConfigError
+from gpt.overrides import read_overrides, typed_value
 from gpt.planning.choice import Choice, choose
 from gpt.planning.fitting import MICRO_BATCH, with_passes
 from gpt.planning.machine import Machine
-from gpt.run_folder import RunFolder
+from gpt.run_folder import RunFolder, typed_key
 
 Config = TypeVar("Config", bound=TrainConfig)
 SHOWN = 5
@@ -79,7 +80,7 @@ def settle(
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
     """Keys of ``parallel`` that were typed, the strategy not; and ``optim.micro_batch``."""
-    keys = {word.split("=", 1)[0].lstrip("+") for word in overrides}
+    keys = {typed_key(word) for word in overrides}
     ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
     return ours - {"strategy", "timeout_s"} | keys & {MICRO_BATCH}
 
@@ -96,7 +97,7 @@ def earlier_choice(
         return None
     if any(getattr(earlier, key) != getattr(config.parallel, key) for key in {*fixed} - {MICRO_BATCH}):
         return None
-    if last_word(overrides, MICRO_BATCH) != last_word(read_overrides(folder), MICRO_BATCH):
+    if typed_value(overrides, MICRO_BATCH) != typed_value(read_overrides(folder), MICRO_BATCH):
         return None
     settled = Settled(earlier, before.optim.micro_batch, why="as this run began; fresh=true chooses anew")
     chosen = settled.apply(config)
@@ -105,9 +106,3 @@ def earlier_choice(
     except ConfigError:
         return None
     return settled
-
-
-def last_word(overrides: Sequence[str], key: str) -> str | None:
-    """What was typed for a key."""
-    values = [word.split("=", 1)[1] for word in overrides if word.lstrip("+").startswith(f"{key}=")]
-    return values[-1] if values else None

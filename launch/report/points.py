@@ -13,10 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gpt.errors import ConfigError
 from gpt.metrics.records import read_records
+from gpt.overrides import read_overrides
 from gpt.run_folder import RunFolder
 from launch.report.environment import Environment, read_environment
 
@@ -132,16 +131,17 @@ def read_point(path: Path) -> Point:
     environment = known[max(stepped or known)] if known else None
     last_step = max(first, default=None)
     span = _span(first.values(), max(stepped)) if stepped else None
+    events = run.read_events()
     return Point(
         path=path,
-        overrides=_read_overrides(run),
-        state=_state(run, has_records=last_step is not None),
+        overrides=read_overrides(run),
+        state=_state(events, max(setups, default=0), has_records=last_step is not None),
         environment=environment,
         steps=tuple(_whole_steps(by_rank, known, environment)),
         last_step=last_step,
         loss=None if last_step is None else first[last_step]["loss"],
         span=span,
-        presence=span and _presence(run.read_events(), span),
+        presence=span and _presence(events, span),
     )
 
 
@@ -158,16 +158,9 @@ def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tu
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
-def _read_overrides(run: RunFolder) -> tuple[str, ...]:
-    if not run.overrides.exists():
-        return ()
-    return tuple(str(word) for word in yaml.safe_load(run.overrides.read_text()) or ())
-
-
-def _state(run: RunFolder, has_records: bool) -> State:
-    """State by the ends that the ledger knows of the last attempt; an event without an attempt belongs to any."""
-    last = max(run.attempts(), default=0)
-    events = [e for e in run.read_events() if e.get("event") in ENDS and e.get("attempt", last) >= last]
+def _state(ledger: Sequence[dict[str, Any]], last: int, has_records: bool) -> State:
+    """State by the ends that the ledger knows of the last attempt; one without an attempt belongs to any."""
+    events = [e for e in ledger if e.get("event") in ENDS and e.get("attempt", last) >= last]
     # A rank that failed fails the attempt, whatever the others wrote after it.
     if any(e["event"] == "rank_failed" and e.get("attempt") is not None for e in events):
         return State.FAILED

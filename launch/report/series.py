@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from gpt.errors import ConfigError
+from gpt.overrides import typed_value
+from gpt.run_folder import typed_key
 from launch.report.environment import Environment
 from launch.report.measure import Measurement
 from launch.report.points import Point
@@ -92,15 +94,10 @@ class Series:
         return ("weak" if known[0].weak_scaling else "strong") if known else None
 
 
-def typed_key(word: str) -> str:
-    """The key of an override: ``nodes`` for ``++nodes=2``."""
-    return word.split("=", 1)[0].lstrip("+~")
-
-
 def typed_number(overrides: Iterable[str], key: str) -> int | None:
     """The number typed for ``key``, None where there is none."""
-    values = [word.split("=", 1)[1] for word in overrides if "=" in word and typed_key(word) == key]
-    return int(values[-1]) if values and values[-1].isdigit() else None
+    value = typed_value(overrides, key)
+    return int(value) if value is not None and value.isdigit() else None
 
 
 def with_labels(points: Sequence[Point]) -> list[Point]:
