@@ -39,9 +39,9 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
     # then see all of the block: not where other ranks are asked in the middle, for their experts or their part of the
     # sequence, so there it is inside.
     parallel = config.parallel
-    inside = parallel.ep > 1 or parallel.cp > 1
+    asks = parallel.ep > 1 or parallel.cp > 1
     # Nor with all of it recomputed under tp, where torch 2.13 fails to keep what its DTensors are made of.
-    inside = inside or (parallel.tp > 1 and config.recompute is Recompute.full)
+    inside = asks or (parallel.tp > 1 and config.recompute is Recompute.full)
     ways = (compile_block, recompute_block) if inside else (recompute_block, compile_block)
     for block in model.blocks:
         for way in ways:

@@ -17,13 +17,12 @@ from torch.distributed.fsdp import FSDPModule
 from gpt.batch import Batch
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
-from gpt.optim import scale_to, squares_of_parts
 from gpt.parallel.context import SharedSequence, share_sequences
 from gpt.parallel.expert import deal_out, dealt_out, shard_experts
 from gpt.parallel.fsdp import shard
 from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.native import NativeEngine
-from gpt.parallel.parts import local, share_of, sum_over
+from gpt.parallel.parts import clip, local, share_of, sum_over
 from gpt.parallel.tensor import cut_matrices, finish_gradients
 from gpt.parallel.vocabulary import vocabulary_loss
 from gpt.parallel.world import World
@@ -109,12 +108,7 @@ class ComposedEngine(NativeEngine):
         return nullcontext()
 
     def clip(self, limit: float) -> Tensor:
-        parts = [(part, share) for _, part, share in self.gradients()]
-        # Gradients may be offloaded; ranks talk on the device.
-        norm = self.world.add_up(squares_of_parts(parts).to(self.world.device)).sqrt()
-        if limit > 0:
-            scale_to(limit, norm, [part for part, _ in parts])
-        return norm
+        return clip(self.gradients(), limit, self.world)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, parameter in self.module.named_parameters():

@@ -7,7 +7,7 @@ Must not know who cuts what, nor why.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, dis
 from torch.func import functional_call
 
 from gpt.execution import replace_forward
+from gpt.optim import scale_to, squares_of_parts
+from gpt.parallel.world import World
 
 BUCKET_BYTES = 32 * 2**20
 """As much is sent at once: more hides the latency, and is held twice meanwhile."""
@@ -47,6 +49,19 @@ def share_of(grad: Tensor, ranks: int) -> float:
     return math.prod(grad.device_mesh.size(i) for i, placement in placements if not placement.is_replicate()) / ranks
 
 
+def clip(gradients: Iterable[tuple[str, Tensor, float]], limit: float, world: World) -> Tensor:
+    """Scale gradients of which each rank holds parts down to a norm of ``limit``, 0 for any; the norm they had, ().
+
+    Each comes with the share of it that counts on this rank: over the world every element counts once. Collective.
+    """
+    parts = [(part, share) for _, part, share in gradients]
+    # Gradients may be offloaded; ranks talk on the device.
+    norm = world.add_up(squares_of_parts(parts).to(world.device)).sqrt()
+    if limit > 0:
+        scale_to(limit, norm, [part for part, _ in parts])
+    return norm
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -58,13 +73,18 @@ def distribute(module: nn.Module, line: DeviceMesh, cuts: Mapping[str, Placement
     One that was cut over other ranks before is cut further.
     """
     for name, parameter in list(module.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
         placement = cuts.get(name, Replicate())
         spread = distribute_tensor(local(parameter.detach()), line, [placement], src_data_rank=None)
         if isinstance(parameter, DTensor):
             mesh = DeviceMesh._concatenate([parameter.device_mesh, line])
             spread = DTensor.from_local(spread.to_local(), mesh, [*parameter.placements, placement], run_check=False)
-        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(spread))
+        put(module, name, nn.Parameter(spread))
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let a module have ``tensor`` as what it has under ``name``."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, tensor)
 
 
 def compute_on_parts(module: nn.Module, gradient_of_whole: Placement) -> None:

@@ -19,6 +19,7 @@ from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.ddp import ReplicatedEngine
 from gpt.parallel.mesh import build_mesh
+from gpt.parallel.parts import put
 from gpt.parallel.world import World
 from gpt.topology import Topology
 
@@ -59,12 +60,6 @@ class Zero1Engine(ReplicatedEngine):
             assert isinstance(part, DTensor)
             whole.copy_(part.full_tensor())
             part.grad = None
-
-
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Let a module have ``tensor`` as what it has under ``name``."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, tensor)
 
 
 def part_of(whole: Tensor, mesh: DeviceMesh) -> DTensor:

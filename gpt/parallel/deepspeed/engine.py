@@ -29,11 +29,12 @@ from gpt.loss import autocast, cross_entropy
 from gpt.model.block import Block
 from gpt.model.gpt import GPT
 from gpt.model.moe import set_auxiliary_scale
-from gpt.optim import build_optimizer, scale_to, squares_of_parts
+from gpt.optim import build_optimizer
 from gpt.parallel.deepspeed.config import casts_weights, ds_config, pieces_of
 from gpt.parallel.deepspeed.files import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
-from gpt.parallel.deepspeed.start import load_deepspeed, set_timeouts
+from gpt.parallel.deepspeed.start import set_timeouts
+from gpt.parallel.parts import clip
 from gpt.parallel.world import World
 from gpt.topology import Topology
 
@@ -44,7 +45,8 @@ class ZeroEngine:
     layer_group: dist.ProcessGroup | None = None
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
-        deepspeed = load_deepspeed(world)
+        import deepspeed
+
         self.config, self.world, self.layout, self.batch = config, world, layout, batch
         self.stage = config.parallel.zero_stage or 0
         self.scale = layout.data_ranks / (batch.global_batch * config.model.block_size)
@@ -99,21 +101,9 @@ class ZeroEngine:
     def update(self, lr: float) -> Tensor:
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        return self.step()
-
-    def step(self) -> Tensor:
-        """Clip and step; the norm that the gradients had, ()."""
-        norm = self.clip() if self.stage == 0 else None
+        norm = clip(self.gradients(), self.config.optim.grad_clip, self.world) if self.stage == 0 else None
         self.take_step()
         return torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm, device=self.world.device)
-
-    def clip(self) -> Tensor:
-        """Scale gradients that every rank holds whole, or its stage's, down to ``optim.grad_clip``; their norm, ()."""
-        parts = [(part, share) for _, part, share in self.gradients()]
-        norm = self.world.add_up(squares_of_parts(parts)).sqrt()
-        if self.config.optim.grad_clip > 0:
-            scale_to(self.config.optim.grad_clip, norm, [part for part, _ in parts])
-        return norm
 
     def take_step(self) -> None:
         """Have DeepSpeed step."""

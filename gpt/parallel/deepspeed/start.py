@@ -9,15 +9,14 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from types import ModuleType
 
 import torch.distributed.distributed_c10d as c10d
 
 from gpt.parallel.world import World
 
 
-def load_deepspeed(world: World) -> ModuleType:
-    """The module ``deepspeed``, set up for the device of this rank; says only what went wrong."""
+def load_deepspeed(world: World) -> None:
+    """Set the module ``deepspeed`` up for the device of this rank; it then says only what went wrong."""
     os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes a GPU that it sees, whatever ``device`` says
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     import deepspeed
@@ -30,7 +29,6 @@ def load_deepspeed(world: World) -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.groups.mpu = None  # left behind where this process has had a pipeline before
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
-    return deepspeed
 
 
 def set_timeouts(timeout_s: int) -> None:
