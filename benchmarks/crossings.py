@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.page import chosen, keep, stamp
-from gpt.resume import save
-from tests.distributed import RankFailedError, run_distributed
-from tests.parallel.learning import MODELS, start, step
+from gpt.training.state import save
+from tests.support.distributed import RankFailedError, run_distributed
+from tests.support.learning import MODELS, start, step
 
 TOLERANCE = 1e-5
 RANKS = 4

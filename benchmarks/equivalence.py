@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import chosen, keep, stamp
-from gpt.errors import ConfigError
-from tests.distributed import RankFailedError, run_distributed
-from tests.parallel.learning import MODELS, Case, learn, learn_alone, start_case
+from launch.errors import ConfigError
+from tests.support.distributed import RankFailedError, run_distributed
+from tests.support.learning import MODELS, Case, learn, learn_alone, start_case
 
 TOLERANCE = 1e-5
 FAILED = "failed"

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import yaml
 
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import TrainConfig
-from gpt.errors import ConfigError
+from gpt.topology.composition import lay_out
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 1200

@@ -19,14 +19,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.page import chosen, stamp
-from gpt.accounting.memory import Memory, per_rank
-from gpt.batch import cut
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import TrainConfig
-from tests.distributed import run_distributed
-from tests.parallel.holding import held_bytes
-from tests.parallel.learning import TINY, start, step
+from gpt.planning.memory import Memory, per_rank
+from gpt.topology.batch import cut
+from gpt.topology.composition import lay_out
+from launch.runs.compose import compose_train, to_schema
+from tests.support.distributed import run_distributed
+from tests.support.holding import held_bytes
+from tests.support.learning import TINY, start, step
 
 SIZE = ("model.n_layer=4", "model.n_embd=512", "model.n_head=8", "model.vocab_size=4096", "optim.micro_batch=2")
 """Wide enough that DeepSpeed's stage 3 shares the matrices: it leaves those of less than 100,000 elements whole. Each

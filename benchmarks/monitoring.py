@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt.gradients import Gradients
 from gpt.metrics.memory import memory_gib
-from gpt.metrics.records import append_record
-from gpt.metrics.views import Views
+from gpt.metrics.writers import Views
 from gpt.parallel.world import open_world
-from gpt.pulse import Phase, Pulse
-from gpt.run import Run, agree_on_folder, open_attempt, parse_request
-from gpt.step import QueuedStep, queue_step
 from gpt.train import build
+from gpt.training.gradient_stats import Gradients
+from gpt.training.run import Run, agree_on_folder, open_attempt, parse_request
+from gpt.training.step import QueuedStep, queue_step
+from launch.runs.heartbeat import Phase, Pulse
+from launch.runs.records import append_record
 
 STEPS = 10
 ROUNDS = 12

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.code import code_state
 from gpt.metrics.environment import software
+from launch.runs.provenance import code_state
 
 UNCHANGED = hashlib.sha256(b"").hexdigest()
 

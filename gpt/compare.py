@@ -3,7 +3,7 @@
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --out comparison
 
 Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads run folders only, finished or not; needs
-no torch and no GPU. Owns which runs are compared and how they are shown; the figures are gpt/comparison.py's.
+no torch and no GPU. Owns which runs are compared and how they are shown; the figures are gpt/metrics/comparison.py's.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt.comparison import Comparison, RunFigures, compare, read_figures
-from gpt.errors import ConfigError, refusing
-from gpt.run_folder import RunFolder
+from gpt.metrics.comparison import Comparison, RunFigures, compare, read_figures
+from launch.errors import ConfigError, refusing
+from launch.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A file or a pipe has no width: nothing is folded there.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
     show(compared, console)
-    from gpt.comparison_figure import draw  # matplotlib takes half a second
+    from gpt.metrics.comparison_plot import draw
 
     write_csv(compared, out / "compare.csv")
     (out / "compare.png").write_bytes(draw(compared))

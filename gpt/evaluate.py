@@ -21,13 +21,13 @@ from pathlib import Path
 from gpt.checkpoint.folders import step_of
 from gpt.checkpoint.manifest import read_manifest
 from gpt.config import Device
+from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
-from gpt.errors import ConfigError, refusing
-from gpt.evaluation import mean_loss
-from gpt.load import find_checkpoint, open_run, read_weights
-from gpt.loss import summed_loss
+from gpt.model.loss import summed_loss
 from gpt.parallel.world import World, open_world
-from gpt.run import prepare_tokens
+from gpt.training.evaluation import mean_loss
+from gpt.training.run import prepare_tokens
+from launch.errors import ConfigError, refusing
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     python -m gpt.export RUN --format torch model.pt --step 2000 --dtype bf16     # one file of torch.save
 
 Reads the newest checkpoint that is whole, of any number of ranks and any strategy, in one process without a GPU. An
-export appears under its name when it is complete. Owns the command; the files are ``gpt.interchange``'s.
+export appears under its name when it is complete. Owns the command; the files are ``gpt.conversion``'s.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 from gpt.checkpoint import folders
 from gpt.checkpoint.manifest import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import TrainConfig, require_positive
-from gpt.data.tokenizer import ABOUT, Tokenizer, tokenizer_of
-from gpt.errors import ConfigError, refusing
-from gpt.interchange.formats import format_for
-from gpt.interchange.hf_folder import write_configs, write_sums, write_weights
-from gpt.interchange.hf_tokenizer import write_tokenizer
-from gpt.interchange.layout import Format
-from gpt.interchange.torch_file import write_torch_file
-from gpt.interchange.weights import to_theirs
-from gpt.load import find_checkpoint, open_run, read_weights
+from gpt.conversion.formats import format_for
+from gpt.conversion.hf_folder import write_configs, write_sums, write_weights
+from gpt.conversion.hf_tokenizer import write_tokenizer
+from gpt.conversion.spec import Format
+from gpt.conversion.state_dict import to_theirs
+from gpt.conversion.torch_file import write_torch_file
+from gpt.conversion.trained import find_checkpoint, open_run, read_weights
+from gpt.data.tokenizers.base import ABOUT, Tokenizer, tokenizer_of
 from gpt.model.gpt import GPT
-from gpt.run_folder import RunFolder, read_json
+from launch.errors import ConfigError, refusing
+from launch.runs.folder import RunFolder, read_json
 
 GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

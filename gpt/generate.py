@@ -18,13 +18,13 @@ import torch
 
 from gpt.checkpoint.folders import step_of
 from gpt.config import Device, TrainConfig
-from gpt.data.tokenizer import Tokenizer, tokenizer_of
-from gpt.errors import ConfigError, refusing
-from gpt.generation import Sampling, generate, generators
-from gpt.load import find_checkpoint, open_run, read_weights
-from gpt.loss import autocast
+from gpt.conversion.trained import find_checkpoint, open_run, read_weights
+from gpt.data.tokenizers.base import Tokenizer, tokenizer_of
 from gpt.model.gpt import GPT
+from gpt.model.loss import autocast
+from gpt.model.sampling import Sampling, generate, generators
 from gpt.parallel.world import choose_device
+from launch.errors import ConfigError, refusing
 
 UNFINISHED = "\ufffd"
 """What a tokenizer makes of a character whose last bytes are still to come."""

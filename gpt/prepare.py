@@ -5,7 +5,7 @@
     python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --to corpora/mine
 
 Finds what training with the same data.* keys will look for. A preparation that was killed goes on with the same
-command. Owns the command line; the work is ``gpt.data.preparation``'s.
+command. Owns the command line; the work is ``gpt.data.preprocessing.prepare``'s.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt import compose
 from gpt.config import DataConfig, Source, TrainConfig
-from gpt.data import preparation
 from gpt.data.corpus import cannot_write
-from gpt.data.files import download_shakespeare
-from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_manifest
-from gpt.data.recipe import Recipe, recipe_of, usable_cores
-from gpt.errors import ConfigError, refusing
+from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_manifest
+from gpt.data.preprocessing import prepare as preparation
+from gpt.data.preprocessing.files import download_shakespeare
+from gpt.data.preprocessing.recipe import Recipe, recipe_of, usable_cores
+from launch.errors import ConfigError, refusing
+from launch.runs import compose
 
 
 def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> TokenSource:

@@ -18,34 +18,30 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from gpt.startup import lasting_imports
+from launch.process import lasting_imports
 
 with lasting_imports():
-    from gpt.batch import cut
     from gpt.checkpoint import CheckpointStore
-    from gpt.composition import lay_out
     from gpt.config import TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import Samples
-    from gpt.errors import ConfigError
-    from gpt.evaluation import mean_loss
-    from gpt.execution import prepare_blocks
-    from gpt.failure import record_failure
-    from gpt.gradients import Gradients
-    from gpt.initial import load_initial
-    from gpt.interrupt import StopFlag, die_with_parent
-    from gpt.kernels import check_flash
-    from gpt.metrics.views import Views
+    from gpt.metrics.writers import Views
     from gpt.model.gpt import GPT
     from gpt.model.init import initialize
+    from gpt.parallel.compile import prepare_blocks
     from gpt.parallel.engine import spread
     from gpt.parallel.world import World, open_world
-    from gpt.profiling import StepProfile
-    from gpt.pulse import Phase, Pulse
-    from gpt.reproducibility import fix_hash_seed, seed_all, set_determinism
-    from gpt.requests import Requests
-    from gpt.resume import load, save
-    from gpt.run import (
+    from gpt.topology.batch import cut
+    from gpt.topology.composition import lay_out
+    from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism
+    from gpt.training.evaluation import mean_loss
+    from gpt.training.gradient_stats import Gradients
+    from gpt.training.init_from import load_initial
+    from gpt.training.interrupt import StopFlag, die_with_parent
+    from gpt.training.kernels import check_flash
+    from gpt.training.profiler import StepProfile
+    from gpt.training.requests import Requests
+    from gpt.training.run import (
         Request,
         Run,
         agree_on_folder,
@@ -55,8 +51,12 @@ with lasting_imports():
         parse_request,
         prepare_tokens,
     )
-    from gpt.run_folder import RunFolder
-    from gpt.step import QueuedStep, queue_step
+    from gpt.training.state import load, save
+    from gpt.training.step import QueuedStep, queue_step
+    from launch.errors import ConfigError
+    from launch.runs.failures import record_failure
+    from launch.runs.folder import RunFolder
+    from launch.runs.heartbeat import Phase, Pulse
 
 
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:

@@ -20,10 +20,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from gpt.compose import CONFIG_ERRORS, explain
-from gpt.errors import ConfigError
-from gpt.run_folder import point_name
 from launch.config import NOT_IN_POINT, Config
+from launch.errors import ConfigError
+from launch.runs.compose import CONFIG_ERRORS, explain
+from launch.runs.folder import point_name
 from launch.sweep import SweepFailedError, fail
 
 
@@ -54,7 +54,7 @@ def register() -> None:
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
 def run_point(composed: DictConfig) -> None:
     """One task of a job that a stock launcher (hydra/launcher=submitit_slurm, submitit_local, basic) started."""
-    from launch.inside import run_task
+    from launch.batch import run_task
 
     run_task(composed)
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpt.compose import read_config
-from gpt.errors import refusing
 from launch.config import Config
-from launch.jobs import Job, LocalJob
-from launch.point import Point, find_point, look, saved_step
-from launch.runs import find_runs
-from launch.scheduler import SlurmBusyError, SlurmError
+from launch.errors import refusing
+from launch.jobs.handles import Job, LocalJob
+from launch.jobs.status import Point, find_point, look, saved_step
+from launch.runs.compose import read_config
+from launch.runs.find import find_runs
+from launch.scheduler.client import SlurmBusyError, SlurmError
 
 POLL_S = 0.5
 SLURM_POLL_S = 2.0

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpt.errors import ConfigError, refusing
-from launch.jobs import SlurmJob, agent_logs
-from launch.point import Point, find_point, look, verdict
-from launch.runs import find_runs
-from launch.scheduler import SlurmError, output_file
+from launch.errors import ConfigError, refusing
+from launch.jobs.handles import SlurmJob, agent_logs
+from launch.jobs.status import Point, find_point, look, verdict
+from launch.runs.find import find_runs
+from launch.scheduler.client import SlurmError, output_file
 
 POLL_S = 0.5
 SLURM_POLL_S = 5.0

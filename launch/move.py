@@ -1,6 +1,7 @@
 """``python -m launch.move PATH...``: move runs that wait for too long to the next candidate of their placement.
 
-Owns the command, and leaving it behind for runs that go on without their launcher. The moves are ``launch.mover``'s.
+Owns the command, and leaving it behind for runs that go on without their launcher. The moves are
+``launch.jobs.failover``'s.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpt.errors import refusing
-from gpt.run_folder import RunFolder
-from launch.mover import Mover, is_watched, promised
-from launch.point import Point, find_point, look
-from launch.runs import find_runs
+from launch.errors import refusing
+from launch.jobs.failover import Mover, is_watched, promised
+from launch.jobs.status import Point, find_point, look
+from launch.runs.find import find_runs
+from launch.runs.folder import RunFolder
 
 POLL_S = 1.0
 LONGEST_POLL_S = 60.0

@@ -17,11 +17,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gpt.errors import refusing
-from launch.jobs import SlurmJob
-from launch.point import Point, find_point, judge_by_ledger, look
-from launch.runs import find_runs
-from launch.watch import duration
+from launch.errors import refusing
+from launch.jobs.display import duration
+from launch.jobs.handles import SlurmJob
+from launch.jobs.status import Point, find_point, judge_by_ledger, look
+from launch.runs.find import find_runs
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "tokens/s", "loss", "ETA")
 NUMBERS = COLUMNS[3:]

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from gpt import compose
-from gpt.errors import ConfigError
-from gpt.run_folder import RunFolder, write_json
-from launch import scheduler, snapshot
-from launch.conclude import failure_text
+from launch.agent.outcome import failure_text
 from launch.config import ClusterKind, Config, LaunchConfig
-from launch.forewarn import forewarn
-from launch.plan import Plan, make_plan, write_run
-from launch.worst_case import share_budget, worst_case_text
+from launch.errors import ConfigError
+from launch.plan import code_copy as snapshot
+from launch.plan.forewarn import forewarn
+from launch.plan.plan import Plan, make_plan, write_run
+from launch.plan.worst_case import share_budget, worst_case_text
+from launch.runs import compose
+from launch.runs.folder import RunFolder, write_json
+from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.point import Point
+    from launch.jobs.status import Point
 
 Composed = tuple[DictConfig, Sequence[str]]
 
@@ -57,14 +58,14 @@ def run_sweep(points: Sequence[Composed]) -> None:
         plans.append(make_plan(configs[-1], overrides, kind))
     refuse_same_folder(plans)
     if any(plan.cluster == "slurm" and config.cluster.placement for plan, config in zip(plans, configs, strict=True)):
-        from launch.doctor.candidates import settle_placements
+        from launch.checks.candidates import settle_placements
 
         plans = settle_placements(plans, configs, console)
     if points[0][0].launch.detach:
         refuse_local(plans)
     plans = [forewarn(plan, config) for plan, config in zip(share_budget(plans, configs), configs, strict=True)]
     if points[0][0].dry_run:
-        from launch.dry_run import show_plans
+        from launch.jobs.dry_run import show_plans
 
         show_plans(plans, configs, console)
         return
@@ -116,7 +117,7 @@ def refuse_local(plans: Sequence[Plan]) -> None:
 
 def refuse_running(plan: Plan) -> None:
     """Raise ConfigError where an earlier submission still works on the same folder."""
-    from launch.jobs import running_job
+    from launch.jobs.handles import running_job
 
     running = running_job(RunFolder(plan.run_dir).read_events())
     if running is not None:
@@ -139,8 +140,9 @@ def show_warnings(plans: Sequence[Plan], console: Console) -> None:
 
 def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig) -> None:
     """Submit; then follow to the end and report, or say how to."""
-    from launch import cancel, watch
-    from launch.point import new_point
+    from launch import cancel
+    from launch.jobs import display as watch
+    from launch.jobs.status import new_point
 
     points = [new_point(plan) for plan in plans]
     submit(points, console)
@@ -166,8 +168,8 @@ def submit(points: Sequence[Point], console: Console) -> None:
     Raises:
         SweepFailedError: sbatch refused. What it had taken before goes on.
     """
-    from launch.jobs import Waiting
-    from launch.submit import record_submitted, shapes, submit_somewhere
+    from launch.jobs.handles import Waiting
+    from launch.jobs.submit import record_submitted, shapes, submit_somewhere
 
     by_folder = {str(point.folder.path): point for point in points}
     for group in shapes([point.plan for point in points if point.plan and point.plan.cluster == "slurm"]):
@@ -238,7 +240,7 @@ def report(plans: Sequence[Plan], console: Console) -> None:
 
 def explain(point: Point) -> str:
     """Why a point did not finish, and where to read on."""
-    from launch.jobs import agent_logs
+    from launch.jobs.handles import agent_logs
 
     failure = point.failure() if point.state == "failed" else None
     head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")

@@ -28,7 +28,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 source slurm/env.sh
 
 # Plans for the nodes of this job, refuses what cannot work, and writes the run folder.
-run_dir="$(python -m launch.inside "$@")"
+run_dir="$(python -m launch.batch "$@")"
 
 # A node whose ranks failed, or that is lost, must not take the others along: they end in order, or go on with a spare.
 status=0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import STARTED, kill_all
+from tests.support.commands import STARTED, kill_all
 
 # Before torch is imported. With two threads the last bits differed in 1 of 19 runs, and the workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

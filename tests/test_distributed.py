@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import RankFailedError, run_distributed
+from tests.support.distributed import RankFailedError, run_distributed
 
 
 def add_up(rank: int, world_size: int, start: int) -> tuple[int, float, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import ROOT, TIMEOUT_S, environment
+from tests.support.commands import ROOT, TIMEOUT_S, environment
 
 
 def gpu_script(*words: str, status: int = 0) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, TIMEOUT_S, TINY, environment, run, start, wait_for
+from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, start, wait_for
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -127,7 +127,7 @@ def test_the_batch_script_plans_for_the_nodes_of_its_job(command: str, tmp_path:
     assert (ROOT / words[1]).is_file()
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8"}
     done = subprocess.run(
-        [sys.executable, "-m", "launch.inside", *words[2:]],
+        [sys.executable, "-m", "launch.batch", *words[2:]],
         cwd=tmp_path,
         env=environment(**job),
         capture_output=True,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt import compose
-from gpt.compose import to_schema
+from launch.batch import compose_launch
 from launch.config import Config
-from launch.inside import compose_launch
-from tests.commands import ROOT
+from launch.runs import compose
+from launch.runs.compose import to_schema
+from tests.support.commands import ROOT
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
 
@@ -49,17 +49,17 @@ def starts(name: str, *prefixes: str) -> bool:
 
 
 RULES = [
-    ("gpt", ["launch", "slurm", "hydra_plugins", "submitit"]),
+    ("gpt", ["launch.agent", "launch.config", "launch.jobs", "launch.plan", "launch.scheduler", "slurm", "submitit"]),
     ("gpt.model", ["torch.distributed", "gpt.parallel", "gpt.train", "gpt.data"]),
     ("gpt.accounting", ["torch", "gpt.model", "gpt.parallel"]),
     ("gpt.planning", ["torch", "gpt.model", "gpt.parallel", "gpt.train"]),
-    ("gpt.config", ["torch", "gpt.model", "gpt.compose"]),
+    ("gpt.config", ["torch", "gpt.model", "launch.runs.compose"]),
     ("gpt.data", ["gpt.model", "gpt.parallel", "gpt.train"]),
     ("gpt.checkpoint", ["gpt.model", "gpt.parallel", "gpt.train", "gpt.data"]),
-    ("gpt.interchange", ["torch.distributed", "gpt.parallel", "gpt.train", "gpt.metrics", "transformers"]),
+    ("gpt.conversion", ["torch.distributed", "gpt.parallel", "gpt.train", "transformers"]),
     ("gpt.parallel", ["gpt.train", "gpt.data", "gpt.metrics"]),
-    ("launch.report", ["torch", "submitit", "launch.submit", "launch.plan", "hydra"]),
-    ("slurm", ["launch", "torch", "gpt.train", "gpt.model"]),
+    ("launch.report", ["torch", "submitit", "launch.jobs.submit", "launch.plan", "hydra"]),
+    ("slurm", ["launch.agent", "launch.jobs", "launch.plan", "torch", "gpt.train", "gpt.model"]),
 ]
 
 
@@ -78,7 +78,7 @@ def test_metrics_and_checkpoints_know_no_slurm() -> None:
             assert "SLURM_" not in code and "scontrol" not in code, name
 
 
-ON_THE_NODES = ("launch.ranks", "launch.crew", "launch.heartbeat", "launch.doctor.links")
+ON_THE_NODES = ("launch.agent.workers", "launch.agent.rendezvous", "launch.agent.heartbeat", "launch.doctor.links")
 
 
 def test_the_login_node_loads_no_torch() -> None:
@@ -96,7 +96,7 @@ def test_the_login_node_loads_no_torch() -> None:
         wanted = imports(every[name], top_level_only=True)
         assert not [i for i in wanted if starts(i, "torch", "deepspeed", "transformers")], name
         waiting += [i for i in wanted if i in every]
-    assert {"launch.sweep", "gpt.accounting.memory", "gpt.data.corpus"} <= seen
+    assert {"launch.sweep", "gpt.planning.memory", "gpt.data.corpus"} <= seen
 
 
 def test_no_module_is_a_dead_end() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt.checkpoint.agreement import CheckpointError
+    from gpt.checkpoint.collective import CheckpointError
     from gpt.checkpoint.store import CheckpointStore, Loaded, OutdatedAttemptError
 
 __all__ = ["CheckpointError", "CheckpointStore", "Loaded", "OutdatedAttemptError"]

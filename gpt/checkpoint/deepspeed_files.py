@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.agreement import on_all, on_first
+from gpt.checkpoint.collective import on_all, on_first
 from gpt.checkpoint.manifest import DEEPSPEED, TENSORS, Manifest
 
 ABOUT = "model.pt"

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.agreement import CheckpointError, on_all, on_first
+from gpt.checkpoint.collective import CheckpointError, on_all, on_first
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.manifest import (
     DamagedError,
@@ -29,7 +29,7 @@ from gpt.checkpoint.manifest import (
     sum_file,
     write_manifest,
 )
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 
 
 class OutdatedAttemptError(CheckpointError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 
 
 def require_positive(key: str, value: float) -> None:

@@ -9,7 +9,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from gpt.config.checks import require_positive, require_range
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from omegaconf import MISSING
 
 from gpt.config.checks import require_positive, require_range
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 
 
 @dataclass

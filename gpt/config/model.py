@@ -166,6 +166,6 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot make a model."""
-        from gpt.config.model_checks import check
+        from gpt.config.model_rules import check
 
         check(self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from gpt.config.checks import require_positive, require_range
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 
 
 @dataclass

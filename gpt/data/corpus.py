@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config import DataConfig, ModelConfig, Source
-from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
-from gpt.data.recipe import Recipe, known_vocab, prepare_command, recipe_of
-from gpt.errors import ConfigError
-from gpt.run_folder import RunFolder
+from gpt.data.formats.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
+from gpt.data.preprocessing.recipe import Recipe, known_vocab, prepare_command, recipe_of
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def describe(config: DataConfig, cache: Path) -> Corpus:
     tokenizer = "byte" if config.source is not Source.synthetic else "synthetic"
     entropy = None
     if config.source is Source.synthetic:
-        from gpt.data.synthetic import chain_of  # loads numpy, which the other sources do without here
+        from gpt.data.preprocessing.synthetic import chain_of
 
         entropy = chain_of(config.synthetic).entropy()
     part = Part(config.title, (known[0],), (known[1],))
@@ -175,7 +175,7 @@ def prepare(config: DataConfig, cache: Path) -> Tokens:
     describe(config, cache)
     recipe = recipe_of(config, cache)
     assert recipe is not None, "describe refuses what has to be downloaded"
-    from gpt.data import preparation  # loads numpy and tokenizers, which a login node does without
+    from gpt.data.preprocessing import prepare as preparation
 
     try:
         return Tokens((_prepared(recipe, cache) or preparation.prepare(recipe, cache / recipe.key),))
@@ -194,7 +194,7 @@ def cannot_write(folder: Path, error: Exception) -> ConfigError:
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
     """Copy the tokenizer, where it is known, into the run's folder, to decode the run without its corpus."""
-    from gpt.data.tokenizer import CharTokenizer, save_tokenizer
+    from gpt.data.tokenizers.base import CharTokenizer, save_tokenizer
 
     source = tokens.tokenizer_folder
     characters = next((s.characters for s in tokens.sources if s.characters is not None), None)

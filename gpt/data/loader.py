@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpt.batch import Batch
 from gpt.data import mixture
 from gpt.data.corpus import num_windows
+from gpt.data.formats.prepared import TOKEN_BYTES, Tokens, TokenSource
+from gpt.data.formats.prepared import Split as SplitFiles
 from gpt.data.order import sample_position
-from gpt.data.prepared import TOKEN_BYTES, Tokens, TokenSource
-from gpt.data.prepared import Split as SplitFiles
-from gpt.errors import ConfigError
+from gpt.topology.batch import Batch
+from launch.errors import ConfigError
 
 Split = Literal["train", "val"]
 Indices = npt.NDArray[np.int64]

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TextIO
 
-from gpt.metrics.records import StepRecord
+from launch.runs.records import StepRecord
 
 REFRESH_S = 0.1  # on a terminal; no eye follows faster
 CLEAR_LINE = "\r\x1b[2K"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from gpt.code import library_versions
 from gpt.parallel.world import World
+from launch.runs.provenance import library_versions
 
 
 def describe_rank(world: World) -> dict[str, Any]:

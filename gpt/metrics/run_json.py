@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from gpt.checkpoint import folders
-from gpt.metrics.records import StepRecord, read_records
-from gpt.run_folder import RunFolder, write_json
+from launch.runs.folder import RunFolder, write_json
+from launch.runs.records import StepRecord, read_records
 
 FORMAT = 1
 WARM_UP_STEPS = 5

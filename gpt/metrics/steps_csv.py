@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt.metrics.records import StepRecord
+from launch.runs.records import StepRecord
 
 LAYER_NORM = "grad_norm/"
 """Before the name of a layer, in the column of its gradient norm."""

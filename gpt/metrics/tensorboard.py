@@ -20,7 +20,7 @@ from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from gpt.metrics.records import StepRecord
+from launch.runs.records import StepRecord
 
 TAGS = {
     "loss": "train/loss",

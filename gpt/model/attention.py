@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import AttentionBackend, ModelConfig, Position
-from gpt.model.cache import LayerCache
 from gpt.model.fused import flash_attention, sdpa_attention
+from gpt.model.kv_cache import LayerCache
 from gpt.model.norm import build_norm
 from gpt.model.position import Rope
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig, NormPosition
 from gpt.model.attention import Attention
-from gpt.model.cache import LayerCache
 from gpt.model.ffn import build_ffn
+from gpt.model.kv_cache import LayerCache
 from gpt.model.norm import build_norm
 
 

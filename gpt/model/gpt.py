@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig, NormPosition, Position
 from gpt.model.block import Block
-from gpt.model.cache import Cache
+from gpt.model.kv_cache import Cache
 from gpt.model.moe import MixtureOfExperts
 from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope
@@ -59,7 +59,7 @@ class GPT(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the token after each position: (B, T) integers -> (B, T, V).
 
-        With a cache (gpt/model/cache.py), the T tokens follow those in it, and are added to it. The tokens seen are
+        With a cache (gpt/model/kv_cache.py), the T tokens follow those in it, and are added to it. The tokens seen are
         at most ``block_size`` in all.
         """
         start = 0 if cache is None else cache.length

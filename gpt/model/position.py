@@ -1,7 +1,7 @@
 """How a token knows its place: a learned table added to the embedding, or rotary embeddings inside attention.
 
 B batch, T time, D width, H heads, C head width. The tokens are the whole of a sequence from position 0 on, unless a
-cache (gpt/model/cache.py) holds its beginning, or ``set_positions`` said which part of it they are.
+cache (gpt/model/kv_cache.py) holds its beginning, or ``set_positions`` said which part of it they are.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from gpt.model.cache import Cache
 from gpt.model.gpt import GPT
+from gpt.model.kv_cache import Cache
 
 
 class Stage(GPT):

@@ -1,9 +1,9 @@
 """Context parallelism: ``cp`` ranks share each sequence, so that a long one's activations are dealt out.
 
 Everything but attention looks at one token at a time and needs no change. Owns which tokens a rank takes, and how its
-queries meet the keys of the others: gathered from all ranks at once (arXiv 2407.21783, section 3.3.2), or passed round
-(gpt/parallel/ring.py). Where a model is hooked into: its positions, ``attend`` of each attention, and the balance loss
-of experts. Gradients add up over the ranks by what already adds up those of other samples.
+queries meet the keys of the others: gathered from all ranks at once (arXiv 2407.21783, section 3.3.2), or passed
+round (gpt/parallel/ring_attention.py). Where a model is hooked into: its positions, ``attend`` of each attention, and
+the balance loss of experts. Gradients add up over the ranks by what already adds up those of other samples.
 
 B sequences, S tokens of one, T those of this rank, H heads, K key-value heads, C head width, N ranks, P the tokens of a
 chunk: S = 2 N P, T = 2 P.
@@ -25,7 +25,7 @@ from gpt.model.attention import Attention
 from gpt.model.fused import lower_right
 from gpt.model.moe import set_sequence_mean
 from gpt.model.position import set_positions
-from gpt.parallel.ring import ring_attend
+from gpt.parallel.ring_attention import ring_attend
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

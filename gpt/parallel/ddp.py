@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.batch import Batch
 from gpt.config import TrainConfig
-from gpt.loss import autocast
 from gpt.model.gpt import GPT
-from gpt.parallel.native import NativeEngine
+from gpt.model.loss import autocast
+from gpt.parallel.base import NativeEngine
 from gpt.parallel.world import World
-from gpt.topology import Topology
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
 
 
 class ReplicatedEngine(NativeEngine):

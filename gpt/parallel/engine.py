@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpt.batch import Batch
 from gpt.checkpoint.formats import Format
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.world import World
-from gpt.topology import Topology
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
 
 
 class Engine(Protocol):
@@ -72,8 +72,8 @@ class Engine(Protocol):
 
 def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
     """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
-    from gpt.parallel.composed import ComposedEngine
     from gpt.parallel.ddp import ReplicatedEngine
+    from gpt.parallel.nd import ComposedEngine
     from gpt.parallel.staged import StagedEngine
     from gpt.parallel.zero1 import Zero1Engine
 

@@ -22,14 +22,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from gpt.config import TrainConfig
-from gpt.execution import replace_forward
-from gpt.expert_layout import shard_dimension
 from gpt.model.experts import autocast_rows
 from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts, inverse, mixtures
+from gpt.parallel.compile import replace_forward
+from gpt.parallel.dtensor import local
 from gpt.parallel.fsdp import shard_one
-from gpt.parallel.parts import local
-from gpt.topology import Topology
+from gpt.topology.dims import Topology
+from gpt.topology.experts import shard_dimension
 
 
 def deal_out(model: GPT, line: DeviceMesh, averaged: bool) -> None:
@@ -136,7 +136,7 @@ def plan_of(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: b
 
 def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Send to every rank of a group its rows, in the order of ranks; what they send here in the same order."""
-    # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/execution.py).
+    # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
     operations = torch.ops._c10d_functional
     return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
 

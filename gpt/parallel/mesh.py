@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gpt.parallel.world import World
-from gpt.topology import Topology
+from gpt.topology.dims import Topology
 
 
 def build_mesh(layout: Topology, world: World, timeout_s: int) -> DeviceMesh:

@@ -1,7 +1,7 @@
 """Pipeline parallelism: the layers dealt out to ranks, through which micro-batches flow (torch.distributed.pipelining).
 
 Owns the stages of this rank, torch's schedule that runs them, and the tied embedding that the first and the last stage
-both hold. Whatever else spreads the model is applied to the stages afterwards. The split is gpt/stages.py's.
+both hold. Whatever else spreads the model is applied to the stages afterwards. The split is gpt/topology/stages.py's.
 
 Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
 """
@@ -27,15 +27,15 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from gpt.batch import Batch
 from gpt.config import Precision, Schedule, Strategy, TrainConfig
-from gpt.execution import replace_forward
-from gpt.loss import autocast, cross_entropy
 from gpt.model.gpt import GPT
+from gpt.model.loss import autocast, cross_entropy
 from gpt.model.stage import Stage
-from gpt.parallel.parts import local
+from gpt.parallel.compile import replace_forward
+from gpt.parallel.dtensor import local
 from gpt.parallel.world import World
-from gpt.stages import local_stages, parts_of, stages_of
+from gpt.topology.batch import Batch
+from gpt.topology.stages import local_stages, parts_of, stages_of
 
 SCHEDULES = {
     Schedule.gpipe: ScheduleGPipe,

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gpt.batch import Batch
 from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
-from gpt.parallel.composed import ComposedEngine
 from gpt.parallel.mesh import layer_mesh
+from gpt.parallel.nd import ComposedEngine
 from gpt.parallel.pipeline import Pipeline
 from gpt.parallel.world import World
-from gpt.topology import Topology
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
 
 
 class StagedEngine(ComposedEngine):

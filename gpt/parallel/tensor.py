@@ -3,7 +3,7 @@
 After Megatron-LM (arXiv 1909.08053, section 3). Queries, keys, values and the first matrices of the feed-forward layer
 are cut by their outputs, that is by heads and by inner width. The matrices that write into the residual stream are cut
 by their inputs, and what the ranks get is summed. Embedding and output matrix are cut by the vocabulary
-(gpt/parallel/vocabulary.py). Between these, each rank has its slice of the sequence (``parallel.sequence_parallel``,
+(gpt/parallel/vocab.py). Between these, each rank has its slice of the sequence (``parallel.sequence_parallel``,
 arXiv 2205.05198, section 4.2.2), or all of it.
 
 Owns what is cut where. It is hung on the model from outside, with torch's styles for its Linear layers; whatever is
@@ -31,11 +31,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 from gpt.config import ParallelConfig
-from gpt.execution import replace_forward
 from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts
-from gpt.parallel.parts import compute_on_parts, distribute, sum_over, summed
-from gpt.parallel.vocabulary import CutVocabulary
+from gpt.parallel.compile import replace_forward
+from gpt.parallel.dtensor import compute_on_parts, distribute, sum_over, summed
+from gpt.parallel.vocab import CutVocabulary
 
 WHOLE, SEQUENCE, HEADS, VOCABULARY = Replicate(), Shard(1), Shard(2), Shard(-1)
 """What a rank has of activations: all, or its slice of (B, T, D) along T, of (B, T, H, C) along H, of (B, T, V)."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import Device
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from gpt.batch import Batch
 from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.ddp import ReplicatedEngine
+from gpt.parallel.dtensor import put
 from gpt.parallel.mesh import build_mesh
-from gpt.parallel.parts import put
 from gpt.parallel.world import World
-from gpt.topology import Topology
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
 
 
 class Zero1Engine(ReplicatedEngine):

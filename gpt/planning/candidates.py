@@ -1,7 +1,7 @@
 """The ways of spreading a model that there are to choose from.
 
-Owns the search: every size of every dimension that gpt/composition.py does not refuse, for the strategies of one
-engine. Must not know what a layout costs, or what fits.
+Owns the search: every size of every dimension that gpt/topology/composition.py does not refuse, for the strategies of
+one engine. Must not know what a layout costs, or what fits.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from gpt.batch import Batch, cut
-from gpt.composition import lay_out
 from gpt.config import EngineKind, Ffn, ParallelConfig, Schedule, Strategy, TrainConfig
-from gpt.errors import ConfigError
-from gpt.stages import V_SHAPED
-from gpt.topology import Topology
+from gpt.topology.batch import Batch, cut
+from gpt.topology.composition import lay_out
+from gpt.topology.dims import Topology
+from gpt.topology.stages import V_SHAPED
+from launch.errors import ConfigError
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
 """Of schedules that idle equally long, the one that keeps fewer activations."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from gpt.accounting.memory import Memory
-from gpt.batch import Batch
 from gpt.config import ParallelConfig, TrainConfig
 from gpt.planning.candidates import Candidate
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.fitting import Freedom, Sized, Sizes, sizes, with_passes
+from gpt.planning.hardware import Machine
 from gpt.planning.left_out import left_out
-from gpt.planning.machine import Machine
+from gpt.planning.memory import Memory
 from gpt.planning.refusals import impossible, too_large
 from gpt.planning.text import describe
-from gpt.topology import Topology
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
 
 NO_DIFFERENCE = 1.03
 """Estimates whose ratio is less are equal: the plainer layout goes before."""

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpt.planning.machine import Link, Machine
-from gpt.topology import Topology
+from gpt.planning.hardware import Link, Machine
+from gpt.topology.dims import Topology
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpt.accounting.memory import BF16, FP32, Pieces, elements
-from gpt.batch import Batch
 from gpt.config import Precision, Strategy, TrainConfig
 from gpt.planning.collectives import Group, group, strided
-from gpt.planning.machine import Machine
-from gpt.topology import Topology
+from gpt.planning.hardware import Machine
+from gpt.planning.memory import BF16, FP32, Pieces, elements
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
 
 BACKWARD = 2 / 3
 """The share of a pass that is the backward one: it has two products for each of the forward one's."""

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from gpt.accounting.memory import Memory, per_rank
 from gpt.config import TrainConfig
-from gpt.errors import ConfigError
 from gpt.planning.candidates import OFFLOADS, Candidate, candidates
-from gpt.planning.machine import Machine
+from gpt.planning.hardware import Machine
+from gpt.planning.memory import Memory, per_rank
+from launch.errors import ConfigError
 
 Config = TypeVar("Config", bound=TrainConfig)
 MICRO_BATCH = "optim.micro_batch"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gpt.accounting.memory import BF16, FP32, Pieces
-from gpt.batch import Batch
 from gpt.config import ParallelConfig, Precision, TrainConfig
 from gpt.planning.data_traffic import BACKWARD
-from gpt.planning.machine import Host
-from gpt.topology import Topology
+from gpt.planning.hardware import Host
+from gpt.planning.memory import BF16, FP32, Pieces
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
 
 STEP_BYTES = 7 * FP32
 """For each element of AdamW's step: weight, gradient and both moments are read, and all but the gradient written."""

@@ -6,13 +6,13 @@ T tokens of a micro-batch on one rank, D width, K width of the keys.
 from __future__ import annotations
 
 from gpt.accounting.flops import expert_rows, forward_flops
-from gpt.accounting.memory import BF16, FP32
-from gpt.batch import Batch
 from gpt.config import CpMethod, Ffn, Precision, Recompute, Strategy, TrainConfig
 from gpt.planning.collectives import group, strided
-from gpt.planning.machine import Machine
-from gpt.stages import Part
-from gpt.topology import Topology
+from gpt.planning.hardware import Machine
+from gpt.planning.memory import BF16, FP32
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
+from gpt.topology.stages import Part
 
 
 def layers_s(

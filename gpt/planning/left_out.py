@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from gpt.config import EngineKind, TrainConfig
 from gpt.planning.fitting import Freedom, Sizes, may_offload
-from gpt.planning.machine import Machine
+from gpt.planning.hardware import Machine
 from gpt.planning.refusals import recomputing
 from gpt.planning.text import needs
 

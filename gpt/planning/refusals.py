@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from gpt.accounting.memory import GIB
-from gpt.batch import cut
-from gpt.compose import plain
-from gpt.composition import lay_out
 from gpt.config import EngineKind, Recompute, Strategy, TrainConfig
-from gpt.errors import ConfigError
 from gpt.planning.fitting import MICRO_BATCH, ORDER, Freedom, Sizes, can_fit, sizes
-from gpt.planning.machine import Machine
+from gpt.planning.hardware import Machine
+from gpt.planning.memory import GIB
 from gpt.planning.text import describe
+from gpt.topology.batch import cut
+from gpt.topology.composition import lay_out
+from launch.errors import ConfigError
+from launch.runs.compose import plain
 
 
 def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:

@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from gpt.batch import cut
-from gpt.compose import read_config
-from gpt.composition import lay_out
 from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.errors import ConfigError
-from gpt.overrides import read_overrides, typed_value
 from gpt.planning.choice import Choice, choose
 from gpt.planning.fitting import MICRO_BATCH, with_passes
-from gpt.planning.machine import Machine
-from gpt.run_folder import RunFolder, typed_key
+from gpt.planning.hardware import Machine
+from gpt.topology.batch import cut
+from gpt.topology.composition import lay_out
+from launch.errors import ConfigError
+from launch.runs.compose import read_config
+from launch.runs.folder import RunFolder, typed_key
+from launch.runs.overrides import read_overrides, typed_value
 
 Config = TypeVar("Config", bound=TrainConfig)
 SHOWN = 5

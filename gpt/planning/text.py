@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gpt.accounting.memory import GIB, Memory
 from gpt.config import ParallelConfig
 from gpt.planning.candidates import OFFLOADS, Candidate
-from gpt.planning.machine import Machine
-from gpt.topology import Topology
+from gpt.planning.hardware import Machine
+from gpt.planning.memory import GIB, Memory
+from gpt.topology.dims import Topology
 
 
 def describe(parallel: ParallelConfig, layout: Topology) -> str:

@@ -6,11 +6,11 @@ As deepspeed 0.19 does it unless its own file says otherwise: stages 0 to 2 exch
 
 from __future__ import annotations
 
-from gpt.accounting.memory import BF16, FP32, Pieces, elements
-from gpt.batch import Batch
 from gpt.config import Precision, TrainConfig
 from gpt.planning.collectives import Group
 from gpt.planning.data_traffic import BACKWARD
+from gpt.planning.memory import BF16, FP32, Pieces, elements
+from gpt.topology.batch import Batch
 
 
 def zero_s(config: TrainConfig, batch: Batch, held: Pieces, line: Group, compute_s: float) -> float:

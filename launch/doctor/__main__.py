@@ -25,17 +25,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from gpt import compose
-from gpt.compose import CONFIG_ERRORS
-from gpt.errors import ConfigError, refusing
+from launch.batch import compose_launch
+from launch.checks import candidates, facts, findings
+from launch.checks.facts import Facts, Request
+from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
-from launch.doctor import candidates, facts, findings, machine
-from launch.doctor.facts import Facts, Request
-from launch.doctor.findings import Finding
-from launch.inside import compose_launch
-from launch.plan import Plan, make_plan
-from launch.scheduler import SlurmError
-from launch.submit import shapes
+from launch.doctor import machine
+from launch.errors import ConfigError, refusing
+from launch.jobs.submit import shapes
+from launch.plan.plan import Plan, make_plan
+from launch.runs import compose
+from launch.runs.compose import CONFIG_ERRORS
+from launch.scheduler.client import SlurmError
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from launch.checks.facts import DISTRIBUTION, Facts, Folder, Request
+from launch.checks.findings import Finding, fail, fine, warn
 from launch.config import ClusterKind, Config
-from launch.doctor.facts import DISTRIBUTION, Facts, Folder, Request
-from launch.doctor.findings import Finding, fail, fine, warn
-from launch.submit import INHERITED, INHERITED_NAMES, KEPT
+from launch.jobs.submit import INHERITED, INHERITED_NAMES, KEPT
 
 SHARED = (
     *(

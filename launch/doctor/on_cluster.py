@@ -15,15 +15,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gpt import compose
 from gpt.config import Device
-from gpt.run_folder import RunFolder, write_json
+from launch.checks.facts import Request
+from launch.checks.findings import Finding, fail
 from launch.config import Config
 from launch.doctor import probe
-from launch.doctor.facts import Request
-from launch.doctor.findings import Finding, fail
-from launch.jobs import SlurmJob, ask_queue
-from launch.submit import submit_calls
+from launch.jobs.handles import SlurmJob, ask_queue
+from launch.jobs.submit import submit_calls
+from launch.runs import compose
+from launch.runs.folder import RunFolder, write_json
 
 JOB_MIN = 5
 """Time limit of the job, minutes."""

@@ -23,16 +23,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.compose import read_config
 from gpt.config import Device
-from gpt.run_folder import RunFolder, write_json
-from launch import scheduler
+from launch.agent.node import Node
+from launch.checks.facts import filesystem_of
 from launch.config import Config
-from launch.doctor.facts import filesystem_of
-from launch.node import Node
+from launch.runs.compose import read_config
+from launch.runs.folder import RunFolder, write_json
+from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.heartbeat import Meeting
+    from launch.agent.heartbeat import Meeting
 
 ARRIVAL_S = 60
 """Seconds in which all nodes of the job must have met."""
@@ -98,7 +98,8 @@ def resolve(hosts: list[str]) -> dict[str, str]:
 
 def visit(folder: RunFolder, node: Node, config: Config, record: dict[str, Any]) -> None:
     """Meet the other nodes, look for their files, call at their ports, and start this node's ranks."""
-    from launch import heartbeat, ranks  # torch, from here on
+    from launch.agent import heartbeat
+    from launch.agent import workers as ranks
 
     meeting = heartbeat.meet(folder, node, ARRIVAL_S, ARRIVAL_S)
     record["address"] = meeting.address

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from launch.doctor.findings import Finding, fail, fine, has_errors, warn
+from launch.checks.findings import Finding, fail, fine, has_errors, warn
 
 Results = dict[str, Any]
 Links = dict[tuple[int, int], float]

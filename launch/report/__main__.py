@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpt.errors import refusing
+from launch.errors import refusing
 from launch.report import build, show, write
 
 

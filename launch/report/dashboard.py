@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gpt.metrics.tensorboard import Curve, EventWriter
-from gpt.run_folder import point_name, write_atomically
 from launch.report.table import Row, ScalingTable
 from launch.report.views import markdown
+from launch.runs.folder import point_name, write_atomically
 
 RUN = "Scaling"
 IDEAL_RUN = "ideal"

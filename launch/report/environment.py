@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from gpt.run_folder import RunFolder
+from launch.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

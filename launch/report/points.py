@@ -13,11 +13,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from gpt.errors import ConfigError
-from gpt.metrics.records import read_records
-from gpt.overrides import read_overrides
-from gpt.run_folder import RunFolder
+from launch.errors import ConfigError
 from launch.report.environment import Environment, read_environment
+from launch.runs.folder import RunFolder
+from launch.runs.overrides import read_overrides
+from launch.runs.records import read_records
 
 
 class State(StrEnum):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from gpt.errors import ConfigError
-from gpt.overrides import typed_value
-from gpt.run_folder import typed_key
+from launch.errors import ConfigError
 from launch.report.environment import Environment
 from launch.report.measure import Measurement
 from launch.report.points import Point
+from launch.runs.folder import typed_key
+from launch.runs.overrides import typed_value
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
 """Overrides along which a series runs."""

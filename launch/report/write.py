@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt.run_folder import write_atomically
 from launch.report.table import ScalingTable
 from launch.report.views import csv_text, markdown
+from launch.runs.folder import write_atomically
 
 FIGURE = "scaling.png"
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt.errors import ConfigError, refusing
+from launch.errors import ConfigError, refusing
 from slurm.sandbox import faults
 from slurm.sandbox.cluster import Cluster, NodeStatus
 from slurm.sandbox.commands import SandboxError

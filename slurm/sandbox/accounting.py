@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox import configuration, network, node, processes
 from slurm.sandbox import state as records
 from slurm.sandbox.commands import SandboxError, run, wait_until

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox import accounting, configuration, leftovers, network, node, packages, processes
 from slurm.sandbox import state as records
 from slurm.sandbox.commands import SandboxError, run, wait_until

@@ -5,7 +5,7 @@ Owns the faults and the refusal of those that one host cannot show. Must not kno
 
 from __future__ import annotations
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox import network, node, shaping
 from slurm.sandbox import state as records
 from slurm.sandbox.cluster import Cluster, SlurmState

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox.commands import SandboxError, run, search_path
 
 # program -> Debian package

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 
 MAX_NODES = 200
 # A Unix socket's path holds 107 bytes, and slurmd puts `spool/n200_4294967295.4294967295` behind the directory.

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox import delay, packages
 from slurm.sandbox.commands import SandboxError, run, search_path
 from slurm.sandbox.network import cable

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox.processes import Process
 from slurm.sandbox.settings import Settings, directory_tag
 

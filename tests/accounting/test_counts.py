@@ -17,15 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting.flops import forward_flops, training_flops, training_flops_per_token
 from gpt.accounting.parameters import block_shapes, count, outer_shapes
-from gpt.compose import to_schema
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig
-from gpt.metrics.panel import architecture
+from gpt.metrics.startup_panel import architecture
 from gpt.model.gpt import GPT
+from launch.batch import compose_launch
 from launch.config import ClusterKind, Config
-from launch.inside import compose_launch
-from launch.plan import make_plan
-from launch.plan_text import plan_text
-from tests.model.small import configs
+from launch.plan.plan import make_plan
+from launch.plan.plan_text import plan_text
+from launch.runs.compose import to_schema
+from tests.support.small_models import configs
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 DENSE = (Ffn.standard, Ffn.swiglu, Ffn.geglu)

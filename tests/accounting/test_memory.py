@@ -15,8 +15,6 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from gpt.accounting.memory import GIB, Memory, cast_elements, kept, per_rank, pieces
-from gpt.batch import cut
 from gpt.config import (
     AttentionBackend,
     ModelConfig,
@@ -27,9 +25,11 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.model.gpt import GPT
-from gpt.topology import Topology, topology
-from tests.distributed import run_distributed
-from tests.model.small import LLAMA, MOE, configs, label, random_tokens, small, variants
+from gpt.planning.memory import GIB, Memory, cast_elements, kept, per_rank, pieces
+from gpt.topology.batch import cut
+from gpt.topology.dims import Topology, topology
+from tests.support.distributed import run_distributed
+from tests.support.small_models import LLAMA, MOE, configs, label, random_tokens, small, variants
 
 MICRO = 3
 

@@ -9,10 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.accounting.memory import FP32, Memory, per_rank, pieces
-from gpt.accounting.memory.in_flight import passes_at_once
 from gpt.accounting.parameters import count
-from gpt.batch import cut
 from gpt.config import (
     CpMethod,
     ModelConfig,
@@ -24,9 +21,12 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.stages import parts_of
-from gpt.topology import Topology, topology
-from tests.model.small import LLAMA, MOE, configs, small
+from gpt.planning.memory import FP32, Memory, per_rank, pieces
+from gpt.planning.memory.in_flight import passes_at_once
+from gpt.topology.batch import cut
+from gpt.topology.dims import Topology, topology
+from gpt.topology.stages import parts_of
+from tests.support.small_models import LLAMA, MOE, configs, small
 
 OPTIM = OptimConfig(max_steps=1, global_batch=64, micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)
 HAND: dict[str, Any] = {**LLAMA, "n_layer": 4, "n_kv_head": 2, "ffn_hidden": 64, "block_size": 16, "vocab_size": 64}

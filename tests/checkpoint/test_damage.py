@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointError, CheckpointStore
-from gpt.errors import ConfigError
-from tests.checkpoint.tiny import Trained
-from tests.distributed import run_distributed
+from launch.errors import ConfigError
+from tests.support.distributed import run_distributed
+from tests.support.tiny import Trained
 
 NEWEST, BEFORE = "step_00000020", "step_00000010"
 

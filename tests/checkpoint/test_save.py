@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from gpt.checkpoint import CheckpointError, CheckpointStore, OutdatedAttemptError
-from tests.checkpoint.tiny import Trained
-from tests.distributed import RankFailedError, run_distributed
+from tests.support.distributed import RankFailedError, run_distributed
+from tests.support.tiny import Trained
 
 
 def refuse_writes(*args: Any, **kwargs: Any) -> Any:

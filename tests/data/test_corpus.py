@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from gpt.compose import compose_train, to_schema
 from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConfig
 from gpt.data.corpus import check_fit, describe, num_windows, prepare
-from gpt.data.files import stdlib_files
-from gpt.data.prepared import TokenSource
-from gpt.data.recipe import prepare_command, recipe_of, split_tokens
-from gpt.errors import ConfigError
+from gpt.data.formats.prepared import TokenSource
+from gpt.data.preprocessing.files import stdlib_files
+from gpt.data.preprocessing.recipe import prepare_command, recipe_of, split_tokens
 from gpt.prepare import main
-from tests.distributed import run_distributed
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
+from tests.support.distributed import run_distributed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 NOWHERE = Path("/nowhere")

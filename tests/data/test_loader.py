@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.batch import Batch, cut
 from gpt.config import DataConfig, OptimConfig, Source, TokenizerKind
 from gpt.data.corpus import prepare
+from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples, train_indices
-from gpt.data.preparation import prepare as prepare_folder
-from gpt.data.prepared import Tokens
-from gpt.data.recipe import recipe_of
-from gpt.errors import ConfigError
+from gpt.data.preprocessing.prepare import prepare as prepare_folder
+from gpt.data.preprocessing.recipe import recipe_of
+from gpt.topology.batch import Batch, cut
+from launch.errors import ConfigError
 
 
 def batch_of(global_batch: int, ranks: int) -> Batch:

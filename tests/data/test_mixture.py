@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from gpt.config import DataConfig, ModelConfig, Source, WeightedPath
 from gpt.data.corpus import check_fit, describe
+from gpt.data.formats.prepared import open_tokens, whole_weights
 from gpt.data.loader import Samples
 from gpt.data.mixture import counts, draw, largest
-from gpt.data.prepared import open_tokens, whole_weights
-from gpt.errors import ConfigError
-from gpt.run_folder import RunFolder
-from tests.commands import TINY, run
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from tests.support.commands import TINY, run
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 

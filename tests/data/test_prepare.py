@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Layout, Source, SyntheticConfig, TokenizerKind
-from gpt.data import files, readers, units
-from gpt.data.files import SHAKESPEARE_SHA256
-from gpt.data.preparation import prepare
-from gpt.data.prepared import TokenSource, open_folder, open_tokens, read_manifest
-from gpt.data.readers import is_validation, read_unit
-from gpt.data.recipe import Recipe, recipe_of
-from gpt.data.tokenizer import load_tokenizer
-from gpt.data.units import cut_units
-from gpt.errors import ConfigError
+from gpt.data.formats.prepared import TokenSource, open_folder, open_tokens, read_manifest
+from gpt.data.preprocessing import files, readers, units
+from gpt.data.preprocessing.files import SHAKESPEARE_SHA256
+from gpt.data.preprocessing.prepare import prepare
+from gpt.data.preprocessing.readers import is_validation, read_unit
+from gpt.data.preprocessing.recipe import Recipe, recipe_of
+from gpt.data.preprocessing.units import cut_units
+from gpt.data.tokenizers.base import load_tokenizer
 from gpt.prepare import main
-from tests.commands import kill_all, run, start, wait_for
+from launch.errors import ConfigError
+from tests.support.commands import kill_all, run, start, wait_for
 
 TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(20 + i % 7)) + " é🎉" for i in range(300)]
 
@@ -261,7 +261,8 @@ def test_kill_9_of_a_preparation_and_the_same_command_end_in_the_same_files(tmp_
 
 
 def test_finished_units_are_kept_and_damaged_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt.data import preparation, unit_work
+    from gpt.data.preprocessing import prepare as preparation
+    from gpt.data.preprocessing import worker as unit_work
 
     monkeypatch.setattr(units, "UNIT_BYTES", 3000)
     config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Source, SyntheticConfig
-from gpt.data import synthetic
 from gpt.data.corpus import describe, prepare
-from gpt.data.synthetic import Chain, chain_of, num_walks, walk
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from tests.commands import run
+from gpt.data.preprocessing import synthetic
+from gpt.data.preprocessing.synthetic import Chain, chain_of, num_walks, walk
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import run
 
 
 def test_two_states_have_the_entropy_of_the_textbook() -> None:

@@ -13,15 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
-from gpt.data.subword import (
-    HfTokenizer,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
-    read_tokenizer,
-    tiktoken_payload,
-    train_sentencepiece,
-)
-from gpt.data.tokenizer import (
+from gpt.data.tokenizers.base import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
@@ -30,8 +22,16 @@ from gpt.data.tokenizer import (
     save_tokenizer,
     tokenizer_of,
 )
-from gpt.errors import ConfigError
-from gpt.run_folder import RunFolder
+from gpt.data.tokenizers.subword import (
+    HfTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    read_tokenizer,
+    tiktoken_payload,
+    train_sentencepiece,
+)
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 TEXT = Path(io.__file__).read_text() + Path(json.__file__).read_text()

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt.compose import to_schema
 from gpt.config import Strategy
-from gpt.errors import ConfigError
-from gpt.run_folder import RunFolder
+from launch.batch import compose_launch
 from launch.config import ClusterKind, Config
-from launch.inside import compose_launch
-from launch.plan import Plan, make_plan, write_run
-from launch.plan_text import plan_text
-from tests.commands import TINY, run
+from launch.errors import ConfigError
+from launch.plan.plan import Plan, make_plan, write_run
+from launch.plan.plan_text import plan_text
+from launch.runs.compose import to_schema
+from launch.runs.folder import RunFolder
+from tests.support.commands import TINY, run
 
 H100 = 'cluster.gpu_name="NVIDIA H100 80GB HBM3"'
 BIG = [

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.errors import ConfigError
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from launch.budget import SILENT_S, Ledger, Rates, Use, amount, refuse_above, spent, used
 from launch.config import BudgetConfig
-from tests.commands import TINY, run, start, wait_for
+from launch.errors import ConfigError
+from launch.plan.budget import SILENT_S, Ledger, Rates, Use, amount, refuse_above, spent, used
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import TINY, run, start, wait_for
 
 Events = list[dict[str, Any]]
 RATES = Rates(gpus_per_node=8, price_per_gpu_hour=2.5)

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from gpt.code import PACKAGES, changes, code_state, describe_code
-from gpt.compose import to_schema
-from gpt.errors import ConfigError
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder, write_json
-from launch import snapshot
+from launch.batch import compose_launch
 from launch.config import Config
-from launch.forewarn import forewarn
-from launch.inside import compose_launch
-from launch.plan_text import plan_text
-from launch.submit import sbatch_text
-from tests.commands import ROOT, TINY, descendants, ranks_of, run, start, wait_for
+from launch.errors import ConfigError
+from launch.jobs.submit import sbatch_text
+from launch.plan import code_copy as snapshot
+from launch.plan.forewarn import forewarn
+from launch.plan.plan_text import plan_text
+from launch.runs.compose import to_schema
+from launch.runs.folder import RunFolder, write_json
+from launch.runs.provenance import PACKAGES, changes, code_state, describe_code
+from launch.runs.records import read_records
 from tests.launch.test_dry_run import plan
+from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, wait_for
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def edit(checkout: Path, text: str) -> None:
-    path = checkout / "gpt" / "optim.py"
+    path = checkout / "gpt" / "parallel" / "optimizer.py"
     path.write_text(path.read_text() + text)
 
 
@@ -55,7 +55,8 @@ def test_files_are_told_apart_one_by_one(checkout: Path) -> None:
     (checkout / "gpt" / "notes.txt").write_text("no code")
     now = {"code": describe_code(checkout), "git": {"commit": "b" * 40}}
     assert changes(before, now) == [
-        "configs/optim/quick.yaml removed, gpt/new.py added, gpt/optim.py changed (commit aaaaaaaaaaaa -> bbbbbbbbbbbb)"
+        "configs/optim/quick.yaml removed, gpt/new.py added, gpt/parallel/optimizer.py changed "
+        "(commit aaaaaaaaaaaa -> bbbbbbbbbbbb)"
     ]
     assert changes(now, {**now, "git": {"commit": "c" * 40}}) == [], "a commit that touches none of the files"
 
@@ -82,12 +83,15 @@ def test_a_copy_is_the_code_and_knows_its_commit(tmp_path: Path) -> None:
 def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     code = describe_code()
-    old = {"code": {**code, "files": {**code["files"], "gpt/optim.py": "other"}}, "git": {"commit": "a" * 40}}
+    old = {
+        "code": {**code, "files": {**code["files"], "gpt/parallel/optimizer.py": "other"}},
+        "git": {"commit": "a" * 40},
+    }
     folder.create_attempt()
     write_json(folder.environment(1), old)
     words = [f"run_dir={folder.path}", *TINY]
     text = plan_text(forewarn(plan(*words), config_of(*words)))
-    assert "warning     changed since attempt 1: gpt/optim.py changed (commit aaaaaaaaaaaa -> " in text
+    assert "warning     changed since attempt 1: gpt/parallel/optimizer.py changed (commit aaaaaaaaaaaa -> " in text
     with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, strict=false"):
         forewarn(plan(*words), config_of(*words, "strict=true"))
 
@@ -100,16 +104,16 @@ def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Pat
     assert environment(folder, 1)["code"]["root"] == str(checkout)
     edit(checkout, "# changed\n")
     text = run("launch", *words, **there)
-    assert text.count("changed since attempt 1: gpt/optim.py changed") == 1, text
-    assert "changed since attempt 1: gpt/optim.py changed" in folder.log(2, 0).read_text()
+    assert text.count("changed since attempt 1: gpt/parallel/optimizer.py changed") == 1, text
+    assert "changed since attempt 1: gpt/parallel/optimizer.py changed" in folder.log(2, 0).read_text()
     changed = [e for e in folder.read_events() if e["event"] == "code_changed"]
-    assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/optim.py changed")]
+    assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/parallel/optimizer.py changed")]
     edit(checkout, "# and again\n")
     text = run("launch", *words, "strict=true", status=2, **there)
     assert "since attempt 2 of" in text and "strict=false to go on with what has changed" in text
     assert folder.attempts() == [1, 2]
     text = run("gpt.train", *words, "strict=true", status=2, **there)  # torchrun's road has no login node
-    assert "gpt/optim.py changed" in text
+    assert "gpt/parallel/optimizer.py changed" in text
 
 
 @pytest.mark.parametrize("words", [["snapshot=true"], []], ids=["snapshot", "checkout"])

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from gpt import compose
+from launch.checks import facts
+from launch.checks.findings import Finding, Level
 from launch.config import ClusterKind, Config
-from launch.doctor import facts, machine
+from launch.doctor import machine
 from launch.doctor.__main__ import configs_of, main, points_of
-from launch.doctor.findings import Finding, Level
-from tests.commands import ROOT, environment, run
-from tests.launch.doctor_facts import FACTS, MACHINE, OUTPUT, request
+from launch.runs import compose
+from tests.support.commands import ROOT, environment, run
+from tests.support.doctor_facts import FACTS, MACHINE, OUTPUT, request
 
 MOUNTS = """22 1 254:0 / / rw - ext4 /dev/vda rw
 23 22 0:21 / /home rw - autofs systemd-1 rw

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.doctor import asked, findings, limits
-from launch.doctor.facts import Facts
-from launch.doctor.findings import Level
-from tests.launch.doctor_facts import (
+from launch.checks import findings
+from launch.checks import request as asked
+from launch.checks.facts import Facts
+from launch.checks.findings import Level
+from launch.scheduler import limits
+from tests.support.doctor_facts import (
     CONFIG,
     FACTS,
     LIMITS,

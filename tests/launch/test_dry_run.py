@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from gpt.compose import make_paths_absolute, to_schema
+from launch.batch import compose_launch
 from launch.config import ClusterKind, Config
-from launch.inside import compose_launch
-from launch.plan import Plan, make_plan
-from launch.submit import sbatch_text, shapes
-from tests.commands import run
+from launch.jobs.submit import sbatch_text, shapes
+from launch.plan.plan import Plan, make_plan
+from launch.runs.compose import make_paths_absolute, to_schema
+from tests.support.commands import run
 
 
 def plan(*words: str) -> Plan:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from tests.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
 
 LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
 
@@ -23,7 +23,7 @@ if os.environ.get("RANK") == os.environ.get("SABOTAGED_RANK"):
 
     class Saboteur:
         def find_spec(self, name, path=None, target=None):
-            spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "gpt.optim" else None
+            spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "gpt.parallel.optimizer" else None
             if spec is not None:
                 execute = spec.loader.exec_module
                 spec.loader.exec_module = lambda module: (execute(module), self.sabotage(module))

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from gpt.compose import to_schema
-from gpt.run_folder import RunFolder, append_json_line, write_json
-from launch import forewarn as forewarning
+from launch.batch import compose_launch
 from launch.config import Config
-from launch.doctor import limits
-from launch.forewarn import forewarn
-from launch.grace import measure
-from launch.inside import compose_launch
-from launch.scheduler import SlurmError
-from tests.commands import TINY, run
-from tests.launch.doctor_facts import CONFIG, NODES, PARTITIONS
+from launch.plan import forewarn as forewarning
+from launch.plan.forewarn import forewarn
+from launch.plan.grace import measure
+from launch.runs.compose import to_schema
+from launch.runs.folder import RunFolder, append_json_line, write_json
+from launch.scheduler import limits
+from launch.scheduler.client import SlurmError
 from tests.launch.test_dry_run import plan
+from tests.support.commands import TINY, run
+from tests.support.doctor_facts import CONFIG, NODES, PARTITIONS
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_no_controller_no_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def silent(*words: str, **options: object) -> str:
         raise SlurmError("scontrol is not installed on this machine")
 
-    monkeypatch.setattr("launch.scheduler.run", silent)
+    monkeypatch.setattr("launch.scheduler.client.run", silent)
     monkeypatch.chdir(tmp_path)
     ran_before(RunFolder(tmp_path / "run"), save_s=14.0, step_s=2.0)
     assert warnings(f"run_dir={tmp_path / 'run'}") == ()

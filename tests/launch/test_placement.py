@@ -13,22 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.errors import ConfigError
-from gpt.run_folder import RunFolder, write_json
-from launch import placement
-from launch.doctor import candidates
-from launch.dry_run import elsewhere
-from launch.jobs import SlurmJob, Standing
-from launch.mover import Pending, claim, is_current, promised
-from launch.placement import Candidate, Placement, decide, waiting_since
-from launch.plan import Plan
-from launch.plan_text import plan_text
-from launch.point import Point, adopt_job, find_point, judge
-from launch.scheduler import JobState
-from launch.submit import record_submitted, sbatch_text, shapes
-from tests.commands import run
-from tests.launch.doctor_facts import FACTS, LIMITS, request
+from launch.checks import candidates
+from launch.errors import ConfigError
+from launch.jobs.dry_run import elsewhere
+from launch.jobs.failover import Pending, claim, is_current, promised
+from launch.jobs.handles import SlurmJob, Standing
+from launch.jobs.status import Point, adopt_job, find_point, judge
+from launch.jobs.submit import record_submitted, sbatch_text, shapes
+from launch.plan import placement
+from launch.plan.placement import Candidate, Placement, decide, waiting_since
+from launch.plan.plan import Plan
+from launch.plan.plan_text import plan_text
+from launch.runs.folder import RunFolder, write_json
+from launch.scheduler.client import JobState
 from tests.launch.test_dry_run import plan
+from tests.support.commands import run
+from tests.support.doctor_facts import FACTS, LIMITS, request
 
 
 def placed(never: list[bool], interval: float = 30, give_up: float | None = None) -> Placement:
@@ -293,7 +293,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     assert promised(point) == made
     waiting = Pending(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
-    ask = f"from launch.mover import *\nwith claim(RunFolder({str(tmp_path)!r})) as ours: print(ours)"
+    ask = f"from launch.jobs.failover import *\nwith claim(RunFolder({str(tmp_path)!r})) as ours: print(ours)"
     with claim(folder) as ours:
         assert ours
         assert subprocess.check_output([sys.executable, "-c", ask], text=True) == "False\n"

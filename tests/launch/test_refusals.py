@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import compose
-from gpt.batch import cut
-from gpt.compose import compose_train, to_schema
 from gpt.config import OptimConfig, TrainConfig
-from gpt.errors import ConfigError
+from gpt.topology.batch import cut
+from launch.batch import compose_launch
 from launch.config import ClusterKind, Config
-from launch.inside import compose_launch
-from launch.plan import make_plan
-from tests.commands import environment, run
+from launch.errors import ConfigError
+from launch.plan.plan import make_plan
+from launch.runs import compose
+from launch.runs.compose import compose_train, to_schema
+from tests.support.commands import environment, run
 
 REFUSED = [
     (["model.n_layr=3"], "unknown key model.n_layr", "model.n_layer=VALUE"),

@@ -11,10 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from launch.config import RestartLimits
-from launch.requeue import (
+from launch.agent.restart_policy import (
     Action,
     Cause,
     attempts_without_progress,
@@ -23,9 +20,12 @@ from launch.requeue import (
     decide,
     since_submission,
 )
-from launch.scheduler import JobDetails
-from tests.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
+from launch.config import RestartLimits
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from launch.scheduler.client import JobDetails
 from tests.launch.test_failures import SABOTAGE
+from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
 
 Events = list[dict[str, Any]]
 

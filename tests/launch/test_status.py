@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from launch.jobs import SlurmJob, Standing, Waiting
-from launch.point import find_point, verdict
-from launch.scheduler import JobState
-from tests.commands import TINY, descendants, ranks_of, run, start, wait_for
+from launch.jobs.handles import SlurmJob, Standing, Waiting
+from launch.jobs.status import find_point, verdict
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from launch.scheduler.client import JobState
 from tests.launch.test_failures import LONG, SABOTAGE, start_long_run
+from tests.support.commands import TINY, descendants, ranks_of, run, start, wait_for
 
 
 def status(*paths: Path, cwd: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from tests.commands import TINY, run
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import TINY, run
 
 STEPS = 8
 

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from gpt import pulse
-from gpt.failure import first_failure
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
+from launch.agent.hang_detector import Watchdog, stack_of
 from launch.config import ResilienceConfig
-from launch.watchdog import Watchdog, stack_of
-from tests.commands import TINY, descendants, environment, ranks_of, start, wait_for
+from launch.runs import heartbeat as pulse
+from launch.runs.failures import first_failure
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import TINY, descendants, environment, ranks_of, start, wait_for
 
 LIMITS = ResilienceConfig(frozen_timeout_s=10**6, hang_timeout_s=20, hang_timeout_slow_s=40)
 STEPPING = """
 import faulthandler, signal, sys, time
 from pathlib import Path
-from gpt.pulse import Phase, Pulse
+from launch.runs.heartbeat import Phase, Pulse
 faulthandler.register(signal.SIGQUIT)
 pulse = Pulse(Path(sys.argv[1]))
 pulse.at(7, Phase[sys.argv[2]])

@@ -7,10 +7,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import Activation, ModelConfig, Position
-from gpt.model.cache import Cache
 from gpt.model.gpt import GPT
-from tests.model.small import label, random_tokens, small, variants
+from gpt.model.kv_cache import Cache
 from tests.model.test_transformers import from_gpt2, shaken
+from tests.support.small_models import label, random_tokens, small, variants
 
 
 def lively(config: ModelConfig) -> GPT:

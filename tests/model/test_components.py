@@ -22,7 +22,7 @@ from gpt.model.fused import sdpa_attention, why_not_flash
 from gpt.model.gpt import GPT
 from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope, rotation_rates
-from tests.model.small import LLAMA, small
+from tests.support.small_models import LLAMA, small
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 5, "ffn_hidden": 6}
 

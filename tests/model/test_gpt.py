@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from gpt.config import ExpertBalance, Ffn, ModelConfig, Position
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
-from tests.model.small import LLAMA, MOE, label, random_tokens, small, variants
+from tests.support.small_models import LLAMA, MOE, label, random_tokens, small, variants
 
 SEED = 7
 

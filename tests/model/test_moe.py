@@ -24,10 +24,10 @@ from gpt.model.moe import (
     reset_counts,
     set_auxiliary_scale,
 )
-from tests.distributed import run_distributed
-from tests.model.small import LLAMA, MOE, random_tokens, small
 from tests.model.test_components import TINY, check_gradients
 from tests.model.test_transformers import assert_equal_logits, shaken
+from tests.support.distributed import run_distributed
+from tests.support.small_models import LLAMA, MOE, random_tokens, small
 
 KINDS = (Ffn.standard, Ffn.swiglu, Ffn.geglu)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.compose import compose_train, to_schema
 from gpt.config import ModelConfig, TrainConfig
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
 
 MOE = ["model.ffn=moe", "model.n_expert=4", "model.bias=false"]
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gpt.config import Activation, AttentionBackend
 from gpt.model.gpt import GPT
-from tests.model.small import LLAMA, random_tokens, small
+from tests.support.small_models import LLAMA, random_tokens, small
 
 Weights = dict[str, Tensor]
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import TrainConfig
-from gpt.errors import ConfigError
-from gpt.evaluation import mean_loss
 from gpt.parallel.context import SharedSequence
-from gpt.resume import save
-from gpt.run import Run
-from tests.distributed import run_distributed
-from tests.parallel.learning import MODELS, TINY, Case, assert_all_same, learn_alone, learn_cases, start, step
+from gpt.topology.composition import lay_out
+from gpt.training.evaluation import mean_loss
+from gpt.training.run import Run
+from gpt.training.state import save
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
+from tests.support.distributed import run_distributed
+from tests.support.learning import MODELS, TINY, Case, assert_all_same, learn_alone, learn_cases, start, step
 
 METHODS = ("allgather", "ring")
 OTHERS = {

@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointError
-from gpt.compose import compose_train
-from gpt.errors import ConfigError
-from gpt.load import load_model
-from gpt.resume import save
-from gpt.run import Run
-from tests.commands import TINY as COMMAND
-from tests.commands import run as run_command
-from tests.distributed import run_distributed
-from tests.parallel.learning import (
+from gpt.conversion.trained import load_model
+from gpt.training.run import Run
+from gpt.training.state import save
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train
+from tests.support.commands import TINY as COMMAND
+from tests.support.commands import run as run_command
+from tests.support.distributed import run_distributed
+from tests.support.learning import (
     ACCUMULATIONS,
     BATCH,
     MODELS,
@@ -248,8 +248,8 @@ def test_one_process_reads_the_weights(way: str, seen: Seen) -> None:
 
 def as_composed(words: list[str], folder: Path) -> None:
     """Give a run that was made inside a test the config that a command would have written."""
-    from gpt.compose import write_config
-    from gpt.run_folder import RunFolder
+    from launch.runs.compose import write_config
+    from launch.runs.folder import RunFolder
 
     write_config(RunFolder(folder), compose_train([*TINY, *words]), words)
 

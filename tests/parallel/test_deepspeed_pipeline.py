@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt.errors import ConfigError
-from gpt.evaluation import mean_loss
-from gpt.gradients import Gradients
-from gpt.load import load_model
-from gpt.pulse import Phase
-from gpt.resume import save
-from gpt.run import Run
-from gpt.step import queue_step
-from tests.distributed import run_distributed
-from tests.parallel.learning import MODELS, assert_same, learn, start, step, whole
+from gpt.conversion.trained import load_model
+from gpt.training.evaluation import mean_loss
+from gpt.training.gradient_stats import Gradients
+from gpt.training.run import Run
+from gpt.training.state import save
+from gpt.training.step import queue_step
+from launch.errors import ConfigError
+from launch.runs.heartbeat import Phase
 from tests.parallel.test_deepspeed import as_composed, broken
+from tests.support.distributed import run_distributed
+from tests.support.learning import MODELS, assert_same, learn, start, step, whole
 
 LAYERS = ["model.n_layer=4", "eval.sequences=7"]
 HERE = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import TrainConfig
-from gpt.errors import ConfigError
-from tests.parallel.learning import BATCH, MODELS, TINY
+from gpt.topology.composition import lay_out
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
+from tests.support.learning import BATCH, MODELS, TINY
 
 
 def config_of(*words: str) -> TrainConfig:
@@ -64,8 +64,8 @@ def test_timers_that_the_pipeline_cannot_run_are_refused_there_alone(tmp_path: P
 
 
 def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
-    from gpt.batch import cut
-    from gpt.parallel.deepspeed.config import ds_config
+    from gpt.topology.batch import cut
+    from gpt.topology.deepspeed_config import ds_config
 
     path = tmp_path / "ds.json"
     theirs = {

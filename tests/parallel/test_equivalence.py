@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.resume import save
-from tests.distributed import run_distributed
-from tests.parallel.learning import MODELS, Case, assert_all_same, learn_alone, learn_cases, start, step
+from gpt.training.state import save
+from tests.support.distributed import run_distributed
+from tests.support.learning import MODELS, Case, assert_all_same, learn_alone, learn_cases, start, step
 
 STRATEGIES = {
     "ddp": "parallel=ddp",

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import TrainConfig
-from gpt.errors import ConfigError
-from gpt.evaluation import mean_loss
-from gpt.gradients import Gradients
-from gpt.pulse import Phase
-from gpt.resume import save
-from gpt.step import queue_step
-from gpt.topology import Topology
-from tests.distributed import run_distributed
-from tests.parallel.learning import (
+from gpt.topology.composition import lay_out
+from gpt.topology.dims import Topology
+from gpt.training.evaluation import mean_loss
+from gpt.training.gradient_stats import Gradients
+from gpt.training.state import save
+from gpt.training.step import queue_step
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
+from launch.runs.heartbeat import Phase
+from tests.support.distributed import run_distributed
+from tests.support.learning import (
     ACCUMULATIONS,
     BATCH,
     TINY,

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from gpt.accounting.memory import BF16, FP32, cast_elements, kept, pieces, states
-from gpt.accounting.memory.rank import share_of
-from gpt.batch import cut
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import Precision, TrainConfig
-from gpt.stages import parts_of
-from tests.distributed import run_distributed
-from tests.parallel.holding import held_bytes, living_bytes
-from tests.parallel.learning import BATCH, MODELS, TINY, start, step
+from gpt.planning.memory import BF16, FP32, cast_elements, kept, pieces, states
+from gpt.planning.memory.rank import share_of
+from gpt.topology.batch import cut
+from gpt.topology.composition import lay_out
+from gpt.topology.stages import parts_of
+from launch.runs.compose import compose_train, to_schema
+from tests.support.distributed import run_distributed
+from tests.support.holding import held_bytes, living_bytes
+from tests.support.learning import BATCH, MODELS, TINY, start, step
 
 WORDS = ["model.n_layer=4", "model.n_head=4", "optim.micro_batch=2"]
 """Layers for four ranks, and micro-batches for a pipeline."""

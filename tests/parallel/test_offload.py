@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from gpt.accounting.memory import per_rank
-from gpt.batch import cut
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import TrainConfig
-from gpt.errors import ConfigError
-from gpt.resume import save
-from tests.distributed import run_distributed
-from tests.parallel.learning import MODELS, TINY, learn, start, step
+from gpt.planning.memory import per_rank
+from gpt.topology.batch import cut
+from gpt.topology.composition import lay_out
+from gpt.training.state import save
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
+from tests.support.distributed import run_distributed
+from tests.support.learning import MODELS, TINY, learn, start, step
 
 WORDS = [*MODELS["untied, grouped queries"], "optim.micro_batch=2"]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from gpt.evaluation import mean_loss
-from gpt.gradients import Gradients
-from gpt.pulse import Phase
-from gpt.resume import save
-from gpt.run import Run
-from gpt.step import queue_step
-from tests.distributed import run_distributed
-from tests.parallel.learning import MODELS, assert_same, learn, start, step
+from gpt.training.evaluation import mean_loss
+from gpt.training.gradient_stats import Gradients
+from gpt.training.run import Run
+from gpt.training.state import save
+from gpt.training.step import queue_step
+from launch.runs.heartbeat import Phase
+from tests.support.distributed import run_distributed
+from tests.support.learning import MODELS, assert_same, learn, start, step
 
 Words = list[str]
 BASE = {

@@ -12,28 +12,28 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt.compose import compose_train, to_schema
-from gpt.composition import lay_out
 from gpt.config import ParallelConfig, TrainConfig
-from gpt.errors import ConfigError
-from gpt.evaluation import mean_loss
-from gpt.gradients import Gradients
-from gpt.load import find_checkpoint, read_weights
-from gpt.loss import cross_entropy
+from gpt.conversion.trained import find_checkpoint, read_weights
 from gpt.model.gpt import GPT
+from gpt.model.loss import cross_entropy
 from gpt.parallel.mesh import build_mesh
 from gpt.parallel.tensor import cut_matrices
-from gpt.parallel.vocabulary import vocabulary_loss
+from gpt.parallel.vocab import vocabulary_loss
 from gpt.parallel.world import World
-from gpt.pulse import Phase
-from gpt.resume import save
-from gpt.run import Run
-from gpt.run_folder import RunFolder
-from gpt.step import queue_step
-from gpt.topology import Topology
-from tests.distributed import run_distributed
-from tests.model.small import LLAMA, random_tokens, small
-from tests.parallel.learning import BATCH, TINY, Case, assert_all_same, learn, start, start_case, step
+from gpt.topology.composition import lay_out
+from gpt.topology.dims import Topology
+from gpt.training.evaluation import mean_loss
+from gpt.training.gradient_stats import Gradients
+from gpt.training.run import Run
+from gpt.training.state import save
+from gpt.training.step import queue_step
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
+from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import Phase
+from tests.support.distributed import run_distributed
+from tests.support.learning import BATCH, TINY, Case, assert_all_same, learn, start, start_case, step
+from tests.support.small_models import LLAMA, random_tokens, small
 
 PADDED = ["model.vocab_size=259", "model.vocab_multiple=16"]
 LAYERS = {

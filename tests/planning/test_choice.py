@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from gpt.accounting.memory import GIB, per_rank
-from gpt.batch import cut
-from gpt.compose import compose_train, settle_parallel, to_schema, write_config
-from gpt.composition import lay_out
 from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.errors import ConfigError
 from gpt.planning.candidates import candidates
 from gpt.planning.choice import NO_DIFFERENCE, choose
-from gpt.planning.machine import Machine, Stated, gpus
+from gpt.planning.hardware import Machine, Stated, gpus
+from gpt.planning.memory import GIB, per_rank
 from gpt.planning.settle import settle, typed_keys
 from gpt.planning.text import table
-from gpt.run_folder import RunFolder
+from gpt.topology.batch import cut
+from gpt.topology.composition import lay_out
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, settle_parallel, to_schema, write_config
+from launch.runs.folder import RunFolder
 
 WORDS = [
     "parallel=auto",

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from gpt.accounting.flops import recomputed_flops_per_token, training_flops
 from gpt.accounting.parameters import count
-from gpt.batch import cut
 from gpt.config import (
     AttentionBackend,
     CpMethod,
@@ -25,9 +24,10 @@ from gpt.config import (
 )
 from gpt.planning.collectives import Group, group, strided
 from gpt.planning.cost import Estimate, estimate
-from gpt.planning.machine import Host, Link, Machine, Stated, cpus, gpus
-from gpt.topology import Topology, topology
-from tests.model.small import LLAMA, MOE, small
+from gpt.planning.hardware import Host, Link, Machine, Stated, cpus, gpus
+from gpt.topology.batch import cut
+from gpt.topology.dims import Topology, topology
+from tests.support.small_models import LLAMA, MOE, small
 
 FAST, SLOW = Link(0.0, 8e9), Link(0.0, 1e9)
 MACHINE = Machine("made up", 1e9, 10**9, 4, FAST, SLOW)

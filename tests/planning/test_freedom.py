@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from gpt.accounting.memory import GIB, per_rank
-from gpt.compose import compose_train, settle_parallel, to_schema, write_config
 from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.errors import ConfigError
 from gpt.planning.candidates import candidates
 from gpt.planning.choice import Choice, Chosen, choose
-from gpt.planning.machine import Stated, cpus
+from gpt.planning.hardware import Stated, cpus
+from gpt.planning.memory import GIB, per_rank
 from gpt.planning.settle import settle, typed_keys
 from gpt.planning.text import table
-from gpt.run_folder import RunFolder
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, settle_parallel, to_schema, write_config
+from launch.runs.folder import RunFolder
 from tests.planning.test_choice import WORDS, config_of, machine
 
 BATCH = ["optim.micro_batch=8", "optim.global_batch=256"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gpt.metrics.records import StepRecord, append_record
-from gpt.run_folder import RunFolder, write_json
+from launch.runs.folder import RunFolder, write_json
+from launch.runs.records import StepRecord, append_record
 
 
 @dataclass

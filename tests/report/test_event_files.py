@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
-from gpt.metrics.records import StepRecord
 from gpt.metrics.tensorboard import TAGS, Curve, EventWriter, png_shape, record_scalars
+from launch.runs.records import StepRecord
 
 
 def read(folder: Path) -> EventAccumulator:

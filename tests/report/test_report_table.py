@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from launch.report import Row, build
 from launch.report.environment import Environment, RankPlace
 from launch.report.measure import MIN_STEPS, WARMUP_STEPS, measure

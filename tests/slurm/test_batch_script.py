@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
-from tests.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
+from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
 
 STEPS = 12
 WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0"]

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from launch import scheduler
+from launch.checks import facts
+from launch.checks.findings import Level
 from launch.config import ClusterKind
-from launch.doctor import facts
 from launch.doctor.__main__ import examine, points_of
-from launch.doctor.findings import Level
+from launch.scheduler import client as scheduler
 from slurm.sandbox import faults, packages
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError
 from slurm.sandbox.settings import Settings
 from slurm.sandbox.state import require
-from tests.commands import ROOT, environment, wait_for
+from tests.support.commands import ROOT, environment, wait_for
 
 pytestmark = pytest.mark.slurm
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt.run_folder import RunFolder
+from launch.runs.folder import RunFolder
 from slurm.sandbox.cluster import Cluster
-from tests.commands import ON_SLURM, TINY, start, wait_for
 from tests.slurm.test_requeue_on_slurm import of
+from tests.support.commands import ON_SLURM, TINY, start, wait_for
 
 # A disk that hangs, as one that many share does: fsync returns once the file is gone.
 HANGING_DISK = """

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from gpt.failure import first_failure
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from launch.jobs import agent_logs, job_of
+from launch.jobs.handles import agent_logs, job_of
+from launch.runs.failures import first_failure
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link
-from tests.commands import ON_SLURM, TINY, ranks_of, run, start, wait_for
 from tests.launch.test_failures import SABOTAGE
+from tests.support.commands import ON_SLURM, TINY, ranks_of, run, start, wait_for
 
 pytestmark = pytest.mark.slurm
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
 from slurm.sandbox import state as sandbox_state
 from slurm.sandbox.cluster import Cluster
-from tests.commands import ON_SLURM, TINY, run, start, wait_for
+from tests.support.commands import ON_SLURM, TINY, run, start, wait_for
 
 pytestmark = pytest.mark.slurm
 

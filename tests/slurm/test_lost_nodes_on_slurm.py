@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link, freeze, power_cut
-from tests.commands import ON_SLURM, TINY, start, wait_for
+from tests.support.commands import ON_SLURM, TINY, start, wait_for
 
 pytestmark = pytest.mark.slurm
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gpt.run_folder import RunFolder
-from launch.jobs import SlurmJob, Standing, ask_queue, job_of
-from launch.mover import Mover
-from launch.point import Point, find_point
-from launch.scheduler import output_file
+from launch.jobs.failover import Mover
+from launch.jobs.handles import SlurmJob, Standing, ask_queue, job_of
+from launch.jobs.status import Point, find_point
+from launch.runs.folder import RunFolder
+from launch.scheduler.client import output_file
 from slurm.sandbox.cluster import Cluster
-from tests.commands import ON_SLURM, TINY, is_alive, run, wait_for
+from tests.support.commands import ON_SLURM, TINY, is_alive, run, wait_for
 
 pytestmark = pytest.mark.slurm
 

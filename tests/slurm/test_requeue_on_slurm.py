@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import power_cut, preempt
-from tests.commands import ON_SLURM, TINY, run, start, wait_for
-from tests.weights import differing, read_weights
+from tests.support.commands import ON_SLURM, TINY, run, start, wait_for
+from tests.support.weights import differing, read_weights
 
 STEPS = 120
 WORDS = [*TINY, "nodes=2", f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox import configuration, faults, processes
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError, wait_until

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.errors import ConfigError
+from launch.errors import ConfigError
 from slurm.sandbox import faults, processes
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError, run, wait_until

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
-from tests.commands import ON_SLURM, TINY, run
+from tests.support.commands import ON_SLURM, TINY, run
 
 pytestmark = pytest.mark.slurm
 

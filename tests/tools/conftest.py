@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import TINY, run
+from tests.support.commands import TINY, run
 
 WORDS = (*TINY, "optim.max_steps=12", "checkpoint.interval=4", "eval.interval=6", "parallel=fsdp")
 

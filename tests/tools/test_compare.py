@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from gpt.compare import main
-from gpt.comparison import interpolate
-from gpt.run_folder import RunFolder, append_json_line, write_json
-from tests.commands import environment
+from gpt.metrics.comparison import interpolate
+from launch.runs.folder import RunFolder, append_json_line, write_json
+from tests.support.commands import environment
 
 
 def a_run(path: Path, *, steps: int, batch: int, first: float, data: str = "d1", **model: Any) -> None:
@@ -78,5 +78,5 @@ def test_interpolation_stays_within_the_curve() -> None:
 
 
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
-    code = "import sys, gpt.compare, gpt.comparison_figure; sys.exit('torch' in sys.modules)"
+    code = "import sys, gpt.compare, gpt.metrics.comparison_plot; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt.load import load_model
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder
-from tests.commands import run
+from gpt.conversion.trained import load_model
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import run
 
 
 def plain_loss(folder: Path, sequences: int | None) -> tuple[float, int]:

@@ -11,16 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt import export
-from gpt.compose import compose_train, refuse_other_run, to_schema
 from gpt.config import TrainConfig
+from gpt.conversion.trained import load_model
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
-from gpt.errors import ConfigError
-from gpt.load import load_model
-from gpt.metrics.records import read_records
-from gpt.run_folder import RunFolder, read_json
-from tests.commands import TINY, run
-from tests.weights import read_weights
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, refuse_other_run, to_schema
+from launch.runs.folder import RunFolder, read_json
+from launch.runs.records import read_records
+from tests.support.commands import TINY, run
+from tests.support.weights import read_weights
 
 
 def write(*words: str | Path) -> int:

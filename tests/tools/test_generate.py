@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from gpt.data.tokenizer import ByteTokenizer
+from gpt.data.tokenizers.base import ByteTokenizer
 from gpt.generate import Text, batches
-from gpt.generation import Sampling, generate, generators, probabilities
 from gpt.model.gpt import GPT
-from tests.commands import run
-from tests.model.small import LLAMA, random_tokens, small
+from gpt.model.sampling import Sampling, generate, generators, probabilities
 from tests.model.test_cache import lively
+from tests.support.commands import run
+from tests.support.small_models import LLAMA, random_tokens, small
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.errors import ConfigError
-from gpt.load import load_model
-from tests.weights import read_weights
+from gpt.conversion.trained import load_model
+from launch.errors import ConfigError
+from tests.support.weights import read_weights
 
 
 @pytest.mark.parametrize(("asked", "step"), [(None, 12), (8, 8)])

@@ -21,22 +21,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpt.batch import Batch
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.config import Recompute, TrainConfig
-from gpt.execution import replace_forward
-from gpt.loss import autocast, cross_entropy
 from gpt.model.block import Block
 from gpt.model.gpt import GPT
+from gpt.model.loss import autocast, cross_entropy
 from gpt.model.moe import set_auxiliary_scale
-from gpt.optim import build_optimizer
-from gpt.parallel.deepspeed.config import casts_weights, ds_config, pieces_of
-from gpt.parallel.deepspeed.files import TensorReader, ZeroFiles
+from gpt.parallel.compile import replace_forward
+from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
 from gpt.parallel.deepspeed.start import set_timeouts
-from gpt.parallel.parts import clip
+from gpt.parallel.dtensor import clip
+from gpt.parallel.optimizer import build_optimizer
 from gpt.parallel.world import World
-from gpt.topology import Topology
+from gpt.topology.batch import Batch
+from gpt.topology.deepspeed_config import casts_weights, ds_config, pieces_of
+from gpt.topology.dims import Topology
 
 
 class ZeroEngine:

@@ -1,8 +1,8 @@
 """DeepSpeed's pipeline: the layers dealt out to ranks, in the order of 1F1B, with data ranks beside them.
 
-Owns the model as DeepSpeed's list of layers, cut where gpt/stages.py cuts, and the passes, which DeepSpeed makes all at
-once. A tied embedding is one layer that the first and the last stage both have; DeepSpeed adds up its two gradients.
-Imports DeepSpeed at its top, so it is imported when ``load_deepspeed`` has set that up.
+Owns the model as DeepSpeed's list of layers, cut where gpt/topology/stages.py cuts, and the passes, which DeepSpeed
+makes all at once. A tied embedding is one layer that the first and the last stage both have; DeepSpeed adds up its
+two gradients. Imports DeepSpeed at its top, so it is imported when ``load_deepspeed`` has set that up.
 
 Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
 """
@@ -22,14 +22,14 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep
 from torch import Tensor, nn
 
-from gpt.batch import Batch
 from gpt.config import TrainConfig
-from gpt.loss import cross_entropy
 from gpt.model.gpt import GPT
+from gpt.model.loss import cross_entropy
 from gpt.parallel.deepspeed.engine import ZeroEngine
 from gpt.parallel.world import World
-from gpt.stages import split
-from gpt.topology import Topology
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
+from gpt.topology.stages import split
 
 BEFORE, AFTER = 2, 2
 """Layers of DeepSpeed's before the first block, and after the last one."""

@@ -1,0 +1,208 @@
+"""What cannot make a model, and what to type instead. Torch-free; called by ``ModelConfig.validate``."""
+
+from __future__ import annotations
+
+from gpt.config.checks import nearest_divisor, require_positive, require_range
+from gpt.config.components import (
+    Activation,
+    AttentionBackend,
+    ExpertBalance,
+    ExpertMatmul,
+    Ffn,
+    NormPosition,
+    Position,
+    RopeScaling,
+)
+from gpt.config.model import ModelConfig
+from launch.errors import ConfigError
+
+INF = float("inf")
+GROUPED_MULTIPLE = 8
+"""torch's grouped product takes rows of 16 bytes and multiples of it: 8 numbers in bf16."""
+
+
+def check(model: ModelConfig) -> None:
+    """Raise ConfigError for the first thing that cannot make a model."""
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width"):
+        require_positive(f"model.{key}", getattr(model, key))
+    for key in ("norm_eps", "rope_base", "init_std"):
+        require_positive(f"model.{key}", getattr(model, key))
+    if model.embedding_init_std is not None:
+        require_positive("model.embedding_init_std", model.embedding_init_std)
+    require_range("model.dropout", model.dropout, 0.0, 0.99)
+    check_heads(model)
+    check_rope(model)
+    check_block(model)
+    check_activation(model)
+    if model.ffn is Ffn.moe:
+        check_experts(model)
+    else:
+        refuse_expert_keys(model)
+
+
+def check_heads(model: ModelConfig) -> None:
+    """Heads divide the width, and key-value heads divide the heads."""
+    if model.n_embd % model.n_head:
+        heads = nearest_divisor(model.n_embd, model.n_head)
+        raise ConfigError(
+            f"model.n_head={model.n_head} does not divide model.n_embd={model.n_embd}",
+            "heads of equal width",
+            f"model.n_head={heads}",
+        )
+    if model.n_head % model.kv_heads:
+        heads = nearest_divisor(model.n_head, model.kv_heads)
+        raise ConfigError(
+            f"model.n_kv_head={model.kv_heads} does not divide model.n_head={model.n_head}",
+            "every key-value head shared by the same number of query heads",
+            f"model.n_kv_head={heads}",
+        )
+    if model.force_flash and model.attention is not AttentionBackend.flash:
+        raise ConfigError(
+            f"model.force_flash=true with model.attention={model.attention.name}",
+            "the flash kernel asked for, where it is to be enforced",
+            "model.attention=flash model.force_flash=true",
+        )
+
+
+def check_rope(model: ModelConfig) -> None:
+    """Rotary embeddings have pairs of channels to turn, and scaling what it needs."""
+    if model.position is Position.rope and model.head_dim % 2:
+        raise ConfigError(
+            f"model.position=rope with heads {model.head_dim} wide",
+            "an even head width, since rotary embeddings turn pairs of channels",
+            "model.position=learned, or a model.n_head that makes n_embd / n_head even",
+        )
+    scaling = model.rope_scaling
+    if scaling is RopeScaling.none:
+        if model.rope_factor != 1:
+            raise ConfigError(
+                f"model.rope_factor={model.rope_factor:g} with model.rope_scaling=none",
+                "a scaling that uses the factor",
+                "model.rope_scaling=ntk, linear or llama3",
+            )
+        return
+    if model.position is not Position.rope:
+        raise ConfigError(
+            f"model.rope_scaling={scaling.name} with model.position={model.position.name}",
+            "rotary positions, whose frequencies it scales",
+            "model.position=rope",
+        )
+    require_range("model.rope_factor", model.rope_factor, 1.0, INF)
+    if scaling is RopeScaling.ntk and model.head_dim == 2:
+        raise ConfigError(
+            "model.rope_scaling=ntk with heads 2 wide, which have one frequency",
+            "a slowest frequency beside the fastest",
+            "model.rope_scaling=linear",
+        )
+    if scaling is RopeScaling.llama3:
+        check_llama3(model)
+
+
+def check_llama3(model: ModelConfig) -> None:
+    """The original length is there and the slow frequencies lie below the fast ones."""
+    if model.rope_original_block_size is None:
+        raise ConfigError(
+            "model.rope_scaling=llama3 without model.rope_original_block_size",
+            "the sequence length before the scaling, from which slow and fast are told apart",
+            "model.rope_original_block_size=8192",
+        )
+    require_positive("model.rope_original_block_size", model.rope_original_block_size)
+    require_positive("model.rope_low_freq_factor", model.rope_low_freq_factor)
+    if model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        raise ConfigError(
+            f"model.rope_low_freq_factor={model.rope_low_freq_factor:g} and "
+            f"model.rope_high_freq_factor={model.rope_high_freq_factor:g}",
+            "a low one below the high one",
+            f"model.rope_high_freq_factor={4 * model.rope_low_freq_factor:g}",
+        )
+
+
+def check_block(model: ModelConfig) -> None:
+    """Norms and residual connections go together."""
+    if model.parallel_residual and model.norm_position is NormPosition.post:
+        raise ConfigError(
+            "model.parallel_residual=true with model.norm_position=post",
+            "norms before attention and ffn, since there is one addition and nothing between the two",
+            "model.norm_position=pre",
+        )
+
+
+def check_activation(model: ModelConfig) -> None:
+    """A gated layer gates with the activation that gives it its name."""
+    fitting = {
+        Ffn.swiglu: (Activation.silu,),
+        Ffn.geglu: (Activation.gelu, Activation.gelu_tanh),
+    }.get(model.dense_ffn)
+    if fitting and model.activation is not None and model.activation not in fitting:
+        key = "model.expert_ffn" if model.ffn is Ffn.moe else "model.ffn"
+        raise ConfigError(
+            f"model.activation={model.activation.name} with {key}={model.dense_ffn.name}",
+            f"{' or '.join(a.name for a in fitting)}, or null for the usual one",
+            f"model.activation=null, or {key}=standard",
+        )
+
+
+def check_experts(model: ModelConfig) -> None:
+    """There are experts, enough of them, of a kind that can be stacked."""
+    if model.n_expert < 1:
+        raise ConfigError(
+            f"model.ffn=moe with model.n_expert={model.n_expert}", "a number of experts", "model.n_expert=8"
+        )
+    if not 1 <= model.n_expert_per_token <= model.n_expert:
+        raise ConfigError(
+            f"model.n_expert_per_token={model.n_expert_per_token} of model.n_expert={model.n_expert}",
+            f"a number from 1 to {model.n_expert}",
+            f"model.n_expert_per_token={min(2, model.n_expert)}",
+        )
+    if model.expert_ffn is Ffn.moe:
+        raise ConfigError("model.expert_ffn=moe", "standard, swiglu or geglu", "model.expert_ffn=swiglu")
+    if model.bias:
+        raise ConfigError(
+            "model.ffn=moe with model.bias=true",
+            "linear layers without bias: the experts' matrices are multiplied as one, and have none",
+            "model.bias=false",
+        )
+    if model.router_normalize and model.n_expert_per_token == 1:
+        raise ConfigError(
+            "model.router_normalize=true with model.n_expert_per_token=1",
+            "the router's own weight, since a single one scaled to a sum of 1 is always 1 and teaches it nothing",
+            "model.router_normalize=null",
+        )
+    if model.expert_matmul is ExpertMatmul.grouped and (
+        model.n_embd % GROUPED_MULTIPLE or model.ffn_width % GROUPED_MULTIPLE
+    ):
+        raise ConfigError(
+            f"model.expert_matmul=grouped with model.n_embd={model.n_embd} and experts {model.ffn_width} wide",
+            f"multiples of {GROUPED_MULTIPLE}, since torch's grouped product takes rows of whole 16 bytes",
+            "model.expert_matmul=loop, or other widths",
+        )
+    check_balance(model)
+
+
+def check_balance(model: ModelConfig) -> None:
+    """The numbers of routing and balancing are in range."""
+    require_range("model.n_shared_expert", model.n_shared_expert, 0, INF)
+    if model.capacity_factor is not None:
+        require_positive("model.capacity_factor", model.capacity_factor)
+    require_range("model.balance_coefficient", model.balance_weight, 0.0, INF)
+    require_range("model.z_coefficient", model.z_coefficient, 0.0, INF)
+    require_positive("model.balance_bias_rate", model.balance_bias_rate)
+    if model.expert_balance is ExpertBalance.none and model.balance_weight > 0:
+        raise ConfigError(
+            f"model.balance_coefficient={model.balance_weight:g} with model.expert_balance=none",
+            "a balance loss, or none",
+            "model.expert_balance=loss, or model.balance_coefficient=null",
+        )
+
+
+def refuse_expert_keys(model: ModelConfig) -> None:
+    """Keys of the experts are not set where there are none."""
+    for key, idle in (("n_expert", 0), ("n_shared_expert", 0), ("capacity_factor", None)):
+        value = getattr(model, key)
+        if value != idle:
+            more = "" if key == "n_expert" else " model.n_expert=8"
+            raise ConfigError(
+                f"model.{key}={value} with model.ffn={model.ffn.name}",
+                "experts only where the feed-forward layer is made of them",
+                f"model.ffn=moe model.bias=false model.{key}={value}{more}",
+            )

@@ -1,0 +1,83 @@
+"""A folder that transformers loads: weights in shards, their index, config.json, and checksums of it all.
+
+Owns the files and their names. Must not know where the model comes from, nor when a folder is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt.config import ModelConfig
+from gpt.conversion.inspect import INDEX, SINGLE
+from gpt.conversion.spec import Format
+from gpt.conversion.state_dict import SUMS, sums
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int) -> int:
+    """Write ``tensors`` into one safetensors file, or several with an index; returns the bytes they take.
+
+    A shard is closed before the tensor that would exceed ``max_shard_bytes``; a larger tensor has a shard of its own.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = parameters = 0
+
+    def close() -> None:
+        nonlocal pending, size
+        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, size = {}, 0
+
+    for name, tensor in tensors:
+        tensor = tensor.to(dtype)
+        if pending and size + tensor.nbytes > max_shard_bytes:
+            close()
+        pending[name] = tensor
+        size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
+    close()
+    names = [shard_name(i, len(shards)) for i in range(len(shards))]
+    for i, name in enumerate(names):
+        # The library writes for nobody but the owner; who may read the folder may read what is in it.
+        (folder / f"{i}.part").chmod(folder.stat().st_mode & 0o666)
+        (folder / f"{i}.part").rename(folder / name)
+    if len(shards) > 1:
+        where = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
+        metadata = {"total_parameters": parameters, "total_size": total}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+    return total
+
+
+def shard_name(index: int, count: int) -> str:
+    """The name transformers gives to a file of weights."""
+    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_configs(
+    folder: Path, fmt: Format, config: ModelConfig, dtype: torch.dtype, eot: int | None, origin: dict[str, Any]
+) -> None:
+    """Write config.json and generation_config.json; ``eot`` is the id that ends a text."""
+    # Said also where there are none: the defaults are ids of somebody else's tokenizer.
+    special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
+    described = {"architectures": [fmt.architecture], "model_type": fmt.name, **fmt.write_config(config)}
+    name = str(dtype).removeprefix("torch.")
+    extra = {"torch_dtype": name, "use_cache": True, "initializer_range": 0.02, "exported_from": origin}
+    write_json(folder / "config.json", {**described, **special, **extra})
+    write_json(folder / "generation_config.json", special)
+
+
+def write_sums(folder: Path) -> None:
+    """Write the sha256 of every file, as ``sha256sum -c SHA256SUMS`` checks them; ``init_from`` does, too."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums(files).items()))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n")

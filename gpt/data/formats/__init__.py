@@ -1,0 +1,1 @@
+"""Files of tokens: our prepared folders, and those of nanoGPT, llm.c and Megatron."""

@@ -1,0 +1,175 @@
+"""Token files: one flat run of token ids on disk, whoever has written it.
+
+Owns how the three common formats are told apart and what their headers say. Torch-free, and reads headers only. Must
+not know where tokens come from or how they become batches.
+
+- nanoGPT: no header; numpy's ``tofile`` of uint16 (nanoGPT, data/*/prepare.py).
+- llm.c and modded-nanogpt: 256 int32, of which the first are magic number, version and number of tokens; 20240520 and 1
+  for uint16, 20240801 and 7 for uint32 (llm.c, dev/data/data_common.py).
+- Megatron: the tokens in NAME.bin without a header, and NAME.idx with the width of a token and the length of every
+  sequence (Megatron-LM, megatron/core/datasets/indexed_dataset.py).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gpt.config import closest
+from gpt.data.preprocessing.files import matches
+from launch.errors import ConfigError
+
+ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
+"""Width of a token by its little-endian numpy name."""
+HEADERLESS_DTYPE = "uint16"
+
+LLMC_HEADER_BYTES = 1024
+LLMC_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
+"""Width of a token -> magic number and version."""
+LLMC_MAX_TOKENS = 2**31 - 1
+
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, code of the dtype, number of sequences and of documents
+MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens in a file: ``tokens`` numbers of ``dtype`` from byte ``offset`` on. Can be sent to other ranks."""
+
+    path: Path
+    dtype: str
+    offset: int
+    tokens: int
+    file_bytes: int
+    """Size the whole file must have."""
+
+    def is_whole(self) -> bool:
+        """Whether the file is there with its full size; cheap, so it is asked at every start."""
+        try:
+            return self.path.stat().st_size == self.file_bytes
+        except FileNotFoundError:
+            return False
+
+    def part(self, start: int, stop: int) -> Segment:
+        """The tokens from ``start`` up to ``stop``."""
+        return replace(self, offset=self.offset + start * ITEM_BYTES[self.dtype], tokens=stop - start)
+
+
+def open_token_files(path: str, dtype: str | None = None) -> tuple[Segment, ...]:
+    """The token files at ``path``: a file, a Megatron prefix, or a pattern of shards, in the order of their names.
+
+    Raises:
+        ConfigError: there is none, or one that makes no sense.
+    """
+    place = Path(path).expanduser().absolute()
+    if place.is_file():
+        return (read_token_file(place, dtype),)
+    if place.with_name(f"{place.name}.idx").is_file():
+        return (read_token_file(place.with_name(f"{place.name}.bin"), dtype),)
+    shards = [shard for shard in matches(path) if shard.suffix != ".idx" and shard.is_file()]
+    if not shards:
+        raise missing(path, place)
+    return tuple(read_token_file(shard, dtype) for shard in shards)
+
+
+def missing(path: str, place: Path) -> ConfigError:
+    """The refusal of a path that leads to no tokens."""
+    try:
+        names = sorted(p.name for p in place.parent.iterdir() if p.suffix == ".bin" or p.is_dir())
+    except OSError:
+        names = []
+    likely = closest(place.name, names)
+    return ConfigError(
+        f"data.path={path}, but there are no tokens",
+        "a folder of gpt.prepare, a .bin file, a Megatron prefix, or a pattern of shards",
+        f"data.path={place.parent / likely[0]}" if likely else "data.path=FOLDER",
+    )
+
+
+def read_token_file(path: Path, dtype: str | None = None) -> Segment:
+    """One token file, its format told by its header; ``dtype`` is for files without one."""
+    if path.suffix == ".idx":
+        path = path.with_suffix(".bin")
+    try:
+        size = path.stat().st_size
+        index = path.with_suffix(".idx")
+        if index.is_file():
+            return _megatron(path, index, size)
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error})", "a token file this user may read", "data.path=FILE"
+        ) from error
+    if len(head) == 12:
+        magic, version, tokens = struct.unpack("<iii", head)
+        for kind, (known, its_version) in LLMC_KINDS.items():
+            if magic == known:
+                return _llmc(path, size, kind, version == its_version, tokens)
+    return _headerless(path, size, dtype or HEADERLESS_DTYPE)
+
+
+def _headerless(path: Path, size: int, dtype: str) -> Segment:
+    if size % ITEM_BYTES[dtype] or not size:
+        raise ConfigError(
+            f"{path} has {size} bytes, which are not whole {dtype} tokens",
+            f"a file of {dtype} without a header (or with that of llm.c, or an .idx beside it)",
+            "data.token_dtype=uint8 (or uint16, uint32), or another file",
+        )
+    return Segment(path, dtype, 0, size // ITEM_BYTES[dtype], size)
+
+
+def _llmc(path: Path, size: int, dtype: str, known_version: bool, tokens: int) -> Segment:
+    expected = LLMC_HEADER_BYTES + tokens * ITEM_BYTES[dtype]
+    if not known_version or tokens < 1 or size != expected:
+        raise ConfigError(
+            f"{path} has the header of llm.c for {tokens} {dtype} tokens, and {size} bytes",
+            f"version {LLMC_KINDS[dtype][1]} and {expected} bytes",
+            "the file copied again: it was cut short, or is none of tokens",
+        )
+    return Segment(path, dtype, LLMC_HEADER_BYTES, tokens, size)
+
+
+def _megatron(path: Path, index: Path, size: int) -> Segment:
+    with index.open("rb") as file:
+        head = file.read(MEGATRON_HEADER.size)
+    if len(head) < MEGATRON_HEADER.size or not head.startswith(MEGATRON_MAGIC):
+        raise ConfigError(
+            f"{index} does not begin as an index of Megatron does",
+            f"{MEGATRON_MAGIC!r}, as Megatron's mmap format has it",
+            f"{path} moved to a folder of its own, where it has no index",
+        )
+    _, version, code, sequences, documents = MEGATRON_HEADER.unpack(head)
+    dtype = next((name for name, its_code in MEGATRON_CODES.items() if its_code == code), None)
+    expected = MEGATRON_HEADER.size + 12 * sequences + 8 * documents
+    # Multimodal indices have a further byte for each sequence.
+    if version != 1 or dtype is None or index.stat().st_size not in (expected, expected + sequences):
+        raise ConfigError(
+            f"{index} of version {version}, dtype code {code}, {sequences} sequences and {index.stat().st_size} bytes",
+            f"version 1, a dtype code among {sorted(MEGATRON_CODES.values())}, {expected} bytes",
+            "the two files copied again, or preprocessed again",
+        )
+    if size % ITEM_BYTES[dtype] or not size:
+        raise ConfigError(
+            f"{path} has {size} bytes, which are not whole {dtype} tokens",
+            "the file that its index describes",
+            "the two files copied again",
+        )
+    return Segment(path, dtype, 0, size // ITEM_BYTES[dtype], size)
+
+
+def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """Cut the last ``tokens`` tokens off: the segments before them, and theirs."""
+    before: list[Segment] = []
+    after: list[Segment] = []
+    left = tokens
+    for segment in reversed(segments):
+        taken = min(left, segment.tokens)
+        if taken < segment.tokens:
+            before.insert(0, segment.part(0, segment.tokens - taken))
+        if taken:
+            after.insert(0, segment.part(segment.tokens - taken, segment.tokens))
+        left -= taken
+    return tuple(before), tuple(after)

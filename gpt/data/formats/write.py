@@ -1,0 +1,165 @@
+"""Writing prepared tokens: the files of one split in nanoGPT's, llm.c's or Megatron's format.
+
+Owns the bytes of these files (described in ``gpt.data.formats.token_file``, which reads them). Streams: holds one
+piece at a time. Must not know where tokens come from; writes into a folder that is not yet anybody's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt.config import Layout
+from gpt.data.formats.token_file import (
+    ITEM_BYTES,
+    LLMC_HEADER_BYTES,
+    LLMC_KINDS,
+    MEGATRON_CODES,
+    MEGATRON_HEADER,
+    MEGATRON_MAGIC,
+)
+from gpt.data.tokenizers.base import CharTokenizer, Tokenizer
+
+LLMC_SHARD_TOKENS = 100_000_000  # as in llm.c's fineweb.py
+MEGATRON_SEQUENCE_LIMIT = 1 << 30  # lengths are int32
+UINT16_VOCAB = 1 << 16
+
+Lengths = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """One file of a split, as the manifest lists it."""
+
+    name: str
+    tokens: int
+    """0 for a file that holds none, such as an index."""
+    size: int
+    sha256: str
+
+
+def token_dtype(layout: Layout, vocab_size: int) -> str:
+    """Width of a token: 16 bits as long as the vocabulary allows; Megatron knows no unsigned 32."""
+    if vocab_size <= UINT16_VOCAB:
+        return "uint16"
+    return "int32" if layout is Layout.megatron else "uint32"
+
+
+def write_split(
+    layout: Layout,
+    folder: Path,
+    split: str,
+    dtype: str,
+    tokens: int,
+    chunks: Iterable[bytes],
+    lengths: Iterable[Lengths],
+) -> list[WrittenFile]:
+    """Write the files of ``split`` into ``folder``.
+
+    Args:
+        tokens: how many there are in ``chunks``.
+        chunks: the tokens, as little-endian ``dtype``.
+        lengths: tokens of each document, in order; used by Megatron's index only.
+    """
+    if layout is Layout.llmc:
+        return list(_llmc_shards(folder, split, dtype, tokens, chunks))
+    written = [_write(folder / f"{split}.bin", chunks, dtype)]
+    if layout is Layout.megatron:
+        written.append(_write(folder / f"{split}.idx", _megatron_index(dtype, lengths), None))
+    assert written[0].tokens == tokens, f"{split}: {written[0].tokens} tokens, expected {tokens}"
+    return written
+
+
+def write_meta(folder: Path, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    """nanoGPT's ``meta.pkl``: its train.py takes the vocabulary from it, its sample.py the characters."""
+    meta: dict[str, object] = {"vocab_size": vocab_size}
+    if isinstance(tokenizer, CharTokenizer):
+        meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))
+
+
+class _Sink:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    def close(self) -> str:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+
+def _write(path: Path, chunks: Iterable[bytes], dtype: str | None) -> WrittenFile:
+    sink = _Sink(path)
+    for chunk in chunks:
+        sink.write(chunk)
+    return WrittenFile(path.name, sink.size // ITEM_BYTES[dtype] if dtype else 0, sink.size, sink.close())
+
+
+def _llmc_shards(folder: Path, split: str, dtype: str, tokens: int, chunks: Iterable[bytes]) -> Iterator[WrittenFile]:
+    magic, version = LLMC_KINDS[dtype]
+    feed, left, number = _Feed(chunks), tokens, 0
+    while left or not number:
+        count = min(left, LLMC_SHARD_TOKENS)
+        path = folder / f"{split}_{number:06d}.bin"
+        sink = _Sink(path)
+        sink.write(struct.pack("<iii", magic, version, count).ljust(LLMC_HEADER_BYTES, b"\0"))
+        for piece in feed.take(count * ITEM_BYTES[dtype]):
+            sink.write(piece)
+        yield WrittenFile(path.name, count, sink.size, sink.close())
+        left, number = left - count, number + 1
+
+
+class _Feed:
+    """Hands out the bytes of ``chunks`` in portions of any size, without gathering them."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self._rest = memoryview(b"")
+
+    def take(self, size: int) -> Iterator[memoryview]:
+        """Exactly ``size`` bytes, in pieces."""
+        while size:
+            if not self._rest:
+                self._rest = memoryview(next(self._chunks))
+            piece, self._rest = self._rest[:size], self._rest[size:]
+            size -= len(piece)
+            yield piece
+
+
+def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
+    """The index: every document is a sequence of its own; one that is too long for the format is several."""
+    sizes = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
+    counts = np.maximum(1, -(-sizes // MEGATRON_SEQUENCE_LIMIT))
+    if (counts > 1).any():
+        sizes = np.concatenate([_cut(size, count) for size, count in zip(sizes, counts, strict=True)])
+    yield MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, MEGATRON_CODES[dtype], len(sizes), len(counts) + 1)
+    yield sizes.astype("<i4").tobytes()
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
+    yield (starts * ITEM_BYTES[dtype]).astype("<i8").tobytes()
+    yield np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]).astype("<i8").tobytes()
+
+
+def _cut(size: int, count: int) -> Lengths:
+    """``size`` as ``count`` parts within the limit."""
+    parts = np.full(count, MEGATRON_SEQUENCE_LIMIT, dtype=np.int64)
+    parts[-1] = size - MEGATRON_SEQUENCE_LIMIT * (count - 1)
+    return parts

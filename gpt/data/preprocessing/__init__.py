@@ -1,0 +1,1 @@
+"""Text, jsonl and parquet files -> a folder of tokens, by several processes."""

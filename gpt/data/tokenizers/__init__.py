@@ -1,0 +1,1 @@
+"""Text -> tokens and back: bytes, characters, and the subword tokenizers of other libraries."""

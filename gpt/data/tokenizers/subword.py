@@ -1,0 +1,265 @@
+"""Tokenizers of other libraries: SentencePiece, Hugging Face ``tokenizers`` and tiktoken (the extra ``data``).
+
+Owns how each library is loaded and trained, and that the tokenizer it gives can be written to one file and read back
+without a network. Torch-free. Must not know where text comes from.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt.config.data import TokenizerKind
+from gpt.data.tokenizers.base import Ids, Tokenizer
+from launch.errors import ConfigError
+
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+"""Names that tokenizers give to the token that ends a document, in the order they are looked for."""
+SPACE = "\u2581"  # SentencePiece's sign for a space
+GPT2_ENCODING = "gpt2"
+
+
+def library(name: str) -> Any:
+    """An optional library, or a refusal that says how to install it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"the library {name} is not installed ({error})", "the extra 'data'", "pip install 'gpt-launch[data]'"
+        ) from error
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model (arXiv 1808.06226)."""
+
+    kind = TokenizerKind.sentencepiece
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+        self._model = library("sentencepiece").SentencePieceProcessor(model_proto=payload)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return int(self._model.get_piece_size())
+
+    @property
+    def eot(self) -> int | None:
+        """The model's end of sentence."""
+        end = int(self._model.eos_id())
+        return end if end >= 0 else None
+
+    def encode(self, text: str) -> Ids:
+        """The pieces of ``text``."""
+        return np.asarray(self._model.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these pieces; control pieces stand for nothing."""
+        return str(self._model.decode([int(i) for i in ids]))
+
+    def token_bytes(self) -> npt.NDArray[np.int64] | None:
+        """Bytes of each piece; None for a model that changes the text before it cuts it, as Llama's adds a space."""
+        if not self._is_lossless():
+            return None
+        return np.array([self._piece_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
+
+    def _piece_bytes(self, i: int) -> int:
+        if self._model.is_control(i) or self._model.is_unknown(i):
+            return 0
+        return 1 if self._model.is_byte(i) else len(self._model.id_to_piece(i).replace(SPACE, " ").encode())
+
+    def _is_lossless(self) -> bool:
+        """Whether nothing is added, folded or dropped: asked of the model itself, with a text that would show it."""
+        probe = " a  b\n\n\tﬁ c "
+        return bool(self._model.decode(self._model.encode(probe)) == probe)
+
+
+class HfTokenizer:
+    """A ``tokenizer.json`` of Hugging Face's tokenizers library."""
+
+    kind = TokenizerKind.hf
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+        try:
+            self._model = library("tokenizers").Tokenizer.from_str(payload.decode())
+        except ConfigError:
+            raise
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(
+                f"a file that is no tokenizer.json ({error})",
+                "a file that the tokenizers library has written",
+                "data.tokenizer_path=FOLDER/tokenizer.json",
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eot(self) -> int | None:
+        """The first of the usual names that the vocabulary has."""
+        found = (self._model.token_to_id(name) for name in END_NAMES)
+        return next((i for i in found if i is not None), None)
+
+    def encode(self, text: str) -> Ids:
+        """The tokens of ``text``. Unlike in the other tokenizers, names of added tokens in the text become them."""
+        return np.asarray(self._model.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these tokens, without special ones."""
+        return str(self._model.decode([int(i) for i in ids]))
+
+    def token_bytes(self) -> None:
+        """Not known: what a token stands for is up to the file's decoder."""
+
+
+class TiktokenTokenizer:
+    """A byte-pair encoding of tiktoken's. The payload is JSON: name, pattern, ranks and special tokens."""
+
+    kind = TokenizerKind.tiktoken
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+        told = json.loads(payload)
+        ranks = {base64.b64decode(token): rank for rank, token in told["ranks"]}
+        self._model = library("tiktoken").Encoding(
+            told["name"], pat_str=told["pattern"], mergeable_ranks=ranks, special_tokens=told["special_tokens"]
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return int(self._model.n_vocab)
+
+    @property
+    def eot(self) -> int | None:
+        """The id of ``<|endoftext|>``."""
+        end = self._model._special_tokens.get("<|endoftext|>")
+        return None if end is None else int(end)
+
+    def encode(self, text: str) -> Ids:
+        """The tokens of ``text``."""
+        return np.asarray(self._model.encode_ordinary(text), dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these tokens; ``<|endoftext|>`` stands for nothing."""
+        special = set(self._model._special_tokens.values())
+        return str(self._model.decode([i for i in map(int, ids) if i not in special], errors="replace"))
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each token; special tokens and ids that are not used have none."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, i in self._model._mergeable_ranks.items():
+            sizes[i] = len(token)
+        return sizes
+
+
+def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
+    """The tokenizer of ``kind`` that its file describes."""
+    if kind is TokenizerKind.sentencepiece:
+        return SentencePieceTokenizer(payload)
+    if kind is TokenizerKind.hf:
+        return HfTokenizer(payload)
+    assert kind is TokenizerKind.tiktoken, kind
+    return TiktokenTokenizer(payload)
+
+
+def tiktoken_payload(encoding: Any) -> bytes:
+    """What there is to know of a ``tiktoken.Encoding``, so that it is needed, and downloaded, only once."""
+    ranks = sorted((rank, base64.b64encode(token).decode()) for token, rank in encoding._mergeable_ranks.items())
+    told = {
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+        "ranks": ranks,
+    }
+    return json.dumps(told).encode()
+
+
+def load_gpt2() -> TiktokenTokenizer:
+    """GPT-2's encoding. tiktoken downloads its vocabulary, unless TIKTOKEN_CACHE_DIR has it.
+
+    Raises:
+        ConfigError: it is not there and cannot be fetched.
+    """
+    tiktoken = library("tiktoken")
+    try:
+        encoding = tiktoken.get_encoding(GPT2_ENCODING)
+    except Exception as error:  # requests' errors, and tiktoken's own ValueError for a wrong checksum
+        raise ConfigError(
+            f"tiktoken cannot fetch the vocabulary of {GPT2_ENCODING} ({type(error).__name__}: {error})",
+            "a network, or TIKTOKEN_CACHE_DIR=FOLDER with the files that tiktoken has cached on another machine",
+            "data.tokenizer=tiktoken data.tokenizer_path=FOLDER/tokenizer/ranks.json of a corpus prepared elsewhere",
+        ) from error
+    return TiktokenTokenizer(tiktoken_payload(encoding))
+
+
+def read_tokenizer(kind: TokenizerKind, path: Path) -> Tokenizer:
+    """The tokenizer in a file of the user's: a SentencePiece model, a tokenizer.json, or our tiktoken file.
+
+    Raises:
+        ConfigError: the file cannot be read as one.
+    """
+    try:
+        return from_payload(kind, path.read_bytes())
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"data.tokenizer_path={path} is no {kind.name} tokenizer ({type(error).__name__}: {error})",
+            {
+                TokenizerKind.sentencepiece: "a SentencePiece .model file",
+                TokenizerKind.hf: "a tokenizer.json",
+                TokenizerKind.tiktoken: "the ranks.json of a prepared corpus",
+            }[kind],
+            "data.tokenizer_path=FILE",
+        ) from error
+
+
+def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
+    """Train a byte-pair SentencePiece model that loses nothing: decode(encode(text)) == text for every text.
+
+    Args:
+        lines: texts to learn from, each short (SentencePiece leaves out what is longer than 4192 bytes).
+        vocab_size: ids in all, 256 bytes and three control pieces among them.
+
+    Raises:
+        ConfigError: the text does not have so many pieces.
+    """
+    model = io.BytesIO()
+    try:
+        library("sentencepiece").SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            # Pieces of its own for what the trainer would not see or would change in its lines.
+            user_defined_symbols=["\n", "\r", "\t"],
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        limit = re.search(r"value <= (\d+)", str(error))
+        raise ConfigError(
+            f"data.tokenizer_vocab_size={vocab_size}, which SentencePiece cannot learn from this text ({error})",
+            "more text, or a smaller vocabulary",
+            f"data.tokenizer_vocab_size={limit.group(1) if limit else vocab_size // 4}",
+        ) from error
+    return SentencePieceTokenizer(model.getvalue())

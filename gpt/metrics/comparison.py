@@ -1,0 +1,160 @@
+"""What may be said of several runs together: the loss at equal tokens, speed, and in what they differ.
+
+Owns the figures and the notes on what they do not say. Torch-free. Must not know how they are shown.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpt.metrics.run_json import describe_run
+from launch.errors import ConfigError
+from launch.runs.compose import flatten, plain
+from launch.runs.folder import RunFolder
+
+WINDOW = 0.05
+"""Share of the tokens, up to the common number, over which the training loss is averaged: single steps are noisy."""
+SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
+"""Parts of the config, besides the model, in which runs are told apart."""
+
+Curve = list[tuple[int, float]]
+"""Tokens seen -> loss, in order."""
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """One run. ``*_then`` are at the number of tokens that all compared runs have seen."""
+
+    label: str
+    state: str
+    parameters: int | None
+    steps: int
+    tokens: int
+    losses: Curve
+    val_losses: Curve
+    best_val_loss: float | None
+    tokens_per_s: float | None
+    mfu_palm: float | None
+    memory_peak_gib: float | None
+    ranks: int | None
+    device: str | None
+    data_sha256: str | None
+    config: dict[str, Any]
+    loss_then: float | None = None
+    val_loss_then: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs; ``differences`` is heading -> key -> the value of each run."""
+
+    runs: list[RunFigures]
+    equal_tokens: int | None
+    """None where no run has seen any, or where their losses are not comparable."""
+    differences: dict[str, dict[str, list[str]]]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_figures(folder: RunFolder, label: str) -> RunFigures:
+    """The figures of one run folder.
+
+    Raises:
+        ConfigError: it holds no config.
+    """
+    run = describe_run(folder)
+    if run["config"] is None:
+        raise ConfigError(f"no {folder.config}", "the folder of a run", "python -m gpt.train, to make one")
+    start, summary = run["startup"] or {}, run["summary"]
+    per_step = start.get("global_batch", 0) * start.get("block_size", 0)
+    devices = {rank["device_name"] for rank in start.get("ranks", [])}
+    return RunFigures(
+        label=label,
+        state=summary["state"],
+        parameters=start.get("parameters"),
+        steps=summary["steps"],
+        tokens=summary["steps"] * per_step,
+        losses=[(record["step"] * per_step, record["loss"]) for record in run["steps"]],
+        val_losses=[(e["step"] * per_step, e["val_loss"]) for e in run["evaluations"]],
+        best_val_loss=summary.get("best_val_loss"),
+        tokens_per_s=summary.get("tokens_per_s"),
+        mfu_palm=summary.get("mfu_palm"),
+        memory_peak_gib=summary.get("memory_peak_gib"),
+        ranks=start.get("world_size"),
+        device=" and ".join(sorted(devices)) or None,
+        data_sha256=start.get("data_sha256"),
+        config=flatten(run["config"]),
+    )
+
+
+def compare(runs: Sequence[RunFigures]) -> Comparison:
+    """Bring the runs to the same number of tokens, find what differs, and say what cannot be compared."""
+    begun = [run for run in runs if run.tokens]
+    same_text = len({run.data_sha256 for run in begun}) <= 1
+    equal = min(run.tokens for run in begun) if len(begun) > 1 and same_text else None
+    settled = [at_tokens(run, equal) if equal and run.tokens else run for run in runs]
+    differences = {
+        "architecture": differing(runs, ("model",), ignored=("model.name",)),
+        "settings": differing(runs, SETTINGS),
+    }
+    return Comparison(settled, equal, differences, notes(settled, equal, same_text))
+
+
+def at_tokens(run: RunFigures, tokens: int) -> RunFigures:
+    """``run`` with its losses at ``tokens``."""
+    window = [loss for seen, loss in run.losses if (1 - WINDOW) * tokens < seen <= tokens]
+    loss = sum(window) / len(window) if window else interpolate(run.losses, tokens)
+    changed = {"loss_then": loss, "val_loss_then": interpolate(run.val_losses, tokens)}
+    return RunFigures(**{**run.__dict__, **changed})
+
+
+def interpolate(curve: Curve, tokens: int) -> float | None:
+    """The value at ``tokens``, on the line between the points around it; None outside of them."""
+    after = bisect_left(curve, (tokens, float("-inf")))
+    if after == len(curve):
+        return None
+    x1, y1 = curve[after]
+    if x1 == tokens:
+        return y1
+    if after == 0:
+        return None
+    x0, y0 = curve[after - 1]
+    return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+
+def differing(runs: Sequence[RunFigures], parts: Sequence[str], ignored: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Keys of these parts of the config whose value is not the same in all runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
+    found = {}
+    for key in keys:
+        values = [plain(run.config[key]) if key in run.config else "-" for run in runs]
+        # A run made before there was such a key says nothing of it.
+        if key not in ignored and len(set(values) - {"-"}) > 1:
+            found[key] = values
+    return found
+
+
+def notes(runs: Sequence[RunFigures], equal: int | None, same_text: bool) -> list[str]:
+    """What the figures mean, and what they do not say."""
+    said = []
+    if equal is not None:
+        said.append(
+            f"* at {equal:,} tokens, the most that all runs have seen. The training loss is the mean over the last "
+            f"{WINDOW:.0%} of them, the validation loss is interpolated between the evaluations around."
+        )
+        late = [run.label for run in runs if run.tokens and run.val_loss_then is None]
+        if late:
+            said.append(f"No validation loss there for {', '.join(late)}: not evaluated both before and after.")
+    if not same_text:
+        said.append("Losses are not compared: the runs were trained on different data, or tokens of another kind.")
+    waiting = [run.label for run in runs if not run.tokens]
+    if waiting:
+        said.append(f"No steps yet: {', '.join(waiting)}.")
+    sizes = {run.config.get("model.block_size") for run in runs}
+    if equal is not None and len(sizes) > 1:
+        said.append("Sequences differ in length: longer ones make the same text easier to predict.")
+    if len({(run.device, run.ranks, run.config.get("precision")) for run in runs if run.tokens}) > 1:
+        said.append("Devices, ranks or precision differ: tokens/s is that of each set-up, not of the model alone.")
+    return said

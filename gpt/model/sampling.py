@@ -1,0 +1,98 @@
+"""Choosing the next token, and going on from there.
+
+Owns sampling and the window a model looks through. Must not know tokenizers or where a model came from.
+
+B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.model.gpt import GPT
+from gpt.model.kv_cache import Cache
+from launch.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits."""
+
+    temperature: float = 1.0
+    """Divides the logits: below 1 the likely becomes likelier; 0 always takes the likeliest."""
+    top_k: int | None = None
+    """Only the k likeliest tokens."""
+    top_p: float | None = None
+    """Only the fewest likeliest tokens that have this much probability together (nucleus, arXiv 1904.09751)."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ConfigError(f"--temperature {self.temperature}", "0 or above", "--temperature 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"--top-k {self.top_k}", "1 or above", "--top-k 50")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p}", "above 0, up to 1", "--top-p 0.9")
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """(B, V) probabilities to draw from: temperature first, then the k likeliest, then the nucleus of those."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits_BV.size(1):
+        least_B1 = logits_BV.topk(sampling.top_k, dim=1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
+    probabilities_BV = logits_BV.softmax(1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        sorted_BV, order_BV = probabilities_BV.sort(1, descending=True)
+        # A token stays where those before it do not have enough yet, so the likeliest always does.
+        kept_BV = sorted_BV.cumsum(1) - sorted_BV < sampling.top_p
+        probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(1, order_BV, sorted_BV * kept_BV)
+        probabilities_BV /= probabilities_BV.sum(1, keepdim=True)
+    return probabilities_BV
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    """One for each sequence, so that what is drawn for it does not depend on the others in its batch."""
+    return [torch.Generator("cpu").manual_seed((seed * 1000 + i) % 2**63) for i in range(count)]
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt_BT: Tensor,
+    new_tokens: int,
+    vocab_size: int,
+    sampling: Sampling,
+    draws: Sequence[torch.Generator],
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """Yield ``new_tokens`` times the next token of each sequence, (B,) on the CPU.
+
+    The model sees at most ``block_size`` tokens: of a longer prompt the last ones. Where the window is full, it goes on
+    from its last half, so that the cache is filled anew once in ``block_size / 2`` tokens, not for every one.
+
+    Args:
+        vocab_size: ids from here on are never drawn; an embedding may hold more than the tokenizer has.
+        draws: a generator for each sequence.
+    """
+    size = model.config.block_size
+    tokens_BT, start, read = prompt_BT, max(0, prompt_BT.size(1) - size), 0
+    cache = Cache(size)
+    for _ in range(new_tokens):
+        if tokens_BT.size(1) - start > size:
+            start, cache = tokens_BT.size(1) - max(1, size // 2), Cache(size)
+        read = start + cache.length if use_cache else start
+        logits_BTV = model(tokens_BT[:, read:], cache if use_cache else None)
+        chances_BV = probabilities(logits_BTV[:, -1, :vocab_size].float(), sampling).cpu()
+        next_B = torch.cat(
+            [torch.multinomial(row, 1, generator=draw) for row, draw in zip(chances_BV, draws, strict=True)]
+        )
+        tokens_BT = torch.cat([tokens_BT, next_B[:, None].to(tokens_BT.device)], 1)
+        yield next_B

@@ -1,0 +1,120 @@
+"""What torch's own strategies share: passes one after another, AdamW, and the state of a checkpoint.
+
+Owns the scale of the gradients: a sum over this rank's tokens becomes the mean over all tokens of the step.
+
+Shapes: B sequences, T tokens of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+
+from gpt.checkpoint.formats import Format, TensorFiles
+from gpt.config import TrainConfig
+from gpt.model.loss import cross_entropy, summed_loss
+from gpt.model.moe import set_auxiliary_scale
+from gpt.parallel.optimizer import build_optimizer, clip_gradients
+from gpt.parallel.world import World
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
+
+
+class NativeEngine:
+    """A model that torch spreads; each strategy overrides what it does otherwise.
+
+    Args:
+        module: what is called.
+        trained: what the optimizer steps and checkpoints store: ``module``, or this rank's part of it.
+        config: of the run.
+        world: all ranks.
+        layout: how they stand.
+        batch: how the global batch is cut.
+        averaged: over how many ranks the strategy averages gradients; 1 where it sums them.
+    """
+
+    layer_group: dist.ProcessGroup | None = None
+    criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
+    """Of logits and targets: the summed loss."""
+    counted: float = 1.0
+    """0 where another rank computes the loss of the same tokens and reports it."""
+    files: Format = TensorFiles()
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: nn.Module,
+        config: TrainConfig,
+        world: World,
+        layout: Topology,
+        batch: Batch,
+        averaged: int,
+    ) -> None:
+        self.module, self.trained = module, trained
+        self.config, self.world, self.layout, self.batch = config, world, layout, batch
+        self.optimizer = build_optimizer(trained, config.optim)
+        self.scale = averaged / (batch.global_batch * config.model.block_size)
+        # Ranks that share the matrices route the same tokens, and their gradients are added up; of those that share a
+        # sequence each has the mean over its part.
+        set_auxiliary_scale(module, averaged / (batch.global_batch * layout.tp * layout.cp))
+
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        self.module.zero_grad(set_to_none=True)
+        passes, micro = self.batch.accumulation, self.batch.micro
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for i in range(passes):
+            on_pass()
+            part = slice(i * micro, (i + 1) * micro)
+            with self.one_pass(last=i == passes - 1):
+                loss = self.pass_loss(tokens_BT[part], targets_BT[part])
+                (loss * self.scale).backward()
+            loss_sum += loss.detach()
+        return loss_sum * self.counted
+
+    def one_pass(self, last: bool) -> AbstractContextManager[object]:
+        """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
+        return nullcontext()
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return self.pass_loss(tokens_BT, targets_BT) * self.counted
+
+    def pass_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The summed loss of one forward pass, () fp32, on every rank that takes part in it."""
+        return summed_loss(self.module, self.config, tokens_BT, targets_BT, self.world.device, self.criterion)
+
+    def update(self, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self.clip(self.config.optim.grad_clip)
+        self.optimizer.step()
+        return norm
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients down to a global norm of ``limit`` (0: leave them); the norm they had, ()."""
+        return clip_gradients(self.module, limit)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                yield name.removeprefix("module."), parameter.grad, 1 / self.world.size
+
+    def state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.trained, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load(self, state: dict[str, Any]) -> None:
+        # The groups that were stored name the parameters of one rank, which under a pipeline are not those of another.
+        # What else they say is the config's.
+        groups = get_optimizer_state_dict(self.trained, self.optimizer)["param_groups"]
+        optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
+        set_state_dict(self.trained, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
+
+    def begin(self) -> None:
+        # get_state_dict filled the optimizer by a step with zero gradients, which AdamW would count as its first.
+        self.optimizer.state.clear()

@@ -1,0 +1,144 @@
+"""Checkpoints of an engine of DeepSpeed: its own files where they fit, whole tensors by name where they do not.
+
+Owns the choice. DeepSpeed saves and loads its own layout when nothing has changed; with another stage or number of
+ranks, and from another strategy, each rank takes its pieces of whole tensors (gpt/checkpoint/deepspeed_files.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from gpt.checkpoint.collective import on_all
+from gpt.checkpoint.deepspeed_files import ABOUT, LOOSE, as_tensors, tag_of
+from gpt.checkpoint.manifest import DEEPSPEED, Manifest, sync_folder
+
+if TYPE_CHECKING:
+    from gpt.parallel.deepspeed.engine import ZeroEngine
+
+
+class ZeroFiles:
+    """The files of a run under ZeRO. Its state is the engine itself.
+
+    Args:
+        settings: what decides who holds which piece, beside the number of ranks; plain JSON.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": DEEPSPEED, **self.settings}
+
+    def write(self, folder: Path, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> list[Path]:
+        writer = Writer()
+        state.ds.checkpoint_engine.save = writer.save
+        state.ds.save_checkpoint(str(folder), tag_of(step))
+        about = state.about()
+        if dist.get_rank(group) == 0:
+            writer.save(about, str(folder / ABOUT))
+            writer.paths += [path for name in LOOSE if (path := folder / name).exists()]
+        return writer.finish()
+
+    def read(self, folder: Path, saved: Manifest, state: ZeroEngine, group: dist.ProcessGroup | None) -> None:
+        if saved.contents == self.describe() and saved.world_size == dist.get_world_size(group):
+            reader = Reader()
+            on_all(lambda: reader.read(state.own_files(folder, tag_of(saved.step))), group)
+            state.ds.checkpoint_engine.load = reader.load
+            state.ds.load_checkpoint(str(folder), tag_of(saved.step))
+            del state.ds.checkpoint_engine.load  # and what was read
+            return
+        with as_tensors(folder, saved, group) as tensors:
+            names = state.names()
+            on_all(lambda: state.take(TensorReader(tensors), names, saved.step), group)
+            state.shards.spread_masters()
+
+
+class Writer:
+    """Writes DeepSpeed's files so that they last, and remembers which.
+
+    DeepSpeed's ranks wait for each other between their files: what fails on one is told when all are through.
+    """
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self._failure: Exception | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """What DeepSpeed calls for each file."""
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(state_dict, file)
+        except Exception as error:
+            self._failure = self._failure or error
+        self.paths.append(Path(path))
+
+    def finish(self) -> list[Path]:
+        """The files, synced to disk; raises what failed."""
+        if self._failure is not None:
+            raise self._failure
+        for path in self.paths:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for parent in {path.parent for path in self.paths}:
+            sync_folder(parent)
+        return self.paths
+
+
+class Reader:
+    """Reads a rank's files before DeepSpeed asks for them.
+
+    DeepSpeed's ranks wait for each other between their files: what fails on one has to be known before they begin.
+    """
+
+    def __init__(self) -> None:
+        self._contents: dict[str, Any] = {}
+
+    def read(self, paths: Sequence[str]) -> None:
+        """Read all of ``paths``."""
+        for path in paths:
+            self.load(path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """What DeepSpeed calls for each file, for some of them twice."""
+        if path not in self._contents:
+            self._contents[path] = torch.load(path, map_location="cpu", weights_only=False)
+        return self._contents[path]
+
+
+class TensorReader:
+    """Whole tensors of a folder of torch.distributed.checkpoint, one at a time, in one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = dcp.FileSystemReader(folder)
+        self._known = self._reader.read_metadata().state_dict_metadata
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter or buffer."""
+        return self._read(f"model.{name}")
+
+    def moment(self, name: str, key: str) -> Tensor:
+        """A part of AdamW's state of a parameter."""
+        return self._read(f"optimizer.state.{name}.{key}")
+
+    def _read(self, key: str) -> Tensor:
+        entry = self._known.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"the checkpoint holds no {key}")
+        found = torch.empty(entry.size)
+        dcp.load({key: found}, storage_reader=self._reader, no_dist=True)
+        return found
+
+    def refuse_others(self, names: set[str]) -> None:
+        """Raise ValueError where there are weights that ``names`` does not have: it is another model's."""
+        there = {key.removeprefix("model.") for key in self._known if key.startswith("model.")}
+        if there != names:
+            raise ValueError(f"the checkpoint differs in {', '.join(sorted(there ^ names)[:3])}")

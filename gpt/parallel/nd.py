@@ -1,0 +1,120 @@
+"""A model spread along several dimensions of a grid of ranks: sharded or copied over the data ranks.
+
+Owns the order in which the ways are applied (inner ones first), and what all of them share: gradients that are summed
+over the ranks that saw other tokens, and a norm in which every element counts once. Each way is a module of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from gpt.config import Strategy, TrainConfig
+from gpt.model.gpt import GPT
+from gpt.parallel.base import NativeEngine
+from gpt.parallel.context import SharedSequence, share_sequences
+from gpt.parallel.dtensor import clip, local, share_of, sum_over
+from gpt.parallel.expert import deal_out, dealt_out, shard_experts
+from gpt.parallel.fsdp import shard
+from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
+from gpt.parallel.tensor import cut_matrices, finish_gradients
+from gpt.parallel.vocab import vocabulary_loss
+from gpt.parallel.world import World
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
+
+
+class ComposedEngine(NativeEngine):
+    """A model cut along the dimensions of the grid, whose parameters the data ranks shard (fsdp) or copy (ddp).
+
+    A sequence that ``cp`` ranks share gives each of them a part of the gradient, so there they count as data ranks.
+
+    Copies sum their gradients here, after the last pass, without DistributedDataParallel: that wants every parameter on
+    one kind of mesh, and a pipeline's schedule would call it for one stage while another still computes.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
+        timeout_s = config.parallel.timeout_s
+        self.grid = build_mesh(layout, world, timeout_s)
+        self._sequence: SharedSequence | None = None
+        if layout.cp > 1:
+            self._sequence = share_sequences(model, self.grid["cp"].get_group(), config, world.device)
+        self._sharded = config.parallel.strategy is Strategy.fsdp
+        self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
+        """Parameters whose gradients are summed here, and over which ranks."""
+        module, parts = self.take_apart(model, config, world, batch)
+        data = self.grid
+        if layout.ep > 1:
+            data = expert_grid(self.grid, layout, world, timeout_s)
+            for part in parts:
+                deal_out(part, data["ep"], averaged=self._sharded)
+        if layout.tp > 1:
+            self._cut_matrices(parts, config, self.grid["tp"])
+        if self._sharded:
+            if layout.ep > 1:
+                expert_mesh = shard_mesh(data, world, timeout_s, "edp")
+                for part in parts:
+                    shard_experts(part, expert_mesh, config, layout)
+            mesh = shard_mesh(self.grid, world, timeout_s)
+            for part in parts:
+                shard(part, list(part.blocks), mesh, config)
+        else:
+            dealt = dealt_out(module) if layout.ep > 1 else []
+            rest = [p for p in module.parameters() if not any(p is other for other in dealt)]
+            for chosen, grid in ((rest, self.grid), (dealt, data)):
+                self._summed.append((chosen, copies_mesh(grid, world, timeout_s).get_group()))
+        averaged = layout.data_ranks * layout.cp if self._sharded else 1
+        super().__init__(module, module, config, world, layout, batch, averaged)
+
+    def take_apart(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
+        """What this rank holds of the model: all of it as one module, and the parts that are called by themselves."""
+        return model, [model]
+
+    def passes(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
+        return super().backward(tokens_BT, targets_BT, on_pass)
+
+    def _cut_matrices(self, parts: Sequence[GPT], config: TrainConfig, line: DeviceMesh) -> None:
+        for part in parts:
+            cut_matrices(part, line, config.parallel)
+        self.counted = 1.0 if line.get_local_rank() == 0 else 0.0
+        if config.parallel.loss_parallel:
+            columns = config.model.padded_vocab // line.size()
+            self.criterion = vocabulary_loss(line, columns, config.model.vocab_size)
+
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        loss_sum = self.passes(tokens_BT, targets_BT, on_pass)
+        if self.layout.tp > 1 and not self._sharded:
+            finish_gradients(self.module, self.grid["tp"])
+        for parameters, group in self._summed:
+            sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
+        return loss_sum
+
+    def pass_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return super().pass_loss(self.own(tokens_BT), self.own(targets_BT))
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        """What this rank takes of the tokens, or of the targets, of each sequence."""
+        return x_BT if self._sequence is None else self._sequence.part(x_BT)
+
+    def one_pass(self, last: bool) -> AbstractContextManager[object]:
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def clip(self, limit: float) -> Tensor:
+        return clip(self.gradients(), limit, self.world)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                yield name, local(parameter.grad), share_of(parameter.grad, self.holders(name))
+
+    def holders(self, name: str) -> int:
+        """Ranks that hold a parameter, or parts of it."""
+        return self.world.size

@@ -1,0 +1,150 @@
+"""Ring attention: keys and values go round the ranks that share a sequence, and meet every query (arXiv 2310.01889).
+
+While a rank computes with one block the next one is on its way, and no rank ever holds more than two: memory does not
+grow with the length of a sequence where ranks grow with it. Owns the passing round, and which part of a block a rank's
+queries may see. The arithmetic is gpt/model/blockwise_attention.py.
+
+B sequences, T tokens of one that a rank holds, H heads, K key-value heads, C head width. A rank holds an early and a
+late chunk of each sequence, as gpt/parallel/context.py deals them out. A block is keys and values: (2, B, K, T, C).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gpt.config import AttentionBackend
+from gpt.model.blockwise_attention import attend_block, attend_block_backward, merge
+
+KEYS, GRADIENTS = 0, 1
+"""Tags that tell apart what is under way at the same time."""
+
+
+def ring_attend(
+    group: dist.ProcessGroup, backend: AttentionBackend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor
+) -> Tensor:
+    """Attention of this rank's queries to the keys of all ranks of ``group``: (B, H, T, C)."""
+    y_BHTC: Tensor = RingAttention.apply(q_BHTC, k_BKTC, v_BKTC, group, backend is not AttentionBackend.manual)
+    return y_BHTC
+
+
+class RingAttention(torch.autograd.Function):
+    """Causal attention over all blocks of the ring; on the way back keys go round again, with their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, group: dist.ProcessGroup, fused: bool
+    ) -> Tensor:
+        own = torch.stack((k_BKTC, v_BKTC))
+        y_BHTC, lse_BHT = attend_block(q_BHTC, k_BKTC, v_BKTC, True, fused)
+        y_BHTC = y_BHTC.type_as(lse_BHT)
+        ring = Ring(group)
+        moving = ring.pass_on(own, KEYS)
+        for owner in ring.others():
+            block = moving.wait()
+            if owner != ring.next:
+                moving = ring.pass_on(block, KEYS)
+            first, keys = seen(owner, ring.rank, q_BHTC.size(2))
+            k, v = block[..., :keys, :]
+            part, part_lse = attend_block(q_BHTC[:, :, first:], k, v, False, fused)
+            part, part_lse = merge(y_BHTC[:, :, first:], lse_BHT[:, :, first:], part, part_lse)
+            y_BHTC = torch.cat((y_BHTC[:, :, :first], part), dim=2)
+            lse_BHT = torch.cat((lse_BHT[:, :, :first], part_lse), dim=2)
+        # In memory by tokens, as the kernels give it: the output matrix then keeps this, and no copy of it.
+        y_BHTC = y_BHTC.type_as(q_BHTC).transpose(1, 2).contiguous().transpose(1, 2)
+        ctx.save_for_backward(q_BHTC, own, y_BHTC, lse_BHT)
+        ctx.group, ctx.fused = group, fused
+        return y_BHTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTC: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q_BHTC, block, y_BHTC, lse_BHT = ctx.saved_tensors
+        given = (grad_BHTC.contiguous(), q_BHTC, y_BHTC, lse_BHT)
+        ring = Ring(ctx.group)
+        moving = ring.pass_on(block, KEYS)
+        dq_BHTC, dblock = gradients_of(*given, block, 0, q_BHTC.size(2), True, ctx.fused)
+        collecting = ring.pass_on(dblock, GRADIENTS)
+        for owner in ring.others():
+            block = moving.wait()
+            if owner != ring.next:
+                moving = ring.pass_on(block, KEYS)
+            first, keys = seen(owner, ring.rank, q_BHTC.size(2))
+            dq, mine = gradients_of(*given, block, first, keys, False, ctx.fused)
+            dq_BHTC[:, :, first:] += dq
+            dblock = collecting.wait()
+            dblock[..., :keys, :] += mine
+            collecting = ring.pass_on(dblock, GRADIENTS)
+        dk_BKTC, dv_BKTC = collecting.wait().type_as(block)
+        return dq_BHTC.type_as(q_BHTC), dk_BKTC, dv_BKTC, None, None
+
+
+def gradients_of(
+    grad_BHTC: Tensor,
+    q_BHTC: Tensor,
+    y_BHTC: Tensor,
+    lse_BHT: Tensor,
+    block: Tensor,
+    first: int,
+    keys: int,
+    causal: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the first ``keys`` of a block and the queries from ``first`` on give each other: the gradients of the
+    queries, and of keys and values as one tensor, in the precision that they are summed in."""
+    grad, q, y, lse = (x[:, :, first:].contiguous() for x in (grad_BHTC, q_BHTC, y_BHTC, lse_BHT))
+    k, v = block[..., :keys, :]
+    dq, dk, dv = attend_block_backward(grad, q, k, v, y, lse, causal, fused)
+    return dq.type_as(lse), torch.stack((dk, dv)).type_as(lse)
+
+
+def seen(owner: int, rank: int, tokens: int) -> tuple[int, int]:
+    """Of another rank's block: from which of this rank's queries on it is seen, and how many of its keys are.
+
+    A rank's early chunk comes before those of higher ranks, and its late one after theirs. So of a lower rank every
+    query sees the early chunk, and of a higher one the late queries see both.
+    """
+    return (0, tokens // 2) if owner < rank else (tokens // 2, tokens)
+
+
+class Ring:
+    """The ranks of a group, each passing on to the one after it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.next = (self.rank + 1) % self.ranks
+
+    def others(self) -> list[int]:
+        """Whose block arrives, one after the other; the last is the next rank's, which is passed on to it no more."""
+        return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
+
+    def pass_on(self, x: Tensor, tag: int) -> Moving:
+        """Begin to send a tensor to the next rank and to receive the one before's, of the same shape."""
+        return Moving(self, x, tag)
+
+
+class Moving:
+    """A tensor on its way to the next rank, while another comes from the one before."""
+
+    def __init__(self, ring: Ring, x: Tensor, tag: int) -> None:
+        # What is sent must stay as it is until it is gone.
+        self._sent, self._received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        after = dist.get_global_rank(ring.group, ring.next)
+        before = dist.get_global_rank(ring.group, (ring.rank - 1) % ring.ranks)
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, self._sent, after, ring.group, tag),
+                dist.P2POp(dist.irecv, self._received, before, ring.group, tag),
+            ]
+        )
+
+    def wait(self) -> Tensor:
+        """The tensor that has arrived."""
+        for work in self._works:
+            work.wait()
+        return self._received

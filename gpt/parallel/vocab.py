@@ -1,0 +1,104 @@
+"""The vocabulary cut over a line of ranks: the embedding's rows, and the loss of logits whose columns lie apart.
+
+For tensor parallelism (gpt/parallel/tensor.py), after arXiv 1909.08053, section 3. Must not know the rest of the model.
+
+B batch, T time, D width, V the tokens of one rank, N = B T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from gpt.parallel.compile import replace_forward
+from gpt.parallel.dtensor import distribute, local, summed
+
+
+class CutVocabulary(ParallelStyle):
+    """An embedding of which each rank holds the rows of some tokens; ``stream`` of what is looked up comes out.
+
+    torch's RowwiseParallel takes embeddings too, but the gradient that it leaves on each rank is as large as the whole
+    matrix (torch 2.13).
+    """
+
+    def __init__(self, stream: Placement) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Embedding)
+        if isinstance(module.weight, DTensor):  # two stages of a pipeline may have it
+            return module
+        distribute(module, device_mesh, {"weight": Shard(0)})
+        replace_forward(module, partial(look_up, module, device_mesh, self.stream))
+        return module
+
+
+def look_up(embedding: nn.Embedding, line: DeviceMesh, stream: Placement, tokens_BT: Tensor) -> Tensor:
+    """The rows of the tokens, each from the rank that holds it: the others add zeros."""
+    weight_VD = local(embedding.weight)
+    row_BT = tokens_BT - line.get_local_rank() * len(weight_VD)
+    elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))
+    x_BTD = F.embedding(row_BT.masked_fill(elsewhere_BT, 0), weight_VD)
+    return summed(x_BTD.masked_fill(elsewhere_BT.unsqueeze(-1), 0), line, stream)
+
+
+def vocabulary_loss(line: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The cross-entropy, in nats, summed over the tokens, in fp32: of logits (B, T, V) and targets (B, T).
+
+    Args:
+        line: the ranks, each of which holds ``columns`` columns of the logits.
+        columns: how many; what is given may lack the last ones, if they are padding.
+        vocab_size: how many of all columns are tokens. The others take no part.
+    """
+    first = line.get_local_rank() * columns
+    tokens = max(0, min(columns, vocab_size - first))
+
+    def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        logits_NV = logits_BTV.float().flatten(0, 1)
+        if tokens < logits_NV.size(-1):
+            padding_V = torch.arange(logits_NV.size(-1), device=logits_NV.device) >= tokens
+            logits_NV = logits_NV.masked_fill(padding_V, -torch.inf)
+        summed_loss: Tensor = CrossEntropy.apply(logits_NV, targets_BT.flatten(), first, line.get_group())
+        return summed_loss
+
+    return loss
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy, for which the ranks exchange three numbers for each token instead of the logits.
+
+    torch's ``loss_parallel`` sends one more, is on for the whole process while it is on, and has to be around the
+    backward pass too, which under a pipeline is called from elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
+        """() on every rank. ``first``: the token of this rank's first column."""
+        peak_N = logits_NV.amax(-1)
+        dist.all_reduce(peak_N, dist.ReduceOp.MAX, group=group)
+        shifted_NV = logits_NV - peak_N.unsqueeze(-1)
+        here_N = (targets_N >= first) & (targets_N < first + logits_NV.size(-1))
+        column_N1 = (targets_N - first).masked_fill(~here_N, 0).unsqueeze(-1)
+        target_N = shifted_NV.gather(-1, column_N1).squeeze(-1).masked_fill(~here_N, 0)
+        weight_NV = shifted_NV.exp_()
+        sums_2N = torch.stack((weight_NV.sum(-1), target_N))
+        dist.all_reduce(sums_2N, group=group)
+        total_N, target_N = sums_2N.unbind()
+        ctx.save_for_backward(weight_NV.div_(total_N.unsqueeze(-1)), here_N, column_N1)
+        return (total_N.log() - target_N).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax_NV, here_N, column_N1 = ctx.saved_tensors
+        ones_N1 = here_N.unsqueeze(-1).type_as(softmax_NV)
+        return softmax_NV.scatter_add(-1, column_N1, -ones_N1).mul_(gradients[0]), None, None, None

@@ -1,0 +1,205 @@
+"""What a forward pass keeps for its backward pass, tensor by tensor.
+
+A sum over the tensors that autograd saves, after Korthikanti et al. (arXiv 2205.05198, section 4.1), adapted to the
+parts here: the residual stream and the norms are fp32 in bf16 too (autocast), and each matrix casts its input for
+itself. It is what torch keeps on the CPU, and a bound from above for CUDA, whose RMSNorm does not keep the normalized
+input and whose dropout keeps a byte for each element. The fused attention kernel keeps no T x T matrix; with dropout
+torch has none for the CPU, and needs there what ``manual`` needs. Where keys are gathered the CPU's also keeps a mask,
+the tokens of a chunk by those up to its end, which a GPU has not and which is not counted.
+
+D width, H heads, K key-value heads, C head width, F inner width of the ffn, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt.accounting.flops import expert_rows
+from gpt.accounting.units import BF16, FP32, INT64
+from gpt.config import (
+    Activation,
+    AttentionBackend,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    Precision,
+    Recompute,
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of a pass one rank computes; by default all."""
+
+    tp: int = 1
+    """Ranks that share heads and inner widths."""
+    stream: int = 1
+    """Ranks that share the residual stream between the parts of a block: tp of them with sequence parallelism."""
+    cp: int = 1
+    """Ranks that share each sequence."""
+    gathers_keys: bool = False
+    """With cp: each of them keeps the keys and values of all."""
+    sends_rows: bool = False
+    """Experts are on several ranks, so rows are sent to them and back."""
+
+    def tokens(self, model: ModelConfig, sequences: int) -> int:
+        """Of one rank, in so many sequences."""
+        return sequences * model.block_size // self.cp
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one rank, for one pass."""
+
+    embedding: int
+    final: int
+    """Of the last norm and the output matrix."""
+    block: int
+    """Everything of one block."""
+    recomputed: int
+    """What is left of ``block`` until its backward pass begins, where the rest is computed again then."""
+
+
+def kept(
+    model: ModelConfig,
+    sequences: int,
+    precision: Precision,
+    recompute: Recompute = Recompute.none,
+    share: Share = WHOLE,
+) -> Kept:
+    """What a pass over ``sequences`` sequences keeps, logits and weights not counted.
+
+    Where blocks are recomputed, each keeps its input, and with ``selective`` the results of its products.
+    """
+    tokens = share.tokens(model, sequences)
+    width = BF16 if precision is Precision.bf16 else FP32
+    embedding = INT64 + dropout_bytes(model, FP32, share)
+    norm = norm_bytes(model, share=share) if model.norm_position is NormPosition.pre else 0
+    block = block_bytes(model, sequences, width, share)
+    stream = -(-tokens * FP32 * model.n_embd // share.stream)
+    left = {
+        Recompute.none: block,
+        Recompute.selective: stream + product_bytes(model, sequences, width, share),
+        Recompute.full: stream,
+    }
+    return Kept(tokens * embedding, tokens * (norm + width * model.n_embd), block, left[recompute])
+
+
+def block_bytes(model: ModelConfig, sequences: int, width: int, share: Share) -> int:
+    """Everything one block keeps for its backward pass."""
+    tokens = share.tokens(model, sequences)
+    bytes_ = tokens * (attention_bytes(model, width, share) + ffn_bytes(model, width, share))
+    if model.ffn is Ffn.moe:
+        bytes_ += expert_bytes(model, sequences, width, share)
+    if model.parallel_residual:
+        bytes_ -= tokens * FP32 * model.n_embd // share.stream  # both norms keep the same input
+    if model.attention is AttentionBackend.manual:
+        bytes_ += model.block_size**2 // share.cp  # the mask, one byte for each pair
+    if share.cp > 1 and model.position is Position.rope:
+        # Sines and cosines of the rank's own positions, picked out for the queries and again for the keys.
+        bytes_ += 2 * FP32 * model.head_dim * share.tokens(model, 1)
+    return bytes_
+
+
+def product_bytes(model: ModelConfig, sequences: int, width: int, share: Share) -> int:
+    """Results of the matrix products of one block, attention among them (gpt/parallel/compile.py says which)."""
+    tokens, up = share.tokens(model, sequences), 2 if model.gated else 1
+    queries, keys, heads = head_widths(model, share)
+    written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
+    attention = width * (2 * queries + 2 * keys + model.n_embd)
+    attention += width * heads * model.block_size if written_out else FP32 * heads
+    if share.cp > 1 and not share.gathers_keys:  # what a ring's last rank merges: a result for each block of keys
+        attention += (share.cp - 1) * (width * queries + (0 if written_out else FP32 * heads))
+    inner = -(-model.ffn_width // share.tp)
+    if model.ffn is not Ffn.moe:
+        return tokens * (attention + width * (up * inner + model.n_embd))
+    shared = model.n_shared_expert * inner
+    mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
+    rows = sequences * expert_rows(model) // share.cp
+    results = up * inner + (3 if share.sends_rows else 1) * model.n_embd  # and what came of either exchange
+    return tokens * (attention + mixture) + rows * width * results
+
+
+def head_widths(model: ModelConfig, share: Share) -> tuple[int, int, int]:
+    """Width of the queries and of the keys of one token, and query heads: of one rank."""
+    heads, kv_heads = -(-model.n_head // share.tp), -(-model.kv_heads // share.tp)
+    return heads * model.head_dim, kv_heads * model.head_dim, heads
+
+
+def norm_bytes(model: ModelConfig, norms: int = 1, width: int | None = None, share: Share = WHOLE) -> int:
+    """Per token: input and statistics of ``norms`` norms over ``width`` (D), fp32."""
+    width = model.n_embd if width is None else width
+    return -(-FP32 * norms * (2 * width + 1 if model.norm is Norm.rmsnorm else width + 2) // share.stream)
+
+
+def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
+    """Per token: what matrices that read the same tensor keep of it; one tensor, or in bf16 each its own cast. They
+    read all of it, also where the residual stream before them is shared."""
+    return (readers if width == BF16 else 1) * width * model.n_embd
+
+
+def attention_bytes(model: ModelConfig, width: int, share: Share) -> int:
+    """Per token of one layer: norm, queries, keys, values, what the kernel keeps of the T x T pairs, and its result."""
+    queries, keys, heads = head_widths(model, share)
+    of_others = share.cp if share.gathers_keys else 1
+    if model.attention is AttentionBackend.manual:
+        pairs = 3 if model.dropout else 1  # softmax; and with dropout its noise and its result
+        bytes_ = width * (2 * queries + 2 * queries * of_others + pairs * heads * model.block_size)
+    else:
+        bytes_ = width * (2 * queries + 2 * keys * of_others) + FP32 * heads  # and the log-sum-exp of every row
+    if share.gathers_keys:
+        bytes_ += width * queries  # the result, once as the kernel gave its chunks and once put together
+    if model.qk_norm:
+        bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim)
+        if model.norm is not Norm.rmsnorm:
+            bytes_ -= (FP32 - width) * (queries + keys)  # LayerNorm keeps what it is given as it is
+    return norm_bytes(model, share=share) + read_bytes(model, width, 3) + bytes_ + dropout_bytes(model, width, share)
+
+
+def ffn_bytes(model: ModelConfig, width: int, share: Share) -> int:
+    """Per token of one layer: norm, and what the feed-forward layer keeps."""
+    around, inner = norm_bytes(model, share=share) + dropout_bytes(model, width, share), -(-model.ffn_width // share.tp)
+    if model.ffn is not Ffn.moe:
+        return around + dense_bytes(model, width, inner)
+    bytes_ = around + mixture_bytes(model, width)
+    if model.n_shared_expert:
+        bytes_ += dense_bytes(model, width, model.n_shared_expert * inner)
+        bytes_ -= 0 if width == BF16 else width * model.n_embd  # the router keeps the same input
+    return bytes_
+
+
+def dense_bytes(model: ModelConfig, width: int, inner: int) -> int:
+    """Per token: the input, once for each matrix that reads it, and the inner tensors."""
+    return read_bytes(model, width, readers=2 if model.gated else 1) + width * inner_tensors(model) * inner
+
+
+def inner_tensors(model: ModelConfig) -> int:
+    """Tensors of the inner width that the activation and the last matrix keep."""
+    if model.gated:
+        return 4  # gate, activation of the gate, up, and their product
+    return 1 if model.ffn_activation is Activation.relu else 2  # ReLU needs its result only
+
+
+def mixture_bytes(model: ModelConfig, width: int) -> int:
+    """Per token: the router, in fp32; the results of its experts, and where they were computed."""
+    chosen, indices = model.n_expert_per_token, 2 if model.capacity_factor else 3
+    router = FP32 * (model.n_embd + 2 * model.n_expert + 2) + chosen * (2 * FP32 + indices * INT64)
+    return router + chosen * width * model.n_embd
+
+
+def expert_bytes(model: ModelConfig, sequences: int, width: int, share: Share) -> int:
+    """The rows that the experts of one layer are given, and their inner tensors. Where experts are dealt out, a rank
+    is given as many rows as it sends, if they are chosen equally often."""
+    rows = sequences * expert_rows(model) // share.cp + (1 if model.capacity_factor else 0)
+    orders = 2 * INT64 if share.sends_rows else 0  # in which they are sorted by expert there, and back
+    return rows * (orders + width * (model.n_embd + inner_tensors(model) * -(-model.ffn_width // share.tp)))
+
+
+def dropout_bytes(model: ModelConfig, width: int, share: Share) -> int:
+    """Per token: the noise of one dropout over the residual width."""
+    return -(-width * model.n_embd // share.stream) if model.dropout else 0

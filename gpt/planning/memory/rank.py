@@ -1,0 +1,144 @@
+"""The memory of one rank, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from gpt.accounting.units import BF16, FP32, GIB
+from gpt.config import CpMethod, Precision, Strategy, TrainConfig
+from gpt.planning.memory.activations import Share, kept
+from gpt.planning.memory.in_flight import passes_at_once
+from gpt.planning.memory.shards import Pieces, cast_elements, elements, pieces
+from gpt.planning.memory.states import states
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
+from gpt.topology.stages import Part, parts_of
+
+BUCKET = 500_000_000
+"""Elements of gradients that DeepSpeed reduces at once, its own default (reduce_bucket_size)."""
+LIVE = 10**9
+"""Elements that stage 3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank around the start of the backward pass, where training needs most.
+
+    Within 3 % of what was measured with ddp on small models, with experts and recomputation too. But up to a tenth
+    above it with recomputation in bf16, which casts the matrices of a block again and keeps none; and up to a third
+    with fsdp, where gradients grow only while activations shrink, and where the residual stream may be bf16 too.
+    """
+
+    parameters: int
+    """fp32; with DeepSpeed in bf16 what it computes with."""
+    gradients: int
+    optimizer: int
+    """Both moments of AdamW, fp32, and its step counts; with DeepSpeed the fp32 master weights too."""
+    compute_weights: int
+    """Weights gathered or cast to be computed with, and whole gradients that wait to be reduced."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    logits: int
+    """Log-softmax of the logits, the loss's gradient with respect to it, and that with respect to the logits: fp32."""
+
+    host: int = 0
+    """Parameters, gradients and optimizer state that lie in the memory of the host instead; not in the total."""
+
+    @property
+    def total(self) -> int:
+        """All of it that is on the device, bytes."""
+        return sum(getattr(self, part.name) for part in fields(self)) - self.host
+
+    @property
+    def total_gib(self) -> float:
+        """All of it, GiB."""
+        return self.total / GIB
+
+
+def per_rank(config: TrainConfig, layout: Topology, batch: Batch) -> Memory:
+    """Memory of the rank that needs most, for AdamW over fp32 master weights.
+
+    ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
+    and 8 for the moments; zero1 the n-th part of the moments; fsdp of all three, every tensor cut along its first
+    dimension and padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). DeepSpeed: see
+    ``states``. Beside that, see ``compute_weights``, ``activations`` and ``logits``.
+
+    Args:
+        config: of the run.
+        layout: how its ranks stand.
+        batch: how the global batch is cut for its data ranks.
+    """
+    return max((of_rank(config, layout, batch, rank) for rank in range(layout.pp)), key=lambda memory: memory.total)
+
+
+def of_rank(config: TrainConfig, layout: Topology, batch: Batch, pp_rank: int) -> Memory:
+    """Memory of the ranks that hold one rank's stages of a pipeline."""
+    parts = parts_of(config, pp_rank)
+    held = pieces(config.model, layout, parts)
+    stored = states(config, layout, held)
+    passes = passes_at_once(config.parallel, pp_rank, batch.accumulation)
+    return Memory(
+        parameters=stored.parameters,
+        gradients=stored.gradients,
+        optimizer=stored.optimizer,
+        compute_weights=compute_weights(config, held, batch.accumulation > 1),
+        activations=activations(config, layout, batch, parts, passes),
+        logits=logits(config, layout, batch, passes) if any(part.last for part in parts) else 0,
+        host=stored.host,
+    )
+
+
+def share_of(config: TrainConfig, layout: Topology) -> Share:
+    """What part of a pass a rank computes."""
+    stream = layout.tp if config.parallel.sequence_parallel else 1
+    gathers = layout.cp > 1 and config.parallel.cp_method is CpMethod.allgather
+    return Share(tp=layout.tp, stream=stream, cp=layout.cp, gathers_keys=gathers, sends_rows=layout.ep > 1)
+
+
+def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], passes: int) -> int:
+    """Bytes that ``passes`` micro-batches keep in a rank's parts of the model.
+
+    torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
+    (torch.distributed.pipelining.stage), and keeps what goes out as long as the rest.
+    """
+    model, share = config.model, share_of(config, layout)
+    of_pass = kept(model, batch.micro, config.precision, config.recompute, share)
+    layers = sum(len(part.blocks) for part in parts)
+    inside = passes * layers * of_pass.recomputed + (of_pass.block - of_pass.recomputed if layers else 0)
+    around = passes * sum(part.first * of_pass.embedding + part.last * of_pass.final for part in parts)
+    if layout.pp == 1:
+        return inside + around
+    stream = share.tokens(model, batch.micro) * FP32 * model.n_embd
+    received = sum((batch.accumulation - passes) * (not part.first) for part in parts)
+    handed_on = sum((batch.accumulation + passes) * (not part.last) for part in parts)
+    return inside + around + stream * (received + handed_on)
+
+
+def logits(config: TrainConfig, layout: Topology, batch: Batch, passes: int) -> int:
+    """Three tensors of one micro-batch, and one of each other whose backward pass has not begun."""
+    tokens = share_of(config, layout).tokens(config.model, batch.micro)
+    columns = config.model.padded_vocab // (layout.tp if config.parallel.loss_parallel else 1)
+    return (2 + passes) * FP32 * tokens * columns
+
+
+def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int:
+    """Bytes of weights beside the master weights, and of whole gradients beside the sharded ones.
+
+    ddp in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. fsdp: what is outside the blocks
+    stays gathered for the whole pass; of the blocks two are (one computes while the next arrives), or all of them where
+    they are not resharded after the forward pass; one block's gradient is whole until it is reduced. Where gradients
+    accumulate over several passes they are not reduced in between, so all of them are whole, in fp32. DeepSpeed's
+    stage 3 gives back what it gathered only where it holds more than ``LIVE`` elements, or needs it no more; stages 1
+    and 2 compute with the parameters that they hold. All three have a bucket for gradients, in fp32 at most.
+    """
+    bf16 = config.precision is Precision.bf16
+    if config.parallel.zero_stage:
+        gathered = min(held.elements, LIVE) if config.parallel.zero_stage == 3 else 0
+        return (BF16 if bf16 else FP32) * gathered + FP32 * min(held.elements, BUCKET)
+    if config.parallel.strategy is not Strategy.fsdp:
+        return BF16 * cast_elements(held) if bf16 else 0
+    block, around = elements(held.block), elements(held.around)
+    width = BF16 if bf16 else FP32
+    gathered = min(2, held.layers) if config.parallel.reshard_after_forward else held.layers
+    whole = FP32 * (held.layers * block + around) if accumulates else width * block
+    return width * (around + gathered * block) + whole

@@ -1,0 +1,136 @@
+"""Which part of each parameter a rank holds, exactly: cut by stage, heads, experts, and then over the data ranks.
+
+The rules are those of the engines (gpt/parallel) and are compared in the tests with what these hold. Must not know how
+many bytes an element has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gpt.accounting.parameters import block_shapes, outer_shapes
+from gpt.config import ModelConfig
+from gpt.topology.dims import Topology
+from gpt.topology.experts import holders, shard_dimension
+from gpt.topology.stages import Part
+
+CUT_ROWS = ("query", "key", "value", "gate", "up", "token_embedding", "head")
+"""Tensors that tensor parallelism cuts along the first dimension: by heads, inner width or vocabulary (Megatron-LM,
+arXiv 1909.08053, section 3)."""
+CUT_COLUMNS = ("output.weight", "down.weight", "experts.down")
+"""Those that it cuts along the second: they read what the former gave."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One rank's part of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of what it computes with: cut by tp and ep, not yet by the data ranks."""
+    cuts: int
+    """Ranks that share this part."""
+    dimension: int = 0
+    """Along which they share it."""
+
+    @property
+    def elements(self) -> int:
+        """Of what it computes with."""
+        return math.prod(self.shape)
+
+    def held(self, cuts: int) -> int:
+        """Elements that one of ``cuts`` ranks stores: the largest slice, to which the others are padded."""
+        return -(-self.shape[self.dimension] // cuts) * (self.elements // self.shape[self.dimension])
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The parameters of one rank."""
+
+    block: tuple[Piece, ...]
+    """Of one block."""
+    around: tuple[Piece, ...]
+    """Outside the blocks."""
+    layers: int
+    """Blocks it has."""
+
+    @property
+    def elements(self) -> int:
+        """Of what it computes with."""
+        return self.layers * elements(self.block) + elements(self.around)
+
+    @property
+    def dealt_out(self) -> int:
+        """Of these, those of the experts."""
+        return self.layers * elements(p for p in self.block if ".experts." in p.name)
+
+    @property
+    def tensors(self) -> int:
+        """Number of parameters."""
+        return self.layers * len(self.block) + len(self.around)
+
+    def held(self, cuts: int | None = None) -> int:
+        """Elements that it stores, where ``cuts`` ranks share them, by default those that do."""
+        of_block, around = (sum(p.held(cuts or p.cuts) for p in parts) for parts in (self.block, self.around))
+        return self.layers * of_block + around
+
+
+def pieces(model: ModelConfig, layout: Topology, parts: Sequence[Part] | None = None) -> Pieces:
+    """The parameters of a rank that has these parts of the model, by default all of it."""
+    block, around = block_shapes(model), outer_shapes(model)
+    if parts is not None:
+        around = {name: shape for name, shape in around.items() if any(holds(part, name, model) for part in parts)}
+    return Pieces(
+        tuple(piece(name, shape, model, layout) for name, shape in block.items()),
+        tuple(piece(name, shape, model, layout) for name, shape in around.items()),
+        model.n_layer if parts is None else sum(len(part.blocks) for part in parts),
+    )
+
+
+def holds(part: Part, name: str, model: ModelConfig) -> bool:
+    """Whether a part of the model has a parameter outside the blocks; a tied embedding is at both ends."""
+    if name.startswith(("norm.", "head.")):
+        return part.last
+    return part.first or (part.last and name.startswith("token_embedding.") and model.tie_embeddings)
+
+
+def piece(name: str, shape: tuple[int, ...], model: ModelConfig, layout: Topology) -> Piece:
+    """One rank's part of a parameter of this name and whole shape."""
+    local = cut_by_tensor(name, shape, layout.tp)
+    # A sequence that is shared leaves each of its ranks a part of the gradient, so they share the parameters too.
+    cuts = layout.dp_shard * layout.cp if layout.is_sharded else 1
+    if layout.ep == 1 or ".experts." not in name:
+        return Piece(name, local, cuts)
+    dealt = (local[0] // layout.ep, *local[1:])
+    if not layout.is_sharded:
+        return Piece(name, dealt, 1)
+    return Piece(name, dealt, holders(layout), shard_dimension(model, layout))
+
+
+def cut_by_tensor(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    """The shape of what one of ``tp`` ranks has of a matrix or its bias; of norms and the like the whole."""
+    inner = len(shape) - 2  # a stack of experts is cut inside each of them
+    if any(part in CUT_ROWS for part in name.split(".")):
+        cut = max(inner, 0)
+    elif name.endswith(CUT_COLUMNS) and inner >= 0:
+        cut = inner + 1
+    else:
+        return shape
+    return (*shape[:cut], -(-shape[cut] // tp), *shape[cut + 1 :])
+
+
+def elements(parts: Iterable[Piece]) -> int:
+    """Elements of what a rank computes with of these."""
+    return sum(part.elements for part in parts)
+
+
+def cast_elements(held: Pieces) -> int:
+    """Elements of the matrices that autocast casts: those that activations are multiplied with, the output matrix among
+    them, the router, which computes in fp32, not."""
+    in_blocks = [p for p in held.block if len(p.shape) > 1 and p.name != "ffn.router.weight"]
+    head = [p for p in held.around if p.name == "head.weight"] or [
+        p for p in held.around if p.name == "token_embedding.weight"
+    ]
+    return held.layers * elements(in_blocks) + elements(head)

@@ -1,0 +1,90 @@
+"""Parameters, gradients and the optimizer's state of one rank, in bytes: exact, for AdamW over fp32 weights.
+
+DeepSpeed keeps fp32 masters beside the weights it computes with, also where these are fp32, and lays tensors end to end
+before it cuts them (deepspeed 0.19: runtime/zero/stage_1_and_2.py, stage3.py, runtime/bf16_optimizer.py). The
+bucket that it reduces gradients in is not counted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt.accounting.units import BF16, FP32
+from gpt.config import Precision, Strategy, TrainConfig
+from gpt.planning.memory.shards import Pieces
+from gpt.topology.dims import Topology
+
+ALIGNMENT = 2
+"""Elements, for each rank, that DeepSpeed rounds a flat group up to in stages 1 and 2."""
+PERSISTENT = 100_000
+"""Parameters of at most so many elements stay gathered in stage 3 (stage3_param_persistence_threshold)."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of one rank, on its device unless it says otherwise."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Moments and step counts, and fp32 masters where there are some beside the parameters."""
+    host: int = 0
+    """What was moved to the memory of the host."""
+
+
+def states(config: TrainConfig, layout: Topology, held: Pieces) -> States:
+    """What a rank that has these pieces keeps from step to step, and its gradients."""
+    if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
+        found = whole_weights if config.parallel.zero_stage < 3 else cut_weights
+        return found(config, layout.data_ranks, held)
+    moments = held.held(layout.data_ranks) if config.parallel.strategy is Strategy.zero1 else held.held()
+    kept, state = FP32 * held.held(), 2 * FP32 * moments + FP32 * held.tensors
+    return States(0, 0, 0, 2 * kept + state) if config.parallel.cpu_offload else States(kept, kept, state)
+
+
+def whole_weights(config: TrainConfig, ranks: int, held: Pieces) -> States:
+    """Stages 1 and 2: masters and moments cut, in stage 2 the gradients."""
+    parallel, bf16 = config.parallel, config.precision is Precision.bf16
+    groups = [rounded_up(size, ALIGNMENT * ranks) for size in group_sizes(held)]
+    flat, counts = sum(groups), FP32 * len(groups)
+    masters_and_moments = 3 * FP32 * flat // ranks
+    # Stage 1 leaves gradients in the parameters, which are not rounded up, and in bf16 sums them in fp32 beside that.
+    whole = FP32 * flat + BF16 * held.elements if bf16 else FP32 * held.elements
+    gradients = FP32 * flat // ranks if parallel.zero_stage == 2 else whole
+    host = masters_and_moments if parallel.offload_optimizer else 0
+    return States((BF16 if bf16 else FP32) * flat, gradients, masters_and_moments + counts - host, host)
+
+
+def cut_weights(config: TrainConfig, ranks: int, held: Pieces) -> States:
+    """Stage 3: everything is cut, parameter by parameter; small ones are held whole beside."""
+    parallel, width = config.parallel, BF16 if config.precision is Precision.bf16 else FP32
+    part = sum(count * -(-size // ranks) for size, count in sizes(held))
+    # One rank alone gives nothing back, though it has its part of everything too.
+    whole = sum(count * size for size, count in sizes(held) if size <= PERSISTENT or ranks == 1)
+    counts = FP32 * sum(1 for size in group_sizes(held) if size)
+    states_there = 3 * FP32 * part if parallel.offload_optimizer else 0
+    weights_there = width * part if parallel.offload_parameters else 0
+    return States(
+        width * (part + whole) - weights_there,
+        FP32 * part,
+        3 * FP32 * part + counts - states_there,
+        states_there + weights_there,
+    )
+
+
+def sizes(held: Pieces) -> list[tuple[int, int]]:
+    """Elements of each parameter, and how many like it there are."""
+    return [(p.elements, held.layers) for p in held.block] + [(p.elements, 1) for p in held.around]
+
+
+def group_sizes(held: Pieces) -> list[int]:
+    """Elements of the optimizer's groups: matrices, which decay, and the others."""
+    pieces = [(p, held.layers) for p in held.block] + [(p, 1) for p in held.around]
+    matrices = sum(n * p.elements for p, n in pieces if len(p.shape) > 1)
+    others = sum(n * p.elements for p, n in pieces if len(p.shape) == 1)
+    return [size for size in (matrices, others) if size]
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple

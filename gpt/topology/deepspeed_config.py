@@ -1,0 +1,242 @@
+"""DeepSpeed's configuration, made from ours, with what the user's own file adds. Torch-free: the login node checks it.
+
+Owns the translation, and the refusal of a file that says something else than this run does. DeepSpeed believes its
+file, so a batch size or a clipping that differs there would be another run without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt.accounting.parameters import count
+from gpt.config import Precision, TrainConfig
+from gpt.planning.memory import BUCKET
+from gpt.topology.batch import Batch
+from launch.errors import ConfigError
+
+AUTO = "auto"
+"""What files for other trainers say where the trainer is to fill in its own value."""
+
+
+def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
+    """What DeepSpeed is started with: ours, and what ``parallel.deepspeed_config`` adds.
+
+    Raises:
+        ConfigError: the user's file contradicts this run, or is none.
+    """
+    path = config.parallel.deepspeed_config
+    ours = generate(config, batch)
+    if path is None:
+        return ours
+    theirs = read(Path(path))
+    refuse_what_is_ours(theirs, path)
+    accepted = without_accepted(theirs, settled(config, batch), path)
+    return merge(ours, accepted)
+
+
+def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
+    """Our own part.
+
+    In bf16 DeepSpeed holds bf16 weights over fp32 masters, and gradients are summed in fp32 (in bf16 by default). Not
+    in stage 0, where it would step Adam twice in the first step: there the weights are fp32 and autocast casts them, as
+    with ddp. Clipping is ours in stage 0: there DeepSpeed clips each stage of a pipeline by a norm of its own, and does
+    not tell it. Optimizer and schedule are not here: DeepSpeed is given torch's AdamW, whose rate is set at each step.
+    """
+    parallel = config.parallel
+    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    if parallel.zero_stage:
+        # DeepSpeed takes memory for a whole bucket, which by default is 2 GB large, for a small model as well.
+        zero["reduce_bucket_size"] = min(BUCKET, count(config.model).total)
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if parallel.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    made: dict[str, Any] = {
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": config.optim.grad_clip if parallel.zero_stage else 0.0,
+        "zero_optimization": zero,
+    }
+    if casts_weights(config):
+        made |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    if parallel.offload_optimizer:
+        # torch's fused AdamW steps on the host as well; DeepSpeed's own is compiled at the first start.
+        made["zero_force_ds_cpu_optimizer"] = False
+    return made
+
+
+def casts_weights(config: TrainConfig) -> bool:
+    """Whether DeepSpeed holds the weights in bf16."""
+    return config.precision is Precision.bf16 and bool(config.parallel.zero_stage)
+
+
+def pieces_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of DeepSpeed's settings that decide how its checkpoints are cut, and what they hold."""
+    return {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The user's file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"parallel.deepspeed_config={path}, which cannot be read ({error})",
+            "a JSON file that all nodes see",
+            "parallel.deepspeed_config=FILE.json, or no parallel.deepspeed_config",
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"parallel.deepspeed_config={path}, which holds a {type(value).__name__}",
+            "a JSON object: DeepSpeed's keys and values",
+            '{"zero_optimization": {"reduce_bucket_size": 5e8}}',
+        )
+    return value
+
+
+def settled(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
+    """What this run has decided, by DeepSpeed's dotted key: the value, and what to type for the one in the file.
+
+    ``{}`` stands for that one.
+    """
+    optim, parallel = config.optim, config.parallel
+    bf16, offloads = config.precision is Precision.bf16, "parallel.offload_{}=true"
+    passes = f"optim.micro_batch of {batch.per_rank} sequences divided by {{}}"
+    found: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (batch.global_batch, "optim.global_batch={}"),
+        "train_micro_batch_size_per_gpu": (batch.micro, "optim.micro_batch={}"),
+        "gradient_accumulation_steps": (batch.accumulation, passes),
+        "gradient_clipping": (optim.grad_clip, "optim.grad_clip={}"),
+        "zero_optimization.stage": (parallel.zero_stage, "parallel.zero_stage={}"),
+        "zero_optimization.offload_optimizer.device": (
+            "cpu" if parallel.offload_optimizer else "none",
+            offloads.format("optimizer"),
+        ),
+        "zero_optimization.offload_param.device": (
+            "cpu" if parallel.offload_parameters else "none",
+            offloads.format("parameters"),
+        ),
+        # The words of older files for the same two.
+        "zero_optimization.cpu_offload": (parallel.offload_optimizer, offloads.format("optimizer")),
+        "zero_optimization.cpu_offload_param": (parallel.offload_parameters, offloads.format("parameters")),
+        # With it the pieces lie in an order that a checkpoint does not tell: it goes on with other weights elsewhere.
+        "zero_optimization.round_robin_gradients": (False, "false"),
+        # Groups of ranks with a copy each, which what is saved and read here knows nothing of.
+        "zero_optimization.zero_hpz_partition_size": (1, "parallel=hsdp parallel.dp_shard={}"),
+        "zero_optimization.mics_shard_size": (-1, "parallel=hsdp parallel.dp_shard={}"),
+        "zero_force_ds_cpu_optimizer": (False, "no zero_force_ds_cpu_optimizer"),
+        "bf16.enabled": (bf16, f"precision={'fp32' if bf16 else 'bf16'}"),
+        "fp16.enabled": (False, "precision=bf16"),
+        "amp.enabled": (False, "precision=bf16"),
+        "torch_autocast.enabled": (False, "precision=bf16"),
+        "optimizer.type": ("AdamW", "AdamW, the only one here"),
+        "optimizer.params.lr": (optim.lr, "optim.lr={}"),
+        "optimizer.params.betas": ([optim.beta1, optim.beta2], "optim.beta1 and optim.beta2"),
+        "optimizer.params.eps": (optim.eps, "optim.eps={}"),
+        "optimizer.params.weight_decay": (optim.weight_decay, "optim.weight_decay={}"),
+        "optimizer.params.torch_adam": (True, "true: torch's AdamW is used"),
+        "optimizer.params.adam_w_mode": (True, "true: the weight decay is AdamW's"),
+    }
+    if parallel.pp > 1:
+        found["wall_clock_breakdown"] = (False, "parallel.pp=1: its pipeline starts a timer of it twice")
+    for monitor in ("tensorboard", "wandb", "csv_monitor", "comet"):
+        ours = "logging.csv=true" if monitor == "csv_monitor" else f"logging.{monitor}=true"
+        found[f"{monitor}.enabled"] = (False, ours if monitor != "comet" else "logging.wandb=true")
+    return found
+
+
+NOT_TAKEN = {
+    "scheduler": "no scheduler: optim.warmup_steps, optim.lr and optim.min_lr are the schedule",
+    "checkpoint": "no checkpoint: the checkpoint group says when, and other sizes are read without asking",
+    "elasticity": "no elasticity: cut the batch by optim.micro_batch",
+    "autotuning": "no autotuning: sweep the keys with -m",
+    "curriculum_learning": "no curriculum_learning",
+    "data_efficiency": "no data_efficiency",
+    "compression_training": "no compression_training",
+    "activation_checkpointing": "recompute=full, or recompute=selective",
+    "compile": "compile=default",
+    "tensor_parallel": "parallel=tp",
+    "pipeline": "parallel=ds_pp",
+}
+"""Sections of DeepSpeed's that would take over what this program does itself."""
+
+
+def refuse_what_is_ours(theirs: dict[str, Any], path: str) -> None:
+    """Raise ConfigError where the file has a section that would take something over."""
+    for key, instead in NOT_TAKEN.items():
+        if theirs.get(key):
+            raise ConfigError(
+                f"{key} in {path}",
+                "settings of DeepSpeed that leave data, schedule and checkpoints to this run",
+                instead,
+            )
+
+
+def without_accepted(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], path: str) -> dict[str, Any]:
+    """The file without what this run has decided in the same way.
+
+    Raises:
+        ConfigError: it was decided otherwise.
+    """
+    for key, value in leaves(theirs):
+        if key not in known or value == AUTO or same(value, known[key][0]):
+            continue
+        ours, fix = known[key]
+        raise ConfigError(
+            f"{key}={json.dumps(value)} in {path}, but this run has {json.dumps(ours)}",
+            "one value, given by this run's own configuration",
+            f"{fix.format(value)}, or no {key.rpartition('.')[2]} in {Path(path).name}",
+        )
+    kept = {key: value for key, value in leaves(theirs) if key not in known and value != AUTO}
+    return nested({key: value for key, value in kept.items() if not key.startswith("optimizer.")})
+
+
+def same(theirs: Any, ours: Any) -> bool:
+    """Whether two values mean the same: 1 and 1.0 do, true and 1 do not, AdamW is also Adam's default."""
+    if isinstance(theirs, bool) or isinstance(ours, bool):
+        return theirs is ours
+    if isinstance(theirs, str) and isinstance(ours, str):
+        return theirs.lower() == ours.lower() or (theirs.lower(), ours) == ("adam", "AdamW")
+    return bool(theirs == ours)
+
+
+def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dictionaries; an empty one is a value."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from leaves(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, inner
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The dictionaries that ``leaves`` took apart."""
+    made: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        inner = made
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return made
+
+
+def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Both, nested ones too; where both have a value, theirs."""
+    merged = dict(ours)
+    for key, value in theirs.items():
+        inner = ours.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,75 @@
+"""How experts are dealt out: along which dimension they are cut, and what cannot be dealt out. Torch-free.
+
+Asked on the login node by gpt/topology/composition.py, and by the ranks where they cut (gpt/parallel/expert.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from gpt.config import Ffn, ModelConfig, Recompute, TrainConfig
+from gpt.topology.dims import Topology
+from launch.errors import ConfigError
+
+
+def holders(layout: Topology) -> int:
+    """Ranks of one copy of the model that have the same experts dealt out to them, and share these under fsdp."""
+    return layout.dp_shard // layout.ep * layout.cp
+
+
+def shard_dimension(model: ModelConfig, layout: Topology) -> int:
+    """Along which dimension of (experts, outputs, inputs) fsdp cuts the experts that were dealt out to a rank.
+
+    The first where they go round evenly: a rank then holds whole ones, in one piece of memory. Else the second.
+    """
+    return 0 if model.n_expert // layout.ep % holders(layout) == 0 else 1
+
+
+def can_be_cut(model: ModelConfig, layout: Topology) -> bool:
+    """Whether fsdp can cut them: evenly, as torch demands of any but the first dimension."""
+    if not layout.is_sharded or shard_dimension(model, layout) == 0:
+        return True
+    return model.n_embd % holders(layout) == 0 and model.ffn_width % (holders(layout) * layout.tp) == 0
+
+
+def check_expert(config: TrainConfig, layout: Topology) -> None:
+    """Raise ConfigError where the experts cannot be dealt out to ``ep`` ranks."""
+    model, ep = config.model, layout.ep
+    if ep == 1:
+        return
+    if model.ffn is not Ffn.moe:
+        raise ConfigError(
+            f"parallel.ep={ep} with model.ffn={model.ffn.name}",
+            "a mixture of experts, whose experts can be dealt out",
+            "parallel.ep=1, or model=moe_200m",
+        )
+    if config.recompute is Recompute.selective and config.compile.name != "none":
+        raise ConfigError(
+            f"parallel.ep={ep} with recompute=selective and compile={config.compile.name}",
+            "one of the two, or full recomputation: the compiler hides from a selective one what could be kept",
+            "recompute=full",
+        )
+    if model.n_expert % ep:
+        raise ConfigError(
+            f"parallel.ep={ep} with model.n_expert={model.n_expert}",
+            "as many experts for every rank",
+            f"parallel.ep={nearest_possible(model, layout)}",
+        )
+    if not can_be_cut(model, layout):
+        ranks = holders(layout)
+        raise ConfigError(
+            f"parallel.ep={ep}: fsdp cuts {model.n_expert // ep} experts of {model.n_embd} x {model.ffn_width} over "
+            f"{ranks} ranks",
+            f"as many experts for every rank, or model.n_embd and model.ffn_hidden that are multiples of {ranks}",
+            f"parallel.ep={nearest_possible(model, layout)}",
+        )
+
+
+def nearest_possible(model: ModelConfig, layout: Topology) -> int:
+    """The ``ep`` nearest to that of ``layout`` for which there is nothing to refuse; 1 is such a one."""
+    ranks = layout.dp_shard if layout.is_sharded else layout.data_ranks
+    common = math.gcd(model.n_expert, ranks)
+    divisors = [d for d in range(1, common + 1) if common % d == 0]
+    possible = [d for d in divisors if d == 1 or can_be_cut(model, replace(layout, ep=d))]
+    return min(possible, key=lambda d: (abs(d - layout.ep), d))

@@ -1,0 +1,144 @@
+"""The stages of a pipeline: which layers each holds, which rank holds it, and what the schedules ask for. Torch-free.
+
+The planner and the ranks take the same split from here. Owns the arithmetic; the refusals that follow from it are in
+gpt/topology/stage_rules.py, and gpt/parallel/pipeline.py runs the stages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+
+from gpt.accounting.flops import recomputed_flops_per_token, training_flops
+from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
+
+V_SHAPED = (Schedule.zbv, Schedule.dualpipev)
+"""Each rank holds a stage on the way down and one on the way back, so the first rank has the first and the last one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one stage holds of the model."""
+
+    blocks: range
+    first: bool
+    """Embeds the tokens."""
+    last: bool
+    """Has the last norm and the output matrix."""
+
+
+def local_stages(parallel: ParallelConfig) -> int:
+    """Stages that each rank holds."""
+    if parallel.stages_per_rank is not None:
+        return parallel.stages_per_rank
+    return 2 if parallel.schedule is Schedule.interleaved or parallel.schedule in V_SHAPED else 1
+
+
+def stages_of(parallel: ParallelConfig, pp_rank: int) -> list[int]:
+    """The stages that one of the ``pp`` ranks of a pipeline holds, ascending."""
+    ranks, held = parallel.pp, local_stages(parallel)
+    if parallel.schedule in V_SHAPED:
+        return [pp_rank, 2 * ranks - 1 - pp_rank]
+    return [pp_rank + ranks * i for i in range(held)]
+
+
+def split(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> list[Part]:
+    """Deal the layers out to ``stages`` stages, in order, so that the slowest stage has as little to compute as can be.
+
+    The output matrix counts like a layer: with a large vocabulary the last stage holds few blocks, or none. A look-up
+    in the embedding computes nothing, and belongs to the first block.
+    """
+    parts = []
+    for layers in deal_out(tuple(layer_costs(model, recompute)), stages):
+        last = layers.stop > model.n_layer
+        parts.append(Part(range(layers.start, layers.stop - last), first=layers.start == 0, last=last))
+    return parts
+
+
+def parts_of(config: TrainConfig, pp_rank: int) -> list[Part]:
+    """What one of the ranks of a pipeline holds, stage by stage; all of the model where there is no pipeline."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return [Part(range(config.model.n_layer), first=True, last=True)]
+    parts = split(config.model, parallel.pp * local_stages(parallel), config.recompute)
+    return [parts[stage] for stage in stages_of(parallel, pp_rank)]
+
+
+def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
+    """FLOPs of each block and then of the output matrix, forward and backward, for one sequence."""
+    flops = training_flops(model, sequences=1)
+    again = recomputed_flops_per_token(model, recompute) * model.block_size
+    return [(flops.palm - flops.logits + again) // model.n_layer] * model.n_layer + [flops.logits]
+
+
+@cache
+def deal_out(costs: tuple[int, ...], parts: int) -> list[range]:
+    """Cut a sequence into ``parts`` runs, none empty, whose largest sum is as small as can be.
+
+    Of several such cuts the most even one (least squares); then that with the shorter runs first, since the first
+    stages of a pipeline keep the activations of the most micro-batches.
+    """
+    assert 1 <= parts <= len(costs), (parts, len(costs))
+    sums = [0, *accumulate(costs)]
+    end = len(costs)
+
+    @cache
+    def largest(start: int, left: int) -> int:
+        if left == 1:
+            return sums[end] - sums[start]
+        cuts = range(start + 1, end - left + 2)
+        return min(max(sums[cut] - sums[start], largest(cut, left - 1)) for cut in cuts)
+
+    @cache
+    def squares(start: int, left: int) -> float:
+        if left == 1:
+            return square(start, end)
+        return min(square(start, cut) + squares(cut, left - 1) for cut in range(start + 1, end - left + 2))
+
+    def square(start: int, stop: int) -> float:
+        cost = sums[stop] - sums[start]
+        return cost**2 if cost <= limit else math.inf
+
+    limit = largest(0, parts)
+    cuts = [0]
+    for left in range(parts, 1, -1):
+        start = cuts[-1]
+        candidates = range(start + 1, end - left + 2)
+        cuts.append(min(candidates, key=lambda cut: (square(start, cut) + squares(cut, left - 1), cut)))
+    return [range(*pair) for pair in pairwise([*cuts, end])]
+
+
+def fewest_micro_batches(parallel: ParallelConfig) -> int:
+    """Micro-batches without which torch's schedule does not run at all; DeepSpeed's 1F1B runs with any number."""
+    if parallel.schedule is Schedule["1f1b"]:
+        return 1 if parallel.strategy is Strategy.deepspeed else parallel.pp
+    return 2 * parallel.pp if parallel.schedule is Schedule.dualpipev else 1
+
+
+def runs_with(parallel: ParallelConfig, micro_batches: int) -> bool:
+    """Whether the schedule takes so many micro-batches.
+
+    Interleaved 1F1B goes in rounds of equally many, at least one for each rank.
+    """
+    rounds = max(1, micro_batches // parallel.pp) if parallel.schedule is Schedule.interleaved else 1
+    return micro_batches >= fewest_micro_batches(parallel) and micro_batches % rounds == 0
+
+
+def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_rank: int = 1) -> float:
+    """The share of a step in which a rank has nothing to do, from 0 to 1, with stages that take equally long.
+
+    GPipe and 1F1B: (p - 1) / (m + p - 1) for p ranks and m micro-batches (arXiv 1811.06965, section 2.3; 2104.04473,
+    section 2.2.1); with v stages on a rank v times as many, shorter slots (section 2.2.2). The V-shaped schedules
+    split the backward pass; where its halves take as long as the forward pass, what is left is the way of the first
+    micro-batch down to the last rank (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1, as cut
+    in half at https://github.com/deepseek-ai/DualPipe). With few micro-batches, as torch's schedules then wait.
+    """
+    p, m = pp, micro_batches
+    if schedule in V_SHAPED:
+        idle = max(p - 1, 2 * (2 * p - 1 - m))
+        return idle / (6 * m + idle)
+    v = stages_per_rank
+    idle = v * max(0, p - m) + min(p, m) - 1
+    return idle / (v * m + idle)

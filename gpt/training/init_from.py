@@ -1,0 +1,81 @@
+"""The first weights of a run that does not draw them (``init_from``).
+
+Owns that every rank has the same ones, or that all of them refuse. One rank reads the source through and chooses; then
+each reads for itself, since all see the same files. Must not know what is in the files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpt.checkpoint import folders
+from gpt.config import TrainConfig
+from gpt.conversion.source import find_source, refuse_other_model
+from gpt.conversion.state_dict import State, Verified, read_source, verify
+from gpt.model.gpt import GPT
+from gpt.parallel.world import World
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+
+
+def load_initial(model: GPT, config: TrainConfig, folder: RunFolder, world: World) -> dict[str, Any] | None:
+    """Put the weights of ``config.init_from`` into ``model``, which is whole and on the CPU; collective.
+
+    Returns:
+        What they are, for the records; None where none are asked for, or the run goes on from its own checkpoint.
+
+    Raises:
+        ConfigError: on every rank, where any of them cannot use the source.
+    """
+    if config.init_from is None or world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
+        return None
+    verified = world.on_first(lambda: look(config))
+    outcome = attempt(verified, model)
+    answers = world.gather(outcome if isinstance(outcome, ConfigError) else fingerprint(outcome))
+    for answer in answers:
+        if isinstance(answer, ConfigError):
+            raise answer
+    if isinstance(outcome, ConfigError) or len(set(map(str, answers))) > 1:
+        raise ConfigError(
+            f"init_from={config.init_from} holds other weights on some rank than on the first",
+            "one folder that all nodes share",
+            "init_from=FOLDER on a shared filesystem",
+        )
+    model.load_state_dict(outcome)
+    return record(verified)
+
+
+def look(config: TrainConfig) -> Verified:
+    """Find the source, compare its model with the run's, and read it through."""
+    assert config.init_from is not None
+    source = find_source(config.init_from)
+    refuse_other_model(config.model, source)
+    return verify(source)
+
+
+def attempt(verified: Verified, model: GPT) -> State | ConfigError:
+    """The weights, or why this rank has none: an exception would leave the other ranks waiting."""
+    try:
+        return read_source(verified, model)
+    except ConfigError as error:
+        return error
+    except OSError as error:
+        return ConfigError(
+            f"{verified.source.path} cannot be read on some node ({error})",
+            "one folder that all nodes share",
+            "init_from=FOLDER on a shared filesystem",
+        )
+
+
+def fingerprint(state: State) -> int:
+    """Equal for equal bits, whatever the order of summation: the weights are summed as integers."""
+    return sum(int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in state.values())
+
+
+def record(verified: Verified) -> dict[str, Any]:
+    """What the weights are, in plain values."""
+    source = verified.source
+    chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
+    return {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}

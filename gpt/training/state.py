@@ -1,0 +1,83 @@
+"""What a checkpoint of a run holds, and going on from one.
+
+Owns the state: model, optimizer, the random generators of every rank, and the position in the data, which is a number.
+The files themselves are ``gpt.checkpoint``'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gpt.parallel.world import World
+from gpt.training.run import Run
+from launch.errors import ConfigError
+from launch.runs import compose
+
+
+def save(run: Run, may_commit: Callable[[], bool]) -> float:
+    """Write a checkpoint of the step just done. Returns the seconds it held up training.
+
+    ``may_commit`` is asked just before it counts: a rank left over from an earlier attempt must change nothing.
+    """
+    started = time.perf_counter()
+    meta = {
+        "attempt": run.attempt,
+        "samples": run.step * run.batch.global_batch,
+        "data_sha256": run.tokens.sha256,
+        "topology": run.layout.as_dict(),
+        "world_size": run.world.size,
+        "config": compose.plain_config(run.config),
+    }
+    run.store.save(run.step, run.engine.state(), rng_state(run.world), meta, may_commit)
+    seconds = time.perf_counter() - started
+    if run.world.is_first:
+        run.folder.record_event("saved", attempt=run.attempt, step=run.step, seconds=seconds)
+    return seconds
+
+
+def load(run: Run) -> None:
+    """Go on from the newest checkpoint that is whole, if there is one."""
+    state = run.engine.state()
+    loaded = run.store.load(state)
+    if loaded is None:
+        run.engine.begin()
+        return
+    for line in loaded.set_aside:
+        if run.world.is_first:
+            run.folder.record_event("checkpoint_set_aside", attempt=run.attempt, cause=line)
+    if loaded.meta["samples"] != loaded.step * run.batch.global_batch:
+        raise ConfigError(
+            f"{loaded.meta['samples']} samples in the {loaded.step} steps of the checkpoint, but now "
+            f"{run.batch.global_batch} sequences a step",
+            "the batch of the first attempt: with optim.weak_scaling=true it follows from the number of ranks",
+            f"{loaded.meta['world_size']} ranks, or fresh=true for a new folder",
+        )
+    if loaded.meta["data_sha256"] != run.tokens.sha256:
+        raise ConfigError(
+            f"a checkpoint at step {loaded.step} made with other data (sha256 {loaded.meta['data_sha256'][:12]}...)",
+            f"the corpus it was made with, now it is {run.tokens.sha256[:12]}...",
+            "fresh=true, to start over with this corpus in a new folder",
+        )
+    run.engine.load(state)
+    if loaded.rank_state is not None:
+        set_rng_state(run.world, loaded.rank_state)
+    run.step = loaded.step
+
+
+def rng_state(world: World) -> dict[str, Any]:
+    """State of the random generators of this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def set_rng_state(world: World, state: dict[str, Any]) -> None:
+    """Put the random generators of this rank back."""
+    torch.set_rng_state(state["cpu"])
+    if world.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], world.device)

@@ -1,0 +1,117 @@
+"""One optimizer step, and its figures.
+
+Owns the order of what a step does. A GPU works off its queue while this process already prepares the next step, so a
+step is queued first and its figures are read later: reading waits for the device. Must not know how the model is
+spread, nor what is done with the figures.
+
+Shapes: B sequences, T tokens of one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.config import Ffn
+from gpt.data.loader import train_indices
+from gpt.metrics.memory import memory_gib
+from gpt.model.moe import reset_counts
+from gpt.parallel.optimizer import lr_at
+from gpt.training.balance import balance_experts
+from gpt.training.gradient_stats import Gradients
+from gpt.training.run import Run
+from launch.runs.heartbeat import Phase
+from launch.runs.records import StepRecord
+
+
+class LateFigures:
+    """Numbers that the device may still be working on. ``read`` waits for them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._queued = time.perf_counter()
+
+    def read(self) -> tuple[list[float], float]:
+        """The numbers, and when they were there (time.perf_counter)."""
+        if self._event is None:
+            return self._values.tolist(), self._queued
+        self._event.synchronize()
+        return self._values.tolist(), time.perf_counter()
+
+
+@dataclass(frozen=True)
+class QueuedStep:
+    """A step that the device works on, or has finished."""
+
+    record: StepRecord
+    """What is known without waiting; the rest is filled in by ``finish``."""
+    gradients: Gradients | None
+    """Where this step measures them."""
+    figures: LateFigures
+    tokens: int
+    """Of the global batch."""
+    with_experts: bool
+    """Whether the last figure is the experts' imbalance."""
+
+    def finish(self, since: float) -> tuple[StepRecord, float]:
+        """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not a number, so the weights are none either.
+        """
+        (grad_norm, loss_sum, *sums), ended = self.figures.read()
+        record = self.record
+        if self.with_experts:
+            record.expert_imbalance = sums.pop()
+        record.loss, record.grad_norm, record.step_time_s = loss_sum / self.tokens, grad_norm, ended - since
+        record.time = time.time()
+        if not (math.isfinite(record.loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(
+                f"the loss of step {record.step} is {record.loss}, with gradient norm {grad_norm} and lr {record.lr}"
+            )
+        if self.gradients is not None:
+            found = self.gradients.figures(sums)
+            record.grad_mean, record.grad_std = found.mean, found.std
+            record.layer_grad_norms = found.layer_norms
+        return record, ended
+
+
+def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedStep:
+    """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given."""
+    config, world, batch, engine = run.config, run.world, run.batch, run.engine
+    step = run.step + 1
+    lr = lr_at(config.optim, step)
+    indices = train_indices(step, run.layout.data_rank(world.rank), batch)
+    waited = time.perf_counter()
+    tokens_BT, targets_BT = run.samples.batch("train", indices)
+    waited = time.perf_counter() - waited
+    reset_counts(engine.module)
+    loss_sum = engine.backward(tokens_BT, targets_BT, lambda: run.pulse.at(step - 1, phase))
+    measured = [] if gradients is None else [gradients.sums(engine.gradients())]
+    sums = torch.cat([loss_sum[None], *measured])
+    grad_norm = engine.update(lr)
+    imbalance = balance_experts(engine, world) if config.model.ffn is Ffn.moe else None
+    run.step = step
+    tokens = run.tokens_per_step
+    record = StepRecord(
+        step=step,
+        attempt=run.attempt,
+        loss=math.nan,
+        lr=lr,
+        grad_norm=math.nan,
+        tokens=tokens * (world.rank + 1) // world.size - tokens * world.rank // world.size,
+        samples=(int(indices[0]), int(indices[-1])),
+        step_time_s=math.nan,
+        data_wait_s=waited,
+    )
+    record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
+    figures = [grad_norm.double()[None], world.add_up(sums), *([] if imbalance is None else [imbalance[None]])]
+    return QueuedStep(record, gradients, LateFigures(torch.cat(figures)), tokens, imbalance is not None)

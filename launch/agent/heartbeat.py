@@ -1,0 +1,154 @@
+"""The line between the agents of a job: each says twice a second how it stands, the first node answers with a board.
+
+Owns the store that the first node holds, the thread that talks to it, and the measure of silence. The main thread of an
+agent never waits for the network. Must not know what is made of silence, nor what the words on the board mean.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from launch.agent.meeting import wait_for_note, write_note
+from launch.agent.network import address_towards
+from launch.agent.node import Node
+from launch.runs.folder import RunFolder
+
+INTERVAL_S = 0.5
+PAUSED_S = 5.0
+BOARD = "board"
+
+Words = dict[str, Any]
+
+
+def beat_key(index: int) -> str:
+    """Where the agent of node ``index`` writes."""
+    return f"beat/{index}"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the agents of a job meet."""
+
+    store: dist.TCPStore
+    address: str
+    """Address of this node, as the others reach it."""
+
+
+def meet(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> Meeting:
+    """Open the store on the first node and find it from the others, through a note in the run folder.
+
+    The first node takes a free port and tells it, so no port is fixed and none can be taken meanwhile.
+
+    Args:
+        timeout_s: how long to wait for the first node's note.
+        answer_s: how long an answer of the store may take.
+
+    Raises:
+        TimeoutError: the first node did not show up in time.
+    """
+    timeout = timedelta(seconds=answer_s)
+    if not node.is_first:
+        told = wait_for_note(folder, node, timeout_s, lambda note: "port" in note)
+        store = dist.TCPStore(told["address"], told["port"], is_master=False, wait_for_workers=False, timeout=timeout)
+        return Meeting(store, address_towards(told["address"]))
+    address = node.own_address()
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    for index in range(node.count):
+        store.set(beat_key(index), "{}")
+    store.set(BOARD, "{}")
+    write_note(folder, node, address=address, port=store.port)
+    return Meeting(store, address)
+
+
+class Heartbeat:
+    """One agent's end of the line. Everything that is read here is what the thread heard last."""
+
+    def __init__(self, index: int, count: int, store: dist.TCPStore) -> None:
+        self._index = index
+        self._others = range(1, count) if index == 0 else range(1)
+        self._store = store
+        self._mine: Words = {}
+        self._board: Words = {}
+        self.heard: dict[int, Words] = {}
+        """What the others said last: on the first node of every agent, elsewhere the first node's board as 0."""
+        self._when: dict[int, float] = {}
+        self._asked = time.monotonic()
+        self.hung_up = False
+        """Whether the first node's store is gone."""
+        self._wake = threading.Event()
+        self._sent = threading.Condition()
+        self._rounds = 0
+        self._over = False
+        self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def say(self, **words: Any) -> None:
+        """Say this from now on, as the agent of this node."""
+        self._mine = {**self._mine, **words}
+        self._wake.set()
+
+    def post(self, **words: Any) -> None:
+        """On the first node: put this on the board from now on."""
+        self._board = {**self._board, **words}
+        self._wake.set()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until what was said before is through. False where the line is dead."""
+        with self._sent:
+            goal = self._rounds + 2  # the round under way may have begun before
+            self._wake.set()
+            return self._sent.wait_for(lambda: self._rounds >= goal or self.hung_up, timeout_s) and not self.hung_up
+
+    def silence(self, index: int) -> float | None:
+        """Seconds since node ``index`` was last heard; None where it never was.
+
+        After a pause of this process itself (``scontrol suspend`` stops all alike) the count begins anew.
+        """
+        now = time.monotonic()
+        if now - self._asked > PAUSED_S:
+            self._when = dict.fromkeys(self._when, now)
+        self._asked = now
+        when = self._when.get(index)
+        return None if when is None else now - when
+
+    def close(self) -> None:
+        """Say no more."""
+        self._over = True
+        self._wake.set()
+        self._thread.join(timeout=2 * INTERVAL_S)
+
+    def _talk(self) -> None:
+        try:
+            while not self._over:
+                self._exchange(self._store)
+                with self._sent:
+                    self._rounds += 1
+                    self._sent.notify_all()
+                self._wake.wait(INTERVAL_S)
+                self._wake.clear()
+        except RuntimeError:  # dist.DistError is one
+            self.hung_up = True
+            with self._sent:
+                self._sent.notify_all()
+
+    def _exchange(self, store: dist.TCPStore) -> None:
+        store.set(beat_key(self._index), json.dumps({**self._mine, "beat": self._rounds}))
+        if self._index == 0:
+            store.set(BOARD, json.dumps({**self._board, "beat": self._rounds}))
+            keys = [beat_key(index) for index in self._others]
+            answers = store.multi_get(keys) if keys else []
+        else:
+            answers = [store.get(BOARD)]
+        for index, answer in zip(self._others, answers, strict=True):
+            words = json.loads(answer)
+            if words and words.get("beat") != self.heard.get(index, {}).get("beat"):
+                self._when[index] = time.monotonic()
+            if words:
+                self.heard[index] = words

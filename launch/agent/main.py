@@ -1,0 +1,126 @@
+"""The agent: one process on each node, which starts the ranks of a run, watches them, and says how they ended.
+
+    python -m launch.agent RUN_DIR          what srun starts on every node; submitit calls ``run(RUN_DIR)``
+
+Owns the order of things on a node, from the first meeting of the agents to the last. Importing this module loads no
+torch: the login node submits ``run`` by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.agent.meter import Meter
+from launch.agent.node import Node
+from launch.agent.outcome import (
+    RunFailedError,
+    conclude,
+    conclude_without_nodes,
+    ending,
+    leave_before_the_start,
+    refuse_replaced,
+    refuse_without_budget,
+    settle_lost_attempts,
+    stand_in_for_the_first,
+    unreliable_hosts,
+)
+from launch.agent.restart_policy import Action, Cause
+from launch.agent.stop import StopRequest
+from launch.config import Config
+from launch.errors import refusing
+from launch.plan.code_copy import refuse_other_code
+from launch.process import lasting_imports
+from launch.runs.compose import read_config
+from launch.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from launch.agent.rendezvous import Crew
+
+TOKEN = "LAUNCH_TOKEN"
+
+
+def run(run_dir: str) -> None:
+    """Take this node's part in the run of ``run_dir``, to its end, over as many starts as its limits allow.
+
+    Raises:
+        RunFailedError: the run failed and does not start again.
+    """
+    refuse_other_code()
+    stop = StopRequest()
+    stop.install()
+    folder = RunFolder(run_dir)
+    config = read_config(folder, Config)
+    node = Node.from_env(os.environ.get(TOKEN))
+    with lasting_imports():
+        from launch.agent import rendezvous as crews
+        from launch.agent import workers as ranks  # noqa: F401  # all agents alike, before they meet
+
+    stop.interruptible = True
+    failure: str | None = None
+    try:
+        with Meter(folder, node, config) as meter, crews.join(folder, node, config) as crew:
+            try:
+                if node.is_first:
+                    refuse_without_budget(meter)
+                    settle_lost_attempts(folder, node, config)
+                take_part(folder, node, config, crew, stop, meter)
+            except crews.NodesMissingError as error:
+                conclude_without_nodes(folder, node, config, crew, str(error))
+            except crews.FirstNodeLostError as error:
+                stop.interruptible = False
+                stand_in_for_the_first(folder, node, config, str(error))
+            except RunFailedError as error:
+                failure = str(error)
+                raise
+            finally:
+                stop.interruptible = False
+                if node.is_first:
+                    crew.end(failure)
+    except InterruptedError as error:
+        leave_before_the_start(folder, node, config, str(error))
+
+
+def take_part(folder: RunFolder, node: Node, config: Config, crew: Crew, stop: StopRequest, meter: Meter) -> None:
+    """Start the ranks again and again, as the first node decides; a spare waits for its turn."""
+    from launch.agent import workers as ranks
+
+    for number in itertools.count():
+        stop.interruptible = True
+        if node.is_first:
+            refuse_replaced(folder, node)
+        avoid = unreliable_hosts(folder.read_events()) if node.is_first else ()
+        start = crew.next_start(number, avoid)
+        if start is None:
+            return
+        if node.index not in start.members:
+            continue
+        verdict = ranks.run_ranks(folder, node, config, crew, start, stop, meter)
+        stop.interruptible = False
+        ended = ending(folder, start.attempt, verdict, stop)
+        if node.is_first:
+            if conclude(folder, node, config, crew, start, ended, stop).action is not Action.restart:
+                return
+        elif ended is not Cause.crashed:
+            return
+
+
+@refusing
+def main() -> int:
+    """Run the agent of this node. Exit status 1 where the run failed, 2 where there is no run."""
+    parser = argparse.ArgumentParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
+    try:
+        run(str(Path(parser.parse_args().run_dir).absolute()))
+    except RunFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

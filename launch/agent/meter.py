@@ -1,0 +1,156 @@
+"""The meter of an allocation: when it began and ended, and whether its budget lasts.
+
+Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the ledger, and the sign of life that counts where an
+agent is killed without a word. Runs on the first node alone. The arithmetic is ``launch.plan.budget``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from launch.agent.node import Node
+from launch.config import Config
+from launch.plan.budget import Ledger, Rates, caps, spent, used
+from launch.plan.grace import measure
+from launch.runs.folder import RunFolder
+from launch.scheduler import client as scheduler
+
+BUDGET = "budget"
+"""What asks a run to stop, in place of the name of a signal."""
+
+LEAVE_S = 5.0
+"""From the end of the ranks to the end of the job, about."""
+
+
+class Meter:
+    """Counts while it is open; does nothing on nodes other than the first."""
+
+    def __init__(self, folder: RunFolder, node: Node, config: Config) -> None:
+        self._folder = folder
+        self._node = node
+        self._config = config
+        self._looked = 0.0
+        self._together = command_folders(folder)
+
+    def __enter__(self) -> Meter:
+        if self._node.index == 0:
+            self._settle()
+            self._folder.record_event("agent_started", **self._allocation())
+            self._give_sign()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._node.index == 0:
+            self._folder.record_event("agent_ended", job=self._node.job, ended_at=time.time())
+
+    def look(self, *, is_leaving: bool) -> str | None:
+        """Every ``budget.poll_s``: give a sign of life, and say which cap is reached; none to a run that is leaving."""
+        if self._node.index or time.monotonic() - self._looked < self._config.budget.poll_s:
+            return None
+        if is_leaving:
+            self._looked = time.monotonic()
+            self._give_sign()
+            return None
+        return self.look_now()
+
+    def look_now(self) -> str | None:
+        """The same at once. A cap that is reached is entered into the ledger."""
+        if self._node.index:
+            return None
+        self._looked = time.monotonic()
+        self._give_sign()
+        budget, now = self._config.budget, time.time()
+        if not caps(budget):
+            return None
+        ledgers, rates = read_ledgers(self._together), rates_of(self._config)
+        why = spent(budget, used(ledgers, now, rates), used(ledgers, now + self._lead_s(), rates))
+        if why is not None:
+            attempt = max(self._folder.attempts(), default=None)
+            self._folder.record_event("budget_reached", attempt=attempt, job=self._node.job, cause=why)
+        return why
+
+    def _lead_s(self) -> float:
+        """Seconds until a run that is told to stop at the next look, and not now, would be gone.
+
+        Its ranks are killed after ``resilience.stop_grace_s``: that is how long it takes while no save was measured.
+        """
+        grace = float(self._config.resilience.stop_grace_s)
+        measured = measure(self._folder)
+        return self._config.budget.poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
+
+    def _settle(self) -> None:
+        """Enter the end of an allocation that was killed, from when it was last seen alive."""
+        events = self._folder.read_events()
+        ended = {e["job"] for e in events if e["event"] == "agent_ended"}
+        lost = [e for e in events if e["event"] == "agent_started" and e["job"] not in ended]
+        if lost:
+            # It may have gone on until just before it would have given the next sign.
+            seen = max(last_sign(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
+            ended_at = min(seen, time.time())
+            self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
+
+    def _allocation(self) -> dict[str, Any]:
+        """What is paid for, and since when."""
+        config, node = self._config, self._node
+        begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
+        if node.is_slurm:
+            try:
+                job = scheduler.job_details(node.slurm_job, retries=1)
+                begun, limit_s = job.start_time or begun, job.time_limit_s or limit_s
+            except scheduler.SlurmError:  # the agent started a moment after its job
+                pass
+        placed: dict[str, Any] = next(
+            (e for e in reversed(self._folder.read_events()) if e["event"] == "submitted"), {}
+        )
+        gpus = placed.get("gpus")
+        if gpus is None and config.cluster.gpus_per_node is not None:
+            gpus = node.count * config.cluster.gpus_per_node
+        price = placed.get("price_per_gpu_hour", config.cluster.price_per_gpu_hour)
+        where = {"job": node.job, "nodes": node.count, "gpus": gpus, "price_per_gpu_hour": price}
+        return {**where, "allocated_at": begun, "limit_s": limit_s}
+
+    def _give_sign(self) -> None:
+        sign = sign_of_life(self._folder)
+        sign.parent.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+        os.utime(sign, (time.time(),) * 2)  # by this node's clock, as the ledger is, and not by the file server's
+
+
+def sign_of_life(folder: RunFolder) -> Path:
+    """The file whose time says when the first agent of a run was last seen."""
+    return folder.path / ".launch" / "alive"
+
+
+def last_sign(folder: RunFolder) -> float | None:
+    """When the first agent of a run was last seen, Unix seconds; None where none ever was."""
+    try:
+        return sign_of_life(folder).stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def read_ledgers(folders: Sequence[RunFolder]) -> list[Ledger]:
+    """What the budget is reckoned from."""
+    return [Ledger(folder.read_events(), last_sign(folder)) for folder in folders]
+
+
+def rates_of(config: Config) -> Rates:
+    """What this command would be charged with where a ledger does not say it."""
+    return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget.poll_s)
+
+
+def command_folders(folder: RunFolder) -> list[RunFolder]:
+    """The run folders of all points of the command that a run belongs to: they share its budget."""
+    try:
+        paths = json.loads(folder.plan.read_text()).get("command_run_dirs")
+    except FileNotFoundError:
+        paths = None
+    return [RunFolder(path) for path in paths] if paths else [folder]

@@ -1,0 +1,97 @@
+"""What an agent looks at while its ranks run: requests to stop, ranks that are stuck, nodes that are lost.
+
+Owns the order in which these are asked and the ledger's word for each. Must not know how ranks are started, nor what
+follows their end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.agent import processes
+from launch.agent.hang_detector import NEARLY, Watchdog, stack_of
+from launch.agent.meter import BUDGET, Meter
+from launch.agent.node import Node
+from launch.agent.outcome import enter_lost_nodes
+from launch.agent.stop import OWNER, StopRequest
+from launch.config import Config
+from launch.runs.failures import enter_failure
+from launch.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from launch.agent.rendezvous import Crew, Start
+    from launch.agent.workers import RankAgent
+
+
+class Watch:
+    """What an agent looks at several times a second, besides the exit of its ranks."""
+
+    def __init__(
+        self, folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter,
+        pulses: Path,
+    ) -> None:  # fmt: skip
+        self._folder = folder
+        self._node = node
+        self._crew = crew
+        self._start = start
+        self._stop = stop
+        self._meter = meter
+        self._watchdog = Watchdog(pulses, config.resilience)
+        self._grace_s = config.resilience.stop_grace_s
+        self._asked = False
+        self.verdict: str | None = None
+        """Why the ranks were ended from here."""
+
+    def look(self, agent: RankAgent) -> None:
+        """Hand a request to stop on, and end the ranks where they outstay it, are stuck, or have lost their peers."""
+        self._stop.interruptible = False
+        owner = os.environ.get(OWNER)
+        if owner and not self._stop.count and processes.is_gone(int(owner)):
+            self._stop.ask("the launcher is gone")
+        if self._meter.look(is_leaving=bool(self._stop.count)):
+            self._stop.ask(BUDGET)
+        if self._stop.count:
+            self._stop_ranks(agent)
+        elif self.verdict is None:
+            self.verdict = self._find_stuck(agent) or self._find_lost()
+            if self.verdict is not None:
+                self._crew.tell_failed(self._start.number)
+        if self.verdict is None and self._crew.has_failed(self._start.number):
+            self.verdict = "another node failed"
+            self._find_stuck(agent, NEARLY)
+        if self.verdict is not None:
+            agent.send(signal.SIGKILL)
+
+    def _stop_ranks(self, agent: RankAgent) -> None:
+        if not self._asked:
+            self._asked = True
+            self._folder.record_event(
+                "signalled", attempt=self._start.attempt, host=self._node.host, signal=self._stop.name
+            )
+            agent.send(signal.SIGTERM)
+        at_once = self._stop.count > 1 and not self._node.is_slurm
+        if at_once or time.monotonic() > self._stop.since + self._grace_s:
+            agent.send(signal.SIGKILL)
+
+    def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
+        """Enter ranks that do not go on into the ledger, with their stacks. The one silent longest is to blame."""
+        stuck = self._watchdog.look(agent.ranks(), share)
+        for one in stuck:
+            log = self._folder.log(self._start.attempt, one.rank)
+            enter_failure(
+                self._folder, self._start.attempt, one.rank, cause=one.why, trace=stack_of(one.pid, log),
+                step=one.step, hung=True, since=one.since,
+            )  # fmt: skip
+        return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
+
+    def _find_lost(self) -> str | None:
+        """On the first node: members that have fallen silent; elsewhere: the first node itself."""
+        if not self._node.is_first:
+            return "the first node is lost" if self._crew.first_is_lost() else None
+        lost = self._crew.find_silent(self._start)
+        enter_lost_nodes(self._folder, self._start.attempt, lost)
+        return f"node {lost[0].host} is lost" if lost else None

@@ -1,0 +1,68 @@
+"""Which node of which job this process is: read from the variables of Slurm, of submitit's local executor, or neither.
+
+Owns those variables, so that no other module reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from launch.agent.network import LOOPBACK, address_towards
+from launch.scheduler import client as scheduler
+
+
+@dataclass(frozen=True)
+class Node:
+    """One agent among ``count``."""
+
+    index: int
+    count: int
+    job: str
+    """Names this start of the job: another one, a requeue included, has another name."""
+    is_slurm: bool
+    slurm_job: str = ""
+    """Slurm's id of this job, ``A_a`` for an element of an array: the plain number can mean its siblings too."""
+    restarts: int = 0
+    """How often Slurm has put this job back into the queue."""
+    hosts: tuple[str, ...] = ()
+    """Names of the job's nodes, in order, as Slurm knows them; empty elsewhere."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
+        return self.index == 0
+
+    @property
+    def host(self) -> str:
+        """The name of this node."""
+        return self.host_of(self.index)
+
+    def host_of(self, index: int) -> str:
+        """The name of node ``index`` of the job."""
+        return self.hosts[index] if self.hosts else socket.gethostname()
+
+    @classmethod
+    def from_env(cls, token: str | None) -> Node:
+        """Read where this process stands. ``token`` tells local jobs apart whose process ids are the same."""
+        env = os.environ
+        if env.get("SUBMITIT_EXECUTOR") == "local":
+            index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
+            return cls(index, count, f"local-{env['SUBMITIT_LOCAL_JOB_ID']}-{token}", False)
+        if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
+            job = f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_STEP_ID', '0')}"
+            array = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
+            restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
+            index, count = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+            names = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+            hosts = tuple(scheduler.run("scontrol", "show", "hostnames", names).split())
+            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], restarts, hosts)
+        return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
+
+    def own_address(self) -> str:
+        """The address at which the other nodes of the job reach this one."""
+        if not self.is_slurm or self.count == 1:
+            return LOOPBACK
+        peer = next((host for host in self.hosts if host != self.host), None)
+        return LOOPBACK if peer is None else address_towards(peer)

@@ -1,0 +1,275 @@
+"""What follows the end of an attempt: the cause in the ledger, and a restart, a requeue, or the end of the run.
+
+Owns carrying out what ``launch.agent.restart_policy`` decides, on the first node, or on another one where the first
+is lost. Must not know how ranks are started or watched. Torch-free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch.agent.meter import BUDGET, Meter
+from launch.agent.node import Node
+from launch.agent.restart_policy import (
+    LEAVES_THE_NODES,
+    WANTED,
+    Action,
+    Cause,
+    Decision,
+    cause_of_failure,
+    cause_of_signal,
+    decide,
+    since_submission,
+)
+from launch.agent.stop import StopRequest
+from launch.config import Config
+from launch.runs.failures import first_failure
+from launch.runs.folder import RunFolder
+from launch.scheduler import client as scheduler
+
+if TYPE_CHECKING:
+    from launch.agent.rendezvous import Crew, Lost, Start
+
+STAND_IN_S = 3.0
+UNRELIABLE = 2
+"""After so many failures of its own a host is avoided."""
+
+
+class RunFailedError(RuntimeError):
+    """A run whose ranks did not all finish."""
+
+
+def refuse_without_budget(meter: Meter) -> None:
+    """Raise RunFailedError where the ranks would have to be stopped as soon as they have started."""
+    why = meter.look_now()
+    if why is not None:
+        raise RunFailedError(f"not started: {why}")
+
+
+def leave_before_the_start(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+    """Told to stop while there were no ranks here: nothing is to be saved, but a preempted job must come back."""
+    if node.is_first:
+        folder.record_event("agent_stopped", node=node.index, cause=why)
+        cause = why_told_to_stop(folder, node, config, attempt=None)
+        if cause in LEAVES_THE_NODES:
+            requeue(folder, node, config, cause)
+
+
+def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
+    """Enter the end of an attempt that was killed with its job, before this start of the job goes on from it.
+
+    Raises:
+        RunFailedError: the limits are used up.
+    """
+    events = since_submission(folder.read_events())
+    ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
+    lost = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
+    moved = any(e["event"] == "moved" for e in events)  # a preempted run that waited for long: another job goes on
+    if not lost or not (node.restarts or moved):
+        return
+    told = any(e["event"] == "signalled" and e.get("attempt") == lost[-1] for e in events)
+    cause = Cause.preempted if told else Cause.node_failed
+    saved = [e["step"] for e in events if e["event"] == "saved"]
+    reason = f"killed before it could save; goes on from step {max(saved, default=0)}"
+    folder.record_event("attempt_ended", attempt=lost[-1], cause=cause, reason=reason)
+    limits = config.resilience
+    decision = decide(since_submission(folder.read_events()), cause, limits.max_restarts, limits.max_without_progress)
+    if decision.action is Action.stop:
+        raise RunFailedError(f"not started again: {decision.reason}")
+
+
+def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
+    """How an attempt ended, as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
+
+    What the ranks wrote into the ledger is compared with how they exited; ``verdict`` is None where all left with 0.
+    """
+    events = [e for e in folder.read_events() if e.get("attempt") == attempt]
+    names = {e["event"] for e in events}
+    if verdict is None and "finished" in names:
+        return Cause.finished
+    if stop.count or (verdict is None and "stopped" in names):
+        return Cause.cancelled
+    return Cause.crashed
+
+
+def conclude(
+    folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, ended: Cause, stop: StopRequest
+) -> Decision:
+    """On the first node: find the cause, decide, and put the job back into the queue if need be.
+
+    Raises:
+        RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
+    """
+    refuse_replaced(folder, node)
+    failure = None
+    cause = ended
+    if ended is Cause.cancelled:
+        note_unsaved_stop(folder, start.attempt, stop)
+        cause = Cause.budget if stop.name == BUDGET else why_told_to_stop(folder, node, config, start.attempt)
+    elif ended is Cause.crashed:
+        failure = first_failure(folder.read_events(), start.attempt)
+        cause = cause_of_crash(folder, crew, start, failure)
+    text = lost_text(crew.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
+    return carry_out(folder, node, config, start.attempt, cause, text, signal=stop.name or None, crew=crew)
+
+
+def refuse_replaced(folder: RunFolder, node: Node) -> None:
+    """Raise RunFailedError where Slurm has started the job elsewhere while this node was cut off from it.
+
+    Two agents that both think the run theirs would start it again and again under each other's hands.
+    """
+    starts = [e["job"] for e in folder.read_events() if e["event"] == "agent_started"]
+    if starts and starts[-1] != node.job:
+        raise RunFailedError(f"{starts[-1]} works on this run now; {node.job} was left over")
+
+
+def cause_of_crash(folder: RunFolder, crew: Crew, start: Start, failure: dict[str, Any] | None) -> Cause:
+    """Tell a lost node from a rank that failed: where ranks only lost their connections, something else broke them."""
+    lost = any(index in crew.lost for index in start.members)
+    if not lost and (failure is None or failure.get("echo")):
+        found = crew.find_reason(start)
+        enter_lost_nodes(folder, start.attempt, found)
+        lost = bool(found)
+    return Cause.node_failed if lost else cause_of_failure(failure)
+
+
+def carry_out(
+    folder: RunFolder, node: Node, config: Config, attempt: int | None, cause: Cause, text: str, *,
+    signal: str | None = None, crew: Crew | None = None,
+) -> Decision:  # fmt: skip
+    """Enter the end of an attempt, decide what follows, and do it. ``text`` says for people what went wrong.
+
+    Raises:
+        RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
+    """
+    folder.record_event("attempt_ended", attempt=attempt, cause=cause, signal=signal)
+    limits = config.resilience
+    events = since_submission(folder.read_events())
+    decision = decide(events, cause, limits.max_restarts, limits.max_without_progress)
+    if decision.action is Action.restart and (crew is None or not crew.can_go_on):
+        decision = Decision(Action.requeue, f"{decision.reason}; too few nodes are left to start again here")
+    folder.record_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
+    if decision.action is Action.requeue:
+        exclude = set(unreliable_hosts(events)) | {e["host"] for e in events if e["event"] == "node_lost"}
+        requeue(folder, node, config, cause, sorted(exclude), text)
+    if decision.action is Action.stop and cause not in WANTED:
+        raise RunFailedError(f"{text or f'the run was {cause}'}\nnot started again: {decision.reason}")
+    return decision
+
+
+def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, crew: Crew, why: str) -> None:
+    """On the first node: there are too few nodes left for a start.
+
+    Raises:
+        RunFailedError: the job cannot be requeued, or its limits are used up.
+    """
+    known = {e["host"] for e in since_submission(folder.read_events()) if e["event"] == "node_lost"}
+    enter_lost_nodes(folder, None, [lost for lost in crew.lost.values() if lost.host not in known])
+    carry_out(folder, node, config, None, Cause.node_failed, f"{lost_text(crew.lost.values())}: {why}", crew=crew)
+
+
+def stand_in_for_the_first(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+    """On another node: the first one, which decides, is lost. The next node that is there puts the job into the queue.
+
+    Raises:
+        RunFailedError: always where this node could do nothing more; the job's end is the first node's.
+    """
+    time.sleep(STAND_IN_S * (node.index - 1))  # those before this one come first
+    events = since_submission(folder.read_events())
+    attempt = max((e["attempt"] for e in events if e["event"] == "started"), default=None)
+    settled = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
+    if (attempt in settled and attempt is not None) or not node.is_slurm:
+        raise RunFailedError(f"the first node, {node.host_of(0)}, is lost: {why}")
+    folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
+    try:
+        carry_out(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
+    except RunFailedError:
+        scheduler.cancel(node.slurm_job)  # nobody else would end what is left of the job
+        raise
+
+
+def enter_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[Lost]) -> None:
+    """Write into the ledger that nodes are lost, by name."""
+    for one in lost:
+        folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
+
+
+def lost_text(lost: Iterable[Lost]) -> str:
+    """The lost nodes, for people."""
+    return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)
+
+
+def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
+    """Hosts that failed more than once since the command was typed: lost, or with a rank that hung."""
+    guilty = [e for e in since_submission(events) if e["event"] == "node_lost" or e.get("hung")]
+    return sorted(host for host, count in Counter(e["host"] for e in guilty).items() if count >= UNRELIABLE)
+
+
+def note_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
+    """Say in the ledger where the ranks were ended before they could save."""
+    if not any(e["event"] == "stopped" and e.get("attempt") == attempt for e in folder.read_events()):
+        why = "ended before it could save"
+        folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause=why)
+
+
+def why_told_to_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
+    """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals."""
+    events = since_submission(folder.read_events())
+    by_hand = any(e["event"] == "cancelled" for e in events)
+    by_file = any(e["event"] == "stopped" and e.get("attempt") == attempt and e.get("file") for e in events)
+    if by_hand or by_file or not node.is_slurm:
+        return Cause.cancelled
+    return cause_of_signal(
+        scheduler.job_details(node.slurm_job), node.restarts, config.cluster.signal_delay_s, time.time()
+    )
+
+
+def requeue(
+    folder: RunFolder, node: Node, config: Config, cause: Cause, exclude: Sequence[str] = (), text: str = ""
+) -> None:
+    """Put this job, or this one element of its array, back into the queue, unless Slurm has done so already.
+
+    Args:
+        exclude: hosts it must not come back to.
+        text: what went wrong, for the error.
+    """
+    if not node.is_slurm or not config.resilience.requeue:
+        why = "there is no queue here" if not node.is_slurm else "resilience.requeue=false"
+        raise RunFailedError(f"{text or cause}\nnot started again: {cause}, and {why}")
+    if scheduler.job_details(node.slurm_job).restarts > node.restarts:
+        folder.record_event("requeued", job_id=node.slurm_job, by="slurm", cause=cause)
+    else:
+        # First the ledger: Slurm may kill this process as soon as it has heard of the requeue.
+        folder.record_event("requeued", job_id=node.slurm_job, by="agent", cause=cause)
+        try:
+            scheduler.requeue(node.slurm_job)
+        except scheduler.SlurmError as error:
+            folder.record_event("requeue_failed", job_id=node.slurm_job, cause=str(error))
+            raise RunFailedError(f"{text or cause}\nSlurm did not requeue it: {error}") from error
+    if exclude:
+        keep_away(folder, node, config, exclude)
+
+
+def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str]) -> None:
+    """Have Slurm exclude hosts from the job that was just requeued, where it then still has nodes to run on."""
+    try:
+        left = scheduler.usable_nodes(node.slurm_job) - set(hosts)
+        if len(left) < config.nodes_asked:
+            why = f"only {len(left)} nodes of its partition would be left, and it needs {config.nodes_asked}"
+            folder.record_event("not_excluded", hosts=list(hosts), cause=why)
+            return
+        scheduler.exclude(node.slurm_job, hosts)
+        folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause="failed in this run")
+    except scheduler.SlurmError as error:
+        folder.record_event("not_excluded", hosts=list(hosts), cause=str(error))
+
+
+def failure_text(failure: dict[str, Any]) -> str:
+    """The first failure of a run, for people: who, where, why, and where to read on."""
+    step = f" after step {failure['step']}" if failure.get("step") is not None else ""
+    head = f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}"
+    trace = str(failure.get("traceback") or "").rstrip()
+    return "\n".join(part for part in (head, trace, f"log: {failure['log']}") if part)

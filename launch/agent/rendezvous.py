@@ -1,0 +1,256 @@
+"""The agents of one job: who is there, who takes part in the next start of the ranks, and who has fallen silent.
+
+Owns the agreement among the agents. The first node decides and the others follow its board; where there are more nodes
+than a run needs, the rest are spares and wait. Must not know how ranks are started, nor what follows a lost node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from launch.agent.heartbeat import Heartbeat, Words, meet
+from launch.agent.meeting import POLL_S, read_note, write_note
+from launch.agent.node import Node
+from launch.agent.outcome import RunFailedError
+from launch.config import Config
+from launch.runs.folder import RunFolder
+
+SPARE_WAIT_S = 10.0
+"""How long a start that has enough nodes waits for the rest of them."""
+ECHO_S = 8.0
+"""After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
+GOODBYE_S = 10.0
+OVER_S = 5.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the ranks, the same for all agents that take part."""
+
+    number: int
+    attempt: int
+    members: tuple[int, ...]
+    """Indices of the nodes that take part; a node's place among them is its place among the ranks."""
+    address: str
+    port: int
+    """Where the ranks find each other: a fresh store on the first node."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A node of which nothing is heard any more."""
+
+    index: int
+    host: str
+    why: str
+
+
+class FirstNodeLostError(RuntimeError):
+    """The first node, which decides, does not answer; the message says since when."""
+
+
+class NodesMissingError(RuntimeError):
+    """There are not enough nodes left for a start."""
+
+
+class Crew:
+    """This agent's view of the others."""
+
+    def __init__(self, folder: RunFolder, node: Node, config: Config, line: Heartbeat, address: str) -> None:
+        self._folder = folder
+        self._node = node
+        self._needed = config.nodes
+        self._limits = config.resilience
+        self.line = line
+        self.address = address
+        """Address of this node, as the others reach it."""
+        self.lost: dict[int, Lost] = {}
+        """On the first node: those that take no more part in this job."""
+        self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the start before
+
+    # On every node.
+
+    def next_start(self, number: int, avoid: Sequence[str] = ()) -> Start | None:
+        """Agree on start ``number``, counted from 0. None where the run is over.
+
+        Args:
+            avoid: hosts that take part only where there are no others (first node).
+
+        Raises:
+            NodesMissingError: on the first node, where too few nodes are left.
+            FirstNodeLostError: elsewhere, where the first node is lost.
+            RunFailedError: elsewhere, where the run has failed and does not start again.
+        """
+        self.line.say(host=self._node.host, ready=number)
+        return self._call(number, avoid) if self._node.is_first else self._follow(number)
+
+    def tell_failed(self, number: int) -> None:
+        """Let the others end their ranks of start ``number`` now rather than at the timeout of a collective."""
+        self.line.say(failed=number)
+        if self._node.is_first:
+            self.line.post(failed=number)
+
+    def has_failed(self, number: int) -> bool:
+        """Whether ranks of another node have failed in start ``number``."""
+        if not self._node.is_first:
+            return self._said(0, "failed") >= number
+        failed = any(self._said(index, "failed") >= number for index in self.line.heard)
+        if failed:
+            self.line.post(failed=number)
+        return failed
+
+    def close(self) -> None:
+        """Leave. The first node lets the others hear its last word before its store closes."""
+        self.line.say(bye=True)
+        if not self.first_is_lost():
+            self.line.flush(OVER_S)
+        deadline = time.monotonic() + GOODBYE_S
+        if self._node.is_first:
+            while time.monotonic() < deadline and any(not w.get("bye") for i, w in self._present()):
+                time.sleep(POLL_S)
+        self.line.close()
+
+    # On the first node.
+
+    def end(self, failure: str | None = None) -> None:
+        """The job's work on the run is over: tell those that wait for the next start, and why if it failed."""
+        write_note(self._folder, self._node, over=True, failure=failure)
+        self.line.post(over=True, failure=failure)
+
+    def find_silent(self, start: Start) -> list[Lost]:
+        """Members of a start from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
+        limit = self._limits.node_timeout_s
+        return [self._lose(i, s, limit) for i in start.members if i and (s := self._silence(i)) > limit]
+
+    def find_reason(self, start: Start) -> list[Lost]:
+        """After a connection was lost: ask every other member for a sign of life, and lose those that give none."""
+        waiting = {index: self._said(index, "beat") for index in start.members if index and index not in self.lost}
+        limit = min(ECHO_S, self._limits.node_timeout_s)
+        deadline = time.monotonic() + limit
+        while waiting and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            waiting = {i: beat for i, beat in waiting.items() if self._said(i, "beat") < beat + 2}
+        return [self._lose(index, self._silence(index), limit) for index in waiting]
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there are enough nodes for another start."""
+        return self._node.count - len(self.lost) >= self._needed
+
+    def _call(self, number: int, avoid: Sequence[str]) -> Start:
+        self._gather(number)
+        here = [0, *(index for index, words in self._present() if words.get("ready", -1) >= number)]
+        order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
+        members = tuple(sorted(order[: self._needed]))
+        timeout = timedelta(seconds=self._limits.rendezvous_timeout_s)
+        store = dist.TCPStore(self.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self._stores.append(store)
+        start = Start(number, self._folder.create_attempt(), members, self.address, store.port)
+        self.line.post(start=asdict(start))
+        if self._node.count > self._needed:
+            hosts = {
+                "hosts": [self._host(i) for i in members],
+                "spares": [self._host(i) for i in here if i not in members],
+            }
+            self._folder.record_event("members", attempt=start.attempt, **hosts)
+        return start
+
+    def _gather(self, number: int) -> None:
+        """Wait for the nodes: for all that are left, a while longer than needed for spares."""
+        began = time.monotonic()
+        while self.can_go_on:
+            ready = {index for index, words in self._present() if words.get("ready", -1) >= number}
+            absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
+            waited = time.monotonic() - began
+            if not absent or (len(ready) + 1 >= self._needed and waited > SPARE_WAIT_S):
+                return
+            for index in absent:
+                silent = self._silence(index)
+                if silent > self._limits.node_timeout_s:
+                    self._lose(index, silent, self._limits.node_timeout_s)
+                elif waited > self._limits.rendezvous_timeout_s:
+                    self._lose(index, waited, self._limits.rendezvous_timeout_s)
+            time.sleep(POLL_S)
+        raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._needed} are needed")
+
+    def _present(self) -> Iterator[tuple[int, Words]]:
+        """The other nodes that were heard and are not lost."""
+        yield from [(index, words) for index, words in list(self.line.heard.items()) if index not in self.lost]
+
+    def _silence(self, index: int) -> float:
+        return self.line.silence(index) or 0.0  # one that never came is given rendezvous_timeout_s
+
+    def _said(self, index: int, word: str) -> int:
+        return int(self.line.heard.get(index, {}).get(word, -1))
+
+    def _host(self, index: int) -> str:
+        if index == 0:
+            return self._node.host
+        return str(self.line.heard.get(index, {}).get("host") or self._node.host_of(index))
+
+    def _lose(self, index: int, silent: float, limit: float) -> Lost:
+        came = self.line.silence(index) is not None
+        why = f"nothing heard for {silent:.0f} s" if came else f"did not show up in {limit:.0f} s"
+        self.lost[index] = Lost(index, self._host(index), why)
+        return self.lost[index]
+
+    # On the other nodes.
+
+    def _follow(self, number: int) -> Start | None:
+        while True:
+            board = self.line.heard.get(0, {})
+            if board.get("over"):
+                raise_failure(board)
+                return None
+            told = board.get("start")
+            if told is not None and told["number"] >= number:
+                return Start(**{**told, "members": tuple(told["members"])})
+            if self.first_is_lost():
+                raise_failure(self._last_word())
+                return None
+            time.sleep(POLL_S)
+
+    def first_is_lost(self) -> bool:
+        """Whether the first node, which decides, has fallen silent."""
+        silent = self.line.silence(0)
+        return self.line.hung_up or (silent is not None and silent > self._limits.node_timeout_s)
+
+    def _last_word(self) -> Words:
+        """The first node may just have left at the end of the run: its note says so, once the filesystem shows it."""
+        why = "hung up" if self.line.hung_up else f"nothing heard for {self.line.silence(0) or 0:.0f} s"
+        deadline = time.monotonic() + OVER_S
+        while time.monotonic() < deadline:
+            note = read_note(self._folder, self._node) or {}
+            if note.get("over"):
+                return note
+            time.sleep(POLL_S)
+        raise FirstNodeLostError(why)
+
+
+def raise_failure(last_word: Words) -> None:
+    """Raise RunFailedError where the first node's last word is that the run failed."""
+    if last_word.get("failure"):
+        raise RunFailedError(last_word["failure"])
+
+
+@contextmanager
+def join(folder: RunFolder, node: Node, config: Config) -> Iterator[Crew]:
+    """Find the other agents of this job for the length of a ``with`` block.
+
+    Raises:
+        TimeoutError: the first node did not show up in ``resilience.rendezvous_timeout_s``.
+    """
+    limits = config.resilience
+    meeting = meet(folder, node, limits.rendezvous_timeout_s, limits.node_timeout_s)
+    line = Heartbeat(node.index, node.count, meeting.store)
+    crew = Crew(folder, node, config, line, meeting.address)
+    try:
+        yield crew
+    finally:
+        crew.close()

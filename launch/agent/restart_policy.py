@@ -1,0 +1,144 @@
+"""How an attempt ended -> restart in place, requeue, or stop. A pure function of the ledger.
+
+Owns the causes, their limits and the rule of progress. Must not know how a restart or a requeue is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from launch.config import RestartLimits
+from launch.errors import ConfigError
+from launch.scheduler.client import JobDetails
+
+Events = Sequence[dict[str, Any]]
+
+EARLY_S = 60.0
+SLACK_S = 1.0
+
+
+class Cause(StrEnum):
+    """Why an attempt ended. Each has a limit of its own, so that preemptions never eat up the limit of crashes."""
+
+    finished = "finished"
+    cancelled = "cancelled"
+    """By the user: scancel, launch.cancel, a STOP file."""
+    budget = "budget"
+    """By the agent: a cap of ``budget`` was reached."""
+    preempted = "preempted"
+    timed_out = "timed_out"
+    node_failed = "node_failed"
+    out_of_memory = "out_of_memory"
+    crashed = "crashed"
+    hung = "hung"
+    refused = "refused"
+    """By the ranks, before the first step: what was asked for cannot work, and would be refused again."""
+
+
+class Action(StrEnum):
+    """What to do after an attempt."""
+
+    stop = "stop"
+    restart = "restart"
+    """Start the ranks again inside the allocation, without the queue."""
+    requeue = "requeue"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens next, and why in words."""
+
+    action: Action
+    reason: str
+
+
+WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
+"""Causes after which the run is where it was meant to end: it does not start again, and nothing has failed."""
+
+LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out)
+"""Causes that take the allocation away; only the queue brings nodes back."""
+
+
+def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress: int) -> Decision:
+    """Decide what follows the attempt that just ended for ``cause``.
+
+    Args:
+        events: the ledger, the ``attempt_ended`` of this attempt included.
+        limits: how often each cause may come.
+        without_progress: after so many attempts in a row that saved nothing new the run stops.
+    """
+    if cause in WANTED:
+        return Decision(Action.stop, str(cause))
+    if cause is Cause.refused:
+        return Decision(Action.stop, "it would be refused again")
+    stuck = attempts_without_progress(events)
+    if stuck >= without_progress:
+        return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
+    seen = sum(e["event"] == "attempt_ended" and e["cause"] == cause for e in events)
+    limit = getattr(limits, cause)
+    if limit is not None and seen > limit:
+        return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}")
+    action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart
+    return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}")
+
+
+def since_submission(events: Events) -> list[dict[str, Any]]:
+    """The events since a person last typed the command: typing it again forgives what went before."""
+    return list(events[last_command(events) :])
+
+
+def last_command(events: Events) -> int:
+    """Index of the submission that a person last asked for; a move to another partition is none."""
+    return max((i for i, e in enumerate(events) if e["event"] == "submitted" and not e.get("moved")), default=0)
+
+
+def attempts_without_progress(events: Events) -> int:
+    """How many of the last attempts, one after another, ended without a checkpoint beyond the one they started from."""
+    started = {e["attempt"]: e["from_step"] for e in events if e["event"] == "started"}
+    saved = {e["attempt"]: e["step"] for e in events if e["event"] == "saved"}
+    count = 0
+    for event in reversed([e for e in events if e["event"] == "attempt_ended"]):
+        attempt = event["attempt"]
+        if saved.get(attempt, -1) > started.get(attempt, -1):
+            break
+        count += 1
+    return count
+
+
+def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
+    """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals.
+
+    While the job runs, a signal is Slurm's announcement. Once it is completing (seen on Slurm 22.05), a requeue has
+    raised its count of restarts, the time limit has used its time up, and what is left is a cancel, which must never
+    be taken for a preemption and brought back.
+
+    Args:
+        job: what the controller says now.
+        restarts: how often this job had been requeued when it started.
+        signal_delay_s: lead of the signal before the time limit; sbatch may send it up to a minute early.
+        now: Unix time.
+    """
+    if job.state in ("RUNNING", "SUSPENDED"):
+        near_the_limit = job.end_time is not None and now > job.end_time - signal_delay_s - EARLY_S
+        return Cause.timed_out if near_the_limit and not job.is_preempted else Cause.preempted
+    if job.restarts > restarts or job.state == "PENDING":
+        return Cause.preempted
+    if job.start_time is None or job.end_time is None or job.time_limit_s is None:
+        return Cause.timed_out if job.state == "TIMEOUT" else Cause.cancelled
+    used_up = job.end_time - job.start_time >= job.time_limit_s - SLACK_S
+    return Cause.timed_out if used_up or job.state == "TIMEOUT" else Cause.cancelled
+
+
+def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
+    """The cause behind the first failure of an attempt, from what the rank or its agent wrote into the ledger."""
+    text = str(failure.get("cause", "")) if failure else ""
+    if text.startswith(f"{ConfigError.__name__}: "):
+        return Cause.refused
+    if "OutOfMemoryError" in text or "MemoryError" in text or "out of memory" in text.lower():
+        return Cause.out_of_memory
+    if failure is not None and failure.get("hung"):
+        return Cause.hung
+    return Cause.crashed

@@ -1,0 +1,138 @@
+"""Entering a run from inside a job: the batch script's, or one that a stock Hydra launcher started.
+
+    python -m launch.batch KEY=VALUE ...       in a batch script: plans for the nodes of the job, prints the run folder
+
+Owns making a run folder where nobody submitted for us. The agents then take the same road as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from launch.agent import main as agent
+from launch.agent.node import Node
+from launch.config import ClusterKind, Config
+from launch.errors import ConfigError, refusing
+from launch.jobs.submit import record_submitted
+from launch.plan.plan import Plan, make_plan, write_run
+from launch.plan.plan_text import plan_text
+from launch.runs import compose
+from launch.runs.compose import CONFIG_ERRORS
+from launch.runs.overrides import typed_value
+
+
+def job_overrides(overrides: Sequence[str]) -> list[str]:
+    """What was typed, and what the allocation decides.
+
+    Raises:
+        ConfigError: this is no Slurm job, or ``nodes`` contradicts it.
+    """
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES")
+    if nodes is None:
+        raise ConfigError(
+            "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
+        )
+    words = list(overrides)
+    if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
+        words = [word for word in words if word.lstrip("+") != "fresh=true"]
+    spares = typed_value(words, "spares") or "0"
+    used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
+    typed = typed_value(words, "nodes")
+    if typed is None:
+        words.append(f"nodes={used}")
+    elif typed != used:
+        raise ConfigError(
+            f"nodes={typed} spares={spares} in a job of {nodes} nodes",
+            "as many nodes in all",
+            f"sbatch --nodes={int(typed) + int(spares) if (typed + spares).isdigit() else typed} ...",
+        )
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    if gpus and typed_value(words, "cluster.gpus_per_node") is None:
+        words.append(f"cluster.gpus_per_node={gpus}")
+    return words
+
+
+def compose_launch(overrides: Sequence[str]) -> DictConfig:
+    """Compose ``configs/config.yaml`` without a Hydra run."""
+    ConfigStore.instance().store("launch_schema", Config)
+    with initialize_config_module("configs", version_base="1.3"):
+        try:
+            return hydra_compose("config", overrides=list(overrides))
+        except CONFIG_ERRORS as error:
+            raise compose.explain(error, Config) from error
+
+
+def make_run(overrides: Sequence[str]) -> Plan:
+    """Plan a run for the nodes of this job and write its folder."""
+    words = job_overrides(overrides)
+    composed = compose_launch(words)
+    compose.make_paths_absolute(composed)
+    compose.refuse_unknown(composed, Config)
+    config = compose.to_schema(composed, Config)
+    refuse_snapshot(config)
+    config.cluster.placement = []  # the nodes are here already
+    plan = make_plan(config, words, ClusterKind.slurm)
+    write_run(plan, composed, words)
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        record_submitted(plan, os.environ["SLURM_JOB_ID"])
+    return plan
+
+
+def refuse_snapshot(config: Config) -> None:
+    """Raise ConfigError where a copy of the code is wanted: the time to take it, the submission, is over."""
+    if config.snapshot:
+        raise ConfigError(
+            "snapshot=true inside a job",
+            "python -m launch, which takes the copy when it submits; a job runs what lies there when it starts",
+            "python -m launch ... snapshot=true, or strict=true to refuse code that has changed between attempts",
+        )
+
+
+def run_task(composed: DictConfig) -> None:
+    """Take part in a run as a task of a stock launcher's job: one task is one node's agent.
+
+    Raises:
+        ConfigError: the launcher started another number of tasks than the run has nodes.
+    """
+    compose.make_paths_absolute(composed)
+    config = compose.to_schema(composed, Config)
+    refuse_snapshot(config)
+    node = Node.from_env(None)
+    asked = config.nodes_asked
+    if node.count != asked:
+        raise ConfigError(
+            f"nodes={config.nodes} spares={config.spares}, and the launcher started {node.count} tasks",
+            "one task, the agent, for each node",
+            f"nodes={node.count - config.spares}, or hydra.launcher.nodes={asked} hydra.launcher.tasks_per_node=1 "
+            f"(submitit_local: hydra.launcher.tasks_per_node={asked})",
+        )
+    output = Path(HydraConfig.get().runtime.output_dir)
+    composed.run_dir = str(output)
+    kind = ClusterKind.slurm if node.is_slurm else ClusterKind.local
+    words = HydraConfig.get().overrides.task
+    plan = make_plan(compose.to_schema(composed, Config), words, kind)
+    if node.index == 0:
+        write_run(plan, composed, words)
+    agent.run(str(output))
+
+
+@refusing
+def main() -> int:
+    """Print the run folder on standard output, the plan on standard error. Exit status 2 where refused."""
+    plan = make_run(sys.argv[1:])
+    print(plan_text(plan), file=sys.stderr)
+    print(plan.run_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What Slurm would refuse, or never start: pure functions over its limits and a request."""

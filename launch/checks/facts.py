@@ -1,0 +1,229 @@
+"""What the checks look at, gathered once: this machine, the folders of the run, Slurm's limits, and what is asked for.
+
+Owns every question to the outside. The checks are functions of these values alone, so recorded facts test them.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import launch
+from launch.config import ClusterKind, Config
+from launch.plan.plan import Plan
+from launch.scheduler import client as scheduler
+from launch.scheduler import limits
+from launch.scheduler.limits import Limits
+
+DISTRIBUTION = "gpt-launch"
+RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE, "memlock": resource.RLIMIT_MEMLOCK}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A path that need not exist yet, and the filesystem it would lie on."""
+
+    path: str
+    exists: str
+    """The deepest folder above it that is there."""
+    filesystem: str
+    """The kernel's word: nfs4, lustre, ext4, tmpfs, ..."""
+    free_bytes: int = 0
+    free_inodes: int = 0
+    problem: str = ""
+    """Why nothing can be written there; empty where a file was written and removed."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The login node, and the Python that the job will run."""
+
+    host: str
+    user: str
+    groups: tuple[str, ...]
+    environment: dict[str, str]
+    soft: dict[str, int]
+    """Limits of this shell (nofile, core in bytes, memlock in bytes); -1 is unlimited."""
+    hard: dict[str, int]
+    python: tuple[int, int]
+    executable: str
+    versions: dict[str, str]
+    """Installed versions by distribution; a required one that is not there is absent."""
+    requirements: tuple[str, ...]
+    """What our distribution asks for; empty where it is not installed."""
+    programs: tuple[Folder, ...]
+    """Where the job's Python and our code lie, where that is a folder of the user's and not of the system."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one shape of the sweep asks of Slurm: a job, or an array of ``len(points)`` elements."""
+
+    config: Config
+    plan: Plan
+    points: tuple[str, ...]
+    batch_text: str
+    excluded: frozenset[str] = frozenset()
+    """Names of the nodes that cluster.exclude stands for."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the checks may look at."""
+
+    kind: ClusterKind
+    """local or slurm, with auto resolved."""
+    was_auto: bool
+    machine: Machine
+    output: Folder
+    client: bool
+    """Whether Slurm's commands are installed here."""
+    limits: Limits | None
+    """None where no controller answers."""
+    slurm_problem: str = ""
+    others: dict[str, Limits | str] = field(default_factory=dict)
+    """The limits of other clusters that are asked for, by name; the reason where one is not known or not there."""
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that ``path`` lies on, from /proc/self/mountinfo.
+
+    The kernel's name rather than statfs's number: FUSE filesystems (fuse.juicefs, fuse.sshfs) all share one number.
+    """
+    path.exists()  # lets an automounter mount it first
+    return filesystem_in(Path("/proc/self/mountinfo").read_text(), os.path.realpath(path))
+
+
+def filesystem_in(mounts: str, path: str) -> str:
+    """The type of the deepest, and of those the last, mount above ``path``. ``mounts`` is a mountinfo file."""
+    best, kind = -1, "unknown"
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4].encode().decode("unicode_escape")
+        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= best:
+            best, kind = len(point), right.split()[0]
+    return kind
+
+
+def look_at_folder(path: Path) -> Folder:
+    """Where a folder lies, and whether a file can be written there. Leaves nothing behind."""
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    space = os.statvfs(there)
+    problem = ""
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        problem = error.strerror or str(error)
+    free = space.f_bavail * space.f_frsize
+    # Filesystems without a fixed table of inodes (btrfs, some NFS servers) report 0 of 0.
+    inodes = space.f_favail if space.f_files else sys.maxsize
+    return Folder(str(path), str(there), filesystem_of(there), free, inodes, problem)
+
+
+def look_at_machine() -> Machine:
+    """This machine and its Python. Imports no library to learn its version."""
+    try:
+        required = tuple(metadata.distribution(DISTRIBUTION).requires or ())
+    except metadata.PackageNotFoundError:
+        required = ()
+    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    pairs = {name: resource.getrlimit(number) for name, number in RLIMITS.items()}
+    places = {
+        Path(launch.__file__).resolve().parents[1],
+        *([Path(sys.prefix)] if sys.prefix != sys.base_prefix else []),
+    }
+    return Machine(
+        host=os.uname().nodename,
+        user=pwd.getpwuid(os.getuid()).pw_name,
+        groups=tuple(group_name(number) for number in os.getgroups()),
+        environment=dict(os.environ),
+        soft={name: soft for name, (soft, _) in pairs.items()},
+        hard={name: hard for name, (_, hard) in pairs.items()},
+        python=sys.version_info[:2],
+        executable=sys.executable,
+        versions=found,
+        requirements=required,
+        programs=tuple(Folder(str(place), str(place), filesystem_of(place)) for place in sorted(places)),
+    )
+
+
+def group_name(number: int) -> str:
+    """The name of a group, or its number where it has none."""
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def last_line(error: Exception) -> str:
+    """What an error says at its end."""
+    return str(error).strip().splitlines()[-1]
+
+
+def look_at_cluster(name: str) -> Limits | str:
+    """The limits of another cluster, or why it is none to submit to."""
+    try:
+        return limits.read(name)
+    except scheduler.SlurmError as error:
+        return last_line(error)
+
+
+def clusters_named(configs: Iterable[Config]) -> set[str]:
+    """The other clusters that configs name, as a place or as a candidate."""
+    named: set[str | None] = set()
+    for config in configs:
+        named |= {config.cluster.cluster, *(candidate.cluster for candidate in config.cluster.placement)}
+    return {name for name in named if name is not None}
+
+
+def gather(kind: ClusterKind, output: Path, clusters: Iterable[str] = ()) -> Facts:
+    """Look at everything. ``kind`` is what the config says, auto included; ``clusters`` are others than this one."""
+    found, problem = None, ""
+    if kind is not ClusterKind.local:
+        try:
+            found = limits.read()
+        except scheduler.SlurmError as error:
+            problem = last_line(error)
+    resolved = ClusterKind.slurm if kind is ClusterKind.slurm or found is not None else ClusterKind.local
+    return Facts(
+        kind=resolved,
+        was_auto=kind is ClusterKind.auto,
+        machine=look_at_machine(),
+        output=look_at_folder(output),
+        client=shutil.which("sbatch") is not None,
+        limits=found,
+        slurm_problem=problem,
+        others={name: look_at_cluster(name) for name in sorted(clusters)} if found is not None else {},
+    )
+
+
+def expand_hosts(expression: str | None) -> frozenset[str]:
+    """The names that a host list (``n[1-3],n7``) stands for; SlurmError."""
+    if not expression:
+        return frozenset()
+    return frozenset(scheduler.run("scontrol", "show", "hostnames", expression).split())
+
+
+def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], facts: Facts) -> list[Request]:
+    """One request for each shape. ``configs`` holds the config of every plan, by run folder."""
+    from launch.jobs.submit import sbatch_text
+
+    requests = []
+    for group in groups:
+        config = configs[group[0].run_dir]
+        excluded = expand_hosts(config.cluster.exclude) if facts.limits is not None else frozenset()
+        points = tuple(plan.point for plan in group)
+        requests.append(Request(config, group[0], points, sbatch_text(group), excluded))
+    return requests

@@ -1,0 +1,98 @@
+"""Checks of what is asked of each node: GPUs, CPUs, memory, and what the site gives where nothing is asked.
+
+Pure functions over Slurm's limits and a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from launch.checks.facts import Request
+from launch.checks.findings import PENDS, Finding, fail, warn
+from launch.scheduler.limits import Gres, Limits, NodeLimits, Partition, gres
+
+
+def check_asked(
+    limits: Limits, partition: Partition, request: Request, nodes: Sequence[NodeLimits]
+) -> Iterator[Finding]:
+    """GPUs, CPUs and memory of each node: more than any node has, or more than enough nodes have."""
+    if len(nodes) < request.config.nodes_asked:
+        return  # said already
+    fits: list[Callable[[NodeLimits], bool]] = []
+    for key, asked, have in wants(limits, partition, request):
+        most = max(have(node) for node in nodes)
+        if asked > most:
+            kinds = sorted({gres_text(g) for node in nodes for g in node.gres}) or ["no generic resources"]
+            there = f" (nodes have {', '.join(kinds)})" if most == 0 else ""
+            found = f"{key[0]}={key[1]}, and the best node of {partition.name} has {most:g} {key[2]}{there}"
+            yield fail("resources", found, PENDS, key[3].format(int(most)) if most else f"{key[0]}=null")
+        else:
+            fits.append(lambda node, have=have, asked=asked: have(node) >= asked)  # type: ignore[misc]
+    enough = [node for node in nodes if all(fit(node) for fit in fits)]
+    if len(enough) < request.config.nodes_asked:
+        found = f"nodes={request.config.nodes}, and {len(enough)} of {partition.name} have all that is asked of each"
+        yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - request.config.spares)}")
+
+
+Want = tuple[tuple[str, str, str, str], float, Callable[[NodeLimits], float]]
+"""(key, value, unit, how to ask for less), how much, and how much of it a node gives."""
+
+
+def wants(limits: Limits, partition: Partition, request: Request) -> Iterator[Want]:
+    """What is asked of each node, one after the other."""
+    cluster = request.config.cluster
+    if cluster.gpus_per_node:
+        text = ("cluster.gpus_per_node", str(cluster.gpus_per_node), "GPUs", "cluster.gpus_per_node={}")
+        yield text, cluster.gpus_per_node, lambda node: node.count("gpu")
+    for part in gres(cluster.gres or ""):
+        text = ("cluster.gres", gres_text(part), f"of {part.name}", f"cluster.gres={gres_text(part, '{}')}")
+        yield text, part.count, lambda node, part=part: node.count(part.name, part.type)  # type: ignore[misc]
+    if cluster.cpus_per_task:
+        most = partition.max_cpus_per_node or 2**31
+        text = ("cluster.cpus_per_task", str(cluster.cpus_per_task), "CPUs", "cluster.cpus_per_task={}")
+        yield text, cluster.cpus_per_task, lambda node: min(node.cpus, most)
+    if cluster.mem_gb:
+        # Slurm's MB are 1024 KiB, on both sides of the comparison.
+        room = partition.max_memory_mb or limits.number("MaxMemPerNode") or 2**62
+        text = ("cluster.mem_gb", f"{cluster.mem_gb:g}", "GB", "cluster.mem_gb={}")
+        yield text, cluster.mem_gb, lambda node: min(node.memory_mb, room) / 1000
+
+
+def gres_text(part: Gres, number: str | None = None) -> str:
+    """A generic resource as sbatch takes it."""
+    return ":".join(word for word in (part.name, part.type, number or str(part.count)) if word)
+
+
+def plural(ranks: int) -> str:
+    """A number of ranks in words."""
+    return f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
+
+
+def check_defaults(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
+    """CPUs and memory that were not asked for, where the cluster's default is meant for jobs of one CPU."""
+    cluster, ranks = request.config.cluster, request.config.ranks_on_node
+    words = {str(key).replace("-", "_") for key in cluster.additional_parameters}
+    if partition.is_exclusive or "exclusive" in words:
+        return
+    unit = limits.config.get("SelectTypeParameters", "").upper()
+    by_core = "CR_CPU" in unit or "CR_CORE" in unit
+    for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
+    if cluster.cpus_per_task is None and by_core and not words & {"cpus_per_gpu", "ntasks_per_node"} and not for_gpus:
+        why = f"Slurm gives the one task of a node 1 CPU, for {plural(ranks)} with their data and communication threads"
+        yield warn("cpus", "cluster.cpus_per_task is not set", why, f"cluster.cpus_per_task={4 * ranks}")
+    elif cluster.cpus_per_task is not None and cluster.cpus_per_task < ranks:
+        found = f"cluster.cpus_per_task={cluster.cpus_per_task} for {plural(ranks)} on a node"
+        yield warn(
+            "cpus",
+            found,
+            "it is the CPUs of the whole node's ranks; they would share",
+            f"cluster.cpus_per_task={4 * ranks}",
+        )
+    per_cpu = partition.memory_per_cpu_mb or limits.number("DefMemPerCPU")
+    per_node = partition.memory_per_node_mb or limits.number("DefMemPerNode")
+    if cluster.mem_gb is None and not words & {"mem", "mem_per_cpu", "mem_per_gpu"} and (per_cpu or per_node):
+        share = per_node or (per_cpu or 0) * (cluster.cpus_per_task or 1)
+        why = "a job that asks for no memory gets the site's default, and is killed when it uses more"
+        yield warn(
+            "memory", f"cluster.mem_gb is not set: each node gives {share} MB", why, f"cluster.mem_gb={16 * ranks}"
+        )

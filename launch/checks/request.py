@@ -1,0 +1,202 @@
+"""Checks of what a run asks of Slurm against what the cluster has: partition, nodes, time, CPUs, GPUs, memory, arrays.
+
+Pure functions over Slurm's limits and a request. A request that no partition could ever run is an error: Slurm often
+accepts it all the same (EnforcePartLimits=NO) and leaves it pending for good.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from gpt.config import closest
+from launch.checks import nodes as resources
+from launch.checks import preemption
+from launch.checks.facts import Facts, Request
+from launch.checks.findings import PENDS, Finding, Level, fail, fine, has_errors, warn
+from launch.scheduler.limits import Limits, NodeLimits, Partition
+
+
+def check_request(facts: Facts, request: Request) -> list[Finding]:
+    """All checks of one job or array; nothing where no controller answers."""
+    limits = facts.limits
+    if limits is None:
+        return []
+    found, partitions = list(check_partition_names(limits, request)), named_partitions(limits, request)
+    each = [[*check_partition(limits, partition, request, facts)] for partition in partitions]
+    some_fit = any(not has_errors(findings) for findings in each)
+    for findings in each:
+        # Of several partitions Slurm takes the first that can: one that cannot is no obstacle.
+        found += [soften(finding) if some_fit else finding for finding in findings]
+    return [*found, *check_array(limits, request), *check_accounting(limits)]
+
+
+def soften(finding: Finding) -> Finding:
+    """The same, as a warning at most."""
+    return replace(finding, level=Level.warning) if finding.level is Level.error else finding
+
+
+def asked_names(request: Request) -> list[str]:
+    """The partitions that were asked for by name; Slurm takes any of several."""
+    return [name.strip() for name in (request.config.cluster.partition or "").split(",") if name.strip()]
+
+
+def named_partitions(limits: Limits, request: Request) -> list[Partition]:
+    """The partitions the job could go to: those named, or the default."""
+    names = asked_names(request)
+    return [p for p in limits.partitions if (p.name in names if names else p.is_default)]
+
+
+def check_partition_names(limits: Limits, request: Request) -> Iterator[Finding]:
+    """Whether the partitions exist."""
+    there = [partition.name for partition in limits.partitions]
+    names = asked_names(request)
+    for name in names:
+        if name not in there:
+            likely = closest(name, there) or there
+            found = f"cluster.partition={name}, and there are {', '.join(there) or 'none'}"
+            yield fail(
+                "partition", found, "sbatch refuses the job", f"cluster.partition={likely[0] if likely else 'NAME'}"
+            )
+    if not names and not any(partition.is_default for partition in limits.partitions):
+        found = f"no cluster.partition, and none of {', '.join(there) or 'no partitions'} is the default"
+        yield fail("partition", found, "sbatch refuses the job", f"cluster.partition={there[0] if there else 'NAME'}")
+
+
+def check_partition(limits: Limits, partition: Partition, request: Request, facts: Facts) -> Iterator[Finding]:
+    """Everything that depends on the partition, and a word of praise where nothing complains."""
+    groups = facts.machine.groups if facts.machine.user != "root" else None
+    complaints = [
+        *check_state(limits, partition),
+        *check_access(limits, partition, request, groups),
+        *check_time(partition, request),
+        *check_nodes(limits, partition, request),
+        *resources.check_asked(limits, partition, request, eligible(limits, partition, request)),
+        *resources.check_defaults(limits, partition, request),
+    ]
+    if not has_errors(complaints):
+        room = f"{request.config.nodes_asked} of {len(eligible(limits, partition, request))} nodes"
+        yield fine("partition", f"{partition.name}: {room} for {request.config.cluster.timeout_min} min")
+    yield from complaints
+    yield from preemption.check(limits, partition, request)
+
+
+def check_state(limits: Limits, partition: Partition) -> Iterator[Finding]:
+    """Whether the partition takes and starts jobs."""
+    if partition.state == "UP":
+        return
+    others = [p.name for p in limits.partitions if p.state == "UP"]
+    why = "jobs wait there until somebody brings it up" if partition.state == "DOWN" else "sbatch refuses the job"
+    fix = f"cluster.partition={others[0]}" if others else f"scontrol show partition {partition.name}"
+    yield fail("partition", f"partition {partition.name} is {partition.state}", why, fix)
+
+
+def check_access(
+    limits: Limits, partition: Partition, request: Request, groups: Sequence[str] | None
+) -> Iterator[Finding]:
+    """Account, QOS and Unix group, as far as the partition tells. ``groups`` is None for root, who passes."""
+    cluster = request.config.cluster
+    lists = (
+        ("account", cluster.account, partition.allow_accounts, partition.deny_accounts),
+        ("qos", cluster.qos, partition.allow_qos, partition.deny_qos),
+    )
+    for key, value, allowed, denied in lists:
+        if allowed is not None and value is None:
+            # Without accounting Slurm knows no default and 22.05.8 says "Job's account not known", for good.
+            found = f"partition {partition.name} takes {key} {', '.join(allowed)} only, and cluster.{key} is not set"
+            if limits.config.get("AccountingStorageType", "").endswith("/none") and key == "account":
+                yield fail(key, found, PENDS, f"cluster.{key}={allowed[0]}")
+            else:
+                yield warn(key, found, f"your default {key} must be among them", f"cluster.{key}={allowed[0]}")
+        elif allowed is not None and value not in allowed:
+            found = f"cluster.{key}={value}, and partition {partition.name} takes {', '.join(allowed)} only"
+            likely = closest(str(value), allowed) or allowed
+            yield fail(key, found, PENDS, f"cluster.{key}={likely[0]}")
+        elif allowed is None and value is not None and value in (denied or ()):
+            found = f"cluster.{key}={value}, which partition {partition.name} turns away"
+            yield fail(key, found, PENDS, f"cluster.{key}=ANOTHER, or cluster.partition=ANOTHER")
+    if groups is not None and partition.allow_groups is not None and not set(groups) & set(partition.allow_groups):
+        found = f"partition {partition.name} takes groups {', '.join(partition.allow_groups)}, not {', '.join(groups)}"
+        yield fail(
+            "group", found, "sbatch refuses the job", "cluster.partition=ANOTHER, or ask the site for membership"
+        )
+
+
+def check_time(partition: Partition, request: Request) -> Iterator[Finding]:
+    """The time limit, and whether there is time for a save before it."""
+    asked = request.config.cluster.timeout_min
+    if partition.max_time_min is not None and asked > partition.max_time_min:
+        found = f"cluster.timeout_min={asked}, and MaxTime of {partition.name} is {partition.max_time_min:g} min"
+        yield fail("time limit", found, PENDS, f"cluster.timeout_min={int(partition.max_time_min)}")
+    lead, grace = request.config.cluster.signal_delay_s, request.config.resilience.stop_grace_s
+    if grace > lead:
+        found = f"resilience.stop_grace_s={grace} and cluster.signal_delay_s={lead}"
+        why = "Slurm ends the job at its time limit, before a slow save is given up on"
+        yield warn("time limit", found, why, f"cluster.signal_delay_s={grace + 20}")
+
+
+def eligible(limits: Limits, partition: Partition, request: Request) -> list[NodeLimits]:
+    """The nodes of a partition that are not excluded and have the features asked for, usable or not."""
+    wanted = features(request)
+    nodes = limits.nodes_of(partition)
+    return [node for node in nodes if node.name not in request.excluded and wanted <= node.features]
+
+
+def features(request: Request) -> frozenset[str]:
+    """The features every node must have. Only plain names joined by & are understood; the rest is left to Slurm."""
+    text = request.config.cluster.constraint or ""
+    return frozenset(text.split("&")) if re.fullmatch(r"[\w.-]+(&[\w.-]+)*", text) else frozenset()
+
+
+def check_nodes(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
+    """The number of nodes: the partition's limits, those there are, and those that work."""
+    asked, spares, there = request.config.nodes_asked, request.config.spares, limits.nodes_of(partition)
+    words = f"nodes={request.config.nodes}" + (f" and spares={spares}" if spares else "")
+    missing = features(request) - frozenset().union(*(node.features for node in there))
+    for word in sorted(missing):
+        known = sorted(frozenset().union(*(node.features for node in there)))
+        found = f"cluster.constraint={request.config.cluster.constraint}, and no node of {partition.name} has {word}"
+        yield fail("constraint", found, PENDS, f"cluster.constraint={(closest(word, known) or known or ['null'])[0]}")
+    if missing:
+        return
+    left = eligible(limits, partition, request)
+    most = min(len(left), len(left) if partition.max_nodes is None else partition.max_nodes)
+    if asked > most:
+        limit = f"MaxNodes is {most}" if most < len(left) else f"it has {most} that fit cluster.exclude and constraint"
+        fix = f"nodes={max(1, most - spares)}"
+        yield fail("nodes", f"{words} in partition {partition.name}: {limit}", PENDS, fix)
+        return
+    if asked < partition.min_nodes:
+        found = f"{words}, and MinNodes of {partition.name} is {partition.min_nodes}"
+        yield fail("nodes", found, PENDS, f"nodes={partition.min_nodes - spares}")
+    broken = [node for node in left if not node.is_usable]
+    if asked > len(left) - len(broken):
+        shown = ", ".join(f"{node.name} {'+'.join(sorted(node.states))} {node.reason}".strip() for node in broken[:4])
+        found = f"{words}, and {len(left) - len(broken)} of {len(left)} in {partition.name} work: {shown}"
+        fix = f"nodes={max(1, len(left) - len(broken) - spares)}"
+        yield warn("nodes", found, "the job waits until they are back", fix)
+
+
+def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
+    """The size of the job array. MaxArraySize is one more than the highest index."""
+    size, most = len(request.points), limits.number("MaxArraySize")
+    if size > 1 and most is not None and size > most:
+        found = f"an array of {size} points of one shape, and MaxArraySize={most} allows indices up to {most - 1}"
+        fix = (
+            f"sweeps of at most {most} points of one shape for each command"
+            if most > 1
+            else "one command for each point"
+        )
+        yield fail("array", found, "sbatch refuses the array", fix)
+
+
+def check_accounting(limits: Limits) -> Iterator[Finding]:
+    """Whether sacct knows anything. Nothing of ours needs it."""
+    kind = limits.config.get("AccountingStorageType", "")
+    if kind.endswith("/none") or not kind:
+        yield fine(
+            "accounting", "none here, so no sacct: states are read from squeue and the run folder, and that is enough"
+        )
+    else:
+        yield fine("accounting", kind)

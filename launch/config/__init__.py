@@ -1,0 +1,199 @@
+"""The schema of the launcher: a training run, plus where and on how many nodes it happens.
+
+Owns the fields that ``gpt`` does not know. Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from omegaconf import MISSING
+
+from gpt.config import TrainConfig, require_positive, require_range
+from launch.config.cluster import ClusterConfig, ClusterKind, LinksConfig, PlacementConfig
+from launch.errors import ConfigError
+from launch.runs.compose import NOT_IN_POINT as TRAIN_NOT_IN_POINT
+
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
+# ruff: noqa: UP045
+
+__all__ = [
+    "NOT_IN_POINT",
+    "BudgetConfig",
+    "ClusterConfig",
+    "ClusterKind",
+    "Config",
+    "LaunchConfig",
+    "LinksConfig",
+    "PlacementConfig",
+    "ResilienceConfig",
+    "RestartLimits",
+]
+
+NOT_IN_POINT = (
+    *TRAIN_NOT_IN_POINT,
+    "spares",
+    "cluster",
+    "resilience",
+    "budget",
+    "launch",
+    "dry_run",
+    "snapshot",
+    "hydra",
+)
+"""Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
+
+
+@dataclass
+class RestartLimits:
+    """How often a run starts again after each cause; null means as often as it takes."""
+
+    preempted: Optional[int] = None
+    timed_out: Optional[int] = None
+    node_failed: Optional[int] = 10
+    out_of_memory: Optional[int] = 1
+    crashed: Optional[int] = 3
+    hung: Optional[int] = 3
+
+
+@dataclass
+class ResilienceConfig:
+    """What is done when a run is interrupted, and how long things may take before they count as failed."""
+
+    max_restarts: RestartLimits = field(default_factory=RestartLimits)
+    max_without_progress: int = MISSING
+    """After so many attempts in a row that saved no new checkpoint the run stops."""
+    requeue: bool = MISSING
+    """On Slurm, put a run that was preempted or ran into its time limit back into the queue."""
+
+    rendezvous_timeout_s: int = MISSING
+    """Seconds in which all agents of a run must have found each other."""
+    stop_grace_s: int = MISSING
+    """Seconds a run that was told to stop has for its last step and checkpoint before its ranks are killed."""
+    node_timeout_s: int = MISSING
+    """Seconds without a word from a node's agent after which the node counts as lost."""
+    frozen_timeout_s: int = MISSING
+    """Seconds in which the process of a rank has not run at all after which it counts as hung."""
+    hang_timeout_s: int = MISSING
+    """Seconds without progress (a forward and backward pass, a round of an evaluation) after which a rank is hung."""
+    hang_timeout_slow_s: int = MISSING
+    """The same while a rank starts (data, compilation, loading) or writes a checkpoint, which give no sign between."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        for key in ("rendezvous_timeout_s", "stop_grace_s", "max_without_progress", "hang_timeout_slow_s"):
+            require_positive(f"resilience.{key}", getattr(self, key))
+        for key in ("node_timeout_s", "frozen_timeout_s", "hang_timeout_s"):
+            require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
+        for key in ("preempted", "timed_out", "node_failed", "out_of_memory", "crashed", "hung"):
+            limit = getattr(self.max_restarts, key)
+            if limit is not None:
+                require_range(f"resilience.max_restarts.{key}", limit, 0, float("inf"))
+
+
+@dataclass
+class BudgetConfig:
+    """Caps for all points of a command together, over all their attempts.
+
+    An hour of an allocation counts for every GPU in it, from the start of the job to its end.
+    """
+
+    gpu_hours: Optional[float] = None
+    """GPU-hours; at the cap a run saves and stops, and what could exceed it is not submitted. null: no cap."""
+    cost: Optional[float] = None
+    """GPU-hours times cluster.price_per_gpu_hour, in the same currency. null: no cap."""
+    poll_s: float = MISSING
+    """Seconds between two looks at what was used."""
+
+    def validate(self, cluster: ClusterConfig) -> None:
+        """Raise ConfigError where a number is out of its range, or nobody knows what is to be counted."""
+        require_range("budget.poll_s", self.poll_s, 0.1, 3600)
+        for key in ("gpu_hours", "cost"):
+            cap = getattr(self, key)
+            if cap is None:
+                continue
+            require_positive(f"budget.{key}", cap)
+            if not cluster.gpus_per_node:
+                raise ConfigError(
+                    f"budget.{key}={cap:g}, and nodes that are not said to have GPUs",
+                    "cluster.gpus_per_node, by which the hours of a node are counted; without GPUs, "
+                    "cluster.timeout_min and resilience.max_restarts bound a run",
+                    f"cluster.gpus_per_node=8, or budget.{key}=null",
+                )
+        if self.cost is not None and cluster.price_per_gpu_hour is None:
+            raise ConfigError(
+                f"budget.cost={self.cost:g} without a price",
+                "what an hour of one GPU costs",
+                "cluster.price_per_gpu_hour=2.5, or budget.gpu_hours=N in place of budget.cost",
+            )
+
+
+@dataclass
+class LaunchConfig:
+    """What the command does after it has submitted."""
+
+    detach: bool = MISSING
+    """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only.
+
+    Where they may have to be moved (cluster.placement), a process that does it stays behind on this machine."""
+    poll_s: float = MISSING
+    """Seconds between two looks at Slurm's queue while the command follows its jobs, 0.5 to 3600."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        require_range("launch.poll_s", self.poll_s, 0.5, 3600)
+
+
+@dataclass
+class Config(TrainConfig):
+    """One point of a sweep."""
+
+    nodes: int = 1
+    """Nodes of the run; one agent is started on each."""
+    ranks_per_node: Optional[int] = None
+    """Processes on each node; null means cluster.gpus_per_node, or 1."""
+    spares: int = 0
+    """Slurm only: nodes asked for beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
+    dry_run: bool = False
+    """Print the plan and the sbatch text, and submit nothing."""
+    snapshot: bool = False
+    """Run from a copy of the code taken at submission, however the checkout changes while the job waits."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+
+    @property
+    def ranks_on_node(self) -> int:
+        """Processes on each node, with the default resolved."""
+        return self.ranks_per_node or self.cluster.gpus_per_node or 1
+
+    @property
+    def nodes_asked(self) -> int:
+        """Nodes of the allocation."""
+        return self.nodes + self.spares
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_on_node
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first thing that cannot work."""
+        super().validate()
+        require_positive("nodes", self.nodes)
+        require_range("spares", self.spares, 0, float("inf"))
+        if self.ranks_per_node is not None:
+            require_positive("ranks_per_node", self.ranks_per_node)
+        self.cluster.validate()
+        self.resilience.validate()
+        self.budget.validate(self.cluster)
+        self.launch.validate()
+        gpus = self.cluster.gpus_per_node
+        if gpus and self.ranks_on_node > gpus:
+            raise ConfigError(
+                f"ranks_per_node={self.ranks_on_node} on nodes with cluster.gpus_per_node={gpus}",
+                "at most one rank for each GPU",
+                f"ranks_per_node={gpus}",
+            )

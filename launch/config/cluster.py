@@ -1,0 +1,183 @@
+"""The schema of where nodes come from and what they are: the keys under ``cluster``.
+
+Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import astuple, dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from gpt.config import require_positive, require_range
+from launch.errors import ConfigError
+
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
+# ruff: noqa: UP045
+
+
+class ClusterKind(Enum):
+    """``auto`` is slurm where sbatch is found and a controller answers, local elsewhere."""
+
+    auto = "auto"
+    local = "local"
+    slurm = "slurm"
+
+
+def require_cluster_name(key: str, name: str | None) -> None:
+    """Raise ConfigError where this is not the name of one cluster; null is the one the command talks to."""
+    if name is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+        raise ConfigError(
+            f"{key}={name}", "the name of one cluster, as sacctmgr show clusters prints it", f"{key}=NAME, or null"
+        )
+
+
+@dataclass
+class PlacementConfig:
+    """One candidate of ``cluster.placement``. What is null is as ``cluster`` says."""
+
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    constraint: Optional[str] = None
+    gres: Optional[str] = None
+    """Generic resources of each node there; where they name GPUs they stand for gpus_per_node."""
+    gpus_per_node: Optional[int] = None
+    """GPUs of each node there. Ranks stay as many as they are: their number is the run's, not the partition's."""
+    cluster: Optional[str] = None
+    """Another cluster that this one's slurmdbd knows (sbatch --clusters); it must see the same folders."""
+    price_per_gpu_hour: Optional[float] = None
+    """What a GPU costs there for an hour, in the site's currency."""
+
+
+@dataclass
+class LinksConfig:
+    """What the nodes send each other at; null is what the vendor's own system with such GPUs has, or 100 Gbit/s between
+    nodes and PCIe inside. parallel=auto ranks layouts by it. ``python -m launch.doctor --on-cluster`` measures it."""
+
+    inside_gb_per_s: Optional[float] = None
+    """From one GPU to the others of its node, in one direction, 10^9 bytes a second."""
+    between_gb_per_s: Optional[float] = None
+    """From a node to others, all its network adapters together, in one direction, 10^9 bytes a second."""
+    inside_us: float = 2.0
+    """What a message inside a node takes beside its bytes, microseconds."""
+    between_us: float = 5.0
+    """What a message between nodes takes beside its bytes, microseconds."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        for key in ("inside_gb_per_s", "between_gb_per_s"):
+            if getattr(self, key) is not None:
+                require_positive(f"cluster.links.{key}", getattr(self, key))
+        for key in ("inside_us", "between_us"):
+            require_range(f"cluster.links.{key}", getattr(self, key), 0, float("inf"))
+
+
+@dataclass
+class ClusterConfig:
+    """Where the nodes come from. All but ``kind`` and the times is for Slurm."""
+
+    kind: ClusterKind = MISSING
+    cluster: Optional[str] = None
+    """Another cluster that this one's slurmdbd knows (sbatch --clusters), with the same folders; null: this one."""
+    timeout_min: int = MISSING
+    """Time limit of a job, minutes (sbatch --time)."""
+    signal_delay_s: int = MISSING
+    """Seconds before the time limit at which SIGUSR2 asks the run to save and leave (sbatch --signal)."""
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    constraint: Optional[str] = None
+    exclude: Optional[str] = None
+    """Nodes not to use."""
+    gres: Optional[str] = None
+    """Generic resources of each node, where gpus_per_node does not say it."""
+    gpus_per_node: Optional[int] = None
+    """GPUs of each node; one rank is started on each of them unless ranks_per_node says otherwise."""
+    gpu_memory_gib: Optional[float] = None
+    """Memory of one GPU, GiB; where it is said, a run that does not fit is refused."""
+    gpu_name: Optional[str] = None
+    """What a GPU calls itself (nvidia-smi -L, or torch.cuda.get_device_name()), such as NVIDIA H100 80GB HBM3; by it
+    peak, memory and links are known (gpt/accounting/hardware.py)."""
+    gpu_tflops: Optional[float] = None
+    """Dense peak of one GPU in the precision of the run, TFLOP/s; null is what is known of gpu_name."""
+    attainable: float = 0.5
+    """The share of that peak at which a pass computes while it sends nothing; parallel=auto only."""
+    links: LinksConfig = field(default_factory=LinksConfig)
+    cpus_per_task: Optional[int] = None
+    """CPUs of each node for all of its ranks: there is one task, the agent, on a node."""
+    mem_gb: Optional[float] = None
+    """Memory of each node, GB."""
+    price_per_gpu_hour: Optional[float] = None
+    """What a GPU costs for an hour, in the site's currency."""
+    placement: list[PlacementConfig] = field(default_factory=list)
+    """Where to try, in this order: a point that waits longer than retry_interval_min moves to the next candidate, round
+    and round. What a candidate does not say is as above; with no candidate the run stays where ``cluster`` puts it."""
+    retry_interval_min: float = 30.0
+    """How long a point waits in one place before it moves to the next, minutes, fractions allowed. It loses the
+    priority that its age has earned it there."""
+    give_up_after_min: Optional[float] = None
+    """A point that waits longer than this, minutes, over all places, is taken out of the queue; null: it waits on."""
+    comment: Optional[str] = None
+    array_parallelism: int = 256
+    """Most elements of a job array that run at the same time."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines of the batch script before the run: module load, conda activate, export."""
+    srun_args: list[str] = field(default_factory=list)
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    """Any other sbatch option, name without dashes: value."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        require_positive("cluster.timeout_min", self.timeout_min)
+        require_range("cluster.signal_delay_s", self.signal_delay_s, 0, 60 * self.timeout_min)
+        require_positive("cluster.array_parallelism", self.array_parallelism)
+        for key in ("gpus_per_node", "gpu_memory_gib", "gpu_tflops", "cpus_per_task", "mem_gb", "price_per_gpu_hour"):
+            if getattr(self, key) is not None:
+                least = 0 if key in ("gpus_per_node", "price_per_gpu_hour") else 1
+                require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
+        require_range("cluster.attainable", self.attainable, 0.01, 1)
+        self.links.validate()
+        self.validate_cluster()
+        self.validate_placement()
+
+    def validate_cluster(self) -> None:
+        """Raise ConfigError where it is not one cluster that a job goes to."""
+        for key in ("clusters", "M"):
+            if key in self.additional_parameters:
+                raise ConfigError(
+                    f"cluster.additional_parameters.{key}={self.additional_parameters[key]}",
+                    "one cluster, which the launcher asks about the job later",
+                    "cluster.cluster=NAME, or cluster.placement='[{cluster: A}, {cluster: B}]' for several",
+                )
+        require_cluster_name("cluster.cluster", self.cluster)
+
+    def validate_placement(self) -> None:
+        """Raise ConfigError where the candidates, or the times they are tried for, make no sense."""
+        require_positive("cluster.retry_interval_min", self.retry_interval_min)
+        if self.give_up_after_min is not None:
+            require_positive("cluster.give_up_after_min", self.give_up_after_min)
+            if len(self.placement) > 1 and self.give_up_after_min <= self.retry_interval_min:
+                raise ConfigError(
+                    f"cluster.give_up_after_min={self.give_up_after_min:g} and "
+                    f"cluster.retry_interval_min={self.retry_interval_min:g}",
+                    "time for more than the first candidate of cluster.placement",
+                    f"cluster.give_up_after_min={len(self.placement) * self.retry_interval_min:g}",
+                )
+        for index, candidate in enumerate(self.placement):
+            key = f"cluster.placement[{index}]"
+            if candidate.gpus_per_node is not None:
+                require_range(f"{key}.gpus_per_node", candidate.gpus_per_node, 0, float("inf"))
+            if candidate.price_per_gpu_hour is not None:
+                require_range(f"{key}.price_per_gpu_hour", candidate.price_per_gpu_hour, 0, float("inf"))
+            require_cluster_name(f"{key}.cluster", candidate.cluster)
+            twice = [i for i, other in enumerate(self.placement[:index]) if astuple(other) == astuple(candidate)]
+            if twice:
+                raise ConfigError(
+                    f"{key} is the same as cluster.placement[{twice[0]}]",
+                    "candidates that differ: a move to the same place only loses the wait there",
+                    "cluster.placement='[{partition: A}, {partition: B}]'",
+                )

@@ -1,0 +1,1 @@
+"""Submitted runs: how they are submitted, followed, shown, stopped and moved."""

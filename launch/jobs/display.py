@@ -1,0 +1,163 @@
+"""Shows how submitted points go on, and waits for their end.
+
+Owns the progress bars of a terminal and the plain lines where there is none. Decides nothing but which local point
+starts next; where one on Slurm waits is decided in ``launch.plan.placement``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from launch.cancel import Stop
+from launch.jobs.failover import Mover
+from launch.jobs.handles import SlurmJob, Waiting
+from launch.jobs.status import Point, look
+from launch.jobs.submit import record_submitted, start_local
+from launch.scheduler.client import SlurmError
+
+POLL_S = 0.5
+PLAIN_LINE_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def state_words(point: Point) -> str:
+    """The state, and why where that is known."""
+    return f"{point.state} ({point.detail})" if point.detail else point.state
+
+
+def status_words(point: Point) -> str:
+    """tokens/s, loss and ETA of a point, as far as they are known."""
+    if not point.latest:
+        return ""
+    words = f"{point.latest['tokens_per_s']:>9,.0f} tokens/s  loss {point.latest['loss']:.4f}"
+    if point.eta_s and not point.is_over:
+        words += f"  ETA {duration(point.eta_s)}"
+    return words
+
+
+def plain_line(point: Point) -> str:
+    """One point as a line of text."""
+    step = point.latest.get("step", 0)
+    return f"{point.name:<24} {state_words(point):<9} step {step}/{point.max_steps}  {status_words(point)}".rstrip()
+
+
+class Display:
+    """Bars on a terminal; elsewhere a line whenever a state changes, and every few seconds while steps are made."""
+
+    def __init__(self, console: Console, points: Sequence[Point]) -> None:
+        self._console = console
+        self._tasks: dict[int, TaskID] = {}
+        self._shown: dict[int, tuple[str, int, float]] = {}
+        self._told: set[tuple[int, int]] = set()
+        self._problem = False
+        self._bars: Progress | None = None
+        if console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                TextColumn("{task.fields[state]:<9}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[words]}"),
+                console=console,
+            )
+            for point in points:
+                self._tasks[id(point)] = self._bars.add_task(
+                    point.name, total=point.max_steps, state="queued", words=""
+                )
+            self._bars.start()
+
+    def show(self, point: Point) -> None:
+        """Show ``point`` as it is now."""
+        self._show_changes(point)
+        step = int(point.latest.get("step", 0))
+        if self._bars is not None:
+            task, words = self._tasks[id(point)], status_words(point)
+            self._bars.update(task, completed=step, state=state_words(point), words=words)
+            return
+        state, last_step, at = self._shown.get(id(point), ("", -1, 0.0))
+        moved = step != last_step and time.monotonic() - at >= PLAIN_LINE_S
+        if state_words(point) != state or moved:
+            self._shown[id(point)] = (state_words(point), step, time.monotonic())
+            self._console.print(plain_line(point), highlight=False, soft_wrap=True)
+
+    def _show_changes(self, point: Point) -> None:
+        """Say once what an attempt runs on that the one before it did not, unless the submission has said so."""
+        for event in point.events():
+            words = f"changed since attempt {event.get('since')}: {event.get('cause')}"
+            known = point.plan is not None and any(words in warning for warning in point.plan.warnings)
+            key = (id(point), event.get("attempt", 0))
+            if event["event"] == "code_changed" and not known and key not in self._told:
+                self._told.add(key)
+                text = f"warning: {point.name}, attempt {event['attempt']}: {words}"
+                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def show_problem(self, problem: SlurmError | None) -> None:
+        """Say once that Slurm does not answer, and once that it does again."""
+        if problem is not None and not self._problem:
+            self._console.print(
+                f"{problem}\nthe jobs go on; asking again until Slurm answers", highlight=False, markup=False
+            )
+        elif problem is None and self._problem:
+            self._console.print("Slurm answers again", highlight=False)
+        self._problem = problem is not None
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def watch(points: Sequence[Point], console: Console, slurm_poll_s: float) -> None:
+    """Follow the points to their end, starting local ones one after another; ask Slurm every ``slurm_poll_s``.
+
+    A Slurm that does not answer is asked again: its jobs go on without us.
+    """
+    display, mover = Display(console, points), Mover(console)
+    try:
+        while watched := [point for point in points if not point.is_over]:
+            start_next_local(watched)
+            display.show_problem(look(watched, retries=1) or mover.step(watched))
+            for point in watched:
+                display.show(point)
+            time.sleep(poll_s(watched, slurm_poll_s))
+    finally:
+        display.close()
+
+
+def poll_s(points: Sequence[Point], slurm_poll_s: float) -> float:
+    """Seconds between two looks at points: longer where a controller that many share has to be asked."""
+    return slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in points) else POLL_S
+
+
+def start_next_local(points: Sequence[Point]) -> None:
+    """Start the next local point once the one before is over: side by side they would measure each other."""
+    local = [p for p in points if p.plan is not None and p.plan.cluster == "local" and not p.is_over]
+    if any(p.job is not None for p in local):
+        return
+    for point in local:
+        Waiting(point.folder).leave()
+        if is_cancelled(point):
+            point.state = "cancelled"
+            continue
+        assert point.plan is not None
+        point.job = start_local(point.plan)
+        point.state = "running"
+        record_submitted(point.plan, point.job.job_id)
+        if is_cancelled(point):  # in the moment of its start
+            Stop(point).push()
+        return
+
+
+def is_cancelled(point: Point) -> bool:
+    """Whether somebody has cancelled the point since it was planned."""
+    return any(e["event"] == "cancelled" for e in point.events())

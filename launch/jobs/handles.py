@@ -1,0 +1,233 @@
+"""What becomes of a submitted point: a Slurm job, an element of a job array, or agents on this machine.
+
+Owns asking a job how it is, asking it to leave, and ending it; by the job's id, so that any process can, not only the
+one that submitted it. Must not know how a job is submitted, nor what its ledger says.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from submitit.core.utils import JobPaths
+
+from launch.agent import processes
+from launch.runs.folder import RunFolder
+from launch.scheduler import client as scheduler
+from launch.scheduler.client import JobState
+
+SECOND_SIGNAL_S = 0.5  # two signals that are pending at the same time count as one
+
+
+@dataclass(frozen=True)
+class Standing:
+    """``queued``, ``running``, ``over``, or ``unknown`` where it cannot be told from here; and why."""
+
+    state: str
+    detail: str = ""
+    partition: str = ""
+    """Where it waits."""
+    since: float | None = None
+    """When it began to wait there, Unix seconds; None where nothing can take it out of the queue."""
+    reason: str = ""
+    """Why it waits, in Slurm's word."""
+
+
+class Job(Protocol):
+    """A submitted point."""
+
+    job_id: str
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others: its id, and the cluster that counts so where that is not the local one."""
+        ...
+
+    def standing(self, queue: Mapping[str, JobState]) -> Standing:
+        """How it is. ``queue`` is what squeue said of jobs by name, asked once for all of them."""
+        ...
+
+    def stop(self, state: str) -> None:
+        """Ask for a save and an end, or take it out of the queue; ``state`` is its standing's."""
+        ...
+
+    def kill(self) -> None:
+        """End it now."""
+        ...
+
+
+def submitit_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
+    """Where submitit keeps its pickles and the agents' logs: beside the points, on the shared filesystem.
+
+    Another cluster has a folder of its own, as its jobs may have the numbers of jobs here.
+    """
+    return Path(run_dir).parent / ".submitit" / (f"on-{cluster}" if cluster else "")
+
+
+def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
+    """What the agent of a node printed: standard output and standard error. They may not be there."""
+    cluster = job.cluster if isinstance(job, SlurmJob) else None
+    paths = JobPaths(submitit_folder(run_dir, cluster) / "%j", job.job_id, node)
+    return [Path(paths.stdout), Path(paths.stderr)]
+
+
+class SlurmJob:
+    """A Slurm job, or one element of a job array; of another cluster where ``cluster`` names one."""
+
+    def __init__(self, job_id: str, cluster: str | None = None) -> None:
+        self.job_id = job_id
+        self.cluster = cluster
+
+    @property
+    def name(self) -> str:
+        """In the words of sbatch."""
+        return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
+
+    def standing(self, queue: Mapping[str, JobState]) -> Standing:
+        """Over, where the controller has forgotten it, some minutes after its end."""
+        known = queue.get(self.name)
+        if known is None:
+            return Standing("over")
+        if known.is_over:
+            return Standing("over", "" if known.state == "COMPLETED" else known.state)
+        if not known.is_waiting:
+            return Standing("running", "" if known.state == "RUNNING" else known.state)
+        starts = f"starts {known.start}" if known.start else ""
+        reason = known.reason.replace("None", "")
+        detail = ", ".join(part for part in (reason, starts) if part)
+        pending = known.state == "PENDING"  # and not, say, waiting for its nodes to boot
+        return Standing("queued", detail, known.partition, known.submitted if pending else None, reason)
+
+    def stop(self, state: str) -> None:
+        """A job that waits is taken out of the queue; the agents of one that runs turn SIGTERM into a save."""
+        if state == "queued":
+            self.take_out()
+        else:
+            scheduler.signal_job(self.job_id, "TERM", self.cluster)
+
+    def take_out(self) -> None:
+        """Take it out of the queue; one that has started meanwhile is left alone."""
+        scheduler.cancel(self.job_id, self.cluster, only_waiting=True)
+
+    def kill(self) -> None:
+        """Slurm sends SIGTERM, and SIGKILL after its KillWait."""
+        scheduler.cancel(self.job_id, self.cluster)
+
+
+class LocalJob:
+    """The agents of a point on one machine, under a controller process of submitit."""
+
+    def __init__(self, job_id: str, host: str, process: subprocess.Popen[bytes] | None = None) -> None:
+        self.job_id = job_id
+        self._host = host
+        self._process = process
+        """Given by the launcher that started it, which has to ask after its child for it to go."""
+        self._asked = False
+
+    @property
+    def name(self) -> str:
+        """The number of its controller's process."""
+        return self.job_id
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the controller runs."""
+        return is_local_job(int(self.job_id)) if self._process is None else self._process.poll() is None
+
+    def standing(self, queue: Mapping[str, JobState]) -> Standing:
+        """Known on the machine it runs on only."""
+        if self._host != os.uname().nodename:
+            return Standing("unknown", f"local run on {self._host}; ask there")
+        return Standing("running" if self.is_alive else "over")
+
+    def stop(self, state: str) -> None:
+        """The controller hands SIGTERM on to every agent."""
+        self._asked = True
+        self._terminate()
+
+    def kill(self) -> None:
+        """A second SIGTERM has the agents end their ranks at once."""
+        if not self._asked:
+            self.stop("running")
+            time.sleep(SECOND_SIGNAL_S)
+        self._terminate()
+
+    def _terminate(self) -> None:
+        if self._host == os.uname().nodename and self.is_alive:
+            try:
+                os.kill(int(self.job_id), signal.SIGTERM)
+            except ProcessLookupError:  # it has just ended
+                return
+
+
+def is_local_job(pid: int) -> bool:
+    """Whether process ``pid`` is a submitit controller that still runs."""
+    try:
+        return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def job_of(event: Mapping[str, Any]) -> Job:
+    """The job of a ledger's ``submitted`` event."""
+    if event["cluster"] == "local":
+        return LocalJob(str(event["job_id"]), str(event.get("host")))
+    return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
+
+
+def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
+    """What squeue says of those jobs that are Slurm's, by name, in one question to each cluster. Raises SlurmError."""
+    by_cluster: dict[str | None, set[str]] = {}
+    for job in jobs:
+        if isinstance(job, SlurmJob):
+            by_cluster.setdefault(job.cluster, set()).add(job.job_id)
+    return {
+        SlurmJob(number, cluster).name: state
+        for cluster, numbers in by_cluster.items()
+        for number, state in scheduler.job_states(numbers, retries, cluster).items()
+    }
+
+
+def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """The job that still works on a run folder, from its ledger, or None."""
+    submitted = [e for e in events if e["event"] == "submitted"]
+    if not submitted:
+        return None
+    job = job_of(submitted[-1])
+    standing = job.standing(ask_queue([job]))
+    if standing.state not in ("queued", "running"):
+        return None
+    kind = "process" if isinstance(job, LocalJob) else "job"
+    return f"{kind} {job.name}, {standing.state}"
+
+
+class Waiting:
+    """A local point that waits for the ones before it, noted in its folder while its launcher lives."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._note = folder.path / ".launch" / "waiting"
+
+    def enter(self, events_before: int) -> None:
+        """Note that this process will start the point, and how many events are history by then."""
+        self._note.parent.mkdir(parents=True, exist_ok=True)
+        pid = os.getpid()
+        self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")
+
+    def leave(self) -> None:
+        """The point starts, or never will."""
+        self._note.unlink(missing_ok=True)
+
+    def since(self) -> int | None:
+        """The number of events that are history; None where the point does not wait, or its launcher is gone."""
+        try:
+            host, pid, start, events_before = self._note.read_text().split()
+        except (FileNotFoundError, ValueError):
+            return None
+        lives = host == os.uname().nodename and processes.start_time(int(pid)) == start
+        return int(events_before) if lives else None

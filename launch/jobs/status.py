@@ -1,0 +1,245 @@
+"""How a point stands: the state of its job, what its ledger says, and its newest steps.
+
+Owns putting these three together, for points this process submitted and for run folders found later. Where the queue
+has forgotten a job, the ledger decides. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpt.config import TrainConfig
+from launch.agent.restart_policy import last_command
+from launch.jobs.handles import Job, SlurmJob, Standing, Waiting, ask_queue, job_of
+from launch.plan.plan import Plan
+from launch.runs.compose import read_config
+from launch.runs.failures import first_failure
+from launch.runs.folder import RunFolder
+from launch.runs.records import recent_records
+from launch.scheduler.client import RETRIES, JobState, SlurmError
+
+OVER = ("finished", "failed", "stopped", "cancelled", "budget", "gave up")
+ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
+
+
+@dataclass
+class Point:
+    """One point and what was last seen of it."""
+
+    folder: RunFolder
+    job: Job | None = None
+    """None where nothing was submitted, or not yet."""
+    nodes: int | None = None
+    max_steps: int | None = None
+    plan: Plan | None = None
+    """Of a point that this process submits."""
+    attempts_before: int = 0
+    """Attempts there were before this submission: their records are history."""
+    events_before: int = 0
+    """Events there were before this submission."""
+    state: str = "queued"
+    """queued, running, one of OVER, ``not started``, or ``unknown``."""
+    detail: str = ""
+    """Why it waits, or how Slurm says it ended."""
+    standing: Standing = field(default_factory=lambda: Standing("unknown"))
+    """What Slurm, or this machine, last said of its job."""
+    latest: dict[str, Any] = field(default_factory=dict)
+    """The newest record of rank 0 since this submission."""
+    eta_s: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the point."""
+        return self.folder.point
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the ledger says since this submission."""
+        return self.folder.read_events()[self.events_before :]
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts since this submission."""
+        return [number for number in self.folder.attempts() if number > self.attempts_before]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in OVER
+
+    def failure(self, attempt: int | None = None) -> dict[str, Any] | None:
+        """The first failure of an attempt; by default of the newest since this submission."""
+        attempt = attempt or max(self.attempts(), default=None)
+        return None if attempt is None else first_failure(self.folder.read_events(), attempt)
+
+
+def new_point(plan: Plan) -> Point:
+    """A point that is about to be submitted."""
+    folder = RunFolder(plan.run_dir)
+    return Point(
+        folder,
+        nodes=plan.nodes,
+        max_steps=plan.max_steps,
+        plan=plan,
+        attempts_before=max(folder.attempts(), default=0),
+        events_before=len(folder.read_events()),
+    )
+
+
+def find_point(folder: RunFolder) -> Point:
+    """The point of a run folder, with its last submission, or the one that waits to be made."""
+    plan, events = promised(folder), folder.read_events()
+    start = Waiting(folder).since()
+    if start is None:
+        start = last_command(events)
+    point = Point(
+        folder,
+        nodes=plan.get("nodes"),
+        max_steps=plan.get("max_steps"),
+        attempts_before=max((e["attempt"] for e in events[:start] if e.get("attempt") is not None), default=0),
+        events_before=start,
+    )
+    adopt_job(point)
+    return point
+
+
+def promised(folder: RunFolder) -> dict[str, Any]:
+    """``plan.json``, or as much of it as the config of a run without one says."""
+    if folder.plan.is_file():
+        plan = json.loads(folder.plan.read_text())
+        assert isinstance(plan, dict)
+        return plan
+    if folder.config.is_file():
+        return {"max_steps": read_config(folder, TrainConfig).optim.max_steps}
+    return {}
+
+
+def look(points: Sequence[Point], retries: int = RETRIES) -> SlurmError | None:
+    """Bring the points up to date, with one question to Slurm for all of them; ``retries`` 1 for who asks again anyway.
+
+    Returns:
+        Why Slurm did not answer, or None. The points of its jobs then keep the state they had.
+    """
+    for point in points:
+        adopt_job(point)
+    try:
+        queue, problem = ask_queue((point.job for point in points), retries), None
+    except SlurmError as error:
+        queue, problem = {}, error
+    for point in points:
+        if problem is None or not isinstance(point.job, SlurmJob):
+            judge(point, queue)
+        read_steps(point)  # after the verdict: a run that is over has made its last step
+    return problem
+
+
+def judge(point: Point, queue: Mapping[str, JobState]) -> None:
+    """Set state and detail from the queue and the ledger."""
+    if point.job is None:
+        point.state, point.detail = without_job(point)
+    else:
+        point.standing = standing = point.job.standing(queue)
+        point.state, point.detail = standing.state, standing.detail
+        if standing.state == "over":
+            known = queue.get(point.job.name)
+            out = known is None or known.state == "CANCELLED"
+            point.state, point.detail = without_place(point.events(), out) or (verdict(point), standing.detail)
+        if point.state == "budget":
+            point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
+
+
+PLACED = ("submitted", "moved", "gave_up", "stayed")
+"""Events that say where a point waits: the last of them holds."""
+
+
+def last_placed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last event that says where the point waits; None where it ran after that."""
+    for event in reversed(events):
+        if event["event"] in PLACED:
+            return event
+        if event["event"] in ("agent_started", "started"):
+            return None
+    return None
+
+
+def without_place(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, str] | None:
+    """State and detail of a point whose launcher took it out of the queue, to put it elsewhere or for good."""
+    last = last_placed(events)
+    if last is not None and last["event"] == "gave_up":
+        return "gave up", str(last["cause"])
+    if last is not None and last["event"] == "moved" and is_out and all(e["event"] != "cancelled" for e in events):
+        return "queued", f"on its way to {last['to']}"
+    return None
+
+
+def adopt_job(point: Point) -> None:
+    """Find the job of a point that some process has submitted, or moved."""
+    submitted = [e for e in point.events() if e["event"] == "submitted"]
+    if not submitted:
+        return
+    newest = job_of(submitted[-1])
+    if point.job is None or (isinstance(point.job, SlurmJob) and newest.name != point.job.name):
+        point.job = newest
+
+
+def without_job(point: Point) -> tuple[str, str]:
+    """State and detail of a point that waits here, or of a run that nobody submitted, as with ``gpt.train``."""
+    events = point.events()
+    cancelled = any(e["event"] == "cancelled" for e in events)
+    if Waiting(point.folder).since() is not None:
+        return ("cancelled", "") if cancelled else ("queued", "after the points before it")
+    if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in since_last_start(events)}:
+        return verdict(point), ""
+    return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
+
+
+def judge_by_ledger(points: Sequence[Point]) -> None:
+    """Set the states of Slurm's points without Slurm, as far as their ledgers go."""
+    for point in points:
+        if isinstance(point.job, SlurmJob):
+            ended = ENDED & {e["event"] for e in since_last_start(point.events())}
+            gave_up = without_place(point.events(), is_out=False)
+            point.state = gave_up[0] if gave_up else verdict(point) if ended or point.failure() else "unknown"
+            point.detail = "" if point.is_over else "Slurm does not answer"
+            point.eta_s = None
+
+
+def since_last_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Events from the last ``started`` on."""
+    return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
+
+
+def verdict(point: Point) -> str:
+    """How a point whose job is over ended: its ledger says so, and silence is a failure."""
+    events = point.events()
+    names = {e["event"] for e in events}
+    ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)
+    attempts = [e["attempt"] for e in events if e.get("attempt") is not None]
+    # What fails after a cancel, or at the cap, failed because of it.
+    before = events if ended is None else events[: events.index(ended)]
+    if attempts and first_failure(before, max(attempts)):
+        return "failed"
+    if "finished" in names:
+        return "finished"
+    if ended is not None:
+        return "cancelled" if ended["event"] == "cancelled" else "budget"
+    return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
+
+
+def read_steps(point: Point) -> None:
+    """Read the newest steps, and from their times when the rest of a running point will be done."""
+    point.eta_s = None
+    records = recent_records(point.folder.metrics(0))
+    new = [record for record in records if record["attempt"] > point.attempts_before]
+    if new:
+        point.latest = new[-1]
+        if point.max_steps is not None and point.state == "running":
+            left = point.max_steps - point.latest["step"]
+            point.eta_s = left * statistics.median(record["step_time_s"] for record in new)
+
+
+def saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
+    """The step of the newest checkpoint that the ledger knows of."""
+    return max((e["step"] for e in events if e["event"] == "saved"), default=None)

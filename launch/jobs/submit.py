@@ -1,0 +1,188 @@
+"""Plans -> jobs, through submitit: a job array for each shape of resources on Slurm, one process group at a time here.
+
+Owns what a submission looks like; what becomes of it is ``launch.jobs``. What runs inside a job is ``launch.agent``;
+its pickle holds only the path of the run folder, so that a requeued job reads everything else afresh.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launch.agent import main as agent
+from launch.agent.stop import OWNER
+from launch.jobs.handles import LocalJob, SlurmJob, submitit_folder
+from launch.plan.capacity import visible_gpus
+from launch.plan.code_copy import RUNS_FROM, running_from
+from launch.plan.placement import after, cluster_of
+from launch.plan.plan import Plan
+from launch.runs.folder import RunFolder
+from launch.scheduler.client import BUSY, SlurmBusyError, SlurmError
+
+INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
+INHERITED_NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    RUNS_FROM,
+)
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
+"""What tells the client which cluster to talk to stays."""
+
+
+@contextmanager
+def clean_environment() -> Iterator[None]:
+    """Hide what an enclosing job or launcher left in the environment: it would bind and name the new job's processes.
+
+    An inherited SLURM_CPU_BIND alone was seen to slow runs three times over.
+    """
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if (name.startswith(INHERITED) or name in INHERITED_NAMES) and name not in KEPT
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Group plans that ask Slurm for the same resources, there and elsewhere, in order of first appearance."""
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement)]
+        key = json.dumps(asked, sort_keys=True, default=str)
+        groups.setdefault(key, []).append(plan)
+    return list(groups.values())
+
+
+def sbatch_text(plans: Sequence[Plan]) -> str:
+    """The batch script that submitit writes for plans of one shape. Needs no Slurm."""
+    folder = jobs_folder(plans[0])
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    count = len(plans) if len(plans) > 1 else None
+    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **plans[0].slurm)
+    assert isinstance(text, str)
+    return text
+
+
+def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
+    """Submit plans of one shape: a job array, or a plain job where there is one plan. In the plans' order.
+
+    Raises:
+        SlurmBusyError: the controller did not answer.
+        SlurmError: sbatch refused.
+    """
+    try:
+        return submit_calls(jobs_folder(plans[0]), plans[0].slurm, agent.run, [plan.run_dir for plan in plans])
+    except FailedJobError as error:
+        busy = any(word in str(error).lower() for word in BUSY)
+        raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
+
+
+def submit_calls(
+    folder: Path, resources: Mapping[str, Any], function: Callable[[str], object], arguments: Sequence[str]
+) -> list[SlurmJob]:
+    """Submit calls of a function of one argument, on every node: a job array, or a plain job where there is one call.
+
+    Args:
+        folder: where submitit keeps what belongs to a job; ``%j`` in it stands for the job's number.
+        resources: what each job asks for, in submitit's words.
+
+    Raises:
+        submitit.core.utils.FailedJobError: sbatch refused.
+    """
+    executor = submitit.SlurmExecutor(folder=folder)
+    executor.update_parameters(**resources)
+    with clean_environment(), executor.batch() if len(arguments) > 1 else nullcontext():
+        jobs = [executor.submit(function, argument) for argument in arguments]
+    return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
+
+
+def jobs_folder(plan: Plan) -> Path:
+    """Where submitit keeps what belongs to a job, by its number."""
+    return submitit_folder(plan.run_dir, cluster_of(plan.slurm)) / "%j"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The jobs of plans of one shape, and the candidate of their placement that took them."""
+
+    candidate: int
+    jobs: list[SlurmJob]
+    refused: dict[int, str]
+    """Candidates that sbatch refused before, and why."""
+
+
+def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submitted:
+    """Submit plans of one shape to a candidate of their placement, or to the next that sbatch does not refuse.
+
+    Raises:
+        SlurmBusyError: the controller did not answer.
+        SlurmError: sbatch refused them everywhere.
+    """
+    placement, refused = plans[0].placement, dict[int, str]()
+    while True:
+        try:
+            return Submitted(candidate, submit_slurm([plan.at(candidate) for plan in plans]), refused)
+        except SlurmBusyError:
+            raise
+        except SlurmError as error:
+            refused[candidate] = refusal_words(error)
+            placement = placement.without(candidate, refused[candidate])
+            following = after(placement, candidate)
+            if following is None and len(refused) == 1:
+                raise
+            if following is None:
+                reasons = (f"\n  {placement.candidates[index].name}: {why}" for index, why in refused.items())
+                raise SlurmError(f"sbatch refuses it at every candidate:{''.join(reasons)}") from error
+            candidate = following
+
+
+def refusal_words(error: SlurmError) -> str:
+    """What sbatch complained of, without what submitit says around it."""
+    lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
+    return lines[-1].removeprefix("sbatch: ") if lines else str(error)
+
+
+def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False) -> None:
+    """Enter a submission into the ledger; ``moved`` where the run waited elsewhere before."""
+    where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
+    place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
+    RunFolder(plan.run_dir).record_event("submitted", **where, **place, **({"moved": True} if moved else {}))
+
+
+def start_local(plan: Plan) -> LocalJob:
+    """Start the agents of a point here. They ignore the terminal's Ctrl-C, which is the launcher's to answer."""
+    executor = submitit.LocalExecutor(folder=submitit_folder(plan.run_dir) / "%j", max_num_timeout=0)
+    gpus = visible_gpus()  # submitit hides all others
+    executor.update_parameters(
+        tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
+    )
+    os.environ[agent.TOKEN] = uuid.uuid4().hex
+    os.environ[OWNER] = str(os.getpid())
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with clean_environment(), running_from(Path(plan.code) if plan.code else None):
+            job: Any = executor.submit(agent.run, plan.run_dir)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return LocalJob(job.job_id, os.uname().nodename, job._process)

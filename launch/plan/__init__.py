@@ -1,0 +1,1 @@
+"""One point of a sweep -> Plan: resources, placement, budget and warnings, before anything is submitted."""

@@ -1,0 +1,109 @@
+"""A copy of the code, taken at submission, that a job runs from however the checkout changes while it waits.
+
+Owns the folder of copies, ``<output_dir>/<name>/.code/<digest>/``, beside the points: one for each state of the code,
+shared by all that run it, requeued jobs included. The packages are found there because PYTHONPATH names it first.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from launch.errors import ConfigError
+from launch.runs.folder import write_json
+from launch.runs.provenance import ORIGIN, ROOT, code_state, describe_code, source_files
+
+RUNS_FROM = "LAUNCH_CODE"
+"""Names the copy to the job, which must not run anything else where the copy is gone."""
+
+
+@cache
+def code() -> dict[str, Any]:
+    """The code of this process, looked at once: all points of a command are compared with the same."""
+    return describe_code()
+
+
+def place(run_dir: str | Path) -> Path:
+    """Where the copy for a run lies, whether it is there or not."""
+    return Path(run_dir).parent / ".code" / str(code()["sha256"])[:16]
+
+
+def take(target: Path) -> None:
+    """Copy the code of this process to ``target``, unless it is there already.
+
+    Raises:
+        ConfigError: a file changed meanwhile.
+    """
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+    try:
+        for name, path in source_files(ROOT):
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, scratch / name)
+        if describe_code(scratch)["sha256"] != code()["sha256"]:
+            raise ConfigError(
+                f"a file under {ROOT} that changed while it was copied", "code that stays as it is", "the command again"
+            )
+        write_json(scratch / ORIGIN, {"root": str(ROOT), "git": code_state()})
+        scratch.chmod(0o755)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def variables(copy: Path) -> dict[str, str]:
+    """What a job's environment must hold to run from ``copy``.
+
+    PYTHONSAFEPATH keeps ``python -m`` from looking into the current folder, which is the checkout, before PYTHONPATH.
+    """
+    return {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1", RUNS_FROM: str(copy)}
+
+
+def shell_lines(copy: Path) -> list[str]:
+    """The same for a batch script; what PYTHONPATH held before comes after."""
+    before = {"PYTHONPATH": "${PYTHONPATH:+:$PYTHONPATH}"}
+    return [f"export {name}={shlex.quote(value)}{before.get(name, '')}" for name, value in variables(copy).items()]
+
+
+@contextmanager
+def running_from(copy: Path | None) -> Iterator[None]:
+    """Have the processes that are started meanwhile run from ``copy``; with None from where this one does."""
+    if copy is None:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in variables(copy)}
+    os.environ.update(variables(copy))
+    if before["PYTHONPATH"]:
+        os.environ["PYTHONPATH"] += os.pathsep + before["PYTHONPATH"]
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def refuse_other_code() -> None:
+    """Raise ConfigError where this process was to run from a copy and does not."""
+    copy = os.environ.get(RUNS_FROM)
+    if copy and Path(copy) != ROOT:
+        raise ConfigError(
+            f"code from {ROOT} in a job that runs from {copy}",
+            "the copy that snapshot=true made at submission",
+            "the same command again, which makes a new one",
+        )

@@ -1,0 +1,108 @@
+"""What a plan warns of, from what the run folders of earlier attempts hold. Writes nothing.
+
+Owns the warnings that ``dry_run`` and a submission show. What cannot work at all is refused by ``launch.plan``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+from launch.checks.preemption import how_preempted
+from launch.config import Config
+from launch.plan import code_copy as snapshot
+from launch.plan.grace import Measured, measure, slowest
+from launch.plan.plan import Plan
+from launch.runs.folder import RunFolder
+from launch.runs.provenance import changed_since, code_state, library_versions, refuse_change
+from launch.scheduler import limits
+from launch.scheduler.client import SlurmError
+
+MARGIN = 1.5
+"""What is proposed is so much longer than what was measured: the next save may be slower."""
+
+
+def forewarn(plan: Plan, config: Config) -> Plan:
+    """The plan with its warnings.
+
+    Raises:
+        ConfigError: the code or a library has changed since the last attempt, and ``strict`` forbids that.
+    """
+    return replace(plan, warnings=(*changed_code(plan, config), *short_grace(plan, config)))
+
+
+def changed_code(plan: Plan, config: Config) -> Iterator[str]:
+    """Whether the next attempt would run something else than the last one did."""
+    folder = RunFolder(plan.run_dir)
+    now = {"code": snapshot.code(), "git": code_state(), "software": library_versions()}
+    changed = changed_since(folder, now) if folder.attempts() else None
+    if changed is None:
+        return
+    if config.strict:
+        refuse_change(folder, *changed)
+    yield f"changed since attempt {changed[0]}: {changed[1]} (strict=true refuses that)"
+
+
+def short_grace(plan: Plan, config: Config) -> Iterator[str]:
+    """Whether the run would be killed before it has saved, by what its saves and steps have taken so far."""
+    known = evidence(plan)
+    if known is None:
+        return
+    took = f"a save took up to {known.save_s:.3g} s and a step {known.step_s:.3g} s in {known.folder}"
+    lost = f"would go back to its last periodic checkpoint (checkpoint.interval={config.checkpoint.interval})"
+    wish = 10 * math.ceil(MARGIN * known.stop_s / 10)
+    delay, grace = config.cluster.signal_delay_s, config.resilience.stop_grace_s
+    short = [
+        f"{key}={value}"
+        for key, value in (("resilience.stop_grace_s", grace), ("cluster.signal_delay_s", delay))
+        if known.stop_s > value and (key.startswith("resilience") or plan.cluster == "slurm")
+    ]
+    if short:
+        longer = " ".join(f"{key.split('=')[0]}={wish}" for key in short)
+        yield f"{took}, and {' and '.join(short)}: told to stop, the run {lost}; type {longer}"
+    for name, left in preemption_graces(plan) if plan.cluster == "slurm" else ():
+        if known.stop_s > left:
+            yield (
+                f"{took}, and partition {name} gives a preempted job {left} s (GraceTime and KillWait): it {lost}; "
+                "a shorter checkpoint.interval loses less"
+            )
+
+
+def evidence(plan: Plan) -> Measured | None:
+    """What was measured in the run's own folder, or else with the same model in other points of its sweep."""
+    own = RunFolder(plan.run_dir)
+    others = (RunFolder(path.parent) for path in sorted(own.path.parent.glob("*/plan.json")))
+    return measure(own) or slowest(measure(other) for other in others if has_same_model(other, plan))
+
+
+def has_same_model(folder: RunFolder, plan: Plan) -> bool:
+    """Whether a run's checkpoints are as large as the plan's."""
+    if not folder.events.is_file():
+        return False
+    there = json.loads(folder.plan.read_text())
+    return (there.get("model"), there.get("parameters")) == (plan.model, plan.parameters)
+
+
+def preemption_graces(plan: Plan) -> Iterator[tuple[str, int]]:
+    """The partitions of the plan in which jobs are preempted, with the seconds that one has to leave."""
+    cluster = cluster_limits()
+    if cluster is None:
+        return
+    asked = {candidate.slurm.get("partition") for candidate in plan.placement.candidates}
+    for partition in cluster.partitions:
+        named = partition.name in asked or (None in asked and partition.is_default)
+        mode = how_preempted(cluster, partition)
+        if named and mode != "OFF" and "SUSPEND" not in mode:
+            yield partition.name, partition.grace_s + (cluster.number("KillWait") or 0)
+
+
+@cache
+def cluster_limits() -> limits.Limits | None:
+    """What the controller tells, asked once for all points; None where it does not answer."""
+    try:
+        return limits.read()
+    except SlurmError:
+        return None

@@ -1,0 +1,190 @@
+"""Where a point may be submitted, in which order, and when one that waits moves on.
+
+Owns the candidates of ``cluster.placement`` and the decision to stay, to move or to give up: pure functions of what was
+promised and of how long a point has waited. Must not know how a job is submitted or taken out of the queue, which is
+``launch.move``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from launch.config import Config, PlacementConfig
+from launch.scheduler.limits import gres
+
+NOT_WAITING_FOR_ROOM = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
+"""Reasons (squeue %r) that are the user's own wish, and that a move would only get around."""
+
+OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
+"""Events that a point's ledger may gain while it waits."""
+
+
+def cluster_of(slurm: Mapping[str, Any]) -> str | None:
+    """The other cluster that resources in submitit's words are asked of; None where it is the local one."""
+    name: str | None = slurm.get("additional_parameters", {}).get("clusters")
+    return name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One place, and what is asked of Slurm there."""
+
+    name: str
+    """What tells it apart, in the user's words; empty where there is no list."""
+    slurm: dict[str, Any]
+    """The resources in submitit's words."""
+    gpus: int | None = None
+    """GPUs of the whole allocation there, where that is known."""
+    price_per_gpu_hour: float | None = None
+    never: str = ""
+    """Why the point could never run there; empty where it could."""
+
+    def as_event(self) -> dict[str, Any]:
+        """What the ledger says of a submission to this place; what is not known is absent."""
+        known = {
+            "placement": self.name or None,
+            "slurm_cluster": cluster_of(self.slurm),
+            "partition": self.slurm.get("partition"),
+            "gpus": self.gpus,
+            "price_per_gpu_hour": self.price_per_gpu_hour,
+        }
+        return {key: value for key, value in known.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The candidates of a point in their order, and its patience."""
+
+    candidates: tuple[Candidate, ...]
+    retry_interval_min: float
+    give_up_after_min: float | None = None
+
+    @classmethod
+    def from_dict(cls, known: dict[str, Any]) -> Placement:
+        """Read back what ``plan.json`` holds."""
+        return cls(**{**known, "candidates": tuple(Candidate(**one) for one in known["candidates"])})
+
+    @property
+    def possible(self) -> list[int]:
+        """Indices of the candidates where the point could run."""
+        return [index for index, candidate in enumerate(self.candidates) if not candidate.never]
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a point that waits needs somebody to move it, or to give up."""
+        return len(self.possible) > 1 or self.give_up_after_min is not None
+
+    def excluding(self, hosts: Sequence[str]) -> Placement:
+        """The same, kept away from hosts that failed in this run."""
+        changed = []
+        for one in self.candidates:
+            words = ",".join(word for word in (one.slurm.get("exclude"), *hosts) if word)
+            changed.append(replace(one, slurm={**one.slurm, "exclude": words}))
+        return replace(self, candidates=tuple(changed))
+
+    def without(self, index: int, why: str) -> Placement:
+        """The same, with a candidate that turned out to be none."""
+        changed = [replace(c, never=why) if i == index else c for i, c in enumerate(self.candidates)]
+        return replace(self, candidates=tuple(changed))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do with a point that waits: stay (both None), move to a candidate, or give up."""
+
+    move_to: int | None = None
+    give_up: bool = False
+
+
+def decide(placement: Placement, at: int, here_s: float, all_s: float) -> Step:
+    """Decide about a point that waits at candidate ``at``.
+
+    Args:
+        placement: what was promised.
+        at: index of the candidate it waits in.
+        here_s: seconds it has waited there.
+        all_s: seconds it has waited since it last ran, or was first submitted.
+    """
+    if placement.give_up_after_min is not None and all_s >= 60 * placement.give_up_after_min:
+        return Step(give_up=True)
+    if here_s >= 60 * placement.retry_interval_min:
+        return Step(move_to=after(placement, at))
+    return Step()
+
+
+def after(placement: Placement, at: int) -> int | None:
+    """The next possible candidate after ``at``, from the first again after the last; None where there is no other."""
+    others = [index for index in placement.possible if index != at]
+    return next((index for index in others if index > at), min(others, default=None))
+
+
+def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> float:
+    """When a point began to wait, over all places, in Unix seconds.
+
+    Args:
+        events: the ledger since a person last asked for the run.
+        since_here: when it began to wait where it is.
+    """
+    last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
+    ran = any(e["event"] not in OF_A_MOVE for e in events[last + 1 :])  # and was put back into the queue
+    moves = [e for e in events[:last] if e["event"] == "moved"]
+    return since_here if ran or not moves or not events[last].get("moved") else float(moves[-1]["waiting_since"])
+
+
+def counts(reason: str) -> bool:
+    """Whether a pending job with this reason waits for what another place might have."""
+    return reason not in NOT_WAITING_FOR_ROOM
+
+
+def configs(config: Config) -> list[tuple[str, Config]]:
+    """The config that holds at each candidate, and its name; the config itself where there is no list."""
+    if not config.cluster.placement:
+        return [("", config)]
+    return [(name_of(candidate), config_at(config, candidate)) for candidate in config.cluster.placement]
+
+
+def config_at(config: Config, candidate: PlacementConfig) -> Config:
+    """The config with what the candidate says in place of what ``cluster`` says."""
+    said = {key: value for key, value in asdict(candidate).items() if value is not None}
+    if "gpus_per_node" not in said and any(part.name == "gpu" for part in gres(candidate.gres or "")):
+        said["gpus_per_node"] = None  # the gres says it: sbatch takes one of the two
+    # The number of ranks is the run's, whatever a place has.
+    return replace(config, ranks_per_node=config.ranks_on_node, cluster=replace(config.cluster, **said, placement=[]))
+
+
+def name_of(candidate: PlacementConfig) -> str:
+    """The candidate as it was typed, without its price."""
+    said = {key: value for key, value in asdict(candidate).items() if value is not None and key != "price_per_gpu_hour"}
+    return " ".join(f"{key}={value}" for key, value in said.items()) or "as cluster says"
+
+
+def gpus_of(config: Config) -> int | None:
+    """GPUs of the whole allocation at a place, spares included; None where nothing says how many a node has."""
+    named = [part.count for part in gres(config.cluster.gres or "") if part.name == "gpu"]
+    each = config.cluster.gpus_per_node or sum(named)
+    return config.nodes_asked * each if each else None
+
+
+def minutes(seconds: float) -> str:
+    """A wait in words."""
+    return f"{round(seconds / 60, 1):g} min"
+
+
+def text(placement: Placement) -> list[str]:
+    """The candidates as a person reads them, a line each; nothing where there is but one, and no end to its wait."""
+    lines = []
+    for number, candidate in enumerate(placement.candidates, start=1):
+        head = "  placement  " if number == 1 else " " * 13
+        price = candidate.price_per_gpu_hour
+        costs = "" if price is None else f", {price:g} per GPU-hour"
+        never = f": skipped, {candidate.never}" if candidate.never else ""
+        lines.append(f"{head} {number}. {candidate.name or 'as cluster says'}{costs}{never}")
+    rules = []
+    if len(placement.possible) > 1:
+        rules.append(f"to the next after {placement.retry_interval_min:g} min in the queue, round and round")
+    if placement.give_up_after_min is not None:
+        rules.append(f"given up after {placement.give_up_after_min:g} min in the queue")
+    named = any(candidate.name for candidate in placement.candidates)
+    return [*(lines if named else []), *([f"  {'waiting':<11} {'; '.join(rules)}"] if rules else [])]

@@ -1,0 +1,1 @@
+"""The contract on disk between launcher, ranks and reports: run folders and everything in them. Torch-free."""

@@ -1,0 +1,46 @@
+"""Finding run folders: what ``launch.status``, ``launch.logs`` and ``launch.cancel`` are given paths for.
+
+Owns what counts as a run folder in a path. Must not know what is in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launch.errors import ConfigError
+from launch.report.points import is_run, natural
+from launch.runs.folder import RunFolder
+
+DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """The run folders that are, or lie in, ``paths``; each once, in the order of their names.
+
+    Raises:
+        ConfigError: there is none in one of them.
+    """
+    found: dict[Path, RunFolder] = {}
+    for path in paths:
+        inside = sorted(runs_inside(path.absolute(), DEPTH), key=lambda folder: natural(str(folder)))
+        if not inside:
+            raise ConfigError(
+                f"no run in {path}" if path.is_dir() else f"no folder {path}",
+                "a run folder, or a folder with runs in it",
+                "python -m launch -m nodes=1,2, to make some in outputs/",
+            )
+        found |= {folder: RunFolder(folder) for folder in inside}
+    return list(found.values())
+
+
+def runs_inside(folder: Path, depth: int) -> Iterator[Path]:
+    """``folder`` if it is a run's, else the run folders at most ``depth`` levels below."""
+    if not folder.is_dir():
+        return
+    if is_run(folder):
+        yield folder
+    elif depth:
+        for inner in folder.iterdir():
+            if not inner.name.startswith("."):
+                yield from runs_inside(inner, depth - 1)

@@ -1,0 +1,110 @@
+"""Step records: one line per step and rank in ``metrics/rank_*.jsonl``. They are the truth; every other view follows.
+
+Owns the record, its writer and its reader. Torch-free. Must not know who shows the records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.runs.folder import append_json_line, read_json_lines
+
+TAIL_BYTES = 16384
+RECENT = 20
+"""Steps that speak for now: an estimate of what the next ones take is made from them."""
+
+
+@dataclass
+class StepRecord:
+    """What one rank knows about one optimizer step. What is not known is None and absent from the file, never zero."""
+
+    step: int
+    """Steps are counted from 1: record s describes the update that made the weights of step s."""
+    attempt: int
+    loss: float
+    """Mean cross-entropy over the global batch, nats per token; the same on every rank."""
+    lr: float
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    tokens: int
+    """This rank's share of the tokens of this step: over all ranks each counts once, also where several work on it."""
+    samples: tuple[int, int]
+    """First and last sample index this rank used in this step; ranks that work on the same ones each name them."""
+    step_time_s: float
+    """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
+    grad_mean: float | None = None
+    """Mean over all elements of the gradient before clipping; with the next two only at logging.gradients_interval."""
+    grad_std: float | None = None
+    layer_grad_norms: dict[str, float] | None = None
+    """Gradient norm by layer: ``blocks.0`` and so on, and what is outside the blocks."""
+    data_wait_s: float | None = None
+    """Time the step waited for its samples."""
+    expert_imbalance: float | None = None
+    """How far the busiest expert of any layer was above an even share, in such shares: 0 is even; with experts only."""
+    comm_s: float | None = None
+    checkpoint_s: float | None = None
+    """Time the checkpoint of this step held up training; only where one was written."""
+    val_loss: float | None = None
+    """Mean cross-entropy on the validation sequences after this step; only where it was evaluated."""
+    val_bits_per_byte: float | None = None
+    """The same in bits per byte of text, which compares tokenizers; only where the text is known."""
+    tokens_per_s: float | None = None
+    """Of the whole run: tokens of the global batch over step_time_s."""
+    tflops_per_s: float | None = None
+    """Model TFLOP/s of this rank by the PaLM convention."""
+    mfu_palm: float | None = None
+    mfu_causal: float | None = None
+    hfu: float | None = None
+    memory_allocated_gib: float | None = None
+    """In tensors on the GPU when the step was queued."""
+    memory_peak_gib: float | None = None
+    """The most this attempt has held: in tensors on the GPU, or of RAM by the process."""
+    memory_reserved_gib: float | None = None
+    """Held by torch's allocator on the GPU."""
+    time: float = field(default_factory=time.time)
+    """Unix time, seconds."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The known fields."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+def append_record(path: Path, record: StepRecord) -> None:
+    """Append one record to a rank's file."""
+    append_json_line(path, record.as_dict())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of one rank in step order.
+
+    A step that was lost with a crash and done again has two lines; the one of the later attempt counts.
+    """
+    latest: dict[int, dict[str, Any]] = {}
+    for record in read_json_lines(path):
+        if record["attempt"] >= latest.get(record["step"], record)["attempt"]:
+            latest[record["step"]] = record
+    return [latest[step] for step in sorted(latest)]
+
+
+def recent_records(path: Path) -> list[dict[str, Any]]:
+    """The last step records of a rank, without reading the whole file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the first line may be cut, the last one may be half written
+            continue
+    return records[-RECENT:]

@@ -1,0 +1,205 @@
+"""What a Slurm cluster allows, as scontrol tells it: configuration, partitions, nodes.
+
+Owns the one parser of ``scontrol show config|partition|node --oneliner``. That form is read, and not ``--json``:
+scontrol knows no --json in 22.05 (tried on 22.05.8). Must not know what a run asks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from launch.scheduler import client as scheduler
+
+NOTHING = ("", "(null)", "N/A", "NONE", "none")
+UNLIMITED = ("UNLIMITED", "INFINITE", "4294967295")
+UNUSABLE = {
+    "DOWN",
+    "DRAIN",
+    "DRAINED",
+    "DRAINING",
+    "FAIL",
+    "FAILING",
+    "ERROR",
+    "MAINT",
+    "INVAL",
+    "NOT_RESPONDING",
+    "FUTURE",
+}
+
+
+@dataclass(frozen=True)
+class Gres:
+    """Generic resources of one kind on a node; ``type`` is empty where the site gives none."""
+
+    name: str
+    type: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition. A limit that is None is none; memory in MB as Slurm counts it (MiB)."""
+
+    name: str
+    is_default: bool
+    state: str
+    max_time_min: float | None
+    min_nodes: int
+    max_nodes: int | None
+    grace_s: int
+    preempt_mode: str
+    priority_tier: int
+    allow_accounts: tuple[str, ...] | None
+    deny_accounts: tuple[str, ...] | None
+    allow_qos: tuple[str, ...] | None
+    deny_qos: tuple[str, ...] | None
+    allow_groups: tuple[str, ...] | None
+    max_cpus_per_node: int | None
+    max_memory_mb: int | None
+    memory_per_cpu_mb: int | None
+    """What a job gets for each CPU where it asks for no memory."""
+    memory_per_node_mb: int | None
+    is_exclusive: bool
+    """Whether jobs get whole nodes without asking."""
+
+
+@dataclass(frozen=True)
+class NodeLimits:
+    """One node: what it has, and whether it takes jobs."""
+
+    name: str
+    partitions: tuple[str, ...]
+    states: frozenset[str]
+    reason: str
+    cpus: int
+    memory_mb: int
+    gres: tuple[Gres, ...]
+    features: frozenset[str]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether jobs can start here, now or when it is free."""
+        return not self.states & UNUSABLE
+
+    def count(self, name: str, kind: str = "") -> int:
+        """How many generic resources of this name, and of this type where it is given."""
+        return sum(g.count for g in self.gres if g.name == name and kind in ("", g.type))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A whole cluster."""
+
+    version: tuple[int, ...]
+    config: dict[str, str]
+    partitions: tuple[Partition, ...]
+    nodes: tuple[NodeLimits, ...]
+
+    def number(self, key: str) -> int | None:
+        """A number of slurm.conf, without its unit; None where it is unlimited or not said."""
+        return count(self.config.get(key, "").split(" ")[0])
+
+    def nodes_of(self, partition: Partition) -> list[NodeLimits]:
+        """The nodes of a partition."""
+        return [node for node in self.nodes if partition.name in node.partitions]
+
+
+def read(cluster: str | None = None) -> Limits:
+    """Ask the controller, or that of another cluster; SlurmError where it does not answer, or no such one is known."""
+    at = scheduler.on(cluster)
+    # Once only: what comes after would keep trying where nobody answers.
+    scheduler.run("scontrol", *at, "ping", timeout_s=10.0, retries=1)
+    config = scheduler.run("scontrol", *at, "show", "config")
+    partitions = scheduler.run("scontrol", *at, "show", "partition", "--all", "--oneliner")
+    return parse(config, partitions, scheduler.run("scontrol", *at, "show", "node", "--all", "--oneliner"))
+
+
+def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
+    """The three answers of scontrol as values."""
+    config = dict(re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE))
+    version = tuple(int(word) for word in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:2])
+    partitions = tuple(partition(words) for words in records(partition_text, "PartitionName"))
+    return Limits(version, config, partitions, tuple(node(words) for words in records(node_text, "NodeName")))
+
+
+def records(text: str, key: str) -> Iterator[dict[str, str]]:
+    """The fields of each line that starts with ``key``. Values may hold blanks (OS, Reason), so a key ends a value."""
+    for line in text.splitlines():
+        if line.startswith(f"{key}="):
+            yield dict(re.findall(r"(?:^|(?<=\s))([A-Z]\w*)=(.*?)(?=\s+[A-Z]\w*=|\s*$)", line))
+
+
+def partition(words: dict[str, str]) -> Partition:
+    """A line of ``scontrol show partition --oneliner``."""
+    return Partition(
+        name=words["PartitionName"],
+        is_default=words.get("Default") == "YES",
+        state=words.get("State", "UP"),
+        max_time_min=minutes(words.get("MaxTime", "")),
+        min_nodes=count(words.get("MinNodes", "")) or 0,
+        max_nodes=count(words.get("MaxNodes", "")),
+        grace_s=count(words.get("GraceTime", "")) or 0,
+        preempt_mode=words.get("PreemptMode", "OFF"),
+        priority_tier=count(words.get("PriorityTier", "")) or 0,
+        allow_accounts=names(words.get("AllowAccounts", "")),
+        deny_accounts=names(words.get("DenyAccounts", "")),
+        allow_qos=names(words.get("AllowQos", "")),
+        deny_qos=names(words.get("DenyQos", "")),
+        allow_groups=names(words.get("AllowGroups", "")),
+        max_cpus_per_node=count(words.get("MaxCPUsPerNode", "")),
+        max_memory_mb=count(words.get("MaxMemPerNode", "")),
+        memory_per_cpu_mb=count(words.get("DefMemPerCPU", "")),
+        memory_per_node_mb=count(words.get("DefMemPerNode", "")),
+        is_exclusive=words.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+    )
+
+
+def node(words: dict[str, str]) -> NodeLimits:
+    """A line of ``scontrol show node --oneliner``."""
+    features = words.get("AvailableFeatures", "")
+    return NodeLimits(
+        name=words["NodeName"],
+        partitions=names(words.get("Partitions", "")) or (),
+        # A * says that the node does not answer; other marks (powered off, rebooting) are no hindrance.
+        states=frozenset(
+            word.strip("~#!%$@^-") for word in words.get("State", "").replace("*", "+NOT_RESPONDING").split("+")
+        ),
+        reason=words.get("Reason", ""),
+        cpus=count(words.get("CPUEfctv", "")) or count(words.get("CPUTot", "")) or 0,
+        memory_mb=count(words.get("RealMemory", "")) or 0,
+        gres=gres(words.get("Gres", "")),
+        features=frozenset() if features in NOTHING else frozenset(features.split(",")),
+    )
+
+
+def gres(text: str) -> tuple[Gres, ...]:
+    """``gpu:a100:4(S:0-1),gpu:v100:2`` or ``gpu:2``, of a node or of a request (where a missing count means 1)."""
+    if text in NOTHING:
+        return ()
+    found = []
+    for word in re.sub(r"\([^)]*\)", "", text).removeprefix("gres/").split(","):
+        name, *rest = [part for part in word.strip().split(":") if part != "no_consume"]
+        number = rest.pop() if rest and rest[-1].isdigit() else "1"
+        found.append(Gres(name, rest[0] if rest else "", int(number)))
+    return tuple(found)
+
+
+def count(text: str) -> int | None:
+    """A whole number; None for UNLIMITED and for what is no number."""
+    return int(text) if text.isdigit() and text not in UNLIMITED else None
+
+
+def names(text: str) -> tuple[str, ...] | None:
+    """A list of names; None for ALL and for nothing."""
+    return None if text in (*NOTHING, "ALL") else tuple(text.split(","))
+
+
+def minutes(text: str) -> float | None:
+    """``[days-]hours:minutes:seconds`` in minutes; None where it is unlimited."""
+    if text in NOTHING or text in UNLIMITED:
+        return None
+    days, _, clock = text.rpartition("-")
+    hours, mins, seconds = (int(word) for word in clock.split(":"))
+    return (int(days or 0) * 24 + hours) * 60 + mins + seconds / 60

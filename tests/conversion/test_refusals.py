@@ -1,0 +1,222 @@
+"""What cannot be exchanged is refused in three parts, before a job is submitted where that can be known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig, Norm, NormPosition, Position, TrainConfig
+from gpt.conversion.formats import FORMATS, format_for, format_of
+from gpt.conversion.hf_folder import write_configs, write_sums, write_weights
+from gpt.conversion.source import differences, find_source
+from gpt.conversion.spec import Format, architecture
+from gpt.conversion.state_dict import VOCABULARY, read_source, to_ours, to_theirs, verify
+from gpt.conversion.torch_file import write_torch_file
+from gpt.model.gpt import GPT
+from launch.errors import ConfigError
+from launch.runs.compose import compose_train, to_schema
+from tests.support.commands import ROOT, environment
+from tests.support.small_models import LLAMA, MOE, configs, small
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Llama in the files of transformers, three to the model."""
+    model = GPT(small(**LLAMA))
+    out = tmp_path / "llama"
+    out.mkdir()
+    fmt = format_for(model.config)
+    write_weights(out, to_theirs(model.state_dict(), fmt, model.config), torch.float32, 15000)
+    write_configs(out, fmt, model.config, torch.float32, None, {})
+    write_sums(out)
+    return out
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def bent(config: ModelConfig, fmt: Format) -> ModelConfig:
+    """``config`` with the parts that a format has, where it has others."""
+    plain = {"norm_position": NormPosition.pre, "qk_norm": False, "parallel_residual": False, "n_shared_expert": 0}
+    changes = {key: values[0] for key, values in fmt.parts.items() if getattr(config, key) not in values}
+    if Ffn.moe in fmt.parts["ffn"]:
+        experts = max(2, config.n_expert)
+        plain |= {"n_expert": experts, "n_expert_per_token": 2, "expert_matmul": ExpertMatmul.loop}
+    else:
+        plain |= {"n_expert": 0, "capacity_factor": None, "expert_ffn": Ffn.swiglu, "n_expert_per_token": 2}
+        plain |= {"expert_balance": ExpertBalance.loss, "expert_matmul": ExpertMatmul.grouped}
+        changes.pop("expert_balance", None)
+    if config.activation is None or fmt.name != "gpt2":
+        changes["activation"] = None
+    if not fmt.grouped_queries:
+        changes["n_kv_head"] = None
+    made = dataclasses.replace(config, **plain, **changes)
+    made.validate()
+    return made
+
+
+@given(configs(), st.sampled_from(FORMATS) | st.none())
+def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wanted: Format | None) -> None:
+    config = config if wanted is None else bent(config, wanted)
+    try:
+        fmt = format_for(config)
+    except ConfigError as refusal:
+        assert wanted is None
+        assert "model." in refusal.found and "gpt2 (norm=layernorm" in refusal.expected and "torch" in refusal.fix
+        return
+    hf = json.loads(json.dumps({"model_type": fmt.name, **fmt.write_config(config)}))
+    back = format_of(hf).read_config(hf)
+    bias = {"bias": True, "norm": Norm.layernorm} if fmt.requires_bias else {}
+    assert architecture(back) == architecture(config) | bias
+    state = GPT(config).state_dict()
+    theirs = dict(to_theirs(state, fmt, config))
+    assert set(theirs) == {name for rule in fmt.rules(config) for name in rule.theirs}
+    again = to_ours(theirs.__getitem__, fmt.rules(back), {k: v.shape for k, v in GPT(back).state_dict().items()})
+    assert again.keys() >= state.keys()
+    assert all(torch.equal(again[name], state[name][: len(again[name])]) for name in state)
+    assert all(len(again[name]) == config.vocab_size for name in VOCABULARY if name in again)
+    assert not any(again[name].any() for name in again.keys() - state.keys())
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        ({"norm": Norm.rmsnorm}, "model.norm=rmsnorm"),
+        ({"position": Position.none}, "model.position=none"),
+        ({"n_kv_head": 2}, "model.n_kv_head=2"),
+        ({**LLAMA, "ffn": Ffn.standard}, "model.ffn=standard"),
+        ({**LLAMA, "qk_norm": True}, "model.qk_norm=true"),
+        ({"parallel_residual": True}, "model.parallel_residual=true"),
+        ({**LLAMA, **MOE, "n_shared_expert": 1}, "model.n_shared_expert=1"),
+        ({**LLAMA, **MOE, "expert_balance": ExpertBalance.bias}, "model.expert_balance=bias"),
+        ({**LLAMA, **MOE, "router_normalize": False}, "model.router_normalize=false"),
+    ],
+)
+def test_a_part_without_a_place_is_named(parts: dict[str, Any], found: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        format_for(small(**parts))
+    assert refusal.value.found.startswith(found)
+    assert "llama (norm=rmsnorm, position=rope, ffn=swiglu|geglu" in refusal.value.expected
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"model_type": "bert"}, "model_type=bert"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"head_dim": 16}, "head_dim=16"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type=longrope"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"hidden_size": None}, "without hidden_size"),
+        ({"num_hidden_layers": 3}, "no model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 1}, "unknown model.layers.1.input_layernorm.weight"),
+        ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, "q_proj.bias"),
+    ],
+)
+def test_a_folder_that_is_no_model_of_ours_is_refused(folder: Path, values: dict[str, Any], found: str) -> None:
+    change_config(folder, **values)
+    with pytest.raises(ConfigError) as refusal:
+        find_source(str(folder))
+    assert found in refusal.value.found and refusal.value.fix
+
+
+def test_a_missing_shard_a_cut_one_and_a_flipped_bit_are_found(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-4] + bytes(byte ^ 1 for byte in content[-4:]))
+    with pytest.raises(ConfigError, match="sha256 is not the one in SHA256SUMS"):
+        verify(find_source(str(folder)))
+    shard.write_bytes(content[:-4])
+    with pytest.raises(ConfigError, match=f"{shard.name} cannot be used"):
+        find_source(str(folder))
+    shard.unlink()
+    with pytest.raises(ConfigError, match=f"{shard.name} cannot be used"):
+        find_source(str(folder))
+
+
+def test_a_wrong_shape_is_named(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    tensors = load_file(shard)
+    save_file({**tensors, "model.norm.weight": torch.ones(31)}, shard)
+    source = find_source(str(folder))
+    with pytest.raises(ConfigError, match=r"norm\.weight is \(31,\) instead of \(32,\)"):
+        read_source(verify(source), GPT(source.model))
+
+
+def test_what_is_no_source_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="hf download NAME"):
+        find_source(str(tmp_path / "gpt2"))
+    with pytest.raises(ConfigError, match=f"init_from={folder} if config.json is there"):
+        find_source(str(folder / "generation_config.json"))
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ConfigError, match=r"pytorch_model.bin and no model.safetensors(.|\n)*save_pretrained"):
+        find_source(str(folder))
+
+
+def test_the_overrides_to_type_make_the_model_fit() -> None:
+    asked, found = small(), small(**LLAMA, n_layer=3, n_kv_head=2, rope_base=500.0)
+    typed = differences(asked, found)
+    assert {"model.n_layer=3", "model.norm=rmsnorm", "model.rope_base=500.0", "model.tie_embeddings=false"} <= set(
+        typed
+    )
+    assert differences(small(**LLAMA, n_layer=3, n_kv_head=2, rope_base=500.0, ffn_hidden=found.ffn_width), found) == []
+    mixture = small(**{**LLAMA, **MOE})
+    typed = differences(small(), mixture)
+    assert {"model.ffn=moe", "model.n_expert=4", "model.ffn_hidden=24"} < set(typed)
+    assert not [word for word in typed if "activation" in word or "router" in word]
+    for start in ([], ["model=gpt2_124m"]):
+        typed = differences(to_schema(compose_train(start), TrainConfig).model, mixture)
+        assert differences(to_schema(compose_train([*start, *typed]), TrainConfig).model, mixture) == []
+    assert differences(dataclasses.replace(mixture, n_expert=8), mixture) == ["model.n_expert=4"]
+    assert differences(small(vocab_size=64, block_size=6, dropout=0.1), small()) == []
+    assert differences(small(vocab_size=48), small()) == ["model.vocab_size=50"]
+    assert differences(small(block_size=14), small()) == ["model.block_size=12"]
+
+
+def test_a_torch_file_is_looked_into_without_running_it(tmp_path: Path) -> None:
+    model = GPT(small())
+    file = tmp_path / "model.pt"
+    write_torch_file(file, model.state_dict(), model.config, torch.bfloat16, {"step": 3})
+    source = find_source(str(file))
+    assert source.model == model.config
+    state = read_source(verify(source), GPT(source.model))
+    expected = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    content = bytearray(file.read_bytes())
+    weights = model.state_dict()["norm.weight"].bfloat16().view(torch.uint8).numpy().tobytes()
+    content[content.index(weights) + 5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="has a wrong checksum"):
+        verify(find_source(str(file)))
+    torch.save({"model": model}, file)
+    with pytest.raises(ConfigError, match=r"it refers to gpt\.model\.gpt\.GPT"):
+        find_source(str(file))
+    torch.save(model.state_dict(), file)
+    with pytest.raises(ConfigError, match="it has no model_config"):
+        find_source(str(file))
+
+
+def test_the_login_node_needs_no_torch_for_it(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    write_torch_file(file, GPT(small()).state_dict(), small(), torch.float32, {})
+    look = "import sys; from launch.plan.plan import check_init_from; from gpt.conversion.source import find_source\n"
+    look += "print([find_source(path).model.n_layer for path in sys.argv[1:]], 'torch' in sys.modules)"
+    words = [sys.executable, "-c", look, str(folder), str(file)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[2, 2] False\n", done.stderr

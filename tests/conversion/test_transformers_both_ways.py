@@ -1,0 +1,163 @@
+"""Weights between our model and ``transformers``, in both directions: the same logits, whoever wrote the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from gpt.config import Activation, Ffn, ModelConfig, Norm, RopeScaling
+from gpt.conversion.formats import format_for
+from gpt.conversion.hf_folder import write_configs, write_weights
+from gpt.conversion.source import find_source
+from gpt.conversion.state_dict import read_source, to_theirs, verify
+from gpt.model.gpt import GPT
+from tests.support.small_models import LLAMA, MOE, random_tokens, small
+
+
+def shaken(model: nn.Module) -> Any:
+    """Give ``model`` weights that leave no part without effect, gains and biases among them."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + (parameter.dim() == 1))
+    return model.eval()
+
+
+def gpt2(**overrides: Any) -> GPT2LMHeadModel:
+    sizes = {"vocab_size": 50, "n_positions": 12, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    return shaken(GPT2LMHeadModel(GPT2Config(**{**sizes, **ids, **overrides})))
+
+
+def llama(**overrides: Any) -> LlamaForCausalLM:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12}
+    return shaken(LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **overrides})))
+
+
+def mixtral(**overrides: Any) -> MixtralForCausalLM:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12, "num_local_experts": 4}
+    return shaken(MixtralForCausalLM(MixtralConfig(**{**sizes, **heads, **overrides})))
+
+
+def imported(folder: Path, config: ModelConfig | None = None) -> GPT:
+    """The model that ``init_from=folder`` makes; its config is that of the folder unless given."""
+    source = find_source(str(folder))
+    model = GPT(config or source.model).eval()
+    model.load_state_dict(read_source(verify(source), model))
+    return model
+
+
+def exported(ours: GPT, folder: Path, max_shard_bytes: int = 10**9) -> Any:
+    """The model that transformers loads from what is written for ``ours``, with nothing missing and nothing unknown."""
+    fmt = format_for(ours.config)
+    folder.mkdir()
+    write_weights(folder, to_theirs(ours.state_dict(), fmt, ours.config), torch.float32, max_shard_bytes)
+    write_configs(folder, fmt, ours.config, torch.float32, None, {})
+    theirs, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), told
+    assert type(theirs).__name__ == fmt.architecture and theirs.dtype == torch.float32
+    return theirs.eval()
+
+
+def assert_equal_logits(ours: GPT, theirs: Any) -> None:
+    tokens_BT = random_tokens(ours.config, 3)
+    with torch.no_grad():
+        expected = theirs(tokens_BT).logits
+        assert expected.std() > 0.5
+        torch.testing.assert_close(ours(tokens_BT), expected, rtol=1e-5, atol=1e-5)
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 6}
+
+THEIRS = {
+    "gpt2": lambda: gpt2(),
+    "gpt2 untied": lambda: gpt2(tie_word_embeddings=False, activation_function="gelu", n_inner=40),
+    "llama": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "llama tied": lambda: llama(tie_word_embeddings=True, num_key_value_heads=1),
+    "llama 3.1": lambda: llama(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **LLAMA3}),
+    "llama linear": lambda: llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama geglu": lambda: llama(hidden_act="gelu_pytorch_tanh"),
+    "mixtral": lambda: mixtral(),
+    "mixtral tied": lambda: mixtral(tie_word_embeddings=True, num_experts_per_tok=3, num_key_value_heads=4),
+    "llama with biases": lambda: llama(attention_bias=True, mlp_bias=True, num_key_value_heads=4),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3], ids=["one file", "sharded"])
+@pytest.mark.parametrize("kind", THEIRS)
+def test_what_transformers_wrote_gives_the_same_logits(kind: str, shards: int, tmp_path: Path) -> None:
+    theirs = THEIRS[kind]()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB" if shards > 1 else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shards > 1)
+    assert_equal_logits(imported(tmp_path), theirs)
+
+
+OURS = {
+    "gpt2": small(activation=Activation.gelu_tanh),
+    "gpt2 untied": small(activation=Activation.relu, tie_embeddings=False, ffn_hidden=40, norm_eps=1e-3),
+    "gpt2 without biases": small(bias=False, activation=Activation.gelu, norm=Norm.layernorm_nobias),
+    "gpt2 padded": small(activation=Activation.leaky_relu, vocab_multiple=16, bias=False),
+    "llama": small(**LLAMA, n_kv_head=2, rope_base=500.0, norm_eps=1e-3),
+    "llama tied": small(**{**LLAMA, "tie_embeddings": True}, n_kv_head=1),
+    "llama 3.1": small(**LLAMA, rope_scaling=RopeScaling.llama3, rope_factor=8.0, rope_original_block_size=6),
+    "llama linear": small(**LLAMA, rope_scaling=RopeScaling.linear, rope_factor=4.0),
+    "llama ntk": small(**LLAMA, rope_scaling=RopeScaling.ntk, rope_factor=4.0),
+    "llama geglu": small(**{**LLAMA, "ffn": Ffn.geglu}, activation=Activation.gelu_tanh, vocab_multiple=16),
+    "mixtral": small(**{**LLAMA, **MOE}, n_kv_head=2),
+    "mixtral tied": small(**{**LLAMA, **MOE, "tie_embeddings": True, "n_expert_per_token": 3}, expert_ffn=Ffn.geglu),
+    "llama with biases": small(**{**LLAMA, "bias": True}),
+}
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 9000], ids=["one file", "sharded"])
+@pytest.mark.parametrize("kind", OURS)
+def test_what_is_written_gives_the_same_logits_in_transformers(kind: str, max_shard_bytes: int, tmp_path: Path) -> None:
+    ours = shaken(GPT(OURS[kind]))
+    theirs = exported(ours, tmp_path / "out", max_shard_bytes)
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == (max_shard_bytes == 9000)
+    assert_equal_logits(ours, theirs)
+    assert_equal_logits(imported(tmp_path / "out"), theirs)
+
+
+def test_files_of_the_bare_model_and_masks_of_old_versions_are_read(tmp_path: Path) -> None:
+    theirs = gpt2()
+    theirs.transformer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert "wte.weight" in tensors  # as in the files that GPT-2 was published in
+    mask, head = torch.ones(12, 12).tril(), tensors["wte.weight"].clone()
+    save_file({**tensors, "h.0.attn.bias": mask, "lm_head.weight": head}, file)
+    assert_equal_logits(imported(tmp_path), theirs)
+    save_file({**tensors, "lm_head.weight": head + 1}, file)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+        imported(tmp_path)
+
+
+def test_a_longer_vocabulary_takes_little_and_a_shorter_text_nothing_away(tmp_path: Path) -> None:
+    theirs = gpt2()
+    theirs.save_pretrained(tmp_path)
+    wider = small(activation=Activation.gelu_tanh, vocab_size=64, block_size=8)
+    ours = imported(tmp_path, wider)
+    tokens_BT = random_tokens(small(block_size=8), 3)
+    with torch.no_grad():
+        expected, found = theirs(tokens_BT).logits, ours(tokens_BT)
+    torch.testing.assert_close(found[..., :50], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found[..., 50:], expected.mean(-1, keepdim=True).expand(-1, -1, 14), rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,149 @@
+"""Running our commands as a user does: real processes, watched, and ended by process id where a test ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300
+
+TINY = (
+    "model.n_layer=2",
+    "model.n_embd=64",
+    "model.n_head=4",
+    "model.n_kv_head=2",
+    "model.block_size=32",
+    "data.max_bytes=200000",
+    "optim.global_batch=8",
+    "optim.micro_batch=2",
+    "eval.sequences=6",
+)
+"""A run of seconds: small, but with accumulation, grouped queries and an evaluation that no rank count divides."""
+
+ON_SLURM = ("cluster=slurm", "launch.poll_s=1")
+"""On the sandbox, whose controller has nothing else to do than to answer."""
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a user who is in no job: nothing of an enclosing launcher, one thread a process."""
+    gone = (
+        "SLURM_",
+        "SUBMITIT_",
+        "TORCHELASTIC_",
+        "LAUNCH_",
+        "GPT_",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "HYDRA_",
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(gone)}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **extra}
+
+
+def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> str:
+    """``python -m module words`` to its end; returns what it printed, standard error included."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        cwd=cwd,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == status, f"exit status {done.returncode}, expected {status}:\n{done.stdout}"
+    return done.stdout
+
+
+def answer_ctrl_c() -> None:
+    """Have what is started answer SIGINT: a shell that runs the tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+STARTED: list[subprocess.Popen[bytes]] = []
+"""What ``start`` has started. A test that ends with one of them alive has it killed (tests/conftest.py)."""
+
+
+def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subprocess.Popen[bytes]:
+    """``python -m module words`` in a session of its own, printing into ``log``."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            cwd=cwd,
+            env=environment(**extra),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=answer_ctrl_c,
+        )
+    STARTED.append(process)
+    return process
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Look until ``condition`` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ``pid`` and everything it started, parents first, from /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> list[int]:
+    """``kill -9`` of a process and all it started; returns their ids."""
+    family = descendants(process.pid)
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of what was killed")
+    return family
+
+
+def ranks_of(pids: Sequence[int]) -> dict[int, int]:
+    """Process ids of the training processes among ``pids``, by rank."""
+    ranks = {}
+    for pid in pids:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        rank = [v for v in variables if v.startswith(b"RANK=")]
+        if b"gpt.train" in words and rank:
+            ranks[int(rank[0].split(b"=")[1])] = pid
+    return ranks

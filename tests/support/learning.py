@@ -1,0 +1,173 @@
+"""What a run computes in its first steps, brought together from all ranks, and what one process computes instead.
+
+Everything is the training's own code (``gpt.train.build``, ``gpt.training.step``); the reference differs in that
+nothing is spread or accumulated. AdamW makes a whole step of a gradient however small, also where it is rounding
+alone. So there are no biases, since that of the keys has no other gradient, and ``eps`` is far above the rounding of
+a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gpt.config import Strategy, TrainConfig
+from gpt.parallel.optimizer import squares_of_parts
+from gpt.parallel.world import World
+from gpt.topology.dims import topology
+from gpt.train import build
+from gpt.training.run import Run
+from gpt.training.step import queue_step
+from launch.runs.compose import compose_train, to_schema
+from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import Phase, Pulse
+
+STEPS = 5
+BATCH = 16
+TINY = [
+    *("model.n_layer=2", "model.n_embd=32", "model.n_head=4", "model.block_size=16", "data.max_bytes=60000"),
+    *(f"optim.global_batch={BATCH}", "eval.sequences=4", "optim.warmup_steps=2", "optim.eps=1e-6"),
+    "logging.tensorboard=false",
+]
+MODELS = {
+    "tied": ["model.tie_embeddings=true", "model.position=learned", "model.norm=layernorm"],
+    "untied, grouped queries": ["model.tie_embeddings=false", "model.n_kv_head=2"],
+    "experts": ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"],
+}
+ACCUMULATIONS = (1, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to be compared: a layout as it is typed, a model by its name, and the passes of a step."""
+
+    words: str
+    model: str
+    accumulation: int = 4
+
+
+def start(rank: int, size: int, folder: Path, *words: str) -> Run:
+    """A run of the configuration that is typed, as ``gpt.train`` makes it."""
+    config = to_schema(compose_train([*TINY, *words, f"data.cache_dir={folder.parent / 'cache'}"]), TrainConfig)
+    config.validate()
+    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    return build(config, RunFolder(folder), world, 1, Pulse(None))
+
+
+def start_case(rank: int, size: int, folder: Path, case: Case, model: Sequence[str]) -> Run:
+    """The run of a case, whose model has these ``model`` words."""
+    words = [*model, *case.words.split()]
+    parallel = to_schema(compose_train([*TINY, *words]), TrainConfig).parallel
+    micro = BATCH // (topology(parallel, size).data_ranks * case.accumulation)
+    run = start(rank, size, folder, *words, f"optim.micro_batch={micro}")
+    assert run.batch.accumulation == case.accumulation
+    return run
+
+
+def step(run: Run) -> tuple[float, float]:
+    """Loss and gradient norm of the next step."""
+    record, _ = queue_step(run, None, Phase.training).finish(0.0)
+    return record.loss, record.grad_norm
+
+
+def whole(run: Run, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of all ranks brought together from their parts, by their plain names; rank 0 of a pair is believed."""
+    mine = {
+        name.removeprefix("module."): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+        for name, t in tensors.items()
+    }
+    found: dict[str, torch.Tensor] = {}
+    for theirs in reversed(run.world.gather(mine) if run.layout.pp > 1 else [mine]):
+        found |= theirs
+    return found
+
+
+def learn(run: Run, steps: int = STEPS) -> dict[str, Any]:
+    """Losses, gradient norms, the first step's gradients, and the weights after the last one."""
+    if run.config.parallel.strategy is Strategy.deepspeed:
+        return _learn_zero(run, steps)
+    seen = [step(run)]
+    parameters = dict(run.engine.module.named_parameters())
+    gradients = whole(run, {name: p.grad for name, p in parameters.items() if p.grad is not None})
+    seen += [step(run) for _ in range(steps - 1)]
+    losses, norms = zip(*seen, strict=True)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": whole(run, parameters)}
+
+
+def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
+    """As ``learn``, of DeepSpeed's engine, which tells gradients between the passes and the step only, not yet clipped;
+    its weights are the masters."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    parameters = dict(run.engine.module.named_parameters())
+    found: dict[str, Any] = {}
+    update = run.engine.update
+
+    def look(lr: float) -> torch.Tensor:
+        if not found:
+            found["gradients"] = whole(run, {name: safe_get_full_grad(p) for name, p in parameters.items()})
+            found["norm of the parts"] = norm_of_parts(run)
+        return update(lr)
+
+    run.engine.update = look  # type: ignore[method-assign]
+    found["losses"], found["norms"] = zip(*[step(run) for _ in range(steps)], strict=True)
+    run.engine.update = update  # type: ignore[method-assign]
+    assert found["norm of the parts"] == pytest.approx(found["norms"][0], rel=1e-5)
+    clipped = min(1.0, run.config.optim.grad_clip / (found["norms"][0] + 1e-6))
+    found["gradients"] = {name: grad * clipped for name, grad in found["gradients"].items()}
+    masters = run.config.parallel.zero_stage
+    full = {name: safe_get_full_fp32_param(p) if masters else p.detach() for name, p in parameters.items()}
+    found["weights"] = whole(run, full)
+    return found
+
+
+def norm_of_parts(run: Run) -> float:
+    """The norm of the gradients, from the parts that the ranks say they hold."""
+    parts = [(part, share) for _, part, share in run.engine.gradients()]
+    return run.world.add_up(squares_of_parts(parts)).sqrt().item()
+
+
+def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """What one process learns of each model, in one pass a step; for ``run_distributed`` with one rank."""
+    words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
+    return {name: learn(start(rank, size, folder / name, *words, *model)) for name, model in models.items()}
+
+
+def learn_cases(
+    rank: int, size: int, folder: Path, cases: Sequence[Case], models: Mapping[str, list[str]]
+) -> list[dict[str, Any]]:
+    """What the ranks learn of each case; for ``run_distributed``."""
+    return [
+        learn(start_case(rank, size, folder / str(number), case, models[case.model]))
+        for number, case in enumerate(cases)
+    ]
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """Losses and norms of every step, every gradient of the first and every weight after the last agree."""
+    assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+    for what in ("gradients", "weights"):
+        assert found[what].keys() == expected[what].keys()
+        for name, tensor in expected[what].items():
+            error = (found[what][name] - tensor).norm() / tensor.norm()
+            assert error < tolerance, f"{what} of {name}: {error:.1e}"
+
+
+def assert_all_same(
+    cases: Sequence[Case], found: Sequence[dict[str, Any]], alone: Mapping[str, dict[str, Any]]
+) -> None:
+    """Every case learned what one process learned of its model; otherwise, all that did not are named."""
+    wrong = []
+    for case, learned in zip(cases, found, strict=True):
+        try:
+            assert_same(learned, alone[case.model])
+        except AssertionError as error:
+            wrong.append(f"{case}: {error}")
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,158 @@
+"""Recomputing, compiling and deterministic mode: what is learned stays the same, bit for bit where that is promised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt.accounting.flops import forward_flops, recomputed_flops_per_token, training_flops_per_token
+from gpt.accounting.mfu import utilization
+from gpt.config import (
+    AttentionBackend,
+    CompileMode,
+    Ffn,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    Strategy,
+    TrainConfig,
+)
+from gpt.model.gpt import GPT
+from gpt.parallel.compile import prepare_blocks
+from gpt.planning.memory import per_rank
+from gpt.topology.batch import cut
+from gpt.topology.dims import topology
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import TINY, run
+from tests.support.small_models import LLAMA, MOE, random_tokens, small
+
+MIXTURE = LLAMA | {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2}
+
+
+def gradients(
+    model: ModelConfig, recompute: Recompute, compile_mode: str = "none", precision: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients by name, and the FLOPs of the backward pass."""
+    torch.manual_seed(0)
+    gpt = GPT(model)
+    names = list(gpt.state_dict())
+    prepare_blocks(gpt, TrainConfig(recompute=recompute, compile=CompileMode[compile_mode], model=model))
+    assert list(gpt.state_dict()) == names, "a checkpoint is the same whoever wrote it"
+    tokens_BT = random_tokens(model, 3)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        logits_BTV = gpt(tokens_BT)
+    loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten())
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return {name: p.grad for name, p in gpt.named_parameters() if p.grad is not None}, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("attention", AttentionBackend)
+@pytest.mark.parametrize("parts", [{}, LLAMA, MIXTURE], ids=["gpt2", "llama", "mixture"])
+def test_recomputing_changes_no_bit_of_the_gradients(
+    parts: dict, attention: AttentionBackend, dropout: float, precision: torch.dtype
+) -> None:
+    model = small(**parts, dropout=dropout, attention=attention)
+    kept, flops = gradients(model, Recompute.none, precision=precision)
+    selective, flops_selective = gradients(model, Recompute.selective, precision=precision)
+    full, flops_full = gradients(model, Recompute.full, precision=precision)
+    assert kept.keys() == selective.keys() == full.keys()
+    for name, grad in kept.items():
+        assert torch.equal(selective[name], grad) and torch.equal(full[name], grad), name
+    assert flops <= flops_selective < flops_full
+    if attention is AttentionBackend.manual or not dropout:
+        assert flops_selective == flops, "no matrix product is computed again"
+
+
+def test_compiled_blocks_compute_the_same() -> None:
+    model = small(**LLAMA, n_layer=1)
+    eager, _ = gradients(model, Recompute.none)
+    compiled, _ = gradients(model, Recompute.selective, compile_mode="default")
+    for name, grad in eager.items():
+        torch.testing.assert_close(compiled[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert any(not torch.equal(compiled[name], grad) for name, grad in eager.items()), "it was compiled"
+
+
+def test_deterministic_mode_is_in_force_and_recorded(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    words = (*TINY, "optim.max_steps=2", "model.dropout=0.1", "recompute=full", "deterministic=true")
+    run("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path)
+    told = json.loads(folder.environment(1).read_bytes())["reproducibility"]
+    assert told["PYTHONHASHSEED"] == "1337" and told["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert told["deterministic_algorithms"]
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    words = (*TINY, "optim.max_steps=6", "checkpoint.interval=3", "optim.warmup_steps=0", "optim.lr=1e35")
+    text = run("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path, status=1)
+    assert "FloatingPointError: the loss of step 2 is" in text and "gradient norm nan" in text
+    assert not folder.checkpoints.exists()
+    assert read_records(folder.metrics(0))[-1]["step"] == 1
+
+
+MANUAL = {"attention": AttentionBackend.manual}  # torch's counter knows no attention kernel of the CPU
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [MANUAL, MANUAL | LLAMA, MANUAL | {"dropout": 0.1}, MANUAL | LLAMA | {"n_kv_head": 2}],
+    ids=["gpt2", "llama", "dropout", "grouped"],
+)
+def test_recomputed_flops_are_those_that_torch_counts(parts: dict) -> None:
+    model = small(**parts)
+    _, kept = gradients(model, Recompute.none)
+    for recompute in (Recompute.selective, Recompute.full):
+        _, repeated = gradients(model, recompute)
+        tokens = 3 * model.block_size
+        assert tokens * recomputed_flops_per_token(model, recompute) == repeated - kept
+    flops = training_flops_per_token(model)
+    used = utilization(flops, 100.0, 1e12, recomputed_flops_per_token(model, Recompute.full))
+    assert used.hfu == pytest.approx(100.0 * (kept + forward_flops(model, 3).palm + repeated - kept) / tokens / 1e12)
+
+
+def peak_bytes(model: ModelConfig, recompute: Recompute) -> int:
+    """The most that one step of training held at once, as torch's tracker of every tensor saw it."""
+    gpt = GPT(model)
+    prepare_blocks(gpt, TrainConfig(recompute=recompute, model=model))
+    tokens_BT = random_tokens(model, 3)
+    optimizer = torch.optim.AdamW(gpt.parameters())
+    F.cross_entropy(gpt(tokens_BT).flatten(0, 1), tokens_BT.flatten()).backward()
+    optimizer.step()
+    tracker = MemTracker()
+    tracker.track_external(gpt, optimizer, tokens_BT)
+    with tracker:
+        optimizer.zero_grad(set_to_none=False)
+        logits_BTV = gpt(tokens_BT)
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten())
+        del logits_BTV
+        loss.backward()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize(
+    "parts",
+    [{}, LLAMA, MANUAL, {**MOE, "n_shared_expert": 1}, {**MOE, "capacity_factor": 1.25}],
+    ids=["gpt2", "llama", "manual", "experts", "capacity"],
+)
+def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, recompute: Recompute) -> None:
+    model = small(**parts, n_layer=6, n_embd=64, block_size=64, vocab_size=64)
+    optim = OptimConfig(max_steps=1, global_batch=3, micro_batch=3, lr=1e-3, min_lr=0.0, warmup_steps=0)
+    config = TrainConfig(
+        model=model, optim=optim, parallel=ParallelConfig(Strategy.ddp), precision=Precision.fp32, recompute=recompute
+    )
+    claimed = per_rank(config, topology(config.parallel, 1), cut(optim, 1))
+    assert claimed.total == pytest.approx(peak_bytes(model, recompute), rel=0.03)

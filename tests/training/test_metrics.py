@@ -1,0 +1,120 @@
+"""What a run records, and every view of it: against sums over the whole gradient, and across a crash and a resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt.model.gpt import GPT
+from gpt.parallel.dtensor import local, share_of
+from gpt.training.gradient_stats import Gradients
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import TINY, run
+from tests.support.distributed import run_distributed
+from tests.support.small_models import LLAMA, small
+
+WORDS = (*TINY, "optim.max_steps=8", "checkpoint.interval=4", "eval.interval=4", "logging.gradients_interval=2")
+
+
+def measured(rank: int, world_size: int, sharded: bool) -> tuple[list[str], list[float]]:
+    """Names and sums of a model whose gradient is the mean over two ranks with a token batch each."""
+    torch.manual_seed(0)
+    model: nn.Module = GPT(small(**LLAMA, vocab_size=51, n_layer=2))
+    if sharded:
+        assert isinstance(model, GPT)
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model)
+    backward(model, rank)
+    gradients = Gradients(small(**LLAMA, vocab_size=51, n_layer=2), torch.device("cpu"))
+    grads = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    sums = gradients.sums((name, local(grad), share_of(grad, world_size)) for name, grad in grads)
+    torch.distributed.all_reduce(sums)
+    figures = gradients.figures(sums.tolist())
+    return list(figures.layer_norms), [figures.mean, figures.std, *figures.layer_norms.values()]
+
+
+def backward(model: nn.Module, rank: int) -> None:
+    tokens_BT = torch.randint(51, (2, 8), generator=torch.Generator().manual_seed(rank))
+    F.cross_entropy(model(tokens_BT).flatten(0, 1), tokens_BT.flatten()).backward()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_gradient_figures_are_those_of_the_whole_gradient(sharded: bool) -> None:
+    (names, values), other = run_distributed(measured, 2, sharded)
+    assert other == (names, values), "on every rank"
+    torch.manual_seed(0)
+    model = GPT(small(**LLAMA, vocab_size=51, n_layer=2))
+    for rank in range(2):
+        backward(model, rank)
+    whole = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
+    flat = torch.cat([grad.flatten() for grad in whole.values()]).double()
+    assert names == ["token_embedding", "blocks.0", "blocks.1", "norm", "head"]
+    parts = [torch.cat([g.flatten() for n, g in whole.items() if n.startswith(f"{name}.")]) for name in names]
+    expected = [flat.mean().item(), flat.std(correction=0).item(), *(part.norm().item() for part in parts)]
+    assert values == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run whose first attempt went on to step 6 without saving again, was lost, and was resumed from step 4."""
+    folder = tmp_path_factory.mktemp("views")
+    words = (*WORDS, "profile=true", "profile_from=2", "profile_to=3", f"run_dir={folder / 'run'}")
+    run("gpt.train", *words, cwd=folder)
+    there = RunFolder(folder / "run")
+    records = read_records(there.metrics(0))
+    step_8 = there.checkpoints / "step_00000008"
+    step_8.rename(folder / "lost")
+    (there.metrics(0)).write_text("".join(json.dumps(r) + "\n" for r in records[:6]))
+    with (there.path / "steps.csv").open("a") as file:
+        file.write("7,1,torn")
+    run("gpt.train", *words, cwd=folder)
+    return there
+
+
+def test_the_table_has_one_row_for_each_step(resumed: RunFolder) -> None:
+    rows = list(csv.DictReader(resumed.steps_csv.open()))
+    records = read_records(resumed.metrics(0))
+    assert [(r["step"], r["attempt"]) for r in rows] == [(str(s), "1" if s <= 4 else "2") for s in range(1, 9)]
+    assert [float(r["loss"]) for r in rows] == [r["loss"] for r in records]
+    assert [bool(r["grad_norm/blocks.1"]) for r in rows] == [step % 2 == 0 for step in range(1, 9)]
+    assert all(float(r["memory_peak_gib"]) > 0.05 and not r["memory_reserved_gib"] for r in rows)
+
+
+def test_the_whole_run_is_in_one_file(resumed: RunFolder) -> None:
+    value = json.loads(resumed.run_json.read_bytes())
+    assert value["steps"] == read_records(resumed.metrics(0))
+    assert value["config"]["optim"]["max_steps"] == 8 and value["startup"]["attempt"] == 2
+    assert [e["step"] for e in value["evaluations"]] == [4, 8]
+    assert [(c["step"], c["attempt"], c["kept"]) for c in value["checkpoints"]] == [(4, 1, True), (8, 2, True)]
+    summary = value["summary"]
+    assert (summary["state"], summary["attempts"], summary["steps"]) == ("finished", 2, 8)
+    assert summary["best_val_loss"] == min(e["val_loss"] for e in value["evaluations"])
+
+
+def test_the_steps_asked_for_were_profiled_once(resumed: RunFolder) -> None:
+    attempt = resumed.attempt(1)
+    assert (attempt / "trace_rank_00000.json.gz").stat().st_size > 1000
+    assert (
+        "aten::addmm" in (attempt / "profile_rank_00000.txt").read_text()
+        or "aten::mm" in (attempt / "profile_rank_00000.txt").read_text()
+    )
+    assert not list(resumed.attempt(2).glob("*profile*")), "those steps were over"
+
+
+def test_the_environment_is_recorded(resumed: RunFolder) -> None:
+    for attempt in (1, 2):
+        told = json.loads(resumed.environment(attempt).read_bytes())
+        assert told["from_step"] == 4 * (attempt - 1)
+        assert told["reproducibility"]["seed"] == 1337 and not told["reproducibility"]["deterministic_algorithms"]
+        assert told["counts"]["total"] == told["parameters"]
