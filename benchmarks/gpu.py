@@ -30,7 +30,7 @@ import torch
 import yaml
 
 from gpt.config import TrainConfig
-from gpt.topology.composition import lay_out
+from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, to_schema
 

@@ -22,7 +22,7 @@ from benchmarks.page import chosen, stamp
 from gpt.config import TrainConfig
 from gpt.planning.memory import Memory, per_rank
 from gpt.topology.batch import cut
-from gpt.topology.composition import lay_out
+from gpt.topology.rules import lay_out
 from launch.runs.compose import compose_train, to_schema
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes

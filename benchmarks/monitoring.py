@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt.metrics.memory import memory_gib
+from gpt.metrics.environment import memory_gib
 from gpt.metrics.writers import Views
-from gpt.parallel.world import open_world
+from gpt.parallel.distributed import open_world
 from gpt.train import build
 from gpt.training.gradient_stats import Gradients
-from gpt.training.run import Run, agree_on_folder, open_attempt, parse_request
+from gpt.training.request import agree_on_folder, parse_request
+from gpt.training.run import Run, open_attempt
 from gpt.training.step import QueuedStep, queue_step
 from launch.runs.heartbeat import Phase, Pulse
 from launch.runs.records import append_record

@@ -24,7 +24,7 @@ from gpt.config import Device
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
 from gpt.model.loss import summed_loss
-from gpt.parallel.world import World, open_world
+from gpt.parallel.distributed import World, open_world
 from gpt.training.evaluation import mean_loss
 from gpt.training.run import prepare_tokens
 from launch.errors import ConfigError, refusing

@@ -24,16 +24,17 @@ from gpt.checkpoint import folders
 from gpt.checkpoint.manifest import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import TrainConfig, require_positive
 from gpt.conversion.formats import format_for
-from gpt.conversion.hf_folder import write_configs, write_sums, write_weights
+from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
 from gpt.conversion.hf_tokenizer import write_tokenizer
 from gpt.conversion.spec import Format
 from gpt.conversion.state_dict import to_theirs
-from gpt.conversion.torch_file import write_torch_file
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
-from gpt.data.tokenizers.base import ABOUT, Tokenizer, tokenizer_of
+from gpt.data.tokenizers.base import ABOUT, Tokenizer
+from gpt.data.tokenizers.registry import tokenizer_of
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError, refusing
-from launch.runs.folder import RunFolder, read_json
+from launch.runs.files import read_json
+from launch.runs.folder import RunFolder
 
 GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -19,11 +19,12 @@ import torch
 from gpt.checkpoint.folders import step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
-from gpt.data.tokenizers.base import Tokenizer, tokenizer_of
+from gpt.data.tokenizers.base import Tokenizer
+from gpt.data.tokenizers.registry import tokenizer_of
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.model.sampling import Sampling, generate, generators
-from gpt.parallel.world import choose_device
+from gpt.parallel.distributed import choose_device
 from launch.errors import ConfigError, refusing
 
 UNFINISHED = "\ufffd"

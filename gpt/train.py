@@ -29,31 +29,22 @@ with lasting_imports():
     from gpt.model.gpt import GPT
     from gpt.model.init import initialize
     from gpt.parallel.compile import prepare_blocks
-    from gpt.parallel.engine import spread
-    from gpt.parallel.world import World, open_world
+    from gpt.parallel.distributed import World, open_world
     from gpt.topology.batch import cut
-    from gpt.topology.composition import lay_out
+    from gpt.topology.rules import lay_out
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism
     from gpt.training.evaluation import mean_loss
     from gpt.training.gradient_stats import Gradients
     from gpt.training.init_from import load_initial
-    from gpt.training.interrupt import StopFlag, die_with_parent
-    from gpt.training.kernels import check_flash
+    from gpt.training.parallelize import spread
     from gpt.training.profiler import StepProfile
-    from gpt.training.requests import Requests
-    from gpt.training.run import (
-        Request,
-        Run,
-        agree_on_folder,
-        describe_attempt,
-        look_for_changes,
-        open_attempt,
-        parse_request,
-        prepare_tokens,
-    )
+    from gpt.training.request import Request, agree_on_folder, parse_request
+    from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
     from gpt.training.state import load, save
     from gpt.training.step import QueuedStep, queue_step
+    from gpt.training.stop import Requests, StopFlag
     from launch.errors import ConfigError
+    from launch.process import die_with_parent
     from launch.runs.failures import record_failure
     from launch.runs.folder import RunFolder
     from launch.runs.heartbeat import Phase, Pulse

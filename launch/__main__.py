@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.config import NOT_IN_POINT, Config
 from launch.errors import ConfigError
 from launch.runs.compose import CONFIG_ERRORS, explain
-from launch.runs.folder import point_name
+from launch.runs.overrides import point_name
 from launch.sweep import SweepFailedError, fail
 
 

@@ -12,21 +12,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from launch.agent import main as agent
 from launch.agent.node import Node
 from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch
 from launch.errors import ConfigError, refusing
 from launch.jobs.submit import record_submitted
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.plan_text import plan_text
+from launch.plan.text import plan_text
 from launch.runs import compose
-from launch.runs.compose import CONFIG_ERRORS
 from launch.runs.overrides import typed_value
 
 
@@ -59,16 +56,6 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     if gpus and typed_value(words, "cluster.gpus_per_node") is None:
         words.append(f"cluster.gpus_per_node={gpus}")
     return words
-
-
-def compose_launch(overrides: Sequence[str]) -> DictConfig:
-    """Compose ``configs/config.yaml`` without a Hydra run."""
-    ConfigStore.instance().store("launch_schema", Config)
-    with initialize_config_module("configs", version_base="1.3"):
-        try:
-            return hydra_compose("config", overrides=list(overrides))
-        except CONFIG_ERRORS as error:
-            raise compose.explain(error, Config) from error
 
 
 def make_run(overrides: Sequence[str]) -> Plan:

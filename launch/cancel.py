@@ -7,130 +7,17 @@ any signal is sent, so that the end it brings about is never taken for a preempt
 from __future__ import annotations
 
 import argparse
-import getpass
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.config import Config
 from launch.errors import refusing
-from launch.jobs.handles import Job, LocalJob
-from launch.jobs.status import Point, find_point, look, saved_step
-from launch.runs.compose import read_config
+from launch.jobs.status import find_point, look
+from launch.jobs.stop import outcome, stop_points
 from launch.runs.find import find_runs
-from launch.scheduler.client import SlurmBusyError, SlurmError
-
-POLL_S = 0.5
-SLURM_POLL_S = 2.0
-AGENT_S = 5.0  # the agents end their ranks after stop_grace_s themselves, and then write down what came of it
-LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and then cleans up
-
-
-class Stop:
-    """One point on its way out."""
-
-    def __init__(self, point: Point, *, now: bool = False) -> None:
-        grace_s = read_config(point.folder, Config).resilience.stop_grace_s + AGENT_S
-        self.point = point
-        self.error: SlurmError | None = None
-        """Why it cannot be ended."""
-        self.kill_at = time.monotonic() + (0.0 if now else grace_s)
-        self._now = now
-        self._asked: Job | None = None
-        self._killed: Job | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is nothing left to do, or nothing that can be done."""
-        return self.point.is_over or self.error is not None
-
-    def mark(self) -> None:
-        """Enter the cancel into the ledger, once for each job."""
-        job_id = None if self.point.job is None else self.point.job.job_id
-        if not any(e["event"] == "cancelled" and e["job_id"] == job_id for e in self.point.events()):
-            who = f"{getpass.getuser()}@{os.uname().nodename}"
-            self.point.folder.record_event("cancelled", job_id=job_id, by=who, now=self._now)
-
-    def push(self) -> None:
-        """Do what is next: ask once, and end what has not left in time. Raises SlurmError."""
-        self.mark()
-        job = self.point.job
-        if job is None:
-            return
-        if time.monotonic() >= self.kill_at:
-            if self._killed is not job:
-                job.kill()
-                self._killed = job
-        elif self.point.state == "queued":
-            job.stop("queued")  # again at every look: it may have started at the same moment
-        elif self._asked is not job and not self._was_heard():
-            job.stop("running")
-            self._asked = job
-
-    def _was_heard(self) -> bool:
-        """Whether the agents know already, where the answer to an earlier scancel was lost: a second one kills."""
-        names = [e["event"] for e in self.point.events()]
-        return "signalled" in names[names.index("cancelled") :]
-
-
-def stop_points(points: Sequence[Point], console: Console, *, now: bool = False) -> list[Stop]:
-    """Have the points save and leave, end what is left, and wait until they are over or cannot be ended."""
-    stops = [Stop(point, now=now) for point in points if not point.is_over]
-    for stop in stops:
-        stop.mark()
-    said = False
-    while left := [stop for stop in stops if not stop.is_done]:
-        busy = push_all(left) or look([stop.point for stop in left], retries=1)
-        if busy is not None and not said:
-            console.print(f"{busy}\nasking again until Slurm answers", highlight=False, markup=False)
-            said = True
-        for stop in left:
-            if not stop.is_done and time.monotonic() > stop.kill_at + LAST_WAIT_S:
-                stop.error = busy or SlurmError("not over long after it was ended")
-        local = any(isinstance(stop.point.job, LocalJob) for stop in left)
-        time.sleep(0.0 if all(stop.is_done for stop in left) else POLL_S if local else SLURM_POLL_S)
-    return stops
-
-
-def push_all(stops: Sequence[Stop]) -> SlurmError | None:
-    """Push every point a step further. A controller that does not answer for one is returned, and asked again later."""
-    busy = None
-    for stop in stops:
-        try:
-            stop.push()
-        except SlurmBusyError as error:
-            busy = error
-        except SlurmError as error:
-            stop.error = error
-    return busy
-
-
-def stop_on_ctrl_c(points: Sequence[Point], console: Console) -> None:
-    """The orderly stop at the first Ctrl-C; the second ends the runs at once."""
-    console.print("stopping: the runs save a checkpoint and leave; Ctrl-C again ends them now", highlight=False)
-    try:
-        stops = stop_points(points, console)
-    except KeyboardInterrupt:
-        stops = stop_points(points, console, now=True)
-    for stop in stops:
-        console.print(outcome(stop), highlight=False, markup=False)
-
-
-def outcome(stop: Stop) -> str:
-    """What became of a point, for people."""
-    point = stop.point
-    if stop.error is not None:
-        return f"{point.name}: could not be ended: {stop.error}"
-    step = point.latest.get("step")
-    head = f"{point.name}: {point.state}" + (f" after step {step}" if step else "")
-    saved = saved_step(point.folder.read_events())
-    if point.state == "finished" or (saved is None and not step):
-        return head
-    return f"{head}; {'nothing was saved' if saved is None else f'the last checkpoint is of step {saved}'}"
+from launch.scheduler.client import SlurmError
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:

@@ -7,7 +7,6 @@ Owns the command, and leaving it behind for runs that go on without their launch
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,19 +22,6 @@ from launch.runs.folder import RunFolder
 
 POLL_S = 1.0
 LONGEST_POLL_S = 60.0
-
-
-def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``python -m launch.move`` for runs that go on without their launcher; closing the terminal leaves it."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-u", "-m", "launch.move", *map(str, folders)],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:

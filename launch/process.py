@@ -7,7 +7,10 @@ leave. Owns the pause of the collector. Torch-free.
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +26,21 @@ def lasting_imports() -> Iterator[None]:
         gc.freeze()
         if was_on:
             gc.enable()
+
+
+def hash_seed(seed: int) -> str:
+    """PYTHONHASHSEED for a run's seed; Python takes 32 bits."""
+    return str(seed % 2**32)
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, process ``parent``, is gone (Linux prctl).
+
+    A rank whose agent was killed would otherwise train on, unwatched, and write into a run that has moved on.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)

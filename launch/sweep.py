@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from launch.agent.outcome import failure_text
 from launch.config import ClusterKind, Config, LaunchConfig
 from launch.errors import ConfigError
+from launch.jobs.stop import stop_on_ctrl_c
 from launch.plan import code_copy as snapshot
-from launch.plan.forewarn import forewarn
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.worst_case import share_budget, worst_case_text
+from launch.plan.preflight import forewarn
+from launch.plan.text import share_budget, worst_case_text
 from launch.runs import compose
-from launch.runs.folder import RunFolder, write_json
+from launch.runs.failures import failure_text
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
@@ -140,7 +142,6 @@ def show_warnings(plans: Sequence[Plan], console: Console) -> None:
 
 def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig) -> None:
     """Submit; then follow to the end and report, or say how to."""
-    from launch import cancel
     from launch.jobs import display as watch
     from launch.jobs.status import new_point
 
@@ -154,7 +155,7 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
     try:
         watch.watch(points, console, after.poll_s)
     except KeyboardInterrupt:
-        cancel.stop_on_ctrl_c(points, console)
+        stop_on_ctrl_c(points, console)
         raise SweepFailedError("stopped; the same command goes on from the last checkpoint", 130) from None
     report(plans, console)
     failed = [point for point in points if point.state != "finished"]
@@ -211,7 +212,7 @@ def follow_up(plans: Sequence[Plan]) -> str:
 
 def leave_mover(plans: Sequence[Plan], console: Console) -> None:
     """Leave a process behind that moves the points that wait, where there is another place for them."""
-    from launch.move import start_in_background
+    from launch.jobs.failover import start_in_background
 
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
     if not watched:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.batch import compose_launch
 from launch.config import Config
+from launch.config.compose import compose_launch
 from launch.runs import compose
 from launch.runs.compose import to_schema
 from tests.support.commands import ROOT

@@ -26,11 +26,19 @@ from gpt.config.data import (
     TokenizerKind,
     WeightedPath,
 )
-from gpt.config.loop import CheckpointConfig, EvalConfig, LoggingConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
-from gpt.config.train import CompileMode, Device, Precision, Recompute, TrainConfig
+from gpt.config.train import (
+    CheckpointConfig,
+    CompileMode,
+    Device,
+    EvalConfig,
+    LoggingConfig,
+    Precision,
+    Recompute,
+    TrainConfig,
+)
 
 __all__ = [
     "BYTE_VOCAB",

@@ -32,3 +32,8 @@ def closest(word: str, choices: Iterable[str]) -> list[str]:
     known = sorted(choices)
     alike = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return alike or [choice for choice in known if choice[:3] == word[:3]][:3]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]

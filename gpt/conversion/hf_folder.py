@@ -6,6 +6,7 @@ Owns the files and their names. Must not know where the model comes from, nor wh
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gpt.config import ModelConfig
 from gpt.conversion.inspect import INDEX, SINGLE
+from gpt.conversion.source import plain_model
 from gpt.conversion.spec import Format
 from gpt.conversion.state_dict import SUMS, sums
 
@@ -81,3 +83,18 @@ def write_sums(folder: Path) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_torch_file(
+    path: Path, state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, origin: dict[str, Any]
+) -> None:
+    """Write ``path``, synced to disk."""
+    contents = {
+        "model_config": plain_model(config),
+        "exported_from": origin,
+        "model": {name: tensor.to(dtype) for name, tensor in state.items()},
+    }
+    with path.open("wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())

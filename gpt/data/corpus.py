@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gpt.config import DataConfig, ModelConfig, Source
 from gpt.data.formats.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
+from gpt.data.order import largest
 from gpt.data.preprocessing.recipe import Recipe, known_vocab, prepare_command, recipe_of
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
@@ -138,9 +139,8 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
     available = [sum(num_windows(tokens, block_size) for tokens in part.val) for part in corpus.parts]
     if len(available) == 1:
         return available[0]
-    from gpt.data import mixture  # loads numpy, which a login node does without otherwise
 
-    return mixture.largest(available, [part.weight for part in corpus.parts])
+    return largest(available, [part.weight for part in corpus.parts])
 
 
 def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
@@ -194,7 +194,8 @@ def cannot_write(folder: Path, error: Exception) -> ConfigError:
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
     """Copy the tokenizer, where it is known, into the run's folder, to decode the run without its corpus."""
-    from gpt.data.tokenizers.base import CharTokenizer, save_tokenizer
+    from gpt.data.tokenizers.base import CharTokenizer
+    from gpt.data.tokenizers.registry import save_tokenizer
 
     source = tokens.tokenizer_folder
     characters = next((s.characters for s in tokens.sources if s.characters is not None), None)

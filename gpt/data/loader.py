@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpt.data import mixture
 from gpt.data.corpus import num_windows
 from gpt.data.formats.prepared import TOKEN_BYTES, Tokens, TokenSource
 from gpt.data.formats.prepared import Split as SplitFiles
-from gpt.data.order import sample_position
+from gpt.data.order import draw, largest, sample_position
 from gpt.topology.batch import Batch
 from launch.errors import ConfigError
 
@@ -101,7 +100,7 @@ class Samples:
         self._val = [Windows(source.val, block_size) for source in tokens.sources]
         assert all(map(len, self._train)) and all(map(len, self._val)), "check_fit is asked before"
         self.num_train = sum(map(len, self._train))
-        self.num_val = mixture.largest([len(windows) for windows in self._val], self._weights)
+        self.num_val = largest([len(windows) for windows in self._val], self._weights)
 
     def batch(self, split: Split, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices (B,).
@@ -113,7 +112,7 @@ class Samples:
             windows = self._train
         else:
             assert indices.min() >= 0 and indices.max() < self.num_val, "validation repeats no sample"
-            source, position = mixture.draw(indices, self._weights)
+            source, position = draw(indices, self._weights)
             windows = self._val
         both = np.stack([windows[s].read(p) for s, p in zip(source.tolist(), position.tolist(), strict=True)])
         self._check_ids(both)
@@ -122,7 +121,7 @@ class Samples:
 
     def _train_places(self, indices: Indices) -> tuple[Indices, Indices]:
         """Source of each sample, and the window of it."""
-        source, running = mixture.draw(indices, self._weights)
+        source, running = draw(indices, self._weights)
         position = np.empty_like(running)
         for number, windows in enumerate(self._train):
             mine = source == number
@@ -152,7 +151,7 @@ class Samples:
     def _count_bytes(self, sequences: int) -> float | None:
         tables = self._byte_tables
         total = 0.0
-        source, position = mixture.draw(np.arange(sequences), self._weights)
+        source, position = draw(np.arange(sequences), self._weights)
         for number, windows in enumerate(self._val):
             places, table = position[source == number].tolist(), tables[number]
             split = self._sources[number].val

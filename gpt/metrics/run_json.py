@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from gpt.checkpoint import folders
-from launch.runs.folder import RunFolder, write_json
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records
 
 FORMAT = 1

@@ -18,7 +18,7 @@ from gpt.metrics.run_json import RunJson
 from gpt.metrics.steps_csv import StepsCsv
 from gpt.metrics.tensorboard import EventWriter
 from gpt.metrics.wandb import WeightsAndBiases
-from gpt.parallel.world import World
+from gpt.parallel.distributed import World
 from launch.runs.compose import plain_config
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, append_record, read_records

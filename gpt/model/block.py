@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig, NormPosition
+from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention
-from gpt.model.ffn import build_ffn
+from gpt.model.ffn import build_dense
 from gpt.model.kv_cache import LayerCache
 from gpt.model.norm import build_norm
 
@@ -40,3 +40,10 @@ class Block(nn.Module):
             return x_BTD + attended_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cache))
         return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+
+
+def build_ffn(config: ModelConfig) -> nn.Module:
+    """The feed-forward layer that ``config.ffn`` names: (B, T, D) -> (B, T, D)."""
+    from gpt.model.moe import MixtureOfExperts
+
+    return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import Activation, Ffn, ModelConfig
+from gpt.config import Activation, ModelConfig
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -54,10 +54,3 @@ class GatedFfn(nn.Module):
 def build_dense(config: ModelConfig, width: int) -> nn.Module:
     """The layer that ``config.dense_ffn`` names, ``width`` wide inside: (B, T, D) -> (B, T, D)."""
     return GatedFfn(config, width) if config.gated else StandardFfn(config, width)
-
-
-def build_ffn(config: ModelConfig) -> nn.Module:
-    """The feed-forward layer that ``config.ffn`` names: (B, T, D) -> (B, T, D)."""
-    from gpt.model.moe import MixtureOfExperts
-
-    return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)

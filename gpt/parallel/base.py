@@ -20,8 +20,8 @@ from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.config import TrainConfig
 from gpt.model.loss import cross_entropy, summed_loss
 from gpt.model.moe import set_auxiliary_scale
+from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import build_optimizer, clip_gradients
-from gpt.parallel.world import World
 from gpt.topology.batch import Batch
 from gpt.topology.dims import Topology
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gpt.config import CpMethod, TrainConfig
-from gpt.model.attention import Attention
-from gpt.model.fused import lower_right
+from gpt.model.attention import Attention, lower_right
 from gpt.model.moe import set_sequence_mean
 from gpt.model.position import set_positions
 from gpt.parallel.ring_attention import ring_attend

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, dis
 from torch.func import functional_call
 
 from gpt.parallel.compile import replace_forward
+from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import scale_to, squares_of_parts
-from gpt.parallel.world import World
 
 BUCKET_BYTES = 32 * 2**20
 """As much is sent at once: more hides the latency, and is held twice meanwhile."""

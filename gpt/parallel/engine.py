@@ -14,11 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt.checkpoint.formats import Format
-from gpt.config import Strategy, TrainConfig
-from gpt.model.gpt import GPT
-from gpt.parallel.world import World
-from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
 
 
 class Engine(Protocol):
@@ -68,36 +63,3 @@ class Engine(Protocol):
     def begin(self) -> None:
         """Forget what ``state()`` did to an optimizer that has not stepped yet."""
         ...
-
-
-def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
-    """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
-    from gpt.parallel.ddp import ReplicatedEngine
-    from gpt.parallel.nd import ComposedEngine
-    from gpt.parallel.staged import StagedEngine
-    from gpt.parallel.zero1 import Zero1Engine
-
-    if config.parallel.strategy is Strategy.deepspeed:
-        return spread_by_deepspeed(model, config, world, layout, batch)
-    if layout.pp > 1:
-        return StagedEngine(model, config, world, layout, batch)
-    model.to(world.device)
-    if config.parallel.strategy is Strategy.zero1:
-        return Zero1Engine(model, config, world, layout, batch)
-    if config.parallel.strategy is Strategy.fsdp or layout.model_ranks * layout.ep > 1:
-        return ComposedEngine(model, config, world, layout, batch)
-    return ReplicatedEngine(model, config, world, layout, batch)
-
-
-def spread_by_deepspeed(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
-    """The same by DeepSpeed, which is loaded only here."""
-    from gpt.parallel.deepspeed.start import load_deepspeed
-
-    load_deepspeed(world)  # before what imports it at its top
-    if layout.pp > 1:
-        from gpt.parallel.deepspeed.pipeline import StagedZeroEngine
-
-        return StagedZeroEngine(model, config, world, layout, batch)
-    from gpt.parallel.deepspeed.engine import ZeroEngine
-
-    return ZeroEngine(model, config, world, layout, batch)

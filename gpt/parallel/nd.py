@@ -18,13 +18,12 @@ from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.base import NativeEngine
 from gpt.parallel.context import SharedSequence, share_sequences
+from gpt.parallel.distributed import World, build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.dtensor import clip, local, share_of, sum_over
 from gpt.parallel.expert import deal_out, dealt_out, shard_experts
 from gpt.parallel.fsdp import shard
-from gpt.parallel.mesh import build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.tensor import cut_matrices, finish_gradients
 from gpt.parallel.vocab import vocabulary_loss
-from gpt.parallel.world import World
 from gpt.topology.batch import Batch
 from gpt.topology.dims import Topology
 

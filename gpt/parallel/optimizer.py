@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,17 +44,6 @@ def build_optimizer(module: nn.Module, config: OptimConfig, kind: type[torch.opt
         eps=config.eps,
         fused=fused,
     )
-
-
-def lr_at(config: OptimConfig, step: int) -> float:
-    """Learning rate of step ``step`` (counted from 1): linear warm-up, then a cosine down to ``min_lr``.
-
-    A pure function of the step, so a resumed run needs no schedule state.
-    """
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Pipeline parallelism: the layers dealt out to ranks, through which micro-batches flow (torch.distributed.pipelining).
 
 Owns the stages of this rank, torch's schedule that runs them, and the tied embedding that the first and the last stage
-both hold. Whatever else spreads the model is applied to the stages afterwards. The split is gpt/topology/stages.py's.
+both hold. Whatever else spreads the model is applied to the stages afterwards. The split is gpt/topology/pipeline.py's.
 
 Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
 """
@@ -32,10 +32,12 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast, cross_entropy
 from gpt.model.stage import Stage
 from gpt.parallel.compile import replace_forward
+from gpt.parallel.distributed import World, layer_mesh
 from gpt.parallel.dtensor import local
-from gpt.parallel.world import World
+from gpt.parallel.nd import ComposedEngine
 from gpt.topology.batch import Batch
-from gpt.topology.stages import local_stages, parts_of, stages_of
+from gpt.topology.dims import Topology
+from gpt.topology.pipeline import local_stages, parts_of, stages_of
 
 SCHEDULES = {
     Schedule.gpipe: ScheduleGPipe,
@@ -44,7 +46,6 @@ SCHEDULES = {
     Schedule.zbv: ScheduleZBVZeroBubble,
     Schedule.dualpipev: ScheduleDualPipeV,
 }
-
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Of logits and targets: the summed loss."""
 
@@ -240,3 +241,36 @@ def reshard(stage: nn.Module) -> None:
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+class StagedEngine(ComposedEngine):
+    """Each rank holds some stages of the model; what else spreads it is applied to each of them."""
+
+    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
+        super().__init__(model, config, world, layout, batch)
+        self.layer_group = layer_mesh(self.grid, world, config.parallel.timeout_s).get_group()
+        self.optimizer.register_step_post_hook(lambda *_: self._pipeline.tied.follow())
+
+    def take_apart(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
+        self._pipeline = Pipeline(model, config, world, batch, self.grid["pp"].get_group())
+        return self._pipeline.module, list(self._pipeline.stages.values())
+
+    def passes(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        self.module.zero_grad(set_to_none=True)
+        own = self.own(tokens_BT), self.own(targets_BT)
+        return self._pipeline.step(*own, self.scale, self.criterion, on_pass) * self.counted
+
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+        loss_sum = super().backward(tokens_BT, targets_BT, on_pass)
+        self._pipeline.tied.sum_gradients()
+        return loss_sum
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return self._pipeline.loss(self.own(tokens_BT), self.own(targets_BT), self.criterion) * self.counted
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self._pipeline.tied.follow()
+
+    def holders(self, name: str) -> int:
+        return self.world.size // self.layout.pp * self._pipeline.holders(name)

@@ -15,15 +15,12 @@ from dataclasses import dataclass
 
 from gpt.accounting.flops import Flops, recomputed_flops_per_token, training_flops_per_token
 from gpt.config import AttentionBackend, Strategy, TrainConfig
-from gpt.planning.data_traffic import data_group, data_s
+from gpt.planning.communication import data_group, data_s, host_s, keeps_on_host, layers_s, send_s, zero_s
 from gpt.planning.hardware import Machine
-from gpt.planning.host_traffic import host_s, keeps_on_host
-from gpt.planning.layer_traffic import layers_s, send_s
 from gpt.planning.memory import Pieces, pieces
-from gpt.planning.zero_traffic import zero_s
 from gpt.topology.batch import Batch
 from gpt.topology.dims import Topology
-from gpt.topology.stages import Part, bubble_fraction, local_stages, parts_of
+from gpt.topology.pipeline import Part, bubble_fraction, local_stages, parts_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 from gpt.accounting.parameters import count
 from gpt.config import Precision, TrainConfig
-from gpt.planning.memory import BUCKET
 from gpt.topology.batch import Batch
 from launch.errors import ConfigError
 
@@ -240,3 +239,7 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         inner = ours.get(key)
         merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
+
+
+BUCKET = 500_000_000
+"""Elements of gradients that DeepSpeed reduces at once, its own default (reduce_bucket_size)."""

@@ -1,6 +1,6 @@
 """How experts are dealt out: along which dimension they are cut, and what cannot be dealt out. Torch-free.
 
-Asked on the login node by gpt/topology/composition.py, and by the ranks where they cut (gpt/parallel/expert.py).
+Asked on the login node by gpt/topology/rules.py, and by the ranks where they cut (gpt/parallel/expert.py).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gpt.config import TrainConfig
+from launch.process import hash_seed
 
 CUBLAS = ":4096:8"
 """CUBLAS_WORKSPACE_CONFIG, one of the two values with which cuBLAS is deterministic (cuBLAS manual, section 2.1.4)."""
@@ -28,11 +29,6 @@ def fix_hash_seed(config: TrainConfig) -> None:
     if config.deterministic and "PYTHONHASHSEED" not in os.environ:
         sys.stdout.flush()
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONHASHSEED": hash_seed(config.seed)})
-
-
-def hash_seed(seed: int) -> str:
-    """PYTHONHASHSEED for a run's seed; Python takes 32 bits."""
-    return str(seed % 2**32)
 
 
 def seed_all(seed: int, rank: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.data.loader import Samples
-from gpt.parallel.world import World
+from gpt.parallel.distributed import World
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from gpt.config import TrainConfig
 from gpt.conversion.source import find_source, refuse_other_model
 from gpt.conversion.state_dict import State, Verified, read_source, verify
 from gpt.model.gpt import GPT
-from gpt.parallel.world import World
+from gpt.parallel.distributed import World
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 

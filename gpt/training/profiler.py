@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from gpt.config import TrainConfig
-from gpt.parallel.world import World
+from gpt.parallel.distributed import World
 
 TRACE = "trace_rank_00000.json.gz"
 TABLE = "profile_rank_00000.txt"

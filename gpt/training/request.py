@@ -5,16 +5,24 @@ Owns the look at the device; the choice is gpt/planning's.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from gpt.config import TrainConfig
-from gpt.parallel.world import World
+from gpt.data.corpus import check_fit, describe
+from gpt.parallel.distributed import World
+from gpt.planning.auto import Settled, settle
+from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
-from gpt.planning.settle import Settled, settle
-from gpt.planning.text import table
+from gpt.topology.batch import cut
+from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
+from launch.runs import compose
 from launch.runs.folder import RunFolder
 
 
@@ -45,3 +53,58 @@ def machine_of(config: TrainConfig, world: World) -> Machine:
             "parallel=fsdp, or python -m launch ... cluster.gpu_tflops=N",
         )
     return found
+
+
+@dataclass
+class Request:
+    """What the command line asks for."""
+
+    config: TrainConfig
+    folder: RunFolder | None
+    """Given with ``--run``; otherwise it follows from the overrides."""
+    composed: DictConfig | None = None
+    overrides: Sequence[str] = ()
+
+
+def parse_request(argv: Sequence[str]) -> Request:
+    """Read ``--run FOLDER``, or overrides of ``configs/train.yaml``."""
+    parser = argparse.ArgumentParser(prog="python -m gpt.train", description="Train a GPT, or go on with a run.")
+    parser.add_argument(
+        "--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
+    words = parser.parse_args(argv)
+    if words.run:
+        folder = RunFolder(Path(words.run).absolute())
+        return Request(compose.read_config(folder, TrainConfig), folder)
+    composed = compose.compose_train(words.overrides)
+    config = compose.to_schema(composed, TrainConfig)
+    config.validate()
+    return Request(config, None, composed, words.overrides)
+
+
+def agree_on_folder(request: Request, world: World) -> RunFolder:
+    """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
+
+    def choose() -> tuple[RunFolder, Settled]:
+        assert request.composed is not None
+        folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
+        settled = settle_here(request.config, request.overrides, folder, world)
+        config = settled.apply(request.config)
+        refuse_what_cannot_run(config, world.size)
+        compose.refuse_other_run(folder, config)
+        compose.settle_parallel(request.composed, vars(settled.parallel), settled.micro_batch)
+        compose.write_config(folder, request.composed, request.overrides)
+        return folder, settled
+
+    if request.folder is not None:
+        return request.folder
+    folder, settled = world.on_first(choose)
+    request.config.parallel, request.config.optim.micro_batch = settled.parallel, settled.micro_batch
+    return folder
+
+
+def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
+    """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together."""
+    cut(config.optim, lay_out(config, world_size).data_ranks)
+    check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)

@@ -6,95 +6,36 @@ know how a step is made.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+import torch
 
 from gpt.accounting.flops import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
 from gpt.checkpoint import CheckpointStore
-from gpt.config import Strategy, TrainConfig
+from gpt.config import AttentionBackend, Precision, Strategy, TrainConfig
 from gpt.data.corpus import check_fit, describe, described, prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples
 from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.startup_panel import show
+from gpt.model.attention import why_not_flash
+from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
-from gpt.parallel.world import World
 from gpt.planning import memory
-from gpt.planning.settle import Settled
-from gpt.topology.batch import Batch, cut
-from gpt.topology.composition import lay_out
+from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import Topology
 from gpt.training import determinism as reproducibility
-from gpt.training.request import settle_here
-from launch.runs import compose
-from launch.runs.folder import RunFolder, write_json
+from launch.errors import ConfigError
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase, Pulse
 from launch.runs.provenance import changed_since, code_state, describe_code, refuse_change
-
-
-@dataclass
-class Request:
-    """What the command line asks for."""
-
-    config: TrainConfig
-    folder: RunFolder | None
-    """Given with ``--run``; otherwise it follows from the overrides."""
-    composed: DictConfig | None = None
-    overrides: Sequence[str] = ()
-
-
-def parse_request(argv: Sequence[str]) -> Request:
-    """Read ``--run FOLDER``, or overrides of ``configs/train.yaml``."""
-    parser = argparse.ArgumentParser(prog="python -m gpt.train", description="Train a GPT, or go on with a run.")
-    parser.add_argument(
-        "--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
-    words = parser.parse_args(argv)
-    if words.run:
-        folder = RunFolder(Path(words.run).absolute())
-        return Request(compose.read_config(folder, TrainConfig), folder)
-    composed = compose.compose_train(words.overrides)
-    config = compose.to_schema(composed, TrainConfig)
-    config.validate()
-    return Request(config, None, composed, words.overrides)
-
-
-def agree_on_folder(request: Request, world: World) -> RunFolder:
-    """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
-
-    def choose() -> tuple[RunFolder, Settled]:
-        assert request.composed is not None
-        folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
-        settled = settle_here(request.config, request.overrides, folder, world)
-        config = settled.apply(request.config)
-        refuse_what_cannot_run(config, world.size)
-        compose.refuse_other_run(folder, config)
-        compose.settle_parallel(request.composed, vars(settled.parallel), settled.micro_batch)
-        compose.write_config(folder, request.composed, request.overrides)
-        return folder, settled
-
-    if request.folder is not None:
-        return request.folder
-    folder, settled = world.on_first(choose)
-    request.config.parallel, request.config.optim.micro_batch = settled.parallel, settled.micro_batch
-    return folder
-
-
-def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together."""
-    cut(config.optim, lay_out(config, world_size).data_ranks)
-    check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
 
 
 @dataclass
@@ -211,3 +152,25 @@ def set_up(run: Run) -> dict[str, Any]:
         "data": str(described(str(config.data.path or config.data.title), run.tokens)),
         "data_sha256": run.tokens.sha256,
     }
+
+
+def check_flash(config: TrainConfig, world: World) -> str | None:
+    """Why attention=flash will not use the flash kernel on some rank, or None where it will or is not asked for.
+
+    Collective, so that all ranks end the same way.
+
+    Raises:
+        ConfigError: it cannot, and ``model.force_flash`` is set.
+    """
+    if config.model.attention is not AttentionBackend.flash:
+        return None
+    dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
+    reasons = world.gather(why_not_flash(config.model, world.device, dtype))
+    reason = next((r for r in reasons if r is not None), None)
+    if reason is not None and config.model.force_flash:
+        raise ConfigError(
+            f"model.force_flash=true, but {reason}",
+            "a device, precision and model for which torch has the flash kernel",
+            "precision=bf16 on a GPU of compute capability 8.0 or more, or model.force_flash=false for another kernel",
+        )
+    return reason

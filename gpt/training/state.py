@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gpt.parallel.world import World
+from gpt.parallel.distributed import World
 from gpt.training.run import Run
 from launch.errors import ConfigError
 from launch.runs import compose

@@ -14,14 +14,15 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from gpt.config import Ffn
+from gpt.config import Ffn, OptimConfig
 from gpt.data.loader import train_indices
-from gpt.metrics.memory import memory_gib
-from gpt.model.moe import reset_counts
-from gpt.parallel.optimizer import lr_at
-from gpt.training.balance import balance_experts
+from gpt.metrics.environment import memory_gib
+from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
+from gpt.parallel.distributed import World
+from gpt.parallel.engine import Engine
 from gpt.training.gradient_stats import Gradients
 from gpt.training.run import Run
 from launch.runs.heartbeat import Phase
@@ -115,3 +116,32 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     figures = [grad_norm.double()[None], world.add_up(sums), *([] if imbalance is None else [imbalance[None]])]
     return QueuedStep(record, gradients, LateFigures(torch.cat(figures)), tokens, imbalance is not None)
+
+
+def balance_experts(engine: Engine, world: World) -> Tensor:
+    """Move the experts' biases by the tokens of this step, over all ranks; waits for no device.
+
+    Collective. Returns how uneven the tokens were, () float64: the most that any expert was chosen beyond its even
+    share, in units of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices
+    all count the same tokens, so that every count is as many times too high; only their ratios matter.
+    """
+    mine_LE = expert_counts(engine.module)
+    most = torch.zeros((), dtype=torch.float64, device=world.device)
+    if mine_LE is not None:  # a stage of a pipeline may hold nothing but the output matrix
+        counts_LE = world.add_up(mine_LE.double(), engine.layer_group)
+        move_balance_bias(engine.module, counts_LE)
+        most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
+    if engine.layer_group is not None:  # others hold the other layers
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most
+
+
+def lr_at(config: OptimConfig, step: int) -> float:
+    """Learning rate of step ``step`` (counted from 1): linear warm-up, then a cosine down to ``min_lr``.
+
+    A pure function of the step, so a resumed run needs no schedule state.
+    """
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))

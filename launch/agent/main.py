@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from launch.agent.meter import Meter
 from launch.agent.node import Node
 from launch.agent.outcome import (
-    RunFailedError,
     conclude,
     conclude_without_nodes,
     ending,
@@ -29,7 +28,7 @@ from launch.agent.outcome import (
     stand_in_for_the_first,
     unreliable_hosts,
 )
-from launch.agent.restart_policy import Action, Cause
+from launch.agent.restart_policy import Action, Cause, RunFailedError
 from launch.agent.stop import StopRequest
 from launch.config import Config
 from launch.errors import refusing

@@ -6,24 +6,29 @@ agent is killed without a word. Runs on the first node alone. The arithmetic is 
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from launch.agent.node import Node
 from launch.config import Config
-from launch.plan.budget import Ledger, Rates, caps, spent, used
-from launch.plan.grace import measure
+from launch.plan.budget import (
+    caps,
+    command_folders,
+    last_sign,
+    rates_of,
+    read_ledgers,
+    sign_of_life,
+    spent,
+    used,
+)
+from launch.plan.preflight import measure
 from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 BUDGET = "budget"
 """What asks a run to stop, in place of the name of a signal."""
-
 LEAVE_S = 5.0
 """From the end of the ranks to the end of the job, about."""
 
@@ -122,35 +127,3 @@ class Meter:
         sign.parent.mkdir(parents=True, exist_ok=True)
         sign.touch()
         os.utime(sign, (time.time(),) * 2)  # by this node's clock, as the ledger is, and not by the file server's
-
-
-def sign_of_life(folder: RunFolder) -> Path:
-    """The file whose time says when the first agent of a run was last seen."""
-    return folder.path / ".launch" / "alive"
-
-
-def last_sign(folder: RunFolder) -> float | None:
-    """When the first agent of a run was last seen, Unix seconds; None where none ever was."""
-    try:
-        return sign_of_life(folder).stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def read_ledgers(folders: Sequence[RunFolder]) -> list[Ledger]:
-    """What the budget is reckoned from."""
-    return [Ledger(folder.read_events(), last_sign(folder)) for folder in folders]
-
-
-def rates_of(config: Config) -> Rates:
-    """What this command would be charged with where a ledger does not say it."""
-    return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget.poll_s)
-
-
-def command_folders(folder: RunFolder) -> list[RunFolder]:
-    """The run folders of all points of the command that a run belongs to: they share its budget."""
-    try:
-        paths = json.loads(folder.plan.read_text()).get("command_run_dirs")
-    except FileNotFoundError:
-        paths = None
-    return [RunFolder(path) for path in paths] if paths else [folder]

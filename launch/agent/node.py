@@ -5,11 +5,12 @@ Owns those variables, so that no other module reads them.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 from dataclasses import dataclass
 
-from launch.agent.network import LOOPBACK, address_towards
 from launch.scheduler import client as scheduler
 
 
@@ -66,3 +67,28 @@ class Node:
             return LOOPBACK
         peer = next((host for host in self.hosts if host != self.host), None)
         return LOOPBACK if peer is None else address_towards(peer)
+
+
+LOOPBACK = "127.0.0.1"
+SIOCGIFADDR = 0x8915  # linux/sockios.h: get the address of an interface
+
+
+def address_towards(peer: str) -> str:
+    """The address of this machine on the route to ``peer`` (a name or an address). Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has ``address``, or None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

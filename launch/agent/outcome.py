@@ -8,38 +8,36 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
+from launch.agent.rendezvous import enter_lost_nodes, lost_text
 from launch.agent.restart_policy import (
     LEAVES_THE_NODES,
     WANTED,
     Action,
     Cause,
     Decision,
+    RunFailedError,
     cause_of_failure,
     cause_of_signal,
     decide,
-    since_submission,
 )
 from launch.agent.stop import StopRequest
 from launch.config import Config
-from launch.runs.failures import first_failure
+from launch.runs.events import since_submission
+from launch.runs.failures import failure_text, first_failure
 from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew, Lost, Start
+    from launch.agent.rendezvous import Crew, Start
 
 STAND_IN_S = 3.0
 UNRELIABLE = 2
 """After so many failures of its own a host is avoided."""
-
-
-class RunFailedError(RuntimeError):
-    """A run whose ranks did not all finish."""
 
 
 def refuse_without_budget(meter: Meter) -> None:
@@ -191,17 +189,6 @@ def stand_in_for_the_first(folder: RunFolder, node: Node, config: Config, why: s
         raise
 
 
-def enter_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[Lost]) -> None:
-    """Write into the ledger that nodes are lost, by name."""
-    for one in lost:
-        folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
-
-
-def lost_text(lost: Iterable[Lost]) -> str:
-    """The lost nodes, for people."""
-    return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)
-
-
 def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
     """Hosts that failed more than once since the command was typed: lost, or with a rank that hung."""
     guilty = [e for e in since_submission(events) if e["event"] == "node_lost" or e.get("hung")]
@@ -265,11 +252,3 @@ def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str
         folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause="failed in this run")
     except scheduler.SlurmError as error:
         folder.record_event("not_excluded", hosts=list(hosts), cause=str(error))
-
-
-def failure_text(failure: dict[str, Any]) -> str:
-    """The first failure of a run, for people: who, where, why, and where to read on."""
-    step = f" after step {failure['step']}" if failure.get("step") is not None else ""
-    head = f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}"
-    trace = str(failure.get("traceback") or "").rstrip()
-    return "\n".join(part for part in (head, trace, f"log: {failure['log']}") if part)

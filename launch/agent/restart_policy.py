@@ -5,16 +5,14 @@ Owns the causes, their limits and the rule of progress. Must not know how a rest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from launch.config import RestartLimits
 from launch.errors import ConfigError
+from launch.runs.events import Events
 from launch.scheduler.client import JobDetails
-
-Events = Sequence[dict[str, Any]]
 
 EARLY_S = 60.0
 SLACK_S = 1.0
@@ -57,7 +55,6 @@ class Decision:
 
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
 """Causes after which the run is where it was meant to end: it does not start again, and nothing has failed."""
-
 LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out)
 """Causes that take the allocation away; only the queue brings nodes back."""
 
@@ -83,16 +80,6 @@ def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress
         return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}")
     action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart
     return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}")
-
-
-def since_submission(events: Events) -> list[dict[str, Any]]:
-    """The events since a person last typed the command: typing it again forgives what went before."""
-    return list(events[last_command(events) :])
-
-
-def last_command(events: Events) -> int:
-    """Index of the submission that a person last asked for; a move to another partition is none."""
-    return max((i for i, e in enumerate(events) if e["event"] == "submitted" and not e.get("moved")), default=0)
 
 
 def attempts_without_progress(events: Events) -> int:
@@ -142,3 +129,7 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
     if failure is not None and failure.get("hung"):
         return Cause.hung
     return Cause.crashed
+
+
+class RunFailedError(RuntimeError):
+    """A run whose ranks did not all finish."""

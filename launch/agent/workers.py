@@ -23,15 +23,14 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from gpt.training.determinism import hash_seed
-from launch.agent.meeting import POLL_S
+from launch.agent.heartbeat import POLL_S
 from launch.agent.meter import Meter
 from launch.agent.monitor import Watch
-from launch.agent.network import interface_of
-from launch.agent.node import Node
+from launch.agent.node import Node, interface_of
 from launch.agent.rendezvous import Crew, Start
 from launch.agent.stop import StopRequest
 from launch.config import Config
+from launch.process import hash_seed
 from launch.runs import heartbeat as pulse
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from launch.checks.facts import Request
 from launch.checks.findings import Finding, fine, warn
-from launch.scheduler.limits import Limits, Partition
+from launch.scheduler.limits import Limits, Partition, how_preempted
 
 
 def check(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
@@ -30,19 +30,6 @@ def check(limits: Limits, partition: Partition, request: Request) -> Iterator[Fi
         )
     if "SUSPEND" not in mode:
         yield from check_grace(limits, partition, request)
-
-
-def how_preempted(limits: Limits, partition: Partition) -> str:
-    """What happens to a preempted job of this partition in Slurm's word; OFF where nothing can preempt it."""
-    kind, mode = limits.config.get("PreemptType", "preempt/none"), partition.preempt_mode.upper()
-    if kind.endswith("/none") or mode == "OFF":
-        return "OFF"
-    if kind.endswith("partition_prio"):
-        own = {node.name for node in limits.nodes_of(partition)}
-        above = [p for p in limits.partitions if p.priority_tier > partition.priority_tier]
-        if not any(own & {node.name for node in limits.nodes_of(p)} for p in above):
-            return "OFF"
-    return mode
 
 
 def check_requeue(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:

@@ -25,12 +25,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from launch.batch import compose_launch
 from launch.checks import candidates, facts, findings
 from launch.checks.facts import Facts, Request
 from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch
 from launch.doctor import machine
+from launch.doctor.on_cluster import group_line, table
 from launch.errors import ConfigError, refusing
 from launch.jobs.submit import shapes
 from launch.plan.plan import Plan, make_plan
@@ -120,7 +121,7 @@ def run_on_cluster(
     Raises:
         ConfigError: there is no cluster to submit to.
     """
-    from launch.doctor import figures, on_cluster, verdict
+    from launch.doctor import on_cluster, verdict
 
     if seen.limits is None or not requests:
         expected = "a Slurm cluster that answers, and a run that can be planned"
@@ -136,8 +137,8 @@ def run_on_cluster(
     except (SlurmError, FailedJobError) as error:
         return [on_cluster.refused(error)], None
     if results["ranks"]:
-        console.print(figures.table(results))
-        console.print(figures.group_line(results), highlight=False)
+        console.print(table(results))
+        console.print(group_line(results), highlight=False)
     console.print(f"wrote {results['folder']}/results.json", highlight=False, markup=False)
     return verdict.judge(results), results
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.runs.folder import write_json
+from launch.runs.files import write_json
 
 MIB = 2**20
 LARGE = 16 * MIB

@@ -28,7 +28,8 @@ from launch.agent.node import Node
 from launch.checks.facts import filesystem_of
 from launch.config import Config
 from launch.runs.compose import read_config
-from launch.runs.folder import RunFolder, write_json
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from launch.cancel import Stop
 from launch.jobs.failover import Mover
 from launch.jobs.handles import SlurmJob, Waiting
 from launch.jobs.status import Point, look
+from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, start_local
 from launch.scheduler.client import SlurmError
 

@@ -12,8 +12,7 @@ from rich.console import Console
 from launch.config import Config
 from launch.jobs.submit import sbatch_text, shapes
 from launch.plan.plan import Plan
-from launch.plan.plan_text import plan_text
-from launch.plan.worst_case import worst_case_text
+from launch.plan.text import plan_text, worst_case_text
 
 
 def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:

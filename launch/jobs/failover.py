@@ -10,16 +10,19 @@ from __future__ import annotations
 import fcntl
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
-from launch.cancel import Stop
 from launch.jobs.handles import SlurmJob, ask_queue, job_of
 from launch.jobs.status import Point, last_placed
+from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, shapes, submit_somewhere
 from launch.plan.placement import Candidate, Placement, Step, counts, decide, minutes, waiting_since
 from launch.plan.plan import Plan
@@ -269,3 +272,16 @@ def is_out(point: Point, queue: Mapping[str, JobState]) -> bool:
     assert point.job is not None
     known = queue.get(point.job.name)
     return known is None or known.state == "CANCELLED"
+
+
+def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[bytes]:
+    """Start ``python -m launch.move`` for runs that go on without their launcher; closing the terminal leaves it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", "launch.move", *map(str, folders)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )

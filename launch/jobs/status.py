@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt.config import TrainConfig
-from launch.agent.restart_policy import last_command
 from launch.jobs.handles import Job, SlurmJob, Standing, Waiting, ask_queue, job_of
 from launch.plan.plan import Plan
 from launch.runs.compose import read_config
+from launch.runs.events import last_command
 from launch.runs.failures import first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records

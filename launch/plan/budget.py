@@ -7,17 +7,19 @@ life. The caps are for all points of one command together, over all attempts. Mu
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from launch.config import BudgetConfig
+from launch.config import BudgetConfig, Config
 from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
 
 SILENT_S = 300.0
 """An allocation that gave no sign of life for so long, or for ten looks, is over."""
-
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 
@@ -162,3 +164,35 @@ def amount(value: float, *, up: bool = False) -> str:
     scaled = value * 10**digits
     rounded = (math.ceil(scaled - 1e-9) if up else round(scaled)) / 10**digits
     return f"{rounded:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{rounded:.0f}"
+
+
+def sign_of_life(folder: RunFolder) -> Path:
+    """The file whose time says when the first agent of a run was last seen."""
+    return folder.path / ".launch" / "alive"
+
+
+def last_sign(folder: RunFolder) -> float | None:
+    """When the first agent of a run was last seen, Unix seconds; None where none ever was."""
+    try:
+        return sign_of_life(folder).stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def read_ledgers(folders: Sequence[RunFolder]) -> list[Ledger]:
+    """What the budget is reckoned from."""
+    return [Ledger(folder.read_events(), last_sign(folder)) for folder in folders]
+
+
+def rates_of(config: Config) -> Rates:
+    """What this command would be charged with where a ledger does not say it."""
+    return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget.poll_s)
+
+
+def command_folders(folder: RunFolder) -> list[RunFolder]:
+    """The run folders of all points of the command that a run belongs to: they share its budget."""
+    try:
+        paths = json.loads(folder.plan.read_text()).get("command_run_dirs")
+    except FileNotFoundError:
+        paths = None
+    return [RunFolder(path) for path in paths] if paths else [folder]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.runs.folder import write_json
+from launch.runs.files import write_json
 from launch.runs.provenance import ORIGIN, ROOT, code_state, describe_code, source_files
 
 RUNS_FROM = "LAUNCH_CODE"

@@ -18,18 +18,18 @@ from gpt.config import ParallelConfig, nearest_divisor
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
-from gpt.planning.settle import settle
+from gpt.planning.auto import settle
 from gpt.topology.batch import Batch, cut
-from gpt.topology.composition import lay_out
 from gpt.topology.dims import Topology
+from gpt.topology.rules import lay_out
 from launch.config import NOT_IN_POINT, ClusterKind, Config
 from launch.errors import ConfigError
 from launch.plan import code_copy as snapshot
 from launch.plan.capacity import machine_of, refuse_what_does_not_fit
-from launch.plan.placement import Placement
-from launch.plan.resources import place, worst_case
+from launch.plan.placement import Placement, place, worst_case
 from launch.runs import compose
-from launch.runs.folder import RunFolder, write_json
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from gpt.metrics.tensorboard import Curve, EventWriter
 from launch.report.table import Row, ScalingTable
 from launch.report.views import markdown
-from launch.runs.folder import point_name, write_atomically
+from launch.runs.files import write_atomically
+from launch.runs.overrides import point_name
 
 RUN = "Scaling"
 IDEAL_RUN = "ideal"

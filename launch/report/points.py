@@ -6,7 +6,7 @@ Owns finding and reading. Must not know what is computed from the readings.
 from __future__ import annotations
 
 import json
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,6 +15,7 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.report.environment import Environment, read_environment
+from launch.runs.find import is_run, natural
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 from launch.runs.records import read_records
@@ -96,18 +97,8 @@ def find_points(folder: Path) -> list[Path]:
     return found
 
 
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is the folder of one run."""
-    return any((folder / name).exists() for name in ("metrics", "attempts", "plan.json"))
-
-
 def _runs_inside(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if is_run(path)), key=lambda path: natural(path.name))
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sorting key that puts nodes=2 before nodes=16."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _suggestion(folder: Path) -> str:
@@ -195,3 +186,41 @@ def _merge(number: int, attempt: int, records: list[dict[str, Any]]) -> Step:
         tokens=sum(record["tokens"] for record in records),
         mfu_palm=sum(known_mfu) / len(known_mfu) if len(known_mfu) == len(records) else None,
     )
+
+
+def neighbours(points: Sequence[Point]) -> list[list[str]]:
+    """For each point, the names of those it had to share cores or a GPU with while it made steps.
+
+    A point that starts takes as much of a machine as one that makes steps: its ranks import libraries.
+    """
+    return [[other.title for other in points if other is not point and _disturb(point, other)] for point in points]
+
+
+def _disturb(one: Point, other: Point) -> bool:
+    if one.environment is None or other.environment is None or one.span is None or other.presence is None:
+        return False
+    at_the_same_time = one.span[0] < other.presence[1] and other.presence[0] < one.span[1]
+    return at_the_same_time and _share(one.environment, other.environment)
+
+
+def _share(one: Environment, other: Environment) -> bool:
+    """Whether both had ranks on one GPU, or together more threads on a machine than it has cores."""
+    gpus = [{place.device for place in side.ranks if place.device != "cpu"} for side in (one, other)]
+    if gpus[0] & gpus[1]:
+        return True
+    threads = [_threads(one), _threads(other)]
+    cores: dict[str, int] = defaultdict(int)
+    for place in (*one.ranks, *other.ranks):
+        cores[place.machine] = max(cores[place.machine], place.cores)
+    return any(
+        threads[0][machine] + threads[1][machine] > cores[machine] for machine in threads[0] if machine in threads[1]
+    )
+
+
+def _threads(environment: Environment) -> dict[str, int]:
+    """Threads of the ranks that compute on the CPU, by machine."""
+    counts: dict[str, int] = defaultdict(int)
+    for place in environment.ranks:
+        if place.device == "cpu":
+            counts[place.machine] += place.threads
+    return counts

@@ -6,22 +6,19 @@ that were made under different conditions. Must not know how a table looks.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from launch.errors import ConfigError
 from launch.report.environment import Environment
-from launch.report.measure import Measurement
-from launch.report.points import Point
-from launch.runs.folder import typed_key
-from launch.runs.overrides import typed_value
+from launch.report.points import Point, Step
+from launch.runs.overrides import typed_key, typed_value
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
 """Overrides along which a series runs."""
-
 PLACE_KEYS = frozenset({"output_dir", "name", "run_dir", "fresh", "cluster", "dry_run"})
 """Overrides that say where or when a point ran, not what it is."""
-
 CONDITIONS: dict[str, Callable[[Environment], object]] = {
     "hardware": lambda e: e.device_names,
     "precision": lambda e: e.precision,
@@ -165,3 +162,47 @@ def _again(point: Point) -> str:
     """The command that makes a point again in a new folder."""
     words = [word for word in point.overrides if typed_key(word) != "fresh"]
     return " ".join(["python -m launch", *words, "fresh=true"])
+
+
+WARMUP_STEPS = 5
+"""Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
+MIN_STEPS = 5
+"""Fewer steps than this have no quartiles worth the name."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Figures of one point, from ``steps`` optimizer steps. Times in seconds; low and high are the quartiles."""
+
+    steps: int
+    step_time_s: float
+    low_s: float
+    high_s: float
+    tokens_per_s: float
+    mfu_palm: float | None
+
+
+def after_warmup(steps: Sequence[Step]) -> list[Step]:
+    """The steps that count: all but the first ``WARMUP_STEPS`` of each attempt."""
+    first: dict[int, int] = {}
+    for step in steps:
+        first[step.attempt] = min(step.step, first.get(step.attempt, step.step))
+    return [step for step in steps if step.step >= first[step.attempt] + WARMUP_STEPS]
+
+
+def measure(steps: Sequence[Step]) -> Measurement | None:
+    """Measure a point; None where fewer than ``MIN_STEPS`` steps are left after warm-up."""
+    used = after_warmup(steps)
+    if len(used) < MIN_STEPS:
+        return None
+    times = [step.time_s for step in used]
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    mfu = [step.mfu_palm for step in used if step.mfu_palm is not None]
+    return Measurement(
+        steps=len(used),
+        step_time_s=median,
+        low_s=low,
+        high_s=high,
+        tokens_per_s=statistics.median(step.tokens for step in used) / median,
+        mfu_palm=statistics.median(mfu) if mfu else None,
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.report.table import ScalingTable
 from launch.report.views import csv_text, markdown
-from launch.runs.folder import write_atomically
+from launch.runs.files import write_atomically
 
 FIGURE = "scaling.png"
 

@@ -20,7 +20,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from gpt.config import ParallelConfig, TrainConfig, closest
 from launch.errors import ConfigError
-from launch.runs.folder import RunFolder, point_name, write_atomically
+from launch.runs.files import write_atomically
+from launch.runs.folder import RunFolder
+from launch.runs.overrides import point_name
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 WATCHING = ("logging", "profile", "profile_from", "profile_to")

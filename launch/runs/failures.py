@@ -56,3 +56,11 @@ def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, A
     """
     failures = [e for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt]
     return min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)
+
+
+def failure_text(failure: dict[str, Any]) -> str:
+    """The first failure of a run, for people: who, where, why, and where to read on."""
+    step = f" after step {failure['step']}" if failure.get("step") is not None else ""
+    head = f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}"
+    trace = str(failure.get("traceback") or "").rstrip()
+    return "\n".join(part for part in (head, trace, f"log: {failure['log']}") if part)

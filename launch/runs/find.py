@@ -5,11 +5,11 @@ Owns what counts as a run folder in a path. Must not know what is in one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.errors import ConfigError
-from launch.report.points import is_run, natural
 from launch.runs.folder import RunFolder
 
 DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
@@ -44,3 +44,13 @@ def runs_inside(folder: Path, depth: int) -> Iterator[Path]:
         for inner in folder.iterdir():
             if not inner.name.startswith("."):
                 yield from runs_inside(inner, depth - 1)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is the folder of one run."""
+    return any((folder / name).exists() for name in ("metrics", "attempts", "plan.json"))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorting key that puts nodes=2 before nodes=16."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

@@ -5,17 +5,12 @@ Owns the paths and ``events.jsonl``. Torch-free; read by the launcher and the re
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
-import re
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes
+from launch.runs.files import append_json_line, read_json_lines
 
 
 class RunFolder:
@@ -121,87 +116,3 @@ class RunFolder:
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
         return list(read_json_lines(self.events))
-
-
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append ``value`` as one line. Several processes and hosts may append to the same file.
-
-    O_APPEND is not atomic on NFS, so the file is locked around the write. A line torn by a crash is closed first, so
-    that it spoils itself only.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        size = file.seek(0, os.SEEK_END)
-        torn = b""
-        if size:
-            file.seek(size - 1)
-            torn = b"" if file.read(1) == b"\n" else b"\n"
-        file.write(torn + json.dumps(value).encode() + b"\n")
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of a JSONL file; a line torn by a crash is passed over. No file: nothing."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that a reader, or a crash, sees either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` atomically as indented JSON."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary in a file; empty where there is no such file, or something else in it."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def typed_key(word: str) -> str:
-    """The key of an override: ``nodes`` for ``++nodes=2``."""
-    return word.split("=", 1)[0].lstrip("+~")
-
-
-def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
-    """Name of a point from what was typed: the same words in any order give the same name.
-
-    ``overrides`` are ``key=value`` strings; those whose key, or a parent of it, is in ``exclude`` say where or when
-    a run happens, not what it is. Characters that do not belong in a folder name are replaced and the exact text is
-    then kept apart by a hash.
-    """
-    excluded = set(exclude)
-    kept = []
-    for word in overrides:
-        key = typed_key(word)
-        parents = {".".join(key.split(".")[: i + 1]) for i in range(len(key.split(".")))}
-        if not parents & excluded:
-            kept.append(word)
-    exact = ",".join(sorted(kept)) or "default"
-    name = re.sub(r"[^A-Za-z0-9_=.,+~-]", "_", exact)
-    if name == exact and len(name) <= NAME_LIMIT and not name.startswith("."):
-        return name
-    digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
-    return f"{name[:NAME_LIMIT].lstrip('.')}-{digest}"

@@ -5,11 +5,13 @@ Owns how a key or a value is found in them, and how they are read back from a ru
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable
 
 import yaml
 
-from launch.runs.folder import RunFolder, typed_key
+from launch.runs.folder import RunFolder
 
 
 def typed_value(overrides: Iterable[str], key: str) -> str | None:
@@ -23,3 +25,33 @@ def read_overrides(folder: RunFolder) -> tuple[str, ...]:
     if not folder.overrides.is_file():
         return ()
     return tuple(str(word) for word in yaml.safe_load(folder.overrides.read_text()) or ())
+
+
+NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes
+
+
+def typed_key(word: str) -> str:
+    """The key of an override: ``nodes`` for ``++nodes=2``."""
+    return word.split("=", 1)[0].lstrip("+~")
+
+
+def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
+    """Name of a point from what was typed: the same words in any order give the same name.
+
+    ``overrides`` are ``key=value`` strings; those whose key, or a parent of it, is in ``exclude`` say where or when
+    a run happens, not what it is. Characters that do not belong in a folder name are replaced and the exact text is
+    then kept apart by a hash.
+    """
+    excluded = set(exclude)
+    kept = []
+    for word in overrides:
+        key = typed_key(word)
+        parents = {".".join(key.split(".")[: i + 1]) for i in range(len(key.split(".")))}
+        if not parents & excluded:
+            kept.append(word)
+    exact = ",".join(sorted(kept)) or "default"
+    name = re.sub(r"[^A-Za-z0-9_=.,+~-]", "_", exact)
+    if name == exact and len(name) <= NAME_LIMIT and not name.startswith("."):
+        return name
+    digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
+    return f"{name[:NAME_LIMIT].lstrip('.')}-{digest}"

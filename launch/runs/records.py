@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.runs.folder import append_json_line, read_json_lines
+from launch.runs.files import append_json_line, read_json_lines
 
 TAIL_BYTES = 16384
 RECENT = 20

@@ -203,3 +203,16 @@ def minutes(text: str) -> float | None:
     days, _, clock = text.rpartition("-")
     hours, mins, seconds = (int(word) for word in clock.split(":"))
     return (int(days or 0) * 24 + hours) * 60 + mins + seconds / 60
+
+
+def how_preempted(limits: Limits, partition: Partition) -> str:
+    """What happens to a preempted job of this partition in Slurm's word; OFF where nothing can preempt it."""
+    kind, mode = limits.config.get("PreemptType", "preempt/none"), partition.preempt_mode.upper()
+    if kind.endswith("/none") or mode == "OFF":
+        return "OFF"
+    if kind.endswith("partition_prio"):
+        own = {node.name for node in limits.nodes_of(partition)}
+        above = [p for p in limits.partitions if p.priority_tier > partition.priority_tier]
+        if not any(own & {node.name for node in limits.nodes_of(p)} for p in above):
+            return "OFF"
+    return mode

@@ -20,10 +20,10 @@ from gpt.accounting.parameters import block_shapes, count, outer_shapes
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig
 from gpt.metrics.startup_panel import architecture
 from gpt.model.gpt import GPT
-from launch.batch import compose_launch
 from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch
 from launch.plan.plan import make_plan
-from launch.plan.plan_text import plan_text
+from launch.plan.text import plan_text
 from launch.runs.compose import to_schema
 from tests.support.small_models import configs
 

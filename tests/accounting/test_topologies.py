@@ -22,10 +22,10 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.planning.memory import FP32, Memory, per_rank, pieces
-from gpt.planning.memory.in_flight import passes_at_once
+from gpt.planning.memory.rank import passes_at_once
 from gpt.topology.batch import cut
 from gpt.topology.dims import Topology, topology
-from gpt.topology.stages import parts_of
+from gpt.topology.pipeline import parts_of
 from tests.support.small_models import LLAMA, MOE, configs, small
 
 OPTIM = OptimConfig(max_steps=1, global_batch=64, micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import TrainConfig
+from gpt.conversion.hf_folder import write_torch_file
 from gpt.conversion.state_dict import State, Verified, read_source
-from gpt.conversion.torch_file import write_torch_file
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
-from gpt.parallel.world import World
+from gpt.parallel.distributed import World
 from gpt.training import init_from as initial
 from gpt.training.init_from import load_initial
 from launch.errors import ConfigError

@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig, Norm, NormPosition, Position, TrainConfig
 from gpt.conversion.formats import FORMATS, format_for, format_of
-from gpt.conversion.hf_folder import write_configs, write_sums, write_weights
+from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
 from gpt.conversion.source import differences, find_source
 from gpt.conversion.spec import Format, architecture
 from gpt.conversion.state_dict import VOCABULARY, read_source, to_ours, to_theirs, verify
-from gpt.conversion.torch_file import write_torch_file
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, to_schema

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
 from gpt.conversion.hf_tokenizer import byte_level, characters, write_tokenizer
-from gpt.data.tokenizers.base import ByteTokenizer, CharTokenizer, Tokenizer, from_payload, save_tokenizer
+from gpt.data.tokenizers.base import ByteTokenizer, CharTokenizer, Tokenizer
+from gpt.data.tokenizers.registry import from_payload, save_tokenizer
 from launch.runs.folder import RunFolder
 
 

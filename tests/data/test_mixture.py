@@ -15,7 +15,7 @@ from gpt.config import DataConfig, ModelConfig, Source, WeightedPath
 from gpt.data.corpus import check_fit, describe
 from gpt.data.formats.prepared import open_tokens, whole_weights
 from gpt.data.loader import Samples
-from gpt.data.mixture import counts, draw, largest
+from gpt.data.order import counts, draw, largest
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run

@@ -22,7 +22,7 @@ from gpt.data.preprocessing.prepare import prepare
 from gpt.data.preprocessing.readers import is_validation, read_unit
 from gpt.data.preprocessing.recipe import Recipe, recipe_of
 from gpt.data.preprocessing.units import cut_units
-from gpt.data.tokenizers.base import load_tokenizer
+from gpt.data.tokenizers.registry import load_tokenizer
 from gpt.prepare import main
 from launch.errors import ConfigError
 from tests.support.commands import kill_all, run, start, wait_for

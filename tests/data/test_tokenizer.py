@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
-from gpt.data.tokenizers.base import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    checksum,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_of,
-)
+from gpt.data.tokenizers.base import ByteTokenizer, CharTokenizer, Tokenizer, checksum
+from gpt.data.tokenizers.registry import load_tokenizer, save_tokenizer, tokenizer_of
 from gpt.data.tokenizers.subword import (
     HfTokenizer,
     SentencePieceTokenizer,

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from gpt.config import Strategy
-from launch.batch import compose_launch
 from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.plan_text import plan_text
+from launch.plan.text import plan_text
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run

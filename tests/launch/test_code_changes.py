@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from launch.batch import compose_launch
 from launch.config import Config
+from launch.config.compose import compose_launch
 from launch.errors import ConfigError
 from launch.jobs.submit import sbatch_text
 from launch.plan import code_copy as snapshot
-from launch.plan.forewarn import forewarn
-from launch.plan.plan_text import plan_text
+from launch.plan.preflight import forewarn
+from launch.plan.text import plan_text
 from launch.runs.compose import to_schema
-from launch.runs.folder import RunFolder, write_json
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 from launch.runs.provenance import PACKAGES, changes, code_state, describe_code
 from launch.runs.records import read_records
 from tests.launch.test_dry_run import plan

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.batch import compose_launch
 from launch.config import Config
-from launch.plan import forewarn as forewarning
-from launch.plan.forewarn import forewarn
-from launch.plan.grace import measure
+from launch.config.compose import compose_launch
+from launch.plan import preflight as forewarning
+from launch.plan.preflight import forewarn, measure
 from launch.runs.compose import to_schema
-from launch.runs.folder import RunFolder, append_json_line, write_json
+from launch.runs.files import append_json_line, write_json
+from launch.runs.folder import RunFolder
 from launch.scheduler import limits
 from launch.scheduler.client import SlurmError
 from tests.launch.test_dry_run import plan

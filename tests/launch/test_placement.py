@@ -23,8 +23,9 @@ from launch.jobs.submit import record_submitted, sbatch_text, shapes
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
 from launch.plan.plan import Plan
-from launch.plan.plan_text import plan_text
-from launch.runs.folder import RunFolder, write_json
+from launch.plan.text import plan_text
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 from launch.scheduler.client import JobState
 from tests.launch.test_dry_run import plan
 from tests.support.commands import run

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gpt.config import TrainConfig
 from launch.config import NOT_IN_POINT
 from launch.runs.compose import choose_folder
-from launch.runs.folder import point_name
+from launch.runs.overrides import point_name
 
 WORDS = st.lists(
     st.tuples(st.sampled_from(["nodes", "model", "optim.lr", "data.path", "seed"]), st.text(min_size=1, max_size=300)),

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gpt.config import OptimConfig, TrainConfig
 from gpt.topology.batch import cut
-from launch.batch import compose_launch
 from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose

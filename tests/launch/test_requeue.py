@@ -18,9 +18,9 @@ from launch.agent.restart_policy import (
     cause_of_failure,
     cause_of_signal,
     decide,
-    since_submission,
 )
 from launch.config import RestartLimits
+from launch.runs.events import since_submission
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobDetails

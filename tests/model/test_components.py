@@ -15,10 +15,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt.config import Activation, AttentionBackend, Ffn, Norm, NormPosition, Position, RopeScaling
-from gpt.model.attention import Attention, manual_attention
-from gpt.model.block import Block
-from gpt.model.ffn import build_ffn
-from gpt.model.fused import sdpa_attention, why_not_flash
+from gpt.model.attention import Attention, manual_attention, sdpa_attention, why_not_flash
+from gpt.model.block import Block, build_ffn
 from gpt.model.gpt import GPT
 from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope, rotation_rates

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig
-from gpt.model.auxiliary import Auxiliary
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.model.moe import (
+    Auxiliary,
     MixtureOfExperts,
     expert_counts,
     move_balance_bias,

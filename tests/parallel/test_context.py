@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from gpt.config import TrainConfig
 from gpt.parallel.context import SharedSequence
-from gpt.topology.composition import lay_out
+from gpt.topology.rules import lay_out
 from gpt.training.evaluation import mean_loss
 from gpt.training.run import Run
 from gpt.training.state import save

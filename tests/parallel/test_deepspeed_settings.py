@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt.config import TrainConfig
-from gpt.topology.composition import lay_out
+from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, to_schema
 from tests.support.learning import BATCH, MODELS, TINY

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import TrainConfig
-from gpt.topology.composition import lay_out
 from gpt.topology.dims import Topology
+from gpt.topology.rules import lay_out
 from gpt.training.evaluation import mean_loss
 from gpt.training.gradient_stats import Gradients
 from gpt.training.state import save

@@ -10,8 +10,8 @@ from gpt.config import Precision, TrainConfig
 from gpt.planning.memory import BF16, FP32, cast_elements, kept, pieces, states
 from gpt.planning.memory.rank import share_of
 from gpt.topology.batch import cut
-from gpt.topology.composition import lay_out
-from gpt.topology.stages import parts_of
+from gpt.topology.pipeline import parts_of
+from gpt.topology.rules import lay_out
 from launch.runs.compose import compose_train, to_schema
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes, living_bytes

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from gpt.config import TrainConfig
 from gpt.planning.memory import per_rank
 from gpt.topology.batch import cut
-from gpt.topology.composition import lay_out
+from gpt.topology.rules import lay_out
 from gpt.training.state import save
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, to_schema

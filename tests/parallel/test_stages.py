@@ -13,8 +13,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from gpt.accounting.flops import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
-from gpt.topology.composition import lay_out
-from gpt.topology.stages import bubble_fraction, deal_out, local_stages, split, stages_of
+from gpt.topology.pipeline import bubble_fraction, deal_out, local_stages, split, stages_of
+from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, to_schema
 from tests.support.commands import ROOT
@@ -155,7 +155,7 @@ BUBBLES = [
 
 @pytest.mark.parametrize(("schedule", "pp", "micro_batches", "held"), BUBBLES)
 def test_the_bubble_is_that_of_torchs_schedule(schedule: Schedule, pp: int, micro_batches: int, held: int) -> None:
-    from gpt.topology.stages import runs_with
+    from gpt.topology.pipeline import runs_with
 
     parallel = ParallelConfig(strategy=Strategy.ddp, pp=pp, schedule=schedule, stages_per_rank=held)
     if not runs_with(parallel, micro_batches):

@@ -16,12 +16,11 @@ from gpt.config import ParallelConfig, TrainConfig
 from gpt.conversion.trained import find_checkpoint, read_weights
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
-from gpt.parallel.mesh import build_mesh
+from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.tensor import cut_matrices
 from gpt.parallel.vocab import vocabulary_loss
-from gpt.parallel.world import World
-from gpt.topology.composition import lay_out
 from gpt.topology.dims import Topology
+from gpt.topology.rules import lay_out
 from gpt.training.evaluation import mean_loss
 from gpt.training.gradient_stats import Gradients
 from gpt.training.run import Run

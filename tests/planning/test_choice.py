@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.planning.candidates import candidates
-from gpt.planning.choice import NO_DIFFERENCE, choose
+from gpt.planning.auto import NO_DIFFERENCE, choose, settle, typed_keys
+from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, gpus
 from gpt.planning.memory import GIB, per_rank
-from gpt.planning.settle import settle, typed_keys
-from gpt.planning.text import table
+from gpt.planning.search import candidates
 from gpt.topology.batch import cut
-from gpt.topology.composition import lay_out
+from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, settle_parallel, to_schema, write_config
 from launch.runs.folder import RunFolder

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.planning.candidates import candidates
-from gpt.planning.choice import Choice, Chosen, choose
+from gpt.planning.auto import Choice, Chosen, choose, settle, typed_keys
+from gpt.planning.explain import table
 from gpt.planning.hardware import Stated, cpus
 from gpt.planning.memory import GIB, per_rank
-from gpt.planning.settle import settle, typed_keys
-from gpt.planning.text import table
+from gpt.planning.search import candidates
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, settle_parallel, to_schema, write_config
 from launch.runs.folder import RunFolder

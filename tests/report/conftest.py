@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.runs.folder import RunFolder, write_json
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, append_record
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from launch.errors import ConfigError
 from launch.report import Row, build
 from launch.report.environment import Environment, RankPlace
-from launch.report.measure import MIN_STEPS, WARMUP_STEPS, measure
 from launch.report.points import Point, State, Step, read_point
+from launch.report.series import MIN_STEPS, WARMUP_STEPS, measure
 from launch.report.table import tabulate
 
 STEADY = [1.0] * 10

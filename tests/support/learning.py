@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import Strategy, TrainConfig
+from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import squares_of_parts
-from gpt.parallel.world import World
 from gpt.topology.dims import topology
 from gpt.train import build
 from gpt.training.run import Run

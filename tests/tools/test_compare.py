@@ -13,7 +13,8 @@ import yaml
 
 from gpt.compare import main
 from gpt.metrics.comparison import interpolate
-from launch.runs.folder import RunFolder, append_json_line, write_json
+from launch.runs.files import append_json_line, write_json
+from launch.runs.folder import RunFolder
 from tests.support.commands import environment
 
 

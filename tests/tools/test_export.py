@@ -17,7 +17,8 @@ from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, refuse_other_run, to_schema
-from launch.runs.folder import RunFolder, read_json
+from launch.runs.files import read_json
+from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run
 from tests.support.weights import read_weights

@@ -10,7 +10,7 @@ import pytest
 
 ENDING = """
 import os, signal
-from gpt.training.interrupt import StopFlag
+from gpt.training.stop import StopFlag
 
 class Last:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.Signals({number})):

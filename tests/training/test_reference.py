@@ -14,7 +14,7 @@ from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
-from gpt.parallel.optimizer import lr_at
+from gpt.training.step import lr_at
 from launch.runs.compose import compose_train, to_schema
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records

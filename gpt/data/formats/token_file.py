@@ -17,18 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt.config import closest
-from gpt.data.preprocessing.files import matches
 from launch.errors import ConfigError
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
 """Width of a token by its little-endian numpy name."""
 HEADERLESS_DTYPE = "uint16"
-
 LLMC_HEADER_BYTES = 1024
 LLMC_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
 """Width of a token -> magic number and version."""
 LLMC_MAX_TOKENS = 2**31 - 1
-
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, code of the dtype, number of sequences and of documents
 MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
@@ -173,3 +170,9 @@ def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment
             after.insert(0, segment.part(segment.tokens - taken, segment.tokens))
         left -= taken
     return tuple(before), tuple(after)
+
+
+def matches(pattern: str) -> list[Path]:
+    """What the absolute or relative ``pattern`` matches, in order."""
+    place = Path(pattern).expanduser().absolute()
+    return sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))

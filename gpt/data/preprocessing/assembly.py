@@ -26,9 +26,10 @@ from gpt.data.preprocessing.recipe import Recipe
 from gpt.data.preprocessing.synthetic import chain_of
 from gpt.data.preprocessing.units import TRAIN, VAL, Unit
 from gpt.data.preprocessing.worker import ROW_DTYPE, Rows, dtype_of, vocab_of
-from gpt.data.tokenizers.base import Tokenizer, about, save_tokenizer
+from gpt.data.tokenizers.base import Tokenizer
+from gpt.data.tokenizers.registry import about, save_tokenizer
 from launch.errors import ConfigError
-from launch.runs.folder import write_json
+from launch.runs.files import write_json
 
 COPY_BYTES = 1 << 20
 LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "pyarrow")

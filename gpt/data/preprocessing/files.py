@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config import closest
+from gpt.data.formats.token_file import matches
 from launch.errors import ConfigError
-from launch.runs.folder import write_atomically
+from launch.runs.files import write_atomically
 
 # Left out of the standard library: other people's packages, tests, programs that happen to be shipped with it and are
 # missing from some distributions' packages, and files generated for one machine.
@@ -30,12 +31,10 @@ STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test
     "pydoc_data",
 }
 STDLIB_SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")
-
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
 DOWNLOAD_TIMEOUT_S = 60
-
 DOCUMENT_SUFFIXES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".parquet": "parquet"}
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".7z")
 
@@ -112,12 +111,6 @@ def pattern_files(pattern: str) -> tuple[CorpusFile, ...]:
             f"'data.path={Path(pattern).parent}/*.{kinds[0] if kinds[0] != 'text' else 'txt'}'",
         )
     return tuple(files)
-
-
-def matches(pattern: str) -> list[Path]:
-    """What the absolute or relative ``pattern`` matches, in order."""
-    place = Path(pattern).expanduser().absolute()
-    return sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
 
 
 def file_kind(path: Path) -> str:

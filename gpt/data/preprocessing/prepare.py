@@ -26,9 +26,10 @@ from gpt.data.preprocessing.recipe import Recipe
 from gpt.data.preprocessing.train_tokenizer import make_tokenizer
 from gpt.data.preprocessing.units import cut_units
 from gpt.data.preprocessing.worker import do_units
-from gpt.data.tokenizers.base import ABOUT, Tokenizer, load_tokenizer, save_tokenizer
+from gpt.data.tokenizers.base import ABOUT, Tokenizer
+from gpt.data.tokenizers.registry import load_tokenizer, save_tokenizer
 from launch.errors import ConfigError
-from launch.runs.folder import write_json
+from launch.runs.files import write_json
 
 READ_BYTES = 1 << 22
 

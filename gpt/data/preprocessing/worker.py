@@ -29,9 +29,10 @@ from gpt.data.preprocessing.readers import decode, read_unit
 from gpt.data.preprocessing.recipe import Recipe
 from gpt.data.preprocessing.synthetic import WALK_TOKENS, walk
 from gpt.data.preprocessing.units import TRAIN, VAL, Unit
-from gpt.data.tokenizers.base import Tokenizer, load_tokenizer
-from gpt.training.interrupt import die_with_parent
-from launch.runs.folder import write_json
+from gpt.data.tokenizers.base import Tokenizer
+from gpt.data.tokenizers.registry import load_tokenizer
+from launch.process import die_with_parent
+from launch.runs.files import write_json
 
 PROGRESS_S = 0.5
 

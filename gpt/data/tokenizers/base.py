@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +18,6 @@ import numpy.typing as npt
 
 from gpt.config.data import BYTE_VOCAB, TokenizerKind
 from launch.errors import ConfigError
-from launch.runs.folder import RunFolder, write_atomically, write_json
 
 Ids = npt.NDArray[np.uint32]
 ABOUT = "about.json"
@@ -137,68 +135,3 @@ FILES = {
 def checksum(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that give every text the same ids."""
     return hashlib.sha256(tokenizer.kind.name.encode() + b"\0" + tokenizer.payload).hexdigest()
-
-
-def about(tokenizer: Tokenizer) -> dict[str, str | int | None]:
-    """The tokenizer in the words of manifests."""
-    return {
-        "kind": tokenizer.kind.name,
-        "vocab_size": tokenizer.vocab_size,
-        "eot": tokenizer.eot,
-        "checksum": checksum(tokenizer),
-    }
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer into ``folder``; ``about.json`` comes last, so that a folder with it is whole."""
-    name = FILES[tokenizer.kind]
-    if name is not None:
-        write_atomically(folder / name, tokenizer.payload)
-    write_json(folder / ABOUT, about(tokenizer))
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer saved in ``folder``.
-
-    Raises:
-        ConfigError: there is none, it was damaged, or its library is not installed.
-    """
-    try:
-        told = json.loads((folder / ABOUT).read_bytes())
-        kind = TokenizerKind[told["kind"]]
-        name = FILES[kind]
-        payload = b"" if name is None else (folder / name).read_bytes()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"no tokenizer in {folder} ({type(error).__name__}: {error})",
-            "a folder that a preparation or a run has saved its tokenizer in",
-            "python -m gpt.prepare data=NAME, or the folder of another run",
-        ) from error
-    tokenizer = from_payload(kind, payload)
-    if checksum(tokenizer) != told["checksum"]:
-        raise ConfigError(
-            f"the tokenizer in {folder} is not the one that was saved there (its checksum differs)",
-            f"sha256 {told['checksum']}",
-            "the file from a backup, or python -m gpt.prepare data=NAME again",
-        )
-    return tokenizer
-
-
-def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
-    """The tokenizer of ``kind`` whose file holds ``payload``."""
-    if kind is TokenizerKind.byte:
-        return ByteTokenizer()
-    if kind is TokenizerKind.char:
-        return CharTokenizer(json.loads(payload))
-    from gpt.data.tokenizers import subword
-
-    return subword.from_payload(kind, payload)
-
-
-def tokenizer_of(folder: RunFolder) -> Tokenizer:
-    """The tokenizer a run was trained with, which every run keeps in its folder.
-
-    Raises:
-        ConfigError: the run does not know it, as with token files that somebody else has made.
-    """
-    return load_tokenizer(folder.tokenizer)

@@ -10,15 +10,20 @@ Shapes: B sequences, T tokens of one.
 from __future__ import annotations
 
 import io
+import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 
 from gpt.checkpoint.formats import Format, TensorFiles
@@ -30,10 +35,9 @@ from gpt.model.moe import set_auxiliary_scale
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
-from gpt.parallel.deepspeed.start import set_timeouts
+from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import clip
 from gpt.parallel.optimizer import build_optimizer
-from gpt.parallel.world import World
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import casts_weights, ds_config, pieces_of
 from gpt.topology.dims import Topology
@@ -186,3 +190,25 @@ def in_autocast(forward: Callable[..., Any], config: TrainConfig, device: torch.
     """``forward`` in the precision of the run."""
     with autocast(config, device):
         return forward(*args)
+
+
+def load_deepspeed(world: World) -> None:
+    """Set the module ``deepspeed`` up for the device of this rank; it then says only what went wrong."""
+    os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes a GPU that it sees, whatever ``device`` says
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 renames the collectives that it calls in every pass, and 2.11 knows no other names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Shared memory between the ranks of a node: compiled at the first start for a minute, and gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.groups.mpu = None  # left behind where this process has had a pipeline before
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+
+
+def set_timeouts(timeout_s: int) -> None:
+    """Have collectives fail after ``timeout_s`` in the groups that DeepSpeed made: it gives them torch's default."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -1,6 +1,6 @@
 """DeepSpeed's pipeline: the layers dealt out to ranks, in the order of 1F1B, with data ranks beside them.
 
-Owns the model as DeepSpeed's list of layers, cut where gpt/topology/stages.py cuts, and the passes, which DeepSpeed
+Owns the model as DeepSpeed's list of layers, cut where gpt/topology/pipeline.py cuts, and the passes, which DeepSpeed
 makes all at once. A tied embedding is one layer that the first and the last stage both have; DeepSpeed adds up its
 two gradients. Imports DeepSpeed at its top, so it is imported when ``load_deepspeed`` has set that up.
 
@@ -26,10 +26,10 @@ from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.deepspeed.engine import ZeroEngine
-from gpt.parallel.world import World
+from gpt.parallel.distributed import World
 from gpt.topology.batch import Batch
 from gpt.topology.dims import Topology
-from gpt.topology.stages import split
+from gpt.topology.pipeline import split
 
 BEFORE, AFTER = 2, 2
 """Layers of DeepSpeed's before the first block, and after the last one."""

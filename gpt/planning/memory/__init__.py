@@ -12,9 +12,10 @@ experts.
 
 from gpt.accounting.units import BF16, FP32, GIB
 from gpt.planning.memory.activations import kept
-from gpt.planning.memory.rank import BUCKET, Memory, per_rank
+from gpt.planning.memory.rank import Memory, per_rank
 from gpt.planning.memory.shards import Pieces, cast_elements, elements, pieces
 from gpt.planning.memory.states import states
+from gpt.topology.deepspeed_config import BUCKET
 
 __all__ = [
     "BF16",

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from gpt.accounting.units import BF16, FP32, GIB
-from gpt.config import CpMethod, Precision, Strategy, TrainConfig
+from gpt.config import CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
 from gpt.planning.memory.activations import Share, kept
-from gpt.planning.memory.in_flight import passes_at_once
 from gpt.planning.memory.shards import Pieces, cast_elements, elements, pieces
 from gpt.planning.memory.states import states
 from gpt.topology.batch import Batch
+from gpt.topology.deepspeed_config import BUCKET
 from gpt.topology.dims import Topology
-from gpt.topology.stages import Part, parts_of
+from gpt.topology.pipeline import Part, local_stages, parts_of
 
-BUCKET = 500_000_000
-"""Elements of gradients that DeepSpeed reduces at once, its own default (reduce_bucket_size)."""
 LIVE = 10**9
 """Elements that stage 3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
@@ -142,3 +140,25 @@ def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int
     gathered = min(2, held.layers) if config.parallel.reshard_after_forward else held.layers
     whole = FP32 * (held.layers * block + around) if accumulates else width * block
     return width * (around + gathered * block) + whole
+
+
+def passes_at_once(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
+    """Whose activations a rank keeps, counted in passes through all of its stages, rounded up.
+
+    gpipe keeps all; 1f1b as many as there are ranks from here to the end (arXiv 2104.04473, section 2.2.1); interleaved
+    has that many more begun as torch's schedule warms up with (section 2.2.2); the V-shaped ones as many as there are
+    ranks, on every rank, DualPipeV one more (arXiv 2401.10241, section 6; https://github.com/deepseek-ai/DualPipe).
+    """
+    ranks, held = parallel.pp, local_stages(parallel)
+    if ranks == 1:
+        return 1
+    after = ranks - 1 - pp_rank
+    in_round = micro_batches // max(1, micro_batches // ranks)
+    most = {
+        Schedule.gpipe: micro_batches,
+        Schedule["1f1b"]: after + 1,
+        Schedule.interleaved: -(-((held - 1) * in_round + 2 * after + 1) // held),
+        Schedule.zbv: ranks,
+        Schedule.dualpipev: ranks + 1,
+    }
+    return min(micro_batches, most[parallel.schedule])

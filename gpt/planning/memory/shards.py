@@ -14,7 +14,7 @@ from gpt.accounting.parameters import block_shapes, outer_shapes
 from gpt.config import ModelConfig
 from gpt.topology.dims import Topology
 from gpt.topology.experts import holders, shard_dimension
-from gpt.topology.stages import Part
+from gpt.topology.pipeline import Part
 
 CUT_ROWS = ("query", "key", "value", "gate", "up", "token_embedding", "head")
 """Tensors that tensor parallelism cuts along the first dimension: by heads, inner width or vocabulary (Megatron-LM,

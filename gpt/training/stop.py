@@ -1,18 +1,48 @@
-"""What a running training process is asked for: by signals, and by files that somebody puts into the run folder.
+"""Being told to stop, and not outliving one's parent.
 
-Owns the files STOP and SAVE, and the fence against an attempt that a later one has replaced. Rank 0 looks; the loop
-lets all ranks agree.
+Owns the signal handlers of a training process. A handler only sets a flag; the loop asks for it between steps, where
+all ranks agree. SIGUSR1 is left alone: NCCL uses it.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 
 from gpt.checkpoint import OutdatedAttemptError
-from gpt.parallel.world import World
-from gpt.training.interrupt import StopFlag
+from gpt.parallel.distributed import World
 from launch.runs.folder import RunFolder
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGUSR2 or SIGINT; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Take the signals over from whoever handled them."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def retire(self) -> None:
+        """Ignore the signals from now on: all is done, and the process is about to end.
+
+        Python gives them their default back while it ends. A signal that came then, as a second one to a rank that had
+        saved, killed it: a failure to its agent, while the agents of ranks that had ended well waited for this one.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
 
 LOOK_S = 1.0  # a look asks a shared filesystem; once a second is soon enough
 

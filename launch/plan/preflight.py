@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
-from launch.checks.preemption import how_preempted
 from launch.config import Config
 from launch.plan import code_copy as snapshot
-from launch.plan.grace import Measured, measure, slowest
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import changed_since, code_state, library_versions, refuse_change
+from launch.runs.records import RECENT, recent_records
 from launch.scheduler import limits
 from launch.scheduler.client import SlurmError
+from launch.scheduler.limits import how_preempted
 
 MARGIN = 1.5
 """What is proposed is so much longer than what was measured: the next save may be slower."""
@@ -106,3 +107,31 @@ def cluster_limits() -> limits.Limits | None:
         return limits.read()
     except SlurmError:
         return None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The longest of the last steps and saves of a run, seconds."""
+
+    save_s: float
+    step_s: float
+    folder: Path
+
+    @property
+    def stop_s(self) -> float:
+        """A signal that comes at the start of a step waits for its end; then the run saves."""
+        return self.step_s + self.save_s
+
+
+def measure(folder: RunFolder) -> Measured | None:
+    """What the ledger and the step records say; None where no save was measured yet."""
+    saves = [e["seconds"] for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
+    if not saves:
+        return None
+    steps = [record["step_time_s"] for record in recent_records(folder.metrics(0))]
+    return Measured(max(saves[-RECENT:]), max(steps, default=0.0), folder.path)
+
+
+def slowest(measured: Iterable[Measured | None]) -> Measured | None:
+    """The one that takes longest; None where nothing was measured."""
+    return max((m for m in measured if m is not None), key=lambda m: m.stop_s, default=None)

@@ -1,0 +1,209 @@
+"""What was not chosen, and what it took to fit, as a person reads it: nothing is changed or dropped without a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gpt.config import EngineKind, ParallelConfig, Recompute, Strategy, TrainConfig
+from gpt.planning.hardware import Machine
+from gpt.planning.memory import GIB, Memory
+from gpt.planning.search import MICRO_BATCH, OFFLOADS, ORDER, Candidate, Freedom, Sizes, can_fit, may_offload, sizes
+from gpt.topology.batch import cut
+from gpt.topology.dims import Topology
+from gpt.topology.rules import lay_out
+from launch.errors import ConfigError
+from launch.runs.compose import plain
+
+REASONS = 3
+"""Of the refusals, the most frequent ones are shown."""
+
+
+def left_out(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[Sizes]
+) -> Iterator[str]:
+    """A line for each thing that is to be known; ``tried`` are the searches, of which the last found something."""
+    last = tried[-1]
+    yield from taken(config, machine, tried)
+    if len(tried) > 1 and (words := recomputing(config, world_size, machine, fixed, last.freedom)):
+        yield f"{words} would fit without that"
+    if last.too_large:
+        yield f"left out: {len(last.too_large)} that do not fit ({nearest(last, machine)})"
+    yield from refusals(last)
+    yield f"not considered: {'; '.join(not_considered(config, fixed, last.freedom, machine))}"
+
+
+def taken(config: TrainConfig, machine: Machine, tried: Sequence[Sizes]) -> Iterator[str]:
+    """Each freedom that was taken, and what there was without it."""
+    known, last = {found.freedom: found for found in tried}, tried[-1].freedom
+    without = known.get(replace(last, smaller_passes=False))
+    if last.smaller_passes and without:
+        yield (
+            f"smaller passes, and more of them for the same global batch: with optim.micro_batch="
+            f"{config.optim.micro_batch} {nothing(without, machine)}"
+        )
+    if last.offload:
+        without = known.get(Freedom(smaller_passes=True)) or known[Freedom()]
+        yield f"memory of the host, which is slow: on the devices alone {nothing(without, machine)}"
+
+
+def nothing(found: Sizes, machine: Machine) -> str:
+    """Why a search found nothing that fits."""
+    return f"nothing fits ({nearest(found, machine)})" if found.too_large else "no layout is possible"
+
+
+def nearest(found: Sizes, machine: Machine) -> str:
+    """What does not fit, and nearly does."""
+    assert found.least is not None
+    return f"nearest: {needs(found.least.candidate, found.least.memory, machine)}"
+
+
+def refusals(found: Sizes) -> Iterator[str]:
+    """What cannot be laid out, the most frequent reasons first, each with the first example."""
+    if not found.refused:
+        return
+    counts = Counter(error.expected for error in found.refused)
+    examples = {error.expected: error.found for error in reversed(found.refused)}
+    shown = counts.most_common(REASONS)
+    rest = len(found.refused) - sum(number for _, number in shown)
+    yield f"refused: {len(found.refused)} that cannot be laid out{f', {rest} of them not shown here' if rest else ''}"
+    for reason, number in shown:
+        yield f"  {number} like {examples[reason]}; expected: {reason}"
+
+
+def not_considered(config: TrainConfig, fixed: Collection[str], freedom: Freedom, machine: Machine) -> Iterator[str]:
+    """What else there is, and how to ask for it."""
+    if config.parallel.engine is EngineKind.deepspeed:
+        yield "torch's own strategies (parallel.engine=native)"
+        if "pp" not in fixed:
+            yield "DeepSpeed's pipeline (parallel.pp=2)"
+    else:
+        yield "DeepSpeed's stages (parallel.engine=deepspeed)"
+    smaller = config.optim.micro_batch > 1 and not freedom.smaller_passes
+    ways = ["smaller passes"] if smaller and not freedom.offload else []
+    ways += ["the memory of the host"] if may_offload(machine, fixed) and not freedom.offload else []
+    if ways:
+        yield f"{' and '.join(ways)}, only for what does not fit otherwise"
+
+
+def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
+    """The refusal where nothing can be laid out: that of the plainest layout."""
+    given = config.parallel
+    kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted({*fixed} - {MICRO_BATCH}))
+    plainest = replace(given, strategy=Strategy.ddp)
+    if given.engine is EngineKind.deepspeed:
+        plainest = replace(given, strategy=Strategy.deepspeed, zero_stage=given.zero_stage or 0)
+    try:
+        plainest.validate()
+        cut(config.optim, lay_out(replace(config, parallel=plainest), world_size).data_ranks)
+    except ConfigError as error:
+        return error
+    return ConfigError(
+        f"parallel.strategy=auto {kept} on {world_size} ranks: no layout is possible",
+        "fewer keys of parallel that are given",
+        "parallel=auto",
+    )
+
+
+def too_large(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[Sizes]
+) -> ConfigError:
+    """The refusal where nothing fits, with the first of the usual remedies that would help."""
+    least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
+    one, fix = least.candidate, next(remedies(config, world_size, machine, fixed), None)
+    host, there = "", ""
+    if least.memory.host:
+        host = f", and {least.memory.host / GIB:.2f} GiB of the host"
+        there = f" and {machine.host.room / GIB:.2f} GiB of the host" if machine.host and machine.host.room else ""
+    return ConfigError(
+        f"parallel.strategy=auto on {world_size} rank{'s' if world_size > 1 else ''}: the layout that needs least, "
+        f"{describe(one.parallel, one.layout)} in passes of {one.batch.micro}, needs {least.memory.total_gib:.2f} GiB "
+        f"on each{host}",
+        f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
+        fix or "a smaller model, or a smaller model.block_size",
+    )
+
+
+def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> Iterator[str]:
+    """What to type for a run that fits, the least change first."""
+    nodes = -(-world_size // machine.ranks_per_node)
+    options = [("", config), *recomputed(config)]
+    for times in (1, 2, 4, 8, 16, 32, 64):
+        ranks, more = times * world_size, [f"nodes={times * nodes}"] if times > 1 else []
+        if not can_fit(options[-1][1], ranks, machine, fixed):  # nothing needs less
+            continue
+        for words, changed in options:
+            if (words or more) and can_fit(changed, ranks, machine, fixed):
+                yield " ".join([*more, *([words] if words else [])])
+
+
+def recomputed(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """The same run with more recomputation, and what to type for it."""
+    order = [Recompute.none, Recompute.selective, Recompute.full]
+    for more in order[order.index(config.recompute) + 1 :]:
+        yield f"recompute={more.name}", replace(config, recompute=more)
+
+
+def recomputing(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], freedom: Freedom
+) -> str | None:
+    """What to type of recomputation for a run that fits with less than this freedom; None where that is not enough."""
+    for words, changed in recomputed(config):
+        for found in sizes(changed, world_size, machine, fixed):
+            if ORDER.index(found.freedom) >= ORDER.index(freedom):
+                break
+            if found.fitting:
+                return words
+    return None
+
+
+def describe(parallel: ParallelConfig, layout: Topology) -> str:
+    """The layout in words, with what its grid does not say."""
+    words = [str(layout)]
+    if layout.pp > 1:
+        words.append(parallel.schedule.name)
+    if layout.is_sharded and not parallel.reshard_after_forward:
+        words.append("reshard_after_forward=false")
+    return " ".join([*words, *(f"{key}=true" for key in OFFLOADS if getattr(parallel, key))])
+
+
+def needs(one: Candidate, memory: Memory, machine: Machine) -> str:
+    """A layout and what it takes of what there is."""
+    host = ""
+    if memory.host and machine.host is not None:
+        room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
+        host = f", and {memory.host / GIB:.3g}{room} GiB of the host"
+    return (
+        f"{describe(one.parallel, one.layout)} in passes of {one.batch.micro}, "
+        f"{memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
+    )
+
+
+def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each of some layouts, as ``Choice.as_dict`` gives them, best first."""
+    width = max((len(choice["layout"]) for choice in choices), default=0)
+    passes = max((len(passes_of(choice)) for choice in choices), default=0)
+    for number, choice in enumerate(choices, start=1):
+        step_s = choice["step_s"]
+        sent = {name: s for name, s in choice["communication_s"].items() if s >= 0.001 * step_s}
+        shares = "".join(f", {name} {s / step_s:.1%}" for name, s in sent.items())
+        host = f" and {choice['host_bytes'] / GIB:.3g} GiB of the host" if choice["host_bytes"] else ""
+        yield (
+            f"{number}. {choice['layout']:<{width}}  {passes_of(choice):>{passes}}, "
+            f"{choice['memory_bytes'] / GIB:.3g} GiB{host}, {seconds(step_s)} a step, "
+            f"{choice['tokens_per_s']:,.0f} tokens/s; idle {choice['idle_s'] / step_s:.1%}, "
+            f"sending {sum(sent.values()) / step_s:.1%}{shares and f' ({shares[2:]})'}"
+        )
+
+
+def passes_of(choice: Mapping[str, Any]) -> str:
+    """How a rank's sequences of a step are cut."""
+    count = choice["accumulation"]
+    return f"{count} pass{'es' if count > 1 else ''} of {choice['micro_batch']}"
+
+
+def seconds(value: float) -> str:
+    """A duration in a unit that suits it."""
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

@@ -1,0 +1,205 @@
+"""What can be composed: which topologies a model and a way of training allow. Torch-free.
+
+Owns the refusals, each with its reason and the nearest thing that can be done. The planner asks on the login node, the
+ranks ask again before there is a run folder.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gpt.config import (
+    CpMethod,
+    ExpertMatmul,
+    Ffn,
+    ModelConfig,
+    NormPosition,
+    Recompute,
+    Schedule,
+    Strategy,
+    TrainConfig,
+)
+from gpt.config.checks import divisors
+from gpt.config.model_rules import GROUPED_MULTIPLE
+from gpt.topology.batch import cut
+from gpt.topology.deepspeed_config import ds_config
+from gpt.topology.dims import Topology, topology
+from gpt.topology.experts import check_expert
+from gpt.topology.pipeline import check_pipeline, split
+from launch.errors import ConfigError
+
+
+def lay_out(config: TrainConfig, world_size: int) -> Topology:
+    """The topology of a run on ``world_size`` ranks.
+
+    Raises:
+        ConfigError: the ranks cannot be laid out so, or the model cannot be spread over them so.
+    """
+    layout = topology(config.parallel, world_size)
+    for check in (check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed):
+        check(config, layout)
+    return layout
+
+
+def check_zero1(config: TrainConfig, layout: Topology) -> None:
+    """Raise ConfigError where zero1 is asked to do more than share the optimizer among data ranks."""
+    others = [name for name in ("tp", "pp", "cp", "ep") if getattr(layout, name) > 1]
+    if config.parallel.strategy is Strategy.zero1 and others:
+        words = " ".join(f"parallel.{name}={getattr(layout, name)}" for name in others)
+        raise ConfigError(
+            f"parallel.strategy=zero1 with {words}",
+            "zero1 with data ranks only: it cuts the optimizer of a model that every rank holds whole",
+            f"parallel.strategy=fsdp parallel.reshard_after_forward=false {words}",
+        )
+
+
+def check_context(config: TrainConfig, layout: Topology) -> None:
+    """Raise ConfigError where a sequence cannot be shared by ``cp`` ranks."""
+    model, cp = config.model, layout.cp
+    if cp == 1:
+        return
+    if model.block_size % (2 * cp):
+        raise ConfigError(
+            f"parallel.cp={cp} with model.block_size={model.block_size}",
+            f"a multiple of {2 * cp}: each rank takes an early and a late chunk of every sequence, all of equal length",
+            f"model.block_size={-(-model.block_size // (2 * cp)) * 2 * cp}",
+        )
+    if model.capacity_factor is not None:
+        raise ConfigError(
+            f"parallel.cp={cp} with model.capacity_factor={model.capacity_factor:g}",
+            "experts without a limit: whether a place is left depends on tokens of the sequence that other ranks hold",
+            "model.capacity_factor=null",
+        )
+    if model.dropout and config.parallel.cp_method is CpMethod.ring:
+        raise ConfigError(
+            f"parallel.cp_method=ring with model.dropout={model.dropout:g}",
+            "no dropout, since each block's noise would have to be drawn again when its keys come round a second time",
+            "parallel.cp_method=allgather, or model.dropout=0",
+        )
+    if config.compile.name != "none" and config.recompute is Recompute.selective:
+        raise ConfigError(
+            f"parallel.cp={cp} with recompute=selective and compile={config.compile.name}",
+            "one of the two, or full recomputation: the compiler hides from a selective one what could be kept",
+            "recompute=full, or compile=none",
+        )
+
+
+def check_tensor(config: TrainConfig, layout: Topology) -> None:
+    """Raise ConfigError where the model's matrices, or its activations, cannot be shared by ``tp`` ranks."""
+    if layout.tp == 1:
+        return
+    check_matrices(config.model, layout.tp)
+    check_vocabulary(config.model, layout.tp)
+    check_sequence(config, layout)
+
+
+def check_matrices(model: ModelConfig, tp: int) -> None:
+    """Heads of both kinds and the inner width of the feed-forward layer can be dealt out evenly."""
+    shared = {
+        f"model.n_head={model.n_head}": model.n_head,
+        f"{model.kv_heads} key and value heads": model.kv_heads,
+        f"{'experts' if model.ffn is Ffn.moe else 'a feed-forward layer'} {model.ffn_width} wide": model.ffn_width,
+    }
+    sharers = max(n for n in divisors(tp) if all(number % n == 0 for number in shared.values()) and fits(model, n))
+    for words, number in shared.items():
+        if number % tp:
+            raise ConfigError(
+                f"parallel.tp={tp} with {words}", f"a number of ranks that divides {number}", f"parallel.tp={sharers}"
+            )
+    if not fits(model, tp):
+        raise ConfigError(
+            f"parallel.tp={tp} with experts {model.ffn_width} wide, {model.ffn_width // tp} on each rank",
+            f"multiples of {GROUPED_MULTIPLE} on each rank, since torch's grouped product takes rows of whole 16 bytes",
+            f"model.expert_matmul=loop, or parallel.tp={sharers}",
+        )
+
+
+def fits(model: ModelConfig, tp: int) -> bool:
+    """Whether the product of the experts takes what is left of their width."""
+    grouped = model.ffn is Ffn.moe and model.expert_matmul is ExpertMatmul.grouped
+    return not grouped or model.ffn_width % (GROUPED_MULTIPLE * tp) == 0
+
+
+def check_vocabulary(model: ModelConfig, tp: int) -> None:
+    """Embedding and output matrix can be dealt out evenly by their rows."""
+    if model.padded_vocab % tp:
+        raise ConfigError(
+            f"parallel.tp={tp} with {model.padded_vocab} rows of the embedding (model.vocab_size={model.vocab_size}, "
+            f"model.vocab_multiple={model.vocab_multiple})",
+            f"a multiple of {tp} rows; those added take no part",
+            f"model.vocab_multiple={math.lcm(model.vocab_multiple, tp)}",
+        )
+
+
+def check_sequence(config: TrainConfig, layout: Topology) -> None:
+    """Slices of a sequence are equal; and dropout, which every rank draws for itself, finds no activations that several
+    ranks hold."""
+    model, ranks = config.model, layout.tp * layout.cp
+    wish = f"model.block_size={-(-model.block_size // ranks) * ranks}"
+    if config.parallel.sequence_parallel and model.block_size % ranks:
+        raise ConfigError(
+            f"parallel.sequence_parallel=true with model.block_size={model.block_size} on {ranks} ranks",
+            f"a multiple of {ranks}: each of the ranks has an equal slice of every sequence",
+            wish if model.dropout else f"parallel.sequence_parallel=false, or {wish}",
+        )
+    if model.dropout and not config.parallel.sequence_parallel:
+        raise ConfigError(
+            f"model.dropout={model.dropout:g} with parallel.tp={layout.tp} parallel.sequence_parallel=false",
+            "slices of the sequence, since each rank draws its own noise and all would have to drop the same",
+            "parallel.sequence_parallel=true" if model.block_size % ranks == 0 else "model.dropout=0",
+        )
+
+
+def check_deepspeed(config: TrainConfig, layout: Topology) -> None:
+    """Raise ConfigError where DeepSpeed cannot spread this model so, or its file says something else than this run."""
+    if config.parallel.strategy is not Strategy.deepspeed:
+        return
+    check_dimensions(config, layout)
+    if layout.pp > 1:
+        check_stages(config, layout)
+    ds_config(config, cut(config.optim, layout.data_ranks))
+
+
+def check_dimensions(config: TrainConfig, layout: Topology) -> None:
+    """Raise ConfigError where more is cut than data ranks and stages."""
+    others = [name for name in ("tp", "cp", "ep") if getattr(layout, name) > 1]
+    if others:
+        words = " ".join(f"parallel.{name}={getattr(layout, name)}" for name in others)
+        engine = "" if config.parallel.engine is None else "parallel.engine=native "
+        raise ConfigError(
+            f"parallel.strategy=deepspeed with {words}",
+            "data ranks and stages only: DeepSpeed does not cut the matrices, sequences or experts of this model",
+            f"parallel=fsdp {engine}{words}",
+        )
+
+
+def check_stages(config: TrainConfig, layout: Topology) -> None:
+    """Raise ConfigError where DeepSpeed's pipeline does not take what is asked."""
+    parallel = config.parallel
+    if parallel.zero_stage in (2, 3):
+        # What a preset keeps on the host belongs to its stage.
+        fix = "parallel=ds_pp_zero1" if parallel.offload_parameters else "parallel.zero_stage=1"
+        raise ConfigError(
+            f"parallel.zero_stage={parallel.zero_stage} with parallel.pp={layout.pp}",
+            "stage 0 or 1: a stage of DeepSpeed's pipeline keeps its gradients over all micro-batches",
+            f"{fix}, or parallel=fsdp parallel.pp={layout.pp}",
+        )
+    if parallel.offload_optimizer:
+        raise ConfigError(
+            f"parallel.offload_optimizer=true with parallel.pp={layout.pp}",
+            "one of them: DeepSpeed's pipeline hands its gradients to an optimizer on the device",
+            "parallel.offload_optimizer=false, or parallel.pp=1",
+        )
+    if parallel.schedule is not Schedule["1f1b"]:
+        raise ConfigError(
+            f"parallel.schedule={parallel.schedule.name} with parallel.strategy=deepspeed",
+            "1f1b, the only order that DeepSpeed has",
+            f"parallel.schedule=1f1b, or parallel=pp parallel.pp={layout.pp}",
+        )
+    last = split(config.model, layout.pp, config.recompute)[-1]
+    if parallel.zero_stage and config.model.norm_position is NormPosition.post and not last.blocks:
+        raise ConfigError(
+            f"parallel.pp={layout.pp} with model.norm_position=post, where the last stage has the output matrix alone",
+            "matrices and norms in every stage: DeepSpeed adds their norms up over the stages, kind by kind",
+            "parallel.zero_stage=0, or fewer stages",
+        )

@@ -1,0 +1,42 @@
+"""TODO gpt.training.parallelize."""
+
+from __future__ import annotations
+
+from gpt.config import Strategy, TrainConfig
+from gpt.model.gpt import GPT
+from gpt.parallel.distributed import World
+from gpt.parallel.engine import Engine
+from gpt.topology.batch import Batch
+from gpt.topology.dims import Topology
+
+
+def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
+    """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
+    from gpt.parallel.ddp import ReplicatedEngine, Zero1Engine
+    from gpt.parallel.nd import ComposedEngine
+    from gpt.parallel.pipeline import StagedEngine
+
+    if config.parallel.strategy is Strategy.deepspeed:
+        return spread_by_deepspeed(model, config, world, layout, batch)
+    if layout.pp > 1:
+        return StagedEngine(model, config, world, layout, batch)
+    model.to(world.device)
+    if config.parallel.strategy is Strategy.zero1:
+        return Zero1Engine(model, config, world, layout, batch)
+    if config.parallel.strategy is Strategy.fsdp or layout.model_ranks * layout.ep > 1:
+        return ComposedEngine(model, config, world, layout, batch)
+    return ReplicatedEngine(model, config, world, layout, batch)
+
+
+def spread_by_deepspeed(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
+    """The same by DeepSpeed, which is loaded only here."""
+    from gpt.parallel.deepspeed.engine import load_deepspeed
+
+    load_deepspeed(world)  # before what imports it at its top
+    if layout.pp > 1:
+        from gpt.parallel.deepspeed.pipeline import StagedZeroEngine
+
+        return StagedZeroEngine(model, config, world, layout, batch)
+    from gpt.parallel.deepspeed.engine import ZeroEngine
+
+    return ZeroEngine(model, config, world, layout, batch)

@@ -1,0 +1,67 @@
+"""TODO launch.runs.files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Append ``value`` as one line. Several processes and hosts may append to the same file.
+
+    O_APPEND is not atomic on NFS, so the file is locked around the write. A line torn by a crash is closed first, so
+    that it spoils itself only.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        torn = b""
+        if size:
+            file.seek(size - 1)
+            torn = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(torn + json.dumps(value).encode() + b"\n")
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of a JSONL file; a line torn by a crash is passed over. No file: nothing."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` so that a reader, or a crash, sees either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` atomically as indented JSON."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary in a file; empty where there is no such file, or something else in it."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
