@@ -22,7 +22,7 @@ import torch
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.manifest import Manifest, read_manifest, sum_file, sync_folder
-from gpt.config import TrainConfig, require_positive
+from gpt.config import TrainConfig
 from gpt.conversion.formats import format_for
 from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
 from gpt.conversion.hf_tokenizer import write_tokenizer
@@ -35,6 +35,7 @@ from gpt.model.gpt import GPT
 from launch.errors import ConfigError, refusing
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
+from launch.runs.ranges import require_positive
 
 GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -4,7 +4,7 @@ Owns the dataclasses that Hydra composes over and the checks that need no other 
 Torch-free, so that the login node can use it. Must not know of nodes, Slurm or the launcher.
 """
 
-from gpt.config.checks import closest, nearest_divisor, require_positive, require_range
+from gpt.config.checks import nearest_divisor
 from gpt.config.components import (
     Activation,
     AttentionBackend,
@@ -73,8 +73,5 @@ __all__ = [
     "TokenizerKind",
     "TrainConfig",
     "WeightedPath",
-    "closest",
     "nearest_divisor",
-    "require_positive",
-    "require_range",
 ]

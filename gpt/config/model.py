@@ -163,9 +163,3 @@ class ModelConfig:
         if self.balance_coefficient is not None:
             return self.balance_coefficient
         return 0.01 if self.expert_balance is ExpertBalance.loss else 0.0
-
-    def validate(self) -> None:
-        """Raise ConfigError for the first thing that cannot make a model."""
-        from gpt.config.model_rules import check
-
-        check(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpt.config.checks import nearest_divisor, require_positive, require_range
+from gpt.config.checks import nearest_divisor
 from gpt.config.components import (
     Activation,
     AttentionBackend,
@@ -15,6 +15,7 @@ from gpt.config.components import (
 )
 from gpt.config.model import ModelConfig
 from launch.errors import ConfigError
+from launch.runs.ranges import require_positive, require_range
 
 INF = float("inf")
 GROUPED_MULTIPLE = 8

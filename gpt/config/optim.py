@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from gpt.config.checks import require_positive, require_range
 from launch.errors import ConfigError
+from launch.runs.ranges import require_positive, require_range
 
 
 @dataclass

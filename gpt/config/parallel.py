@@ -8,8 +8,8 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from gpt.config.checks import require_positive
 from launch.errors import ConfigError
+from launch.runs.ranges import require_positive
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

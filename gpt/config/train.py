@@ -10,12 +10,13 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from gpt.config.checks import require_positive, require_range
+from gpt.config import model_rules
 from gpt.config.data import DataConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig
 from launch.errors import ConfigError
+from launch.runs.ranges import require_positive, require_range
 
 
 @dataclass
@@ -170,7 +171,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work; needs no other information than the config."""
-        for part in (self.model, self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
+        model_rules.check(self.model)
+        for part in (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
             part.validate()
         require_range("seed", self.seed, 0, 2**63 - 1)
         require_positive("profile_from", self.profile_from)

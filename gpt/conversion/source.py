@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt.checkpoint import folders
-from gpt.config import ModelConfig, Position, TrainConfig
+from gpt.config import ModelConfig, Position, TrainConfig, model_rules
 from gpt.conversion.formats import format_of
 from gpt.conversion.inspect import damaged, tensors_in_folder, torch_file_contents
 from gpt.conversion.spec import Format, architecture, spelled
@@ -97,7 +97,7 @@ def look_into_hf(folder: Path) -> tuple[Format, ModelConfig]:
         raise damaged(folder / HF_CONFIG, str(error)) from error
     fmt = format_of(hf)
     config = fmt.read_config(hf)
-    config.validate()
+    model_rules.check(config)
     check_names(folder, fmt, config, set(tensors_in_folder(folder)))
     return fmt, config
 

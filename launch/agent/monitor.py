@@ -16,7 +16,7 @@ from launch.agent import processes
 from launch.agent.hang_detector import NEARLY, Watchdog, stack_of
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
-from launch.agent.rendezvous import enter_lost_nodes
+from launch.agent.outcome import enter_lost_nodes
 from launch.agent.stop import OWNER, StopRequest
 from launch.config import Config
 from launch.runs.failures import enter_failure

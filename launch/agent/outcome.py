@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
-from launch.agent.rendezvous import enter_lost_nodes, lost_text
 from launch.agent.restart_policy import (
     LEAVES_THE_NODES,
     WANTED,
@@ -33,7 +32,7 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew, Start
+    from launch.agent.rendezvous import Crew, Lost, Start
 
 STAND_IN_S = 3.0
 UNRELIABLE = 2
@@ -252,3 +251,14 @@ def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str
         folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause="failed in this run")
     except scheduler.SlurmError as error:
         folder.record_event("not_excluded", hosts=list(hosts), cause=str(error))
+
+
+def enter_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[Lost]) -> None:
+    """Write into the ledger that nodes are lost, by name."""
+    for one in lost:
+        folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
+
+
+def lost_text(lost: Iterable[Lost]) -> str:
+    """The lost nodes, for people."""
+    return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)

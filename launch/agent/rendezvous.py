@@ -7,7 +7,7 @@ than a run needs, the rest are spares and wait. Must not know how ranks are star
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -253,14 +253,3 @@ def join(folder: RunFolder, node: Node, config: Config) -> Iterator[Crew]:
         yield crew
     finally:
         crew.close()
-
-
-def enter_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[Lost]) -> None:
-    """Write into the ledger that nodes are lost, by name."""
-    for one in lost:
-        folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
-
-
-def lost_text(lost: Iterable[Lost]) -> str:
-    """The lost nodes, for people."""
-    return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)

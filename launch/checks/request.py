@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gpt.config import closest
 from launch.checks import nodes as resources
 from launch.checks import preemption
 from launch.checks.facts import Facts, Request
 from launch.checks.findings import PENDS, Finding, Level, fail, fine, has_errors, warn
+from launch.runs.ranges import closest
 from launch.scheduler.limits import Limits, NodeLimits, Partition
 
 

@@ -10,10 +10,11 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from gpt.config import TrainConfig, require_positive, require_range
+from gpt.config import TrainConfig
 from launch.config.cluster import ClusterConfig, ClusterKind, LinksConfig, PlacementConfig
 from launch.errors import ConfigError
 from launch.runs.compose import NOT_IN_POINT as TRAIN_NOT_IN_POINT
+from launch.runs.ranges import require_positive, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

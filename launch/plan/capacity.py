@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
-from gpt.config import Device, Recompute, Strategy, closest
+from gpt.config import Device, Recompute, Strategy
 from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
 from gpt.planning.memory import GIB, Memory
 from launch.config import ClusterKind, Config
 from launch.errors import ConfigError
+from launch.runs.ranges import closest
 
 
 def refuse_what_does_not_fit(config: Config, needed: Memory, kind: ClusterKind) -> None:

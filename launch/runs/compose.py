@@ -18,11 +18,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from gpt.config import ParallelConfig, TrainConfig, closest
+from gpt.config import ParallelConfig, TrainConfig
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import point_name
+from launch.runs.ranges import closest
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 WATCHING = ("logging", "profile", "profile_from", "profile_to")

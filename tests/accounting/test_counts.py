@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting.flops import forward_flops, training_flops, training_flops_per_token
 from gpt.accounting.parameters import block_shapes, count, outer_shapes
-from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig
+from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, model_rules
 from gpt.metrics.startup_panel import architecture
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind, Config
@@ -35,7 +35,7 @@ DRAWN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 def read(preset: Path) -> ModelConfig:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(preset)))
     assert isinstance(config, ModelConfig)
-    config.validate()
+    model_rules.check(config)
     return config
 
 

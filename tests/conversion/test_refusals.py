@@ -15,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig, Norm, NormPosition, Position, TrainConfig
+from gpt.config import (
+    ExpertBalance,
+    ExpertMatmul,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    TrainConfig,
+    model_rules,
+)
 from gpt.conversion.formats import FORMATS, format_for, format_of
 from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
 from gpt.conversion.source import differences, find_source
@@ -62,7 +72,7 @@ def bent(config: ModelConfig, fmt: Format) -> ModelConfig:
     if not fmt.grouped_queries:
         changes["n_kv_head"] = None
     made = dataclasses.replace(config, **plain, **changes)
-    made.validate()
+    model_rules.check(made)
     return made
 
 

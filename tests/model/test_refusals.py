@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.config import ModelConfig, TrainConfig
+from gpt.config import ModelConfig, TrainConfig, model_rules
 from launch.errors import ConfigError
 from launch.runs.compose import compose_train, to_schema
 
@@ -53,7 +53,7 @@ REFUSED = [
 
 def model(words: list[str]) -> ModelConfig:
     config = to_schema(compose_train(words), TrainConfig).model
-    config.validate()
+    model_rules.check(config)
     return config
 
 

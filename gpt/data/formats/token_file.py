@@ -16,8 +16,8 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpt.config import closest
 from launch.errors import ConfigError
+from launch.runs.ranges import closest
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
 """Width of a token by its little-endian numpy name."""

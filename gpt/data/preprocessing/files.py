@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.config import closest
 from gpt.data.formats.token_file import matches
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically
+from launch.runs.ranges import closest
 
 # Left out of the standard library: other people's packages, tests, programs that happen to be shipped with it and are
 # missing from some distributions' packages, and files generated for one machine.

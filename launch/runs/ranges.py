@@ -1,0 +1,28 @@
+"""Range checks that schemas share, and the look-alikes of a mistyped word, for error messages. Torch-free."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from launch.errors import ConfigError
+
+
+def require_positive(key: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` is above zero."""
+    if not value > 0:
+        raise ConfigError(f"{key}={value}", "a number above 0", f"{key}=1")
+
+
+def require_range(key: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        bound = f"at least {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
+        raise ConfigError(f"{key}={value}", bound, f"{key}={low:g}")
+
+
+def closest(word: str, choices: Iterable[str]) -> list[str]:
+    """Up to three of ``choices`` that look like ``word``, or begin like it, best first, for error messages."""
+    known = sorted(choices)
+    alike = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return alike or [choice for choice in known if choice[:3] == word[:3]][:3]
