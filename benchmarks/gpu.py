@@ -30,9 +30,10 @@ import torch
 import yaml
 
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 1200

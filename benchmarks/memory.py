@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.page import chosen, stamp
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.planning.memory import Memory, per_rank
 from gpt.topology.batch import cut
 from gpt.topology.rules import lay_out
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes
 from tests.support.learning import TINY, start, step

@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt.config import DataConfig, Source, TrainConfig
+from gpt.config.compose import compose_train
 from gpt.data.corpus import cannot_write
 from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_manifest
 from gpt.data.preprocessing import prepare as preparation
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where it was refused."""
     words = parser().parse_args(argv)
     to = words.to.expanduser().absolute() if words.to else None
-    config = compose.to_schema(compose.compose_train(words.overrides), TrainConfig)
+    config = compose.to_schema(compose_train(words.overrides), TrainConfig)
     config.data.validate()
     if words.workers is not None and words.workers < 1:
         raise ConfigError(f"--workers {words.workers}", "at least one process", f"--workers {usable_cores()}")

@@ -15,16 +15,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from launch.config import NOT_IN_POINT, Config
+from launch.config import Config
+from launch.config.compose import not_in_point, prepare_overrides, register, target_of
 from launch.errors import ConfigError
-from launch.runs.compose import CONFIG_ERRORS, explain
+from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.runs.overrides import point_name
 from launch.sweep import SweepFailedError, fail
+from launch.workload import load_workload
 
 
 def sweep_dir(launcher: str, folder: str) -> str:
@@ -39,16 +42,20 @@ def sweep_dir(launcher: str, folder: str) -> str:
     return scratch
 
 
-def point_of(overrides: Sequence[str]) -> str:
-    """The point's folder, for stock launchers."""
-    return point_name(overrides, NOT_IN_POINT)
+def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
+    """Tell Hydra the schema of what was typed, and the two functions that ``configs/config.yaml`` uses.
 
-
-def register() -> None:
-    """Tell Hydra of the schema and of the two functions that ``configs/config.yaml`` uses."""
-    ConfigStore.instance().store("launch_schema", Config)
+    Returns:
+        The arguments, completed, and the schema.
+    """
+    typed = prepare_overrides([word for word in argv if not word.startswith("-")])
+    config_dir = next((Path(b) for a, b in pairwise(argv) if a in ("--config-dir", "-cd")), None)
+    schema = register(typed, config_dir)
+    excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("point_name", point_of, replace=True)
+    OmegaConf.register_new_resolver("point_name", lambda overrides: point_name(overrides, excluded), replace=True)
+    added = [word for word in typed if word not in argv]
+    return [*argv, *added], schema
 
 
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
@@ -61,15 +68,16 @@ def run_point(composed: DictConfig) -> None:
 
 def main() -> int:
     """Exit status: 0 all points finished, 1 one failed, 2 refused, 130 stopped by Ctrl-C."""
-    register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they are put into words
+    schema: type[Config] = Config
     try:
+        sys.argv[1:], schema = prepare(sys.argv[1:])
         run_point()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except CONFIG_ERRORS as error:
-        print(explain(error, Config), file=sys.stderr)
+        print(explain(error, schema), file=sys.stderr)
         return 2
     except SweepFailedError as error:
         return fail(error)

@@ -18,12 +18,11 @@ from omegaconf import DictConfig
 from launch.agent import main as agent
 from launch.agent.node import Node
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError, refusing
 from launch.jobs.submit import record_submitted
 from launch.plan.plan import Plan, make_plan, write_run
 from launch.plan.text import plan_text
-from launch.runs import compose
 from launch.runs.overrides import typed_value
 
 
@@ -62,9 +61,7 @@ def make_run(overrides: Sequence[str]) -> Plan:
     """Plan a run for the nodes of this job and write its folder."""
     words = job_overrides(overrides)
     composed = compose_launch(words)
-    compose.make_paths_absolute(composed)
-    compose.refuse_unknown(composed, Config)
-    config = compose.to_schema(composed, Config)
+    config = typed_config(composed)
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
     plan = make_plan(config, words, ClusterKind.slurm)
@@ -90,8 +87,7 @@ def run_task(composed: DictConfig) -> None:
     Raises:
         ConfigError: the launcher started another number of tasks than the run has nodes.
     """
-    compose.make_paths_absolute(composed)
-    config = compose.to_schema(composed, Config)
+    config = typed_config(composed)
     refuse_snapshot(config)
     node = Node.from_env(None)
     asked = config.nodes_asked
@@ -106,7 +102,7 @@ def run_task(composed: DictConfig) -> None:
     composed.run_dir = str(output)
     kind = ClusterKind.slurm if node.is_slurm else ClusterKind.local
     words = HydraConfig.get().overrides.task
-    plan = make_plan(compose.to_schema(composed, Config), words, kind)
+    plan = make_plan(typed_config(composed), words, kind)
     if node.index == 0:
         write_run(plan, composed, words)
     agent.run(str(output))

@@ -16,13 +16,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from launch.config import ClusterKind, Config, LaunchConfig
+from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError
 from launch.jobs.stop import stop_on_ctrl_c
-from launch.plan import code_copy as snapshot
+from launch.plan import code_copy
 from launch.plan.plan import Plan, make_plan, write_run
 from launch.plan.preflight import forewarn
 from launch.plan.text import share_budget, worst_case_text
-from launch.runs import compose
 from launch.runs.failures import failure_text
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
@@ -54,9 +54,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
     plans: list[Plan] = []
     configs: list[Config] = []
     for (composed, overrides), kind in zip(points, kinds, strict=True):
-        compose.make_paths_absolute(composed)
-        compose.refuse_unknown(composed, Config)
-        configs.append(compose.to_schema(composed, Config))
+        configs.append(typed_config(composed))
         plans.append(make_plan(configs[-1], overrides, kind))
     refuse_same_folder(plans)
     if any(plan.cluster == "slurm" and config.cluster.placement for plan, config in zip(plans, configs, strict=True)):
@@ -75,8 +73,11 @@ def run_sweep(points: Sequence[Composed]) -> None:
         refuse_running(plan)
     console.print(worst_case_text(plans, configs), highlight=False, markup=False)
     show_warnings(plans, console)
-    for copy in {plan.code for plan in plans if plan.code}:
-        snapshot.take(Path(copy))
+    for copy, tree in {
+        plan.code: workload_of(config).code(config) for plan, config in zip(plans, configs, strict=True)
+    }.items():
+        if copy is not None:
+            code_copy.take(Path(copy), tree)
     for (composed, overrides), plan in zip(points, plans, strict=True):
         write_run(plan, composed, overrides)
     submit_and_watch(plans, console, configs[0].launch)

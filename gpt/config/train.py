@@ -16,6 +16,7 @@ from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig
 from launch.errors import ConfigError
+from launch.runs.identity import RunConfig
 from launch.runs.ranges import require_positive, require_range
 
 
@@ -123,22 +124,14 @@ class Recompute(Enum):
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RunConfig):
     """One training run, whatever starts it."""
 
     name: str = "${model.name}"
-    """Folder under output_dir that holds the points of one sweep."""
-    output_dir: str = "outputs"
-    run_dir: Optional[str] = None
-    """The folder of this run; null derives it from output_dir, name and the overrides."""
-    fresh: bool = False
-    """Start over in a new folder instead of resuming."""
     init_from: Optional[str] = None
     """Take the first weights from there instead of drawing them: a folder of the transformers library (safetensors), a
     file of ``python -m gpt.export --format torch``, or the folder of another run, whose newest checkpoint is taken. The
     model must be the same. Without effect once the run has a checkpoint of its own."""
-    strict: bool = False
-    """Refuse to go on where the code or a library has changed since the attempt before, instead of warning."""
     seed: int = 1337
     device: Device = Device.auto
     precision: Precision = Precision.fp32
@@ -171,6 +164,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work; needs no other information than the config."""
+        super().validate()
         model_rules.check(self.model)
         for part in (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
             part.validate()

@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from gpt.config import TrainConfig
+from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
 from gpt.data.corpus import check_fit, describe
 from gpt.parallel.distributed import World
 from gpt.planning.auto import Settled, settle
@@ -24,6 +25,7 @@ from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
+from launch.runs.identity import choose_folder, refuse_other_run
 
 
 def settle_here(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> Settled:
@@ -77,7 +79,7 @@ def parse_request(argv: Sequence[str]) -> Request:
     if words.run:
         folder = RunFolder(Path(words.run).absolute())
         return Request(compose.read_config(folder, TrainConfig), folder)
-    composed = compose.compose_train(words.overrides)
+    composed = compose_train(words.overrides)
     config = compose.to_schema(composed, TrainConfig)
     config.validate()
     return Request(config, None, composed, words.overrides)
@@ -88,12 +90,12 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
     def choose() -> tuple[RunFolder, Settled]:
         assert request.composed is not None
-        folder = compose.choose_folder(request.config, request.overrides, compose.NOT_IN_POINT)
+        folder = choose_folder(request.config, request.overrides, NOT_IN_POINT)
         settled = settle_here(request.config, request.overrides, folder, world)
         config = settled.apply(request.config)
         refuse_what_cannot_run(config, world.size)
-        compose.refuse_other_run(folder, config)
-        compose.settle_parallel(request.composed, vars(settled.parallel), settled.micro_batch)
+        refuse_other_run(folder, config, TrainConfig, RESUMABLE)
+        settle_parallel(request.composed, vars(settled.parallel), settled.micro_batch)
         compose.write_config(folder, request.composed, request.overrides)
         return folder, settled
 

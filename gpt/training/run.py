@@ -122,8 +122,9 @@ def describe_attempt(run: Run) -> None:
     if run.initialised_from is not None:
         run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
     run.folder.record_event(
-        "started", attempt=run.attempt, world_size=run.world.size, topology=str(run.layout), from_step=run.step
-    )
+        "started", attempt=run.attempt, world_size=run.world.size, topology=str(run.layout), from_step=run.step,
+        max_steps=run.config.optim.max_steps,
+    )  # fmt: skip
     where = f"attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}"
     panel = show(record, run.config, f"{run.config.name}  {where}")
     print(f"{run.folder.path}\n{panel}", flush=True)

@@ -30,7 +30,6 @@ from launch.agent.node import Node, interface_of
 from launch.agent.rendezvous import Crew, Start
 from launch.agent.stop import StopRequest
 from launch.config import Config
-from launch.process import hash_seed
 from launch.runs import heartbeat as pulse
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder
@@ -170,7 +169,6 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
     """Set what the ranks inherit. torchrun's habit of one thread for each rank is kept, and can be overridden."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONUNBUFFERED"] = "1"
-    os.environ.setdefault("PYTHONHASHSEED", hash_seed(config.seed))
     # Elastic would kill the ranks on SIGTERM; ours asks them to save. A hang-up of the terminal stays its own.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     interface = interface_of(address)

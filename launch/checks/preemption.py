@@ -64,8 +64,7 @@ def check_grace(limits: Limits, partition: Partition, request: Request) -> Itera
 
 def elsewhere(limits: Limits, partition: Partition, request: Request) -> str:
     """What to type to lose less: checkpoints twice as often, or a large enough partition that is not preempted."""
-    interval = request.config.checkpoint.interval
-    often = f"checkpoint.interval={max(1, interval // 2 if interval else request.config.optim.max_steps // 10)}"
+    often = request.plan.promised.saves_more_often or "more frequent checkpoints"
     safe = [
         p.name
         for p in limits.partitions

@@ -1,6 +1,7 @@
-"""The schema of the launcher: a training run, plus where and on how many nodes it happens.
+"""The schema of the launcher: where and on how many nodes a run happens, whatever it computes.
 
-Owns the fields that ``gpt`` does not know. Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher.
+Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher. The keys of a workload are added to these
+in ``launch.config.compose``.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from gpt.config import TrainConfig
 from launch.config.cluster import ClusterConfig, ClusterKind, LinksConfig, PlacementConfig
 from launch.errors import ConfigError
-from launch.runs.compose import NOT_IN_POINT as TRAIN_NOT_IN_POINT
+from launch.runs.identity import PLACE_KEYS, RunConfig
 from launch.runs.ranges import require_positive, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
@@ -30,10 +30,12 @@ __all__ = [
     "PlacementConfig",
     "ResilienceConfig",
     "RestartLimits",
+    "WorkloadConfig",
 ]
 
 NOT_IN_POINT = (
-    *TRAIN_NOT_IN_POINT,
+    *PLACE_KEYS,
+    "workload",
     "spares",
     "cluster",
     "resilience",
@@ -147,9 +149,18 @@ class LaunchConfig:
 
 
 @dataclass
-class Config(TrainConfig):
-    """One point of a sweep."""
+class WorkloadConfig:
+    """The program that is launched."""
 
+    _target_: str = MISSING
+    """Dotted path of the class that describes it to the launcher: see docs/workloads.md."""
+
+
+@dataclass
+class Config(RunConfig):
+    """One point of a sweep, as far as the launcher knows it: the keys of its workload come on top."""
+
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     nodes: int = 1
     """Nodes of the run; one agent is started on each."""
     ranks_per_node: Optional[int] = None

@@ -1,24 +1,133 @@
-"""TODO launch.config.compose."""
+"""From arguments to a typed config: the launcher's schema together with that of the workload they name.
+
+Owns which schema a config has. Torch-free.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from launch.config import Config
+import configs
+from launch.config import NOT_IN_POINT, Config
+from launch.errors import ConfigError
 from launch.runs import compose
-from launch.runs.compose import CONFIG_ERRORS
+from launch.runs.explain import CONFIG_ERRORS, explain
+from launch.runs.folder import RunFolder
+from launch.runs.overrides import typed_value
+from launch.runs.ranges import closest
+from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
+
+CONFIGS = Path(configs.__file__).parent
+CUSTOM = "custom"
+"""Option of the group ``workload`` for a class that was typed as ``workload._target_``."""
+
+
+def prepare_overrides(overrides: Sequence[str]) -> list[str]:
+    """Complete what was typed: ``workload._target_=X`` alone means the option of the group that adds no other keys."""
+    args = list(overrides)
+    if typed_value(args, "workload._target_") is not None and typed_value(args, "workload") is None:
+        args.append(f"workload={CUSTOM}")
+    return args
+
+
+def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
+    """Dotted path of the workload that arguments name, or of the default one.
+
+    Args:
+        overrides: as typed.
+        config_dir: folder of the user's own config files, searched too.
+
+    Raises:
+        ConfigError: there is no such option of the group ``workload``.
+    """
+    typed = typed_value(overrides, "workload._target_")
+    if typed is not None:
+        return typed.strip("'\"")
+    defaults = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
+    default = next(entry["workload"] for entry in defaults if isinstance(entry, dict) and "workload" in entry)
+    name = typed_value(overrides, "workload") or default
+    folders = [folder for folder in (CONFIGS, config_dir) if folder is not None]
+    for folder in folders:
+        path = folder / "workload" / f"{name}.yaml"
+        if path.is_file():
+            return str(yaml.safe_load(path.read_text())["workload"]["_target_"])
+    options = sorted(path.stem for folder in folders for path in (folder / "workload").glob("*.yaml"))
+    fitting = [option for option in options if option != CUSTOM]
+    likely = (closest(name, fitting) or fitting)[0]
+    raise ConfigError(
+        f"workload={name}",
+        f"one of {', '.join(fitting)}, or a class of yours",
+        f"workload={likely}, or workload._target_=PACKAGE.MODULE.CLASS",
+    )
+
+
+@cache
+def schema_of(target: str) -> type[Config]:
+    """The dataclass of a whole config: the keys of the launcher, and those of a workload at the root beside them."""
+    made = dataclasses.make_dataclass("Config", [], bases=(Config, load_workload(target).schema))
+    return cast(type[Config], made)
+
+
+def workload_of(config: Config | DictConfig) -> Workload:
+    """The workload of a config."""
+    return load_workload(config.workload._target_)
+
+
+def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
+    """Tell Hydra the schema for these arguments, which it composes ``configs/config.yaml`` over."""
+    schema = schema_of(target_of(overrides, config_dir))
+    ConfigStore.instance().store("launch_schema", schema)
+    return schema
 
 
 def compose_launch(overrides: Sequence[str]) -> DictConfig:
     """Compose ``configs/config.yaml`` without a Hydra run."""
-    ConfigStore.instance().store("launch_schema", Config)
+    args = prepare_overrides(overrides)
+    schema = register(args)
     with initialize_config_module("configs", version_base="1.3"):
         try:
-            return hydra_compose("config", overrides=list(overrides))
+            return hydra_compose("config", overrides=args)
         except CONFIG_ERRORS as error:
-            raise compose.explain(error, Config) from error
+            raise explain(error, schema) from error
+
+
+def typed_config(document: DictConfig) -> Config:
+    """The typed config of a composed document, whose paths become absolute.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is missing or of the wrong type.
+    """
+    schema = schema_of(document.workload._target_)
+    load_workload(document.workload._target_).make_paths_absolute(document)
+    compose.refuse_unknown(document, schema)
+    return compose.to_schema(document, schema)
+
+
+def read_point(folder: RunFolder) -> Config:
+    """The config that a run folder was made with, with all keys of its workload.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    compose.require_config(folder)
+    loaded = OmegaConf.load(folder.config)
+    assert isinstance(loaded, DictConfig)
+    named = loaded.get("workload")
+    if named is None:
+        loaded.workload = {"_target_": BEFORE_WORKLOADS}
+    return compose.to_schema(loaded, schema_of(loaded.workload._target_))
+
+
+def not_in_point(workload: Workload) -> tuple[str, ...]:
+    """Keys that do not enter the name of a run folder."""
+    return (*NOT_IN_POINT, *workload.not_in_point)

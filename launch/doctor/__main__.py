@@ -29,14 +29,13 @@ from launch.checks import candidates, facts, findings
 from launch.checks.facts import Facts, Request
 from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch
+from launch.config.compose import compose_launch, typed_config
 from launch.doctor import machine
 from launch.doctor.on_cluster import group_line, table
 from launch.errors import ConfigError, refusing
 from launch.jobs.submit import shapes
 from launch.plan.plan import Plan, make_plan
-from launch.runs import compose
-from launch.runs.compose import CONFIG_ERRORS
+from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.scheduler.client import SlurmError
 
 
@@ -71,18 +70,12 @@ def points_of(overrides: Sequence[str]) -> list[list[str]]:
         swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
         return [list(point) for batch in BasicSweeper.split_arguments([*swept, *typed], None) for point in batch]
     except CONFIG_ERRORS as error:
-        raise compose.explain(error, Config) from error
+        raise explain(error, Config) from error
 
 
 def configs_of(points: Sequence[Sequence[str]]) -> list[Config]:
     """The config of each point; ConfigError."""
-    configs = []
-    for words in points:
-        composed = compose_launch(words)
-        compose.make_paths_absolute(composed)
-        compose.refuse_unknown(composed, Config)
-        configs.append(compose.to_schema(composed, Config))
-    return configs
+    return [typed_config(compose_launch(words)) for words in points]
 
 
 def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Finding], list[Request], Facts]:

@@ -39,7 +39,6 @@ IN_MEMORY = ("tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs")
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
 """Folders that by convention are each node's own."""
 GIB = 2**30
-BYTES_PER_PARAMETER = 12
 """A checkpoint: weights and two moments of Adam, 4 bytes each."""
 SBATCH_KEYS = {
     "SBATCH_PARTITION": "partition",
@@ -222,10 +221,8 @@ def check_space(facts: Facts, requests: list[Request]) -> Iterator[Finding]:
             "output_dir=PATH that is yours",
         )
         return
-    need = sum(
-        request.plan.parameters * BYTES_PER_PARAMETER * (request.config.checkpoint.keep_last + 1) * len(request.points)
-        for request in requests
-    )
+    promises = [(request.plan.promised, len(request.points)) for request in requests]
+    need = sum((promised.checkpoint_bytes or 0) * promised.checkpoints_kept * points for promised, points in promises)
     found = f"{folder.free_bytes / GIB:.1f} GiB free at {folder.exists}"
     if need > folder.free_bytes:
         why = f"checkpoints of all points take about {need / GIB:.1f} GiB (weights, Adam's moments; keep_last + 1)"

@@ -16,7 +16,6 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from gpt.config import Device
 from launch.checks.facts import Request
 from launch.checks.findings import Finding, fail
 from launch.config import Config
@@ -42,6 +41,7 @@ def measure(request: Request, output: Path, wait_min: float, say: Callable[[str]
         submitit.core.utils.FailedJobError: sbatch refused.
     """
     root = make_folder(request.config, output)
+    write_json(root / probe.REQUEST, {"uses_cpus": bool(request.plan.promised.uses_cpus)})
     job = submit(request, root)
     say(f"job {job.name} on {request.config.nodes} nodes, folder {root}")
     try:
@@ -109,7 +109,7 @@ def collect(root: Path, request: Request, job_id: str, state: str, started: bool
         "nodes": request.config.nodes,
         "ranks_per_node": request.config.ranks_on_node,
         "cpus_per_task": request.config.cluster.cpus_per_task,
-        "gpus_per_node": None if request.config.device is Device.cpu else request.config.cluster.gpus_per_node,
+        "gpus_per_node": None if request.plan.promised.uses_cpus else request.config.cluster.gpus_per_node,
     }
     logs = str(root / ".submitit" / job_id)
     return {

@@ -23,12 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.config import Device
 from launch.agent.node import Node
 from launch.checks.facts import filesystem_of
 from launch.config import Config
 from launch.runs.compose import read_config
-from launch.runs.files import write_json
+from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
@@ -41,6 +40,8 @@ RANKS_S = 180
 """Seconds after which ranks that still measure are ended."""
 CONNECT_S = 5.0
 PINGS = 8
+REQUEST = "request.json"
+"""What the job was made for, in its folder."""
 CLOCK = struct.Struct("!d")
 
 
@@ -232,7 +233,7 @@ def start_ranks(root: Path, node: Node, config: Config, meeting: Meeting) -> str
         record = root / "ranks" / f"{rank:05d}.json"
         log = record.with_suffix(".log")
         env = rank_environment(rank, local, each * node.count, each, meeting)
-        if config.device is Device.cpu:
+        if read_json(root / REQUEST).get("uses_cpus"):
             env["CUDA_VISIBLE_DEVICES"] = ""
         with log.open("wb") as file:
             command = [sys.executable, "-m", "launch.doctor.links", str(record)]

@@ -12,10 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt.config import TrainConfig
 from launch.jobs.handles import Job, SlurmJob, Standing, Waiting, ask_queue, job_of
 from launch.plan.plan import Plan
-from launch.runs.compose import read_config
 from launch.runs.events import last_command
 from launch.runs.failures import first_failure
 from launch.runs.folder import RunFolder
@@ -106,14 +104,13 @@ def find_point(folder: RunFolder) -> Point:
 
 
 def promised(folder: RunFolder) -> dict[str, Any]:
-    """``plan.json``, or as much of it as the config of a run without one says."""
+    """``plan.json``, or as much of it as the ranks of a run without one have told when they started."""
     if folder.plan.is_file():
         plan = json.loads(folder.plan.read_text())
         assert isinstance(plan, dict)
         return plan
-    if folder.config.is_file():
-        return {"max_steps": read_config(folder, TrainConfig).optim.max_steps}
-    return {}
+    started = [event for event in folder.read_events() if event["event"] == "started"]
+    return {"max_steps": started[-1].get("max_steps")} if started else {}
 
 
 def look(points: Sequence[Point], retries: int = RETRIES) -> SlurmError | None:

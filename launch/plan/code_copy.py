@@ -18,25 +18,26 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.runs.files import write_json
-from launch.runs.provenance import ORIGIN, ROOT, code_state, describe_code, source_files
+from launch.runs.provenance import ORIGIN, ROOT, code_state, describe_code
+from launch.workload import CodeTree
 
 RUNS_FROM = "LAUNCH_CODE"
 """Names the copy to the job, which must not run anything else where the copy is gone."""
 
 
 @cache
-def code() -> dict[str, Any]:
-    """The code of this process, looked at once: all points of a command are compared with the same."""
-    return describe_code()
+def code(tree: CodeTree) -> dict[str, Any]:
+    """The code of a tree, looked at once: all points of a command are compared with the same."""
+    return describe_code(tree.root, tree.files)
 
 
-def place(run_dir: str | Path) -> Path:
+def place(run_dir: str | Path, tree: CodeTree) -> Path:
     """Where the copy for a run lies, whether it is there or not."""
-    return Path(run_dir).parent / ".code" / str(code()["sha256"])[:16]
+    return Path(run_dir).parent / ".code" / str(code(tree)["sha256"])[:16]
 
 
-def take(target: Path) -> None:
-    """Copy the code of this process to ``target``, unless it is there already.
+def take(target: Path, tree: CodeTree) -> None:
+    """Copy the files of a tree to ``target``, unless they are there already.
 
     Raises:
         ConfigError: a file changed meanwhile.
@@ -46,14 +47,16 @@ def take(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
     try:
-        for name, path in source_files(ROOT):
+        for name, path in tree.files(tree.root):
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, scratch / name)
-        if describe_code(scratch)["sha256"] != code()["sha256"]:
+        if describe_code(scratch, tree.files)["sha256"] != code(tree)["sha256"]:
             raise ConfigError(
-                f"a file under {ROOT} that changed while it was copied", "code that stays as it is", "the command again"
+                f"a file under {tree.root} that changed while it was copied",
+                "code that stays as it is",
+                "the command again",
             )
-        write_json(scratch / ORIGIN, {"root": str(ROOT), "git": code_state()})
+        write_json(scratch / ORIGIN, {"root": str(tree.root), "git": code_state(tree.root)})
         scratch.chmod(0o755)
         try:
             scratch.rename(target)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from launch.config import Config
+from launch.config.compose import workload_of
 from launch.plan import code_copy as snapshot
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
@@ -38,7 +39,8 @@ def forewarn(plan: Plan, config: Config) -> Plan:
 def changed_code(plan: Plan, config: Config) -> Iterator[str]:
     """Whether the next attempt would run something else than the last one did."""
     folder = RunFolder(plan.run_dir)
-    now = {"code": snapshot.code(), "git": code_state(), "software": library_versions()}
+    tree = workload_of(config).code(config)
+    now = {"code": snapshot.code(tree), "git": code_state(tree.root), "software": library_versions()}
     changed = changed_since(folder, now) if folder.attempts() else None
     if changed is None:
         return
@@ -53,7 +55,8 @@ def short_grace(plan: Plan, config: Config) -> Iterator[str]:
     if known is None:
         return
     took = f"a save took up to {known.save_s:.3g} s and a step {known.step_s:.3g} s in {known.folder}"
-    lost = f"would go back to its last periodic checkpoint (checkpoint.interval={config.checkpoint.interval})"
+    saves = plan.promised.saves
+    lost = "would go back to its last periodic checkpoint" + (f" ({saves})" if saves else "")
     wish = 10 * math.ceil(MARGIN * known.stop_s / 10)
     delay, grace = config.cluster.signal_delay_s, config.resilience.stop_grace_s
     short = [
@@ -68,7 +71,7 @@ def short_grace(plan: Plan, config: Config) -> Iterator[str]:
         if known.stop_s > left:
             yield (
                 f"{took}, and partition {name} gives a preempted job {left} s (GraceTime and KillWait): it {lost}; "
-                "a shorter checkpoint.interval loses less"
+                f"a shorter {saves.split('=')[0] or 'interval between checkpoints'} loses less"
             )
 
 
@@ -83,8 +86,8 @@ def has_same_model(folder: RunFolder, plan: Plan) -> bool:
     """Whether a run's checkpoints are as large as the plan's."""
     if not folder.events.is_file():
         return False
-    there = json.loads(folder.plan.read_text())
-    return (there.get("model"), there.get("parameters")) == (plan.model, plan.parameters)
+    there = json.loads(folder.plan.read_text()).get("promised") or {}
+    return bool(plan.promised.checkpoint_kind) and there.get("checkpoint_kind") == plan.promised.checkpoint_kind
 
 
 def preemption_graces(plan: Plan) -> Iterator[tuple[str, int]]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,26 @@ GIT_TIMEOUT_S = 10
 NAMED = 5
 
 
-def describe_code(root: Path = ROOT) -> dict[str, Any]:
-    """Where the code lies, one digest of it, and one for each file."""
-    files = {name: digest(path.read_bytes()) for name, path in source_files(root)}
-    whole = digest("".join(f"{name} {files[name]}\n" for name in files).encode())
-    return {"root": str(root), "is_snapshot": (root / ORIGIN).is_file(), "sha256": whole, "files": files}
-
-
 def source_files(root: Path) -> Iterator[tuple[str, Path]]:
     """The files that make a run what it is, tracked by git or not, in the order of their names relative to ``root``."""
     paths = [path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in SUFFIXES]
     for path in sorted(paths):
         if path.is_file():
             yield str(path.relative_to(root)), path
+
+
+def describe_code(
+    root: Path = ROOT, files_of: Callable[[Path], Iterable[tuple[str, Path]]] = source_files
+) -> dict[str, Any]:
+    """Where the code lies, one digest of it, and one for each file.
+
+    Args:
+        root: folder of the code, or of a copy.
+        files_of: names relative to a root, and paths, of the files that count; those of this project by default.
+    """
+    files = {name: digest(path.read_bytes()) for name, path in files_of(root)}
+    whole = digest("".join(f"{name} {files[name]}\n" for name in files).encode())
+    return {"root": str(root), "is_snapshot": (root / ORIGIN).is_file(), "sha256": whole, "files": files}
 
 
 def digest(content: bytes) -> str:

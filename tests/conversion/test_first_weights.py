@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.conversion.hf_folder import write_torch_file
 from gpt.conversion.state_dict import State, Verified, read_source
 from gpt.model.gpt import GPT
@@ -16,7 +17,7 @@ from gpt.parallel.distributed import World
 from gpt.training import init_from as initial
 from gpt.training.init_from import load_initial
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY
 from tests.support.distributed import run_distributed

@@ -26,6 +26,7 @@ from gpt.config import (
     TrainConfig,
     model_rules,
 )
+from gpt.config.compose import compose_train
 from gpt.conversion.formats import FORMATS, format_for, format_of
 from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
 from gpt.conversion.source import differences, find_source
@@ -33,7 +34,7 @@ from gpt.conversion.spec import Format, architecture
 from gpt.conversion.state_dict import VOCABULARY, read_source, to_ours, to_theirs, verify
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.commands import ROOT, environment
 from tests.support.small_models import LLAMA, MOE, configs, small
 

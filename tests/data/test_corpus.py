@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConfig
+from gpt.config.compose import compose_train
 from gpt.data.corpus import check_fit, describe, num_windows, prepare
 from gpt.data.formats.prepared import TokenSource
 from gpt.data.preprocessing.files import stdlib_files
 from gpt.data.preprocessing.recipe import prepare_command, recipe_of, split_tokens
 from gpt.prepare import main
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Layout, Source, TokenDtype, TrainConfig, WeightedPath
+from gpt.config.compose import compose_train
 from gpt.data.corpus import check_fit, describe, prepare
 from gpt.data.formats.prepared import open_tokens
 from gpt.data.formats.token_file import open_token_files, read_token_file, split_end
 from gpt.data.formats.write import token_dtype, write_split
 from gpt.data.loader import Samples
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 
 IDS = np.random.default_rng(0).integers(0, 50257, 3000)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from gpt.config.compose import make_paths_absolute
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch
 from launch.jobs.submit import sbatch_text, shapes
 from launch.plan.plan import Plan, make_plan
-from launch.runs.compose import make_paths_absolute, to_schema
+from launch.runs.compose import to_schema
 from tests.support.commands import run
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpt.config import TrainConfig
 from launch.config import NOT_IN_POINT
-from launch.runs.compose import choose_folder
+from launch.runs.identity import choose_folder
 from launch.runs.overrides import point_name
 
 WORDS = st.lists(

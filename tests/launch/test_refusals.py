@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import OptimConfig, TrainConfig
+from gpt.config.compose import NOT_IN_POINT, compose_train
 from gpt.topology.batch import cut
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
+from launch.runs.identity import choose_folder, refuse_other_run
 from tests.support.commands import environment, run
 
 REFUSED = [
@@ -138,9 +140,9 @@ def test_another_config_is_refused_in_the_folder_of_a_run(tmp_path: Path) -> Non
     words = [f"run_dir={tmp_path / 'run'}"]
     composed = compose_train(words)
     config = to_schema(composed, TrainConfig)
-    folder = compose.choose_folder(config, words, compose.NOT_IN_POINT)
+    folder = choose_folder(config, words, NOT_IN_POINT)
     compose.write_config(folder, composed, words)
-    compose.refuse_other_run(folder, config)
+    refuse_other_run(folder, config)
     config.optim.lr = 0.5
     with pytest.raises(ConfigError, match=r"optim\.lr=0\.002, and now optim\.lr=0\.5"):
-        compose.refuse_other_run(folder, config)
+        refuse_other_run(folder, config)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gpt.config import ModelConfig, TrainConfig, model_rules
+from gpt.config.compose import compose_train
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 
 MOE = ["model.ffn=moe", "model.n_expert=4", "model.bias=false"]
 

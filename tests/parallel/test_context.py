@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.parallel.context import SharedSequence
 from gpt.topology.rules import lay_out
 from gpt.training.evaluation import mean_loss
 from gpt.training.run import Run
 from gpt.training.state import save
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, TINY, Case, assert_all_same, learn_alone, learn_cases, start, step
 

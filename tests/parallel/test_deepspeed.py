@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointError
+from gpt.config.compose import compose_train
 from gpt.conversion.trained import load_model
 from gpt.training.run import Run
 from gpt.training.state import save
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train
 from tests.support.commands import TINY as COMMAND
 from tests.support.commands import run as run_command
 from tests.support.distributed import run_distributed

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.learning import BATCH, MODELS, TINY
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.topology.dims import Topology
 from gpt.topology.rules import lay_out
 from gpt.training.evaluation import mean_loss
@@ -18,7 +19,7 @@ from gpt.training.gradient_stats import Gradients
 from gpt.training.state import save
 from gpt.training.step import queue_step
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from launch.runs.heartbeat import Phase
 from tests.support.distributed import run_distributed
 from tests.support.learning import (

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from gpt.config import Precision, TrainConfig
+from gpt.config.compose import compose_train
 from gpt.planning.memory import BF16, FP32, cast_elements, kept, pieces, states
 from gpt.planning.memory.rank import share_of
 from gpt.topology.batch import cut
 from gpt.topology.pipeline import parts_of
 from gpt.topology.rules import lay_out
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes, living_bytes
 from tests.support.learning import BATCH, MODELS, TINY, start, step

@@ -10,12 +10,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.planning.memory import per_rank
 from gpt.topology.batch import cut
 from gpt.topology.rules import lay_out
 from gpt.training.state import save
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, TINY, learn, start, step
 

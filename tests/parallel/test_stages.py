@@ -13,10 +13,11 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from gpt.accounting.flops import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
+from gpt.config.compose import compose_train
 from gpt.topology.pipeline import bubble_fraction, deal_out, local_stages, split, stages_of
 from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from tests.support.commands import ROOT
 
 COSTS = st.lists(st.integers(1, 30), min_size=1, max_size=9)

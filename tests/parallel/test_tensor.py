@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import ParallelConfig, TrainConfig
+from gpt.config.compose import compose_train
 from gpt.conversion.trained import find_checkpoint, read_weights
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
@@ -27,7 +28,7 @@ from gpt.training.run import Run
 from gpt.training.state import save
 from gpt.training.step import queue_step
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 from tests.support.distributed import run_distributed

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
+from gpt.config.compose import compose_train, settle_parallel
 from gpt.planning.auto import NO_DIFFERENCE, choose, settle, typed_keys
 from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, gpus
@@ -18,7 +19,7 @@ from gpt.planning.search import candidates
 from gpt.topology.batch import cut
 from gpt.topology.rules import lay_out
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, settle_parallel, to_schema, write_config
+from launch.runs.compose import to_schema, write_config
 from launch.runs.folder import RunFolder
 
 WORDS = [

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
+from gpt.config.compose import compose_train, settle_parallel
 from gpt.planning.auto import Choice, Chosen, choose, settle, typed_keys
 from gpt.planning.explain import table
 from gpt.planning.hardware import Stated, cpus
 from gpt.planning.memory import GIB, per_rank
 from gpt.planning.search import candidates
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, settle_parallel, to_schema, write_config
+from launch.runs.compose import to_schema, write_config
 from launch.runs.folder import RunFolder
 from tests.planning.test_choice import WORDS, config_of, machine
 

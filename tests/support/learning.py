@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import Strategy, TrainConfig
+from gpt.config.compose import compose_train
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import squares_of_parts
 from gpt.topology.dims import topology
 from gpt.train import build
 from gpt.training.run import Run
 from gpt.training.step import queue_step
-from launch.runs.compose import compose_train, to_schema
+from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase, Pulse
 

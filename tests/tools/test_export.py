@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt import export
 from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
 from gpt.conversion.trained import load_model
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
 from launch.errors import ConfigError
-from launch.runs.compose import compose_train, refuse_other_run, to_schema
+from launch.runs.compose import to_schema
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
+from launch.runs.identity import refuse_other_run
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run
 from tests.support.weights import read_weights

@@ -1,0 +1,66 @@
+"""Composition of ``configs/train.yaml`` for the commands of gpt; which keys name a run, and which may change.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from gpt.config import ParallelConfig, TrainConfig
+from launch.runs.compose import make_absolute, refuse_unknown
+from launch.runs.explain import CONFIG_ERRORS, explain
+from launch.runs.identity import PLACE_KEYS
+
+WATCHING = ("logging", "profile", "profile_from", "profile_to")
+NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
+"""Keys that say where a run's files go or how it is watched, not what it computes."""
+
+
+def compose_train(overrides: Sequence[str]) -> DictConfig:
+    """Compose ``configs/train.yaml`` with ``overrides``, checked against the schema.
+
+    Raises:
+        ConfigError: an unknown key or option, or a value of the wrong type.
+    """
+    store = ConfigStore.instance()
+    store.store("train_schema", TrainConfig)
+    store.store("train_main", {"defaults": ["train_schema", "train", "_self_"]})
+    with initialize_config_module("configs", version_base="1.3"):
+        try:
+            config = compose("train_main", overrides=list(overrides))
+        except CONFIG_ERRORS as error:
+            raise explain(error, TrainConfig) from error
+    refuse_unknown(config, TrainConfig)
+    make_paths_absolute(config)
+    return config
+
+
+def make_paths_absolute(config: DictConfig) -> None:
+    """Take the paths that were typed relative to the folder they were typed in; ranks may run elsewhere."""
+    data = config.data
+    keys = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
+    keys += [(data, key) for key in ("path", "val_path", "tokenizer_path", "cache_dir")]
+    keys.append((config.parallel, "deepspeed_config"))
+    keys += [(source, "path") for source in data.sources]
+    if data.dataset is not None and Path(data.dataset).is_dir():  # elsewhere it is a name on the hub
+        keys.append((data, "dataset"))
+    make_absolute(keys)
+
+
+def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
+    """Put how a run is spread, every key of ``parallel``, and how large its passes are into its composed config, which
+    may have left it open."""
+    config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
+    config.optim.micro_batch = micro_batch
+
+
+EXECUTION = ("parallel", "optim.micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic")
+RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", *EXECUTION)
+"""What may change between the attempts of one run: it does not change what is learned."""

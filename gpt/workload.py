@@ -1,0 +1,315 @@
+"""The GPT of this project as the launcher sees it: its keys, the plan of a point, and the command of a rank.
+
+Owns what needs both sides: the config of a training run, and what is said of the nodes. Torch-free.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig
+
+from gpt.accounting import flops, parameters
+from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
+from gpt.config import Device, ParallelConfig, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute
+from gpt.conversion.source import check_init_from
+from gpt.data.corpus import check_fit, describe
+from gpt.planning import memory
+from gpt.planning.auto import Settled, settle
+from gpt.planning.explain import table
+from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
+from gpt.planning.memory import GIB, Memory
+from gpt.topology.batch import Batch, cut
+from gpt.topology.dims import Topology
+from gpt.topology.rules import lay_out
+from launch.errors import ConfigError
+from launch.process import hash_seed
+from launch.runs.folder import RunFolder
+from launch.runs.provenance import ROOT, source_files
+from launch.runs.ranges import closest
+from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan
+
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: weights and both of Adam's moments, in fp32."""
+
+
+class GptWorkload:
+    """``python -m gpt.train`` on every rank."""
+
+    name = "gpt"
+    schema = TrainConfig
+    not_in_point = NOT_IN_POINT
+    resumable = RESUMABLE
+
+    def make_paths_absolute(self, document: DictConfig) -> None:
+        """Take the paths that were typed relative to the folder they were typed in."""
+        make_paths_absolute(document)
+
+    def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
+        """Parallelism, batch, memory and corpus of a point.
+
+        Raises:
+            ConfigError: ranks, batch, model and corpus do not go together, or the nodes cannot hold them.
+        """
+        check_init_from(config, request.folder)
+        settled = settle(
+            config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
+        )
+        config = settled.apply(config)
+        layout = lay_out(config, request.world_size)
+        batch = cut_batch(config, layout, request)
+        corpus = describe(config.data, config.data_cache)
+        check_fit(corpus, config.model, config.eval.sequences)
+        needed = memory.per_rank(config, layout, batch)
+        refuse_what_does_not_fit(config, needed, request)
+        counted = parameters.count(config.model)
+        interval = config.checkpoint.interval
+        often = interval // 2 if interval else config.optim.max_steps // 10
+        return WorkloadPlan(
+            rows=plan_rows(config, layout, batch, needed, str(corpus)),
+            notes=plan_notes(settled),
+            facts=plan_facts(config, layout, batch, needed, str(corpus), settled),
+            settled={"parallel": plain_values(config.parallel), "optim.micro_batch": settled.micro_batch},
+            max_steps=config.optim.max_steps,
+            checkpoint_kind=f"{config.model.name} {counted.total}",
+            checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,
+            saves=f"checkpoint.interval={interval}",
+            saves_more_often=f"checkpoint.interval={max(1, often)}",
+            checkpoints_kept=config.checkpoint.keep_last + 1,
+            uses_cpus=on_cpus(config, request),
+        )
+
+    def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
+        """The training script, which reads everything else from the run folder."""
+        args = (sys.executable, "-m", "gpt.train", "--run", str(folder.path))
+        return RankCommand(args, defaults={"PYTHONHASHSEED": hash_seed(config.seed)})
+
+    def contract(self, config: TrainConfig, world_size: int) -> RankContract:
+        """Ranks that tell everything themselves, through ``launch.worker``."""
+        return RankContract(unit="tokens", max_steps=config.optim.max_steps)
+
+    def code(self, config: TrainConfig) -> CodeTree:
+        """The packages of this project."""
+        return CodeTree(ROOT, source_files, has_launcher=True)
+
+
+def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
+    """The keys of ``parallel`` as JSON and YAML hold them."""
+    return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
+
+
+def plan_rows(config: TrainConfig, layout: Topology, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
+    """Lines of the plan for people."""
+    counted, steps = parameters.count(config.model), config.optim.max_steps
+    active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
+    gflop = flops.training_flops_per_token(config.model).palm / 1e9
+    tokens = batch.global_batch * config.model.block_size
+    shares = {key: value for key, value in asdict(needed).items() if key != "host" and value}
+    parts = ", ".join(f"{key} {value / GIB:.3f}" for key, value in shares.items())
+    host = f", and {needed.host / GIB:.3f} GiB of the host" if needed.host else ""
+    return {
+        "topology": str(layout),
+        "model": f"{config.model.name}: {counted.total:,} parameters ({counted.non_embedding:,} without "
+        f"embeddings{active}), {gflop:.3g} GFLOP a token",
+        "batch": f"{batch.global_batch} sequences x {config.model.block_size} tokens, on each rank "
+        f"{batch.accumulation} passes of {batch.micro}",
+        "tokens": f"{tokens:,} a step, {tokens * steps:,} in {steps} steps",
+        "memory": f"{needed.total / GIB:.3f} GiB per rank ({parts}){host}",
+        "data": corpus,
+    }
+
+
+def plan_notes(settled: Settled) -> dict[str, tuple[str, ...]]:
+    """Why the model is parallelized so, where the command left that open, and what else there was."""
+    if not settled.why:
+        return {}
+    return {"chosen": (settled.why, *table([choice.as_dict() for choice in settled.best]), *settled.left_out)}
+
+
+def plan_facts(
+    config: TrainConfig, layout: Topology, batch: Batch, needed: Memory, corpus: str, settled: Settled
+) -> dict[str, Any]:
+    """The plan for programs."""
+    counted = parameters.count(config.model)
+    tokens = batch.global_batch * config.model.block_size
+    return {
+        "topology": layout.as_dict(),
+        "global_batch": batch.global_batch,
+        "micro_batch": batch.micro,
+        "accumulation": batch.accumulation,
+        "block_size": config.model.block_size,
+        "tokens_per_step": tokens,
+        "tokens_total": tokens * config.optim.max_steps,
+        "model": config.model.name,
+        "parameters": counted.total,
+        "parameters_non_embedding": counted.non_embedding,
+        "parameters_active": counted.active,  # what one token is computed with: of experts those it goes to
+        "flops_per_token": flops.training_flops_per_token(config.model).palm,
+        "memory_bytes": {**asdict(needed), "total": needed.total},
+        "parallel": plain_values(config.parallel),
+        "micro_batch_limit": settled.micro_batch,
+        "data": corpus,
+        "chosen": settled.why,
+        "choices": [choice.as_dict() for choice in settled.best],
+        "left_out": list(settled.left_out),
+    }
+
+
+def cut_batch(config: TrainConfig, layout: Topology, request: PlanRequest) -> Batch:
+    """Split the global batch, naming nodes and ranks where that does not go."""
+    total, ranks = config.optim.global_batch, layout.data_ranks
+    if not config.optim.weak_scaling and total % ranks:
+        found = (
+            f"nodes={request.nodes} x {request.ranks_per_node} ranks = {ranks} ranks, but optim.global_batch={total} "
+            f"is not a multiple of {ranks}"
+        )
+        fewer = nearest_divisor(total, ranks)
+        raise ConfigError(
+            found,
+            "the same number of sequences for every rank",
+            f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
+        )
+    return cut(config.optim, ranks)
+
+
+def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where the nodes, as far as they are known, cannot hold ranks that need ``needed`` each."""
+    if request.is_local:
+        refuse_too_few_gpus(config, request)
+    refuse_too_little_memory(config, needed, request)
+    refuse_too_little_host(config, needed, request)
+
+
+def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
+    """Raise ConfigError where local ranks would have to share GPUs, or there are none and cuda was asked for."""
+    gpus = request.local_gpus
+    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
+        return
+    if request.world_size > gpus:
+        raise ConfigError(
+            f"nodes={request.nodes} x {request.ranks_per_node} ranks = {request.world_size} ranks on a machine with "
+            f"{gpus} GPUs",
+            "a GPU for each rank",
+            "device=cpu" if gpus == 0 else f"nodes=1 ranks_per_node={gpus}, or device=cpu",
+        )
+
+
+def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where the memory that is known cannot hold the run."""
+    if on_cpus(config, request) and request.is_local:
+        have, ranks, where = free_memory(), request.world_size, "free on this machine"
+        wanted = needed.total + needed.host
+    elif (memory := gpu_memory(request)) is not None:
+        have, ranks, where, wanted = memory, 1, f"on a GPU ({gpu_words(request)})", needed.total
+    else:
+        return
+    if ranks * wanted > have:
+        each = f"{wanted / GIB:.2f} GiB"
+        total = f"{ranks} ranks x {each} = {ranks * wanted / GIB:.2f} GiB" if ranks > 1 else f"a rank of {each}"
+        raise ConfigError(
+            f"{total}, and {have / GIB:.2f} GiB {where}",
+            "a run that fits",
+            ", or ".join([*smaller(config), "a smaller model"]),
+        )
+
+
+def smaller(config: TrainConfig) -> Iterator[str]:
+    """What is left to type for a run that needs less, the cheapest first."""
+    if config.optim.micro_batch > 1:
+        yield "optim.micro_batch=1"
+    if config.recompute is Recompute.none:
+        yield "recompute=selective"
+    if config.parallel.strategy is Strategy.fsdp or config.parallel.zero_stage == 3:
+        yield "more nodes"
+    else:
+        yield "parallel=fsdp"
+
+
+def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where what GPUs leave to the memory of their node is more than that has, as far as is known."""
+    have = host_memory(request)
+    if on_cpus(config, request) or have is None or needed.host <= have:
+        return
+    raise ConfigError(
+        f"offload of {needed.host / GIB:.2f} GiB for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
+        "a node that holds what its GPUs leave to it",
+        "more nodes, no offload, or cluster.mem_gb=N where the nodes have more",
+    )
+
+
+def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
+    """Whether the ranks will compute on CPUs, as far as can be told from here."""
+    if config.device is not Device.auto:
+        return config.device is Device.cpu
+    if request.is_local:
+        return request.local_gpus == 0
+    return not (request.cluster.gpus_per_node or request.cluster.gpu_name or "gpu" in (request.cluster.gres or ""))
+
+
+def gpu_memory(request: PlanRequest) -> int | None:
+    """Bytes of one GPU, as far as they are said or known."""
+    cluster = request.cluster
+    if cluster.gpu_memory_gib is not None:
+        return int(cluster.gpu_memory_gib * GIB)
+    return None if cluster.gpu_name is None else memory_bytes(cluster.gpu_name)
+
+
+def gpu_words(request: PlanRequest) -> str:
+    """Where the memory of a GPU is known from."""
+    known = request.cluster.gpu_memory_gib is None
+    return f"cluster.gpu_name={request.cluster.gpu_name}" if known else "cluster.gpu_memory_gib"
+
+
+def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
+    """What the estimates assume of the nodes of a cluster.
+
+    Raises:
+        ConfigError: too little is said of them.
+    """
+    cluster, links = request.cluster, request.cluster.links
+    stated = Stated(
+        memory=gpu_memory(request),
+        peak_tflops=cluster.gpu_tflops,
+        attainable=cluster.attainable,
+        inside_gb_per_s=links.inside_gb_per_s,
+        between_gb_per_s=links.between_gb_per_s,
+        inside_latency_s=links.inside_us / 1e6,
+        between_latency_s=links.between_us / 1e6,
+        host_memory=host_memory(request),
+    )
+    if on_cpus(config, request):
+        return cpus(cpu_memory(request), request.ranks_per_node, stated)
+    name = cluster.gpu_name or (request.local_gpu_name)
+    found = gpus(name or "", config.precision, request.ranks_per_node, stated)
+    if found is None:
+        raise ConfigError(
+            f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "
+            f"precision={config.precision.name}",
+            "cluster.gpu_name, as nvidia-smi -L prints it; or cluster.gpu_tflops and cluster.gpu_memory_gib",
+            f"""'cluster.gpu_name="{(closest(name or "", KNOWN) or ["NVIDIA H100 80GB HBM3"])[0]}"'""",
+        )
+    return found if name else replace(found, device="a GPU")
+
+
+def host_memory(request: PlanRequest) -> int | None:
+    """Bytes of a node's memory that one rank may have; None where nobody said."""
+    if request.is_local:
+        return free_memory() // request.world_size
+    return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIGA) // request.ranks_per_node
+
+
+def cpu_memory(request: PlanRequest) -> int:
+    """Bytes that one rank on CPUs may have."""
+    found = host_memory(request)
+    if found is None:
+        raise ConfigError(
+            "parallel.strategy=auto on nodes of unknown memory",
+            "cluster.mem_gb, the memory of a node; or, on GPUs, cluster.gpu_name",
+            "cluster.mem_gb=64",
+        )
+    return found

@@ -1,0 +1,199 @@
+"""Workloads: what the launcher asks of a program that it launches, and how the one named in the config is loaded.
+
+A workload says which keys it adds to the config, what it plans for a point, and the command of a rank. The launcher
+imports none of them: ``workload._target_`` in the config names the class. ``gpt.workload`` is the first one,
+``launch.script`` the one for any script; docs/workloads.md shows how to write another. Torch-free.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from launch.config import ClusterConfig
+
+BEFORE_WORKLOADS = "gpt.workload.GptWorkload"
+"""Target of run folders that were made when there was only one: their config does not name it."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """One point, as far as the launcher knows it, for a workload that plans it."""
+
+    overrides: tuple[str, ...]
+    """Arguments that were typed for this point, ``key=value``."""
+    folder: RunFolder
+    """Where the run will be; it may hold an earlier attempt."""
+    is_local: bool
+    """Whether the nodes are agents on this machine, and not Slurm's."""
+    nodes: int
+    ranks_per_node: int
+    cluster: ClusterConfig
+    """Keys under ``cluster``: what is said of the nodes."""
+    local_gpus: int
+    """GPUs of this machine that may be used."""
+    local_gpu_name: str | None = None
+    """What the first GPU of this machine calls itself."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class WorkloadPlan:
+    """What a workload promises for a point. What it does not know is left out, never zero."""
+
+    rows: Mapping[str, str] = field(default_factory=dict)
+    """Lines of the plan for people: a word and what follows it."""
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Longer passages below them: a word and its lines."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """The same for programs, as JSON has it: these keys of ``plan.json`` are the workload's."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted keys of the config that the command left open, and the values that were chosen for them."""
+    max_steps: int | None = None
+    """Steps of the whole run, from which follows when it will be done."""
+    checkpoint_kind: str = ""
+    """Runs with the same one have checkpoints of one size, so that a save of one tells how long the other's takes."""
+    checkpoint_bytes: int | None = None
+    """Size of one checkpoint."""
+    saves: str = ""
+    """Override that says how often the run saves, for messages, such as ``checkpoint.interval=200``."""
+    saves_more_often: str = ""
+    """Override that has the run save twice as often, for messages, such as ``checkpoint.interval=100``."""
+    checkpoints_kept: int = 1
+    """Checkpoints that lie in the run folder at most at the same time, the one being written included."""
+    resumes: bool = True
+    """Whether a new start goes on from a checkpoint, so that an interrupted run may be requeued."""
+    uses_cpus: bool | None = None
+    """Whether the ranks compute on CPUs; None where that is not known."""
+
+
+@dataclass(frozen=True)
+class RankCommand:
+    """How a rank is started. All ranks of a run start alike; RANK and the like tell them apart."""
+
+    args: tuple[str, ...]
+    """Program and arguments."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Variables that are set in addition to what the agent has."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Variables that are set where the user has not set them."""
+    workdir: Path | None = None
+    """Working directory; None for the one the job was submitted from."""
+
+
+@dataclass(frozen=True)
+class RankContract:
+    """What a rank of a workload says of itself, and so what its agent may conclude."""
+
+    records_events: bool = True
+    """Whether the ranks write ``started`` and how they ended into the event log through ``launch.worker``. Otherwise
+    the agent does: exit status 0 is finished."""
+    stop_signal: str = "SIGTERM"
+    """Sent to the ranks to have them save and leave."""
+    requeue_exit: int | None = None
+    """Exit status that means: saved, put me back into the queue."""
+    silence_timeout_s: float | None = None
+    """Seconds without a word in its log after which a rank without a heartbeat counts as hung; None: never."""
+    progress: str | None = None
+    """Regular expression that finds step records in the log of a rank."""
+    unit: str | None = None
+    """What throughput counts: tokens, samples, images."""
+    work_per_step: float | None = None
+    """Units that all ranks together do in a step."""
+    weak_scaling: bool = False
+    """Whether the work of a step grows with the number of ranks."""
+    max_steps: int | None = None
+    writes_curves: bool = False
+    """Whether the agent writes TensorBoard's files from the step records of rank 0."""
+
+
+@dataclass(frozen=True)
+class CodeTree:
+    """The files that make a run what it is: fingerprinted before every attempt, and copied for ``copy_code``."""
+
+    root: Path
+    files: Callable[[Path], Iterable[tuple[str, Path]]]
+    """Of a root, which may be that of a copy: names relative to it and paths, in order."""
+    has_launcher: bool
+    """Whether the launcher itself lies in it, and runs from the copy too."""
+
+
+class Workload(Protocol):
+    """A kind of program that the launcher can launch."""
+
+    name: str
+    schema: type
+    """Dataclass of the keys that it adds at the root of the config, a subclass of ``launch.runs.identity.RunConfig``.
+    Its ``validate`` raises ConfigError."""
+    not_in_point: Sequence[str]
+    """Keys, or groups of keys, that do not tell runs apart: they do not enter the name of the run folder."""
+    resumable: Sequence[str]
+    """Keys, or groups of keys, that may change between the attempts of one run."""
+
+    def make_paths_absolute(self, document: DictConfig) -> None:
+        """Take paths among its keys relative to the folder they were typed in; ranks may run elsewhere."""
+
+    def plan(self, config: Any, request: PlanRequest) -> WorkloadPlan:
+        """Plan a point; torch-free, quick, and without starting or writing anything.
+
+        Raises:
+            ConfigError: it cannot work.
+        """
+
+    def command(self, config: Any, folder: RunFolder, attempt: int) -> RankCommand:
+        """How the ranks of an attempt are started; called by the agent on each node."""
+
+    def contract(self, config: Any, world_size: int) -> RankContract:
+        """What the ranks say of themselves."""
+
+    def code(self, config: Any) -> CodeTree:
+        """The files that make a run what it is."""
+
+
+@cache
+def load_workload(target: str) -> Workload:
+    """Make the workload that a dotted path names.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no workload.
+    """
+    module_name, _, name = target.rpartition(".")
+    expected = "the dotted path of a class that this Python can import and that has what docs/workloads.md lists"
+    fix = "workload=script script.path=train.py, workload=gpt, or workload._target_=PACKAGE.MODULE.CLASS"
+    try:
+        module = importlib.import_module(module_name) if module_name else None
+    except ImportError as error:
+        raise ConfigError(f"workload._target_={target}: {error}", expected, fix) from error
+    kind = getattr(module, name, None)
+    if not isinstance(kind, type):
+        raise ConfigError(f"workload._target_={target}, and {module_name or target} has no class {name}", expected, fix)
+    made = kind()
+    wanted = (
+        "name",
+        "schema",
+        "not_in_point",
+        "resumable",
+        "make_paths_absolute",
+        "plan",
+        "command",
+        "contract",
+        "code",
+    )
+    lacking = [attribute for attribute in wanted if not hasattr(made, attribute)]
+    if lacking:
+        raise ConfigError(f"workload._target_={target}, which has no {', '.join(lacking)}", expected, fix)
+    return cast(Workload, made)
