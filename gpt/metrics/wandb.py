@@ -10,9 +10,9 @@ import hashlib
 import logging
 from typing import Any
 
-from gpt.metrics.tensorboard import record_scalars
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord
+from launch.runs.tensorboard import record_scalars
 
 log = logging.getLogger(__name__)
 

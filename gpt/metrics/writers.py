@@ -16,12 +16,12 @@ from gpt.metrics.console import Console
 from gpt.metrics.environment import describe_rank
 from gpt.metrics.run_json import RunJson
 from gpt.metrics.steps_csv import StepsCsv
-from gpt.metrics.tensorboard import EventWriter
 from gpt.metrics.wandb import WeightsAndBiases
 from gpt.parallel.distributed import World
 from launch.runs.compose import plain_config
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, append_record, read_records
+from launch.runs.tensorboard import EventWriter
 
 
 class View(Protocol):

@@ -11,11 +11,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpt.metrics.tensorboard import Curve, EventWriter
 from launch.report.table import Row, ScalingTable
 from launch.report.views import markdown
 from launch.runs.files import write_atomically
 from launch.runs.overrides import point_name
+from launch.runs.tensorboard import Curve, EventWriter
 
 RUN = "Scaling"
 IDEAL_RUN = "ideal"

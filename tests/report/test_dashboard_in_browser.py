@@ -20,8 +20,8 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-from gpt.metrics.tensorboard import EventWriter
 from launch.report import build, write
+from launch.runs.tensorboard import EventWriter
 
 PATIENCE_S = 120
 FLAGS = (

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt.metrics.tensorboard import EventWriter, png_shape
 from launch.report import build, show, write
+from launch.runs.tensorboard import EventWriter, png_shape
 
 COLUMNS = (
     *("point", "nodes", "ranks", "topology", "tokens_per_s", "tokens_per_s_per_rank", "step_time_s"),
