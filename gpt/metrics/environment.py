@@ -6,46 +6,29 @@ Owns ``attempts/NNNN/environment.json``. Names no variable of the environment wh
 from __future__ import annotations
 
 import os
-import platform
-import re
 import resource
-import socket
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt.parallel.distributed import World
+from launch.runs.hosts import cpu_name, describe_place, driver_version
 from launch.runs.provenance import library_versions
 
 
 def describe_rank(world: World) -> dict[str, Any]:
-    """Where this rank runs. ``machine`` is one string per booted kernel: several hostnames may share it."""
+    """Describe where this rank runs, and on which device."""
     device = world.device
-    record: dict[str, Any] = {
-        "rank": world.rank,
-        "local_rank": world.local_rank,
-        "node": world.node,
-        "host": socket.gethostname(),
-        "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+    record = describe_place(world.rank, world.local_rank, world.node) | {
         "pid": os.getpid(),
         "device": str(device),
         "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         record["device_uuid"] = str(torch.cuda.get_device_properties(device).uuid)
         record["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
     return record
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def software() -> dict[str, str]:
@@ -56,15 +39,6 @@ def software() -> dict[str, str]:
         versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
     driver = driver_version()
     return versions | ({"nvidia-driver": driver} if driver else {})
-
-
-def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The NVIDIA driver of this machine; None where there is none."""
-    try:
-        found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", path.read_text())
-    except OSError:
-        return None
-    return found.group(1) if found else None
 
 
 GIB = 2**30
