@@ -23,6 +23,7 @@ from rich.text import Text
 
 from gpt.metrics.comparison import Comparison, RunFigures, compare, read_figures
 from launch.errors import ConfigError, refusing
+from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 
 
@@ -52,18 +53,13 @@ COLUMNS = (
 )
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run folders at or below ``paths``, each once, in the order given.
+def runs_to_compare(paths: Sequence[Path]) -> list[Path]:
+    """Find the run folders at or below ``paths``, each once, in the order given.
 
     Raises:
         ConfigError: there is none at one of them, or fewer than two in all.
     """
-    found: list[Path] = []
-    for path in paths:
-        here = sorted(config.parents[1] for config in path.absolute().glob("**/.hydra/config.yaml"))
-        if not here:
-            raise ConfigError(f"no run in {path.absolute()}", "a run folder, or a folder of such", "outputs/NAME/POINT")
-        found += [run for run in here if run not in found]
+    found = [run.path for run in find_runs(paths)]
     if len(found) < 2:
         raise ConfigError(f"one run, {found[0]}", "two or more", f"python -m gpt.compare {found[0]} ANOTHER")
     return found
@@ -127,7 +123,7 @@ WIDE = 1000
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where there is nothing to compare."""
     words = parser().parse_args(argv)
-    runs = find_runs(words.runs)
+    runs = runs_to_compare(words.runs)
     named = zip(runs, labels(runs), strict=True)
     compared = compare([read_figures(RunFolder(path), label) for path, label in named])
     out = words.out or Path(os.path.commonpath([run.parent for run in runs]))

@@ -22,6 +22,7 @@ from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
 from launch.runs import compose
+from launch.runs.find import runs_inside
 from launch.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
     """
     folder = RunFolder(Path(path).expanduser().absolute())
     if not folder.config.is_file():
-        inside = sorted(config.parents[1] for config in folder.path.glob("**/.hydra/config.yaml"))
+        inside = [run for run in runs_inside(folder.path) if run != folder.path]
         found = (
             f"{folder.path} is the folder of a sweep, with {len(inside)} runs in it"
             if inside

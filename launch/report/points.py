@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.report.environment import Environment, read_environment
-from launch.runs.find import is_run, natural
+from launch.runs.find import is_run, runs_inside
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 from launch.runs.records import read_records
@@ -90,21 +90,17 @@ def find_points(folder: Path) -> list[Path]:
     if sweep.exists():
         found = [folder / name for name in json.loads(sweep.read_text())["points"]]
     else:
-        found = _runs_inside(folder)
+        found = runs_inside(folder, depth=1)
     if not found:
         expected = "a run folder, or a folder with runs in it (each has metrics/, attempts/ or plan.json)"
         raise ConfigError(f"no run in {folder}", expected, _suggestion(folder))
     return found
 
 
-def _runs_inside(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if is_run(path)), key=lambda path: natural(path.name))
-
-
 def _suggestion(folder: Path) -> str:
     """A command that works: for the newest folder with runs at or below ``folder``, or to make one."""
     near = [folder, *folder.iterdir()] if folder.is_dir() else []
-    fitting = [path for path in near if path.is_dir() and (is_run(path) or _runs_inside(path))]
+    fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if fitting:
         return f"python -m launch.report {max(fitting, key=lambda path: path.stat().st_mtime)}"
     return "python -m launch -m nodes=1,2"

@@ -1,6 +1,6 @@
-"""Finding run folders: what ``launch.status``, ``launch.logs`` and ``launch.cancel`` are given paths for.
+"""Finding run folders, for every command that is given paths: status, logs, cancel, move, report, compare.
 
-Owns what counts as a run folder in a path. Must not know what is in one.
+Owns the marks of a run folder and the order of several. Must not know what is in one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """The run folders that are, or lie in, ``paths``; each once, in the order of their names.
+    """Find the run folders that are, or lie in, ``paths``; each once, in the order of ``paths`` and of their names.
 
     Raises:
         ConfigError: there is none in one of them.
     """
     found: dict[Path, RunFolder] = {}
     for path in paths:
-        inside = sorted(runs_inside(path.absolute(), DEPTH), key=lambda folder: natural(str(folder)))
+        inside = runs_inside(path.absolute())
         if not inside:
             raise ConfigError(
                 f"no run in {path}" if path.is_dir() else f"no folder {path}",
@@ -34,8 +34,12 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     return list(found.values())
 
 
-def runs_inside(folder: Path, depth: int) -> Iterator[Path]:
-    """``folder`` if it is a run's, else the run folders at most ``depth`` levels below."""
+def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
+    """List ``folder`` if it is a run's, else the run folders at most ``depth`` levels below, in natural order."""
+    return sorted(_search(folder, depth), key=lambda path: natural(str(path)))
+
+
+def _search(folder: Path, depth: int) -> Iterator[Path]:
     if not folder.is_dir():
         return
     if is_run(folder):
@@ -43,11 +47,11 @@ def runs_inside(folder: Path, depth: int) -> Iterator[Path]:
     elif depth:
         for inner in folder.iterdir():
             if not inner.name.startswith("."):
-                yield from runs_inside(inner, depth - 1)
+                yield from _search(inner, depth - 1)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is the folder of one run."""
+    """Tell the folder of one run from others."""
     return any((folder / name).exists() for name in ("metrics", "attempts", "plan.json"))
 
 
