@@ -31,7 +31,7 @@ import yaml
 
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 
@@ -121,7 +121,7 @@ def presets(gpus: int) -> Iterator[Entry]:
         for size in (None, 2, 1):
             words = (f"parallel={path.stem}", *(f"parallel.{key}={size}" for key in shrunk if size))
             try:
-                lay_out(to_schema(compose_train([*MODELS[model], *words]), TrainConfig), ranks)
+                check_parallel_dims(to_schema(compose_train([*MODELS[model], *words]), TrainConfig), ranks)
             except ConfigError:
                 continue
             yield Entry(f"{path.stem} fp32", words, FP32, model, ranks)
@@ -133,7 +133,7 @@ def command(entry: Entry, device: str, folder: Path) -> list[str]:
     """The words to type for an entry; its micro-batch is what is left for a data rank, four at most."""
     words = [*MODELS[entry.model], *SIZES[device], *COMMON, f"device={device}", *entry.words]
     config = to_schema(compose_train(words), TrainConfig)
-    micro = min(4, config.optim.global_batch // lay_out(config, entry.ranks).data_ranks)
+    micro = min(4, config.optim.global_batch // check_parallel_dims(config, entry.ranks).data_ranks)
     words += [f"optim.micro_batch={micro}", f"run_dir={folder}", f"data.cache_dir={folder.parent / 'cache'}"]
     starter = ["torch.distributed.run", "--standalone", f"--nproc-per-node={entry.ranks}", "-m", "gpt.train"]
     return [sys.executable, "-m", *starter, *words]

@@ -23,7 +23,7 @@ from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
 from gpt.planning.memory import Memory, per_rank
 from gpt.topology.batch import cut
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes
@@ -59,8 +59,8 @@ def hold(rank: int, size: int, folder: Path, strategies: list[str]) -> dict[str,
 def planned(strategy: str, size: int) -> Memory:
     """What the plan says of it."""
     config = to_schema(compose_train([*TINY, *words_of(strategy)]), TrainConfig)
-    layout = lay_out(config, size)
-    return per_rank(config, layout, cut(config.optim, layout.data_ranks))
+    dims = check_parallel_dims(config, size)
+    return per_rank(config, dims, cut(config.optim, dims.data_ranks))
 
 
 def measured(strategies: list[str], size: int, folder: Path) -> Held:

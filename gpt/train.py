@@ -31,7 +31,7 @@ with lasting_imports():
     from gpt.parallel.compile import prepare_blocks
     from gpt.parallel.distributed import World, open_world
     from gpt.topology.batch import cut
-    from gpt.topology.rules import lay_out
+    from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism
     from gpt.training.evaluation import mean_loss
     from gpt.training.gradient_stats import Gradients
@@ -52,8 +52,8 @@ with lasting_imports():
 
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
-    layout = lay_out(config, world.size)
-    batch = cut(config.optim, layout.data_ranks)
+    dims = check_parallel_dims(config, world.size)
+    batch = cut(config.optim, dims.data_ranks)
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)
@@ -64,7 +64,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
     if without_flash and world.is_first:
         print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
     prepare_blocks(model, config)
-    engine = spread(model, config, world, layout, batch)
+    engine = spread(model, config, world, dims, batch)
     kept = config.checkpoint
     run = Run(
         config=config,
@@ -72,7 +72,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
         world=world,
         attempt=attempt,
         batch=batch,
-        layout=layout,
+        dims=dims,
         engine=engine,
         tokens=tokens,
         samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
@@ -121,8 +121,8 @@ def train(run: Run, flag: StopFlag) -> str:
                 world,
                 config.eval.sequences,
                 run.batch.micro,
-                run.layout.data_rank(world.rank),
-                run.layout.data_ranks,
+                run.dims.data_rank(world.rank),
+                run.dims.data_ranks,
                 run.evaluating,
             )
             record.val_bits_per_byte = run.samples.val_bits_per_byte(record.val_loss, config.eval.sequences)

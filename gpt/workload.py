@@ -25,8 +25,8 @@ from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
 from gpt.planning.memory import GIB, Memory
 from gpt.topology.batch import Batch, cut
-from gpt.topology.dims import Topology
-from gpt.topology.rules import lay_out
+from gpt.topology.dims import ParallelDims
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.process import hash_seed
 from launch.runs.folder import RunFolder
@@ -61,19 +61,19 @@ class GptWorkload:
             config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
         )
         config = settled.apply(config)
-        layout = lay_out(config, request.world_size)
-        batch = cut_batch(config, layout, request)
+        dims = check_parallel_dims(config, request.world_size)
+        batch = cut_batch(config, dims, request)
         corpus = describe(config.data, config.data_cache)
         check_fit(corpus, config.model, config.eval.sequences)
-        needed = memory.per_rank(config, layout, batch)
+        needed = memory.per_rank(config, dims, batch)
         refuse_what_does_not_fit(config, needed, request)
         counted = parameters.count(config.model)
         interval = config.checkpoint.interval
         often = interval // 2 if interval else config.optim.max_steps // 10
         return WorkloadPlan(
-            rows=plan_rows(config, layout, batch, needed, str(corpus)),
+            rows=plan_rows(config, dims, batch, needed, str(corpus)),
             notes=plan_notes(settled),
-            facts=plan_facts(config, layout, batch, needed, str(corpus), settled),
+            facts=plan_facts(config, dims, batch, needed, str(corpus), settled),
             settled={"parallel": plain_values(config.parallel), "optim.micro_batch": settled.micro_batch},
             max_steps=config.optim.max_steps,
             checkpoint_kind=f"{config.model.name} {counted.total}",
@@ -103,7 +103,7 @@ def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
     return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
 
 
-def plan_rows(config: TrainConfig, layout: Topology, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
+def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
     """Lines of the plan for people."""
     counted, steps = parameters.count(config.model), config.optim.max_steps
     active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
@@ -113,7 +113,7 @@ def plan_rows(config: TrainConfig, layout: Topology, batch: Batch, needed: Memor
     parts = ", ".join(f"{key} {value / GIB:.3f}" for key, value in shares.items())
     host = f", and {needed.host / GIB:.3f} GiB of the host" if needed.host else ""
     return {
-        "topology": str(layout),
+        "topology": str(dims),
         "model": f"{config.model.name}: {counted.total:,} parameters ({counted.non_embedding:,} without "
         f"embeddings{active}), {gflop:.3g} GFLOP a token",
         "batch": f"{batch.global_batch} sequences x {config.model.block_size} tokens, on each rank "
@@ -132,13 +132,13 @@ def plan_notes(settled: Settled) -> dict[str, tuple[str, ...]]:
 
 
 def plan_facts(
-    config: TrainConfig, layout: Topology, batch: Batch, needed: Memory, corpus: str, settled: Settled
+    config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, settled: Settled
 ) -> dict[str, Any]:
     """The plan for programs."""
     counted = parameters.count(config.model)
     tokens = batch.global_batch * config.model.block_size
     return {
-        "topology": layout.as_dict(),
+        "topology": dims.as_dict(),
         "global_batch": batch.global_batch,
         "micro_batch": batch.micro,
         "accumulation": batch.accumulation,
@@ -160,9 +160,9 @@ def plan_facts(
     }
 
 
-def cut_batch(config: TrainConfig, layout: Topology, request: PlanRequest) -> Batch:
+def cut_batch(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
     """Split the global batch, naming nodes and ranks where that does not go."""
-    total, ranks = config.optim.global_batch, layout.data_ranks
+    total, ranks = config.optim.global_batch, dims.data_ranks
     if not config.optim.weak_scaling and total % ranks:
         found = (
             f"nodes={request.nodes} x {request.ranks_per_node} ranks = {ranks} ranks, but optim.global_batch={total} "

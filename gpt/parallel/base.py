@@ -23,7 +23,7 @@ from gpt.model.moe import set_auxiliary_scale
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import build_optimizer, clip_gradients
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 
 
 class NativeEngine:
@@ -52,17 +52,17 @@ class NativeEngine:
         trained: nn.Module,
         config: TrainConfig,
         world: World,
-        layout: Topology,
+        dims: ParallelDims,
         batch: Batch,
         averaged: int,
     ) -> None:
         self.module, self.trained = module, trained
-        self.config, self.world, self.layout, self.batch = config, world, layout, batch
+        self.config, self.world, self.dims, self.batch = config, world, dims, batch
         self.optimizer = build_optimizer(trained, config.optim)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
         # Ranks that share the matrices route the same tokens, and their gradients are added up; of those that share a
         # sequence each has the mean over its part.
-        set_auxiliary_scale(module, averaged / (batch.global_batch * layout.tp * layout.cp))
+        set_auxiliary_scale(module, averaged / (batch.global_batch * dims.tp * dims.cp))
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from gpt.parallel.base import NativeEngine
 from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.dtensor import put
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 
 
 class ReplicatedEngine(NativeEngine):
@@ -30,7 +30,7 @@ class ReplicatedEngine(NativeEngine):
         model: GPT,
         config: TrainConfig,
         world: World,
-        layout: Topology,
+        dims: ParallelDims,
         batch: Batch,
         trained: nn.Module | None = None,
     ) -> None:
@@ -41,7 +41,7 @@ class ReplicatedEngine(NativeEngine):
             self._replicated = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        super().__init__(self._replicated, trained or self._replicated, config, world, layout, batch, world.size)
+        super().__init__(self._replicated, trained or self._replicated, config, world, dims, batch, world.size)
         self._settle_buckets()
 
     def _settle_buckets(self) -> None:
@@ -67,8 +67,8 @@ class ReplicatedEngine(NativeEngine):
 class Zero1Engine(ReplicatedEngine):
     """DDP, with an optimizer that each rank runs for a part of every parameter."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
-        self._mesh = build_mesh(Topology("zero1", 1, world.size), world, config.parallel.timeout_s)
+    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
+        self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         """The whole of a parameter, and this rank's part of it."""
         with torch.device("meta"):
@@ -79,7 +79,7 @@ class Zero1Engine(ReplicatedEngine):
             self._pairs.append((whole, part))
         for name, buffer in model.named_buffers():
             put(parts, name, buffer)  # which every rank has and stores whole
-        super().__init__(model, config, world, layout, batch, trained=parts)
+        super().__init__(model, config, world, dims, batch, trained=parts)
         self.optimizer.register_step_pre_hook(self._hand_out)
         self.optimizer.register_step_post_hook(self._collect)
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gpt.config import Device
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 
 
-def build_mesh(layout: Topology, world: World, timeout_s: int) -> DeviceMesh:
+def build_mesh(dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
     """The dimensions of the topology that have more than one rank, and ``dp_shard`` always, from the outermost."""
-    used = {name: size for name, size in layout.sizes.items() if size > 1 or name == "dp_shard"}
+    used = {name: size for name, size in dims.sizes.items() if size > 1 or name == "dp_shard"}
     options: dict[int | str, Any] = {name: group_options(world, timeout_s) for name in used}
     return init_device_mesh(
         world.device.type, tuple(used.values()), mesh_dim_names=tuple(used), backend_override=options
@@ -64,17 +64,17 @@ def copies_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
     return flat(grid, [name for name in names if name not in ("pp", "ep", "tp")], world, timeout_s)
 
 
-def expert_grid(grid: DeviceMesh, layout: Topology, world: World, timeout_s: int) -> DeviceMesh:
+def expert_grid(grid: DeviceMesh, dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
     """The data ranks and ``cp``, with a dimension ``ep`` of neighbours that deal out the experts among themselves.
 
     It is cut off from ``dp_shard`` where copies are sharded, so that the experts of one are in its own ranks, else from
     ``dp_replicate``. ``edp`` is what is left of that: ranks to which the same experts are dealt out.
     """
-    cut = "dp_shard" if layout.is_sharded else "dp_replicate"
+    cut = "dp_shard" if dims.is_sharded else "dp_replicate"
     names = grid.mesh_dim_names or ()
     data = grid[tuple(name for name in ("dp_replicate", "dp_shard", "cp") if name in names)]
     place = (data.mesh_dim_names or ()).index(cut)  # torch 2.11 takes no name here: it refuses those that it has
-    sizes = (getattr(layout, cut) // layout.ep, layout.ep)
+    sizes = (getattr(dims, cut) // dims.ep, dims.ep)
     options: dict[Any, Any] = {name: group_options(world, timeout_s) for name in ("edp", "ep")}
     return data._unflatten(place, sizes, ("edp", "ep"), backend_override=options)
 

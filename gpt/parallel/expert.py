@@ -28,7 +28,7 @@ from gpt.model.moe import MixtureOfExperts, inverse, mixtures
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import local
 from gpt.parallel.fsdp import shard_one
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import shard_dimension
 
 
@@ -51,7 +51,7 @@ def deal_out(model: GPT, line: DeviceMesh, averaged: bool) -> None:
         mixture.give_to_experts = send  # type: ignore[method-assign]
 
 
-def shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, layout: Topology) -> None:
+def shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
     """Cut the experts that were dealt out to a rank over those that hold the same ones (FSDP2).
 
     FSDP2 gathers parameters when their module is called. Inside a block that would be in the middle of what is
@@ -59,7 +59,7 @@ def shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, layout: Top
     """
     for block in model.blocks:
         for mixture in mixtures(block):
-            shard_one(mixture.experts, mesh, config, shard_dimension(config.model, layout))
+            shard_one(mixture.experts, mesh, config, shard_dimension(config.model, dims))
             replace_forward(mixture.experts, block.forward)
             replace_forward(block, partial(call, mixture.experts))
 

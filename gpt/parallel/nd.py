@@ -25,7 +25,7 @@ from gpt.parallel.fsdp import shard
 from gpt.parallel.tensor import cut_matrices, finish_gradients
 from gpt.parallel.vocab import vocabulary_loss
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 
 
 class ComposedEngine(NativeEngine):
@@ -37,38 +37,38 @@ class ComposedEngine(NativeEngine):
     one kind of mesh, and a pipeline's schedule would call it for one stage while another still computes.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
+    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         timeout_s = config.parallel.timeout_s
-        self.grid = build_mesh(layout, world, timeout_s)
+        self.grid = build_mesh(dims, world, timeout_s)
         self._sequence: SharedSequence | None = None
-        if layout.cp > 1:
+        if dims.cp > 1:
             self._sequence = share_sequences(model, self.grid["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         """Parameters whose gradients are summed here, and over which ranks."""
         module, parts = self.take_apart(model, config, world, batch)
         data = self.grid
-        if layout.ep > 1:
-            data = expert_grid(self.grid, layout, world, timeout_s)
+        if dims.ep > 1:
+            data = expert_grid(self.grid, dims, world, timeout_s)
             for part in parts:
                 deal_out(part, data["ep"], averaged=self._sharded)
-        if layout.tp > 1:
+        if dims.tp > 1:
             self._cut_matrices(parts, config, self.grid["tp"])
         if self._sharded:
-            if layout.ep > 1:
+            if dims.ep > 1:
                 expert_mesh = shard_mesh(data, world, timeout_s, "edp")
                 for part in parts:
-                    shard_experts(part, expert_mesh, config, layout)
+                    shard_experts(part, expert_mesh, config, dims)
             mesh = shard_mesh(self.grid, world, timeout_s)
             for part in parts:
                 shard(part, list(part.blocks), mesh, config)
         else:
-            dealt = dealt_out(module) if layout.ep > 1 else []
+            dealt = dealt_out(module) if dims.ep > 1 else []
             rest = [p for p in module.parameters() if not any(p is other for other in dealt)]
             for chosen, grid in ((rest, self.grid), (dealt, data)):
                 self._summed.append((chosen, copies_mesh(grid, world, timeout_s).get_group()))
-        averaged = layout.data_ranks * layout.cp if self._sharded else 1
-        super().__init__(module, module, config, world, layout, batch, averaged)
+        averaged = dims.data_ranks * dims.cp if self._sharded else 1
+        super().__init__(module, module, config, world, dims, batch, averaged)
 
     def take_apart(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
         """What this rank holds of the model: all of it as one module, and the parts that are called by themselves."""
@@ -88,7 +88,7 @@ class ComposedEngine(NativeEngine):
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
         loss_sum = self.passes(tokens_BT, targets_BT, on_pass)
-        if self.layout.tp > 1 and not self._sharded:
+        if self.dims.tp > 1 and not self._sharded:
             finish_gradients(self.module, self.grid["tp"])
         for parameters, group in self._summed:
             sum_over([local(p.grad) for p in parameters if p.grad is not None], group)

@@ -36,7 +36,7 @@ from gpt.parallel.distributed import World, layer_mesh
 from gpt.parallel.dtensor import local
 from gpt.parallel.nd import ComposedEngine
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import local_stages, parts_of, stages_of
 
 SCHEDULES = {
@@ -246,8 +246,8 @@ def reshard(stage: nn.Module) -> None:
 class StagedEngine(ComposedEngine):
     """Each rank holds some stages of the model; what else spreads it is applied to each of them."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
-        super().__init__(model, config, world, layout, batch)
+    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
+        super().__init__(model, config, world, dims, batch)
         self.layer_group = layer_mesh(self.grid, world, config.parallel.timeout_s).get_group()
         self.optimizer.register_step_post_hook(lambda *_: self._pipeline.tied.follow())
 
@@ -273,4 +273,4 @@ class StagedEngine(ComposedEngine):
         self._pipeline.tied.follow()
 
     def holders(self, name: str) -> int:
-        return self.world.size // self.layout.pp * self._pipeline.holders(name)
+        return self.world.size // self.dims.pp * self._pipeline.holders(name)

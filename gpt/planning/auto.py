@@ -17,8 +17,8 @@ from gpt.planning.hardware import Machine
 from gpt.planning.memory import Memory
 from gpt.planning.search import MICRO_BATCH, Candidate, Freedom, Sized, Sizes, sizes, with_passes
 from gpt.topology.batch import Batch, cut
-from gpt.topology.dims import Topology
-from gpt.topology.rules import lay_out
+from gpt.topology.dims import ParallelDims
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder
@@ -33,7 +33,7 @@ class Choice:
     """A layout that fits, and what is expected of it."""
 
     parallel: ParallelConfig
-    layout: Topology
+    dims: ParallelDims
     batch: Batch
     micro_batch: int
     """``optim.micro_batch``: as it was typed, or smaller."""
@@ -44,7 +44,7 @@ class Choice:
         """What ``plan.json`` holds of it."""
         found = self.estimate
         return {
-            "layout": describe(self.parallel, self.layout),
+            "layout": describe(self.parallel, self.dims),
             "micro_batch": self.batch.micro,
             "accumulation": self.batch.accumulation,
             "memory_bytes": self.memory.total,
@@ -95,8 +95,8 @@ def choice(config: TrainConfig, freedom: Freedom, sized: Sized, machine: Machine
     one = sized.candidate
     micro_batch = one.batch.micro if freedom.smaller_passes else config.optim.micro_batch
     chosen = replace(with_passes(config, micro_batch), parallel=one.parallel)
-    expected = estimate(chosen, one.layout, one.batch, machine)
-    return Choice(one.parallel, one.layout, one.batch, micro_batch, sized.memory, expected)
+    expected = estimate(chosen, one.dims, one.batch, machine)
+    return Choice(one.parallel, one.dims, one.batch, micro_batch, sized.memory, expected)
 
 
 def in_order(found: Sequence[tuple[Candidate, Choice]]) -> tuple[Choice, ...]:
@@ -195,7 +195,7 @@ def earlier_choice(
     settled = Settled(earlier, before.optim.micro_batch, why="as this run began; fresh=true chooses anew")
     chosen = settled.apply(config)
     try:
-        cut(chosen.optim, lay_out(chosen, world_size).data_ranks)
+        cut(chosen.optim, check_parallel_dims(chosen, world_size).data_ranks)
     except ConfigError:
         return None
     return settled

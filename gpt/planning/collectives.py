@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt.planning.hardware import Link, Machine
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Group:
         return self.link.latency_s + size / self.link.bytes_per_s
 
 
-def group(layout: Topology, machine: Machine, names: Sequence[str]) -> Group:
+def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
     """The ranks along neighbouring dimensions of the grid.
 
     Ranks are numbered along the innermost dimension first, and nodes take them in this order. Ranks of one node share
     its network adapters: a ring that has several of them there sends through as many.
     """
-    sizes = layout.sizes
+    sizes = dims.sizes
     inner = list(sizes)[list(sizes).index(names[-1]) + 1 :]
     stride, ranks = math.prod(sizes[name] for name in inner), math.prod(sizes[name] for name in names)
     return strided(machine, ranks, stride)

@@ -10,7 +10,7 @@ from gpt.planning.collectives import Group, group, strided
 from gpt.planning.hardware import Host, Machine
 from gpt.planning.memory import BF16, FP32, Pieces, elements
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import Part
 
 BACKWARD = 2 / 3
@@ -20,51 +20,51 @@ BUCKET_BYTES = 25 * 2**20
 
 
 def data_s(
-    config: TrainConfig, layout: Topology, batch: Batch, held: Pieces, machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, machine: Machine, compute_s: float
 ) -> float:
     """Seconds of a step that a rank waits for gradients and parameters; ``compute_s`` is what one pass computes."""
-    if layout.is_sharded:
-        return sharded_s(config, layout, batch, held, machine, compute_s)
-    sums = sum(copies.all_reduce(FP32 * count) for count, copies in among_copies(layout, held, machine))
-    if layout.model_ranks * layout.ep > 1:
+    if dims.is_sharded:
+        return sharded_s(config, dims, batch, held, machine, compute_s)
+    sums = sum(copies.all_reduce(FP32 * count) for count, copies in among_copies(dims, held, machine))
+    if dims.model_ranks * dims.ep > 1:
         return sums  # after the last pass, by hand
-    last = data_group(layout, machine).all_reduce(min(BUCKET_BYTES, FP32 * held.elements))
+    last = data_group(dims, machine).all_reduce(min(BUCKET_BYTES, FP32 * held.elements))
     waits = max(last, sums - BACKWARD * compute_s)
     if config.parallel.strategy is Strategy.zero1:
-        waits += data_group(layout, machine).gather(FP32 * held.elements)
+        waits += data_group(dims, machine).gather(FP32 * held.elements)
     return waits
 
 
-def data_group(layout: Topology, machine: Machine) -> Group:
+def data_group(dims: ParallelDims, machine: Machine) -> Group:
     """All ranks that hold the same part of the model, or share it."""
-    return group(layout, machine, ["dp_replicate", "dp_shard", "cp"])
+    return group(dims, machine, ["dp_replicate", "dp_shard", "cp"])
 
 
-def among_copies(layout: Topology, held: Pieces, machine: Machine) -> Iterator[tuple[int, Group]]:
+def among_copies(dims: ParallelDims, held: Pieces, machine: Machine) -> Iterator[tuple[int, Group]]:
     """Elements whose gradients are summed, and over which ranks: of experts those that hold the same ones."""
-    dealt = held.dealt_out if layout.ep > 1 else 0
-    yield held.elements - dealt, data_group(layout, machine)
+    dealt = held.dealt_out if dims.ep > 1 else 0
+    yield held.elements - dealt, data_group(dims, machine)
     if dealt:
-        ranks = layout.data_ranks * layout.cp // layout.ep
-        yield dealt, strided(machine, ranks, layout.ep * layout.tp)
+        ranks = dims.data_ranks * dims.cp // dims.ep
+        yield dealt, strided(machine, ranks, dims.ep * dims.tp)
 
 
-def among_shards(layout: Topology, held: Pieces, machine: Machine) -> Iterator[tuple[int, Group]]:
+def among_shards(dims: ParallelDims, held: Pieces, machine: Machine) -> Iterator[tuple[int, Group]]:
     """Elements that are gathered, and from which ranks."""
-    dealt = held.dealt_out if layout.ep > 1 else 0
-    yield held.elements - dealt, group(layout, machine, ["dp_shard", "cp"])
+    dealt = held.dealt_out if dims.ep > 1 else 0
+    yield held.elements - dealt, group(dims, machine, ["dp_shard", "cp"])
     if dealt:
-        yield dealt, strided(machine, layout.dp_shard * layout.cp // layout.ep, layout.ep * layout.tp)
+        yield dealt, strided(machine, dims.dp_shard * dims.cp // dims.ep, dims.ep * dims.tp)
 
 
 def sharded_s(
-    config: TrainConfig, layout: Topology, batch: Batch, held: Pieces, machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, machine: Machine, compute_s: float
 ) -> float:
     """FSDP: parameters are gathered for every forward pass, and again for the backward one where they were given back;
     gradients are scattered in the last one, and averaged between copies (arXiv 2304.11277, section 3). The first gather
     of a pass has nothing to hide behind, nor has the last scatter."""
     width = BF16 if config.precision is Precision.bf16 else FP32
-    shards, copies = list(among_shards(layout, held, machine)), group(layout, machine, ["dp_replicate"])
+    shards, copies = list(among_shards(dims, held, machine)), group(dims, machine, ["dp_replicate"])
     line = shards[0][1]
     gathers = sum(line.gather(width * count) for count, line in shards)
     sums = sum(line.gather(FP32 * count) for count, line in shards) + copies.all_reduce(FP32 * held.held())
@@ -86,7 +86,7 @@ def keeps_on_host(parallel: ParallelConfig) -> bool:
     return parallel.cpu_offload or parallel.offload_optimizer or parallel.offload_parameters
 
 
-def host_s(config: TrainConfig, layout: Topology, batch: Batch, held: Pieces, host: Host, compute_s: float) -> float:
+def host_s(config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, host: Host, compute_s: float) -> float:
     """Seconds of a step; ``compute_s`` is what one pass computes.
 
     Weights are brought for each pass, and again for the backward one where they were given back; both hide behind
@@ -94,7 +94,7 @@ def host_s(config: TrainConfig, layout: Topology, batch: Batch, held: Pieces, ho
     the weights on their devices each brings its part back. In stages 2 and 3 gradients go after every pass.
     """
     parallel, fsdp = config.parallel, config.parallel.cpu_offload
-    part = held.held() if fsdp else -(-held.elements // layout.data_ranks)
+    part = held.held() if fsdp else -(-held.elements // dims.data_ranks)
     # fsdp copies the fp32 weights and casts them there; DeepSpeed has bf16 ones beside the masters.
     width = BF16 if config.precision is Precision.bf16 and not fsdp else FP32
     brought = width * part / host.link_bytes_per_s
@@ -111,24 +111,24 @@ def host_s(config: TrainConfig, layout: Topology, batch: Batch, held: Pieces, ho
 
 
 def layers_s(
-    config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], machine: Machine, compute_s: float
 ) -> dict[str, float]:
     """Seconds that a rank waits for others inside the layers of its parts, for a micro-batch, by dimension."""
     layers = sum(len(part.blocks) for part in parts)
     found: dict[str, float] = {}
-    if layout.tp > 1:
+    if dims.tp > 1:
         around = sum(part.first + part.last for part in parts)
-        found["tp"] = tensor_s(config, layout, batch, machine, layers, around)
-    if layout.cp > 1:
-        found["cp"] = layers * context_s(config, layout, batch, machine)
-    if layout.ep > 1:
-        found["ep"] = layers * expert_s(config, layout, batch, machine)
+        found["tp"] = tensor_s(config, dims, batch, machine, layers, around)
+    if dims.cp > 1:
+        found["cp"] = layers * context_s(config, dims, batch, machine)
+    if dims.ep > 1:
+        found["ep"] = layers * expert_s(config, dims, batch, machine)
     return found
 
 
-def tokens_of(config: TrainConfig, layout: Topology, batch: Batch) -> int:
+def tokens_of(config: TrainConfig, dims: ParallelDims, batch: Batch) -> int:
     """T."""
-    return batch.micro * config.model.block_size // layout.cp
+    return batch.micro * config.model.block_size // dims.cp
 
 
 def product_width(config: TrainConfig) -> int:
@@ -146,10 +146,12 @@ def forward_passes(config: TrainConfig) -> int:
     return 1 if config.recompute is Recompute.none else 2
 
 
-def tensor_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine, layers: int, around: int) -> float:
+def tensor_s(
+    config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine, layers: int, around: int
+) -> float:
     """Two sums in each direction for a block (arXiv 1909.08053, section 3), or with sequence parallelism as many bytes
     in twice as many steps (arXiv 2205.05198, section 4.2.2); one for the embedding and one for the output matrix."""
-    line, elements = group(layout, machine, ["tp"]), tokens_of(config, layout, batch) * config.model.n_embd
+    line, elements = group(dims, machine, ["tp"]), tokens_of(config, dims, batch) * config.model.n_embd
     stream, product = line.gather(stream_width(config) * elements), line.gather(product_width(config) * elements)
     if config.parallel.sequence_parallel:
         forward = backward = 2 * (stream + product)
@@ -157,39 +159,39 @@ def tensor_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Machi
         forward, backward = 4 * product, 4 * stream
     seconds = layers * (forward_passes(config) * forward + backward) + 2 * around * stream
     if not config.parallel.loss_parallel:
-        seconds += line.gather(FP32 * tokens_of(config, layout, batch) * config.model.padded_vocab)
+        seconds += line.gather(FP32 * tokens_of(config, dims, batch) * config.model.padded_vocab)
     return seconds
 
 
-def context_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine) -> float:
+def context_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> float:
     """Keys and values of a layer brought to all, and the sum of their gradients back; or sent round, which hides behind
     attention."""
-    model, line = config.model, group(layout, machine, ["cp"])
-    keys = 2 * product_width(config) * batch.micro * model.block_size * model.kv_heads * model.head_dim / layout.tp
+    model, line = config.model, group(dims, machine, ["cp"])
+    keys = 2 * product_width(config) * batch.micro * model.block_size * model.kv_heads * model.head_dim / dims.tp
     seconds = (forward_passes(config) + 1) * line.gather(keys)
     if config.parallel.cp_method is CpMethod.allgather:
         return seconds
     # On the way back the keys go round again, with their gradients, which are summed in fp32.
-    products = forward_flops(model, batch.micro).attention / 2 / model.n_layer / (layout.cp * layout.tp)
+    products = forward_flops(model, batch.micro).attention / 2 / model.n_layer / (dims.cp * dims.tp)
     computing = (forward_passes(config) + 2) * products / machine.flops_per_s
     return max(0.0, seconds + line.gather(keys * FP32 / product_width(config)) - computing)
 
 
-def expert_s(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine) -> float:
+def expert_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> float:
     """The rows of a layer sent to their experts and back (arXiv 2006.16668, section 3.2), and so their gradients."""
     model = config.model
     assert model.ffn is Ffn.moe
-    rows = batch.micro * expert_rows(model) / layout.cp
-    line = strided(machine, layout.ep, layout.cp * layout.tp)
+    rows = batch.micro * expert_rows(model) / dims.cp
+    line = strided(machine, dims.ep, dims.cp * dims.tp)
     again = config.recompute is Recompute.full  # what was sent is kept with the results of matrix products
     return 2 * (2 + again) * line.exchange(product_width(config) * rows * model.n_embd)
 
 
-def send_s(config: TrainConfig, layout: Topology, batch: Batch, stages: int, machine: Machine) -> float:
+def send_s(config: TrainConfig, dims: ParallelDims, batch: Batch, stages: int, machine: Machine) -> float:
     """The stream handed on by each of a rank's stages, and its gradient handed back."""
-    stride = layout.data_ranks * layout.cp * layout.tp
-    link = machine.inside if layout.pp * stride <= machine.ranks_per_node else machine.between
-    size = stream_width(config) * tokens_of(config, layout, batch) * config.model.n_embd
+    stride = dims.data_ranks * dims.cp * dims.tp
+    link = machine.inside if dims.pp * stride <= machine.ranks_per_node else machine.between
+    size = stream_width(config) * tokens_of(config, dims, batch) * config.model.n_embd
     return 2 * stages * (link.latency_s + size / link.bytes_per_s)
 
 

@@ -19,7 +19,7 @@ from gpt.planning.communication import data_group, data_s, host_s, keeps_on_host
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import Pieces, pieces
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import Part, bubble_fraction, local_stages, parts_of
 
 
@@ -47,24 +47,24 @@ class Estimate:
         return self.tokens / self.step_s
 
 
-def estimate(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine) -> Estimate:
+def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
     """The time of a step on ``machine``: that of the pipeline's slowest rank."""
-    ranks = [estimate_rank(config, layout, batch, machine, rank) for rank in range(layout.pp)]
+    ranks = [estimate_rank(config, dims, batch, machine, rank) for rank in range(dims.pp)]
     return max(ranks, key=lambda found: found.step_s)
 
 
-def estimate_rank(config: TrainConfig, layout: Topology, batch: Batch, machine: Machine, rank: int) -> Estimate:
+def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine, rank: int) -> Estimate:
     """The time of a step for one rank of the pipeline, if it were the one that sets the pace."""
     parts = parts_of(config, rank)
-    held = pieces(config.model, layout, parts)
-    compute_s = pass_s(config, layout, batch, parts, machine)
-    each_pass = layers_s(config, layout, batch, parts, machine, compute_s)
-    if layout.pp > 1:
-        each_pass["pp"] = send_s(config, layout, batch, len(parts), machine)
+    held = pieces(config.model, dims, parts)
+    compute_s = pass_s(config, dims, batch, parts, machine)
+    each_pass = layers_s(config, dims, batch, parts, machine, compute_s)
+    if dims.pp > 1:
+        each_pass["pp"] = send_s(config, dims, batch, len(parts), machine)
     inside = {name: batch.accumulation * seconds for name, seconds in each_pass.items()}
     busy_s = batch.accumulation * compute_s + sum(inside.values())
-    idle = idle_share(config, layout, batch)
-    after = between_passes_s(config, layout, batch, held, machine, compute_s)
+    idle = idle_share(config, dims, batch)
+    after = between_passes_s(config, dims, batch, held, machine, compute_s)
     return Estimate(
         compute_s=batch.accumulation * compute_s,
         idle_s=busy_s * idle / (1 - idle),
@@ -74,32 +74,32 @@ def estimate_rank(config: TrainConfig, layout: Topology, batch: Batch, machine: 
 
 
 def between_passes_s(
-    config: TrainConfig, layout: Topology, batch: Batch, held: Pieces, machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, machine: Machine, compute_s: float
 ) -> dict[str, float]:
     """Seconds of a step that a rank waits for gradients and parameters, of the other data ranks and of its host."""
     if config.parallel.strategy is Strategy.deepspeed:
-        waits = {"dp": zero_s(config, batch, held, data_group(layout, machine), compute_s)}
+        waits = {"dp": zero_s(config, batch, held, data_group(dims, machine), compute_s)}
     else:
-        waits = {"dp": data_s(config, layout, batch, held, machine, compute_s)}
+        waits = {"dp": data_s(config, dims, batch, held, machine, compute_s)}
     if machine.host is not None and keeps_on_host(config.parallel):
-        waits["host"] = host_s(config, layout, batch, held, machine.host, compute_s)
+        waits["host"] = host_s(config, dims, batch, held, machine.host, compute_s)
     return waits
 
 
-def idle_share(config: TrainConfig, layout: Topology, batch: Batch) -> float:
+def idle_share(config: TrainConfig, dims: ParallelDims, batch: Batch) -> float:
     """The share of a step that a rank of the pipeline waits, 0 to 1."""
-    if layout.pp == 1:
+    if dims.pp == 1:
         return 0.0
-    return bubble_fraction(config.parallel.schedule, layout.pp, batch.accumulation, local_stages(config.parallel))
+    return bubble_fraction(config.parallel.schedule, dims.pp, batch.accumulation, local_stages(config.parallel))
 
 
-def pass_s(config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], machine: Machine) -> float:
+def pass_s(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], machine: Machine) -> float:
     """Seconds in which a rank computes both passes of a micro-batch through its parts of the model."""
     model, flops = config.model, training_flops_per_token(config.model)
     layers = sum(len(part.blocks) for part in parts)
     of_blocks = products(config, flops) - flops.logits + recomputed_flops_per_token(model, config.recompute)
     logits = flops.logits if any(part.last for part in parts) else 0
-    per_token = (layers / model.n_layer * of_blocks + logits) / (layout.tp * layout.cp)
+    per_token = (layers / model.n_layer * of_blocks + logits) / (dims.tp * dims.cp)
     return batch.micro * model.block_size * per_token / machine.flops_per_s
 
 

@@ -12,8 +12,8 @@ from gpt.planning.hardware import Machine
 from gpt.planning.memory import GIB, Memory
 from gpt.planning.search import MICRO_BATCH, OFFLOADS, ORDER, Candidate, Freedom, Sizes, can_fit, may_offload, sizes
 from gpt.topology.batch import cut
-from gpt.topology.dims import Topology
-from gpt.topology.rules import lay_out
+from gpt.topology.dims import ParallelDims
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import plain
 
@@ -97,7 +97,7 @@ def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> 
         plainest = replace(given, strategy=Strategy.deepspeed, zero_stage=given.zero_stage or 0)
     try:
         plainest.validate()
-        cut(config.optim, lay_out(replace(config, parallel=plainest), world_size).data_ranks)
+        cut(config.optim, check_parallel_dims(replace(config, parallel=plainest), world_size).data_ranks)
     except ConfigError as error:
         return error
     return ConfigError(
@@ -119,7 +119,7 @@ def too_large(
         there = f" and {machine.host.room / GIB:.2f} GiB of the host" if machine.host and machine.host.room else ""
     return ConfigError(
         f"parallel.strategy=auto on {world_size} rank{'s' if world_size > 1 else ''}: the layout that needs least, "
-        f"{describe(one.parallel, one.layout)} in passes of {one.batch.micro}, needs {least.memory.total_gib:.2f} GiB "
+        f"{describe(one.parallel, one.dims)} in passes of {one.batch.micro}, needs {least.memory.total_gib:.2f} GiB "
         f"on each{host}",
         f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
         fix or "a smaller model, or a smaller model.block_size",
@@ -159,12 +159,12 @@ def recomputing(
     return None
 
 
-def describe(parallel: ParallelConfig, layout: Topology) -> str:
+def describe(parallel: ParallelConfig, dims: ParallelDims) -> str:
     """The layout in words, with what its grid does not say."""
-    words = [str(layout)]
-    if layout.pp > 1:
+    words = [str(dims)]
+    if dims.pp > 1:
         words.append(parallel.schedule.name)
-    if layout.is_sharded and not parallel.reshard_after_forward:
+    if dims.is_sharded and not parallel.reshard_after_forward:
         words.append("reshard_after_forward=false")
     return " ".join([*words, *(f"{key}=true" for key in OFFLOADS if getattr(parallel, key))])
 
@@ -176,7 +176,7 @@ def needs(one: Candidate, memory: Memory, machine: Machine) -> str:
         room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
         host = f", and {memory.host / GIB:.3g}{room} GiB of the host"
     return (
-        f"{describe(one.parallel, one.layout)} in passes of {one.batch.micro}, "
+        f"{describe(one.parallel, one.dims)} in passes of {one.batch.micro}, "
         f"{memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
     )
 

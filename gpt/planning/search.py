@@ -15,9 +15,9 @@ from gpt.config import EngineKind, Ffn, ParallelConfig, Schedule, Strategy, Trai
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import Memory, per_rank
 from gpt.topology.batch import Batch, cut
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import V_SHAPED
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
@@ -31,15 +31,15 @@ class Candidate:
     """A layout that is possible."""
 
     parallel: ParallelConfig
-    layout: Topology
+    dims: ParallelDims
     batch: Batch
 
     @property
     def plainness(self) -> tuple[int, ...]:
         """How little there is to it, to be compared; the plainest is the smallest, and has the largest passes."""
-        dimensions = [getattr(self.layout, name) for name in ("pp", "cp", "ep", "tp")]
+        dimensions = [getattr(self.dims, name) for name in ("pp", "cp", "ep", "tp")]
         strategies = [Strategy.ddp, Strategy.zero1, Strategy.fsdp]
-        stage, copies = self.parallel.zero_stage, self.layout.strategy == "hsdp"
+        stage, copies = self.parallel.zero_stage, self.dims.strategy == "hsdp"
         return (
             sum(size > 1 for size in dimensions),
             strategies.index(self.parallel.strategy) + copies if stage is None else stage,
@@ -76,8 +76,8 @@ def candidates(
         chosen = replace(config, parallel=parallel)
         try:
             parallel.validate()
-            layout = lay_out(chosen, world_size)
-            possible.append(Candidate(parallel, layout, cut(config.optim, layout.data_ranks)))
+            dims = check_parallel_dims(chosen, world_size)
+            possible.append(Candidate(parallel, dims, cut(config.optim, dims.data_ranks)))
         except ConfigError as error:
             refused.append(error)
     return Found(tuple(possible), tuple(refused))
@@ -241,7 +241,7 @@ def sized(
             key = f"{one.parallel} {one.batch.micro}"
             if key not in known:  # passes that do not divide a rank's sequences are smaller than was asked for
                 known.add(key)
-                yield Sized(one, per_rank(replace(changed, parallel=one.parallel), one.layout, one.batch))
+                yield Sized(one, per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch))
 
 
 def with_passes(config: Config, micro_batch: int) -> Config:

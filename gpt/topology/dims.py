@@ -13,7 +13,7 @@ from launch.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Topology:
+class ParallelDims:
     """Ranks along each dimension. All but ``ep`` multiply to the world size; of these ``pp`` is the outermost and
     ``tp`` the innermost, so that the ranks that talk most are neighbours."""
 
@@ -66,7 +66,7 @@ class Topology:
         return " ".join([self.strategy, *(f"{n}={s}" for n, s in sizes.items() if s > 1 or n in always)])
 
 
-def topology(parallel: ParallelConfig, world_size: int) -> Topology:
+def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
     """Lay ``world_size`` ranks out as ``parallel`` says.
 
     Raises:
@@ -107,11 +107,11 @@ def topology(parallel: ParallelConfig, world_size: int) -> Topology:
             f"parallel.ep={nearest_divisor(experts_among, parallel.ep)}",
         )
     sizes = {name: getattr(parallel, name) for name in ("pp", "cp", "tp", "ep")}
-    return Topology(name_of(parallel, shard < data_ranks), data_ranks // shard, shard, **sizes)
+    return ParallelDims(strategy_name(parallel, shard < data_ranks), data_ranks // shard, shard, **sizes)
 
 
-def name_of(parallel: ParallelConfig, copies: bool) -> str:
-    """What records call the strategy; ``copies``: there is more than one copy of the model."""
+def strategy_name(parallel: ParallelConfig, replicas: bool) -> str:
+    """What records call the strategy; ``replicas``: there is more than one copy of the model."""
     if parallel.strategy is Strategy.deepspeed:
         return f"ds_zero{parallel.zero_stage}"
-    return "hsdp" if parallel.strategy is Strategy.fsdp and copies else parallel.strategy.name
+    return "hsdp" if parallel.strategy is Strategy.fsdp and replicas else parallel.strategy.name

@@ -9,33 +9,33 @@ import math
 from dataclasses import replace
 
 from gpt.config import Ffn, ModelConfig, Recompute, TrainConfig
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 
 
-def holders(layout: Topology) -> int:
+def holders(dims: ParallelDims) -> int:
     """Ranks of one copy of the model that have the same experts dealt out to them, and share these under fsdp."""
-    return layout.dp_shard // layout.ep * layout.cp
+    return dims.dp_shard // dims.ep * dims.cp
 
 
-def shard_dimension(model: ModelConfig, layout: Topology) -> int:
+def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
     """Along which dimension of (experts, outputs, inputs) fsdp cuts the experts that were dealt out to a rank.
 
     The first where they go round evenly: a rank then holds whole ones, in one piece of memory. Else the second.
     """
-    return 0 if model.n_expert // layout.ep % holders(layout) == 0 else 1
+    return 0 if model.n_expert // dims.ep % holders(dims) == 0 else 1
 
 
-def can_be_cut(model: ModelConfig, layout: Topology) -> bool:
+def can_be_cut(model: ModelConfig, dims: ParallelDims) -> bool:
     """Whether fsdp can cut them: evenly, as torch demands of any but the first dimension."""
-    if not layout.is_sharded or shard_dimension(model, layout) == 0:
+    if not dims.is_sharded or shard_dimension(model, dims) == 0:
         return True
-    return model.n_embd % holders(layout) == 0 and model.ffn_width % (holders(layout) * layout.tp) == 0
+    return model.n_embd % holders(dims) == 0 and model.ffn_width % (holders(dims) * dims.tp) == 0
 
 
-def check_expert(config: TrainConfig, layout: Topology) -> None:
+def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where the experts cannot be dealt out to ``ep`` ranks."""
-    model, ep = config.model, layout.ep
+    model, ep = config.model, dims.ep
     if ep == 1:
         return
     if model.ffn is not Ffn.moe:
@@ -54,22 +54,22 @@ def check_expert(config: TrainConfig, layout: Topology) -> None:
         raise ConfigError(
             f"parallel.ep={ep} with model.n_expert={model.n_expert}",
             "as many experts for every rank",
-            f"parallel.ep={nearest_possible(model, layout)}",
+            f"parallel.ep={nearest_possible(model, dims)}",
         )
-    if not can_be_cut(model, layout):
-        ranks = holders(layout)
+    if not can_be_cut(model, dims):
+        ranks = holders(dims)
         raise ConfigError(
             f"parallel.ep={ep}: fsdp cuts {model.n_expert // ep} experts of {model.n_embd} x {model.ffn_width} over "
             f"{ranks} ranks",
             f"as many experts for every rank, or model.n_embd and model.ffn_hidden that are multiples of {ranks}",
-            f"parallel.ep={nearest_possible(model, layout)}",
+            f"parallel.ep={nearest_possible(model, dims)}",
         )
 
 
-def nearest_possible(model: ModelConfig, layout: Topology) -> int:
-    """The ``ep`` nearest to that of ``layout`` for which there is nothing to refuse; 1 is such a one."""
-    ranks = layout.dp_shard if layout.is_sharded else layout.data_ranks
+def nearest_possible(model: ModelConfig, dims: ParallelDims) -> int:
+    """The ``ep`` nearest to that of ``dims`` for which there is nothing to refuse; 1 is such a one."""
+    ranks = dims.dp_shard if dims.is_sharded else dims.data_ranks
     common = math.gcd(model.n_expert, ranks)
     divisors = [d for d in range(1, common + 1) if common % d == 0]
-    possible = [d for d in divisors if d == 1 or can_be_cut(model, replace(layout, ep=d))]
-    return min(possible, key=lambda d: (abs(d - layout.ep), d))
+    possible = [d for d in divisors if d == 1 or can_be_cut(model, replace(dims, ep=d))]
+    return min(possible, key=lambda d: (abs(d - dims.ep), d))

@@ -13,17 +13,17 @@ from itertools import accumulate, pairwise
 from gpt.accounting.flops import recomputed_flops_per_token, training_flops
 from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.topology.batch import Batch, cut
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 
 
-def check_pipeline(config: TrainConfig, layout: Topology) -> None:
+def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where the layers or the batch cannot be dealt out to ``pp`` ranks."""
-    if layout.pp == 1:
+    if dims.pp == 1:
         return
     check_host(config)
     check_layers(config)
-    check_micro_batches(config, layout)
+    check_micro_batches(config, dims)
     if config.parallel.schedule in V_SHAPED:
         check_split_backward(config)
 
@@ -52,9 +52,9 @@ def check_layers(config: TrainConfig) -> None:
     )
 
 
-def check_micro_batches(config: TrainConfig, layout: Topology) -> None:
+def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
     """The schedules take some numbers of micro-batches only."""
-    batch, parallel = cut(config.optim, layout.data_ranks), config.parallel
+    batch, parallel = cut(config.optim, dims.data_ranks), config.parallel
     if runs_with(parallel, batch.accumulation):
         return
     fewest = fewest_micro_batches(parallel)

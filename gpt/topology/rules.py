@@ -23,29 +23,29 @@ from gpt.config.checks import divisors
 from gpt.config.model_rules import GROUPED_MULTIPLE
 from gpt.topology.batch import cut
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.dims import Topology, topology
+from gpt.topology.dims import ParallelDims, parallel_dims
 from gpt.topology.experts import check_expert
 from gpt.topology.pipeline import check_pipeline, split
 from launch.errors import ConfigError
 
 
-def lay_out(config: TrainConfig, world_size: int) -> Topology:
+def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
     """The topology of a run on ``world_size`` ranks.
 
     Raises:
         ConfigError: the ranks cannot be laid out so, or the model cannot be spread over them so.
     """
-    layout = topology(config.parallel, world_size)
+    dims = parallel_dims(config.parallel, world_size)
     for check in (check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed):
-        check(config, layout)
-    return layout
+        check(config, dims)
+    return dims
 
 
-def check_zero1(config: TrainConfig, layout: Topology) -> None:
+def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where zero1 is asked to do more than share the optimizer among data ranks."""
-    others = [name for name in ("tp", "pp", "cp", "ep") if getattr(layout, name) > 1]
+    others = [name for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
     if config.parallel.strategy is Strategy.zero1 and others:
-        words = " ".join(f"parallel.{name}={getattr(layout, name)}" for name in others)
+        words = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
         raise ConfigError(
             f"parallel.strategy=zero1 with {words}",
             "zero1 with data ranks only: it cuts the optimizer of a model that every rank holds whole",
@@ -53,9 +53,9 @@ def check_zero1(config: TrainConfig, layout: Topology) -> None:
         )
 
 
-def check_context(config: TrainConfig, layout: Topology) -> None:
+def check_context(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where a sequence cannot be shared by ``cp`` ranks."""
-    model, cp = config.model, layout.cp
+    model, cp = config.model, dims.cp
     if cp == 1:
         return
     if model.block_size % (2 * cp):
@@ -84,13 +84,13 @@ def check_context(config: TrainConfig, layout: Topology) -> None:
         )
 
 
-def check_tensor(config: TrainConfig, layout: Topology) -> None:
+def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where the model's matrices, or its activations, cannot be shared by ``tp`` ranks."""
-    if layout.tp == 1:
+    if dims.tp == 1:
         return
-    check_matrices(config.model, layout.tp)
-    check_vocabulary(config.model, layout.tp)
-    check_sequence(config, layout)
+    check_matrices(config.model, dims.tp)
+    check_vocabulary(config.model, dims.tp)
+    check_sequence(config, dims)
 
 
 def check_matrices(model: ModelConfig, tp: int) -> None:
@@ -131,10 +131,10 @@ def check_vocabulary(model: ModelConfig, tp: int) -> None:
         )
 
 
-def check_sequence(config: TrainConfig, layout: Topology) -> None:
+def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
     """Slices of a sequence are equal; and dropout, which every rank draws for itself, finds no activations that several
     ranks hold."""
-    model, ranks = config.model, layout.tp * layout.cp
+    model, ranks = config.model, dims.tp * dims.cp
     wish = f"model.block_size={-(-model.block_size // ranks) * ranks}"
     if config.parallel.sequence_parallel and model.block_size % ranks:
         raise ConfigError(
@@ -144,27 +144,27 @@ def check_sequence(config: TrainConfig, layout: Topology) -> None:
         )
     if model.dropout and not config.parallel.sequence_parallel:
         raise ConfigError(
-            f"model.dropout={model.dropout:g} with parallel.tp={layout.tp} parallel.sequence_parallel=false",
+            f"model.dropout={model.dropout:g} with parallel.tp={dims.tp} parallel.sequence_parallel=false",
             "slices of the sequence, since each rank draws its own noise and all would have to drop the same",
             "parallel.sequence_parallel=true" if model.block_size % ranks == 0 else "model.dropout=0",
         )
 
 
-def check_deepspeed(config: TrainConfig, layout: Topology) -> None:
+def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where DeepSpeed cannot spread this model so, or its file says something else than this run."""
     if config.parallel.strategy is not Strategy.deepspeed:
         return
-    check_dimensions(config, layout)
-    if layout.pp > 1:
-        check_stages(config, layout)
-    ds_config(config, cut(config.optim, layout.data_ranks))
+    check_dimensions(config, dims)
+    if dims.pp > 1:
+        check_stages(config, dims)
+    ds_config(config, cut(config.optim, dims.data_ranks))
 
 
-def check_dimensions(config: TrainConfig, layout: Topology) -> None:
+def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where more is cut than data ranks and stages."""
-    others = [name for name in ("tp", "cp", "ep") if getattr(layout, name) > 1]
+    others = [name for name in ("tp", "cp", "ep") if getattr(dims, name) > 1]
     if others:
-        words = " ".join(f"parallel.{name}={getattr(layout, name)}" for name in others)
+        words = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
         engine = "" if config.parallel.engine is None else "parallel.engine=native "
         raise ConfigError(
             f"parallel.strategy=deepspeed with {words}",
@@ -173,20 +173,20 @@ def check_dimensions(config: TrainConfig, layout: Topology) -> None:
         )
 
 
-def check_stages(config: TrainConfig, layout: Topology) -> None:
+def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where DeepSpeed's pipeline does not take what is asked."""
     parallel = config.parallel
     if parallel.zero_stage in (2, 3):
         # What a preset keeps on the host belongs to its stage.
         fix = "parallel=ds_pp_zero1" if parallel.offload_parameters else "parallel.zero_stage=1"
         raise ConfigError(
-            f"parallel.zero_stage={parallel.zero_stage} with parallel.pp={layout.pp}",
+            f"parallel.zero_stage={parallel.zero_stage} with parallel.pp={dims.pp}",
             "stage 0 or 1: a stage of DeepSpeed's pipeline keeps its gradients over all micro-batches",
-            f"{fix}, or parallel=fsdp parallel.pp={layout.pp}",
+            f"{fix}, or parallel=fsdp parallel.pp={dims.pp}",
         )
     if parallel.offload_optimizer:
         raise ConfigError(
-            f"parallel.offload_optimizer=true with parallel.pp={layout.pp}",
+            f"parallel.offload_optimizer=true with parallel.pp={dims.pp}",
             "one of them: DeepSpeed's pipeline hands its gradients to an optimizer on the device",
             "parallel.offload_optimizer=false, or parallel.pp=1",
         )
@@ -194,12 +194,12 @@ def check_stages(config: TrainConfig, layout: Topology) -> None:
         raise ConfigError(
             f"parallel.schedule={parallel.schedule.name} with parallel.strategy=deepspeed",
             "1f1b, the only order that DeepSpeed has",
-            f"parallel.schedule=1f1b, or parallel=pp parallel.pp={layout.pp}",
+            f"parallel.schedule=1f1b, or parallel=pp parallel.pp={dims.pp}",
         )
-    last = split(config.model, layout.pp, config.recompute)[-1]
+    last = split(config.model, dims.pp, config.recompute)[-1]
     if parallel.zero_stage and config.model.norm_position is NormPosition.post and not last.blocks:
         raise ConfigError(
-            f"parallel.pp={layout.pp} with model.norm_position=post, where the last stage has the output matrix alone",
+            f"parallel.pp={dims.pp} with model.norm_position=post, where the last stage has the output matrix alone",
             "matrices and norms in every stage: DeepSpeed adds their norms up over the stages, kind by kind",
             "parallel.zero_stage=0, or fewer stages",
         )

@@ -7,36 +7,36 @@ from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 
 
-def spread(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
+def spread(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
     """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
     from gpt.parallel.ddp import ReplicatedEngine, Zero1Engine
     from gpt.parallel.nd import ComposedEngine
     from gpt.parallel.pipeline import StagedEngine
 
     if config.parallel.strategy is Strategy.deepspeed:
-        return spread_by_deepspeed(model, config, world, layout, batch)
-    if layout.pp > 1:
-        return StagedEngine(model, config, world, layout, batch)
+        return spread_by_deepspeed(model, config, world, dims, batch)
+    if dims.pp > 1:
+        return StagedEngine(model, config, world, dims, batch)
     model.to(world.device)
     if config.parallel.strategy is Strategy.zero1:
-        return Zero1Engine(model, config, world, layout, batch)
-    if config.parallel.strategy is Strategy.fsdp or layout.model_ranks * layout.ep > 1:
-        return ComposedEngine(model, config, world, layout, batch)
-    return ReplicatedEngine(model, config, world, layout, batch)
+        return Zero1Engine(model, config, world, dims, batch)
+    if config.parallel.strategy is Strategy.fsdp or dims.model_ranks * dims.ep > 1:
+        return ComposedEngine(model, config, world, dims, batch)
+    return ReplicatedEngine(model, config, world, dims, batch)
 
 
-def spread_by_deepspeed(model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> Engine:
+def spread_by_deepspeed(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
     """The same by DeepSpeed, which is loaded only here."""
     from gpt.parallel.deepspeed.engine import load_deepspeed
 
     load_deepspeed(world)  # before what imports it at its top
-    if layout.pp > 1:
+    if dims.pp > 1:
         from gpt.parallel.deepspeed.pipeline import StagedZeroEngine
 
-        return StagedZeroEngine(model, config, world, layout, batch)
+        return StagedZeroEngine(model, config, world, dims, batch)
     from gpt.parallel.deepspeed.engine import ZeroEngine
 
-    return ZeroEngine(model, config, world, layout, batch)
+    return ZeroEngine(model, config, world, dims, batch)

@@ -21,7 +21,7 @@ from gpt.planning.auto import Settled, settle
 from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
 from gpt.topology.batch import cut
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
@@ -108,5 +108,5 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
 def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
     """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together."""
-    cut(config.optim, lay_out(config, world_size).data_ranks)
+    cut(config.optim, check_parallel_dims(config, world_size).data_ranks)
     check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)

@@ -29,7 +29,7 @@ from gpt.parallel.engine import Engine
 from gpt.planning import memory
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.training import determinism as reproducibility
 from launch.errors import ConfigError
 from launch.runs.files import write_json
@@ -47,7 +47,7 @@ class Run:
     world: World
     attempt: int
     batch: Batch
-    layout: Topology
+    dims: ParallelDims
     engine: Engine
     tokens: Tokens
     samples: Samples
@@ -122,7 +122,7 @@ def describe_attempt(run: Run) -> None:
     if run.initialised_from is not None:
         run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
     run.folder.record_event(
-        "started", attempt=run.attempt, world_size=run.world.size, topology=str(run.layout), from_step=run.step,
+        "started", attempt=run.attempt, world_size=run.world.size, topology=str(run.dims), from_step=run.step,
         max_steps=run.config.optim.max_steps,
     )  # fmt: skip
     where = f"attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}"
@@ -134,10 +134,10 @@ def set_up(run: Run) -> dict[str, Any]:
     """What is trained and how, with the counts that follow from the config."""
     config, batch, ranks = run.config, run.batch, run.world.size
     model = config.model
-    planned = memory.per_rank(config, run.layout, batch)
+    planned = memory.per_rank(config, run.dims, batch)
     return {
         "world_size": ranks,
-        "topology": run.layout.as_dict(),
+        "topology": run.dims.as_dict(),
         "global_batch": batch.global_batch,
         "micro_batch": batch.micro,
         "accumulation": batch.accumulation,

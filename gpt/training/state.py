@@ -28,7 +28,7 @@ def save(run: Run, may_commit: Callable[[], bool]) -> float:
         "attempt": run.attempt,
         "samples": run.step * run.batch.global_batch,
         "data_sha256": run.tokens.sha256,
-        "topology": run.layout.as_dict(),
+        "topology": run.dims.as_dict(),
         "world_size": run.world.size,
         "config": compose.plain_config(run.config),
     }

@@ -90,7 +90,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     config, world, batch, engine = run.config, run.world, run.batch, run.engine
     step = run.step + 1
     lr = lr_at(config.optim, step)
-    indices = train_indices(step, run.layout.data_rank(world.rank), batch)
+    indices = train_indices(step, run.dims.data_rank(world.rank), batch)
     waited = time.perf_counter()
     tokens_BT, targets_BT = run.samples.batch("train", indices)
     waited = time.perf_counter() - waited

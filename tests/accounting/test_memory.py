@@ -27,7 +27,7 @@ from gpt.config import (
 from gpt.model.gpt import GPT
 from gpt.planning.memory import GIB, Memory, cast_elements, kept, per_rank, pieces
 from gpt.topology.batch import cut
-from gpt.topology.dims import Topology, topology
+from gpt.topology.dims import ParallelDims, parallel_dims
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, MOE, configs, label, random_tokens, small, variants
 
@@ -46,9 +46,9 @@ def memory(
         max_steps=1, global_batch=ranks * MICRO * accumulation, micro_batch=MICRO, lr=1e-3, min_lr=0.0, warmup_steps=0
     )
     parallel = ParallelConfig(strategy, reshard_after_forward=reshard)
-    layout = topology(parallel, ranks)
+    dims = parallel_dims(parallel, ranks)
     trained = TrainConfig(model=config, optim=optim, parallel=parallel, precision=precision)
-    return per_rank(trained, layout, cut(optim, layout.data_ranks))
+    return per_rank(trained, dims, cut(optim, dims.data_ranks))
 
 
 def trained_one_step(model: nn.Module, tokens_BT: Tensor) -> torch.optim.AdamW:
@@ -118,7 +118,7 @@ def saved_bytes(config: ModelConfig, sequences: int, precision: Precision) -> in
 
 
 def expected_bytes(config: ModelConfig, sequences: int, precision: Precision) -> int:
-    casts = 2 * cast_elements(pieces(config, Topology("ddp", 1, 1))) if precision is Precision.bf16 else 0
+    casts = 2 * cast_elements(pieces(config, ParallelDims("ddp", 1, 1))) if precision is Precision.bf16 else 0
     found = kept(config, sequences, precision)
     return found.embedding + config.n_layer * found.block + found.final + casts
 

@@ -24,7 +24,7 @@ from gpt.config import (
 from gpt.planning.memory import FP32, Memory, per_rank, pieces
 from gpt.planning.memory.rank import passes_at_once
 from gpt.topology.batch import cut
-from gpt.topology.dims import Topology, topology
+from gpt.topology.dims import ParallelDims, parallel_dims
 from gpt.topology.pipeline import parts_of
 from tests.support.small_models import LLAMA, MOE, configs, small
 
@@ -39,8 +39,8 @@ def run(model: ModelConfig, **parallel: Any) -> TrainConfig:
 
 
 def memory(config: TrainConfig, ranks: int) -> Memory:
-    layout = topology(config.parallel, ranks)
-    return per_rank(config, layout, cut(config.optim, layout.data_ranks))
+    dims = parallel_dims(config.parallel, ranks)
+    return per_rank(config, dims, cut(config.optim, dims.data_ranks))
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_states_by_hand(parallel: dict[str, Any], ranks: int, elements: int) -> 
 )
 def test_states_of_a_pipeline_by_hand(parallel: dict[str, Any], ranks: int, by_rank: list[int]) -> None:
     config = run(small(**HAND), pp=2, **parallel)
-    layout = topology(config.parallel, ranks)
-    assert [pieces(config.model, layout, parts_of(config, rank)).held() for rank in range(2)] == by_rank
+    dims = parallel_dims(config.parallel, ranks)
+    assert [pieces(config.model, dims, parts_of(config, rank)).held() for rank in range(2)] == by_rank
     assert memory(config, ranks).parameters in [FP32 * elements for elements in by_rank]
 
 
 def test_a_tied_embedding_is_at_both_ends_of_a_pipeline() -> None:
     config = run(small(**{**HAND, "tie_embeddings": True}), pp=2)
-    held = [pieces(config.model, topology(config.parallel, 2), parts_of(config, rank)) for rank in range(2)]
+    held = [pieces(config.model, parallel_dims(config.parallel, 2), parts_of(config, rank)) for rank in range(2)]
     assert [[p.name for p in rank.around] for rank in held] == [
         ["token_embedding.weight"],
         ["token_embedding.weight", "norm.weight"],
@@ -99,7 +99,7 @@ def test_experts_are_dealt_out_and_shared_by_those_that_hold_the_same() -> None:
     assert copies.parameters == FP32 * (rest + experts // 2)
     whole = memory(run(model, strategy=Strategy.fsdp), 4)
     assert sharded.parameters == whole.parameters  # two deal out the experts, and two share what each is dealt
-    stack = next(p for p in pieces(model, Topology("fsdp", 1, 8, ep=4)).block if p.name == "ffn.experts.gate")
+    stack = next(p for p in pieces(model, ParallelDims("fsdp", 1, 8, ep=4)).block if p.name == "ffn.experts.gate")
     assert (stack.shape, stack.cuts, stack.dimension) == ((1, 24, 32), 2, 1)  # one expert cannot be cut into two
 
 
@@ -130,9 +130,9 @@ LAYOUTS = st.fixed_dictionaries(
 @given(configs(), LAYOUTS, st.sampled_from([1, 2, 3]))
 def test_the_ranks_of_a_copy_hold_all_of_it(model: ModelConfig, parallel: dict[str, Any], data_ranks: int) -> None:
     config = run(replace(model, n_layer=6), **parallel)
-    layout = topology(config.parallel, data_ranks * parallel["tp"] * parallel["cp"] * parallel["pp"])
-    held = [pieces(config.model, layout, parts_of(config, rank)) for rank in range(layout.pp)]
-    sharing = layout.tp * (layout.dp_shard * layout.cp if layout.is_sharded else 1)
+    dims = parallel_dims(config.parallel, data_ranks * parallel["tp"] * parallel["cp"] * parallel["pp"])
+    held = [pieces(config.model, dims, parts_of(config, rank)) for rank in range(dims.pp)]
+    sharing = dims.tp * (dims.dp_shard * dims.cp if dims.is_sharded else 1)
     assert sharing * sum(rank.held() for rank in held) >= count(config.model).total
     assert sum(rank.layers for rank in held) == 6
     for rank in held:

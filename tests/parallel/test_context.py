@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
 from gpt.parallel.context import SharedSequence
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from gpt.training.evaluation import mean_loss
 from gpt.training.run import Run
 from gpt.training.state import save
@@ -82,7 +82,7 @@ def test_every_token_is_taken_once_and_every_rank_has_the_same_work(
 
 
 def validation_loss(run: Run) -> float:
-    layout = run.layout
+    dims = run.dims
     return mean_loss(
         run.engine.module,
         run.engine.loss,
@@ -90,8 +90,8 @@ def validation_loss(run: Run) -> float:
         run.world,
         5,
         2,
-        layout.data_rank(run.world.rank),
-        layout.data_ranks,
+        dims.data_rank(run.world.rank),
+        dims.data_ranks,
     )
 
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_shared_is_refused_and_the_fix_is_accepted(words: list[st
         return config
 
     with pytest.raises(ConfigError) as refused:
-        lay_out(composed(), 4)
+        check_parallel_dims(composed(), 4)
     assert found in refused.value.found
     for fix in refused.value.fix.split(", or "):
-        lay_out(composed(*fix.split()), 4)
+        check_parallel_dims(composed(*fix.split()), 4)

@@ -67,7 +67,7 @@ def learn_here(run: Run) -> dict[str, Any]:
     found = learn(run)
     record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
     found["layers"], found["imbalance"] = record.layer_grad_norms, record.expert_imbalance
-    place, ranks = run.layout.data_rank(run.world.rank), run.layout.data_ranks
+    place, ranks = run.dims.data_rank(run.world.rank), run.dims.data_ranks
     found["evaluated"] = mean_loss(
         run.engine.module, run.engine.loss, run.samples, run.world, 7, run.batch.micro, place, ranks
     )

@@ -9,7 +9,7 @@ import pytest
 
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from tests.support.learning import BATCH, MODELS, TINY
@@ -51,7 +51,7 @@ def test_a_file_that_contradicts_the_run_is_refused(key: str, tmp_path: Path) ->
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {key: value}} if key in OF_ZERO else {key: value}))
     with pytest.raises(ConfigError) as refusal:
-        lay_out(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
+        check_parallel_dims(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
     assert key in refusal.value.found and "ds.json" in refusal.value.found
     assert fix in refusal.value.fix
 
@@ -59,9 +59,9 @@ def test_a_file_that_contradicts_the_run_is_refused(key: str, tmp_path: Path) ->
 def test_timers_that_the_pipeline_cannot_run_are_refused_there_alone(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"wall_clock_breakdown": True}))
-    lay_out(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
+    check_parallel_dims(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
     with pytest.raises(ConfigError, match="wall_clock_breakdown"):
-        lay_out(config_of("parallel=ds_pp", f"parallel.deepspeed_config={path}"), 4)
+        check_parallel_dims(config_of("parallel=ds_pp", f"parallel.deepspeed_config={path}"), 4)
 
 
 def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
     for text in ("{", "[]"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="deepspeed_config"):
-            lay_out(config, 4)
+            check_parallel_dims(config, 4)
 
 
 # The last stage has the output matrix alone.
@@ -110,19 +110,19 @@ ALONE = ["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=4", "model.
 )
 def test_refusals_name_what_is_accepted(words: list[str], fix: list[str]) -> None:
     with pytest.raises(ConfigError) as refusal:
-        lay_out(config_of(*words), 4)
+        check_parallel_dims(config_of(*words), 4)
     assert refusal.value.fix.startswith(fix[0])
-    lay_out(config_of(*words, *" ".join(fix).split()), 4)
+    check_parallel_dims(config_of(*words, *" ".join(fix).split()), 4)
 
 
 def test_a_lone_output_matrix_is_refused_for_its_norms_only() -> None:
-    lay_out(config_of(*ALONE), 4)
+    check_parallel_dims(config_of(*ALONE), 4)
 
 
 @pytest.mark.parametrize("dimension", ["tp", "cp", "ep"])
 def test_deepspeed_cuts_nothing_else(dimension: str) -> None:
     with pytest.raises(ConfigError, match="parallel=fsdp"):
-        lay_out(config_of(*MODELS["experts"], "parallel=zero2", f"parallel.{dimension}=2"), 4)
+        check_parallel_dims(config_of(*MODELS["experts"], "parallel=zero2", f"parallel.{dimension}=2"), 4)
 
 
 def test_keys_of_deepspeed_belong_to_it() -> None:

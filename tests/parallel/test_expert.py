@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
-from gpt.topology.dims import Topology
-from gpt.topology.rules import lay_out
+from gpt.topology.dims import ParallelDims
+from gpt.topology.rules import check_parallel_dims
 from gpt.training.evaluation import mean_loss
 from gpt.training.gradient_stats import Gradients
 from gpt.training.state import save
@@ -116,9 +116,9 @@ def measure(rank: int, size: int, folder: Path) -> dict[str, Any]:
     run = start(rank, size, folder, *words)
     gradients = Gradients(run.config.model, run.world.device)
     record, _ = queue_step(run, gradients, Phase.training).finish(0.0)
-    rank_of_data = run.layout.data_rank(rank)
+    rank_of_data = run.dims.data_rank(rank)
     loss = partial(mean_loss, run.engine.module, run.engine.loss, run.samples, run.world)
-    found = {"val_loss": loss(5, 1, rank_of_data, run.layout.data_ranks), "imbalance": record.expert_imbalance}
+    found = {"val_loss": loss(5, 1, rank_of_data, run.dims.data_ranks), "imbalance": record.expert_imbalance}
     return {**found, "mean": record.grad_mean, "std": record.grad_std, **record.layer_grad_norms}
 
 
@@ -184,8 +184,8 @@ def test_bf16_rows_travel_as_bf16(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused_with_what_can(words: list[str], ranks: int, found: str) -> None:
-    def laid_out(*more: str) -> Topology:
-        return lay_out(to_schema(compose_train([*TINY, *words, *more]), TrainConfig), ranks)
+    def laid_out(*more: str) -> ParallelDims:
+        return check_parallel_dims(to_schema(compose_train([*TINY, *words, *more]), TrainConfig), ranks)
 
     with pytest.raises(ConfigError) as refusal:
         laid_out()

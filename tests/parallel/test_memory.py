@@ -12,7 +12,7 @@ from gpt.planning.memory import BF16, FP32, cast_elements, kept, pieces, states
 from gpt.planning.memory.rank import share_of
 from gpt.topology.batch import cut
 from gpt.topology.pipeline import parts_of
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes, living_bytes
@@ -79,11 +79,11 @@ def test_every_rank_holds_what_the_plan_says(
     name: str, model: str, held: list[dict[tuple[str, str], tuple[int, int, int]]]
 ) -> None:
     config = to_schema(compose_train([*TINY, *words_of(name, model)]), TrainConfig)
-    layout = lay_out(config, len(held))
-    assert cut(config.optim, layout.data_ranks).global_batch == BATCH
-    line = len(held) // layout.pp
-    for stage in range(layout.pp):
-        said = states(config, layout, pieces(config.model, layout, parts_of(config, stage)))
+    dims = check_parallel_dims(config, len(held))
+    assert cut(config.optim, dims.data_ranks).global_batch == BATCH
+    line = len(held) // dims.pp
+    for stage in range(dims.pp):
+        said = states(config, dims, pieces(config.model, dims, parts_of(config, stage)))
         expected = (said.parameters, said.gradients, said.optimizer)
         found = [rank[name, model] for rank in held[stage * line : (stage + 1) * line]]
         # The first of those that share a tensor has the largest part of it.
@@ -130,10 +130,10 @@ def test_activations_of_a_rank_are_what_the_plan_says(tmp_path: Path) -> None:
     found = run_distributed(keep, 2, tmp_path / "runs", timeout_s=300)
     for case, words in ACTIVATIONS.items():
         config = to_schema(compose_train([*TINY, *WORDS, *words]), TrainConfig)
-        layout, width = lay_out(config, 2), BF16 if config.precision is Precision.bf16 else FP32
-        micro = cut(config.optim, layout.data_ranks).micro
-        said = kept(config.model, micro, config.precision, config.recompute, share_of(config, layout))
-        casts = BF16 * cast_elements(pieces(config.model, layout)) if width == BF16 else 0
-        tokens, columns = micro * config.model.block_size // layout.cp, config.model.padded_vocab // layout.tp
+        dims, width = check_parallel_dims(config, 2), BF16 if config.precision is Precision.bf16 else FP32
+        micro = cut(config.optim, dims.data_ranks).micro
+        said = kept(config.model, micro, config.precision, config.recompute, share_of(config, dims))
+        casts = BF16 * cast_elements(pieces(config.model, dims)) if width == BF16 else 0
+        tokens, columns = micro * config.model.block_size // dims.cp, config.model.padded_vocab // dims.tp
         total = said.embedding + config.model.n_layer * said.recomputed + said.final + casts + width * tokens * columns
         assert total == pytest.approx(max(rank[case] for rank in found), rel=0.01), case

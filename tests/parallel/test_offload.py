@@ -13,7 +13,7 @@ from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
 from gpt.planning.memory import per_rank
 from gpt.topology.batch import cut
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from gpt.training.state import save
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -63,7 +63,7 @@ def composed(*words: str) -> TrainConfig:
 
 def test_what_is_on_the_host_is_not_planned_on_the_device() -> None:
     plain, host = (
-        per_rank(config, layout := lay_out(config, 2), cut(config.optim, layout.data_ranks))
+        per_rank(config, dims := check_parallel_dims(config, 2), cut(config.optim, dims.data_ranks))
         for config in (composed("parallel=fsdp"), composed("parallel=fsdp_offload"))
     )
     assert plain.host == 0
@@ -84,8 +84,8 @@ def test_what_is_on_the_host_is_not_planned_on_the_device() -> None:
 )
 def test_what_cannot_be_offloaded_is_refused_and_the_fix_is_accepted(words: list[str], ranks: int, found: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        lay_out(composed(*words), ranks)
+        check_parallel_dims(composed(*words), ranks)
     assert found in refused.value.found
     for fix in refused.value.fix.split(", or "):
         kept = [word for word in words if not word.startswith("parallel=")] if "parallel=" in fix.split()[0] else words
-        lay_out(composed(*kept, *fix.split()), ranks)
+        check_parallel_dims(composed(*kept, *fix.split()), ranks)

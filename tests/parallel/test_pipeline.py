@@ -74,7 +74,7 @@ def everything(run: Run) -> dict[str, Any]:
 
 
 def evaluated(run: Run) -> float:
-    place, ranks = run.layout.data_rank(run.world.rank), run.layout.data_ranks
+    place, ranks = run.dims.data_rank(run.world.rank), run.dims.data_ranks
     number = run.config.eval.sequences
     return mean_loss(run.engine.module, run.engine.loss, run.samples, run.world, number, run.batch.micro, place, ranks)
 

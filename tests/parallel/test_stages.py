@@ -15,7 +15,7 @@ from gpt.accounting.flops import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.config.compose import compose_train
 from gpt.topology.pipeline import bubble_fraction, deal_out, local_stages, split, stages_of
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from tests.support.commands import ROOT
@@ -237,7 +237,7 @@ REFUSED = [
 @pytest.mark.parametrize(("ranks", "words", "found", "fix"), REFUSED, ids=[" ".join(case[1]) for case in REFUSED])
 def test_what_cannot_run_is_refused_with_what_can(ranks: int, words: tuple[str, ...], found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        lay_out(config_of(*SMALL, *words), ranks)
+        check_parallel_dims(config_of(*SMALL, *words), ranks)
     assert found in refusal.value.found and refusal.value.fix.startswith(fix)
     typed = refusal.value.fix.split(",")[0].split()
-    lay_out(config_of(*SMALL, *words, *typed), ranks)
+    check_parallel_dims(config_of(*SMALL, *words, *typed), ranks)

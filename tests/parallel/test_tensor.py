@@ -20,8 +20,8 @@ from gpt.model.loss import cross_entropy
 from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.tensor import cut_matrices
 from gpt.parallel.vocab import vocabulary_loss
-from gpt.topology.dims import Topology
-from gpt.topology.rules import lay_out
+from gpt.topology.dims import ParallelDims
+from gpt.topology.rules import check_parallel_dims
 from gpt.training.evaluation import mean_loss
 from gpt.training.gradient_stats import Gradients
 from gpt.training.run import Run
@@ -73,8 +73,8 @@ def figures(run: Run) -> dict[str, Any]:
     """What a run learns, and what it then says of its gradients and of the validation split."""
     learned = learn(run)
     record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
-    layout, engine = run.layout, run.engine
-    data = layout.data_rank(run.world.rank), layout.data_ranks
+    dims, engine = run.dims, run.engine
+    data = dims.data_rank(run.world.rank), dims.data_ranks
     learned["val"] = mean_loss(engine.module, engine.loss, run.samples, run.world, 5, 2, *data)
     return {**learned, "mean": record.grad_mean, "std": record.grad_std, "layers": record.layer_grad_norms}
 
@@ -181,7 +181,7 @@ def cut_model(rank: int, size: int) -> dict[str, Any]:
     """What a rank holds and sends of a model without padding, in one forward and backward pass."""
     config = small(**LLAMA, n_kv_head=2, n_layer=3, vocab_size=48, ffn_hidden=36)
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    line = build_mesh(Topology("ddp", 1, 1, tp=size), world, 60)["tp"]
+    line = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
     model = GPT(config)
     cut_matrices(model, line, ParallelConfig())
     shapes: dict[str, tuple[int, ...]] = {}
@@ -233,7 +233,7 @@ def losses_of_cut_logits(rank: int, size: int) -> list[tuple[float, float, torch
     """Value and gradient beside those of whole logits, for vocabularies that end in the last part, before it, or in the
     first one."""
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    line = build_mesh(Topology("ddp", 1, 1, tp=size), world, 60)["tp"]
+    line = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
     found = []
     for vocab_size, columns in ((12, 4), (11, 4), (7, 4), (2, 4)):
         torch.manual_seed(vocab_size)
@@ -276,9 +276,9 @@ REFUSED = [
 def test_what_cannot_be_cut_is_refused_with_what_can(words: list[str], found: str) -> None:
     typed = [*TINY, TP, *words]
     with pytest.raises(ConfigError) as refusal:
-        lay_out(to_schema(compose_train(typed), TrainConfig), 4)
+        check_parallel_dims(to_schema(compose_train(typed), TrainConfig), 4)
     assert found in refusal.value.found
     for fix in refusal.value.fix.split(", or "):
         config = to_schema(compose_train([*typed, *fix.split()]), TrainConfig)
         config.validate()
-        lay_out(config, 4)
+        check_parallel_dims(config, 4)

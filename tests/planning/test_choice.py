@@ -17,7 +17,7 @@ from gpt.planning.hardware import Machine, Stated, gpus
 from gpt.planning.memory import GIB, per_rank
 from gpt.planning.search import candidates
 from gpt.topology.batch import cut
-from gpt.topology.rules import lay_out
+from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema, write_config
 from launch.runs.folder import RunFolder
@@ -54,9 +54,9 @@ def test_everything_proposed_is_possible(words: list[str]) -> None:
     for one in candidates(config, 16, 8).possible:
         chosen = replace(config, parallel=one.parallel)
         chosen.parallel.validate()
-        assert lay_out(chosen, 16) == one.layout
-        assert cut(config.optim, one.layout.data_ranks) == one.batch
-        assert one.layout.tp <= 8
+        assert check_parallel_dims(chosen, 16) == one.dims
+        assert cut(config.optim, one.dims.data_ranks) == one.batch
+        assert one.dims.tp <= 8
         seen.add(str(one.parallel))
     assert len(seen) == len(candidates(config, 16, 8).possible) > 5
 
@@ -64,10 +64,10 @@ def test_everything_proposed_is_possible(words: list[str]) -> None:
 def test_every_dimension_is_proposed() -> None:
     found = candidates(config_of("optim.micro_batch=1"), 16, 8).possible
     for name in ("tp", "pp", "dp_shard", "dp_replicate"):
-        assert any(getattr(one.layout, name) > 1 for one in found), name
+        assert any(getattr(one.dims, name) > 1 for one in found), name
     assert {one.parallel.strategy for one in found} == {Strategy.ddp, Strategy.zero1, Strategy.fsdp}
     experts = candidates(config_of("model=moe_200m", "optim.micro_batch=1"), 16, 8).possible
-    assert any(one.layout.ep > 1 for one in experts)
+    assert any(one.dims.ep > 1 for one in experts)
 
 
 def test_the_fastest_of_those_that_fit_comes_first() -> None:
@@ -84,10 +84,10 @@ def test_the_fastest_of_those_that_fit_comes_first() -> None:
 
 def test_a_small_model_is_copied_and_a_large_one_cut() -> None:
     small = choose(config_of("optim.global_batch=512"), 16, machine()).choices[0]
-    assert str(small.layout) == "ddp dp_replicate=16 dp_shard=1"
+    assert str(small.dims) == "ddp dp_replicate=16 dp_shard=1"
     large = choose(config_of("model=llama_1p3b", "optim.micro_batch=1"), 16, machine(12.0)).choices[0]
     assert large.memory.total <= 12 * GIB
-    assert large.layout.is_sharded or large.layout.model_ranks > 1
+    assert large.dims.is_sharded or large.dims.model_ranks > 1
 
 
 def test_passes_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None:
@@ -95,12 +95,12 @@ def test_passes_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None
     typed = choose(config, 16, machine(8.0), ("optim.micro_batch",)).choices
     free = choose(config, 16, machine(8.0)).choices
     assert {one.batch.micro for one in typed} == {16}
-    assert free[0].layout.model_ranks == 1 < typed[0].layout.model_ranks
+    assert free[0].dims.model_ranks == 1 < typed[0].dims.model_ranks
     assert free[0].batch.micro < 16 and free[0].estimate.step_s <= NO_DIFFERENCE * typed[0].estimate.step_s
     optim = replace(config.optim, micro_batch=2 * free[0].batch.micro)
     larger = replace(config, optim=optim, parallel=free[0].parallel)
-    cut_so = cut(larger.optim, free[0].layout.data_ranks)
-    assert per_rank(larger, free[0].layout, cut_so).total > 8.0 * GIB
+    cut_so = cut(larger.optim, free[0].dims.data_ranks)
+    assert per_rank(larger, free[0].dims, cut_so).total > 8.0 * GIB
 
 
 def test_what_was_typed_is_kept() -> None:
@@ -108,7 +108,7 @@ def test_what_was_typed_is_kept() -> None:
     assert typed_keys(words) == {"ep", "pp"}
     config = config_of("parallel.pp=2", "parallel.ep=1", "optim.micro_batch=1")
     found = choose(config, 16, machine(), typed_keys(words)).choices
-    assert {(choice.layout.pp, choice.layout.ep) for choice in found} == {(2, 1)}
+    assert {(choice.dims.pp, choice.dims.ep) for choice in found} == {(2, 1)}
 
 
 @pytest.mark.parametrize("share", [0.95, 0.8])
@@ -117,7 +117,7 @@ def test_a_refusal_says_what_would_fit(share: float, words: list[str]) -> None:
     words, fixed = ["optim.micro_batch=8", "optim.global_batch=256", *words], ("pp", "cp")
     config = config_of(*words)
     least = min(
-        per_rank(replace(changed, parallel=one.parallel), one.layout, one.batch).total
+        per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch).total
         for changed in (config_of(*words, f"optim.micro_batch={size}") for size in (8, 4, 2, 1))
         for offload in (False, True)
         for one in candidates(changed, 8, 8, fixed, offload).possible
@@ -173,6 +173,6 @@ def test_the_table_names_layout_memory_and_speed() -> None:
     found = choose(config_of("optim.micro_batch=1"), 16, machine(6.0)).choices[:5]
     lines = list(table([choice.as_dict() for choice in found]))
     for choice, line in zip(found, lines, strict=True):
-        assert str(choice.layout) in line
+        assert str(choice.dims) in line
         assert f"{choice.estimate.tokens_per_s:,.0f} tokens/s" in line
         assert f"{choice.memory.total_gib:.3g} GiB" in line

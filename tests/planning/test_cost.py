@@ -26,7 +26,7 @@ from gpt.planning.collectives import Group, group, strided
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.hardware import Host, Link, Machine, Stated, cpus, gpus
 from gpt.topology.batch import cut
-from gpt.topology.dims import Topology, topology
+from gpt.topology.dims import ParallelDims, parallel_dims
 from tests.support.small_models import LLAMA, MOE, small
 
 FAST, SLOW = Link(0.0, 8e9), Link(0.0, 1e9)
@@ -45,8 +45,8 @@ def config_of(accumulation: int = 1, data_ranks: int = 1, model: Any = MODEL, **
 
 
 def cost(config: TrainConfig, ranks: int, machine: Machine = MACHINE) -> Estimate:
-    layout = topology(config.parallel, ranks)
-    return estimate(config, layout, cut(config.optim, layout.data_ranks), machine)
+    dims = parallel_dims(config.parallel, ranks)
+    return estimate(config, dims, cut(config.optim, dims.data_ranks), machine)
 
 
 def test_a_ring_of_four() -> None:
@@ -57,12 +57,12 @@ def test_a_ring_of_four() -> None:
 
 
 def test_links_of_a_group() -> None:
-    layout = Topology("hsdp", dp_replicate=2, dp_shard=2, pp=2, tp=2)  # 16 ranks on four nodes of four
-    assert group(layout, MACHINE, ["tp"]).link == FAST
-    assert group(layout, MACHINE, ["dp_shard"]).link == FAST
-    assert group(layout, MACHINE, ["dp_replicate"]) == Group(2, SLOW)
+    dims = ParallelDims("hsdp", dp_replicate=2, dp_shard=2, pp=2, tp=2)  # 16 ranks on four nodes of four
+    assert group(dims, MACHINE, ["tp"]).link == FAST
+    assert group(dims, MACHINE, ["dp_shard"]).link == FAST
+    assert group(dims, MACHINE, ["dp_replicate"]) == Group(2, SLOW)
     # Two ranks of each node are in this ring, and send through the node's adapters at once.
-    assert group(layout, MACHINE, ["dp_replicate", "dp_shard"]) == Group(4, Link(0.0, 2e9))
+    assert group(dims, MACHINE, ["dp_replicate", "dp_shard"]) == Group(4, Link(0.0, 2e9))
     assert strided(MACHINE, 8, 1).link.bytes_per_s == 4e9
     assert strided(replace(MACHINE, inside=Link(0.0, 2e9)), 8, 1).link.bytes_per_s == 2e9
 

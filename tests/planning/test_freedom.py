@@ -38,11 +38,11 @@ def chosen(gib: float, *words: str, host_gib: float | None = None) -> Chosen:
 def check_promise(one: Choice, config: TrainConfig, room: int) -> None:
     """The global batch stays, and what is promised fits is what such a run needs."""
     assert one.batch.global_batch == config.optim.global_batch
-    assert one.batch.micro * one.batch.accumulation * one.layout.data_ranks == config.optim.global_batch
+    assert one.batch.micro * one.batch.accumulation * one.dims.data_ranks == config.optim.global_batch
     optim = replace(config.optim, micro_batch=one.micro_batch)
     run = replace(config, optim=optim, parallel=one.parallel)
     run.parallel.validate()
-    assert per_rank(run, one.layout, one.batch) == one.memory
+    assert per_rank(run, one.dims, one.batch) == one.memory
     assert one.memory.total <= room
 
 
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_counted() -> None:
     found = chosen(8.0, *BATCH)
     config = config_of(*BATCH)
     tried = candidates(config, 8, 8)
-    totals = [per_rank(replace(config, parallel=one.parallel), one.layout, one.batch).total for one in tried.possible]
+    totals = [per_rank(replace(config, parallel=one.parallel), one.dims, one.batch).total for one in tried.possible]
     large = [total for total in totals if total > 8 * GIB]
     text = "\n".join(found.left_out)
     assert len(found.choices) == len(totals) - len(large)

@@ -21,7 +21,7 @@ from gpt.config import Strategy, TrainConfig
 from gpt.config.compose import compose_train
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import squares_of_parts
-from gpt.topology.dims import topology
+from gpt.topology.dims import parallel_dims
 from gpt.train import build
 from gpt.training.run import Run
 from gpt.training.step import queue_step
@@ -65,7 +65,7 @@ def start_case(rank: int, size: int, folder: Path, case: Case, model: Sequence[s
     """The run of a case, whose model has these ``model`` words."""
     words = [*model, *case.words.split()]
     parallel = to_schema(compose_train([*TINY, *words]), TrainConfig).parallel
-    micro = BATCH // (topology(parallel, size).data_ranks * case.accumulation)
+    micro = BATCH // (parallel_dims(parallel, size).data_ranks * case.accumulation)
     run = start(rank, size, folder, *words, f"optim.micro_batch={micro}")
     assert run.batch.accumulation == case.accumulation
     return run
@@ -84,7 +84,7 @@ def whole(run: Run, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         for name, t in tensors.items()
     }
     found: dict[str, torch.Tensor] = {}
-    for theirs in reversed(run.world.gather(mine) if run.layout.pp > 1 else [mine]):
+    for theirs in reversed(run.world.gather(mine) if run.dims.pp > 1 else [mine]):
         found |= theirs
     return found
 

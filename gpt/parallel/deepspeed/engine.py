@@ -40,7 +40,7 @@ from gpt.parallel.dtensor import clip
 from gpt.parallel.optimizer import build_optimizer
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import casts_weights, ds_config, pieces_of
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 
 
 class ZeroEngine:
@@ -48,13 +48,13 @@ class ZeroEngine:
 
     layer_group: dist.ProcessGroup | None = None
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
+    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         import deepspeed
 
-        self.config, self.world, self.layout, self.batch = config, world, layout, batch
+        self.config, self.world, self.dims, self.batch = config, world, dims, batch
         self.stage = config.parallel.zero_stage or 0
-        self.scale = layout.data_ranks / (batch.global_batch * config.model.block_size)
-        set_auxiliary_scale(model, layout.data_ranks / batch.global_batch)
+        self.scale = dims.data_ranks / (batch.global_batch * config.model.block_size)
+        set_auxiliary_scale(model, dims.data_ranks / batch.global_batch)
         module = self.module = self.spreadable(model)
         casts = casts_weights(config)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
@@ -73,7 +73,7 @@ class ZeroEngine:
                 dist_init_required=False,
             )
         set_timeouts(config.parallel.timeout_s)
-        self.files: Format = ZeroFiles(pieces_of(settings) | {"pp": layout.pp}) if self.stage else TensorFiles()
+        self.files: Format = ZeroFiles(pieces_of(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
         self.shards = Shards(self.ds, dict(module.named_parameters()))
         if casts:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.

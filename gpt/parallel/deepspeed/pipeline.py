@@ -28,7 +28,7 @@ from gpt.model.loss import cross_entropy
 from gpt.parallel.deepspeed.engine import ZeroEngine
 from gpt.parallel.distributed import World
 from gpt.topology.batch import Batch
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import split
 
 BEFORE, AFTER = 2, 2
@@ -39,11 +39,11 @@ TIED = "token_embedding"
 class StagedZeroEngine(ZeroEngine):
     """Stages of a model, run and stepped by DeepSpeed's pipeline engine."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, layout: Topology, batch: Batch) -> None:
+    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._rows = batch.micro
         self._on_pass: Callable[[], None] = lambda: None
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        super().__init__(model, config, world, layout, batch)
+        super().__init__(model, config, world, dims, batch)
         self.layer_group = self.ds.grid.get_data_parallel_group()
         self.ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py does not put stages together
         steps = {ForwardPass: self._forward_pass, OptimizerStep: lambda _: None}  # the step is ``update``'s
@@ -51,7 +51,7 @@ class StagedZeroEngine(ZeroEngine):
 
     def spreadable(self, model: GPT) -> nn.Module:
         with redirect_stdout(io.StringIO()):  # it prints the layers
-            return StagedModel(model, self.config, self.layout.pp, self._criterion)
+            return StagedModel(model, self.config, self.dims.pp, self._criterion)
 
     def whole_name(self, name: str) -> str:
         assert isinstance(self.module, StagedModel)
@@ -74,7 +74,7 @@ class StagedZeroEngine(ZeroEngine):
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         twice = f"{TIED}.weight" if self.config.model.tie_embeddings else None
-        held = self.layout.data_ranks if self.stage == 0 else 1
+        held = self.dims.data_ranks if self.stage == 0 else 1
         for name, part, _ in super().gradients():
             yield name, part, 1 / (held * (2 if name == twice else 1))
 

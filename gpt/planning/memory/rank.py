@@ -11,7 +11,7 @@ from gpt.planning.memory.shards import Pieces, cast_elements, elements, pieces
 from gpt.planning.memory.states import states
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import BUCKET
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import Part, local_stages, parts_of
 
 LIVE = 10**9
@@ -53,7 +53,7 @@ class Memory:
         return self.total / GIB
 
 
-def per_rank(config: TrainConfig, layout: Topology, batch: Batch) -> Memory:
+def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
     """Memory of the rank that needs most, for AdamW over fp32 master weights.
 
     ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
@@ -66,45 +66,45 @@ def per_rank(config: TrainConfig, layout: Topology, batch: Batch) -> Memory:
         layout: how its ranks stand.
         batch: how the global batch is cut for its data ranks.
     """
-    return max((of_rank(config, layout, batch, rank) for rank in range(layout.pp)), key=lambda memory: memory.total)
+    return max((of_rank(config, dims, batch, rank) for rank in range(dims.pp)), key=lambda memory: memory.total)
 
 
-def of_rank(config: TrainConfig, layout: Topology, batch: Batch, pp_rank: int) -> Memory:
+def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
     """Memory of the ranks that hold one rank's stages of a pipeline."""
     parts = parts_of(config, pp_rank)
-    held = pieces(config.model, layout, parts)
-    stored = states(config, layout, held)
+    held = pieces(config.model, dims, parts)
+    stored = states(config, dims, held)
     passes = passes_at_once(config.parallel, pp_rank, batch.accumulation)
     return Memory(
         parameters=stored.parameters,
         gradients=stored.gradients,
         optimizer=stored.optimizer,
         compute_weights=compute_weights(config, held, batch.accumulation > 1),
-        activations=activations(config, layout, batch, parts, passes),
-        logits=logits(config, layout, batch, passes) if any(part.last for part in parts) else 0,
+        activations=activations(config, dims, batch, parts, passes),
+        logits=logits(config, dims, batch, passes) if any(part.last for part in parts) else 0,
         host=stored.host,
     )
 
 
-def share_of(config: TrainConfig, layout: Topology) -> Share:
+def share_of(config: TrainConfig, dims: ParallelDims) -> Share:
     """What part of a pass a rank computes."""
-    stream = layout.tp if config.parallel.sequence_parallel else 1
-    gathers = layout.cp > 1 and config.parallel.cp_method is CpMethod.allgather
-    return Share(tp=layout.tp, stream=stream, cp=layout.cp, gathers_keys=gathers, sends_rows=layout.ep > 1)
+    stream = dims.tp if config.parallel.sequence_parallel else 1
+    gathers = dims.cp > 1 and config.parallel.cp_method is CpMethod.allgather
+    return Share(tp=dims.tp, stream=stream, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
 
 
-def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list[Part], passes: int) -> int:
+def activations(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], passes: int) -> int:
     """Bytes that ``passes`` micro-batches keep in a rank's parts of the model.
 
     torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
     (torch.distributed.pipelining.stage), and keeps what goes out as long as the rest.
     """
-    model, share = config.model, share_of(config, layout)
+    model, share = config.model, share_of(config, dims)
     of_pass = kept(model, batch.micro, config.precision, config.recompute, share)
     layers = sum(len(part.blocks) for part in parts)
     inside = passes * layers * of_pass.recomputed + (of_pass.block - of_pass.recomputed if layers else 0)
     around = passes * sum(part.first * of_pass.embedding + part.last * of_pass.final for part in parts)
-    if layout.pp == 1:
+    if dims.pp == 1:
         return inside + around
     stream = share.tokens(model, batch.micro) * FP32 * model.n_embd
     received = sum((batch.accumulation - passes) * (not part.first) for part in parts)
@@ -112,10 +112,10 @@ def activations(config: TrainConfig, layout: Topology, batch: Batch, parts: list
     return inside + around + stream * (received + handed_on)
 
 
-def logits(config: TrainConfig, layout: Topology, batch: Batch, passes: int) -> int:
+def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, passes: int) -> int:
     """Three tensors of one micro-batch, and one of each other whose backward pass has not begun."""
-    tokens = share_of(config, layout).tokens(config.model, batch.micro)
-    columns = config.model.padded_vocab // (layout.tp if config.parallel.loss_parallel else 1)
+    tokens = share_of(config, dims).tokens(config.model, batch.micro)
+    columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)
     return (2 + passes) * FP32 * tokens * columns
 
 

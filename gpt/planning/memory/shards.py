@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gpt.accounting.parameters import block_shapes, outer_shapes
 from gpt.config import ModelConfig
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import holders, shard_dimension
 from gpt.topology.pipeline import Part
 
@@ -77,14 +77,14 @@ class Pieces:
         return self.layers * of_block + around
 
 
-def pieces(model: ModelConfig, layout: Topology, parts: Sequence[Part] | None = None) -> Pieces:
+def pieces(model: ModelConfig, dims: ParallelDims, parts: Sequence[Part] | None = None) -> Pieces:
     """The parameters of a rank that has these parts of the model, by default all of it."""
     block, around = block_shapes(model), outer_shapes(model)
     if parts is not None:
         around = {name: shape for name, shape in around.items() if any(holds(part, name, model) for part in parts)}
     return Pieces(
-        tuple(piece(name, shape, model, layout) for name, shape in block.items()),
-        tuple(piece(name, shape, model, layout) for name, shape in around.items()),
+        tuple(piece(name, shape, model, dims) for name, shape in block.items()),
+        tuple(piece(name, shape, model, dims) for name, shape in around.items()),
         model.n_layer if parts is None else sum(len(part.blocks) for part in parts),
     )
 
@@ -96,17 +96,17 @@ def holds(part: Part, name: str, model: ModelConfig) -> bool:
     return part.first or (part.last and name.startswith("token_embedding.") and model.tie_embeddings)
 
 
-def piece(name: str, shape: tuple[int, ...], model: ModelConfig, layout: Topology) -> Piece:
+def piece(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> Piece:
     """One rank's part of a parameter of this name and whole shape."""
-    local = cut_by_tensor(name, shape, layout.tp)
+    local = cut_by_tensor(name, shape, dims.tp)
     # A sequence that is shared leaves each of its ranks a part of the gradient, so they share the parameters too.
-    cuts = layout.dp_shard * layout.cp if layout.is_sharded else 1
-    if layout.ep == 1 or ".experts." not in name:
+    cuts = dims.dp_shard * dims.cp if dims.is_sharded else 1
+    if dims.ep == 1 or ".experts." not in name:
         return Piece(name, local, cuts)
-    dealt = (local[0] // layout.ep, *local[1:])
-    if not layout.is_sharded:
+    dealt = (local[0] // dims.ep, *local[1:])
+    if not dims.is_sharded:
         return Piece(name, dealt, 1)
-    return Piece(name, dealt, holders(layout), shard_dimension(model, layout))
+    return Piece(name, dealt, holders(dims), shard_dimension(model, dims))
 
 
 def cut_by_tensor(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:

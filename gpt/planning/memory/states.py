@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gpt.accounting.units import BF16, FP32
 from gpt.config import Precision, Strategy, TrainConfig
 from gpt.planning.memory.shards import Pieces
-from gpt.topology.dims import Topology
+from gpt.topology.dims import ParallelDims
 
 ALIGNMENT = 2
 """Elements, for each rank, that DeepSpeed rounds a flat group up to in stages 1 and 2."""
@@ -32,12 +32,12 @@ class States:
     """What was moved to the memory of the host."""
 
 
-def states(config: TrainConfig, layout: Topology, held: Pieces) -> States:
+def states(config: TrainConfig, dims: ParallelDims, held: Pieces) -> States:
     """What a rank that has these pieces keeps from step to step, and its gradients."""
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
         found = whole_weights if config.parallel.zero_stage < 3 else cut_weights
-        return found(config, layout.data_ranks, held)
-    moments = held.held(layout.data_ranks) if config.parallel.strategy is Strategy.zero1 else held.held()
+        return found(config, dims.data_ranks, held)
+    moments = held.held(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else held.held()
     kept, state = FP32 * held.held(), 2 * FP32 * moments + FP32 * held.tensors
     return States(0, 0, 0, 2 * kept + state) if config.parallel.cpu_offload else States(kept, kept, state)
 
