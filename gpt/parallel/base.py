@@ -26,7 +26,7 @@ from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
 
-class NativeEngine:
+class TorchEngine:
     """A model that torch spreads; each strategy overrides what it does otherwise.
 
     Args:

@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
-from gpt.parallel.base import NativeEngine
+from gpt.parallel.base import TorchEngine
 from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.dtensor import put
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
 
-class ReplicatedEngine(NativeEngine):
+class DDPEngine(TorchEngine):
     """A model held whole by every rank; ``trained`` where the optimizer is to step something else."""
 
     def __init__(
@@ -38,13 +38,13 @@ class ReplicatedEngine(NativeEngine):
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; 2.11 knows no other name. The buffers are constants.
             warnings.simplefilter("ignore", FutureWarning)
-            self._replicated = DistributedDataParallel(
+            self._ddp = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        super().__init__(self._replicated, trained or self._replicated, config, world, dims, batch, world.size)
-        self._settle_buckets()
+        super().__init__(self._ddp, trained or self._ddp, config, world, dims, batch, world.size)
+        self._warm_up_buckets()
 
-    def _settle_buckets(self) -> None:
+    def _warm_up_buckets(self) -> None:
         """Run two passes whose gradients are thrown away.
 
         DDP regroups its gradients after the first pass, and the order of summation with them: a resumed run would
@@ -61,10 +61,10 @@ class ReplicatedEngine(NativeEngine):
         self.module.zero_grad()
 
     def one_pass(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last else self._replicated.no_sync()
+        return nullcontext() if last else self._ddp.no_sync()
 
 
-class Zero1Engine(ReplicatedEngine):
+class Zero1Engine(DDPEngine):
     """DDP, with an optimizer that each rank runs for a part of every parameter."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
-from gpt.parallel.base import NativeEngine
+from gpt.parallel.base import TorchEngine
 from gpt.parallel.context import SharedSequence, share_sequences
 from gpt.parallel.distributed import World, build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.dtensor import clip, local, share_of, sum_over
@@ -28,7 +28,7 @@ from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
 
-class ComposedEngine(NativeEngine):
+class NDEngine(TorchEngine):
     """A model cut along the dimensions of the grid, whose parameters the data ranks shard (fsdp) or copy (ddp).
 
     A sequence that ``cp`` ranks share gives each of them a part of the gradient, so there they count as data ranks.

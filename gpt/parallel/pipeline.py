@@ -34,7 +34,7 @@ from gpt.model.stage import Stage
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World, layer_mesh
 from gpt.parallel.dtensor import local
-from gpt.parallel.nd import ComposedEngine
+from gpt.parallel.nd import NDEngine
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import local_stages, parts_of, stages_of
@@ -243,7 +243,7 @@ def reshard(stage: nn.Module) -> None:
             module.reshard()
 
 
-class StagedEngine(ComposedEngine):
+class PipelineEngine(NDEngine):
     """Each rank holds some stages of the model; what else spreads it is applied to each of them."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:

@@ -12,20 +12,20 @@ from gpt.topology.dims import ParallelDims
 
 def spread(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
     """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
-    from gpt.parallel.ddp import ReplicatedEngine, Zero1Engine
-    from gpt.parallel.nd import ComposedEngine
-    from gpt.parallel.pipeline import StagedEngine
+    from gpt.parallel.ddp import DDPEngine, Zero1Engine
+    from gpt.parallel.nd import NDEngine
+    from gpt.parallel.pipeline import PipelineEngine
 
     if config.parallel.strategy is Strategy.deepspeed:
         return spread_by_deepspeed(model, config, world, dims, batch)
     if dims.pp > 1:
-        return StagedEngine(model, config, world, dims, batch)
+        return PipelineEngine(model, config, world, dims, batch)
     model.to(world.device)
     if config.parallel.strategy is Strategy.zero1:
         return Zero1Engine(model, config, world, dims, batch)
     if config.parallel.strategy is Strategy.fsdp or dims.model_ranks * dims.ep > 1:
-        return ComposedEngine(model, config, world, dims, batch)
-    return ReplicatedEngine(model, config, world, dims, batch)
+        return NDEngine(model, config, world, dims, batch)
+    return DDPEngine(model, config, world, dims, batch)
 
 
 def spread_by_deepspeed(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
@@ -34,9 +34,9 @@ def spread_by_deepspeed(model: GPT, config: TrainConfig, world: World, dims: Par
 
     load_deepspeed(world)  # before what imports it at its top
     if dims.pp > 1:
-        from gpt.parallel.deepspeed.pipeline import StagedZeroEngine
+        from gpt.parallel.deepspeed.pipeline import ZeroPipelineEngine
 
-        return StagedZeroEngine(model, config, world, dims, batch)
+        return ZeroPipelineEngine(model, config, world, dims, batch)
     from gpt.parallel.deepspeed.engine import ZeroEngine
 
     return ZeroEngine(model, config, world, dims, batch)

@@ -36,7 +36,7 @@ BEFORE, AFTER = 2, 2
 TIED = "token_embedding"
 
 
-class StagedZeroEngine(ZeroEngine):
+class ZeroPipelineEngine(ZeroEngine):
     """Stages of a model, run and stepped by DeepSpeed's pipeline engine."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
@@ -51,10 +51,10 @@ class StagedZeroEngine(ZeroEngine):
 
     def spreadable(self, model: GPT) -> nn.Module:
         with redirect_stdout(io.StringIO()):  # it prints the layers
-            return StagedModel(model, self.config, self.dims.pp, self._criterion)
+            return GPTPipelineModule(model, self.config, self.dims.pp, self._criterion)
 
     def whole_name(self, name: str) -> str:
-        assert isinstance(self.module, StagedModel)
+        assert isinstance(self.module, GPTPipelineModule)
         return self.module.whole_name(name)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
@@ -79,7 +79,7 @@ class StagedZeroEngine(ZeroEngine):
             yield name, part, 1 / (held * (2 if name == twice else 1))
 
     def own_files(self, folder: Path, tag: str) -> list[str]:
-        assert isinstance(self.module, StagedModel)
+        assert isinstance(self.module, GPTPipelineModule)
         return [*super().own_files(folder, tag), *self.module.own_files(folder / tag)]
 
     def take_step(self) -> None:
@@ -97,7 +97,7 @@ class StagedZeroEngine(ZeroEngine):
         return loss * (self.scale * self.batch.accumulation)
 
 
-class StagedModel(PipelineModule):
+class GPTPipelineModule(PipelineModule):
     """This rank's layers of a GPT, whose parameters keep the names that they have in the whole model.
 
     Args:
