@@ -22,7 +22,7 @@ from benchmarks.page import chosen, stamp
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
 from gpt.planning.memory import Memory, per_rank
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
@@ -60,7 +60,7 @@ def planned(strategy: str, size: int) -> Memory:
     """What the plan says of it."""
     config = to_schema(compose_train([*TINY, *words_of(strategy)]), TrainConfig)
     dims = check_parallel_dims(config, size)
-    return per_rank(config, dims, cut(config.optim, dims.data_ranks))
+    return per_rank(config, dims, split_batch(config.optim, dims.data_ranks))
 
 
 def measured(strategies: list[str], size: int, folder: Path) -> Held:

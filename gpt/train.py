@@ -30,7 +30,7 @@ with lasting_imports():
     from gpt.model.init import initialize
     from gpt.parallel.compile import prepare_blocks
     from gpt.parallel.distributed import World, open_world
-    from gpt.topology.batch import cut
+    from gpt.topology.batch import split_batch
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism
     from gpt.training.evaluation import mean_loss
@@ -53,7 +53,7 @@ with lasting_imports():
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
     dims = check_parallel_dims(config, world.size)
-    batch = cut(config.optim, dims.data_ranks)
+    batch = split_batch(config.optim, dims.data_ranks)
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)

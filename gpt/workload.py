@@ -24,7 +24,7 @@ from gpt.planning.auto import Settled, settle
 from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
 from gpt.planning.memory import GIB, Memory
-from gpt.topology.batch import Batch, cut
+from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
@@ -62,7 +62,7 @@ class GptWorkload:
         )
         config = settled.apply(config)
         dims = check_parallel_dims(config, request.world_size)
-        batch = cut_batch(config, dims, request)
+        batch = split_batch_over_nodes(config, dims, request)
         corpus = describe(config.data, config.data_cache)
         check_fit(corpus, config.model, config.eval.sequences)
         needed = memory.per_rank(config, dims, batch)
@@ -160,7 +160,7 @@ def plan_facts(
     }
 
 
-def cut_batch(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
+def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
     """Split the global batch, naming nodes and ranks where that does not go."""
     total, ranks = config.optim.global_batch, dims.data_ranks
     if not config.optim.weak_scaling and total % ranks:
@@ -174,7 +174,7 @@ def cut_batch(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> 
             "the same number of sequences for every rank",
             f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
         )
-    return cut(config.optim, ranks)
+    return split_batch(config.optim, ranks)
 
 
 def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:

@@ -64,27 +64,27 @@ class TorchEngine:
         # sequence each has the mean over its part.
         set_auxiliary_scale(module, averaged / (batch.global_batch * dims.tp * dims.cp))
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
-        passes, micro = self.batch.accumulation, self.batch.micro
+        num_micro_batches, micro = self.batch.accumulation, self.batch.micro
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i in range(passes):
-            on_pass()
+        for i in range(num_micro_batches):
+            on_micro_batch()
             part = slice(i * micro, (i + 1) * micro)
-            with self.one_pass(last=i == passes - 1):
-                loss = self.pass_loss(tokens_BT[part], targets_BT[part])
+            with self.micro_batch_context(last=i == num_micro_batches - 1):
+                loss = self.micro_batch_loss(tokens_BT[part], targets_BT[part])
                 (loss * self.scale).backward()
             loss_sum += loss.detach()
         return loss_sum * self.counted
 
-    def one_pass(self, last: bool) -> AbstractContextManager[object]:
+    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
         return nullcontext()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.pass_loss(tokens_BT, targets_BT) * self.counted
+        return self.micro_batch_loss(tokens_BT, targets_BT) * self.counted
 
-    def pass_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The summed loss of one forward pass, () fp32, on every rank that takes part in it."""
         return summed_loss(self.module, self.config, tokens_BT, targets_BT, self.world.device, self.criterion)
 

@@ -60,7 +60,7 @@ class DDPEngine(TorchEngine):
                 logits_BTV.float().square().mean().backward()
         self.module.zero_grad()
 
-    def one_pass(self, last: bool) -> AbstractContextManager[object]:
+    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last else self._ddp.no_sync()
 
 

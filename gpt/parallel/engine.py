@@ -26,7 +26,7 @@ class Engine(Protocol):
     files: Format
     """How ``state()`` becomes the files of a checkpoint."""
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         """Leave in the parameters the gradients of the mean loss over the global batch.
 
         Args:

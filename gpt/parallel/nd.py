@@ -74,9 +74,9 @@ class NDEngine(TorchEngine):
         """What this rank holds of the model: all of it as one module, and the parts that are called by themselves."""
         return model, [model]
 
-    def passes(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
-        return super().backward(tokens_BT, targets_BT, on_pass)
+        return super().backward(tokens_BT, targets_BT, on_micro_batch)
 
     def _cut_matrices(self, parts: Sequence[GPT], config: TrainConfig, line: DeviceMesh) -> None:
         for part in parts:
@@ -86,22 +86,22 @@ class NDEngine(TorchEngine):
             columns = config.model.padded_vocab // line.size()
             self.criterion = vocabulary_loss(line, columns, config.model.vocab_size)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
-        loss_sum = self.passes(tokens_BT, targets_BT, on_pass)
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+        loss_sum = self.forward_backward(tokens_BT, targets_BT, on_micro_batch)
         if self.dims.tp > 1 and not self._sharded:
             finish_gradients(self.module, self.grid["tp"])
         for parameters, group in self._summed:
             sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
         return loss_sum
 
-    def pass_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return super().pass_loss(self.own(tokens_BT), self.own(targets_BT))
+    def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return super().micro_batch_loss(self.own(tokens_BT), self.own(targets_BT))
 
     def own(self, x_BT: Tensor) -> Tensor:
         """What this rank takes of the tokens, or of the targets, of each sequence."""
         return x_BT if self._sequence is None else self._sequence.part(x_BT)
 
-    def one_pass(self, last: bool) -> AbstractContextManager[object]:
+    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         return nullcontext()

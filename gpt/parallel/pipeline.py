@@ -78,25 +78,33 @@ class Pipeline:
         self.tied = Tied(self)
         for stage in self.stages.values():
             stage.to(world.device)
-            replace_forward(stage, partial(self._pass, stage.forward, stage.last))
-        self._on_pass: Callable[[], None] = lambda: None
+            replace_forward(stage, partial(self._run_stage, stage.forward, stage.last))
+        self._on_micro_batch: Callable[[], None] = lambda: None
         self._objective: Criterion = cross_entropy
         self._schedule = self._build_schedule()
 
     def step(
-        self, tokens_BT: Tensor, targets_BT: Tensor, scale: float, criterion: Criterion, on_pass: Callable[[], None]
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        scale: float,
+        criterion: Criterion,
+        on_micro_batch: Callable[[], None],
     ) -> Tensor:
         """Send a data rank's sequences through all stages and back; gradients are of the summed loss times ``scale``.
 
         Returns:
             The summed loss where the last stage is, 0 elsewhere, () float64.
         """
-        self._on_pass, self._objective = on_pass, lambda logits, targets: criterion(logits, targets) * scale
+        self._on_micro_batch, self._objective = (
+            on_micro_batch,
+            lambda logits, targets: criterion(logits, targets) * scale,
+        )
         losses: list[Tensor] = []
         tokens = [tokens_BT.to(self._device, non_blocking=True)] if 0 in self.stages else []
         targets_BT = targets_BT.to(self._device, non_blocking=True)
         self._schedule.step(*tokens, target=targets_BT, losses=losses, return_outputs=False)
-        self._on_pass = lambda: None
+        self._on_micro_batch = lambda: None
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack([loss.detach().double() for loss in losses]).sum() / scale
@@ -133,8 +141,8 @@ class Pipeline:
         """The first and the last stage."""
         return 0, self._count - 1
 
-    def _pass(self, forward: Callable[[Tensor], Tensor], last: bool, x: Tensor) -> Tensor:
-        self._on_pass()
+    def _run_stage(self, forward: Callable[[Tensor], Tensor], last: bool, x: Tensor) -> Tensor:
+        self._on_micro_batch()
         with autocast(self._config, self._device):
             y = forward(x)
         return y if last else y.to(self._stream(0, torch.device("meta")).dtype)
@@ -255,13 +263,13 @@ class PipelineEngine(NDEngine):
         self._pipeline = Pipeline(model, config, world, batch, self.grid["pp"].get_group())
         return self._pipeline.module, list(self._pipeline.stages.values())
 
-    def passes(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
+    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
         own = self.own(tokens_BT), self.own(targets_BT)
-        return self._pipeline.step(*own, self.scale, self.criterion, on_pass) * self.counted
+        return self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch) * self.counted
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
-        loss_sum = super().backward(tokens_BT, targets_BT, on_pass)
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+        loss_sum = super().backward(tokens_BT, targets_BT, on_micro_batch)
         self._pipeline.tied.sum_gradients()
         return loss_sum
 

@@ -15,8 +15,8 @@ from gpt.planning.cost import Estimate, estimate
 from gpt.planning.explain import describe, impossible, left_out, too_large
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import Memory
-from gpt.planning.search import MICRO_BATCH, Candidate, Freedom, Sized, Sizes, sizes, with_passes
-from gpt.topology.batch import Batch, cut
+from gpt.planning.search import MICRO_BATCH, Candidate, Freedom, Sized, Sizes, sizes, with_micro_batch
+from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
@@ -93,8 +93,8 @@ def choose(config: TrainConfig, world_size: int, machine: Machine, fixed: Collec
 def choice(config: TrainConfig, freedom: Freedom, sized: Sized, machine: Machine) -> Choice:
     """What is expected of a candidate that fits with some freedom."""
     one = sized.candidate
-    micro_batch = one.batch.micro if freedom.smaller_passes else config.optim.micro_batch
-    chosen = replace(with_passes(config, micro_batch), parallel=one.parallel)
+    micro_batch = one.batch.micro if freedom.smaller_micro_batch else config.optim.micro_batch
+    chosen = replace(with_micro_batch(config, micro_batch), parallel=one.parallel)
     expected = estimate(chosen, one.dims, one.batch, machine)
     return Choice(one.parallel, one.dims, one.batch, micro_batch, sized.memory, expected)
 
@@ -134,7 +134,7 @@ class Settled:
 
     def apply(self, config: Config) -> Config:
         """The config with nothing left open."""
-        return replace(with_passes(config, self.micro_batch), parallel=self.parallel)
+        return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
 
 
 def settle(
@@ -195,7 +195,7 @@ def earlier_choice(
     settled = Settled(earlier, before.optim.micro_batch, why="as this run began; fresh=true chooses anew")
     chosen = settled.apply(config)
     try:
-        cut(chosen.optim, check_parallel_dims(chosen, world_size).data_ranks)
+        split_batch(chosen.optim, check_parallel_dims(chosen, world_size).data_ranks)
     except ConfigError:
         return None
     return settled

@@ -141,7 +141,7 @@ def stream_width(config: TrainConfig) -> int:
     return product_width(config) if config.parallel.strategy is Strategy.fsdp else FP32
 
 
-def forward_passes(config: TrainConfig) -> int:
+def num_forwards(config: TrainConfig) -> int:
     """How often a block does its forward pass: again where it is recomputed."""
     return 1 if config.recompute is Recompute.none else 2
 
@@ -157,7 +157,7 @@ def tensor_s(
         forward = backward = 2 * (stream + product)
     else:
         forward, backward = 4 * product, 4 * stream
-    seconds = layers * (forward_passes(config) * forward + backward) + 2 * around * stream
+    seconds = layers * (num_forwards(config) * forward + backward) + 2 * around * stream
     if not config.parallel.loss_parallel:
         seconds += line.gather(FP32 * tokens_of(config, dims, batch) * config.model.padded_vocab)
     return seconds
@@ -168,12 +168,12 @@ def context_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Ma
     attention."""
     model, line = config.model, group(dims, machine, ["cp"])
     keys = 2 * product_width(config) * batch.micro * model.block_size * model.kv_heads * model.head_dim / dims.tp
-    seconds = (forward_passes(config) + 1) * line.gather(keys)
+    seconds = (num_forwards(config) + 1) * line.gather(keys)
     if config.parallel.cp_method is CpMethod.allgather:
         return seconds
     # On the way back the keys go round again, with their gradients, which are summed in fp32.
     products = forward_flops(model, batch.micro).attention / 2 / model.n_layer / (dims.cp * dims.tp)
-    computing = (forward_passes(config) + 2) * products / machine.flops_per_s
+    computing = (num_forwards(config) + 2) * products / machine.flops_per_s
     return max(0.0, seconds + line.gather(keys * FP32 / product_width(config)) - computing)
 
 

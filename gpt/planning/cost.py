@@ -57,14 +57,14 @@ def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine
     """The time of a step for one rank of the pipeline, if it were the one that sets the pace."""
     parts = parts_of(config, rank)
     held = pieces(config.model, dims, parts)
-    compute_s = pass_s(config, dims, batch, parts, machine)
-    each_pass = layers_s(config, dims, batch, parts, machine, compute_s)
+    compute_s = micro_batch_s(config, dims, batch, parts, machine)
+    per_micro_batch = layers_s(config, dims, batch, parts, machine, compute_s)
     if dims.pp > 1:
-        each_pass["pp"] = send_s(config, dims, batch, len(parts), machine)
-    inside = {name: batch.accumulation * seconds for name, seconds in each_pass.items()}
+        per_micro_batch["pp"] = send_s(config, dims, batch, len(parts), machine)
+    inside = {name: batch.accumulation * seconds for name, seconds in per_micro_batch.items()}
     busy_s = batch.accumulation * compute_s + sum(inside.values())
     idle = idle_share(config, dims, batch)
-    after = between_passes_s(config, dims, batch, held, machine, compute_s)
+    after = per_step_s(config, dims, batch, held, machine, compute_s)
     return Estimate(
         compute_s=batch.accumulation * compute_s,
         idle_s=busy_s * idle / (1 - idle),
@@ -73,7 +73,7 @@ def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine
     )
 
 
-def between_passes_s(
+def per_step_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, machine: Machine, compute_s: float
 ) -> dict[str, float]:
     """Seconds of a step that a rank waits for gradients and parameters, of the other data ranks and of its host."""
@@ -93,7 +93,7 @@ def idle_share(config: TrainConfig, dims: ParallelDims, batch: Batch) -> float:
     return bubble_fraction(config.parallel.schedule, dims.pp, batch.accumulation, local_stages(config.parallel))
 
 
-def pass_s(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], machine: Machine) -> float:
+def micro_batch_s(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], machine: Machine) -> float:
     """Seconds in which a rank computes both passes of a micro-batch through its parts of the model."""
     model, flops = config.model, training_flops_per_token(config.model)
     layers = sum(len(part.blocks) for part in parts)

@@ -11,7 +11,7 @@ from gpt.config import EngineKind, ParallelConfig, Recompute, Strategy, TrainCon
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import GIB, Memory
 from gpt.planning.search import MICRO_BATCH, OFFLOADS, ORDER, Candidate, Freedom, Sizes, can_fit, may_offload, sizes
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
@@ -38,14 +38,14 @@ def left_out(
 def taken(config: TrainConfig, machine: Machine, tried: Sequence[Sizes]) -> Iterator[str]:
     """Each freedom that was taken, and what there was without it."""
     known, last = {found.freedom: found for found in tried}, tried[-1].freedom
-    without = known.get(replace(last, smaller_passes=False))
-    if last.smaller_passes and without:
+    without = known.get(replace(last, smaller_micro_batch=False))
+    if last.smaller_micro_batch and without:
         yield (
             f"smaller passes, and more of them for the same global batch: with optim.micro_batch="
             f"{config.optim.micro_batch} {nothing(without, machine)}"
         )
     if last.offload:
-        without = known.get(Freedom(smaller_passes=True)) or known[Freedom()]
+        without = known.get(Freedom(smaller_micro_batch=True)) or known[Freedom()]
         yield f"memory of the host, which is slow: on the devices alone {nothing(without, machine)}"
 
 
@@ -81,7 +81,7 @@ def not_considered(config: TrainConfig, fixed: Collection[str], freedom: Freedom
             yield "DeepSpeed's pipeline (parallel.pp=2)"
     else:
         yield "DeepSpeed's stages (parallel.engine=deepspeed)"
-    smaller = config.optim.micro_batch > 1 and not freedom.smaller_passes
+    smaller = config.optim.micro_batch > 1 and not freedom.smaller_micro_batch
     ways = ["smaller passes"] if smaller and not freedom.offload else []
     ways += ["the memory of the host"] if may_offload(machine, fixed) and not freedom.offload else []
     if ways:
@@ -97,7 +97,7 @@ def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> 
         plainest = replace(given, strategy=Strategy.deepspeed, zero_stage=given.zero_stage or 0)
     try:
         plainest.validate()
-        cut(config.optim, check_parallel_dims(replace(config, parallel=plainest), world_size).data_ranks)
+        split_batch(config.optim, check_parallel_dims(replace(config, parallel=plainest), world_size).data_ranks)
     except ConfigError as error:
         return error
     return ConfigError(
@@ -184,21 +184,21 @@ def needs(one: Candidate, memory: Memory, machine: Machine) -> str:
 def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A line for each of some layouts, as ``Choice.as_dict`` gives them, best first."""
     width = max((len(choice["layout"]) for choice in choices), default=0)
-    passes = max((len(passes_of(choice)) for choice in choices), default=0)
+    num_width = max((len(micro_batches_text(choice)) for choice in choices), default=0)
     for number, choice in enumerate(choices, start=1):
         step_s = choice["step_s"]
         sent = {name: s for name, s in choice["communication_s"].items() if s >= 0.001 * step_s}
         shares = "".join(f", {name} {s / step_s:.1%}" for name, s in sent.items())
         host = f" and {choice['host_bytes'] / GIB:.3g} GiB of the host" if choice["host_bytes"] else ""
         yield (
-            f"{number}. {choice['layout']:<{width}}  {passes_of(choice):>{passes}}, "
+            f"{number}. {choice['layout']:<{width}}  {micro_batches_text(choice):>{num_width}}, "
             f"{choice['memory_bytes'] / GIB:.3g} GiB{host}, {seconds(step_s)} a step, "
             f"{choice['tokens_per_s']:,.0f} tokens/s; idle {choice['idle_s'] / step_s:.1%}, "
             f"sending {sum(sent.values()) / step_s:.1%}{shares and f' ({shares[2:]})'}"
         )
 
 
-def passes_of(choice: Mapping[str, Any]) -> str:
+def micro_batches_text(choice: Mapping[str, Any]) -> str:
     """How a rank's sequences of a step are cut."""
     count = choice["accumulation"]
     return f"{count} pass{'es' if count > 1 else ''} of {choice['micro_batch']}"

@@ -14,7 +14,7 @@ from typing import TypeVar
 from gpt.config import EngineKind, Ffn, ParallelConfig, Schedule, Strategy, TrainConfig
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import Memory, per_rank
-from gpt.topology.batch import Batch, cut
+from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import V_SHAPED
 from gpt.topology.rules import check_parallel_dims
@@ -77,7 +77,7 @@ def candidates(
         try:
             parallel.validate()
             dims = check_parallel_dims(chosen, world_size)
-            possible.append(Candidate(parallel, dims, cut(config.optim, dims.data_ranks)))
+            possible.append(Candidate(parallel, dims, split_batch(config.optim, dims.data_ranks)))
         except ConfigError as error:
             refused.append(error)
     return Found(tuple(possible), tuple(refused))
@@ -154,12 +154,17 @@ MICRO_BATCH = "optim.micro_batch"
 class Freedom:
     """What may differ from what was typed."""
 
-    smaller_passes: bool = False
+    smaller_micro_batch: bool = False
     """``optim.micro_batch``; the global batch stays."""
     offload: bool = False
 
 
-ORDER = (Freedom(), Freedom(smaller_passes=True), Freedom(offload=True), Freedom(smaller_passes=True, offload=True))
+ORDER = (
+    Freedom(),
+    Freedom(smaller_micro_batch=True),
+    Freedom(offload=True),
+    Freedom(smaller_micro_batch=True, offload=True),
+)
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def sizes(config: TrainConfig, world_size: int, machine: Machine, fixed: Collect
     for freedom in ORDER:
         if freedom.offload and not may_offload(machine, fixed):
             continue
-        if least if freedom.smaller_passes else not least and MICRO_BATCH not in fixed:
+        if least if freedom.smaller_micro_batch else not least and MICRO_BATCH not in fixed:
             continue
         yield of_freedom(config, world_size, machine, fixed, freedom)
 
@@ -202,7 +207,7 @@ def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Colle
     return any(
         fits(one.memory, machine)
         for offload in (False, *([True] if may_offload(machine, fixed) else []))
-        for changed in (config, with_passes(config, 1))
+        for changed in (config, with_micro_batch(config, 1))
         for one in sized(changed, world_size, machine, fixed, Freedom(offload=offload), [])
     )
 
@@ -234,7 +239,10 @@ def sized(
     """Every layout that is possible with as much freedom, each with passes of every size; refusals of the passes that
     were typed are added to a list."""
     known = set()
-    for changed in [config, *(with_passes(config, size) for size in halves(config.optim.micro_batch, freedom))]:
+    for changed in [
+        config,
+        *(with_micro_batch(config, size) for size in smaller_micro_batches(config.optim.micro_batch, freedom)),
+    ]:
         found = candidates(changed, world_size, machine.ranks_per_node, fixed, freedom.offload)
         refused += found.refused if changed is config else ()
         for one in found.possible:
@@ -244,14 +252,14 @@ def sized(
                 yield Sized(one, per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch))
 
 
-def with_passes(config: Config, micro_batch: int) -> Config:
+def with_micro_batch(config: Config, micro_batch: int) -> Config:
     """The same run with passes of at most so many sequences."""
     return replace(config, optim=replace(config.optim, micro_batch=micro_batch))
 
 
-def halves(micro_batch: int, freedom: Freedom) -> Iterator[int]:
+def smaller_micro_batches(micro_batch: int, freedom: Freedom) -> Iterator[int]:
     """Smaller passes to try, down to one sequence."""
-    while freedom.smaller_passes and micro_batch > 1:
+    while freedom.smaller_micro_batch and micro_batch > 1:
         micro_batch //= 2
         yield micro_batch
 

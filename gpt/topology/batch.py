@@ -22,7 +22,7 @@ class Batch:
     accumulation: int
 
 
-def cut(optim: OptimConfig, data_ranks: int) -> Batch:
+def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
     """Cut the global batch for ``data_ranks`` data-parallel ranks.
 
     The micro-batch is the largest divisor of the per-rank batch that ``optim.micro_batch`` allows, so every number

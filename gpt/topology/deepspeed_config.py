@@ -112,11 +112,11 @@ def settled(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
     """
     optim, parallel = config.optim, config.parallel
     bf16, offloads = config.precision is Precision.bf16, "parallel.offload_{}=true"
-    passes = f"optim.micro_batch of {batch.per_rank} sequences divided by {{}}"
+    accumulation_fix = f"optim.micro_batch of {batch.per_rank} sequences divided by {{}}"
     found: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch.global_batch, "optim.global_batch={}"),
         "train_micro_batch_size_per_gpu": (batch.micro, "optim.micro_batch={}"),
-        "gradient_accumulation_steps": (batch.accumulation, passes),
+        "gradient_accumulation_steps": (batch.accumulation, accumulation_fix),
         "gradient_clipping": (optim.grad_clip, "optim.grad_clip={}"),
         "zero_optimization.stage": (parallel.zero_stage, "parallel.zero_stage={}"),
         "zero_optimization.offload_optimizer.device": (

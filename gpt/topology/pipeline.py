@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 from gpt.accounting.flops import recomputed_flops_per_token, training_flops
 from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
-from gpt.topology.batch import Batch, cut
+from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 
@@ -54,28 +54,28 @@ def check_layers(config: TrainConfig) -> None:
 
 def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
     """The schedules take some numbers of micro-batches only."""
-    batch, parallel = cut(config.optim, dims.data_ranks), config.parallel
-    if runs_with(parallel, batch.accumulation):
+    batch, parallel = split_batch(config.optim, dims.data_ranks), config.parallel
+    if accepts_micro_batches(parallel, batch.accumulation):
         return
-    fewest = fewest_micro_batches(parallel)
+    fewest = min_micro_batches(parallel)
     enough = f"at least {fewest}" if batch.accumulation < fewest else f"a multiple of {parallel.pp}"
     number = f"{batch.accumulation} micro-batch{'es' if batch.accumulation > 1 else ''}"
     raise ConfigError(
         f"{number} (optim.global_batch={batch.global_batch} over {batch.ranks} data ranks, "
         f"{batch.micro} sequences each) for parallel.schedule={parallel.schedule.name} on {parallel.pp} ranks",
         f"{enough} of them",
-        other_batch(config, batch),
+        suggest_batch(config, batch),
     )
 
 
-def other_batch(config: TrainConfig, batch: Batch) -> str:
+def suggest_batch(config: TrainConfig, batch: Batch) -> str:
     """What to type for a number of micro-batches that the schedule takes: smaller ones, or else more of them."""
     sizes = [size for size in range(batch.micro, 0, -1) if batch.per_rank % size == 0]
     for size in sizes:
-        if runs_with(config.parallel, batch.per_rank // size):
+        if accepts_micro_batches(config.parallel, batch.per_rank // size):
             return f"optim.micro_batch={size}"
     number = batch.accumulation
-    while not runs_with(config.parallel, number):
+    while not accepts_micro_batches(config.parallel, number):
         number += 1
     ranks = 1 if config.optim.weak_scaling else batch.ranks
     return f"optim.global_batch={number * batch.micro * ranks} optim.micro_batch={batch.micro}"
@@ -203,20 +203,20 @@ def deal_out(costs: tuple[int, ...], parts: int) -> list[range]:
     return [range(*pair) for pair in pairwise([*cuts, end])]
 
 
-def fewest_micro_batches(parallel: ParallelConfig) -> int:
+def min_micro_batches(parallel: ParallelConfig) -> int:
     """Micro-batches without which torch's schedule does not run at all; DeepSpeed's 1F1B runs with any number."""
     if parallel.schedule is Schedule["1f1b"]:
         return 1 if parallel.strategy is Strategy.deepspeed else parallel.pp
     return 2 * parallel.pp if parallel.schedule is Schedule.dualpipev else 1
 
 
-def runs_with(parallel: ParallelConfig, micro_batches: int) -> bool:
+def accepts_micro_batches(parallel: ParallelConfig, micro_batches: int) -> bool:
     """Whether the schedule takes so many micro-batches.
 
     Interleaved 1F1B goes in rounds of equally many, at least one for each rank.
     """
     rounds = max(1, micro_batches // parallel.pp) if parallel.schedule is Schedule.interleaved else 1
-    return micro_batches >= fewest_micro_batches(parallel) and micro_batches % rounds == 0
+    return micro_batches >= min_micro_batches(parallel) and micro_batches % rounds == 0
 
 
 def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_rank: int = 1) -> float:

@@ -21,7 +21,7 @@ from gpt.config import (
 )
 from gpt.config.checks import divisors
 from gpt.config.model_rules import GROUPED_MULTIPLE
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import ParallelDims, parallel_dims
 from gpt.topology.experts import check_expert
@@ -157,7 +157,7 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
     check_dimensions(config, dims)
     if dims.pp > 1:
         check_stages(config, dims)
-    ds_config(config, cut(config.optim, dims.data_ranks))
+    ds_config(config, split_batch(config.optim, dims.data_ranks))
 
 
 def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:

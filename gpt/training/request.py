@@ -20,7 +20,7 @@ from gpt.parallel.distributed import World
 from gpt.planning.auto import Settled, settle
 from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs import compose
@@ -108,5 +108,5 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
 def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
     """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together."""
-    cut(config.optim, check_parallel_dims(config, world_size).data_ranks)
+    split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
     check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)

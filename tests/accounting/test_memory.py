@@ -26,7 +26,7 @@ from gpt.config import (
 )
 from gpt.model.gpt import GPT
 from gpt.planning.memory import GIB, Memory, cast_elements, kept, per_rank, pieces
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, MOE, configs, label, random_tokens, small, variants
@@ -48,7 +48,7 @@ def memory(
     parallel = ParallelConfig(strategy, reshard_after_forward=reshard)
     dims = parallel_dims(parallel, ranks)
     trained = TrainConfig(model=config, optim=optim, parallel=parallel, precision=precision)
-    return per_rank(trained, dims, cut(optim, dims.data_ranks))
+    return per_rank(trained, dims, split_batch(optim, dims.data_ranks))
 
 
 def trained_one_step(model: nn.Module, tokens_BT: Tensor) -> torch.optim.AdamW:

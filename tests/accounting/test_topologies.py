@@ -22,8 +22,8 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.planning.memory import FP32, Memory, per_rank, pieces
-from gpt.planning.memory.rank import passes_at_once
-from gpt.topology.batch import cut
+from gpt.planning.memory.rank import micro_batches_in_flight
+from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
 from gpt.topology.pipeline import parts_of
 from tests.support.small_models import LLAMA, MOE, configs, small
@@ -40,7 +40,7 @@ def run(model: ModelConfig, **parallel: Any) -> TrainConfig:
 
 def memory(config: TrainConfig, ranks: int) -> Memory:
     dims = parallel_dims(config.parallel, ranks)
-    return per_rank(config, dims, cut(config.optim, dims.data_ranks))
+    return per_rank(config, dims, split_batch(config.optim, dims.data_ranks))
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_activations_are_cut_by_tensor_parallelism() -> None:
 )
 def test_passes_begun_by_schedule(schedule: str, by_rank: list[int]) -> None:
     parallel = ParallelConfig(Strategy.ddp, pp=4, schedule=Schedule[schedule])
-    assert [passes_at_once(parallel, rank, 8) for rank in range(4)] == by_rank
-    assert passes_at_once(parallel, 0, 1) == 1
-    assert passes_at_once(replace(parallel, pp=1), 0, 8) == 1
+    assert [micro_batches_in_flight(parallel, rank, 8) for rank in range(4)] == by_rank
+    assert micro_batches_in_flight(parallel, 0, 1) == 1
+    assert micro_batches_in_flight(replace(parallel, pp=1), 0, 8) == 1
 
 
 def test_gpipe_keeps_every_micro_batch_and_1f1b_a_few() -> None:

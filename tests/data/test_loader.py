@@ -17,13 +17,13 @@ from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples, train_indices
 from gpt.data.preprocessing.prepare import prepare as prepare_folder
 from gpt.data.preprocessing.recipe import recipe_of
-from gpt.topology.batch import Batch, cut
+from gpt.topology.batch import Batch, split_batch
 from launch.errors import ConfigError
 
 
 def batch_of(global_batch: int, ranks: int) -> Batch:
     optim = OptimConfig(max_steps=1, global_batch=global_batch, micro_batch=4, lr=1e-3, min_lr=1e-4, warmup_steps=0)
-    return cut(optim, ranks)
+    return split_batch(optim, ranks)
 
 
 @given(

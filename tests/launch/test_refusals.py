@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpt.config import OptimConfig, TrainConfig
 from gpt.config.compose import NOT_IN_POINT, compose_train
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch
 from launch.errors import ConfigError
@@ -127,7 +127,7 @@ def test_half_an_environment_of_ranks_is_refused(tmp_path: Path) -> None:
 def test_a_batch_is_cut_without_rest_or_refused(global_batch: int, micro_batch: int, ranks: int, weak: bool) -> None:
     optim = OptimConfig(global_batch=global_batch, micro_batch=micro_batch, weak_scaling=weak)
     try:
-        batch = cut(optim, ranks)
+        batch = split_batch(optim, ranks)
     except ConfigError:
         assert not weak and global_batch % ranks != 0
         return

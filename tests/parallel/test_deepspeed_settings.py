@@ -65,7 +65,7 @@ def test_timers_that_the_pipeline_cannot_run_are_refused_there_alone(tmp_path: P
 
 
 def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
-    from gpt.topology.batch import cut
+    from gpt.topology.batch import split_batch
     from gpt.topology.deepspeed_config import ds_config
 
     path = tmp_path / "ds.json"
@@ -79,7 +79,7 @@ def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps(theirs))
     config = config_of("parallel=zero2", f"parallel.deepspeed_config={path}")
-    made = ds_config(config, cut(config.optim, 4))
+    made = ds_config(config, split_batch(config.optim, 4))
     assert made["zero_optimization"] == theirs["zero_optimization"]
     assert made["train_batch_size"] == BATCH and "optimizer" not in made and "bf16" not in made
     assert made["wall_clock_breakdown"] is False

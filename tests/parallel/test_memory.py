@@ -10,7 +10,7 @@ from gpt.config import Precision, TrainConfig
 from gpt.config.compose import compose_train
 from gpt.planning.memory import BF16, FP32, cast_elements, kept, pieces, states
 from gpt.planning.memory.rank import share_of
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.pipeline import parts_of
 from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
@@ -80,7 +80,7 @@ def test_every_rank_holds_what_the_plan_says(
 ) -> None:
     config = to_schema(compose_train([*TINY, *words_of(name, model)]), TrainConfig)
     dims = check_parallel_dims(config, len(held))
-    assert cut(config.optim, dims.data_ranks).global_batch == BATCH
+    assert split_batch(config.optim, dims.data_ranks).global_batch == BATCH
     line = len(held) // dims.pp
     for stage in range(dims.pp):
         said = states(config, dims, pieces(config.model, dims, parts_of(config, stage)))
@@ -131,7 +131,7 @@ def test_activations_of_a_rank_are_what_the_plan_says(tmp_path: Path) -> None:
     for case, words in ACTIVATIONS.items():
         config = to_schema(compose_train([*TINY, *WORDS, *words]), TrainConfig)
         dims, width = check_parallel_dims(config, 2), BF16 if config.precision is Precision.bf16 else FP32
-        micro = cut(config.optim, dims.data_ranks).micro
+        micro = split_batch(config.optim, dims.data_ranks).micro
         said = kept(config.model, micro, config.precision, config.recompute, share_of(config, dims))
         casts = BF16 * cast_elements(pieces(config.model, dims)) if width == BF16 else 0
         tokens, columns = micro * config.model.block_size // dims.cp, config.model.padded_vocab // dims.tp

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
 from gpt.planning.memory import per_rank
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims
 from gpt.training.state import save
 from launch.errors import ConfigError
@@ -63,7 +63,7 @@ def composed(*words: str) -> TrainConfig:
 
 def test_what_is_on_the_host_is_not_planned_on_the_device() -> None:
     plain, host = (
-        per_rank(config, dims := check_parallel_dims(config, 2), cut(config.optim, dims.data_ranks))
+        per_rank(config, dims := check_parallel_dims(config, 2), split_batch(config.optim, dims.data_ranks))
         for config in (composed("parallel=fsdp"), composed("parallel=fsdp_offload"))
     )
     assert plain.host == 0

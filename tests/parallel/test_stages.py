@@ -156,10 +156,10 @@ BUBBLES = [
 
 @pytest.mark.parametrize(("schedule", "pp", "micro_batches", "held"), BUBBLES)
 def test_the_bubble_is_that_of_torchs_schedule(schedule: Schedule, pp: int, micro_batches: int, held: int) -> None:
-    from gpt.topology.pipeline import runs_with
+    from gpt.topology.pipeline import accepts_micro_batches
 
     parallel = ParallelConfig(strategy=Strategy.ddp, pp=pp, schedule=schedule, stages_per_rank=held)
-    if not runs_with(parallel, micro_batches):
+    if not accepts_micro_batches(parallel, micro_batches):
         if schedule is not Schedule["1f1b"]:
             with pytest.raises(ValueError, match="microbatches"):
                 orders(schedule, pp, micro_batches, held)

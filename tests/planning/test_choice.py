@@ -16,7 +16,7 @@ from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, Stated, gpus
 from gpt.planning.memory import GIB, per_rank
 from gpt.planning.search import candidates
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema, write_config
@@ -55,7 +55,7 @@ def test_everything_proposed_is_possible(words: list[str]) -> None:
         chosen = replace(config, parallel=one.parallel)
         chosen.parallel.validate()
         assert check_parallel_dims(chosen, 16) == one.dims
-        assert cut(config.optim, one.dims.data_ranks) == one.batch
+        assert split_batch(config.optim, one.dims.data_ranks) == one.batch
         assert one.dims.tp <= 8
         seen.add(str(one.parallel))
     assert len(seen) == len(candidates(config, 16, 8).possible) > 5
@@ -99,7 +99,7 @@ def test_passes_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None
     assert free[0].batch.micro < 16 and free[0].estimate.step_s <= NO_DIFFERENCE * typed[0].estimate.step_s
     optim = replace(config.optim, micro_batch=2 * free[0].batch.micro)
     larger = replace(config, optim=optim, parallel=free[0].parallel)
-    cut_so = cut(larger.optim, free[0].dims.data_ranks)
+    cut_so = split_batch(larger.optim, free[0].dims.data_ranks)
     assert per_rank(larger, free[0].dims, cut_so).total > 8.0 * GIB
 
 

@@ -25,7 +25,7 @@ from gpt.config import (
 from gpt.planning.collectives import Group, group, strided
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.hardware import Host, Link, Machine, Stated, cpus, gpus
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
 from tests.support.small_models import LLAMA, MOE, small
 
@@ -46,7 +46,7 @@ def config_of(accumulation: int = 1, data_ranks: int = 1, model: Any = MODEL, **
 
 def cost(config: TrainConfig, ranks: int, machine: Machine = MACHINE) -> Estimate:
     dims = parallel_dims(config.parallel, ranks)
-    return estimate(config, dims, cut(config.optim, dims.data_ranks), machine)
+    return estimate(config, dims, split_batch(config.optim, dims.data_ranks), machine)
 
 
 def test_a_ring_of_four() -> None:

@@ -28,7 +28,7 @@ from gpt.config import (
 from gpt.model.gpt import GPT
 from gpt.parallel.compile import prepare_blocks
 from gpt.planning.memory import per_rank
-from gpt.topology.batch import cut
+from gpt.topology.batch import split_batch
 from gpt.topology.dims import parallel_dims
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -154,5 +154,5 @@ def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, reco
     config = TrainConfig(
         model=model, optim=optim, parallel=ParallelConfig(Strategy.ddp), precision=Precision.fp32, recompute=recompute
     )
-    claimed = per_rank(config, parallel_dims(config.parallel, 1), cut(optim, 1))
+    claimed = per_rank(config, parallel_dims(config.parallel, 1), split_batch(optim, 1))
     assert claimed.total == pytest.approx(peak_bytes(model, recompute), rel=0.03)

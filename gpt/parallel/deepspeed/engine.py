@@ -84,15 +84,15 @@ class ZeroEngine:
         """What DeepSpeed is given of the model."""
         return model.to(self.world.device)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
-        passes, micro = self.batch.accumulation, self.batch.micro
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+        num_micro_batches, micro = self.batch.accumulation, self.batch.micro
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i in range(passes):
-            on_pass()
+        for i in range(num_micro_batches):
+            on_micro_batch()
             part = slice(i * micro, (i + 1) * micro)
             loss = self.loss(tokens_BT[part], targets_BT[part])
             self.ds.backward(loss * self.scale, scale_wrt_gas=False)
-            if i < passes - 1:
+            if i < num_micro_batches - 1:
                 self.ds.step()  # counts the pass; the last one steps the weights
             loss_sum += loss.detach()
         return loss_sum

@@ -41,7 +41,7 @@ class ZeroPipelineEngine(ZeroEngine):
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._rows = batch.micro
-        self._on_pass: Callable[[], None] = lambda: None
+        self._on_micro_batch: Callable[[], None] = lambda: None
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         super().__init__(model, config, world, dims, batch)
         self.layer_group = self.ds.grid.get_data_parallel_group()
@@ -57,8 +57,8 @@ class ZeroPipelineEngine(ZeroEngine):
         assert isinstance(self.module, GPTPipelineModule)
         return self.module.whole_name(name)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_pass: Callable[[], None]) -> Tensor:
-        self._on_pass, self._rows = on_pass, self.batch.micro
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+        self._on_micro_batch, self._rows = on_micro_batch, self.batch.micro
         self._loss_sum.zero_()
         self.ds.train_batch(zip(tokens_BT.split(self.batch.micro), targets_BT.split(self.batch.micro), strict=True))
         return self._loss_sum.clone()
@@ -66,7 +66,7 @@ class ZeroPipelineEngine(ZeroEngine):
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """DeepSpeed's stages expect passes of one size, so a smaller one is filled up with rows that do not count."""
-        self._on_pass, self._rows = lambda: None, len(tokens_BT)
+        self._on_micro_batch, self._rows = lambda: None, len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
         self.ds.eval_batch(iter([tuple(filled)]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
@@ -86,7 +86,7 @@ class ZeroPipelineEngine(ZeroEngine):
         self.ds._exec_optimizer_step()
 
     def _forward_pass(self, ds: PipelineEngine, buffer_id: int) -> None:
-        self._on_pass()
+        self._on_micro_batch()
         PipelineEngine._exec_forward_pass(ds, buffer_id)
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -74,14 +74,14 @@ def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int)
     parts = parts_of(config, pp_rank)
     held = pieces(config.model, dims, parts)
     stored = states(config, dims, held)
-    passes = passes_at_once(config.parallel, pp_rank, batch.accumulation)
+    in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
     return Memory(
         parameters=stored.parameters,
         gradients=stored.gradients,
         optimizer=stored.optimizer,
         compute_weights=compute_weights(config, held, batch.accumulation > 1),
-        activations=activations(config, dims, batch, parts, passes),
-        logits=logits(config, dims, batch, passes) if any(part.last for part in parts) else 0,
+        activations=activations(config, dims, batch, parts, in_flight),
+        logits=logits(config, dims, batch, in_flight) if any(part.last for part in parts) else 0,
         host=stored.host,
     )
 
@@ -93,30 +93,34 @@ def share_of(config: TrainConfig, dims: ParallelDims) -> Share:
     return Share(tp=dims.tp, stream=stream, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
 
 
-def activations(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], passes: int) -> int:
-    """Bytes that ``passes`` micro-batches keep in a rank's parts of the model.
+def activations(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], in_flight: int) -> int:
+    """Bytes that ``in_flight`` micro-batches keep in a rank's parts of the model.
 
     torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
     (torch.distributed.pipelining.stage), and keeps what goes out as long as the rest.
     """
     model, share = config.model, share_of(config, dims)
-    of_pass = kept(model, batch.micro, config.precision, config.recompute, share)
+    per_micro_batch = kept(model, batch.micro, config.precision, config.recompute, share)
     layers = sum(len(part.blocks) for part in parts)
-    inside = passes * layers * of_pass.recomputed + (of_pass.block - of_pass.recomputed if layers else 0)
-    around = passes * sum(part.first * of_pass.embedding + part.last * of_pass.final for part in parts)
+    inside = in_flight * layers * per_micro_batch.recomputed + (
+        per_micro_batch.block - per_micro_batch.recomputed if layers else 0
+    )
+    around = in_flight * sum(
+        part.first * per_micro_batch.embedding + part.last * per_micro_batch.final for part in parts
+    )
     if dims.pp == 1:
         return inside + around
     stream = share.tokens(model, batch.micro) * FP32 * model.n_embd
-    received = sum((batch.accumulation - passes) * (not part.first) for part in parts)
-    handed_on = sum((batch.accumulation + passes) * (not part.last) for part in parts)
+    received = sum((batch.accumulation - in_flight) * (not part.first) for part in parts)
+    handed_on = sum((batch.accumulation + in_flight) * (not part.last) for part in parts)
     return inside + around + stream * (received + handed_on)
 
 
-def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, passes: int) -> int:
+def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
     """Three tensors of one micro-batch, and one of each other whose backward pass has not begun."""
     tokens = share_of(config, dims).tokens(config.model, batch.micro)
     columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)
-    return (2 + passes) * FP32 * tokens * columns
+    return (2 + in_flight) * FP32 * tokens * columns
 
 
 def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int:
@@ -142,7 +146,7 @@ def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int
     return width * (around + gathered * block) + whole
 
 
-def passes_at_once(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
+def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
     """Whose activations a rank keeps, counted in passes through all of its stages, rounded up.
 
     gpipe keeps all; 1f1b as many as there are ranks from here to the end (arXiv 2104.04473, section 2.2.1); interleaved
