@@ -21,7 +21,7 @@ aten = torch.ops.aten
 MATRIX_PRODUCTS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default}
 )
-EXCHANGES = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
+ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
 """Rows sent to experts on other ranks, and back: waiting for other ranks costs more than the memory."""
 ATTENTION_KERNELS = frozenset(
     {
@@ -77,7 +77,7 @@ def context_of(config: TrainConfig) -> dict[str, Any]:
     """What distinguishes selective from full recomputation in torch's words."""
     if config.recompute is Recompute.full:
         return {}
-    kept = MATRIX_PRODUCTS | EXCHANGES if config.model.dropout else MATRIX_PRODUCTS | EXCHANGES | ATTENTION_KERNELS
+    kept = MATRIX_PRODUCTS | ALL_TO_ALLS if config.model.dropout else MATRIX_PRODUCTS | ALL_TO_ALLS | ATTENTION_KERNELS
     return {"context_fn": partial(create_selective_checkpoint_contexts, partial(keep, kept))}
 
 

@@ -29,7 +29,7 @@ from gpt.parallel.ring_attention import ring_attend
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class SharedSequence:
+class SequenceShard:
     """This rank's part of every sequence: chunk ``rank`` of 2N, and the same one counted from the end.
 
     A token looks at all before it, so late chunks are more work than early ones; an early and a late one together are
@@ -57,43 +57,43 @@ class SharedSequence:
         return mean / self.ranks
 
 
-def share_sequences(
+def shard_sequences(
     model: nn.Module, group: dist.ProcessGroup, config: TrainConfig, device: torch.device
-) -> SharedSequence:
+) -> SequenceShard:
     """Let a model, or a part of one, compute this rank's part of each sequence together with the others of ``group``.
 
     From then on it takes sequences of ``block_size`` tokens only, of which it is given ``part``, on ``device``.
     """
-    shared = SharedSequence(group)
-    set_positions(model, shared.part(torch.arange(config.model.block_size, device=device)))
+    shard = SequenceShard(group)
+    set_positions(model, shard.part(torch.arange(config.model.block_size, device=device)))
     # Collectives are not compiled: what is compiled of a block ends before them and goes on after them.
-    set_sequence_mean(model, torch.compiler.disable(shared.mean))
+    set_sequence_mean(model, torch.compiler.disable(shard.mean))
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = torch.compiler.disable(attend_of(module, shared, config))  # type: ignore[method-assign]
-    return shared
+            module.attend = torch.compiler.disable(build_attend(module, shard, config))  # type: ignore[method-assign]
+    return shard
 
 
-def attend_of(attention: Attention, shared: SharedSequence, config: TrainConfig) -> Attend:
+def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
     """What takes the place of ``attention.attend``."""
     if config.parallel.cp_method is CpMethod.ring:
-        return partial(ring_attend, shared.group, attention.backend)
-    for end in shared.ends(config.model.block_size):
-        lower_right(config.model.block_size // (2 * shared.ranks), end)
-    return partial(gathered_attend, shared, attention.attend)
+        return partial(ring_attend, shard.group, attention.backend)
+    for end in shard.ends(config.model.block_size):
+        lower_right(config.model.block_size // (2 * shard.ranks), end)
+    return partial(allgather_attend, shard, attention.attend)
 
 
-def gathered_attend(shared: SharedSequence, attend: Attend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
     """Attention of this rank's queries to all keys: (B, H, T, C).
 
     ``attend`` takes its queries for the last ones of the keys, so each chunk is given the keys up to its end.
     """
-    k_BKSC, v_BKSC = GatherSequence.apply(torch.stack((k_BKTC, v_BKTC)), shared.group).unbind()
-    parts = zip(q_BHTC.chunk(2, dim=2), shared.ends(k_BKSC.size(2)), strict=True)
+    k_BKSC, v_BKSC = AllGatherSequence.apply(torch.stack((k_BKTC, v_BKTC)), shard.group).unbind()
+    parts = zip(q_BHTC.chunk(2, dim=2), shard.ends(k_BKSC.size(2)), strict=True)
     return torch.cat([attend(q, k_BKSC[:, :, :end], v_BKSC[:, :, :end]) for q, end in parts], dim=2)
 
 
-class GatherSequence(torch.autograd.Function):
+class AllGatherSequence(torch.autograd.Function):
     """Every rank's T of the S tokens brought together in their order, along the last dimension but one.
 
     In the backward pass the gradients that all ranks have for a token are added up on the rank that holds it.

@@ -109,6 +109,6 @@ def part_of(parameter: Tensor, gradient_of_whole: Placement) -> Tensor:
     return parameter.to_local(grad_placements=placements)
 
 
-def summed(part: Tensor, line: DeviceMesh, layout: Placement) -> Tensor:
-    """``layout`` of the sum of what the ranks of ``line`` have."""
-    return DTensor.from_local(part, line, [Partial()]).redistribute(placements=[layout]).to_local()
+def summed(part: Tensor, line: DeviceMesh, placement: Placement) -> Tensor:
+    """``placement`` of the sum of what the ranks of ``line`` have."""
+    return DTensor.from_local(part, line, [Partial()]).redistribute(placements=[placement]).to_local()

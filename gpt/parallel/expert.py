@@ -27,12 +27,12 @@ from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts, inverse, mixtures
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import local
-from gpt.parallel.fsdp import shard_one
+from gpt.parallel.fsdp import fsdp_shard_module
 from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import shard_dimension
 
 
-def deal_out(model: GPT, line: DeviceMesh, averaged: bool) -> None:
+def parallelize_experts(model: GPT, line: DeviceMesh, averaged: bool) -> None:
     """Leave in every mixture of ``model`` the experts that are dealt out to this rank, and send the rows to them.
 
     Args:
@@ -47,11 +47,11 @@ def deal_out(model: GPT, line: DeviceMesh, averaged: bool) -> None:
             mine = whole.detach().chunk(line.size())[line.get_local_rank()].clone()
             setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, line, [Shard(0)], run_check=False)))
         # Each call is of another length and waits for other ranks, which no compiler can see through.
-        send = torch.compiler.disable(sending_rows(mixture, line.get_group(), share))
+        send = torch.compiler.disable(build_dispatch(mixture, line.get_group(), share))
         mixture.give_to_experts = send  # type: ignore[method-assign]
 
 
-def shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
+def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
     """Cut the experts that were dealt out to a rank over those that hold the same ones (FSDP2).
 
     FSDP2 gathers parameters when their module is called. Inside a block that would be in the middle of what is
@@ -59,39 +59,39 @@ def shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: Paral
     """
     for block in model.blocks:
         for mixture in mixtures(block):
-            shard_one(mixture.experts, mesh, config, shard_dimension(config.model, dims))
+            fsdp_shard_module(mixture.experts, mesh, config, shard_dimension(config.model, dims))
             replace_forward(mixture.experts, block.forward)
-            replace_forward(block, partial(call, mixture.experts))
+            replace_forward(block, partial(call_module, mixture.experts))
 
 
-def call(module: nn.Module, *inputs: Any) -> Any:
+def call_module(module: nn.Module, *inputs: Any) -> Any:
     """Call a module, hooks and all. As a function, which can become an attribute without becoming a submodule."""
     return module(*inputs)
 
 
-def dealt_out(model: nn.Module) -> list[nn.Parameter]:
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of a model that are dealt out."""
     return [parameter for mixture in mixtures(model) for parameter in mixture.experts.parameters()]
 
 
-def sending_rows(
+def build_dispatch(
     mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """``MixtureOfExperts.give_to_experts`` where this rank holds a part of them."""
 
     def forward(x_RD: Tensor, ends_E: Tensor) -> Tensor:
         experts = mixture.experts
-        plan = plan_of(len(x_RD), ends_E, group, mixture.has_fixed_places)
-        x_SD = Exchange.apply(autocast_rows(x_RD), plan.sent, plan.received, group)
-        gate_HFD = None if experts.gate is None else held_here(experts.gate, share)
-        up_HFD, down_HDF = held_here(experts.up, share), held_here(experts.down, share)
+        plan = plan_dispatch(len(x_RD), ends_E, group, mixture.has_fixed_places)
+        x_SD = AllToAll.apply(autocast_rows(x_RD), plan.sent, plan.received, group)
+        gate_HFD = None if experts.gate is None else local_experts(experts.gate, share)
+        up_HFD, down_HDF = local_experts(experts.up, share), local_experts(experts.down, share)
         y_SD = experts.apply_to(x_SD.index_select(0, plan.order), plan.ends, gate_HFD, up_HFD, down_HDF)
-        return Exchange.apply(y_SD.index_select(0, inverse(plan.order)), plan.received, plan.sent, group)
+        return AllToAll.apply(y_SD.index_select(0, inverse(plan.order)), plan.received, plan.sent, group)
 
     return forward
 
 
-def held_here(weight: Tensor, share: float) -> Tensor:
+def local_experts(weight: Tensor, share: float) -> Tensor:
     """This rank's experts of a parameter, whose gradient is multiplied by ``share``."""
     mine = local(weight)
     # FSDP2 could divide too, but by a factor that gloo cannot (PREMUL_SUM), or twice where one rank has the experts.
@@ -101,7 +101,7 @@ def held_here(weight: Tensor, share: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DispatchPlan:
     """Who sends how many rows to whom, and where the rows of each expert then lie."""
 
     sent: list[int]
@@ -114,7 +114,7 @@ class Plan:
     """(H,): where each expert's rows end then, int32."""
 
 
-def plan_of(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> Plan:
+def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> DispatchPlan:
     """The plan for rows that end at ``ends_E`` for each expert.
 
     With fixed places all ranks know it, and the device is not waited for. Else the ranks tell each other.
@@ -125,30 +125,30 @@ def plan_of(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: b
         places = rows // len(ends_E)
         order_S = torch.arange(rows, device=device).view(ranks, held, places).transpose(0, 1).flatten()
         ends_H = torch.arange(1, held + 1, dtype=torch.int32, device=device) * (ranks * places)
-        return Plan([rows // ranks] * ranks, [rows // ranks] * ranks, order_S, ends_H)
+        return DispatchPlan([rows // ranks] * ranks, [rows // ranks] * ranks, order_S, ends_H)
     sent_PH = ends_E.long().diff(prepend=ends_E.new_zeros(1).long()).view(ranks, held)
-    received_PH = exchange(sent_PH, [1] * ranks, [1] * ranks, group)
+    received_PH = all_to_all(sent_PH, [1] * ranks, [1] * ranks, group)
     sent, received = torch.stack([sent_PH.sum(1), received_PH.sum(1)]).tolist()
     expert_S = torch.arange(held, device=device).repeat(ranks).repeat_interleave(received_PH.flatten())
     ends_H = received_PH.sum(0).cumsum(0).to(torch.int32)
-    return Plan(sent, received, expert_S.argsort(stable=True), ends_H)
+    return DispatchPlan(sent, received, expert_S.argsort(stable=True), ends_H)
 
 
-def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Send to every rank of a group its rows, in the order of ranks; what they send here in the same order."""
     # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
     operations = torch.ops._c10d_functional
     return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
 
 
-class Exchange(torch.autograd.Function):
-    """``exchange``; gradients go the way back."""
+class AllToAll(torch.autograd.Function):
+    """``all_to_all``; gradients go the way back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.way_back = received, sent, group
-        return exchange(x, sent, received, group)
+        return all_to_all(x, sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange(gradients[0], *ctx.way_back), None, None, None
+        return all_to_all(gradients[0], *ctx.way_back), None, None, None

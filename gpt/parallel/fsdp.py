@@ -16,15 +16,15 @@ from torch.distributed.tensor import Shard
 from gpt.config import Precision, TrainConfig
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: TrainConfig) -> None:
+def apply_fsdp(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: TrainConfig) -> None:
     """Cut every parameter of ``model`` over the ranks of ``mesh``, each of the ``blocks`` gathered by itself."""
     # torch 2.13 warns that nobody may write into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for module in (*blocks, model):
-        shard_one(module, mesh, config)
+        fsdp_shard_module(module, mesh, config)
 
 
-def shard_one(module: nn.Module, mesh: DeviceMesh, config: TrainConfig, dimension: int = 0) -> None:
+def fsdp_shard_module(module: nn.Module, mesh: DeviceMesh, config: TrainConfig, dimension: int = 0) -> None:
     """Cut those parameters of ``module`` that are whole so far along a dimension; they are gathered together."""
     bf16 = config.precision is Precision.bf16
     # Only memory that is pinned is copied to a GPU while that computes.

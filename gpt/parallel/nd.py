@@ -17,12 +17,12 @@ from torch.distributed.fsdp import FSDPModule
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.base import TorchEngine
-from gpt.parallel.context import SharedSequence, share_sequences
+from gpt.parallel.context import SequenceShard, shard_sequences
 from gpt.parallel.distributed import World, build_mesh, copies_mesh, expert_grid, shard_mesh
 from gpt.parallel.dtensor import clip, local, share_of, sum_over
-from gpt.parallel.expert import deal_out, dealt_out, shard_experts
-from gpt.parallel.fsdp import shard
-from gpt.parallel.tensor import cut_matrices, finish_gradients
+from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, parallelize_experts
+from gpt.parallel.fsdp import apply_fsdp
+from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients
 from gpt.parallel.vocab import vocabulary_loss
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
@@ -40,37 +40,37 @@ class NDEngine(TorchEngine):
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         timeout_s = config.parallel.timeout_s
         self.grid = build_mesh(dims, world, timeout_s)
-        self._sequence: SharedSequence | None = None
+        self._sequence: SequenceShard | None = None
         if dims.cp > 1:
-            self._sequence = share_sequences(model, self.grid["cp"].get_group(), config, world.device)
+            self._sequence = shard_sequences(model, self.grid["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         """Parameters whose gradients are summed here, and over which ranks."""
-        module, parts = self.take_apart(model, config, world, batch)
+        module, parts = self.split_model(model, config, world, batch)
         data = self.grid
         if dims.ep > 1:
             data = expert_grid(self.grid, dims, world, timeout_s)
             for part in parts:
-                deal_out(part, data["ep"], averaged=self._sharded)
+                parallelize_experts(part, data["ep"], averaged=self._sharded)
         if dims.tp > 1:
-            self._cut_matrices(parts, config, self.grid["tp"])
+            self._apply_tensor_parallel(parts, config, self.grid["tp"])
         if self._sharded:
             if dims.ep > 1:
                 expert_mesh = shard_mesh(data, world, timeout_s, "edp")
                 for part in parts:
-                    shard_experts(part, expert_mesh, config, dims)
+                    fsdp_shard_experts(part, expert_mesh, config, dims)
             mesh = shard_mesh(self.grid, world, timeout_s)
             for part in parts:
-                shard(part, list(part.blocks), mesh, config)
+                apply_fsdp(part, list(part.blocks), mesh, config)
         else:
-            dealt = dealt_out(module) if dims.ep > 1 else []
-            rest = [p for p in module.parameters() if not any(p is other for other in dealt)]
-            for chosen, grid in ((rest, self.grid), (dealt, data)):
+            experts = expert_parameters(module) if dims.ep > 1 else []
+            rest = [p for p in module.parameters() if not any(p is other for other in experts)]
+            for chosen, grid in ((rest, self.grid), (experts, data)):
                 self._summed.append((chosen, copies_mesh(grid, world, timeout_s).get_group()))
         averaged = dims.data_ranks * dims.cp if self._sharded else 1
         super().__init__(module, module, config, world, dims, batch, averaged)
 
-    def take_apart(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
+    def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
         """What this rank holds of the model: all of it as one module, and the parts that are called by themselves."""
         return model, [model]
 
@@ -78,9 +78,9 @@ class NDEngine(TorchEngine):
         """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
         return super().backward(tokens_BT, targets_BT, on_micro_batch)
 
-    def _cut_matrices(self, parts: Sequence[GPT], config: TrainConfig, line: DeviceMesh) -> None:
+    def _apply_tensor_parallel(self, parts: Sequence[GPT], config: TrainConfig, line: DeviceMesh) -> None:
         for part in parts:
-            cut_matrices(part, line, config.parallel)
+            apply_tensor_parallel(part, line, config.parallel)
         self.counted = 1.0 if line.get_local_rank() == 0 else 0.0
         if config.parallel.loss_parallel:
             columns = config.model.padded_vocab // line.size()
@@ -89,15 +89,15 @@ class NDEngine(TorchEngine):
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         loss_sum = self.forward_backward(tokens_BT, targets_BT, on_micro_batch)
         if self.dims.tp > 1 and not self._sharded:
-            finish_gradients(self.module, self.grid["tp"])
+            reduce_partial_gradients(self.module, self.grid["tp"])
         for parameters, group in self._summed:
             sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
         return loss_sum
 
     def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return super().micro_batch_loss(self.own(tokens_BT), self.own(targets_BT))
+        return super().micro_batch_loss(self.local_tokens(tokens_BT), self.local_tokens(targets_BT))
 
-    def own(self, x_BT: Tensor) -> Tensor:
+    def local_tokens(self, x_BT: Tensor) -> Tensor:
         """What this rank takes of the tokens, or of the targets, of each sequence."""
         return x_BT if self._sequence is None else self._sequence.part(x_BT)
 

@@ -37,7 +37,7 @@ from gpt.parallel.dtensor import local
 from gpt.parallel.nd import NDEngine
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
-from gpt.topology.pipeline import local_stages, parts_of, stages_of
+from gpt.topology.pipeline import local_stages, rank_stages, stage_indices
 
 SCHEDULES = {
     Schedule.gpipe: ScheduleGPipe,
@@ -68,14 +68,14 @@ class Pipeline:
         """Tokens of each sequence that this rank takes."""
         self.sharded = config.parallel.strategy is Strategy.fsdp
         self._count = config.parallel.pp * local_stages(config.parallel)
-        self._owner = {s: rank for rank in range(config.parallel.pp) for s in stages_of(config.parallel, rank)}
+        self._owner = {s: rank for rank in range(config.parallel.pp) for s in stage_indices(config.parallel, rank)}
         place = dist.get_rank(group)
-        held = zip(stages_of(config.parallel, place), parts_of(config, place), strict=True)
+        held = zip(stage_indices(config.parallel, place), rank_stages(config, place), strict=True)
         self.stages = {index: Stage(model, part.blocks, part.first, part.last) for index, part in held}
         """Those of this rank, by their place in the pipeline."""
-        self.module = together(model, list(self.stages.values()))
+        self.module = merge_stages(model, list(self.stages.values()))
         """The same as one module, whose names are those of the model; to be stepped and stored, not to be called."""
-        self.tied = Tied(self)
+        self.tied = TiedEmbedding(self)
         for stage in self.stages.values():
             stage.to(world.device)
             replace_forward(stage, partial(self._run_stage, stage.forward, stage.last))
@@ -118,7 +118,7 @@ class Pipeline:
         total = torch.zeros((), device=self._device)
         for index, stage in self.stages.items():
             if index and index - 1 not in self.stages:
-                x = self._stream(len(tokens_BT), self._device)
+                x = self._hidden(len(tokens_BT), self._device)
                 dist.recv(x, self.rank_of(index - 1), self.group)
             x = stage(x)
             reshard(stage)
@@ -145,9 +145,9 @@ class Pipeline:
         self._on_micro_batch()
         with autocast(self._config, self._device):
             y = forward(x)
-        return y if last else y.to(self._stream(0, torch.device("meta")).dtype)
+        return y if last else y.to(self._hidden(0, torch.device("meta")).dtype)
 
-    def _stream(self, sequences: int, device: torch.device) -> Tensor:
+    def _hidden(self, sequences: int, device: torch.device) -> Tensor:
         """A tensor like those that go from stage to stage, (B, T, D), or this rank's slice of them along T.
 
         Residual stream and norms are fp32 under autocast; fsdp computes with bf16 weights, and casts what enters.
@@ -183,10 +183,10 @@ class Pipeline:
             dtype = torch.bfloat16 if self._config.precision is Precision.bf16 else torch.float32
             columns = model.padded_vocab // (parallel.tp if parallel.loss_parallel else 1)
             return torch.empty(*shape, columns, dtype=dtype, device=meta)[..., : model.vocab_size]
-        return self._stream(self._batch.micro, meta).requires_grad_()
+        return self._hidden(self._batch.micro, meta).requires_grad_()
 
 
-class Tied:
+class TiedEmbedding:
     """The embedding that is the output matrix too, where first and last stage hold a tensor each; else nothing.
 
     Both get the sum of the two gradients. On different ranks both are stepped, and stay equal. On one rank they are one
@@ -222,7 +222,7 @@ class Tied:
             second.token_embedding.weight.grad = None
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def copy_to_second(self) -> None:
         """Give the second what the first was stepped to."""
         if self._pair is not None:
             first, second = (stage.token_embedding.weight for stage in self._pair)
@@ -236,7 +236,7 @@ def gradient_of(stage: Stage) -> Tensor:
     return local(grad)
 
 
-def together(model: GPT, stages: Sequence[Stage]) -> Stage:
+def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
     """The stages of a rank as one module."""
     if len(stages) == 1:
         return stages[0]
@@ -257,15 +257,15 @@ class PipelineEngine(NDEngine):
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         super().__init__(model, config, world, dims, batch)
         self.layer_group = layer_mesh(self.grid, world, config.parallel.timeout_s).get_group()
-        self.optimizer.register_step_post_hook(lambda *_: self._pipeline.tied.follow())
+        self.optimizer.register_step_post_hook(lambda *_: self._pipeline.tied.copy_to_second())
 
-    def take_apart(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
+    def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
         self._pipeline = Pipeline(model, config, world, batch, self.grid["pp"].get_group())
         return self._pipeline.module, list(self._pipeline.stages.values())
 
     def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
-        own = self.own(tokens_BT), self.own(targets_BT)
+        own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
         return self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch) * self.counted
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
@@ -274,11 +274,14 @@ class PipelineEngine(NDEngine):
         return loss_sum
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self._pipeline.loss(self.own(tokens_BT), self.own(targets_BT), self.criterion) * self.counted
+        return (
+            self._pipeline.loss(self.local_tokens(tokens_BT), self.local_tokens(targets_BT), self.criterion)
+            * self.counted
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._pipeline.tied.follow()
+        self._pipeline.tied.copy_to_second()
 
     def holders(self, name: str) -> int:
         return self.world.size // self.dims.pp * self._pipeline.holders(name)

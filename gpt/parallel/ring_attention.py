@@ -43,12 +43,12 @@ class RingAttention(torch.autograd.Function):
         y_BHTC, lse_BHT = attend_block(q_BHTC, k_BKTC, v_BKTC, True, fused)
         y_BHTC = y_BHTC.type_as(lse_BHT)
         ring = Ring(group)
-        moving = ring.pass_on(own, KEYS)
+        transfer = ring.send_to_next(own, KEYS)
         for owner in ring.others():
-            block = moving.wait()
+            block = transfer.wait()
             if owner != ring.next:
-                moving = ring.pass_on(block, KEYS)
-            first, keys = seen(owner, ring.rank, q_BHTC.size(2))
+                transfer = ring.send_to_next(block, KEYS)
+            first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
             k, v = block[..., :keys, :]
             part, part_lse = attend_block(q_BHTC[:, :, first:], k, v, False, fused)
             part, part_lse = merge(y_BHTC[:, :, first:], lse_BHT[:, :, first:], part, part_lse)
@@ -66,24 +66,24 @@ class RingAttention(torch.autograd.Function):
         q_BHTC, block, y_BHTC, lse_BHT = ctx.saved_tensors
         given = (grad_BHTC.contiguous(), q_BHTC, y_BHTC, lse_BHT)
         ring = Ring(ctx.group)
-        moving = ring.pass_on(block, KEYS)
-        dq_BHTC, dblock = gradients_of(*given, block, 0, q_BHTC.size(2), True, ctx.fused)
-        collecting = ring.pass_on(dblock, GRADIENTS)
+        transfer = ring.send_to_next(block, KEYS)
+        dq_BHTC, dblock = block_gradients(*given, block, 0, q_BHTC.size(2), True, ctx.fused)
+        collecting = ring.send_to_next(dblock, GRADIENTS)
         for owner in ring.others():
-            block = moving.wait()
+            block = transfer.wait()
             if owner != ring.next:
-                moving = ring.pass_on(block, KEYS)
-            first, keys = seen(owner, ring.rank, q_BHTC.size(2))
-            dq, mine = gradients_of(*given, block, first, keys, False, ctx.fused)
+                transfer = ring.send_to_next(block, KEYS)
+            first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
+            dq, mine = block_gradients(*given, block, first, keys, False, ctx.fused)
             dq_BHTC[:, :, first:] += dq
             dblock = collecting.wait()
             dblock[..., :keys, :] += mine
-            collecting = ring.pass_on(dblock, GRADIENTS)
+            collecting = ring.send_to_next(dblock, GRADIENTS)
         dk_BKTC, dv_BKTC = collecting.wait().type_as(block)
         return dq_BHTC.type_as(q_BHTC), dk_BKTC, dv_BKTC, None, None
 
 
-def gradients_of(
+def block_gradients(
     grad_BHTC: Tensor,
     q_BHTC: Tensor,
     y_BHTC: Tensor,
@@ -102,7 +102,7 @@ def gradients_of(
     return dq.type_as(lse), torch.stack((dk, dv)).type_as(lse)
 
 
-def seen(owner: int, rank: int, tokens: int) -> tuple[int, int]:
+def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:
     """Of another rank's block: from which of this rank's queries on it is seen, and how many of its keys are.
 
     A rank's early chunk comes before those of higher ranks, and its late one after theirs. So of a lower rank every
@@ -123,12 +123,12 @@ class Ring:
         """Whose block arrives, one after the other; the last is the next rank's, which is passed on to it no more."""
         return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
 
-    def pass_on(self, x: Tensor, tag: int) -> Moving:
+    def send_to_next(self, x: Tensor, tag: int) -> Transfer:
         """Begin to send a tensor to the next rank and to receive the one before's, of the same shape."""
-        return Moving(self, x, tag)
+        return Transfer(self, x, tag)
 
 
-class Moving:
+class Transfer:
     """A tensor on its way to the next rank, while another comes from the one before."""
 
     def __init__(self, ring: Ring, x: Tensor, tag: int) -> None:

@@ -23,33 +23,33 @@ from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import distribute, local, summed
 
 
-class CutVocabulary(ParallelStyle):
-    """An embedding of which each rank holds the rows of some tokens; ``stream`` of what is looked up comes out.
+class ShardedEmbedding(ParallelStyle):
+    """An embedding of which each rank holds the rows of some tokens; ``hidden`` of what is looked up comes out.
 
     torch's RowwiseParallel takes embeddings too, but the gradient that it leaves on each rank is as large as the whole
     matrix (torch 2.13).
     """
 
-    def __init__(self, stream: Placement) -> None:
+    def __init__(self, hidden: Placement) -> None:
         super().__init__()
-        self.stream = stream
+        self.hidden = hidden
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
         if isinstance(module.weight, DTensor):  # two stages of a pipeline may have it
             return module
         distribute(module, device_mesh, {"weight": Shard(0)})
-        replace_forward(module, partial(look_up, module, device_mesh, self.stream))
+        replace_forward(module, partial(look_up, module, device_mesh, self.hidden))
         return module
 
 
-def look_up(embedding: nn.Embedding, line: DeviceMesh, stream: Placement, tokens_BT: Tensor) -> Tensor:
+def look_up(embedding: nn.Embedding, line: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
     """The rows of the tokens, each from the rank that holds it: the others add zeros."""
     weight_VD = local(embedding.weight)
     row_BT = tokens_BT - line.get_local_rank() * len(weight_VD)
     elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))
     x_BTD = F.embedding(row_BT.masked_fill(elsewhere_BT, 0), weight_VD)
-    return summed(x_BTD.masked_fill(elsewhere_BT.unsqueeze(-1), 0), line, stream)
+    return summed(x_BTD.masked_fill(elsewhere_BT.unsqueeze(-1), 0), line, hidden)
 
 
 def vocabulary_loss(line: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -11,7 +11,7 @@ from gpt.planning.hardware import Host, Machine
 from gpt.planning.memory import BF16, FP32, Pieces, elements
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
-from gpt.topology.pipeline import Part
+from gpt.topology.pipeline import StageLayers
 
 BACKWARD = 2 / 3
 """The share of a pass that is the backward one: it has two products for each of the forward one's."""
@@ -111,13 +111,13 @@ def host_s(config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, 
 
 
 def layers_s(
-    config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, stages: list[StageLayers], machine: Machine, compute_s: float
 ) -> dict[str, float]:
     """Seconds that a rank waits for others inside the layers of its parts, for a micro-batch, by dimension."""
-    layers = sum(len(part.blocks) for part in parts)
+    layers = sum(len(stage.blocks) for stage in stages)
     found: dict[str, float] = {}
     if dims.tp > 1:
-        around = sum(part.first + part.last for part in parts)
+        around = sum(stage.first + stage.last for stage in stages)
         found["tp"] = tensor_s(config, dims, batch, machine, layers, around)
     if dims.cp > 1:
         found["cp"] = layers * context_s(config, dims, batch, machine)
@@ -187,12 +187,12 @@ def expert_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Mac
     return 2 * (2 + again) * line.exchange(product_width(config) * rows * model.n_embd)
 
 
-def send_s(config: TrainConfig, dims: ParallelDims, batch: Batch, stages: int, machine: Machine) -> float:
+def send_s(config: TrainConfig, dims: ParallelDims, batch: Batch, num_stages: int, machine: Machine) -> float:
     """The stream handed on by each of a rank's stages, and its gradient handed back."""
     stride = dims.data_ranks * dims.cp * dims.tp
     link = machine.inside if dims.pp * stride <= machine.ranks_per_node else machine.between
     size = stream_width(config) * tokens_of(config, dims, batch) * config.model.n_embd
-    return 2 * stages * (link.latency_s + size / link.bytes_per_s)
+    return 2 * num_stages * (link.latency_s + size / link.bytes_per_s)
 
 
 def zero_s(config: TrainConfig, batch: Batch, held: Pieces, line: Group, compute_s: float) -> float:

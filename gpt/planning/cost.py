@@ -20,7 +20,7 @@ from gpt.planning.hardware import Machine
 from gpt.planning.memory import Pieces, pieces
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
-from gpt.topology.pipeline import Part, bubble_fraction, local_stages, parts_of
+from gpt.topology.pipeline import StageLayers, bubble_fraction, local_stages, rank_stages
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Mac
 
 def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine, rank: int) -> Estimate:
     """The time of a step for one rank of the pipeline, if it were the one that sets the pace."""
-    parts = parts_of(config, rank)
-    held = pieces(config.model, dims, parts)
-    compute_s = micro_batch_s(config, dims, batch, parts, machine)
-    per_micro_batch = layers_s(config, dims, batch, parts, machine, compute_s)
+    stages = rank_stages(config, rank)
+    held = pieces(config.model, dims, stages)
+    compute_s = micro_batch_s(config, dims, batch, stages, machine)
+    per_micro_batch = layers_s(config, dims, batch, stages, machine, compute_s)
     if dims.pp > 1:
-        per_micro_batch["pp"] = send_s(config, dims, batch, len(parts), machine)
+        per_micro_batch["pp"] = send_s(config, dims, batch, len(stages), machine)
     inside = {name: batch.accumulation * seconds for name, seconds in per_micro_batch.items()}
     busy_s = batch.accumulation * compute_s + sum(inside.values())
     idle = idle_share(config, dims, batch)
@@ -93,12 +93,14 @@ def idle_share(config: TrainConfig, dims: ParallelDims, batch: Batch) -> float:
     return bubble_fraction(config.parallel.schedule, dims.pp, batch.accumulation, local_stages(config.parallel))
 
 
-def micro_batch_s(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], machine: Machine) -> float:
+def micro_batch_s(
+    config: TrainConfig, dims: ParallelDims, batch: Batch, stages: list[StageLayers], machine: Machine
+) -> float:
     """Seconds in which a rank computes both passes of a micro-batch through its parts of the model."""
     model, flops = config.model, training_flops_per_token(config.model)
-    layers = sum(len(part.blocks) for part in parts)
+    layers = sum(len(stage.blocks) for stage in stages)
     of_blocks = products(config, flops) - flops.logits + recomputed_flops_per_token(model, config.recompute)
-    logits = flops.logits if any(part.last for part in parts) else 0
+    logits = flops.logits if any(stage.last for stage in stages) else 0
     per_token = (layers / model.n_layer * of_blocks + logits) / (dims.tp * dims.cp)
     return batch.micro * model.block_size * per_token / machine.flops_per_s
 

@@ -13,7 +13,7 @@ from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 
 
-def holders(dims: ParallelDims) -> int:
+def expert_fsdp_ranks(dims: ParallelDims) -> int:
     """Ranks of one copy of the model that have the same experts dealt out to them, and share these under fsdp."""
     return dims.dp_shard // dims.ep * dims.cp
 
@@ -23,14 +23,14 @@ def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
 
     The first where they go round evenly: a rank then holds whole ones, in one piece of memory. Else the second.
     """
-    return 0 if model.n_expert // dims.ep % holders(dims) == 0 else 1
+    return 0 if model.n_expert // dims.ep % expert_fsdp_ranks(dims) == 0 else 1
 
 
-def can_be_cut(model: ModelConfig, dims: ParallelDims) -> bool:
+def can_shard(model: ModelConfig, dims: ParallelDims) -> bool:
     """Whether fsdp can cut them: evenly, as torch demands of any but the first dimension."""
     if not dims.is_sharded or shard_dimension(model, dims) == 0:
         return True
-    return model.n_embd % holders(dims) == 0 and model.ffn_width % (holders(dims) * dims.tp) == 0
+    return model.n_embd % expert_fsdp_ranks(dims) == 0 and model.ffn_width % (expert_fsdp_ranks(dims) * dims.tp) == 0
 
 
 def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
@@ -54,22 +54,22 @@ def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
         raise ConfigError(
             f"parallel.ep={ep} with model.n_expert={model.n_expert}",
             "as many experts for every rank",
-            f"parallel.ep={nearest_possible(model, dims)}",
+            f"parallel.ep={nearest_ep(model, dims)}",
         )
-    if not can_be_cut(model, dims):
-        ranks = holders(dims)
+    if not can_shard(model, dims):
+        ranks = expert_fsdp_ranks(dims)
         raise ConfigError(
             f"parallel.ep={ep}: fsdp cuts {model.n_expert // ep} experts of {model.n_embd} x {model.ffn_width} over "
             f"{ranks} ranks",
             f"as many experts for every rank, or model.n_embd and model.ffn_hidden that are multiples of {ranks}",
-            f"parallel.ep={nearest_possible(model, dims)}",
+            f"parallel.ep={nearest_ep(model, dims)}",
         )
 
 
-def nearest_possible(model: ModelConfig, dims: ParallelDims) -> int:
+def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
     """The ``ep`` nearest to that of ``dims`` for which there is nothing to refuse; 1 is such a one."""
     ranks = dims.dp_shard if dims.is_sharded else dims.data_ranks
     common = math.gcd(model.n_expert, ranks)
     divisors = [d for d in range(1, common + 1) if common % d == 0]
-    possible = [d for d in divisors if d == 1 or can_be_cut(model, replace(dims, ep=d))]
+    possible = [d for d in divisors if d == 1 or can_shard(model, replace(dims, ep=d))]
     return min(possible, key=lambda d: (abs(d - dims.ep), d))

@@ -112,7 +112,7 @@ V_SHAPED = (Schedule.zbv, Schedule.dualpipev)
 
 
 @dataclass(frozen=True)
-class Part:
+class StageLayers:
     """What one stage holds of the model."""
 
     blocks: range
@@ -129,7 +129,7 @@ def local_stages(parallel: ParallelConfig) -> int:
     return 2 if parallel.schedule is Schedule.interleaved or parallel.schedule in V_SHAPED else 1
 
 
-def stages_of(parallel: ParallelConfig, pp_rank: int) -> list[int]:
+def stage_indices(parallel: ParallelConfig, pp_rank: int) -> list[int]:
     """The stages that one of the ``pp`` ranks of a pipeline holds, ascending."""
     ranks, held = parallel.pp, local_stages(parallel)
     if parallel.schedule in V_SHAPED:
@@ -137,26 +137,26 @@ def stages_of(parallel: ParallelConfig, pp_rank: int) -> list[int]:
     return [pp_rank + ranks * i for i in range(held)]
 
 
-def split(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> list[Part]:
+def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> list[StageLayers]:
     """Deal the layers out to ``stages`` stages, in order, so that the slowest stage has as little to compute as can be.
 
     The output matrix counts like a layer: with a large vocabulary the last stage holds few blocks, or none. A look-up
     in the embedding computes nothing, and belongs to the first block.
     """
     parts = []
-    for layers in deal_out(tuple(layer_costs(model, recompute)), stages):
+    for layers in partition(tuple(layer_costs(model, recompute)), stages):
         last = layers.stop > model.n_layer
-        parts.append(Part(range(layers.start, layers.stop - last), first=layers.start == 0, last=last))
+        parts.append(StageLayers(range(layers.start, layers.stop - last), first=layers.start == 0, last=last))
     return parts
 
 
-def parts_of(config: TrainConfig, pp_rank: int) -> list[Part]:
+def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:
     """What one of the ranks of a pipeline holds, stage by stage; all of the model where there is no pipeline."""
     parallel = config.parallel
     if parallel.pp == 1:
-        return [Part(range(config.model.n_layer), first=True, last=True)]
-    parts = split(config.model, parallel.pp * local_stages(parallel), config.recompute)
-    return [parts[stage] for stage in stages_of(parallel, pp_rank)]
+        return [StageLayers(range(config.model.n_layer), first=True, last=True)]
+    parts = split_layers(config.model, parallel.pp * local_stages(parallel), config.recompute)
+    return [parts[stage] for stage in stage_indices(parallel, pp_rank)]
 
 
 def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
@@ -167,7 +167,7 @@ def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
 
 
 @cache
-def deal_out(costs: tuple[int, ...], parts: int) -> list[range]:
+def partition(costs: tuple[int, ...], parts: int) -> list[range]:
     """Cut a sequence into ``parts`` runs, none empty, whose largest sum is as small as can be.
 
     Of several such cuts the most even one (least squares); then that with the shorter runs first, since the first

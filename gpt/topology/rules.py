@@ -25,7 +25,7 @@ from gpt.topology.batch import split_batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import ParallelDims, parallel_dims
 from gpt.topology.experts import check_expert
-from gpt.topology.pipeline import check_pipeline, split
+from gpt.topology.pipeline import check_pipeline, split_layers
 from launch.errors import ConfigError
 
 
@@ -100,13 +100,15 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
         f"{model.kv_heads} key and value heads": model.kv_heads,
         f"{'experts' if model.ffn is Ffn.moe else 'a feed-forward layer'} {model.ffn_width} wide": model.ffn_width,
     }
-    sharers = max(n for n in divisors(tp) if all(number % n == 0 for number in shared.values()) and fits(model, n))
+    sharers = max(
+        n for n in divisors(tp) if all(number % n == 0 for number in shared.values()) and grouped_matmul_fits(model, n)
+    )
     for words, number in shared.items():
         if number % tp:
             raise ConfigError(
                 f"parallel.tp={tp} with {words}", f"a number of ranks that divides {number}", f"parallel.tp={sharers}"
             )
-    if not fits(model, tp):
+    if not grouped_matmul_fits(model, tp):
         raise ConfigError(
             f"parallel.tp={tp} with experts {model.ffn_width} wide, {model.ffn_width // tp} on each rank",
             f"multiples of {GROUPED_MULTIPLE} on each rank, since torch's grouped product takes rows of whole 16 bytes",
@@ -114,7 +116,7 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
         )
 
 
-def fits(model: ModelConfig, tp: int) -> bool:
+def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
     """Whether the product of the experts takes what is left of their width."""
     grouped = model.ffn is Ffn.moe and model.expert_matmul is ExpertMatmul.grouped
     return not grouped or model.ffn_width % (GROUPED_MULTIPLE * tp) == 0
@@ -196,7 +198,7 @@ def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
             "1f1b, the only order that DeepSpeed has",
             f"parallel.schedule=1f1b, or parallel=pp parallel.pp={dims.pp}",
         )
-    last = split(config.model, dims.pp, config.recompute)[-1]
+    last = split_layers(config.model, dims.pp, config.recompute)[-1]
     if parallel.zero_stage and config.model.norm_position is NormPosition.post and not last.blocks:
         raise ConfigError(
             f"parallel.pp={dims.pp} with model.norm_position=post, where the last stage has the output matrix alone",

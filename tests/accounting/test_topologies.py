@@ -25,7 +25,7 @@ from gpt.planning.memory import FP32, Memory, per_rank, pieces
 from gpt.planning.memory.rank import micro_batches_in_flight
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
-from gpt.topology.pipeline import parts_of
+from gpt.topology.pipeline import rank_stages
 from tests.support.small_models import LLAMA, MOE, configs, small
 
 OPTIM = OptimConfig(max_steps=1, global_batch=64, micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)
@@ -78,13 +78,13 @@ def test_states_by_hand(parallel: dict[str, Any], ranks: int, elements: int) -> 
 def test_states_of_a_pipeline_by_hand(parallel: dict[str, Any], ranks: int, by_rank: list[int]) -> None:
     config = run(small(**HAND), pp=2, **parallel)
     dims = parallel_dims(config.parallel, ranks)
-    assert [pieces(config.model, dims, parts_of(config, rank)).held() for rank in range(2)] == by_rank
+    assert [pieces(config.model, dims, rank_stages(config, rank)).held() for rank in range(2)] == by_rank
     assert memory(config, ranks).parameters in [FP32 * elements for elements in by_rank]
 
 
 def test_a_tied_embedding_is_at_both_ends_of_a_pipeline() -> None:
     config = run(small(**{**HAND, "tie_embeddings": True}), pp=2)
-    held = [pieces(config.model, parallel_dims(config.parallel, 2), parts_of(config, rank)) for rank in range(2)]
+    held = [pieces(config.model, parallel_dims(config.parallel, 2), rank_stages(config, rank)) for rank in range(2)]
     assert [[p.name for p in rank.around] for rank in held] == [
         ["token_embedding.weight"],
         ["token_embedding.weight", "norm.weight"],
@@ -131,7 +131,7 @@ LAYOUTS = st.fixed_dictionaries(
 def test_the_ranks_of_a_copy_hold_all_of_it(model: ModelConfig, parallel: dict[str, Any], data_ranks: int) -> None:
     config = run(replace(model, n_layer=6), **parallel)
     dims = parallel_dims(config.parallel, data_ranks * parallel["tp"] * parallel["cp"] * parallel["pp"])
-    held = [pieces(config.model, dims, parts_of(config, rank)) for rank in range(dims.pp)]
+    held = [pieces(config.model, dims, rank_stages(config, rank)) for rank in range(dims.pp)]
     sharing = dims.tp * (dims.dp_shard * dims.cp if dims.is_sharded else 1)
     assert sharing * sum(rank.held() for rank in held) >= count(config.model).total
     assert sum(rank.layers for rank in held) == 6

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
-from gpt.parallel.context import SharedSequence
+from gpt.parallel.context import SequenceShard
 from gpt.topology.rules import check_parallel_dims
 from gpt.training.evaluation import mean_loss
 from gpt.training.run import Run
@@ -74,7 +74,7 @@ def test_every_token_is_taken_once_and_every_rank_has_the_same_work(
     monkeypatch.setattr(dist, "get_world_size", lambda group: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
-        positions_T = SharedSequence(None).part(torch.arange(48))
+        positions_T = SequenceShard(None).part(torch.arange(48))
         tokens += positions_T.tolist()
         work.append(int((positions_T + 1).sum()))  # a token looks at those before it and at itself
     assert sorted(tokens) == list(range(48))

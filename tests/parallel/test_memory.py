@@ -11,7 +11,7 @@ from gpt.config.compose import compose_train
 from gpt.planning.memory import BF16, FP32, cast_elements, kept, pieces, states
 from gpt.planning.memory.rank import share_of
 from gpt.topology.batch import split_batch
-from gpt.topology.pipeline import parts_of
+from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
@@ -83,7 +83,7 @@ def test_every_rank_holds_what_the_plan_says(
     assert split_batch(config.optim, dims.data_ranks).global_batch == BATCH
     line = len(held) // dims.pp
     for stage in range(dims.pp):
-        said = states(config, dims, pieces(config.model, dims, parts_of(config, stage)))
+        said = states(config, dims, pieces(config.model, dims, rank_stages(config, stage)))
         expected = (said.parameters, said.gradients, said.optimizer)
         found = [rank[name, model] for rank in held[stage * line : (stage + 1) * line]]
         # The first of those that share a tensor has the largest part of it.

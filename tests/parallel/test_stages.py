@@ -14,7 +14,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from gpt.accounting.flops import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.config.compose import compose_train
-from gpt.topology.pipeline import bubble_fraction, deal_out, local_stages, split, stages_of
+from gpt.topology.pipeline import bubble_fraction, local_stages, partition, split_layers, stage_indices
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -27,7 +27,7 @@ COSTS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
 @given(COSTS, st.data())
 def test_no_other_cut_has_a_faster_slowest_stage(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
-    found = deal_out(tuple(costs), parts)
+    found = partition(tuple(costs), parts)
     assert [i for part in found for i in part] == list(range(len(costs)))
     assert len(found) == parts and all(found)
 
@@ -52,23 +52,23 @@ def test_the_output_matrix_counts_as_layers() -> None:
     model = config_of("model=gpt2_124m").model
     flops = training_flops(model, 1)
     assert 4 < flops.logits / ((flops.palm - flops.logits) / 12) < 5
-    assert [len(part.blocks) for part in split(model, 4)] == [4, 4, 4, 0]
-    assert [(part.first, part.last) for part in split(model, 4)] == [
+    assert [len(part.blocks) for part in split_layers(model, 4)] == [4, 4, 4, 0]
+    assert [(part.first, part.last) for part in split_layers(model, 4)] == [
         (True, False),
         (False,) * 2,
         (False,) * 2,
         (False, True),
     ]
     # recomputing makes blocks dearer, not the output matrix
-    assert [len(part.blocks) for part in split(model, 2)] == [8, 4]
-    assert [len(part.blocks) for part in split(model, 2, Recompute.full)] == [8, 4]
+    assert [len(part.blocks) for part in split_layers(model, 2)] == [8, 4]
+    assert [len(part.blocks) for part in split_layers(model, 2, Recompute.full)] == [8, 4]
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))
 @pytest.mark.parametrize("pp", [1, 2, 4])
 def test_every_stage_is_held_once_and_where_torch_expects_it(schedule: Schedule, pp: int) -> None:
     parallel = ParallelConfig(strategy=Strategy.ddp, pp=pp, schedule=schedule)
-    held = {rank: stages_of(parallel, rank) for rank in range(pp)}
+    held = {rank: stage_indices(parallel, rank) for rank in range(pp)}
     count = pp * local_stages(parallel)
     assert sorted(stage for stages in held.values() for stage in stages) == list(range(count))
     style = "v" if schedule in (Schedule.zbv, Schedule.dualpipev) else "loop"
@@ -177,7 +177,7 @@ def picture(schedule: Schedule, pp: int = 2, micro_batches: int = 4) -> str:
     span = max(end for _, end in times.values())
     rows = []
     for rank in range(pp):
-        for stage in stages_of(parallel, rank):
+        for stage in stage_indices(parallel, rank):
             row = ["."] * span
             for (kind, of, batch), (begin, end) in times.items():
                 if of == stage:

@@ -18,7 +18,7 @@ from gpt.conversion.trained import find_checkpoint, read_weights
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.distributed import World, build_mesh
-from gpt.parallel.tensor import cut_matrices
+from gpt.parallel.tensor import apply_tensor_parallel
 from gpt.parallel.vocab import vocabulary_loss
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
@@ -183,7 +183,7 @@ def cut_model(rank: int, size: int) -> dict[str, Any]:
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
     line = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
     model = GPT(config)
-    cut_matrices(model, line, ParallelConfig())
+    apply_tensor_parallel(model, line, ParallelConfig())
     shapes: dict[str, tuple[int, ...]] = {}
     model.blocks[1].register_forward_pre_hook(lambda _, inputs: shapes.update(stream=tuple(inputs[0].shape)))
     tokens_BT = random_tokens(config, 5)

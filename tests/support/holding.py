@@ -91,7 +91,7 @@ def living_bytes(run: Run) -> int:
     own = {local(t).untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     tokens_BT = torch.arange(run.config.model.block_size).repeat(run.batch.micro, 1)
     with alive, autocast(run.config, tokens_BT.device):
-        given = run.engine.own(tokens_BT) if hasattr(run.engine, "own") else tokens_BT
+        given = run.engine.local_tokens(tokens_BT) if hasattr(run.engine, "local_tokens") else tokens_BT
         logits_BTV = module(given)
     assert logits_BTV.requires_grad
     gc.collect()

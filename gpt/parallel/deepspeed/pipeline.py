@@ -29,7 +29,7 @@ from gpt.parallel.deepspeed.engine import ZeroEngine
 from gpt.parallel.distributed import World
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
-from gpt.topology.pipeline import split
+from gpt.topology.pipeline import split_layers
 
 BEFORE, AFTER = 2, 2
 """Layers of DeepSpeed's before the first block, and after the last one."""
@@ -110,7 +110,7 @@ class GPTPipelineModule(PipelineModule):
     def __init__(
         self, model: GPT, config: TrainConfig, stages: int, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
-        parts = split(config.model, stages, config.recompute)
+        parts = split_layers(config.model, stages, config.recompute)
         ends = [BEFORE + part.blocks.stop for part in parts]
         self._cuts = [0, *ends[:-1], BEFORE + config.model.n_layer + AFTER]
         self._names = whole_names(config.model.n_layer)

@@ -12,7 +12,7 @@ from gpt.planning.memory.states import states
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import BUCKET
 from gpt.topology.dims import ParallelDims
-from gpt.topology.pipeline import Part, local_stages, parts_of
+from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
 LIVE = 10**9
 """Elements that stage 3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
@@ -71,8 +71,8 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
 
 def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
     """Memory of the ranks that hold one rank's stages of a pipeline."""
-    parts = parts_of(config, pp_rank)
-    held = pieces(config.model, dims, parts)
+    stages = rank_stages(config, pp_rank)
+    held = pieces(config.model, dims, stages)
     stored = states(config, dims, held)
     in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
     return Memory(
@@ -80,8 +80,8 @@ def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int)
         gradients=stored.gradients,
         optimizer=stored.optimizer,
         compute_weights=compute_weights(config, held, batch.accumulation > 1),
-        activations=activations(config, dims, batch, parts, in_flight),
-        logits=logits(config, dims, batch, in_flight) if any(part.last for part in parts) else 0,
+        activations=activations(config, dims, batch, stages, in_flight),
+        logits=logits(config, dims, batch, in_flight) if any(stage.last for stage in stages) else 0,
         host=stored.host,
     )
 
@@ -93,7 +93,9 @@ def share_of(config: TrainConfig, dims: ParallelDims) -> Share:
     return Share(tp=dims.tp, stream=stream, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
 
 
-def activations(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: list[Part], in_flight: int) -> int:
+def activations(
+    config: TrainConfig, dims: ParallelDims, batch: Batch, stages: list[StageLayers], in_flight: int
+) -> int:
     """Bytes that ``in_flight`` micro-batches keep in a rank's parts of the model.
 
     torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
@@ -101,18 +103,18 @@ def activations(config: TrainConfig, dims: ParallelDims, batch: Batch, parts: li
     """
     model, share = config.model, share_of(config, dims)
     per_micro_batch = kept(model, batch.micro, config.precision, config.recompute, share)
-    layers = sum(len(part.blocks) for part in parts)
+    layers = sum(len(stage.blocks) for stage in stages)
     inside = in_flight * layers * per_micro_batch.recomputed + (
         per_micro_batch.block - per_micro_batch.recomputed if layers else 0
     )
     around = in_flight * sum(
-        part.first * per_micro_batch.embedding + part.last * per_micro_batch.final for part in parts
+        stage.first * per_micro_batch.embedding + stage.last * per_micro_batch.final for stage in stages
     )
     if dims.pp == 1:
         return inside + around
     stream = share.tokens(model, batch.micro) * FP32 * model.n_embd
-    received = sum((batch.accumulation - in_flight) * (not part.first) for part in parts)
-    handed_on = sum((batch.accumulation + in_flight) * (not part.last) for part in parts)
+    received = sum((batch.accumulation - in_flight) * (not stage.first) for stage in stages)
+    handed_on = sum((batch.accumulation + in_flight) * (not stage.last) for stage in stages)
     return inside + around + stream * (received + handed_on)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from gpt.accounting.parameters import block_shapes, outer_shapes
 from gpt.config import ModelConfig
 from gpt.topology.dims import ParallelDims
-from gpt.topology.experts import holders, shard_dimension
-from gpt.topology.pipeline import Part
+from gpt.topology.experts import expert_fsdp_ranks, shard_dimension
+from gpt.topology.pipeline import StageLayers
 
 CUT_ROWS = ("query", "key", "value", "gate", "up", "token_embedding", "head")
 """Tensors that tensor parallelism cuts along the first dimension: by heads, inner width or vocabulary (Megatron-LM,
@@ -77,7 +77,7 @@ class Pieces:
         return self.layers * of_block + around
 
 
-def pieces(model: ModelConfig, dims: ParallelDims, parts: Sequence[Part] | None = None) -> Pieces:
+def pieces(model: ModelConfig, dims: ParallelDims, parts: Sequence[StageLayers] | None = None) -> Pieces:
     """The parameters of a rank that has these parts of the model, by default all of it."""
     block, around = block_shapes(model), outer_shapes(model)
     if parts is not None:
@@ -89,7 +89,7 @@ def pieces(model: ModelConfig, dims: ParallelDims, parts: Sequence[Part] | None 
     )
 
 
-def holds(part: Part, name: str, model: ModelConfig) -> bool:
+def holds(part: StageLayers, name: str, model: ModelConfig) -> bool:
     """Whether a part of the model has a parameter outside the blocks; a tied embedding is at both ends."""
     if name.startswith(("norm.", "head.")):
         return part.last
@@ -106,7 +106,7 @@ def piece(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelD
     dealt = (local[0] // dims.ep, *local[1:])
     if not dims.is_sharded:
         return Piece(name, dealt, 1)
-    return Piece(name, dealt, holders(dims), shard_dimension(model, dims))
+    return Piece(name, dealt, expert_fsdp_ranks(dims), shard_dimension(model, dims))
 
 
 def cut_by_tensor(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
