@@ -36,7 +36,7 @@ with lasting_imports():
     from gpt.training.evaluation import mean_loss
     from gpt.training.gradient_stats import Gradients
     from gpt.training.init_from import load_initial
-    from gpt.training.parallelize import spread
+    from gpt.training.parallelize import parallelize
     from gpt.training.profiler import StepProfile
     from gpt.training.request import Request, agree_on_folder, parse_request
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
@@ -64,7 +64,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
     if without_flash and world.is_first:
         print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
     prepare_blocks(model, config)
-    engine = spread(model, config, world, dims, batch)
+    engine = parallelize(model, config, world, dims, batch)
     kept = config.checkpoint
     run = Run(
         config=config,

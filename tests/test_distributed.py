@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tests.support.distributed import RankFailedError, run_distributed
 
 
-def add_up(rank: int, world_size: int, start: int) -> tuple[int, float, str]:
+def all_reduce(rank: int, world_size: int, start: int) -> tuple[int, float, str]:
     total = torch.tensor(float(start + rank))
     dist.all_reduce(total)
     return os.getpid(), total.item(), os.environ["RANK"]
@@ -31,7 +31,7 @@ def misbehave(rank: int, world_size: int, how: str) -> Any:
 
 
 def test_results_come_by_rank_from_processes_of_their_own() -> None:
-    results = run_distributed(add_up, 2, 10)
+    results = run_distributed(all_reduce, 2, 10)
     assert [r[1:] for r in results] == [(21.0, "0"), (21.0, "1")]
     assert len({os.getpid(), *(r[0] for r in results)}) == 3
 

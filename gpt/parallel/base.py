@@ -42,7 +42,7 @@ class TorchEngine:
     layer_group: dist.ProcessGroup | None = None
     criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
     """Of logits and targets: the summed loss."""
-    counted: float = 1.0
+    loss_weight: float = 1.0
     """0 where another rank computes the loss of the same tokens and reports it."""
     files: Format = TensorFiles()
 
@@ -75,14 +75,14 @@ class TorchEngine:
                 loss = self.micro_batch_loss(tokens_BT[part], targets_BT[part])
                 (loss * self.scale).backward()
             loss_sum += loss.detach()
-        return loss_sum * self.counted
+        return loss_sum * self.loss_weight
 
     def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
         return nullcontext()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.micro_batch_loss(tokens_BT, targets_BT) * self.counted
+        return self.micro_batch_loss(tokens_BT, targets_BT) * self.loss_weight
 
     def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The summed loss of one forward pass, () fp32, on every rank that takes part in it."""

@@ -17,7 +17,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.parallel.base import TorchEngine
 from gpt.parallel.distributed import World, build_mesh
-from gpt.parallel.dtensor import put
+from gpt.parallel.dtensor import set_tensor
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
@@ -74,27 +74,27 @@ class Zero1Engine(DDPEngine):
         with torch.device("meta"):
             parts = GPT(config.model)
         for name, whole in model.named_parameters():
-            part = nn.Parameter(part_of(whole.detach(), self._mesh))
-            put(parts, name, part)
+            part = nn.Parameter(shard_rows(whole.detach(), self._mesh))
+            set_tensor(parts, name, part)
             self._pairs.append((whole, part))
         for name, buffer in model.named_buffers():
-            put(parts, name, buffer)  # which every rank has and stores whole
+            set_tensor(parts, name, buffer)  # which every rank has and stores whole
         super().__init__(model, config, world, dims, batch, trained=parts)
-        self.optimizer.register_step_pre_hook(self._hand_out)
-        self.optimizer.register_step_post_hook(self._collect)
+        self.optimizer.register_step_pre_hook(self._shard_gradients)
+        self.optimizer.register_step_post_hook(self._all_gather_parameters)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._collect()
+        self._all_gather_parameters()
 
-    def _hand_out(self, *_: Any) -> None:
+    def _shard_gradients(self, *_: Any) -> None:
         """Give the optimizer this rank's part of the averaged gradients."""
         for whole, part in self._pairs:
             if whole.grad is not None:
-                part.grad = part_of(whole.grad, self._mesh)
+                part.grad = shard_rows(whole.grad, self._mesh)
 
     @torch.no_grad()
-    def _collect(self, *_: Any) -> None:
+    def _all_gather_parameters(self, *_: Any) -> None:
         """Bring every parameter together from its parts."""
         for whole, part in self._pairs:
             assert isinstance(part, DTensor)
@@ -102,7 +102,7 @@ class Zero1Engine(DDPEngine):
             part.grad = None
 
 
-def part_of(whole: Tensor, mesh: DeviceMesh) -> DTensor:
+def shard_rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
     """This rank's slice of ``whole`` along its first dimension, as a DTensor over the same memory."""
     chunks = whole.chunk(mesh.size(), dim=0)
     rank = mesh.get_local_rank()

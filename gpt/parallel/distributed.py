@@ -41,47 +41,47 @@ def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
     return "gloo", options
 
 
-def flat(grid: DeviceMesh, names: Sequence[str], world: World, timeout_s: int) -> DeviceMesh:
+def flatten_mesh(mesh: DeviceMesh, names: Sequence[str], world: World, timeout_s: int) -> DeviceMesh:
     """Several neighbouring dimensions of a grid as one, with a group of its own."""
     if len(names) == 1:
-        return grid[names[0]]
-    return grid[tuple(names)]._flatten("_".join(names), backend_override=group_options(world, timeout_s))
+        return mesh[names[0]]
+    return mesh[tuple(names)]._flatten("_".join(names), backend_override=group_options(world, timeout_s))
 
 
-def shard_mesh(grid: DeviceMesh, world: World, timeout_s: int, within: str = "dp_shard") -> DeviceMesh:
+def shard_mesh(mesh: DeviceMesh, world: World, timeout_s: int, within: str = "dp_shard") -> DeviceMesh:
     """Where parameters are sharded: the dimension ``within`` a copy of the model and ``cp`` as one, after
     ``dp_replicate`` where there are copies."""
-    names = grid.mesh_dim_names or ()
-    shard = flat(grid, [name for name in (within, "cp") if name in names], world, timeout_s)
+    names = mesh.mesh_dim_names or ()
+    shard = flatten_mesh(mesh, [name for name in (within, "cp") if name in names], world, timeout_s)
     if "dp_replicate" not in names:
         return shard
-    return DeviceMesh._concatenate([grid["dp_replicate"], shard])
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shard])
 
 
-def copies_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
+def replica_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
     """The ranks that hold the same part of the model and see other samples, or other parts of them."""
-    names = grid.mesh_dim_names or ()
-    return flat(grid, [name for name in names if name not in ("pp", "ep", "tp")], world, timeout_s)
+    names = mesh.mesh_dim_names or ()
+    return flatten_mesh(mesh, [name for name in names if name not in ("pp", "ep", "tp")], world, timeout_s)
 
 
-def expert_grid(grid: DeviceMesh, dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
+def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
     """The data ranks and ``cp``, with a dimension ``ep`` of neighbours that deal out the experts among themselves.
 
     It is cut off from ``dp_shard`` where copies are sharded, so that the experts of one are in its own ranks, else from
     ``dp_replicate``. ``edp`` is what is left of that: ranks to which the same experts are dealt out.
     """
-    cut = "dp_shard" if dims.is_sharded else "dp_replicate"
-    names = grid.mesh_dim_names or ()
-    data = grid[tuple(name for name in ("dp_replicate", "dp_shard", "cp") if name in names)]
-    place = (data.mesh_dim_names or ()).index(cut)  # torch 2.11 takes no name here: it refuses those that it has
-    sizes = (getattr(dims, cut) // dims.ep, dims.ep)
+    split_dim = "dp_shard" if dims.is_sharded else "dp_replicate"
+    names = mesh.mesh_dim_names or ()
+    data = mesh[tuple(name for name in ("dp_replicate", "dp_shard", "cp") if name in names)]
+    place = (data.mesh_dim_names or ()).index(split_dim)  # torch 2.11 takes no name here: it refuses those that it has
+    sizes = (getattr(dims, split_dim) // dims.ep, dims.ep)
     options: dict[Any, Any] = {name: group_options(world, timeout_s) for name in ("edp", "ep")}
     return data._unflatten(place, sizes, ("edp", "ep"), backend_override=options)
 
 
-def layer_mesh(grid: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
+def layer_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
     """The ranks that hold the same layers: all that are at the same place of their pipelines."""
-    return flat(grid, [name for name in grid.mesh_dim_names or () if name != "pp"], world, timeout_s)
+    return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name != "pp"], world, timeout_s)
 
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def add_up(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """Sums over all ranks, or those of ``group``, in place; a GPU does it in its queue, and nobody waits."""
         dist.all_reduce(values, group=group)
         return values

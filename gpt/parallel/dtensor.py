@@ -20,13 +20,13 @@ from torch.func import functional_call
 
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World
-from gpt.parallel.optimizer import scale_to, squares_of_parts
+from gpt.parallel.optimizer import scale_to, sum_of_squares
 
 BUCKET_BYTES = 32 * 2**20
 """As much is sent at once: more hides the latency, and is held twice meanwhile."""
 
 
-def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Add tensors up over the ranks of a group, in place, ``BUCKET_BYTES`` at a time."""
     bucket: list[Tensor] = []
     for tensor, following in zip_longest(tensors, tensors[1:]):
@@ -39,7 +39,7 @@ def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
             bucket = []
 
 
-def share_of(grad: Tensor, ranks: int) -> float:
+def inverse_replicas(grad: Tensor, ranks: int) -> float:
     """One over the number of ranks, out of ``ranks``, that hold the same part of this gradient."""
     if not isinstance(grad, DTensor):
         return 1 / ranks
@@ -49,66 +49,69 @@ def share_of(grad: Tensor, ranks: int) -> float:
     return math.prod(grad.device_mesh.size(i) for i, placement in placements if not placement.is_replicate()) / ranks
 
 
-def clip(gradients: Iterable[tuple[str, Tensor, float]], limit: float, world: World) -> Tensor:
+def clip_sharded_gradients(gradients: Iterable[tuple[str, Tensor, float]], limit: float, world: World) -> Tensor:
     """Scale gradients of which each rank holds parts down to a norm of ``limit``, 0 for any; the norm they had, ().
 
     Each comes with the share of it that counts on this rank: over the world every element counts once. Collective.
     """
     parts = [(part, share) for _, part, share in gradients]
     # Gradients may be offloaded; ranks talk on the device.
-    norm = world.add_up(squares_of_parts(parts).to(world.device)).sqrt()
+    norm = world.all_reduce(sum_of_squares(parts).to(world.device)).sqrt()
     if limit > 0:
         scale_to(limit, norm, [part for part, _ in parts])
     return norm
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def distribute(module: nn.Module, line: DeviceMesh, cuts: Mapping[str, Placement]) -> None:
-    """Make the parameters of a module, the same on all ranks of ``line``, DTensors: cut as ``cuts`` says, or whole.
+def distribute(module: nn.Module, mesh: DeviceMesh, shardings: Mapping[str, Placement]) -> None:
+    """Make the parameters of a module, the same on all ranks of ``mesh``, DTensors: sharded as ``shardings`` says, or
+    replicated.
 
     One that was cut over other ranks before is cut further.
     """
     for name, parameter in list(module.named_parameters()):
-        placement = cuts.get(name, Replicate())
-        spread = distribute_tensor(local(parameter.detach()), line, [placement], src_data_rank=None)
+        placement = shardings.get(name, Replicate())
+        sharded = distribute_tensor(local_tensor(parameter.detach()), mesh, [placement], src_data_rank=None)
         if isinstance(parameter, DTensor):
-            mesh = DeviceMesh._concatenate([parameter.device_mesh, line])
-            spread = DTensor.from_local(spread.to_local(), mesh, [*parameter.placements, placement], run_check=False)
-        put(module, name, nn.Parameter(spread))
+            combined = DeviceMesh._concatenate([parameter.device_mesh, mesh])
+            sharded = DTensor.from_local(
+                sharded.to_local(), combined, [*parameter.placements, placement], run_check=False
+            )
+        set_tensor(module, name, nn.Parameter(sharded))
 
 
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Let a module have ``tensor`` as what it has under ``name``."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, tensor)
 
 
-def compute_on_parts(module: nn.Module, gradient_of_whole: Placement) -> None:
+def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None:
     """Have a module compute with plain tensors: the parts that this rank holds of its parameters at each call.
 
-    ``gradient_of_whole``: what the rank then finds of the gradient of a parameter that it holds whole.
+    ``replicated_gradient``: what the rank then finds of the gradient of a parameter that it holds whole.
     """
     caller = nn.Module()
     caller.module, caller.forward = module, module.forward
 
     def forward(*inputs: Any) -> Any:
-        parts = {f"module.{name}": part_of(p, gradient_of_whole) for name, p in module.named_parameters()}
+        parts = {f"module.{name}": local_shard(p, replicated_gradient) for name, p in module.named_parameters()}
         return functional_call(caller, parts, inputs)
 
     replace_forward(module, forward)
 
 
-def part_of(parameter: Tensor, gradient_of_whole: Placement) -> Tensor:
+def local_shard(parameter: Tensor, replicated_gradient: Placement) -> Tensor:
     """This rank's part of a parameter; the gradient finds its way back."""
     assert isinstance(parameter, DTensor)
-    placements = [gradient_of_whole if p.is_replicate() else p for p in parameter.placements]
+    placements = [replicated_gradient if p.is_replicate() else p for p in parameter.placements]
     return parameter.to_local(grad_placements=placements)
 
 
-def summed(part: Tensor, line: DeviceMesh, placement: Placement) -> Tensor:
-    """``placement`` of the sum of what the ranks of ``line`` have."""
-    return DTensor.from_local(part, line, [Partial()]).redistribute(placements=[placement]).to_local()
+def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
+    """``placement`` of the sum of what the ranks of ``mesh`` have."""
+    return DTensor.from_local(part, mesh, [Partial()]).redistribute(placements=[placement]).to_local()

@@ -26,28 +26,28 @@ from gpt.model.experts import autocast_rows
 from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts, inverse, mixtures
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.dtensor import local
+from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.fsdp import fsdp_shard_module
 from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import shard_dimension
 
 
-def parallelize_experts(model: GPT, line: DeviceMesh, averaged: bool) -> None:
+def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
     """Leave in every mixture of ``model`` the experts that are dealt out to this rank, and send the rows to them.
 
     Args:
         model: with all experts, the same on every rank.
         line: the ranks that deal them out among themselves.
         averaged: whether gradients are averaged afterwards over the ranks that hold the same experts. What is averaged
-            over all data ranks elsewhere is summed over ``line`` already, and so divided here.
+            over all data ranks elsewhere is summed over ``mesh`` already, and so divided here.
     """
-    share = 1 / line.size() if averaged else 1.0
+    share = 1 / mesh.size() if averaged else 1.0
     for mixture in mixtures(model):
         for name, whole in list(mixture.experts.named_parameters()):
-            mine = whole.detach().chunk(line.size())[line.get_local_rank()].clone()
-            setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, line, [Shard(0)], run_check=False)))
+            mine = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
         # Each call is of another length and waits for other ranks, which no compiler can see through.
-        send = torch.compiler.disable(build_dispatch(mixture, line.get_group(), share))
+        send = torch.compiler.disable(build_dispatch(mixture, mesh.get_group(), share))
         mixture.give_to_experts = send  # type: ignore[method-assign]
 
 
@@ -93,7 +93,7 @@ def build_dispatch(
 
 def local_experts(weight: Tensor, share: float) -> Tensor:
     """This rank's experts of a parameter, whose gradient is multiplied by ``share``."""
-    mine = local(weight)
+    mine = local_tensor(weight)
     # FSDP2 could divide too, but by a factor that gloo cannot (PREMUL_SUM), or twice where one rank has the experts.
     if share != 1 and mine.requires_grad:
         mine.register_hook(lambda gradient: gradient * share)

@@ -18,8 +18,8 @@ from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.base import TorchEngine
 from gpt.parallel.context import SequenceShard, shard_sequences
-from gpt.parallel.distributed import World, build_mesh, copies_mesh, expert_grid, shard_mesh
-from gpt.parallel.dtensor import clip, local, share_of, sum_over
+from gpt.parallel.distributed import World, build_mesh, expert_mesh, replica_mesh, shard_mesh
+from gpt.parallel.dtensor import all_reduce_in_buckets, clip_sharded_gradients, inverse_replicas, local_tensor
 from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, parallelize_experts
 from gpt.parallel.fsdp import apply_fsdp
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients
@@ -39,34 +39,34 @@ class NDEngine(TorchEngine):
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         timeout_s = config.parallel.timeout_s
-        self.grid = build_mesh(dims, world, timeout_s)
+        self.mesh = build_mesh(dims, world, timeout_s)
         self._sequence: SequenceShard | None = None
         if dims.cp > 1:
-            self._sequence = shard_sequences(model, self.grid["cp"].get_group(), config, world.device)
+            self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
-        self._summed: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
+        self._all_reduced: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         """Parameters whose gradients are summed here, and over which ranks."""
         module, parts = self.split_model(model, config, world, batch)
-        data = self.grid
+        data = self.mesh
         if dims.ep > 1:
-            data = expert_grid(self.grid, dims, world, timeout_s)
+            data = expert_mesh(self.mesh, dims, world, timeout_s)
             for part in parts:
                 parallelize_experts(part, data["ep"], averaged=self._sharded)
         if dims.tp > 1:
-            self._apply_tensor_parallel(parts, config, self.grid["tp"])
+            self._apply_tensor_parallel(parts, config, self.mesh["tp"])
         if self._sharded:
             if dims.ep > 1:
-                expert_mesh = shard_mesh(data, world, timeout_s, "edp")
+                expert_fsdp_mesh = shard_mesh(data, world, timeout_s, "edp")
                 for part in parts:
-                    fsdp_shard_experts(part, expert_mesh, config, dims)
-            mesh = shard_mesh(self.grid, world, timeout_s)
+                    fsdp_shard_experts(part, expert_fsdp_mesh, config, dims)
+            fsdp_mesh = shard_mesh(self.mesh, world, timeout_s)
             for part in parts:
-                apply_fsdp(part, list(part.blocks), mesh, config)
+                apply_fsdp(part, list(part.blocks), fsdp_mesh, config)
         else:
             experts = expert_parameters(module) if dims.ep > 1 else []
             rest = [p for p in module.parameters() if not any(p is other for other in experts)]
-            for chosen, grid in ((rest, self.grid), (experts, data)):
-                self._summed.append((chosen, copies_mesh(grid, world, timeout_s).get_group()))
+            for chosen, mesh in ((rest, self.mesh), (experts, data)):
+                self._all_reduced.append((chosen, replica_mesh(mesh, world, timeout_s).get_group()))
         averaged = dims.data_ranks * dims.cp if self._sharded else 1
         super().__init__(module, module, config, world, dims, batch, averaged)
 
@@ -78,20 +78,20 @@ class NDEngine(TorchEngine):
         """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
         return super().backward(tokens_BT, targets_BT, on_micro_batch)
 
-    def _apply_tensor_parallel(self, parts: Sequence[GPT], config: TrainConfig, line: DeviceMesh) -> None:
+    def _apply_tensor_parallel(self, parts: Sequence[GPT], config: TrainConfig, mesh: DeviceMesh) -> None:
         for part in parts:
-            apply_tensor_parallel(part, line, config.parallel)
-        self.counted = 1.0 if line.get_local_rank() == 0 else 0.0
+            apply_tensor_parallel(part, mesh, config.parallel)
+        self.loss_weight = 1.0 if mesh.get_local_rank() == 0 else 0.0
         if config.parallel.loss_parallel:
-            columns = config.model.padded_vocab // line.size()
-            self.criterion = vocabulary_loss(line, columns, config.model.vocab_size)
+            columns = config.model.padded_vocab // mesh.size()
+            self.criterion = vocabulary_loss(mesh, columns, config.model.vocab_size)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         loss_sum = self.forward_backward(tokens_BT, targets_BT, on_micro_batch)
         if self.dims.tp > 1 and not self._sharded:
-            reduce_partial_gradients(self.module, self.grid["tp"])
-        for parameters, group in self._summed:
-            sum_over([local(p.grad) for p in parameters if p.grad is not None], group)
+            reduce_partial_gradients(self.module, self.mesh["tp"])
+        for parameters, group in self._all_reduced:
+            all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
         return loss_sum
 
     def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -107,13 +107,13 @@ class NDEngine(TorchEngine):
         return nullcontext()
 
     def clip(self, limit: float) -> Tensor:
-        return clip(self.gradients(), limit, self.world)
+        return clip_sharded_gradients(self.gradients(), limit, self.world)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
-                yield name, local(parameter.grad), share_of(parameter.grad, self.holders(name))
+                yield name, local_tensor(parameter.grad), inverse_replicas(parameter.grad, self.owners(name))
 
-    def holders(self, name: str) -> int:
+    def owners(self, name: str) -> int:
         """Ranks that hold a parameter, or parts of it."""
         return self.world.size

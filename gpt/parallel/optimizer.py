@@ -58,7 +58,7 @@ def clip_gradients(module: nn.Module, limit: float) -> Tensor:
     return norm
 
 
-def squares_of_parts(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+def sum_of_squares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """This rank's share of the sum of squares of gradients of which it holds parts, () float64.
 
     Args:
@@ -66,15 +66,15 @@ def squares_of_parts(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """
     # float64 on the device: the squares of a whole model do not fit the digits of a float32.
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
-    return (norms.square() * shares(parts)).sum()
+    return (norms.square() * share_tensor(parts)).sum()
 
 
-def sum_of_parts(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+def sum_of_elements(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """The same for the sum of their elements."""
-    return (torch.stack([part.sum() for part, _ in parts]).double() * shares(parts)).sum()
+    return (torch.stack([part.sum() for part, _ in parts]).double() * share_tensor(parts)).sum()
 
 
-def shares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+def share_tensor(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """The second of each pair, (pairs,) float64, where the first ones are."""
     return torch.tensor([share for _, share in parts], dtype=torch.float64, device=parts[0][0].device)
 

@@ -33,7 +33,7 @@ from gpt.model.loss import autocast, cross_entropy
 from gpt.model.stage import Stage
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World, layer_mesh
-from gpt.parallel.dtensor import local
+from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.nd import NDEngine
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
@@ -132,7 +132,7 @@ class Pipeline:
         """The rank, in the world, that holds a stage of this pipeline."""
         return dist.get_global_rank(self.group, self._owner[stage])
 
-    def holders(self, name: str) -> int:
+    def owners(self, name: str) -> int:
         """Ranks of this pipeline that hold a parameter."""
         return 2 if self.tied.apart and name == "token_embedding.weight" else 1
 
@@ -226,14 +226,14 @@ class TiedEmbedding:
         """Give the second what the first was stepped to."""
         if self._pair is not None:
             first, second = (stage.token_embedding.weight for stage in self._pair)
-            local(second).copy_(local(first))
+            local_tensor(second).copy_(local_tensor(first))
 
 
 def gradient_of(stage: Stage) -> Tensor:
     """This rank's part of the gradient of the tied matrix."""
     grad = stage.token_embedding.weight.grad
     assert grad is not None
-    return local(grad)
+    return local_tensor(grad)
 
 
 def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
@@ -256,17 +256,17 @@ class PipelineEngine(NDEngine):
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         super().__init__(model, config, world, dims, batch)
-        self.layer_group = layer_mesh(self.grid, world, config.parallel.timeout_s).get_group()
+        self.layer_group = layer_mesh(self.mesh, world, config.parallel.timeout_s).get_group()
         self.optimizer.register_step_post_hook(lambda *_: self._pipeline.tied.copy_to_second())
 
     def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
-        self._pipeline = Pipeline(model, config, world, batch, self.grid["pp"].get_group())
+        self._pipeline = Pipeline(model, config, world, batch, self.mesh["pp"].get_group())
         return self._pipeline.module, list(self._pipeline.stages.values())
 
     def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
-        return self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch) * self.counted
+        return self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch) * self.loss_weight
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         loss_sum = super().backward(tokens_BT, targets_BT, on_micro_batch)
@@ -276,12 +276,12 @@ class PipelineEngine(NDEngine):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return (
             self._pipeline.loss(self.local_tokens(tokens_BT), self.local_tokens(targets_BT), self.criterion)
-            * self.counted
+            * self.loss_weight
         )
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._pipeline.tied.copy_to_second()
 
-    def holders(self, name: str) -> int:
-        return self.world.size // self.dims.pp * self._pipeline.holders(name)
+    def owners(self, name: str) -> int:
+        return self.world.size // self.dims.pp * self._pipeline.owners(name)

@@ -34,7 +34,7 @@ from gpt.config import ParallelConfig
 from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.dtensor import compute_on_parts, distribute, sum_over, summed
+from gpt.parallel.dtensor import all_reduce_in_buckets, compute_on_shards, distribute, reduce_partial
 from gpt.parallel.vocab import ShardedEmbedding
 
 REPLICATED, SEQUENCE, HEADS, VOCABULARY = Replicate(), Shard(1), Shard(2), Shard(-1)
@@ -47,23 +47,23 @@ MIXTURE_PLACEMENTS: dict[str, Placement] = {
 """Where the inner width is in the matrices of a mixture of experts."""
 
 
-def apply_tensor_parallel(model: GPT, line: DeviceMesh, config: ParallelConfig) -> None:
-    """Cut ``model``, or a stage of one, which is the same on all ranks of ``line``, and have them meet in its passes.
+def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) -> None:
+    """Cut ``model``, or a stage of one, which is the same on all ranks of ``mesh``, and have them meet in its passes.
 
     It takes tokens as before. Of the logits it gives this rank's columns (``loss_parallel``) or all; what the model
     leaves out as padding of the vocabulary is padding among any rank's columns too.
     """
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
-    apply_styles(model, line, outer_styles(model, hidden, VOCABULARY if config.loss_parallel else REPLICATED))
+    apply_styles(model, mesh, outer_styles(model, hidden, VOCABULARY if config.loss_parallel else REPLICATED))
     for block in model.blocks:
-        apply_styles(block, line, block_styles(block, hidden))
+        apply_styles(block, mesh, block_styles(block, hidden))
 
 
-def apply_styles(module: nn.Module, line: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
+def apply_styles(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
     """Hang styles on the parts of a module that this variant of the model has."""
     there = dict(module.named_modules())
     # No values are sent: every rank has them.
-    parallelize_module(module, line, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
+    parallelize_module(module, mesh, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
 
 
 def outer_styles(model: GPT, hidden: Placement, logits: Placement) -> dict[str, ParallelStyle]:
@@ -124,7 +124,7 @@ class Replicated(ParallelStyle):
         distribute(module, device_mesh, {})
         if self.starts_at_slice and self.placement == SEQUENCE:
             replace_forward(module, partial(shift_positions, module.forward, device_mesh.get_local_rank()))
-        compute_on_parts(module, REPLICATED if self.placement == REPLICATED else Partial())
+        compute_on_shards(module, REPLICATED if self.placement == REPLICATED else Partial())
         return module
 
 
@@ -147,21 +147,21 @@ class ShardedMixture(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         distribute(module, device_mesh, MIXTURE_PLACEMENTS)
-        compute_on_parts(module, Partial())
+        compute_on_shards(module, Partial())
         replace_forward(module, partial(self._sum, device_mesh, module.forward))
         return module
 
-    def _sum(self, line: DeviceMesh, forward: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
-        whole_BTD = DTensor.from_local(x_BTD, line, [self.hidden]).redistribute(placements=[REPLICATED])
-        return summed(forward(whole_BTD.to_local(grad_placements=[Partial()])), line, self.hidden)
+    def _sum(self, mesh: DeviceMesh, forward: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
+        whole_BTD = DTensor.from_local(x_BTD, mesh, [self.hidden]).redistribute(placements=[REPLICATED])
+        return reduce_partial(forward(whole_BTD.to_local(grad_placements=[Partial()])), mesh, self.hidden)
 
 
-def reduce_partial_gradients(module: nn.Module, line: DeviceMesh) -> None:
-    """After the last pass, sum the gradients of which each rank of ``line`` has a part. fsdp does so by itself."""
+def reduce_partial_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
+    """After the last pass, sum the gradients of which each rank of ``mesh`` has a part. fsdp does so by itself."""
     parts = []
     for parameter in module.parameters():
         grad = parameter.grad
         if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:
             parts.append(grad.to_local())
-            parameter.grad = DTensor.from_local(parts[-1], line, parameter.placements)
-    sum_over(parts, line.get_group())
+            parameter.grad = DTensor.from_local(parts[-1], mesh, parameter.placements)
+    all_reduce_in_buckets(parts, mesh.get_group())

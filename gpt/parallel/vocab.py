@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.dtensor import distribute, local, summed
+from gpt.parallel.dtensor import distribute, local_tensor, reduce_partial
 
 
 class ShardedEmbedding(ParallelStyle):
@@ -43,16 +43,16 @@ class ShardedEmbedding(ParallelStyle):
         return module
 
 
-def look_up(embedding: nn.Embedding, line: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
+def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
     """The rows of the tokens, each from the rank that holds it: the others add zeros."""
-    weight_VD = local(embedding.weight)
-    row_BT = tokens_BT - line.get_local_rank() * len(weight_VD)
+    weight_VD = local_tensor(embedding.weight)
+    row_BT = tokens_BT - mesh.get_local_rank() * len(weight_VD)
     elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))
     x_BTD = F.embedding(row_BT.masked_fill(elsewhere_BT, 0), weight_VD)
-    return summed(x_BTD.masked_fill(elsewhere_BT.unsqueeze(-1), 0), line, hidden)
+    return reduce_partial(x_BTD.masked_fill(elsewhere_BT.unsqueeze(-1), 0), mesh, hidden)
 
 
-def vocabulary_loss(line: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The cross-entropy, in nats, summed over the tokens, in fp32: of logits (B, T, V) and targets (B, T).
 
     Args:
@@ -60,7 +60,7 @@ def vocabulary_loss(line: DeviceMesh, columns: int, vocab_size: int) -> Callable
         columns: how many; what is given may lack the last ones, if they are padding.
         vocab_size: how many of all columns are tokens. The others take no part.
     """
-    first = line.get_local_rank() * columns
+    first = mesh.get_local_rank() * columns
     tokens = max(0, min(columns, vocab_size - first))
 
     def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def vocabulary_loss(line: DeviceMesh, columns: int, vocab_size: int) -> Callable
         if tokens < logits_NV.size(-1):
             padding_V = torch.arange(logits_NV.size(-1), device=logits_NV.device) >= tokens
             logits_NV = logits_NV.masked_fill(padding_V, -torch.inf)
-        summed_loss: Tensor = CrossEntropy.apply(logits_NV, targets_BT.flatten(), first, line.get_group())
+        summed_loss: Tensor = CrossEntropy.apply(logits_NV, targets_BT.flatten(), first, mesh.get_group())
         return summed_loss
 
     return loss

@@ -25,7 +25,7 @@ def data_s(
     """Seconds of a step that a rank waits for gradients and parameters; ``compute_s`` is what one pass computes."""
     if dims.is_sharded:
         return sharded_s(config, dims, batch, held, machine, compute_s)
-    sums = sum(copies.all_reduce(FP32 * count) for count, copies in among_copies(dims, held, machine))
+    sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in among_copies(dims, held, machine))
     if dims.model_ranks * dims.ep > 1:
         return sums  # after the last pass, by hand
     last = data_group(dims, machine).all_reduce(min(BUCKET_BYTES, FP32 * held.elements))
@@ -64,10 +64,10 @@ def sharded_s(
     gradients are scattered in the last one, and averaged between copies (arXiv 2304.11277, section 3). The first gather
     of a pass has nothing to hide behind, nor has the last scatter."""
     width = BF16 if config.precision is Precision.bf16 else FP32
-    shards, copies = list(among_shards(dims, held, machine)), group(dims, machine, ["dp_replicate"])
+    shards, replicas = list(among_shards(dims, held, machine)), group(dims, machine, ["dp_replicate"])
     line = shards[0][1]
     gathers = sum(line.gather(width * count) for count, line in shards)
-    sums = sum(line.gather(FP32 * count) for count, line in shards) + copies.all_reduce(FP32 * held.held())
+    sums = sum(line.gather(FP32 * count) for count, line in shards) + replicas.all_reduce(FP32 * held.held())
     block = elements(held.block)
     first, last = line.gather(width * (elements(held.around) + block)), line.gather(FP32 * block)
     again = gathers if config.parallel.reshard_after_forward else 0.0

@@ -39,10 +39,10 @@ class Candidate:
         """How little there is to it, to be compared; the plainest is the smallest, and has the largest passes."""
         dimensions = [getattr(self.dims, name) for name in ("pp", "cp", "ep", "tp")]
         strategies = [Strategy.ddp, Strategy.zero1, Strategy.fsdp]
-        stage, copies = self.parallel.zero_stage, self.dims.strategy == "hsdp"
+        stage, replicas = self.parallel.zero_stage, self.dims.strategy == "hsdp"
         return (
             sum(size > 1 for size in dimensions),
-            strategies.index(self.parallel.strategy) + copies if stage is None else stage,
+            strategies.index(self.parallel.strategy) + replicas if stage is None else stage,
             max(dimensions),
             sum(getattr(self.parallel, key) for key in OFFLOADS),
             not self.parallel.reshard_after_forward,
@@ -72,7 +72,7 @@ def candidates(
         offload: whether what is not fixed is to be kept in the memory of the host.
     """
     possible, refused = [], []
-    for parallel in grids(config, world_size, ranks_per_node, fixed, offload):
+    for parallel in parallel_configs(config, world_size, ranks_per_node, fixed, offload):
         chosen = replace(config, parallel=parallel)
         try:
             parallel.validate()
@@ -83,7 +83,7 @@ def candidates(
     return Found(tuple(possible), tuple(refused))
 
 
-def grids(
+def parallel_configs(
     config: TrainConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
     """Every combination of what is not fixed, possible or not."""
@@ -100,39 +100,39 @@ def grids(
                 if world_size % (tp * cp * pp):
                     continue
                 for ep in sizes("ep", math.gcd(experts, world_size // (tp * cp * pp))):
-                    grid = replace(given, tp=tp, cp=cp, pp=pp, ep=ep)
+                    base = replace(given, tp=tp, cp=cp, pp=pp, ep=ep)
                     if cuts_others:
-                        yield from strategies(grid, world_size, ranks_per_node, fixed, offload)
+                        yield from strategies(base, world_size, ranks_per_node, fixed, offload)
                     else:
-                        yield from stages_of_zero(grid, fixed, offload)
+                        yield from stages_of_zero(base, fixed, offload)
 
 
 def strategies(
-    grid: ParallelConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
+    base: ParallelConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
     """Every schedule, and every way for the data ranks of a grid to share a model by torch's means."""
-    schedules = SCHEDULES if grid.pp > 1 and "schedule" not in fixed else (grid.schedule,)
-    data_ranks = world_size // (grid.tp * grid.cp * grid.pp)
-    on_a_node = max(1, ranks_per_node // (grid.tp * grid.cp))
+    schedules = SCHEDULES if base.pp > 1 and "schedule" not in fixed else (base.schedule,)
+    data_ranks = world_size // (base.tp * base.cp * base.pp)
+    on_a_node = max(1, ranks_per_node // (base.tp * base.cp))
     shards = [None] if data_ranks <= on_a_node or data_ranks % on_a_node or on_a_node == 1 else [None, on_a_node]
-    on_host = offload or grid.cpu_offload
+    on_host = offload or base.cpu_offload
     for schedule in schedules:
-        found = replace(grid, schedule=schedule, cpu_offload=on_host)
+        found = replace(base, schedule=schedule, cpu_offload=on_host)
         if "dp_shard" not in fixed and not on_host:
             yield replace(found, strategy=Strategy.ddp)
-            if data_ranks > 1 and grid.tp * grid.cp * grid.pp * grid.ep == 1:
+            if data_ranks > 1 and base.tp * base.cp * base.pp * base.ep == 1:
                 yield replace(found, strategy=Strategy.zero1)
         reshards = (False,) if schedule in V_SHAPED else (True, False)
-        for shard in [grid.dp_shard] if "dp_shard" in fixed else shards:
-            for reshard in [grid.reshard_after_forward] if "reshard_after_forward" in fixed else reshards:
-                if data_ranks * grid.cp > 1 or (on_host and world_size == 1):
+        for shard in [base.dp_shard] if "dp_shard" in fixed else shards:
+            for reshard in [base.reshard_after_forward] if "reshard_after_forward" in fixed else reshards:
+                if data_ranks * base.cp > 1 or (on_host and world_size == 1):
                     yield replace(found, strategy=Strategy.fsdp, dp_shard=shard, reshard_after_forward=reshard)
 
 
-def stages_of_zero(grid: ParallelConfig, fixed: Collection[str], offload: bool) -> Iterator[ParallelConfig]:
+def stages_of_zero(base: ParallelConfig, fixed: Collection[str], offload: bool) -> Iterator[ParallelConfig]:
     """Every stage of DeepSpeed's; kept on the host the optimizer's state, and where a stage can the parameters too."""
-    for stage in [grid.zero_stage] if "zero_stage" in fixed else (0, 1, 2, 3):
-        found = replace(grid, strategy=Strategy.deepspeed, zero_stage=stage)
+    for stage in [base.zero_stage] if "zero_stage" in fixed else (0, 1, 2, 3):
+        found = replace(base, strategy=Strategy.deepspeed, zero_stage=stage)
         if not offload:
             yield found
         elif stage:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt.config import ModelConfig
 from gpt.model.gpt import GPT
-from gpt.parallel.optimizer import squares_of_parts, sum_of_parts
+from gpt.parallel.optimizer import sum_of_elements, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Gradients:
         for name, part, share in parts:
             layers[layer_of(name)].append((part, share))
         nothing = torch.zeros((), dtype=torch.float64, device=self._device)
-        squares = [squares_of_parts(held) if held else nothing for held in layers.values()]
-        elements = sum_of_parts([pair for held in layers.values() for pair in held])
+        squares = [sum_of_squares(held) if held else nothing for held in layers.values()]
+        elements = sum_of_elements([pair for held in layers.values() for pair in held])
         return torch.stack([value.to(self._device) for value in (*squares, elements)])
 
     def figures(self, sums: list[float]) -> GradientFigures:

@@ -10,14 +10,14 @@ from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
 
-def spread(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
+def parallelize(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
     """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
     from gpt.parallel.ddp import DDPEngine, Zero1Engine
     from gpt.parallel.nd import NDEngine
     from gpt.parallel.pipeline import PipelineEngine
 
     if config.parallel.strategy is Strategy.deepspeed:
-        return spread_by_deepspeed(model, config, world, dims, batch)
+        return parallelize_with_deepspeed(model, config, world, dims, batch)
     if dims.pp > 1:
         return PipelineEngine(model, config, world, dims, batch)
     model.to(world.device)
@@ -28,7 +28,9 @@ def spread(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, ba
     return DDPEngine(model, config, world, dims, batch)
 
 
-def spread_by_deepspeed(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
+def parallelize_with_deepspeed(
+    model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
+) -> Engine:
     """The same by DeepSpeed, which is loaded only here."""
     from gpt.parallel.deepspeed.engine import load_deepspeed
 

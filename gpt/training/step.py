@@ -114,7 +114,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
         data_wait_s=waited,
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
-    figures = [grad_norm.double()[None], world.add_up(sums), *([] if imbalance is None else [imbalance[None]])]
+    figures = [grad_norm.double()[None], world.all_reduce(sums), *([] if imbalance is None else [imbalance[None]])]
     return QueuedStep(record, gradients, LateFigures(torch.cat(figures)), tokens, imbalance is not None)
 
 
@@ -128,7 +128,7 @@ def balance_experts(engine: Engine, world: World) -> Tensor:
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)
     if mine_LE is not None:  # a stage of a pipeline may hold nothing but the output matrix
-        counts_LE = world.add_up(mine_LE.double(), engine.layer_group)
+        counts_LE = world.all_reduce(mine_LE.double(), engine.layer_group)
         move_balance_bias(engine.module, counts_LE)
         most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
     if engine.layer_group is not None:  # others hold the other layers

@@ -100,7 +100,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 
 
 @pytest.fixture(scope="module", params=list(TABLES))
-def spread(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Words, Any]]:
+def parallelize(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[str, Words, Any]]:
     table = TABLES[request.param]
     folder = tmp_path_factory.mktemp(f"on_{request.param}") / "runs"
     found = run_distributed(learn_table, request.param, folder, table, timeout_s=400)[0]

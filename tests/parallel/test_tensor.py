@@ -181,9 +181,9 @@ def cut_model(rank: int, size: int) -> dict[str, Any]:
     """What a rank holds and sends of a model without padding, in one forward and backward pass."""
     config = small(**LLAMA, n_kv_head=2, n_layer=3, vocab_size=48, ffn_hidden=36)
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    line = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
+    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
     model = GPT(config)
-    apply_tensor_parallel(model, line, ParallelConfig())
+    apply_tensor_parallel(model, mesh, ParallelConfig())
     shapes: dict[str, tuple[int, ...]] = {}
     model.blocks[1].register_forward_pre_hook(lambda _, inputs: shapes.update(stream=tuple(inputs[0].shape)))
     tokens_BT = random_tokens(config, 5)
@@ -233,7 +233,7 @@ def losses_of_cut_logits(rank: int, size: int) -> list[tuple[float, float, torch
     """Value and gradient beside those of whole logits, for vocabularies that end in the last part, before it, or in the
     first one."""
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    line = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
+    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
     found = []
     for vocab_size, columns in ((12, 4), (11, 4), (7, 4), (2, 4)):
         torch.manual_seed(vocab_size)
@@ -243,7 +243,7 @@ def losses_of_cut_logits(rank: int, size: int) -> list[tuple[float, float, torch
         (gradient,) = torch.autograd.grad(7 * expected, whole)
         mine = slice(rank * columns, (rank + 1) * columns)
         part = whole[..., mine].detach().requires_grad_()
-        loss = vocabulary_loss(line, columns, vocab_size)(part[..., :vocab_size], targets)
+        loss = vocabulary_loss(mesh, columns, vocab_size)(part[..., :vocab_size], targets)
         (found_gradient,) = torch.autograd.grad(7 * loss, part)
         found.append((loss.item(), expected.item(), found_gradient, gradient[..., mine]))
     return found

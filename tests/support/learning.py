@@ -20,7 +20,7 @@ import torch.distributed as dist
 from gpt.config import Strategy, TrainConfig
 from gpt.config.compose import compose_train
 from gpt.parallel.distributed import World
-from gpt.parallel.optimizer import squares_of_parts
+from gpt.parallel.optimizer import sum_of_squares
 from gpt.topology.dims import parallel_dims
 from gpt.train import build
 from gpt.training.run import Run
@@ -131,7 +131,7 @@ def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
 def norm_of_parts(run: Run) -> float:
     """The norm of the gradients, from the parts that the ranks say they hold."""
     parts = [(part, share) for _, part, share in run.engine.gradients()]
-    return run.world.add_up(squares_of_parts(parts)).sqrt().item()
+    return run.world.all_reduce(sum_of_squares(parts)).sqrt().item()
 
 
 def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:

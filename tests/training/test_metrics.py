@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.gpt import GPT
-from gpt.parallel.dtensor import local, share_of
+from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.gradient_stats import Gradients
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -38,7 +38,7 @@ def measured(rank: int, world_size: int, sharded: bool) -> tuple[list[str], list
     backward(model, rank)
     gradients = Gradients(small(**LLAMA, vocab_size=51, n_layer=2), torch.device("cpu"))
     grads = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    sums = gradients.sums((name, local(grad), share_of(grad, world_size)) for name, grad in grads)
+    sums = gradients.sums((name, local_tensor(grad), inverse_replicas(grad, world_size)) for name, grad in grads)
     torch.distributed.all_reduce(sums)
     figures = gradients.figures(sums.tolist())
     return list(figures.layer_norms), [figures.mean, figures.std, *figures.layer_norms.values()]

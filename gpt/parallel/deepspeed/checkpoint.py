@@ -59,7 +59,7 @@ class ZeroFiles:
         with as_tensors(folder, saved, group) as tensors:
             names = state.names()
             on_all(lambda: state.take(TensorReader(tensors), names, saved.step), group)
-            state.shards.spread_masters()
+            state.shards.update_from_masters()
 
 
 class Writer:

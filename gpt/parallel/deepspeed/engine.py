@@ -36,7 +36,7 @@ from gpt.parallel.compile import replace_forward
 from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
 from gpt.parallel.distributed import World
-from gpt.parallel.dtensor import clip
+from gpt.parallel.dtensor import clip_sharded_gradients
 from gpt.parallel.optimizer import build_optimizer
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import casts_weights, ds_config, pieces_of
@@ -55,7 +55,7 @@ class ZeroEngine:
         self.stage = config.parallel.zero_stage or 0
         self.scale = dims.data_ranks / (batch.global_batch * config.model.block_size)
         set_auxiliary_scale(model, dims.data_ranks / batch.global_batch)
-        module = self.module = self.spreadable(model)
+        module = self.module = self.prepare_module(model)
         casts = casts_weights(config)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
         # Inside the model, since DeepSpeed switches off an autocast that is on around it, on GPUs only.
@@ -78,9 +78,9 @@ class ZeroEngine:
         if casts:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
             self.shards.set_masters(first.__getitem__)
-            self.shards.spread_masters()
+            self.shards.update_from_masters()
 
-    def spreadable(self, model: GPT) -> nn.Module:
+    def prepare_module(self, model: GPT) -> nn.Module:
         """What DeepSpeed is given of the model."""
         return model.to(self.world.device)
 
@@ -105,7 +105,9 @@ class ZeroEngine:
     def update(self, lr: float) -> Tensor:
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        norm = clip(self.gradients(), self.config.optim.grad_clip, self.world) if self.stage == 0 else None
+        norm = None
+        if self.stage == 0:
+            norm = clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
         self.take_step()
         return torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm, device=self.world.device)
 
@@ -149,7 +151,7 @@ class ZeroEngine:
     def take(self, tensors: TensorReader, names: set[str], steps: int) -> None:
         """Take over the state after ``steps`` from whole tensors, if they are those of ``names``.
 
-        Waits for no other rank; ``spread_masters`` of ``shards`` is to follow.
+        Waits for no other rank; ``update_from_masters`` of ``shards`` is to follow.
         """
         tensors.refuse_others(names)
         self.shards.set_masters(tensors.weight)

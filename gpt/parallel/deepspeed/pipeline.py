@@ -49,7 +49,7 @@ class ZeroPipelineEngine(ZeroEngine):
         steps = {ForwardPass: self._forward_pass, OptimizerStep: lambda _: None}  # the step is ``update``'s
         self.ds._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | steps
 
-    def spreadable(self, model: GPT) -> nn.Module:
+    def prepare_module(self, model: GPT) -> nn.Module:
         with redirect_stdout(io.StringIO()):  # it prints the layers
             return GPTPipelineModule(model, self.config, self.dims.pp, self._criterion)
 

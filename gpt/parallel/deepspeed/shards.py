@@ -35,7 +35,7 @@ class Shards:
     def set_masters(self, whole: Callable[[str], Tensor]) -> None:
         """Take the weights from ``whole``, which gives a parameter by its name: fp32, all of it.
 
-        Computed with is what they were until ``spread_masters``.
+        Computed with is what they were until ``update_from_masters``.
         """
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # all parameters back into their pieces
@@ -81,7 +81,7 @@ class Shards:
             self.ds.basic_optimizer.state[parameter][key].copy_(whole)
 
     @torch.no_grad()
-    def spread_masters(self) -> None:
+    def update_from_masters(self) -> None:
         """Compute with what the masters now are. Collective."""
         if self.stage == 3:
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
