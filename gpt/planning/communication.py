@@ -8,7 +8,7 @@ from gpt.accounting.flops import expert_rows, forward_flops
 from gpt.config import CpMethod, Ffn, ParallelConfig, Precision, Recompute, Strategy, TrainConfig
 from gpt.planning.collectives import Group, group, strided
 from gpt.planning.hardware import Host, Machine
-from gpt.planning.memory import BF16, FP32, Pieces, elements
+from gpt.planning.memory import BF16, FP32, ParameterShards, elements
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import StageLayers
@@ -20,18 +20,18 @@ BUCKET_BYTES = 25 * 2**20
 
 
 def data_s(
-    config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, machine: Machine, compute_s: float
 ) -> float:
     """Seconds of a step that a rank waits for gradients and parameters; ``compute_s`` is what one pass computes."""
     if dims.is_sharded:
-        return sharded_s(config, dims, batch, held, machine, compute_s)
-    sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in among_copies(dims, held, machine))
+        return sharded_s(config, dims, batch, shards, machine, compute_s)
+    sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in among_copies(dims, shards, machine))
     if dims.model_ranks * dims.ep > 1:
         return sums  # after the last pass, by hand
-    last = data_group(dims, machine).all_reduce(min(BUCKET_BYTES, FP32 * held.elements))
+    last = data_group(dims, machine).all_reduce(min(BUCKET_BYTES, FP32 * shards.elements))
     waits = max(last, sums - BACKWARD * compute_s)
     if config.parallel.strategy is Strategy.zero1:
-        waits += data_group(dims, machine).gather(FP32 * held.elements)
+        waits += data_group(dims, machine).gather(FP32 * shards.elements)
     return waits
 
 
@@ -40,36 +40,36 @@ def data_group(dims: ParallelDims, machine: Machine) -> Group:
     return group(dims, machine, ["dp_replicate", "dp_shard", "cp"])
 
 
-def among_copies(dims: ParallelDims, held: Pieces, machine: Machine) -> Iterator[tuple[int, Group]]:
+def among_copies(dims: ParallelDims, shards: ParameterShards, machine: Machine) -> Iterator[tuple[int, Group]]:
     """Elements whose gradients are summed, and over which ranks: of experts those that hold the same ones."""
-    dealt = held.dealt_out if dims.ep > 1 else 0
-    yield held.elements - dealt, data_group(dims, machine)
-    if dealt:
+    experts = shards.expert_elements if dims.ep > 1 else 0
+    yield shards.elements - experts, data_group(dims, machine)
+    if experts:
         ranks = dims.data_ranks * dims.cp // dims.ep
-        yield dealt, strided(machine, ranks, dims.ep * dims.tp)
+        yield experts, strided(machine, ranks, dims.ep * dims.tp)
 
 
-def among_shards(dims: ParallelDims, held: Pieces, machine: Machine) -> Iterator[tuple[int, Group]]:
+def among_shards(dims: ParallelDims, shards: ParameterShards, machine: Machine) -> Iterator[tuple[int, Group]]:
     """Elements that are gathered, and from which ranks."""
-    dealt = held.dealt_out if dims.ep > 1 else 0
-    yield held.elements - dealt, group(dims, machine, ["dp_shard", "cp"])
-    if dealt:
-        yield dealt, strided(machine, dims.dp_shard * dims.cp // dims.ep, dims.ep * dims.tp)
+    experts = shards.expert_elements if dims.ep > 1 else 0
+    yield shards.elements - experts, group(dims, machine, ["dp_shard", "cp"])
+    if experts:
+        yield experts, strided(machine, dims.dp_shard * dims.cp // dims.ep, dims.ep * dims.tp)
 
 
 def sharded_s(
-    config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, machine: Machine, compute_s: float
 ) -> float:
     """FSDP: parameters are gathered for every forward pass, and again for the backward one where they were given back;
     gradients are scattered in the last one, and averaged between copies (arXiv 2304.11277, section 3). The first gather
     of a pass has nothing to hide behind, nor has the last scatter."""
     width = BF16 if config.precision is Precision.bf16 else FP32
-    shards, replicas = list(among_shards(dims, held, machine)), group(dims, machine, ["dp_replicate"])
-    line = shards[0][1]
-    gathers = sum(line.gather(width * count) for count, line in shards)
-    sums = sum(line.gather(FP32 * count) for count, line in shards) + replicas.all_reduce(FP32 * held.held())
-    block = elements(held.block)
-    first, last = line.gather(width * (elements(held.around) + block)), line.gather(FP32 * block)
+    rings, replicas = list(among_shards(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
+    line = rings[0][1]
+    gathers = sum(line.gather(width * count) for count, line in rings)
+    sums = sum(line.gather(FP32 * count) for count, line in rings) + replicas.all_reduce(FP32 * shards.stored())
+    block = elements(shards.block)
+    first, last = line.gather(width * (elements(shards.around) + block)), line.gather(FP32 * block)
     again = gathers if config.parallel.reshard_after_forward else 0.0
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(0.0, again - BACKWARD * compute_s)
@@ -86,7 +86,9 @@ def keeps_on_host(parallel: ParallelConfig) -> bool:
     return parallel.cpu_offload or parallel.offload_optimizer or parallel.offload_parameters
 
 
-def host_s(config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, host: Host, compute_s: float) -> float:
+def host_s(
+    config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, host: Host, compute_s: float
+) -> float:
     """Seconds of a step; ``compute_s`` is what one pass computes.
 
     Weights are brought for each pass, and again for the backward one where they were given back; both hide behind
@@ -94,7 +96,7 @@ def host_s(config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, 
     the weights on their devices each brings its part back. In stages 2 and 3 gradients go after every pass.
     """
     parallel, fsdp = config.parallel, config.parallel.cpu_offload
-    part = held.held() if fsdp else -(-held.elements // dims.data_ranks)
+    part = shards.stored() if fsdp else -(-shards.elements // dims.data_ranks)
     # fsdp copies the fp32 weights and casts them there; DeepSpeed has bf16 ones beside the masters.
     width = BF16 if config.precision is Precision.bf16 and not fsdp else FP32
     brought = width * part / host.link_bytes_per_s
@@ -195,16 +197,16 @@ def send_s(config: TrainConfig, dims: ParallelDims, batch: Batch, num_stages: in
     return 2 * num_stages * (link.latency_s + size / link.bytes_per_s)
 
 
-def zero_s(config: TrainConfig, batch: Batch, held: Pieces, line: Group, compute_s: float) -> float:
+def zero_s(config: TrainConfig, batch: Batch, shards: ParameterShards, line: Group, compute_s: float) -> float:
     """Seconds of a step that a rank waits for gradients and parameters; ``compute_s`` is what one pass computes."""
     stage, width = config.parallel.zero_stage, BF16 if config.precision is Precision.bf16 else FP32
-    sums, gathers = line.gather(FP32 * held.elements), line.gather(width * held.elements)
+    sums, gathers = line.gather(FP32 * shards.elements), line.gather(width * shards.elements)
     if stage == 0:
         return 2 * sums
     if stage in (1, 2):
         return (batch.accumulation if stage == 2 else 1) * sums + gathers
-    block = elements(held.block)
-    first, last = line.gather(width * (elements(held.around) + block)), line.gather(FP32 * block)
+    block = elements(shards.block)
+    first, last = line.gather(width * (elements(shards.around) + block)), line.gather(FP32 * block)
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(last, gathers + sums - BACKWARD * compute_s)
     return batch.accumulation * (forward + backward)

@@ -17,7 +17,7 @@ from gpt.accounting.flops import Flops, recomputed_flops_per_token, training_flo
 from gpt.config import AttentionBackend, Strategy, TrainConfig
 from gpt.planning.communication import data_group, data_s, host_s, keeps_on_host, layers_s, send_s, zero_s
 from gpt.planning.hardware import Machine
-from gpt.planning.memory import Pieces, pieces
+from gpt.planning.memory import ParameterShards, parameter_shards
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import StageLayers, bubble_fraction, local_stages, rank_stages
@@ -56,7 +56,7 @@ def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Mac
 def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine, rank: int) -> Estimate:
     """The time of a step for one rank of the pipeline, if it were the one that sets the pace."""
     stages = rank_stages(config, rank)
-    held = pieces(config.model, dims, stages)
+    shards = parameter_shards(config.model, dims, stages)
     compute_s = micro_batch_s(config, dims, batch, stages, machine)
     per_micro_batch = layers_s(config, dims, batch, stages, machine, compute_s)
     if dims.pp > 1:
@@ -64,7 +64,7 @@ def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine
     inside = {name: batch.accumulation * seconds for name, seconds in per_micro_batch.items()}
     busy_s = batch.accumulation * compute_s + sum(inside.values())
     idle = idle_share(config, dims, batch)
-    after = per_step_s(config, dims, batch, held, machine, compute_s)
+    after = per_step_s(config, dims, batch, shards, machine, compute_s)
     return Estimate(
         compute_s=batch.accumulation * compute_s,
         idle_s=busy_s * idle / (1 - idle),
@@ -74,15 +74,15 @@ def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine
 
 
 def per_step_s(
-    config: TrainConfig, dims: ParallelDims, batch: Batch, held: Pieces, machine: Machine, compute_s: float
+    config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, machine: Machine, compute_s: float
 ) -> dict[str, float]:
     """Seconds of a step that a rank waits for gradients and parameters, of the other data ranks and of its host."""
     if config.parallel.strategy is Strategy.deepspeed:
-        waits = {"dp": zero_s(config, batch, held, data_group(dims, machine), compute_s)}
+        waits = {"dp": zero_s(config, batch, shards, data_group(dims, machine), compute_s)}
     else:
-        waits = {"dp": data_s(config, dims, batch, held, machine, compute_s)}
+        waits = {"dp": data_s(config, dims, batch, shards, machine, compute_s)}
     if machine.host is not None and keeps_on_host(config.parallel):
-        waits["host"] = host_s(config, dims, batch, held, machine.host, compute_s)
+        waits["host"] = host_s(config, dims, batch, shards, machine.host, compute_s)
     return waits
 
 

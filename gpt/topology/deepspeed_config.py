@@ -77,7 +77,7 @@ def casts_weights(config: TrainConfig) -> bool:
     return config.precision is Precision.bf16 and bool(config.parallel.zero_stage)
 
 
-def pieces_of(settings: dict[str, Any]) -> dict[str, Any]:
+def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of DeepSpeed's settings that decide how its checkpoints are cut, and what they hold."""
     return {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
 

@@ -25,7 +25,7 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.model.gpt import GPT
-from gpt.planning.memory import GIB, Memory, cast_elements, kept, per_rank, pieces
+from gpt.planning.memory import GIB, Memory, activation_bytes, cast_elements, parameter_shards, per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
 from tests.support.distributed import run_distributed
@@ -118,8 +118,8 @@ def saved_bytes(config: ModelConfig, sequences: int, precision: Precision) -> in
 
 
 def expected_bytes(config: ModelConfig, sequences: int, precision: Precision) -> int:
-    casts = 2 * cast_elements(pieces(config, ParallelDims("ddp", 1, 1))) if precision is Precision.bf16 else 0
-    found = kept(config, sequences, precision)
+    casts = 2 * cast_elements(parameter_shards(config, ParallelDims("ddp", 1, 1))) if precision is Precision.bf16 else 0
+    found = activation_bytes(config, sequences, precision)
     return found.embedding + config.n_layer * found.block + found.final + casts
 
 

@@ -21,7 +21,7 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.planning.memory import FP32, Memory, per_rank, pieces
+from gpt.planning.memory import FP32, Memory, parameter_shards, per_rank
 from gpt.planning.memory.rank import micro_batches_in_flight
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
@@ -78,13 +78,16 @@ def test_states_by_hand(parallel: dict[str, Any], ranks: int, elements: int) -> 
 def test_states_of_a_pipeline_by_hand(parallel: dict[str, Any], ranks: int, by_rank: list[int]) -> None:
     config = run(small(**HAND), pp=2, **parallel)
     dims = parallel_dims(config.parallel, ranks)
-    assert [pieces(config.model, dims, rank_stages(config, rank)).held() for rank in range(2)] == by_rank
+    assert [parameter_shards(config.model, dims, rank_stages(config, rank)).stored() for rank in range(2)] == by_rank
     assert memory(config, ranks).parameters in [FP32 * elements for elements in by_rank]
 
 
 def test_a_tied_embedding_is_at_both_ends_of_a_pipeline() -> None:
     config = run(small(**{**HAND, "tie_embeddings": True}), pp=2)
-    held = [pieces(config.model, parallel_dims(config.parallel, 2), rank_stages(config, rank)) for rank in range(2)]
+    held = [
+        parameter_shards(config.model, parallel_dims(config.parallel, 2), rank_stages(config, rank))
+        for rank in range(2)
+    ]
     assert [[p.name for p in rank.around] for rank in held] == [
         ["token_embedding.weight"],
         ["token_embedding.weight", "norm.weight"],
@@ -99,8 +102,10 @@ def test_experts_are_dealt_out_and_shared_by_those_that_hold_the_same() -> None:
     assert copies.parameters == FP32 * (rest + experts // 2)
     whole = memory(run(model, strategy=Strategy.fsdp), 4)
     assert sharded.parameters == whole.parameters  # two deal out the experts, and two share what each is dealt
-    stack = next(p for p in pieces(model, ParallelDims("fsdp", 1, 8, ep=4)).block if p.name == "ffn.experts.gate")
-    assert (stack.shape, stack.cuts, stack.dimension) == ((1, 24, 32), 2, 1)  # one expert cannot be cut into two
+    stack = next(
+        p for p in parameter_shards(model, ParallelDims("fsdp", 1, 8, ep=4)).block if p.name == "ffn.experts.gate"
+    )
+    assert (stack.shape, stack.ranks, stack.dimension) == ((1, 24, 32), 2, 1)  # one expert cannot be cut into two
 
 
 @pytest.mark.parametrize("model", [HAND, {}, {**MOE, "n_shared_expert": 1}], ids=["llama", "gpt2", "experts"])
@@ -131,12 +136,12 @@ LAYOUTS = st.fixed_dictionaries(
 def test_the_ranks_of_a_copy_hold_all_of_it(model: ModelConfig, parallel: dict[str, Any], data_ranks: int) -> None:
     config = run(replace(model, n_layer=6), **parallel)
     dims = parallel_dims(config.parallel, data_ranks * parallel["tp"] * parallel["cp"] * parallel["pp"])
-    held = [pieces(config.model, dims, rank_stages(config, rank)) for rank in range(dims.pp)]
+    held = [parameter_shards(config.model, dims, rank_stages(config, rank)) for rank in range(dims.pp)]
     sharing = dims.tp * (dims.dp_shard * dims.cp if dims.is_sharded else 1)
-    assert sharing * sum(rank.held() for rank in held) >= count(config.model).total
+    assert sharing * sum(rank.stored() for rank in held) >= count(config.model).total
     assert sum(rank.layers for rank in held) == 6
     for rank in held:
-        assert rank.held() <= rank.elements <= count(config.model).total
+        assert rank.stored() <= rank.elements <= count(config.model).total
 
 
 @settings(max_examples=60, deadline=None)

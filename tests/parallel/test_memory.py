@@ -8,8 +8,8 @@ import pytest
 
 from gpt.config import Precision, TrainConfig
 from gpt.config.compose import compose_train
-from gpt.planning.memory import BF16, FP32, cast_elements, kept, pieces, states
-from gpt.planning.memory.rank import share_of
+from gpt.planning.memory import BF16, FP32, activation_bytes, cast_elements, parameter_shards, states
+from gpt.planning.memory.rank import parallel_factors
 from gpt.topology.batch import split_batch
 from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
@@ -70,7 +70,7 @@ def hold(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[int,
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[int, int, int]]]:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[int, int, int]]]:
     return run_distributed(hold, 4, tmp_path_factory.mktemp("held") / "runs", timeout_s=400)
 
 
@@ -83,7 +83,7 @@ def test_every_rank_holds_what_the_plan_says(
     assert split_batch(config.optim, dims.data_ranks).global_batch == BATCH
     line = len(held) // dims.pp
     for stage in range(dims.pp):
-        said = states(config, dims, pieces(config.model, dims, rank_stages(config, stage)))
+        said = states(config, dims, parameter_shards(config.model, dims, rank_stages(config, stage)))
         expected = (said.parameters, said.gradients, said.optimizer)
         found = [rank[name, model] for rank in held[stage * line : (stage + 1) * line]]
         # The first of those that share a tensor has the largest part of it.
@@ -132,8 +132,8 @@ def test_activations_of_a_rank_are_what_the_plan_says(tmp_path: Path) -> None:
         config = to_schema(compose_train([*TINY, *WORDS, *words]), TrainConfig)
         dims, width = check_parallel_dims(config, 2), BF16 if config.precision is Precision.bf16 else FP32
         micro = split_batch(config.optim, dims.data_ranks).micro
-        said = kept(config.model, micro, config.precision, config.recompute, share_of(config, dims))
-        casts = BF16 * cast_elements(pieces(config.model, dims)) if width == BF16 else 0
+        said = activation_bytes(config.model, micro, config.precision, config.recompute, parallel_factors(config, dims))
+        casts = BF16 * cast_elements(parameter_shards(config.model, dims)) if width == BF16 else 0
         tokens, columns = micro * config.model.block_size // dims.cp, config.model.padded_vocab // dims.tp
         total = said.embedding + config.model.n_layer * said.recomputed + said.final + casts + width * tokens * columns
         assert total == pytest.approx(max(rank[case] for rank in found), rel=0.01), case

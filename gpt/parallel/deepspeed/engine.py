@@ -39,7 +39,7 @@ from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import clip_sharded_gradients
 from gpt.parallel.optimizer import build_optimizer
 from gpt.topology.batch import Batch
-from gpt.topology.deepspeed_config import casts_weights, ds_config, pieces_of
+from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
 from gpt.topology.dims import ParallelDims
 
 
@@ -73,7 +73,7 @@ class ZeroEngine:
                 dist_init_required=False,
             )
         set_timeouts(config.parallel.timeout_s)
-        self.files: Format = ZeroFiles(pieces_of(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
+        self.files: Format = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
         self.shards = Shards(self.ds, dict(module.named_parameters()))
         if casts:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.

@@ -3,17 +3,17 @@
 Torch-free. Counts tensors: not the device's context, nor what the allocator and the communication library keep, so a
 plan should leave some tenths of a device free. Must not know how much memory any device has.
 
-``pieces`` is exact, which part of each parameter a rank holds, and so is ``states``, what training keeps of it.
-``activations`` is what a forward pass keeps. ``rank`` puts them together.
+``shards`` is exact: the shard of each parameter that a rank holds; and so is ``states``: parameters, gradients and
+optimizer state. ``activations`` is what a forward pass keeps for the backward pass. ``rank`` adds them up.
 
 D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers, E
 experts.
 """
 
 from gpt.accounting.units import BF16, FP32, GIB
-from gpt.planning.memory.activations import kept
+from gpt.planning.memory.activations import activation_bytes
 from gpt.planning.memory.rank import Memory, per_rank
-from gpt.planning.memory.shards import Pieces, cast_elements, elements, pieces
+from gpt.planning.memory.shards import ParameterShards, cast_elements, elements, parameter_shards
 from gpt.planning.memory.states import states
 from gpt.topology.deepspeed_config import BUCKET
 
@@ -23,11 +23,11 @@ __all__ = [
     "FP32",
     "GIB",
     "Memory",
-    "Pieces",
+    "ParameterShards",
+    "activation_bytes",
     "cast_elements",
     "elements",
-    "kept",
+    "parameter_shards",
     "per_rank",
-    "pieces",
     "states",
 ]

@@ -30,12 +30,12 @@ from gpt.config import (
 
 
 @dataclass(frozen=True)
-class Share:
+class ParallelFactors:
     """What part of a pass one rank computes; by default all."""
 
     tp: int = 1
     """Ranks that share heads and inner widths."""
-    stream: int = 1
+    hidden: int = 1
     """Ranks that share the residual stream between the parts of a block: tp of them with sequence parallelism."""
     cp: int = 1
     """Ranks that share each sequence."""
@@ -49,11 +49,11 @@ class Share:
         return sequences * model.block_size // self.cp
 
 
-WHOLE = Share()
+SINGLE_RANK = ParallelFactors()
 
 
 @dataclass(frozen=True)
-class Kept:
+class ActivationBytes:
     """Bytes of one rank, for one pass."""
 
     embedding: int
@@ -65,76 +65,78 @@ class Kept:
     """What is left of ``block`` until its backward pass begins, where the rest is computed again then."""
 
 
-def kept(
+def activation_bytes(
     model: ModelConfig,
     sequences: int,
     precision: Precision,
     recompute: Recompute = Recompute.none,
-    share: Share = WHOLE,
-) -> Kept:
+    factors: ParallelFactors = SINGLE_RANK,
+) -> ActivationBytes:
     """What a pass over ``sequences`` sequences keeps, logits and weights not counted.
 
     Where blocks are recomputed, each keeps its input, and with ``selective`` the results of its products.
     """
-    tokens = share.tokens(model, sequences)
+    tokens = factors.tokens(model, sequences)
     width = BF16 if precision is Precision.bf16 else FP32
-    embedding = INT64 + dropout_bytes(model, FP32, share)
-    norm = norm_bytes(model, share=share) if model.norm_position is NormPosition.pre else 0
-    block = block_bytes(model, sequences, width, share)
-    stream = -(-tokens * FP32 * model.n_embd // share.stream)
+    embedding = INT64 + dropout_bytes(model, FP32, factors)
+    norm = norm_bytes(model, factors=factors) if model.norm_position is NormPosition.pre else 0
+    block = block_bytes(model, sequences, width, factors)
+    hidden = -(-tokens * FP32 * model.n_embd // factors.hidden)
     left = {
         Recompute.none: block,
-        Recompute.selective: stream + product_bytes(model, sequences, width, share),
-        Recompute.full: stream,
+        Recompute.selective: hidden + product_bytes(model, sequences, width, factors),
+        Recompute.full: hidden,
     }
-    return Kept(tokens * embedding, tokens * (norm + width * model.n_embd), block, left[recompute])
+    return ActivationBytes(tokens * embedding, tokens * (norm + width * model.n_embd), block, left[recompute])
 
 
-def block_bytes(model: ModelConfig, sequences: int, width: int, share: Share) -> int:
+def block_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
     """Everything one block keeps for its backward pass."""
-    tokens = share.tokens(model, sequences)
-    bytes_ = tokens * (attention_bytes(model, width, share) + ffn_bytes(model, width, share))
+    tokens = factors.tokens(model, sequences)
+    bytes_ = tokens * (attention_bytes(model, width, factors) + ffn_bytes(model, width, factors))
     if model.ffn is Ffn.moe:
-        bytes_ += expert_bytes(model, sequences, width, share)
+        bytes_ += expert_bytes(model, sequences, width, factors)
     if model.parallel_residual:
-        bytes_ -= tokens * FP32 * model.n_embd // share.stream  # both norms keep the same input
+        bytes_ -= tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
     if model.attention is AttentionBackend.manual:
-        bytes_ += model.block_size**2 // share.cp  # the mask, one byte for each pair
-    if share.cp > 1 and model.position is Position.rope:
+        bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
+    if factors.cp > 1 and model.position is Position.rope:
         # Sines and cosines of the rank's own positions, picked out for the queries and again for the keys.
-        bytes_ += 2 * FP32 * model.head_dim * share.tokens(model, 1)
+        bytes_ += 2 * FP32 * model.head_dim * factors.tokens(model, 1)
     return bytes_
 
 
-def product_bytes(model: ModelConfig, sequences: int, width: int, share: Share) -> int:
+def product_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
     """Results of the matrix products of one block, attention among them (gpt/parallel/compile.py says which)."""
-    tokens, up = share.tokens(model, sequences), 2 if model.gated else 1
-    queries, keys, heads = head_widths(model, share)
+    tokens, up = factors.tokens(model, sequences), 2 if model.gated else 1
+    queries, keys, heads = head_widths(model, factors)
     written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
     attention = width * (2 * queries + 2 * keys + model.n_embd)
     attention += width * heads * model.block_size if written_out else FP32 * heads
-    if share.cp > 1 and not share.gathers_keys:  # what a ring's last rank merges: a result for each block of keys
-        attention += (share.cp - 1) * (width * queries + (0 if written_out else FP32 * heads))
-    inner = -(-model.ffn_width // share.tp)
+    if factors.cp > 1 and not factors.gathers_keys:  # what a ring's last rank merges: a result for each block of keys
+        attention += (factors.cp - 1) * (width * queries + (0 if written_out else FP32 * heads))
+    inner = -(-model.ffn_width // factors.tp)
     if model.ffn is not Ffn.moe:
         return tokens * (attention + width * (up * inner + model.n_embd))
     shared = model.n_shared_expert * inner
     mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
-    rows = sequences * expert_rows(model) // share.cp
-    results = up * inner + (3 if share.sends_rows else 1) * model.n_embd  # and what came of either exchange
+    rows = sequences * expert_rows(model) // factors.cp
+    results = up * inner + (3 if factors.sends_rows else 1) * model.n_embd  # and what came of either exchange
     return tokens * (attention + mixture) + rows * width * results
 
 
-def head_widths(model: ModelConfig, share: Share) -> tuple[int, int, int]:
+def head_widths(model: ModelConfig, factors: ParallelFactors) -> tuple[int, int, int]:
     """Width of the queries and of the keys of one token, and query heads: of one rank."""
-    heads, kv_heads = -(-model.n_head // share.tp), -(-model.kv_heads // share.tp)
+    heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
     return heads * model.head_dim, kv_heads * model.head_dim, heads
 
 
-def norm_bytes(model: ModelConfig, norms: int = 1, width: int | None = None, share: Share = WHOLE) -> int:
+def norm_bytes(
+    model: ModelConfig, norms: int = 1, width: int | None = None, factors: ParallelFactors = SINGLE_RANK
+) -> int:
     """Per token: input and statistics of ``norms`` norms over ``width`` (D), fp32."""
     width = model.n_embd if width is None else width
-    return -(-FP32 * norms * (2 * width + 1 if model.norm is Norm.rmsnorm else width + 2) // share.stream)
+    return -(-FP32 * norms * (2 * width + 1 if model.norm is Norm.rmsnorm else width + 2) // factors.hidden)
 
 
 def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
@@ -143,27 +145,32 @@ def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
     return (readers if width == BF16 else 1) * width * model.n_embd
 
 
-def attention_bytes(model: ModelConfig, width: int, share: Share) -> int:
+def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
     """Per token of one layer: norm, queries, keys, values, what the kernel keeps of the T x T pairs, and its result."""
-    queries, keys, heads = head_widths(model, share)
-    of_others = share.cp if share.gathers_keys else 1
+    queries, keys, heads = head_widths(model, factors)
+    of_others = factors.cp if factors.gathers_keys else 1
     if model.attention is AttentionBackend.manual:
         pairs = 3 if model.dropout else 1  # softmax; and with dropout its noise and its result
         bytes_ = width * (2 * queries + 2 * queries * of_others + pairs * heads * model.block_size)
     else:
         bytes_ = width * (2 * queries + 2 * keys * of_others) + FP32 * heads  # and the log-sum-exp of every row
-    if share.gathers_keys:
+    if factors.gathers_keys:
         bytes_ += width * queries  # the result, once as the kernel gave its chunks and once put together
     if model.qk_norm:
         bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim)
         if model.norm is not Norm.rmsnorm:
             bytes_ -= (FP32 - width) * (queries + keys)  # LayerNorm keeps what it is given as it is
-    return norm_bytes(model, share=share) + read_bytes(model, width, 3) + bytes_ + dropout_bytes(model, width, share)
+    return (
+        norm_bytes(model, factors=factors) + read_bytes(model, width, 3) + bytes_ + dropout_bytes(model, width, factors)
+    )
 
 
-def ffn_bytes(model: ModelConfig, width: int, share: Share) -> int:
+def ffn_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
     """Per token of one layer: norm, and what the feed-forward layer keeps."""
-    around, inner = norm_bytes(model, share=share) + dropout_bytes(model, width, share), -(-model.ffn_width // share.tp)
+    around, inner = (
+        norm_bytes(model, factors=factors) + dropout_bytes(model, width, factors),
+        -(-model.ffn_width // factors.tp),
+    )
     if model.ffn is not Ffn.moe:
         return around + dense_bytes(model, width, inner)
     bytes_ = around + mixture_bytes(model, width)
@@ -192,14 +199,14 @@ def mixture_bytes(model: ModelConfig, width: int) -> int:
     return router + chosen * width * model.n_embd
 
 
-def expert_bytes(model: ModelConfig, sequences: int, width: int, share: Share) -> int:
+def expert_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
     """The rows that the experts of one layer are given, and their inner tensors. Where experts are dealt out, a rank
     is given as many rows as it sends, if they are chosen equally often."""
-    rows = sequences * expert_rows(model) // share.cp + (1 if model.capacity_factor else 0)
-    orders = 2 * INT64 if share.sends_rows else 0  # in which they are sorted by expert there, and back
-    return rows * (orders + width * (model.n_embd + inner_tensors(model) * -(-model.ffn_width // share.tp)))
+    rows = sequences * expert_rows(model) // factors.cp + (1 if model.capacity_factor else 0)
+    orders = 2 * INT64 if factors.sends_rows else 0  # in which they are sorted by expert there, and back
+    return rows * (orders + width * (model.n_embd + inner_tensors(model) * -(-model.ffn_width // factors.tp)))
 
 
-def dropout_bytes(model: ModelConfig, width: int, share: Share) -> int:
+def dropout_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
     """Per token: the noise of one dropout over the residual width."""
-    return -(-width * model.n_embd // share.stream) if model.dropout else 0
+    return -(-width * model.n_embd // factors.hidden) if model.dropout else 0

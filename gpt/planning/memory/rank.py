@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 
 from gpt.accounting.units import BF16, FP32, GIB
 from gpt.config import CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
-from gpt.planning.memory.activations import Share, kept
-from gpt.planning.memory.shards import Pieces, cast_elements, elements, pieces
+from gpt.planning.memory.activations import ParallelFactors, activation_bytes
+from gpt.planning.memory.shards import ParameterShards, cast_elements, elements, parameter_shards
 from gpt.planning.memory.states import states
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import BUCKET
@@ -72,25 +72,25 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
 def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
     """Memory of the ranks that hold one rank's stages of a pipeline."""
     stages = rank_stages(config, pp_rank)
-    held = pieces(config.model, dims, stages)
-    stored = states(config, dims, held)
+    shards = parameter_shards(config.model, dims, stages)
+    stored = states(config, dims, shards)
     in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
     return Memory(
         parameters=stored.parameters,
         gradients=stored.gradients,
         optimizer=stored.optimizer,
-        compute_weights=compute_weights(config, held, batch.accumulation > 1),
+        compute_weights=compute_weights(config, shards, batch.accumulation > 1),
         activations=activations(config, dims, batch, stages, in_flight),
         logits=logits(config, dims, batch, in_flight) if any(stage.last for stage in stages) else 0,
         host=stored.host,
     )
 
 
-def share_of(config: TrainConfig, dims: ParallelDims) -> Share:
+def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors:
     """What part of a pass a rank computes."""
-    stream = dims.tp if config.parallel.sequence_parallel else 1
+    hidden = dims.tp if config.parallel.sequence_parallel else 1
     gathers = dims.cp > 1 and config.parallel.cp_method is CpMethod.allgather
-    return Share(tp=dims.tp, stream=stream, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
+    return ParallelFactors(tp=dims.tp, hidden=hidden, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
 
 
 def activations(
@@ -101,8 +101,8 @@ def activations(
     torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
     (torch.distributed.pipelining.stage), and keeps what goes out as long as the rest.
     """
-    model, share = config.model, share_of(config, dims)
-    per_micro_batch = kept(model, batch.micro, config.precision, config.recompute, share)
+    model, factors = config.model, parallel_factors(config, dims)
+    per_micro_batch = activation_bytes(model, batch.micro, config.precision, config.recompute, factors)
     layers = sum(len(stage.blocks) for stage in stages)
     inside = in_flight * layers * per_micro_batch.recomputed + (
         per_micro_batch.block - per_micro_batch.recomputed if layers else 0
@@ -112,20 +112,20 @@ def activations(
     )
     if dims.pp == 1:
         return inside + around
-    stream = share.tokens(model, batch.micro) * FP32 * model.n_embd
+    hidden = factors.tokens(model, batch.micro) * FP32 * model.n_embd
     received = sum((batch.accumulation - in_flight) * (not stage.first) for stage in stages)
     handed_on = sum((batch.accumulation + in_flight) * (not stage.last) for stage in stages)
-    return inside + around + stream * (received + handed_on)
+    return inside + around + hidden * (received + handed_on)
 
 
 def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
     """Three tensors of one micro-batch, and one of each other whose backward pass has not begun."""
-    tokens = share_of(config, dims).tokens(config.model, batch.micro)
+    tokens = parallel_factors(config, dims).tokens(config.model, batch.micro)
     columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)
     return (2 + in_flight) * FP32 * tokens * columns
 
 
-def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int:
+def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: bool) -> int:
     """Bytes of weights beside the master weights, and of whole gradients beside the sharded ones.
 
     ddp in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. fsdp: what is outside the blocks
@@ -137,14 +137,14 @@ def compute_weights(config: TrainConfig, held: Pieces, accumulates: bool) -> int
     """
     bf16 = config.precision is Precision.bf16
     if config.parallel.zero_stage:
-        gathered = min(held.elements, LIVE) if config.parallel.zero_stage == 3 else 0
-        return (BF16 if bf16 else FP32) * gathered + FP32 * min(held.elements, BUCKET)
+        gathered = min(shards.elements, LIVE) if config.parallel.zero_stage == 3 else 0
+        return (BF16 if bf16 else FP32) * gathered + FP32 * min(shards.elements, BUCKET)
     if config.parallel.strategy is not Strategy.fsdp:
-        return BF16 * cast_elements(held) if bf16 else 0
-    block, around = elements(held.block), elements(held.around)
+        return BF16 * cast_elements(shards) if bf16 else 0
+    block, around = elements(shards.block), elements(shards.around)
     width = BF16 if bf16 else FP32
-    gathered = min(2, held.layers) if config.parallel.reshard_after_forward else held.layers
-    whole = FP32 * (held.layers * block + around) if accumulates else width * block
+    gathered = min(2, shards.layers) if config.parallel.reshard_after_forward else shards.layers
+    whole = FP32 * (shards.layers * block + around) if accumulates else width * block
     return width * (around + gathered * block) + whole
 
 
@@ -155,7 +155,7 @@ def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batche
     has that many more begun as torch's schedule warms up with (section 2.2.2); the V-shaped ones as many as there are
     ranks, on every rank, DualPipeV one more (arXiv 2401.10241, section 6; https://github.com/deepseek-ai/DualPipe).
     """
-    ranks, held = parallel.pp, local_stages(parallel)
+    ranks, local = parallel.pp, local_stages(parallel)
     if ranks == 1:
         return 1
     after = ranks - 1 - pp_rank
@@ -163,7 +163,7 @@ def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batche
     most = {
         Schedule.gpipe: micro_batches,
         Schedule["1f1b"]: after + 1,
-        Schedule.interleaved: -(-((held - 1) * in_round + 2 * after + 1) // held),
+        Schedule.interleaved: -(-((local - 1) * in_round + 2 * after + 1) // local),
         Schedule.zbv: ranks,
         Schedule.dualpipev: ranks + 1,
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gpt.accounting.units import BF16, FP32
 from gpt.config import Precision, Strategy, TrainConfig
-from gpt.planning.memory.shards import Pieces
+from gpt.planning.memory.shards import ParameterShards
 from gpt.topology.dims import ParallelDims
 
 ALIGNMENT = 2
@@ -32,36 +32,36 @@ class States:
     """What was moved to the memory of the host."""
 
 
-def states(config: TrainConfig, dims: ParallelDims, held: Pieces) -> States:
+def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> States:
     """What a rank that has these pieces keeps from step to step, and its gradients."""
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
-        found = whole_weights if config.parallel.zero_stage < 3 else cut_weights
-        return found(config, dims.data_ranks, held)
-    moments = held.held(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else held.held()
-    kept, state = FP32 * held.held(), 2 * FP32 * moments + FP32 * held.tensors
+        found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
+        return found(config, dims.data_ranks, shards)
+    moments = shards.stored(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else shards.stored()
+    kept, state = FP32 * shards.stored(), 2 * FP32 * moments + FP32 * shards.tensors
     return States(0, 0, 0, 2 * kept + state) if config.parallel.cpu_offload else States(kept, kept, state)
 
 
-def whole_weights(config: TrainConfig, ranks: int, held: Pieces) -> States:
+def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
     """Stages 1 and 2: masters and moments cut, in stage 2 the gradients."""
     parallel, bf16 = config.parallel, config.precision is Precision.bf16
-    groups = [rounded_up(size, ALIGNMENT * ranks) for size in group_sizes(held)]
+    groups = [rounded_up(size, ALIGNMENT * ranks) for size in group_sizes(shards)]
     flat, counts = sum(groups), FP32 * len(groups)
     masters_and_moments = 3 * FP32 * flat // ranks
     # Stage 1 leaves gradients in the parameters, which are not rounded up, and in bf16 sums them in fp32 beside that.
-    whole = FP32 * flat + BF16 * held.elements if bf16 else FP32 * held.elements
+    whole = FP32 * flat + BF16 * shards.elements if bf16 else FP32 * shards.elements
     gradients = FP32 * flat // ranks if parallel.zero_stage == 2 else whole
     host = masters_and_moments if parallel.offload_optimizer else 0
     return States((BF16 if bf16 else FP32) * flat, gradients, masters_and_moments + counts - host, host)
 
 
-def cut_weights(config: TrainConfig, ranks: int, held: Pieces) -> States:
+def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
     """Stage 3: everything is cut, parameter by parameter; small ones are held whole beside."""
     parallel, width = config.parallel, BF16 if config.precision is Precision.bf16 else FP32
-    part = sum(count * -(-size // ranks) for size, count in sizes(held))
+    part = sum(count * -(-size // ranks) for size, count in sizes(shards))
     # One rank alone gives nothing back, though it has its part of everything too.
-    whole = sum(count * size for size, count in sizes(held) if size <= PERSISTENT or ranks == 1)
-    counts = FP32 * sum(1 for size in group_sizes(held) if size)
+    whole = sum(count * size for size, count in sizes(shards) if size <= PERSISTENT or ranks == 1)
+    counts = FP32 * sum(1 for size in group_sizes(shards) if size)
     states_there = 3 * FP32 * part if parallel.offload_optimizer else 0
     weights_there = width * part if parallel.offload_parameters else 0
     return States(
@@ -72,14 +72,14 @@ def cut_weights(config: TrainConfig, ranks: int, held: Pieces) -> States:
     )
 
 
-def sizes(held: Pieces) -> list[tuple[int, int]]:
+def sizes(shards: ParameterShards) -> list[tuple[int, int]]:
     """Elements of each parameter, and how many like it there are."""
-    return [(p.elements, held.layers) for p in held.block] + [(p.elements, 1) for p in held.around]
+    return [(p.elements, shards.layers) for p in shards.block] + [(p.elements, 1) for p in shards.around]
 
 
-def group_sizes(held: Pieces) -> list[int]:
+def group_sizes(shards: ParameterShards) -> list[int]:
     """Elements of the optimizer's groups: matrices, which decay, and the others."""
-    pieces = [(p, held.layers) for p in held.block] + [(p, 1) for p in held.around]
+    pieces = [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
     matrices = sum(n * p.elements for p, n in pieces if len(p.shape) > 1)
     others = sum(n * p.elements for p, n in pieces if len(p.shape) == 1)
     return [size for size in (matrices, others) if size]
