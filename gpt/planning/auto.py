@@ -52,7 +52,7 @@ class Choice:
             "step_s": found.step_s,
             "tokens_per_s": found.tokens_per_s,
             "compute_s": found.compute_s,
-            "idle_s": found.idle_s,
+            "idle_s": found.bubble_s,
             "communication_s": found.communication_s,
         }
 

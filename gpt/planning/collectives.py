@@ -22,17 +22,17 @@ class Group:
     ranks: int
     link: Link
 
-    def gather(self, size: float) -> float:
+    def all_gather(self, size: float) -> float:
         """Seconds until each has all of ``size`` bytes, of which each had a part; or the sum of such a part."""
         return (self.ranks - 1) * (self.link.latency_s + size / self.ranks / self.link.bytes_per_s)
 
     def all_reduce(self, size: float) -> float:
         """Seconds until each has the sum of ``size`` bytes."""
-        return 2 * self.gather(size)
+        return 2 * self.all_gather(size)
 
-    def exchange(self, size: float) -> float:
+    def all_to_all(self, size: float) -> float:
         """Seconds until each has sent every other its part of ``size`` bytes."""
-        return self.gather(size)
+        return self.all_gather(size)
 
     def send(self, size: float) -> float:
         """Seconds until ``size`` bytes are with a neighbour."""
@@ -48,15 +48,15 @@ def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
     sizes = dims.sizes
     inner = list(sizes)[list(sizes).index(names[-1]) + 1 :]
     stride, ranks = math.prod(sizes[name] for name in inner), math.prod(sizes[name] for name in names)
-    return strided(machine, ranks, stride)
+    return strided_group(machine, ranks, stride)
 
 
-def strided(machine: Machine, ranks: int, stride: int) -> Group:
+def strided_group(machine: Machine, ranks: int, stride: int) -> Group:
     """A group of every ``stride``-th rank."""
     if ranks * stride <= machine.ranks_per_node:
-        return Group(ranks, machine.inside)
+        return Group(ranks, machine.intra_node)
     together = max(1, min(ranks, machine.ranks_per_node // stride))
-    rate = together * machine.between.bytes_per_s
+    rate = together * machine.inter_node.bytes_per_s
     if together > 1:
-        rate = min(rate, machine.inside.bytes_per_s)
-    return Group(ranks, Link(machine.between.latency_s, rate))
+        rate = min(rate, machine.intra_node.bytes_per_s)
+    return Group(ranks, Link(machine.inter_node.latency_s, rate))

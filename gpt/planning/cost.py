@@ -15,7 +15,15 @@ from dataclasses import dataclass
 
 from gpt.accounting.flops import Flops, recomputed_flops_per_token, training_flops_per_token
 from gpt.config import AttentionBackend, Strategy, TrainConfig
-from gpt.planning.communication import data_group, data_s, host_s, keeps_on_host, layers_s, send_s, zero_s
+from gpt.planning.communication import (
+    data_parallel_group,
+    data_parallel_s,
+    deepspeed_s,
+    layer_communication_s,
+    offload_s,
+    pipeline_s,
+    uses_offload,
+)
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import ParameterShards, parameter_shards
 from gpt.topology.batch import Batch
@@ -29,7 +37,7 @@ class Estimate:
 
     compute_s: float
     """Of the slowest rank of a pipeline, recomputation included."""
-    idle_s: float
+    bubble_s: float
     """That a rank of a pipeline waits for the first and the last micro-batches."""
     communication_s: dict[str, float]
     """By dimension, and ``host`` for copies to and from the host; what is not hidden behind computing."""
@@ -39,7 +47,7 @@ class Estimate:
     @property
     def step_s(self) -> float:
         """All of it."""
-        return self.compute_s + self.idle_s + sum(self.communication_s.values())
+        return self.compute_s + self.bubble_s + sum(self.communication_s.values())
 
     @property
     def tokens_per_s(self) -> float:
@@ -58,16 +66,16 @@ def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine
     stages = rank_stages(config, rank)
     shards = parameter_shards(config.model, dims, stages)
     compute_s = micro_batch_s(config, dims, batch, stages, machine)
-    per_micro_batch = layers_s(config, dims, batch, stages, machine, compute_s)
+    per_micro_batch = layer_communication_s(config, dims, batch, stages, machine, compute_s)
     if dims.pp > 1:
-        per_micro_batch["pp"] = send_s(config, dims, batch, len(stages), machine)
+        per_micro_batch["pp"] = pipeline_s(config, dims, batch, len(stages), machine)
     inside = {name: batch.accumulation * seconds for name, seconds in per_micro_batch.items()}
     busy_s = batch.accumulation * compute_s + sum(inside.values())
-    idle = idle_share(config, dims, batch)
+    bubble = bubble_share(config, dims, batch)
     after = per_step_s(config, dims, batch, shards, machine, compute_s)
     return Estimate(
         compute_s=batch.accumulation * compute_s,
-        idle_s=busy_s * idle / (1 - idle),
+        bubble_s=busy_s * bubble / (1 - bubble),
         communication_s={**after, **inside},
         tokens=batch.global_batch * config.model.block_size,
     )
@@ -78,15 +86,15 @@ def per_step_s(
 ) -> dict[str, float]:
     """Seconds of a step that a rank waits for gradients and parameters, of the other data ranks and of its host."""
     if config.parallel.strategy is Strategy.deepspeed:
-        waits = {"dp": zero_s(config, batch, shards, data_group(dims, machine), compute_s)}
+        waits = {"dp": deepspeed_s(config, batch, shards, data_parallel_group(dims, machine), compute_s)}
     else:
-        waits = {"dp": data_s(config, dims, batch, shards, machine, compute_s)}
-    if machine.host is not None and keeps_on_host(config.parallel):
-        waits["host"] = host_s(config, dims, batch, shards, machine.host, compute_s)
+        waits = {"dp": data_parallel_s(config, dims, batch, shards, machine, compute_s)}
+    if machine.host is not None and uses_offload(config.parallel):
+        waits["host"] = offload_s(config, dims, batch, shards, machine.host, compute_s)
     return waits
 
 
-def idle_share(config: TrainConfig, dims: ParallelDims, batch: Batch) -> float:
+def bubble_share(config: TrainConfig, dims: ParallelDims, batch: Batch) -> float:
     """The share of a step that a rank of the pipeline waits, 0 to 1."""
     if dims.pp == 1:
         return 0.0
@@ -99,12 +107,12 @@ def micro_batch_s(
     """Seconds in which a rank computes both passes of a micro-batch through its parts of the model."""
     model, flops = config.model, training_flops_per_token(config.model)
     layers = sum(len(stage.blocks) for stage in stages)
-    of_blocks = products(config, flops) - flops.logits + recomputed_flops_per_token(model, config.recompute)
+    of_blocks = matmul_flops(config, flops) - flops.logits + recomputed_flops_per_token(model, config.recompute)
     logits = flops.logits if any(stage.last for stage in stages) else 0
     per_token = (layers / model.n_layer * of_blocks + logits) / (dims.tp * dims.cp)
     return batch.micro * model.block_size * per_token / machine.flops_per_s
 
 
-def products(config: TrainConfig, flops: Flops) -> int:
+def matmul_flops(config: TrainConfig, flops: Flops) -> int:
     """All of them, of attention those that the kernel computes."""
     return flops.palm if config.model.attention is AttentionBackend.manual else flops.causal

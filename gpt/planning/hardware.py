@@ -16,7 +16,7 @@ ATTAINABLE = 0.5
 an A100, 794 of 989 TFLOP/s on an H100); norms, activations and the residual stream take the rest of the time."""
 ROOM = 0.9
 """The share of a device's memory that tensors may take: the rest is the context's, the allocator's and NCCL's."""
-INSIDE_LATENCY_S, BETWEEN_LATENCY_S = 2e-6, 5e-6
+INTRA_NODE_LATENCY_S, INTER_NODE_LATENCY_S = 2e-6, 5e-6
 """What a step of a ring takes beside its bytes, on NVLink and on InfiniBand; a small all-reduce of eight GPUs of a node
 takes some 30 us in fourteen of them."""
 NETWORK_GB_PER_S = 12.5
@@ -60,18 +60,18 @@ class Machine:
     room: int
     """Bytes for the tensors of one rank."""
     ranks_per_node: int
-    inside: Link
+    intra_node: Link
     """From a rank to one of its own node."""
-    between: Link
+    inter_node: Link
     """From a rank to one of another node, while all of its node send."""
     host: Host | None = None
     """None where the devices are the CPUs themselves."""
 
     def __str__(self) -> str:
-        inside, between = self.inside.bytes_per_s / GIGA, self.between.bytes_per_s / GIGA
+        intra_node, inter_node = self.intra_node.bytes_per_s / GIGA, self.inter_node.bytes_per_s / GIGA
         return (
-            f"{self.device}: {self.flops_per_s / TERA:.3g} TFLOP/s attained, {inside:g} GB/s inside a node and "
-            f"{between:.3g} between nodes for each rank"
+            f"{self.device}: {self.flops_per_s / TERA:.3g} TFLOP/s attained, {intra_node:g} GB/s inside a node and "
+            f"{inter_node:.3g} between nodes for each rank"
         )
 
 
@@ -90,8 +90,8 @@ class Stated:
     """From one device to the others of its node."""
     between_gb_per_s: float | None = None
     """From a whole node to others."""
-    inside_latency_s: float = INSIDE_LATENCY_S
-    between_latency_s: float = BETWEEN_LATENCY_S
+    inside_latency_s: float = INTRA_NODE_LATENCY_S
+    between_latency_s: float = INTER_NODE_LATENCY_S
 
 
 def gpus(name: str, precision: Precision, ranks_per_node: int, stated: Stated) -> Machine | None:
@@ -108,9 +108,9 @@ def gpus(name: str, precision: Precision, ranks_per_node: int, stated: Stated) -
     memory = memory_bytes(name) if stated.memory is None else stated.memory
     if peak is None or memory is None:
         return None
-    inside = PCIE_GB_PER_S if known is None else known.link_gb_per_s
+    intra_node = PCIE_GB_PER_S if known is None else known.link_gb_per_s
     network = (known and known.network_gb_per_s) or NETWORK_GB_PER_S / ranks_per_node
-    rates = links(stated, ranks_per_node, inside, network)
+    rates = links(stated, ranks_per_node, intra_node, network)
     room = None if stated.host_memory is None else int(ROOM * stated.host_memory)
     host = Host(PCIE_GB_PER_S * GIGA, HOST_GB_PER_S * GIGA / ranks_per_node, room)
     return Machine(name, peak * stated.attainable, int(ROOM * memory), ranks_per_node, *rates, host)
@@ -122,13 +122,13 @@ def cpus(memory: int, ranks_per_node: int, stated: Stated) -> Machine:
     return Machine("CPU", CPU_FLOPS_PER_S, int(ROOM * memory), ranks_per_node, *rates)
 
 
-def links(stated: Stated, ranks_per_node: int, inside: float, between: float) -> tuple[Link, Link]:
+def links(stated: Stated, ranks_per_node: int, intra_node: float, inter_node: float) -> tuple[Link, Link]:
     """The links inside and between nodes, from what is said of them or else from these rates of a rank, in GB/s."""
     if stated.between_gb_per_s is not None:
-        between = stated.between_gb_per_s / ranks_per_node
+        inter_node = stated.between_gb_per_s / ranks_per_node
     return (
-        Link(stated.inside_latency_s, (stated.inside_gb_per_s or inside) * GIGA),
-        Link(stated.between_latency_s, between * GIGA),
+        Link(stated.inside_latency_s, (stated.inside_gb_per_s or intra_node) * GIGA),
+        Link(stated.between_latency_s, inter_node * GIGA),
     )
 
 

@@ -230,8 +230,8 @@ def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_
     """
     p, m = pp, micro_batches
     if schedule in V_SHAPED:
-        idle = max(p - 1, 2 * (2 * p - 1 - m))
-        return idle / (6 * m + idle)
+        bubble = max(p - 1, 2 * (2 * p - 1 - m))
+        return bubble / (6 * m + bubble)
     v = stages_per_rank
-    idle = v * max(0, p - m) + min(p, m) - 1
-    return idle / (v * m + idle)
+    bubble = v * max(0, p - m) + min(p, m) - 1
+    return bubble / (v * m + bubble)

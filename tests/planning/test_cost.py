@@ -22,7 +22,7 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.planning.collectives import Group, group, strided
+from gpt.planning.collectives import Group, group, strided_group
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.hardware import Host, Link, Machine, Stated, cpus, gpus
 from gpt.topology.batch import split_batch
@@ -32,7 +32,7 @@ from tests.support.small_models import LLAMA, MOE, small
 FAST, SLOW = Link(0.0, 8e9), Link(0.0, 1e9)
 MACHINE = Machine("made up", 1e9, 10**9, 4, FAST, SLOW)
 SHARDS, MOMENTS = Strategy.fsdp, Strategy.zero1
-ENDLESS = replace(MACHINE, inside=Link(0.0, 1e30), between=Link(0.0, 1e30))
+ENDLESS = replace(MACHINE, intra_node=Link(0.0, 1e30), inter_node=Link(0.0, 1e30))
 MODEL = small(**{**LLAMA, "n_layer": 4, "n_kv_head": 2, "ffn_hidden": 64, "block_size": 16, "vocab_size": 64})
 T, D, BLOCK, AROUND = 2 * 16, 32, 9280, 2 * 2048 + 32
 """Tokens of a micro-batch, width, and parameters."""
@@ -51,7 +51,7 @@ def cost(config: TrainConfig, ranks: int, machine: Machine = MACHINE) -> Estimat
 
 def test_a_ring_of_four() -> None:
     ring = Group(4, Link(0.5, 1000.0))
-    assert ring.gather(4000) == 3 * (0.5 + 1)
+    assert ring.all_gather(4000) == 3 * (0.5 + 1)
     assert ring.all_reduce(4000) == 9
     assert Group(1, SLOW).all_reduce(1e9) == 0
 
@@ -63,8 +63,8 @@ def test_links_of_a_group() -> None:
     assert group(dims, MACHINE, ["dp_replicate"]) == Group(2, SLOW)
     # Two ranks of each node are in this ring, and send through the node's adapters at once.
     assert group(dims, MACHINE, ["dp_replicate", "dp_shard"]) == Group(4, Link(0.0, 2e9))
-    assert strided(MACHINE, 8, 1).link.bytes_per_s == 4e9
-    assert strided(replace(MACHINE, inside=Link(0.0, 2e9)), 8, 1).link.bytes_per_s == 2e9
+    assert strided_group(MACHINE, 8, 1).link.bytes_per_s == 4e9
+    assert strided_group(replace(MACHINE, intra_node=Link(0.0, 2e9)), 8, 1).link.bytes_per_s == 2e9
 
 
 def test_computing_is_the_models_arithmetic() -> None:
@@ -72,7 +72,7 @@ def test_computing_is_the_models_arithmetic() -> None:
         config = config_of(accumulation=3, model=replace(MODEL, attention=backend))
         found = cost(config, 1)
         assert found.compute_s == pytest.approx(getattr(training_flops(config.model, 6), part) / 1e9)
-        assert (found.idle_s, found.step_s) == (0, found.compute_s)
+        assert (found.bubble_s, found.step_s) == (0, found.compute_s)
         assert found.tokens_per_s == pytest.approx(6 * 16 / found.step_s)
     again = cost(replace(config_of(), recompute=Recompute.full), 1).compute_s - cost(config_of(), 1).compute_s
     assert again == pytest.approx(T * recomputed_flops_per_token(MODEL, Recompute.full) / 1e9)
@@ -88,9 +88,9 @@ def test_ranks_share_the_arithmetic(keys: dict[str, int]) -> None:
 def test_a_pipeline_waits_for_its_ends() -> None:
     for schedule in ("gpipe", "1f1b"):
         found = cost(config_of(8, pp=4, schedule=Schedule[schedule]), 4, ENDLESS)
-        assert found.idle_s / found.step_s == pytest.approx(3 / 11)  # (p - 1) / (m + p - 1)
+        assert found.bubble_s / found.step_s == pytest.approx(3 / 11)  # (p - 1) / (m + p - 1)
     less = cost(config_of(8, pp=2, schedule=Schedule.interleaved), 2, ENDLESS)
-    assert less.idle_s / less.step_s == pytest.approx(1 / 17)  # (p - 1) / (v m + p - 1)
+    assert less.bubble_s / less.step_s == pytest.approx(1 / 17)  # (p - 1) / (v m + p - 1)
 
 
 def test_gradients_of_copies_by_hand() -> None:
@@ -191,12 +191,12 @@ def test_a_stage_hands_the_stream_on() -> None:
 )
 def test_a_slower_machine_is_never_faster(keys: dict[str, Any], accumulation: int, rate: float, slower: float) -> None:
     config = config_of(accumulation, data_ranks=8, **keys)
-    usual = replace(MACHINE, inside=Link(1e-5, rate))
+    usual = replace(MACHINE, intra_node=Link(1e-5, rate))
     step_s = cost(config, 8, usual).step_s
     for worse in (
-        replace(usual, inside=Link(1e-5, rate / slower)),
-        replace(usual, between=Link(1e-5, 1e9 / slower)),
-        replace(usual, inside=Link(1e-5 * slower, rate)),
+        replace(usual, intra_node=Link(1e-5, rate / slower)),
+        replace(usual, inter_node=Link(1e-5, 1e9 / slower)),
+        replace(usual, intra_node=Link(1e-5 * slower, rate)),
         replace(usual, flops_per_s=1e9 / slower),
     ):
         assert cost(config, 8, worse).step_s >= step_s * (1 - 1e-9)
@@ -206,16 +206,16 @@ def test_what_is_assumed_of_a_device() -> None:
     known = gpus("NVIDIA H100 80GB HBM3", Precision.bf16, 8, Stated())
     assert known is not None
     assert known.flops_per_s == 989e12 / 2
-    assert (known.inside.bytes_per_s, known.between.bytes_per_s) == (450e9, 50e9)
+    assert (known.intra_node.bytes_per_s, known.inter_node.bytes_per_s) == (450e9, 50e9)
     assert known.room == int(0.9 * 80e9)
     stated = Stated(memory=10**10, peak_tflops=100, attainable=0.3, inside_gb_per_s=20, between_gb_per_s=40)
     for name in ("NVIDIA H100 80GB HBM3", "something new"):
         told = gpus(name, Precision.bf16, 4, stated)
         assert told is not None
         assert told.flops_per_s == pytest.approx(30e12)
-        assert (told.inside.bytes_per_s, told.between.bytes_per_s, told.room) == (20e9, 10e9, 9 * 10**9)
+        assert (told.intra_node.bytes_per_s, told.inter_node.bytes_per_s, told.room) == (20e9, 10e9, 9 * 10**9)
     assert gpus("something new", Precision.bf16, 8, Stated()) is None
     assert gpus("Tesla V100-SXM2-32GB", Precision.bf16, 8, Stated()) is None  # has no bf16
     plain = gpus("NVIDIA L40S", Precision.bf16, 4, Stated())
-    assert plain is not None and plain.between.bytes_per_s == pytest.approx(12.5e9 / 4)
+    assert plain is not None and plain.inter_node.bytes_per_s == pytest.approx(12.5e9 / 4)
     assert cpus(1000, 2, Stated()).room == 900
