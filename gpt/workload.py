@@ -20,9 +20,9 @@ from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
-from gpt.planning.auto import Settled, settle
+from gpt.planning.auto import ParallelChoice, choose_parallelism
 from gpt.planning.explain import table
-from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
+from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
 from gpt.planning.memory import GIB, Memory
 from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
@@ -57,10 +57,10 @@ class GptWorkload:
             ConfigError: ranks, batch, model and corpus do not go together, or the nodes cannot hold them.
         """
         check_init_from(config, request.folder)
-        settled = settle(
+        choice = choose_parallelism(
             config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
         )
-        config = settled.apply(config)
+        config = choice.apply(config)
         dims = check_parallel_dims(config, request.world_size)
         batch = split_batch_over_nodes(config, dims, request)
         corpus = describe(config.data, config.data_cache)
@@ -72,9 +72,9 @@ class GptWorkload:
         often = interval // 2 if interval else config.optim.max_steps // 10
         return WorkloadPlan(
             rows=plan_rows(config, dims, batch, needed, str(corpus)),
-            notes=plan_notes(settled),
-            facts=plan_facts(config, dims, batch, needed, str(corpus), settled),
-            settled={"parallel": plain_values(config.parallel), "optim.micro_batch": settled.micro_batch},
+            notes=plan_notes(choice),
+            facts=plan_facts(config, dims, batch, needed, str(corpus), choice),
+            choice={"parallel": plain_values(config.parallel), "optim.micro_batch": choice.micro_batch},
             max_steps=config.optim.max_steps,
             checkpoint_kind=f"{config.model.name} {counted.total}",
             checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,
@@ -124,15 +124,15 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
     }
 
 
-def plan_notes(settled: Settled) -> dict[str, tuple[str, ...]]:
+def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
     """Why the model is parallelized so, where the command left that open, and what else there was."""
-    if not settled.why:
+    if not choice.why:
         return {}
-    return {"chosen": (settled.why, *table([choice.as_dict() for choice in settled.best]), *settled.left_out)}
+    return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
 
 
 def plan_facts(
-    config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, settled: Settled
+    config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, choice: ParallelChoice
 ) -> dict[str, Any]:
     """The plan for programs."""
     counted = parameters.count(config.model)
@@ -152,11 +152,11 @@ def plan_facts(
         "flops_per_token": flops.training_flops_per_token(config.model).palm,
         "memory_bytes": {**asdict(needed), "total": needed.total},
         "parallel": plain_values(config.parallel),
-        "micro_batch_limit": settled.micro_batch,
+        "micro_batch_limit": choice.micro_batch,
         "data": corpus,
-        "chosen": settled.why,
-        "choices": [choice.as_dict() for choice in settled.best],
-        "left_out": list(settled.left_out),
+        "chosen": choice.why,
+        "choices": [layout.as_dict() for layout in choice.best],
+        "left_out": list(choice.left_out),
     }
 
 
@@ -272,7 +272,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
         ConfigError: too little is said of them.
     """
     cluster, links = request.cluster, request.cluster.links
-    stated = Stated(
+    overrides = MachineOverrides(
         memory=gpu_memory(request),
         peak_tflops=cluster.gpu_tflops,
         attainable=cluster.attainable,
@@ -283,9 +283,9 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
         host_memory=host_memory(request),
     )
     if on_cpus(config, request):
-        return cpus(cpu_memory(request), request.ranks_per_node, stated)
+        return cpus(cpu_memory(request), request.ranks_per_node, overrides)
     name = cluster.gpu_name or (request.local_gpu_name)
-    found = gpus(name or "", config.precision, request.ranks_per_node, stated)
+    found = gpus(name or "", config.precision, request.ranks_per_node, overrides)
     if found is None:
         raise ConfigError(
             f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "

@@ -1,7 +1,7 @@
-"""Which way to spread a model: what is possible, what fits, and what an estimate says of the rest. Torch-free.
+"""The planner: feasible layouts, memory per rank, step-time estimates, and ``parallel=auto``. Torch-free.
 
-``machine`` is what is assumed of the hardware, ``collectives`` what sending costs on it, ``cost`` the time of a step,
-``candidates`` what there is to choose from, ``fitting`` what of it fits, and ``choice`` the choice; ``left_out`` says
-why not the others, and ``refusals`` why none. The figures are there to rank layouts, not to promise a speed: nothing
-here was measured on the machine in question.
+``hardware`` holds what is assumed of a device and its links, ``collectives`` the cost of a collective on them,
+``memory`` the memory of a rank. ``communication`` and ``cost`` estimate the time of a step. ``search`` enumerates the
+layouts and keeps those that fit, ``auto`` ranks them and takes the first, ``explain`` says why not the others. The
+estimates rank layouts and promise no speed: nothing here was measured on the machine in question.
 """

@@ -12,10 +12,18 @@ from typing import TypeVar
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.planning.cost import Estimate, estimate
-from gpt.planning.explain import describe, impossible, left_out, too_large
+from gpt.planning.explain import describe, explain_search, no_layout_error, out_of_memory_error
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import Memory
-from gpt.planning.search import MICRO_BATCH, Candidate, Freedom, Sized, Sizes, sizes, with_micro_batch
+from gpt.planning.search import (
+    MICRO_BATCH,
+    Candidate,
+    CandidateMemory,
+    Relaxation,
+    SearchResult,
+    search_layouts,
+    with_micro_batch,
+)
 from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
@@ -29,7 +37,7 @@ NO_DIFFERENCE = 1.03
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """A layout that fits, and what is expected of it."""
 
     parallel: ParallelConfig
@@ -58,16 +66,16 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class RankedLayouts:
     """What there was to choose from."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[LayoutChoice, ...]
     """The layouts that fit, best first."""
     left_out: tuple[str, ...]
     """Of the others, and of what it took to fit, in words: a line each."""
 
 
-def choose(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> Chosen:
+def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> RankedLayouts:
     """The layouts that fit, best first: as typed, or where nothing does with more freedom.
 
     Args:
@@ -79,32 +87,36 @@ def choose(config: TrainConfig, world_size: int, machine: Machine, fixed: Collec
     Raises:
         ConfigError: none is possible, or none fits.
     """
-    tried: list[Sizes] = []
-    for found in sizes(config, world_size, machine, fixed):
+    tried: list[SearchResult] = []
+    for found in search_layouts(config, world_size, machine, fixed):
         tried.append(found)
         if found.fitting:
-            pairs = [(one.candidate, choice(config, found.freedom, one, machine)) for one in found.fitting]
-            return Chosen(in_order(pairs), tuple(left_out(config, world_size, machine, fixed, tried)))
+            pairs = [
+                (one.candidate, evaluate_candidate(config, found.relaxation, one, machine)) for one in found.fitting
+            ]
+            return RankedLayouts(sort_layouts(pairs), tuple(explain_search(config, world_size, machine, fixed, tried)))
     if all(not found.too_large for found in tried):
-        raise impossible(config, world_size, fixed)
-    raise too_large(config, world_size, machine, fixed, tried)
+        raise no_layout_error(config, world_size, fixed)
+    raise out_of_memory_error(config, world_size, machine, fixed, tried)
 
 
-def choice(config: TrainConfig, freedom: Freedom, sized: Sized, machine: Machine) -> Choice:
+def evaluate_candidate(
+    config: TrainConfig, relaxation: Relaxation, sized: CandidateMemory, machine: Machine
+) -> LayoutChoice:
     """What is expected of a candidate that fits with some freedom."""
     one = sized.candidate
-    micro_batch = one.batch.micro if freedom.smaller_micro_batch else config.optim.micro_batch
+    micro_batch = one.batch.micro if relaxation.smaller_micro_batch else config.optim.micro_batch
     chosen = replace(with_micro_batch(config, micro_batch), parallel=one.parallel)
     expected = estimate(chosen, one.dims, one.batch, machine)
-    return Choice(one.parallel, one.dims, one.batch, micro_batch, sized.memory, expected)
+    return LayoutChoice(one.parallel, one.dims, one.batch, micro_batch, sized.memory, expected)
 
 
-def in_order(found: Sequence[tuple[Candidate, Choice]]) -> tuple[Choice, ...]:
+def sort_layouts(found: Sequence[tuple[Candidate, LayoutChoice]]) -> tuple[LayoutChoice, ...]:
     """Fastest first; but of those that are hardly slower than the fastest, plainest first. Each layout once, with the
     passes that are best for it."""
     limit = NO_DIFFERENCE * min(choice.estimate.step_s for _, choice in found)
 
-    def key(pair: tuple[Candidate, Choice]) -> tuple[object, ...]:
+    def key(pair: tuple[Candidate, LayoutChoice]) -> tuple[object, ...]:
         one, choice = pair
         step_s = choice.estimate.step_s
         return (step_s > limit, *((step_s,) if step_s > limit else ()), one.plainness, step_s, str(choice))
@@ -119,13 +131,13 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Settled:
+class ParallelChoice:
     """How a run is spread, and why so."""
 
     parallel: ParallelConfig
     micro_batch: int
     """``optim.micro_batch``: as it was typed, or smaller."""
-    best: tuple[Choice, ...] = ()
+    best: tuple[LayoutChoice, ...] = ()
     """The first of the layouts there were to choose from, where there was a choice."""
     why: str = ""
     """In words; empty where nobody had to choose."""
@@ -137,13 +149,13 @@ class Settled:
         return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
 
 
-def settle(
+def choose_parallelism(
     config: TrainConfig,
     overrides: Sequence[str],
     folder: RunFolder,
     world_size: int,
     machine: Callable[[], Machine],
-) -> Settled:
+) -> ParallelChoice:
     """Choose how to spread a run that leaves it open; what was typed of ``parallel`` beside that is kept.
 
     Args:
@@ -157,30 +169,30 @@ def settle(
         ConfigError: nothing is possible, or nothing fits.
     """
     if config.parallel.strategy is not Strategy.auto:
-        return Settled(config.parallel, config.optim.micro_batch)
+        return ParallelChoice(config.parallel, config.optim.micro_batch)
     fixed = typed_keys(overrides)
     earlier = earlier_choice(config, overrides, fixed, folder, world_size)
     if earlier is not None:
         return earlier
     seen = machine()
-    found = choose(config, world_size, seen, fixed)
+    found = rank_layouts(config, world_size, seen, fixed)
     first, number = found.choices[0], len(found.choices)
     why = f"1 of {number} layouts that fit, by an estimate that ranks them on {seen}"
     if first.micro_batch != config.optim.micro_batch:
         why = f"optim.micro_batch={first.micro_batch} instead of {config.optim.micro_batch}, and {why}"
-    return Settled(first.parallel, first.micro_batch, found.choices[:SHOWN], why, found.left_out)
+    return ParallelChoice(first.parallel, first.micro_batch, found.choices[:SHOWN], why, found.left_out)
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
     """Keys of ``parallel`` that were typed, the strategy not; and ``optim.micro_batch``."""
-    keys = {typed_key(word) for word in overrides}
+    keys = {typed_key(arg) for arg in overrides}
     ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
     return ours - {"strategy", "timeout_s"} | keys & {MICRO_BATCH}
 
 
 def earlier_choice(
     config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
-) -> Settled | None:
+) -> ParallelChoice | None:
     """How the run of this folder is spread, where that goes on this number of ranks and nothing else was typed."""
     if not folder.config.is_file():
         return None
@@ -192,10 +204,10 @@ def earlier_choice(
         return None
     if typed_value(overrides, MICRO_BATCH) != typed_value(read_overrides(folder), MICRO_BATCH):
         return None
-    settled = Settled(earlier, before.optim.micro_batch, why="as this run began; fresh=true chooses anew")
-    chosen = settled.apply(config)
+    choice = ParallelChoice(earlier, before.optim.micro_batch, why="as this run began; fresh=true chooses anew")
+    chosen = choice.apply(config)
     try:
         split_batch(chosen.optim, check_parallel_dims(chosen, world_size).data_ranks)
     except ConfigError:
         return None
-    return settled
+    return choice

@@ -10,7 +10,17 @@ from typing import Any
 from gpt.config import EngineKind, ParallelConfig, Recompute, Strategy, TrainConfig
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import GIB, Memory
-from gpt.planning.search import MICRO_BATCH, OFFLOADS, ORDER, Candidate, Freedom, Sizes, can_fit, may_offload, sizes
+from gpt.planning.search import (
+    MICRO_BATCH,
+    OFFLOADS,
+    RELAXATIONS,
+    Candidate,
+    Relaxation,
+    SearchResult,
+    can_fit,
+    may_offload,
+    search_layouts,
+)
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
@@ -21,46 +31,46 @@ REASONS = 3
 """Of the refusals, the most frequent ones are shown."""
 
 
-def left_out(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[Sizes]
+def explain_search(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
 ) -> Iterator[str]:
     """A line for each thing that is to be known; ``tried`` are the searches, of which the last found something."""
     last = tried[-1]
-    yield from taken(config, machine, tried)
-    if len(tried) > 1 and (words := recomputing(config, world_size, machine, fixed, last.freedom)):
-        yield f"{words} would fit without that"
+    yield from relaxation_lines(config, machine, tried)
+    if len(tried) > 1 and (text := sufficient_recompute(config, world_size, machine, fixed, last.relaxation)):
+        yield f"{text} would fit without that"
     if last.too_large:
-        yield f"left out: {len(last.too_large)} that do not fit ({nearest(last, machine)})"
-    yield from refusals(last)
-    yield f"not considered: {'; '.join(not_considered(config, fixed, last.freedom, machine))}"
+        yield f"left out: {len(last.too_large)} that do not fit ({nearest_text(last, machine)})"
+    yield from refusal_lines(last)
+    yield f"not considered: {'; '.join(unexplored_lines(config, fixed, last.relaxation, machine))}"
 
 
-def taken(config: TrainConfig, machine: Machine, tried: Sequence[Sizes]) -> Iterator[str]:
+def relaxation_lines(config: TrainConfig, machine: Machine, tried: Sequence[SearchResult]) -> Iterator[str]:
     """Each freedom that was taken, and what there was without it."""
-    known, last = {found.freedom: found for found in tried}, tried[-1].freedom
+    known, last = {found.relaxation: found for found in tried}, tried[-1].relaxation
     without = known.get(replace(last, smaller_micro_batch=False))
     if last.smaller_micro_batch and without:
         yield (
             f"smaller passes, and more of them for the same global batch: with optim.micro_batch="
-            f"{config.optim.micro_batch} {nothing(without, machine)}"
+            f"{config.optim.micro_batch} {failure_text(without, machine)}"
         )
     if last.offload:
-        without = known.get(Freedom(smaller_micro_batch=True)) or known[Freedom()]
-        yield f"memory of the host, which is slow: on the devices alone {nothing(without, machine)}"
+        without = known.get(Relaxation(smaller_micro_batch=True)) or known[Relaxation()]
+        yield f"memory of the host, which is slow: on the devices alone {failure_text(without, machine)}"
 
 
-def nothing(found: Sizes, machine: Machine) -> str:
+def failure_text(found: SearchResult, machine: Machine) -> str:
     """Why a search found nothing that fits."""
-    return f"nothing fits ({nearest(found, machine)})" if found.too_large else "no layout is possible"
+    return f"nothing fits ({nearest_text(found, machine)})" if found.too_large else "no layout is possible"
 
 
-def nearest(found: Sizes, machine: Machine) -> str:
+def nearest_text(found: SearchResult, machine: Machine) -> str:
     """What does not fit, and nearly does."""
     assert found.least is not None
-    return f"nearest: {needs(found.least.candidate, found.least.memory, machine)}"
+    return f"nearest: {requirement_text(found.least.candidate, found.least.memory, machine)}"
 
 
-def refusals(found: Sizes) -> Iterator[str]:
+def refusal_lines(found: SearchResult) -> Iterator[str]:
     """What cannot be laid out, the most frequent reasons first, each with the first example."""
     if not found.refused:
         return
@@ -73,7 +83,9 @@ def refusals(found: Sizes) -> Iterator[str]:
         yield f"  {number} like {examples[reason]}; expected: {reason}"
 
 
-def not_considered(config: TrainConfig, fixed: Collection[str], freedom: Freedom, machine: Machine) -> Iterator[str]:
+def unexplored_lines(
+    config: TrainConfig, fixed: Collection[str], relaxation: Relaxation, machine: Machine
+) -> Iterator[str]:
     """What else there is, and how to ask for it."""
     if config.parallel.engine is EngineKind.deepspeed:
         yield "torch's own strategies (parallel.engine=native)"
@@ -81,14 +93,14 @@ def not_considered(config: TrainConfig, fixed: Collection[str], freedom: Freedom
             yield "DeepSpeed's pipeline (parallel.pp=2)"
     else:
         yield "DeepSpeed's stages (parallel.engine=deepspeed)"
-    smaller = config.optim.micro_batch > 1 and not freedom.smaller_micro_batch
-    ways = ["smaller passes"] if smaller and not freedom.offload else []
-    ways += ["the memory of the host"] if may_offload(machine, fixed) and not freedom.offload else []
+    smaller = config.optim.micro_batch > 1 and not relaxation.smaller_micro_batch
+    ways = ["smaller passes"] if smaller and not relaxation.offload else []
+    ways += ["the memory of the host"] if may_offload(machine, fixed) and not relaxation.offload else []
     if ways:
         yield f"{' and '.join(ways)}, only for what does not fit otherwise"
 
 
-def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
+def no_layout_error(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
     """The refusal where nothing can be laid out: that of the plainest layout."""
     given = config.parallel
     kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted({*fixed} - {MICRO_BATCH}))
@@ -107,8 +119,8 @@ def impossible(config: TrainConfig, world_size: int, fixed: Collection[str]) -> 
     )
 
 
-def too_large(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[Sizes]
+def out_of_memory_error(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
 ) -> ConfigError:
     """The refusal where nothing fits, with the first of the usual remedies that would help."""
     least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
@@ -129,47 +141,47 @@ def too_large(
 def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> Iterator[str]:
     """What to type for a run that fits, the least change first."""
     nodes = -(-world_size // machine.ranks_per_node)
-    options = [("", config), *recomputed(config)]
+    options = [("", config), *more_recompute(config)]
     for times in (1, 2, 4, 8, 16, 32, 64):
         ranks, more = times * world_size, [f"nodes={times * nodes}"] if times > 1 else []
         if not can_fit(options[-1][1], ranks, machine, fixed):  # nothing needs less
             continue
-        for words, changed in options:
-            if (words or more) and can_fit(changed, ranks, machine, fixed):
-                yield " ".join([*more, *([words] if words else [])])
+        for text, changed in options:
+            if (text or more) and can_fit(changed, ranks, machine, fixed):
+                yield " ".join([*more, *([text] if text else [])])
 
 
-def recomputed(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+def more_recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """The same run with more recomputation, and what to type for it."""
     order = [Recompute.none, Recompute.selective, Recompute.full]
     for more in order[order.index(config.recompute) + 1 :]:
         yield f"recompute={more.name}", replace(config, recompute=more)
 
 
-def recomputing(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], freedom: Freedom
+def sufficient_recompute(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], relaxation: Relaxation
 ) -> str | None:
     """What to type of recomputation for a run that fits with less than this freedom; None where that is not enough."""
-    for words, changed in recomputed(config):
-        for found in sizes(changed, world_size, machine, fixed):
-            if ORDER.index(found.freedom) >= ORDER.index(freedom):
+    for text, changed in more_recompute(config):
+        for found in search_layouts(changed, world_size, machine, fixed):
+            if RELAXATIONS.index(found.relaxation) >= RELAXATIONS.index(relaxation):
                 break
             if found.fitting:
-                return words
+                return text
     return None
 
 
 def describe(parallel: ParallelConfig, dims: ParallelDims) -> str:
     """The layout in words, with what its grid does not say."""
-    words = [str(dims)]
+    text = [str(dims)]
     if dims.pp > 1:
-        words.append(parallel.schedule.name)
+        text.append(parallel.schedule.name)
     if dims.is_sharded and not parallel.reshard_after_forward:
-        words.append("reshard_after_forward=false")
-    return " ".join([*words, *(f"{key}=true" for key in OFFLOADS if getattr(parallel, key))])
+        text.append("reshard_after_forward=false")
+    return " ".join([*text, *(f"{key}=true" for key in OFFLOADS if getattr(parallel, key))])
 
 
-def needs(one: Candidate, memory: Memory, machine: Machine) -> str:
+def requirement_text(one: Candidate, memory: Memory, machine: Machine) -> str:
     """A layout and what it takes of what there is."""
     host = ""
     if memory.host and machine.host is not None:
@@ -192,7 +204,7 @@ def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         host = f" and {choice['host_bytes'] / GIB:.3g} GiB of the host" if choice["host_bytes"] else ""
         yield (
             f"{number}. {choice['layout']:<{width}}  {micro_batches_text(choice):>{num_width}}, "
-            f"{choice['memory_bytes'] / GIB:.3g} GiB{host}, {seconds(step_s)} a step, "
+            f"{choice['memory_bytes'] / GIB:.3g} GiB{host}, {format_seconds(step_s)} a step, "
             f"{choice['tokens_per_s']:,.0f} tokens/s; idle {choice['idle_s'] / step_s:.1%}, "
             f"sending {sum(sent.values()) / step_s:.1%}{shares and f' ({shares[2:]})'}"
         )
@@ -204,6 +216,6 @@ def micro_batches_text(choice: Mapping[str, Any]) -> str:
     return f"{count} pass{'es' if count > 1 else ''} of {choice['micro_batch']}"
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     """A duration in a unit that suits it."""
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

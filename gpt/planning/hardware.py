@@ -76,7 +76,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Stated:
+class MachineOverrides:
     """What a person, or the device itself, says; None where nothing is said. 10^9 bytes a second, one direction."""
 
     memory: int | None = None
@@ -94,7 +94,7 @@ class Stated:
     between_latency_s: float = INTER_NODE_LATENCY_S
 
 
-def gpus(name: str, precision: Precision, ranks_per_node: int, stated: Stated) -> Machine | None:
+def gpus(name: str, precision: Precision, ranks_per_node: int, overrides: MachineOverrides) -> Machine | None:
     """Nodes of GPUs; None where nobody knows their peak or their memory.
 
     Args:
@@ -104,31 +104,31 @@ def gpus(name: str, precision: Precision, ranks_per_node: int, stated: Stated) -
         stated: what is known better than the table, or not in it.
     """
     known = find(name)
-    peak = peak_flops(name, precision) if stated.peak_tflops is None else stated.peak_tflops * TERA
-    memory = memory_bytes(name) if stated.memory is None else stated.memory
+    peak = peak_flops(name, precision) if overrides.peak_tflops is None else overrides.peak_tflops * TERA
+    memory = memory_bytes(name) if overrides.memory is None else overrides.memory
     if peak is None or memory is None:
         return None
     intra_node = PCIE_GB_PER_S if known is None else known.link_gb_per_s
     network = (known and known.network_gb_per_s) or NETWORK_GB_PER_S / ranks_per_node
-    rates = links(stated, ranks_per_node, intra_node, network)
-    room = None if stated.host_memory is None else int(ROOM * stated.host_memory)
+    rates = links(overrides, ranks_per_node, intra_node, network)
+    room = None if overrides.host_memory is None else int(ROOM * overrides.host_memory)
     host = Host(PCIE_GB_PER_S * GIGA, HOST_GB_PER_S * GIGA / ranks_per_node, room)
-    return Machine(name, peak * stated.attainable, int(ROOM * memory), ranks_per_node, *rates, host)
+    return Machine(name, peak * overrides.attainable, int(ROOM * memory), ranks_per_node, *rates, host)
 
 
-def cpus(memory: int, ranks_per_node: int, stated: Stated) -> Machine:
+def cpus(memory: int, ranks_per_node: int, overrides: MachineOverrides) -> Machine:
     """Nodes whose ranks compute on the CPU, each with ``memory`` bytes for itself."""
-    rates = links(stated, ranks_per_node, CPU_LINK_GB_PER_S, CPU_LINK_GB_PER_S / ranks_per_node)
+    rates = links(overrides, ranks_per_node, CPU_LINK_GB_PER_S, CPU_LINK_GB_PER_S / ranks_per_node)
     return Machine("CPU", CPU_FLOPS_PER_S, int(ROOM * memory), ranks_per_node, *rates)
 
 
-def links(stated: Stated, ranks_per_node: int, intra_node: float, inter_node: float) -> tuple[Link, Link]:
+def links(overrides: MachineOverrides, ranks_per_node: int, intra_node: float, inter_node: float) -> tuple[Link, Link]:
     """The links inside and between nodes, from what is said of them or else from these rates of a rank, in GB/s."""
-    if stated.between_gb_per_s is not None:
-        inter_node = stated.between_gb_per_s / ranks_per_node
+    if overrides.between_gb_per_s is not None:
+        inter_node = overrides.between_gb_per_s / ranks_per_node
     return (
-        Link(stated.inside_latency_s, (stated.inside_gb_per_s or intra_node) * GIGA),
-        Link(stated.between_latency_s, inter_node * GIGA),
+        Link(overrides.inside_latency_s, (overrides.inside_gb_per_s or intra_node) * GIGA),
+        Link(overrides.between_latency_s, inter_node * GIGA),
     )
 
 

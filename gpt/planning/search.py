@@ -51,7 +51,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class CandidateSet:
     """What a search came to."""
 
     possible: tuple[Candidate, ...]
@@ -61,7 +61,7 @@ class Found:
 
 def candidates(
     config: TrainConfig, world_size: int, ranks_per_node: int, fixed: Collection[str] = (), offload: bool = False
-) -> Found:
+) -> CandidateSet:
     """Everything that is possible on ``world_size`` ranks.
 
     Args:
@@ -80,7 +80,7 @@ def candidates(
             possible.append(Candidate(parallel, dims, split_batch(config.optim, dims.data_ranks)))
         except ConfigError as error:
             refused.append(error)
-    return Found(tuple(possible), tuple(refused))
+    return CandidateSet(tuple(possible), tuple(refused))
 
 
 def parallel_configs(
@@ -151,7 +151,7 @@ MICRO_BATCH = "optim.micro_batch"
 
 
 @dataclass(frozen=True)
-class Freedom:
+class Relaxation:
     """What may differ from what was typed."""
 
     smaller_micro_batch: bool = False
@@ -159,16 +159,16 @@ class Freedom:
     offload: bool = False
 
 
-ORDER = (
-    Freedom(),
-    Freedom(smaller_micro_batch=True),
-    Freedom(offload=True),
-    Freedom(smaller_micro_batch=True, offload=True),
+RELAXATIONS = (
+    Relaxation(),
+    Relaxation(smaller_micro_batch=True),
+    Relaxation(offload=True),
+    Relaxation(smaller_micro_batch=True, offload=True),
 )
 
 
 @dataclass(frozen=True)
-class Sized:
+class CandidateMemory:
     """A possible layout and what it needs."""
 
     candidate: Candidate
@@ -176,39 +176,41 @@ class Sized:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SearchResult:
     """Everything that is possible with some freedom."""
 
-    freedom: Freedom
-    fitting: tuple[Sized, ...]
-    too_large: tuple[Sized, ...]
+    relaxation: Relaxation
+    fitting: tuple[CandidateMemory, ...]
+    too_large: tuple[CandidateMemory, ...]
     refused: tuple[ConfigError, ...]
 
     @property
-    def least(self) -> Sized | None:
+    def least(self) -> CandidateMemory | None:
         """Of those that do not fit, the one that takes least of its device."""
         return min(self.too_large, key=lambda one: one.memory.total, default=None)
 
 
-def sizes(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> Iterator[Sizes]:
+def search_layouts(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]
+) -> Iterator[SearchResult]:
     """What is possible, with more and more freedom; for keys of ``parallel`` that are ``fixed`` there is none, and
     passes are not smaller at once where they are."""
     least = config.optim.micro_batch == 1
-    for freedom in ORDER:
-        if freedom.offload and not may_offload(machine, fixed):
+    for relaxation in RELAXATIONS:
+        if relaxation.offload and not may_offload(machine, fixed):
             continue
-        if least if freedom.smaller_micro_batch else not least and MICRO_BATCH not in fixed:
+        if least if relaxation.smaller_micro_batch else not least and MICRO_BATCH not in fixed:
             continue
-        yield of_freedom(config, world_size, machine, fixed, freedom)
+        yield search_once(config, world_size, machine, fixed, relaxation)
 
 
 def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> bool:
     """Whether anything fits with all freedom there is: with passes as typed or of one sequence, which need least."""
     return any(
-        fits(one.memory, machine)
+        fits_memory(one.memory, machine)
         for offload in (False, *([True] if may_offload(machine, fixed) else []))
         for changed in (config, with_micro_batch(config, 1))
-        for one in sized(changed, world_size, machine, fixed, Freedom(offload=offload), [])
+        for one in candidates_with_memory(changed, world_size, machine, fixed, Relaxation(offload=offload), [])
     )
 
 
@@ -217,39 +219,39 @@ def may_offload(machine: Machine, fixed: Collection[str]) -> bool:
     return machine.host is not None and set(OFFLOADS).isdisjoint(fixed)
 
 
-def of_freedom(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], freedom: Freedom
-) -> Sizes:
+def search_once(
+    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], relaxation: Relaxation
+) -> SearchResult:
     """What is possible with as much freedom."""
     refused: list[ConfigError] = []
-    parts: tuple[list[Sized], list[Sized]] = ([], [])
-    for one in sized(config, world_size, machine, fixed, freedom, refused):
-        parts[fits(one.memory, machine)].append(one)
-    return Sizes(freedom, tuple(parts[True]), tuple(parts[False]), tuple(refused))
+    parts: tuple[list[CandidateMemory], list[CandidateMemory]] = ([], [])
+    for one in candidates_with_memory(config, world_size, machine, fixed, relaxation, refused):
+        parts[fits_memory(one.memory, machine)].append(one)
+    return SearchResult(relaxation, tuple(parts[True]), tuple(parts[False]), tuple(refused))
 
 
-def sized(
+def candidates_with_memory(
     config: TrainConfig,
     world_size: int,
     machine: Machine,
     fixed: Collection[str],
-    freedom: Freedom,
+    relaxation: Relaxation,
     refused: list[ConfigError],
-) -> Iterator[Sized]:
+) -> Iterator[CandidateMemory]:
     """Every layout that is possible with as much freedom, each with passes of every size; refusals of the passes that
     were typed are added to a list."""
     known = set()
     for changed in [
         config,
-        *(with_micro_batch(config, size) for size in smaller_micro_batches(config.optim.micro_batch, freedom)),
+        *(with_micro_batch(config, size) for size in smaller_micro_batches(config.optim.micro_batch, relaxation)),
     ]:
-        found = candidates(changed, world_size, machine.ranks_per_node, fixed, freedom.offload)
+        found = candidates(changed, world_size, machine.ranks_per_node, fixed, relaxation.offload)
         refused += found.refused if changed is config else ()
         for one in found.possible:
             key = f"{one.parallel} {one.batch.micro}"
             if key not in known:  # passes that do not divide a rank's sequences are smaller than was asked for
                 known.add(key)
-                yield Sized(one, per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch))
+                yield CandidateMemory(one, per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch))
 
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:
@@ -257,14 +259,14 @@ def with_micro_batch(config: Config, micro_batch: int) -> Config:
     return replace(config, optim=replace(config.optim, micro_batch=micro_batch))
 
 
-def smaller_micro_batches(micro_batch: int, freedom: Freedom) -> Iterator[int]:
+def smaller_micro_batches(micro_batch: int, relaxation: Relaxation) -> Iterator[int]:
     """Smaller passes to try, down to one sequence."""
-    while freedom.smaller_micro_batch and micro_batch > 1:
+    while relaxation.smaller_micro_batch and micro_batch > 1:
         micro_batch //= 2
         yield micro_batch
 
 
-def fits(memory: Memory, machine: Machine) -> bool:
+def fits_memory(memory: Memory, machine: Machine) -> bool:
     """Whether a rank has room for it, on its device and, as far as that is known, on its host."""
     if machine.host is None:  # the same memory
         return memory.total + memory.host <= machine.room

@@ -84,18 +84,18 @@ def suggest_batch(config: TrainConfig, batch: Batch) -> str:
 def check_split_backward(config: TrainConfig) -> None:
     """The two halves of a split backward pass go over what the forward pass has left, at different times."""
     schedule = config.parallel.schedule.name
-    words, why = "", ""
+    text, why = "", ""
     if config.compile.name != "none":
-        words, why = (
+        text, why = (
             f"compile={config.compile.name}",
             "compile=none: compiled code has one backward pass, not two halves",
         )
     elif config.recompute is not Recompute.none:
-        words = f"recompute={config.recompute.name}"
+        text = f"recompute={config.recompute.name}"
         why = "recompute=none: both halves, and each matrix, would compute the block again"
-    if words:
+    if text:
         raise ConfigError(
-            f"{words} with parallel.schedule={schedule}, which splits the backward pass",
+            f"{text} with parallel.schedule={schedule}, which splits the backward pass",
             why,
             f"parallel.schedule=interleaved, or {why.split(':')[0]}",
         )

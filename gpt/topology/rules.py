@@ -45,11 +45,11 @@ def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where zero1 is asked to do more than share the optimizer among data ranks."""
     others = [name for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
     if config.parallel.strategy is Strategy.zero1 and others:
-        words = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
+        text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
         raise ConfigError(
-            f"parallel.strategy=zero1 with {words}",
+            f"parallel.strategy=zero1 with {text}",
             "zero1 with data ranks only: it cuts the optimizer of a model that every rank holds whole",
-            f"parallel.strategy=fsdp parallel.reshard_after_forward=false {words}",
+            f"parallel.strategy=fsdp parallel.reshard_after_forward=false {text}",
         )
 
 
@@ -103,10 +103,10 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
     sharers = max(
         n for n in divisors(tp) if all(number % n == 0 for number in shared.values()) and grouped_matmul_fits(model, n)
     )
-    for words, number in shared.items():
+    for text, number in shared.items():
         if number % tp:
             raise ConfigError(
-                f"parallel.tp={tp} with {words}", f"a number of ranks that divides {number}", f"parallel.tp={sharers}"
+                f"parallel.tp={tp} with {text}", f"a number of ranks that divides {number}", f"parallel.tp={sharers}"
             )
     if not grouped_matmul_fits(model, tp):
         raise ConfigError(
@@ -166,12 +166,12 @@ def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where more is cut than data ranks and stages."""
     others = [name for name in ("tp", "cp", "ep") if getattr(dims, name) > 1]
     if others:
-        words = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
+        text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
         engine = "" if config.parallel.engine is None else "parallel.engine=native "
         raise ConfigError(
-            f"parallel.strategy=deepspeed with {words}",
+            f"parallel.strategy=deepspeed with {text}",
             "data ranks and stages only: DeepSpeed does not cut the matrices, sequences or experts of this model",
-            f"parallel=fsdp {engine}{words}",
+            f"parallel=fsdp {engine}{text}",
         )
 
 

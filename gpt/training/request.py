@@ -17,9 +17,9 @@ from gpt.config import TrainConfig
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
 from gpt.data.corpus import check_fit, describe
 from gpt.parallel.distributed import World
-from gpt.planning.auto import Settled, settle
+from gpt.planning.auto import ParallelChoice, choose_parallelism
 from gpt.planning.explain import table
-from gpt.planning.hardware import Machine, Stated, cpus, free_memory, gpus
+from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
 from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
@@ -28,13 +28,13 @@ from launch.runs.folder import RunFolder
 from launch.runs.identity import choose_folder, refuse_other_run
 
 
-def settle_here(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> Settled:
+def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:
     """How the model is spread, chosen for the device of this rank where the command leaves it open."""
-    settled = settle(config, overrides, folder, world.size, lambda: machine_of(config, world))
-    if settled.why:
-        lines = [*table([choice.as_dict() for choice in settled.best]), *settled.left_out]
-        print("\n".join([f"parallel.strategy=auto: {settled.why}", *(f"  {line}" for line in lines)]), flush=True)
-    return settled
+    choice = choose_parallelism(config, overrides, folder, world.size, lambda: machine_of(config, world))
+    if choice.why:
+        lines = [*table([choice.as_dict() for choice in choice.best]), *choice.left_out]
+        print("\n".join([f"parallel.strategy=auto: {choice.why}", *(f"  {line}" for line in lines)]), flush=True)
+    return choice
 
 
 def machine_of(config: TrainConfig, world: World) -> Machine:
@@ -44,9 +44,9 @@ def machine_of(config: TrainConfig, world: World) -> Machine:
         ConfigError: the device is not known.
     """
     if world.device.type != "cuda":
-        return cpus(free_memory() // world.local_size, world.local_size, Stated())
+        return cpus(free_memory() // world.local_size, world.local_size, MachineOverrides())
     seen = torch.cuda.get_device_properties(world.device)
-    stated = Stated(memory=seen.total_memory, host_memory=free_memory() // world.local_size)
+    stated = MachineOverrides(memory=seen.total_memory, host_memory=free_memory() // world.local_size)
     found = gpus(seen.name, config.precision, world.local_size, stated)
     if found is None:
         raise ConfigError(
@@ -88,21 +88,21 @@ def parse_request(argv: Sequence[str]) -> Request:
 def agree_on_folder(request: Request, world: World) -> RunFolder:
     """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
 
-    def choose() -> tuple[RunFolder, Settled]:
+    def choose() -> tuple[RunFolder, ParallelChoice]:
         assert request.composed is not None
         folder = choose_folder(request.config, request.overrides, NOT_IN_POINT)
-        settled = settle_here(request.config, request.overrides, folder, world)
-        config = settled.apply(request.config)
+        choice = choose_on_device(request.config, request.overrides, folder, world)
+        config = choice.apply(request.config)
         refuse_what_cannot_run(config, world.size)
         refuse_other_run(folder, config, TrainConfig, RESUMABLE)
-        settle_parallel(request.composed, vars(settled.parallel), settled.micro_batch)
+        settle_parallel(request.composed, vars(choice.parallel), choice.micro_batch)
         compose.write_config(folder, request.composed, request.overrides)
-        return folder, settled
+        return folder, choice
 
     if request.folder is not None:
         return request.folder
-    folder, settled = world.on_first(choose)
-    request.config.parallel, request.config.optim.micro_batch = settled.parallel, settled.micro_batch
+    folder, choice = world.on_first(choose)
+    request.config.parallel, request.config.optim.micro_batch = choice.parallel, choice.micro_batch
     return folder
 
 

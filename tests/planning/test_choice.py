@@ -11,9 +11,9 @@ import pytest
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.config.compose import compose_train, settle_parallel
-from gpt.planning.auto import NO_DIFFERENCE, choose, settle, typed_keys
+from gpt.planning.auto import NO_DIFFERENCE, choose_parallelism, rank_layouts, typed_keys
 from gpt.planning.explain import table
-from gpt.planning.hardware import Machine, Stated, gpus
+from gpt.planning.hardware import Machine, MachineOverrides, gpus
 from gpt.planning.memory import GIB, per_rank
 from gpt.planning.search import candidates
 from gpt.topology.batch import split_batch
@@ -38,7 +38,7 @@ def config_of(*words: str) -> TrainConfig:
 
 
 def machine(gib: float = 72.0, **changes: Any) -> Machine:
-    found = gpus("NVIDIA H100 80GB HBM3", config_of().precision, 8, Stated())
+    found = gpus("NVIDIA H100 80GB HBM3", config_of().precision, 8, MachineOverrides())
     assert found is not None
     return replace(found, room=int(gib * GIB), **changes)
 
@@ -73,27 +73,27 @@ def test_every_dimension_is_proposed() -> None:
 def test_the_fastest_of_those_that_fit_comes_first() -> None:
     config = config_of()
     for gib in (72.0, 8.0, 4.0):
-        found = choose(config, 16, machine(gib)).choices
+        found = rank_layouts(config, 16, machine(gib)).choices
         assert all(choice.memory.total <= gib * GIB for choice in found)
         fastest = min(choice.estimate.step_s for choice in found)
         assert found[0].estimate.step_s <= NO_DIFFERENCE * fastest
         later = [choice.estimate.step_s for choice in found if choice.estimate.step_s > NO_DIFFERENCE * fastest]
         assert later == sorted(later)
-        assert found == choose(config, 16, machine(gib)).choices
+        assert found == rank_layouts(config, 16, machine(gib)).choices
 
 
 def test_a_small_model_is_copied_and_a_large_one_cut() -> None:
-    small = choose(config_of("optim.global_batch=512"), 16, machine()).choices[0]
+    small = rank_layouts(config_of("optim.global_batch=512"), 16, machine()).choices[0]
     assert str(small.dims) == "ddp dp_replicate=16 dp_shard=1"
-    large = choose(config_of("model=llama_1p3b", "optim.micro_batch=1"), 16, machine(12.0)).choices[0]
+    large = rank_layouts(config_of("model=llama_1p3b", "optim.micro_batch=1"), 16, machine(12.0)).choices[0]
     assert large.memory.total <= 12 * GIB
     assert large.dims.is_sharded or large.dims.model_ranks > 1
 
 
 def test_passes_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None:
     config = config_of("optim.micro_batch=16", "optim.global_batch=512")
-    typed = choose(config, 16, machine(8.0), ("optim.micro_batch",)).choices
-    free = choose(config, 16, machine(8.0)).choices
+    typed = rank_layouts(config, 16, machine(8.0), ("optim.micro_batch",)).choices
+    free = rank_layouts(config, 16, machine(8.0)).choices
     assert {one.batch.micro for one in typed} == {16}
     assert free[0].dims.model_ranks == 1 < typed[0].dims.model_ranks
     assert free[0].batch.micro < 16 and free[0].estimate.step_s <= NO_DIFFERENCE * typed[0].estimate.step_s
@@ -107,7 +107,7 @@ def test_what_was_typed_is_kept() -> None:
     words = ["parallel.pp=2", "parallel.strategy=auto", "optim.lr=1", "+parallel.ep=1", "parallel=auto"]
     assert typed_keys(words) == {"ep", "pp"}
     config = config_of("parallel.pp=2", "parallel.ep=1", "optim.micro_batch=1")
-    found = choose(config, 16, machine(), typed_keys(words)).choices
+    found = rank_layouts(config, 16, machine(), typed_keys(words)).choices
     assert {(choice.dims.pp, choice.dims.ep) for choice in found} == {(2, 1)}
 
 
@@ -124,25 +124,25 @@ def test_a_refusal_says_what_would_fit(share: float, words: list[str]) -> None:
     )
     small = machine(share * least / GIB)
     with pytest.raises(ConfigError) as refusal:
-        choose(config, 8, small, fixed)
+        rank_layouts(config, 8, small, fixed)
     assert f"needs {least / GIB:.2f} GiB" in refusal.value.found
     assert f"at most {small.room / GIB:.2f} GiB" in refusal.value.expected
     typed = refusal.value.fix.split()
     assert typed and all("=" in word for word in typed), refusal.value.fix
     nodes = next((int(word.removeprefix("nodes=")) for word in typed if word.startswith("nodes=")), 1)
     changed = config_of(*words, *(word for word in typed if not word.startswith("nodes=")))
-    assert choose(changed, 8 * nodes, small, fixed)
+    assert rank_layouts(changed, 8 * nodes, small, fixed)
 
 
 def test_where_nothing_helps_the_refusal_says_so() -> None:
     with pytest.raises(ConfigError) as refusal:
-        choose(config_of(), 8, machine(0.001), ("pp", "cp"))
+        rank_layouts(config_of(), 8, machine(0.001), ("pp", "cp"))
     assert "a smaller model" in refusal.value.fix
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused_as_elsewhere() -> None:
     with pytest.raises(ConfigError, match=r"optim\.global_batch=7"):
-        choose(
+        rank_layouts(
             config_of("optim.global_batch=7", "model.n_head=5", "model.n_embd=95", "model.block_size=1001"),
             16,
             machine(),
@@ -152,7 +152,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused_as_elsewhere() -> None:
 def test_a_run_keeps_its_first_choice(tmp_path: Path) -> None:
     composed = compose_train(WORDS)
     config, folder = to_schema(composed, TrainConfig), RunFolder(tmp_path)
-    first = settle(config, WORDS, folder, 16, machine)
+    first = choose_parallelism(config, WORDS, folder, 16, machine)
     assert first.parallel == first.best[0].parallel and "layouts that fit" in first.why
     settle_parallel(composed, {**vars(first.parallel), "strategy": "fsdp", "pp": 2}, first.micro_batch)
     write_config(folder, composed, WORDS)
@@ -160,17 +160,21 @@ def test_a_run_keeps_its_first_choice(tmp_path: Path) -> None:
     def never() -> Machine:
         raise AssertionError("a run that began chooses nothing")
 
-    kept = settle(config, WORDS, folder, 16, never)
+    kept = choose_parallelism(config, WORDS, folder, 16, never)
     assert (kept.parallel.strategy, kept.parallel.pp, kept.best) == (Strategy.fsdp, 2, ())
     # Not where it cannot go on so: 7 ranks have no pairs, 3 keys no use for what was chosen.
-    assert settle(replace(config, optim=replace(config.optim, global_batch=21)), WORDS, folder, 7, machine).best
-    assert settle(config_of("parallel.pp=1"), [*WORDS, "parallel.pp=1"], folder, 16, machine).parallel.pp == 1
+    assert choose_parallelism(
+        replace(config, optim=replace(config.optim, global_batch=21)), WORDS, folder, 7, machine
+    ).best
+    assert (
+        choose_parallelism(config_of("parallel.pp=1"), [*WORDS, "parallel.pp=1"], folder, 16, machine).parallel.pp == 1
+    )
     given = replace(config, parallel=ParallelConfig(Strategy.ddp, pp=3))
-    assert settle(given, WORDS, folder, 16, never).parallel == given.parallel
+    assert choose_parallelism(given, WORDS, folder, 16, never).parallel == given.parallel
 
 
 def test_the_table_names_layout_memory_and_speed() -> None:
-    found = choose(config_of("optim.micro_batch=1"), 16, machine(6.0)).choices[:5]
+    found = rank_layouts(config_of("optim.micro_batch=1"), 16, machine(6.0)).choices[:5]
     lines = list(table([choice.as_dict() for choice in found]))
     for choice, line in zip(found, lines, strict=True):
         assert str(choice.dims) in line

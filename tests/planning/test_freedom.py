@@ -10,9 +10,9 @@ import pytest
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.config.compose import compose_train, settle_parallel
-from gpt.planning.auto import Choice, Chosen, choose, settle, typed_keys
+from gpt.planning.auto import LayoutChoice, RankedLayouts, choose_parallelism, rank_layouts, typed_keys
 from gpt.planning.explain import table
-from gpt.planning.hardware import Stated, cpus
+from gpt.planning.hardware import MachineOverrides, cpus
 from gpt.planning.memory import GIB, per_rank
 from gpt.planning.search import candidates
 from launch.errors import ConfigError
@@ -24,18 +24,18 @@ BATCH = ["optim.micro_batch=8", "optim.global_batch=256"]
 ZERO = ["parallel.engine=deepspeed", *BATCH]
 
 
-def chosen(gib: float, *words: str, host_gib: float | None = None) -> Chosen:
+def chosen(gib: float, *words: str, host_gib: float | None = None) -> RankedLayouts:
     there = machine(gib)
     assert there.host is not None
     room = None if host_gib is None else int(host_gib * GIB)
     config = config_of(*words)
-    found = choose(config, 8, replace(there, host=replace(there.host, room=room)), typed_keys(words))
+    found = rank_layouts(config, 8, replace(there, host=replace(there.host, room=room)), typed_keys(words))
     for one in found.choices:
         check_promise(one, config, int(gib * GIB))
     return found
 
 
-def check_promise(one: Choice, config: TrainConfig, room: int) -> None:
+def check_promise(one: LayoutChoice, config: TrainConfig, room: int) -> None:
     """The global batch stays, and what is promised fits is what such a run needs."""
     assert one.batch.global_batch == config.optim.global_batch
     assert one.batch.micro * one.batch.accumulation * one.dims.data_ranks == config.optim.global_batch
@@ -46,7 +46,7 @@ def check_promise(one: Choice, config: TrainConfig, room: int) -> None:
     assert one.memory.total <= room
 
 
-def offloads(one: Choice) -> bool:
+def offloads(one: LayoutChoice) -> bool:
     parallel = one.parallel
     return parallel.cpu_offload or parallel.offload_optimizer or parallel.offload_parameters
 
@@ -95,14 +95,14 @@ def test_what_was_typed_of_offload_is_kept() -> None:
 
 def test_one_device_alone_can_offload() -> None:
     words = ["model=llama_1p3b", "optim.micro_batch=1"]
-    found = choose(config_of(*words), 1, machine(14.0), typed_keys(words)).choices
+    found = rank_layouts(config_of(*words), 1, machine(14.0), typed_keys(words)).choices
     assert {one.parallel.strategy for one in found} == {Strategy.fsdp} and all(map(offloads, found))
 
 
 def test_cpus_have_no_other_memory() -> None:
     words = ["precision=fp32", "parallel.tp=1", "parallel.cp=1", *BATCH]
     for gib in (16.0, 6.0, 4.0):
-        found = choose(config_of(*words), 4, replace(cpus(1, 4, Stated()), room=int(gib * GIB)))
+        found = rank_layouts(config_of(*words), 4, replace(cpus(1, 4, MachineOverrides()), room=int(gib * GIB)))
         assert not any(map(offloads, found.choices))
         assert not any("host" in line for line in found.left_out)
 
@@ -168,17 +168,17 @@ def test_smaller_passes_are_kept_with_the_run(tmp_path: Path) -> None:
     words = [*WORDS, *BATCH, "parallel.tp=1", "parallel.pp=1", "parallel.cp=1"]
     composed = compose_train(words)
     config, folder = to_schema(composed, TrainConfig), RunFolder(tmp_path)
-    first = settle(config, words, folder, 8, lambda: machine(3.0))
+    first = choose_parallelism(config, words, folder, 8, lambda: machine(3.0))
     assert first.micro_batch < 8 and f"optim.micro_batch={first.micro_batch} instead of 8" in first.why
     settled = first.apply(config)
     assert (settled.optim.micro_batch, settled.parallel) == (first.micro_batch, first.parallel)
     settle_parallel(composed, vars(first.parallel), first.micro_batch)
     write_config(folder, composed, words)
-    again = settle(config, words, folder, 8, lambda: machine(72.0))
+    again = choose_parallelism(config, words, folder, 8, lambda: machine(72.0))
     assert (again.micro_batch, again.parallel, again.best) == (first.micro_batch, first.parallel, ())
     # Another wish is another choice.
     typed = [*words, "optim.micro_batch=4"]
-    other = settle(to_schema(compose_train(typed), TrainConfig), typed, folder, 8, lambda: machine(72.0))
+    other = choose_parallelism(to_schema(compose_train(typed), TrainConfig), typed, folder, 8, lambda: machine(72.0))
     assert other.best and other.micro_batch == 4
     given = replace(config, parallel=ParallelConfig(Strategy.ddp))
-    assert settle(given, words, folder, 8, lambda: machine()).apply(given) == given
+    assert choose_parallelism(given, words, folder, 8, lambda: machine()).apply(given) == given
