@@ -51,7 +51,7 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:
     """Let a block compute again what ``config.recompute`` does not keep."""
     if config.recompute is not Recompute.none:
-        replace_forward(block, partial(recomputing, block.forward, context_of(config)))
+        replace_forward(block, partial(checkpointed_forward, block.forward, checkpoint_context(config)))
 
 
 def compile_block(block: nn.Module, config: TrainConfig) -> None:
@@ -68,20 +68,20 @@ def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
     block.forward = forward
 
 
-def recomputing(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
+def checkpointed_forward(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
     """Call ``forward`` keeping only its inputs, and what ``contexts`` says; random numbers are the same again."""
     return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
 
-def context_of(config: TrainConfig) -> dict[str, Any]:
+def checkpoint_context(config: TrainConfig) -> dict[str, Any]:
     """What distinguishes selective from full recomputation in torch's words."""
     if config.recompute is Recompute.full:
         return {}
     kept = MATRIX_PRODUCTS | ALL_TO_ALLS if config.model.dropout else MATRIX_PRODUCTS | ALL_TO_ALLS | ATTENTION_KERNELS
-    return {"context_fn": partial(create_selective_checkpoint_contexts, partial(keep, kept))}
+    return {"context_fn": partial(create_selective_checkpoint_contexts, partial(save_policy, kept))}
 
 
-def keep(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     """Keep the costly results: matrix products, exchanges, and attention unless it draws random numbers.
 
     The choice of Korthikanti et al. (arXiv 2205.05198, section 5) turned round: there attention was the part with much

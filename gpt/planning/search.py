@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from gpt.config import EngineKind, Ffn, ParallelConfig, Schedule, Strategy, TrainConfig
+from gpt.config.checks import divisors
 from gpt.planning.hardware import Machine
 from gpt.planning.memory import Memory, per_rank
 from gpt.topology.batch import Batch, split_batch
@@ -139,11 +140,6 @@ def stages_of_zero(base: ParallelConfig, fixed: Collection[str], offload: bool) 
             yield replace(found, offload_optimizer=True)
             if stage == 3:
                 yield replace(found, offload_optimizer=True, offload_parameters=True)
-
-
-def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 Config = TypeVar("Config", bound=TrainConfig)

@@ -30,9 +30,9 @@ def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
     ours = generate(config, batch)
     if path is None:
         return ours
-    theirs = read(Path(path))
-    refuse_what_is_ours(theirs, path)
-    accepted = without_accepted(theirs, settled(config, batch), path)
+    theirs = read_file(Path(path))
+    refuse_owned_sections(theirs, path)
+    accepted = extra_settings(theirs, run_values(config, batch), path)
     return merge(ours, accepted)
 
 
@@ -82,7 +82,7 @@ def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
     """The user's file.
 
     Raises:
@@ -105,7 +105,7 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
-def settled(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
+def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
     """What this run has decided, by DeepSpeed's dotted key: the value, and what to type for the one in the file.
 
     ``{}`` stands for that one.
@@ -156,7 +156,7 @@ def settled(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
     return found
 
 
-NOT_TAKEN = {
+OWNED_SECTIONS = {
     "scheduler": "no scheduler: optim.warmup_steps, optim.lr and optim.min_lr are the schedule",
     "checkpoint": "no checkpoint: the checkpoint group says when, and other sizes are read without asking",
     "elasticity": "no elasticity: cut the batch by optim.micro_batch",
@@ -172,9 +172,9 @@ NOT_TAKEN = {
 """Sections of DeepSpeed's that would take over what this program does itself."""
 
 
-def refuse_what_is_ours(theirs: dict[str, Any], path: str) -> None:
+def refuse_owned_sections(theirs: dict[str, Any], path: str) -> None:
     """Raise ConfigError where the file has a section that would take something over."""
-    for key, instead in NOT_TAKEN.items():
+    for key, instead in OWNED_SECTIONS.items():
         if theirs.get(key):
             raise ConfigError(
                 f"{key} in {path}",
@@ -183,14 +183,14 @@ def refuse_what_is_ours(theirs: dict[str, Any], path: str) -> None:
             )
 
 
-def without_accepted(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], path: str) -> dict[str, Any]:
+def extra_settings(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], path: str) -> dict[str, Any]:
     """The file without what this run has decided in the same way.
 
     Raises:
         ConfigError: it was decided otherwise.
     """
-    for key, value in leaves(theirs):
-        if key not in known or value == AUTO or same(value, known[key][0]):
+    for key, value in flatten(theirs):
+        if key not in known or value == AUTO or same_value(value, known[key][0]):
             continue
         ours, fix = known[key]
         raise ConfigError(
@@ -198,11 +198,11 @@ def without_accepted(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], 
             "one value, given by this run's own configuration",
             f"{fix.format(value)}, or no {key.rpartition('.')[2]} in {Path(path).name}",
         )
-    kept = {key: value for key, value in leaves(theirs) if key not in known and value != AUTO}
-    return nested({key: value for key, value in kept.items() if not key.startswith("optimizer.")})
+    kept = {key: value for key, value in flatten(theirs) if key not in known and value != AUTO}
+    return unflatten({key: value for key, value in kept.items() if not key.startswith("optimizer.")})
 
 
-def same(theirs: Any, ours: Any) -> bool:
+def same_value(theirs: Any, ours: Any) -> bool:
     """Whether two values mean the same: 1 and 1.0 do, true and 1 do not, AdamW is also Adam's default."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return theirs is ours
@@ -211,17 +211,17 @@ def same(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested dictionaries; an empty one is a value."""
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
-            yield from leaves(inner, f"{prefix}{key}.")
+            yield from flatten(inner, f"{prefix}{key}.")
         else:
             yield prefix + key, inner
 
 
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """The dictionaries that ``leaves`` took apart."""
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The dictionaries that ``flatten`` took apart."""
     made: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = key.split(".")

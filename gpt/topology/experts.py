@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 from gpt.config import Ffn, ModelConfig, Recompute, TrainConfig
+from gpt.config.checks import divisors
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 
@@ -69,7 +70,5 @@ def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
 def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
     """The ``ep`` nearest to that of ``dims`` for which there is nothing to refuse; 1 is such a one."""
     ranks = dims.dp_shard if dims.is_sharded else dims.data_ranks
-    common = math.gcd(model.n_expert, ranks)
-    divisors = [d for d in range(1, common + 1) if common % d == 0]
-    possible = [d for d in divisors if d == 1 or can_shard(model, replace(dims, ep=d))]
+    possible = [d for d in divisors(math.gcd(model.n_expert, ranks)) if d == 1 or can_shard(model, replace(dims, ep=d))]
     return min(possible, key=lambda d: (abs(d - dims.ep), d))

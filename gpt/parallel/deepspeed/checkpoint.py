@@ -42,23 +42,23 @@ class ZeroFiles:
         writer = Writer()
         state.ds.checkpoint_engine.save = writer.save
         state.ds.save_checkpoint(str(folder), tag_of(step))
-        about = state.about()
+        tensor_info = state.tensor_info()
         if dist.get_rank(group) == 0:
-            writer.save(about, str(folder / ABOUT))
+            writer.save(tensor_info, str(folder / ABOUT))
             writer.paths += [path for name in LOOSE if (path := folder / name).exists()]
         return writer.finish()
 
     def read(self, folder: Path, saved: Manifest, state: ZeroEngine, group: dist.ProcessGroup | None) -> None:
         if saved.contents == self.describe() and saved.world_size == dist.get_world_size(group):
             reader = Reader()
-            on_all(lambda: reader.read(state.own_files(folder, tag_of(saved.step))), group)
+            on_all(lambda: reader.read(state.rank_files(folder, tag_of(saved.step))), group)
             state.ds.checkpoint_engine.load = reader.load
             state.ds.load_checkpoint(str(folder), tag_of(saved.step))
             del state.ds.checkpoint_engine.load  # and what was read
             return
         with as_tensors(folder, saved, group) as tensors:
-            names = state.names()
-            on_all(lambda: state.take(TensorReader(tensors), names, saved.step), group)
+            names = state.tensor_names()
+            on_all(lambda: state.load_tensors(TensorReader(tensors), names, saved.step), group)
             state.shards.update_from_masters()
 
 

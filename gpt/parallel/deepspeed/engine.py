@@ -59,7 +59,7 @@ class ZeroEngine:
         casts = casts_weights(config)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
         # Inside the model, since DeepSpeed switches off an autocast that is on around it, on GPUs only.
-        replace_forward(module, partial(in_autocast, module.forward, config, world.device))
+        replace_forward(module, partial(autocast_forward, module.forward, config, world.device))
         settings = ds_config(config, batch)
         if self.stage == 3 and (config.compile.name != "none" or config.recompute is Recompute.selective):
             # The layers of a block are gathered together, and not each by hooks inside: these no compiler sees through,
@@ -108,10 +108,10 @@ class ZeroEngine:
         norm = None
         if self.stage == 0:
             norm = clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
-        self.take_step()
+        self.step_optimizer()
         return torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm, device=self.world.device)
 
-    def take_step(self) -> None:
+    def step_optimizer(self) -> None:
         """Have DeepSpeed step."""
         self.ds.step()
 
@@ -144,11 +144,11 @@ class ZeroEngine:
         if not self.stage:
             self.ds.basic_optimizer.state.clear()
 
-    def own_files(self, folder: Path, tag: str) -> list[str]:
+    def rank_files(self, folder: Path, tag: str) -> list[str]:
         """What this rank reads of a checkpoint of DeepSpeed's that was written with the same layout."""
         return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
 
-    def take(self, tensors: TensorReader, names: set[str], steps: int) -> None:
+    def load_tensors(self, tensors: TensorReader, names: set[str], steps: int) -> None:
         """Take over the state after ``steps`` from whole tensors, if they are those of ``names``.
 
         Waits for no other rank; ``update_from_masters`` of ``shards`` is to follow.
@@ -159,12 +159,12 @@ class ZeroEngine:
         for name, buffer in self.buffers().items():
             buffer.copy_(tensors.weight(name))
 
-    def names(self) -> set[str]:
+    def tensor_names(self) -> set[str]:
         """All parameters and buffers of the whole model. Collective."""
         mine = [*self.shards.parameters, *self.buffers()]
         return {name for theirs in self.world.gather(mine) for name in theirs}
 
-    def about(self) -> dict[str, Any]:
+    def tensor_info(self) -> dict[str, Any]:
         """Shapes of the parameters, and the buffers that belong to the model, by name; of all stages. Collective."""
         shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.shards.parameters.items()}
         buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
@@ -188,7 +188,7 @@ class ZeroEngine:
         return name
 
 
-def in_autocast(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:
+def autocast_forward(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:
     """``forward`` in the precision of the run."""
     with autocast(config, device):
         return forward(*args)

@@ -78,11 +78,11 @@ class ZeroPipelineEngine(ZeroEngine):
         for name, part, _ in super().gradients():
             yield name, part, 1 / (held * (2 if name == twice else 1))
 
-    def own_files(self, folder: Path, tag: str) -> list[str]:
+    def rank_files(self, folder: Path, tag: str) -> list[str]:
         assert isinstance(self.module, GPTPipelineModule)
-        return [*super().own_files(folder, tag), *self.module.own_files(folder / tag)]
+        return [*super().rank_files(folder, tag), *self.module.rank_files(folder / tag)]
 
-    def take_step(self) -> None:
+    def step_optimizer(self) -> None:
         self.ds._exec_optimizer_step()
 
     def _forward_pass(self, ds: PipelineEngine, buffer_id: int) -> None:
@@ -130,7 +130,7 @@ class GPTPipelineModule(PipelineModule):
         for name, parameter in super().named_parameters(*args, **kwargs):
             yield self.whole_name(name), parameter
 
-    def own_files(self, folder: Path) -> list[str]:
+    def rank_files(self, folder: Path) -> list[str]:
         """What this rank reads from there: one file for each of its layers that has a state."""
         layers = [i for i, layer in enumerate(self.forward_funcs) if hasattr(layer, "load_state_dict")]
         return [path for i in layers for path in self.ckpt_layer_path_list(str(folder), i)]
