@@ -74,7 +74,7 @@ class GptWorkload:
             rows=plan_rows(config, dims, batch, needed, str(corpus)),
             notes=plan_notes(choice),
             facts=plan_facts(config, dims, batch, needed, str(corpus), choice),
-            choice={"parallel": plain_values(config.parallel), "optim.micro_batch": choice.micro_batch},
+            settled={"parallel": plain_values(config.parallel), "optim.micro_batch": choice.micro_batch},
             max_steps=config.optim.max_steps,
             checkpoint_kind=f"{config.model.name} {counted.total}",
             checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,

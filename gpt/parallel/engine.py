@@ -32,7 +32,7 @@ class Engine(Protocol):
         Args:
             tokens_BT: this data rank's sequences of the batch, (per_rank, T).
             targets_BT: the tokens that follow.
-            on_pass: called before every pass of a micro-batch.
+            on_micro_batch: called before each micro-batch.
 
         Returns:
             This rank's share of the summed loss, () float64: over all ranks each token counts once.
