@@ -176,7 +176,7 @@ def run_ranks(request: Request, stop: StopFlag) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 finished (or, under an agent, stopped), 1 failed, 2 refused, 143 stopped by a signal."""
-    agent = os.environ.get("GPT_AGENT_PID")
+    agent = os.environ.get("LAUNCH_AGENT_PID")
     if agent or "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(int(agent) if agent else os.getppid())
     stop = StopFlag()

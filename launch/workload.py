@@ -106,6 +106,8 @@ class RankContract:
     """Sent to the ranks to have them save and leave."""
     requeue_exit: int | None = None
     """Exit status that means: saved, put me back into the queue."""
+    resumes: bool = True
+    """Whether a new start goes on from a checkpoint of the workload's own. Otherwise there is none."""
     silence_timeout_s: float | None = None
     """Seconds without a word in its log after which a rank without a heartbeat counts as hung; None: never."""
     progress: str | None = None

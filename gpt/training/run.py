@@ -76,7 +76,7 @@ def prepare_tokens(config: TrainConfig) -> Tokens:
 
 def open_attempt(folder: RunFolder, world: World) -> int:
     """The number of this attempt: the agent's where there is one, the next free one elsewhere."""
-    given = os.environ.get("GPT_ATTEMPT")
+    given = os.environ.get("LAUNCH_ATTEMPT")
     return int(given) if given else world.on_first(folder.create_attempt)
 
 

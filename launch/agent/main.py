@@ -31,10 +31,10 @@ from launch.agent.outcome import (
 from launch.agent.restart_policy import Action, Cause, RunFailedError
 from launch.agent.stop import StopRequest
 from launch.config import Config
+from launch.config.compose import read_point
 from launch.errors import refusing
 from launch.plan.code_copy import refuse_other_code
 from launch.process import lasting_imports
-from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(run_dir: str) -> None:
     stop = StopRequest()
     stop.install()
     folder = RunFolder(run_dir)
-    config = read_config(folder, Config)
+    config = read_point(folder)
     node = Node.from_env(os.environ.get(TOKEN))
     with lasting_imports():
         from launch.agent import rendezvous as crews
@@ -104,7 +104,7 @@ def take_part(folder: RunFolder, node: Node, config: Config, crew: Crew, stop: S
         if node.is_first:
             if conclude(folder, node, config, crew, start, ended, stop).action is not Action.restart:
                 return
-        elif ended is not Cause.crashed:
+        elif ended not in (Cause.crashed, Cause.requested):
             return
 
 

@@ -26,6 +26,7 @@ from launch.agent.restart_policy import (
 )
 from launch.agent.stop import StopRequest
 from launch.config import Config
+from launch.config.compose import workload_of
 from launch.runs.events import since_submission
 from launch.runs.failures import failure_text, first_failure
 from launch.runs.folder import RunFolder
@@ -72,10 +73,17 @@ def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     saved = [e["step"] for e in events if e["event"] == "saved"]
     reason = f"killed before it could save; goes on from step {max(saved, default=0)}"
     folder.record_event("attempt_ended", attempt=lost[-1], cause=cause, reason=reason)
-    limits = config.resilience
-    decision = decide(since_submission(folder.read_events()), cause, limits.max_restarts, limits.max_without_progress)
+    decision = decide_next(folder, config, cause)
     if decision.action is Action.stop:
         raise RunFailedError(f"not started again: {decision.reason}")
+
+
+def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
+    """Decide what follows an attempt whose end, for ``cause``, is the last thing in the event log."""
+    limits = config.resilience
+    resumes = workload_of(config).contract(config, config.world_size).resumes
+    events = since_submission(folder.read_events())
+    return decide(events, cause, limits.max_restarts, limits.max_without_progress, resumes)
 
 
 def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
@@ -85,8 +93,11 @@ def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopReque
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
-    if verdict is None and "finished" in names:
+    asked = any(e.get("asks_for_requeue") for e in events)  # of some ranks, while those of other nodes left with 0
+    if verdict is None and "finished" in names and not asked:
         return Cause.finished
+    if verdict is None and asked and not stop.count:
+        return Cause.requested
     if stop.count or (verdict is None and "stopped" in names):
         return Cause.cancelled
     return Cause.crashed
@@ -143,9 +154,10 @@ def carry_out(
         RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
     """
     folder.record_event("attempt_ended", attempt=attempt, cause=cause, signal=signal)
-    limits = config.resilience
     events = since_submission(folder.read_events())
-    decision = decide(events, cause, limits.max_restarts, limits.max_without_progress)
+    decision = decide_next(folder, config, cause)
+    if decision.action is Action.requeue and cause is Cause.requested and not node.is_slurm:
+        decision = Decision(Action.restart, f"{decision.reason}; there is no queue here")
     if decision.action is Action.restart and (crew is None or not crew.can_go_on):
         decision = Decision(Action.requeue, f"{decision.reason}; too few nodes are left to start again here")
     folder.record_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)

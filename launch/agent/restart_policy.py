@@ -32,6 +32,8 @@ class Cause(StrEnum):
     out_of_memory = "out_of_memory"
     crashed = "crashed"
     hung = "hung"
+    requested = "requested"
+    """By the ranks, which left with the exit status that means: saved, put me back into the queue."""
     refused = "refused"
     """By the ranks, before the first step: what was asked for cannot work, and would be refused again."""
 
@@ -55,22 +57,27 @@ class Decision:
 
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
 """Causes after which the run is where it was meant to end: it does not start again, and nothing has failed."""
-LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out)
-"""Causes that take the allocation away; only the queue brings nodes back."""
+LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out, Cause.requested)
+"""Causes that take the allocation away, or give it back; only the queue brings nodes."""
 
 
-def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress: int) -> Decision:
+def decide(
+    events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True
+) -> Decision:
     """Decide what follows the attempt that just ended for ``cause``.
 
     Args:
         events: the ledger, the ``attempt_ended`` of this attempt included.
         limits: how often each cause may come.
         without_progress: after so many attempts in a row that saved nothing new the run stops.
+        resumes: whether a new start goes on from a checkpoint; without one it would begin anew, and is not made.
     """
     if cause in WANTED:
         return Decision(Action.stop, str(cause))
     if cause is Cause.refused:
         return Decision(Action.stop, "it would be refused again")
+    if not resumes:
+        return Decision(Action.stop, "a new start would begin anew: script.resumes=true says that it does not")
     stuck = attempts_without_progress(events)
     if stuck >= without_progress:
         return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
@@ -83,8 +90,13 @@ def decide(events: Events, cause: Cause, limits: RestartLimits, without_progress
 
 
 def attempts_without_progress(events: Events) -> int:
-    """How many of the last attempts, one after another, ended without a checkpoint beyond the one they started from."""
-    started = {e["attempt"]: e["from_step"] for e in events if e["event"] == "started"}
+    """How many of the last attempts, one after another, ended without a checkpoint beyond the one they started from.
+
+    None where the run has never told of a checkpoint: nothing is known then of how far it came.
+    """
+    if not any(e["event"] == "saved" or (e["event"] == "started" and "from_step" in e) for e in events):
+        return 0
+    started = {e["attempt"]: e.get("from_step", -1) for e in events if e["event"] == "started"}
     saved = {e["attempt"]: e["step"] for e in events if e["event"] == "saved"}
     count = 0
     for event in reversed([e for e in events if e["event"] == "attempt_ended"]):

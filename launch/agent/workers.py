@@ -7,10 +7,10 @@ several starts, was seen to close with a dead node as a member.
 from __future__ import annotations
 
 import os
+import re
 import signal
-import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from launch.agent.heartbeat import POLL_S
@@ -30,11 +31,16 @@ from launch.agent.node import Node, interface_of
 from launch.agent.rendezvous import Crew, Start
 from launch.agent.stop import StopRequest
 from launch.config import Config
+from launch.config.compose import workload_of
 from launch.runs import heartbeat as pulse
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder
+from launch.runs.records import recent_records
+from launch.workload import RankCommand, RankContract
 
 LAST_WORDS_S = 3.0
+LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
+"""The line of a Python traceback that names the exception."""
 
 
 class FixedRendezvous(RendezvousHandler):
@@ -104,33 +110,55 @@ class OneLogEach(LogsSpecs):
 class RankAgent(LocalElasticAgent):
     """Elastic's agent, with a question of ours asked at every look at the ranks."""
 
-    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, on_look: Callable[[RankAgent], None]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: LogsSpecs,
+        on_look: Callable[[RankAgent], None],
+        contract: RankContract,
+        grace_s: float,
+    ) -> None:
         super().__init__(spec, logs)
         self._on_look = on_look
+        self._requeue_exit = contract.requeue_exit
+        self._grace_s = grace_s
         self._first_exit: float | None = None
         self.killed: set[int] = set()
         """Ranks that were ended from here: their end explains nothing."""
+        self.asks_for_requeue = False
+        """Whether ranks have left with the exit status that means: saved, put me back into the queue."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._on_look(self)
-        if self._others_may_still_tell():
+        codes = self._exit_codes()
+        if self._wait_for_others(codes):
             return RunResult(state=WorkerState.HEALTHY)
+        asking = self._requeue_exit
+        if asking is not None and asking in codes and all(code in (0, asking) for code in codes):
+            self.asks_for_requeue = True
+            left = {worker.global_rank: None for worker in worker_group.workers}
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=left)
         return super()._monitor_workers(worker_group)
 
-    def _others_may_still_tell(self) -> bool:
-        """Whether a rank has failed and the others still have a moment to write down why.
+    def _exit_codes(self) -> list[int | None]:
+        """Exit status of each rank of this node, None of one that runs; nothing before they are started."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return []
+        return [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+
+    def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
+        """Whether a rank has failed, or left, and the others still have a moment to do what they have to.
 
         Elastic would end them right away: the echo of a failure, which comes first, would hide the failure. Those
         that are stuck with the lost rank are then killed, where elastic would wait for them for half a minute.
         """
-        if not isinstance(self._pcontext, SubprocessContext):
-            return False
-        codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
         if None not in codes or not any(codes):
             return False
         if self._first_exit is None:
             self._first_exit = time.monotonic()
-        if time.monotonic() - self._first_exit < LAST_WORDS_S:
+        left = {code for code in codes if code}
+        patience_s = self._grace_s if left == {self._requeue_exit} else LAST_WORDS_S  # others may save still
+        if time.monotonic() - self._first_exit < patience_s:
             return True
         self.send(signal.SIGKILL)
         return False
@@ -154,19 +182,19 @@ class RankAgent(LocalElasticAgent):
         return {workers[i].global_rank: h.proc.pid for i, h in handlers.items() if h.proc.poll() is None}
 
 
-def worker_command(folder: RunFolder, attempt: int) -> tuple[str, tuple[str, ...]]:
-    """The command of a rank: the training script, with everything it prints in one log.
+START_RANK = 'cd "$1" && log="$2/rank_$(printf %05d "$RANK").log" && shift 2 && exec "$@" >>"$log" 2>&1 </dev/null'
+"""A shell opens the log, so that what a program prints before it runs a line of its own is kept as well; exec leaves no
+shell behind, and the rank under the process id that elastic knows."""
 
-    A shell opens the log, so that what Python prints before it runs a line of ours is kept as well; exec leaves no
-    shell behind and the rank under the process id that elastic knows.
-    """
-    logs = folder.log(attempt, 0).parent
-    script = 'exec "$0" -m gpt.train --run "$1" >>"$2/rank_$(printf %05d "$RANK").log" 2>&1 </dev/null'
-    return "/bin/sh", ("-c", script, sys.executable, str(folder.path), str(logs))
+
+def entrypoint(command: RankCommand, logs: Path) -> tuple[str, tuple[str, ...]]:
+    """Program and arguments that elastic starts for each rank, everything it prints in one log."""
+    workdir = str(command.workdir or Path.cwd())
+    return "/bin/sh", ("-c", START_RANK, "sh", workdir, str(logs), *command.args)
 
 
 def prepare_environment(node: Node, config: Config, address: str) -> None:
-    """Set what the ranks inherit. torchrun's habit of one thread for each rank is kept, and can be overridden."""
+    """Set what all ranks inherit. torchrun's habit of one thread for each rank is kept, and can be overridden."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONUNBUFFERED"] = "1"
     # Elastic would kill the ranks on SIGTERM; ours asks them to save. A hang-up of the terminal stays its own.
@@ -182,55 +210,107 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node.index * each : (node.index + 1) * each])
 
 
+def describe_run(config: Config, folder: RunFolder, attempt: int, command: RankCommand, heartbeats: Path) -> None:
+    """Set what ranks learn of their run, and what their workload wants in their environment."""
+    for name, value in command.defaults.items():
+        os.environ.setdefault(name, value)
+    told = {
+        "LAUNCH_RUN_DIR": folder.path,
+        "LAUNCH_ATTEMPT": attempt,
+        "LAUNCH_CHECKPOINT_DIR": folder.checkpoints,
+        "LAUNCH_GRACE_S": config.resilience.stop_grace_s,
+        "LAUNCH_AGENT_PID": os.getpid(),
+        pulse.ENVIRONMENT: heartbeats,
+    }
+    os.environ |= {name: str(value) for name, value in {**told, **command.env}.items()}
+
+
 def run_ranks(
     folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter
 ) -> str | None:
     """Start this node's ranks and watch them to their end.
 
     Returns:
-        None where all exited with status 0, what went wrong elsewhere. Ranks that could not tell the ledger
-        themselves (killed, stuck, or dead before our code ran) are entered here.
+        None where all left in order, what went wrong elsewhere. Ranks that could not tell the event log themselves
+        (killed, stuck, dead before their code ran, or of a workload that does not) are entered here.
     """
-    command, words = worker_command(folder, start.attempt)
+    workload = workload_of(config)
+    contract = workload.contract(config, config.world_size)
+    command = workload.command(config, folder, start.attempt)
     with TemporaryDirectory(prefix="launch-") as scratch:
         prepare_environment(node, config, crew.address)
-        ours = {"GPT_ATTEMPT": start.attempt, "GPT_AGENT_PID": os.getpid(), pulse.ENVIRONMENT: scratch}
-        os.environ |= {name: str(value) for name, value in ours.items()}
+        describe_run(config, folder, start.attempt, command, Path(scratch))
+        program, args = entrypoint(command, folder.log(start.attempt, 0).parent)
         spec = WorkerSpec(
             role="rank",
             local_world_size=config.ranks_on_node,
-            entrypoint=command,
-            args=words,
+            entrypoint=program,
+            args=args,
             rdzv_handler=FixedRendezvous(start, node.index, config.resilience.rendezvous_timeout_s),
             max_restarts=0,
             monitor_interval=POLL_S,
             local_addr=crew.address,
         )
         watch = Watch(folder, node, config, crew, start, stop, meter, Path(scratch))
-        rank_agent = RankAgent(spec, OneLogEach(scratch), watch.look)
+        rank_agent = RankAgent(spec, OneLogEach(scratch), watch.look, contract, config.resilience.stop_grace_s)
+        if not contract.records_events and node.index == start.members[0]:
+            folder.record_event(
+                "started", attempt=start.attempt, world_size=config.world_size, max_steps=contract.max_steps
+            )
         try:
             result = rank_agent.run()
         except dist.DistError as error:  # the store is gone, and with it the first node
             rank_agent.send(signal.SIGKILL)
             return f"the first node's store does not answer: {error}"
     if result is None or not result.is_failed():
+        if not contract.records_events:
+            record_end(folder, node, start, stop, rank_agent.asks_for_requeue)
         return None
     crew.tell_failed(start.number)
-    enter_silent_failures(folder, start.attempt, result, stop, rank_agent.killed)
+    enter_silent_failures(folder, start.attempt, result, stop, rank_agent.killed, contract)
     return watch.verdict or "ranks failed on this node"
 
 
+def record_end(folder: RunFolder, node: Node, start: Start, stop: StopRequest, asks_for_requeue: bool) -> None:
+    """Write into the event log how ranks ended that do not tell it themselves, and left in order.
+
+    Every node whose ranks ask for the queue says so; whether all is finished, one node says for all.
+    """
+    records = recent_records(folder.metrics(0))
+    step = records[-1]["step"] if records else None
+    if asks_for_requeue:
+        folder.record_event("stopped", attempt=start.attempt, step=step, node=node.index, asks_for_requeue=True)
+    elif node.index == start.members[0]:
+        event = "stopped" if stop.count else "finished"
+        folder.record_event(event, attempt=start.attempt, step=step, signal=stop.name or None)
+
+
 def enter_silent_failures(
-    folder: RunFolder, attempt: int, result: RunResult, stop: StopRequest, ended_here: Collection[int]
-) -> None:
-    """Enter ranks that died without a word into the ledger, with the end of their log."""
+    folder: RunFolder, attempt: int, result: RunResult, stop: StopRequest, ended_here: Collection[int],
+    contract: RankContract,
+) -> None:  # fmt: skip
+    """Enter ranks that died without a word into the event log, with their traceback or the end of their log."""
     told = {e["rank"] for e in folder.read_events() if e["event"] == "rank_failed" and e.get("attempt") == attempt}
     for rank, failure in sorted(result.failures.items()):
-        if rank in told or rank in ended_here or (stop.count and failure.exitcode < 0):
+        # A program that is told to stop, and knows nothing of us, may end in any way.
+        stopped = stop.count and (failure.exitcode < 0 or not contract.records_events)
+        if rank in told or rank in ended_here or stopped or failure.exitcode == contract.requeue_exit:
             continue
-        number = -failure.exitcode
-        cause = f"killed by {signal.Signals(number).name}" if number > 0 else f"exit status {failure.exitcode}"
-        enter_failure(folder, attempt, rank, cause=cause, trace=tail(folder.log(attempt, rank)), step=None)
+        cause, trace = words_of_failure(failure, folder.log(attempt, rank))
+        enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=None)
+
+
+def words_of_failure(failure: ProcessFailure, log: Path) -> tuple[str, str]:
+    """Cause and traceback of a rank's failure: from the error file that torch's @record writes, or from its log."""
+    message = failure.error_file_data.get("message") if failure.error_file_data else None
+    if isinstance(message, dict) and message.get("message"):
+        return str(message["message"]), str((message.get("extraInfo") or {}).get("py_callstack") or tail(log))
+    number = -failure.exitcode
+    end = tail(log)
+    if number > 0:
+        return f"killed by {signal.Signals(number).name}", end
+    last = LAST_LINE.findall(end)
+    return (f"{last[-1]} (exit status {failure.exitcode})" if last else f"exit status {failure.exitcode}"), end
 
 
 def tail(log: Path, lines: int = 30) -> str:

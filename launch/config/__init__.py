@@ -54,6 +54,8 @@ class RestartLimits:
 
     preempted: Optional[int] = None
     timed_out: Optional[int] = None
+    requested: Optional[int] = None
+    """Left with the exit status that asks for the queue (script.requeue_exit)."""
     node_failed: Optional[int] = 10
     out_of_memory: Optional[int] = 1
     crashed: Optional[int] = 3
@@ -89,7 +91,7 @@ class ResilienceConfig:
             require_positive(f"resilience.{key}", getattr(self, key))
         for key in ("node_timeout_s", "frozen_timeout_s", "hang_timeout_s"):
             require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
-        for key in ("preempted", "timed_out", "node_failed", "out_of_memory", "crashed", "hung"):
+        for key in ("preempted", "timed_out", "requested", "node_failed", "out_of_memory", "crashed", "hung"):
             limit = getattr(self.max_restarts, key)
             if limit is not None:
                 require_range(f"resilience.max_restarts.{key}", limit, 0, float("inf"))

@@ -193,20 +193,23 @@ def text(placement: Placement) -> list[str]:
     return [*(lines if named else []), *([f"  {'waiting':<11} {'; '.join(rules)}"] if rules else [])]
 
 
-def place(config: Config, code: Path | None = None) -> Placement:
+def place(config: Config, code: Path | None = None, resumes: bool = True) -> Placement:
     """The candidates of ``cluster.placement``, each with what is asked there; without a list the cluster itself.
 
-    ``code`` is the copy of the code that the job runs from, if it runs from one.
+    ``code`` is the copy of the code that the job runs from, if it runs from one. A run that does not resume must not be
+    put back into the queue.
     """
     candidates = [
-        Candidate(name, slurm_resources(there, code), placement.gpus_of(there), there.cluster.price_per_gpu_hour)
+        Candidate(
+            name, slurm_resources(there, code, resumes), placement.gpus_of(there), there.cluster.price_per_gpu_hour
+        )
         for name, there in placement.configs(config)
     ]
     cluster = config.cluster
     return Placement(tuple(candidates), cluster.retry_interval_min, cluster.give_up_after_min)
 
 
-def slurm_resources(config: Config, code: Path | None) -> dict[str, Any]:
+def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> dict[str, Any]:
     """What is asked of Slurm for this point, in the words of submitit's Slurm executor. One task a node: the agent."""
     cluster = config.cluster
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
@@ -234,7 +237,7 @@ def slurm_resources(config: Config, code: Path | None) -> dict[str, Any]:
         "setup": [*cluster.setup, *(snapshot.shell_lines(code) if code else [])] or None,
         "srun_args": srun_args or None,
         "additional_parameters": {
-            "requeue" if config.resilience.requeue else "no_requeue": True,
+            "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
             **({"no_kill": True} if config.spares else {}),
             **({"clusters": cluster.cluster} if cluster.cluster else {}),
             **cluster.additional_parameters,

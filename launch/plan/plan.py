@@ -128,7 +128,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         refuse_local_spares(config)
     promised = workload.plan(config, request)
     code = code_copy.place(folder.path, workload.code(config)) if config.snapshot else None
-    placed = place(config, code if workload.code(config).has_launcher else None)
+    placed = place(config, code if workload.code(config).has_launcher else None, promised.resumes)
     worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
         point=folder.point,

@@ -1,7 +1,7 @@
 """The sign of life of a rank: a few numbers in a file on this node, which its agent reads while the rank cannot answer.
 
 Owns the file's format. A thread beats as long as the process runs at all; the loop says where it is. Where no agent
-asks for it (GPT_PULSE_DIR is not set), nothing is written. Torch-free. Must not know what is done about silence.
+asks for it (LAUNCH_HEARTBEAT_DIR is not set), nothing is written. Torch-free. Must not know what is done about silence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 FORMAT = struct.Struct("<ddqqq")
 BEAT_S = 1.0
-ENVIRONMENT = "GPT_PULSE_DIR"
+ENVIRONMENT = "LAUNCH_HEARTBEAT_DIR"
 
 
 class Phase(IntEnum):
