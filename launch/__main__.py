@@ -42,20 +42,28 @@ def sweep_dir(launcher: str, folder: str) -> str:
     return scratch
 
 
+CONFIG_DIR = ("--config-dir", "-cd")
+WITH_VALUE = (
+    *CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p", "--info", "-i",
+    "--experimental-rerun",
+)  # fmt: skip
+"""Flags of Hydra that are followed by a value."""
+
+
 def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     """Tell Hydra the schema of what was typed, and the two functions that ``configs/config.yaml`` uses.
 
     Returns:
         The arguments, completed, and the schema.
     """
-    typed = prepare_overrides([word for word in argv if not word.startswith("-")])
-    config_dir = next((Path(b) for a, b in pairwise(argv) if a in ("--config-dir", "-cd")), None)
+    config_dir = next((Path(b) for a, b in pairwise(argv) if a in CONFIG_DIR), None)
+    flags = {index for index, word in enumerate(argv) if word.startswith("-") or argv[index - 1] in WITH_VALUE}
+    typed = prepare_overrides([word for index, word in enumerate(argv) if index not in flags], config_dir)
     schema = register(typed, config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("point_name", lambda overrides: point_name(overrides, excluded), replace=True)
-    added = [word for word in typed if word not in argv]
-    return [*argv, *added], schema
+    return [*(argv[index] for index in sorted(flags)), *typed], schema
 
 
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")

@@ -28,6 +28,7 @@ class PerPointLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose, submit, watch and report the points. Raises where one does not finish."""
+        from launch.config.compose import typed_form
         from launch.sweep import run_sweep
 
         assert self.context is not None and self.config is not None
@@ -35,7 +36,9 @@ class PerPointLauncher(Launcher):
         points = []
         for words in job_overrides:
             composed = self.context.config_loader.load_sweep_config(self.config, list(words))
-            typed = list(filter_overrides([str(word) for word in composed.hydra.overrides.task]))
+            typed = [
+                typed_form(word) for word in filter_overrides([str(word) for word in composed.hydra.overrides.task])
+            ]
             composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
             points.append((composed, typed))
         run_sweep(points)

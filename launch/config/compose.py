@@ -21,7 +21,7 @@ import configs
 from launch.config import NOT_IN_POINT, Config
 from launch.errors import ConfigError
 from launch.runs import compose
-from launch.runs.explain import CONFIG_ERRORS, explain
+from launch.runs.explain import CONFIG_ERRORS, explain, free_keys
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_value
 from launch.runs.ranges import closest
@@ -32,12 +32,34 @@ CUSTOM = "custom"
 """Option of the group ``workload`` for a class that was typed as ``workload._target_``."""
 
 
-def prepare_overrides(overrides: Sequence[str]) -> list[str]:
-    """Complete what was typed: ``workload._target_=X`` alone means the option of the group that adds no other keys."""
+def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
+    """Overrides as Hydra needs them, from what was typed.
+
+    ``workload._target_=X`` alone means the option of the group that adds no other keys. Keys of the user's choice, such
+    as ``script.options.lr``, need no plus. A value that would mean something to Hydra's grammar, such as a regular
+    expression, is quoted where its workload asks for it.
+    """
     args = list(overrides)
     if typed_value(args, "workload._target_") is not None and typed_value(args, "workload") is None:
         args.append(f"workload={CUSTOM}")
-    return args
+    workload = load_workload(target_of(args, config_dir))
+    free = tuple(f"{key}." for key in free_keys(workload.schema))
+    raw: Sequence[str] = getattr(workload, "raw_keys", ())
+    prepared = []
+    for arg in args:
+        key, equals, value = arg.partition("=")
+        if equals and key in raw and value[:1] not in ("'", '"') and value != "null":
+            escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+            arg = f"{key}='{escaped}'"
+        elif free and key.startswith(free):
+            arg = f"++{arg}"
+        prepared.append(arg)
+    return prepared
+
+
+def typed_form(override: str) -> str:
+    """An override as it was typed, without the plus signs that ``prepare_overrides`` added."""
+    return override.removeprefix("++")
 
 
 def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
