@@ -20,11 +20,10 @@ from gpt.accounting.parameters import block_shapes, count, outer_shapes
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, model_rules
 from gpt.metrics.startup_panel import architecture
 from gpt.model.gpt import GPT
-from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import make_plan
 from launch.plan.text import plan_text
-from launch.runs.compose import to_schema
 from tests.support.small_models import configs
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -144,12 +143,14 @@ def test_the_mixture_by_hand() -> None:
 
 def test_plan_and_panel_tell_the_total_the_active_and_those_without_embeddings() -> None:
     words = ["model=moe_200m", "cluster=slurm"]
-    plan = make_plan(to_schema(compose_launch(words), Config), words, ClusterKind.slurm)
+    plan = make_plan(typed_config(compose_launch(words)), words, ClusterKind.slurm)
     config = read(next(preset for preset in PRESETS if preset.stem == "moe_200m"))
     for text in (plan_text(plan), architecture(config, count(config).as_dict())["parameters"]):
         for figure in ("549,146,880", "209,408,256 active", "471,952,128 without embeddings"):
             assert figure in text
-    assert "active" not in plan_text(dataclasses.replace(plan, parameters_active=plan.parameters))
+    words = ["model=gpt2_124m", "cluster=slurm"]
+    dense = make_plan(typed_config(compose_launch(words)), words, ClusterKind.slurm)
+    assert "active" not in plan_text(dense)
 
 
 @DRAWN

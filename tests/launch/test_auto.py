@@ -9,12 +9,11 @@ import pytest
 import yaml
 
 from gpt.config import Strategy
-from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan, write_run
 from launch.plan.text import plan_text
-from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
 
@@ -31,56 +30,72 @@ GPUS = ["cluster=slurm", "cluster.gpus_per_node=8", H100]
 
 
 def plan_of(*words: str) -> Plan:
-    return make_plan(to_schema(compose_launch(words), Config), words, ClusterKind.slurm)
+    return make_plan(typed_config(compose_launch(words)), words, ClusterKind.slurm)
 
 
 def test_the_plan_shows_the_first_five_and_takes_the_first() -> None:
     plan = plan_of(*GPUS, *BIG, "parallel=auto")
-    assert len(plan.choices) == 5
-    assert plan.choices[0]["memory_bytes"] == plan.memory_bytes["total"]
-    assert plan.parallel["strategy"] == plan.topology["strategy"].replace("hsdp", "fsdp") != "auto"
+    assert len(plan.facts["choices"]) == 5
+    assert plan.facts["choices"][0]["memory_bytes"] == plan.facts["memory_bytes"]["total"]
+    assert plan.facts["parallel"]["strategy"] == plan.facts["topology"]["strategy"].replace("hsdp", "fsdp") != "auto"
     text = plan_text(plan)
     assert "NVIDIA H100 80GB HBM3: 494 TFLOP/s attained" in text
-    for number, choice in enumerate(plan.choices, start=1):
+    for number, choice in enumerate(plan.facts["choices"], start=1):
         assert f"{number}. {choice['layout']}" in text
-    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))).choices == plan.choices
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))).facts["choices"] == plan.facts["choices"]
 
 
 def test_the_point_is_named_by_what_was_typed_and_the_folder_holds_what_was_chosen(tmp_path: Path) -> None:
     words = [*GPUS, *BIG, "parallel=auto", f"output_dir={tmp_path}"]
     composed = compose_launch(words)
-    plan = make_plan(to_schema(composed, Config), words, ClusterKind.slurm)
+    plan = make_plan(typed_config(composed), words, ClusterKind.slurm)
     assert "parallel=auto" in plan.point
     write_run(plan, composed, words)
     stored = yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["parallel"]
-    assert stored == plan.parallel and stored["strategy"] != "auto"
+    assert stored == plan.facts["parallel"] and stored["strategy"] != "auto"
     # A start after the queue chooses nothing, even on nodes that would have it otherwise.
     again = plan_of(*words, "cluster.links.between_gb_per_s=0.1", "cluster.gpu_memory_gib=200")
-    assert (again.run_dir, again.parallel, again.choices) == (plan.run_dir, plan.parallel, ())
+    assert (again.run_dir, again.facts["parallel"], again.facts["choices"]) == (
+        plan.run_dir,
+        plan.facts["parallel"],
+        (),
+    )
     assert "as this run began" in plan_text(again)
-    assert plan_of(*words, "fresh=true").choices
+    assert plan_of(*words, "fresh=true").facts["choices"]
 
 
 def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> None:
     small = [*BIG, "parallel=auto", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "cluster.gpu_memory_gib=14"]
     words = [*GPUS, *small, "optim.micro_batch=4", f"output_dir={tmp_path}"]
     composed = compose_launch(words)
-    plan = make_plan(to_schema(composed, Config), words, ClusterKind.slurm)
-    assert plan.micro_batch == plan.micro_batch_limit < 4
-    assert plan.micro_batch * plan.accumulation * plan.topology["dp_shard"] * plan.topology["dp_replicate"] == 64
+    plan = make_plan(typed_config(composed), words, ClusterKind.slurm)
+    assert plan.facts["micro_batch"] == plan.facts["micro_batch_limit"] < 4
+    assert (
+        plan.facts["micro_batch"]
+        * plan.facts["accumulation"]
+        * plan.facts["topology"]["dp_shard"]
+        * plan.facts["topology"]["dp_replicate"]
+        == 64
+    )
     text = plan_text(plan)
-    assert f"optim.micro_batch={plan.micro_batch} instead of 4" in text
+    assert f"optim.micro_batch={plan.facts['micro_batch']} instead of 4" in text
     assert "with optim.micro_batch=4 nothing fits (nearest: " in text and "not considered: DeepSpeed's stages" in text
     write_run(plan, composed, words)
-    assert yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["micro_batch"] == plan.micro_batch
+    assert (
+        yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["micro_batch"] == plan.facts["micro_batch"]
+    )
     again = plan_of(*words, "cluster.gpu_memory_gib=80")
-    assert (again.run_dir, again.micro_batch, again.parallel) == (plan.run_dir, plan.micro_batch, plan.parallel)
+    assert (again.run_dir, again.facts["micro_batch"], again.facts["parallel"]) == (
+        plan.run_dir,
+        plan.facts["micro_batch"],
+        plan.facts["parallel"],
+    )
 
 
 def test_a_node_too_small_for_what_is_offloaded_is_refused() -> None:
     words = [*GPUS, *BIG, "parallel=fsdp_offload"]
-    needed = plan_of(*words).memory_bytes["host"] * 8 / 1e9
-    assert plan_of(*words, f"cluster.mem_gb={1.1 * needed:.0f}").memory_bytes["host"]
+    needed = plan_of(*words).facts["memory_bytes"]["host"] * 8 / 1e9
+    assert plan_of(*words, f"cluster.mem_gb={1.1 * needed:.0f}").facts["memory_bytes"]["host"]
     with pytest.raises(ConfigError, match="of a node's memory"):
         plan_of(*words, f"cluster.mem_gb={0.9 * needed:.0f}")
 
@@ -88,7 +103,7 @@ def test_a_node_too_small_for_what_is_offloaded_is_refused() -> None:
 def test_links_that_are_stated_count() -> None:
     words = [*GPUS, *BIG, "parallel=auto"]
     slow = plan_of(*words, "cluster.links.between_gb_per_s=1")
-    assert slow.choices[0]["tokens_per_s"] < plan_of(*words).choices[0]["tokens_per_s"] / 2
+    assert slow.facts["choices"][0]["tokens_per_s"] < plan_of(*words).facts["choices"][0]["tokens_per_s"] / 2
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,7 @@ def test_what_cannot_be_chosen_is_refused(words: list[str], found: str, fix: str
 def test_what_is_said_of_an_unknown_gpu_is_enough() -> None:
     said = ["cluster.gpu_tflops=150", "cluster.gpu_memory_gib=64", "cluster.links.inside_gb_per_s=100"]
     plan = plan_of("cluster=slurm", "cluster.gpus_per_node=8", *said, *BIG, "parallel=auto")
-    assert "a GPU: 75 TFLOP/s attained, 100 GB/s inside a node" in plan.chosen
+    assert "a GPU: 75 TFLOP/s attained, 100 GB/s inside a node" in plan.facts["chosen"]
 
 
 def test_a_run_of_two_ranks_chooses_and_learns(tmp_path: Path) -> None:

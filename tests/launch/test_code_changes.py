@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from launch.config import Config
-from launch.config.compose import compose_launch
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.jobs.submit import sbatch_text
 from launch.plan import code_copy as snapshot
 from launch.plan.preflight import forewarn
 from launch.plan.text import plan_text
-from launch.runs.compose import to_schema
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import PACKAGES, changes, code_state, describe_code
@@ -41,7 +40,7 @@ def edit(checkout: Path, text: str) -> None:
 
 
 def config_of(*words: str) -> Config:
-    return to_schema(compose_launch(["cluster=slurm", *words]), Config)
+    return typed_config(compose_launch(["cluster=slurm", *words]))
 
 
 def environment(folder: RunFolder, attempt: int) -> Any:

@@ -70,7 +70,7 @@ def test_a_folder_that_nodes_do_not_share_is_named(path: str, kind: str, level: 
 
 def test_space_is_compared_with_the_checkpoints() -> None:
     asking = request()
-    need = asking.plan.parameters * 12 * (asking.config.checkpoint.keep_last + 1)
+    need = asking.plan.facts["parameters"] * 12 * (asking.config.checkpoint.keep_last + 1)
     for free, level in ((need - 1, Level.error), (need, Level.ok)):
         assert [
             f.level for f in machine.check_space(replace(FACTS, output=replace(OUTPUT, free_bytes=free)), [asking])

@@ -7,19 +7,16 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from gpt.config.compose import make_paths_absolute
-from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
 from launch.jobs.submit import sbatch_text, shapes
 from launch.plan.plan import Plan, make_plan
-from launch.runs.compose import to_schema
 from tests.support.commands import run
 
 
 def plan(*words: str) -> Plan:
     composed: DictConfig = compose_launch(["cluster=slurm", *words])
-    make_paths_absolute(composed)
-    return make_plan(to_schema(composed, Config), words, ClusterKind.slurm)
+    return make_plan(typed_config(composed), words, ClusterKind.slurm)
 
 
 def directives(text: str) -> dict[str, str]:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import Config
-from launch.config.compose import compose_launch
+from launch.config.compose import compose_launch, typed_config
 from launch.plan import preflight as forewarning
 from launch.plan.preflight import forewarn, measure
-from launch.runs.compose import to_schema
 from launch.runs.files import append_json_line, write_json
 from launch.runs.folder import RunFolder
 from launch.scheduler import limits
@@ -35,7 +33,7 @@ def ran_before(folder: RunFolder, save_s: float, step_s: float) -> RunFolder:
 
 
 def warnings(*words: str) -> tuple[str, ...]:
-    config = to_schema(compose_launch(["cluster=slurm", *TINY, *words]), Config)
+    config = typed_config(compose_launch(["cluster=slurm", *TINY, *words]))
     return forewarn(plan(*TINY, *words), config).warnings
 
 

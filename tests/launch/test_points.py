@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TrainConfig
-from launch.config import NOT_IN_POINT
+from gpt.workload import GptWorkload
+from launch.config.compose import not_in_point
 from launch.runs.identity import choose_folder
 from launch.runs.overrides import point_name
 
+NOT_IN_POINT = not_in_point(GptWorkload())
 WORDS = st.lists(
     st.tuples(st.sampled_from(["nodes", "model", "optim.lr", "data.path", "seed"]), st.text(min_size=1, max_size=300)),
     max_size=5,

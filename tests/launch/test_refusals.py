@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import OptimConfig, TrainConfig
-from gpt.config.compose import NOT_IN_POINT, compose_train
+from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train
 from gpt.topology.batch import split_batch
-from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
@@ -58,8 +58,7 @@ REFUSED = [
 def test_refused_in_three_parts(words: list[str], found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         config = compose_launch(words)
-        compose.refuse_unknown(config, Config)
-        make_plan(to_schema(config, Config), words, ClusterKind.local)
+        make_plan(typed_config(config), words, ClusterKind.local)
     assert found in refusal.value.found
     assert refusal.value.expected
     assert fix in refusal.value.fix
@@ -142,7 +141,7 @@ def test_another_config_is_refused_in_the_folder_of_a_run(tmp_path: Path) -> Non
     config = to_schema(composed, TrainConfig)
     folder = choose_folder(config, words, NOT_IN_POINT)
     compose.write_config(folder, composed, words)
-    refuse_other_run(folder, config)
+    refuse_other_run(folder, config, TrainConfig, RESUMABLE)
     config.optim.lr = 0.5
     with pytest.raises(ConfigError, match=r"optim\.lr=0\.002, and now optim\.lr=0\.5"):
-        refuse_other_run(folder, config)
+        refuse_other_run(folder, config, TrainConfig, RESUMABLE)
