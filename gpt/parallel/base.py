@@ -1,4 +1,4 @@
-"""What torch's own strategies share: passes one after another, AdamW, and the state of a checkpoint.
+"""Base of the torch engines: gradient accumulation over micro-batches, AdamW, clipping, and checkpoint state.
 
 Owns the scale of the gradients: a sum over this rank's tokens becomes the mean over all tokens of the step.
 
@@ -27,23 +27,23 @@ from gpt.topology.dims import ParallelDims
 
 
 class TorchEngine:
-    """A model that torch spreads; each strategy overrides what it does otherwise.
+    """A model parallelized by torch; each strategy overrides what it does differently.
 
     Args:
-        module: what is called.
-        trained: what the optimizer steps and checkpoints store: ``module``, or this rank's part of it.
+        module: the module that is called.
+        trained: the module that the optimizer steps and checkpoints store: ``module``, or this rank's shard of it.
         config: of the run.
         world: all ranks.
-        layout: how they stand.
-        batch: how the global batch is cut.
-        averaged: over how many ranks the strategy averages gradients; 1 where it sums them.
+        dims: the parallel dimensions.
+        batch: the split of the global batch.
+        averaged: number of ranks over which the strategy averages gradients; 1 where it sums them.
     """
 
     layer_group: dist.ProcessGroup | None = None
     criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
-    """Of logits and targets: the summed loss."""
+    """Summed loss of logits and targets."""
     loss_weight: float = 1.0
-    """0 where another rank computes the loss of the same tokens and reports it."""
+    """1, or 0 where another rank computes and reports the loss of the same tokens."""
     files: Format = TensorFiles()
 
     def __init__(
@@ -60,8 +60,8 @@ class TorchEngine:
         self.config, self.world, self.dims, self.batch = config, world, dims, batch
         self.optimizer = build_optimizer(trained, config.optim)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
-        # Ranks that share the matrices route the same tokens, and their gradients are added up; of those that share a
-        # sequence each has the mean over its part.
+        # Tensor-parallel ranks route the same tokens and their gradients are summed; each context-parallel rank has the
+        # mean over its own tokens.
         set_auxiliary_scale(module, averaged / (batch.global_batch * dims.tp * dims.cp))
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
@@ -78,14 +78,14 @@ class TorchEngine:
         return loss_sum * self.loss_weight
 
     def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
-        """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
+        """Return the context of a micro-batch. Gradients are reduced over ranks in the ``last`` one of a step only."""
         return nullcontext()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return self.micro_batch_loss(tokens_BT, targets_BT) * self.loss_weight
 
     def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The summed loss of one forward pass, () fp32, on every rank that takes part in it."""
+        """Return the summed loss of one forward pass, () fp32, on every rank that takes part in it."""
         return summed_loss(self.module, self.config, tokens_BT, targets_BT, self.world.device, self.criterion)
 
     def update(self, lr: float) -> Tensor:
@@ -96,7 +96,7 @@ class TorchEngine:
         return norm
 
     def clip(self, limit: float) -> Tensor:
-        """Scale the gradients down to a global norm of ``limit`` (0: leave them); the norm they had, ()."""
+        """Clip the gradients to a global norm of ``limit`` (0: leave them); return the norm they had, ()."""
         return clip_gradients(self.module, limit)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
@@ -109,12 +109,12 @@ class TorchEngine:
         return {"model": model, "optimizer": optimizer}
 
     def load(self, state: dict[str, Any]) -> None:
-        # The groups that were stored name the parameters of one rank, which under a pipeline are not those of another.
-        # What else they say is the config's.
+        # The stored parameter groups name the parameters of one rank, which differ between pipeline stages. Everything
+        # else in them comes from the config.
         groups = get_optimizer_state_dict(self.trained, self.optimizer)["param_groups"]
         optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
         set_state_dict(self.trained, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
 
     def begin(self) -> None:
-        # get_state_dict filled the optimizer by a step with zero gradients, which AdamW would count as its first.
+        # get_state_dict initializes the optimizer by a step with zero gradients, which AdamW would count as its first.
         self.optimizer.state.clear()
