@@ -111,13 +111,13 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
     tokens = batch.global_batch * config.model.block_size
     shares = {key: value for key, value in asdict(needed).items() if key != "host" and value}
     parts = ", ".join(f"{key} {value / GIB:.3f}" for key, value in shares.items())
-    host = f", and {needed.host / GIB:.3f} GiB of the host" if needed.host else ""
+    host = f", and {needed.host / GIB:.3f} GiB of host memory" if needed.host else ""
     return {
         "topology": str(dims),
         "model": f"{config.model.name}: {counted.total:,} parameters ({counted.non_embedding:,} without "
         f"embeddings{active}), {gflop:.3g} GFLOP a token",
-        "batch": f"{batch.global_batch} sequences x {config.model.block_size} tokens, on each rank "
-        f"{batch.accumulation} passes of {batch.micro}",
+        "batch": f"global batch {batch.global_batch} x {config.model.block_size} tokens = {batch.accumulation} "
+        f"micro-batch{'es' if batch.accumulation > 1 else ''} of {batch.micro} per rank",
         "tokens": f"{tokens:,} a step, {tokens * steps:,} in {steps} steps",
         "memory": f"{needed.total / GIB:.3f} GiB per rank ({parts}){host}",
         "data": corpus,

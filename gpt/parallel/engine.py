@@ -43,7 +43,7 @@ class Engine(Protocol):
         ...
 
     def update(self, lr: float) -> Tensor:
-        """Clip the gradients and step the optimizer; return the global gradient norm, (). Never waits for the device."""
+        """Clip the gradients and step the optimizer; return the global gradient norm, (), without a device sync."""
         ...
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
