@@ -70,7 +70,9 @@ def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> Non
     assert plan.micro_batch * plan.accumulation * plan.topology["dp_shard"] * plan.topology["dp_replicate"] == 64
     text = plan_text(plan)
     assert f"optim.micro_batch={plan.micro_batch} instead of 4" in text
-    assert "with optim.micro_batch=4 nothing fits (nearest: " in text and "not considered: DeepSpeed's ZeRO stages" in text
+    assert (
+        "with optim.micro_batch=4 nothing fits (nearest: " in text and "not considered: DeepSpeed's ZeRO stages" in text
+    )
     write_run(plan, composed, words)
     assert yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["micro_batch"] == plan.micro_batch
     again = plan_of(*words, "cluster.gpu_memory_gib=80")

@@ -110,7 +110,9 @@ def test_cpus_have_no_other_memory() -> None:
 def test_deepspeed_is_chosen_from_only_where_it_was_asked_for() -> None:
     native, zero = chosen(72.0, *BATCH), chosen(72.0, *ZERO)
     assert Strategy.deepspeed not in {one.parallel.strategy for one in native.choices}
-    assert any("not considered: DeepSpeed's ZeRO stages (parallel.engine=deepspeed)" in line for line in native.left_out)
+    assert any(
+        "not considered: DeepSpeed's ZeRO stages (parallel.engine=deepspeed)" in line for line in native.left_out
+    )
     assert {one.parallel.strategy for one in zero.choices} == {Strategy.deepspeed}
     assert {one.parallel.zero_stage for one in zero.choices} == {0, 1, 2, 3}
     assert {one.parallel.zero_stage for one in chosen(72.0, *ZERO, "parallel.zero_stage=2").choices} == {2}
