@@ -45,7 +45,9 @@ class DDPEngine(TorchEngine):
             self._ddp = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        super().__init__(self._ddp, trained or self._ddp, config, world, dims, batch, world.size)
+        super().__init__(
+            self._ddp, trained or self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last
+        )
         self._warm_up_buckets()
 
     def _warm_up_buckets(self) -> None:
@@ -64,7 +66,7 @@ class DDPEngine(TorchEngine):
                 logits_BTV.float().square().mean().backward()
         self.module.zero_grad()
 
-    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
+    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last else self._ddp.no_sync()
 
 

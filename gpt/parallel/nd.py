@@ -6,7 +6,7 @@ tokens, and a gradient norm in which every element counts once. Each kind of par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
@@ -69,15 +69,21 @@ class NDEngine(TorchEngine):
             for chosen, mesh in ((rest, self.mesh), (experts, data)):
                 self._all_reduced.append((chosen, replica_mesh(mesh, world, timeout_s).get_group()))
         averaged = dims.data_ranks * dims.cp if self._sharded else 1
-        super().__init__(module, module, config, world, dims, batch, averaged)
+        super().__init__(
+            module,
+            module,
+            config,
+            world,
+            dims,
+            batch,
+            averaged,
+            sync_context=self._sync_last,
+            reduce_gradients=self._reduce_after,
+        )
 
     def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
         """Return this rank's part of the model as one module, and the parts of it that are called by themselves."""
         return model, [model]
-
-    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        """Run forward and backward over a data rank's micro-batches; return the summed loss, as ``backward`` does."""
-        return super().backward(tokens_BT, targets_BT, on_micro_batch)
 
     def _apply_tensor_parallel(self, parts: Sequence[GPT], config: TrainConfig, mesh: DeviceMesh) -> None:
         for part in parts:
@@ -87,22 +93,17 @@ class NDEngine(TorchEngine):
             columns = config.model.padded_vocab // mesh.size()
             self.criterion = vocabulary_loss(mesh, columns, config.model.vocab_size)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        loss_sum = self.forward_backward(tokens_BT, targets_BT, on_micro_batch)
+    def _reduce_after(self) -> None:
+        """All-reduce the gradients that FSDP did not reduce in the last backward pass."""
         if self.dims.tp > 1 and not self._sharded:
             reduce_partial_gradients(self.module, self.mesh["tp"])
         for parameters, group in self._all_reduced:
             all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
-        return loss_sum
-
-    def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return super().micro_batch_loss(self.local_tokens(tokens_BT), self.local_tokens(targets_BT))
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
-        """Return this rank's tokens, or targets, of each sequence."""
         return x_BT if self._sequence is None else self._sequence.part(x_BT)
 
-    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
+    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         return nullcontext()

@@ -265,15 +265,14 @@ class PipelineEngine(NDEngine):
         self._pipeline = Pipeline(model, config, world, batch, self.mesh["pp"].get_group())
         return self._pipeline.module, list(self._pipeline.stages.values())
 
-    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+        # The schedule runs all micro-batches, in an order of its own.
         self.module.zero_grad(set_to_none=True)
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
-        return self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch) * self.loss_weight
-
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        loss_sum = super().backward(tokens_BT, targets_BT, on_micro_batch)
+        loss_sum = self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch)
+        self._reduce_gradients()
         self._pipeline.tied.sum_gradients()
-        return loss_sum
+        return loss_sum * self.loss_weight
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return (

@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO: training state sharded over data ranks by ``parallel.zero_stage`` (arXiv 1910.02054).
 
-Holds the engine and DeepSpeed's set-up (``load_deepspeed``). Owns the loop over micro-batches and the scale of the
-loss. DeepSpeed averages gradients over the data ranks, clips them and steps; it is given torch's AdamW with two
-parameter groups, and the learning rate of each step. The model stays our own object, its parameters by their own names;
-from stage 1 on a parameter has no ``grad``, and in stage 3 it is empty between forward and backward passes.
+Holds the engine and DeepSpeed's set-up (``load_deepspeed``). Owns the scale of the loss. DeepSpeed averages gradients
+over the data ranks, clips them and steps; it is given torch's AdamW with two parameter groups, and the learning rate of
+each step. The model stays our own object, its parameters by their own names; from stage 1 on a parameter has no
+``grad``, and in stage 3 it is empty between forward and backward passes.
 
 Shapes: B sequences, T tokens of one.
 """
@@ -33,6 +33,7 @@ from gpt.model.block import Block
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast, cross_entropy
 from gpt.model.moe import set_auxiliary_scale
+from gpt.parallel.base import accumulate
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
@@ -86,17 +87,14 @@ class ZeroEngine:
         return model.to(self.world.device)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        num_micro_batches, micro = self.batch.accumulation, self.batch.micro
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i in range(num_micro_batches):
-            on_micro_batch()
-            part = slice(i * micro, (i + 1) * micro)
-            loss = self.loss(tokens_BT[part], targets_BT[part])
-            self.ds.backward(loss * self.scale, scale_wrt_gas=False)
-            if i < num_micro_batches - 1:
-                self.ds.step()  # counts the micro-batch; only the last one of a step would update
-            loss_sum += loss.detach()
-        return loss_sum
+        return accumulate(self.batch, self.world.device, tokens_BT, targets_BT, on_micro_batch, self._forward_backward)
+
+    def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
+        loss = self.loss(tokens_BT, targets_BT)
+        self.ds.backward(loss * self.scale, scale_wrt_gas=False)
+        if not last:
+            self.ds.step()  # counts the micro-batch; only the last one of a step, in ``update``, changes the weights
+        return loss.detach()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         device = self.world.device
