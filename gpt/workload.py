@@ -219,7 +219,7 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
 
 
 def smaller(config: TrainConfig) -> Iterator[str]:
-    """What is left to type for a run that needs less, the cheapest first."""
+    """Suggest overrides that need less memory, the cheapest first."""
     if config.optim.micro_batch > 1:
         yield "optim.micro_batch=1"
     if config.recompute is Recompute.none:
@@ -243,7 +243,7 @@ def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanReq
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
-    """Whether the ranks will compute on CPUs, as far as can be told from here."""
+    """True where the ranks will compute on CPUs, as far as can be told from here."""
     if config.device is not Device.auto:
         return config.device is Device.cpu
     if request.is_local:
@@ -266,7 +266,7 @@ def gpu_words(request: PlanRequest) -> str:
 
 
 def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
-    """What the estimates assume of the nodes of a cluster.
+    """Return the hardware that the estimates assume of the nodes of a cluster.
 
     Raises:
         ConfigError: too little is said of them.

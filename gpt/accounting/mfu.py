@@ -20,7 +20,7 @@ class Utilization:
     mfu_palm: float | None
     """Model FLOPs utilization by the PaLM convention (arXiv 2204.02311, appendix B), 0 to 1."""
     mfu_causal: float | None
-    """The same with causal attention halved."""
+    """MFU with causal attention halved."""
     hfu: float | None
     """Hardware FLOPs utilization: counts what is recomputed as well (PaLM, as above)."""
 

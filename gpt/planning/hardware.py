@@ -83,14 +83,14 @@ class MachineOverrides:
     memory: int | None = None
     """Bytes of one device."""
     peak_tflops: float | None = None
-    """Of one device, dense, in the precision of the run."""
+    """Dense peak of one device in the precision of the run, TFLOP/s."""
     host_memory: int | None = None
     """Host memory in bytes that one rank may use."""
     attainable: float = ATTAINABLE
     inside_gb_per_s: float | None = None
-    """From one device to the others of its node."""
+    """Bandwidth of one device to the others of its node."""
     between_gb_per_s: float | None = None
-    """From a whole node to others."""
+    """Bandwidth of a whole node to others."""
     inside_latency_s: float = INTRA_NODE_LATENCY_S
     between_latency_s: float = INTER_NODE_LATENCY_S
 

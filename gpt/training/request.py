@@ -38,7 +38,7 @@ def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunF
 
 
 def machine_of(config: TrainConfig, world: World) -> Machine:
-    """What the estimates assume of the nodes, all being like this one.
+    """Return the hardware that the estimates assume: nodes like this one.
 
     Raises:
         ConfigError: the device is not known.
@@ -59,7 +59,7 @@ def machine_of(config: TrainConfig, world: World) -> Machine:
 
 @dataclass
 class Request:
-    """What the command line asks for."""
+    """The request of a command line: its config, and the run folder."""
 
     config: TrainConfig
     folder: RunFolder | None

@@ -73,7 +73,7 @@ class Writer:
         self._failure: Exception | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
-        """What DeepSpeed calls for each file."""
+        """Write one file, as DeepSpeed's checkpoint engine does."""
         try:
             with Path(path).open("wb") as file:
                 torch.save(state_dict, file)
@@ -108,7 +108,7 @@ class Reader:
             self.load(path)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """What DeepSpeed calls for each file, for some of them twice."""
+        """Read one file, as DeepSpeed's checkpoint engine does, for some files twice."""
         if path not in self._contents:
             self._contents[path] = torch.load(path, map_location="cpu", weights_only=False)
         return self._contents[path]

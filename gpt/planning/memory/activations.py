@@ -58,11 +58,11 @@ class ActivationBytes:
 
     embedding: int
     final: int
-    """Of the final norm and the output matrix."""
+    """Activations of the final norm and the output matrix."""
     block: int
     """Everything of one block."""
     recomputed: int
-    """What is saved of ``block`` until its backward pass begins, where the rest is recomputed then."""
+    """Part of ``block`` that is saved until its backward pass begins, where the rest is recomputed then."""
 
 
 def activation_bytes(

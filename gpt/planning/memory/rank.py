@@ -31,7 +31,7 @@ class Memory:
     """fp32; with DeepSpeed in bf16 the bf16 weights."""
     gradients: int
     optimizer: int
-    """Both moments of AdamW, fp32, and its step counts; with DeepSpeed the fp32 master weights too."""
+    """Moments of AdamW, fp32, and its step counts; with DeepSpeed the fp32 master weights too."""
     compute_weights: int
     """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
     activations: int

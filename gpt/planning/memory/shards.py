@@ -51,9 +51,9 @@ class ParameterShards:
     """The parameter shards of one rank."""
 
     block: tuple[ParameterShard, ...]
-    """Those of one block."""
+    """Shards of one block."""
     around: tuple[ParameterShard, ...]
-    """Those outside the blocks."""
+    """Shards outside the blocks."""
     layers: int
     """Number of blocks on the rank."""
 
