@@ -111,13 +111,13 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
     tokens = batch.global_batch * config.model.block_size
     shares = {key: value for key, value in asdict(needed).items() if key != "host" and value}
     parts = ", ".join(f"{key} {value / GIB:.3f}" for key, value in shares.items())
-    host = f", and {needed.host / GIB:.3f} GiB of the host" if needed.host else ""
+    host = f", and {needed.host / GIB:.3f} GiB of host memory" if needed.host else ""
     return {
         "topology": str(dims),
         "model": f"{config.model.name}: {counted.total:,} parameters ({counted.non_embedding:,} without "
         f"embeddings{active}), {gflop:.3g} GFLOP a token",
-        "batch": f"{batch.global_batch} sequences x {config.model.block_size} tokens, on each rank "
-        f"{batch.accumulation} passes of {batch.micro}",
+        "batch": f"global batch {batch.global_batch} x {config.model.block_size} tokens = {batch.accumulation} "
+        f"micro-batch{'es' if batch.accumulation > 1 else ''} of {batch.micro} per rank",
         "tokens": f"{tokens:,} a step, {tokens * steps:,} in {steps} steps",
         "memory": f"{needed.total / GIB:.3f} GiB per rank ({parts}){host}",
         "data": corpus,
@@ -219,7 +219,7 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
 
 
 def smaller(config: TrainConfig) -> Iterator[str]:
-    """What is left to type for a run that needs less, the cheapest first."""
+    """Suggest overrides that need less memory, the cheapest first."""
     if config.optim.micro_batch > 1:
         yield "optim.micro_batch=1"
     if config.recompute is Recompute.none:
@@ -243,7 +243,7 @@ def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanReq
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
-    """Whether the ranks will compute on CPUs, as far as can be told from here."""
+    """True where the ranks will compute on CPUs, as far as can be told from here."""
     if config.device is not Device.auto:
         return config.device is Device.cpu
     if request.is_local:
@@ -266,7 +266,7 @@ def gpu_words(request: PlanRequest) -> str:
 
 
 def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
-    """What the estimates assume of the nodes of a cluster.
+    """Return the hardware that the estimates assume of the nodes of a cluster.
 
     Raises:
         ConfigError: too little is said of them.

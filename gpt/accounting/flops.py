@@ -19,21 +19,21 @@ from gpt.config import AttentionBackend, Ffn, ModelConfig, NormPosition, Recompu
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs by component, of whatever they were counted for."""
+    """FLOPs by component."""
 
     projections: int
-    """Queries, keys, values and the output matrix of attention."""
+    """Query, key, value and output projections of attention."""
     attention: int
     """Scores Q K^T and the weighted sum of V, over all T x T pairs, as if nothing were masked."""
     ffn: int
-    """Feed-forward layers, or of a mixture the experts that tokens go to and the shared ones."""
+    """Feed-forward layers; of a mixture the routed and the shared experts of each token."""
     logits: int
-    """With the rows that fill up the vocabulary."""
+    """Output matrix, with the padding of the vocabulary."""
     router: int = 0
 
     @property
     def palm(self) -> int:
-        """All of them: for one token of training, 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
+        """Sum of all: for one token of training, 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
         L layers, H heads, Q head width, T sequence length, causality not taken off. N counts every matrix that a token
         is multiplied with, so the output matrix, but not the input embedding, the position table, gains and biases.
@@ -44,12 +44,12 @@ class Flops:
 
     @property
     def causal(self) -> int:
-        """With attention halved, since a causal kernel skips the masked half (as Megatron-LM counts)."""
+        """Sum with attention halved, since a causal kernel skips the masked half (as Megatron-LM counts)."""
         return self.palm - self.attention // 2
 
 
 def forward_flops(model: ModelConfig, sequences: int) -> Flops:
-    """FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
+    """Count the FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
     tokens = sequences * model.block_size
     queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
     of_experts = model.ffn is Ffn.moe
@@ -64,9 +64,9 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
 
 
 def expert_rows(model: ModelConfig) -> int:
-    """Rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
+    """Count the rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
 
-    Each token once for each of its experts; with a capacity the places of all experts, those left empty too.
+    Each token counts once for each of its experts; with a capacity all slots of all experts count, empty ones too.
     """
     time, chosen = model.block_size, model.n_expert_per_token
     if model.capacity_factor is None:
@@ -75,7 +75,7 @@ def expert_rows(model: ModelConfig) -> int:
 
 
 def training_flops(model: ModelConfig, sequences: int) -> Flops:
-    """FLOPs of one forward and backward pass over ``sequences`` sequences, nothing recomputed.
+    """Count the FLOPs of one forward and backward pass over ``sequences`` sequences, nothing recomputed.
 
     Equal to what ``torch.utils.flop_counter.FlopCounterMode`` counts where attention is written out. A fused kernel
     computes the scores once more in the backward pass: the kernel's doing, not the model's, and not counted.
@@ -85,16 +85,16 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
 
 
 def training_flops_per_token(model: ModelConfig) -> Flops:
-    """FLOPs of training on one token, in sequences of ``block_size``.
+    """Count the FLOPs of training on one token, in sequences of ``block_size``.
 
-    Whole numbers, as every term is linear in T; only the places of a capacity may not be, and are rounded down.
+    Whole numbers, as every term is linear in T; only the slots of a capacity may not be, and are rounded down.
     """
     sequence = training_flops(model, sequences=1)
     return Flops(**{part.name: getattr(sequence, part.name) // model.block_size for part in fields(sequence)})
 
 
 def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
-    """FLOPs that the backward pass spends on doing the forward pass of the blocks again, for one token.
+    """Count the FLOPs that the backward pass spends on recomputing the blocks, for one token.
 
     ``full`` repeats all products of a block but the last: torch stops where nothing is missing any more, and the result
     of the last product is needed only where something that keeps its input follows it (dropout, a norm, the weighting

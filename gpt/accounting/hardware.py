@@ -16,18 +16,18 @@ GIGA, TERA = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Figures of one device, all from the vendor; None where it cannot or where there is none."""
+    """Figures of one device, all from the vendor; None where unsupported or absent."""
 
     name: str
     """Regular expression for the whole of ``torch.cuda.get_device_name()``."""
     bf16: float | None
     """Dense peak, TFLOP/s."""
     fp32: float | None
-    """Of the ordinary fp32 units, not of TF32, which is another number format and off by default in torch."""
+    """Dense peak, TFLOP/s, of the ordinary fp32 units, not of TF32, which is off by default in torch."""
     memory_gb: float
-    """10^9 bytes; a name that tells its own memory goes before."""
+    """10^9 bytes; the size in a device's name takes precedence."""
     link_gb_per_s: float
-    """What it sends to the others of its node, 10^9 bytes a second: NVLink, Infinity Fabric, else PCIe."""
+    """Bandwidth to the others of its node, one direction, 10^9 bytes a second: NVLink, Infinity Fabric, else PCIe."""
     network_gb_per_s: float | None
     """Its share of the network adapters in the vendor's own system, 10^9 bytes a second; None where there is none."""
 
@@ -70,11 +70,11 @@ KNOWN = (
     *("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200"),
     *("NVIDIA L40S", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090"),
 )
-"""Names of these devices, to propose."""
+"""Names of these devices, for suggestions."""
 
 
 def find(device_name: str) -> Accelerator | None:
-    """The device of this name, or None where it is not known."""
+    """Find the device of this name; None where it is unknown."""
     for known in ACCELERATORS:
         if re.fullmatch(known.name, device_name.strip()):
             return known
@@ -82,7 +82,7 @@ def find(device_name: str) -> Accelerator | None:
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """Dense peak of a device in FLOP/s, or None where it is not known.
+    """Return the dense peak of a device in FLOP/s; None where it is unknown.
 
     ``device_name`` is what ``torch.cuda.get_device_name()`` gives. With ``fp32`` the peak is that of true fp32
     products, torch's default; it says nothing about a run that allows TF32.
@@ -93,7 +93,7 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
 
 
 def memory_bytes(device_name: str) -> int | None:
-    """Memory of a device in bytes, or None where it is not known."""
+    """Return the memory of a device in bytes; None where it is unknown."""
     known = find(device_name)
     if known is None:
         return None

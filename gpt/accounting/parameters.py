@@ -1,4 +1,4 @@
-"""How many parameters a model has, and of what shapes, from its config alone.
+"""Number and shapes of a model's parameters, from its config alone.
 
 Torch-free: the planner counts a model before any machine builds it. The names and shapes are those of
 ``gpt.model.gpt.GPT`` and are compared with it in the tests; nothing here imports it.
@@ -21,16 +21,16 @@ class Parameters:
     """Number of parameters by component; a tied output matrix counts once, as embedding."""
 
     embedding: int
-    """Of the tokens, with the rows that fill up the vocabulary."""
+    """Token embedding, with the padding of the vocabulary."""
     position: int
     attention: int
-    """With the norms of queries and keys."""
+    """Attention, with the norms of queries and keys."""
     ffn: int
-    """Of a mixture: router, all experts, and the shared ones."""
+    """Feed-forward layers; of a mixture the router, all experts, and the shared ones."""
     norm: int
     head: int
     idle: int = 0
-    """Part of ``ffn``: the experts that a token does not go to."""
+    """Part of ``ffn``: the experts that a token is not routed to."""
 
     @property
     def total(self) -> int:
@@ -39,7 +39,7 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """What one token is computed with: all parameters but the experts it does not go to."""
+        """Parameters that one token uses: all but the experts that it is not routed to."""
         return self.total - self.idle
 
     @property
@@ -53,13 +53,13 @@ class Parameters:
         return self.non_embedding - self.idle
 
     def as_dict(self) -> dict[str, int]:
-        """The components, and what they add up to in each way."""
+        """Return the components and the sums over them."""
         sums = ("total", "active", "non_embedding", "active_non_embedding")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
 
 
 def count(model: ModelConfig) -> Parameters:
-    """The parameters of ``model`` by component."""
+    """Count the parameters of ``model`` by component."""
     block, around = block_shapes(model), outer_shapes(model)
     experts = model.n_layer * size(block, "ffn.experts.")
     idle_experts = model.n_expert - model.n_expert_per_token
@@ -75,7 +75,7 @@ def count(model: ModelConfig) -> Parameters:
 
 
 def size(shapes: Shapes, prefix: str = "") -> int:
-    """Number of elements in the tensors whose name starts with ``prefix``."""
+    """Count the elements of the tensors whose name starts with ``prefix``."""
     return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
 
 

@@ -10,5 +10,5 @@ def nearest_divisor(number: int, wish: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
+    """List the divisors of a number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]

@@ -95,7 +95,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     optim = config.optim
     tokens = record["global_batch"] * record["block_size"]
     steps = f"{record['from_step']} done of {optim.max_steps:,}" if record["from_step"] else f"{optim.max_steps:,}"
-    per_rank = f"{record['accumulation']} passes of {record['micro_batch']}"
+    per_rank = f"{(n := record['accumulation'])} micro-batch{'es' if n > 1 else ''} of {record['micro_batch']}"
     saves = f"every {config.checkpoint.interval} steps" if config.checkpoint.interval else "at the end"
     evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
     execution = [
@@ -106,7 +106,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     ]
     first = record["initialised_from"]
     return {
-        "batch": f"{record['global_batch']:,} sequences = {tokens:,} tokens a step; on each rank {per_rank}",
+        "batch": f"{record['global_batch']:,} sequences = {tokens:,} tokens a step; {per_rank} per rank",
         "steps": f"{steps}; {tokens * optim.max_steps:,} tokens in all",
         "optimizer": f"AdamW, lr {optim.lr:g} to {optim.min_lr:g} after {optim.warmup_steps} steps of warm-up, "
         f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.grad_clip:g}",

@@ -1,4 +1,4 @@
-"""What torch's own strategies share: passes one after another, AdamW, and the state of a checkpoint.
+"""Base of the torch engines: gradient accumulation over micro-batches, AdamW, clipping, and checkpoint state.
 
 Owns the scale of the gradients: a sum over this rank's tokens becomes the mean over all tokens of the step.
 
@@ -25,25 +25,54 @@ from gpt.parallel.optimizer import build_optimizer, clip_gradients
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
+ForwardBackward = Callable[[Tensor, Tensor, bool], Tensor]
+"""Forward and backward pass of a micro-batch: tokens and targets, (B, T), and whether it is the last one of the step.
+Returns its summed loss, ()."""
+
+
+def accumulate(
+    batch: Batch,
+    device: torch.device,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    on_micro_batch: Callable[[], None],
+    forward_backward: ForwardBackward,
+) -> Tensor:
+    """Run all micro-batches of a step one after another (gradient accumulation); return the summed loss, () float64."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for i in range(batch.accumulation):
+        on_micro_batch()
+        part = slice(i * batch.micro, (i + 1) * batch.micro)
+        loss_sum += forward_backward(tokens_BT[part], targets_BT[part], i == batch.accumulation - 1)
+    return loss_sum
+
+
+def no_context(last: bool) -> AbstractContextManager[object]:
+    """Do nothing around a micro-batch: the strategy reduces no gradients in backward passes."""
+    return nullcontext()
+
 
 class TorchEngine:
-    """A model that torch spreads; each strategy overrides what it does otherwise.
+    """A model parallelized by torch; each strategy overrides what it does differently.
 
     Args:
-        module: what is called.
-        trained: what the optimizer steps and checkpoints store: ``module``, or this rank's part of it.
+        module: the module that is called.
+        trained: the module that the optimizer steps and checkpoints store: ``module``, or this rank's shard of it.
         config: of the run.
         world: all ranks.
-        layout: how they stand.
-        batch: how the global batch is cut.
-        averaged: over how many ranks the strategy averages gradients; 1 where it sums them.
+        dims: the parallel dimensions.
+        batch: the split of the global batch.
+        averaged: number of ranks over which the strategy averages gradients; 1 where it sums them.
+        sync_context: returns the context of a micro-batch, given whether it is the last one of a step: a strategy that
+            reduces gradients in backward passes does so in the last one only.
+        reduce_gradients: called after the last micro-batch, to reduce what backward passes did not.
     """
 
     layer_group: dist.ProcessGroup | None = None
     criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
-    """Of logits and targets: the summed loss."""
+    """Summed loss of logits and targets."""
     loss_weight: float = 1.0
-    """0 where another rank computes the loss of the same tokens and reports it."""
+    """1, or 0 where another rank computes and reports the loss of the same tokens."""
     files: Format = TensorFiles()
 
     def __init__(
@@ -55,38 +84,43 @@ class TorchEngine:
         dims: ParallelDims,
         batch: Batch,
         averaged: int,
+        sync_context: Callable[[bool], AbstractContextManager[object]] = no_context,
+        reduce_gradients: Callable[[], None] = lambda: None,
     ) -> None:
         self.module, self.trained = module, trained
         self.config, self.world, self.dims, self.batch = config, world, dims, batch
+        self._sync_context, self._reduce_gradients = sync_context, reduce_gradients
         self.optimizer = build_optimizer(trained, config.optim)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
-        # Ranks that share the matrices route the same tokens, and their gradients are added up; of those that share a
-        # sequence each has the mean over its part.
+        # Tensor-parallel ranks route the same tokens and their gradients are summed; each context-parallel rank has the
+        # mean over its own tokens.
         set_auxiliary_scale(module, averaged / (batch.global_batch * dims.tp * dims.cp))
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
-        num_micro_batches, micro = self.batch.accumulation, self.batch.micro
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i in range(num_micro_batches):
-            on_micro_batch()
-            part = slice(i * micro, (i + 1) * micro)
-            with self.micro_batch_context(last=i == num_micro_batches - 1):
-                loss = self.micro_batch_loss(tokens_BT[part], targets_BT[part])
-                (loss * self.scale).backward()
-            loss_sum += loss.detach()
+        loss_sum = accumulate(
+            self.batch, self.world.device, tokens_BT, targets_BT, on_micro_batch, self._forward_backward
+        )
+        self._reduce_gradients()
         return loss_sum * self.loss_weight
 
-    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
-        """Context of one forward and backward pass. Gradients are exchanged in the ``last`` one of a step only."""
-        return nullcontext()
+    def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
+        with self._sync_context(last):
+            loss = self._micro_batch_loss(tokens_BT, targets_BT)
+            (loss * self.scale).backward()
+        return loss.detach()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.micro_batch_loss(tokens_BT, targets_BT) * self.loss_weight
+        return self._micro_batch_loss(tokens_BT, targets_BT) * self.loss_weight
 
-    def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The summed loss of one forward pass, () fp32, on every rank that takes part in it."""
-        return summed_loss(self.module, self.config, tokens_BT, targets_BT, self.world.device, self.criterion)
+    def _micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the summed loss of one forward pass, () fp32, on every rank that takes part in it."""
+        own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
+        return summed_loss(self.module, self.config, *own, self.world.device, self.criterion)
+
+    def local_tokens(self, x_BT: Tensor) -> Tensor:
+        """Return this rank's tokens, or targets, of each sequence: all of them without context parallelism."""
+        return x_BT
 
     def update(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -96,7 +130,7 @@ class TorchEngine:
         return norm
 
     def clip(self, limit: float) -> Tensor:
-        """Scale the gradients down to a global norm of ``limit`` (0: leave them); the norm they had, ()."""
+        """Clip the gradients to a global norm of ``limit`` (0: leave them); return the norm they had, ()."""
         return clip_gradients(self.module, limit)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
@@ -109,12 +143,12 @@ class TorchEngine:
         return {"model": model, "optimizer": optimizer}
 
     def load(self, state: dict[str, Any]) -> None:
-        # The groups that were stored name the parameters of one rank, which under a pipeline are not those of another.
-        # What else they say is the config's.
+        # The stored parameter groups name the parameters of one rank, which differ between pipeline stages. Everything
+        # else in them comes from the config.
         groups = get_optimizer_state_dict(self.trained, self.optimizer)["param_groups"]
         optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
         set_state_dict(self.trained, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
 
     def begin(self) -> None:
-        # get_state_dict filled the optimizer by a step with zero gradients, which AdamW would count as its first.
+        # get_state_dict initializes the optimizer by a step with zero gradients, which AdamW would count as its first.
         self.optimizer.state.clear()

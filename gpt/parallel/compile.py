@@ -1,7 +1,7 @@
-"""How the blocks of a model are executed: what they keep for the backward pass, and whether they are compiled.
+"""Activation checkpointing (recomputation) and torch.compile, block by block.
 
-Applied to the model from outside, before a strategy spreads it: both replace ``forward`` of each block, so parameters
-keep their names, and what a strategy hangs around a block stays outside of it. Must not know strategies or ranks.
+Applied to the model from outside, before it is parallelized: both replace ``forward`` of each block, so parameters keep
+their names, and hooks of FSDP or DDP stay outside of it. Must not know engines or ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MATRIX_PRODUCTS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default}
 )
 ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
-"""Rows sent to experts on other ranks, and back: waiting for other ranks costs more than the memory."""
+"""Dispatch of rows to experts on other ranks, and back: waiting for other ranks costs more than the memory."""
 ATTENTION_KERNELS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -34,13 +34,12 @@ ATTENTION_KERNELS = frozenset(
 
 
 def prepare_blocks(model: GPT, config: TrainConfig) -> None:
-    """Let the blocks of ``model`` recompute and compile as ``config`` says."""
+    """Apply activation checkpointing and torch.compile to the blocks of ``model`` as ``config`` says."""
     # Compiled outside the recomputation, so that the compiler sees it and plans the backward pass around it. It must
-    # then see all of the block: not where other ranks are asked in the middle, for their experts or their part of the
-    # sequence, so there it is inside.
+    # then see all of the block: with collectives in the middle (expert dispatch, context parallelism) it goes inside.
     parallel = config.parallel
     asks = parallel.ep > 1 or parallel.cp > 1
-    # Nor with all of it recomputed under tp, where torch 2.13 fails to keep what its DTensors are made of.
+    # Also under tp with recompute=full, where torch 2.13 fails to keep what its DTensors are made of.
     inside = asks or (parallel.tp > 1 and config.recompute is Recompute.full)
     ways = (compile_block, recompute_block) if inside else (recompute_block, compile_block)
     for block in model.blocks:
@@ -49,7 +48,7 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
 
 
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:
-    """Let a block compute again what ``config.recompute`` does not keep."""
+    """Apply activation checkpointing to a block as ``config.recompute`` says."""
     if config.recompute is not Recompute.none:
         replace_forward(block, partial(checkpointed_forward, block.forward, checkpoint_context(config)))
 
@@ -57,8 +56,7 @@ def recompute_block(block: nn.Module, config: TrainConfig) -> None:
 def compile_block(block: nn.Module, config: TrainConfig) -> None:
     """Compile a block as ``config.compile`` says."""
     if config.compile.name != "none":
-        # Shapes are fixed: left to itself, torch would go over to slower kernels for any shape after the first
-        # evaluation.
+        # Shapes are fixed: by default torch would switch to slower dynamic kernels after the first evaluation.
         mode = None if config.compile.name == "default" else config.compile.name
         replace_forward(block, torch.compile(block.forward, mode=mode, dynamic=config.compile_dynamic))
 
@@ -69,12 +67,12 @@ def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def checkpointed_forward(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
-    """Call ``forward`` keeping only its inputs, and what ``contexts`` says; random numbers are the same again."""
+    """Call ``forward``, keeping its inputs and what ``contexts`` selects; recomputing draws the same random numbers."""
     return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
 
 def checkpoint_context(config: TrainConfig) -> dict[str, Any]:
-    """What distinguishes selective from full recomputation in torch's words."""
+    """Return the keywords of torch's ``checkpoint`` for selective or full recomputation."""
     if config.recompute is Recompute.full:
         return {}
     kept = MATRIX_PRODUCTS | ALL_TO_ALLS if config.model.dropout else MATRIX_PRODUCTS | ALL_TO_ALLS | ATTENTION_KERNELS
@@ -82,10 +80,10 @@ def checkpoint_context(config: TrainConfig) -> dict[str, Any]:
 
 
 def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    """Keep the costly results: matrix products, exchanges, and attention unless it draws random numbers.
+    """Save costly results: matrix products, all-to-alls, and attention unless it draws random numbers.
 
-    The choice of Korthikanti et al. (arXiv 2205.05198, section 5) turned round: there attention was the part with much
-    memory and little arithmetic; a fused kernel made it the other way. An operation that is not repeated draws nothing
-    the second time, and all dropout after it would be another, so with dropout attention is computed again.
+    The reverse of Korthikanti et al. (arXiv 2205.05198, section 5): there attention took much memory and little
+    arithmetic; with a fused kernel it is the other way round. An operation that is not recomputed draws no random
+    numbers the second time, which would change all dropout after it, so with dropout attention is recomputed.
     """
     return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,9 +1,9 @@
-"""Context parallelism: ``cp`` ranks share each sequence, so that a long one's activations are dealt out.
+"""Context parallelism: each sequence, and with it the activations, is sharded over ``cp`` ranks.
 
-Everything but attention looks at one token at a time and needs no change. Owns which tokens a rank takes, and how its
-queries meet the keys of the others: gathered from all ranks at once (arXiv 2407.21783, section 3.3.2), or passed
-round (gpt/parallel/ring_attention.py). Where a model is hooked into: its positions, ``attend`` of each attention, and
-the balance loss of experts. Gradients add up over the ranks by what already adds up those of other samples.
+Everything but attention works on one token at a time and needs no change. Owns which tokens a rank has, and how its
+queries attend to the keys of other ranks: all-gathered (arXiv 2407.21783, section 3.3.2), or by ring attention
+(gpt/parallel/ring_attention.py). Hooks into a model at three places: its positions, ``attend`` of each attention, and
+the balance loss of experts. Gradients are reduced over these ranks together with the data-parallel ranks.
 
 B sequences, S tokens of one, T those of this rank, H heads, K key-value heads, C head width, N ranks, P the tokens of a
 chunk: S = 2 N P, T = 2 P.
@@ -30,10 +30,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SequenceShard:
-    """This rank's part of every sequence: chunk ``rank`` of 2N, and the same one counted from the end.
+    """This rank's shard of every sequence: chunk ``rank`` of 2N, and the same one counted from the end.
 
-    A token looks at all before it, so late chunks are more work than early ones; an early and a late one together are
-    the same for every rank.
+    A token attends to all before it, so late chunks are more work than early ones; an early and a late one together
+    balance the load.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -41,17 +41,17 @@ class SequenceShard:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def part(self, x_BS: Tensor) -> Tensor:
-        """This rank's tokens, (B, T)."""
+        """Return this rank's tokens, (B, T)."""
         chunks = x_BS.chunk(2 * self.ranks, dim=-1)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim=-1)
 
     def ends(self, length: int) -> tuple[int, int]:
-        """Where this rank's chunks of a sequence of ``length`` tokens end."""
+        """Return the ends of this rank's two chunks of a sequence of ``length`` tokens."""
         chunk = length // (2 * self.ranks)
         return (self.rank + 1) * chunk, length - self.rank * chunk
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over the ranks; the gradient is not wanted."""
+        """Average over the ranks, without a gradient."""
         mean = x.detach().clone()
         dist.all_reduce(mean, group=self.group)
         return mean / self.ranks
@@ -60,13 +60,13 @@ class SequenceShard:
 def shard_sequences(
     model: nn.Module, group: dist.ProcessGroup, config: TrainConfig, device: torch.device
 ) -> SequenceShard:
-    """Let a model, or a part of one, compute this rank's part of each sequence together with the others of ``group``.
+    """Apply context parallelism over ``group`` to a model, or a stage of one; return this rank's shard of sequences.
 
-    From then on it takes sequences of ``block_size`` tokens only, of which it is given ``part``, on ``device``.
+    From then on the model takes ``part`` of sequences of exactly ``block_size`` tokens, on ``device``.
     """
     shard = SequenceShard(group)
     set_positions(model, shard.part(torch.arange(config.model.block_size, device=device)))
-    # Collectives are not compiled: what is compiled of a block ends before them and goes on after them.
+    # Collectives are not compiled: they break the graph of a compiled block.
     set_sequence_mean(model, torch.compiler.disable(shard.mean))
     for module in model.modules():
         if isinstance(module, Attention):
@@ -75,7 +75,7 @@ def shard_sequences(
 
 
 def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
-    """What takes the place of ``attention.attend``."""
+    """Build the replacement of ``attention.attend``."""
     if config.parallel.cp_method is CpMethod.ring:
         return partial(ring_attend, shard.group, attention.backend)
     for end in shard.ends(config.model.block_size):
@@ -84,9 +84,9 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
 
 
 def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
-    """Attention of this rank's queries to all keys: (B, H, T, C).
+    """Attend from this rank's queries to the all-gathered keys: (B, H, T, C).
 
-    ``attend`` takes its queries for the last ones of the keys, so each chunk is given the keys up to its end.
+    ``attend`` aligns its queries with the last keys, so each chunk is given the keys up to its end.
     """
     k_BKSC, v_BKSC = AllGatherSequence.apply(torch.stack((k_BKTC, v_BKTC)), shard.group).unbind()
     parts = zip(q_BHTC.chunk(2, dim=2), shard.ends(k_BKSC.size(2)), strict=True)
@@ -94,9 +94,9 @@ def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKT
 
 
 class AllGatherSequence(torch.autograd.Function):
-    """Every rank's T of the S tokens brought together in their order, along the last dimension but one.
+    """All-gather of the sequence shards, in the order of tokens, along the last dimension but one.
 
-    In the backward pass the gradients that all ranks have for a token are added up on the rank that holds it.
+    Its backward pass is a reduce-scatter of the gradients to the rank that holds the token.
     """
 
     @staticmethod

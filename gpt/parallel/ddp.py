@@ -1,4 +1,8 @@
-"""DistributedDataParallel: every rank holds the model, gradients are averaged (arXiv 2006.15704)."""
+"""Data parallelism with a replica on every rank: DDP (arXiv 2006.15704) and ZeRO-1 (arXiv 1910.02054).
+
+DDP all-reduces gradients in buckets during the last backward pass. ZeRO-1 does the same, then each rank steps AdamW for
+its shard of every parameter, and the parameters are all-gathered.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from gpt.topology.dims import ParallelDims
 
 
 class DDPEngine(TorchEngine):
-    """A model held whole by every rank; ``trained`` where the optimizer is to step something else."""
+    """DistributedDataParallel: a replica on every rank; ``trained`` where the optimizer is to step something else."""
 
     def __init__(
         self,
@@ -41,15 +45,17 @@ class DDPEngine(TorchEngine):
             self._ddp = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        super().__init__(self._ddp, trained or self._ddp, config, world, dims, batch, world.size)
+        super().__init__(
+            self._ddp, trained or self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last
+        )
         self._warm_up_buckets()
 
     def _warm_up_buckets(self) -> None:
-        """Run two passes whose gradients are thrown away.
+        """Run two forward and backward passes and discard their gradients.
 
-        DDP regroups its gradients after the first pass, and the order of summation with them: a resumed run would
-        take its first step in another order than the uninterrupted one and differ in the last bits. After this, the
-        first real step of every attempt uses the final grouping.
+        DDP rebuilds its buckets after the first backward pass, and with them the order of summation: a resumed run
+        would take its first step in another order than the uninterrupted one and differ in the last bits. After this,
+        the first real step of every attempt uses the final buckets.
         """
         device, block = self.world.device, self.config.model.block_size
         tokens_BT = torch.zeros(self.batch.micro, block, dtype=torch.long, device=device)
@@ -60,17 +66,17 @@ class DDPEngine(TorchEngine):
                 logits_BTV.float().square().mean().backward()
         self.module.zero_grad()
 
-    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
+    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last else self._ddp.no_sync()
 
 
 class Zero1Engine(DDPEngine):
-    """DDP, with an optimizer that each rank runs for a part of every parameter."""
+    """ZeRO-1: DDP with the optimizer state sharded, each rank stepping its shard of every parameter."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        """The whole of a parameter, and this rank's part of it."""
+        """Each parameter, and this rank's shard of it."""
         with torch.device("meta"):
             parts = GPT(config.model)
         for name, whole in model.named_parameters():
@@ -78,7 +84,7 @@ class Zero1Engine(DDPEngine):
             set_tensor(parts, name, part)
             self._pairs.append((whole, part))
         for name, buffer in model.named_buffers():
-            set_tensor(parts, name, buffer)  # which every rank has and stores whole
+            set_tensor(parts, name, buffer)  # replicated, and stored whole
         super().__init__(model, config, world, dims, batch, trained=parts)
         self.optimizer.register_step_pre_hook(self._shard_gradients)
         self.optimizer.register_step_post_hook(self._all_gather_parameters)
@@ -88,14 +94,14 @@ class Zero1Engine(DDPEngine):
         self._all_gather_parameters()
 
     def _shard_gradients(self, *_: Any) -> None:
-        """Give the optimizer this rank's part of the averaged gradients."""
+        """Give the optimizer this rank's shard of the averaged gradients."""
         for whole, part in self._pairs:
             if whole.grad is not None:
                 part.grad = shard_rows(whole.grad, self._mesh)
 
     @torch.no_grad()
     def _all_gather_parameters(self, *_: Any) -> None:
-        """Bring every parameter together from its parts."""
+        """All-gather every parameter from its shards."""
         for whole, part in self._pairs:
             assert isinstance(part, DTensor)
             whole.copy_(part.full_tensor())
@@ -103,7 +109,7 @@ class Zero1Engine(DDPEngine):
 
 
 def shard_rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's slice of ``whole`` along its first dimension, as a DTensor over the same memory."""
+    """Return this rank's shard of ``whole`` along its first dimension, as a DTensor over the same memory."""
     chunks = whole.chunk(mesh.size(), dim=0)
     rank = mesh.get_local_rank()
     local = chunks[rank] if rank < len(chunks) else whole[:0]  # fewer rows than ranks: some have none

@@ -1,6 +1,7 @@
-"""The ranks as a grid, with a process group for every line of it.
+"""The processes of a run: joining them (``open_world``), collectives between them (``World``), and the device mesh.
 
-Owns the names of the dimensions and the groups' timeout, which torch does not take over from the first group.
+Owns the names of the mesh axes, the control group for messages between processes, and the timeout of every process
+group, which torch does not take over from the default group.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from launch.errors import ConfigError
 
 
 def build_mesh(dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
-    """The dimensions of the topology that have more than one rank, and ``dp_shard`` always, from the outermost."""
+    """Build the device mesh: the axes with more than one rank, and ``dp_shard`` always, from the outermost."""
     used = {name: size for name, size in dims.sizes.items() if size > 1 or name == "dp_shard"}
     options: dict[int | str, Any] = {name: group_options(world, timeout_s) for name in used}
     return init_device_mesh(
@@ -31,7 +32,7 @@ def build_mesh(dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
 
 
 def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
-    """Backend and options of a group in which a collective fails after ``timeout_s``."""
+    """Return backend and options of a process group whose collectives fail after ``timeout_s``."""
     if world.device.type == "cuda":
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)
@@ -42,15 +43,14 @@ def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
 
 
 def flatten_mesh(mesh: DeviceMesh, names: Sequence[str], world: World, timeout_s: int) -> DeviceMesh:
-    """Several neighbouring dimensions of a grid as one, with a group of its own."""
+    """Flatten neighboring axes of a mesh into one, with a process group of its own."""
     if len(names) == 1:
         return mesh[names[0]]
     return mesh[tuple(names)]._flatten("_".join(names), backend_override=group_options(world, timeout_s))
 
 
 def shard_mesh(mesh: DeviceMesh, world: World, timeout_s: int, within: str = "dp_shard") -> DeviceMesh:
-    """Where parameters are sharded: the dimension ``within`` a copy of the model and ``cp`` as one, after
-    ``dp_replicate`` where there are copies."""
+    """Return the mesh of FSDP: axis ``within`` flattened with ``cp``, and before it ``dp_replicate`` for replicas."""
     names = mesh.mesh_dim_names or ()
     shard = flatten_mesh(mesh, [name for name in (within, "cp") if name in names], world, timeout_s)
     if "dp_replicate" not in names:
@@ -59,16 +59,16 @@ def shard_mesh(mesh: DeviceMesh, world: World, timeout_s: int, within: str = "dp
 
 
 def replica_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
-    """The ranks that hold the same part of the model and see other samples, or other parts of them."""
+    """Return the mesh of the ranks that hold the same part of the model and see other samples or tokens."""
     names = mesh.mesh_dim_names or ()
     return flatten_mesh(mesh, [name for name in names if name not in ("pp", "ep", "tp")], world, timeout_s)
 
 
 def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
-    """The data ranks and ``cp``, with a dimension ``ep`` of neighbours that deal out the experts among themselves.
+    """Return the mesh of the data ranks and ``cp`` with an axis ``ep``, along which experts are sharded.
 
-    It is cut off from ``dp_shard`` where copies are sharded, so that the experts of one are in its own ranks, else from
-    ``dp_replicate``. ``edp`` is what is left of that: ranks to which the same experts are dealt out.
+    The axis is split off from ``dp_shard`` under FSDP, so that all experts of a replica are in its own ranks, else from
+    ``dp_replicate``. ``edp`` is the rest of the split axis: the ranks that hold the same experts.
     """
     split_dim = "dp_shard" if dims.is_sharded else "dp_replicate"
     names = mesh.mesh_dim_names or ()
@@ -80,7 +80,7 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: i
 
 
 def layer_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
-    """The ranks that hold the same layers: all that are at the same place of their pipelines."""
+    """Return the mesh of the ranks that hold the same layers: those at the same place of their pipelines."""
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name != "pp"], world, timeout_s)
 
 
@@ -89,7 +89,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """One rank among ``size``. Collectives must be called by all ranks."""
+    """This rank among ``size``, and collectives, which all ranks must call."""
 
     rank: int
     size: int
@@ -98,32 +98,32 @@ class World:
     node: int
     device: torch.device
     control: dist.ProcessGroup
-    """A gloo group for messages between the processes, apart from the traffic of training."""
+    """A gloo group for messages between the processes, apart from the collectives of training."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """True on rank 0, which writes what is written once."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Sums of the values over all ranks, in float64."""
+        """Sum values over all ranks, in float64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
     def all_reduce(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-        """Sums over all ranks, or those of ``group``, in place; a GPU does it in its queue, and nobody waits."""
+        """All-reduce (sum) a tensor over all ranks, or ``group``, in place; queued on a GPU, without waiting."""
         dist.all_reduce(values, group=group)
         return values
 
     def any(self, *flags: bool) -> list[bool]:
-        """Which flags are set on some rank. Asked between the processes, so no device is waited for."""
+        """Combine flags by logical or over all ranks; on the control group, so no device is waited for."""
         told = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
         return [bool(flag) for flag in told.tolist()]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, on every rank."""
+        """All-gather a value: the values of all ranks, on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
@@ -143,7 +143,7 @@ class World:
 
 
 def ranks_from_env() -> tuple[int, int, int, int, int]:
-    """(rank, world size, local rank, local world size, node) as torchrun sets them; a single process where it did not.
+    """Return (rank, world size, local rank, local world size, node) as torchrun sets them; else those of one process.
 
     Raises:
         ConfigError: only some of the variables are set, or they contradict each other.
@@ -170,7 +170,7 @@ def ranks_from_env() -> tuple[int, int, int, int, int]:
 
 
 def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.device:
-    """The device of this rank: a GPU of its own, or the CPU.
+    """Choose the device of this rank: a GPU of its own, or the CPU.
 
     Raises:
         ConfigError: cuda was asked for and there are fewer GPUs than ranks on this node.
@@ -192,7 +192,7 @@ def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
     """Join the other ranks for the length of a ``with`` block.
 
     Args:
-        wish: the device asked for.
+        wish: the device of the config.
         timeout_s: seconds after which a collective that does not complete raises.
     """
     rank, size, local_rank, local_size, node = ranks_from_env()

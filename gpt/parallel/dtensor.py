@@ -1,7 +1,6 @@
-"""Tensors of which each rank holds a part: the part, how many hold the same, sums over ranks, and modules that compute
-with their part of each parameter.
+"""DTensor utilities: local shards, replicas, bucketed all-reduce, clipping, and modules that compute with their shards.
 
-Must not know who cuts what, nor why.
+Must not know what is sharded over which ranks, nor why.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import scale_to, sum_of_squares
 
 BUCKET_BYTES = 32 * 2**20
-"""As much is sent at once: more hides the latency, and is held twice meanwhile."""
+"""Size of an all-reduce bucket: larger ones hide the latency better, and take as much memory again."""
 
 
 def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Add tensors up over the ranks of a group, in place, ``BUCKET_BYTES`` at a time."""
+    """All-reduce (sum) tensors over a process group, in place, in buckets of ``BUCKET_BYTES``."""
     bucket: list[Tensor] = []
     for tensor, following in zip_longest(tensors, tensors[1:]):
         bucket.append(tensor)
@@ -40,22 +39,22 @@ def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
 
 
 def inverse_replicas(grad: Tensor, ranks: int) -> float:
-    """One over the number of ranks, out of ``ranks``, that hold the same part of this gradient."""
+    """Return 1 over the number of ranks, out of ``ranks``, that hold the same shard of a gradient."""
     if not isinstance(grad, DTensor):
         return 1 / ranks
     placements = list(enumerate(grad.placements))
-    assert not any(placement.is_partial() for _, placement in placements), "a part of a sum has no share"
-    # FSDP2 cuts what was cut before into strided shards, which are no Shard to Python.
+    assert not any(placement.is_partial() for _, placement in placements), "a partial sum has no replicas"
+    # FSDP2 shards what is sharded already into _StridedShard, which is_shard() does not count.
     return math.prod(grad.device_mesh.size(i) for i, placement in placements if not placement.is_replicate()) / ranks
 
 
 def clip_sharded_gradients(gradients: Iterable[tuple[str, Tensor, float]], limit: float, world: World) -> Tensor:
-    """Scale gradients of which each rank holds parts down to a norm of ``limit``, 0 for any; the norm they had, ().
+    """Clip sharded gradients to a global norm of ``limit``, 0 for no limit; return the norm they had, (). Collective.
 
-    Each comes with the share of it that counts on this rank: over the world every element counts once. Collective.
+    Each comes with 1 over the number of its replicas, so that over the world every element counts once.
     """
     parts = [(part, share) for _, part, share in gradients]
-    # Gradients may be offloaded; ranks talk on the device.
+    # Gradients may be offloaded to the host; collectives run on the device.
     norm = world.all_reduce(sum_of_squares(parts).to(world.device)).sqrt()
     if limit > 0:
         scale_to(limit, norm, [part for part, _ in parts])
@@ -63,15 +62,15 @@ def clip_sharded_gradients(gradients: Iterable[tuple[str, Tensor, float]], limit
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
+    """Return this rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute(module: nn.Module, mesh: DeviceMesh, shardings: Mapping[str, Placement]) -> None:
-    """Make the parameters of a module, the same on all ranks of ``mesh``, DTensors: sharded as ``shardings`` says, or
+    """Make the parameters of a module, equal on all ranks of ``mesh``, DTensors: sharded by ``shardings`` or
     replicated.
 
-    One that was cut over other ranks before is cut further.
+    A parameter that is sharded over another mesh already is sharded further.
     """
     for name, parameter in list(module.named_parameters()):
         placement = shardings.get(name, Replicate())
@@ -85,15 +84,15 @@ def distribute(module: nn.Module, mesh: DeviceMesh, shardings: Mapping[str, Plac
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Let a module have ``tensor`` as what it has under ``name``."""
+    """Replace the parameter or buffer ``name`` of a module by ``tensor``."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, tensor)
 
 
 def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None:
-    """Have a module compute with plain tensors: the parts that this rank holds of its parameters at each call.
+    """Have a module compute with this rank's shards of its parameters, as plain tensors.
 
-    ``replicated_gradient``: what the rank then finds of the gradient of a parameter that it holds whole.
+    ``replicated_gradient``: the placement of the gradient that a rank computes for a replicated parameter.
     """
     caller = nn.Module()
     caller.module, caller.forward = module, module.forward
@@ -106,12 +105,12 @@ def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None
 
 
 def local_shard(parameter: Tensor, replicated_gradient: Placement) -> Tensor:
-    """This rank's part of a parameter; the gradient finds its way back."""
+    """Return this rank's shard of a parameter, through which gradients flow back."""
     assert isinstance(parameter, DTensor)
     placements = [replicated_gradient if p.is_replicate() else p for p in parameter.placements]
     return parameter.to_local(grad_placements=placements)
 
 
 def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
-    """``placement`` of the sum of what the ranks of ``mesh`` have."""
+    """Sum a partial tensor over the ranks of ``mesh``; return it in ``placement`` (all-reduce or reduce-scatter)."""
     return DTensor.from_local(part, mesh, [Partial()]).redistribute(placements=[placement]).to_local()

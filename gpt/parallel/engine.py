@@ -1,6 +1,8 @@
-"""What the training loop sees of a way to spread a model over ranks, and the choice of one.
+"""The Engine protocol: a parallelized model with its optimizer, as the training loop sees it.
 
-A strategy is applied to a finished model from outside; the model knows nothing of it.
+An engine is applied to a finished model from outside; the model knows nothing of parallelism. The engines are DDP and
+ZeRO-1 (ddp.py), ND parallelism (nd.py), pipelines (pipeline.py) and DeepSpeed's (deepspeed/);
+gpt/training/parallelize.py chooses one.
 
 Shapes: B sequences, T tokens of one.
 """
@@ -17,49 +19,51 @@ from gpt.checkpoint.formats import Format
 
 
 class Engine(Protocol):
-    """A model spread over the ranks, and its optimizer. Every method is called by all ranks together."""
+    """A model parallelized over the ranks, and its optimizer. Every method is collective."""
 
     module: nn.Module
-    """This rank's share of the model, its parameters named as in the whole one (maybe after ``module.``)."""
+    """This rank's part of the model, its parameters named as in the whole one (maybe after ``module.``)."""
     layer_group: dist.ProcessGroup | None
-    """The ranks that hold the same layers; None means all."""
+    """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
     files: Format
-    """How ``state()`` becomes the files of a checkpoint."""
+    """The checkpoint format that stores what ``state()`` returns."""
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        """Leave in the parameters the gradients of the mean loss over the global batch.
+        """Run forward and backward over all micro-batches, leaving the gradients of the mean loss over the global
+        batch.
 
         Args:
-            tokens_BT: this data rank's sequences of the batch, (per_rank, T).
-            targets_BT: the tokens that follow.
+            tokens_BT: this data-parallel rank's sequences of the global batch, (per_rank, T).
+            targets_BT: the next tokens, (per_rank, T).
             on_micro_batch: called before each micro-batch.
 
         Returns:
-            This rank's share of the summed loss, () float64: over all ranks each token counts once.
+            This rank's part of the summed loss, () float64: over all ranks each token counts once.
         """
         ...
 
     def update(self, lr: float) -> Tensor:
-        """Clip the gradients and step the parameters; the global norm the gradients had, (). Waits for no device."""
+        """Clip the gradients and step the optimizer; return the global gradient norm, (), without a device sync."""
         ...
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """This rank's share of the summed loss of at most a micro-batch, (); for evaluation."""
+        """Return this rank's part of the summed loss of at most a micro-batch, (); for evaluation."""
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
-        """For each parameter with a gradient: its name in the whole model, this rank's part of the gradient, and one
-        over the number of ranks that hold the same part."""
+        """Yield for each parameter with a gradient its name in the whole model, this rank's shard of the gradient, and
+        1
+        over the number of replicas of that shard."""
         ...
 
     def state(self) -> Any:
-        """Model and optimizer state as ``files`` takes it, independent of how they are spread."""
+        """Return model and optimizer state as ``files`` takes it, independent of the parallelism."""
         ...
 
     def load(self, state: Any) -> None:
-        """Take over a state that was loaded into what ``state()`` gave."""
+        """Take over a state that was loaded into what ``state()`` returned."""
         ...
 
     def begin(self) -> None:
-        """Forget what ``state()`` did to an optimizer that has not stepped yet."""
+        """Reset an optimizer that has not stepped yet, whose state ``state()`` initialized."""
         ...

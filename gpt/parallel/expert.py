@@ -1,9 +1,9 @@
-"""Expert parallelism: ranks that see different samples deal out the experts among themselves (arXiv 2006.16668, 3.2).
+"""Expert parallelism: experts sharded over data-parallel ranks (GShard, arXiv 2006.16668, section 3.2).
 
-Each rank routes its own tokens. Their rows travel to the ranks that hold their experts, and what these make of them
-travels back: two exchanges of all with all, and as many of the gradients in the backward pass. So an expert's gradient
-is already the sum over the ranks that dealt with each other; over those that hold the same experts it is summed or
-averaged like every other one. Must not know how rows are chosen.
+Each rank routes its own tokens. An all-to-all dispatches their rows to the ranks that hold their experts, a second one
+combines the results; the backward pass sends gradients the same ways. So the gradient of an expert is already summed
+over the expert-parallel ranks; over the ranks that hold the same experts it is reduced like every other gradient. Must
+not know how rows are routed.
 
 E experts, H experts held here, P ranks, R rows of this rank's tokens, S rows sent here, D width, F inner width.
 """
@@ -33,28 +33,28 @@ from gpt.topology.experts import shard_dimension
 
 
 def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
-    """Leave in every mixture of ``model`` the experts that are dealt out to this rank, and send the rows to them.
+    """Apply expert parallelism over ``mesh`` to every mixture of ``model``: keep this rank's experts, dispatch rows.
 
     Args:
-        model: with all experts, the same on every rank.
-        line: the ranks that deal them out among themselves.
-        averaged: whether gradients are averaged afterwards over the ranks that hold the same experts. What is averaged
-            over all data ranks elsewhere is summed over ``mesh`` already, and so divided here.
+        model: with all experts, equal on every rank.
+        mesh: the expert-parallel ranks.
+        averaged: True where FSDP averages gradients over the ranks that hold the same experts. Other gradients are
+            averaged over all data ranks; those of experts are summed over ``mesh`` already, and so divided here.
     """
     share = 1 / mesh.size() if averaged else 1.0
     for mixture in mixtures(model):
         for name, whole in list(mixture.experts.named_parameters()):
             mine = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
             setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
-        # Each call is of another length and waits for other ranks, which no compiler can see through.
+        # Each call has another length and waits for other ranks, so it is not compiled.
         send = torch.compiler.disable(build_dispatch(mixture, mesh.get_group(), share))
         mixture.give_to_experts = send  # type: ignore[method-assign]
 
 
 def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
-    """Cut the experts that were dealt out to a rank over those that hold the same ones (FSDP2).
+    """Shard a rank's experts over the ranks that hold the same ones (FSDP2).
 
-    FSDP2 gathers parameters when their module is called. Inside a block that would be in the middle of what is
+    FSDP2 all-gathers parameters when their module is called. Inside a block that would be in the middle of what is
     recomputed or compiled, where torch 2.13 refuses it; so the experts' module is called around the whole block.
     """
     for block in model.blocks:
@@ -65,19 +65,19 @@ def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: 
 
 
 def call_module(module: nn.Module, *inputs: Any) -> Any:
-    """Call a module, hooks and all. As a function, which can become an attribute without becoming a submodule."""
+    """Call a module with its hooks; a function, since a module as an attribute would become a submodule."""
     return module(*inputs)
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model that are dealt out."""
+    """List the parameters of a model that are sharded over expert-parallel ranks."""
     return [parameter for mixture in mixtures(model) for parameter in mixture.experts.parameters()]
 
 
 def build_dispatch(
     mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """``MixtureOfExperts.give_to_experts`` where this rank holds a part of them."""
+    """Build ``MixtureOfExperts.give_to_experts`` for sharded experts: dispatch, compute, combine."""
 
     def forward(x_RD: Tensor, ends_E: Tensor) -> Tensor:
         experts = mixture.experts
@@ -92,7 +92,7 @@ def build_dispatch(
 
 
 def local_experts(weight: Tensor, share: float) -> Tensor:
-    """This rank's experts of a parameter, whose gradient is multiplied by ``share``."""
+    """Return this rank's experts of a parameter, with the gradient multiplied by ``share``."""
     mine = local_tensor(weight)
     # FSDP2 could divide too, but by a factor that gloo cannot (PREMUL_SUM), or twice where one rank has the experts.
     if share != 1 and mine.requires_grad:
@@ -102,22 +102,22 @@ def local_experts(weight: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Who sends how many rows to whom, and where the rows of each expert then lie."""
+    """Sizes of the all-to-all of rows, and the order that sorts received rows by expert."""
 
     sent: list[int]
     """Rows from here to each rank."""
     received: list[int]
     """Rows from each rank to here."""
     order: Tensor
-    """(S,): sorts the rows that come rank by rank by expert; those of one expert stay in the order of ranks."""
+    """(S,): sorts received rows by expert; rows of one expert stay in the order of ranks."""
     ends: Tensor
-    """(H,): where each expert's rows end then, int32."""
+    """(H,): ends of each expert's rows after sorting, int32."""
 
 
 def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> DispatchPlan:
-    """The plan for rows that end at ``ends_E`` for each expert.
+    """Plan the dispatch of rows that end at ``ends_E`` for each expert.
 
-    With fixed places all ranks know it, and the device is not waited for. Else the ranks tell each other.
+    With fixed places (a capacity) all ranks know the sizes, and the device is not waited for. Else they are exchanged.
     """
     ranks, device = group.size(), ends_E.device
     held = len(ends_E) // ranks
@@ -135,14 +135,14 @@ def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_pla
 
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send to every rank of a group its rows, in the order of ranks; what they send here in the same order."""
+    """Exchange rows with every rank of a group, in the order of ranks (all_to_all_single with unequal sizes)."""
     # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
     operations = torch.ops._c10d_functional
     return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
 
 
 class AllToAll(torch.autograd.Function):
-    """``all_to_all``; gradients go the way back."""
+    """``all_to_all`` whose backward pass sends gradients the reverse way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -1,6 +1,6 @@
 """FSDP2 (``fully_shard``): parameters, gradients and optimizer state sharded over the ranks (arXiv 2304.11277).
 
-With fewer ranks to a copy than there are (HSDP), each copy is sharded and the gradients of the copies are averaged.
+With several replicas (HSDP), each one is sharded, and gradients are averaged between replicas.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from gpt.config import Precision, TrainConfig
 
 
 def apply_fsdp(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: TrainConfig) -> None:
-    """Cut every parameter of ``model`` over the ranks of ``mesh``, each of the ``blocks`` gathered by itself."""
-    # torch 2.13 warns that nobody may write into the logits, which are a view. The loss does not.
+    """Shard every parameter of ``model`` over ``mesh``; each of the ``blocks`` is all-gathered by itself."""
+    # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for module in (*blocks, model):
         fsdp_shard_module(module, mesh, config)
 
 
 def fsdp_shard_module(module: nn.Module, mesh: DeviceMesh, config: TrainConfig, dimension: int = 0) -> None:
-    """Cut those parameters of ``module`` that are whole so far along a dimension; they are gathered together."""
+    """Shard the parameters of ``module`` that are not sharded yet along a dimension; they are all-gathered together."""
     bf16 = config.precision is Precision.bf16
-    # Only memory that is pinned is copied to a GPU while that computes.
+    # Only copies from pinned memory overlap with computing on the GPU.
     host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     fully_shard(
         module,

@@ -1,12 +1,12 @@
-"""A model spread along several dimensions of a grid of ranks: sharded or copied over the data ranks.
+"""ND parallelism on a device mesh: tensor, context and expert parallelism with FSDP or replicas over the data ranks.
 
-Owns the order in which the ways are applied (inner ones first), and what all of them share: gradients that are summed
-over the ranks that saw other tokens, and a norm in which every element counts once. Each way is a module of its own.
+Owns the order in which they are applied (innermost axis first), the all-reduce of gradients over ranks that saw other
+tokens, and a gradient norm in which every element counts once. Each kind of parallelism is a module of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
@@ -29,12 +29,10 @@ from gpt.topology.dims import ParallelDims
 
 
 class NDEngine(TorchEngine):
-    """A model cut along the dimensions of the grid, whose parameters the data ranks shard (fsdp) or copy (ddp).
+    """A model sharded along the axes of the mesh, with its parameters sharded (fsdp) or replicated (ddp) over data
+    ranks.
 
-    A sequence that ``cp`` ranks share gives each of them a part of the gradient, so there they count as data ranks.
-
-    Copies sum their gradients here, after the last pass, without DistributedDataParallel: that wants every parameter on
-    one kind of mesh, and a pipeline's schedule would call it for one stage while another still computes.
+    Context-parallel ranks each have a part of the gradient of a sequence, so for gradients they count as data ranks.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
@@ -45,7 +43,7 @@ class NDEngine(TorchEngine):
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._all_reduced: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
-        """Parameters whose gradients are summed here, and over which ranks."""
+        """Parameters whose gradients are all-reduced here, with the ranks to reduce over."""
         module, parts = self.split_model(model, config, world, batch)
         data = self.mesh
         if dims.ep > 1:
@@ -63,20 +61,29 @@ class NDEngine(TorchEngine):
             for part in parts:
                 apply_fsdp(part, list(part.blocks), fsdp_mesh, config)
         else:
+            # Replicas all-reduce their gradients after the last micro-batch, without DistributedDataParallel: that
+            # wants every parameter on one kind of mesh, and a pipeline schedule would end it for one stage while
+            # another still computes.
             experts = expert_parameters(module) if dims.ep > 1 else []
             rest = [p for p in module.parameters() if not any(p is other for other in experts)]
             for chosen, mesh in ((rest, self.mesh), (experts, data)):
                 self._all_reduced.append((chosen, replica_mesh(mesh, world, timeout_s).get_group()))
         averaged = dims.data_ranks * dims.cp if self._sharded else 1
-        super().__init__(module, module, config, world, dims, batch, averaged)
+        super().__init__(
+            module,
+            module,
+            config,
+            world,
+            dims,
+            batch,
+            averaged,
+            sync_context=self._sync_last,
+            reduce_gradients=self._reduce_after,
+        )
 
     def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
-        """What this rank holds of the model: all of it as one module, and the parts that are called by themselves."""
+        """Return this rank's part of the model as one module, and the parts of it that are called by themselves."""
         return model, [model]
-
-    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        """Forward and backward passes over a data rank's sequences; returns what ``backward`` does."""
-        return super().backward(tokens_BT, targets_BT, on_micro_batch)
 
     def _apply_tensor_parallel(self, parts: Sequence[GPT], config: TrainConfig, mesh: DeviceMesh) -> None:
         for part in parts:
@@ -86,22 +93,17 @@ class NDEngine(TorchEngine):
             columns = config.model.padded_vocab // mesh.size()
             self.criterion = vocabulary_loss(mesh, columns, config.model.vocab_size)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        loss_sum = self.forward_backward(tokens_BT, targets_BT, on_micro_batch)
+    def _reduce_after(self) -> None:
+        """All-reduce the gradients that FSDP did not reduce in the last backward pass."""
         if self.dims.tp > 1 and not self._sharded:
             reduce_partial_gradients(self.module, self.mesh["tp"])
         for parameters, group in self._all_reduced:
             all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
-        return loss_sum
-
-    def micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return super().micro_batch_loss(self.local_tokens(tokens_BT), self.local_tokens(targets_BT))
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
-        """What this rank takes of the tokens, or of the targets, of each sequence."""
         return x_BT if self._sequence is None else self._sequence.part(x_BT)
 
-    def micro_batch_context(self, last: bool) -> AbstractContextManager[object]:
+    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         return nullcontext()
@@ -115,5 +117,5 @@ class NDEngine(TorchEngine):
                 yield name, local_tensor(parameter.grad), inverse_replicas(parameter.grad, self.owners(name))
 
     def owners(self, name: str) -> int:
-        """Ranks that hold a parameter, or parts of it."""
+        """Count the ranks that hold a parameter, or a shard of it."""
         return self.world.size

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule (arXiv 1711.05101; cosine: arXiv 1608.03983)."""
+"""AdamW (arXiv 1711.05101), and clipping and norms of gradients of which each rank holds a shard."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from gpt.config import OptimConfig
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, also for a model of which some parameters are DTensors and some are not: its fused step, which is the
-    one for GPUs, refuses a list with both."""
+    """torch's AdamW for a mix of DTensors and plain tensors, stepped apart: the fused step refuses a list of both."""
 
     def step(self, closure: Any = None) -> Any:
         everything = [group["params"] for group in self.param_groups]
@@ -30,7 +29,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW) -> torch.optim.AdamW:
-    """AdamW over the parameters of ``module``; weight decay for matrices, none for biases and norms."""
+    """Build AdamW over the parameters of ``module``, with weight decay for matrices and none for biases and norms."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -47,9 +46,9 @@ def build_optimizer(module: nn.Module, config: OptimConfig, kind: type[torch.opt
 
 
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients down to a global norm of ``limit`` (0: leave them) and return the norm they had, ().
+    """Clip the gradients to a global norm of ``limit`` (0: leave them); return the norm they had, ().
 
-    For a rank that holds all of them. Does not wait for the device.
+    For a rank that holds them whole. Does not wait for the device.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -59,10 +58,10 @@ def clip_gradients(module: nn.Module, limit: float) -> Tensor:
 
 
 def sum_of_squares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """This rank's share of the sum of squares of gradients of which it holds parts, () float64.
+    """Return this rank's part of the sum of squares of sharded gradients, () float64.
 
     Args:
-        parts: each with one over the number of ranks that hold the same part. At least one.
+        parts: shards, each with 1 over the number of its replicas. At least one.
     """
     # float64 on the device: the squares of a whole model do not fit the digits of a float32.
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
@@ -70,15 +69,15 @@ def sum_of_squares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def sum_of_elements(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The same for the sum of their elements."""
+    """Return this rank's part of the sum of the elements of sharded gradients, () float64."""
     return (torch.stack([part.sum() for part, _ in parts]).double() * share_tensor(parts)).sum()
 
 
 def share_tensor(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The second of each pair, (pairs,) float64, where the first ones are."""
+    """Return the inverse replica counts, (pairs,) float64, on the device of the shards."""
     return torch.tensor([share for _, share in parts], dtype=torch.float64, device=parts[0][0].device)
 
 
 def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
-    """Scale parts of gradients, in place, whose global norm () is ``norm`` down to one of ``limit``."""
+    """Scale shards of gradients of global norm ``norm`` (), in place, to a norm of at most ``limit``."""
     torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0]))

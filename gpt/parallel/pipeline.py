@@ -1,7 +1,8 @@
-"""Pipeline parallelism: the layers dealt out to ranks, through which micro-batches flow (torch.distributed.pipelining).
+"""Pipeline parallelism: stages of layers on different ranks, with torch's schedules (torch.distributed.pipelining).
 
-Owns the stages of this rank, torch's schedule that runs them, and the tied embedding that the first and the last stage
-both hold. Whatever else spreads the model is applied to the stages afterwards. The split is gpt/topology/pipeline.py's.
+``Pipeline`` owns the stages of this rank, the schedule that runs micro-batches through them, and the tied embedding
+that the first and the last stage both hold. ``PipelineEngine`` applies the other kinds of parallelism to each stage, as
+``NDEngine`` does to a whole model. gpt/topology/pipeline.py splits the layers.
 
 Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
 """
@@ -47,17 +48,17 @@ SCHEDULES = {
     Schedule.dualpipev: ScheduleDualPipeV,
 }
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Of logits and targets: the summed loss."""
+"""Summed loss of logits and targets."""
 
 
 class Pipeline:
-    """This rank's stages of a model, and how they work together with those of the other ranks.
+    """This rank's stages of a model, and the schedule that runs them together with those of the other ranks.
 
     Args:
-        model: the whole one; its parts go over to the stages.
+        model: the whole model, whose layers the stages take over.
         config: of the run.
         world: all ranks.
-        batch: how the global batch is cut; its passes are the micro-batches.
+        batch: the split of the global batch.
         group: the ranks of this pipeline, in order.
     """
 
@@ -65,16 +66,16 @@ class Pipeline:
         self.group = group
         self._config, self._device, self._batch = config, world.device, batch
         self._time = config.model.block_size // config.parallel.cp
-        """Tokens of each sequence that this rank takes."""
+        """Tokens of each sequence on this rank."""
         self.sharded = config.parallel.strategy is Strategy.fsdp
         self._count = config.parallel.pp * local_stages(config.parallel)
         self._owner = {s: rank for rank in range(config.parallel.pp) for s in stage_indices(config.parallel, rank)}
         place = dist.get_rank(group)
         held = zip(stage_indices(config.parallel, place), rank_stages(config, place), strict=True)
         self.stages = {index: Stage(model, part.blocks, part.first, part.last) for index, part in held}
-        """Those of this rank, by their place in the pipeline."""
+        """This rank's stages, by their index in the pipeline."""
         self.module = merge_stages(model, list(self.stages.values()))
-        """The same as one module, whose names are those of the model; to be stepped and stored, not to be called."""
+        """The stages as one module with the parameter names of the model; to be stepped and stored, not called."""
         self.tied = TiedEmbedding(self)
         for stage in self.stages.values():
             stage.to(world.device)
@@ -91,7 +92,7 @@ class Pipeline:
         criterion: Criterion,
         on_micro_batch: Callable[[], None],
     ) -> Tensor:
-        """Send a data rank's sequences through all stages and back; gradients are of the summed loss times ``scale``.
+        """Run forward and backward of a data rank's micro-batches; gradients are of the summed loss times ``scale``.
 
         Returns:
             The summed loss where the last stage is, 0 elsewhere, () float64.
@@ -110,9 +111,9 @@ class Pipeline:
         return torch.stack([loss.detach().double() for loss in losses]).sum() / scale
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, criterion: Criterion) -> Tensor:
-        """Summed loss where the last stage is, 0 elsewhere, (); forward only, of any number of sequences.
+        """Return the summed loss on the rank of the last stage, 0 elsewhere, (); forward only, any number of sequences.
 
-        A rank goes on as soon as it has handed its part over, so passes one after another fill the pipeline.
+        A rank goes on as soon as it has sent its activations, so consecutive calls fill the pipeline.
         """
         x = tokens_BT.to(self._device)
         total = torch.zeros((), device=self._device)
@@ -129,16 +130,16 @@ class Pipeline:
         return total
 
     def rank_of(self, stage: int) -> int:
-        """The rank, in the world, that holds a stage of this pipeline."""
+        """Return the global rank that holds a stage of this pipeline."""
         return dist.get_global_rank(self.group, self._owner[stage])
 
     def owners(self, name: str) -> int:
-        """Ranks of this pipeline that hold a parameter."""
+        """Count the ranks of this pipeline that hold a parameter."""
         return 2 if self.tied.apart and name == "token_embedding.weight" else 1
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The first and the last stage."""
+        """Indices of the first and the last stage."""
         return 0, self._count - 1
 
     def _run_stage(self, forward: Callable[[Tensor], Tensor], last: bool, x: Tensor) -> Tensor:
@@ -148,9 +149,10 @@ class Pipeline:
         return y if last else y.to(self._hidden(0, torch.device("meta")).dtype)
 
     def _hidden(self, sequences: int, device: torch.device) -> Tensor:
-        """A tensor like those that go from stage to stage, (B, T, D), or this rank's slice of them along T.
+        """Return a tensor like those sent between stages: hidden states (B, T, D), or this rank's shard of them along
+        T.
 
-        Residual stream and norms are fp32 under autocast; fsdp computes with bf16 weights, and casts what enters.
+        Residual stream and norms are fp32 under autocast; FSDP computes with bf16 weights, and casts inputs.
         """
         slices = self._config.parallel.tp if self._config.parallel.sequence_parallel else 1
         dtype = torch.bfloat16 if self.sharded and self._config.precision is Precision.bf16 else torch.float32
@@ -174,7 +176,7 @@ class Pipeline:
         return kind(held, self._batch.accumulation, loss_fn=lambda *pair: self._objective(*pair), scale_grads=False)
 
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
-        """Shape and type of what enters or leaves a stage; not told, torch would find out by a pass of its own."""
+        """Return shape and type of a stage's input or output, which torch would else infer by a forward pass."""
         model, parallel, meta = self._config.model, self._config.parallel, torch.device("meta")
         shape = (self._batch.micro, self._time)
         if tokens:
@@ -187,10 +189,10 @@ class Pipeline:
 
 
 class TiedEmbedding:
-    """The embedding that is the output matrix too, where first and last stage hold a tensor each; else nothing.
+    """A tied embedding whose copies are in the first and the last stage; does nothing for an untied model.
 
-    Both get the sum of the two gradients. On different ranks both are stepped, and stay equal. On one rank they are one
-    parameter; only fsdp, which gathers each stage by itself, wants two, and then the second follows the first.
+    Both copies get the sum of the two gradients. On different ranks both are stepped, and stay equal. On one rank they
+    are one parameter; only FSDP, which all-gathers each stage by itself, needs two, and the second copies the first.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -199,7 +201,7 @@ class TiedEmbedding:
         tied = pipeline.module.config.tie_embeddings
         here = [stages[end] for end in (first, last) if end in stages and tied]
         self.apart = tied and pipeline.rank_of(first) != pipeline.rank_of(last)
-        """Whether two ranks hold it."""
+        """True where the copies are on different ranks."""
         self._mine = here[0] if here and self.apart else None
         self._peer = pipeline.rank_of(last if first in stages else first)
         self._pair = here if len(here) == 2 and pipeline.sharded else None
@@ -208,7 +210,7 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Add up the gradients of the two, after those of the data ranks."""
+        """Sum the gradients of both copies, after the reduction over data ranks."""
         if self._mine is not None:
             grad = gradient_of(self._mine)
             own, theirs = grad.contiguous(), torch.empty_like(grad)
@@ -223,21 +225,21 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def copy_to_second(self) -> None:
-        """Give the second what the first was stepped to."""
+        """Copy the stepped first parameter to the second."""
         if self._pair is not None:
             first, second = (stage.token_embedding.weight for stage in self._pair)
             local_tensor(second).copy_(local_tensor(first))
 
 
 def gradient_of(stage: Stage) -> Tensor:
-    """This rank's part of the gradient of the tied matrix."""
+    """Return this rank's shard of the gradient of the tied matrix."""
     grad = stage.token_embedding.weight.grad
     assert grad is not None
     return local_tensor(grad)
 
 
 def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
-    """The stages of a rank as one module."""
+    """Merge the stages of a rank into one module."""
     if len(stages) == 1:
         return stages[0]
     blocks = [int(number) for stage in stages for number, _ in stage.blocks.named_children()]
@@ -245,14 +247,14 @@ def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
 
 
 def reshard(stage: nn.Module) -> None:
-    """Give back what was gathered for a pass, which nothing else does where there is no backward pass."""
+    """Free the parameters that FSDP all-gathered for a forward pass without a backward pass."""
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 class PipelineEngine(NDEngine):
-    """Each rank holds some stages of the model; what else spreads it is applied to each of them."""
+    """A model split into pipeline stages, to each of which the other kinds of parallelism are applied."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         super().__init__(model, config, world, dims, batch)
@@ -263,15 +265,14 @@ class PipelineEngine(NDEngine):
         self._pipeline = Pipeline(model, config, world, batch, self.mesh["pp"].get_group())
         return self._pipeline.module, list(self._pipeline.stages.values())
 
-    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+        # The schedule runs all micro-batches, in an order of its own.
         self.module.zero_grad(set_to_none=True)
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
-        return self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch) * self.loss_weight
-
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        loss_sum = super().backward(tokens_BT, targets_BT, on_micro_batch)
+        loss_sum = self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch)
+        self._reduce_gradients()
         self._pipeline.tied.sum_gradients()
-        return loss_sum
+        return loss_sum * self.loss_weight
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return (

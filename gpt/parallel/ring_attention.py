@@ -1,11 +1,11 @@
-"""Ring attention: keys and values go round the ranks that share a sequence, and meet every query (arXiv 2310.01889).
+"""Ring attention: keys and values circulate among the context-parallel ranks and meet every query (arXiv 2310.01889).
 
-While a rank computes with one block the next one is on its way, and no rank ever holds more than two: memory does not
-grow with the length of a sequence where ranks grow with it. Owns the passing round, and which part of a block a rank's
-queries may see. The arithmetic is gpt/model/blockwise_attention.py.
+While a rank computes with one block the next one is in transfer, and no rank ever holds more than two, so memory per
+rank stays constant where ranks grow with the sequence length. Owns the transfers, and the part of a block that is
+visible to a rank's queries. The arithmetic is gpt/model/blockwise_attention.py.
 
 B sequences, T tokens of one that a rank holds, H heads, K key-value heads, C head width. A rank holds an early and a
-late chunk of each sequence, as gpt/parallel/context.py deals them out. A block is keys and values: (2, B, K, T, C).
+late chunk of each sequence, as gpt/parallel/context.py shards them. A block is keys and values: (2, B, K, T, C).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from gpt.config import AttentionBackend
 from gpt.model.blockwise_attention import attend_block, attend_block_backward, merge
 
 KEYS, GRADIENTS = 0, 1
-"""Tags that tell apart what is under way at the same time."""
+"""Tags that tell apart concurrent transfers."""
 
 
 def ring_attend(
     group: dist.ProcessGroup, backend: AttentionBackend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor
 ) -> Tensor:
-    """Attention of this rank's queries to the keys of all ranks of ``group``: (B, H, T, C)."""
+    """Attend from this rank's queries to the keys of all ranks of ``group``: (B, H, T, C)."""
     y_BHTC: Tensor = RingAttention.apply(q_BHTC, k_BKTC, v_BKTC, group, backend is not AttentionBackend.manual)
     return y_BHTC
 
 
 class RingAttention(torch.autograd.Function):
-    """Causal attention over all blocks of the ring; on the way back keys go round again, with their gradients."""
+    """Causal attention over all blocks of the ring; in the backward pass keys circulate again, with their gradients."""
 
     @staticmethod
     def forward(
@@ -54,7 +54,7 @@ class RingAttention(torch.autograd.Function):
             part, part_lse = merge(y_BHTC[:, :, first:], lse_BHT[:, :, first:], part, part_lse)
             y_BHTC = torch.cat((y_BHTC[:, :, :first], part), dim=2)
             lse_BHT = torch.cat((lse_BHT[:, :, :first], part_lse), dim=2)
-        # In memory by tokens, as the kernels give it: the output matrix then keeps this, and no copy of it.
+        # Token-major in memory, as the kernels return it, so that the output matrix saves this tensor and no copy.
         y_BHTC = y_BHTC.type_as(q_BHTC).transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(q_BHTC, own, y_BHTC, lse_BHT)
         ctx.group, ctx.fused = group, fused
@@ -94,8 +94,10 @@ def block_gradients(
     causal: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What the first ``keys`` of a block and the queries from ``first`` on give each other: the gradients of the
-    queries, and of keys and values as one tensor, in the precision that they are summed in."""
+    """Compute the gradients between the first ``keys`` of a block and the queries from ``first`` on.
+
+    Returns those of the queries, and those of keys and values as one tensor, in the precision of the accumulation.
+    """
     grad, q, y, lse = (x[:, :, first:].contiguous() for x in (grad_BHTC, q_BHTC, y_BHTC, lse_BHT))
     k, v = block[..., :keys, :]
     dq, dk, dv = attend_block_backward(grad, q, k, v, y, lse, causal, fused)
@@ -103,16 +105,16 @@ def block_gradients(
 
 
 def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:
-    """Of another rank's block: from which of this rank's queries on it is seen, and how many of its keys are.
+    """Return the first of this rank's queries that attends to another rank's block, and the number of keys it sees.
 
-    A rank's early chunk comes before those of higher ranks, and its late one after theirs. So of a lower rank every
-    query sees the early chunk, and of a higher one the late queries see both.
+    A rank's early chunk comes before those of higher ranks, and its late one after theirs. So every query sees the
+    early chunk of a lower rank, and the late queries see both chunks of a higher one.
     """
     return (0, tokens // 2) if owner < rank else (tokens // 2, tokens)
 
 
 class Ring:
-    """The ranks of a group, each passing on to the one after it."""
+    """A process group as a ring, in which each rank sends to the next one."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -120,19 +122,19 @@ class Ring:
         self.next = (self.rank + 1) % self.ranks
 
     def others(self) -> list[int]:
-        """Whose block arrives, one after the other; the last is the next rank's, which is passed on to it no more."""
+        """List the owners of the blocks in order of arrival; the last one is the next rank's, and is not sent on."""
         return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
 
     def send_to_next(self, x: Tensor, tag: int) -> Transfer:
-        """Begin to send a tensor to the next rank and to receive the one before's, of the same shape."""
+        """Start sending a tensor to the next rank and receiving the previous one's, of the same shape."""
         return Transfer(self, x, tag)
 
 
 class Transfer:
-    """A tensor on its way to the next rank, while another comes from the one before."""
+    """An asynchronous send to the next rank together with a receive from the previous one."""
 
     def __init__(self, ring: Ring, x: Tensor, tag: int) -> None:
-        # What is sent must stay as it is until it is gone.
+        # The send buffer must not change until the send completes.
         self._sent, self._received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         after = dist.get_global_rank(ring.group, ring.next)
         before = dist.get_global_rank(ring.group, (ring.rank - 1) % ring.ranks)
@@ -144,7 +146,7 @@ class Transfer:
         )
 
     def wait(self) -> Tensor:
-        """The tensor that has arrived."""
+        """Wait for the transfer; return the received tensor."""
         for work in self._works:
             work.wait()
         return self._received

@@ -1,14 +1,14 @@
-"""Tensor parallelism: the matrices of a model cut over a line of ranks, which work on the same tokens.
+"""Tensor parallelism: the matrices of a model sharded over ranks that work on the same tokens.
 
 After Megatron-LM (arXiv 1909.08053, section 3). Queries, keys, values and the first matrices of the feed-forward layer
-are cut by their outputs, that is by heads and by inner width. The matrices that write into the residual stream are cut
-by their inputs, and what the ranks get is summed. Embedding and output matrix are cut by the vocabulary
-(gpt/parallel/vocab.py). Between these, each rank has its slice of the sequence (``parallel.sequence_parallel``,
-arXiv 2205.05198, section 4.2.2), or all of it.
+are column-parallel: sharded by their outputs, that is by heads and by inner width. The matrices that write into the
+residual stream are row-parallel: sharded by their inputs, their results summed over the ranks. Embedding and output
+matrix are sharded by the vocabulary (gpt/parallel/vocab.py). Between these, hidden states are sharded along the
+sequence (``parallel.sequence_parallel``, arXiv 2205.05198, section 4.2.2), or replicated.
 
-Owns what is cut where. It is hung on the model from outside, with torch's styles for its Linear layers; whatever is
-between the parts of a block is a plain tensor. All parameters become DTensors, also those that every rank holds whole;
-where a rank saw a part of the tokens or of the heads only, their gradient is a part of a sum.
+Owns the sharding plan. It is applied to the model from outside, with torch's parallel styles for Linear layers;
+activations between the modules of a block are plain tensors. All parameters become DTensors, also the replicated ones;
+where a rank saw only a shard of the tokens or heads, their gradient is partial until it is reduced.
 
 B batch, T time, D width, H heads, C head width, V vocabulary.
 """
@@ -38,20 +38,20 @@ from gpt.parallel.dtensor import all_reduce_in_buckets, compute_on_shards, distr
 from gpt.parallel.vocab import ShardedEmbedding
 
 REPLICATED, SEQUENCE, HEADS, VOCABULARY = Replicate(), Shard(1), Shard(2), Shard(-1)
-"""What a rank has of activations: all, or its slice of (B, T, D) along T, of (B, T, H, C) along H, of (B, T, V)."""
+"""Placements of activations: replicated, or sharded: (B, T, D) along T, (B, T, H, C) along H, (B, T, V) along V."""
 
 MIXTURE_PLACEMENTS: dict[str, Placement] = {
     **{"experts.gate": Shard(1), "experts.up": Shard(1), "experts.down": Shard(2)},
     **{"shared.gate.weight": Shard(0), "shared.up.weight": Shard(0), "shared.down.weight": Shard(1)},
 }
-"""Where the inner width is in the matrices of a mixture of experts."""
+"""Shardings of the matrices of a mixture of experts, along their inner width."""
 
 
 def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) -> None:
-    """Cut ``model``, or a stage of one, which is the same on all ranks of ``mesh``, and have them meet in its passes.
+    """Apply tensor parallelism over ``mesh`` to ``model``, or a pipeline stage of one, equal on all of its ranks.
 
-    It takes tokens as before. Of the logits it gives this rank's columns (``loss_parallel``) or all; what the model
-    leaves out as padding of the vocabulary is padding among any rank's columns too.
+    The model takes tokens as before. It returns this rank's columns of the logits (``loss_parallel``) or all of them;
+    padding of the vocabulary may be among any rank's columns.
     """
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
     apply_styles(model, mesh, outer_styles(model, hidden, VOCABULARY if config.loss_parallel else REPLICATED))
@@ -60,14 +60,14 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) 
 
 
 def apply_styles(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
-    """Hang styles on the parts of a module that this variant of the model has."""
+    """Apply parallel styles to those submodules of the plan that this variant of the model has."""
     there = dict(module.named_modules())
-    # No values are sent: every rank has them.
+    # No broadcast of values: every rank has them.
     parallelize_module(module, mesh, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
 
 
 def outer_styles(model: GPT, hidden: Placement, logits: Placement) -> dict[str, ParallelStyle]:
-    """What is before and after the blocks."""
+    """Return the styles of the modules before and after the blocks."""
     head: ParallelStyle = ColwiseParallel(input_layouts=hidden, output_layouts=logits)
     if model.config.tie_embeddings:
         head = PrepareModuleInputOutput(
@@ -85,10 +85,10 @@ def outer_styles(model: GPT, hidden: Placement, logits: Placement) -> dict[str, 
 
 
 def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle]:
-    """Two pairs of matrix products, in each the first cut by outputs and the second by inputs, and what is between."""
+    """Return the styles of a block: attention and feed-forward layer, each column-parallel and then row-parallel."""
     plan: dict[str, ParallelStyle] = {
         "attention_norm": Replicated(hidden),
-        # The stream is gathered once for queries, keys and values, and their gradients are added before they are sent.
+        # One all-gather for queries, keys and values, and one reduce-scatter of the sum of their gradients.
         "attention": PrepareModuleInput(input_layouts=(hidden, None), desired_input_layouts=(REPLICATED, None)),
         "attention.query": ColwiseParallel(),
         "attention.key": ColwiseParallel(),
@@ -110,10 +110,10 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
 
 
 class Replicated(ParallelStyle):
-    """A module that is given ``placement`` of its input, gives that of its output, and has its parameters whole.
+    """Style of a module with replicated parameters, whose input and output have one placement.
 
-    Where the layout is a slice, this rank's gradient is what the slice adds to it. ``starts_at_slice``: the module also
-    takes the position of its first token.
+    Where that is a shard, the gradient of the parameters is partial. ``starts_at_slice``: the module also takes the
+    position of its first token.
     """
 
     def __init__(self, placement: Placement, starts_at_slice: bool = False) -> None:
@@ -129,16 +129,16 @@ class Replicated(ParallelStyle):
 
 
 def shift_positions(forward: Callable[[Tensor, int], Tensor], slices: int, x_BTD: Tensor, start: int = 0) -> Tensor:
-    """Call ``forward`` for tokens that come so many slices later in the sequence."""
+    """Call ``forward`` with positions shifted by a number of sequence shards."""
     return forward(x_BTD, start + slices * x_BTD.size(1))
 
 
 class ShardedMixture(ParallelStyle):
-    """A mixture of experts, each of them cut by its inner width. Every rank routes all tokens, so all ranks alike.
+    """Style of a mixture of experts, each expert sharded by its inner width. Every rank routes all tokens alike.
 
-    Inside, a rank computes its part of a sum: of the result, of the gradient of the input, of that of the router. So
-    nothing is sent before the end; and the losses of routing, which every rank computes whole, have to count as much as
-    one over the number of ranks.
+    Inside, everything a rank computes is partial: the result, the gradient of the input, that of the router. So there
+    is no collective before the end; and the routing losses, which every rank computes whole, are weighted by one over
+    the number of ranks.
     """
 
     def __init__(self, hidden: Placement) -> None:
@@ -157,7 +157,7 @@ class ShardedMixture(ParallelStyle):
 
 
 def reduce_partial_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
-    """After the last pass, sum the gradients of which each rank of ``mesh`` has a part. fsdp does so by itself."""
+    """All-reduce partial gradients over ``mesh`` after the last micro-batch. Under FSDP its reduce-scatter does so."""
     parts = []
     for parameter in module.parameters():
         grad = parameter.grad

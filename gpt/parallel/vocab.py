@@ -1,4 +1,4 @@
-"""The vocabulary cut over a line of ranks: the embedding's rows, and the loss of logits whose columns lie apart.
+"""The vocabulary sharded over ranks: the rows of the embedding, and the loss of logits sharded by columns.
 
 For tensor parallelism (gpt/parallel/tensor.py), after arXiv 1909.08053, section 3. Must not know the rest of the model.
 
@@ -24,7 +24,7 @@ from gpt.parallel.dtensor import distribute, local_tensor, reduce_partial
 
 
 class ShardedEmbedding(ParallelStyle):
-    """An embedding of which each rank holds the rows of some tokens; ``hidden`` of what is looked up comes out.
+    """Style of an embedding sharded by rows (tokens), whose output has the placement ``hidden``.
 
     torch's RowwiseParallel takes embeddings too, but the gradient that it leaves on each rank is as large as the whole
     matrix (torch 2.13).
@@ -36,7 +36,7 @@ class ShardedEmbedding(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
-        if isinstance(module.weight, DTensor):  # two stages of a pipeline may have it
+        if isinstance(module.weight, DTensor):  # tied, and seen in another pipeline stage already
             return module
         distribute(module, device_mesh, {"weight": Shard(0)})
         replace_forward(module, partial(look_up, module, device_mesh, self.hidden))
@@ -44,7 +44,7 @@ class ShardedEmbedding(ParallelStyle):
 
 
 def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
-    """The rows of the tokens, each from the rank that holds it: the others add zeros."""
+    """Look up tokens in a row-sharded embedding: each rank gives its rows, and zeros for the others, to be summed."""
     weight_VD = local_tensor(embedding.weight)
     row_BT = tokens_BT - mesh.get_local_rank() * len(weight_VD)
     elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))
@@ -53,12 +53,12 @@ def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens
 
 
 def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The cross-entropy, in nats, summed over the tokens, in fp32: of logits (B, T, V) and targets (B, T).
+    """Build the summed cross-entropy, in nats and fp32, of column-sharded logits (B, T, V) and targets (B, T).
 
     Args:
-        line: the ranks, each of which holds ``columns`` columns of the logits.
-        columns: how many; what is given may lack the last ones, if they are padding.
-        vocab_size: how many of all columns are tokens. The others take no part.
+        mesh: the ranks over which the logits are sharded.
+        columns: columns of each rank; logits may lack the last ones, if they are padding.
+        vocab_size: number of columns that are tokens. The others are padding.
     """
     first = mesh.get_local_rank() * columns
     tokens = max(0, min(columns, vocab_size - first))
@@ -75,15 +75,15 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy, for which the ranks exchange three numbers for each token instead of the logits.
+    """Summed cross-entropy, which all-reduces three numbers for each token instead of gathering the logits.
 
-    torch's ``loss_parallel`` sends one more, is on for the whole process while it is on, and has to be around the
-    backward pass too, which under a pipeline is called from elsewhere.
+    torch's ``loss_parallel`` reduces four, is a process-wide context, and has to be open around the backward pass too,
+    which under a pipeline is called from elsewhere.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
-        """() on every rank. ``first``: the token of this rank's first column."""
+        """Return the loss, (), on every rank. ``first``: the token of this rank's first column."""
         peak_N = logits_NV.amax(-1)
         dist.all_reduce(peak_N, dist.ReduceOp.MAX, group=group)
         shifted_NV = logits_NV - peak_N.unsqueeze(-1)

@@ -1,7 +1,7 @@
-"""The choice of a way to spread a model: of those that fit, the one that an estimate says is fastest.
+"""``parallel=auto``: of the layouts that fit in memory, the one that the estimate says is fastest.
 
-Owns the order. gpt/planning/search.py knows what fits, gpt/planning/explain.py what to say of the others, and
-gpt/planning/explain.py what to say where there is no choice.
+Owns the ranking, and keeps the choice of an earlier attempt of the same run. gpt/planning/search.py knows what fits,
+gpt/planning/explain.py says why not the others.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides, typed_key, typed_value
 
 NO_DIFFERENCE = 1.03
-"""Estimates whose ratio is less are equal: the plainer layout goes before."""
+"""Estimates within this ratio count as equal: then the plainer layout is preferred."""
 
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """A layout that fits, and what is expected of it."""
+    """A layout that fits, with its memory and its estimated step time."""
 
     parallel: ParallelConfig
     dims: ParallelDims
     batch: Batch
     micro_batch: int
-    """``optim.micro_batch``: as it was typed, or smaller."""
+    """``optim.micro_batch``: as typed, or smaller."""
     memory: Memory
     estimate: Estimate
 
     def as_dict(self) -> dict[str, object]:
-        """What ``plan.json`` holds of it."""
+        """Return the layout as ``plan.json`` holds it."""
         found = self.estimate
         return {
             "layout": describe(self.parallel, self.dims),
@@ -67,25 +67,25 @@ class LayoutChoice:
 
 @dataclass(frozen=True)
 class RankedLayouts:
-    """What there was to choose from."""
+    """The layouts that fit, ranked, with notes on the others."""
 
     choices: tuple[LayoutChoice, ...]
     """The layouts that fit, best first."""
     left_out: tuple[str, ...]
-    """Of the others, and of what it took to fit, in words: a line each."""
+    """Lines of text on the layouts that were left out, and on what was relaxed to fit."""
 
 
 def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> RankedLayouts:
-    """The layouts that fit, best first: as typed, or where nothing does with more freedom.
+    """Rank the layouts that fit, best first: those for the config as typed, or else with the least relaxation.
 
     Args:
         config: of the run, with ``parallel.strategy=auto``.
         world_size: ranks.
-        machine: what they run on.
-        fixed: keys of ``parallel`` that were typed, and are kept; ``optim.micro_batch``, where it was typed too.
+        machine: the hardware of the ranks.
+        fixed: keys of ``parallel`` that the user set, which never change; and ``optim.micro_batch``, where it was set.
 
     Raises:
-        ConfigError: none is possible, or none fits.
+        ConfigError: no layout is valid, or none fits.
     """
     tried: list[SearchResult] = []
     for found in search_layouts(config, world_size, machine, fixed):
@@ -103,7 +103,7 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
 def evaluate_candidate(
     config: TrainConfig, relaxation: Relaxation, sized: CandidateMemory, machine: Machine
 ) -> LayoutChoice:
-    """What is expected of a candidate that fits with some freedom."""
+    """Estimate the step time of a candidate that fits under a relaxation."""
     one = sized.candidate
     micro_batch = one.batch.micro if relaxation.smaller_micro_batch else config.optim.micro_batch
     chosen = replace(with_micro_batch(config, micro_batch), parallel=one.parallel)
@@ -112,8 +112,10 @@ def evaluate_candidate(
 
 
 def sort_layouts(found: Sequence[tuple[Candidate, LayoutChoice]]) -> tuple[LayoutChoice, ...]:
-    """Fastest first; but of those that are hardly slower than the fastest, plainest first. Each layout once, with the
-    passes that are best for it."""
+    """Sort layouts by step time, but those within ``NO_DIFFERENCE`` of the fastest by plainness.
+
+    Each layout appears once, with its best micro-batch.
+    """
     limit = NO_DIFFERENCE * min(choice.estimate.step_s for _, choice in found)
 
     def key(pair: tuple[Candidate, LayoutChoice]) -> tuple[object, ...]:
@@ -132,20 +134,20 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class ParallelChoice:
-    """How a run is spread, and why so."""
+    """The parallelism of a run, and the reason for it."""
 
     parallel: ParallelConfig
     micro_batch: int
-    """``optim.micro_batch``: as it was typed, or smaller."""
+    """``optim.micro_batch``: as typed, or smaller."""
     best: tuple[LayoutChoice, ...] = ()
-    """The first of the layouts there were to choose from, where there was a choice."""
+    """The first of the ranked layouts; empty where there was no choice."""
     why: str = ""
-    """In words; empty where nobody had to choose."""
+    """The reason as text; empty where the command sets the strategy."""
     left_out: tuple[str, ...] = ()
-    """Why not another, and what it took to fit, in words: a line each."""
+    """Lines of text on the layouts that were left out, and on what was relaxed to fit."""
 
     def apply(self, config: Config) -> Config:
-        """The config with nothing left open."""
+        """Return the config with the choice filled in."""
         return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
 
 
@@ -156,17 +158,17 @@ def choose_parallelism(
     world_size: int,
     machine: Callable[[], Machine],
 ) -> ParallelChoice:
-    """Choose how to spread a run that leaves it open; what was typed of ``parallel`` beside that is kept.
+    """Choose the parallelism of a run with ``parallel=auto``, keeping other keys of ``parallel`` that were typed.
 
     Args:
         config: of the run.
         overrides: what was typed.
         folder: of the run, where there may be one already.
         world_size: ranks.
-        machine: what they run on; asked only where something is to be chosen.
+        machine: returns the hardware of the ranks; called only where there is a choice.
 
     Raises:
-        ConfigError: nothing is possible, or nothing fits.
+        ConfigError: no layout is valid, or none fits.
     """
     if config.parallel.strategy is not Strategy.auto:
         return ParallelChoice(config.parallel, config.optim.micro_batch)
@@ -184,7 +186,7 @@ def choose_parallelism(
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """Keys of ``parallel`` that were typed, the strategy not; and ``optim.micro_batch``."""
+    """Return the keys of ``parallel`` that were typed, without the strategy; and ``optim.micro_batch``."""
     keys = {typed_key(arg) for arg in overrides}
     ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
     return ours - {"strategy", "timeout_s"} | keys & {MICRO_BATCH}
@@ -193,12 +195,12 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
 def earlier_choice(
     config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
 ) -> ParallelChoice | None:
-    """How the run of this folder is spread, where that goes on this number of ranks and nothing else was typed."""
+    """Return the choice of an earlier attempt, if it is valid on these ranks and no other keys were typed."""
     if not folder.config.is_file():
         return None
     before = read_config(folder, TrainConfig)
     earlier = replace(before.parallel, timeout_s=config.parallel.timeout_s)
-    if earlier.strategy is Strategy.auto:  # written by a launcher of another kind, before anybody chose
+    if earlier.strategy is Strategy.auto:  # written before the choice, by another kind of launcher
         return None
     if any(getattr(earlier, key) != getattr(config.parallel, key) for key in {*fixed} - {MICRO_BATCH}):
         return None

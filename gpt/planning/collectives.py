@@ -1,8 +1,8 @@
-"""What it takes a group of ranks to exchange bytes: latency and bandwidth of a ring (alpha and beta).
+"""Cost of collectives: the alpha-beta (latency and bandwidth) model of a ring.
 
-A ring of k ranks hands n bytes round in k - 1 steps of n / k each, twice for a sum that all get (Thakur, Rabenseifner
-and Gropp, 2005, sections 4.1 and 4.5; NCCL's own performance notes count so). Trees have less latency in large groups;
-they are not modelled.
+An all-gather or reduce-scatter of n bytes over a ring of k ranks takes k - 1 steps of n / k bytes, an all-reduce twice
+as many (Thakur, Rabenseifner and Gropp, 2005, sections 4.1 and 4.5; NCCL's performance notes count so). Trees have less
+latency in large groups; they are not modeled.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from gpt.topology.dims import ParallelDims
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that exchange something, and the slowest link of their ring."""
+    """A process group, and the slowest link of its ring."""
 
     ranks: int
     link: Link
 
     def all_gather(self, size: float) -> float:
-        """Seconds until each has all of ``size`` bytes, of which each had a part; or the sum of such a part."""
+        """Return the seconds of an all-gather of ``size`` bytes in all, or of a reduce-scatter of as many."""
         return (self.ranks - 1) * (self.link.latency_s + size / self.ranks / self.link.bytes_per_s)
 
     def all_reduce(self, size: float) -> float:
-        """Seconds until each has the sum of ``size`` bytes."""
+        """Return the seconds of an all-reduce of ``size`` bytes."""
         return 2 * self.all_gather(size)
 
     def all_to_all(self, size: float) -> float:
-        """Seconds until each has sent every other its part of ``size`` bytes."""
+        """Return the seconds of an all-to-all in which each rank has ``size`` bytes."""
         return self.all_gather(size)
 
     def send(self, size: float) -> float:
-        """Seconds until ``size`` bytes are with a neighbour."""
+        """Return the seconds of sending ``size`` bytes to a neighbor."""
         return self.link.latency_s + size / self.link.bytes_per_s
 
 
 def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
-    """The ranks along neighbouring dimensions of the grid.
+    """Return the group of ranks along neighboring mesh axes.
 
-    Ranks are numbered along the innermost dimension first, and nodes take them in this order. Ranks of one node share
-    its network adapters: a ring that has several of them there sends through as many.
+    Ranks are numbered along the innermost axis first, and placed on nodes in this order. Each rank has its own share of
+    its node's network adapters: a ring with several ranks on a node uses the shares of all of them.
     """
     sizes = dims.sizes
     inner = list(sizes)[list(sizes).index(names[-1]) + 1 :]
@@ -52,7 +52,7 @@ def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
 
 
 def strided_group(machine: Machine, ranks: int, stride: int) -> Group:
-    """A group of every ``stride``-th rank."""
+    """Return the group of every ``stride``-th rank."""
     if ranks * stride <= machine.ranks_per_node:
         return Group(ranks, machine.intra_node)
     together = max(1, min(ranks, machine.ranks_per_node // stride))

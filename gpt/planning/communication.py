@@ -1,4 +1,10 @@
-"""What ranks that see different samples send each other: gradients once a step, parameters for every micro-batch."""
+"""Exposed communication of each kind of parallelism, in seconds.
+
+Over data ranks: DDP, ZeRO-1, FSDP, replicas and DeepSpeed's ZeRO, per step. Inside the layers: tensor, context and
+expert parallelism, per micro-batch. Between stages: the pipeline's sends, per micro-batch. With the host: CPU offload,
+per step. The cost of a collective is gpt/planning/collectives.py's. ``compute_s`` is always that of one micro-batch,
+forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +20,20 @@ from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import StageLayers
 
 BACKWARD = 2 / 3
-"""The share of a pass that is the backward one: it has two products for each of the forward one's."""
+"""The backward share of compute: two matrix products for each one of the forward pass."""
 BUCKET_BYTES = 25 * 2**20
-"""DDP sums gradients in buckets of this size; the last one is full when the backward pass is over."""
+"""Size of DDP's gradient buckets; the last one is ready only when the backward pass is over, so it is exposed."""
 
 
 def data_parallel_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, machine: Machine, compute_s: float
 ) -> float:
-    """Seconds of a step that a rank waits for gradients and parameters; ``compute_s`` is what one pass computes."""
+    """Return the exposed seconds per step of gradient and parameter communication with torch's strategies."""
     if dims.is_sharded:
         return fsdp_s(config, dims, batch, shards, machine, compute_s)
     sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in replica_groups(dims, shards, machine))
     if dims.model_ranks * dims.ep > 1:
-        return sums  # after the last pass, by hand
+        return sums  # NDEngine's own all-reduce, after the last micro-batch
     last = data_parallel_group(dims, machine).all_reduce(min(BUCKET_BYTES, FP32 * shards.elements))
     waits = max(last, sums - BACKWARD * compute_s)
     if config.parallel.strategy is Strategy.zero1:
@@ -36,12 +42,12 @@ def data_parallel_s(
 
 
 def data_parallel_group(dims: ParallelDims, machine: Machine) -> Group:
-    """All ranks that hold the same part of the model, or share it."""
+    """Return the group of the data ranks and ``cp``: those over which gradients are reduced."""
     return group(dims, machine, ["dp_replicate", "dp_shard", "cp"])
 
 
 def replica_groups(dims: ParallelDims, shards: ParameterShards, machine: Machine) -> Iterator[tuple[int, Group]]:
-    """Elements whose gradients are summed, and over which ranks: of experts those that hold the same ones."""
+    """Yield numbers of elements with the group that all-reduces their gradients; that of experts is smaller."""
     experts = shards.expert_elements if dims.ep > 1 else 0
     yield shards.elements - experts, data_parallel_group(dims, machine)
     if experts:
@@ -50,7 +56,7 @@ def replica_groups(dims: ParallelDims, shards: ParameterShards, machine: Machine
 
 
 def shard_groups(dims: ParallelDims, shards: ParameterShards, machine: Machine) -> Iterator[tuple[int, Group]]:
-    """Elements that are gathered, and from which ranks."""
+    """Yield numbers of elements with the group that FSDP shards them over; that of experts is smaller."""
     experts = shards.expert_elements if dims.ep > 1 else 0
     yield shards.elements - experts, group(dims, machine, ["dp_shard", "cp"])
     if experts:
@@ -60,9 +66,12 @@ def shard_groups(dims: ParallelDims, shards: ParameterShards, machine: Machine) 
 def fsdp_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, machine: Machine, compute_s: float
 ) -> float:
-    """FSDP: parameters are gathered for every forward pass, and again for the backward one where they were given back;
-    gradients are scattered in the last one, and averaged between copies (arXiv 2304.11277, section 3). The first gather
-    of a pass has nothing to hide behind, nor has the last scatter."""
+    """Return the exposed seconds per step of FSDP (arXiv 2304.11277, section 3).
+
+    Parameters are all-gathered for every forward pass, and again for the backward pass where they were resharded;
+    gradients are reduce-scattered in the last backward pass, and all-reduced between replicas. The first all-gather of
+    a pass and the last reduce-scatter overlap with nothing.
+    """
     width = BF16 if config.precision is Precision.bf16 else FP32
     rings, replicas = list(shard_groups(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
     ring = rings[0][1]
@@ -78,22 +87,22 @@ def fsdp_s(
 
 
 STEP_BYTES = 7 * FP32
-"""For each element of AdamW's step: weight, gradient and both moments are read, and all but the gradient written."""
+"""Bytes per element of AdamW's step: weight, gradient and both moments are read, all but the gradient written."""
 
 
 def uses_offload(parallel: ParallelConfig) -> bool:
-    """Whether any of it is there."""
+    """True where parameters, gradients or optimizer state are offloaded to host memory."""
     return parallel.cpu_offload or parallel.offload_optimizer or parallel.offload_parameters
 
 
 def offload_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, host: Host, compute_s: float
 ) -> float:
-    """Seconds of a step; ``compute_s`` is what one pass computes.
+    """Return the exposed seconds per step of CPU offload.
 
-    Weights are brought for each pass, and again for the backward one where they were given back; both hide behind
-    computing. What follows does not: gradients go to the host, AdamW steps there, and of DeepSpeed's ranks that have
-    the weights on their devices each brings its part back. In stages 2 and 3 gradients go after every pass.
+    Weights are copied to the device for each forward pass, and again for the backward pass where they were resharded;
+    both overlap with compute. The rest does not: gradients are copied to the host, AdamW steps there, and DeepSpeed's
+    ranks with weights on their devices copy their shard back. In ZeRO-2 and 3 gradients go after every micro-batch.
     """
     parallel, fsdp = config.parallel, config.parallel.cpu_offload
     part = shards.stored() if fsdp else -(-shards.elements // dims.data_ranks)
@@ -115,7 +124,7 @@ def offload_s(
 def layer_communication_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, stages: list[StageLayers], machine: Machine, compute_s: float
 ) -> dict[str, float]:
-    """Seconds that a rank waits for others inside the layers of its parts, for a micro-batch, by dimension."""
+    """Return the exposed seconds per micro-batch of collectives inside the layers of a rank's stages, by mesh axis."""
     layers = sum(len(stage.blocks) for stage in stages)
     found: dict[str, float] = {}
     if dims.tp > 1:
@@ -129,30 +138,34 @@ def layer_communication_s(
 
 
 def tokens_per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> int:
-    """T."""
+    """Return the tokens of a micro-batch on one rank."""
     return batch.micro * config.model.block_size // dims.cp
 
 
 def product_width(config: TrainConfig) -> int:
-    """Bytes of an element that a matrix product gave."""
+    """Return the bytes of an element of a matrix product's result."""
     return BF16 if config.precision is Precision.bf16 else FP32
 
 
 def hidden_width(config: TrainConfig) -> int:
-    """Bytes of an element of the residual stream: fp32 under autocast, which fsdp does without."""
+    """Return the bytes of an element of the hidden states: fp32 under autocast, which FSDP does not use."""
     return product_width(config) if config.parallel.strategy is Strategy.fsdp else FP32
 
 
 def num_forwards(config: TrainConfig) -> int:
-    """How often a block does its forward pass: again where it is recomputed."""
+    """Count the forward passes of a block for one micro-batch: two where it is recomputed."""
     return 1 if config.recompute is Recompute.none else 2
 
 
 def tensor_parallel_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine, layers: int, around: int
 ) -> float:
-    """Two sums in each direction for a block (arXiv 1909.08053, section 3), or with sequence parallelism as many bytes
-    in twice as many steps (arXiv 2205.05198, section 4.2.2); one for the embedding and one for the output matrix."""
+    """Return the seconds per micro-batch of tensor parallelism.
+
+    Two all-reduces in each direction for a block (arXiv 1909.08053, section 3), or with sequence parallelism two
+    all-gathers and two reduce-scatters (arXiv 2205.05198, section 4.2.2); one for the embedding and the output matrix
+    each.
+    """
     ring, elements = group(dims, machine, ["tp"]), tokens_per_rank(config, dims, batch) * config.model.n_embd
     hidden_s = ring.all_gather(hidden_width(config) * elements)
     product_s = ring.all_gather(product_width(config) * elements)
@@ -167,31 +180,34 @@ def tensor_parallel_s(
 
 
 def context_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> float:
-    """Keys and values of a layer brought to all, and the sum of their gradients back; or sent round, which hides behind
-    attention."""
+    """Return the exposed seconds per layer of context parallelism.
+
+    An all-gather of keys and values, and a reduce-scatter of their gradients; or the transfers of ring attention, which
+    overlap with attention.
+    """
     model, ring = config.model, group(dims, machine, ["cp"])
     keys = 2 * product_width(config) * batch.micro * model.block_size * model.kv_heads * model.head_dim / dims.tp
     seconds = (num_forwards(config) + 1) * ring.all_gather(keys)
     if config.parallel.cp_method is CpMethod.allgather:
         return seconds
-    # On the way back the keys go round again, with their gradients, which are summed in fp32.
+    # In the backward pass keys circulate again, with their gradients, which are accumulated in fp32.
     products = forward_flops(model, batch.micro).attention / 2 / model.n_layer / (dims.cp * dims.tp)
     computing = (num_forwards(config) + 2) * products / machine.flops_per_s
     return max(0.0, seconds + ring.all_gather(keys * FP32 / product_width(config)) - computing)
 
 
 def expert_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> float:
-    """The rows of a layer sent to their experts and back (arXiv 2006.16668, section 3.2), and so their gradients."""
+    """Return the seconds per layer of expert parallelism's all-to-alls in both directions (arXiv 2006.16668, 3.2)."""
     model = config.model
     assert model.ffn is Ffn.moe
     rows = batch.micro * expert_rows(model) / dims.cp
     ring = strided_group(machine, dims.ep, dims.cp * dims.tp)
-    again = config.recompute is Recompute.full  # what was sent is kept with the results of matrix products
+    again = config.recompute is Recompute.full  # a selective one keeps received rows
     return 2 * (2 + again) * ring.all_to_all(product_width(config) * rows * model.n_embd)
 
 
 def pipeline_s(config: TrainConfig, dims: ParallelDims, batch: Batch, num_stages: int, machine: Machine) -> float:
-    """The stream handed on by each of a rank's stages, and its gradient handed back."""
+    """Return the seconds per micro-batch of sending hidden states to the next stage, and gradients back."""
     stride = dims.data_ranks * dims.cp * dims.tp
     link = machine.intra_node if dims.pp * stride <= machine.ranks_per_node else machine.inter_node
     size = hidden_width(config) * tokens_per_rank(config, dims, batch) * config.model.n_embd
@@ -199,7 +215,7 @@ def pipeline_s(config: TrainConfig, dims: ParallelDims, batch: Batch, num_stages
 
 
 def deepspeed_s(config: TrainConfig, batch: Batch, shards: ParameterShards, ring: Group, compute_s: float) -> float:
-    """Seconds of a step that a rank waits for gradients and parameters; ``compute_s`` is what one pass computes."""
+    """Return the exposed seconds per step of ZeRO's gradient and parameter communication in DeepSpeed."""
     stage, width = config.parallel.zero_stage, BF16 if config.precision is Precision.bf16 else FP32
     sums, gathers = ring.all_gather(FP32 * shards.elements), ring.all_gather(width * shards.elements)
     if stage == 0:

@@ -1,12 +1,12 @@
-"""What a step takes: computing, waiting in a pipeline, and sending, by dimension of the grid.
+"""Estimate of the time of a step: compute, pipeline bubble, and exposed communication by mesh axis.
 
-An estimate, to rank layouts against each other: it knows no kernel, no straggler and no small matrix. What it assumes:
+It serves to rank layouts against each other, and knows no kernels, stragglers or small matrices. Its assumptions:
 
-- computing: FLOPs over the rate that a rank attains, whatever the shapes. The slowest rank of a pipeline sets the pace.
-- gradients that DDP or FSDP exchange hide behind the backward pass of the last micro-batch, and gathered parameters
-  behind the pass they are gathered for, as far as that is long enough; the keys that a ring passes on hide behind
-  attention. Everything else waits: what tensor, context and expert parallelism exchange inside a layer, what a stage of
-  a pipeline hands on, and gradients that are summed after the last pass.
+- compute: FLOPs over the rate that a rank attains, whatever the shapes. The slowest pipeline stage sets the pace.
+- overlap: DDP's all-reduce and FSDP's reduce-scatter overlap with the backward pass of the last micro-batch, FSDP's
+  all-gathers with the pass they are for, and the transfers of ring attention with attention. All other communication is
+  exposed: that of tensor, context and expert parallelism inside a layer, sends between pipeline stages, and the
+  all-reduce of gradients after the last micro-batch.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from gpt.topology.pipeline import StageLayers, bubble_fraction, local_stages, ra
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step, by what they go to."""
+    """Seconds of one step, by cause."""
 
     compute_s: float
-    """Of the slowest rank of a pipeline, recomputation included."""
+    """Compute of the slowest pipeline stage, recomputation included."""
     bubble_s: float
-    """That a rank of a pipeline waits for the first and the last micro-batches."""
+    """Pipeline bubble: idle time while the pipeline fills and drains."""
     communication_s: dict[str, float]
-    """By dimension, and ``host`` for copies to and from the host; what is not hidden behind computing."""
+    """Exposed communication by mesh axis, and ``host`` for copies from and to host memory."""
     tokens: int
-    """Of a step."""
+    """Tokens of a step."""
 
     @property
     def step_s(self) -> float:
-        """All of it."""
+        """Seconds of the whole step."""
         return self.compute_s + self.bubble_s + sum(self.communication_s.values())
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the whole run."""
+        """Tokens per second over all ranks."""
         return self.tokens / self.step_s
 
 
 def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
-    """The time of a step on ``machine``: that of the pipeline's slowest rank."""
+    """Estimate a step on ``machine``: that of the slowest pipeline stage."""
     ranks = [estimate_rank(config, dims, batch, machine, rank) for rank in range(dims.pp)]
     return max(ranks, key=lambda found: found.step_s)
 
 
 def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine, rank: int) -> Estimate:
-    """The time of a step for one rank of the pipeline, if it were the one that sets the pace."""
+    """Estimate a step for one pipeline rank, as if it set the pace."""
     stages = rank_stages(config, rank)
     shards = parameter_shards(config.model, dims, stages)
     compute_s = micro_batch_s(config, dims, batch, stages, machine)
@@ -84,7 +84,7 @@ def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine
 def per_step_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, machine: Machine, compute_s: float
 ) -> dict[str, float]:
-    """Seconds of a step that a rank waits for gradients and parameters, of the other data ranks and of its host."""
+    """Return the exposed seconds per step of gradient and parameter communication, with data ranks and host."""
     if config.parallel.strategy is Strategy.deepspeed:
         waits = {"dp": deepspeed_s(config, batch, shards, data_parallel_group(dims, machine), compute_s)}
     else:
@@ -95,7 +95,7 @@ def per_step_s(
 
 
 def bubble_share(config: TrainConfig, dims: ParallelDims, batch: Batch) -> float:
-    """The share of a step that a rank of the pipeline waits, 0 to 1."""
+    """Return the pipeline bubble as a share of the step, 0 to 1."""
     if dims.pp == 1:
         return 0.0
     return bubble_fraction(config.parallel.schedule, dims.pp, batch.accumulation, local_stages(config.parallel))
@@ -104,7 +104,7 @@ def bubble_share(config: TrainConfig, dims: ParallelDims, batch: Batch) -> float
 def micro_batch_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, stages: list[StageLayers], machine: Machine
 ) -> float:
-    """Seconds in which a rank computes both passes of a micro-batch through its parts of the model."""
+    """Return the compute seconds of one micro-batch, forward and backward, through a rank's stages."""
     model, flops = config.model, training_flops_per_token(config.model)
     layers = sum(len(stage.blocks) for stage in stages)
     of_blocks = matmul_flops(config, flops) - flops.logits + recomputed_flops_per_token(model, config.recompute)
@@ -114,5 +114,5 @@ def micro_batch_s(
 
 
 def matmul_flops(config: TrainConfig, flops: Flops) -> int:
-    """All of them, of attention those that the kernel computes."""
+    """Return the FLOPs of all matrix products, with attention as the kernel computes it: a fused one skips the mask."""
     return flops.palm if config.model.attention is AttentionBackend.manual else flops.causal

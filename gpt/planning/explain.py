@@ -1,4 +1,7 @@
-"""What was not chosen, and what it took to fit, as a person reads it: nothing is changed or dropped without a word."""
+"""Texts of ``parallel=auto``: the ranked layouts, what was relaxed, what was left out, and refusals where nothing fits.
+
+Whatever the search changes or drops is said in the plan.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ from launch.errors import ConfigError
 from launch.runs.compose import plain
 
 REASONS = 3
-"""Of the refusals, the most frequent ones are shown."""
+"""Number of reasons for refusals that are shown, the most frequent first."""
 
 
 def explain_search(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
 ) -> Iterator[str]:
-    """A line for each thing that is to be known; ``tried`` are the searches, of which the last found something."""
+    """Yield lines on relaxations and left-out layouts; of the searches in ``tried`` the last one found something."""
     last = tried[-1]
     yield from relaxation_lines(config, machine, tried)
     if len(tried) > 1 and (text := sufficient_recompute(config, world_size, machine, fixed, last.relaxation)):
@@ -46,39 +49,39 @@ def explain_search(
 
 
 def relaxation_lines(config: TrainConfig, machine: Machine, tried: Sequence[SearchResult]) -> Iterator[str]:
-    """Each freedom that was taken, and what there was without it."""
+    """Yield a line for each relaxation that was needed, with the result without it."""
     known, last = {found.relaxation: found for found in tried}, tried[-1].relaxation
     without = known.get(replace(last, smaller_micro_batch=False))
     if last.smaller_micro_batch and without:
         yield (
-            f"smaller passes, and more of them for the same global batch: with optim.micro_batch="
+            f"smaller micro-batches, and more of them for the same global batch: with optim.micro_batch="
             f"{config.optim.micro_batch} {failure_text(without, machine)}"
         )
     if last.offload:
         without = known.get(Relaxation(smaller_micro_batch=True)) or known[Relaxation()]
-        yield f"memory of the host, which is slow: on the devices alone {failure_text(without, machine)}"
+        yield f"CPU offload, which is slow: on the devices alone {failure_text(without, machine)}"
 
 
 def failure_text(found: SearchResult, machine: Machine) -> str:
-    """Why a search found nothing that fits."""
-    return f"nothing fits ({nearest_text(found, machine)})" if found.too_large else "no layout is possible"
+    """Say why a search found nothing that fits."""
+    return f"nothing fits ({nearest_text(found, machine)})" if found.too_large else "no layout is valid"
 
 
 def nearest_text(found: SearchResult, machine: Machine) -> str:
-    """What does not fit, and nearly does."""
+    """Describe the layout that comes nearest to fitting."""
     assert found.least is not None
     return f"nearest: {requirement_text(found.least.candidate, found.least.memory, machine)}"
 
 
 def refusal_lines(found: SearchResult) -> Iterator[str]:
-    """What cannot be laid out, the most frequent reasons first, each with the first example."""
+    """Yield lines on invalid layouts, the most frequent reasons first, each with an example."""
     if not found.refused:
         return
     counts = Counter(error.expected for error in found.refused)
     examples = {error.expected: error.found for error in reversed(found.refused)}
     shown = counts.most_common(REASONS)
     rest = len(found.refused) - sum(number for _, number in shown)
-    yield f"refused: {len(found.refused)} that cannot be laid out{f', {rest} of them not shown here' if rest else ''}"
+    yield f"refused: {len(found.refused)} invalid layouts{f', {rest} of them not shown here' if rest else ''}"
     for reason, number in shown:
         yield f"  {number} like {examples[reason]}; expected: {reason}"
 
@@ -86,22 +89,22 @@ def refusal_lines(found: SearchResult) -> Iterator[str]:
 def unexplored_lines(
     config: TrainConfig, fixed: Collection[str], relaxation: Relaxation, machine: Machine
 ) -> Iterator[str]:
-    """What else there is, and how to ask for it."""
+    """Yield what the search did not consider, and how to ask for it."""
     if config.parallel.engine is EngineKind.deepspeed:
-        yield "torch's own strategies (parallel.engine=native)"
+        yield "torch's strategies (parallel.engine=native)"
         if "pp" not in fixed:
             yield "DeepSpeed's pipeline (parallel.pp=2)"
     else:
-        yield "DeepSpeed's stages (parallel.engine=deepspeed)"
+        yield "DeepSpeed's ZeRO stages (parallel.engine=deepspeed)"
     smaller = config.optim.micro_batch > 1 and not relaxation.smaller_micro_batch
-    ways = ["smaller passes"] if smaller and not relaxation.offload else []
-    ways += ["the memory of the host"] if may_offload(machine, fixed) and not relaxation.offload else []
+    ways = ["smaller micro-batches"] if smaller and not relaxation.offload else []
+    ways += ["CPU offload"] if may_offload(machine, fixed) and not relaxation.offload else []
     if ways:
-        yield f"{' and '.join(ways)}, only for what does not fit otherwise"
+        yield f"{' and '.join(ways)}, only where nothing fits otherwise"
 
 
 def no_layout_error(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
-    """The refusal where nothing can be laid out: that of the plainest layout."""
+    """Return the refusal where no layout is valid: that of the plainest one."""
     given = config.parallel
     kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted({*fixed} - {MICRO_BATCH}))
     plainest = replace(given, strategy=Strategy.ddp)
@@ -113,7 +116,7 @@ def no_layout_error(config: TrainConfig, world_size: int, fixed: Collection[str]
     except ConfigError as error:
         return error
     return ConfigError(
-        f"parallel.strategy=auto {kept} on {world_size} ranks: no layout is possible",
+        f"parallel.strategy=auto {kept} on {world_size} ranks: no layout is valid",
         "fewer keys of parallel that are given",
         "parallel=auto",
     )
@@ -122,24 +125,24 @@ def no_layout_error(config: TrainConfig, world_size: int, fixed: Collection[str]
 def out_of_memory_error(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
 ) -> ConfigError:
-    """The refusal where nothing fits, with the first of the usual remedies that would help."""
+    """Return the refusal where nothing fits, with the least change that would help."""
     least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
     one, fix = least.candidate, next(remedies(config, world_size, machine, fixed), None)
     host, there = "", ""
     if least.memory.host:
-        host = f", and {least.memory.host / GIB:.2f} GiB of the host"
-        there = f" and {machine.host.room / GIB:.2f} GiB of the host" if machine.host and machine.host.room else ""
+        host = f", and {least.memory.host / GIB:.2f} GiB of host memory"
+        there = f" and {machine.host.room / GIB:.2f} GiB of host memory" if machine.host and machine.host.room else ""
     return ConfigError(
         f"parallel.strategy=auto on {world_size} rank{'s' if world_size > 1 else ''}: the layout that needs least, "
-        f"{describe(one.parallel, one.dims)} in passes of {one.batch.micro}, needs {least.memory.total_gib:.2f} GiB "
-        f"on each{host}",
+        f"{describe(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, needs "
+        f"{least.memory.total_gib:.2f} GiB on each{host}",
         f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
         fix or "a smaller model, or a smaller model.block_size",
     )
 
 
 def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> Iterator[str]:
-    """What to type for a run that fits, the least change first."""
+    """Yield overrides that make the run fit, the least change first."""
     nodes = -(-world_size // machine.ranks_per_node)
     options = [("", config), *more_recompute(config)]
     for times in (1, 2, 4, 8, 16, 32, 64):
@@ -152,7 +155,7 @@ def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Coll
 
 
 def more_recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """The same run with more recomputation, and what to type for it."""
+    """Yield the run with more recomputation, each with the override for it."""
     order = [Recompute.none, Recompute.selective, Recompute.full]
     for more in order[order.index(config.recompute) + 1 :]:
         yield f"recompute={more.name}", replace(config, recompute=more)
@@ -161,7 +164,7 @@ def more_recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
 def sufficient_recompute(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], relaxation: Relaxation
 ) -> str | None:
-    """What to type of recomputation for a run that fits with less than this freedom; None where that is not enough."""
+    """Return the recompute override with which a layout fits under less relaxation; None where that is not enough."""
     for text, changed in more_recompute(config):
         for found in search_layouts(changed, world_size, machine, fixed):
             if RELAXATIONS.index(found.relaxation) >= RELAXATIONS.index(relaxation):
@@ -172,7 +175,7 @@ def sufficient_recompute(
 
 
 def describe(parallel: ParallelConfig, dims: ParallelDims) -> str:
-    """The layout in words, with what its grid does not say."""
+    """Describe a layout: its dimensions, schedule, resharding and offload."""
     text = [str(dims)]
     if dims.pp > 1:
         text.append(parallel.schedule.name)
@@ -182,40 +185,40 @@ def describe(parallel: ParallelConfig, dims: ParallelDims) -> str:
 
 
 def requirement_text(one: Candidate, memory: Memory, machine: Machine) -> str:
-    """A layout and what it takes of what there is."""
+    """Describe a layout with the memory it needs and the memory there is."""
     host = ""
     if memory.host and machine.host is not None:
         room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
-        host = f", and {memory.host / GIB:.3g}{room} GiB of the host"
+        host = f", and {memory.host / GIB:.3g}{room} GiB of host memory"
     return (
-        f"{describe(one.parallel, one.dims)} in passes of {one.batch.micro}, "
+        f"{describe(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, "
         f"{memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
     )
 
 
 def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each of some layouts, as ``Choice.as_dict`` gives them, best first."""
+    """Yield a line for each of some layouts, given as ``LayoutChoice.as_dict`` returns them, best first."""
     width = max((len(choice["layout"]) for choice in choices), default=0)
     num_width = max((len(micro_batches_text(choice)) for choice in choices), default=0)
     for number, choice in enumerate(choices, start=1):
         step_s = choice["step_s"]
         sent = {name: s for name, s in choice["communication_s"].items() if s >= 0.001 * step_s}
         shares = "".join(f", {name} {s / step_s:.1%}" for name, s in sent.items())
-        host = f" and {choice['host_bytes'] / GIB:.3g} GiB of the host" if choice["host_bytes"] else ""
+        host = f" and {choice['host_bytes'] / GIB:.3g} GiB of host memory" if choice["host_bytes"] else ""
         yield (
             f"{number}. {choice['layout']:<{width}}  {micro_batches_text(choice):>{num_width}}, "
             f"{choice['memory_bytes'] / GIB:.3g} GiB{host}, {format_seconds(step_s)} a step, "
-            f"{choice['tokens_per_s']:,.0f} tokens/s; idle {choice['idle_s'] / step_s:.1%}, "
-            f"sending {sum(sent.values()) / step_s:.1%}{shares and f' ({shares[2:]})'}"
+            f"{choice['tokens_per_s']:,.0f} tokens/s; bubble {choice['idle_s'] / step_s:.1%}, "
+            f"communication {sum(sent.values()) / step_s:.1%}{shares and f' ({shares[2:]})'}"
         )
 
 
 def micro_batches_text(choice: Mapping[str, Any]) -> str:
-    """How a rank's sequences of a step are cut."""
+    """Describe the micro-batches of a rank in a step."""
     count = choice["accumulation"]
-    return f"{count} pass{'es' if count > 1 else ''} of {choice['micro_batch']}"
+    return f"{count} micro-batch{'es' if count > 1 else ''} of {choice['micro_batch']}"
 
 
 def format_seconds(value: float) -> str:
-    """A duration in a unit that suits it."""
+    """Format a duration in ms or s."""
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

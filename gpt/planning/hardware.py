@@ -1,4 +1,4 @@
-"""What the estimates assume of the hardware: a rate of computing, memory, and two kinds of links.
+"""Hardware model of the estimates: compute rate, memory, and links within and between nodes.
 
 Owns the defaults, each with its source. Must not know where nodes come from.
 """
@@ -12,26 +12,27 @@ from gpt.accounting.hardware import GIGA, TERA, find, memory_bytes, peak_flops
 from gpt.config import Precision
 
 ATTAINABLE = 0.5
-"""The share of a peak that a pass computes at while it sends nothing. Matrix products alone get to 0.8 (271 of 312 on
+"""Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
+(271 of 312 on
 an A100, 794 of 989 TFLOP/s on an H100); norms, activations and the residual stream take the rest of the time."""
 ROOM = 0.9
-"""The share of a device's memory that tensors may take: the rest is the context's, the allocator's and NCCL's."""
+"""Share of a device's memory for tensors; the rest is the CUDA context's, the allocator's and NCCL's."""
 INTRA_NODE_LATENCY_S, INTER_NODE_LATENCY_S = 2e-6, 5e-6
-"""What a step of a ring takes beside its bytes, on NVLink and on InfiniBand; a small all-reduce of eight GPUs of a node
-takes some 30 us in fourteen of them."""
+"""Latency of a ring step on NVLink and on InfiniBand; a small all-reduce over the eight GPUs of a node takes some 30 us
+in fourteen of them."""
 NETWORK_GB_PER_S = 12.5
-"""What a node of unknown make sends to others: 100 Gbit/s."""
+"""Network bandwidth of a node of unknown make: 100 Gbit/s."""
 PCIE_GB_PER_S = 32.0
-"""What a GPU of unknown make sends to others of its node, and any to the host: 16 lanes of PCIe 4."""
+"""Bandwidth of a GPU of unknown make to others of its node, and of any GPU to the host: 16 lanes of PCIe 4."""
 HOST_GB_PER_S = 100.0
-"""What the CPUs of a node read and write its memory with: half of the 205 that eight channels of DDR4-3200 have."""
+"""Host memory bandwidth of a node: half of the 205 GB/s of eight channels of DDR4-3200."""
 CPU_FLOPS_PER_S, CPU_LINK_GB_PER_S = 60e9, 1.0
 """One thread in fp32, as benchmarks/README.md has it, and gloo through the loopback device or 10 Gbit/s."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What it takes a rank to send something."""
+    """Latency and bandwidth of a rank's link, in one direction."""
 
     latency_s: float
     bytes_per_s: float
@@ -39,31 +40,31 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """The memory of a node beside that of its devices, as far as one rank has it."""
+    """A rank's share of the host memory of a node with devices."""
 
     link_bytes_per_s: float
-    """Between it and a device, in one direction."""
+    """Between host memory and a device, in one direction."""
     bytes_per_s: float
-    """That the CPUs of a rank read and write it with."""
+    """Memory bandwidth of a rank's CPUs."""
     room: int | None
-    """Bytes for the tensors of one rank; None where nobody knows."""
+    """Bytes for the tensors of one rank; None where unknown."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Nodes that are all alike, one rank on each device."""
+    """Identical nodes with one rank on each device."""
 
     device: str
-    """What it is, in words."""
+    """Name, for texts."""
     flops_per_s: float
-    """That a rank attains."""
+    """Rate that a rank attains."""
     room: int
     """Bytes for the tensors of one rank."""
     ranks_per_node: int
     intra_node: Link
-    """From a rank to one of its own node."""
+    """Link of a rank to another of its node."""
     inter_node: Link
-    """From a rank to one of another node, while all of its node send."""
+    """Link of a rank to one of another node, while all ranks of its node send."""
     host: Host | None = None
     """None where the devices are the CPUs themselves."""
 
@@ -77,31 +78,31 @@ class Machine:
 
 @dataclass(frozen=True)
 class MachineOverrides:
-    """What a person, or the device itself, says; None where nothing is said. 10^9 bytes a second, one direction."""
+    """Figures that override the defaults; None keeps a default. GB/s are 10^9 bytes a second in one direction."""
 
     memory: int | None = None
     """Bytes of one device."""
     peak_tflops: float | None = None
-    """Of one device, dense, in the precision of the run."""
+    """Dense peak of one device in the precision of the run, TFLOP/s."""
     host_memory: int | None = None
-    """Of a node, as far as one rank may have it."""
+    """Host memory in bytes that one rank may use."""
     attainable: float = ATTAINABLE
     inside_gb_per_s: float | None = None
-    """From one device to the others of its node."""
+    """Bandwidth of one device to the others of its node."""
     between_gb_per_s: float | None = None
-    """From a whole node to others."""
+    """Bandwidth of a whole node to others."""
     inside_latency_s: float = INTRA_NODE_LATENCY_S
     between_latency_s: float = INTER_NODE_LATENCY_S
 
 
 def gpus(name: str, precision: Precision, ranks_per_node: int, overrides: MachineOverrides) -> Machine | None:
-    """Nodes of GPUs; None where nobody knows their peak or their memory.
+    """Return the machine of GPU nodes; None where their peak or memory is unknown.
 
     Args:
         name: as ``torch.cuda.get_device_name()`` gives it.
-        precision: that it computes in.
+        precision: of the run.
         ranks_per_node: devices of a node that are used.
-        stated: what is known better than the table, or not in it.
+        overrides: figures that replace those of the table, or that it lacks.
     """
     known = find(name)
     peak = peak_flops(name, precision) if overrides.peak_tflops is None else overrides.peak_tflops * TERA
@@ -117,13 +118,13 @@ def gpus(name: str, precision: Precision, ranks_per_node: int, overrides: Machin
 
 
 def cpus(memory: int, ranks_per_node: int, overrides: MachineOverrides) -> Machine:
-    """Nodes whose ranks compute on the CPU, each with ``memory`` bytes for itself."""
+    """Return the machine of CPU nodes, with ``memory`` bytes for each rank."""
     rates = links(overrides, ranks_per_node, CPU_LINK_GB_PER_S, CPU_LINK_GB_PER_S / ranks_per_node)
     return Machine("CPU", CPU_FLOPS_PER_S, int(ROOM * memory), ranks_per_node, *rates)
 
 
 def links(overrides: MachineOverrides, ranks_per_node: int, intra_node: float, inter_node: float) -> tuple[Link, Link]:
-    """The links inside and between nodes, from what is said of them or else from these rates of a rank, in GB/s."""
+    """Return the links within and between nodes, from the overrides or else from these rates of a rank, in GB/s."""
     if overrides.between_gb_per_s is not None:
         inter_node = overrides.between_gb_per_s / ranks_per_node
     return (
@@ -133,7 +134,7 @@ def links(overrides: MachineOverrides, ranks_per_node: int, intra_node: float, i
 
 
 def free_memory() -> int:
-    """Bytes of memory that this machine can give without swapping (MemAvailable of /proc/meminfo)."""
+    """Return the bytes of memory available without swapping on this machine (MemAvailable of /proc/meminfo)."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -1,7 +1,8 @@
-"""The ways of spreading a model that there are to choose from.
+"""Search of the parallel layouts that are valid, and of those that fit in memory.
 
-Owns the search: every size of every dimension that gpt/topology/rules.py does not refuse, for the strategies of
-one engine. Must not know what a layout costs, or what fits.
+``candidates`` enumerates every degree of every dimension that gpt/topology/rules.py does not refuse, for the strategies
+of one engine. ``search_layouts`` keeps those that fit, with more and more relaxation: smaller micro-batches, CPU
+offload. Must not know what a layout costs.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
-"""Of schedules that idle equally long, the one that keeps fewer activations."""
+"""Schedules to consider: of those with equal bubbles, the one that keeps fewer activations."""
 OFFLOADS = ("cpu_offload", "offload_optimizer", "offload_parameters")
-"""Keys of ``parallel`` that keep something in the memory of the host."""
+"""Keys of ``parallel`` that offload something to host memory."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that is possible."""
+    """A valid layout."""
 
     parallel: ParallelConfig
     dims: ParallelDims
@@ -37,7 +38,7 @@ class Candidate:
 
     @property
     def plainness(self) -> tuple[int, ...]:
-        """How little there is to it, to be compared; the plainest is the smallest, and has the largest passes."""
+        """Sort key: the plainest layout is the smallest, and has the largest micro-batches."""
         dimensions = [getattr(self.dims, name) for name in ("pp", "cp", "ep", "tp")]
         strategies = [Strategy.ddp, Strategy.zero1, Strategy.fsdp]
         stage, replicas = self.parallel.zero_stage, self.dims.strategy == "hsdp"
@@ -53,24 +54,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """What a search came to."""
+    """The valid layouts, and the refusals of the others."""
 
     possible: tuple[Candidate, ...]
     refused: tuple[ConfigError, ...]
-    """Why others are not."""
+    """Refusals of invalid layouts."""
 
 
 def candidates(
     config: TrainConfig, world_size: int, ranks_per_node: int, fixed: Collection[str] = (), offload: bool = False
 ) -> CandidateSet:
-    """Everything that is possible on ``world_size`` ranks.
+    """Enumerate the valid layouts on ``world_size`` ranks.
 
     Args:
-        config: of the run; its ``parallel`` says what is ``fixed``.
+        config: of the run; its ``parallel`` holds the values of ``fixed`` keys.
         world_size: ranks.
-        ranks_per_node: ranks of a node. Tensor parallelism does not leave it, since every layer waits for it.
-        fixed: keys of ``parallel`` that are not to be chosen.
-        offload: whether what is not fixed is to be kept in the memory of the host.
+        ranks_per_node: ranks of a node. Tensor parallelism stays within a node, since every layer waits for its
+        collectives.
+        fixed: keys of ``parallel`` that never change.
+        offload: True to enumerate layouts with CPU offload instead.
     """
     possible, refused = [], []
     for parallel in parallel_configs(config, world_size, ranks_per_node, fixed, offload):
@@ -87,7 +89,7 @@ def candidates(
 def parallel_configs(
     config: TrainConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
-    """Every combination of what is not fixed, possible or not."""
+    """Yield every combination of the keys that are not fixed, valid or not."""
     given = config.parallel
     cuts_others = given.engine is not EngineKind.deepspeed  # whose pipeline is taken where it is asked for
 
@@ -111,7 +113,7 @@ def parallel_configs(
 def strategies(
     base: ParallelConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
-    """Every schedule, and every way for the data ranks of a grid to share a model by torch's means."""
+    """Yield every pipeline schedule and torch strategy (ddp, zero1, fsdp, hsdp) for given degrees of ``base``."""
     schedules = SCHEDULES if base.pp > 1 and "schedule" not in fixed else (base.schedule,)
     data_ranks = world_size // (base.tp * base.cp * base.pp)
     on_a_node = max(1, ranks_per_node // (base.tp * base.cp))
@@ -131,7 +133,7 @@ def strategies(
 
 
 def stages_of_zero(base: ParallelConfig, fixed: Collection[str], offload: bool) -> Iterator[ParallelConfig]:
-    """Every stage of DeepSpeed's; kept on the host the optimizer's state, and where a stage can the parameters too."""
+    """Yield every ZeRO stage of DeepSpeed; ``offload`` means the optimizer state, and in stage 3 the parameters too."""
     for stage in [base.zero_stage] if "zero_stage" in fixed else (0, 1, 2, 3):
         found = replace(base, strategy=Strategy.deepspeed, zero_stage=stage)
         if not offload:
@@ -148,11 +150,12 @@ MICRO_BATCH = "optim.micro_batch"
 
 @dataclass(frozen=True)
 class Relaxation:
-    """What may differ from what was typed."""
+    """Changes to the config as typed that a search may make so that a layout fits."""
 
     smaller_micro_batch: bool = False
-    """``optim.micro_batch``; the global batch stays."""
+    """Reduce ``optim.micro_batch``; the global batch stays."""
     offload: bool = False
+    """Offload to host memory."""
 
 
 RELAXATIONS = (
@@ -165,7 +168,7 @@ RELAXATIONS = (
 
 @dataclass(frozen=True)
 class CandidateMemory:
-    """A possible layout and what it needs."""
+    """A valid layout and its memory per rank."""
 
     candidate: Candidate
     memory: Memory
@@ -173,7 +176,7 @@ class CandidateMemory:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Everything that is possible with some freedom."""
+    """The valid layouts under one relaxation."""
 
     relaxation: Relaxation
     fitting: tuple[CandidateMemory, ...]
@@ -182,15 +185,18 @@ class SearchResult:
 
     @property
     def least(self) -> CandidateMemory | None:
-        """Of those that do not fit, the one that takes least of its device."""
+        """The layout that needs the least device memory, of those that do not fit."""
         return min(self.too_large, key=lambda one: one.memory.total, default=None)
 
 
 def search_layouts(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]
 ) -> Iterator[SearchResult]:
-    """What is possible, with more and more freedom; for keys of ``parallel`` that are ``fixed`` there is none, and
-    passes are not smaller at once where they are."""
+    """Yield the valid layouts, first as typed, then with smaller micro-batches, then with CPU offload, then both.
+
+    Keys in ``fixed`` were set by the user and never change. Unless ``optim.micro_batch`` is among them, the search
+    starts with micro-batches of every size, which cost nothing but speed.
+    """
     least = config.optim.micro_batch == 1
     for relaxation in RELAXATIONS:
         if relaxation.offload and not may_offload(machine, fixed):
@@ -201,7 +207,7 @@ def search_layouts(
 
 
 def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> bool:
-    """Whether anything fits with all freedom there is: with passes as typed or of one sequence, which need least."""
+    """True where any layout fits under any relaxation, with micro-batches as typed or of one sequence."""
     return any(
         fits_memory(one.memory, machine)
         for offload in (False, *([True] if may_offload(machine, fixed) else []))
@@ -211,14 +217,14 @@ def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Colle
 
 
 def may_offload(machine: Machine, fixed: Collection[str]) -> bool:
-    """Whether the memory of the host is another one, and what lies there is open."""
+    """True where the machine has host memory apart from its devices', and the user set no offload key."""
     return machine.host is not None and set(OFFLOADS).isdisjoint(fixed)
 
 
 def search_once(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], relaxation: Relaxation
 ) -> SearchResult:
-    """What is possible with as much freedom."""
+    """Search the layouts under one relaxation."""
     refused: list[ConfigError] = []
     parts: tuple[list[CandidateMemory], list[CandidateMemory]] = ([], [])
     for one in candidates_with_memory(config, world_size, machine, fixed, relaxation, refused):
@@ -234,8 +240,10 @@ def candidates_with_memory(
     relaxation: Relaxation,
     refused: list[ConfigError],
 ) -> Iterator[CandidateMemory]:
-    """Every layout that is possible with as much freedom, each with passes of every size; refusals of the passes that
-    were typed are added to a list."""
+    """Yield every valid layout under a relaxation, with its memory, for every micro-batch that the relaxation allows.
+
+    Refusals for the micro-batch as typed are appended to ``refused``.
+    """
     known = set()
     for changed in [
         config,
@@ -245,25 +253,25 @@ def candidates_with_memory(
         refused += found.refused if changed is config else ()
         for one in found.possible:
             key = f"{one.parallel} {one.batch.micro}"
-            if key not in known:  # passes that do not divide a rank's sequences are smaller than was asked for
+            if key not in known:  # split_batch rounds down to a divisor, so sizes repeat
                 known.add(key)
                 yield CandidateMemory(one, per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch))
 
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:
-    """The same run with passes of at most so many sequences."""
+    """Return the config with micro-batches of at most ``micro_batch`` sequences."""
     return replace(config, optim=replace(config.optim, micro_batch=micro_batch))
 
 
 def smaller_micro_batches(micro_batch: int, relaxation: Relaxation) -> Iterator[int]:
-    """Smaller passes to try, down to one sequence."""
+    """Yield smaller micro-batches to try, halving down to one sequence."""
     while relaxation.smaller_micro_batch and micro_batch > 1:
         micro_batch //= 2
         yield micro_batch
 
 
 def fits_memory(memory: Memory, machine: Machine) -> bool:
-    """Whether a rank has room for it, on its device and, as far as that is known, on its host."""
+    """True where a rank has room on its device and, as far as known, in host memory."""
     if machine.host is None:  # the same memory
         return memory.total + memory.host <= machine.room
     return memory.total <= machine.room and (machine.host.room is None or memory.host <= machine.host.room)

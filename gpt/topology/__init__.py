@@ -1,1 +1,1 @@
-"""What follows from the config and the number of ranks: dimensions, micro-batches, stages, rules. Torch-free."""
+"""Parallel dimensions, micro-batches, pipeline stages and their rules, from config and number of ranks. Torch-free."""

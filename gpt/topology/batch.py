@@ -1,6 +1,6 @@
-"""How a global batch is cut: sequences per rank, per forward pass, and passes per step.
+"""The split of the global batch: sequences per data-parallel rank, and micro-batches per step (gradient accumulation).
 
-Torch-free; the planner and the training loop call the same function, so what was promised is what runs.
+Torch-free. The planner and the training loop call the same function, so the plan and the run agree.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ from launch.errors import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one step: ``global_batch == per_rank * ranks`` and ``per_rank == micro * accumulation``."""
+    """Sequences of a step: ``global_batch == per_rank * ranks`` and ``per_rank == micro * accumulation``."""
 
     global_batch: int
     ranks: int
+    """Data-parallel ranks."""
     per_rank: int
     micro: int
+    """Sequences of a micro-batch."""
     accumulation: int
+    """Micro-batches of each rank in a step."""
 
 
 def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
-    """Cut the global batch for ``data_ranks`` data-parallel ranks.
+    """Split the global batch over ``data_ranks`` data-parallel ranks.
 
-    The micro-batch is the largest divisor of the per-rank batch that ``optim.micro_batch`` allows, so every number
-    of ranks gets equal passes and the same global batch.
+    The micro-batch is the largest divisor of the per-rank batch that ``optim.micro_batch`` allows, so on any number of
+    ranks all micro-batches have one size and the global batch stays the same.
 
     Raises:
-        ConfigError: the batch cannot be dealt out evenly.
+        ConfigError: the global batch is not a multiple of the number of ranks.
     """
     total = optim.global_batch * (data_ranks if optim.weak_scaling else 1)
     if total % data_ranks:

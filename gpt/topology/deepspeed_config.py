@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration, made from ours, with what the user's own file adds. Torch-free: the login node checks it.
+"""DeepSpeed's configuration: generated from the run's config and merged with the user's own file. Torch-free.
 
-Owns the translation, and the refusal of a file that says something else than this run does. DeepSpeed believes its
-file, so a batch size or a clipping that differs there would be another run without a word.
+The login node checks it too. Owns the translation, and the refusal of a file that contradicts the run: DeepSpeed
+believes its file, so a different batch size or clipping there would silently be another run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gpt.topology.batch import Batch
 from launch.errors import ConfigError
 
 AUTO = "auto"
-"""What files for other trainers say where the trainer is to fill in its own value."""
+"""Placeholder in config files of other trainers for a value that the trainer fills in."""
 
 
 def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """What DeepSpeed is started with: ours, and what ``parallel.deepspeed_config`` adds.
+    """Return the config that DeepSpeed is started with: generated, plus what ``parallel.deepspeed_config`` adds.
 
     Raises:
-        ConfigError: the user's file contradicts this run, or is none.
+        ConfigError: the user's file contradicts the run, or cannot be read.
     """
     path = config.parallel.deepspeed_config
     ours = generate(config, batch)
@@ -37,17 +37,14 @@ def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Our own part.
+    """Generate DeepSpeed's config from the run's.
 
-    In bf16 DeepSpeed holds bf16 weights over fp32 masters, and gradients are summed in fp32 (in bf16 by default). Not
-    in stage 0, where it would step Adam twice in the first step: there the weights are fp32 and autocast casts them, as
-    with ddp. Clipping is ours in stage 0: there DeepSpeed clips each stage of a pipeline by a norm of its own, and does
-    not tell it. Optimizer and schedule are not here: DeepSpeed is given torch's AdamW, whose rate is set at each step.
+    Optimizer and learning-rate schedule are absent: DeepSpeed is given torch's AdamW, whose rate is set at each step.
     """
     parallel = config.parallel
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
     if parallel.zero_stage:
-        # DeepSpeed takes memory for a whole bucket, which by default is 2 GB large, for a small model as well.
+        # DeepSpeed allocates a whole bucket, by default 2 GB, for a small model as well.
         zero["reduce_bucket_size"] = min(BUCKET, count(config.model).total)
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -57,33 +54,39 @@ def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
+        # In ZeRO-0 the engine clips: DeepSpeed would clip each pipeline stage by a norm of its own, and not return it.
         "gradient_clipping": config.optim.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": zero,
     }
     if casts_weights(config):
+        # bf16 weights over fp32 master weights; gradients are accumulated and reduced in fp32, by default in bf16.
         made |= {
             "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }
     if parallel.offload_optimizer:
-        # torch's fused AdamW steps on the host as well; DeepSpeed's own is compiled at the first start.
+        # torch's fused AdamW steps on the host as well; DeepSpeed's own would be compiled at the first start.
         made["zero_force_ds_cpu_optimizer"] = False
     return made
 
 
 def casts_weights(config: TrainConfig) -> bool:
-    """Whether DeepSpeed holds the weights in bf16."""
+    """True where DeepSpeed holds bf16 weights over fp32 master weights.
+
+    Not in ZeRO-0, where it would step Adam twice in the first step: there weights are fp32 and autocast casts them, as
+    with DDP.
+    """
     return config.precision is Precision.bf16 and bool(config.parallel.zero_stage)
 
 
 def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of DeepSpeed's settings that decide how its checkpoints are cut, and what they hold."""
+    """Return the settings that decide how DeepSpeed shards its checkpoints, and what they hold."""
     return {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The user's file.
+    """Read the user's config file.
 
     Raises:
         ConfigError: it cannot be read, or is no JSON object.
@@ -106,9 +109,9 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
-    """What this run has decided, by DeepSpeed's dotted key: the value, and what to type for the one in the file.
+    """Return the values that the run decides, by DeepSpeed's dotted key, each with the override for the file's value.
 
-    ``{}`` stands for that one.
+    ``{}`` in an override stands for the value in the file.
     """
     optim, parallel = config.optim, config.parallel
     bf16, offloads = config.precision is Precision.bf16, "parallel.offload_{}=true"
@@ -127,12 +130,12 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
             "cpu" if parallel.offload_parameters else "none",
             offloads.format("parameters"),
         ),
-        # The words of older files for the same two.
+        # Keys of older files for the same two.
         "zero_optimization.cpu_offload": (parallel.offload_optimizer, offloads.format("optimizer")),
         "zero_optimization.cpu_offload_param": (parallel.offload_parameters, offloads.format("parameters")),
-        # With it the pieces lie in an order that a checkpoint does not tell: it goes on with other weights elsewhere.
+        # With it shards are ordered in a way that checkpoints do not record, so a resumed run would mix up weights.
         "zero_optimization.round_robin_gradients": (False, "false"),
-        # Groups of ranks with a copy each, which what is saved and read here knows nothing of.
+        # Replica groups, which checkpoints here do not record.
         "zero_optimization.zero_hpz_partition_size": (1, "parallel=hsdp parallel.dp_shard={}"),
         "zero_optimization.mics_shard_size": (-1, "parallel=hsdp parallel.dp_shard={}"),
         "zero_force_ds_cpu_optimizer": (False, "no zero_force_ds_cpu_optimizer"),
@@ -159,7 +162,7 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
 OWNED_SECTIONS = {
     "scheduler": "no scheduler: optim.warmup_steps, optim.lr and optim.min_lr are the schedule",
     "checkpoint": "no checkpoint: the checkpoint group says when, and other sizes are read without asking",
-    "elasticity": "no elasticity: cut the batch by optim.micro_batch",
+    "elasticity": "no elasticity: split the batch by optim.micro_batch",
     "autotuning": "no autotuning: sweep the keys with -m",
     "curriculum_learning": "no curriculum_learning",
     "data_efficiency": "no data_efficiency",
@@ -169,11 +172,11 @@ OWNED_SECTIONS = {
     "tensor_parallel": "parallel=tp",
     "pipeline": "parallel=ds_pp",
 }
-"""Sections of DeepSpeed's that would take over what this program does itself."""
+"""Sections of DeepSpeed's config that would take over work of this program, with what to type instead."""
 
 
 def refuse_owned_sections(theirs: dict[str, Any], path: str) -> None:
-    """Raise ConfigError where the file has a section that would take something over."""
+    """Raise ConfigError where the file has one of ``OWNED_SECTIONS``."""
     for key, instead in OWNED_SECTIONS.items():
         if theirs.get(key):
             raise ConfigError(
@@ -184,10 +187,10 @@ def refuse_owned_sections(theirs: dict[str, Any], path: str) -> None:
 
 
 def extra_settings(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], path: str) -> dict[str, Any]:
-    """The file without what this run has decided in the same way.
+    """Return the settings of the file that the run does not decide itself.
 
     Raises:
-        ConfigError: it was decided otherwise.
+        ConfigError: the file contradicts a value of the run.
     """
     for key, value in flatten(theirs):
         if key not in known or value == AUTO or same_value(value, known[key][0]):
@@ -203,7 +206,7 @@ def extra_settings(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], pa
 
 
 def same_value(theirs: Any, ours: Any) -> bool:
-    """Whether two values mean the same: 1 and 1.0 do, true and 1 do not, AdamW is also Adam's default."""
+    """Compare two values: 1 equals 1.0, true does not equal 1, and Adam means AdamW, its default in DeepSpeed."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return theirs is ours
     if isinstance(theirs, str) and isinstance(ours, str):
@@ -212,7 +215,7 @@ def same_value(theirs: Any, ours: Any) -> bool:
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested dictionaries; an empty one is a value."""
+    """Yield dotted keys and values of nested dictionaries; an empty dictionary is a value."""
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
             yield from flatten(inner, f"{prefix}{key}.")
@@ -221,7 +224,7 @@ def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The dictionaries that ``flatten`` took apart."""
+    """Rebuild the nested dictionaries that ``flatten`` flattened."""
     made: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = key.split(".")
@@ -233,7 +236,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Both, nested ones too; where both have a value, theirs."""
+    """Merge two nested dictionaries; where both have a value, take theirs."""
     merged = dict(ours)
     for key, value in theirs.items():
         inner = ours.get(key)
@@ -242,4 +245,4 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 BUCKET = 500_000_000
-"""Elements of gradients that DeepSpeed reduces at once, its own default (reduce_bucket_size)."""
+"""Elements in a bucket of gradients that DeepSpeed reduces at once: its default (reduce_bucket_size)."""

@@ -1,6 +1,6 @@
-"""The topology of a run: how many ranks stand along each dimension of parallelism. Torch-free.
+"""The parallel dimensions of a run: the number of ranks along each axis of the device mesh. Torch-free.
 
-The planner and the training process derive it from the same config, so what was promised is what runs.
+The planner and the training process derive them from the same config, so the plan and the run agree.
 """
 
 from __future__ import annotations
@@ -14,50 +14,52 @@ from launch.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Ranks along each dimension. All but ``ep`` multiply to the world size; of these ``pp`` is the outermost and
-    ``tp`` the innermost, so that the ranks that talk most are neighbours."""
+    """Degree of each kind of parallelism: the sizes of the mesh axes. All but ``ep`` multiply to the world size.
+
+    ``pp`` is the outermost axis and ``tp`` the innermost, so that ranks that communicate most are neighbors.
+    """
 
     strategy: str
     dp_replicate: int
-    """Copies of the model."""
+    """Model replicas."""
     dp_shard: int
-    """Ranks that share one copy."""
+    """Ranks over which each replica is sharded."""
     pp: int = 1
-    """Stages of the pipeline."""
+    """Pipeline-parallel ranks."""
     cp: int = 1
-    """Ranks that share each sequence."""
+    """Context-parallel ranks, over which each sequence is sharded."""
     tp: int = 1
-    """Ranks that share each matrix."""
+    """Tensor-parallel ranks, over which each matrix is sharded."""
     ep: int = 1
-    """Data ranks that deal out the experts among themselves."""
+    """Expert-parallel ranks, taken from the data-parallel ones, over which experts are sharded."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The dimensions of the grid of ranks, from the outermost."""
+        """The axes of the device mesh, from the outermost, with their sizes."""
         names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
         return {name: getattr(self, name) for name in names}
 
     @property
     def data_ranks(self) -> int:
-        """Groups of ranks that see different samples."""
+        """Data-parallel ranks: groups of ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that work on the same samples."""
+        """Model-parallel ranks: those that work on the same samples."""
         return self.pp * self.cp * self.tp
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the ranks of a copy share its parameters, rather than each holding its own."""
+        """True where the data-parallel ranks of a replica shard its parameters (FSDP)."""
         return self.strategy in ("fsdp", "hsdp")
 
     def data_rank(self, rank: int) -> int:
-        """Which of the ``data_ranks`` parts of a batch a rank works on."""
+        """Return the data-parallel rank of a rank: the index of its part of the global batch."""
         return rank // (self.cp * self.tp) % self.data_ranks
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for records."""
+        """Return the fields as records hold them."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -67,18 +69,18 @@ class ParallelDims:
 
 
 def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
-    """Lay ``world_size`` ranks out as ``parallel`` says.
+    """Return the mesh of ``world_size`` ranks that ``parallel`` asks for.
 
     Raises:
-        ConfigError: they cannot be laid out so.
+        ConfigError: the degrees do not divide the number of ranks.
     """
-    assert parallel.strategy is not Strategy.auto, "to be settled before"
+    assert parallel.strategy is not Strategy.auto, "resolved by gpt.planning.auto before"
     model_ranks = 1
     for name in ("tp", "cp", "pp"):
         size = getattr(parallel, name)
         left = world_size // model_ranks
         if left % size:
-            taken = f", {left} of them beside the other dimensions" if model_ranks > 1 else ""
+            taken = f", {left} of them left by the other dimensions" if model_ranks > 1 else ""
             raise ConfigError(
                 f"parallel.{name}={size} with {world_size} ranks{taken}",
                 f"a divisor of {left}",
@@ -94,13 +96,13 @@ def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
     if data_ranks % shard:
         raise ConfigError(
             f"parallel.dp_shard={shard} does not divide {data_ranks} ranks",
-            "copies of the model that are shared by equally many ranks",
+            "replicas of the model that are sharded over equally many ranks",
             f"parallel.dp_shard={nearest_divisor(data_ranks, shard)}",
         )
-    # Under fsdp inside one copy, whose experts fsdp cuts further over the ranks that are left.
+    # Under fsdp inside one replica: FSDP shards its experts further over the ranks that are left.
     experts_among = shard if parallel.strategy is Strategy.fsdp else data_ranks
     if experts_among % parallel.ep:
-        where = " in one copy of the model" if experts_among < data_ranks else ""
+        where = " in one replica of the model" if experts_among < data_ranks else ""
         raise ConfigError(
             f"parallel.ep={parallel.ep} with {experts_among} ranks that see different samples{where}",
             f"a divisor of {experts_among}",
@@ -111,7 +113,7 @@ def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
 
 
 def strategy_name(parallel: ParallelConfig, replicas: bool) -> str:
-    """What records call the strategy; ``replicas``: there is more than one copy of the model."""
+    """Return the name of the strategy in records; ``replicas`` is set where there are several of the model."""
     if parallel.strategy is Strategy.deepspeed:
         return f"ds_zero{parallel.zero_stage}"
     return "hsdp" if parallel.strategy is Strategy.fsdp and replicas else parallel.strategy.name

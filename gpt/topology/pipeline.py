@@ -1,6 +1,7 @@
-"""What a pipeline asks of a model, a batch and a way of training. Torch-free.
+"""Pipeline parallelism without torch: refusals, the split of the layers into stages, schedules and their bubble.
 
-Owns the refusals, each with what to type instead; what the schedules need is known in gpt/topology/pipeline.py.
+The refusals each say what to type instead. ``split_layers`` balances the stages by counted FLOPs. The planner and the
+ranks (gpt/parallel/pipeline.py) call the same functions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from launch.errors import ConfigError
 
 
 def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where the layers or the batch cannot be dealt out to ``pp`` ranks."""
+    """Raise ConfigError where the layers or the micro-batches do not suit ``pp`` ranks and the schedule."""
     if dims.pp == 1:
         return
     check_host(config)
@@ -29,17 +30,17 @@ def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_host(config: TrainConfig) -> None:
-    """The ranks that hold a tied embedding send each other its gradient, which only devices can."""
+    """Refuse CPU offload with a tied embedding: first and last rank exchange its gradient, which must be on devices."""
     if config.parallel.cpu_offload and config.model.tie_embeddings:
         raise ConfigError(
             f"parallel.cpu_offload=true with parallel.pp={config.parallel.pp} and model.tie_embeddings=true",
-            "gradients on the devices, where first and last rank add up those of the matrix that they share",
+            "gradients on the devices, where first and last rank sum those of the tied matrix",
             "parallel.cpu_offload=false",
         )
 
 
 def check_layers(config: TrainConfig) -> None:
-    """Every stage needs a layer."""
+    """Refuse more stages than layers."""
     ranks, held, layers = config.parallel.pp, local_stages(config.parallel), config.model.n_layer
     if ranks * held <= layers:
         return
@@ -53,7 +54,7 @@ def check_layers(config: TrainConfig) -> None:
 
 
 def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
-    """The schedules take some numbers of micro-batches only."""
+    """Refuse a number of micro-batches that the schedule does not take."""
     batch, parallel = split_batch(config.optim, dims.data_ranks), config.parallel
     if accepts_micro_batches(parallel, batch.accumulation):
         return
@@ -69,7 +70,7 @@ def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def suggest_batch(config: TrainConfig, batch: Batch) -> str:
-    """What to type for a number of micro-batches that the schedule takes: smaller ones, or else more of them."""
+    """Suggest overrides with a number of micro-batches that the schedule takes: smaller ones, or else more of them."""
     sizes = [size for size in range(batch.micro, 0, -1) if batch.per_rank % size == 0]
     for size in sizes:
         if accepts_micro_batches(config.parallel, batch.per_rank // size):
@@ -82,7 +83,7 @@ def suggest_batch(config: TrainConfig, batch: Batch) -> str:
 
 
 def check_split_backward(config: TrainConfig) -> None:
-    """The two halves of a split backward pass go over what the forward pass has left, at different times."""
+    """Refuse what does not go with a split backward pass, whose halves read saved activations at different times."""
     schedule = config.parallel.schedule.name
     text, why = "", ""
     if config.compile.name != "none":
@@ -92,7 +93,7 @@ def check_split_backward(config: TrainConfig) -> None:
         )
     elif config.recompute is not Recompute.none:
         text = f"recompute={config.recompute.name}"
-        why = "recompute=none: both halves, and each matrix, would compute the block again"
+        why = "recompute=none: both halves, and each matrix, would recompute the block"
     if text:
         raise ConfigError(
             f"{text} with parallel.schedule={schedule}, which splits the backward pass",
@@ -108,29 +109,29 @@ def check_split_backward(config: TrainConfig) -> None:
 
 
 V_SHAPED = (Schedule.zbv, Schedule.dualpipev)
-"""Each rank holds a stage on the way down and one on the way back, so the first rank has the first and the last one."""
+"""Schedules in which each rank holds two stages, the first rank the first and the last one."""
 
 
 @dataclass(frozen=True)
 class StageLayers:
-    """What one stage holds of the model."""
+    """The layers of one pipeline stage."""
 
     blocks: range
     first: bool
-    """Embeds the tokens."""
+    """Has the token embedding."""
     last: bool
-    """Has the last norm and the output matrix."""
+    """Has the final norm and the output matrix."""
 
 
 def local_stages(parallel: ParallelConfig) -> int:
-    """Stages that each rank holds."""
+    """Return the number of stages on each rank."""
     if parallel.stages_per_rank is not None:
         return parallel.stages_per_rank
     return 2 if parallel.schedule is Schedule.interleaved or parallel.schedule in V_SHAPED else 1
 
 
 def stage_indices(parallel: ParallelConfig, pp_rank: int) -> list[int]:
-    """The stages that one of the ``pp`` ranks of a pipeline holds, ascending."""
+    """List the indices of the stages that a pipeline-parallel rank holds, ascending."""
     ranks, held = parallel.pp, local_stages(parallel)
     if parallel.schedule in V_SHAPED:
         return [pp_rank, 2 * ranks - 1 - pp_rank]
@@ -138,10 +139,10 @@ def stage_indices(parallel: ParallelConfig, pp_rank: int) -> list[int]:
 
 
 def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> list[StageLayers]:
-    """Deal the layers out to ``stages`` stages, in order, so that the slowest stage has as little to compute as can be.
+    """Split the layers into ``stages`` consecutive stages so that the slowest one has the fewest FLOPs possible.
 
-    The output matrix counts like a layer: with a large vocabulary the last stage holds few blocks, or none. A look-up
-    in the embedding computes nothing, and belongs to the first block.
+    The output matrix counts like a layer: with a large vocabulary the last stage has few blocks, or none. The look-up
+    in the embedding costs no FLOPs, and goes with the first block.
     """
     parts = []
     for layers in partition(tuple(layer_costs(model, recompute)), stages):
@@ -151,7 +152,7 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
 
 
 def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:
-    """What one of the ranks of a pipeline holds, stage by stage; all of the model where there is no pipeline."""
+    """Return the layers of each stage of a pipeline-parallel rank; the whole model where ``pp`` is 1."""
     parallel = config.parallel
     if parallel.pp == 1:
         return [StageLayers(range(config.model.n_layer), first=True, last=True)]
@@ -160,7 +161,7 @@ def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:
 
 
 def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
-    """FLOPs of each block and then of the output matrix, forward and backward, for one sequence."""
+    """Count the FLOPs of each block and then of the output matrix, forward and backward, for one sequence."""
     flops = training_flops(model, sequences=1)
     again = recomputed_flops_per_token(model, recompute) * model.block_size
     return [(flops.palm - flops.logits + again) // model.n_layer] * model.n_layer + [flops.logits]
@@ -168,10 +169,10 @@ def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
 
 @cache
 def partition(costs: tuple[int, ...], parts: int) -> list[range]:
-    """Cut a sequence into ``parts`` runs, none empty, whose largest sum is as small as can be.
+    """Partition a sequence into ``parts`` consecutive runs, none empty, that minimize the largest sum.
 
-    Of several such cuts the most even one (least squares); then that with the shorter runs first, since the first
-    stages of a pipeline keep the activations of the most micro-batches.
+    Of several such partitions the most even one (least squares); then that with the shorter runs first, since the
+    first stages of a pipeline keep the activations of the most micro-batches.
     """
     assert 1 <= parts <= len(costs), (parts, len(costs))
     sums = [0, *accumulate(costs)]
@@ -204,29 +205,29 @@ def partition(costs: tuple[int, ...], parts: int) -> list[range]:
 
 
 def min_micro_batches(parallel: ParallelConfig) -> int:
-    """Micro-batches without which torch's schedule does not run at all; DeepSpeed's 1F1B runs with any number."""
+    """Return the fewest micro-batches that torch's schedule runs with; DeepSpeed's 1F1B runs with any number."""
     if parallel.schedule is Schedule["1f1b"]:
         return 1 if parallel.strategy is Strategy.deepspeed else parallel.pp
     return 2 * parallel.pp if parallel.schedule is Schedule.dualpipev else 1
 
 
 def accepts_micro_batches(parallel: ParallelConfig, micro_batches: int) -> bool:
-    """Whether the schedule takes so many micro-batches.
+    """True where the schedule runs with this number of micro-batches.
 
-    Interleaved 1F1B goes in rounds of equally many, at least one for each rank.
+    Interleaved 1F1B runs in rounds of equally many micro-batches, at least one for each rank.
     """
     rounds = max(1, micro_batches // parallel.pp) if parallel.schedule is Schedule.interleaved else 1
     return micro_batches >= min_micro_batches(parallel) and micro_batches % rounds == 0
 
 
 def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_rank: int = 1) -> float:
-    """The share of a step in which a rank has nothing to do, from 0 to 1, with stages that take equally long.
+    """Return the bubble, the share of a step in which a rank is idle, from 0 to 1, for stages of equal cost.
 
     GPipe and 1F1B: (p - 1) / (m + p - 1) for p ranks and m micro-batches (arXiv 1811.06965, section 2.3; 2104.04473,
-    section 2.2.1); with v stages on a rank v times as many, shorter slots (section 2.2.2). The V-shaped schedules
-    split the backward pass; where its halves take as long as the forward pass, what is left is the way of the first
-    micro-batch down to the last rank (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1, as cut
-    in half at https://github.com/deepseek-ai/DualPipe). With few micro-batches, as torch's schedules then wait.
+    section 2.2.1); with v stages per rank v times as many, shorter slots (section 2.2.2). The V-shaped schedules
+    split the backward pass; where its halves take as long as the forward pass, the bubble is the fill of the pipeline
+    by the first micro-batch (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1, halved as at
+    https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas follow torch's schedules.
     """
     p, m = pp, micro_batches
     if schedule in V_SHAPED:

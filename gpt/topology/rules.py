@@ -1,7 +1,8 @@
-"""What can be composed: which topologies a model and a way of training allow. Torch-free.
+"""Validation of the parallel dimensions against model, batch and training options. Torch-free.
 
-Owns the refusals, each with its reason and the nearest thing that can be done. The planner asks on the login node, the
-ranks ask again before there is a run folder.
+Owns the refusals of ZeRO-1, tensor, context and DeepSpeed parallelism, each with its reason and the nearest valid
+alternative; those of pipelines and experts are in their own modules. The planner calls ``check_parallel_dims`` on the
+login node, and the ranks again before there is a run folder.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from launch.errors import ConfigError
 
 
 def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
-    """The topology of a run on ``world_size`` ranks.
+    """Return the parallel dimensions of a run on ``world_size`` ranks, checked against all of its config.
 
     Raises:
-        ConfigError: the ranks cannot be laid out so, or the model cannot be spread over them so.
+        ConfigError: the degrees do not divide the ranks, or the model cannot be parallelized so.
     """
     dims = parallel_dims(config.parallel, world_size)
     for check in (check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed):
@@ -42,19 +43,19 @@ def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
 
 
 def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where zero1 is asked to do more than share the optimizer among data ranks."""
+    """Raise ConfigError where zero1 is combined with another kind of parallelism than data parallelism."""
     others = [name for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
     if config.parallel.strategy is Strategy.zero1 and others:
         text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
         raise ConfigError(
             f"parallel.strategy=zero1 with {text}",
-            "zero1 with data ranks only: it cuts the optimizer of a model that every rank holds whole",
+            "zero1 with data parallelism only: it shards the optimizer state of a model that every rank replicates",
             f"parallel.strategy=fsdp parallel.reshard_after_forward=false {text}",
         )
 
 
 def check_context(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where a sequence cannot be shared by ``cp`` ranks."""
+    """Raise ConfigError where sequences cannot be sharded over ``cp`` ranks."""
     model, cp = config.model, dims.cp
     if cp == 1:
         return
@@ -67,25 +68,25 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
     if model.capacity_factor is not None:
         raise ConfigError(
             f"parallel.cp={cp} with model.capacity_factor={model.capacity_factor:g}",
-            "experts without a limit: whether a place is left depends on tokens of the sequence that other ranks hold",
+            "no capacity limit: whether an expert has room depends on tokens of the sequence that other ranks hold",
             "model.capacity_factor=null",
         )
     if model.dropout and config.parallel.cp_method is CpMethod.ring:
         raise ConfigError(
             f"parallel.cp_method=ring with model.dropout={model.dropout:g}",
-            "no dropout, since each block's noise would have to be drawn again when its keys come round a second time",
+            "no dropout: the noise of each block of keys would have to be drawn again in the backward pass",
             "parallel.cp_method=allgather, or model.dropout=0",
         )
     if config.compile.name != "none" and config.recompute is Recompute.selective:
         raise ConfigError(
             f"parallel.cp={cp} with recompute=selective and compile={config.compile.name}",
-            "one of the two, or full recomputation: the compiler hides from a selective one what could be kept",
+            "one of the two, or recompute=full: selective recomputation does not see into compiled code",
             "recompute=full, or compile=none",
         )
 
 
 def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where the model's matrices, or its activations, cannot be shared by ``tp`` ranks."""
+    """Raise ConfigError where the model's matrices or activations cannot be sharded over ``tp`` ranks."""
     if dims.tp == 1:
         return
     check_matrices(config.model, dims.tp)
@@ -94,7 +95,7 @@ def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_matrices(model: ModelConfig, tp: int) -> None:
-    """Heads of both kinds and the inner width of the feed-forward layer can be dealt out evenly."""
+    """Refuse ``tp`` ranks that do not divide query heads, key-value heads and the inner width of the ffn."""
     shared = {
         f"model.n_head={model.n_head}": model.n_head,
         f"{model.kv_heads} key and value heads": model.kv_heads,
@@ -111,49 +112,51 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
     if not grouped_matmul_fits(model, tp):
         raise ConfigError(
             f"parallel.tp={tp} with experts {model.ffn_width} wide, {model.ffn_width // tp} on each rank",
-            f"multiples of {GROUPED_MULTIPLE} on each rank, since torch's grouped product takes rows of whole 16 bytes",
+            f"multiples of {GROUPED_MULTIPLE} on each rank, since torch's grouped matmul takes rows of whole 16 bytes",
             f"model.expert_matmul=loop, or parallel.tp={sharers}",
         )
 
 
 def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
-    """Whether the product of the experts takes what is left of their width."""
+    """True where torch's grouped matmul takes the shard of an expert's width."""
     grouped = model.ffn is Ffn.moe and model.expert_matmul is ExpertMatmul.grouped
     return not grouped or model.ffn_width % (GROUPED_MULTIPLE * tp) == 0
 
 
 def check_vocabulary(model: ModelConfig, tp: int) -> None:
-    """Embedding and output matrix can be dealt out evenly by their rows."""
+    """Refuse ``tp`` ranks that do not divide the padded vocabulary."""
     if model.padded_vocab % tp:
         raise ConfigError(
             f"parallel.tp={tp} with {model.padded_vocab} rows of the embedding (model.vocab_size={model.vocab_size}, "
             f"model.vocab_multiple={model.vocab_multiple})",
-            f"a multiple of {tp} rows; those added take no part",
+            f"a multiple of {tp} rows; padding rows take no part",
             f"model.vocab_multiple={math.lcm(model.vocab_multiple, tp)}",
         )
 
 
 def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
-    """Slices of a sequence are equal; and dropout, which every rank draws for itself, finds no activations that several
-    ranks hold."""
+    """Refuse unequal sequence shards, and dropout on replicated activations.
+
+    Each rank draws its own dropout noise, so ranks that hold the same activations would drop different elements.
+    """
     model, ranks = config.model, dims.tp * dims.cp
     wish = f"model.block_size={-(-model.block_size // ranks) * ranks}"
     if config.parallel.sequence_parallel and model.block_size % ranks:
         raise ConfigError(
             f"parallel.sequence_parallel=true with model.block_size={model.block_size} on {ranks} ranks",
-            f"a multiple of {ranks}: each of the ranks has an equal slice of every sequence",
+            f"a multiple of {ranks}: each rank has an equal shard of every sequence",
             wish if model.dropout else f"parallel.sequence_parallel=false, or {wish}",
         )
     if model.dropout and not config.parallel.sequence_parallel:
         raise ConfigError(
             f"model.dropout={model.dropout:g} with parallel.tp={dims.tp} parallel.sequence_parallel=false",
-            "slices of the sequence, since each rank draws its own noise and all would have to drop the same",
+            "sequence parallelism: ranks draw their own dropout noise, so replicated activations would diverge",
             "parallel.sequence_parallel=true" if model.block_size % ranks == 0 else "model.dropout=0",
         )
 
 
 def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where DeepSpeed cannot spread this model so, or its file says something else than this run."""
+    """Raise ConfigError where DeepSpeed cannot parallelize this model so, or its config file contradicts the run."""
     if config.parallel.strategy is not Strategy.deepspeed:
         return
     check_dimensions(config, dims)
@@ -163,23 +166,23 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where more is cut than data ranks and stages."""
+    """Raise ConfigError where DeepSpeed is combined with tensor, context or expert parallelism."""
     others = [name for name in ("tp", "cp", "ep") if getattr(dims, name) > 1]
     if others:
         text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
         engine = "" if config.parallel.engine is None else "parallel.engine=native "
         raise ConfigError(
             f"parallel.strategy=deepspeed with {text}",
-            "data ranks and stages only: DeepSpeed does not cut the matrices, sequences or experts of this model",
+            "data and pipeline parallelism only: DeepSpeed does not shard matrices, sequences or experts of this model",
             f"parallel=fsdp {engine}{text}",
         )
 
 
 def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where DeepSpeed's pipeline does not take what is asked."""
+    """Raise ConfigError where DeepSpeed's pipeline does not support the ZeRO stage, offload or schedule."""
     parallel = config.parallel
     if parallel.zero_stage in (2, 3):
-        # What a preset keeps on the host belongs to its stage.
+        # A preset with parameter offload means ZeRO-3, so its ZeRO stage alone would not do.
         fix = "parallel=ds_pp_zero1" if parallel.offload_parameters else "parallel.zero_stage=1"
         raise ConfigError(
             f"parallel.zero_stage={parallel.zero_stage} with parallel.pp={dims.pp}",
@@ -189,19 +192,19 @@ def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
     if parallel.offload_optimizer:
         raise ConfigError(
             f"parallel.offload_optimizer=true with parallel.pp={dims.pp}",
-            "one of them: DeepSpeed's pipeline hands its gradients to an optimizer on the device",
+            "one of them: DeepSpeed's pipeline steps an optimizer on the device",
             "parallel.offload_optimizer=false, or parallel.pp=1",
         )
     if parallel.schedule is not Schedule["1f1b"]:
         raise ConfigError(
             f"parallel.schedule={parallel.schedule.name} with parallel.strategy=deepspeed",
-            "1f1b, the only order that DeepSpeed has",
+            "1f1b, DeepSpeed's only schedule",
             f"parallel.schedule=1f1b, or parallel=pp parallel.pp={dims.pp}",
         )
     last = split_layers(config.model, dims.pp, config.recompute)[-1]
     if parallel.zero_stage and config.model.norm_position is NormPosition.post and not last.blocks:
         raise ConfigError(
             f"parallel.pp={dims.pp} with model.norm_position=post, where the last stage has the output matrix alone",
-            "matrices and norms in every stage: DeepSpeed adds their norms up over the stages, kind by kind",
+            "both parameter groups in every stage: DeepSpeed reduces the gradient norm of each group over the stages",
             "parallel.zero_stage=0, or fewer stages",
         )

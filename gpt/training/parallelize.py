@@ -1,4 +1,4 @@
-"""TODO gpt.training.parallelize."""
+"""Choice of the engine: applies the parallelism of a config to a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpt.topology.dims import ParallelDims
 
 
 def parallelize(model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> Engine:
-    """Apply the strategy that ``config.parallel`` names, and move what this rank holds to ``world.device``."""
+    """Parallelize a model as ``config.parallel`` says, and move this rank's part of it to ``world.device``."""
     from gpt.parallel.ddp import DDPEngine, Zero1Engine
     from gpt.parallel.nd import NDEngine
     from gpt.parallel.pipeline import PipelineEngine
@@ -31,7 +31,7 @@ def parallelize(model: GPT, config: TrainConfig, world: World, dims: ParallelDim
 def parallelize_with_deepspeed(
     model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
 ) -> Engine:
-    """The same by DeepSpeed, which is loaded only here."""
+    """Parallelize a model by DeepSpeed, which is imported only here."""
     from gpt.parallel.deepspeed.engine import load_deepspeed
 
     load_deepspeed(world)  # before what imports it at its top

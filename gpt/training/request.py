@@ -1,6 +1,6 @@
-"""``parallel=auto`` for ranks that nobody planned for: chosen by the first of them, for the device it finds.
+"""The request of a command line: config, run folder, and ``parallel=auto`` for ranks without a plan.
 
-Owns the look at the device; the choice is gpt/planning's.
+Rank 0 looks at its device and chooses, by gpt/planning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from launch.runs.identity import choose_folder, refuse_other_run
 
 
 def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:
-    """How the model is spread, chosen for the device of this rank where the command leaves it open."""
+    """Choose the parallelism for the device of this rank where the command says ``parallel=auto``; print the reason."""
     choice = choose_parallelism(config, overrides, folder, world.size, lambda: machine_of(config, world))
     if choice.why:
         lines = [*table([choice.as_dict() for choice in choice.best]), *choice.left_out]
@@ -38,7 +38,7 @@ def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunF
 
 
 def machine_of(config: TrainConfig, world: World) -> Machine:
-    """What the estimates assume of the nodes, all being like this one.
+    """Return the hardware that the estimates assume: nodes like this one.
 
     Raises:
         ConfigError: the device is not known.
@@ -59,7 +59,7 @@ def machine_of(config: TrainConfig, world: World) -> Machine:
 
 @dataclass
 class Request:
-    """What the command line asks for."""
+    """The request of a command line: its config, and the run folder."""
 
     config: TrainConfig
     folder: RunFolder | None

@@ -58,7 +58,7 @@ def test_the_point_is_named_by_what_was_typed_and_the_folder_holds_what_was_chos
     assert (again.run_dir, again.facts["parallel"], again.facts["choices"]) == (
         plan.run_dir,
         plan.facts["parallel"],
-        (),
+        [],
     )
     assert "as this run began" in plan_text(again)
     assert plan_of(*words, "fresh=true").facts["choices"]
@@ -79,7 +79,9 @@ def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> Non
     )
     text = plan_text(plan)
     assert f"optim.micro_batch={plan.facts['micro_batch']} instead of 4" in text
-    assert "with optim.micro_batch=4 nothing fits (nearest: " in text and "not considered: DeepSpeed's stages" in text
+    assert (
+        "with optim.micro_batch=4 nothing fits (nearest: " in text and "not considered: DeepSpeed's ZeRO stages" in text
+    )
     write_run(plan, composed, words)
     assert (
         yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["micro_batch"] == plan.facts["micro_batch"]

@@ -278,7 +278,7 @@ def damage_and_fail(rank: int, size: int, folder: Path) -> dict[str, Any]:
         start(rank, size, folder, *words)
     copies = start(rank, size, folder.parent / "copies", *MIXTURE, *words_of(0))
     save(copies, lambda: True)
-    reader = "gpt.parallel.deepspeed.files.TensorReader.moment"
+    reader = "gpt.parallel.deepspeed.checkpoint.TensorReader.moment"
     with broken(rank, reader, "Input/output error"), pytest.raises(ConfigError, match=r"rank 1: .*Input/output"):
         start(rank, size, folder.parent / "copies", *words)
     return found

@@ -70,7 +70,7 @@ def hold(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[int,
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[int, int, int]]]:
+def held(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[int, int, int]]]:
     return run_distributed(hold, 4, tmp_path_factory.mktemp("held") / "runs", timeout_s=400)
 
 

@@ -100,7 +100,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 
 
 @pytest.fixture(scope="module", params=list(TABLES))
-def parallelize(
+def parallelized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[str, Words, Any]]:
     table = TABLES[request.param]
@@ -110,10 +110,10 @@ def parallelize(
 
 
 def test_a_pipeline_learns_what_one_process_learns(
-    spread: list[tuple[str, Words, Any]], reference: dict[str, dict[str, Any]]
+    parallelized: list[tuple[str, Words, Any]], reference: dict[str, dict[str, Any]]
 ) -> None:
     wrong = []
-    for model, words, found in spread:
+    for model, words, found in parallelized:
         expected = reference[model]
         try:
             assert_same(found, expected)

@@ -64,8 +64,8 @@ def test_less_memory_takes_smaller_passes_and_then_the_host(engine: str) -> None
         host = {offloads(one) for one in found.choices}
         assert len(host) == 1
         text = "\n".join(found.left_out)
-        assert ("memory of the host, which is slow: on the devices alone nothing fits" in text) == host.pop()
-        assert ("smaller passes, and more of them" in text) == any(smaller)
+        assert ("CPU offload, which is slow: on the devices alone nothing fits" in text) == host.pop()
+        assert ("smaller micro-batches, and more of them" in text) == any(smaller)
         seen.append((offloads(found.choices[0]), any(smaller)))
     assert seen == sorted(seen)
     assert {(False, False), (False, True), (True, True)} <= set(seen)
@@ -79,9 +79,9 @@ def test_a_host_that_is_full_takes_nothing() -> None:
     assert all(one.memory.host <= 1.5 * needed * GIB for one in chosen(12.0, *words, host_gib=1.5 * needed).choices)
     with pytest.raises(ConfigError) as refusal:
         chosen(12.0, *words, host_gib=0.9 * needed)
-    assert "of the host" in refusal.value.expected
+    assert "of host memory" in refusal.value.expected
     line = next(table([found.choices[0].as_dict()]))
-    assert f"and {found.choices[0].memory.host / GIB:.3g} GiB of the host" in line and "cpu_offload=true" in line
+    assert f"and {found.choices[0].memory.host / GIB:.3g} GiB of host memory" in line and "cpu_offload=true" in line
 
 
 def test_what_was_typed_of_offload_is_kept() -> None:
@@ -104,19 +104,21 @@ def test_cpus_have_no_other_memory() -> None:
     for gib in (16.0, 6.0, 4.0):
         found = rank_layouts(config_of(*words), 4, replace(cpus(1, 4, MachineOverrides()), room=int(gib * GIB)))
         assert not any(map(offloads, found.choices))
-        assert not any("host" in line for line in found.left_out)
+        assert not any("offload" in line for line in found.left_out)
 
 
 def test_deepspeed_is_chosen_from_only_where_it_was_asked_for() -> None:
     native, zero = chosen(72.0, *BATCH), chosen(72.0, *ZERO)
     assert Strategy.deepspeed not in {one.parallel.strategy for one in native.choices}
-    assert any("not considered: DeepSpeed's stages (parallel.engine=deepspeed)" in line for line in native.left_out)
+    assert any(
+        "not considered: DeepSpeed's ZeRO stages (parallel.engine=deepspeed)" in line for line in native.left_out
+    )
     assert {one.parallel.strategy for one in zero.choices} == {Strategy.deepspeed}
     assert {one.parallel.zero_stage for one in zero.choices} == {0, 1, 2, 3}
     assert {one.parallel.zero_stage for one in chosen(72.0, *ZERO, "parallel.zero_stage=2").choices} == {2}
     assert any("DeepSpeed's pipeline (parallel.pp=2)" in line for line in zero.left_out)
     assert {one.parallel.zero_stage for one in chosen(72.0, *ZERO, "parallel.pp=2").choices} == {0, 1}
-    with pytest.raises(ConfigError, match="data ranks and stages only"):
+    with pytest.raises(ConfigError, match="data and pipeline parallelism only"):
         chosen(72.0, *ZERO, "parallel.tp=2")
 
 
@@ -147,7 +149,7 @@ def test_what_does_not_fit_is_counted() -> None:
     assert len(found.choices) == len(totals) - len(large)
     assert f"left out: {len(large)} that do not fit" in text
     assert f"{min(large) / GIB:.3g} of 8 GiB" in text
-    assert f"refused: {len(tried.refused)} that cannot be laid out" in text
+    assert f"refused: {len(tried.refused)} invalid layouts" in text
     shown = [int(line.split()[0]) for line in found.left_out if re.match(r" +\d+ like", line)]
     assert shown and sum(shown) <= len(tried.refused)
 

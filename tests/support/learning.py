@@ -1,7 +1,7 @@
 """What a run computes in its first steps, brought together from all ranks, and what one process computes instead.
 
 Everything is the training's own code (``gpt.train.build``, ``gpt.training.step``); the reference differs in that
-nothing is spread or accumulated. AdamW makes a whole step of a gradient however small, also where it is rounding
+nothing is parallelized or accumulated. AdamW makes a whole step of a gradient however small, also where it is rounding
 alone. So there are no biases, since that of the keys has no other gradient, and ``eps`` is far above the rounding of
 a gradient.
 """
@@ -46,7 +46,7 @@ ACCUMULATIONS = (1, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """A run to be compared: a layout as it is typed, a model by its name, and the passes of a step."""
+    """A run to be compared: its overrides, a model by name, and the micro-batches of a step."""
 
     words: str
     model: str
@@ -102,7 +102,7 @@ def learn(run: Run, steps: int = STEPS) -> dict[str, Any]:
 
 
 def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
-    """As ``learn``, of DeepSpeed's engine, which tells gradients between the passes and the step only, not yet clipped;
+    """As ``learn``, of DeepSpeed's engine, which has gradients between backward pass and step only, not yet clipped;
     its weights are the masters."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
@@ -129,13 +129,13 @@ def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
 
 
 def norm_of_parts(run: Run) -> float:
-    """The norm of the gradients, from the parts that the ranks say they hold."""
+    """The norm of the gradients, from the shards that the ranks say they hold."""
     parts = [(part, share) for _, part, share in run.engine.gradients()]
     return run.world.all_reduce(sum_of_squares(parts)).sqrt().item()
 
 
 def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """What one process learns of each model, in one pass a step; for ``run_distributed`` with one rank."""
+    """What one process learns of each model, in one micro-batch a step; for ``run_distributed`` with one rank."""
     words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
     return {name: learn(start(rank, size, folder / name, *words, *model)) for name, model in models.items()}
 

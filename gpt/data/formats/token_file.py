@@ -25,7 +25,6 @@ HEADERLESS_DTYPE = "uint16"
 LLMC_HEADER_BYTES = 1024
 LLMC_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
 """Width of a token -> magic number and version."""
-LLMC_MAX_TOKENS = 2**31 - 1
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, code of the dtype, number of sequences and of documents
 MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}

@@ -1,7 +1,7 @@
-"""Checkpoints of an engine of DeepSpeed: its own files where they fit, whole tensors by name where they do not.
+"""Checkpoints of DeepSpeed engines: its own sharded files, or whole tensors by name where the parallelism changed.
 
-Owns the choice. DeepSpeed saves and loads its own layout when nothing has changed; with another stage or number of
-ranks, and from another strategy, each rank takes its pieces of whole tensors (gpt/checkpoint/deepspeed_files.py).
+Owns the choice. DeepSpeed loads its own files when nothing has changed; with another ZeRO stage or number of ranks, and
+from another strategy, each rank takes its shards of whole tensors (gpt/checkpoint/deepspeed_files.py).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class ZeroFiles:
-    """The files of a run under ZeRO. Its state is the engine itself.
+    """The checkpoint format of a ZeRO run, whose state is the engine itself.
 
     Args:
-        settings: what decides who holds which piece, beside the number of ranks; plain JSON.
+        settings: what decides the sharding besides the number of ranks; plain JSON.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -63,9 +63,9 @@ class ZeroFiles:
 
 
 class Writer:
-    """Writes DeepSpeed's files so that they last, and remembers which.
+    """Writer of DeepSpeed's files, which are synced to disk and listed.
 
-    DeepSpeed's ranks wait for each other between their files: what fails on one is told when all are through.
+    DeepSpeed's ranks wait for each other between their files, so a failure is raised only after all of them.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Writer:
         self._failure: Exception | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
-        """What DeepSpeed calls for each file."""
+        """Write one file, as DeepSpeed's checkpoint engine does."""
         try:
             with Path(path).open("wb") as file:
                 torch.save(state_dict, file)
@@ -82,7 +82,7 @@ class Writer:
         self.paths.append(Path(path))
 
     def finish(self) -> list[Path]:
-        """The files, synced to disk; raises what failed."""
+        """Sync the files to disk and list them; raise what failed."""
         if self._failure is not None:
             raise self._failure
         for path in self.paths:
@@ -94,9 +94,9 @@ class Writer:
 
 
 class Reader:
-    """Reads a rank's files before DeepSpeed asks for them.
+    """Reader of a rank's files, ahead of DeepSpeed.
 
-    DeepSpeed's ranks wait for each other between their files: what fails on one has to be known before they begin.
+    DeepSpeed's ranks wait for each other between their files, so a failure has to be known before they begin.
     """
 
     def __init__(self) -> None:
@@ -108,25 +108,25 @@ class Reader:
             self.load(path)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """What DeepSpeed calls for each file, for some of them twice."""
+        """Read one file, as DeepSpeed's checkpoint engine does, for some files twice."""
         if path not in self._contents:
             self._contents[path] = torch.load(path, map_location="cpu", weights_only=False)
         return self._contents[path]
 
 
 class TensorReader:
-    """Whole tensors of a folder of torch.distributed.checkpoint, one at a time, in one process."""
+    """Reader of whole tensors from a torch.distributed.checkpoint folder, one at a time, in one process."""
 
     def __init__(self, folder: Path) -> None:
         self._reader = dcp.FileSystemReader(folder)
         self._known = self._reader.read_metadata().state_dict_metadata
 
     def weight(self, name: str) -> Tensor:
-        """A parameter or buffer."""
+        """Read a parameter or buffer."""
         return self._read(f"model.{name}")
 
     def moment(self, name: str, key: str) -> Tensor:
-        """A part of AdamW's state of a parameter."""
+        """Read one of AdamW's moments of a parameter."""
         return self._read(f"optimizer.state.{name}.{key}")
 
     def _read(self, key: str) -> Tensor:
@@ -138,7 +138,7 @@ class TensorReader:
         return found
 
     def refuse_others(self, names: set[str]) -> None:
-        """Raise ValueError where there are weights that ``names`` does not have: it is another model's."""
+        """Raise ValueError unless the checkpoint holds exactly the weights of ``names``, that is, the same model."""
         there = {key.removeprefix("model.") for key in self._known if key.startswith("model.")}
         if there != names:
             raise ValueError(f"the checkpoint differs in {', '.join(sorted(there ^ names)[:3])}")

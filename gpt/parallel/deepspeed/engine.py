@@ -1,8 +1,9 @@
-"""DeepSpeed's engine: data ranks that share what ``parallel.zero_stage`` says (ZeRO, arXiv 1910.02054).
+"""DeepSpeed's ZeRO: training state sharded over data ranks by ``parallel.zero_stage`` (arXiv 1910.02054).
 
-Owns the passes, the step and their scale. DeepSpeed averages gradients over the data ranks, clips them and steps; it is
-given torch's AdamW with our two groups, and the rate of each step. The model stays our own object, its parameters by
-their own names; from stage 1 on a parameter no longer has a ``grad``, and in stage 3 it is empty between passes.
+Holds the engine and DeepSpeed's set-up (``load_deepspeed``). Owns the scale of the loss. DeepSpeed averages gradients
+over the data ranks, clips them and steps; it is given torch's AdamW with two parameter groups, and the learning rate of
+each step. The model stays our own object, its parameters by their own names; from stage 1 on a parameter has no
+``grad``, and in stage 3 it is empty between forward and backward passes.
 
 Shapes: B sequences, T tokens of one.
 """
@@ -32,6 +33,7 @@ from gpt.model.block import Block
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast, cross_entropy
 from gpt.model.moe import set_auxiliary_scale
+from gpt.parallel.base import accumulate
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
@@ -44,7 +46,7 @@ from gpt.topology.dims import ParallelDims
 
 
 class ZeroEngine:
-    """A model whose training state DeepSpeed spreads over the data ranks."""
+    """A model whose training state DeepSpeed shards over the data ranks."""
 
     layer_group: dist.ProcessGroup | None = None
 
@@ -58,12 +60,12 @@ class ZeroEngine:
         module = self.module = self.prepare_module(model)
         casts = casts_weights(config)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
-        # Inside the model, since DeepSpeed switches off an autocast that is on around it, on GPUs only.
+        # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around it.
         replace_forward(module, partial(autocast_forward, module.forward, config, world.device))
         settings = ds_config(config, batch)
         if self.stage == 3 and (config.compile.name != "none" or config.recompute is Recompute.selective):
-            # The layers of a block are gathered together, and not each by hooks inside: these no compiler sees through,
-            # and what is computed again would find nothing kept of what they do.
+            # The layers of a block are gathered together, not each by hooks inside the block: those can be neither
+            # compiled nor recomputed selectively.
             deepspeed.utils.set_z3_leaf_modules(module, [Block])
         with redirect_stdout(io.StringIO()):  # it prints how much memory there is, again and again
             self.ds, *_ = deepspeed.initialize(
@@ -81,21 +83,18 @@ class ZeroEngine:
             self.shards.update_from_masters()
 
     def prepare_module(self, model: GPT) -> nn.Module:
-        """What DeepSpeed is given of the model."""
+        """Return the module that DeepSpeed is given."""
         return model.to(self.world.device)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        num_micro_batches, micro = self.batch.accumulation, self.batch.micro
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i in range(num_micro_batches):
-            on_micro_batch()
-            part = slice(i * micro, (i + 1) * micro)
-            loss = self.loss(tokens_BT[part], targets_BT[part])
-            self.ds.backward(loss * self.scale, scale_wrt_gas=False)
-            if i < num_micro_batches - 1:
-                self.ds.step()  # counts the pass; the last one steps the weights
-            loss_sum += loss.detach()
-        return loss_sum
+        return accumulate(self.batch, self.world.device, tokens_BT, targets_BT, on_micro_batch, self._forward_backward)
+
+    def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
+        loss = self.loss(tokens_BT, targets_BT)
+        self.ds.backward(loss * self.scale, scale_wrt_gas=False)
+        if not last:
+            self.ds.step()  # counts the micro-batch; only the last one of a step, in ``update``, changes the weights
+        return loss.detach()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         device = self.world.device
@@ -112,7 +111,7 @@ class ZeroEngine:
         return torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm, device=self.world.device)
 
     def step_optimizer(self) -> None:
-        """Have DeepSpeed step."""
+        """Step DeepSpeed's optimizer."""
         self.ds.step()
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
@@ -122,7 +121,7 @@ class ZeroEngine:
                 yield name, part.to(self.world.device), 1 / self.world.size if self.stage == 0 else 1.0
 
     def state(self) -> Any:
-        """The engine itself, whose files are DeepSpeed's; in stage 0 what torch has, as with ddp."""
+        """Return the engine itself, stored in DeepSpeed's files; in stage 0 model and optimizer state, as DDP does."""
         if self.stage:
             return self
         parameters, optimizer = self.shards.parameters, self.ds.basic_optimizer
@@ -138,20 +137,20 @@ class ZeroEngine:
         }
 
     def load(self, state: Any) -> None:
-        """Nothing is left to do: what ``state`` gave was loaded in its place."""
+        """Do nothing: the state was loaded in place."""
 
     def begin(self) -> None:
         if not self.stage:
             self.ds.basic_optimizer.state.clear()
 
     def rank_files(self, folder: Path, tag: str) -> list[str]:
-        """What this rank reads of a checkpoint of DeepSpeed's that was written with the same layout."""
+        """List the files that this rank reads of a DeepSpeed checkpoint written with the same parallelism."""
         return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
 
     def load_tensors(self, tensors: TensorReader, names: set[str], steps: int) -> None:
-        """Take over the state after ``steps`` from whole tensors, if they are those of ``names``.
+        """Load the state after ``steps`` from whole tensors, which must be those of ``names``.
 
-        Waits for no other rank; ``update_from_masters`` of ``shards`` is to follow.
+        Not collective; call ``update_from_masters`` of ``shards`` afterwards.
         """
         tensors.refuse_others(names)
         self.shards.set_masters(tensors.weight)
@@ -160,12 +159,12 @@ class ZeroEngine:
             buffer.copy_(tensors.weight(name))
 
     def tensor_names(self) -> set[str]:
-        """All parameters and buffers of the whole model. Collective."""
+        """Collect the names of all parameters and buffers of the whole model. Collective."""
         mine = [*self.shards.parameters, *self.buffers()]
         return {name for theirs in self.world.gather(mine) for name in theirs}
 
     def tensor_info(self) -> dict[str, Any]:
-        """Shapes of the parameters, and the buffers that belong to the model, by name; of all stages. Collective."""
+        """Collect the shapes of the parameters, and the buffers, by name, of all pipeline stages. Collective."""
         shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.shards.parameters.items()}
         buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
         found: dict[str, Any] = {"shapes": {}, "buffers": {}}
@@ -175,7 +174,7 @@ class ZeroEngine:
         return found
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that a checkpoint holds, by their names in the whole model."""
+        """Return the persistent buffers, by their names in the whole model."""
         return {
             self.whole_name(f"{prefix}.{name}".removeprefix(".")): buffer
             for prefix, module in self.module.named_modules()
@@ -184,33 +183,33 @@ class ZeroEngine:
         }
 
     def whole_name(self, name: str) -> str:
-        """The name in the whole model of what has ``name`` in ``module``."""
+        """Return the name in the whole model of a parameter or buffer of ``module``."""
         return name
 
 
 def autocast_forward(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:
-    """``forward`` in the precision of the run."""
+    """Call ``forward`` in the precision of the run."""
     with autocast(config, device):
         return forward(*args)
 
 
 def load_deepspeed(world: World) -> None:
-    """Set the module ``deepspeed`` up for the device of this rank; it then says only what went wrong."""
+    """Import and initialize DeepSpeed for the device of this rank, with warnings and errors only."""
     os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes a GPU that it sees, whatever ``device`` says
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # torch 2.13 renames the collectives that it calls in every pass, and 2.11 knows no other names.
+    # torch 2.13 renames collectives that DeepSpeed calls in every step, and 2.11 knows no other names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # Shared memory between the ranks of a node: compiled at the first start for a minute, and gloo does without.
+    # Its shared-memory collectives take a minute to compile at the first start; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.groups.mpu = None  # left behind where this process has had a pipeline before
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
 
 
 def set_timeouts(timeout_s: int) -> None:
-    """Have collectives fail after ``timeout_s`` in the groups that DeepSpeed made: it gives them torch's default."""
+    """Set the timeout of the process groups that DeepSpeed made with torch's default."""
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

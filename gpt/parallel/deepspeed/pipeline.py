@@ -1,8 +1,8 @@
-"""DeepSpeed's pipeline: the layers dealt out to ranks, in the order of 1F1B, with data ranks beside them.
+"""DeepSpeed's pipeline parallelism (1F1B), with data parallelism beside it.
 
-Owns the model as DeepSpeed's list of layers, cut where gpt/topology/pipeline.py cuts, and the passes, which DeepSpeed
-makes all at once. A tied embedding is one layer that the first and the last stage both have; DeepSpeed adds up its
-two gradients. Imports DeepSpeed at its top, so it is imported when ``load_deepspeed`` has set that up.
+Owns the model as DeepSpeed's list of layers, split as gpt/topology/pipeline.py says; DeepSpeed runs all micro-batches
+of a step in one call. A tied embedding is one layer in the first and the last stage, whose two gradients DeepSpeed
+sums. Imports DeepSpeed at its top, so import it only after ``load_deepspeed``.
 
 Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
 """
@@ -32,12 +32,12 @@ from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import split_layers
 
 BEFORE, AFTER = 2, 2
-"""Layers of DeepSpeed's before the first block, and after the last one."""
+"""Number of DeepSpeed's layers before the first block, and after the last one."""
 TIED = "token_embedding"
 
 
 class ZeroPipelineEngine(ZeroEngine):
-    """Stages of a model, run and stepped by DeepSpeed's pipeline engine."""
+    """A model split into pipeline stages, run and stepped by DeepSpeed's pipeline engine."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._rows = batch.micro
@@ -65,7 +65,7 @@ class ZeroPipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """DeepSpeed's stages expect passes of one size, so a smaller one is filled up with rows that do not count."""
+        """Return the summed loss of a micro-batch; DeepSpeed's stages expect one size, so a smaller one is padded."""
         self._on_micro_batch, self._rows = lambda: None, len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
@@ -90,7 +90,7 @@ class ZeroPipelineEngine(ZeroEngine):
         PipelineEngine._exec_forward_pass(ds, buffer_id)
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """What the last stage goes back from. DeepSpeed divides it by the number of passes."""
+        """Return the loss for the backward pass, times the number of micro-batches, by which DeepSpeed divides it."""
         logits_BTV = logits_BTV[: self._rows, :, : self.config.model.vocab_size]
         loss = cross_entropy(logits_BTV, targets_BT[: self._rows])
         self._loss_sum += loss.detach()
@@ -98,13 +98,13 @@ class ZeroPipelineEngine(ZeroEngine):
 
 
 class GPTPipelineModule(PipelineModule):
-    """This rank's layers of a GPT, whose parameters keep the names that they have in the whole model.
+    """This rank's layers of a GPT, with the parameter names of the whole model.
 
     Args:
-        model: the whole one, on the CPU; its layers go over.
+        model: the whole model, on the CPU, whose layers are taken over.
         config: of the run.
         stages: ranks of the pipeline.
-        criterion: of logits and targets.
+        criterion: loss of logits and targets.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class GPTPipelineModule(PipelineModule):
         self._cuts = [0, *ends[:-1], BEFORE + config.model.n_layer + AFTER]
         self._names = whole_names(config.model.n_layer)
         super().__init__(layers_of(model), num_stages=stages, loss_fn=criterion)
-        self._layer_specs: list[Any] = []  # the other stages' layers, which nobody needs any more
+        self._layer_specs: list[Any] = []  # frees the other stages' layers
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._cuts
@@ -131,34 +131,34 @@ class GPTPipelineModule(PipelineModule):
             yield self.whole_name(name), parameter
 
     def rank_files(self, folder: Path) -> list[str]:
-        """What this rank reads from there: one file for each of its layers that has a state."""
+        """List the files that this rank reads: one for each of its layers that has a state."""
         layers = [i for i, layer in enumerate(self.forward_funcs) if hasattr(layer, "load_state_dict")]
         return [path for i in layers for path in self.ckpt_layer_path_list(str(folder), i)]
 
     def whole_name(self, name: str) -> str:
-        """The name in the whole model of what has ``name`` in this one."""
+        """Return the name in the whole model of a parameter of this module."""
         layer, _, rest = name.removeprefix("tied_modules.").partition(".")
         return f"{self._names[layer]}{rest}"
 
 
 class Entry(nn.Module):
-    """What is between the token embedding and the first block."""
+    """Layer between the token embedding and the first block: learned positions and dropout."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.position, self.dropout = model.position, model.dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Positions added, where they are learned, and dropout."""
+        """Add learned positions, if any, and apply dropout."""
         return self.dropout(x_BTD if self.position is None else self.position(x_BTD, 0))
 
 
 def layers_of(model: GPT) -> list[Any]:
-    """A GPT as DeepSpeed's list of layers, each of which takes what the one before gives."""
+    """List the layers of a GPT for DeepSpeed, each of which takes the output of the one before."""
     embedding: Any = model.token_embedding
     head: Any = model.head
     if model.config.tie_embeddings:
-        # DeepSpeed builds it anew in both stages, over the memory of the weights that are there.
+        # DeepSpeed builds the embedding anew in both stages, over the memory of the existing weight.
         weight = model.token_embedding.weight.detach()
         embedding = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight)
         head = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight, forward_fn=logits_of)
@@ -166,12 +166,12 @@ def layers_of(model: GPT) -> list[Any]:
 
 
 def logits_of(embedding: nn.Embedding, x_BTD: Tensor) -> Tensor:
-    """The embedding's matrix as output matrix."""
+    """Compute logits with the embedding as output matrix."""
     return F.linear(x_BTD, embedding.weight)
 
 
 def whole_names(n_layer: int) -> dict[str, str]:
-    """What the names of each layer's parameters begin with in the whole model, by its name in DeepSpeed's."""
+    """Map each of DeepSpeed's layer names to the prefix of its parameters in the whole model."""
     blocks = {str(BEFORE + number): f"blocks.{number}." for number in range(n_layer)}
     around = {"0": f"{TIED}.", TIED: f"{TIED}.", "1": ""}
     return around | blocks | {str(BEFORE + n_layer): "norm.", str(BEFORE + n_layer + 1): "head."}

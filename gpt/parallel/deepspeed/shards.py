@@ -1,8 +1,8 @@
-"""What this rank holds of each parameter under ZeRO: gradients read from it, weights and moments put into it.
+"""A rank's shards under ZeRO: gradients read from them, fp32 master weights and moments written into them.
 
-Owns the places. DeepSpeed lays the parameters of a group end to end and gives each rank a piece of that (stages 1 and
-2), or a piece of each parameter (stage 3), padded at the end; fp32 masters and moments lie flat beside them. In stage 0
-everything is where torch has it. Reaches into DeepSpeed where its own functions for this
+Owns their location. DeepSpeed flattens the parameters of a group and shards that (stages 1 and 2), or shards each
+parameter (stage 3), padded at the end; fp32 masters and moments are flat tensors beside them. In stage 0 everything is
+where torch has it. Reaches into DeepSpeed where its own functions for this
 (``deepspeed.utils.safe_set_*``) stop: they know no moments before the first step, and no padding.
 """
 
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The keys of AdamW's state that are as large as the parameter."""
+"""Keys of AdamW's state that have the size of the parameter."""
 
 
 class Shards:
-    """The training state of an engine of DeepSpeed, by the parameters' names in the whole model."""
+    """The sharded training state of a DeepSpeed engine, by parameter names in the whole model."""
 
     def __init__(self, ds: Any, parameters: dict[str, nn.Parameter]) -> None:
         self.ds, self.parameters = ds, parameters
@@ -28,24 +28,24 @@ class Shards:
         self.stage = ds.zero_optimization_stage()
 
     def holds(self, name: str) -> bool:
-        """Whether this rank has a piece of the parameter's state."""
+        """True where this rank has a shard of the parameter's state."""
         return self.stage in (0, 3) or self.parameters[name]._hp_mapping is not None  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def set_masters(self, whole: Callable[[str], Tensor]) -> None:
-        """Take the weights from ``whole``, which gives a parameter by its name: fp32, all of it.
+        """Set the master weights from ``whole``, which returns a whole fp32 parameter by name.
 
-        Computed with is what they were until ``update_from_masters``.
+        The weights that are computed with change only with ``update_from_masters``.
         """
         if self.stage == 3:
-            self.optimizer.checkpoint_event_prologue()  # all parameters back into their pieces
+            self.optimizer.checkpoint_event_prologue()  # re-partitions gathered parameters
         for name, parameter in self.parameters.items():
             if self.holds(name):
                 self._set(parameter, whole(name), None)
 
     @torch.no_grad()
     def set_moments(self, whole: Callable[[str, str], Tensor], steps: int) -> None:
-        """Take AdamW's moments from ``whole``, which gives one by the parameter's name and its key, after ``steps``."""
+        """Set AdamW's moments after ``steps`` from ``whole``, which returns one by parameter name and key."""
         self.create_moments(steps)
         for name, parameter in self.parameters.items():
             if self.holds(name):
@@ -53,7 +53,7 @@ class Shards:
                     self._set(parameter, whole(name, key), key)
 
     def create_moments(self, steps: int) -> None:
-        """Make the moments as AdamW does in its first step, all of them zero."""
+        """Create zero moments, as AdamW does in its first step."""
         base = self.ds.basic_optimizer
         flat = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
         for group in base.param_groups:
@@ -67,7 +67,7 @@ class Shards:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, whole: Tensor, key: str | None) -> None:
-        """Put this rank's piece of ``whole`` into the masters, or into the moment ``key``."""
+        """Copy this rank's shard of ``whole`` into the masters, or into the moment ``key``."""
         if self.stage == 3:
             size, rank = parameter.ds_tensor.numel(), self.optimizer._get_param_partition_rank(parameter)
             piece = whole.flatten()[rank * size : (rank + 1) * size]
@@ -82,7 +82,7 @@ class Shards:
 
     @torch.no_grad()
     def update_from_masters(self) -> None:
-        """Compute with what the masters now are. Collective."""
+        """Update the weights that are computed with from the masters. Collective."""
         if self.stage == 3:
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -95,7 +95,7 @@ class Shards:
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
-    """This rank's piece of the gradient of the mean loss, between backward pass and step; None where it has none."""
+    """Return this rank's shard of a gradient, between backward pass and step; None where it has none."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
     if not hasattr(parameter, "_hp_mapping"):
@@ -105,6 +105,6 @@ def local_gradient(parameter: Any) -> Tensor | None:
         return None
     piece = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
     address = mapping.lp_fragment_address
-    if piece.numel() == parameter.numel():  # the bf16 optimizer sums whole gradients, of which a part counts here
+    if piece.numel() == parameter.numel():  # the bf16 optimizer keeps whole gradients
         piece = piece[address.start : address.start + address.numel]
     return piece

@@ -1,7 +1,7 @@
-"""How much memory one rank needs for training, from the configs alone.
+"""Memory that one rank needs for training, from the configs alone.
 
-Torch-free. Counts tensors: not the device's context, nor what the allocator and the communication library keep, so a
-plan should leave some tenths of a device free. Must not know how much memory any device has.
+Torch-free. Counts tensors: not the CUDA context, nor what the caching allocator and NCCL reserve, so a plan should
+leave some tenths of a device free. Must not know how much memory any device has.
 
 ``shards`` is exact: the shard of each parameter that a rank holds; and so is ``states``: parameters, gradients and
 optimizer state. ``activations`` is what a forward pass keeps for the backward pass. ``rank`` adds them up.

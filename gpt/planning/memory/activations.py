@@ -1,11 +1,11 @@
-"""What a forward pass keeps for its backward pass, tensor by tensor.
+"""Activations that a forward pass saves for its backward pass, tensor by tensor.
 
 A sum over the tensors that autograd saves, after Korthikanti et al. (arXiv 2205.05198, section 4.1), adapted to the
 parts here: the residual stream and the norms are fp32 in bf16 too (autocast), and each matrix casts its input for
-itself. It is what torch keeps on the CPU, and a bound from above for CUDA, whose RMSNorm does not keep the normalized
-input and whose dropout keeps a byte for each element. The fused attention kernel keeps no T x T matrix; with dropout
-torch has none for the CPU, and needs there what ``manual`` needs. Where keys are gathered the CPU's also keeps a mask,
-the tokens of a chunk by those up to its end, which a GPU has not and which is not counted.
+itself. It is what torch keeps on the CPU, and an upper bound for CUDA, whose RMSNorm does not keep the normalized input
+and whose dropout keeps a byte for each element. The fused attention kernel keeps no T x T matrix; with dropout torch
+has none for the CPU, and needs there what ``manual`` needs. Where keys are all-gathered, the CPU kernel also saves a
+mask, the tokens of a chunk by those up to its end, which a GPU does not need and which is not counted.
 
 D width, H heads, K key-value heads, C head width, F inner width of the ffn, T tokens of a sequence.
 """
@@ -31,21 +31,21 @@ from gpt.config import (
 
 @dataclass(frozen=True)
 class ParallelFactors:
-    """What part of a pass one rank computes; by default all."""
+    """Degrees by which the activations of a micro-batch are divided over ranks; by default not at all."""
 
     tp: int = 1
-    """Ranks that share heads and inner widths."""
+    """Tensor-parallel ranks, over which heads and inner widths are sharded."""
     hidden: int = 1
-    """Ranks that share the residual stream between the parts of a block: tp of them with sequence parallelism."""
+    """Ranks over which hidden states between the modules of a block are sharded: tp with sequence parallelism."""
     cp: int = 1
-    """Ranks that share each sequence."""
+    """Context-parallel ranks, over which each sequence is sharded."""
     gathers_keys: bool = False
-    """With cp: each of them keeps the keys and values of all."""
+    """With cp: each rank saves the all-gathered keys and values."""
     sends_rows: bool = False
-    """Experts are on several ranks, so rows are sent to them and back."""
+    """Experts are sharded over ranks, so rows are dispatched to them and back."""
 
     def tokens(self, model: ModelConfig, sequences: int) -> int:
-        """Of one rank, in so many sequences."""
+        """Return the tokens of one rank in ``sequences`` sequences."""
         return sequences * model.block_size // self.cp
 
 
@@ -54,15 +54,15 @@ SINGLE_RANK = ParallelFactors()
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes of one rank, for one pass."""
+    """Saved activations of one rank for one micro-batch, in bytes."""
 
     embedding: int
     final: int
-    """Of the last norm and the output matrix."""
+    """Activations of the final norm and the output matrix."""
     block: int
     """Everything of one block."""
     recomputed: int
-    """What is left of ``block`` until its backward pass begins, where the rest is computed again then."""
+    """Part of ``block`` that is saved until its backward pass begins, where the rest is recomputed then."""
 
 
 def activation_bytes(
@@ -72,9 +72,9 @@ def activation_bytes(
     recompute: Recompute = Recompute.none,
     factors: ParallelFactors = SINGLE_RANK,
 ) -> ActivationBytes:
-    """What a pass over ``sequences`` sequences keeps, logits and weights not counted.
+    """Return the activations saved by a forward pass over ``sequences`` sequences, without logits and weights.
 
-    Where blocks are recomputed, each keeps its input, and with ``selective`` the results of its products.
+    Where blocks are recomputed, each saves its input, and with ``selective`` the results of its matrix products.
     """
     tokens = factors.tokens(model, sequences)
     width = BF16 if precision is Precision.bf16 else FP32
@@ -91,7 +91,7 @@ def activation_bytes(
 
 
 def block_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Everything one block keeps for its backward pass."""
+    """Return everything one block saves for its backward pass."""
     tokens = factors.tokens(model, sequences)
     bytes_ = tokens * (attention_bytes(model, width, factors) + ffn_bytes(model, width, factors))
     if model.ffn is Ffn.moe:
@@ -107,7 +107,7 @@ def block_bytes(model: ModelConfig, sequences: int, width: int, factors: Paralle
 
 
 def product_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Results of the matrix products of one block, attention among them (gpt/parallel/compile.py says which)."""
+    """Return the results of the matrix products of one block, with attention, as gpt/parallel/compile.py saves them."""
     tokens, up = factors.tokens(model, sequences), 2 if model.gated else 1
     queries, keys, heads = head_widths(model, factors)
     written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
@@ -121,12 +121,12 @@ def product_bytes(model: ModelConfig, sequences: int, width: int, factors: Paral
     shared = model.n_shared_expert * inner
     mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
     rows = sequences * expert_rows(model) // factors.cp
-    results = up * inner + (3 if factors.sends_rows else 1) * model.n_embd  # and what came of either exchange
+    results = up * inner + (3 if factors.sends_rows else 1) * model.n_embd  # and the rows received in either all-to-all
     return tokens * (attention + mixture) + rows * width * results
 
 
 def head_widths(model: ModelConfig, factors: ParallelFactors) -> tuple[int, int, int]:
-    """Width of the queries and of the keys of one token, and query heads: of one rank."""
+    """Return width of queries and of keys of one token, and query heads, of one rank."""
     heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
     return heads * model.head_dim, kv_heads * model.head_dim, heads
 
@@ -141,12 +141,12 @@ def norm_bytes(
 
 def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
     """Per token: what matrices that read the same tensor keep of it; one tensor, or in bf16 each its own cast. They
-    read all of it, also where the residual stream before them is shared."""
+    read all of it, also where the hidden states before them are sharded."""
     return (readers if width == BF16 else 1) * width * model.n_embd
 
 
 def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Per token of one layer: norm, queries, keys, values, what the kernel keeps of the T x T pairs, and its result."""
+    """Per token of one layer: norm, queries, keys, values, what the kernel saves of the T x T pairs, and its result."""
     queries, keys, heads = head_widths(model, factors)
     of_others = factors.cp if factors.gathers_keys else 1
     if model.attention is AttentionBackend.manual:
@@ -166,7 +166,7 @@ def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) ->
 
 
 def ffn_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Per token of one layer: norm, and what the feed-forward layer keeps."""
+    """Per token of one layer: norm and feed-forward layer."""
     around, inner = (
         norm_bytes(model, factors=factors) + dropout_bytes(model, width, factors),
         -(-model.ffn_width // factors.tp),
@@ -186,7 +186,7 @@ def dense_bytes(model: ModelConfig, width: int, inner: int) -> int:
 
 
 def inner_tensors(model: ModelConfig) -> int:
-    """Tensors of the inner width that the activation and the last matrix keep."""
+    """Count the tensors of the inner width that the activation and the last matrix save."""
     if model.gated:
         return 4  # gate, activation of the gate, up, and their product
     return 1 if model.ffn_activation is Activation.relu else 2  # ReLU needs its result only
@@ -200,8 +200,10 @@ def mixture_bytes(model: ModelConfig, width: int) -> int:
 
 
 def expert_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """The rows that the experts of one layer are given, and their inner tensors. Where experts are dealt out, a rank
-    is given as many rows as it sends, if they are chosen equally often."""
+    """Return the rows that the experts of one layer are given, and their inner tensors.
+
+    With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
+    """
     rows = sequences * expert_rows(model) // factors.cp + (1 if model.capacity_factor else 0)
     orders = 2 * INT64 if factors.sends_rows else 0  # in which they are sorted by expert there, and back
     return rows * (orders + width * (model.n_embd + inner_tensors(model) * -(-model.ffn_width // factors.tp)))

@@ -1,4 +1,4 @@
-"""The memory of one rank, part by part."""
+"""Memory of one rank, part by part: states, gathered weights, activations of micro-batches in flight, and logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
 LIVE = 10**9
-"""Elements that stage 3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
+"""Elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
 
 @dataclass(frozen=True)
@@ -28,49 +28,49 @@ class Memory:
     """
 
     parameters: int
-    """fp32; with DeepSpeed in bf16 what it computes with."""
+    """fp32; with DeepSpeed in bf16 the bf16 weights."""
     gradients: int
     optimizer: int
-    """Both moments of AdamW, fp32, and its step counts; with DeepSpeed the fp32 master weights too."""
+    """Moments of AdamW, fp32, and its step counts; with DeepSpeed the fp32 master weights too."""
     compute_weights: int
-    """Weights gathered or cast to be computed with, and whole gradients that wait to be reduced."""
+    """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Saved by forward passes for backward passes."""
     logits: int
     """Log-softmax of the logits, the loss's gradient with respect to it, and that with respect to the logits: fp32."""
 
     host: int = 0
-    """Parameters, gradients and optimizer state that lie in the memory of the host instead; not in the total."""
+    """Parameters, gradients and optimizer state in host memory instead; not in the total."""
 
     @property
     def total(self) -> int:
-        """All of it that is on the device, bytes."""
+        """Bytes on the device."""
         return sum(getattr(self, part.name) for part in fields(self)) - self.host
 
     @property
     def total_gib(self) -> float:
-        """All of it, GiB."""
+        """GiB on the device."""
         return self.total / GIB
 
 
 def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
-    """Memory of the rank that needs most, for AdamW over fp32 master weights.
+    """Return the memory of the rank that needs most, for AdamW over fp32 master weights.
 
     ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
-    and 8 for the moments; zero1 the n-th part of the moments; fsdp of all three, every tensor cut along its first
-    dimension and padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). DeepSpeed: see
+    and 8 for the moments; zero1 shards the moments; fsdp all three, every tensor sharded along its first dimension and
+    padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). DeepSpeed: see
     ``states``. Beside that, see ``compute_weights``, ``activations`` and ``logits``.
 
     Args:
         config: of the run.
-        layout: how its ranks stand.
-        batch: how the global batch is cut for its data ranks.
+        dims: the parallel dimensions.
+        batch: the split of the global batch.
     """
     return max((of_rank(config, dims, batch, rank) for rank in range(dims.pp)), key=lambda memory: memory.total)
 
 
 def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
-    """Memory of the ranks that hold one rank's stages of a pipeline."""
+    """Return the memory of the ranks at one place of their pipelines."""
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
     stored = states(config, dims, shards)
@@ -87,7 +87,7 @@ def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int)
 
 
 def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors:
-    """What part of a pass a rank computes."""
+    """Return the degrees by which activations are divided over ranks."""
     hidden = dims.tp if config.parallel.sequence_parallel else 1
     gathers = dims.cp > 1 and config.parallel.cp_method is CpMethod.allgather
     return ParallelFactors(tp=dims.tp, hidden=hidden, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
@@ -96,10 +96,10 @@ def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors
 def activations(
     config: TrainConfig, dims: ParallelDims, batch: Batch, stages: list[StageLayers], in_flight: int
 ) -> int:
-    """Bytes that ``in_flight`` micro-batches keep in a rank's parts of the model.
+    """Return the activations in bytes of ``in_flight`` micro-batches in a rank's stages.
 
-    torch's pipeline has a buffer for what comes in of every micro-batch of a step, forward and backward
-    (torch.distributed.pipelining.stage), and keeps what goes out as long as the rest.
+    torch's pipeline has receive buffers for every micro-batch of a step, forward and backward
+    (torch.distributed.pipelining.stage), and keeps a stage's outputs as long as its activations.
     """
     model, factors = config.model, parallel_factors(config, dims)
     per_micro_batch = activation_bytes(model, batch.micro, config.precision, config.recompute, factors)
@@ -119,21 +119,21 @@ def activations(
 
 
 def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
-    """Three tensors of one micro-batch, and one of each other whose backward pass has not begun."""
+    """Return the bytes of logits: three tensors of one micro-batch, and one of each other one in flight."""
     tokens = parallel_factors(config, dims).tokens(config.model, batch.micro)
     columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)
     return (2 + in_flight) * FP32 * tokens * columns
 
 
 def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: bool) -> int:
-    """Bytes of weights beside the master weights, and of whole gradients beside the sharded ones.
+    """Return the bytes of weights beside the stored ones, and of unsharded gradients beside the sharded ones.
 
-    ddp in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. fsdp: what is outside the blocks
-    stays gathered for the whole pass; of the blocks two are (one computes while the next arrives), or all of them where
-    they are not resharded after the forward pass; one block's gradient is whole until it is reduced. Where gradients
-    accumulate over several passes they are not reduced in between, so all of them are whole, in fp32. DeepSpeed's
-    stage 3 gives back what it gathered only where it holds more than ``LIVE`` elements, or needs it no more; stages 1
-    and 2 compute with the parameters that they hold. All three have a bucket for gradients, in fp32 at most.
+    DDP in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. FSDP: parameters outside the
+    blocks stay all-gathered for the whole pass; of the blocks two are (one computes, the next is prefetched), or all of
+    them without resharding after the forward pass; one block's gradient is unsharded until its reduce-scatter. With
+    gradient accumulation nothing is reduced before the last micro-batch, so all gradients are unsharded, in fp32.
+    ZeRO-3 frees gathered parameters only where it holds more than ``LIVE`` elements, or needs them no more; ZeRO-1 and
+    2 compute with the parameters that they hold. All three have a gradient bucket, in fp32 at most.
     """
     bf16 = config.precision is Precision.bf16
     if config.parallel.zero_stage:
@@ -149,7 +149,7 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
-    """Whose activations a rank keeps, counted in passes through all of its stages, rounded up.
+    """Count the micro-batches whose activations a rank keeps at once, each through all of its stages, rounded up.
 
     gpipe keeps all; 1f1b as many as there are ranks from here to the end (arXiv 2104.04473, section 2.2.1); interleaved
     has that many more begun as torch's schedule warms up with (section 2.2.2); the V-shaped ones as many as there are

@@ -1,7 +1,7 @@
-"""Which part of each parameter a rank holds, exactly: cut by stage, heads, experts, and then over the data ranks.
+"""The exact shard of each parameter on a rank: by pipeline stage, tensor and expert parallelism, then FSDP.
 
-The rules are those of the engines (gpt/parallel) and are compared in the tests with what these hold. Must not know how
-many bytes an element has.
+The rules are those of the engines (gpt/parallel), and the tests compare both. Must not know how many bytes an element
+has.
 """
 
 from __future__ import annotations
@@ -17,53 +17,54 @@ from gpt.topology.experts import expert_fsdp_ranks, shard_dimension
 from gpt.topology.pipeline import StageLayers
 
 SHARDED_DIM_0 = ("query", "key", "value", "gate", "up", "token_embedding", "head")
-"""Tensors that tensor parallelism cuts along the first dimension: by heads, inner width or vocabulary (Megatron-LM,
-arXiv 1909.08053, section 3)."""
+"""Tensors that tensor parallelism shards along the first dimension (column-parallel): by heads, inner width or
+vocabulary
+(Megatron-LM, arXiv 1909.08053, section 3)."""
 SHARDED_DIM_1 = ("output.weight", "down.weight", "experts.down")
-"""Those that it cuts along the second: they read what the former gave."""
+"""Tensors that it shards along the second dimension (row-parallel)."""
 
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """One rank's part of a parameter."""
+    """One rank's shard of a parameter."""
 
     name: str
     shape: tuple[int, ...]
-    """Of what it computes with: cut by tp and ep, not yet by the data ranks."""
+    """Shape that the rank computes with: sharded by tp and ep, not yet by FSDP."""
     ranks: int
-    """Ranks that share this part."""
+    """Ranks over which FSDP shards it further."""
     dimension: int = 0
-    """Along which they share it."""
+    """Dimension along which FSDP shards it."""
 
     @property
     def elements(self) -> int:
-        """Of what it computes with."""
+        """Elements that the rank computes with."""
         return math.prod(self.shape)
 
     def stored(self, ranks: int) -> int:
-        """Elements that one of ``ranks`` ranks stores: the largest slice, to which the others are padded."""
+        """Return the elements stored by one of ``ranks`` ranks: the largest shard, to which the others are padded."""
         return -(-self.shape[self.dimension] // ranks) * (self.elements // self.shape[self.dimension])
 
 
 @dataclass(frozen=True)
 class ParameterShards:
-    """The parameters of one rank."""
+    """The parameter shards of one rank."""
 
     block: tuple[ParameterShard, ...]
-    """Of one block."""
+    """Shards of one block."""
     around: tuple[ParameterShard, ...]
-    """Outside the blocks."""
+    """Shards outside the blocks."""
     layers: int
-    """Blocks it has."""
+    """Number of blocks on the rank."""
 
     @property
     def elements(self) -> int:
-        """Of what it computes with."""
+        """Elements that the rank computes with."""
         return self.layers * elements(self.block) + elements(self.around)
 
     @property
     def expert_elements(self) -> int:
-        """Of these, those of the experts."""
+        """Elements of experts that the rank computes with."""
         return self.layers * elements(p for p in self.block if ".experts." in p.name)
 
     @property
@@ -72,7 +73,7 @@ class ParameterShards:
         return self.layers * len(self.block) + len(self.around)
 
     def stored(self, ranks: int | None = None) -> int:
-        """Elements that it stores, where ``ranks`` ranks share them, by default those that do."""
+        """Return the elements that the rank stores, sharded over ``ranks``, by default over FSDP's."""
         of_block, around = (sum(p.stored(ranks or p.ranks) for p in parts) for parts in (self.block, self.around))
         return self.layers * of_block + around
 
@@ -80,7 +81,7 @@ class ParameterShards:
 def parameter_shards(
     model: ModelConfig, dims: ParallelDims, parts: Sequence[StageLayers] | None = None
 ) -> ParameterShards:
-    """The parameters of a rank that has these parts of the model, by default all of it."""
+    """Return the parameter shards of a rank with these stages, by default the whole model."""
     block, around = block_shapes(model), outer_shapes(model)
     if parts is not None:
         around = {
@@ -94,16 +95,16 @@ def parameter_shards(
 
 
 def has_parameter(part: StageLayers, name: str, model: ModelConfig) -> bool:
-    """Whether a part of the model has a parameter outside the blocks; a tied embedding is at both ends."""
+    """True where a stage has a parameter outside the blocks; a tied embedding is in the first and the last one."""
     if name.startswith(("norm.", "head.")):
         return part.last
     return part.first or (part.last and name.startswith("token_embedding.") and model.tie_embeddings)
 
 
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
-    """One rank's part of a parameter of this name and whole shape."""
+    """Return one rank's shard of a parameter, given its name and whole shape."""
     local = tensor_parallel_shape(name, shape, dims.tp)
-    # A sequence that is shared leaves each of its ranks a part of the gradient, so they share the parameters too.
+    # Context-parallel ranks each have a part of the gradient, so FSDP shards over them too.
     ranks = dims.dp_shard * dims.cp if dims.is_sharded else 1
     if dims.ep == 1 or ".experts." not in name:
         return ParameterShard(name, local, ranks)
@@ -114,8 +115,8 @@ def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims:
 
 
 def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """The shape of what one of ``tp`` ranks has of a matrix or its bias; of norms and the like the whole."""
-    inner = len(shape) - 2  # a stack of experts is cut inside each of them
+    """Return the shape of one tensor-parallel rank's shard; norms and the like are replicated."""
+    inner = len(shape) - 2  # stacked experts are sharded inside each of them
     if any(part in SHARDED_DIM_0 for part in name.split(".")):
         dim = max(inner, 0)
     elif name.endswith(SHARDED_DIM_1) and inner >= 0:
@@ -126,13 +127,12 @@ def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[i
 
 
 def elements(parts: Iterable[ParameterShard]) -> int:
-    """Elements of what a rank computes with of these."""
+    """Sum the elements that a rank computes with."""
     return sum(part.elements for part in parts)
 
 
 def cast_elements(shards: ParameterShards) -> int:
-    """Elements of the matrices that autocast casts: those that activations are multiplied with, the output matrix among
-    them, the router, which computes in fp32, not."""
+    """Count the elements of the matrices that autocast casts: all matrices of products but the fp32 router."""
     in_blocks = [p for p in shards.block if len(p.shape) > 1 and p.name != "ffn.router.weight"]
     head = [p for p in shards.around if p.name == "head.weight"] or [
         p for p in shards.around if p.name == "token_embedding.weight"
