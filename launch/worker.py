@@ -208,14 +208,16 @@ class Run:
         """Whether no later attempt of the run has begun. Asks the filesystem; worth it right before a commit."""
         return self._runs is None or max(self._runs.attempts(), default=0) <= self.attempt
 
-    # What happened. Rank 0 writes it down, on the others these do nothing.
+    # What happened. Rank 0 writes it down.
 
     def saved(self, step: int, seconds: float | None = None, **details: Any) -> None:
         """Record a checkpoint of ``step``, which took ``seconds``: from here the run can go on.
 
         Restart limits and goodput count from it. Takes the files SAVE and STOP away where this save was what they asked
-        for, so that the next start does not obey them again.
+        for, so that the next start does not obey them again. On every rank it first writes the records that are
+        queued: no later attempt will do these steps again.
         """
+        self.flush()
         if self._phase is Phase.saving:
             self._move(max(step, self._step), Phase.training)
         if seconds is not None:

@@ -66,8 +66,10 @@ class Views:
         self._rank.record(**record.as_dict())
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
-        if record.val_loss is not None:
-            self._rank.flush()  # a view that shows the whole run then reads it back
+        # A view that shows the whole run reads it back after an evaluation; and a step that is in a checkpoint is not
+        # done again after a crash, which must not take its record along.
+        if record.val_loss is not None or record.checkpoint_s is not None:
+            self._rank.flush()
         for view in self.views:
             view.write(record)
 
