@@ -23,6 +23,7 @@ from launch.config import Config
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile
+from launch.workload import RankContract
 
 if TYPE_CHECKING:
     from launch.agent.rendezvous import Crew, Start
@@ -34,15 +35,14 @@ class Watch:
 
     def __init__(
         self, folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter,
-        heartbeats: Path, *, must_attach: bool = True, silence_timeout_s: float | None = None,
+        heartbeats: Path, contract: RankContract,
     ) -> None:  # fmt: skip
         """Watch the ranks of one start.
 
         Args:
             heartbeats: folder of the ranks' heartbeat files, fresh for this start.
-            must_attach: whether a rank without a heartbeat is late (see ``Watchdog``), as those of a workload that is
-                known to have one.
-            silence_timeout_s: how long the log of a rank without a heartbeat may stand still; None: for ever.
+            contract: what is known of the ranks' behavior. Those that tell the event log how they end give a heartbeat
+                too, so one without it is late.
         """
         self._folder = folder
         self._node = node
@@ -53,11 +53,14 @@ class Watch:
         place, each = start.members.index(node.index), config.ranks_on_node
         ranks = range(place * each, (place + 1) * each)
         logs = {rank: folder.log(start.attempt, rank) for rank in ranks}
-        self._watchdog = Watchdog(heartbeats, config.resilience, logs, must_attach, silence_timeout_s)
+        self._watchdog = Watchdog(
+            heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
+        )
         files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
         self._agreement = Agreement(start.number, node.index, start.members, files)
         crew.line.conversation = self._agreement
         self._grace_s = config.resilience.stop_grace_s
+        self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
         self.verdict: str | None = None
         """Why the ranks were ended from here."""
@@ -90,8 +93,8 @@ class Watch:
             )
             # For programs that know nothing of the launcher, and ranks that have not come as far as asking: they end
             # now. To a rank that asks it is one more wish for the stop that the agents agree on.
-            agent.send(signal.SIGTERM)
-            self._agreement.want_stop(signal.SIGTERM)
+            agent.send(self._stop_signal)
+            self._agreement.want_stop(self._stop_signal)
             self._crew.line.wake()
         at_once = self._stop.count > 1 and not self._node.is_slurm
         if at_once or time.monotonic() > self._stop.since + self._grace_s:
