@@ -90,7 +90,7 @@ def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str
         if saves:
             for _ in range(2):
                 step(run)
-            save(run, lambda: True)
+            save(run)
         found.append([step(run)[0] for _ in range(2)])
     return found
 

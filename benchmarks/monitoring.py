@@ -26,8 +26,8 @@ from gpt.training.gradient_stats import Gradients
 from gpt.training.request import agree_on_folder, parse_request
 from gpt.training.run import Run, open_attempt
 from gpt.training.step import QueuedStep, queue_step
-from launch.runs.heartbeat import Phase, Pulse
-from launch.runs.records import append_record
+from launch import worker
+from launch.runs.heartbeat import Phase
 
 STEPS = 10
 ROUNDS = 12
@@ -65,9 +65,10 @@ def main() -> None:
         request = parse_request(words)
         with open_world(request.config.device, request.config.parallel.timeout_s) as world:
             there = agree_on_folder(request, world)
-            run = build(request.config, there, world, open_attempt(there, world), Pulse(None))
+            rank = worker.Run(world.rank, world.local_rank, world.size)
+            run = build(request.config, there, world, open_attempt(there, world, rank), rank)
             gradients = Gradients(request.config.model, world.device)
-            views = Views(there, world, run.attempt, request.config, run.step, gradients.names, run.tokens_per_step)
+            views = Views(there, world, rank, request.config, run.step, gradients.names, run.tokens_per_step)
             sides: dict[str, list[tuple[float, float]]] = {"none": [], "all": []}
             for turn in range(ROUNDS + 1):
                 for side in ("none", "all") if turn % 2 else ("all", "none"):
@@ -94,7 +95,7 @@ def parts(run: Run, views: Views, gradients: Gradients) -> dict[str, float]:
     actions: dict[str, Callable[[], object]] = {
         "gradients by layer, every tenth step": lambda: gradients.sums(run.engine.gradients()),
         "memory": lambda: memory_gib(run.world.device),
-        "rank_00000.jsonl": lambda: append_record(run.folder.metrics(0), record),
+        "rank_00000.jsonl": lambda: run.worker.record(**record.as_dict()),
     }
     for view in views.views:
         actions[type(view).__name__] = lambda view=view: view.write(record)  # type: ignore[misc]

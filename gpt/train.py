@@ -42,15 +42,15 @@ with lasting_imports():
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
     from gpt.training.state import load, save
     from gpt.training.step import QueuedStep, queue_step
-    from gpt.training.stop import Requests, StopFlag
+    from launch import worker
     from launch.errors import ConfigError
     from launch.process import die_with_parent
     from launch.runs.failures import record_failure
     from launch.runs.folder import RunFolder
-    from launch.runs.heartbeat import Phase, Pulse
+    from launch.runs.heartbeat import Phase
 
 
-def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pulse: Pulse) -> Run:
+def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, rank: worker.Run) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
     dims = check_parallel_dims(config, world.size)
     batch = split_batch(config.optim, dims.data_ranks)
@@ -77,19 +77,18 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, pu
         tokens=tokens,
         samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
         store=CheckpointStore(folder.checkpoints, kept.keep_last, kept.keep_every, world.control, engine.files),
-        pulse=pulse,
+        worker=rank,
         initialised_from=initialised_from,
     )
     load(run)
     return run
 
 
-def train(run: Run, flag: StopFlag) -> str:
+def train(run: Run) -> str:
     """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
-    config, world = run.config, run.world
-    requests = Requests(run.folder, world, run.attempt, flag)
+    config, world, rank = run.config, run.world, run.worker
     gradients = Gradients(config.model, world.device)
-    views = Views(run.folder, world, run.attempt, config, run.step, gradients.names, run.tokens_per_step)
+    views = Views(run.folder, world, rank, config, run.step, gradients.names, run.tokens_per_step)
     profile = StepProfile(run.folder.attempt(run.attempt), config, world)
     outcome = "finished"
     queued: QueuedStep | None = None
@@ -98,10 +97,11 @@ def train(run: Run, flag: StopFlag) -> str:
     phase = Phase.starting  # the first step may compile
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
-        requests.look()
         step = queue_step(run, gradients if due(run.step + 1, config.logging.gradients_interval) else None, phase)
         phase = Phase.training
-        stop, save_now = world.any(requests.stop, requests.save)
+        stop, save_now = rank.stop_requested(), rank.save_requested()
+        if not rank.agrees:  # no agent does it for the ranks
+            stop, save_now = world.any(stop, save_now)
         if queued is not None:  # read only now, so that the device is never idle between two steps
             record, clock = queued.finish(clock)
             views.write(record)
@@ -127,20 +127,19 @@ def train(run: Run, flag: StopFlag) -> str:
             )
             record.val_bits_per_byte = run.samples.val_bits_per_byte(record.val_loss, config.eval.sequences)
         if saves:
-            run.pulse.at(run.step, Phase.saving)
-            record.checkpoint_s = save(run, requests.is_current)
-            requests.done(save_now, stop)
+            record.checkpoint_s = save(run)
         views.write(record)
         profile.after(run.step)
         clock = time.perf_counter()
         if stop and not last:
             outcome = "stopped"
             break
-    run.pulse.at(run.step, Phase.leaving)
+    rank.phase(Phase.leaving, run.step)
     profile.close()
-    if world.is_first:
-        told = {"signal": requests.signal_name, "file": "STOP" if requests.stop_file else None}
-        run.folder.record_event(outcome, attempt=run.attempt, step=run.step, **told)
+    if outcome == "stopped":
+        rank.stopped(run.step)
+    else:
+        rank.finished(run.step)
     views.close()
     return outcome
 
@@ -150,25 +149,24 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def run_ranks(request: Request, stop: StopFlag) -> str:
+def run_ranks(request: Request, rank: worker.Run) -> str:
     """Train with the other ranks of the environment. A failure is written to the ledger before it is raised."""
     config = request.config
     set_determinism(config)
     with open_world(config.device, config.parallel.timeout_s) as world:
         folder = agree_on_folder(request, world)
-        attempt = open_attempt(folder, world)
-        pulse = Pulse.from_env(world.rank)
+        attempt = open_attempt(folder, world, rank)
         run: Run | None = None
         try:
             world.on_first(lambda: look_for_changes(folder, attempt, config.strict))
-            run = build(config, folder, world, attempt, pulse)
+            run = build(config, folder, world, attempt, rank)
             describe_attempt(run)
             if run.step >= config.optim.max_steps:
                 if world.is_first:
                     print(f"already finished: {folder.path} has all {run.step} steps", flush=True)
-                    folder.record_event("finished", attempt=attempt, step=run.step, signal=None)
+                rank.finished(run.step)
                 return "finished"
-            return train(run, stop)
+            return train(run)
         except BaseException as error:
             record_failure(folder, attempt, world.rank, error, None if run is None else run.step)
             raise
@@ -176,27 +174,27 @@ def run_ranks(request: Request, stop: StopFlag) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 finished (or, under an agent, stopped), 1 failed, 2 refused, 143 stopped by a signal."""
-    agent = os.environ.get("LAUNCH_AGENT_PID")
-    if agent or "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent(int(agent) if agent else os.getppid())
-    stop = StopFlag()
-    stop.install()
+    rank = worker.attach()
+    if not rank.under_agent and "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
+    rank.phase(Phase.starting)
     faulthandler.register(signal.SIGQUIT)  # a rank that hangs is asked for its stacks, and writes them into its log
     try:
         request = parse_request(sys.argv[1:] if argv is None else argv)
         fix_hash_seed(request.config)
-        outcome = run_ranks(request, stop)
-        stop.retire()
+        outcome = run_ranks(request, rank)
+        rank.close()
     except ConfigError as error:
         print(error, file=sys.stderr, flush=True)
         return 2
     except BaseException:
         # Ranks that wait for this one must see it go, and a communicator that was given up on cannot be closed.
         traceback.print_exc()
+        rank.flush()
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(1)
-    return 0 if outcome == "finished" or agent else 143
+    return 0 if outcome == "finished" or rank.under_agent else 143
 
 
 if __name__ == "__main__":

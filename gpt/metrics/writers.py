@@ -18,9 +18,10 @@ from gpt.metrics.run_json import RunJson
 from gpt.metrics.steps_csv import StepsCsv
 from gpt.metrics.wandb import WeightsAndBiases
 from gpt.parallel.distributed import World
+from launch import worker
 from launch.runs.compose import plain_config
 from launch.runs.folder import RunFolder
-from launch.runs.records import StepRecord, append_record, read_records
+from launch.runs.records import StepRecord, read_records
 from launch.runs.tensorboard import EventWriter
 
 
@@ -41,20 +42,20 @@ class Views:
         self,
         folder: RunFolder,
         world: World,
-        attempt: int,
+        rank: worker.Run,
         config: TrainConfig,
         step: int,
         layers: Sequence[str],
         tokens_per_step: int,
     ) -> None:
+        self._rank = rank
         self._tokens = tokens_per_step
-        self._path = folder.metrics(world.rank)
         self._world = world
         self._flops = training_flops_per_token(config.model)
         self._recomputed = recomputed_flops_per_token(config.model, config.recompute)
         self._peak = peak_flops(describe_rank(world)["device_name"], config.precision)
         self._folder = folder
-        earlier = read_records(self._path) if attempt > 1 and world.is_first else []
+        earlier = read_records(folder.metrics(0)) if rank.attempt > 1 and world.is_first else []
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         done = [record for record in earlier if record["step"] <= step]
         self.views = open_views(folder, config, step, done, layers) if world.is_first else []
@@ -62,14 +63,19 @@ class Views:
     def write(self, record: StepRecord) -> None:
         """Complete ``record`` with what follows from it, and show it."""
         self._complete(record)
-        append_record(self._path, record)
+        self._rank.record(**record.as_dict())
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
+        # A view that shows the whole run reads it back after an evaluation; and a step that is in a checkpoint is not
+        # done again after a crash, which must not take its record along.
+        if record.val_loss is not None or record.checkpoint_s is not None:
+            self._rank.flush()
         for view in self.views:
             view.write(record)
 
     def close(self) -> None:
         """After the last record, and after the ledger knows how the attempt ended."""
+        self._rank.flush()
         for view in self.views:
             view.close()
 

@@ -6,7 +6,6 @@ know how a step is made.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +30,11 @@ from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import ParallelDims
 from gpt.training import determinism as reproducibility
+from launch import worker
 from launch.errors import ConfigError
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase, Pulse
+from launch.runs.heartbeat import Phase
 from launch.runs.provenance import changed_since, code_state, describe_code, refuse_change
 
 
@@ -52,7 +52,7 @@ class Run:
     tokens: Tokens
     samples: Samples
     store: CheckpointStore
-    pulse: Pulse
+    worker: worker.Run
     initialised_from: dict[str, Any] | None = None
     """Where this attempt took its first weights from; None where it drew them, or went on from a checkpoint."""
     step: int = 0
@@ -65,7 +65,7 @@ class Run:
 
     def evaluating(self) -> None:
         """Show that an evaluation goes on."""
-        self.pulse.at(self.step, Phase.evaluating)
+        self.worker.phase(Phase.evaluating, self.step)
 
 
 def prepare_tokens(config: TrainConfig) -> Tokens:
@@ -74,10 +74,11 @@ def prepare_tokens(config: TrainConfig) -> Tokens:
     return prepare(config.data, config.data_cache)
 
 
-def open_attempt(folder: RunFolder, world: World) -> int:
-    """The number of this attempt: the agent's where there is one, the next free one elsewhere."""
-    given = os.environ.get("LAUNCH_ATTEMPT")
-    return int(given) if given else world.on_first(folder.create_attempt)
+def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
+    """Number this attempt, as the launcher did or as the next free one, and have the rank write into the run folder."""
+    attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
+    launched.open_folder(folder.path, attempt)
+    return attempt
 
 
 def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:

@@ -7,7 +7,6 @@ The files themselves are ``gpt.checkpoint``'s.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +15,12 @@ from gpt.parallel.distributed import World
 from gpt.training.run import Run
 from launch.errors import ConfigError
 from launch.runs import compose
+from launch.runs.heartbeat import Phase
 
 
-def save(run: Run, may_commit: Callable[[], bool]) -> float:
-    """Write a checkpoint of the step just done. Returns the seconds it held up training.
-
-    ``may_commit`` is asked just before it counts: a rank left over from an earlier attempt must change nothing.
-    """
+def save(run: Run) -> float:
+    """Write a checkpoint of the step just done. Returns the seconds it held up training."""
+    run.worker.phase(Phase.saving, run.step)
     started = time.perf_counter()
     meta = {
         "attempt": run.attempt,
@@ -32,10 +30,9 @@ def save(run: Run, may_commit: Callable[[], bool]) -> float:
         "world_size": run.world.size,
         "config": compose.plain_config(run.config),
     }
-    run.store.save(run.step, run.engine.state(), rng_state(run.world), meta, may_commit)
+    run.store.save(run.step, run.engine.state(), rng_state(run.world), meta, run.worker.is_current)
     seconds = time.perf_counter() - started
-    if run.world.is_first:
-        run.folder.record_event("saved", attempt=run.attempt, step=run.step, seconds=seconds)
+    run.worker.saved(run.step, seconds)
     return seconds
 
 

@@ -95,7 +95,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     tokens_BT, targets_BT = run.samples.batch("train", indices)
     waited = time.perf_counter() - waited
     reset_counts(engine.module)
-    loss_sum = engine.backward(tokens_BT, targets_BT, lambda: run.pulse.at(step - 1, phase))
+    loss_sum = engine.backward(tokens_BT, targets_BT, lambda: run.worker.phase(phase, step - 1))
     measured = [] if gradients is None else [gradients.sums(engine.gradients())]
     sums = torch.cat([loss_sum[None], *measured])
     grad_norm = engine.update(lr)

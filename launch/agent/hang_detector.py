@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.agent import processes
 from launch.config import ResilienceConfig
-from launch.runs import heartbeat as pulse
+from launch.runs import heartbeat
 from launch.runs.heartbeat import Phase, Sign
 
 SLOW = (Phase.starting, Phase.saving, Phase.leaving)
@@ -38,15 +38,38 @@ class Stuck:
     why: str
     since: float
     """When it last gave a sign, Unix time."""
+    has_stacks: bool = True
+    """Whether it would answer to being asked for its stacks; SIGQUIT ends any other process, with a core file."""
 
 
 class Watchdog:
-    """Looks at the signs of life of this node's ranks."""
+    """Looks at the signs of life of this node's ranks.
 
-    def __init__(self, folder: Path, limits: ResilienceConfig) -> None:
+    Args:
+        folder: the heartbeat files of the ranks, none of them older than this start.
+        limits: how long each kind of silence may last.
+        logs: what each rank prints.
+        must_attach: whether a rank that gives no heartbeat is late after ``hang_timeout_slow_s``. Without it such a
+            rank knows nothing of the launcher, and only its log speaks for it.
+        silence_timeout_s: how long the log of such a rank may stand still; None: for ever.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: ResilienceConfig,
+        logs: Mapping[int, Path] | None = None,
+        must_attach: bool = True,
+        silence_timeout_s: float | None = None,
+    ) -> None:
         self._folder = folder
         self._limits = limits
+        self._logs = logs or {}
+        self._must_attach = must_attach
+        self._silence_timeout_s = silence_timeout_s
         self._started = self._looked = time.monotonic()
+        self._printed: dict[int, tuple[int, float]] = {}
+        """Size of each rank's log, and when it last grew."""
 
     def look(self, ranks: Mapping[int, int], share: float = 1.0) -> list[Stuck]:
         """Those of ``ranks`` (rank: process id) that have been silent for ``share`` of their limit, longest first.
@@ -61,20 +84,39 @@ class Watchdog:
         return sorted((stuck for stuck in found if stuck is not None), key=lambda stuck: stuck.since)
 
     def _judge(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
-        sign = pulse.read(self._folder / str(rank))
-        limits = self._limits
-        if sign is None or sign.pid != pid:
-            limit = limits.hang_timeout_slow_s * share
-            silent = now - self._started
-            return _stuck(rank, pid, None, f"not started after {silent:.0f} s", silent) if silent > limit else None
+        sign = heartbeat.read(self._folder / str(rank))
+        if sign is None:
+            return self._judge_start(rank, pid, now, share) or self._judge_log(rank, pid, now, share)
+        # The process that beats is the rank itself also where a wrapper stands between it and the agent.
         frozen = now - max(sign.beat, self._started)
-        if frozen > limits.frozen_timeout_s * share:
-            state = "stopped" if processes.is_stopped(pid) else "frozen"
-            return _stuck(rank, pid, sign.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
+        if frozen > self._limits.frozen_timeout_s * share:
+            state = "stopped" if processes.is_stopped(sign.pid) else "frozen"
+            return _stuck(rank, sign.pid, sign.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
         silent = now - max(sign.moved, self._started)
-        if silent > self._limit(sign) * share:
-            return _stuck(rank, pid, sign.step, f"hung: no progress for {silent:.0f} s while {sign.phase.name}", silent)
+        if sign.moved and silent > self._limit(sign) * share:
+            why = f"hung: no progress for {silent:.0f} s while {sign.phase.name}"
+            return _stuck(rank, sign.pid, sign.step, why, silent)
         return None
+
+    def _judge_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+        silent = now - self._started
+        if not self._must_attach or silent <= self._limits.hang_timeout_slow_s * share:
+            return None
+        return Stuck(rank, pid, None, f"not started after {silent:.0f} s", time.time() - silent, has_stacks=False)
+
+    def _judge_log(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+        if self._silence_timeout_s is None or rank not in self._logs:
+            return None
+        size = _size(self._logs[rank])
+        known = self._printed.get(rank)
+        if known is None or size != known[0]:
+            self._printed[rank] = (size, now)
+            return None
+        silent = now - max(known[1], self._started)
+        if silent <= self._silence_timeout_s * share:
+            return None
+        why = f"hung: nothing printed for {silent:.0f} s"
+        return Stuck(rank, pid, None, why, time.time() - silent, has_stacks=False)
 
     def _limit(self, sign: Sign) -> float:
         return self._limits.hang_timeout_slow_s if sign.phase in SLOW else self._limits.hang_timeout_s

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -22,6 +22,8 @@ from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 
 INTERVAL_S = 0.5
+QUICK_S = 0.02
+"""Between two exchanges while ranks wait for an agreement."""
 PAUSED_S = 5.0
 BOARD = "board"
 Words = dict[str, Any]
@@ -67,6 +69,17 @@ def meet(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> Me
     return Meeting(store, address)
 
 
+class Conversation(Protocol):
+    """What the thread of a line has to say besides, worked out from what it heard."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an answer is urgent."""
+
+    def turn(self, heard: Mapping[int, Words]) -> tuple[Words, Words]:
+        """Work out what to say and, on the first node, what to put on the board."""
+
+
 class Heartbeat:
     """One agent's end of the line. Everything that is read here is what the thread heard last."""
 
@@ -76,6 +89,8 @@ class Heartbeat:
         self._store = store
         self._mine: Words = {}
         self._board: Words = {}
+        self.conversation: Conversation | None = None
+        """Asked before every exchange, in the thread of this line."""
         self.heard: dict[int, Words] = {}
         """What the others said last: on the first node of every agent, elsewhere the first node's board as 0."""
         self._when: dict[int, float] = {}
@@ -97,6 +112,10 @@ class Heartbeat:
     def post(self, **words: Any) -> None:
         """On the first node: put this on the board from now on."""
         self._board = {**self._board, **words}
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Have the next exchange now."""
         self._wake.set()
 
     def flush(self, timeout_s: float) -> bool:
@@ -127,31 +146,34 @@ class Heartbeat:
     def _talk(self) -> None:
         try:
             while not self._over:
-                self._exchange(self._store)
+                conversation = self.conversation
+                words, board = conversation.turn(self.heard) if conversation is not None else ({}, {})
+                self._exchange(self._store, words, board)
                 with self._sent:
                     self._rounds += 1
                     self._sent.notify_all()
-                self._wake.wait(INTERVAL_S)
+                is_urgent = conversation is not None and conversation.is_under_way
+                self._wake.wait(QUICK_S if is_urgent else INTERVAL_S)
                 self._wake.clear()
         except RuntimeError:  # dist.DistError is one
             self.hung_up = True
             with self._sent:
                 self._sent.notify_all()
 
-    def _exchange(self, store: dist.TCPStore) -> None:
-        store.set(beat_key(self._index), json.dumps({**self._mine, "beat": self._rounds}))
+    def _exchange(self, store: dist.TCPStore, words: Words, board: Words) -> None:
+        store.set(beat_key(self._index), json.dumps({**self._mine, **words, "beat": self._rounds}))
         if self._index == 0:
-            store.set(BOARD, json.dumps({**self._board, "beat": self._rounds}))
+            store.set(BOARD, json.dumps({**self._board, **board, "beat": self._rounds}))
             keys = [beat_key(index) for index in self._others]
             answers = store.multi_get(keys) if keys else []
         else:
             answers = [store.get(BOARD)]
         for index, answer in zip(self._others, answers, strict=True):
-            words = json.loads(answer)
-            if words and words.get("beat") != self.heard.get(index, {}).get("beat"):
+            said = json.loads(answer)
+            if said and said.get("beat") != self.heard.get(index, {}).get("beat"):
                 self._when[index] = time.monotonic()
-            if words:
-                self.heard[index] = words
+            if said:
+                self.heard[index] = said
 
 
 POLL_S = 0.2

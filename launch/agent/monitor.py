@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.agent import processes
+from launch.agent.agreement import Agreement
 from launch.agent.hang_detector import NEARLY, Watchdog, stack_of
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
@@ -21,6 +22,8 @@ from launch.agent.stop import OWNER, StopRequest
 from launch.config import Config
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import HeartbeatFile
+from launch.workload import RankContract
 
 if TYPE_CHECKING:
     from launch.agent.rendezvous import Crew, Start
@@ -32,16 +35,32 @@ class Watch:
 
     def __init__(
         self, folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter,
-        pulses: Path,
+        heartbeats: Path, contract: RankContract,
     ) -> None:  # fmt: skip
+        """Watch the ranks of one start.
+
+        Args:
+            heartbeats: folder of the ranks' heartbeat files, fresh for this start.
+            contract: what is known of the ranks' behavior. Those that tell the event log how they end give a heartbeat
+                too, so one without it is late.
+        """
         self._folder = folder
         self._node = node
         self._crew = crew
         self._start = start
         self._stop = stop
         self._meter = meter
-        self._watchdog = Watchdog(pulses, config.resilience)
+        place, each = start.members.index(node.index), config.ranks_on_node
+        ranks = range(place * each, (place + 1) * each)
+        logs = {rank: folder.log(start.attempt, rank) for rank in ranks}
+        self._watchdog = Watchdog(
+            heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
+        )
+        files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
+        self._agreement = Agreement(start.number, node.index, start.members, files)
+        crew.line.conversation = self._agreement
         self._grace_s = config.resilience.stop_grace_s
+        self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
         self.verdict: str | None = None
         """Why the ranks were ended from here."""
@@ -72,7 +91,11 @@ class Watch:
             self._folder.record_event(
                 "signalled", attempt=self._start.attempt, host=self._node.host, signal=self._stop.name
             )
-            agent.send(signal.SIGTERM)
+            # For programs that know nothing of the launcher, and ranks that have not come as far as asking: they end
+            # now. To a rank that asks it is one more wish for the stop that the agents agree on.
+            agent.send(self._stop_signal)
+            self._agreement.want_stop(self._stop_signal)
+            self._crew.line.wake()
         at_once = self._stop.count > 1 and not self._node.is_slurm
         if at_once or time.monotonic() > self._stop.since + self._grace_s:
             agent.send(signal.SIGKILL)
@@ -83,8 +106,8 @@ class Watch:
         for one in stuck:
             log = self._folder.log(self._start.attempt, one.rank)
             enter_failure(
-                self._folder, self._start.attempt, one.rank, cause=one.why, trace=stack_of(one.pid, log),
-                step=one.step, hung=True, since=one.since,
+                self._folder, self._start.attempt, one.rank, cause=one.why,
+                trace=stack_of(one.pid, log) if one.has_stacks else "", step=one.step, hung=True, since=one.since,
             )  # fmt: skip
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 

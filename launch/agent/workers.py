@@ -251,7 +251,7 @@ def run_ranks(
             monitor_interval=POLL_S,
             local_addr=crew.address,
         )
-        watch = Watch(folder, node, config, crew, start, stop, meter, Path(scratch))
+        watch = Watch(folder, node, config, crew, start, stop, meter, Path(scratch), contract)
         rank_agent = RankAgent(spec, OneLogEach(scratch), watch.look, contract, config.resilience.stop_grace_s)
         if not contract.records_events and node.index == start.members[0]:
             folder.record_event(
@@ -280,9 +280,15 @@ def record_end(folder: RunFolder, node: Node, start: Start, stop: StopRequest, a
     step = records[-1]["step"] if records else None
     if asks_for_requeue:
         folder.record_event("stopped", attempt=start.attempt, step=step, node=node.index, asks_for_requeue=True)
-    elif node.index == start.members[0]:
+    elif node.index == start.members[0] and not has_told_its_end(folder, start.attempt):
         event = "stopped" if stop.count else "finished"
         folder.record_event(event, attempt=start.attempt, step=step, signal=stop.name or None)
+
+
+def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
+    """Whether rank 0 has written how an attempt ended, as a script does that uses ``launch.worker``."""
+    ends = ("finished", "stopped")
+    return any(e["event"] in ends and e.get("attempt") == attempt for e in folder.read_events())
 
 
 def enter_silent_failures(

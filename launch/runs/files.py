@@ -1,4 +1,7 @@
-"""TODO launch.runs.files."""
+"""Files of a run folder: JSON that is replaced as a whole, and JSON lines that are appended.
+
+Owns what makes them safe against crashes and second writers. Standard library only. Must not know what they say.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,16 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
             file.seek(size - 1)
             torn = b"" if file.read(1) == b"\n" else b"\n"
         file.write(torn + json.dumps(value).encode() + b"\n")
+
+
+def open_to_append(path: Path) -> int:
+    """Open a file of lines for its only writer; a line torn by a crash is closed first. Returns the descriptor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,18 @@
-"""The sign of life of a rank: a few numbers in a file on this node, which its agent reads while the rank cannot answer.
+"""The heartbeat of a rank: some numbers in a file on its node, mapped into memory by the rank and by its agent.
 
-Owns the file's format. A thread beats as long as the process runs at all; the loop says where it is. Where no agent
-asks for it (LAUNCH_HEARTBEAT_DIR is not set), nothing is written. Torch-free. Must not know what is done about silence.
+Every number is one aligned word of 8 bytes with a single writer, so that none is ever seen half written and nothing is
+locked. The rank says that it runs, where it is, and how often it has asked whether to stop or to save; the agent
+answers. How ranks of many nodes come to the same answer at the same step:
+
+1. A rank counts a question (``calls``) before it looks whether its agent has set ``hold``.
+2. Somebody wants a stop (or a save): all agents set ``hold`` for their ranks. A rank that asks from now on waits.
+3. Some tens of milliseconds later every agent reads the ``calls`` of its ranks. A rank that did not see ``hold`` has
+   long written its count: the delay is what a memory barrier on both sides would be for.
+4. The largest count of all nodes plus one becomes ``at``: the question that all ranks answer with yes. None of them
+   can have answered it already. Ranks that wait go on, and so does one that was inside a long step all the while.
+
+``hold`` is a ticket: a rank waits while ``hold`` > ``at``, and the next request takes a ticket above the last ``at``.
+Agents do their half in ``launch.agent.agreement``. Standard library only. Must not know what is done about silence.
 """
 
 from __future__ import annotations
@@ -9,19 +20,28 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import threading
 import time
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-FORMAT = struct.Struct("<ddqqq")
-BEAT_S = 1.0
 ENVIRONMENT = "LAUNCH_HEARTBEAT_DIR"
+BEAT_S = 1.0
+WAIT_S = 0.005
+"""Between two looks of a rank that waits for an agreement."""
+FROM_FILE = 1000
+"""Cause of a stop that a file asked for; smaller numbers are signals."""
+
+BEAT, MOVED = 0, 1  # floats, seconds of the monotonic clock, which all processes of a machine share
+PID, STEP, PHASE, CAUSE = 2, 3, 4, 5
+REQUESTS = 6
+CALLS, WANTS, HOLD, AT = 0, 1, 2, 3
+SIZE = 8 * 16
+SIGNS = struct.Struct("=ddqqq")
 
 
 class Phase(IntEnum):
-    """What a rank is doing. ``starting`` and ``saving`` may take long without a sign in between."""
+    """Activity of a rank. ``starting``, ``saving`` and ``leaving`` may take long without a sign in between."""
 
     starting = 0
     training = 1
@@ -30,59 +50,131 @@ class Phase(IntEnum):
     leaving = 4
 
 
+class Request(IntEnum):
+    """Kind of request that all ranks obey at the same step. A stop is the last; saves may follow one another."""
+
+    stop = 0
+    save = 1
+
+
 @dataclass(frozen=True)
 class Sign:
-    """What a rank last said of itself. Times are of the monotonic clock, which all processes of a machine share."""
+    """Last signs of life of a rank. Times are of the monotonic clock."""
 
     beat: float
     """When the process last ran at all."""
     moved: float
-    """When the loop last said where it is."""
+    """When the loop last gave a sign; 0 where it never did, so that nothing follows from its silence."""
     pid: int
     step: int
     """Steps done."""
     phase: Phase
 
 
-class Pulse:
-    """A rank's own side. ``at`` costs about a microsecond."""
+class HeartbeatFile:
+    """One rank's file, mapped. The rank and its agent may open it in any order: neither clears what is there.
 
-    def __init__(self, path: Path | None) -> None:
-        self._map: mmap.mmap | None = None
-        if path is None:
-            return
-        with path.open("wb+") as file:
-            file.truncate(FORMAT.size)
-            self._map = mmap.mmap(file.fileno(), FORMAT.size)
-        self.at(0, Phase.starting)
-        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+    Raises:
+        OSError: the file cannot be made.
+    """
 
-    @classmethod
-    def from_env(cls, rank: int) -> Pulse:
-        """Beat where the agent of this node looks, if there is one."""
-        folder = os.environ.get(ENVIRONMENT)
-        return cls(Path(folder) / str(rank) if folder else None)
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Takes the room on the disk now: a write into a hole of a full filesystem would be SIGBUS later.
+            os.posix_fallocate(descriptor, 0, SIZE)
+            view = memoryview(mmap.mmap(descriptor, SIZE))
+        finally:
+            os.close(descriptor)
+        # Items of a view are copied as a whole word, which struct.pack_into does not promise.
+        self._times = view.cast("d")
+        self._words = view.cast("q")
+        self._tired_of = 0
 
-    def at(self, step: int, phase: Phase) -> None:
-        """Say where the loop is: ``step`` steps done, and in which phase."""
-        if self._map is not None:
-            now = time.monotonic()
-            FORMAT.pack_into(self._map, 0, now, now, os.getpid(), step, phase)
+    # The rank's side.
 
-    def _beat(self) -> None:
-        assert self._map is not None
-        while True:
-            time.sleep(BEAT_S)
-            struct.pack_into("<d", self._map, 0, time.monotonic())
+    def open_for_rank(self) -> None:
+        """Begin as the process that the file speaks of."""
+        self._times[BEAT] = time.monotonic()
+        self._words[PID] = os.getpid()  # last, so that whoever sees it finds the time in place
+
+    def beat(self) -> None:
+        """Show that this process runs."""
+        self._times[BEAT] = time.monotonic()
+
+    def move(self, step: int, phase: Phase) -> None:
+        """Show where the loop is: ``step`` steps done, and in which phase."""
+        self._words[STEP] = step
+        self._words[PHASE] = phase
+        self._times[BEAT] = self._times[MOVED] = time.monotonic()
+
+    def want(self, request: Request, value: int) -> None:
+        """Have the agents agree on a stop, because of signal ``value``, or on the ``value``-th save."""
+        self._words[REQUESTS + 4 * request + WANTS] = value
+
+    def ask(self, request: Request, limit_s: float) -> bool:
+        """Count a question and answer it as all ranks do: true from the agreed stop on, and at the agreed save.
+
+        Where the agents agree just now, this waits for them, at most ``limit_s``; after that a stop is obeyed, since
+        one is wanted for certain and the ranks mostly wait at the same question, and a save is not.
+        """
+        words, first = self._words, REQUESTS + 4 * request
+        calls = words[first + CALLS] + 1
+        words[first + CALLS] = calls  # before the look at HOLD
+        if words[first + HOLD] > words[first + AT] and not self._wait(first, limit_s):
+            return request is Request.stop
+        at = words[first + AT]
+        return calls >= at > 0 if request is Request.stop else calls == at
+
+    def _wait(self, first: int, limit_s: float) -> bool:
+        words = self._words
+        deadline = time.monotonic() + limit_s
+        while words[first + HOLD] > words[first + AT]:
+            if words[first + HOLD] == self._tired_of or time.monotonic() > deadline:
+                self._tired_of = words[first + HOLD]  # it is waited for only once
+                return False
+            self._times[BEAT] = self._times[MOVED] = time.monotonic()
+            time.sleep(WAIT_S)
+        return True
+
+    @property
+    def cause(self) -> int:
+        """Signal that the agreed stop came from, on any rank; FROM_FILE for a file, 0 where it is not known."""
+        return self._words[CAUSE]
+
+    # The agent's side.
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a rank has opened the file."""
+        return self._words[PID] != 0
+
+    def calls(self, request: Request) -> int:
+        """Questions that the rank has counted."""
+        return self._words[REQUESTS + 4 * request + CALLS]
+
+    def wants(self, request: Request) -> int:
+        """Last wish of the rank; 0 where there was none."""
+        return self._words[REQUESTS + 4 * request + WANTS]
+
+    def set_hold(self, request: Request, ticket: int) -> None:
+        """Have the rank wait when it next asks."""
+        self._words[REQUESTS + 4 * request + HOLD] = ticket
+
+    def set_at(self, request: Request, call: int, cause: int = 0) -> None:
+        """Tell the rank which question to answer with yes."""
+        if request is Request.stop:
+            self._words[CAUSE] = cause
+        self._words[REQUESTS + 4 * request + AT] = call
 
 
 def read(path: Path) -> Sign | None:
-    """The last sign of the rank that writes ``path``; None before its first one."""
+    """Read the last signs of the rank that writes ``path``; None before its first one."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
-    if len(data) < FORMAT.size:
+    if len(data) < SIZE:
         return None
-    beat, moved, pid, step, phase = FORMAT.unpack(data)
+    beat, moved, pid, step, phase = SIGNS.unpack_from(data)
     return Sign(beat, moved, pid, step, Phase(phase)) if pid else None

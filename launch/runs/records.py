@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.runs.files import append_json_line, read_json_lines
+from launch.runs.files import open_to_append, read_json_lines
 
 TAIL_BYTES = 16384
 RECENT = 20
@@ -75,9 +78,69 @@ class StepRecord:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
-def append_record(path: Path, record: StepRecord) -> None:
-    """Append one record to a rank's file."""
-    append_json_line(path, record.as_dict())
+FLUSH_S = 0.25
+KEPT_LINES = 10_000
+"""Records that wait for a filesystem that refuses them; older ones are dropped."""
+
+
+class RecordWriter:
+    """Appends the records of one rank to its file, in a thread of its own: a slow filesystem holds up no step.
+
+    The file is opened once. It is not locked: a rank is its only writer, and not every filesystem has locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._queue: deque[dict[str, Any]] = deque()
+        self._lines: deque[bytes] = deque(maxlen=KEPT_LINES)
+        self._filled = threading.Event()
+        self._writing = threading.Lock()
+        self._file = -1
+        self._is_told = False
+        threading.Thread(target=self._write_on, name="step-records", daemon=True).start()
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Queue a record: plain values that belong to the writer from now on."""
+        self._queue.append(record)
+        if not self._filled.is_set():
+            self._filled.set()
+
+    def flush(self) -> None:
+        """Write what is queued, before this returns."""
+        with self._writing:
+            while self._queue:
+                self._lines.append(json.dumps(self._queue.popleft()).encode() + b"\n")
+            try:
+                self._write_lines()
+            except OSError as error:
+                self._give_back()
+                if not self._is_told:
+                    self._is_told = True
+                    print(f"step records of {self._path} cannot be written: {error}", file=sys.stderr, flush=True)
+
+    def _write_on(self) -> None:
+        while True:
+            self._filled.wait()
+            time.sleep(FLUSH_S)  # what comes meanwhile goes along
+            self._filled.clear()  # before the queue is emptied: a record that comes now wakes this thread again
+            self.flush()
+
+    def _write_lines(self) -> None:
+        if not self._lines:
+            return
+        if self._file < 0:
+            self._file = open_to_append(self._path)
+        data = b"".join(self._lines)
+        written = os.write(self._file, data)  # at once as a rule; a full disk may take a part
+        while written < len(data):
+            written += os.write(self._file, data[written:])
+        self._lines.clear()
+
+    def _give_back(self) -> None:
+        """Open the file anew next time, which closes a line that was written in part."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

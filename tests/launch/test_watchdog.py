@@ -13,20 +13,18 @@ import pytest
 
 from launch.agent.hang_detector import Watchdog, stack_of
 from launch.config import ResilienceConfig
-from launch.runs import heartbeat as pulse
+from launch.runs import heartbeat
 from launch.runs.failures import first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import TINY, descendants, environment, ranks_of, start, wait_for
+from tests.support.commands import ROOT, TINY, descendants, environment, ranks_of, start, wait_for
 
 LIMITS = ResilienceConfig(frozen_timeout_s=10**6, hang_timeout_s=20, hang_timeout_slow_s=40)
 STEPPING = """
-import faulthandler, signal, sys, time
-from pathlib import Path
-from launch.runs.heartbeat import Phase, Pulse
-faulthandler.register(signal.SIGQUIT)
-pulse = Pulse(Path(sys.argv[1]))
-pulse.at(7, Phase[sys.argv[2]])
+import sys, time
+from launch import worker
+run = worker.attach()
+run.phase(sys.argv[1], 7)
 def where_it_waits():
     time.sleep(600)
 where_it_waits()
@@ -38,15 +36,16 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._real, self.ahead = time.monotonic, 0.0
-        monkeypatch.setattr("launch.watchdog.time.monotonic", lambda: self._real() + self.ahead)
+        monkeypatch.setattr("launch.agent.hang_detector.time.monotonic", lambda: self._real() + self.ahead)
 
 
 def rank(folder: Path, phase: str) -> subprocess.Popen[bytes]:
     """A process that says where it is, once, and then only beats."""
     with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-c", STEPPING, str(folder / "3"), phase]
-        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
-    wait_for(lambda: (sign := pulse.read(folder / "3")) is not None and sign.step == 7, "its sign of life")
+        command = [sys.executable, "-c", STEPPING, phase]
+        told = {"RANK": "3", "LAUNCH_RUN_DIR": str(folder), "LAUNCH_HEARTBEAT_DIR": str(folder)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(**told), stdout=log, stderr=log)
+    wait_for(lambda: (sign := heartbeat.read(folder / "3")) is not None and sign.step == 7, "its sign of life")
     return process
 
 

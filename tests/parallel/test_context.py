@@ -109,7 +109,7 @@ def go_on(rank: int, size: int, folder: Path) -> dict[str, Any]:
         run = start(rank, size, there, *kind, *words)
         found["evaluated"][saved] = validation_loss(run)
         steps = [step(run) for _ in range(2)]
-        save(run, lambda: True)
+        save(run)
         to_come = [step(run) for _ in range(2)]
         for resumed, other in kinds.items():
             again = start(rank, size, there, *other, *words)

@@ -117,7 +117,7 @@ def save_all(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
         run = start(rank, size, folder / way, *MIXTURE, *words)
         for _ in range(2):
             step(run)
-        save(run, lambda: True)
+        save(run)
         if way in ("zero2", "zero3"):
             remember(run, folder / f"{way}.pt")
         to_come[way] = [step(run)[0] for _ in range(3)]
@@ -260,7 +260,7 @@ def damage_and_fail(rank: int, size: int, folder: Path) -> dict[str, Any]:
     run = start(rank, size, folder, *words)
     for _ in range(2):
         step(run)
-        save(run, lambda: True)
+        save(run)
     dist.barrier()
     if rank == 0:
         path = next((folder / "checkpoints" / "step_00000002").glob("*/*rank_1*optim_states.pt"))
@@ -271,13 +271,13 @@ def damage_and_fail(rank: int, size: int, folder: Path) -> dict[str, Any]:
     again = start(rank, size, folder, *words)
     found = {"step": again.step, "loss": step(again)[0]}
     with broken(rank, "torch.save", "No space left"), pytest.raises(CheckpointError, match=r"rank 1: .*No space left"):
-        save(again, lambda: True)
-    save(again, lambda: True)
+        save(again)
+    save(again)
     found["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     with broken(rank, "torch.load", "Input/output error"), pytest.raises(ConfigError, match=r"rank 1: .*Input/output"):
         start(rank, size, folder, *words)
     copies = start(rank, size, folder.parent / "copies", *MIXTURE, *words_of(0))
-    save(copies, lambda: True)
+    save(copies)
     reader = "gpt.parallel.deepspeed.checkpoint.TensorReader.moment"
     with broken(rank, reader, "Input/output error"), pytest.raises(ConfigError, match=r"rank 1: .*Input/output"):
         start(rank, size, folder.parent / "copies", *words)

@@ -112,7 +112,7 @@ def save_here(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
         run = start(rank, size, folder / way, *MIXTURE, *WAYS[way])
         for _ in range(2):
             step(run)
-        save(run, lambda: True)
+        save(run)
         if way == "ds_pp_zero1":
             remember(run, folder / "weights.pt")
         to_come[way] = [step(run)[0] for _ in range(3)]

@@ -91,7 +91,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
         run = start(rank, size, folder / saved, *CROSSED[saved], *words)
         for _ in range(2):
             step(run)
-        save(run, lambda: True)
+        save(run)
         to_come = [step(run)[0] for _ in range(3)]
         for resumed in resumed_ones:
             again = start(rank, size, folder / saved, *CROSSED[resumed], *words)

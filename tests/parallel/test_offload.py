@@ -33,7 +33,7 @@ def learn_both(rank: int, size: int, folder: Path) -> dict[str, Any]:
     plain = start(rank, size, folder / "plain", "parallel=fsdp", *WORDS)
     host = start(rank, size, folder / "host", "parallel=fsdp_offload", *WORDS)
     found = {"offloaded": (offloaded(plain), offloaded(host)), "plain": learn(plain), "host": learn(host)}
-    save(host, lambda: True)
+    save(host)
     to_come = [step(host) for _ in range(2)]
     for way in ("fsdp", "fsdp_offload"):
         again = start(rank, size, folder / "host", f"parallel={way}", *WORDS)

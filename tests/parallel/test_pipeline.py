@@ -150,7 +150,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
         run = start(rank, size, there, *CROSSED[saved], *words)
         for _ in range(2):
             step(run)
-        save(run, lambda: True)
+        save(run)
         to_come = [step(run)[0] for _ in range(2)]
         for resumed in others(saved):
             again = start(rank, size, there, *CROSSED[resumed], *words)
@@ -174,7 +174,7 @@ def noisy(rank: int, size: int, folder: Path) -> dict[str, Any]:
         there = folder / name.replace(", ", "_")
         run = start(rank, size, there, *CROSSED[name], *words)
         step(run)
-        save(run, lambda: True)
+        save(run)
         to_come = [step(run) for _ in range(2)]
         again = start(rank, size, there, *CROSSED[name], *words)
         found[name] = (to_come, [step(again) for _ in range(2)])

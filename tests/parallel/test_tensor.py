@@ -124,7 +124,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
         run = start(rank, size, folder / saved, *saving, *UNEVEN)
         for _ in range(2):
             step(run)
-        save(run, lambda: True)
+        save(run)
         to_come = [step(run)[0] for _ in range(2)]
         for resumed in [to for way, to in CROSSINGS if way == saved]:
             again = start(rank, size, folder / saved, *CROSSED[resumed], *UNEVEN)
@@ -162,7 +162,7 @@ def other_ways(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
     words = [*words, TP, "model.dropout=0.3"]
     run = start(rank, size, folder / "dropout", *words)
     step(run)
-    save(run, lambda: True)
+    save(run)
     found["dropout"] = [step(run)[0] for _ in range(2)]
     again = start(rank, size, folder / "dropout", *words)
     found["restarted"] = [step(again)[0] for _ in range(2)]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.runs.files import write_json
+from launch.runs.files import append_json_line, write_json
 from launch.runs.folder import RunFolder
-from launch.runs.records import StepRecord, append_record
+from launch.runs.records import StepRecord
 
 
 @dataclass
@@ -67,7 +67,7 @@ class RunBuilder:
                     step_time_s=time_s + rank * rank_delay,
                     **known,
                 )
-                append_record(self.run.metrics(rank), record)
+                append_json_line(self.run.metrics(rank), record.as_dict())
         return self
 
     def event(self, event: str, **details: Any) -> RunBuilder:

@@ -27,7 +27,8 @@ from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase, Pulse
+from launch.runs.heartbeat import Phase
+from launch.worker import Run as Rank
 
 STEPS = 5
 BATCH = 16
@@ -58,7 +59,7 @@ def start(rank: int, size: int, folder: Path, *words: str) -> Run:
     config = to_schema(compose_train([*TINY, *words, f"data.cache_dir={folder.parent / 'cache'}"]), TrainConfig)
     config.validate()
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    return build(config, RunFolder(folder), world, 1, Pulse(None))
+    return build(config, RunFolder(folder), world, 1, Rank())
 
 
 def start_case(rank: int, size: int, folder: Path, case: Case, model: Sequence[str]) -> Run:

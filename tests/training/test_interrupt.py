@@ -8,24 +8,26 @@ import sys
 
 import pytest
 
+from tests.support.commands import ROOT, environment
+
 ENDING = """
 import os, signal
-from gpt.training.stop import StopFlag
+from launch.worker import Run
 
 class Last:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.Signals({number})):
         kill(pid, number)  # by now Python has given the signals their default back
 
-stop = StopFlag()
-stop.install()
+run = Run()
+run.install_handlers()
 kept = Last()
-{retire}
+{close}
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-@pytest.mark.parametrize(("retire", "status"), [("stop.retire()", 0), ("", -1)])
-def test_the_end_of_a_process_cannot_be_interrupted(number: signal.Signals, retire: str, status: int) -> None:
-    script = ENDING.format(number=number.value, retire=retire)
-    done = subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
+@pytest.mark.parametrize(("close", "status"), [("run.close()", 0), ("", -1)])
+def test_the_end_of_a_process_cannot_be_interrupted(number: signal.Signals, close: str, status: int) -> None:
+    script = ENDING.format(number=number.value, close=close)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), timeout=60, check=False)
     assert done.returncode == status * number.value

@@ -1,0 +1,471 @@
+"""The public API of a rank: what a training script may say to the launcher, and hear from it.
+
+    from launch import worker
+
+    run = worker.attach()
+    for step in range(first_step, steps):
+        ...
+        run.record(step, loss=loss, tokens=tokens)
+        if run.stop_requested():
+            save(run.checkpoint_dir, step)
+            run.saved(step)
+            break
+
+The same script runs without the launcher: ``attach`` then gives a stand-in that writes nothing. Standard library only;
+``gpt.train`` is the first user. docs/scripts.md tells it at length. Must not know what a script trains, nor with what.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import numbers
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.process import die_with_parent
+from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import BEAT_S, ENVIRONMENT, FROM_FILE, HeartbeatFile, Phase, Request
+from launch.runs.records import RecordWriter
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+"""Signals that mean: save and leave. SIGUSR1 is left alone, NCCL uses it."""
+STACK_SIGNAL = signal.SIGQUIT
+"""Signal by which an agent asks a rank that is stuck for the stacks of its threads."""
+LOOK_S = 1.0
+"""Between two looks into the run folder, which may be on a shared filesystem."""
+AGREEMENT_S = 10.0
+"""Longest wait for the agents while they agree; less where the grace period is short."""
+PAUSES = (Phase.evaluating, Phase.saving)
+"""Phases whose time is not part of a step."""
+
+
+class OutdatedAttemptError(RuntimeError):
+    """A later attempt has taken the run over, so this process must not touch it any more."""
+
+
+class Run:
+    """One rank's line to the launcher. ``attach`` makes it; ``Run()`` alone is a stand-in that nobody listens to."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        local_rank: int = 0,
+        world_size: int = 1,
+        grace_s: float | None = None,
+        heartbeat: HeartbeatFile | None = None,
+        under_agent: bool = False,
+    ) -> None:
+        self.rank = rank
+        self.local_rank = local_rank
+        self.world_size = world_size
+        self.folder: Path | None = None
+        """The run folder; None where there is none."""
+        self.attempt = 1
+        """Number of this start of the run, counted from 1."""
+        self.checkpoint_dir: Path | None = None
+        """Where checkpoints belong; None where there is no run folder. Not created by itself."""
+        self.grace_s = grace_s
+        """Seconds between a request to stop and the kill; None where it is not known."""
+        self.under_agent = under_agent
+        """Whether an agent of the launcher started this rank, and watches it."""
+        self._heartbeat = heartbeat
+        self._limit_s = min(AGREEMENT_S, (grace_s or 4 * AGREEMENT_S) / 4)
+        self._runs: RunFolder | None = None
+        self._writer: RecordWriter | None = None
+        self._step = 0
+        self._phase = Phase.starting
+        self._recorded: tuple[int, float] | None = None
+        self._pause: float | None = None
+        self._paused_s = 0.0
+        self._signal: signal.Signals | None = None
+        self._files = threading.Lock()
+        self._stop_file = False
+        self._save_file = False
+        self._saves_wanted = 0
+        self._saves_obeyed = 0
+        self._is_stopping = False
+        self._is_outdated = False
+        self._has_ended = False
+        self._has_warned = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether ``stop_requested`` and ``save_requested`` are the same on all ranks by themselves.
+
+        True under the launcher, whose agents agree, and for a single process. Under torchrun alone nobody but the ranks
+        could: there a script combines their answers itself, as with an all-reduce of the maximum in every step.
+        """
+        return self._heartbeat is not None or self.world_size == 1
+
+    @property
+    def signal_name(self) -> str | None:
+        """Name of the signal that asked for the stop, of this rank or of another one; None where it was none."""
+        if self._signal is not None:
+            return self._signal.name
+        cause = 0 if self._heartbeat is None else self._heartbeat.cause
+        return signal.Signals(cause).name if 0 < cause < FROM_FILE else None
+
+    # What a step says.
+
+    def record(self, step: int, **figures: object) -> None:
+        """Add a step record, to be written within a second by a thread. Never blocks, never raises.
+
+        ``time``, ``attempt`` and ``step_time_s`` are filled in where they are not given; the last is the time since the
+        record before, without evaluations and saves, divided by the steps between the two. A figure is a real number,
+        or a list or mapping of such; None is left out, anything else is dropped with one warning. Of a scalar of numpy
+        or torch the value is taken at once, so one on a GPU waits for the GPU.
+        """
+        now = time.perf_counter()
+        try:
+            step = int(step)
+            self._move(max(step, self._step), Phase.training)
+            if self._runs is None:
+                return
+            record: dict[str, Any] = {"step": step, "attempt": self.attempt}
+            for name, value in figures.items():
+                self._add_figure(record, name, value)
+            if "step_time_s" not in figures and self._recorded is not None and step > self._recorded[0]:
+                record["step_time_s"] = (now - self._recorded[1] - self._paused_s) / (step - self._recorded[0])
+            record.setdefault("time", time.time())
+            self._recorded, self._paused_s = (step, now), 0.0
+            if self._writer is None:
+                self._writer = RecordWriter(self._runs.metrics(self.rank))
+            self._writer.put(record)
+        except Exception as error:  # a figure must not end a training
+            self._warn(f"a record of step {step!r} was dropped: {error!r}")
+
+    def phase(self, name: str | Phase, step: int | None = None) -> None:
+        """Show what this rank is doing: starting, training, evaluating, saving or leaving, with ``step`` steps done.
+
+        Costs about a microsecond. The launcher allows more silence while a rank starts, saves or leaves. ``record`` and
+        ``stop_requested`` are signs of life too, and mean training.
+
+        Raises:
+            ValueError: there is no such phase.
+        """
+        if not isinstance(name, Phase):
+            if name not in Phase.__members__:
+                raise ValueError(f"found: phase {name!r}\nexpected: {', '.join(Phase.__members__)}")
+            name = Phase[name]
+        self._move(self._step if step is None else step, name)
+
+    def flush(self) -> None:
+        """Write the records that are still queued before this returns."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    # What a step asks.
+
+    def stop_requested(self) -> bool:
+        """Whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
+
+        To be called once a step by every rank. All ranks get True after the same number of calls, without a collective,
+        where ``agrees`` holds. Costs about a microsecond; while the launcher's agents agree it waits for them, mostly
+        well below a second.
+
+        Raises:
+            OutdatedAttemptError: on rank 0, where a later attempt of the run has begun.
+        """
+        if self._is_outdated:
+            raise OutdatedAttemptError(f"attempt {self.attempt} was replaced by a later one")
+        if self._heartbeat is None:
+            answer = self._signal is not None or self._stop_file
+        else:
+            self._move(self._step, Phase.training)
+            answer = self._heartbeat.ask(Request.stop, self._limit_s)
+        self._is_stopping = self._is_stopping or answer
+        return answer
+
+    def save_requested(self) -> bool:
+        """Whether to save now and go on: somebody made the file SAVE in the run folder. True once for each request.
+
+        To be called once a step by every rank, under the same promise as ``stop_requested``. ``saved`` takes the file
+        away.
+        """
+        if self._heartbeat is None:
+            answer = self._saves_wanted > self._saves_obeyed
+        else:
+            answer = self._heartbeat.ask(Request.save, self._limit_s)
+        if answer:
+            self._saves_obeyed = self._saves_wanted
+        return answer
+
+    def is_current(self) -> bool:
+        """Whether no later attempt of the run has begun. Asks the filesystem; worth it right before a commit."""
+        return self._runs is None or max(self._runs.attempts(), default=0) <= self.attempt
+
+    # What happened. Rank 0 writes it down.
+
+    def saved(self, step: int, seconds: float | None = None, **details: Any) -> None:
+        """Record a checkpoint of ``step``, which took ``seconds``: from here the run can go on.
+
+        Restart limits and goodput count from it. Takes the files SAVE and STOP away where this save was what they asked
+        for, so that the next start does not obey them again. On every rank it first writes the records that are
+        queued: no later attempt will do these steps again.
+        """
+        self.flush()
+        if self._phase is Phase.saving:
+            self._move(max(step, self._step), Phase.training)
+        if seconds is not None:
+            details["seconds"] = seconds
+        self._tell("saved", step, details)
+        self._clear_requests()
+
+    def finished(self, step: int, **details: Any) -> None:
+        """Record that the training is complete."""
+        self._end("finished", step, details)
+
+    def stopped(self, step: int, **details: Any) -> None:
+        """Record that this attempt left early because it was asked to, and by what. Comes by itself at the exit."""
+        self._end("stopped", step, details)
+
+    def close(self) -> None:
+        """Write what is queued, and ignore the signals from now on: all is done, and the process is about to end.
+
+        Python gives signals their default back while it ends. One that came then, as a second one to a rank that had
+        saved, killed it: a failure to its agent, while the agents of ranks that had ended well waited for this one.
+        Called at the exit by itself.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) == self._on_signal:
+                    signal.signal(number, signal.SIG_IGN)
+        if self._heartbeat is not None:
+            self._heartbeat.move(self._step, Phase.leaving)
+        self.flush()
+
+    # For programs that choose their run folder themselves.
+
+    def open_folder(self, folder: Path, attempt: int) -> None:
+        """Keep records, events and requests in ``folder``, as attempt ``attempt``; ``attach`` does so for others."""
+        if self.folder is None:
+            self.folder, self.checkpoint_dir = Path(folder), RunFolder(folder).checkpoints
+            self._runs = RunFolder(folder)
+            if self.is_first:
+                threading.Thread(target=self._look_on, name="requests", daemon=True).start()
+        self.attempt = attempt
+
+    def install_handlers(self) -> None:
+        """Take the stop signals over from whoever handled them; only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Only set a flag: the script asks for it between steps. A second SIGINT interrupts at once."""
+        if number == signal.SIGINT and self._signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number)
+        if self._heartbeat is not None:
+            self._heartbeat.want(Request.stop, number)
+
+    def _move(self, step: int, phase: Phase) -> None:
+        if phase is not self._phase:
+            self._change_phase(phase)
+        self._step = step
+        if self._heartbeat is not None:
+            self._heartbeat.move(step, phase)
+
+    def _change_phase(self, phase: Phase) -> None:
+        now = time.perf_counter()
+        if self._pause is not None:
+            self._paused_s += now - self._pause
+        self._pause = now if phase in PAUSES else None
+        self._phase = phase
+
+    def _add_figure(self, record: dict[str, Any], name: str, value: object) -> None:
+        try:
+            if value is not None:
+                record[name] = plain_figure(value)
+        except Exception as error:  # whatever a foreign ``item`` raises
+            self._warn(f"figure {name!r} of step {record['step']} was dropped: {error}")
+
+    def _warn(self, text: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            print(f"launch.worker: {text} (told once)", file=sys.stderr, flush=True)
+
+    def _tell(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        if self.is_first and self._runs is not None:
+            self._runs.record_event(event, attempt=self.attempt, step=step, **details)
+
+    def _end(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        self._has_ended = True
+        asked = {"signal": self.signal_name, "file": "STOP" if self._stop_file else None}
+        self._tell(event, step, {**asked, **details})
+        self._clear_requests()
+
+    def _clear_requests(self) -> None:
+        if self.folder is None or not self.is_first:
+            return
+        with self._files:  # else the thread might see a file that is about to go, and take it for a new request
+            if self._save_file and self._saves_obeyed == self._saves_wanted:
+                (self.folder / "SAVE").unlink(missing_ok=True)
+                self._save_file = False
+            if self._stop_file and self._is_stopping:
+                (self.folder / "STOP").unlink(missing_ok=True)
+
+    def _look_on(self) -> None:
+        """On rank 0: look into the run folder now and then, in a thread, since a shared filesystem may be slow."""
+        while not (self._is_stopping or self._is_outdated):
+            with contextlib.suppress(OSError), self._files:  # the next look may succeed
+                self._look()
+            time.sleep(LOOK_S)
+
+    def _look(self) -> None:
+        assert self.folder is not None
+        self._is_outdated = not self.is_current()
+        if not self._stop_file and (self.folder / "STOP").exists():
+            self._stop_file = True
+            if self._heartbeat is not None:
+                self._heartbeat.want(Request.stop, FROM_FILE)
+        if not self._save_file and (self.folder / "SAVE").exists():
+            self._save_file = True
+            self._saves_wanted += 1
+            if self._heartbeat is not None:
+                self._heartbeat.want(Request.save, self._saves_wanted)
+
+    def _leave(self) -> None:
+        """At the exit of the process: what a script need not say."""
+        if self._is_stopping and not self._has_ended and not hasattr(sys, "last_value"):  # no exception ended it
+            try:
+                self.stopped(self._step)
+            except OSError as error:
+                self._warn(f"the stop was not recorded: {error}")
+        self.close()
+
+    def _let_go(self) -> None:
+        """In a process that was forked off a rank, as a worker of a data loader: it is not the rank.
+
+        Such a worker is ended by SIGTERM, which must neither be ignored nor stop the run. SIGUSR2 nobody sends to end
+        it; Slurm's warning ahead of a time limit goes to every process, and the rank needs its data until it has saved.
+        """
+        defaults: tuple[Any, ...] = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
+        for number, default in zip(STOP_SIGNALS, defaults, strict=True):
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, default)
+        atexit.unregister(self._leave)
+        self._heartbeat = self._runs = self._writer = self.folder = None
+
+
+def plain_figure(value: object) -> Any:
+    """Turn a figure into what JSON can hold.
+
+    Raises:
+        TypeError: it is neither a real number nor a list or mapping of such.
+    """
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_figure(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_figure(each) for each in value]
+    if isinstance(value, numbers.Real):
+        return float(value)
+    item = getattr(value, "item", None)
+    if callable(item):
+        scalar = item()
+        if isinstance(scalar, (bool, int, float)):
+            return scalar
+    raise TypeError(f"{type(value).__name__} is no real number")
+
+
+_attached: Run | None = None
+
+
+def attach(handle_signals: bool = True) -> Run:
+    """Join the launcher as the rank that the environment names. A second call returns the same Run.
+
+    Without the launcher, and in a process that multiprocessing started, the Run is a stand-in: nothing is written, and
+    ``stop_requested`` answers by the signals of this process alone. To be called in the main thread, early: from here
+    on a request to stop is heard instead of ending the process.
+
+    Args:
+        handle_signals: take SIGTERM, SIGUSR2 and SIGINT as requests to stop. Without it the launcher is still heard,
+            but the signal that it sends besides is the script's own to handle.
+    """
+    global _attached
+    if _attached is None:
+        _attached = make_run(os.environ)
+        if handle_signals and not is_child():
+            _attached.install_handlers()
+        atexit.register(_attached._leave)
+        os.register_at_fork(after_in_child=_attached._let_go)
+    return _attached
+
+
+def is_child() -> bool:
+    """Whether multiprocessing started this process, which then is no rank itself but one's helper."""
+    module = sys.modules.get("multiprocessing.process")
+    return module is not None and module.parent_process() is not None
+
+
+def make_run(environment: Mapping[str, str]) -> Run:
+    """Make the Run of the rank that ``environment`` names, with its heartbeat where an agent keeps one."""
+    rank, local_rank, size = (int(environment.get(name, str(default))) for name, default in RANK_VARIABLES)
+    folder = environment.get("LAUNCH_RUN_DIR")
+    if folder is None or is_child():
+        return Run(rank, local_rank, size)
+    agent = environment.get("LAUNCH_AGENT_PID")
+    grace = environment.get("LAUNCH_GRACE_S")
+    heartbeat = open_heartbeat(environment.get(ENVIRONMENT), rank)
+    run = Run(rank, local_rank, size, float(grace) if grace else None, heartbeat, agent is not None)
+    run.open_folder(Path(folder), int(environment.get("LAUNCH_ATTEMPT", "1")))
+    checkpoints = environment.get("LAUNCH_CHECKPOINT_DIR")
+    if checkpoints:
+        run.checkpoint_dir = Path(checkpoints)
+    is_direct = agent is not None and os.getppid() == int(agent)
+    if agent is not None and is_direct:
+        die_with_parent(int(agent))
+    if heartbeat is not None:
+        register_stacks()
+        # A wrapper between agent and rank, as a shell or `uv run`, would leave the rank behind when it is killed.
+        parent = None if is_direct else os.getppid()
+        threading.Thread(target=beat_on, args=(heartbeat, parent), name="heartbeat", daemon=True).start()
+    return run
+
+
+RANK_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+"""Variables that torchrun sets too, with what a single process has."""
+
+
+def open_heartbeat(folder: str | None, rank: int) -> HeartbeatFile | None:
+    """Open the heartbeat file of a rank; None where no agent looks for it, or none can be made."""
+    if folder is None:
+        return None
+    try:
+        heartbeat = HeartbeatFile(Path(folder) / str(rank))
+    except OSError as error:  # in a container that does not see the node's folder for temporary files
+        print(f"launch.worker: no heartbeat, stops are not agreed on: {error}", file=sys.stderr, flush=True)
+        return None
+    heartbeat.open_for_rank()
+    return heartbeat
+
+
+def register_stacks() -> None:
+    """Write the stacks of all threads into the log when the agent asks for them, as it does of a rank that is stuck."""
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # standard error is no file
+        faulthandler.register(STACK_SIGNAL)
+
+
+def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
+    """Beat for as long as this process runs, and end it where its ``parent`` is gone."""
+    while True:
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        heartbeat.beat()
+        time.sleep(BEAT_S)

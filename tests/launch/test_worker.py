@@ -1,0 +1,408 @@
+"""The worker API: what a rank writes, and how ranks of many nodes obey a request at the same step."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import worker
+from launch.agent.agreement import Agreement
+from launch.agent.hang_detector import Watchdog
+from launch.config import ResilienceConfig
+from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import HeartbeatFile, Phase, Request, read
+from launch.runs.records import read_records
+from launch.worker import Run
+from tests.support.commands import ROOT, TINY, descendants, environment, ranks_of, start, wait_for
+
+NODES, EACH = 3, 2
+
+
+class Agents:
+    """Three agents that hear of each other late and by hand, as over a store; the first one is the head node's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = [[HeartbeatFile(folder / str(n * EACH + i)) for i in range(EACH)] for n in range(NODES)]
+        self.agents = [Agreement(0, n, range(NODES), self.files[n]) for n in range(NODES)]
+        self.said: dict[int, Any] = {}
+        self.board: dict[str, Any] = {}
+        self.silent: set[int] = set()
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def turn(self, node: int) -> None:
+        """One exchange of one agent. What is heard has been through JSON, as on the wire."""
+        heard = {n: w for n, w in self.said.items() if n != 0} if node == 0 else {0: self.board}
+        words, board = self.agents[node].turn(json.loads(json.dumps(heard), object_hook=with_numbers))
+        self.said[node] = words
+        if node == 0:
+            self.board = board
+
+    def start(self) -> None:
+        """Let every agent talk in a thread of its own."""
+        self._threads = [threading.Thread(target=self._talk, args=(node,)) for node in range(NODES)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _talk(self, node: int) -> None:
+        while not self._over.is_set():
+            if node not in self.silent:
+                self.turn(node)
+            time.sleep(random.uniform(0.005, 0.03))
+
+
+def with_numbers(value: dict[str, Any]) -> dict[Any, Any]:
+    return {int(k) if k.isdigit() else k: v for k, v in value.items()}
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Iterator[Agents]:
+    made = Agents(tmp_path)
+    yield made
+    made.stop()
+
+
+ASKING = """
+import json, os, random, sys, time
+from pathlib import Path
+from launch import worker
+run = worker.attach()
+random.seed(run.rank)
+kind, late, limit = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+time.sleep(late)
+calls, saves, stopped = 0, [], False
+while calls < limit and not stopped:
+    time.sleep(random.uniform(0, 0.004) + (0.4 if run.rank == 3 and calls % 50 == 20 else 0))  # a long step
+    calls += 1
+    stopped = run.stop_requested()
+    if run.save_requested():
+        saves.append(calls)
+        run.saved(calls)
+print(json.dumps({"calls": calls, "saves": saves, "stopped": stopped, "signal": run.signal_name}))
+"""
+
+
+def ranks(folder: Path, late: float = 0, limit: int = 100_000) -> list[subprocess.Popen[str]]:
+    """Six ranks that ask in every step, which are not of the same length: nothing else holds them together."""
+    (folder / "run").mkdir()
+    found = []
+    for rank in range(NODES * EACH):
+        told = {"RANK": str(rank), "WORLD_SIZE": "6", "LAUNCH_RUN_DIR": str(folder / "run")}
+        told |= {"LAUNCH_HEARTBEAT_DIR": str(folder), "LAUNCH_GRACE_S": "60"}
+        words = [sys.executable, "-c", ASKING, "stop", str(late if rank == 5 else 0), str(limit)]
+        found.append(subprocess.Popen(words, cwd=ROOT, env=environment(**told), stdout=subprocess.PIPE, text=True))
+    return found
+
+
+def answers(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    """What the ranks print at their end."""
+    found = []
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        found.append(json.loads(out))
+    return found
+
+
+def asked(agents: Agents, count: int, nodes: range = range(NODES)) -> Callable[[], bool]:
+    return lambda: all(file.calls(Request.stop) >= count for node in nodes for file in agents.files[node])
+
+
+def test_ranks_of_three_nodes_stop_at_the_same_call_when_one_of_them_gets_a_signal(
+    agents: Agents, tmp_path: Path
+) -> None:
+    agents.start()
+    processes = ranks(tmp_path)
+    wait_for(asked(agents, 30), "thirty steps of every rank")
+    processes[4].send_signal(signal.SIGUSR2)  # on the last node, whose agent only hears of it from the rank
+    found = answers(processes)
+    assert {(one["calls"], one["stopped"]) for one in found} == {(found[0]["calls"], True)}, found
+    assert {one["signal"] for one in found} == {"SIGUSR2"}
+
+
+def test_a_rank_that_starts_after_the_agreement_stops_at_the_same_call(agents: Agents, tmp_path: Path) -> None:
+    agents.start()
+    processes = ranks(tmp_path, late=2)
+    wait_for(lambda: all(file.is_open for files in agents.files for file in files), "all ranks")
+    agents.agents[1].want_stop(signal.SIGTERM)
+    found = answers(processes)
+    assert {(one["calls"], one["stopped"]) for one in found} == {(found[0]["calls"], True)}, found
+
+
+def test_ranks_that_have_ended_hold_up_nobody(agents: Agents, tmp_path: Path) -> None:
+    agents.start()
+    found = answers(ranks(tmp_path, limit=5))
+    assert {(one["calls"], one["stopped"]) for one in found} == {(5, False)}
+    agents.agents[0].want_stop(signal.SIGTERM)
+    wait_for(lambda: agents.board["requests"]["stop"][1] == 6, "the agreement", 10)
+
+
+def test_saves_are_agreed_on_again_and_again_and_the_file_goes(agents: Agents, tmp_path: Path) -> None:
+    agents.start()
+    processes = ranks(tmp_path)
+    for _ in range(2):
+        (tmp_path / "run" / "SAVE").touch()
+        wait_for(lambda: not (tmp_path / "run" / "SAVE").exists(), "the end of the file SAVE", 60)
+    (tmp_path / "run" / "STOP").touch()
+    found = answers(processes)
+    assert {json.dumps([one["saves"], one["calls"]]) for one in found} == {
+        json.dumps([found[0]["saves"], found[0]["calls"]])
+    }
+    assert len(found[0]["saves"]) == 2 and found[0]["stopped"]
+    events = RunFolder(tmp_path / "run").read_events()
+    assert [e["event"] for e in events] == ["saved", "saved", "stopped"], "the script itself says nothing of its stop"
+    assert events[-1]["file"] == "STOP" and events[-1]["signal"] is None
+    assert [e["step"] for e in events[:2]] == found[0]["saves"]
+
+
+def test_a_node_that_answers_nothing_does_not_hold_the_others_for_ever(
+    agents: Agents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.agent.agreement.ANSWER_S", 0.2)
+    agents.silent.add(2)
+    agents.start()
+    agents.agents[0].want_stop(signal.SIGTERM)
+    wait_for(lambda: agents.files[1][0].ask(Request.stop, 5), "the answer")
+    assert not agents.files[2][0].ask(Request.stop, 0.1), "nobody has told these"
+
+
+def test_a_rank_does_not_wait_for_an_agent_that_is_gone(tmp_path: Path) -> None:
+    file = HeartbeatFile(tmp_path / "0")
+    assert not file.ask(Request.stop, 0.05) and not file.ask(Request.save, 0.05)
+    file.set_hold(Request.stop, 1)
+    file.set_hold(Request.save, 1)
+    assert file.ask(Request.stop, 0.05), "a stop is wanted for certain"
+    assert not file.ask(Request.save, 0.05)
+    began = time.monotonic()
+    assert file.ask(Request.stop, 60) and time.monotonic() - began < 30, "it is waited for once"
+    file.set_at(Request.stop, 3)
+    assert file.ask(Request.stop, 60)
+
+
+def test_messages_about_another_start_are_passed_over(tmp_path: Path) -> None:
+    before, now = (Agreement(n, 1, (0, 1), [HeartbeatFile(tmp_path / str(n))]) for n in range(2))
+    board = {0: {"requests": {"start": 0, "stop": [1, 7, 15], "save": [0, 0, 0]}}}
+    before.turn(board)
+    now.turn(board)
+    assert [HeartbeatFile(tmp_path / str(n)).ask(Request.stop, 0.1) for n in range(2)] == [False, False]
+    answered = [[HeartbeatFile(tmp_path / str(n)).ask(Request.stop, 0.1) for _ in range(6)][-1] for n in range(2)]
+    assert answered == [True, False]
+
+
+def in_folder(path: Path, rank: int = 0, size: int = 1) -> Run:
+    run = Run(rank, rank, size)
+    run.open_folder(path, 1)
+    return run
+
+
+class Scalar:
+    """As numpy and torch have them."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def item(self) -> object:
+        return self._value
+
+
+def test_a_record_keeps_the_real_numbers_and_drops_the_rest_with_one_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = in_folder(tmp_path)
+    run.record(1, loss=Scalar(2.5), tokens=8, mfu=None, samples=(0, 7), norms={"a": 1.0}, name="x", z=Scalar(1j))
+    run.record(2, loss=float("nan"), device=object())
+    run.record(4, loss=2.0, step_time_s=0.5)
+    run.record("no step", loss=1.0)  # type: ignore[arg-type]
+    run.flush()
+    first, second, third = read_records(RunFolder(tmp_path).metrics(0))
+    assert {k: first[k] for k in ("step", "attempt", "loss", "tokens", "samples", "norms")} == {
+        "step": 1, "attempt": 1, "loss": 2.5, "tokens": 8, "samples": [0, 7], "norms": {"a": 1.0},
+    }  # fmt: skip
+    assert set(first) == {"step", "attempt", "time", "loss", "tokens", "samples", "norms"}
+    assert second["loss"] != second["loss"] and second["step_time_s"] > 0 and "device" not in second
+    assert third["step_time_s"] == 0.5
+    assert capfd.readouterr().err.count("was dropped") == 1
+
+
+def test_the_time_of_a_step_leaves_out_evaluations_and_saves(tmp_path: Path) -> None:
+    run = in_folder(tmp_path)
+    run.record(1)
+    run.phase("saving", 1)
+    time.sleep(0.5)
+    run.saved(1, 0.5)
+    run.record(3)
+    run.flush()
+    assert read_records(RunFolder(tmp_path).metrics(0))[-1]["step_time_s"] < 0.25
+    (saved,) = RunFolder(tmp_path).read_events()
+    assert (saved["event"], saved["step"], saved["seconds"]) == ("saved", 1, 0.5)
+
+
+def test_a_line_torn_by_a_crash_spoils_itself_only(tmp_path: Path) -> None:
+    path = RunFolder(tmp_path).metrics(0)
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "attempt": 1}\n{"step": 2, "att')
+    run = in_folder(tmp_path)
+    run.record(3, loss=1.0)
+    wait_for(lambda: [r["step"] for r in read_records(path)] == [1, 3], "the record, without being asked for", 10)
+
+
+def test_a_filesystem_that_fails_is_told_of_once_and_loses_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics").write_text("in the way")
+    run = in_folder(tmp_path)
+    for step in range(1, 4):
+        run.record(step, loss=1.0)
+        run.flush()
+    assert capfd.readouterr().err.count("cannot be written") == 1
+    (tmp_path / "metrics").unlink()
+    run.record(4, loss=1.0)
+    run.flush()
+    assert [r["step"] for r in read_records(RunFolder(tmp_path).metrics(0))] == [1, 2, 3, 4]
+
+
+def test_the_stand_in_writes_nothing_and_answers_by_its_signals(tmp_path: Path) -> None:
+    script = """
+import os, signal
+from launch import worker
+run = worker.attach()
+assert worker.attach() is run and run.is_first and run.agrees and run.folder is None and run.checkpoint_dir is None
+run.phase("training", 1)
+run.record(1, loss=1.0)
+run.saved(1)
+assert run.is_current() and not run.save_requested() and not run.stop_requested()
+os.kill(os.getpid(), signal.SIGTERM)
+assert run.stop_requested() and run.stop_requested() and run.signal_name == "SIGTERM"
+"""
+    env = environment(PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, check=True, timeout=60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_standard_library_is_needed(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from launch import worker
+run = worker.attach()
+run.record(1, loss=1.0)
+assert not {{"torch", "numpy", "yaml", "hydra", "omegaconf", "gpt"}} & set(sys.modules)
+"""
+    told = environment(LAUNCH_RUN_DIR=str(tmp_path), LAUNCH_ATTEMPT="3", RANK="2", WORLD_SIZE="4")
+    # -I and -S: no site-packages, no user's folder
+    subprocess.run([sys.executable, "-I", "-S", "-c", script], env=told, check=True, timeout=60)
+    (record,) = read_records(RunFolder(tmp_path).metrics(2))
+    assert (record["step"], record["attempt"]) == (1, 3)
+
+
+def test_a_helper_that_is_forked_off_is_no_rank(tmp_path: Path) -> None:
+    script = """
+import multiprocessing, os, signal, sys, time
+from launch import worker
+run = worker.attach()
+helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+helper.start()
+time.sleep(0.5)
+helper.terminate()
+helper.join(30)
+assert helper.exitcode == -signal.SIGTERM, helper.exitcode
+assert not run.stop_requested()
+"""
+    told = {"LAUNCH_RUN_DIR": str(tmp_path), "LAUNCH_HEARTBEAT_DIR": str(tmp_path), "RANK": "0"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(**told), check=True, timeout=60)
+    assert HeartbeatFile(tmp_path / "0").wants(Request.stop) == 0
+
+
+def test_a_later_attempt_stops_this_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create_attempt()
+    run = in_folder(tmp_path)
+    assert run.is_current() and not run.stop_requested()
+    folder.create_attempt()
+    assert not run.is_current()
+
+    def is_outdated() -> bool:
+        try:
+            return run.stop_requested()
+        except worker.OutdatedAttemptError:
+            return True
+
+    wait_for(is_outdated, "the look into the run folder", 10)
+
+
+LIMITS = ResilienceConfig(frozen_timeout_s=10**6, hang_timeout_s=20, hang_timeout_slow_s=40)
+
+
+@pytest.mark.parametrize("silence", [None, 60])
+def test_a_rank_without_a_heartbeat_is_judged_by_its_log_alone(
+    silence: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr("launch.agent.hang_detector.time.monotonic", lambda: real() + ahead[0])
+    log = tmp_path / "log"
+    dog = Watchdog(tmp_path, LIMITS, {0: log}, must_attach=False, silence_timeout_s=silence)
+    HeartbeatFile(tmp_path / "0")  # made by the agent: nobody has opened it
+    for _ in range(30):  # two minutes in which something is printed now and then
+        ahead[0] += 4
+        with log.open("a") as file:
+            file.write(".")
+        assert dog.look({0: os.getpid()}) == []
+    for _ in range(20):
+        ahead[0] += 4
+        found = dog.look({0: os.getpid()})
+    assert [one.why.startswith("hung: nothing printed for ") for one in found] == ([] if silence is None else [True])
+
+
+def test_a_rank_that_only_attached_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = HeartbeatFile(tmp_path / "0")
+    file.open_for_rank()
+    real, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr("launch.agent.hang_detector.time.monotonic", lambda: real() + ahead[0])
+    dog = Watchdog(tmp_path, LIMITS)
+    for _ in range(30):
+        ahead[0] += 4
+        assert dog.look({0: os.getpid()}) == []
+    file.move(1, Phase.training)
+    for _ in range(30):
+        ahead[0] += 4
+        found = dog.look({0: os.getpid()})
+    sign = read(tmp_path / "0")
+    assert found and sign is not None and (sign.step, sign.phase) == (1, Phase.training)
+
+
+def test_a_signal_to_one_rank_of_two_nodes_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
+    folder = RunFolder(tmp_path / "run")
+    process = start("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: len(read_records(folder.metrics(1))) > 4 or process.poll() is not None, "the fifth step")
+    os.kill(ranks_of(descendants(process.pid))[1], signal.SIGTERM)
+    assert process.wait(timeout=120) == 1, "a run that was stopped has not finished"
+    events = folder.read_events()
+    (stopped,) = [e for e in events if e["event"] == "stopped"]
+    assert stopped["signal"] == "SIGTERM", "rank 0 tells why, although another rank got it"
+    last = {rank: read_records(folder.metrics(rank))[-1]["step"] for rank in range(2)}
+    assert set(last.values()) == {stopped["step"]}
+    assert (folder.checkpoints / f"step_{stopped['step']:08d}" / "manifest.json").is_file()
+    assert not [e for e in events if e["event"] in ("rank_failed", "signalled")]
+
+
+def test_multiprocessing_is_told_from_a_rank() -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(worker.is_child) and not worker.is_child()
