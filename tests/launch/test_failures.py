@@ -23,7 +23,7 @@ if os.environ.get("RANK") == os.environ.get("SABOTAGED_RANK"):
 
     class Saboteur:
         def find_spec(self, name, path=None, target=None):
-            spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "gpt.parallel.optimizer" else None
+            spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "gpt.training.step" else None
             if spec is not None:
                 execute = spec.loader.exec_module
                 spec.loader.exec_module = lambda module: (execute(module), self.sabotage(module))

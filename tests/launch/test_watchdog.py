@@ -38,7 +38,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._real, self.ahead = time.monotonic, 0.0
-        monkeypatch.setattr("launch.watchdog.time.monotonic", lambda: self._real() + self.ahead)
+        monkeypatch.setattr("launch.agent.hang_detector.time.monotonic", lambda: self._real() + self.ahead)
 
 
 def rank(folder: Path, phase: str) -> subprocess.Popen[bytes]:
