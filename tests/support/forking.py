@@ -43,8 +43,8 @@ READ_AT_START = ("PYTHON", "OMP_", "MKL_", "LD_")
 ANYWAY = ("PYTHONUNBUFFERED", "PYTHONHASHSEED")
 """Of those, the ones that may differ: nothing is buffered, and no result depends on the order of a set."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-RANK_SCRIPT = re.compile(r'exec "\$0" -m (.*?) >>"(.*)" 2>&1 </dev/null')
-"""What a rank is started by: a shell that opens its log and becomes Python."""
+OPEN_LOG = re.compile(r'(.*)exec "\$@" >>"\$log" 2>&1 </dev/null')
+"""The shell that opens the log of a rank and becomes the rank."""
 
 
 @dataclass(frozen=True)
@@ -279,11 +279,11 @@ def _job_of(given: Mapping[str, Any]) -> tuple[Job | None, str | None]:
     words, log = [os.fsdecode(word) for word in args], None
     env = dict(os.environ if given["env"] is None else given["env"])
     cwd = str(Path(os.fsdecode(given["cwd"] or ".")).absolute())
-    script = RANK_SCRIPT.fullmatch(words[2]) if words[:2] == ["/bin/sh", "-c"] else None
-    if script is not None and words[3] == sys.executable:
-        shown = ["/bin/sh", "-c", f'printf "%s\\0" {script[1]} "{script[2]}"', *words[3:]]
+    shell = OPEN_LOG.fullmatch(words[2]) if words[:2] == ["/bin/sh", "-c"] else None
+    if shell is not None:
+        shown = ["/bin/sh", "-c", f'{shell[1]}printf "%s\\0" "$PWD" "$log" "$@"', *words[3:]]
         told = subprocess.run(shown, env=env, cwd=cwd, stdout=subprocess.PIPE, check=True)
-        *words, log = [sys.executable, "-m", *told.stdout.decode().split("\0")[:-1]]
+        cwd, log, *words = told.stdout.decode().split("\0")[:-1]
     options = words.index("-m") if words[0] == sys.executable and "-m" in words else 0
     if words[1:options] not in ([], ["-u"]) or not options:
         return None, None

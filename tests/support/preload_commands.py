@@ -5,6 +5,7 @@ they need it.
 """
 
 import pkgutil
+from contextlib import suppress
 from importlib import import_module
 
 import gpt
@@ -17,7 +18,8 @@ with lasting_imports():
     for package in (gpt, launch):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None):
             if "deepspeed" not in module.name and not module.name.endswith("__main__"):
-                import_module(module.name)
+                with suppress(ImportError):  # an extra that is not installed
+                    import_module(module.name)
     for name in (
         "hydra._internal.core_plugins.basic_sweeper",
         "hydra_plugins.launch_plugin.launcher",
