@@ -34,6 +34,10 @@ ON_SLURM = ("cluster=slurm", "launch.poll_s=1")
 """On the sandbox, whose controller has nothing else to do than to answer."""
 
 
+FORKED = ("gpt", "launch", "benchmarks", "torch.distributed.run")
+"""How the names of those modules begin that ``run`` forks."""
+
+
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a user who is in no job: nothing of an enclosing launcher, one thread a process."""
     gone = (
@@ -59,7 +63,7 @@ def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> s
     """
     job = Job(module, words, str(cwd), environment(**extra))
     server = fork_server()
-    if job.module.split(".")[0] not in ("gpt", "launch") or not server.takes(job):
+    if not module.startswith(FORKED) or not server.takes(job):
         done = subprocess.run(
             [sys.executable, "-m", module, *words],
             cwd=cwd,
