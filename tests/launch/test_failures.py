@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -41,18 +42,60 @@ if os.environ.get("RANK") == os.environ.get("SABOTAGED_RANK"):
 """
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_an_exception_on_any_rank_fails_the_run_with_its_traceback(rank: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ["nodes=2", *TINY, "optim.max_steps=5", f"run_dir={tmp_path / 'run'}", "resilience.max_restarts.crashed=0"]
-    text = run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK=rank)
+def run_sabotaged(folder: Path, rank: int, *words: str) -> tuple[str, RunFolder]:
+    """A run of two ranks of which one raises in its third step; what the launcher printed, and the run folder."""
+    (folder / "sitecustomize.py").write_text(SABOTAGE)
+    path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    words = ("nodes=2", *TINY, "optim.max_steps=9", f"run_dir={folder / 'run'}", *words)
+    text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGED_RANK=str(rank))
+    return text, RunFolder(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
+    """A run whose second rank raises, and raises again in the second attempt."""
+    return run_sabotaged(tmp_path_factory.mktemp("sabotaged"), 1, "resilience.max_without_progress=2")
+
+
+def test_an_exception_on_the_first_rank_fails_the_run_with_its_traceback(tmp_path: Path) -> None:
+    text, folder = run_sabotaged(tmp_path, 0, "resilience.max_restarts.crashed=0")
+    assert_named(text, folder, rank=0, attempt=1)
+    assert folder.attempts() == [1]
+
+
+def test_an_exception_on_another_rank_fails_the_run_with_its_traceback(sabotaged: tuple[str, RunFolder]) -> None:
+    assert_named(*sabotaged, rank=1, attempt=2)
+
+
+def assert_named(text: str, folder: RunFolder, rank: int, attempt: int) -> None:
+    """Check that the launcher told which rank failed, after which step, of what, and where its log is."""
     assert f"rank {rank} on" in text
     assert "failed first after step 2: ZeroDivisionError: the data of step 3 has no tokens" in text
     assert "Traceback (most recent call last)" in text and "queue_step" in text
-    log = RunFolder(tmp_path / "run").log(1, int(rank))
+    log = folder.log(attempt, rank)
     assert f"log: {log}" in text
     assert "ZeroDivisionError" in log.read_text()
+
+
+def test_a_crash_that_comes_back_stops_the_run(sabotaged: tuple[str, RunFolder]) -> None:
+    events = sabotaged[1].read_events()
+    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "crashed"]
+    assert "saved nothing new" in [e for e in events if e["event"] == "decided"][-1]["reason"]
+
+
+def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -> None:
+    folder = sabotaged[1]
+    there, name = folder.path.parent, folder.path.name
+    (seen,) = json.loads(run("launch.status", "--json", name, cwd=there))
+    assert seen["state"] == "failed"
+    expected = {"rank": 1, "step": 2, "log": str(folder.log(2, 1))}
+    assert {k: seen["failure"][k] for k in expected} == expected
+    assert "failed first after step 2: ZeroDivisionError" in run("launch.status", name, cwd=there)
+    assert folder.log(2, 1).read_text() in run("launch.logs", name, cwd=there)
+    assert folder.log(1, 0).read_text() in run("launch.logs", name, "--rank", "0", "--attempt", "1", cwd=there)
+    assert "RunFailed" in run("launch.logs", name, "--rank", "1", "--agent", cwd=there)
+    text = run("launch.logs", name, "--rank", "7", cwd=there, status=2)
+    assert "found: no log of rank 7" in text and "attempts: 1, 2)" in text
 
 
 def start_long_run(tmp_path: Path, *words: str) -> tuple[subprocess.Popen[bytes], RunFolder, list[int]]:

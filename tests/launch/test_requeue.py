@@ -24,7 +24,6 @@ from launch.runs.events import since_submission
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobDetails
-from tests.launch.test_failures import SABOTAGE
 from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
 
 Events = list[dict[str, Any]]
@@ -137,17 +136,6 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
     assert [e["event"] for e in events].count("recovered") == 1
     losses = [[r["loss"] for r in read_records(folder.metrics(0))] for folder in (whole, killed)]
     assert losses[0] == losses[1]
-
-
-def test_a_crash_that_comes_back_stops_the_run_with_its_traceback(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ["nodes=2", *TINY, "optim.max_steps=9", f"run_dir={tmp_path / 'run'}", "resilience.max_without_progress=2"]
-    text = run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK="1")
-    assert "ZeroDivisionError: the data of step 3 has no tokens" in text
-    events = RunFolder(tmp_path / "run").read_events()
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "crashed"]
-    assert "saved nothing new" in [e for e in events if e["event"] == "decided"][-1]["reason"]
 
 
 def test_the_files_save_and_stop_do_what_they_say(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from launch.jobs.status import find_point, verdict
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
-from tests.launch.test_failures import LONG, SABOTAGE, start_long_run
-from tests.support.commands import TINY, descendants, ranks_of, run, start, wait_for
+from tests.launch.test_failures import LONG, start_long_run
+from tests.support.commands import descendants, ranks_of, run, start, wait_for
 
 
 def status(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
@@ -71,27 +71,6 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     assert "saved" not in ran[ran.index("cancelled") :]
     assert names(told["queued"]) == ["cancelled"]
     assert [r["state"] for r in status(cwd=tmp_path)] == ["cancelled", "cancelled"]
-
-
-def test_the_rank_that_failed_is_shown_first(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ["nodes=2", *TINY, "optim.max_steps=5", "run_dir=run", "resilience.max_restarts.crashed=0"]
-    run("launch", *words, cwd=tmp_path, status=1, PYTHONPATH=path, SABOTAGED_RANK="1")
-    folder = RunFolder(tmp_path / "run")
-    (seen,) = status(folder.path, cwd=tmp_path)
-    assert seen["state"] == "failed"
-    assert {k: seen["failure"][k] for k in ("rank", "step", "log")} == {
-        "rank": 1,
-        "step": 2,
-        "log": str(folder.log(1, 1)),
-    }
-    assert "failed first after step 2: ZeroDivisionError" in run("launch.status", "run", cwd=tmp_path)
-    assert folder.log(1, 1).read_text() in run("launch.logs", "run", cwd=tmp_path)
-    assert folder.log(1, 0).read_text() in run("launch.logs", "run", "--rank", "0", "--attempt", "1", cwd=tmp_path)
-    assert "RunFailed" in run("launch.logs", "run", "--rank", "1", "--agent", cwd=tmp_path)
-    text = run("launch.logs", "run", "--rank", "7", cwd=tmp_path, status=2)
-    assert "found: no log of rank 7" in text and "attempts: 1" in text
 
 
 REFUSED = [

@@ -50,12 +50,14 @@ class Running:
         """Hosts of the ranks, in the order of the ranks."""
         return [rank["host"] for rank in json.loads(self.folder.environment(attempt).read_text())["ranks"]]
 
-    def end(self) -> None:
+    def end(self) -> int:
         self.sandbox.slurm("scancel", self.job)
-        self.process.wait(timeout=300)
+        return self.process.wait(timeout=300)
 
 
-def test_a_spare_takes_the_place_of_a_node_that_loses_power(sandbox: Cluster, tmp_path: Path) -> None:
+def test_a_spare_takes_the_place_of_a_node_that_loses_power_and_a_cancel_stays_a_cancel(
+    sandbox: Cluster, tmp_path: Path
+) -> None:
     run = Running(sandbox, tmp_path, "spares=1")
     try:
         (members,) = run.of("members")
@@ -71,7 +73,11 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_power(sandbox: Cluster, tm
         assert run.of("started")[1]["from_step"] == saved
         assert run.of("recovered")[0]["seconds_since_last_step"] > 0
     finally:
-        run.end()
+        status = run.end()
+    assert status == 1
+    assert [e["cause"] for e in run.of("attempt_ended")] == ["node_failed", "cancelled"]
+    assert run.of("requeued") == []
+    assert "PENDING" not in sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", run.job)
 
 
 def test_a_cut_link_is_noticed_and_named_and_the_job_comes_back_without_the_node(

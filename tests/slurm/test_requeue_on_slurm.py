@@ -16,7 +16,7 @@ from slurm.sandbox.faults import power_cut, preempt
 from tests.support.commands import ON_SLURM, TINY, run, start, wait_for
 from tests.support.weights import differing, read_weights
 
-STEPS = 120
+STEPS = 360
 WORDS = [*TINY, "nodes=2", f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1"]
 
 
@@ -33,9 +33,18 @@ def submit(sandbox: Cluster, folder: Path, *words: str) -> tuple[subprocess.Pope
     here = RunFolder(folder / "run")
     words = (*WORDS, *ON_SLURM, f"run_dir={here.path}", *words)
     process = start("launch", *words, cwd=folder, log=folder / "log", **sandbox.env)
-    wait_for(lambda: len(read_records(here.metrics(0))) >= 10 or process.poll() is not None, "the tenth step")
-    assert process.poll() is None, (folder / "log").read_text()
+    wait_for_steps(process, here, attempt=1)
     return process, here, str(next(e["job_id"] for e in here.read_events() if e["event"] == "submitted"))
+
+
+def wait_for_steps(process: subprocess.Popen[bytes], here: RunFolder, attempt: int) -> None:
+    """Wait for the tenth step of an attempt."""
+
+    def steps() -> int:
+        return sum(record["attempt"] == attempt for record in read_records(here.metrics(0)))
+
+    wait_for(lambda: steps() >= 10 or process.poll() is not None, f"the tenth step of attempt {attempt}")
+    assert process.poll() is None, (here.read_events(), (here.path.parent / "log").read_text())
 
 
 def of(events: list[dict[str, Any]], name: str, key: str) -> list[Any]:
@@ -43,24 +52,21 @@ def of(events: list[dict[str, Any]], name: str, key: str) -> list[Any]:
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("how", ["a higher partition", "scontrol requeue", "SIGTERM alone"])
-def test_an_interrupted_run_ends_in_the_same_weights(
-    how: str, sandbox: Cluster, whole: RunFolder, tmp_path: Path
+def test_a_run_interrupted_in_every_way_ends_in_the_same_weights(
+    sandbox: Cluster, whole: RunFolder, tmp_path: Path
 ) -> None:
     process, here, job = submit(sandbox, tmp_path)
-    if how == "a higher partition":
-        preempt(sandbox, job)
-    elif how == "scontrol requeue":
-        sandbox.slurm("scontrol", "requeue", job)
-    else:
-        sandbox.slurm("scancel", "--signal=TERM", job)
+    preempt(sandbox, job)
+    wait_for_steps(process, here, attempt=2)
+    sandbox.slurm("scontrol", "requeue", job)
+    wait_for_steps(process, here, attempt=3)
+    sandbox.slurm("scancel", "--signal=TERM", job)
     assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     events = here.read_events()
-    assert of(events, "attempt_ended", "cause") == ["preempted", "finished"]
-    by = ["slurm"] if how == "scontrol requeue" else ["agent"]
-    assert (of(events, "requeued", "job_id"), of(events, "requeued", "by")) == ([job], by)
+    assert of(events, "attempt_ended", "cause") == ["preempted"] * 3 + ["finished"]
+    assert (of(events, "requeued", "job_id"), of(events, "requeued", "by")) == ([job] * 3, ["agent", "slurm", "agent"])
     saved, started = of(events, "stopped", "step"), of(events, "started", "from_step")
-    assert started == [0, saved[0]], "it went on from the step at which it saved"
+    assert started == [0, *saved], "it went on from the step at which it saved"
     assert differing(read_weights(whole.path, STEPS, tmp_path), read_weights(here.path, STEPS, tmp_path)) == []
     used = [
         sample
@@ -69,16 +75,6 @@ def test_an_interrupted_run_ends_in_the_same_weights(
         for sample in range(record["samples"][0], record["samples"][1] + 1)
     ]
     assert sorted(used) == list(range(8 * STEPS)), "no sample repeated, none skipped"
-
-
-@pytest.mark.slurm
-def test_a_cancel_stays_a_cancel(sandbox: Cluster, tmp_path: Path) -> None:
-    process, here, job = submit(sandbox, tmp_path, "optim.max_steps=100000")
-    sandbox.slurm("scancel", job)
-    assert process.wait(timeout=300) == 1
-    assert of(here.read_events(), "requeued", "job_id") == []
-    assert of(here.read_events(), "attempt_ended", "cause") == ["cancelled"]
-    assert "PENDING" not in sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
 
 
 @pytest.mark.slurm
@@ -93,7 +89,9 @@ def test_the_time_limit_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
     assert of(events, "recovered", "step"), (events, (tmp_path / "log").read_text())
     assert of(events, "attempt_ended", "cause")[0] == "timed_out"
     assert of(events, "requeued", "job_id")[0] == job
-    assert of(events, "started", "from_step")[1] == of(events, "stopped", "step")[0]
+    # On a busy machine the limit may come before an attempt has made a step: what counts is the one that saved.
+    saved = next(i for i, e in enumerate(events) if e["event"] == "stopped")
+    assert of(events[saved:], "started", "from_step")[0] == events[saved]["step"]
 
 
 @pytest.mark.slurm

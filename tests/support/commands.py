@@ -8,7 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from tests.support.forking import Job, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
@@ -30,6 +34,10 @@ ON_SLURM = ("cluster=slurm", "launch.poll_s=1")
 """On the sandbox, whose controller has nothing else to do than to answer."""
 
 
+FORKED = ("gpt", "launch", "benchmarks", "torch.distributed.run")
+"""How the names of those modules begin that ``run`` forks."""
+
+
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a user who is in no job: nothing of an enclosing launcher, one thread a process."""
     gone = (
@@ -49,19 +57,41 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> str:
-    """``python -m module words`` to its end; returns what it printed, standard error included."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words],
-        cwd=cwd,
-        env=environment(**extra),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == status, f"exit status {done.returncode}, expected {status}:\n{done.stdout}"
-    return done.stdout
+    """``python -m module words`` to its end; returns what it printed, standard error included.
+
+    Forked from a process that has imported everything, where nothing speaks against it (see ``forking``).
+    """
+    job = Job(module, words, str(cwd), environment(**extra))
+    server = fork_server()
+    if not module.startswith(FORKED) or not server.takes(job):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words],
+            cwd=cwd,
+            env=job.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        ended, text = done.returncode, done.stdout
+    else:
+        with NamedTemporaryFile("r") as output:
+            answer = server.run(job, Path(output.name), TIMEOUT_S)
+            text = output.read()
+        if answer is None:
+            kill_all(server.process)
+            fork_server.cache_clear()
+            raise AssertionError(f"no end of python -m {module} in {TIMEOUT_S} s:\n{text}")
+        ended = answer
+    assert ended == status, f"exit status {ended}, expected {status}:\n{text}"
+    return text
+
+
+@cache
+def fork_server() -> Server:
+    """The process that ``run`` forks from, one for each process that tests run in."""
+    return Server(environment())
 
 
 def answer_ctrl_c() -> None:

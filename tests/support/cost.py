@@ -1,0 +1,109 @@
+"""What tests cost: seconds of files, as measured, and what a test's code tells of the processes it may start.
+
+Owns the order of the files and the mark ``quick``. Must not know what is tested.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import pytest
+
+from tests.support import commands, distributed
+
+STARTERS: tuple[object, ...] = (subprocess, commands.run, commands.start, distributed.run_distributed)
+SECONDS = {
+    "accounting/test_counts.py": 40,
+    "accounting/test_memory.py": 20,
+    "data/test_mixture.py": 20,
+    "data/test_prepare.py": 35,
+    "data/test_synthetic.py": 20,
+    "launch/test_auto.py": 15,
+    "launch/test_budget.py": 25,
+    "launch/test_code_changes.py": 35,
+    "launch/test_failures.py": 90,
+    "launch/test_placement.py": 15,
+    "launch/test_refusals.py": 15,
+    "launch/test_requeue.py": 75,
+    "launch/test_status.py": 60,
+    "launch/test_sweep.py": 60,
+    "launch/test_watchdog.py": 25,
+    "model/test_components.py": 15,
+    "model/test_moe.py": 25,
+    "model/test_refusals.py": 20,
+    "parallel/test_context.py": 75,
+    "parallel/test_deepspeed.py": 95,
+    "parallel/test_deepspeed_pipeline.py": 55,
+    "parallel/test_deepspeed_settings.py": 15,
+    "parallel/test_equivalence.py": 115,
+    "parallel/test_expert.py": 140,
+    "parallel/test_memory.py": 130,
+    "parallel/test_pipeline.py": 145,
+    "parallel/test_stages.py": 15,
+    "parallel/test_tensor.py": 180,
+    "planning/test_choice.py": 20,
+    "slurm/test_doctor_on_slurm.py": 60,
+    "slurm/test_grace_on_slurm.py": 40,
+    "slurm/test_in_place_on_slurm.py": 100,
+    "slurm/test_launch_on_slurm.py": 100,
+    "slurm/test_lost_nodes_on_slurm.py": 150,
+    "slurm/test_placement_on_slurm.py": 80,
+    "slurm/test_requeue_on_slurm.py": 180,
+    "slurm/test_sandbox_faults.py": 40,
+    "slurm/test_topologies_on_slurm.py": 95,
+    "test_gpu_script.py": 75,
+    "test_readme.py": 60,
+    "tools/test_evaluate.py": 15,
+    "tools/test_export.py": 15,
+    "tools/test_generate.py": 15,
+    "training/test_execution.py": 60,
+    "training/test_reference.py": 15,
+    "training/test_resume.py": 60,
+    "training/test_text.py": 20,
+}
+"""Seconds of the files that take longest, on one of two cores; of what is not named, fewer than twelve."""
+WAITS = "slurm"
+"""The folder of tests that mostly wait: for Slurm to notice something, to schedule, to give up."""
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def seconds(path: Path) -> int:
+    """What a file of tests is known to take, 0 where that is not much."""
+    return SECONDS.get(path.relative_to(TESTS).as_posix(), 0)
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """A test that starts no process, as far as can be seen, in a file that is not known to take long."""
+    if not isinstance(item, pytest.Function) or seconds(item.path) or item.path.parent.name == WAITS:
+        return False
+    fixtures = [found.func for every in item._fixtureinfo.name2fixturedefs.values() for found in every]
+    seen: set[object] = set()
+    return not any(_starts(function, seen) for function in (item.function, *fixtures))
+
+
+def _starts(function: Callable[..., Any], seen: set[object]) -> bool:
+    """Look in a function of the tests, and in those of the tests that it names, for something that starts processes."""
+    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
+    function = getattr(function, "__wrapped__", function)
+    if isinstance(function, type):
+        return any(_starts(member, seen) for member in vars(function).values() if isinstance(member, FunctionType))
+    if not isinstance(function, FunctionType) or function in seen or not function.__module__.startswith("tests"):
+        return False
+    seen.add(function)
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name)
+        if any(value is starter for starter in STARTERS) or (callable(value) and _starts(value, seen)):
+            return True
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

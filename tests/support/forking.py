@@ -1,0 +1,315 @@
+"""Commands forked from an interpreter that has imported everything, in place of one that starts from nothing.
+
+Of the nine seconds of a run of two ranks on one machine, eight are imports: of the launcher, its two agents and their
+ranks. Here one server process a test worker imports once, and each command is a fork of it that has run nothing: with
+a process id, a parent, a session, signals, a folder and an environment of its own, as if Python had just been started.
+What such a command starts with ``python -m`` is forked as well, and is its child. What cannot be forked (another
+program, other paths to import from) is started as ever.
+
+Owns the processes between a test and its command. Must not know what is run. For tests that are about what commands
+do; ``commands.start`` starts real interpreters for those that are about processes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import os
+import pickle
+import re
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partialmethod
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+MESSAGE_BYTES = 1 << 17
+ROOM = "x" * 20_000
+"""Room for the command line and the environment of what is forked, in the memory of the server's own."""
+READ_AT_START = ("PYTHON", "OMP_", "MKL_", "LD_")
+"""Variables that Python and its libraries read only when they start, by how they begin."""
+ANYWAY = ("PYTHONUNBUFFERED", "PYTHONHASHSEED")
+"""Of those, the ones that may differ: nothing is buffered, and no result depends on the order of a set."""
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+OPEN_LOG = re.compile(r'(.*)exec "\$@" >>"\$log" 2>&1 </dev/null')
+"""The shell that opens the log of a rank and becomes the rank."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """``python -m module words``, and what it gets from whoever starts it."""
+
+    module: str
+    words: tuple[str, ...]
+    cwd: str
+    env: dict[str, str]
+    own_session: bool = False
+    ignores_ctrl_c: bool = False
+
+    def can_be_forked(self, here: Mapping[str, str] = os.environ) -> bool:
+        """Whether it would import the same modules as this process, in the same way."""
+        read = {k for k in {**here, **self.env} if k.startswith(READ_AT_START) and k not in ANYWAY}
+        folder = Path(self.cwd)
+        other_code = folder != ROOT and any((folder / name).exists() for name in ("gpt", "launch", "slurm", "configs"))
+        return not other_code and all(here.get(k) == self.env.get(k) for k in read)
+
+
+class Server:
+    """The process that commands are forked from, for as long as this one lives."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = f"from tests.support import forking; forking.serve({theirs.fileno()})"
+        self._env = dict(env)
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-c", code, ROOM],
+            cwd=ROOT,
+            env={**env, "ROOM": ROOM},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        theirs.close()
+
+    def takes(self, job: Job) -> bool:
+        """Whether a fork does the same as a start."""
+        return job.can_be_forked(self._env)
+
+    def run(self, job: Job, output: Path, timeout_s: float) -> int | None:
+        """Run a command to its end, with what it prints in ``output``; its exit status, None where it takes longer."""
+        news, theirs = os.pipe()
+        with (
+            output.open("ab") as file,
+            Path(os.devnull).open() as nothing,
+            os.fdopen(news, "rb", buffering=0) as reader,
+        ):
+            fds = [nothing.fileno(), file.fileno(), file.fileno(), theirs]
+            socket.send_fds(self._socket, [pickle.dumps(job)], fds)
+            os.close(theirs)
+            if not select.select([reader], [], [], timeout_s)[0]:
+                return None
+            answer = reader.read(64)
+        assert answer, f"no exit status of python -m {job.module}"
+        return int(answer)
+
+
+def serve(connection: int) -> None:
+    """Import everything, then fork what is asked for, until nobody is left to ask."""
+    import tests.support.preload_commands  # noqa: F401
+
+    os.environ.pop("ROOM")
+    Names.learn()
+    # What a command starts by itself is forked too; see ``Popen._execute_child`` for the parameters.
+    subprocess.Popen._execute_child = partialmethod(_execute_child, subprocess.Popen._execute_child)  # type: ignore
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait
+    with socket.socket(fileno=connection) as requests:
+        while request := _receive(requests):
+            job, fds = request
+            if os.fork() == 0:
+                requests.close()
+                _wait_for(job, fds)
+            for fd in fds:
+                os.close(fd)
+
+
+def _receive(requests: socket.socket) -> tuple[Job, list[int]] | None:
+    message, fds, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, 4)
+    return (pickle.loads(message), fds) if message else None
+
+
+def _wait_for(job: Job, fds: list[int]) -> NoReturn:
+    """Fork the command and tell how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    *streams, news = fds
+    pid = os.fork()
+    if pid == 0:
+        os.close(news)
+        _begin(job, streams)
+    for fd in streams:
+        os.close(fd)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.write(news, str(status).encode())
+    os._exit(0)
+
+
+def _begin(job: Job, streams: list[int]) -> NoReturn:
+    """Become the command."""
+    global _STARTER
+    if job.own_session:
+        os.setsid()
+    _STARTER = Starter(streams)
+    for fd, stream in enumerate(streams):
+        os.dup2(stream, fd)
+    for stream in set(streams) - {0, 1, 2}:
+        os.close(stream)
+    os.chdir(job.cwd)
+    os.environ.clear()
+    os.environ.update(job.env)
+    Names.write(job)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if job.ignores_ctrl_c else signal.default_int_handler)
+    sys.argv = ["-m", *job.words]
+    sys.orig_argv = [sys.executable, "-m", job.module, *job.words]
+    sys.path[0] = job.cwd
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    if not hasattr(sys.modules.get(job.module), "__path__"):
+        sys.modules.pop(job.module, None)  # runs as __main__ now, and not twice
+    importlib.invalidate_caches()
+    _leave(_status_of(job.module))
+
+
+def _status_of(module: str) -> int:
+    try:
+        runpy._run_module_as_main(module)  # type: ignore[attr-defined]  # what python -m does
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        return -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
+    return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """What Python does at its end, up to where it would take itself apart."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if status < 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status & 0xFF)
+
+
+class Starter:
+    """A process beside a command that is as clean as the command was at its start: the command's children come of it.
+
+    The command is a subreaper (prctl(2)): where the process between the two ends, what that one has started becomes
+    the command's own child.
+    """
+
+    def __init__(self, not_its_own: Sequence[int]) -> None:
+        self.owner = os.getpid()
+        self._one_at_a_time = threading.Lock()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        if os.fork() == 0:
+            self._socket.close()
+            for fd in {*not_its_own} - {0, 1, 2}:
+                os.close(fd)
+            self._serve(theirs)
+        theirs.close()
+
+    def start(self, job: Job, streams: Sequence[int]) -> int:
+        """Start a command; its process id."""
+        with self._one_at_a_time:
+            socket.send_fds(self._socket, [pickle.dumps(job)], list(streams))
+            return int(self._socket.recv(64))
+
+    def _serve(self, requests: socket.socket) -> NoReturn:
+        os.setsid()  # what is sent to the command's group is not for this process
+        while request := _receive(requests):
+            job, streams = request
+            between = os.fork()
+            if between == 0:
+                self._fork(requests, job, streams)
+            os.waitpid(between, 0)
+            for fd in streams:
+                os.close(fd)
+        os._exit(0)
+
+    def _fork(self, requests: socket.socket, job: Job, streams: list[int]) -> NoReturn:
+        between = os.getpid()
+        orphaned, alive = os.pipe()
+        if os.fork():
+            os._exit(0)
+        os.close(alive)
+        os.read(orphaned, 1)  # ends with the process between
+        os.close(orphaned)
+        while os.getppid() == between:
+            os.sched_yield()
+        requests.send(str(os.getpid()).encode())  # by now a child that the command can wait for
+        requests.close()
+        _begin(job, streams)
+
+
+_STARTER: Starter | None = None
+
+
+def _execute_child(popen: subprocess.Popen[bytes], original: Any, *args: Any, **kwargs: Any) -> None:
+    """Fork what ``Popen`` would start, where that comes to the same."""
+    given = signature(original).bind(popen, *args, **kwargs).arguments
+    job, log = _job_of(given)
+    if job is None or _STARTER is None or _STARTER.owner != os.getpid():
+        return original(popen, *args, **kwargs)
+    if log is None:
+        pipes = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        popen.pid = _STARTER.start(job, [fd if pipe == -1 else pipe for fd, pipe in enumerate(pipes)])
+    else:
+        with Path(log).open("ab") as file, Path(os.devnull).open() as nothing:
+            popen.pid = _STARTER.start(job, [nothing.fileno(), file.fileno(), file.fileno()])
+    popen._child_created = True  # type: ignore[attr-defined]
+    ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+    popen._close_pipe_fds(*(given[name] for name in ends))  # type: ignore[attr-defined]
+    return None
+
+
+def _job_of(given: Mapping[str, Any]) -> tuple[Job | None, str | None]:
+    """The job that a call of ``Popen`` asks for, if it can be forked, and the log that a shell would open for it."""
+    args = given["args"]
+    if given["shell"] or given["preexec_fn"] or given["pass_fds"] or isinstance(args, str | bytes | os.PathLike):
+        return None, None
+    words, log = [os.fsdecode(word) for word in args], None
+    env = dict(os.environ if given["env"] is None else given["env"])
+    cwd = str(Path(os.fsdecode(given["cwd"] or ".")).absolute())
+    shell = OPEN_LOG.fullmatch(words[2]) if words[:2] == ["/bin/sh", "-c"] else None
+    if shell is not None:
+        shown = ["/bin/sh", "-c", f'{shell[1]}printf "%s\\0" "$PWD" "$log" "$@"', *words[3:]]
+        told = subprocess.run(shown, env=env, cwd=cwd, stdout=subprocess.PIPE, check=True)
+        cwd, log, *words = told.stdout.decode().split("\0")[:-1]
+    options = words.index("-m") if words[0] == sys.executable and "-m" in words else 0
+    if words[1:options] not in ([], ["-u"]) or not options:
+        return None, None
+    module, *rest = words[options + 1 :]
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    job = Job(module, tuple(rest), cwd, env, given["start_new_session"], ignored)
+    return (job, log) if job.can_be_forked() else (None, None)
+
+
+class Names:
+    """What /proc says of this process: its command line and environment, in the memory that the kernel shows there."""
+
+    areas: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def learn(cls) -> None:
+        """Ask where they lie (proc(5), /proc/PID/stat, fields 48 to 51)."""
+        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+        first, last, then, end = (int(field) for field in fields[45:49])
+        cls.areas = ((first, last), (then, end))
+
+    @classmethod
+    def write(cls, job: Job) -> None:
+        """Show a command's own, as far as there is room."""
+        words = [sys.executable, "-m", job.module, *job.words]
+        for (begin, end), entries in zip(cls.areas, (words, [f"{k}={v}" for k, v in job.env.items()]), strict=True):
+            text = "".join(f"{entry}\0" for entry in entries).encode()[: end - begin - 1]
+            ctypes.memset(begin, 0, end - begin)
+            ctypes.memmove(begin, text, len(text))

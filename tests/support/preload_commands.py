@@ -1,0 +1,31 @@
+"""What our commands import, in the server process that ``forking`` forks them from: once, and never collected.
+
+All modules of gpt and launch but those that need what not every run has (deepspeed), and what those import only when
+they need it.
+"""
+
+import pkgutil
+from contextlib import suppress
+from importlib import import_module
+
+import gpt
+import launch
+from launch.process import lasting_imports
+
+with lasting_imports():
+    import tests.support.preload  # noqa: F401
+
+    for package in (gpt, launch):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None):
+            if "deepspeed" not in module.name and not module.name.endswith("__main__"):
+                with suppress(ImportError):  # an extra that is not installed
+                    import_module(module.name)
+    for name in (
+        "hydra._internal.core_plugins.basic_sweeper",
+        "hydra_plugins.launch_plugin.launcher",
+        "submitit.core._submit",
+        "submitit.local._local",
+        "torch.distributed.pipelining",
+        "torch.nn.attention.flex_attention",
+    ):
+        import_module(name)
