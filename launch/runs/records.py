@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.runs.files import append_json_line, read_json_lines
+from launch.runs.files import append_json_line, append_json_lines, read_json_lines
 
 TAIL_BYTES = 16384
 RECENT = 20
@@ -86,11 +86,9 @@ def append_record(path: Path, record: StepRecord) -> None:
     append_json_line(path, record.as_dict())
 
 
-def append_known(path: Path, step: int, attempt: int, known: Mapping[str, Any], at: float | None = None) -> None:
-    """Append what is known of a step to a rank's file; ``at`` is its Unix time, now by default."""
-    fields = {name: value for name, value in known.items() if value is not None}
-    when = time.time() if at is None else at
-    append_json_line(path, {"step": step, "attempt": attempt, **fields, "time": when})
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records that hold ``step``, ``attempt``, ``time`` and what else is known to a rank's file, in one go."""
+    append_json_lines(path, records)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
