@@ -24,10 +24,12 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from launch.agent.environment import EnvironmentRecord
 from launch.agent.heartbeat import POLL_S
 from launch.agent.meter import Meter
 from launch.agent.monitor import Watch
 from launch.agent.node import Node, interface_of
+from launch.agent.progress import Progress
 from launch.agent.rendezvous import Crew, Start
 from launch.agent.stop import StopRequest
 from launch.config import Config
@@ -252,16 +254,36 @@ def run_ranks(
             local_addr=crew.address,
         )
         watch = Watch(folder, node, config, crew, start, stop, meter, Path(scratch), contract)
-        rank_agent = RankAgent(spec, OneLogEach(scratch), watch.look, contract, config.resilience.stop_grace_s)
-        if not contract.records_events and node.index == start.members[0]:
-            folder.record_event(
-                "started", attempt=start.attempt, world_size=config.world_size, max_steps=contract.max_steps
-            )
+        place, each = start.members.index(node.index), config.ranks_on_node
+        local_ranks = range(place * each, (place + 1) * each)
+        progress = Progress(
+            folder, start.attempt, local_ranks, contract.progress, contract.unit, contract.work_per_step,
+            contract.writes_curves,
+        )  # fmt: skip
+        environment = EnvironmentRecord(folder, start.attempt, place, len(start.members))
+        if not contract.records_events:
+            environment.describe_node(local_ranks)
+            if place == 0:
+                folder.record_event(
+                    "started", attempt=start.attempt, world_size=config.world_size, max_steps=contract.max_steps
+                )
+
+        def look(agent: RankAgent) -> None:
+            watch.look(agent)
+            progress.look()
+            if not contract.records_events:
+                environment.look(workload.name, command, contract, workload.code(config))
+
+        rank_agent = RankAgent(spec, OneLogEach(scratch), look, contract, config.resilience.stop_grace_s)
         try:
             result = rank_agent.run()
-        except dist.DistError as error:  # the store is gone, and with it the first node
+        except dist.DistError as error:  # the store is gone, and with it the head node
             rank_agent.send(signal.SIGKILL)
-            return f"the first node's store does not answer: {error}"
+            return f"the head node's store does not answer: {error}"
+        finally:
+            progress.close()
+            if not contract.records_events:  # a program of moments may be over before the first look
+                environment.look(workload.name, command, contract, workload.code(config))
     if result is None or not result.is_failed():
         if not contract.records_events:
             record_end(folder, node, start, stop, rank_agent.asks_for_requeue)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from launch.report.table import Row, ScalingTable
@@ -21,17 +22,22 @@ RUN = "Scaling"
 IDEAL_RUN = "ideal"
 SUFFIX = ".scaling"  # marks the event files that this report owns
 
-CHARTS = {
-    "Tokens per second": Curve("scaling/tokens_per_s", "scaling/tokens_per_s_low", "scaling/tokens_per_s_high"),
-    "Efficiency": Curve("scaling/efficiency"),
-    "Step time in seconds": Curve("scaling/step_time_s", "scaling/step_time_s_low", "scaling/step_time_s_high"),
-    "Loss of the last step": Curve("scaling/loss"),
-}
-"""Title -> curve and its quartiles. The axis that TensorBoard calls step is the number of ranks."""
+
+def charts(table: ScalingTable) -> dict[str, Curve]:
+    """Name the charts: title -> curve and its quartiles. The axis that TensorBoard calls step counts the ranks."""
+    per_s = f"scaling/{table.unit}_per_s"
+    if table.by_run_time:
+        return {"Run time in seconds": Curve("scaling/run_time_s"), "Efficiency": Curve("scaling/efficiency")}
+    return {
+        f"{table.unit.capitalize()} per second": Curve(per_s, f"{per_s}_low", f"{per_s}_high"),
+        "Efficiency": Curve("scaling/efficiency"),
+        "Step time in seconds": Curve("scaling/step_time_s", "scaling/step_time_s_low", "scaling/step_time_s_high"),
+        "Loss of the last step": Curve("scaling/loss"),
+    }
 
 
-def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
-    """Write the Scaling run and return its folder.
+def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> list[Path]:
+    """Write the Scaling run and return its folder; a single point has none, and what an earlier report left goes.
 
     New files come whole, and before the old ones go; each makes TensorBoard forget the points of those before it. So
     whoever reads in between, or after a crash in between, sees the new report, and so does a running TensorBoard
@@ -40,15 +46,16 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
     root = folder / RUN
     old = list(root.rglob(f"events.out.tfevents.*{SUFFIX}"))
     with tempfile.TemporaryDirectory() as scratch:
-        _write_events(table, png, Path(scratch))
+        if len(table.rows) > 1:
+            _write_events(table, png, Path(scratch))
         for path in sorted(Path(scratch).rglob("events.out.tfevents.*")):
             write_atomically(root / path.relative_to(scratch), path.read_bytes())
     for path in old:
         path.unlink()
-    for left in sorted({path.parent for path in old} - {root}, reverse=True):
+    for left in sorted({path.parent for path in old}, reverse=True):
         if not any(left.iterdir()):
             left.rmdir()
-    return root
+    return [root] if len(table.rows) > 1 else []
 
 
 def _write_events(table: ScalingTable, png: bytes, root: Path) -> None:
@@ -59,14 +66,14 @@ def _write_events(table: ScalingTable, png: bytes, root: Path) -> None:
             folder = root / point_name([label], exclude=()) if label else root
             if label:
                 with _writer(folder) as of_series:
-                    tags |= _write_curves(of_series, rows, _measured)
+                    tags |= _write_curves(of_series, rows, partial(_measured, table))
             else:
-                tags |= _write_curves(writer, rows, _measured)
-            if any(row.tokens_per_s_ideal is not None for row in rows):
+                tags |= _write_curves(writer, rows, partial(_measured, table))
+            if any(row.throughput_ideal is not None for row in rows):
                 with _writer(folder / IDEAL_RUN) as ideal:
-                    _write_curves(ideal, rows, _ideal)
-        charts = {title: curve for title, curve in CHARTS.items() if curve.value in tags}
-        writer.layout({"Scaling: measured and ideal over the number of ranks": charts})
+                    _write_curves(ideal, rows, partial(_ideal, table.unit))
+        shown = {title: curve for title, curve in charts(table).items() if curve.value in tags}
+        writer.layout({"Scaling: measured and ideal over the number of ranks": shown})
         writer.text("scaling/table", markdown(table))
         writer.image("scaling/figure", png)
 
@@ -88,13 +95,13 @@ def _write_curves(
     return written
 
 
-def _measured(row: Row) -> dict[str, float | None]:
-    names = [tag.removeprefix("scaling/") for curve in CHARTS.values() for tag in curve if tag is not None]
-    return {name: getattr(row, name) for name in names}
+def _measured(table: ScalingTable, row: Row) -> dict[str, float | None]:
+    names = [tag.removeprefix("scaling/") for curve in charts(table).values() for tag in curve if tag is not None]
+    return {name: getattr(row, name.replace(f"{table.unit}_per_s", "throughput")) for name in names}
 
 
-def _ideal(row: Row) -> dict[str, float | None]:
+def _ideal(unit: str, row: Row) -> dict[str, float | None]:
     """A line: the band around it has no width, but TensorBoard wants one."""
-    names = ("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high")
-    band: dict[str, float | None] = dict.fromkeys(names, row.tokens_per_s_ideal)
+    names = (f"{unit}_per_s", f"{unit}_per_s_low", f"{unit}_per_s_high")
+    band: dict[str, float | None] = dict.fromkeys(names, row.throughput_ideal)
     return band if row.efficiency is None else {**band, "efficiency": 1.0}

@@ -1,12 +1,13 @@
 """What a run ran on: ``attempts/NNNN/environment.json`` as the report needs it.
 
-Owns the reading of that file, the words for a topology, and the question whether ranks shared cores or a GPU. Must
-not know of step times.
+Owns the reading of that file, the text for a topology, and the question whether ranks shared cores or a GPU. Every
+workload names the ranks; the GPT library also names its model and its batch. Must not know of step times.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -25,23 +26,32 @@ class RankPlace:
     device_name: str
     cores: int
     threads: int
+    gpu: str | None = None
+    """Identity of the GPU, over all processes and machines; None where it was not recorded."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Set-up of one attempt. Batches in sequences, ``block_size`` in tokens."""
+    """Set-up of one attempt. Batches in sequences, ``block_size`` in tokens; what was not recorded is None."""
 
-    topology: str
-    global_batch: int
-    per_rank_batch: int
-    weak_scaling: bool
-    block_size: int
-    precision: str
-    model: str
-    parameters: int
-    torch: str
-    commit: str
     ranks: tuple[RankPlace, ...]
+    workload: str = "gpt"
+    weak_scaling: bool | None = None
+    unit: str | None = None
+    """What throughput counts: tokens, samples, images."""
+    work_per_step: float | None = None
+    """Units that all ranks together do in a step, where that was said beforehand."""
+    max_steps: int | None = None
+    command: str | None = None
+    topology: str | None = None
+    global_batch: int | None = None
+    per_rank_batch: int | None = None
+    block_size: int | None = None
+    precision: str | None = None
+    model: str | None = None
+    parameters: int | None = None
+    torch: str | None = None
+    commit: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -59,7 +69,7 @@ class Environment:
         return " and ".join(sorted({place.device_name for place in self.ranks}))
 
     def same_setup(self, other: Environment) -> bool:
-        """Whether step times of both attempts may be put together: all equal but the names of hosts and the code."""
+        """Tell whether step times of both may be put together: all is equal but the names of hosts and the code."""
         return self._setup() == other._setup()
 
     def _setup(self) -> tuple[Any, ...]:
@@ -68,7 +78,8 @@ class Environment:
             machines[place.machine][(place.device_name, place.cores, place.threads)] += 1
         kinds = sorted(sorted(ranks.items()) for ranks in machines.values())
         batch = (self.global_batch, self.per_rank_batch, self.weak_scaling, self.block_size)
-        return (self.topology, batch, self.precision, self.model, self.parameters, kinds)
+        work = (self.unit, self.work_per_step)
+        return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds)
 
     def crowding(self) -> list[str]:
         """One phrase for each way in which ranks shared cores or a GPU, naming where; empty where each had its own."""
@@ -84,7 +95,7 @@ class Environment:
 
 def _shared(places: list[RankPlace]) -> list[str]:
     """What the ranks of one machine had to share."""
-    gpus = Counter(place.device for place in places if place.device != "cpu")
+    gpus = Counter(place.gpu or place.device for place in places if place.device != "cpu")
     phrases = [f"{ranks} ranks on one GPU" for ranks in dict.fromkeys(gpus.values()) if ranks > 1]
     on_cpu = [place for place in places if place.device == "cpu"]
     threads, cores = sum(place.threads for place in on_cpu), max((place.cores for place in on_cpu), default=0)
@@ -115,18 +126,26 @@ def read_environment(run: RunFolder, attempt: int) -> Environment | None:
 
 
 def _parse(content: dict[str, Any]) -> Environment:
+    micro, accumulation = content.get("micro_batch"), content.get("accumulation")
+    topology, command = content.get("topology"), content.get("command")
     return Environment(
-        topology=topology_label(content["topology"]),
-        global_batch=content["global_batch"],
-        per_rank_batch=content["micro_batch"] * content["accumulation"],
-        weak_scaling=content["weak_scaling"],
-        block_size=content["block_size"],
-        precision=content["precision"],
-        model=content["model"],
-        parameters=content["parameters"],
-        torch=content["software"]["torch"],
-        commit=(content.get("git") or {}).get("commit") or "unavailable",
         ranks=tuple(_place(rank) for rank in content["ranks"]),
+        workload=content.get("workload") or "gpt",
+        weak_scaling=content.get("weak_scaling"),
+        # Records of the GPT library from before there were other workloads do not name it.
+        unit=content.get("unit") or ("tokens" if "block_size" in content else None),
+        work_per_step=content.get("work_per_step"),
+        max_steps=content.get("max_steps"),
+        command=None if command is None else shlex.join(map(str, command)),
+        topology=None if topology is None else topology_label(topology),
+        global_batch=content.get("global_batch"),
+        per_rank_batch=None if micro is None or accumulation is None else micro * accumulation,
+        block_size=content.get("block_size"),
+        precision=content.get("precision"),
+        model=content.get("model"),
+        parameters=content.get("parameters"),
+        torch=(content.get("software") or {}).get("torch"),
+        commit=(content.get("git") or {}).get("commit"),
     )
 
 
@@ -135,11 +154,12 @@ def _place(rank: dict[str, Any]) -> RankPlace:
         node=rank["node"],
         host=rank["host"],
         machine=rank["machine"],
-        # CUDA numbers devices per process, so two ranks may both say cuda:0 and mean different GPUs.
-        device=rank.get("device_uuid") or rank["device"],
+        device=rank["device"],
         device_name=rank["device_name"],
         cores=rank["cores"],
         threads=rank["threads"],
+        # CUDA numbers devices per process, so two ranks may both say cuda:0 and mean different GPUs.
+        gpu=rank.get("device_uuid"),
     )
 
 

@@ -1,4 +1,6 @@
-"""The figure of a scaling report: tokens per second over ranks against the ideal, and what that is in efficiency.
+"""The figure of a scaling report: throughput over ranks against the ideal, and what that is in efficiency.
+
+Programs that say less of themselves get what is known instead: step times and their ratio, or run times.
 
 Owns the drawing. Must not compute figures, and never draws a claim that the table does not make.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -41,7 +44,7 @@ def draw(table: ScalingTable) -> bytes:
     conditions = "\n".join(textwrap.wrap(table.conditions, 160))
     figure.supxlabel(conditions, fontsize=8, color=GREY, x=0.01, ha="left")
     if series:
-        _draw_panels(figure, series)
+        _draw_panels(figure, table, series)
     else:
         figure.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
     file = io.BytesIO()
@@ -53,37 +56,52 @@ def _with_figures(table: ScalingTable) -> dict[str, list[Row]]:
     """Series -> its rows that have figures."""
     series: dict[str, list[Row]] = {}
     for row in table.rows:
-        if row.tokens_per_s is not None:
+        if (row.run_time_s if table.by_run_time else row.step_time_s) is not None and row.ranks is not None:
             series.setdefault(row.series, []).append(row)
     return series
 
 
-def _draw_panels(figure: Figure, series: SeriesRows) -> None:
-    left, right = figure.subplots(1, 2)
+def _panels(table: ScalingTable, series: SeriesRows) -> list[Callable[[Axes], None]]:
+    """Choose one or two panels: what was measured, and what follows from it."""
     rows = [row for of_series in series.values() for row in of_series]
-    _draw_rates(left, series)
+    rates = partial(_draw_rates, series=series, unit=table.unit)
+    speedups = partial(_draw_speedups, series=series, of="run times" if table.by_run_time else "step times")
+    efficiency = partial(_draw_efficiency, series=series, unit=table.unit)
     # The smallest point's own 100 % is no finding.
-    if any(row.efficiency is not None and row.speedup != 1 for row in rows):
-        _draw_efficiency(right, series)
-    else:
-        _draw_step_times(right, series)
-    for axes in (left, right):
+    has_speedup = any(row.speedup not in (None, 1) for row in rows)
+    has_efficiency = has_speedup and any(row.efficiency is not None and row.speedup != 1 for row in rows)
+    if table.by_run_time:
+        further = [efficiency] if has_efficiency else [speedups] if has_speedup else []
+        return [partial(_draw_run_times, series=series), *further]
+    first = [rates] if any(row.throughput is not None for row in rows) else [speedups] if has_speedup else []
+    return [*first, efficiency if has_efficiency else partial(_draw_step_times, series=series)]
+
+
+def _draw_panels(figure: Figure, table: ScalingTable, series: SeriesRows) -> None:
+    panels = _panels(table, series)
+    rows = [row for of_series in series.values() for row in of_series]
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(every, panels, strict=True):
+        panel(axes)
+    left = every[0]
+    for axes in every:
         _style(axes, rows)
-    handles = _legend(series)
+    handles = _legend(series, table.by_run_time)
     if len(series) <= MAX_LABELS:
         left.legend(handles=handles, loc="upper left", framealpha=0.9, edgecolor="none", fontsize=9)
     else:
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
 
 
-def _draw_rates(axes: Axes, series: SeriesRows) -> None:
+def _draw_rates(axes: Axes, series: SeriesRows, unit: str) -> None:
     axes.set_title("Throughput", fontsize=11)
-    axes.set_ylabel("tokens per second")
+    axes.set_ylabel(f"{unit} per second")
     for index, rows in enumerate(series.values()):
-        ideal = [(row.ranks, row.tokens_per_s_ideal) for row in rows if row.tokens_per_s_ideal is not None]
+        ideal = [(row.ranks, row.throughput_ideal) for row in rows if row.throughput_ideal is not None]
         if len(ideal) > 1:
             axes.plot(*zip(*ideal), color=_color(index), alpha=0.8, **IDEAL)
-        _plot(axes, index, rows, lambda row: (row.tokens_per_s_low, row.tokens_per_s, row.tokens_per_s_high))
+        known = [row for row in rows if row.throughput is not None]
+        _plot(axes, index, known, lambda row: (row.throughput_low, row.throughput, row.throughput_high))
     axes.set_yscale("log", base=10)
     low, high = axes.get_ylim()
     # A factor of 4 at least, or noise between two points looks like a cliff; the room above is for the legend.
@@ -95,9 +113,25 @@ def _draw_rates(axes: Axes, series: SeriesRows) -> None:
     _label_crowded(axes, series)
 
 
-def _draw_efficiency(axes: Axes, series: SeriesRows) -> None:
+def _draw_speedups(axes: Axes, series: SeriesRows, of: str) -> None:
+    axes.set_title("Speedup (no efficiency is claimed)", fontsize=11)
+    axes.set_ylabel(f"ratio of {of} to the smallest point")
+    for index, rows in enumerate(series.values()):
+        _plot(axes, index, [row for row in rows if row.speedup is not None], lambda row: (row.speedup,) * 3)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+
+
+def _draw_run_times(axes: Axes, series: SeriesRows) -> None:
+    axes.set_title("Run time, start-up included", fontsize=11)
+    axes.set_ylabel("seconds")
+    for index, rows in enumerate(series.values()):
+        _plot(axes, index, rows, lambda row: (row.run_time_s,) * 3)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # the room above is for the legend
+
+
+def _draw_efficiency(axes: Axes, series: SeriesRows, unit: str) -> None:
     axes.set_title("Efficiency against the smallest point", fontsize=11)
-    axes.set_ylabel("% of its tokens per second and rank")
+    axes.set_ylabel(f"% of its {unit} per second and rank")
     axes.axhline(100, color=GREY, **IDEAL)
     for index, rows in enumerate(series.values()):
         _plot(axes, index, [row for row in rows if row.efficiency is not None], _efficiency_band)
@@ -109,9 +143,12 @@ def _draw_efficiency(axes: Axes, series: SeriesRows) -> None:
 
 def _efficiency_band(row: Row) -> tuple[float, float, float]:
     """Efficiency with the quartiles of the point's own rate, percent."""
-    assert row.efficiency and row.tokens_per_s and row.tokens_per_s_low and row.tokens_per_s_high
-    scale = 100 * row.efficiency / row.tokens_per_s
-    return scale * row.tokens_per_s_low, scale * row.tokens_per_s, scale * row.tokens_per_s_high
+    assert row.efficiency
+    if row.throughput is None:
+        return (100 * row.efficiency,) * 3
+    assert row.throughput_low and row.throughput_high
+    scale = 100 * row.efficiency / row.throughput
+    return scale * row.throughput_low, scale * row.throughput, scale * row.throughput_high
 
 
 def _draw_step_times(axes: Axes, series: SeriesRows) -> None:
@@ -149,9 +186,9 @@ def _ends(bands: Sequence[tuple[float, float, float]]) -> tuple[list[float], lis
 
 
 def _label_crowded(axes: Axes, series: SeriesRows) -> None:
-    crowded = [row for rows in series.values() for row in rows if row.oversubscribed]
+    crowded = [row for rows in series.values() for row in rows if row.oversubscribed and row.throughput is not None]
     for row in crowded if len(crowded) <= MAX_LABELS else []:
-        place = (row.ranks or 0, row.tokens_per_s or 0)
+        place = (row.ranks or 0, row.throughput or 0)
         axes.annotate("shared", place, xytext=(8, -13), textcoords="offset points", **{**LABEL, "ha": "left"})
 
 
@@ -178,20 +215,20 @@ def _spaced(ranks: Sequence[int]) -> list[int]:
     return kept
 
 
-def _legend(series: SeriesRows) -> list[Line2D]:
+def _legend(series: SeriesRows, by_run_time: bool) -> list[Line2D]:
     handles = [
         Line2D(
             [],
             [],
             linewidth=1.8,
             markerfacecolor=_color(index),
-            label=label or "measured, with quartiles",
+            label=label or ("measured" if by_run_time else "measured, with quartiles"),
             **_marker(index),
         )
         for index, label in enumerate(series)
     ]
     rows = [row for of_series in series.values() for row in of_series]
-    if any(row.speedup != 1 and row.tokens_per_s_ideal is not None for row in rows):
+    if any(row.speedup != 1 and row.throughput_ideal is not None for row in rows):
         handles.append(Line2D([], [], color=GREY, label="ideal, from the smallest point", **IDEAL))
     if any(row.oversubscribed for row in rows):
         hollow = {**_marker(0), "color": GREY, "markeredgecolor": GREY}

@@ -18,7 +18,7 @@ from launch.report.environment import Environment, read_environment
 from launch.runs.find import is_run, runs_inside
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
-from launch.runs.records import read_records
+from launch.runs.records import UNITS, fill_in_step_times, own_work, read_records
 
 
 class State(StrEnum):
@@ -37,13 +37,16 @@ ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": Stat
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step over all ranks: the time of the slowest rank, the tokens of all of them."""
+    """One optimizer step over all ranks: the time of the slowest rank, the work of all of them."""
 
     step: int
     attempt: int
     time_s: float
-    tokens: int
+    work: float | None
+    """In the unit of the point; None where neither the ranks nor the set-up tell."""
     mfu_palm: float | None
+    recorded_by: int = 1
+    """Ranks whose own work was added up."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,16 @@ class Point:
     """When its processes were there, starting and ending as well; at least the span."""
     label: str = ""
     """What sets it apart from the other points of a report, for people; empty where that is its name."""
+    unit: str | None = None
+    """What its work counts: tokens, samples, images; None where nothing says."""
+    run_time_s: float | None = None
+    """How long its ranks ran, from the start to the end of each attempt, added up; None while they still do."""
+    attempts: int = 0
+
+    @property
+    def is_gpt(self) -> bool:
+        """Whether the GPT library made it, of which more is known than of other programs."""
+        return self.environment is not None and self.environment.workload == "gpt"
 
     @property
     def name(self) -> str:
@@ -111,25 +124,74 @@ def read_point(path: Path) -> Point:
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}
-    by_rank = {rank: {r["step"]: r for r in read_records(run.metrics(rank))} for rank in run.metric_ranks()}
+    files = {rank: fill_in_step_times(read_records(run.metrics(rank))) for rank in run.metric_ranks()}
+    by_rank = {rank: {record["step"]: record for record in records} for rank, records in files.items() if records}
     first = by_rank[min(by_rank)] if by_rank else {}
     # An attempt that recorded no step, such as a run that was found finished, says nothing of how the steps were made.
     stepped = {record["attempt"] for record in first.values()} & set(known)
     environment = known[max(stepped or known)] if known else None
     last_step = max(first, default=None)
-    span = _span(first.values(), max(stepped)) if stepped else None
     events = run.read_events()
+    last_attempt = max(setups, default=0)
+    span = _span(first.values(), max(stepped)) if stepped else _started_and_ended(events, last_attempt)
+    unit = _unit(by_rank, environment)
     return Point(
         path=path,
         overrides=read_overrides(run),
-        state=_state(events, max(setups, default=0), has_records=last_step is not None),
+        state=_state(events, last_attempt, has_records=last_step is not None or _runs_without(events, environment)),
         environment=environment,
-        steps=tuple(_whole_steps(by_rank, known, environment)),
+        steps=tuple(_whole_steps(by_rank, known, environment, unit)),
         last_step=last_step,
-        loss=None if last_step is None else first[last_step]["loss"],
+        loss=None if last_step is None else first[last_step].get("loss"),
         span=span,
         presence=span and _presence(events, span),
+        unit=unit,
+        run_time_s=_run_time(events),
+        attempts=len(setups),
     )
+
+
+def _unit(by_rank: Mapping[int, Mapping[int, dict[str, Any]]], environment: Environment | None) -> str | None:
+    """The unit that was stated, else the first one that every record has a number of."""
+    if environment is not None and environment.unit is not None:
+        return environment.unit
+    last = [records[max(records)] for records in by_rank.values()]
+    return next(
+        (unit for unit in UNITS if last and all(own_work(r, unit) is not None and unit in r for r in last)), None
+    )
+
+
+def _runs_without(events: Sequence[dict[str, Any]], environment: Environment | None) -> bool:
+    """Tell a program that has started and need not record any step."""
+    return environment is not None and environment.workload != "gpt" and bool(_attempt_times(events))
+
+
+LEFT = ("finished", "stopped", "rank_failed", "attempt_ended")
+"""Events after which the ranks of an attempt are no longer at work."""
+
+
+def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float | None]]:
+    """When the ranks of each attempt started and, if they have, ended."""
+    times: dict[int, tuple[float, float | None]] = {}
+    for event in events:
+        attempt = event.get("attempt")
+        if event.get("event") == "started" and attempt is not None:
+            times.setdefault(attempt, (event["time"], None))
+        elif event.get("event") in LEFT and attempt in times and times[attempt][1] is None:
+            times[attempt] = (times[attempt][0], event["time"])
+    return times
+
+
+def _run_time(events: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds from ``started`` to the end, over all attempts; None where there was none, or one has not ended."""
+    times = _attempt_times(events)
+    ended = [end - start for start, end in times.values() if end is not None]
+    return sum(ended) if ended and len(ended) == len(times) else None
+
+
+def _started_and_ended(events: Sequence[dict[str, Any]], attempt: int) -> tuple[float, float] | None:
+    start, end = _attempt_times(events).get(attempt, (0.0, None))
+    return None if end is None else (start, end)
 
 
 def _span(records: Iterable[dict[str, Any]], attempt: int) -> tuple[float, float]:
@@ -157,9 +219,19 @@ def _state(ledger: Sequence[dict[str, Any]], last: int, has_records: bool) -> St
 
 
 def _whole_steps(
-    by_rank: Mapping[int, Mapping[int, dict[str, Any]]], setups: Mapping[int, Environment], wanted: Environment | None
+    by_rank: Mapping[int, Mapping[int, dict[str, Any]]],
+    setups: Mapping[int, Environment],
+    wanted: Environment | None,
+    unit: str | None,
 ) -> list[Step]:
-    """Steps that every rank of their attempt recorded, in attempts with the wanted set-up."""
+    """Steps that every rank that should record them did record, in attempts with the wanted set-up.
+
+    These are all ranks of a GPT run; elsewhere those that recorded anything in that attempt, often rank 0 alone.
+    """
+    recording: dict[int, set[int]] = defaultdict(set)
+    for rank, of_rank in by_rank.items():
+        for record in of_rank.values():
+            recording[record["attempt"]].add(rank)
     steps = []
     for number in sorted({step for records in by_rank.values() for step in records}):
         records = [of_rank[number] for of_rank in by_rank.values() if number in of_rank]
@@ -168,20 +240,39 @@ def _whole_steps(
         setup = setups.get(attempt)
         if setup is None or wanted is None or not setup.same_setup(wanted):
             continue
-        if len(records) == setup.world_size:
-            steps.append(_merge(number, attempt, records))
+        expected = setup.world_size if setup.workload == "gpt" else len(recording[attempt])
+        if len(records) == expected and all("step_time_s" in record for record in records):
+            steps.append(_merge(number, attempt, records, setup, unit))
     return steps
 
 
-def _merge(number: int, attempt: int, records: list[dict[str, Any]]) -> Step:
+def _merge(number: int, attempt: int, records: list[dict[str, Any]], setup: Environment, unit: str | None) -> Step:
     known_mfu = [record["mfu_palm"] for record in records if record.get("mfu_palm") is not None]
+    time_s = max(record["step_time_s"] for record in records)
     return Step(
         step=number,
         attempt=attempt,
-        time_s=max(record["step_time_s"] for record in records),
-        tokens=sum(record["tokens"] for record in records),
+        time_s=time_s,
+        work=_work(records, time_s, setup, unit),
         mfu_palm=sum(known_mfu) / len(known_mfu) if len(known_mfu) == len(records) else None,
+        recorded_by=len(records),
     )
+
+
+def _work(records: Sequence[dict[str, Any]], time_s: float, setup: Environment, unit: str | None) -> float | None:
+    """Work of one step over all ranks: what all of them recorded as their own, else what was stated beforehand.
+
+    Where only some ranks record, what was stated goes first, because the others worked too.
+    """
+    own = [work for record in records if (work := own_work(record, unit)) is not None]
+    if len(own) == setup.world_size:
+        return sum(own)
+    if setup.work_per_step is not None:
+        return setup.work_per_step
+    if own and len(own) == len(records):
+        return sum(own)
+    per_s = records[0].get(f"{unit}_per_s")  # of the whole run, as the rank that says it has worked it out
+    return None if per_s is None else per_s * time_s
 
 
 def neighbours(points: Sequence[Point]) -> list[list[str]]:
@@ -201,7 +292,7 @@ def _disturb(one: Point, other: Point) -> bool:
 
 def _share(one: Environment, other: Environment) -> bool:
     """Whether both had ranks on one GPU, or together more threads on a machine than it has cores."""
-    gpus = [{place.device for place in side.ranks if place.device != "cpu"} for side in (one, other)]
+    gpus = [{place.gpu for place in side.ranks if place.gpu is not None} for side in (one, other)]
     if gpus[0] & gpus[1]:
         return True
     threads = [_threads(one), _threads(other)]

@@ -12,23 +12,64 @@ from dataclasses import dataclass, replace
 
 from launch.errors import ConfigError
 from launch.report.environment import Environment
-from launch.report.points import Point, Step
+from launch.report.points import Point, State, Step
 from launch.runs.overrides import typed_key, typed_value
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
 """Overrides along which a series runs."""
 PLACE_KEYS = frozenset({"output_dir", "name", "run_dir", "fresh", "cluster", "dry_run"})
 """Overrides that say where or when a point ran, not what it is."""
-CONDITIONS: dict[str, Callable[[Environment], object]] = {
+MEASURING_KEYS = frozenset(f"script.{key}" for key in ("work_per_step", "unit", "progress", "requeue_exit"))
+"""Overrides that say how a script is watched, or how large a step of a point is; the program stays the same."""
+
+
+def _model(environment: Environment) -> str | None:
+    if environment.model is None:
+        return None
+    parameters = "" if environment.parameters is None else f" with {environment.parameters:,} parameters"
+    joined = " and" if parameters else " with"
+    length = "" if environment.block_size is None else f"{joined} sequences of {environment.block_size} tokens"
+    return f"{environment.model}{parameters}{length}"
+
+
+def _kind(environment: Environment) -> str | None:
+    if environment.weak_scaling is None:
+        return None
+    return "weak scaling" if environment.weak_scaling else "strong scaling"
+
+
+def _batch(environment: Environment) -> str | None:
+    """The batch in sequences, or the work of a step in the unit of the program, where they were stated."""
+    if environment.weak_scaling:
+        if environment.per_rank_batch is not None:
+            return f"{environment.per_rank_batch} sequences per rank"
+        if environment.work_per_step is not None:
+            return (
+                f"{work_text(environment.work_per_step / environment.world_size, environment.unit)} per step and rank"
+            )
+    elif environment.global_batch is not None:
+        return f"a global batch of {environment.global_batch} sequences"
+    elif environment.work_per_step is not None:
+        return f"{work_text(environment.work_per_step, environment.unit)} per step"
+    return None
+
+
+def work_text(work: float, unit: str | None) -> str:
+    """An amount of work for people: 1,024 samples."""
+    number = f"{work:,.0f}" if work == round(work) or work >= 1000 else f"{work:.3g}"
+    return f"{number} {unit or 'units of work'}"
+
+
+CONDITIONS: dict[str, Callable[[Environment], str | None]] = {
     "hardware": lambda e: e.device_names,
     "precision": lambda e: e.precision,
-    "model": lambda e: f"{e.model} with {e.parameters:,} parameters and sequences of {e.block_size} tokens",
-    "kind of scaling": lambda e: "weak scaling" if e.weak_scaling else "strong scaling",
-    "batch": lambda e: (
-        f"{e.per_rank_batch} sequences per rank" if e.weak_scaling else f"a global batch of {e.global_batch} sequences"
-    ),
+    "model": _model,
+    "kind of scaling": _kind,
+    "batch": _batch,
+    "unit": lambda e: e.unit,
 }
-"""What must be the same for all measured points of a series."""
+"""What must be the same for all measured points of a series; None where a point does not tell, and then not compared.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +97,16 @@ class Measured:
         return typed_number(self.point.overrides, "nodes")
 
     @property
+    def run_rate(self) -> float | None:
+        """Work per second of the run time, where it was stated how much there is and it was done in one go."""
+        point, environment = self.point, self.point.environment
+        if environment is None or environment.work_per_step is None or environment.max_steps is None:
+            return None
+        if point.state is not State.FINISHED or point.attempts != 1 or not point.run_time_s:
+            return None
+        return environment.work_per_step * environment.max_steps / point.run_time_s
+
+    @property
     def crowded(self) -> bool | None:
         """Whether ranks shared cores or a GPU; None where it is not known what they ran on."""
         environment = self.point.environment
@@ -81,14 +132,28 @@ class Series:
 
     @property
     def smallest(self) -> Measured | None:
-        """The smallest point that has figures."""
-        return next((member for member in self.members if member.figures is not None), None)
+        """The smallest point that has figures; where none has, the smallest whose run time can be compared."""
+        measured = [member for member in self.members if member.figures is not None]
+        timed = [member for member in self.members if member.run_rate is not None]
+        return next(iter(measured or timed), None)
 
     @property
     def scaling(self) -> str | None:
         """``strong``, ``weak``, or None where no point tells."""
-        known = [m.point.environment for m in self.members if m.point.environment is not None]
-        return ("weak" if known[0].weak_scaling else "strong") if known else None
+        known = [m.point.environment.weak_scaling for m in self.members if m.point.environment is not None]
+        told = [weak for weak in known if weak is not None]
+        return ("weak" if told[0] else "strong") if told else None
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether the work of every measured point is known, in one unit, so that they compare by throughput."""
+        measured = [(m.figures.throughput, m.point.unit) for m in self.members if m.figures is not None]
+        return all(rate is not None for rate, _ in measured) and len({unit for _, unit in measured}) == 1
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to compare: one point alone has no speedup."""
+        return len(self.members) > 1
 
 
 def typed_number(overrides: Iterable[str], key: str) -> int | None:
@@ -103,7 +168,8 @@ def with_labels(points: Sequence[Point]) -> list[Point]:
     A folder's name holds all overrides, shared ones too, and is cut after a hundred letters or so: in a sweep with many
     of them the names would differ in their hashes alone.
     """
-    words = [[word for word in point.overrides if typed_key(word) not in PLACE_KEYS] for point in points]
+    hidden = PLACE_KEYS | MEASURING_KEYS
+    words = [[word for word in point.overrides if typed_key(word) not in hidden] for point in points]
     common = set.intersection(*map(set, words)) if words else set()
     labels = [",".join(word for word in of_point if word not in common) or "default" for of_point in words]
     if len(set(labels)) < max(len(points), 2):
@@ -131,7 +197,7 @@ def split(members: Sequence[Measured]) -> list[Series]:
 
 
 def _identity(point: Point) -> frozenset[str]:
-    ignored = SIZE_KEYS | PLACE_KEYS
+    ignored = SIZE_KEYS | PLACE_KEYS | MEASURING_KEYS
     return frozenset(word for word in point.overrides if typed_key(word) not in ignored)
 
 
@@ -144,12 +210,14 @@ def _by_size(member: Measured) -> tuple[float, float, str]:
 def _require_comparable(series: Series) -> None:
     first = series.smallest
     for other in series.members:
-        if first is None or other.figures is None:
+        if first is None or (other.figures if first.figures is not None else other.run_rate) is None:
             continue
         assert first.point.environment is not None and other.point.environment is not None
         for name, condition in CONDITIONS.items():
+            if name == "batch" and not other.point.is_gpt:
+                continue  # said by hand, once for all points or wrongly; a note tells where the steps show otherwise
             here, there = condition(first.point.environment), condition(other.point.environment)
-            if here != there:
+            if here is not None and there is not None and here != there:
                 raise ConfigError(
                     f"different {name} in one scaling series: {first.point.name} has {here}, "
                     f"{other.point.name} has {there}",
@@ -178,7 +246,8 @@ class Measurement:
     step_time_s: float
     low_s: float
     high_s: float
-    tokens_per_s: float
+    throughput: float | None
+    """Work per second, in the unit of the point; None where the work of a step is not known."""
     mfu_palm: float | None
 
 
@@ -198,11 +267,12 @@ def measure(steps: Sequence[Step]) -> Measurement | None:
     times = [step.time_s for step in used]
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     mfu = [step.mfu_palm for step in used if step.mfu_palm is not None]
+    work = [step.work for step in used if step.work is not None]
     return Measurement(
         steps=len(used),
         step_time_s=median,
         low_s=low,
         high_s=high,
-        tokens_per_s=statistics.median(step.tokens for step in used) / median,
+        throughput=statistics.median(work) / median if len(work) == len(used) and median > 0 else None,
         mfu_palm=statistics.median(mfu) if mfu else None,
     )

@@ -23,14 +23,8 @@ from launch.report.table import Row, ScalingTable
 
 UNAVAILABLE = "unavailable"
 NOT_CLAIMED = "not claimed"
-DROPPED_FIRST = (
-    "topology",
-    "tokens/s\nper rank",
-    "spread",
-    "nodes",
-    "speedup",
-    "loss",
-)  # where a terminal is too narrow
+DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
+"""Columns, by the end of their titles, that go where a terminal is too narrow."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ def _count(value: float | None) -> str:
 
 
 def rate(value: float | None) -> str:
-    """Tokens per second with three digits at least: 9.87, 98.7, 987, 98,765."""
+    """Throughput with three digits at least: 9.87, 98.7, 987, 98,765."""
     if value is None or value >= 100:
         return _count(value)
     return f"{value:.3g}"
@@ -72,35 +66,59 @@ def _efficiency(row: Row) -> str:
     return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
 
 
+def run_time(value: float | None) -> str:
+    """A long duration: 12.3 s, 4 min 05 s, 2 h 10 min."""
+    if value is None or value < 99.95:
+        return seconds(value)
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def columns(table: ScalingTable) -> list[Column]:
-    """The columns; MFU only where a point knows it."""
-    found = [
-        Column("point", lambda row: row.label, number=False),
-        Column("nodes", lambda row: _count(row.nodes)),
-        Column("ranks", lambda row: _count(row.ranks)),
-        Column("topology", lambda row: row.topology or UNAVAILABLE, number=False),
-        Column("tokens/s", lambda row: rate(row.tokens_per_s)),
-        Column("tokens/s\nper rank", lambda row: rate(row.tokens_per_s_per_rank)),
-        Column("step time", lambda row: seconds(row.step_time_s)),
-        Column("spread", lambda row: seconds(row.step_time_s_spread)),
-        Column("speedup", lambda row: UNAVAILABLE if row.speedup is None else f"{row.speedup:.2f}"),
-        Column("efficiency", _efficiency),
-        Column("MFU", lambda row: percent(row.mfu_palm)),
-        Column("loss", lambda row: UNAVAILABLE if row.loss is None else f"{row.loss:.4f}"),
-        Column("state", lambda row: row.state, number=False),
-    ]
-    known_mfu = any(row.mfu_palm is not None for row in table.rows)
-    return [column for column in found if known_mfu or column.title != "MFU"]
+    """Choose the columns: of throughput, step times and MFU only where a point knows them."""
+    rows = table.rows
+    state = Column("state", lambda row: row.state, number=False)
+    has_rates = any(row.throughput is not None for row in rows)
+    per_s = f"{table.unit}/s"
+    found = [Column("point", lambda row: row.label, number=False)]
+    found += [state] if table.by_run_time else []
+    found += [Column("nodes", lambda row: _count(row.nodes)), Column("ranks", lambda row: _count(row.ranks))]
+    if any(row.topology for row in rows):
+        found.append(Column("topology", lambda row: row.topology or UNAVAILABLE, number=False))
+    if has_rates or table.is_gpt:
+        found.append(Column(per_s, lambda row: _rate_of(row, row.throughput, table)))
+        found.append(Column(f"{per_s}\nper rank", lambda row: rate(row.throughput_per_rank)))
+    if not table.by_run_time:
+        found.append(Column("step time", lambda row: seconds(row.step_time_s)))
+        found.append(Column("spread", lambda row: seconds(row.step_time_s_spread)))
+    else:
+        found.append(Column("run time", lambda row: run_time(row.run_time_s)))
+        found.append(Column("attempts", lambda row: _count(row.attempts)))
+    if table.is_scaling and (not table.by_run_time or any(row.speedup is not None for row in rows)):
+        found.append(Column("speedup", lambda row: UNAVAILABLE if row.speedup is None else f"{row.speedup:.2f}"))
+        found.append(Column("efficiency", _efficiency))
+    if any(row.mfu_palm is not None for row in rows):
+        found.append(Column("MFU", lambda row: percent(row.mfu_palm)))
+    if any(row.loss is not None for row in rows) or table.is_gpt:
+        found.append(Column("loss", lambda row: UNAVAILABLE if row.loss is None else f"{row.loss:.4f}"))
+    return found if table.by_run_time else [*found, state]
+
+
+def _rate_of(row: Row, value: float | None, table: ScalingTable) -> str:
+    """A rate, with its unit where points of several units are in one table."""
+    several = table.unit == "work" and row.unit is not None and value is not None
+    return f"{rate(value)} {row.unit}/s" if several else rate(value)
 
 
 def show(table: ScalingTable, console: Console) -> None:
     """Print the table and its notes. A narrow terminal gets fewer columns, and is told which are left out."""
     for heading, rows in table.sections():
         shown, dropped = columns(table), []
-        for title in DROPPED_FIRST:
-            if console.is_terminal and _natural_width(_grid(shown, rows), console) > console.width:
-                dropped.append(title)
-                shown = [column for column in shown if column.title != title]
+        for ending in DROPPED_FIRST:
+            leaving = [column for column in shown if column.title.endswith(ending)]
+            if leaving and console.is_terminal and _natural_width(_grid(shown, rows), console) > console.width:
+                dropped += [column.title for column in leaving]
+                shown = [column for column in shown if column not in leaving]
         grid = _grid(shown, rows)
         # A log file has no width: what is not a terminal gets the whole table on lines as long as they need to be.
         width = console.width if console.is_terminal else _natural_width(grid, console)
@@ -152,11 +170,15 @@ def _escape(cell: str) -> str:
 
 
 def csv_text(table: ScalingTable) -> str:
-    """The rows with all digits; a figure that is not known, or not claimed, is an empty cell."""
+    """Write the rows with all digits; a figure that is not known, or not claimed, is an empty cell.
+
+    Throughput is named for its unit, such as tokens_per_s, and work_per_s where points count different things.
+    """
     names = [field.name for field in dataclasses.fields(Row)]
+    per_s = f"{table.unit}_per_s"
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow([name.replace("throughput", per_s) for name in names])
     for row in table.rows:
         writer.writerow([_csv_cell(getattr(row, name)) for name in names])
     return file.getvalue()

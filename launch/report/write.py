@@ -29,4 +29,4 @@ def write(table: ScalingTable, folder: Path) -> list[Path]:
     }
     for name, content in contents.items():
         write_atomically(folder / name, content)
-    return [*(folder / name for name in contents), write_dashboard(table, png, folder)]
+    return [*(folder / name for name in contents), *write_dashboard(table, png, folder)]

@@ -8,13 +8,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append ``value`` as one line. Several processes and hosts may append to the same file.
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append ``value`` as one line. Several processes and hosts may append to the same file."""
+    append_json_lines(path, [value])
+
+
+def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Append each of ``values`` as one line, all in one write.
 
     O_APPEND is not atomic on NFS, so the file is locked around the write. A line torn by a crash is closed first, so
     that it spoils itself only.
@@ -27,7 +32,7 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
         if size:
             file.seek(size - 1)
             torn = b"" if file.read(1) == b"\n" else b"\n"
-        file.write(torn + json.dumps(value).encode() + b"\n")
+        file.write(torn + b"".join(json.dumps(value).encode() + b"\n" for value in values))
 
 
 def open_to_append(path: Path) -> int:

@@ -1,6 +1,7 @@
 """Step records: one line per step and rank in ``metrics/rank_*.jsonl``. They are the truth; every other view follows.
 
-Owns the record, its writer and its reader. Torch-free. Must not know who shows the records.
+Owns the record, its writer and its reader. A program that is not the GPT library records what it knows of a step: of
+these fields any, and others. Torch-free. Must not know who shows the records.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.runs.files import open_to_append, read_json_lines
+from launch.runs.files import append_json_lines, open_to_append, read_json_lines
 
 TAIL_BYTES = 16384
 RECENT = 20
@@ -78,6 +80,8 @@ class StepRecord:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
+UNITS = ("tokens", "samples", "images")
+"""What throughput may count: a field of this name is a rank's own number in the step."""
 FLUSH_S = 0.25
 KEPT_LINES = 10_000
 """Records that wait for a filesystem that refuses them; older ones are dropped."""
@@ -143,6 +147,11 @@ class RecordWriter:
             self._file = -1
 
 
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records that hold ``step``, ``attempt``, ``time`` and what else is known to a rank's file, in one go."""
+    append_json_lines(path, records)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of one rank in step order.
 
@@ -150,13 +159,50 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     latest: dict[int, dict[str, Any]] = {}
     for record in read_json_lines(path):
+        if not is_record(record):
+            continue
         if record["attempt"] >= latest.get(record["step"], record)["attempt"]:
             latest[record["step"]] = record
     return [latest[step] for step in sorted(latest)]
 
 
+def is_record(value: Mapping[str, Any]) -> bool:
+    """Tell a step record from other lines: it names its step and its attempt."""
+    return all(isinstance(value.get(name), int) for name in ("step", "attempt"))
+
+
+def fill_in_step_times(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Complete records of one rank, in step order, that name no step time.
+
+    It is the time since the record before, over the steps in between; the first record of an attempt has none, nor has
+    one that follows a gap of another attempt.
+    """
+    filled: list[dict[str, Any]] = []
+    for record in records:
+        before = filled[-1] if filled else None
+        if "step_time_s" not in record and before is not None and before["attempt"] == record["attempt"]:
+            steps = record["step"] - before["step"]
+            seconds = record.get("time", 0.0) - before.get("time", 0.0)
+            record = record | ({"step_time_s": seconds / steps} if seconds > 0 and "time" in before else {})
+        filled.append(record)
+    return filled
+
+
+def own_work(record: Mapping[str, Any], unit: str | None) -> float | None:
+    """A rank's own number of ``unit`` in a step, None where the record does not tell.
+
+    An image is a sample. The GPT library's ``samples`` are indices, no number.
+    """
+    names = {"images": ("images", "samples"), None: ()}.get(unit, (unit,))
+    for name in (*names, "work"):
+        value = record.get(str(name))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    return None
+
+
 def recent_records(path: Path) -> list[dict[str, Any]]:
-    """The last step records of a rank, without reading the whole file."""
+    """Read the last step records of a rank, without reading the whole file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

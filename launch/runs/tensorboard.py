@@ -20,7 +20,7 @@ from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from launch.runs.records import StepRecord
+from launch.runs.records import UNITS, StepRecord
 
 TAGS = {
     "loss": "train/loss",
@@ -61,9 +61,19 @@ class Curve(NamedTuple):
     upper: str | None = None
 
 
+OF_THE_STEP = frozenset({"step", "attempt", "time", *UNITS, "work"})
+"""Fields of a step record that are no curves: its place and its size."""
+
+
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of one step record: tag -> value. What the record does not know gets no tag."""
+    """Name the curves of one step record: tag -> value. What the record does not know gets no tag.
+
+    Numbers of the program's own, such as ``accuracy``, are in the group ``train``, and rates in ``speed``.
+    """
     scalars = {tag: float(record[name]) for name, tag in TAGS.items() if record.get(name) is not None}
+    for name in record.keys() - TAGS.keys() - OF_THE_STEP:
+        if isinstance(record[name], int | float):
+            scalars[f"{'speed' if name.endswith('_per_s') else 'train'}/{name}"] = float(record[name])
     return scalars | {LAYER_TAG + layer: norm for layer, norm in (record.get("layer_grad_norms") or {}).items()}
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from launch.runs.files import append_json_line, write_json
 from launch.runs.folder import RunFolder
-from launch.runs.records import StepRecord
+from launch.runs.records import StepRecord, append_records
 
 
 @dataclass
@@ -34,6 +34,8 @@ class RunBuilder:
     strategy: str = "ddp"
     machines: int = 1
     extra_rank: dict[str, Any] = field(default_factory=dict)
+    script: dict[str, Any] | None = None
+    """What the environment of a script says besides its ranks; None for a run of the GPT library."""
 
     @property
     def run(self) -> RunFolder:
@@ -70,11 +72,42 @@ class RunBuilder:
                 append_json_line(self.run.metrics(rank), record.as_dict())
         return self
 
+    def records(self, times: list[float], ranks: int | None = None, attempt: int = 1, **fields: Any) -> RunBuilder:
+        """Record a step of each of ``times`` as a script does, on the first ``ranks``: what is known, and the time."""
+        for rank in range(self.ranks if ranks is None else ranks):
+            now, records = 1e9, []
+            for step, time_s in enumerate(times, start=1):
+                now += time_s
+                records.append({"step": step, "attempt": attempt, **fields, "time": now})
+            append_records(self.run.metrics(rank), records)
+        return self
+
+    def ran(self, seconds: float, attempt: int = 1, since: float = 1e9) -> RunBuilder:
+        """Enter the start and the end of an attempt."""
+        self.event("started", attempt=attempt, world_size=self.ranks, time=since)
+        return self.event("finished", attempt=attempt, time=since + seconds)
+
     def event(self, event: str, **details: Any) -> RunBuilder:
         self.run.record_event(event, **details)
         return self
 
     def _environment(self, number: int) -> dict[str, Any]:
+        if self.script is not None:
+            return {
+                "attempt": number,
+                "time": 1e9,
+                "workload": "script",
+                "command": ["python", "train.py", "--lr", "0.1"],
+                "world_size": self.ranks,
+                "ranks": [self._place(rank) for rank in range(self.ranks)],
+                "software": {"python": "3.11.7", "torch": "2.13.0"},
+                "git": {},
+                "unit": None,
+                "work_per_step": None,
+                "weak_scaling": False,
+                "max_steps": None,
+                **self.script,
+            }
         accumulation, per_rank = 1, self.global_batch // self.ranks
         replicate, shard = (1, self.ranks) if self.strategy == "fsdp" else (self.ranks, 1)
         return {

@@ -85,7 +85,7 @@ def test_unknown_figures_are_unavailable_never_zero(tmp_path: Path, make_run: An
     make_run(tmp_path, overrides=("nodes=1",)).attempt()
     text = shown(tmp_path)
     [row] = [line for line in text.splitlines() if " ddp " in line]
-    assert row.split().count("unavailable") == 7 and " 0" not in row
+    assert row.split().count("unavailable") == 5 and " 0" not in row
 
 
 @pytest.mark.parametrize("kind", ["one", "two series", "twelve", "none"])
@@ -122,8 +122,8 @@ def test_series_are_runs_with_the_same_tags(tmp_path: Path, make_run: Any) -> No
         builder.attempt().steps(1, [1.0] * 10)
     write(build(tmp_path), tmp_path)
     runs = {path.parent for path in (tmp_path / "Scaling").rglob("events.out.tfevents.*")}
-    series = [run for run in runs if run.name != "ideal" and run != tmp_path / "Scaling"]
-    assert len(runs) == 5 and len(series) == 2
+    series = [run for run in runs if run != tmp_path / "Scaling"]
+    assert len(runs) == 3 and len(series) == 2, "a point alone has no ideal"
     for run in series:
         assert scalars(run, "scaling/tokens_per_s") == {1: 2048.0}
 
@@ -149,11 +149,15 @@ def test_made_again_it_replaces_its_own_files_only(sweep: Path) -> None:
 
 def test_a_run_that_is_gone_leaves_no_empty_folder(tmp_path: Path, make_run: Any) -> None:
     for strategy in ("ddp", "fsdp"):
-        builder = make_run(tmp_path / strategy, overrides=(f"parallel={strategy}",))
-        builder.attempt().steps(1, [1.0] * 10)
+        for nodes in (1, 2):
+            words = (f"nodes={nodes}", f"parallel={strategy}")
+            make_run(tmp_path / f"{strategy}{nodes}", nodes, nodes, words).attempt().steps(1, [1.0] * 10)
     write(build(tmp_path), tmp_path)
-    write(build(tmp_path, [tmp_path / "ddp"]), tmp_path)
+    write(build(tmp_path, [tmp_path / "ddp1", tmp_path / "ddp2"]), tmp_path)
     assert sorted(path.name for path in (tmp_path / "Scaling").iterdir() if path.is_dir()) == ["ideal"]
+    write(build(tmp_path, [tmp_path / "ddp1"]), tmp_path)
+    assert not (tmp_path / "Scaling").exists(), "one point scales nothing"
+    assert shown(tmp_path / "ddp1").startswith("\nSummary of ddp1 with a global batch of 16 sequences")
 
 
 def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:

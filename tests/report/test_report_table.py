@@ -34,8 +34,8 @@ def test_figures_are_those_computed_by_hand(sweep: Path) -> None:
     ]
     # 16 sequences of 128 tokens are 2048 tokens a step.
     assert [row.step_time_s for row in (one, two, four)] == pytest.approx([1.0, 0.52, 0.32])
-    assert [row.tokens_per_s for row in (one, two, four)] == pytest.approx([2048, 3938.4615385, 6400])
-    assert [row.tokens_per_s_per_rank for row in (one, two, four)] == pytest.approx([2048, 1969.2307692, 1600])
+    assert [row.throughput for row in (one, two, four)] == pytest.approx([2048, 3938.4615385, 6400])
+    assert [row.throughput_per_rank for row in (one, two, four)] == pytest.approx([2048, 1969.2307692, 1600])
     # Quartiles of five values are the second and the fourth: 0.99 and 1.01 of the median.
     assert [row.step_time_s_spread for row in (one, two, four)] == pytest.approx([0.02, 0.0104, 0.0064])
     assert [row.speedup for row in (one, two, four)] == pytest.approx([1, 1.9230769, 3.125])
@@ -60,7 +60,7 @@ def test_no_efficiency_at_all_against_a_crowded_point(tmp_path: Path, make_run: 
     table = build(tmp_path)
     assert [row.oversubscribed for row in table.rows] == [True, False]
     assert [row.efficiency for row in table.rows] == [None, None]
-    assert [row.tokens_per_s_ideal for row in table.rows] == [None, None]
+    assert [row.throughput_ideal for row in table.rows] == [None, None]
     assert any("no efficiency is claimed for any point" in note for note in table.notes)
 
 
@@ -85,7 +85,7 @@ def test_cores_are_counted_per_machine_not_per_node(tmp_path: Path, make_run: An
 def test_a_step_takes_as_long_as_its_slowest_rank(tmp_path: Path, make_run: Any) -> None:
     make_run(tmp_path, 4).attempt().steps(1, STEADY, rank_delay=0.1)
     assert build(tmp_path).rows[0].step_time_s == pytest.approx(1.3)
-    assert build(tmp_path).rows[0].tokens_per_s == pytest.approx(2048 / 1.3)
+    assert build(tmp_path).rows[0].throughput == pytest.approx(2048 / 1.3)
 
 
 def test_warmup_is_left_out_of_each_attempt_and_steps_done_again_count_once(tmp_path: Path, make_run: Any) -> None:
@@ -158,7 +158,7 @@ def test_a_point_without_figures_keeps_its_row_and_its_state(tmp_path: Path, mak
         "nodes=4": "no records",
     }
     for name in ("nodes=2", "nodes=4"):
-        assert (found[name].tokens_per_s, found[name].efficiency, found[name].mfu_palm) == (None, None, None)
+        assert (found[name].throughput, found[name].efficiency, found[name].mfu_palm) == (None, None, None)
     assert found["nodes=4"].ranks == 4
     assert any("nodes=2 failed" in note for note in build(tmp_path).notes)
 
@@ -282,13 +282,17 @@ times = st.lists(st.floats(1e-3, 1e3), min_size=MIN_STEPS, max_size=20)
 
 def in_memory(name: str, ranks: int, step_times: list[float]) -> Point:
     place = RankPlace(0, "n1", "boot", "cpu", "AMD EPYC 7763", cores=1024, threads=1)
-    environment = Environment("ddp", 64, 64, False, 128, "fp32", "m", 1000, "2.13.0", "c", (place,) * ranks)
+    environment = Environment(
+        ranks=(place,) * ranks, weak_scaling=False, unit="tokens", topology="ddp", global_batch=64, per_rank_batch=64,
+        block_size=128, precision="fp32", model="m", parameters=1000, torch="2.13.0", commit="c",
+    )  # fmt: skip
     warmup = [Step(number, 1, 100.0, 8192, None) for number in range(1, WARMUP_STEPS + 1)]
     steady = [Step(WARMUP_STEPS + n, 1, time, 8192, None) for n, time in enumerate(step_times, start=1)]
-    return Point(Path(name), (f"nodes={ranks}",), State.FINISHED, environment, (*warmup, *steady), len(steady), 1.0)
+    steps = (*warmup, *steady)
+    return Point(Path(name), (f"nodes={ranks}",), State.FINISHED, environment, steps, len(steady), 1.0, unit="tokens")
 
 
-@given(measured=st.dictionaries(st.integers(1, 1024), times, min_size=1, max_size=6), data=st.data())
+@given(measured=st.dictionaries(st.integers(1, 1024), times, min_size=2, max_size=6), data=st.data())
 def test_efficiency_is_speedup_over_ranks_whatever_the_order(
     measured: dict[int, list[float]], data: st.DataObject
 ) -> None:
@@ -300,10 +304,10 @@ def test_efficiency_is_speedup_over_ranks_whatever_the_order(
     assert base.speedup == base.efficiency == 1
     for row in rows:
         assert row.step_time_s_low <= row.step_time_s <= row.step_time_s_high
-        assert row.tokens_per_s * row.step_time_s == pytest.approx(8192)
+        assert row.throughput * row.step_time_s == pytest.approx(8192)
         assert row.efficiency * row.ranks / base.ranks == pytest.approx(row.speedup)
-        assert row.efficiency == pytest.approx(row.tokens_per_s_per_rank / base.tokens_per_s_per_rank)
-        assert row.efficiency == pytest.approx(row.tokens_per_s / row.tokens_per_s_ideal)
+        assert row.efficiency == pytest.approx(row.throughput_per_rank / base.throughput_per_rank)
+        assert row.efficiency == pytest.approx(row.throughput / row.throughput_ideal)
     shuffled = data.draw(st.permutations(points))
     assert tabulate(Path("sweep"), shuffled).rows == table.rows
 

@@ -44,7 +44,7 @@ def test_sbatch_takes_the_same_road(sandbox: Cluster, tmp_path: Path) -> None:
     words = ["ranks_per_node=2", f"output_dir={tmp_path / 'outputs'}", *WORDS]
     assert run_batch_script(sandbox, tmp_path, *words) == "COMPLETED", (tmp_path / "out").read_text()
     printed = (tmp_path / "out").read_text()
-    assert "2 x 2 = 4 ranks on slurm" in printed and "Strong scaling" in printed
+    assert "2 x 2 = 4 ranks on slurm" in printed and "Summary of" in printed
     (plan,) = (tmp_path / "outputs" / "quick_test").glob("*/plan.json")
     folder = RunFolder(plan.parent)
     ranks = json.loads(folder.environment(1).read_text())["ranks"]

@@ -1,0 +1,239 @@
+"""Step records from what ranks print: exact fields, steps and times, and an agent that is never held up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch.agent import progress
+from launch.agent.progress import Progress, check_pattern
+from launch.errors import ConfigError
+from launch.runs.files import append_json_lines
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+
+PATTERN = r"step (?P<step>[\d,]+): loss (?P<loss>[\d.e+-]+|nan)(?:, (?P<step_time_ms>[\d.]+) ms)?"
+
+
+@pytest.fixture(autouse=True)
+def every_look_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOOK_S", 0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    made = RunFolder(tmp_path / "run")
+    for _ in range(2):
+        made.create_attempt()
+    return made
+
+
+def watch(
+    folder: RunFolder, pattern: str | None = PATTERN, ranks: tuple[int, ...] = (0,), attempt: int = 1
+) -> Progress:
+    return Progress(folder, attempt, ranks, pattern, None, None, writes_curves=True)
+
+
+def say(folder: RunFolder, text: str, rank: int = 0, at: float | None = None, attempt: int = 1) -> None:
+    """Have a rank print ``text``, at a time that its log remembers."""
+    log = folder.log(attempt, rank)
+    with log.open("a", newline="") as file:
+        file.write(text)
+    if at is not None:
+        os.utime(log, (at, at))
+
+
+def known(folder: RunFolder, *names: str, rank: int = 0) -> list[tuple[object, ...]]:
+    return [tuple(record.get(name) for name in names) for record in read_records(folder.metrics(rank))]
+
+
+def names(folder: RunFolder) -> list[str]:
+    return [event["event"] for event in folder.read_events()]
+
+
+def test_printed_fields_are_those_of_the_records(folder: RunFolder) -> None:
+    watched = watch(folder)
+    colored = "\x1b[32mstep 1,024: loss 1.5e-3, 125.5 ms\x1b[0m"
+    say(folder, f"hello\nstep 1: loss 2.5, 250 ms\n{colored}\nstep 1025: loss nan, 1 ms\n")
+    watched.look()
+    assert watched.matched
+    assert known(folder, "step", "attempt", "step_time_s")[:2] == [(1, 1, 0.25), (1024, 1, 0.1255)]
+    losses = [record["loss"] for record in read_records(folder.metrics(0))]
+    assert losses[:2] == [2.5, 0.0015] and losses[2] != losses[2]
+    assert "step_time_ms" not in folder.metrics(0).read_text()
+    watched.close()
+    assert names(folder) == []
+
+
+def test_half_a_line_waits_for_its_end(folder: RunFolder) -> None:
+    watched = watch(folder)
+    for text, steps in (("step 1: lo", 0), ("ss 2.5\nstep 2: loss 2.", 1), ("25", 1), ("\n", 2), ("step 3: loss 9", 2)):
+        say(folder, text)
+        watched.look()
+        assert len(known(folder, "step")) == steps
+    watched.close()
+    assert known(folder, "step", "loss") == [(1, 2.5), (2, 2.25)]
+
+
+def test_a_progress_bar_ends_its_lines_by_a_carriage_return(folder: RunFolder) -> None:
+    watched = watch(folder, r"(?P<step>\d+)/100 .*loss=(?P<loss>[\d.]+)")
+    say(folder, "\r  1%| 1/100 [00:01, loss=3.0]\r  2%| 2/100 [00:01, loss=2.0]")
+    watched.look()
+    assert known(folder, "step", "loss") == [(1, 3.0)]
+
+
+def test_times_between_lines_are_spread_over_their_steps(folder: RunFolder) -> None:
+    watched = watch(folder)
+    start = time.time() + 1000  # as if each look were at the time of the file
+    with pytest.MonkeyPatch.context() as patched:
+        for at, text in (
+            (start, "step 10: loss 3\n"),
+            (start + 5.0, "step 20: loss 2\n"),
+            (start + 9.0, "step 30: loss 2\nstep 40: loss 1\n"),
+        ):
+            patched.setattr(progress.time, "time", lambda at=at: at + 0.25)
+            say(folder, text, at=at)
+            watched.look()
+    # 5 s over 10 steps; then 4 s over 20, half of them after the first line.
+    assert known(folder, "step", "step_time_s") == [
+        (10, None),
+        (20, pytest.approx(0.5)),
+        (30, pytest.approx(0.2)),
+        (40, pytest.approx(0.2)),
+    ]
+    times = [record["time"] - start for record in read_records(folder.metrics(0))]
+    assert times == pytest.approx([0, 5, 7, 9])
+
+
+def test_stated_work_gives_rank_0_a_throughput(folder: RunFolder) -> None:
+    watched = Progress(folder, 1, (0, 1), PATTERN, "samples", 512, writes_curves=False)
+    for rank in (0, 1):
+        say(folder, "step 1: loss 2, 250 ms\n", rank)
+    watched.look()
+    assert known(folder, "samples_per_s") == [(2048.0,)]
+    assert known(folder, "samples_per_s", rank=1) == [(None,)]
+
+
+def test_a_pattern_that_never_matches_is_said_at_the_end(folder: RunFolder) -> None:
+    watched = watch(folder, "iter (?P<step>[0-9]+)", (0, 1))
+    say(folder, "step 1\n")
+    watched.look()
+    assert not watched.matched and names(folder) == []
+    watched.close()
+    [event] = folder.read_events()
+    assert (event["event"], event["attempt"]) == ("progress_not_matched", 1)
+    assert event["pattern"] == "iter (?P<step>[0-9]+)" and "script.progress" in event["cause"]
+
+
+def test_a_node_whose_ranks_do_not_print_says_nothing(folder: RunFolder) -> None:
+    other = watch(folder, PATTERN, (2, 3))
+    say(folder, "ready\n", 2)
+    other.close()
+    assert names(folder) == []
+    first = watch(folder, PATTERN, (0, 1))  # the last rank prints, elsewhere
+    append_json_lines(folder.metrics(3), [{"step": 1, "attempt": 1, "time": 1.0}])
+    first.close()
+    assert names(folder) == []
+
+
+def test_a_pattern_that_would_take_years_is_given_up(folder: RunFolder) -> None:
+    say(folder, f"1 {'a' * 40}b\n2 a\n")
+    code = (
+        "import sys; from launch.agent.progress import Progress; from launch.runs.folder import RunFolder\n"
+        "pattern = r'(?P<step>[0-9]+) (a+)+$'\n"
+        "watched = Progress(RunFolder(sys.argv[1]), 1, (0,), pattern, None, None, writes_curves=False)\n"
+        "watched.look(); watched.close()"
+    )
+    # In the main thread of a process, as in an agent: only there do signals interrupt.
+    subprocess.run([sys.executable, "-c", code, str(folder.path)], check=True, timeout=60)
+    assert names(folder)[0] == "progress_too_slow" and not folder.metrics(0).exists()
+    assert folder.read_events()[0]["line"].startswith("1 aaaa")
+
+
+def test_long_lines_are_cut_and_that_is_said_once(folder: RunFolder) -> None:
+    watched = watch(folder)
+    for step in (1, 2):
+        say(folder, f"step {step}: loss 2 {'x' * 500_000}\n{'x' * 500_000} step 9: loss 1\n")
+    for _ in range(12):
+        watched.look()
+    assert known(folder, "step") == [(1,), (2,)]
+    assert names(folder) == ["progress_cut"]
+
+
+def test_a_look_is_bounded_and_the_end_reads_the_rest(folder: RunFolder) -> None:
+    watched = watch(folder)
+    lines = [f"step {step}: loss 2, 1 ms {'.' * 80}\n" for step in range(1, 10_001)]
+    say(folder, "".join(lines))
+    watched.look()
+    assert 0 < len(known(folder, "step")) < 3_000
+    watched.close()
+    assert len(known(folder, "step")) == 10_000
+
+
+def curve(folder: RunFolder, tag: str) -> list[tuple[int, float]]:
+    return [(p.step, p.value) for p in EventAccumulator(str(folder.tensorboard)).Reload().Scalars(tag)]
+
+
+def test_curves_of_a_new_attempt_replace_what_was_lost(folder: RunFolder) -> None:
+    first = watch(folder)
+    say(folder, "step 1: loss 3, 10 ms\nstep 2: loss 2, 10 ms\nstep 3: loss 1, 10 ms\n")
+    first.look()
+    first.close()
+    assert curve(folder, "train/loss") == [(1, 3), (2, 2), (3, 1)]
+    time.sleep(1.1)  # event files are read in the order of the seconds in their names
+    second = watch(folder, attempt=2)
+    say(folder, "step 3: loss 5, 10 ms\nstep 4: loss 4, 10 ms\n", attempt=2)
+    second.look()
+    second.close()
+    assert curve(folder, "train/loss") == [(1, 3), (2, 2), (3, 5), (4, 4)]
+
+
+def test_curves_of_a_rank_that_records_by_itself(folder: RunFolder) -> None:
+    append_json_lines(folder.metrics(0), [{"step": 1, "attempt": 1, "loss": 9.0, "time": 1.0}])
+    watched = watch(folder, pattern=None, attempt=2)
+    own = {"attempt": 2, "accuracy": 0.5, "samples": 8, "time": 2.0}
+    append_json_lines(folder.metrics(0), [{"step": step, "loss": 1.0 / step, **own} for step in (1, 2)])
+    watched.look()
+    watched.close()
+    assert curve(folder, "train/loss") == [(1, 1.0), (2, 0.5)]
+    assert curve(folder, "train/accuracy") == [(1, 0.5), (2, 0.5)]
+    assert sorted(EventAccumulator(str(folder.tensorboard)).Reload().Tags()["scalars"]) == [
+        "train/accuracy",
+        "train/loss",
+    ]
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("step (?P<step>[0-9]+", "no regular expression: missing ), unterminated subpattern"),
+        ("loss (?P<loss>[0-9.]+)", "no group named step"),
+        ("(?P<step>[0-9]+) (?P<perplexity>.*) (?P<acc>.*)", "a group acc, perplexity"),
+    ],
+)
+def test_a_pattern_that_cannot_work_is_refused(pattern: str, found: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_pattern(pattern)
+    assert found in refusal.value.found
+    assert refusal.value.fix.startswith("script.progress=")
+    if found.startswith("a group"):
+        assert "grad_norm" in refusal.value.expected
+
+
+def test_patterns_that_work_are_taken() -> None:
+    check_pattern(PATTERN)
+
+
+def test_the_pattern_is_checked_without_torch_and_tensorboard() -> None:
+    code = (
+        "import sys; from launch.agent.progress import check_pattern; check_pattern('(?P<step>.)')\n"
+        "assert not {'torch', 'tensorboard'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,205 @@
+"""Reports of programs other than the GPT library: what they do not say is absent, and no more is claimed than known."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch.errors import ConfigError
+from launch.report import Row, build, show, write
+from launch.report.table import ScalingTable
+from launch.report.views import columns
+from launch.runs.tensorboard import png_shape
+
+SAMPLES = {"unit": "samples", "work_per_step": 512}
+
+
+def points(
+    folder: Path, make_run: Any, script: dict[str, Any], times: dict[int, float], **records: Any
+) -> ScalingTable:
+    """Points of as many ranks as ``times`` has keys, which took that long for each of eleven steps."""
+    for ranks, time_s in times.items():
+        builder = make_run(
+            folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}", "workload=script"), script=script
+        )
+        # The first record has no step before it: ten step times are known, and the first five are warm-up.
+        builder.attempt().records([time_s] * 11, **records).ran(20 * time_s)
+    return build(folder)
+
+
+def titles(table: ScalingTable) -> list[str]:
+    return [column.title.replace("\n", " ") for column in columns(table)]
+
+
+def figures(rows: tuple[Row, ...], *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(getattr(row, name) for name in names) for row in rows]
+
+
+def text_of(table: ScalingTable) -> str:
+    file = io.StringIO()
+    show(table, Console(file=file))
+    return file.getvalue()
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    return {point.step: point.value for point in EventAccumulator(str(folder)).Reload().Scalars(tag)}
+
+
+def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:
+    table = points(tmp_path / "s", make_run, {"unit": "samples"}, {1: 2.0, 2: 1.25}, samples=64, loss=0.5)
+    # 64 samples in 2 s; twice 64 in 1.25 s, which is 1.6 times as much on each of two ranks.
+    assert figures(table.rows, "throughput", "throughput_per_rank", "step_time_s", "speedup", "efficiency") == [
+        pytest.approx((32, 32, 2.0, 1, 1)),
+        pytest.approx((102.4, 51.2, 1.25, 3.2, 1.6)),
+    ]
+    assert [row.steps_measured for row in table.rows] == [5, 5]
+    expected = "point|nodes|ranks|samples/s|samples/s per rank|step time|spread|speedup|efficiency|loss|state"
+    assert titles(table) == expected.split("|")
+    assert table.sections()[0][0] == "Strong scaling of s"
+    assert table.conditions == "AMD EPYC 7763; torch 2.13.0; commit unavailable; command python train.py --lr 0.1."
+    assert any("a step did 64 samples at nodes=1, 128 samples at nodes=2" in note for note in table.notes)
+    assert not any("MFU" in note for note in table.notes)
+
+
+def test_work_that_was_stated_stands_in_for_ranks_that_say_nothing(tmp_path: Path, make_run: Any) -> None:
+    table = points(tmp_path / "s", make_run, SAMPLES, {1: 2.0, 4: 0.8}, ranks=1)
+    # 512 samples in 2 s and in 0.8 s: 2.5 times as fast on four times the ranks.
+    assert figures(table.rows, "throughput", "speedup", "efficiency") == [
+        pytest.approx((256, 1, 1)),
+        pytest.approx((640, 2.5, 0.625)),
+    ]
+    assert table.sections()[0][0] == "Strong scaling of s with 512 samples per step"
+    assert "loss" not in titles(table)
+
+
+def test_weak_scaling_of_a_script(tmp_path: Path, make_run: Any) -> None:
+    for ranks in (1, 2):
+        words = (f"nodes={ranks}", f"script.work_per_step={256 * ranks}")
+        script = {"unit": "images", "work_per_step": 256 * ranks, "weak_scaling": True}
+        builder = make_run(tmp_path / "w" / f"p{ranks}", ranks, ranks, words, script=script)
+        builder.attempt().records([1.0 if ranks == 1 else 1.25] * 11)
+    table = build(tmp_path / "w")
+    assert [row.series for row in table.rows] == ["", ""], "the work of a step tells no programs apart"
+    assert [row.label for row in table.rows] == ["nodes=1", "nodes=2"]
+    assert [row.efficiency for row in table.rows] == pytest.approx([1, 0.8])
+    assert table.sections()[0][0] == "Weak scaling of w with 256 images per step and rank"
+    assert not any("was meant" in note for note in table.notes)
+
+
+def test_the_work_of_some_ranks_is_told_as_such(tmp_path: Path, make_run: Any) -> None:
+    table = points(tmp_path, make_run, {}, {1: 1.0, 2: 1.0}, ranks=1, tokens=100.0)
+    assert [(row.unit, row.throughput) for row in table.rows] == [("tokens", 100), ("tokens", 100)]
+    assert any("throughput counts what those said that did: nodes=2 (1 of 2)" in note for note in table.notes)
+
+
+def test_steps_wait_for_the_ranks_that_record(tmp_path: Path, make_run: Any) -> None:
+    builder = make_run(tmp_path / "p", 4, 4, script=SAMPLES).attempt()
+    builder.records([1.0] * 20, ranks=2)
+    lines = builder.run.metrics(1).read_text().splitlines(keepends=True)
+    builder.run.metrics(1).write_text("".join(lines[:12]))
+    [row] = build(tmp_path / "p").rows
+    # Steps 2 to 12 have times on both ranks that record at all, and the first five of these are warm-up.
+    assert (row.steps_measured, row.last_step, row.state) == (6, 20, "running")
+
+
+def test_without_the_work_only_step_times_are_compared(tmp_path: Path, make_run: Any) -> None:
+    table = points(tmp_path, make_run, {}, {1: 2.0, 2: 1.25}, loss=1.0)
+    assert figures(table.rows, "throughput", "speedup", "efficiency") == [(None, 1, None), (None, 1.6, None)]
+    assert "efficiency" in titles(table) and not any("/s" in title for title in titles(table))
+    assert text_of(table).count("not claimed") == 2
+    assert any("Speedup is the ratio of step times" in note for note in table.notes)
+    write(table, tmp_path)
+    found = EventAccumulator(str(tmp_path / "Scaling")).Reload().Tags()["scalars"]
+    assert sorted(found) == [
+        f"scaling/{name}" for name in ("loss", "step_time_s", "step_time_s_high", "step_time_s_low")
+    ]
+
+
+def test_a_program_that_records_nothing_has_a_run_time(tmp_path: Path, make_run: Any) -> None:
+    for ranks, seconds in ((1, 100.0), (2, 60.0)):
+        builder = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), script={})
+        builder.attempt().ran(seconds)
+    builder.event("started", attempt=2, time=2e9).attempt(2).event("finished", attempt=2, time=2e9 + 30)
+    table = build(tmp_path)
+    assert titles(table) == ["point", "state", "nodes", "ranks", "run time", "attempts"]
+    assert figures(table.rows, "run_time_s", "attempts", "speedup", "efficiency", "state") == [
+        (100, 1, None, None, "finished"),
+        (90, 2, None, None, "finished"),
+    ]
+    assert "1 min 40 s" in text_of(table) and "Points of " in text_of(table)
+    [note] = [note for note in table.notes if "Run time is" in note]
+    assert "No speedup or efficiency is claimed" in note
+    write(table, tmp_path)
+    assert scalars(tmp_path / "Scaling", "scaling/run_time_s") == {1: 100, 2: 90}
+
+
+def test_run_times_compare_where_the_work_was_stated(tmp_path: Path, make_run: Any) -> None:
+    for ranks, seconds in ((1, 100.0), (2, 62.5)):
+        script = {**SAMPLES, "max_steps": 50}
+        builder = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), script=script)
+        builder.attempt().ran(seconds, since=1e9 * ranks)
+    table = build(tmp_path)
+    assert figures(table.rows, "speedup", "efficiency") == [(1, 1), pytest.approx((1.6, 0.8))]
+    assert titles(table)[-2:] == ["speedup", "efficiency"]
+
+
+def test_a_run_that_goes_on_has_no_run_time_yet(tmp_path: Path, make_run: Any) -> None:
+    builder = make_run(tmp_path / "p", script={}).attempt().event("started", attempt=1)
+    assert figures(build(tmp_path / "p").rows, "run_time_s", "state") == [(None, "running")]
+    builder.event("finished", attempt=1)
+    assert "Summary of p" in text_of(build(tmp_path / "p"))
+
+
+@pytest.mark.parametrize("script", [{"unit": "samples"}, SAMPLES])
+def test_what_both_points_tell_must_be_the_same(tmp_path: Path, make_run: Any, script: dict[str, Any]) -> None:
+    for ranks, unit in ((1, "samples"), (2, "images")):
+        told = {**script, "unit": unit}
+        builder = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), script=told)
+        builder.attempt().records([1.0] * 11, samples=4)
+    with pytest.raises(ConfigError, match="different unit in one scaling series"):
+        build(tmp_path)
+
+
+def test_options_of_a_script_tell_series_apart(tmp_path: Path, make_run: Any) -> None:
+    for option in ("adam", "sgd"):
+        for nodes in (1, 2):
+            words = (f"nodes={nodes}", f"script.options=[--optimizer,{option}]", "script.path=train.py")
+            builder = make_run(tmp_path / f"{option}{nodes}", nodes, nodes, words, script=SAMPLES)
+            builder.attempt().records([1.0 / nodes] * 11)
+    table = build(tmp_path)
+    assert list(dict.fromkeys(row.series for row in table.rows)) == [
+        f"script.options=[--optimizer,{option}]" for option in ("adam", "sgd")
+    ]
+    assert table.rows[0].label == "nodes=1,script.options=[--optimizer,adam]"
+
+
+def test_every_view_names_the_unit(tmp_path: Path, make_run: Any) -> None:
+    table = points(tmp_path, make_run, SAMPLES, {1: 2.0, 2: 1.0})
+    write(table, tmp_path)
+    header = next(csv.reader((tmp_path / "scaling.csv").open()))
+    assert [name for name in header if "_per_s" in name] == [
+        *("samples_per_s", "samples_per_s_per_rank", "samples_per_s_low", "samples_per_s_high", "samples_per_s_ideal")
+    ]
+    assert "| samples/s |" in (tmp_path / "scaling.md").read_text()
+    assert scalars(tmp_path / "Scaling", "scaling/samples_per_s") == {1: 256, 2: 512}
+    assert scalars(tmp_path / "Scaling" / "ideal", "scaling/samples_per_s") == {1: 256, 2: 512}
+    layout = EventAccumulator(str(tmp_path / "Scaling")).Reload().Tensors("custom_scalars__config__")[0]
+    assert b"Samples per second" in layout.tensor_proto.string_val[0]
+    assert png_shape((tmp_path / "scaling.png").read_bytes())[0] > 1000
+
+
+def test_gpus_without_identity_are_shared_by_nobody_elsewhere(tmp_path: Path, make_run: Any) -> None:
+    """Two points on one machine at the same time, each on the GPUs that its job calls 0: nothing says they are one."""
+    for nodes in (1, 2):
+        builder = make_run(
+            tmp_path / f"nodes={nodes}", nodes, 1, (f"nodes={nodes}",), device="cuda:{rank}", script=SAMPLES,
+            extra_rank={"device": "cuda:{rank}"}, device_name="NVIDIA H100",
+        )  # fmt: skip
+        builder.attempt().records([1.0 / nodes] * 11)
+    assert [row.oversubscribed for row in build(tmp_path).rows] == [False, False]
