@@ -22,8 +22,9 @@ from launch.jobs.display import duration
 from launch.jobs.handles import SlurmJob
 from launch.jobs.status import Point, find_point, judge_by_ledger, look
 from launch.runs.find import find_runs
+from launch.runs.records import UNITS, throughput
 
-COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "tokens/s", "loss", "ETA")
+COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 NUMBERS = COLUMNS[3:]
 WIDE = 1000
 
@@ -44,7 +45,7 @@ def as_dict(point: Point) -> dict[str, Any]:
         "attempt": max(point.attempts(), default=None),
         "step": point.latest.get("step"),
         "max_steps": point.max_steps,
-        "tokens_per_s": point.latest.get("tokens_per_s"),
+        **{f"{unit}_per_s": point.latest.get(f"{unit}_per_s") for unit in UNITS},
         "loss": point.latest.get("loss"),
         "eta_s": point.eta_s,
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
@@ -60,7 +61,8 @@ def waiting_s(point: Point) -> float | None:
 
 def cells(known: dict[str, Any]) -> list[str]:
     """One row of the table."""
-    step = f"{known.get('step', 0)}/{known.get('max_steps', '?')}"
+    total = f"/{known['max_steps']}" if "max_steps" in known else ""
+    step = f"{known.get('step', 0)}{total}" if total or "step" in known else ""
     return [
         known["point"],
         known["state"],
@@ -68,10 +70,16 @@ def cells(known: dict[str, Any]) -> list[str]:
         str(known.get("nodes", "")),
         str(known.get("attempt", "")),
         step,
-        f"{known['tokens_per_s']:,.0f}" if "tokens_per_s" in known else "",
+        speed_text(known),
         f"{known['loss']:.4f}" if "loss" in known else "",
         duration(known["eta_s"]) if "eta_s" in known else "",
     ]
+
+
+def speed_text(known: dict[str, Any]) -> str:
+    """Throughput with its unit."""
+    speed = throughput(known)
+    return "" if speed is None else f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s"
 
 
 def notes(known: dict[str, Any]) -> list[str]:

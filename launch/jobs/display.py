@@ -17,6 +17,7 @@ from launch.jobs.handles import SlurmJob, Waiting
 from launch.jobs.status import Point, look
 from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, start_local
+from launch.runs.records import throughput
 from launch.scheduler.client import SlurmError
 
 POLL_S = 0.5
@@ -36,19 +37,30 @@ def state_words(point: Point) -> str:
 
 
 def status_words(point: Point) -> str:
-    """tokens/s, loss and ETA of a point, as far as they are known."""
-    if not point.latest:
-        return ""
-    words = f"{point.latest['tokens_per_s']:>9,.0f} tokens/s  loss {point.latest['loss']:.4f}"
+    """Throughput, loss and ETA of a point, as far as they are known."""
+    known = []
+    if (speed := throughput(point.latest)) is not None:
+        known.append(f"{speed[0]:>9,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s")
+    if point.latest.get("loss") is not None:
+        known.append(f"loss {point.latest['loss']:.4f}")
     if point.eta_s and not point.is_over:
-        words += f"  ETA {duration(point.eta_s)}"
-    return words
+        known.append(f"ETA {duration(point.eta_s)}")
+    return "  ".join(known)
+
+
+def step_text(point: Point) -> str:
+    """``step 20/60``, as far as steps are known; nothing of a program that tells none."""
+    step, total = point.latest.get("step"), point.max_steps
+    if total is None:
+        return "" if step is None else f"step {step}"
+    return f"step {step or 0}/{total}"
 
 
 def plain_line(point: Point) -> str:
     """One point as a line of text."""
-    step = point.latest.get("step", 0)
-    return f"{point.name:<24} {state_words(point):<9} step {step}/{point.max_steps}  {status_words(point)}".rstrip()
+    steps = step_text(point)
+    head = f"{point.name:<24} {state_words(point):<9}" + (f" {steps}" if steps else "")
+    return f"{head}  {status_words(point)}".rstrip()
 
 
 class Display:

@@ -233,8 +233,9 @@ def read_steps(point: Point) -> None:
     if new:
         point.latest = new[-1]
         if point.max_steps is not None and point.state == "running":
+            times = [record["step_time_s"] for record in new if record.get("step_time_s") is not None]
             left = point.max_steps - point.latest["step"]
-            point.eta_s = left * statistics.median(record["step_time_s"] for record in new)
+            point.eta_s = left * statistics.median(times) if times else None
 
 
 def saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:

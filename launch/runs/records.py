@@ -147,6 +147,13 @@ class RecordWriter:
             self._file = -1
 
 
+def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Units per second of the whole run that a step record tells, and which units; None where it tells none."""
+    known = (unit for unit in UNITS if record.get(f"{unit}_per_s") is not None)
+    unit = next(known, None)
+    return None if unit is None else (float(record[f"{unit}_per_s"]), unit)
+
+
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records that hold ``step``, ``attempt``, ``time`` and what else is known to a rank's file, in one go."""
     append_json_lines(path, records)
