@@ -14,6 +14,7 @@ from launch.config.compose import compose_launch, typed_config
 from tests.support.commands import ROOT
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
+COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare")
 
 
 def modules() -> dict[str, Path]:
@@ -45,27 +46,147 @@ def starts(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-RULES = [
-    ("gpt", ["launch.agent", "launch.config", "launch.jobs", "launch.plan", "launch.scheduler", "slurm", "submitit"]),
-    ("gpt.model", ["torch.distributed", "gpt.parallel", "gpt.train", "gpt.data"]),
-    ("gpt.accounting", ["torch", "gpt.model", "gpt.parallel"]),
-    ("gpt.planning", ["torch", "gpt.model", "gpt.parallel", "gpt.train"]),
-    ("gpt.config", ["torch", "gpt.model", "launch.runs.compose"]),
-    ("gpt.data", ["gpt.model", "gpt.parallel", "gpt.train"]),
-    ("gpt.checkpoint", ["gpt.model", "gpt.parallel", "gpt.train", "gpt.data"]),
-    ("gpt.conversion", ["torch.distributed", "gpt.parallel", "gpt.train", "transformers"]),
-    ("gpt.parallel", ["gpt.train", "gpt.data", "gpt.metrics"]),
-    ("launch.report", ["torch", "submitit", "launch.jobs.submit", "launch.plan", "hydra"]),
-    ("slurm", ["launch.agent", "launch.jobs", "launch.plan", "torch", "gpt.train", "gpt.model"]),
+ROOMS = {
+    "launch.errors": (),
+    "launch.process": (),
+    "launch.runs": ("launch.errors", "launch.process"),
+    "launch.worker": ("launch.runs",),
+    "launch.scheduler": ("launch.worker",),
+    "launch.workload": ("launch.worker",),
+    "launch.config": ("launch.workload", "configs"),
+    "launch.plan": ("launch.config", "launch.scheduler"),
+    "launch.agent": ("launch.plan",),
+    "launch.jobs": ("launch.agent",),
+    "launch.checks": ("launch.jobs",),
+    "launch.script": ("launch.checks",),
+    "launch.report": ("launch.checks",),
+    "launch.sweep": ("launch.report",),
+    "launch.batch": ("launch.checks",),
+    "launch.move": ("launch.checks",),
+    "launch.status": ("launch.checks",),
+    "launch.logs": ("launch.checks",),
+    "launch.cancel": ("launch.checks",),
+    "launch.doctor": ("launch.checks",),
+    "launch.__main__": ("launch.sweep", "launch.batch"),
+    "hydra_plugins": ("launch.sweep",),
+    "gpt.config": ("launch.worker",),
+    "gpt.accounting": ("gpt.config",),
+    "gpt.model": ("gpt.config",),
+    "gpt.checkpoint": ("gpt.config",),
+    "gpt.topology": ("gpt.accounting",),
+    "gpt.planning.memory": ("gpt.topology",),
+    "gpt.planning": ("gpt.planning.memory",),
+    "gpt.data.tokenizers": ("gpt.config",),
+    "gpt.data.formats": ("gpt.data.tokenizers",),
+    "gpt.data.preprocessing": ("gpt.data.formats",),
+    "gpt.data": ("gpt.data.preprocessing", "gpt.topology"),
+    "gpt.parallel": ("gpt.model", "gpt.checkpoint", "gpt.topology"),
+    "gpt.parallel.deepspeed": ("gpt.parallel",),
+    "gpt.conversion": ("gpt.model", "gpt.checkpoint", "gpt.data.tokenizers"),
+    "gpt.metrics": ("gpt.accounting", "gpt.parallel"),
+    "gpt.training": ("gpt.planning", "gpt.data", "gpt.parallel.deepspeed", "gpt.conversion", "gpt.metrics"),
+    "gpt.workload": ("gpt.training", "launch.workload"),
+    **dict.fromkeys((f"gpt.{command}" for command in COMMANDS), ("gpt.training",)),
+    "slurm": ("launch.runs",),
+    "configs": (),
+}
+"""Room -> the rooms right below it. A module imports from its own room and from those below, however far down."""
+
+ROOTS = {
+    "gpt": {"__init__", "workload", *COMMANDS},
+    "launch": {
+        *("__init__", "__main__", "status", "logs", "cancel", "move", "batch", "sweep", "workload", "script", "worker"),
+        *("errors", "process"),
+    },
+}
+"""Files of the two packages that lie in no room."""
+
+
+def room_of(module: str) -> str | None:
+    """The innermost room that a module belongs to."""
+    return max((room for room in ROOMS if starts(module, room)), key=len, default=None)
+
+
+def below(room: str) -> frozenset[str]:
+    """All rooms that a room may import from."""
+    return frozenset(itertools.chain.from_iterable({lower, *below(lower)} for lower in ROOMS[room]))
+
+
+def targets(path: Path, runtime_only: bool = False) -> set[str]:
+    """Modules of the project that a module imports, anywhere in it."""
+    every = modules()
+    found = set()
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    if runtime_only:
+        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+        skipped = {inner for block in blocks for inner in ast.walk(block)}
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in every else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in every}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down_the_rooms(room: str) -> None:
+    allowed = {room, *below(room)}
+    checked = [name for name in modules() if room_of(name) == room]
+    assert checked
+    wrong = [
+        f"{module} imports {target}"
+        for module in checked
+        for target in targets(modules()[module], runtime_only=True)
+        if room_of(target) is not None and room_of(target) not in allowed
+    ]
+    assert not wrong
+
+
+def test_every_module_is_in_a_room_or_named_at_the_root() -> None:
+    for package, names in ROOTS.items():
+        there = {path.stem for path in (ROOT / package).glob("*.py")}
+        assert there == names, package
+    assert not [name for name in modules() if room_of(name) is None and name not in ("gpt", "launch")]
+
+
+def test_the_launcher_does_not_know_what_it_launches() -> None:
+    for module, path in modules().items():
+        if starts(module, "launch", "slurm", "hydra_plugins"):
+            assert not [name for name in imports(path) if starts(name, "gpt")], module
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    every = {name: targets(path, runtime_only=True) - {name} for name, path in modules().items()}
+    while free := {name for name, wanted in every.items() if not wanted & set(every)}:
+        every = {name: wanted for name, wanted in every.items() if name not in free}
+    assert not every, f"in a circle, or above one: {sorted(every)}"
+
+
+FORBIDDEN = [
+    ("gpt.model", ["torch.distributed"]),
+    ("gpt.accounting", ["torch"]),
+    ("gpt.topology", ["torch"]),
+    ("gpt.planning", ["torch"]),
+    ("gpt.config", ["torch"]),
+    ("gpt.workload", ["torch"]),
+    ("gpt.conversion", ["transformers"]),
+    ("launch.runs", ["torch", "deepspeed", "submitit"]),
+    ("launch.worker", ["torch", "numpy", "yaml", "omegaconf", "hydra"]),
+    ("launch.report", ["torch", "submitit", "hydra"]),
+    ("gpt", ["submitit", "slurm"]),
+    ("slurm", ["torch"]),
 ]
 
 
-@pytest.mark.parametrize(("package", "forbidden"), RULES, ids=[package for package, _ in RULES])
-def test_dependencies_point_one_way(package: str, forbidden: list[str]) -> None:
+@pytest.mark.parametrize(("package", "forbidden"), FORBIDDEN, ids=[package for package, _ in FORBIDDEN])
+def test_libraries_that_a_room_does_without(package: str, forbidden: list[str]) -> None:
     checked = [name for name in modules() if starts(name, package)]
     assert checked
-    wrong = [(m, i) for m in checked for i in imports(modules()[m]) if starts(i, *forbidden)]
-    assert not wrong
+    assert not [(m, i) for m in checked for i in imports(modules()[m]) if starts(i, *forbidden)]
 
 
 def test_metrics_and_checkpoints_know_no_slurm() -> None:
@@ -83,7 +204,7 @@ def test_the_login_node_loads_no_torch() -> None:
     every = modules()
     seen, waiting = (
         set(),
-        [name for name in every if starts(name, "launch", "hydra_plugins") and name not in ON_THE_NODES],
+        [name for name in every if starts(name, "launch", "hydra_plugins", "gpt.workload") and name not in ON_THE_NODES],
     )
     while waiting:
         name = waiting.pop()
@@ -102,7 +223,8 @@ def test_no_module_is_a_dead_end() -> None:
     used = {i for path in every.values() for i in imports(path)}
     packages = {name for name, path in every.items() if path.name == "__init__.py"}
     started = {name for name, path in every.items() if "__main__" in path.read_text()}
-    named = {"hydra_plugins.launch_plugin.launcher"}  # in configs/hydra/launcher/per_point.yaml
+    # in configs/hydra/launcher/per_point.yaml and configs/workload/
+    named = {"hydra_plugins.launch_plugin.launcher", "gpt.workload", "launch.script"}
     assert set(every) - used - packages - started - named == set()
 
 
