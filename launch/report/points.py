@@ -152,13 +152,15 @@ def read_point(path: Path) -> Point:
 
 
 def _unit(by_rank: Mapping[int, Mapping[int, dict[str, Any]]], environment: Environment | None) -> str | None:
-    """The unit that was stated, else the first one that every record has a number of."""
-    if environment is not None and environment.unit is not None:
-        return environment.unit
+    """The stated unit, unless the records have no number of it, but of another one: a script may leave it unsaid."""
+    stated = None if environment is None else environment.unit
+    if environment is not None and environment.work_per_step is not None:
+        return stated
     last = [records[max(records)] for records in by_rank.values()]
-    return next(
-        (unit for unit in UNITS if last and all(own_work(r, unit) is not None and unit in r for r in last)), None
-    )
+    for unit in (*([] if stated is None else [stated]), *UNITS):
+        if last and all(unit in record and own_work(record, unit) is not None for record in last):
+            return unit
+    return stated
 
 
 def _runs_without(events: Sequence[dict[str, Any]], environment: Environment | None) -> bool:

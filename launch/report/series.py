@@ -19,8 +19,14 @@ SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
 """Overrides along which a series runs."""
 PLACE_KEYS = frozenset({"output_dir", "name", "run_dir", "fresh", "cluster", "dry_run"})
 """Overrides that say where or when a point ran, not what it is."""
-MEASURING_KEYS = frozenset(f"script.{key}" for key in ("work_per_step", "unit", "progress", "requeue_exit"))
-"""Overrides that say how a script is watched, or how large a step of a point is; the program stays the same."""
+MEASURING_KEYS = frozenset(
+    f"script.{key}"
+    for key in (
+        *("work_per_step", "unit", "max_steps", "progress", "tensorboard", "silence_timeout_s"),
+        *("stop_signal", "requeue_exit", "resumes", "resume_args"),
+    )
+)
+"""Overrides that say how a script is watched, or how large a point is; the program stays the same."""
 
 
 def _model(environment: Environment) -> str | None:

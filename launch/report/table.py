@@ -121,7 +121,7 @@ class ScalingTable:
         if self.is_scaling and not (self.by_run_time and all(row.speedup is None for row in self.rows)):
             kind_words = f"{kind.capitalize()} scaling" if kind else "Scaling"
             return f"{kind_words} of {self.name}{with_batch or ('' if kind else ', kind not known')}"
-        return f"Points of {self.name}{with_batch}"
+        return f"{'Run times' if self.by_run_time else 'Points'} of {self.name}{with_batch}"
 
 
 def build(folder: Path, points: Sequence[Path] | None = None) -> ScalingTable:
@@ -245,7 +245,8 @@ def _conditions(found: Sequence[Series]) -> str:
         return "Conditions unavailable: no point has recorded what it ran on."
     parts = [[series_of.CONDITIONS[name](e) for e in known] for name in ("model", "precision", "hardware")]
     parts += [[None if e.torch is None else f"torch {e.torch}" for e in known]]
-    parts += [[f"commit {(e.commit or UNAVAILABLE)[:12]}" for e in known]]
+    commits = [e.commit or (UNAVAILABLE if e.workload == "gpt" else None) for e in known]
+    parts += [[None if commit is None else f"commit {commit[:12]}" for commit in commits]]
     parts += [[None if e.command is None else f"command {e.command}" for e in known]]
     told = [" / ".join(dict.fromkeys(value for value in values if value is not None)) for values in parts]
     return "; ".join(text for text in told if text) + "."

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.agent import progress
 from launch.errors import ConfigError
 from launch.report import Row, build, show, write
 from launch.report.table import ScalingTable
@@ -62,7 +67,7 @@ def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:
     expected = "point|nodes|ranks|samples/s|samples/s per rank|step time|spread|speedup|efficiency|loss|state"
     assert titles(table) == expected.split("|")
     assert table.sections()[0][0] == "Strong scaling of s"
-    assert table.conditions == "AMD EPYC 7763; torch 2.13.0; commit unavailable; command python train.py --lr 0.1."
+    assert table.conditions == "AMD EPYC 7763; torch 2.13.0; command python train.py --lr 0.1."
     assert any("a step did 64 samples at nodes=1, 128 samples at nodes=2" in note for note in table.notes)
     assert not any("MFU" in note for note in table.notes)
 
@@ -132,7 +137,7 @@ def test_a_program_that_records_nothing_has_a_run_time(tmp_path: Path, make_run:
         (100, 1, None, None, "finished"),
         (90, 2, None, None, "finished"),
     ]
-    assert "1 min 40 s" in text_of(table) and "Points of " in text_of(table)
+    assert "1 min 40 s" in text_of(table) and "Run times of " in text_of(table)
     [note] = [note for note in table.notes if "Run time is" in note]
     assert "No speedup or efficiency is claimed" in note
     write(table, tmp_path)
@@ -177,6 +182,54 @@ def test_options_of_a_script_tell_series_apart(tmp_path: Path, make_run: Any) ->
         f"script.options=[--optimizer,{option}]" for option in ("adam", "sgd")
     ]
     assert table.rows[0].label == "nodes=1,script.options=[--optimizer,adam]"
+
+
+PRINTS = """
+import sys, time
+for step in range(1, 31):
+    time.sleep(0.05 / int(sys.argv[1]))
+    print(f"step {step} loss {1 / step:.3f}", flush=True)
+"""
+RECORDS = """
+import sys, time
+from launch import worker
+run = worker.attach()
+for step in range(1, 31):
+    time.sleep(0.05 / int(sys.argv[1]))
+    run.record(step, loss=1 / step, samples=32)
+run.finished(30)
+"""
+
+
+@pytest.mark.parametrize("program", [PRINTS, RECORDS], ids=["printed", "recorded"])
+def test_real_programs_from_their_logs_or_records_to_the_table(
+    tmp_path: Path, make_run: Any, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that takes at least 50 ms for a step of 32 samples, and half of it in the second point."""
+    monkeypatch.setattr(progress, "LOOK_S", 0.0)
+    printed = program is PRINTS
+    script = {"unit": "samples", "work_per_step": 32} if printed else {"unit": "tokens"}
+    for ranks in (1, 2):
+        run = make_run(tmp_path / f"nodes={ranks}", 1, 1, (f"nodes={ranks}",), script=script).attempt().run
+        run.log(1, 0).parent.mkdir()
+        pattern = r"step (?P<step>\d+) loss (?P<loss>\S+)" if printed else None
+        watched = progress.Progress(run, 1, (0,), pattern, "samples", 32, writes_curves=True)
+        told = {"RANK": "0", "WORLD_SIZE": "1", "LAUNCH_RUN_DIR": str(run.path), "LAUNCH_ATTEMPT": "1"}
+        words = [sys.executable, "-c", program, str(ranks)]
+        with run.log(1, 0).open("w") as log, subprocess.Popen(words, stdout=log, env={**os.environ, **told}) as process:
+            while process.poll() is None:
+                watched.look()
+                time.sleep(0.02)
+        watched.close()
+        assert process.returncode == 0
+        losses = EventAccumulator(str(run.tensorboard)).Reload().Scalars("train/loss")
+        assert [point.step for point in losses] == list(range(1, 31))
+    table = build(tmp_path)
+    for row, least in zip(table.rows, (0.05, 0.025), strict=True):
+        assert row.unit == "samples" and row.throughput is not None and row.step_time_s is not None
+        assert least <= row.step_time_s < 3 * least
+        assert row.throughput == pytest.approx(32 / row.step_time_s)
+        assert (row.last_step, row.loss) == (30, pytest.approx(1 / 30, abs=1e-3))
 
 
 def test_every_view_names_the_unit(tmp_path: Path, make_run: Any) -> None:
