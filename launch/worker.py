@@ -43,7 +43,9 @@ STACK_SIGNAL = signal.SIGQUIT
 LOOK_S = 1.0
 """Between two looks into the run folder, which may be on a shared filesystem."""
 AGREEMENT_S = 10.0
-"""Longest wait for the agents while they agree; less where the grace period is short."""
+"""Longest wait for the agents while they agree on a stop; less where the grace period is short."""
+SAVE_AGREEMENT_S = 60.0
+"""The same for a save. It has time, and a rank that gave up might miss a save that the others then wait in."""
 PAUSES = (Phase.evaluating, Phase.saving)
 """Phases whose time is not part of a step."""
 
@@ -199,7 +201,7 @@ class Run:
         if self._heartbeat is None:
             answer = self._saves_wanted > self._saves_obeyed
         else:
-            answer = self._heartbeat.ask(Request.save, self._limit_s)
+            answer = self._heartbeat.ask(Request.save, SAVE_AGREEMENT_S)
         if answer:
             self._saves_obeyed = self._saves_wanted
         return answer

@@ -25,7 +25,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Phase, Request, read
 from launch.runs.records import read_records
 from launch.worker import Run
-from tests.support.commands import ROOT, TINY, descendants, environment, ranks_of, start, wait_for
+from tests.support.commands import ROOT, TINY, descendants, environment, is_alive, ranks_of, start, wait_for
 
 NODES, EACH = 3, 2
 
@@ -330,6 +330,20 @@ assert not run.stop_requested()
     assert HeartbeatFile(tmp_path / "0").wants(Request.stop) == 0
 
 
+def test_a_rank_behind_a_wrapper_ends_with_it(tmp_path: Path) -> None:
+    script = "import time; from launch import worker; worker.attach(); time.sleep(600)"
+    told = environment(
+        LAUNCH_RUN_DIR=str(tmp_path), LAUNCH_HEARTBEAT_DIR=str(tmp_path), LAUNCH_AGENT_PID=str(os.getpid())
+    )
+    shell = subprocess.Popen(["/bin/sh", "-c", f"{sys.executable} -c '{script}'; true"], cwd=ROOT, env=told)
+    wait_for(lambda: read(tmp_path / "0") is not None, "the rank")
+    sign = read(tmp_path / "0")
+    assert sign is not None and sign.pid != shell.pid
+    shell.kill()
+    shell.wait()
+    wait_for(lambda: not is_alive(sign.pid), "the end of the rank", 30)
+
+
 def test_a_later_attempt_stops_this_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.create_attempt()
@@ -406,3 +420,36 @@ def test_a_signal_to_one_rank_of_two_nodes_stops_all_at_the_same_step(tmp_path: 
 def test_multiprocessing_is_told_from_a_rank() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(worker.is_child) and not worker.is_child()
+
+
+def example(path: Path, steps: int) -> Path:
+    """The example of docs/scripts.md, with another number of steps."""
+    text = (ROOT / "docs" / "scripts.md").read_text().split("## The worker API")[1]
+    script = text.split("```python\n")[1].split("```")[0]
+    assert "STEPS = 1000\n" in script
+    path.write_text(script.replace("STEPS = 1000\n", f"STEPS = {steps}\n"))
+    return path
+
+
+def test_the_example_of_the_docs_stops_at_one_step_and_goes_on_from_there(tmp_path: Path) -> None:
+    script = example(tmp_path / "train.py", 1_000_000)
+    folder = RunFolder(tmp_path / "run")
+    words = ["workload=script", f"script.path={script}", "script.resumes=true", "nodes=2", "ranks_per_node=1"]
+    words += ["cluster=local", f"run_dir={folder.path}"]
+    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", PYTHONPATH=str(ROOT))
+    wait_for(lambda: len(read_records(folder.metrics(1))) > 4 or process.poll() is not None, "the fifth step")
+    assert process.poll() is None, (tmp_path / "log").read_text()
+    (folder.path / "STOP").touch()
+    assert process.wait(timeout=120) == 1, "a run that was stopped has not finished"
+    assert not (folder.path / "STOP").exists()
+    events = folder.read_events()
+    ends = [e for e in events if e["event"] in ("stopped", "finished", "rank_failed")]
+    assert [(e["event"], e["file"]) for e in ends] == [("stopped", "STOP")], events
+    step = ends[0]["step"]
+    assert {read_records(folder.metrics(rank))[-1]["step"] for rank in range(2)} == {step}
+    assert [e["step"] for e in events if e["event"] == "saved"][-1] == step
+
+    example(script, step + 3)
+    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", PYTHONPATH=str(ROOT))
+    assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert [r["attempt"] for r in read_records(folder.metrics(0))[-4:]] == [1, 2, 2, 2]
