@@ -2,9 +2,9 @@
 
     python -m gpt.prepare data=shakespeare data.tokenizer=char
     python -m gpt.prepare data=tinystories data.tokenizer=sentencepiece --workers 16
-    python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --to corpora/mine
+    python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --output corpora/mine
 
-Finds what training with the same data.* keys will look for. A preparation that was killed goes on with the same
+Writes the folder that training with the same data.* keys looks for. A preparation that was killed goes on with the same
 command. Owns the command line; the work is ``gpt.data.preprocessing.prepare``'s.
 """
 
@@ -19,20 +19,20 @@ from tqdm import tqdm
 
 from gpt.config import DataConfig, Source, TrainConfig
 from gpt.config.compose import compose_train
-from gpt.data.corpus import cannot_write
+from gpt.data.corpus import unwritable_folder_error
 from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_manifest
 from gpt.data.preprocessing import prepare as preparation
 from gpt.data.preprocessing.files import download_shakespeare
-from gpt.data.preprocessing.recipe import Recipe, recipe_of, usable_cores
-from launch.errors import ConfigError, refusing
+from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, usable_cores
+from launch.errors import ConfigError, RenamedOption, refusing
 from launch.runs import compose
 
 
-def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> TokenSource:
+def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
     """Prepare a corpus, or verify one that is there.
 
     Raises:
-        ConfigError: there is nothing to prepare, the text cannot be had, or ``to`` holds something else.
+        ConfigError: there is nothing to prepare, the text cannot be had, or ``output`` holds something else.
     """
     if config.source is Source.tokens:
         raise ConfigError(
@@ -40,22 +40,22 @@ def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> T
             "a corpus of text",
             "python -m gpt.prepare data=text data.path=FILE",
         )
-    recipe = recipe_of(config, cache)
-    if recipe is None:
+    spec = build_spec(config, cache)
+    if spec is None:  # training never downloads: compute nodes often have no network
         download_shakespeare(cache)
-        recipe = recipe_of(config, cache)
-        assert recipe is not None, "it was just downloaded"
-    folder = to or cache / recipe.key
-    _refuse_damage(recipe, folder)
-    return preparation.prepare(recipe, folder, workers, progress=True, replace=to is None)
+        spec = build_spec(config, cache)
+        assert spec is not None, "it was just downloaded"
+    folder = output or cache / spec.key
+    _refuse_damage(spec, folder)
+    return preparation.prepare(spec, folder, workers, progress=True, replace=output is None)
 
 
-def _refuse_damage(recipe: Recipe, folder: Path) -> None:
-    """Verify the checksums of a corpus that is there already."""
+def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
+    """Raise ConfigError where a file of a corpus that is there already does not have its checksum."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest["spec"] != recipe.spec or open_folder(folder) is None:
+    if manifest is None or manifest["spec"] != spec.identity or open_folder(folder) is None:
         return
-    files = [file for told in manifest["splits"].values() for file in told["files"]]
+    files = [file for split in manifest["splits"].values() for file in split["files"]]
     with tqdm(desc="verify", total=sum(file["size"] for file in files), unit="B", unit_scale=True) as bar:
 
         def advance(size: int) -> None:
@@ -70,8 +70,8 @@ def _refuse_damage(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def report(source: TokenSource, config: DataConfig, to: Path | None) -> str:
-    """What there is now, and what to type next."""
+def report(source: TokenSource, config: DataConfig, output: Path | None) -> str:
+    """Describe the prepared corpus, and say how to train with it."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
     lines = [
@@ -82,8 +82,8 @@ def report(source: TokenSource, config: DataConfig, to: Path | None) -> str:
     ]
     if source.entropy is not None:
         lines.append(f"entropy: {source.entropy:.4f} nats per token, which no loss goes below")
-    what = f"data=tokens data.path={source.folder}" if to else "the same data.* keys"
-    lines.append(f"train with {what} and model.vocab_size={source.vocab_size} (or more)")
+    keys = f"data=tokens data.path={source.folder}" if output else "the same data.* keys"
+    lines.append(f"train with {keys} and model.vocab_size={source.vocab_size} (or more)")
     return "\n".join(lines)
 
 
@@ -95,32 +95,33 @@ def _counts(tokens: int, num_bytes: int | None, documents: int | None) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m gpt.prepare",
         description="Turn a corpus into tokens, once, before training. Goes on where it was killed.",
     )
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="data=NAME and data.* keys, as for training")
-    made.add_argument("--to", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
+    made.add_argument("--to", action=RenamedOption, new="--output", type=Path)
     made.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores there are")
     return made
 
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 where it was refused."""
-    words = parser().parse_args(argv)
-    to = words.to.expanduser().absolute() if words.to else None
-    config = compose.to_schema(compose_train(words.overrides), TrainConfig)
+    """Run the command; returns the exit status: 0, or 2 where it was refused."""
+    args = parser().parse_args(argv)
+    output = args.output.expanduser().absolute() if args.output else None
+    config = compose.to_schema(compose_train(args.overrides), TrainConfig)
     config.data.validate()
-    if words.workers is not None and words.workers < 1:
-        raise ConfigError(f"--workers {words.workers}", "at least one process", f"--workers {usable_cores()}")
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}", "at least one process", f"--workers {usable_cores()}")
     cache = config.data_cache
     try:
-        source = prepare(config.data, cache, to, words.workers or usable_cores())
+        source = prepare(config.data, cache, output, args.workers or usable_cores())
     except (OSError, NotImplementedError) as error:
-        raise cannot_write(to or cache, error) from error
-    print(report(source, config.data, to))
+        raise unwritable_folder_error(output or cache, error) from error
+    print(report(source, config.data, output))
     return 0
 
 

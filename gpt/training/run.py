@@ -17,12 +17,12 @@ from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
 from gpt.checkpoint import CheckpointStore
 from gpt.config import AttentionBackend, Precision, Strategy, TrainConfig
-from gpt.data.corpus import check_fit, describe, described, prepare
+from gpt.data.corpus import check_fit, describe, describe_tokens, prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples
 from gpt.metrics.environment import describe_rank, software
-from gpt.metrics.startup_panel import show
-from gpt.model.attention import why_not_flash
+from gpt.metrics.startup_summary import render_summary
+from gpt.model.attention import find_flash_obstacle
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
@@ -99,7 +99,7 @@ def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
 
 
 def describe_attempt(run: Run) -> None:
-    """Write ``environment.json`` of this attempt and the ledger's ``started``, and show the start-up panel."""
+    """Write ``environment.json`` of this attempt and the event ``started``, and print the startup summary."""
     ranks = run.world.gather(describe_rank(run.world))
     if not run.world.is_first:
         return
@@ -127,8 +127,8 @@ def describe_attempt(run: Run) -> None:
         max_steps=run.config.optim.max_steps,
     )  # fmt: skip
     where = f"attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}"
-    panel = show(record, run.config, f"{run.config.name}  {where}")
-    print(f"{run.folder.path}\n{panel}", flush=True)
+    summary = render_summary(record, run.config, f"{run.config.name}  {where}")
+    print(f"{run.folder.path}\n{summary}", flush=True)
 
 
 def set_up(run: Run) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def set_up(run: Run) -> dict[str, Any]:
         "flops_per_token": training_flops_per_token(model).palm,
         "memory_planned_gib": planned.total_gib,
         "max_steps": config.optim.max_steps,
-        "data": str(described(str(config.data.path or config.data.title), run.tokens)),
+        "data": str(describe_tokens(str(config.data.path or config.data.title), run.tokens)),
         "data_sha256": run.tokens.sha256,
     }
 
@@ -167,7 +167,7 @@ def check_flash(config: TrainConfig, world: World) -> str | None:
     if config.model.attention is not AttentionBackend.flash:
         return None
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-    reasons = world.gather(why_not_flash(config.model, world.device, dtype))
+    reasons = world.gather(find_flash_obstacle(config.model, world.device, dtype))
     reason = next((r for r in reasons if r is not None), None)
     if reason is not None and config.model.force_flash:
         raise ConfigError(
