@@ -21,6 +21,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from launch import __version__
 from launch.config import Config
 from launch.config.compose import not_in_point, prepare_overrides, register, target_of
 from launch.errors import ConfigError
@@ -76,6 +77,9 @@ def run_point(composed: DictConfig) -> None:
 
 def main() -> int:
     """Exit status: 0 all points finished, 1 one failed, 2 refused, 130 stopped by Ctrl-C."""
+    if "--version" in sys.argv[1:]:
+        print(f"gpt-launch {__version__}")
+        return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they are put into words
     schema: type[Config] = Config
     try:

@@ -23,7 +23,7 @@ from launch.errors import ConfigError, refusing
 from launch.jobs.submit import record_submitted
 from launch.plan.plan import Plan, make_plan, write_run
 from launch.plan.text import plan_text
-from launch.runs.overrides import typed_value
+from launch.runs.overrides import append_groups, typed_value
 
 
 def job_overrides(overrides: Sequence[str]) -> list[str]:
@@ -37,7 +37,7 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
         raise ConfigError(
             "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
         )
-    words = list(overrides)
+    words = append_groups(overrides)
     if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
         words = [word for word in words if word.lstrip("+") != "fresh=true"]
     spares = typed_value(words, "spares") or "0"

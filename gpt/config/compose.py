@@ -17,6 +17,7 @@ from gpt.config import ParallelConfig, TrainConfig
 from launch.runs.compose import make_absolute, refuse_unknown
 from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.runs.identity import PLACE_KEYS
+from launch.runs.overrides import append_groups
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
@@ -34,7 +35,7 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     store.store("train_main", {"defaults": ["train_schema", "train", "_self_"]})
     with initialize_config_module("configs", version_base="1.3"):
         try:
-            config = compose("train_main", overrides=list(overrides))
+            config = compose("train_main", overrides=append_groups(overrides))
         except CONFIG_ERRORS as error:
             raise explain(error, TrainConfig) from error
     refuse_unknown(config, TrainConfig)

@@ -23,7 +23,7 @@ from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.explain import CONFIG_ERRORS, explain, free_keys
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import typed_value
+from launch.runs.overrides import append_groups, typed_value
 from launch.runs.ranges import closest
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
@@ -39,7 +39,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
     as ``script.options.lr``, need no plus. A value that would mean something to Hydra's grammar, such as a regular
     expression, is quoted where its workload asks for it.
     """
-    args = list(overrides)
+    args = append_groups(overrides)
     if typed_value(args, "workload._target_") is not None and typed_value(args, "workload") is None:
         args.append(f"workload={CUSTOM}")
     workload = load_workload(target_of(args, config_dir))

@@ -27,6 +27,12 @@ def read_overrides(folder: RunFolder) -> tuple[str, ...]:
     return tuple(str(word) for word in yaml.safe_load(folder.overrides.read_text()) or ())
 
 
+def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment",)) -> list[str]:
+    """Overrides in which groups outside the defaults list may be typed without a plus: ``experiment=weak_scaling``."""
+    named = tuple(f"{group}=" for group in groups)
+    return [f"+{arg}" if arg.startswith(named) else arg for arg in overrides]
+
+
 NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes
 
 
