@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.config import ModelConfig, TrainConfig, model_rules
-from gpt.config.compose import compose_train
+from gpt.config import ModelConfig, model_rules
 from launch.errors import ConfigError
-from launch.runs.compose import to_schema
+from tests.support.composing import config_from
 
 MOE = ["model.ffn=moe", "model.n_expert=4", "model.bias=false"]
 
@@ -53,7 +52,7 @@ REFUSED = [
 
 
 def model(words: list[str]) -> ModelConfig:
-    config = to_schema(compose_train(words), TrainConfig).model
+    config = config_from(words).model
     model_rules.check(config)
     return config
 

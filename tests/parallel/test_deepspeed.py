@@ -111,7 +111,7 @@ CROSSINGS = [("zero1", "zero3"), ("zero3", "fsdp"), ("zero0", "zero1"), ("fsdp",
 
 
 def save_all(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
-    """A run of each way with a checkpoint after two steps, and the losses of the next three."""
+    """A run of each way with a checkpoint after two steps, and the losses of the next two."""
     to_come = {}
     for way, words in WAYS.items():
         run = start(rank, size, folder / way, *MIXTURE, *words)
@@ -120,7 +120,7 @@ def save_all(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
         save(run)
         if way in ("zero2", "zero3"):
             remember(run, folder / f"{way}.pt")
-        to_come[way] = [step(run)[0] for _ in range(3)]
+        to_come[way] = [step(run)[0] for _ in range(2)]
     return to_come
 
 
@@ -139,7 +139,7 @@ def go_on(rank: int, size: int, folder: Path, pairs: list[tuple[str, str]]) -> d
     for saved, resumed in pairs:
         run = start(rank, size, folder / saved, *MIXTURE, *WAYS[resumed])
         assert run.step == 2
-        found[saved, resumed] = [step(run)[0] for _ in range(3)]
+        found[saved, resumed] = [step(run)[0] for _ in range(2)]
     dist.barrier()
     assert not list(folder.glob("*/checkpoints/.*")), "conversions are temporary"
     return found

@@ -106,7 +106,7 @@ CROSSINGS = [
 
 
 def save_here(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
-    """A run of some ways with a checkpoint after two steps, and the losses of the next three."""
+    """A run of some ways with a checkpoint after two steps, and the losses of the next two."""
     to_come = {}
     for way in ("ds_pp", "ds_pp_zero1", "bf16", "pp"):
         run = start(rank, size, folder / way, *MIXTURE, *WAYS[way])
@@ -115,7 +115,7 @@ def save_here(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
         save(run)
         if way == "ds_pp_zero1":
             remember(run, folder / "weights.pt")
-        to_come[way] = [step(run)[0] for _ in range(3)]
+        to_come[way] = [step(run)[0] for _ in range(2)]
     return to_come
 
 
@@ -134,7 +134,7 @@ def go_on(rank: int, size: int, folder: Path, pairs: list[tuple[str, str]]) -> d
     for saved, resumed in pairs:
         run = start(rank, size, folder / saved, *MIXTURE, *WAYS[resumed])
         assert run.step == 2
-        found[saved, resumed] = [step(run)[0] for _ in range(3)]
+        found[saved, resumed] = [step(run)[0] for _ in range(2)]
     return found
 
 

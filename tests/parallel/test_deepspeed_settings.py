@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
-from launch.runs.compose import to_schema
+from tests.support.composing import config_from
 from tests.support.learning import BATCH, MODELS, TINY
 
 
 def config_of(*words: str) -> TrainConfig:
-    config = to_schema(compose_train([*TINY, "optim.micro_batch=2", *words]), TrainConfig)
+    config = config_from([*TINY, "optim.micro_batch=2", *words])
     config.validate()
     return config
 

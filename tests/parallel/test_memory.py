@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 
 from gpt.config import Precision, TrainConfig
-from gpt.config.compose import compose_train
 from gpt.planning.memory import BF16, FP32, activation_bytes, cast_elements, parameter_shards, states
 from gpt.planning.memory.rank import parallel_factors
 from gpt.topology.batch import split_batch
 from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
-from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes, living_bytes
-from tests.support.learning import BATCH, MODELS, TINY, start, step
+from tests.support.learning import BATCH, MODELS, compose, start_composed, step
 
-WORDS = ["model.n_layer=4", "model.n_head=4", "optim.micro_batch=2"]
-"""Layers for four ranks, and micro-batches for a pipeline."""
+WORDS = ["model.n_head=4", "optim.micro_batch=2"]
+LAYERS = "model.n_layer=4"
+"""For pipelines, some of which have two stages on each of two ranks."""
 LAYOUTS = {
     "ddp": "parallel=ddp",
     "zero1": "parallel=zero1",
@@ -56,29 +55,34 @@ CASES = [
 ]
 
 
-def words_of(name: str, model: str) -> list[str]:
-    return [*WORDS, *LAYOUTS[name].split(), *MODELS[model]]
+Cases = dict[tuple[str, ...], TrainConfig]
 
 
-def hold(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
+def config_of(name: str, model: str) -> TrainConfig:
+    layers = [LAYERS] if "pp" in name.split() else []
+    return compose(*WORDS, *layers, *LAYOUTS[name].split(), *MODELS[model])
+
+
+def hold(rank: int, size: int, folder: Path, cases: Cases) -> dict[tuple[str, ...], tuple[int, int, int]]:
     found = {}
-    for name, model in CASES:
-        run = start(rank, size, folder / f"{name}{model}", *words_of(name, model))
+    for number, (case, config) in enumerate(cases.items()):
+        run = start_composed(rank, size, folder / str(number), config)
         step(run)
-        found[name, model] = held_bytes(run)
+        found[case] = held_bytes(run)
     return found
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[int, int, int]]]:
-    return run_distributed(hold, 4, tmp_path_factory.mktemp("held") / "runs", timeout_s=400)
+def held(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, ...], tuple[int, int, int]]]:
+    cases = {(name, model): config_of(name, model) for name, model in CASES}
+    return run_distributed(hold, 4, tmp_path_factory.mktemp("held") / "runs", cases, timeout_s=400)
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_every_rank_holds_what_the_plan_says(
-    name: str, model: str, held: list[dict[tuple[str, str], tuple[int, int, int]]]
+    name: str, model: str, held: list[dict[tuple[str, ...], tuple[int, int, int]]]
 ) -> None:
-    config = to_schema(compose_train([*TINY, *words_of(name, model)]), TrainConfig)
+    config = config_of(name, model)
     dims = check_parallel_dims(config, len(held))
     assert split_batch(config.optim, dims.data_ranks).global_batch == BATCH
     line = len(held) // dims.pp
@@ -90,7 +94,7 @@ def test_every_rank_holds_what_the_plan_says(
         assert tuple(map(max, zip(*found, strict=True))) == expected, f"{name} of {model}, stage {stage}"
 
 
-def test_memory_falls_as_promised(held: list[dict[tuple[str, str], tuple[int, int, int]]]) -> None:
+def test_memory_falls_as_promised(held: list[dict[tuple[str, ...], tuple[int, int, int]]]) -> None:
     most = {name: [max(rank[name, DENSE][i] for rank in held) for i in range(3)] for name in ("ddp", "zero1", "fsdp")}
     whole, moments, shards = most["ddp"], most["zero1"], most["fsdp"]
     assert moments[:2] == whole[:2]
@@ -121,15 +125,15 @@ ACTIVATIONS = {
 }
 
 
-def keep(rank: int, size: int, folder: Path) -> dict[tuple[str, str, str], int]:
-    cases = enumerate(ACTIVATIONS.items())
-    return {case: living_bytes(start(rank, size, folder / str(i), *WORDS, *words)) for i, (case, words) in cases}
+def keep(rank: int, size: int, folder: Path, cases: Cases) -> dict[tuple[str, ...], int]:
+    each = enumerate(cases.items())
+    return {case: living_bytes(start_composed(rank, size, folder / str(i), config)) for i, (case, config) in each}
 
 
 def test_activations_of_a_rank_are_what_the_plan_says(tmp_path: Path) -> None:
-    found = run_distributed(keep, 2, tmp_path / "runs", timeout_s=300)
-    for case, words in ACTIVATIONS.items():
-        config = to_schema(compose_train([*TINY, *WORDS, *words]), TrainConfig)
+    cases: Cases = {case: compose(*WORDS, *words) for case, words in ACTIVATIONS.items()}
+    found = run_distributed(keep, 2, tmp_path / "runs", cases, timeout_s=300)
+    for case, config in cases.items():
         dims, width = check_parallel_dims(config, 2), BF16 if config.precision is Precision.bf16 else FP32
         micro = split_batch(config.optim, dims.data_ranks).micro
         said = activation_bytes(config.model, micro, config.precision, config.recompute, parallel_factors(config, dims))

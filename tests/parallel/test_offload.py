@@ -10,13 +10,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
 from gpt.planning.memory import per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims
 from gpt.training.state import save
 from launch.errors import ConfigError
-from launch.runs.compose import to_schema
+from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, TINY, learn, start, step
 
@@ -56,7 +55,7 @@ def test_offloading_changes_no_bit_and_checkpoints_cross(tmp_path: Path) -> None
 
 
 def composed(*words: str) -> TrainConfig:
-    config = to_schema(compose_train([*TINY, *words]), TrainConfig)
+    config = config_from([*TINY, *words])
     config.validate()
     return config
 

@@ -13,12 +13,11 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from gpt.accounting.flops import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
-from gpt.config.compose import compose_train
 from gpt.topology.pipeline import bubble_fraction, local_stages, partition, split_layers, stage_indices
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
-from launch.runs.compose import to_schema
 from tests.support.commands import ROOT
+from tests.support.composing import config_from
 
 COSTS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
 
@@ -42,7 +41,7 @@ def test_no_other_split_has_a_faster_slowest_stage(costs: list[int], data: st.Da
 
 
 def config_of(*words: str) -> TrainConfig:
-    config = to_schema(compose_train(words), TrainConfig)
+    config = config_from(words)
     config.validate()
     return config
 

@@ -21,6 +21,7 @@ from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema, write_config
 from launch.runs.folder import RunFolder
+from tests.support.composing import config_from
 
 WORDS = [
     "parallel=auto",
@@ -34,7 +35,7 @@ WORDS = [
 
 @cache  # composing takes longer than choosing
 def config_of(*words: str) -> TrainConfig:
-    return to_schema(compose_train([*WORDS, *words]), TrainConfig)
+    return config_from([*WORDS, *words])
 
 
 def machine(gib: float = 72.0, **changes: Any) -> Machine:

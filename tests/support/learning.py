@@ -8,8 +8,10 @@ a gradient.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,18 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import Strategy, TrainConfig
-from gpt.config.compose import compose_train
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import sum_of_squares
 from gpt.topology.dims import parallel_dims
 from gpt.train import build
 from gpt.training.run import Run
 from gpt.training.step import queue_step
-from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 from launch.worker import Run as Rank
+from tests.support.composing import config_from
 
-STEPS = 5
+STEPS = 3
 BATCH = 16
 TINY = [
     *("model.n_layer=2", "model.n_embd=32", "model.n_head=4", "model.block_size=16", "data.max_bytes=60000"),
@@ -51,23 +52,50 @@ class Case:
 
     words: str
     model: str
-    accumulation: int = 4
+    accumulation: int = 2
+
+
+@cache
+def control_group() -> dist.ProcessGroup:
+    """The group for messages between the processes, which the runs of one process share."""
+    return dist.new_group(backend="gloo")
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> TrainConfig:
+    # Composing takes as long as several steps, and would take that on every rank.
+    alone = not dist.is_initialized()
+    made = [config_from(words) if alone or dist.get_rank() == 0 else None]
+    if not alone:
+        dist.broadcast_object_list(made, src=0)
+    config = made[0]
+    assert config is not None
+    config.validate()
+    return config
+
+
+def compose(*words: str) -> TrainConfig:
+    """The configuration of a tiny run with what is typed; in ranks, one of them composes it for all."""
+    return copy.deepcopy(_composed((*TINY, *words)))
 
 
 def start(rank: int, size: int, folder: Path, *words: str) -> Run:
     """A run of the configuration that is typed, as ``gpt.train`` makes it."""
-    config = to_schema(compose_train([*TINY, *words, f"data.cache_dir={folder.parent / 'cache'}"]), TrainConfig)
-    config.validate()
-    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    return start_composed(rank, size, folder, compose(*words))
+
+
+def start_composed(rank: int, size: int, folder: Path, config: TrainConfig) -> Run:
+    """A run of a configuration; those that lie in one folder share their data."""
+    config.data.cache_dir = str(folder.parent / "cache")
+    world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
     return build(config, RunFolder(folder), world, 1, Rank())
 
 
 def start_case(rank: int, size: int, folder: Path, case: Case, model: Sequence[str]) -> Run:
     """The run of a case, whose model has these ``model`` words."""
-    words = [*model, *case.words.split()]
-    parallel = to_schema(compose_train([*TINY, *words]), TrainConfig).parallel
-    micro = BATCH // (parallel_dims(parallel, size).data_ranks * case.accumulation)
-    run = start(rank, size, folder, *words, f"optim.micro_batch={micro}")
+    config = compose(*model, *case.words.split())
+    config.optim.micro_batch = BATCH // (parallel_dims(config.parallel, size).data_ranks * case.accumulation)
+    run = start_composed(rank, size, folder, config)
     assert run.batch.accumulation == case.accumulation
     return run
 

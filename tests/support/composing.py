@@ -1,0 +1,49 @@
+"""Configurations from what is typed, for tests of what follows from them rather than of the typing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gpt.config import TrainConfig
+from gpt.config.compose import compose_train
+from launch.runs.compose import to_schema
+
+VALUES = ("model.", "optim.", "parallel.", "eval.")
+"""Where a plain value is put into what was composed before; all else is composed."""
+ELSEWHERE = ("parallel.deepspeed_config", "model.name")
+"""A path is made absolute, and the name of a model names the run."""
+
+
+def config_from(words: Iterable[str]) -> TrainConfig:
+    """The configuration of these words, as ``gpt.train`` has it.
+
+    Hydra parses the words, but composes only those that name a group of files, once for all tests of a process:
+    composing takes a tenth of a second. Tests of composing itself call ``compose_train``.
+    """
+    words = list(words)
+    values = [word for word in words if word.startswith(VALUES) and not word.startswith(ELSEWHERE)]
+    config = copy.deepcopy(_composed(tuple(word for word in words if word not in values)))
+    try:
+        given: dict[str, dict[str, Any]] = {}
+        for override in OverridesParser.create().parse_overrides(values):
+            section, key = override.key_or_group.split(".")
+            given.setdefault(section, {})[key] = override.value()
+        for section, changed in given.items():
+            merged = OmegaConf.merge(OmegaConf.structured(getattr(config, section)), changed)
+            setattr(config, section, OmegaConf.to_object(merged))
+    except (HydraException, OmegaConfBaseException):  # to have it in our words
+        return to_schema(compose_train(words), TrainConfig)
+    return config
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> TrainConfig:
+    return to_schema(compose_train(words), TrainConfig)
