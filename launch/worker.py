@@ -254,12 +254,12 @@ class Run:
 
     def open_folder(self, folder: Path, attempt: int) -> None:
         """Keep records, events and requests in ``folder``, as attempt ``attempt``; ``attach`` does so for others."""
+        self.attempt = attempt  # before the thread compares it with those in the folder
         if self.folder is None:
             self.folder, self.checkpoint_dir = Path(folder), RunFolder(folder).checkpoints
             self._runs = RunFolder(folder)
             if self.is_first:
                 threading.Thread(target=self._look_on, name="requests", daemon=True).start()
-        self.attempt = attempt
 
     def install_handlers(self) -> None:
         """Take the stop signals over from whoever handled them; only the main thread can."""
