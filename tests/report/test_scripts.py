@@ -227,7 +227,7 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
     table = build(tmp_path)
     for row, least in zip(table.rows, (0.05, 0.025), strict=True):
         assert row.unit == "samples" and row.throughput is not None and row.step_time_s is not None
-        assert least <= row.step_time_s < 3 * least
+        assert 0.7 * least <= row.step_time_s < 3 * least, "when lines were printed is known to some milliseconds"
         assert row.throughput == pytest.approx(32 / row.step_time_s)
         assert (row.last_step, row.loss) == (30, pytest.approx(1 / 30, abs=1e-3))
 
