@@ -14,18 +14,15 @@ from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.explain import describe, explain_search, no_layout_error, out_of_memory_error
 from gpt.planning.hardware import Machine
-from gpt.planning.memory import Memory
 from gpt.planning.search import (
     MICRO_BATCH,
     Candidate,
-    CandidateMemory,
     Relaxation,
     SearchResult,
     search_layouts,
     with_micro_batch,
 )
-from gpt.topology.batch import Batch, split_batch
-from gpt.topology.dims import ParallelDims
+from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config
@@ -36,16 +33,17 @@ NO_DIFFERENCE = 1.03
 """Estimates within this ratio count as equal: then the plainer layout is preferred."""
 
 
-@dataclass(frozen=True)
-class LayoutChoice:
-    """A layout that fits, with its memory and its estimated step time."""
+SHOWN = 5
+"""Layouts that a plan shows."""
+Config = TypeVar("Config", bound=TrainConfig)
 
-    parallel: ParallelConfig
-    dims: ParallelDims
-    batch: Batch
+
+@dataclass(frozen=True)
+class LayoutChoice(Candidate):
+    """A layout that fits, with its estimated step time."""
+
     micro_batch: int
     """``optim.micro_batch``: as typed, or smaller."""
-    memory: Memory
     estimate: Estimate
 
     def as_dict(self) -> dict[str, object]:
@@ -66,16 +64,30 @@ class LayoutChoice:
 
 
 @dataclass(frozen=True)
-class RankedLayouts:
-    """The layouts that fit, ranked, with notes on the others."""
+class ParallelChoice:
+    """The parallelism of a run, and the reason for it."""
 
-    choices: tuple[LayoutChoice, ...]
-    """The layouts that fit, best first."""
-    left_out: tuple[str, ...]
+    parallel: ParallelConfig
+    micro_batch: int
+    """``optim.micro_batch``: as typed, or smaller."""
+    choices: tuple[LayoutChoice, ...] = ()
+    """The layouts that fit, best first; empty where there was no choice."""
+    why: str = ""
+    """The reason as text; empty where the command sets the strategy."""
+    left_out: tuple[str, ...] = ()
     """Lines of text on the layouts that were left out, and on what was relaxed to fit."""
 
+    @property
+    def best(self) -> tuple[LayoutChoice, ...]:
+        """The first layouts, as many as a plan shows."""
+        return self.choices[:SHOWN]
 
-def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> RankedLayouts:
+    def apply(self, config: Config) -> Config:
+        """Return the config with the choice filled in."""
+        return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
+
+
+def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> ParallelChoice:
     """Rank the layouts that fit, best first: those for the config as typed, or else with the least relaxation.
 
     Args:
@@ -91,64 +103,40 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
     for found in search_layouts(config, world_size, machine, fixed):
         tried.append(found)
         if found.fitting:
-            pairs = [
-                (one.candidate, evaluate_candidate(config, found.relaxation, one, machine)) for one in found.fitting
-            ]
-            return RankedLayouts(sort_layouts(pairs), tuple(explain_search(config, world_size, machine, fixed, tried)))
+            ranked = sort_layouts([evaluate(config, found.relaxation, one, machine) for one in found.fitting])
+            first, number = ranked[0], len(ranked)
+            why = f"1 of {number} layouts that fit, by an estimate that ranks them on {machine}"
+            if first.micro_batch != config.optim.micro_batch:
+                why = f"optim.micro_batch={first.micro_batch} instead of {config.optim.micro_batch}, and {why}"
+            left_out = tuple(explain_search(config, world_size, machine, fixed, tried))
+            return ParallelChoice(first.parallel, first.micro_batch, ranked, why, left_out)
     if all(not found.too_large for found in tried):
         raise no_layout_error(config, world_size, fixed)
     raise out_of_memory_error(config, world_size, machine, fixed, tried)
 
 
-def evaluate_candidate(
-    config: TrainConfig, relaxation: Relaxation, sized: CandidateMemory, machine: Machine
-) -> LayoutChoice:
+def evaluate(config: TrainConfig, relaxation: Relaxation, one: Candidate, machine: Machine) -> LayoutChoice:
     """Estimate the step time of a candidate that fits under a relaxation."""
-    one = sized.candidate
     micro_batch = one.batch.micro if relaxation.smaller_micro_batch else config.optim.micro_batch
     chosen = replace(with_micro_batch(config, micro_batch), parallel=one.parallel)
     expected = estimate(chosen, one.dims, one.batch, machine)
-    return LayoutChoice(one.parallel, one.dims, one.batch, micro_batch, sized.memory, expected)
+    return LayoutChoice(one.parallel, one.dims, one.batch, one.memory, micro_batch, expected)
 
 
-def sort_layouts(found: Sequence[tuple[Candidate, LayoutChoice]]) -> tuple[LayoutChoice, ...]:
+def sort_layouts(found: Sequence[LayoutChoice]) -> tuple[LayoutChoice, ...]:
     """Sort layouts by step time, but those within ``NO_DIFFERENCE`` of the fastest by plainness.
 
     Each layout appears once, with its best micro-batch.
     """
-    limit = NO_DIFFERENCE * min(choice.estimate.step_s for _, choice in found)
+    limit = NO_DIFFERENCE * min(choice.estimate.step_s for choice in found)
 
-    def key(pair: tuple[Candidate, LayoutChoice]) -> tuple[object, ...]:
-        one, choice = pair
+    def key(choice: LayoutChoice) -> tuple[object, ...]:
         step_s = choice.estimate.step_s
-        return (step_s > limit, *((step_s,) if step_s > limit else ()), one.plainness, step_s, str(choice))
+        return (step_s > limit, *((step_s,) if step_s > limit else ()), choice.plainness, step_s, str(choice))
 
-    ordered = [choice for _, choice in sorted(found, key=key)]
+    ordered = sorted(found, key=key)
     first = {str(choice.parallel): choice for choice in reversed(ordered)}
     return tuple(choice for choice in ordered if first[str(choice.parallel)] is choice)
-
-
-Config = TypeVar("Config", bound=TrainConfig)
-SHOWN = 5
-
-
-@dataclass(frozen=True)
-class ParallelChoice:
-    """The parallelism of a run, and the reason for it."""
-
-    parallel: ParallelConfig
-    micro_batch: int
-    """``optim.micro_batch``: as typed, or smaller."""
-    best: tuple[LayoutChoice, ...] = ()
-    """The first of the ranked layouts; empty where there was no choice."""
-    why: str = ""
-    """The reason as text; empty where the command sets the strategy."""
-    left_out: tuple[str, ...] = ()
-    """Lines of text on the layouts that were left out, and on what was relaxed to fit."""
-
-    def apply(self, config: Config) -> Config:
-        """Return the config with the choice filled in."""
-        return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
 
 
 def choose_parallelism(
@@ -176,13 +164,7 @@ def choose_parallelism(
     earlier = earlier_choice(config, overrides, fixed, folder, world_size)
     if earlier is not None:
         return earlier
-    seen = machine()
-    found = rank_layouts(config, world_size, seen, fixed)
-    first, number = found.choices[0], len(found.choices)
-    why = f"1 of {number} layouts that fit, by an estimate that ranks them on {seen}"
-    if first.micro_batch != config.optim.micro_batch:
-        why = f"optim.micro_batch={first.micro_batch} instead of {config.optim.micro_batch}, and {why}"
-    return ParallelChoice(first.parallel, first.micro_batch, found.choices[:SHOWN], why, found.left_out)
+    return rank_layouts(config, world_size, machine(), fixed)
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:

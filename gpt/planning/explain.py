@@ -12,7 +12,7 @@ from typing import Any
 
 from gpt.config import EngineKind, ParallelConfig, Recompute, Strategy, TrainConfig
 from gpt.planning.hardware import Machine
-from gpt.planning.memory import GIB, Memory
+from gpt.planning.memory import GIB
 from gpt.planning.search import (
     MICRO_BATCH,
     OFFLOADS,
@@ -70,7 +70,7 @@ def failure_text(found: SearchResult, machine: Machine) -> str:
 def nearest_text(found: SearchResult, machine: Machine) -> str:
     """Describe the layout that comes nearest to fitting."""
     assert found.least is not None
-    return f"nearest: {requirement_text(found.least.candidate, found.least.memory, machine)}"
+    return f"nearest: {requirement_text(found.least, machine)}"
 
 
 def refusal_lines(found: SearchResult) -> Iterator[str]:
@@ -127,14 +127,14 @@ def out_of_memory_error(
 ) -> ConfigError:
     """Return the refusal where nothing fits, with the least change that would help."""
     least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
-    one, fix = least.candidate, next(remedies(config, world_size, machine, fixed), None)
+    fix = next(remedies(config, world_size, machine, fixed), None)
     host, there = "", ""
     if least.memory.host:
         host = f", and {least.memory.host / GIB:.2f} GiB of host memory"
         there = f" and {machine.host.room / GIB:.2f} GiB of host memory" if machine.host and machine.host.room else ""
     return ConfigError(
         f"parallel.strategy=auto on {world_size} rank{'s' if world_size > 1 else ''}: the layout that needs least, "
-        f"{describe(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, needs "
+        f"{describe(least.parallel, least.dims)} with micro-batches of {least.batch.micro}, needs "
         f"{least.memory.total_gib:.2f} GiB on each{host}",
         f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
         fix or "a smaller model, or a smaller model.block_size",
@@ -184,15 +184,15 @@ def describe(parallel: ParallelConfig, dims: ParallelDims) -> str:
     return " ".join([*text, *(f"{key}=true" for key in OFFLOADS if getattr(parallel, key))])
 
 
-def requirement_text(one: Candidate, memory: Memory, machine: Machine) -> str:
+def requirement_text(one: Candidate, machine: Machine) -> str:
     """Describe a layout with the memory it needs and the memory there is."""
     host = ""
-    if memory.host and machine.host is not None:
+    if one.memory.host and machine.host is not None:
         room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
-        host = f", and {memory.host / GIB:.3g}{room} GiB of host memory"
+        host = f", and {one.memory.host / GIB:.3g}{room} GiB of host memory"
     return (
         f"{describe(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, "
-        f"{memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
+        f"{one.memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
     )
 
 

@@ -30,11 +30,12 @@ OFFLOADS = ("cpu_offload", "offload_optimizer", "offload_parameters")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A valid layout."""
+    """A valid layout, and its memory per rank."""
 
     parallel: ParallelConfig
     dims: ParallelDims
     batch: Batch
+    memory: Memory
 
     @property
     def plainness(self) -> tuple[int, ...]:
@@ -52,38 +53,35 @@ class Candidate:
         )
 
 
-@dataclass(frozen=True)
-class CandidateSet:
-    """The valid layouts, and the refusals of the others."""
-
-    possible: tuple[Candidate, ...]
-    refused: tuple[ConfigError, ...]
-    """Refusals of invalid layouts."""
-
-
 def candidates(
-    config: TrainConfig, world_size: int, ranks_per_node: int, fixed: Collection[str] = (), offload: bool = False
-) -> CandidateSet:
+    config: TrainConfig,
+    world_size: int,
+    ranks_per_node: int,
+    fixed: Collection[str] = (),
+    offload: bool = False,
+    refused: list[ConfigError] | None = None,
+) -> Iterator[Candidate]:
     """Enumerate the valid layouts on ``world_size`` ranks.
 
     Args:
         config: of the run; its ``parallel`` holds the values of ``fixed`` keys.
         world_size: ranks.
-        ranks_per_node: ranks of a node. Tensor parallelism stays within a node, since every layer waits for its
-        collectives.
+        ranks_per_node: ranks of a node. Tensor parallelism stays within a node: every layer waits for its collectives.
         fixed: keys of ``parallel`` that never change.
         offload: True to enumerate layouts with CPU offload instead.
+        refused: takes the refusals of invalid layouts.
     """
-    possible, refused = [], []
     for parallel in parallel_configs(config, world_size, ranks_per_node, fixed, offload):
         chosen = replace(config, parallel=parallel)
         try:
             parallel.validate()
             dims = check_parallel_dims(chosen, world_size)
-            possible.append(Candidate(parallel, dims, split_batch(config.optim, dims.data_ranks)))
+            batch = split_batch(config.optim, dims.data_ranks)
         except ConfigError as error:
-            refused.append(error)
-    return CandidateSet(tuple(possible), tuple(refused))
+            if refused is not None:
+                refused.append(error)
+            continue
+        yield Candidate(parallel, dims, batch, per_rank(chosen, dims, batch))
 
 
 def parallel_configs(
@@ -167,24 +165,16 @@ RELAXATIONS = (
 
 
 @dataclass(frozen=True)
-class CandidateMemory:
-    """A valid layout and its memory per rank."""
-
-    candidate: Candidate
-    memory: Memory
-
-
-@dataclass(frozen=True)
 class SearchResult:
     """The valid layouts under one relaxation."""
 
     relaxation: Relaxation
-    fitting: tuple[CandidateMemory, ...]
-    too_large: tuple[CandidateMemory, ...]
+    fitting: tuple[Candidate, ...]
+    too_large: tuple[Candidate, ...]
     refused: tuple[ConfigError, ...]
 
     @property
-    def least(self) -> CandidateMemory | None:
+    def least(self) -> Candidate | None:
         """The layout that needs the least device memory, of those that do not fit."""
         return min(self.too_large, key=lambda one: one.memory.total, default=None)
 
@@ -212,7 +202,7 @@ def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Colle
         fits_memory(one.memory, machine)
         for offload in (False, *([True] if may_offload(machine, fixed) else []))
         for changed in (config, with_micro_batch(config, 1))
-        for one in candidates_with_memory(changed, world_size, machine, fixed, Relaxation(offload=offload), [])
+        for one in relaxed_candidates(changed, world_size, machine, fixed, Relaxation(offload=offload), [])
     )
 
 
@@ -226,21 +216,21 @@ def search_once(
 ) -> SearchResult:
     """Search the layouts under one relaxation."""
     refused: list[ConfigError] = []
-    parts: tuple[list[CandidateMemory], list[CandidateMemory]] = ([], [])
-    for one in candidates_with_memory(config, world_size, machine, fixed, relaxation, refused):
-        parts[fits_memory(one.memory, machine)].append(one)
-    return SearchResult(relaxation, tuple(parts[True]), tuple(parts[False]), tuple(refused))
+    found = list(relaxed_candidates(config, world_size, machine, fixed, relaxation, refused))
+    fitting = tuple(one for one in found if fits_memory(one.memory, machine))
+    too_large = tuple(one for one in found if not fits_memory(one.memory, machine))
+    return SearchResult(relaxation, fitting, too_large, tuple(refused))
 
 
-def candidates_with_memory(
+def relaxed_candidates(
     config: TrainConfig,
     world_size: int,
     machine: Machine,
     fixed: Collection[str],
     relaxation: Relaxation,
     refused: list[ConfigError],
-) -> Iterator[CandidateMemory]:
-    """Yield every valid layout under a relaxation, with its memory, for every micro-batch that the relaxation allows.
+) -> Iterator[Candidate]:
+    """Yield every valid layout under a relaxation, with every micro-batch that the relaxation allows.
 
     Refusals for the micro-batch as typed are appended to ``refused``.
     """
@@ -249,13 +239,12 @@ def candidates_with_memory(
         config,
         *(with_micro_batch(config, size) for size in smaller_micro_batches(config.optim.micro_batch, relaxation)),
     ]:
-        found = candidates(changed, world_size, machine.ranks_per_node, fixed, relaxation.offload)
-        refused += found.refused if changed is config else ()
-        for one in found.possible:
+        refusals = refused if changed is config else None
+        for one in candidates(changed, world_size, machine.ranks_per_node, fixed, relaxation.offload, refusals):
             key = f"{one.parallel} {one.batch.micro}"
             if key not in known:  # split_batch rounds down to a divisor, so sizes repeat
                 known.add(key)
-                yield CandidateMemory(one, per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch))
+                yield one
 
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:

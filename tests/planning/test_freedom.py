@@ -10,7 +10,7 @@ import pytest
 
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.config.compose import compose_train, settle_parallel
-from gpt.planning.auto import LayoutChoice, RankedLayouts, choose_parallelism, rank_layouts, typed_keys
+from gpt.planning.auto import LayoutChoice, ParallelChoice, choose_parallelism, rank_layouts, typed_keys
 from gpt.planning.explain import table
 from gpt.planning.hardware import MachineOverrides, cpus
 from gpt.planning.memory import GIB, per_rank
@@ -24,7 +24,7 @@ BATCH = ["optim.micro_batch=8", "optim.global_batch=256"]
 ZERO = ["parallel.engine=deepspeed", *BATCH]
 
 
-def chosen(gib: float, *words: str, host_gib: float | None = None) -> RankedLayouts:
+def chosen(gib: float, *words: str, host_gib: float | None = None) -> ParallelChoice:
     there = machine(gib)
     assert there.host is not None
     room = None if host_gib is None else int(host_gib * GIB)
@@ -142,16 +142,17 @@ def test_keys_of_another_engine_are_refused(words: list[str], found: str) -> Non
 def test_what_does_not_fit_is_counted() -> None:
     found = chosen(8.0, *BATCH)
     config = config_of(*BATCH)
-    tried = candidates(config, 8, 8)
-    totals = [per_rank(replace(config, parallel=one.parallel), one.dims, one.batch).total for one in tried.possible]
+    refused: list[ConfigError] = []
+    valid = list(candidates(config, 8, 8, refused=refused))
+    totals = [per_rank(replace(config, parallel=one.parallel), one.dims, one.batch).total for one in valid]
     large = [total for total in totals if total > 8 * GIB]
     text = "\n".join(found.left_out)
     assert len(found.choices) == len(totals) - len(large)
     assert f"left out: {len(large)} that do not fit" in text
     assert f"{min(large) / GIB:.3g} of 8 GiB" in text
-    assert f"refused: {len(tried.refused)} invalid layouts" in text
+    assert f"refused: {len(refused)} invalid layouts" in text
     shown = [int(line.split()[0]) for line in found.left_out if re.match(r" +\d+ like", line)]
-    assert shown and sum(shown) <= len(tried.refused)
+    assert shown and sum(shown) <= len(refused)
 
 
 @pytest.mark.parametrize("gib", [6.0, 1.6])
