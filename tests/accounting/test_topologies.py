@@ -1,4 +1,4 @@
-"""What a rank holds of a model that is cut along any dimension: numbers by hand, and laws that hold for any model."""
+"""The shards of a model along any dimension: numbers by hand, and laws that hold for any model."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def test_experts_are_dealt_out_and_shared_by_those_that_hold_the_same() -> None:
     copies, sharded = (memory(run(model, ep=2, strategy=s), 4) for s in (Strategy.ddp, Strategy.fsdp))
     assert copies.parameters == FP32 * (rest + experts // 2)
     whole = memory(run(model, strategy=Strategy.fsdp), 4)
-    assert sharded.parameters == whole.parameters  # two deal out the experts, and two share what each is dealt
+    assert sharded.parameters == whole.parameters  # experts sharded over two ranks, each half sharded over two
     stack = next(
         p for p in parameter_shards(model, ParallelDims("fsdp", 1, 8, ep=4)).block if p.name == "ffn.experts.gate"
     )
-    assert (stack.shape, stack.ranks, stack.dimension) == ((1, 24, 32), 2, 1)  # one expert cannot be cut into two
+    assert (stack.shape, stack.ranks, stack.dimension) == ((1, 24, 32), 2, 1)  # one expert is sharded inside
 
 
 @pytest.mark.parametrize("model", [HAND, {}, {**MOE, "n_shared_expert": 1}], ids=["llama", "gpt2", "experts"])
@@ -189,13 +189,13 @@ def test_activations_are_cut_by_tensor_parallelism() -> None:
     [
         ("gpipe", [8, 8, 8, 8]),
         ("1f1b", [4, 3, 2, 1]),
-        # (4 + 6 + 1) / 2, (4 + 4 + 1) / 2, ...: passes through one of two stages, rounded up.
+        # (4 + 6 + 1) / 2, (4 + 4 + 1) / 2, ...: micro-batches through one of two stages, rounded up.
         ("interleaved", [6, 5, 4, 3]),
         ("zbv", [4, 4, 4, 4]),
         ("dualpipev", [5, 5, 5, 5]),
     ],
 )
-def test_passes_begun_by_schedule(schedule: str, by_rank: list[int]) -> None:
+def test_micro_batches_in_flight_by_schedule(schedule: str, by_rank: list[int]) -> None:
     parallel = ParallelConfig(Strategy.ddp, pp=4, schedule=Schedule[schedule])
     assert [micro_batches_in_flight(parallel, rank, 8) for rank in range(4)] == by_rank
     assert micro_batches_in_flight(parallel, 0, 1) == 1

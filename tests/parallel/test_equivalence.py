@@ -1,4 +1,4 @@
-"""However a model is shared among data ranks, it learns the same: against one process that takes one pass a step."""
+"""Every data-parallel strategy learns the same: against one process with one micro-batch a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES = {
     ],
     4: [Case(words, model, PASSES[model]) for words in STRATEGIES.values() for model in MODELS],
 }
-"""Every strategy with every model; what is one pass a step on two ranks is four on four ranks, and the reverse."""
+"""Every strategy and model; one micro-batch a step on two ranks is four on four ranks, and vice versa."""
 
 
 @pytest.mark.parametrize("ranks", CASES)

@@ -1,4 +1,4 @@
-"""Experts dealt out over ranks learn what one process learns, under copies, fsdp and hsdp."""
+"""Experts sharded over ranks learn what one process learns, with replicas, fsdp and hsdp."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ LAYOUTS = {
     "pp x ZeRO 1": "parallel=ds_pp_zero1",
 }
 LONG = ["model.n_embd=64", "model.block_size=64"]
-"""For recomputation, which leaves so little that what torch keeps once for each pass shows."""
+"""For recomputation, which leaves so little that what torch keeps once for each micro-batch shows."""
 DENSE = "untied, grouped queries"
 CASES = [
     *((name, DENSE) for name in LAYOUTS if "ep" not in name.split()),

@@ -1,4 +1,4 @@
-"""A model whose layers are dealt out to the stages of a pipeline learns what one process learns."""
+"""A model split into pipeline stages learns what one process learns."""
 
 from __future__ import annotations
 
@@ -181,10 +181,10 @@ def noisy(rank: int, size: int, folder: Path) -> dict[str, Any]:
     for name, spread_so in {"ddp": ["parallel=ddp"], "pp": CROSSED["pp"], "fsdp": CROSSED["zbv, fsdp"]}.items():
         run = start(rank, size, folder / f"bf16{name}", *spread_so, *words, "model.dropout=0", "precision=bf16")
         found[f"bf16 {name}"] = [step(run)[0] for _ in range(3)]
-    passes: list[None] = []
+    calls: list[None] = []
     batch = run.samples.batch("train", list(range(run.batch.per_rank)))
-    run.engine.backward(*batch, lambda: passes.append(None))
-    return {**found, "passes": len(passes)}
+    run.engine.backward(*batch, lambda: calls.append(None))
+    return {**found, "calls": len(calls)}
 
 
 def test_dropout_bf16_and_signs_of_life(tmp_path: Path) -> None:
@@ -193,4 +193,4 @@ def test_dropout_bf16_and_signs_of_life(tmp_path: Path) -> None:
             assert found[name][0] == found[name][1], f"{name}: bit for bit"
         for name in ("pp", "fsdp"):
             assert found[f"bf16 {name}"] == pytest.approx(found["bf16 ddp"], rel=5e-3)
-        assert found["passes"] == 2 * 4  # two stages, four micro-batches
+        assert found["calls"] == 2 * 4  # two stages, four micro-batches

@@ -1,4 +1,4 @@
-"""How layers are dealt out to stages, what a schedule costs, and what is refused; against brute force and torch."""
+"""The split of layers into stages, the bubble of schedules, and refusals; against brute force and torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COSTS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
 
 @settings(deadline=None)
 @given(COSTS, st.data())
-def test_no_other_cut_has_a_faster_slowest_stage(costs: list[int], data: st.DataObject) -> None:
+def test_no_other_split_has_a_faster_slowest_stage(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
     found = partition(tuple(costs), parts)
     assert [i for part in found for i in part] == list(range(len(costs)))

@@ -90,7 +90,7 @@ def test_a_small_model_is_copied_and_a_large_one_cut() -> None:
     assert large.dims.is_sharded or large.dims.model_ranks > 1
 
 
-def test_passes_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None:
+def test_micro_batches_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None:
     config = config_of("optim.micro_batch=16", "optim.global_batch=512")
     typed = rank_layouts(config, 16, machine(8.0), ("optim.micro_batch",)).choices
     free = rank_layouts(config, 16, machine(8.0)).choices

@@ -99,7 +99,7 @@ def test_gradients_of_copies_by_hand() -> None:
     assert cost(config_of(data_ranks=4), 4, fast).communication_s["dp"] == pytest.approx(
         2 * 3 / 4 * 4 * parameters / 8e9
     )
-    # After the last pass, by hand, whatever there is to hide behind.
+    # After the last micro-batch, exposed, however long the backward pass.
     slow = replace(MACHINE, flops_per_s=1.0)
     shared = cost(config_of(data_ranks=2, tp=2), 4, slow).communication_s["dp"]
     assert shared == pytest.approx(2 * 1 / 2 * 4 * (4 * (4608 + 64) + 2 * 1024 + 32) / 8e9)
@@ -132,7 +132,7 @@ def test_tensor_parallelism_by_hand() -> None:
     ("stage", "sums", "gathers"), [(0, 2, 0), (1, 1, 1), (2, 3, 1), (3, 3, 6)], ids=lambda value: str(value)
 )
 def test_stages_of_deepspeed_by_hand(stage: int, sums: int, gathers: int) -> None:
-    # Three passes: stage 1 sums once, 2 and 3 after each; 3 gathers for both directions of each.
+    # Three micro-batches: stage 1 reduces once, 2 and 3 after each; 3 all-gathers for both directions of each.
     fast, each = replace(MACHINE, flops_per_s=1e30), 3 / 4 * count(MODEL).total / 8e9
     keys = {"strategy": Strategy.deepspeed, "zero_stage": stage}
     config = replace(config_of(3, data_ranks=4, **keys), precision=Precision.bf16)

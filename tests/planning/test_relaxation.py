@@ -52,7 +52,7 @@ def offloads(one: LayoutChoice) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["native", "deepspeed"])
-def test_less_memory_takes_smaller_passes_and_then_the_host(engine: str) -> None:
+def test_less_memory_takes_smaller_micro_batches_and_then_offload(engine: str) -> None:
     words = [f"parallel.engine={engine}", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
     seen = []
     for gib in (40.0, 8.0, 4.0, 1.9, 1.7):
@@ -167,7 +167,7 @@ def test_recomputation_that_would_do_is_named(gib: float) -> None:
     assert after < before
 
 
-def test_smaller_passes_are_kept_with_the_run(tmp_path: Path) -> None:
+def test_smaller_micro_batches_are_kept_with_the_run(tmp_path: Path) -> None:
     words = [*WORDS, *BATCH, "parallel.tp=1", "parallel.pp=1", "parallel.cp=1"]
     composed = compose_train(words)
     config, folder = to_schema(composed, TrainConfig), RunFolder(tmp_path)
