@@ -120,16 +120,16 @@ class Pipeline:
         for index, stage in self.stages.items():
             if index and index - 1 not in self.stages:
                 x = self._hidden(len(tokens_BT), self._device)
-                dist.recv(x, self.rank_of(index - 1), self.group)
+                dist.recv(x, self.global_rank(index - 1), self.group)
             x = stage(x)
             reshard(stage)
             if stage.last:
                 total = criterion(x, targets_BT.to(self._device))
             elif index + 1 not in self.stages:
-                dist.send(x.contiguous(), self.rank_of(index + 1), self.group)
+                dist.send(x.contiguous(), self.global_rank(index + 1), self.group)
         return total
 
-    def rank_of(self, stage: int) -> int:
+    def global_rank(self, stage: int) -> int:
         """Return the global rank that holds a stage of this pipeline."""
         return dist.get_global_rank(self.group, self._owner[stage])
 
@@ -200,10 +200,10 @@ class TiedEmbedding:
         self._group = pipeline.group
         tied = pipeline.module.config.tie_embeddings
         here = [stages[end] for end in (first, last) if end in stages and tied]
-        self.apart = tied and pipeline.rank_of(first) != pipeline.rank_of(last)
+        self.apart = tied and pipeline.global_rank(first) != pipeline.global_rank(last)
         """True where the copies are on different ranks."""
         self._mine = here[0] if here and self.apart else None
-        self._peer = pipeline.rank_of(last if first in stages else first)
+        self._peer = pipeline.global_rank(last if first in stages else first)
         self._pair = here if len(here) == 2 and pipeline.sharded else None
         if self._pair is not None:
             self._pair[1].token_embedding = deepcopy(self._pair[1].token_embedding)
@@ -212,7 +212,7 @@ class TiedEmbedding:
     def sum_gradients(self) -> None:
         """Sum the gradients of both copies, after the reduction over data ranks."""
         if self._mine is not None:
-            grad = gradient_of(self._mine)
+            grad = tied_gradient(self._mine)
             own, theirs = grad.contiguous(), torch.empty_like(grad)
             ways = ((dist.isend, own), (dist.irecv, theirs))
             for work in dist.batch_isend_irecv([dist.P2POp(way, t, self._peer, self._group) for way, t in ways]):
@@ -220,7 +220,7 @@ class TiedEmbedding:
             grad.add_(theirs)
         if self._pair is not None:
             first, second = self._pair
-            gradient_of(first).add_(gradient_of(second))
+            tied_gradient(first).add_(tied_gradient(second))
             second.token_embedding.weight.grad = None
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class TiedEmbedding:
             local_tensor(second).copy_(local_tensor(first))
 
 
-def gradient_of(stage: Stage) -> Tensor:
+def tied_gradient(stage: Stage) -> Tensor:
     """Return this rank's shard of the gradient of the tied matrix."""
     grad = stage.token_embedding.weight.grad
     assert grad is not None

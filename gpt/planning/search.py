@@ -103,12 +103,12 @@ def parallel_configs(
                 for ep in sizes("ep", math.gcd(experts, world_size // (tp * cp * pp))):
                     base = replace(given, tp=tp, cp=cp, pp=pp, ep=ep)
                     if cuts_others:
-                        yield from strategies(base, world_size, ranks_per_node, fixed, offload)
+                        yield from torch_configs(base, world_size, ranks_per_node, fixed, offload)
                     else:
-                        yield from stages_of_zero(base, fixed, offload)
+                        yield from zero_configs(base, fixed, offload)
 
 
-def strategies(
+def torch_configs(
     base: ParallelConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
     """Yield every pipeline schedule and torch strategy (ddp, zero1, fsdp, hsdp) for given degrees of ``base``."""
@@ -130,7 +130,7 @@ def strategies(
                     yield replace(found, strategy=Strategy.fsdp, dp_shard=shard, reshard_after_forward=reshard)
 
 
-def stages_of_zero(base: ParallelConfig, fixed: Collection[str], offload: bool) -> Iterator[ParallelConfig]:
+def zero_configs(base: ParallelConfig, fixed: Collection[str], offload: bool) -> Iterator[ParallelConfig]:
     """Yield every ZeRO stage of DeepSpeed; ``offload`` means the optimizer state, and in stage 3 the parameters too."""
     for stage in [base.zero_stage] if "zero_stage" in fixed else (0, 1, 2, 3):
         found = replace(base, strategy=Strategy.deepspeed, zero_stage=stage)

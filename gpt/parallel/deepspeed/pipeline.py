@@ -114,7 +114,7 @@ class GPTPipelineModule(PipelineModule):
         ends = [BEFORE + part.blocks.stop for part in parts]
         self._cuts = [0, *ends[:-1], BEFORE + config.model.n_layer + AFTER]
         self._names = whole_names(config.model.n_layer)
-        super().__init__(layers_of(model), num_stages=stages, loss_fn=criterion)
+        super().__init__(deepspeed_layers(model), num_stages=stages, loss_fn=criterion)
         self._layer_specs: list[Any] = []  # frees the other stages' layers
 
     def _partition_layers(self, method: str = "") -> None:
@@ -153,7 +153,7 @@ class Entry(nn.Module):
         return self.dropout(x_BTD if self.position is None else self.position(x_BTD, 0))
 
 
-def layers_of(model: GPT) -> list[Any]:
+def deepspeed_layers(model: GPT) -> list[Any]:
     """List the layers of a GPT for DeepSpeed, each of which takes the output of the one before."""
     embedding: Any = model.token_embedding
     head: Any = model.head
@@ -161,11 +161,11 @@ def layers_of(model: GPT) -> list[Any]:
         # DeepSpeed builds the embedding anew in both stages, over the memory of the existing weight.
         weight = model.token_embedding.weight.detach()
         embedding = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight)
-        head = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight, forward_fn=logits_of)
+        head = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight, forward_fn=tied_logits)
     return [embedding, Entry(model), *model.blocks, model.norm, head]
 
 
-def logits_of(embedding: nn.Embedding, x_BTD: Tensor) -> Tensor:
+def tied_logits(embedding: nn.Embedding, x_BTD: Tensor) -> Tensor:
     """Compute logits with the embedding as output matrix."""
     return F.linear(x_BTD, embedding.weight)
 

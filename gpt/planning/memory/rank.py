@@ -66,10 +66,10 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
         dims: the parallel dimensions.
         batch: the split of the global batch.
     """
-    return max((of_rank(config, dims, batch, rank) for rank in range(dims.pp)), key=lambda memory: memory.total)
+    return max((rank_memory(config, dims, batch, rank) for rank in range(dims.pp)), key=lambda memory: memory.total)
 
 
-def of_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
+def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
     """Return the memory of the ranks at one place of their pipelines."""
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
