@@ -30,7 +30,7 @@ from gpt.conversion.spec import Format
 from gpt.conversion.state_dict import to_theirs
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers.base import ABOUT, Tokenizer
-from gpt.data.tokenizers.registry import tokenizer_of
+from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError, refusing
 from launch.runs.files import read_json
@@ -102,7 +102,7 @@ def write_hf(
     temporary.mkdir()
     dtype = DTYPES[words.dtype]
     write_weights(temporary, to_theirs(model.state_dict(), fmt, config.model), dtype, int(words.max_shard_gb * GB))
-    tokenizer: Tokenizer | None = tokenizer_of(folder) if (folder.tokenizer / ABOUT).is_file() else None
+    tokenizer: Tokenizer | None = load_run_tokenizer(folder) if (folder.tokenizer / ABOUT).is_file() else None
     about = "not known" if tokenizer is None else write_tokenizer(tokenizer, folder, temporary, config.model.block_size)
     write_configs(temporary, fmt, config.model, dtype, None if tokenizer is None else tokenizer.eot, origin)
     (temporary / "README.md").write_text(card(config, origin, about))

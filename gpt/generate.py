@@ -20,7 +20,7 @@ from gpt.checkpoint.folders import step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers.base import Tokenizer
-from gpt.data.tokenizers.registry import tokenizer_of
+from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.model.sampling import Sampling, generate, generators
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(words, name) < 1:
                 raise ConfigError(f"--{name} {getattr(words, name)}", "1 or more", f"--{name} 1")
         folder, config = open_run(words.run)
-        tokenizer = tokenizer_of(folder)
+        tokenizer = load_run_tokenizer(folder)
         checkpoint = find_checkpoint(folder, words.step)
         model = read_weights(config, checkpoint, choose_device(Device[words.device], 0, 1))
         print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from gpt.config import DataConfig, Source, TrainConfig
 from gpt.config.compose import compose_train
-from gpt.data.corpus import cannot_write
+from gpt.data.corpus import unwritable_folder_error
 from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_manifest
 from gpt.data.preprocessing import prepare as preparation
 from gpt.data.preprocessing.files import download_shakespeare
-from gpt.data.preprocessing.recipe import Recipe, recipe_of, usable_cores
+from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, usable_cores
 from launch.errors import ConfigError, refusing
 from launch.runs import compose
 
@@ -40,20 +40,20 @@ def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> T
             "a corpus of text",
             "python -m gpt.prepare data=text data.path=FILE",
         )
-    recipe = recipe_of(config, cache)
-    if recipe is None:
+    spec = build_spec(config, cache)
+    if spec is None:
         download_shakespeare(cache)
-        recipe = recipe_of(config, cache)
-        assert recipe is not None, "it was just downloaded"
-    folder = to or cache / recipe.key
-    _refuse_damage(recipe, folder)
-    return preparation.prepare(recipe, folder, workers, progress=True, replace=to is None)
+        spec = build_spec(config, cache)
+        assert spec is not None, "it was just downloaded"
+    folder = to or cache / spec.key
+    _refuse_damage(spec, folder)
+    return preparation.prepare(spec, folder, workers, progress=True, replace=to is None)
 
 
-def _refuse_damage(recipe: Recipe, folder: Path) -> None:
+def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
     """Verify the checksums of a corpus that is there already."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest["spec"] != recipe.spec or open_folder(folder) is None:
+    if manifest is None or manifest["spec"] != spec.identity or open_folder(folder) is None:
         return
     files = [file for told in manifest["splits"].values() for file in told["files"]]
     with tqdm(desc="verify", total=sum(file["size"] for file in files), unit="B", unit_scale=True) as bar:
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         source = prepare(config.data, cache, to, words.workers or usable_cores())
     except (OSError, NotImplementedError) as error:
-        raise cannot_write(to or cache, error) from error
+        raise unwritable_folder_error(to or cache, error) from error
     print(report(source, config.data, to))
     return 0
 

@@ -19,10 +19,10 @@ from gpt.config.components import (
 from gpt.config.data import (
     BYTE_VOCAB,
     DataConfig,
-    Layout,
     Source,
     SyntheticConfig,
     TokenDtype,
+    TokenFileFormat,
     TokenizerKind,
     WeightedPath,
 )
@@ -54,7 +54,6 @@ __all__ = [
     "ExpertBalance",
     "ExpertMatmul",
     "Ffn",
-    "Layout",
     "LoggingConfig",
     "ModelConfig",
     "Norm",
@@ -70,6 +69,7 @@ __all__ = [
     "Strategy",
     "SyntheticConfig",
     "TokenDtype",
+    "TokenFileFormat",
     "TokenizerKind",
     "TrainConfig",
     "WeightedPath",

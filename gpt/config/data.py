@@ -19,11 +19,11 @@ BYTE_VOCAB = 256
 
 
 class Source(Enum):
-    """Where the tokens come from.
+    """Source of the tokens.
 
-    The running Python's own library source; a text file of the user's; tinyshakespeare; text, jsonl or parquet files by
-    pattern; a dataset that Hugging Face's library streams; a Markov chain of known entropy; or files of tokens that are
-    there already.
+    ``stdlib``: the running Python's own library source. ``text``: a text file of the user's. ``shakespeare``:
+    tinyshakespeare. ``files``: text, jsonl or parquet files by pattern. ``dataset``: a dataset that Hugging Face's
+    library streams. ``synthetic``: a Markov chain of known entropy. ``tokens``: files of tokens that are there already.
     """
 
     stdlib = "stdlib"
@@ -36,7 +36,7 @@ class Source(Enum):
 
 
 class TokenizerKind(Enum):
-    """What a token is: a byte, a character, or a piece of a word that one of three libraries has learned."""
+    """Kind of a token: a byte, a character, or a piece of a word that one of three libraries has learned."""
 
     byte = "byte"
     char = "char"
@@ -45,8 +45,8 @@ class TokenizerKind(Enum):
     tiktoken = "tiktoken"
 
 
-class Layout(Enum):
-    """How prepared tokens lie on disk.
+class TokenFileFormat(Enum):
+    """File format of prepared tokens.
 
     ``nanogpt``: train.bin and val.bin without a header, and meta.pkl. ``llmc``: shards with the header of 1024 bytes
     that llm.c and modded-nanogpt read. ``megatron``: a .bin and an .idx for each split.
@@ -58,7 +58,7 @@ class Layout(Enum):
 
 
 class TokenDtype(Enum):
-    """Width of the tokens in a file whose header does not tell it."""
+    """Integer that holds a token in a file whose header does not tell it."""
 
     uint8 = "uint8"
     uint16 = "uint16"
@@ -86,7 +86,7 @@ class SyntheticConfig:
     tokens: int = 4_194_304
     """Length of the walk."""
     seed: int = 0
-    """Of the chain and of the walk; another number is another corpus."""
+    """Seed of the chain and of the walk; another number is another corpus."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
@@ -111,7 +111,7 @@ class DataConfig:
     sources: list[WeightedPath] = field(default_factory=list)
     """source=tokens only: several paths with weights, instead of ``path``."""
     dataset: Optional[str] = None
-    """source=dataset only: its name on the Hugging Face hub, or a folder that load_dataset reads."""
+    """source=dataset only: the dataset's name on the Hugging Face hub, or a folder that load_dataset reads."""
     subset: Optional[str] = None
     """source=dataset only: the configuration of the dataset, where it has several."""
     train_split: str = "train"
@@ -132,17 +132,17 @@ class DataConfig:
     """Ids of a SentencePiece model that is trained on the corpus."""
     tokenizer_train_bytes: int = 100_000_000
     """At most so many bytes of the training text are used to train a SentencePiece model."""
-    layout: Layout = Layout.nanogpt
+    layout: TokenFileFormat = TokenFileFormat.nanogpt
     """Format of the prepared files; the tokens are the same."""
     token_dtype: Optional[TokenDtype] = None
     """source=tokens only: width of tokens in files without a header; null means uint16, as nanoGPT writes them."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     cache_dir: Optional[str] = None
-    """Where prepared corpora lie; null means <output_dir>/.cache. Shared by all nodes."""
+    """Folder of the prepared corpora, shared by all nodes; null means <output_dir>/.cache."""
 
     @property
     def title(self) -> str:
-        """The name of the corpus, with the default resolved."""
+        """Name of the corpus, with the default resolved."""
         return self.name or self.source.name
 
     def validate(self) -> None:

@@ -1,8 +1,7 @@
-"""What a run trains on, as the login node and training ask for it: is it there, does it fit, and the tokens themselves.
+"""The corpus of a run: its description before there are tokens, its refusal where it does not fit, and its tokens.
 
-Owns the questions: what is known of a corpus before there are tokens, what is refused, and which corpora training may
-prepare by itself. Torch-free and quick, since the login node asks it before submitting. Must not know how tokens become
-batches.
+Owns which corpora training may prepare by itself. Torch-free and quick, since the login node asks before it submits.
+Must not know how tokens become batches.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ from pathlib import Path
 
 from gpt.config import DataConfig, ModelConfig, Source
 from gpt.data.formats.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
-from gpt.data.order import largest
-from gpt.data.preprocessing.recipe import Recipe, known_vocab, prepare_command, recipe_of
+from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, known_vocab_size, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is known of one source: tokens of each run of them that is read by itself."""
+class SourceSize:
+    """Size of one source: the tokens of each file of a split, which is cut into samples by itself."""
 
     name: str
     train: tuple[int, ...]
@@ -31,30 +29,30 @@ class Part:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is known of a corpus before training."""
+    """Description of a corpus before training."""
 
     name: str
-    parts: tuple[Part, ...]
+    sources: tuple[SourceSize, ...]
     tokenizer: str
-    """What makes its tokens, in a word."""
+    """Kind of its tokenizer, in a word."""
     vocab_size: int | None
-    """Ids are below it; None where nobody says so."""
+    """Upper limit of the ids; None where only the tokenizer will tell."""
     entropy: float | None
     """Nats per token that no model can go below, where that is known."""
 
     @property
     def train_tokens(self) -> int:
-        """Training tokens of all sources."""
-        return sum(sum(part.train) for part in self.parts)
+        """Number of training tokens, over all sources."""
+        return sum(sum(source.train) for source in self.sources)
 
     @property
     def val_tokens(self) -> int:
-        """Validation tokens of all sources."""
-        return sum(sum(part.val) for part in self.parts)
+        """Number of validation tokens, over all sources."""
+        return sum(sum(source.val) for source in self.sources)
 
     @property
     def tokens(self) -> int:
-        """All of them."""
+        """Number of tokens, training and validation."""
         return self.train_tokens + self.val_tokens
 
     def __str__(self) -> str:
@@ -63,18 +61,18 @@ class Corpus:
 
 
 def describe(config: DataConfig, cache: Path) -> Corpus:
-    """What is known of the corpus, from its manifest or from the text that it will be made of.
+    """Describe the corpus of a config, from its manifest or from the text that it will be made of.
 
     Raises:
         ConfigError: the text is not there, or it has to be prepared before training.
     """
     if config.source is Source.tokens:
-        return described(config.title, open_tokens(config))
-    recipe = recipe_of(config, cache)
-    found = None if recipe is None else _prepared(recipe, cache)
-    if found is not None:
-        return described(str(config.path or config.title), Tokens((found,)))
-    known = recipe.known_tokens() if recipe is not None and recipe.on_first_use() else None
+        return describe_tokens(config.title, open_tokens(config))
+    spec = build_spec(config, cache)
+    prepared = None if spec is None else _open_prepared(spec, cache)
+    if prepared is not None:
+        return describe_tokens(str(config.path or config.title), Tokens((prepared,)))
+    known = spec.known_tokens() if spec is not None and spec.is_prepared_on_first_use() else None
     if known is None:
         raise ConfigError(
             f"data={config.title} with data.tokenizer={config.tokenizer.name} is not prepared in {cache}",
@@ -88,42 +86,42 @@ def describe(config: DataConfig, cache: Path) -> Corpus:
         from gpt.data.preprocessing.synthetic import chain_of
 
         entropy = chain_of(config.synthetic).entropy()
-    part = Part(config.title, (known[0],), (known[1],))
-    return Corpus(name, (part,), tokenizer, known_vocab(config), entropy)
+    source = SourceSize(config.title, (known[0],), (known[1],))
+    return Corpus(name, (source,), tokenizer, known_vocab_size(config), entropy)
 
 
-def _prepared(recipe: Recipe, cache: Path) -> TokenSource | None:
-    folder = cache / recipe.key
+def _open_prepared(spec: PreprocessingSpec, cache: Path) -> TokenSource | None:
+    folder = cache / spec.key
     manifest = read_manifest(folder)
-    return open_folder(folder) if manifest is not None and manifest["spec"] == recipe.spec else None
+    return open_folder(folder) if manifest is not None and manifest["spec"] == spec.identity else None
 
 
-def described(name: str, tokens: Tokens) -> Corpus:
-    """What is known of tokens that are there."""
-    parts, sizes = [], []
+def describe_tokens(name: str, tokens: Tokens) -> Corpus:
+    """Describe tokens that are there."""
+    sources, sizes = [], []
     for source in tokens.sources:
         train = tuple(segment.tokens for segment in source.train.segments)
         val = tuple(segment.tokens for segment in source.val.segments)
-        parts.append(Part(source.name, train, val, source.weight))
+        sources.append(SourceSize(source.name, train, val, source.weight))
         sizes.append(source.vocab_size if source.vocab_size is not None else largest_id_seen(source) + 1)
-    first = tokens.sources[0]
+    first = tokens.sources[0]  # a mixture has one tokenizer
     kind = first.tokenizer["kind"] if first.tokenizer is not None else "synthetic" if first.entropy else "unknown"
     if first.characters is not None:
         kind = "char"
-    entropy = first.entropy if len(tokens.sources) == 1 else None
-    return Corpus(name, tuple(parts), str(kind), max(sizes), entropy)
+    entropy = first.entropy if len(tokens.sources) == 1 else None  # a mixture's is no mean of its sources'
+    return Corpus(name, tuple(sources), str(kind), max(sizes), entropy)
 
 
 def num_windows(tokens: int, block_size: int) -> int:
-    """Samples in a run of tokens: windows of ``block_size`` that do not overlap, each with its next token as target."""
+    """Count the samples in a file of tokens: windows of ``block_size`` without overlap, each with a last target."""
     return max(0, (tokens - 1) // block_size)
 
 
 def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> None:
     """Raise ConfigError unless the model has room for the ids, and the splits hold the samples asked of them."""
     _check_vocabulary(corpus, model.vocab_size)
-    for part in corpus.parts:
-        _check_size(corpus, part, model.block_size)
+    for source in corpus.sources:
+        _check_size(corpus, source, model.block_size)
     samples = _val_samples(corpus, model.block_size)
     if eval_sequences > samples:
         raise ConfigError(
@@ -135,12 +133,13 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
 
 
 def _val_samples(corpus: Corpus, block_size: int) -> int:
-    """Validation samples that can be used without repeating one, in the proportions of a mixture."""
-    available = [sum(num_windows(tokens, block_size) for tokens in part.val) for part in corpus.parts]
+    """Count the validation samples that can be used without repeating one, in the proportions of a mixture."""
+    available = [sum(num_windows(tokens, block_size) for tokens in source.val) for source in corpus.sources]
     if len(available) == 1:
         return available[0]
+    from gpt.data.order import max_samples  # numpy, which the login node loads for a mixture only
 
-    return largest(available, [part.weight for part in corpus.parts])
+    return max_samples(available, [source.weight for source in corpus.sources])
 
 
 def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
@@ -153,38 +152,38 @@ def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
         )
 
 
-def _check_size(corpus: Corpus, part: Part, block_size: int) -> None:
-    if not (max(part.train, default=0) > block_size and max(part.val, default=0) > block_size):
-        smaller = max(1, min(max(part.train, default=0), max(part.val, default=0)) - 1)
-        of = f" of {part.name}" if len(corpus.parts) > 1 else ""
+def _check_size(corpus: Corpus, source: SourceSize, block_size: int) -> None:
+    if not (max(source.train, default=0) > block_size and max(source.val, default=0) > block_size):
+        smaller = max(1, min(max(source.train, default=0), max(source.val, default=0)) - 1)
+        of = f" of {source.name}" if len(corpus.sources) > 1 else ""
         raise ConfigError(
-            f"a corpus of {sum(part.train)} training and {sum(part.val)} validation tokens{of}",
+            f"a corpus of {sum(source.train)} training and {sum(source.val)} validation tokens{of}",
             f"at least model.block_size + 1 = {block_size + 1} tokens in each",
             f"a longer text, or model.block_size={smaller}",
         )
 
 
 def prepare(config: DataConfig, cache: Path) -> Tokens:
-    """The tokens of the corpus, prepared in ``cache`` by the first caller where training may do so itself.
+    """Open the tokens of the corpus, prepared in ``cache`` by the first caller where training may do so itself.
 
     Raises:
         ConfigError: as ``describe`` does; the folder cannot be written; the text changed while it was read.
     """
     if config.source is Source.tokens:
         return open_tokens(config)
-    describe(config, cache)
-    recipe = recipe_of(config, cache)
-    assert recipe is not None, "describe refuses what has to be downloaded"
+    describe(config, cache)  # refuses what has to be prepared beforehand
+    spec = build_spec(config, cache)
+    assert spec is not None, "describe refuses what has to be downloaded"
     from gpt.data.preprocessing import prepare as preparation
 
     try:
-        return Tokens((_prepared(recipe, cache) or preparation.prepare(recipe, cache / recipe.key),))
+        return Tokens((_open_prepared(spec, cache) or preparation.prepare(spec, cache / spec.key),))
     except (OSError, NotImplementedError) as error:  # the latter from filelock, on filesystems without locks
-        raise cannot_write(cache, error) from error
+        raise unwritable_folder_error(cache, error) from error
 
 
-def cannot_write(folder: Path, error: Exception) -> ConfigError:
-    """The refusal of a folder for prepared corpora."""
+def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
+    """Refusal of a folder in which prepared corpora cannot be written."""
     return ConfigError(
         f"tokens cannot be written in {folder} ({error})",
         "a folder with room that all nodes share",
@@ -193,7 +192,7 @@ def cannot_write(folder: Path, error: Exception) -> ConfigError:
 
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
-    """Copy the tokenizer, where it is known, into the run's folder, to decode the run without its corpus."""
+    """Copy the tokenizer, where it is known, into the run's folder, to decode its tokens without the corpus."""
     from gpt.data.tokenizers.base import CharTokenizer
     from gpt.data.tokenizers.registry import save_tokenizer
 

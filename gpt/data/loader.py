@@ -1,8 +1,8 @@
-"""From token files to batches: which samples a rank trains on in a step, and the tensors of these samples.
+"""Token files to batches: the samples that a rank trains on in a step, and their tensors.
 
-Owns the windows and who gets which. There is no state: a batch follows from (seed, step, rank), so nothing has to be
-saved, and a restart or another number of ranks repeats nothing and skips nothing. Must not know the model, the device
-or the loop.
+Owns the windows and their assignment to ranks. There is no state: a batch follows from (seed, step, rank), so nothing
+has to be saved, and a restart or another number of ranks repeats nothing and skips nothing. Must not know the model,
+the device or the loop.
 
 Shapes: B sequences of a batch, T tokens of a sequence.
 """
@@ -20,7 +20,7 @@ import torch
 from gpt.data.corpus import num_windows
 from gpt.data.formats.prepared import TOKEN_BYTES, Tokens, TokenSource
 from gpt.data.formats.prepared import Split as SplitFiles
-from gpt.data.order import draw, largest, sample_position
+from gpt.data.order import max_samples, sample_position, sample_source
 from gpt.topology.batch import Batch
 from launch.errors import ConfigError
 
@@ -34,7 +34,7 @@ def train_indices(step: int, rank: int, batch: Batch) -> Indices:
     """Sample indices of one data-parallel rank in one optimizer step, (per_rank,).
 
     Steps are counted from 1, samples and ranks from 0: step s uses samples ``(s - 1) * global_batch`` up to, but not
-    including, ``s * global_batch``, dealt out to the ranks as contiguous slices. Micro-batches cut a slice further.
+    including, ``s * global_batch``, split over the ranks as contiguous slices. Micro-batches split a slice further.
     """
     assert step >= 1 and 0 <= rank < batch.ranks, f"step {step}, rank {rank} of {batch.ranks}"
     first = (step - 1) * batch.global_batch + rank * batch.per_rank
@@ -45,6 +45,9 @@ class Windows:
     """The samples of one split of one source: windows of T tokens that do not overlap and lie in one file each.
 
     Tokens at the end of a file that fill no window are not used.
+
+    Raises:
+        ConfigError: a file is missing or cut short on this machine.
     """
 
     def __init__(self, split: SplitFiles, block_size: int) -> None:
@@ -58,6 +61,7 @@ class Windows:
                     "data.cache_dir=FOLDER on a filesystem that all nodes share",
                 )
             dtype = np.dtype(segment.dtype).newbyteorder("<")
+            # Mapped, not read: the kernel keeps the pages in use, once for all ranks of a node.
             self._tokens.append(
                 np.memmap(segment.path, dtype=dtype, mode="r", offset=segment.offset, shape=(segment.tokens,))
             )
@@ -67,23 +71,23 @@ class Windows:
         return int(self._first[-1])
 
     def read(self, position: int) -> Indices:
-        """The T + 1 tokens of a window, (T + 1,)."""
+        """Read the window at ``position``, (T + 1,) with the last target, int64."""
         number = int(np.searchsorted(self._first, position, side="right")) - 1
         start = (position - int(self._first[number])) * self.block_size
         return np.asarray(self._tokens[number][start : start + self.block_size + 1], dtype=np.int64)
 
 
 class Samples:
-    """The samples of a run, read from the mapped files when asked.
+    """The samples of a run, read from the mapped files on demand.
 
     The targets are the same window one token later. Training samples are shuffled anew in every epoch of their source;
     validation samples keep the order of the text. Several sources are mixed by their weights, in both splits.
 
     Args:
-        tokens: what to read.
-        block_size: T.
-        seed: of the order.
-        vocab_size: ids must be below it; None asks for nothing.
+        tokens: the sources to read.
+        block_size: tokens of a sample, T.
+        seed: seed of the order.
+        vocab_size: limit that all ids must be below; None checks nothing.
 
     Raises:
         ConfigError: a file cannot be seen whole from this machine.
@@ -100,28 +104,31 @@ class Samples:
         self._val = [Windows(source.val, block_size) for source in tokens.sources]
         assert all(map(len, self._train)) and all(map(len, self._val)), "check_fit is asked before"
         self.num_train = sum(map(len, self._train))
-        self.num_val = largest([len(windows) for windows in self._val], self._weights)
+        self.num_val = max_samples([len(windows) for windows in self._val], self._weights)
 
     def batch(self, split: Split, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices (B,).
+        """Read tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices (B,).
 
         Training indices count on through the epochs; validation indices are below ``num_val``.
+
+        Raises:
+            ConfigError: an id is not below ``vocab_size``.
         """
         if split == "train":
-            source, position = self._train_places(indices)
+            source, position = self._train_positions(indices)
             windows = self._train
         else:
             assert indices.min() >= 0 and indices.max() < self.num_val, "validation repeats no sample"
-            source, position = draw(indices, self._weights)
+            source, position = sample_source(indices, self._weights)
             windows = self._val
-        both = np.stack([windows[s].read(p) for s, p in zip(source.tolist(), position.tolist(), strict=True)])
-        self._check_ids(both)
-        whole = torch.from_numpy(both)
-        return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+        ids = np.stack([windows[s].read(p) for s, p in zip(source.tolist(), position.tolist(), strict=True)])
+        self._check_ids(ids)
+        ids_BT1 = torch.from_numpy(ids)
+        return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
 
-    def _train_places(self, indices: Indices) -> tuple[Indices, Indices]:
-        """Source of each sample, and the window of it."""
-        source, running = draw(indices, self._weights)
+    def _train_positions(self, indices: Indices) -> tuple[Indices, Indices]:
+        """Source of each sample and the position of its window there, both (B,)."""
+        source, running = sample_source(indices, self._weights)
         position = np.empty_like(running)
         for number, windows in enumerate(self._train):
             mine = source == number
@@ -129,8 +136,9 @@ class Samples:
             position[mine] = sample_position(running[mine], len(windows), seed)[1]
         return source, position
 
-    def _check_ids(self, both: Indices) -> None:
-        largest = int(both.max())
+    def _check_ids(self, ids: Indices) -> None:
+        # Files of others do not tell their vocabulary, and on a GPU such an id fails with an assertion of the device.
+        largest = int(ids.max())
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise ConfigError(
                 f"the token id {largest} in {self._sources[0].name}, with model.vocab_size={self._vocab_size}",
@@ -139,7 +147,7 @@ class Samples:
             )
 
     def val_bytes(self, sequences: int) -> float | None:
-        """Bytes of text that the targets of the first ``sequences`` validation samples stand for; None: not known.
+        """Count the bytes of text behind the targets of the first ``sequences`` validation samples; None: not known.
 
         Exact where every id stands for a known number of bytes; elsewhere by the average of the split.
         """
@@ -151,7 +159,7 @@ class Samples:
     def _count_bytes(self, sequences: int) -> float | None:
         tables = self._byte_tables
         total = 0.0
-        source, position = draw(np.arange(sequences), self._weights)
+        source, position = sample_source(np.arange(sequences), self._weights)
         for number, windows in enumerate(self._val):
             places, table = position[source == number].tolist(), tables[number]
             split = self._sources[number].val
@@ -164,7 +172,7 @@ class Samples:
         return total
 
     def val_bits_per_byte(self, loss: float, sequences: int) -> float | None:
-        """A loss over the first ``sequences`` validation samples, nats per token, in bits per byte of their text.
+        """Convert a loss over the first ``sequences`` validation samples from nats per token to bits per byte of text.
 
         Comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1); None where the text is not known.
         """
@@ -177,7 +185,7 @@ class Samples:
 
 
 def _byte_table(source: TokenSource) -> npt.NDArray[np.int64] | None:
-    """Bytes of each id of a source, (vocab_size,), where they are known."""
+    """Bytes of text of each id of a source, (vocab_size,); None where they are not known."""
     if source.characters is not None:
         return np.array([len(c.encode("utf-8", "surrogatepass")) for c in source.characters], dtype=np.int64)
     if source.folder is None or not (source.folder / TOKEN_BYTES).is_file():

@@ -1,13 +1,14 @@
 """The order of the training samples: a pure function of (index, number of samples, seed), with no state to save.
 
-Owns the permutation of one epoch and its keys. Torch-free. Must not know what a sample is, nor of steps and ranks.
+Owns the permutation of one epoch and its keys, and the source of each sample of a mixture. Torch-free. Must not know
+what a sample is, nor of steps and ranks.
 
 Every epoch is a permutation of its own, computed one index at a time in constant memory: a Feistel network (Luby and
 Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number
 of bits that holds all samples, walked along its cycle until it lands among them (Black and Rogaway 2002, "Ciphers
-with arbitrary finite domains"). The domain is less than four times the samples, or 64, so a walk takes under four
-passes of the network on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea and Flood 2014,
-"Fast splittable pseudorandom number generators").
+with arbitrary finite domains"). The domain is less than four times the samples, or 64, so a walk evaluates the network
+under four times on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast
+splittable pseudorandom number generators").
 
 Changing anything here changes the order of runs that are under way.
 """
@@ -24,12 +25,12 @@ ROUNDS = 8  # four make a pseudorandom permutation of a large domain; small ones
 MIN_HALF_BITS = 3  # below 64 values the orders of a handful of samples come out measurably uneven
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-Words = npt.NDArray[np.uint64]
+Uint64s = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
 
 
 def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[Integers, Integers]:
-    """Epoch and place in the corpus of the samples with these running numbers.
+    """Epoch and position in the corpus of the samples with these running numbers.
 
     Args:
         index: running numbers from 0, counted on through all epochs; any shape.
@@ -48,8 +49,8 @@ def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[
     return epoch, position.astype(np.int64).reshape(running.shape)
 
 
-def permute(offset: Words, num_samples: int, epoch: Words, seed: int) -> Words:
-    """Image of each offset under the permutation of its epoch; all arrays (N,), values below ``num_samples``."""
+def permute(offset: Uint64s, num_samples: int, epoch: Uint64s, seed: int) -> Uint64s:
+    """Permute each offset within its epoch; all arrays (N,), values below ``num_samples``."""
     half_bits = max(MIN_HALF_BITS, -(-(num_samples - 1).bit_length() // 2))
     keys = _round_keys(epoch, seed)
     position = _feistel(offset, keys, half_bits)
@@ -60,8 +61,8 @@ def permute(offset: Words, num_samples: int, epoch: Words, seed: int) -> Words:
     return position
 
 
-def _feistel(value: Words, keys: Words, half_bits: int) -> Words:
-    """One pass through the network: a bijection on 2 * ``half_bits`` bits. ``keys`` is (ROUNDS, N)."""
+def _feistel(value: Uint64s, keys: Uint64s, half_bits: int) -> Uint64s:
+    """Evaluate the Feistel network, a bijection on 2 * ``half_bits`` bits. ``keys`` is (ROUNDS, N)."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = value >> shift, value & mask
     for key in keys:
@@ -69,22 +70,25 @@ def _feistel(value: Words, keys: Words, half_bits: int) -> Words:
     return (left << shift) | right
 
 
-def _round_keys(epoch: Words, seed: int) -> Words:
-    """Keys of every round, (ROUNDS, N), for each entry's own epoch; a batch may reach into the next epoch."""
+def _round_keys(epoch: Uint64s, seed: int) -> Uint64s:
+    """Derive the keys of every round, (ROUNDS, N), for each entry's epoch; a batch may reach into the next epoch."""
     start = _mix(_mix(np.full_like(epoch, seed) + _GOLDEN) ^ epoch)
     count = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None]
     return _mix(start + count * _GOLDEN)
 
 
-def _mix(word: Words) -> Words:
-    """SplitMix64's finalizer, a bijection on 64 bits; arithmetic wraps."""
+def _mix(word: Uint64s) -> Uint64s:
+    """Apply SplitMix64's finalizer, a bijection on 64 bits; arithmetic wraps."""
     for shift, factor in _MIX:
         word = (word ^ (word >> np.uint64(shift))) * np.uint64(factor)
     return word ^ (word >> np.uint64(31))
 
 
-def draw(index: Integers, weights: Sequence[int]) -> tuple[Integers, Integers]:
-    """Source of each sample and its running number within that source.
+def sample_source(index: Integers, weights: Sequence[int]) -> tuple[Integers, Integers]:
+    """Source of each sample of a mixture, and its running number within that source.
+
+    No chance is involved: of the first n samples, floor(n * weight / total weight) are of the first source, and the
+    others share the rest in the same way.
 
     Args:
         index: running numbers of the mixture, from 0, (N,).
@@ -96,6 +100,7 @@ def draw(index: Integers, weights: Sequence[int]) -> tuple[Integers, Integers]:
     source = np.full(len(index), len(weights) - 1, dtype=np.int64)
     left = np.asarray(index, dtype=np.int64).copy()
     open_ = np.arange(len(index))
+    # One source against all that follow it, then the next one against the rest, and so on.
     for number, weight in enumerate(weights[:-1]):
         total = sum(weights[number:])
         before, after = _share(left[open_], weight, total), _share(left[open_] + 1, weight, total)
@@ -107,8 +112,8 @@ def draw(index: Integers, weights: Sequence[int]) -> tuple[Integers, Integers]:
     return source, left
 
 
-def counts(samples: int, weights: Sequence[int]) -> list[int]:
-    """How many of the first ``samples`` come from each source."""
+def samples_per_source(samples: int, weights: Sequence[int]) -> list[int]:
+    """Count the samples of each source among the first ``samples`` of a mixture."""
     found, left = [], samples
     for number, weight in enumerate(weights[:-1]):
         found.append(int(_share(np.array([left], dtype=np.int64), weight, sum(weights[number:]))[0]))
@@ -116,12 +121,12 @@ def counts(samples: int, weights: Sequence[int]) -> list[int]:
     return [*found, left]
 
 
-def largest(available: Sequence[int], weights: Sequence[int]) -> int:
-    """The most samples that need no more of any source than is ``available``."""
-    low, high = 0, sum(available)
+def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
+    """Largest number of samples of a mixture that needs no more of any source than is ``available``."""
+    low, high = 0, sum(available)  # a bisection: what is needed of a source never falls as the samples grow
     while low < high:
         middle = (low + high + 1) // 2
-        if all(c <= a for c, a in zip(counts(middle, weights), available, strict=True)):
+        if all(c <= a for c, a in zip(samples_per_source(middle, weights), available, strict=True)):
             low = middle
         else:
             high = middle - 1
@@ -129,6 +134,6 @@ def largest(available: Sequence[int], weights: Sequence[int]) -> int:
 
 
 def _share(n: Integers, weight: int, total: int) -> Integers:
-    """floor(n * weight / total) without overflow."""
+    """Compute floor(n * weight / total) without overflow."""
     whole, rest = np.divmod(n, total)
     return np.asarray(whole * weight + rest * weight // total)

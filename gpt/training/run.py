@@ -17,7 +17,7 @@ from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
 from gpt.checkpoint import CheckpointStore
 from gpt.config import AttentionBackend, Precision, Strategy, TrainConfig
-from gpt.data.corpus import check_fit, describe, described, prepare
+from gpt.data.corpus import check_fit, describe, describe_tokens, prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples
 from gpt.metrics.environment import describe_rank, software
@@ -151,7 +151,7 @@ def set_up(run: Run) -> dict[str, Any]:
         "flops_per_token": training_flops_per_token(model).palm,
         "memory_planned_gib": planned.total_gib,
         "max_steps": config.optim.max_steps,
-        "data": str(described(str(config.data.path or config.data.title), run.tokens)),
+        "data": str(describe_tokens(str(config.data.path or config.data.title), run.tokens)),
         "data_sha256": run.tokens.sha256,
     }
 

@@ -21,7 +21,7 @@ from gpt.config.compose import compose_train
 from gpt.data.corpus import check_fit, describe, num_windows, prepare
 from gpt.data.formats.prepared import TokenSource
 from gpt.data.preprocessing.files import stdlib_files
-from gpt.data.preprocessing.recipe import prepare_command, recipe_of, split_tokens
+from gpt.data.preprocessing.spec import build_spec, prepare_command, split_tokens
 from gpt.prepare import main
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -86,7 +86,7 @@ def test_text_file_becomes_tokens_with_a_manifest(tmp_path: Path, monkeypatch: p
     assert (corpus.train_tokens, corpus.val_tokens) == (7680, 2560)
     assert describe(text_config("text.bin", val_fraction=0.25), tmp_path / "cache") == corpus, "before and after"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert describe(text_config("~/text.bin", val_fraction=0.25), NOWHERE).parts[0].val == (2560,)
+    assert describe(text_config("~/text.bin", val_fraction=0.25), NOWHERE).sources[0].val == (2560,)
 
 
 def test_tokens_are_made_once_until_the_text_changes(tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
     text = tmp_path / "text"
     text.write_bytes(b"abc" * 1000)
-    recipe = recipe_of(text_config(text), tmp_path)
+    spec = build_spec(text_config(text), tmp_path)
     text.write_bytes(b"abc")
-    monkeypatch.setattr(corpus, "recipe_of", lambda config, cache: recipe)
+    monkeypatch.setattr(corpus, "build_spec", lambda config, cache: spec)
     with pytest.raises(ConfigError, match="changed while it was read"):
         prepare(text_config(text), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("text-*"))

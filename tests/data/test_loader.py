@@ -16,8 +16,8 @@ from gpt.data.corpus import prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples, train_indices
 from gpt.data.preprocessing.prepare import prepare as prepare_folder
-from gpt.data.preprocessing.recipe import recipe_of
 from gpt.topology.batch import Batch, split_batch
+from gpt.data.preprocessing.spec import build_spec
 from launch.errors import ConfigError
 
 
@@ -98,9 +98,9 @@ def test_bits_per_byte_count_the_bytes_of_the_targets(tmp_path: Path) -> None:
     content = "a" * 4000 + "aé日🎉" * 1000
     (tmp_path / "text").write_text(content)
     config = DataConfig(source=Source.text, path=str(tmp_path / "text"), tokenizer=TokenizerKind.char)
-    recipe = recipe_of(config, tmp_path)
-    assert recipe is not None
-    source = prepare_folder(recipe, tmp_path / "char")
+    spec = build_spec(config, tmp_path)
+    assert spec is not None
+    source = prepare_folder(spec, tmp_path / "char")
     samples = Samples(Tokens((source,)), 16, 1)
     val = content[source.train.tokens :]
     for sequences in (1, 5, samples.num_val):

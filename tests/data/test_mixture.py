@@ -15,7 +15,7 @@ from gpt.config import DataConfig, ModelConfig, Source, WeightedPath
 from gpt.data.corpus import check_fit, describe
 from gpt.data.formats.prepared import open_tokens, whole_weights
 from gpt.data.loader import Samples
-from gpt.data.order import counts, draw, largest
+from gpt.data.order import max_samples, sample_source, samples_per_source
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
@@ -25,8 +25,8 @@ WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 
 @given(weights=WEIGHTS, start=st.integers(0, 10**13), length=st.integers(1, 3000))
 def test_every_window_has_the_proportions_and_no_number_twice(weights: list[int], start: int, length: int) -> None:
-    source, running = draw(np.arange(start, start + length), weights)
-    before, after = counts(start, weights), counts(start + length, weights)
+    source, running = sample_source(np.arange(start, start + length), weights)
+    before, after = samples_per_source(start, weights), samples_per_source(start + length, weights)
     assert sum(before) == start and sum(after) == start + length
     for number, weight in enumerate(weights):
         mine = running[source == number]
@@ -38,18 +38,18 @@ def test_every_window_has_the_proportions_and_no_number_twice(weights: list[int]
 
 @given(weights=WEIGHTS, indices=st.lists(st.integers(0, 10**15), min_size=1, max_size=20))
 def test_random_access_is_the_same_as_any_batch(weights: list[int], indices: list[int]) -> None:
-    source, running = draw(np.array(indices), weights)
+    source, running = sample_source(np.array(indices), weights)
     for number, index in enumerate(indices):
-        alone = draw(np.array([index]), weights)
+        alone = sample_source(np.array([index]), weights)
         assert (alone[0][0], alone[1][0]) == (source[number], running[number])
 
 
 @given(weights=WEIGHTS, available=st.lists(st.integers(0, 500), min_size=6, max_size=6))
 def test_the_largest_number_of_samples_that_repeats_none(weights: list[int], available: list[int]) -> None:
     available = available[: len(weights)]
-    found = largest(available, weights)
-    assert all(c <= a for c, a in zip(counts(found, weights), available, strict=True))
-    assert any(c > a for c, a in zip(counts(found + 1, weights), available, strict=True))
+    found = max_samples(available, weights)
+    assert all(c <= a for c, a in zip(samples_per_source(found, weights), available, strict=True))
+    assert any(c > a for c, a in zip(samples_per_source(found + 1, weights), available, strict=True))
 
 
 def test_weights_are_taken_as_they_are_written() -> None:
@@ -88,7 +88,7 @@ def test_samples_are_drawn_from_the_sources_by_weight(two: DataConfig) -> None:
 
 def test_validation_has_the_proportions_too(two: DataConfig) -> None:
     samples = Samples(open_tokens(two), 4, seed=3)
-    assert samples.num_val == largest([12, 10], [3, 1]) == 17
+    assert samples.num_val == max_samples([12, 10], [3, 1]) == 17
     drawn = samples.batch("val", np.arange(17))[0][:, 0].tolist()
     assert sorted(drawn) == [*range(80, 92), *range(1030, 1035)]
     corpus = describe(two, Path("nowhere"))

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.config import DataConfig, Layout, Source, SyntheticConfig, TokenizerKind
+from gpt.config import DataConfig, Source, SyntheticConfig, TokenFileFormat, TokenizerKind
 from gpt.data.formats.prepared import TokenSource, open_folder, open_tokens, read_manifest
-from gpt.data.preprocessing import files, readers, units
+from gpt.data.preprocessing import files, readers, shards
 from gpt.data.preprocessing.files import SHAKESPEARE_SHA256
 from gpt.data.preprocessing.prepare import prepare
-from gpt.data.preprocessing.readers import is_validation, read_unit
-from gpt.data.preprocessing.recipe import Recipe, recipe_of
-from gpt.data.preprocessing.units import cut_units
+from gpt.data.preprocessing.readers import is_validation, read_shard
+from gpt.data.preprocessing.shards import list_shards
+from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec
 from gpt.data.tokenizers.registry import load_tokenizer
 from gpt.prepare import main
 from launch.errors import ConfigError
@@ -32,9 +32,9 @@ TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(20 + 
 
 def made(config: DataConfig, folder: Path, workers: int = 1) -> TokenSource:
     config.validate()
-    recipe = recipe_of(config, folder.parent)
-    assert recipe is not None
-    return prepare(recipe, folder, workers)
+    spec = build_spec(config, folder.parent)
+    assert spec is not None
+    return prepare(spec, folder, workers)
 
 
 def ids_of(source: TokenSource, split: str) -> list[int]:
@@ -85,7 +85,7 @@ def test_documents_by_pattern_against_a_plain_loop(tmp_path: Path, write: Callab
     config = DataConfig(source=Source.files, path=write(tmp_path / "in"), val_fraction=0.2)
     source = made(config, tmp_path / "out")
     expected = {"train": b"", "val": b""}
-    kept = [is_validation(0, n, 0.2) for n in range(200)]  # small files: all of them are one unit
+    kept = [is_validation(0, n, 0.2) for n in range(200)]  # small files: all of them are one shard
     for text, val in zip(TEXTS[:200], kept, strict=True):
         expected["val" if val else "train"] += text.encode() + b"\n"
     assert 20 < sum(kept) < 60
@@ -142,8 +142,8 @@ def test_text_files_follow_one_another_and_validation_is_the_end(tmp_path: Path)
     assert len(ids_of(source, "val")) == len(whole) // 4
 
 
-@pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
-def test_every_layout_holds_the_same_tokens_and_is_read_as_token_files(tmp_path: Path, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", list(TokenFileFormat), ids=lambda layout: layout.name)
+def test_every_layout_holds_the_same_tokens_and_is_read_as_token_files(tmp_path: Path, layout: TokenFileFormat) -> None:
     config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"), layout=layout)
     source = made(config, tmp_path / "out")
     reference = made(DataConfig(source=Source.files, path=config.path), tmp_path / "reference")
@@ -151,12 +151,12 @@ def test_every_layout_holds_the_same_tokens_and_is_read_as_token_files(tmp_path:
         assert ids_of(source, split) == ids_of(reference, split)
     again = open_tokens(DataConfig(source=Source.tokens, path=str(tmp_path / "out")))
     assert again.sources == (source,) and again.sha256 == source.sha256
-    if layout is Layout.megatron:
+    if layout is TokenFileFormat.megatron:
         index = (tmp_path / "out" / "train.idx").read_bytes()
         sizes = np.frombuffer(index, dtype="<i4", count=source.train.documents or 0, offset=34)
         train = [len(t.encode()) + 1 for n, t in enumerate(TEXTS[:200]) if not is_validation(0, n, 0.1)]
         assert sizes.tolist() == train
-    if layout is Layout.nanogpt:
+    if layout is TokenFileFormat.nanogpt:
         assert (tmp_path / "out" / "meta.pkl").is_file()
     told = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for part in told["splits"].values():
@@ -168,18 +168,18 @@ def test_any_cut_reads_every_line_and_character_once(tmp_path: Path, monkeypatch
     pattern = write_jsonl(tmp_path / "in")
     (tmp_path / "text").write_text("".join(TEXTS[:40]) + "\n".join(TEXTS[40:60]))
     for size in (1, 7, 100, 1000, 10**6):
-        monkeypatch.setattr(units, "UNIT_BYTES", size)
-        monkeypatch.setattr(units, "PIECE_BYTES", max(size, 3))
-        recipe = recipe_of(DataConfig(source=Source.files, path=pattern), tmp_path)
-        assert recipe is not None
+        monkeypatch.setattr(shards, "SHARD_BYTES", size)
+        monkeypatch.setattr(shards, "PIECE_BYTES", max(size, 3))
+        spec = build_spec(DataConfig(source=Source.files, path=pattern), tmp_path)
+        assert spec is not None
         if size >= 100:
-            lines = [piece.data.decode() for unit in cut_units(recipe) for piece in read_unit(recipe, unit)]
+            lines = [piece.data.decode() for shard in list_shards(spec) for piece in read_shard(spec, shard)]
             assert lines == TEXTS[:200]
         for kind in (TokenizerKind.byte, TokenizerKind.char):
             config = DataConfig(source=Source.text, path=str(tmp_path / "text"), tokenizer=kind, val_fraction=0.3)
-            recipe = recipe_of(config, tmp_path)
-            assert recipe is not None
-            pieces = [piece for unit in cut_units(recipe) for piece in read_unit(recipe, unit)]
+            spec = build_spec(config, tmp_path)
+            assert spec is not None
+            pieces = [piece for shard in list_shards(spec) for piece in read_shard(spec, shard)]
             assert b"".join(piece.data for piece in pieces) == (tmp_path / "text").read_bytes()
             assert [piece.split for piece in pieces] == sorted(piece.split for piece in pieces)
             if kind is TokenizerKind.char:
@@ -190,13 +190,13 @@ def test_any_cut_reads_every_line_and_character_once(tmp_path: Path, monkeypatch
 def test_max_bytes_takes_whole_documents_from_the_front(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
     config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"), max_bytes=limit, val_fraction=0.3)
-    recipe = recipe_of(config, tmp_path)
-    assert recipe is not None
+    spec = build_spec(config, tmp_path)
+    assert spec is not None
     texts, total = [], 0
-    for unit in cut_units(recipe):
-        for piece in read_unit(recipe, unit):
+    for shard in list_shards(spec):
+        for piece in read_shard(spec, shard):
             if total < limit:
                 texts.append((piece.split, piece.data + b"\n"))
                 total += len(piece.data) + 1
@@ -224,15 +224,15 @@ def test_any_number_of_processes_gives_the_same_folder(tmp_path: Path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == [".one.lock", ".two.lock", "one", "two"]
 
 
-def finished_units(parts: Path) -> list[Path]:
+def finished_shards(parts: Path) -> list[Path]:
     return sorted(parts.glob("[0-9]*.json"))
 
 
 def kill_in_time(words: list[str], folder: Path) -> Path | None:
-    """Kill a preparation after its first units; its parts, or None where it was done before it could be killed."""
+    """Kill a preparation after its first shards; its parts, or None where it was done before it could be killed."""
     process = start("gpt.prepare", *words, "--to", str(folder), cwd=folder.parent, log=folder.with_suffix(".log"))
     parts = folder.with_name(f".{folder.name}.parts")
-    wait_for(lambda: len(finished_units(parts)) >= 2 or process.poll() is not None, "two units")
+    wait_for(lambda: len(finished_shards(parts)) >= 2 or process.poll() is not None, "two shards")
     family = kill_all(process)
     if folder.exists() or not parts.is_dir():
         return None
@@ -241,14 +241,14 @@ def kill_in_time(words: list[str], folder: Path) -> Path | None:
 
 
 def kill_and_go_on(words: list[str], tmp_path: Path) -> Path:
-    """Kill a preparation, damage a unit, go on, and compare with one that was left alone; the finished folder."""
+    """Kill a preparation, damage a shard, go on, and compare with one that was left alone; the finished folder."""
     run("gpt.prepare", *words, "--to", "whole", cwd=tmp_path)
     for folder in (tmp_path / f"killed{i}" for i in range(5)):
         parts = kill_in_time(words, folder)
         if parts is not None:
             break
     assert parts is not None, "the kill must fall into the preparation"
-    damaged = finished_units(parts)[0].with_suffix(".train")
+    damaged = finished_shards(parts)[0].with_suffix(".train")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
     told = run("gpt.prepare", *words, "--to", str(folder), cwd=tmp_path)
     assert "train: " in told and not parts.exists()
@@ -260,11 +260,11 @@ def test_kill_9_of_a_preparation_and_the_same_command_end_in_the_same_files(tmp_
     kill_and_go_on(["data=synthetic", "data.synthetic.tokens=8000000", "--workers", "2"], tmp_path)
 
 
-def test_finished_units_are_kept_and_damaged_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_kept_and_damaged_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpt.data.preprocessing import prepare as preparation
-    from gpt.data.preprocessing import worker as unit_work
+    from gpt.data.preprocessing import worker as worker
 
-    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 3000)
     config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"))
     made(config, tmp_path / "whole")
 
@@ -272,21 +272,21 @@ def test_finished_units_are_kept_and_damaged_ones_done_again(tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "assemble", crash)
+        patch.setattr(preparation, "merge_shards", crash)
         with pytest.raises(KeyboardInterrupt):
             made(config, tmp_path / "again")
     parts = tmp_path / ".again.parts"
-    assert len(finished_units(parts)) > 5 and not (tmp_path / "again").exists()
+    assert len(finished_shards(parts)) > 5 and not (tmp_path / "again").exists()
     (parts / "000001.train").write_bytes(b"damaged")
     (parts / "000003.json").unlink()
     done: list[int] = []
-    real = readers.read_unit
+    real = readers.read_shard
 
-    def watched(recipe: Recipe, unit: units.Unit) -> object:
-        done.append(unit.number)
-        return real(recipe, unit)
+    def watched(spec: PreprocessingSpec, shard: shards.Shard) -> object:
+        done.append(shard.number)
+        return real(spec, shard)
 
-    monkeypatch.setattr(unit_work, "read_unit", watched)
+    monkeypatch.setattr(worker, "read_shard", watched)
     made(config, tmp_path / "again")
     assert done == [1, 3]
     assert same_but_for_place(tmp_path / "whole", tmp_path / "again") and not parts.exists()
@@ -329,14 +329,14 @@ def test_shakespeare_is_the_pinned_text(tmp_path: Path, monkeypatch: pytest.Monk
     # A download, without a network: urllib reads files, too.
     file = files.download_shakespeare(tmp_path / "cache", Path(text).as_uri())
     assert file.path.read_bytes() == content
-    assert recipe_of(DataConfig(source=Source.shakespeare), tmp_path / "cache") is not None
-    assert recipe_of(DataConfig(source=Source.shakespeare), tmp_path / "empty") is None
+    assert build_spec(DataConfig(source=Source.shakespeare), tmp_path / "cache") is not None
+    assert build_spec(DataConfig(source=Source.shakespeare), tmp_path / "empty") is None
 
 
 def test_another_text_is_no_shakespeare(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("To be")
     with pytest.raises(ConfigError, match="is not tinyshakespeare"):
-        recipe_of(DataConfig(source=Source.shakespeare, path=str(tmp_path / "text")), tmp_path)
+        build_spec(DataConfig(source=Source.shakespeare, path=str(tmp_path / "text")), tmp_path)
     with pytest.raises(ConfigError, match="is not tinyshakespeare"):
         files.download_shakespeare(tmp_path, (tmp_path / "text").as_uri())
     with pytest.raises(ConfigError, match="cannot be fetched"):
@@ -375,9 +375,9 @@ def test_a_dataset_is_streamed_by_shards(tmp_path: Path) -> None:
     config = DataConfig(source=Source.dataset, dataset=str(tmp_path / "in"), val_fraction=0.2)
     source = made(config, tmp_path / "out")
     expected = {0: b"", 1: b""}
-    for unit in range(2):
-        for n, text in enumerate(TEXTS[unit * 100 : unit * 100 + 100]):
-            expected[is_validation(unit, n, 0.2)] += text.encode() + b"\n"
+    for shard in range(2):
+        for n, text in enumerate(TEXTS[shard * 100 : shard * 100 + 100]):
+            expected[is_validation(shard, n, 0.2)] += text.encode() + b"\n"
     assert bytes(ids_of(source, "train")) == expected[0] and bytes(ids_of(source, "val")) == expected[1]
     (tmp_path / "in" / "train-1.parquet").rename(tmp_path / "in" / "validation-0.parquet")
     with pytest.raises(ConfigError, match="broke off in shard 1 of 2"):

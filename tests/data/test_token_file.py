@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.config import DataConfig, Layout, Source, TokenDtype, TrainConfig, WeightedPath
 from gpt.config.compose import compose_train
+from gpt.config import DataConfig, Source, TokenDtype, TokenFileFormat, TrainConfig, WeightedPath
 from gpt.data.corpus import check_fit, describe, prepare
 from gpt.data.formats.prepared import open_tokens
 from gpt.data.formats.token_file import open_token_files, read_token_file, split_end
@@ -117,7 +117,7 @@ def test_megatrons_pair(tmp_path: Path) -> None:
 def test_what_is_written_is_what_the_formats_say(tmp_path: Path) -> None:
     lengths = [np.array([7, 1993]), np.array([1000])]
     chunks = [IDS[:13].astype("<u2").tobytes(), IDS[13:].astype("<u2").tobytes()]
-    for layout in Layout:
+    for layout in TokenFileFormat:
         (tmp_path / layout.name).mkdir()
         write_split(layout, tmp_path / layout.name, "train", "uint16", 3000, chunks, lengths)
     (nanogpt_file,) = (tmp_path / "nanogpt").iterdir()
@@ -137,12 +137,12 @@ def test_long_splits_are_cut_where_a_format_has_a_limit(tmp_path: Path, monkeypa
     monkeypatch.setattr(layouts, "LLMC_SHARD_TOKENS", 1200)
     monkeypatch.setattr(layouts, "MEGATRON_SEQUENCE_LIMIT", 900)
     chunks = [IDS[i : i + 77].astype("<u2").tobytes() for i in range(0, 3000, 77)]
-    write_split(Layout.llmc, tmp_path, "train", "uint16", 3000, chunks, [])
+    write_split(TokenFileFormat.llmc, tmp_path, "train", "uint16", 3000, chunks, [])
     shards = [open_token_files(str(tmp_path / f"train_{i:06d}.bin"))[0] for i in range(3)]
     assert [shard.tokens for shard in shards] == [1200, 1200, 600]
     read = [np.fromfile(s.path, dtype="<u2", offset=1024) for s in shards]
     assert np.concatenate(read).tolist() == IDS.tolist()
-    write_split(Layout.megatron, tmp_path, "val", "uint16", 3000, chunks, [np.array([2000, 1000])])
+    write_split(TokenFileFormat.megatron, tmp_path, "val", "uint16", 3000, chunks, [np.array([2000, 1000])])
     index = (tmp_path / "val.idx").read_bytes()
     assert struct.unpack_from("<QQ", index, 18) == (5, 3)
     assert struct.unpack_from("<5i", index, 34) == (900, 900, 200, 900, 100)
@@ -151,7 +151,7 @@ def test_long_splits_are_cut_where_a_format_has_a_limit(tmp_path: Path, monkeypa
 
 
 def test_tokens_are_as_wide_as_the_vocabulary_needs() -> None:
-    widths = [token_dtype(layout, size) for layout in Layout for size in (65, 65536, 65537)]
+    widths = [token_dtype(layout, size) for layout in TokenFileFormat for size in (65, 65536, 65537)]
     assert widths == ["uint16", "uint16", "uint32", "uint16", "uint16", "uint32", "uint16", "uint16", "int32"]
 
 

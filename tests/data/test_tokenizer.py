@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
 from gpt.data.tokenizers.base import ByteTokenizer, CharTokenizer, Tokenizer, checksum
-from gpt.data.tokenizers.registry import load_tokenizer, save_tokenizer, tokenizer_of
+from gpt.data.tokenizers.registry import load_run_tokenizer, load_tokenizer, save_tokenizer
 from gpt.data.tokenizers.subword import (
     HfTokenizer,
     SentencePieceTokenizer,
@@ -128,7 +128,7 @@ def test_the_end_of_a_document_is_found_and_never_taken_from_the_text() -> None:
 def test_a_saved_tokenizer_is_the_same_one(kind: TokenizerKind, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     save_tokenizer(made(kind), folder.tokenizer)
-    loaded = tokenizer_of(folder)
+    loaded = load_run_tokenizer(folder)
     assert (loaded.kind, loaded.vocab_size, loaded.eot) == (kind, made(kind).vocab_size, made(kind).eot)
     assert checksum(loaded) == checksum(made(kind))
     assert loaded.encode(TEXT).tolist() == made(kind).encode(TEXT).tolist()

@@ -1,1 +1,1 @@
-"""Files of tokens: our prepared folders, and those of nanoGPT, llm.c and Megatron."""
+"""File formats of tokens: our prepared folders, and the token files of nanoGPT, llm.c and Megatron."""

@@ -1,7 +1,7 @@
-"""Tokens that are there: prepared folders and their manifests, token files of others, and mixtures of both.
+"""Token sources of a run: prepared folders and their manifests, token files of others, and mixtures of the two.
 
-Owns what a run reads and what identifies it. Torch-free, reads manifests and headers only. Must not know how tokens are
-made or become batches.
+Owns the list of files that a run reads, and the checksum that identifies them. Torch-free, reads manifests and headers
+only. Must not know how tokens are made or become batches.
 """
 
 from __future__ import annotations
@@ -11,13 +11,20 @@ import json
 import math
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
 from gpt.config import DataConfig, WeightedPath
-from gpt.data.formats.token_file import ITEM_BYTES, Segment, missing, open_token_files, read_token_file, split_end
+from gpt.data.formats.token_file import (
+    ITEM_BYTES,
+    Segment,
+    missing_tokens_error,
+    open_token_files,
+    read_token_file,
+    split_end,
+)
 from launch.errors import ConfigError
 
 FORMAT = 2
@@ -39,7 +46,7 @@ class Split:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens of the split."""
         return sum(segment.tokens for segment in self.segments)
 
 
@@ -53,43 +60,43 @@ class TokenSource:
     train: Split
     val: Split
     vocab_size: int | None
-    """Ids are below it; None where nobody says so."""
+    """Upper limit of the ids; None where neither manifest nor meta.pkl tells it."""
     tokenizer: dict[str, Any] | None
-    """What ``gpt.data.tokenizers.base.about`` says of it."""
+    """Description of its tokenizer, as ``gpt.data.tokenizers.registry.describe_tokenizer`` gives it."""
     sha256: str
-    """Equal for equal data, wherever it was prepared; of files of others, of their ends and sizes."""
+    """Equal for equal data, wherever it was prepared; token files of others count by their ends and sizes."""
     entropy: float | None = None
     """Nats per token that no model can go below, where that is known."""
     weight: int = 1
     characters: str | None = None
-    """The characters that the ids stand for, where nanoGPT's meta.pkl says so."""
+    """Characters in the order of their ids, where nanoGPT's meta.pkl lists them."""
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Where its tokenizer is kept."""
+        """Folder of the source's tokenizer; None where it is not known."""
         return None if self.folder is None or self.tokenizer is None else self.folder / TOKENIZER
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a run trains on: one source, or several with weights. Can be sent to other ranks."""
+    """The tokens of a run: one source, or several with weights. Can be sent to other ranks."""
 
     sources: tuple[TokenSource, ...]
 
     @property
     def sha256(self) -> str:
-        """Identity of the data, mixture included."""
+        """Checksum of the data, weights of a mixture included."""
         if len(self.sources) == 1:
             return self.sources[0].sha256
         return _digest([[source.sha256, source.weight] for source in self.sources])
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Where the tokenizer is kept, None where it is not known."""
+        """Folder of the tokenizer that all sources share; None where no source knows it."""
         return next((s.tokenizer_folder for s in self.sources if s.tokenizer_folder is not None), None)
 
     def as_dict(self) -> list[dict[str, Any]]:
-        """The sources as ``environment.json`` records them."""
+        """List the sources as ``environment.json`` records them."""
         return [
             {
                 "name": source.name,
@@ -105,7 +112,7 @@ class Tokens:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared folder; None where there is none that can be understood."""
+    """Read the manifest of a prepared folder; None where there is none, or one of another version."""
     try:
         value = json.loads((folder / MANIFEST).read_bytes())
         return value if value["format"] == FORMAT else None
@@ -114,18 +121,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def open_folder(folder: Path) -> TokenSource | None:
-    """A prepared corpus; None where there is none, or a file of it is missing or cut short."""
+    """Open a prepared corpus; None where there is none, or a file of it is missing or cut short."""
     manifest = read_manifest(folder)
     if manifest is None:
         return None
     splits = {}
     try:
         for name in SPLITS:
-            told = manifest["splits"][name]
-            files = [read_token_file(folder / f["name"], manifest["dtype"]) for f in told["files"] if f["tokens"]]
-            if [f.tokens for f in files] != [f["tokens"] for f in told["files"] if f["tokens"]]:
+            split = manifest["splits"][name]
+            listed = [file for file in split["files"] if file["tokens"]]  # an index holds none
+            files = [read_token_file(folder / file["name"], manifest["dtype"]) for file in listed]
+            if [file.tokens for file in files] != [file["tokens"] for file in listed]:
                 return None
-            splits[name] = Split(tuple(files), told["bytes"], told["documents"])
+            splits[name] = Split(tuple(files), split["bytes"], split["documents"])
     except ConfigError:
         return None
     return TokenSource(
@@ -141,24 +149,24 @@ def open_folder(folder: Path) -> TokenSource | None:
 
 
 def open_tokens(config: DataConfig) -> Tokens:
-    """The token files of ``data=tokens``.
+    """Open the sources of ``data=tokens``.
 
     Raises:
         ConfigError: they are not there, or do not fit together.
     """
-    asked = config.sources or [WeightedPath(str(config.path))]
-    weights = whole_weights([source.weight for source in asked])
-    opened = [_open_source(source.path, config, weight) for source, weight in zip(asked, weights, strict=True)]
-    _refuse_other_tokenizers(opened)
-    return Tokens(tuple(opened))
+    paths = config.sources or [WeightedPath(str(config.path))]
+    weights = whole_weights([source.weight for source in paths])
+    sources = [_open_source(source.path, config, weight) for source, weight in zip(paths, weights, strict=True)]
+    _refuse_other_tokenizers(sources)
+    return Tokens(tuple(sources))
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest whole numbers in the proportion of ``weights``, taken as they are written: 0.1 is a tenth.
+    """Smallest whole numbers in the proportion of ``weights``, taken as they are written: 0.1 is a tenth.
 
-    Weights that need a sum above 2^30 are rounded to a billionth of their sum, none to nothing.
+    Weights that need a sum above 2^30 are rounded to a billionth of their sum, none to zero.
     """
-    exact = [Fraction(str(weight)) for weight in weights]
+    exact = [Fraction(str(weight)) for weight in weights]  # by way of the text: the float 0.1 is no tenth
     assert exact and min(exact) > 0, "DataConfig.validate asks for it"
     scale = math.lcm(*(f.denominator for f in exact))
     whole = [int(f * scale) for f in exact]
@@ -171,14 +179,14 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
 def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
     place = Path(path).expanduser().absolute()
     if (place / MANIFEST).is_file():
-        found = open_folder(place)
-        if found is None:
+        prepared = open_folder(place)
+        if prepared is None:
             raise ConfigError(
                 f"{place} has a manifest, but its files are missing, cut short, or of another version",
                 "the folder as gpt.prepare has left it",
                 f"python -m gpt.prepare ... --to {place}, after the folder is moved away",
             )
-        return TokenSource(**{**found.__dict__, "weight": weight})
+        return replace(prepared, weight=weight)
     dtype = config.token_dtype.name if config.token_dtype else None
     train, val = _foreign_splits(place, path, config, dtype)
     vocab_size, characters = _nanogpt_meta(train[0].path.with_name("meta.pkl"))
@@ -198,11 +206,11 @@ def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
 def _foreign_splits(
     place: Path, path: str, config: DataConfig, dtype: str | None
 ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Training and validation files of others: nanoGPT's pair in a folder, two paths, or one path that is cut."""
+    """Training and validation files of others: nanoGPT's pair in a folder, two paths, or one path that is split."""
     if place.is_dir():
         pair = [place / "train.bin", place / "val.bin"]
         if not all(p.is_file() for p in pair):
-            raise missing(path, place / "train.bin")
+            raise missing_tokens_error(path, place / "train.bin")
         return (read_token_file(pair[0], dtype),), (read_token_file(pair[1], dtype),)
     train = open_token_files(path, dtype)
     if config.val_path:
@@ -229,14 +237,14 @@ def _refuse_other_tokenizers(sources: Sequence[TokenSource]) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; whatever could run code is refused."""
+    """Unpickler of containers, strings and numbers; refuses whatever could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} in a file of plain values")
 
 
 def read_meta(file: IO[bytes]) -> dict[str, Any]:
-    """nanoGPT's meta.pkl.
+    """Read nanoGPT's meta.pkl.
 
     Raises:
         pickle.UnpicklingError: it holds more than plain values.
@@ -246,13 +254,13 @@ def read_meta(file: IO[bytes]) -> dict[str, Any]:
 
 
 def _nanogpt_meta(meta: Path) -> tuple[int | None, str | None]:
-    """Size of the vocabulary and its characters, where ``meta`` is there and says so."""
+    """Vocabulary size and characters by nanoGPT's ``meta.pkl``; None for what it does not say, or is not there."""
     if not meta.is_file():
         return None, None
     try:
         with meta.open("rb") as file:
-            told = read_meta(file)
-        size, names = told.get("vocab_size"), told.get("itos")
+            values = read_meta(file)
+        size, names = values.get("vocab_size"), values.get("itos")
         if size is not None and isinstance(names, dict) and set(names) == set(range(size)):
             return int(size), "".join(names[i] for i in range(size))
         return (None if size is None else int(size)), None
@@ -265,8 +273,8 @@ def _nanogpt_meta(meta: Path) -> tuple[int | None, str | None]:
 
 
 def largest_id_seen(source: TokenSource) -> int:
-    """The largest id among the first and last 65,536 bytes of every file; quick, and no promise for the rest."""
-    import numpy as np  # here, so that looking up a corpus of bytes stays as quick as it is
+    """Find the largest id in the first and last 65,536 bytes of every file; quick, and no promise for the rest."""
+    import numpy as np  # here, so that the look-up of a corpus of bytes stays as quick as it is
 
     largest = 0
     for segment in (*source.train.segments, *source.val.segments):
@@ -279,7 +287,7 @@ def largest_id_seen(source: TokenSource) -> int:
 
 
 def _fingerprint(path: Path) -> str:
-    """What tells a file from another one without reading it all: size, beginning and end."""
+    """Sha256 of a file's size, beginning and end: tells it from others without reading gigabytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(FINGERPRINT_BYTES)

@@ -1,7 +1,7 @@
-"""Token files: one flat run of token ids on disk, whoever has written it.
+"""Token files: one flat run of token ids on disk, in the format of nanoGPT, llm.c or Megatron.
 
-Owns how the three common formats are told apart and what their headers say. Torch-free, and reads headers only. Must
-not know where tokens come from or how they become batches.
+Owns the recognition of the three formats and the reading of their headers. Torch-free, and reads headers only. Must not
+know where tokens come from or how they become batches.
 
 - nanoGPT: no header; numpy's ``tofile`` of uint16 (nanoGPT, data/*/prepare.py).
 - llm.c and modded-nanogpt: 256 int32, of which the first are magic number, version and number of tokens; 20240520 and 1
@@ -20,11 +20,11 @@ from launch.errors import ConfigError
 from launch.runs.ranges import closest
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
-"""Width of a token by its little-endian numpy name."""
+"""Numpy name of an integer -> its bytes; all files are little-endian."""
 HEADERLESS_DTYPE = "uint16"
 LLMC_HEADER_BYTES = 1024
 LLMC_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
-"""Width of a token -> magic number and version."""
+"""Numpy name of a token's integer -> magic number and version of the header."""
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, code of the dtype, number of sequences and of documents
 MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
@@ -32,29 +32,29 @@ MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens in a file: ``tokens`` numbers of ``dtype`` from byte ``offset`` on. Can be sent to other ranks."""
+    """Stretch of a token file: ``tokens`` numbers of ``dtype`` from byte ``offset`` on. Can be sent to other ranks."""
 
     path: Path
     dtype: str
     offset: int
     tokens: int
     file_bytes: int
-    """Size the whole file must have."""
+    """Size that the whole file must have, in bytes."""
 
     def is_whole(self) -> bool:
-        """Whether the file is there with its full size; cheap, so it is asked at every start."""
+        """Tell whether the file is there with its full size; cheap, so it is asked at every start."""
         try:
             return self.path.stat().st_size == self.file_bytes
         except FileNotFoundError:
             return False
 
-    def part(self, start: int, stop: int) -> Segment:
-        """The tokens from ``start`` up to ``stop``."""
+    def slice(self, start: int, stop: int) -> Segment:
+        """Select the tokens from ``start`` up to ``stop``."""
         return replace(self, offset=self.offset + start * ITEM_BYTES[self.dtype], tokens=stop - start)
 
 
 def open_token_files(path: str, dtype: str | None = None) -> tuple[Segment, ...]:
-    """The token files at ``path``: a file, a Megatron prefix, or a pattern of shards, in the order of their names.
+    """Open the token files at ``path``: a file, a Megatron prefix, or a pattern of shards, in the order of their names.
 
     Raises:
         ConfigError: there is none, or one that makes no sense.
@@ -64,14 +64,14 @@ def open_token_files(path: str, dtype: str | None = None) -> tuple[Segment, ...]
         return (read_token_file(place, dtype),)
     if place.with_name(f"{place.name}.idx").is_file():
         return (read_token_file(place.with_name(f"{place.name}.bin"), dtype),)
-    shards = [shard for shard in matches(path) if shard.suffix != ".idx" and shard.is_file()]
+    shards = [shard for shard in glob_files(path) if shard.suffix != ".idx" and shard.is_file()]
     if not shards:
-        raise missing(path, place)
+        raise missing_tokens_error(path, place)
     return tuple(read_token_file(shard, dtype) for shard in shards)
 
 
-def missing(path: str, place: Path) -> ConfigError:
-    """The refusal of a path that leads to no tokens."""
+def missing_tokens_error(path: str, place: Path) -> ConfigError:
+    """Refusal of a path that leads to no tokens."""
     try:
         names = sorted(p.name for p in place.parent.iterdir() if p.suffix == ".bin" or p.is_dir())
     except OSError:
@@ -85,14 +85,18 @@ def missing(path: str, place: Path) -> ConfigError:
 
 
 def read_token_file(path: Path, dtype: str | None = None) -> Segment:
-    """One token file, its format told by its header; ``dtype`` is for files without one."""
+    """Read the header of a token file and recognize its format by it; ``dtype`` is for files without a header.
+
+    Raises:
+        ConfigError: the file cannot be read, or its size is not the one that its header tells.
+    """
     if path.suffix == ".idx":
         path = path.with_suffix(".bin")
     try:
         size = path.stat().st_size
         index = path.with_suffix(".idx")
         if index.is_file():
-            return _megatron(path, index, size)
+            return _read_megatron(path, index, size)
         with path.open("rb") as file:
             head = file.read(12)
     except OSError as error:
@@ -103,11 +107,11 @@ def read_token_file(path: Path, dtype: str | None = None) -> Segment:
         magic, version, tokens = struct.unpack("<iii", head)
         for kind, (known, its_version) in LLMC_KINDS.items():
             if magic == known:
-                return _llmc(path, size, kind, version == its_version, tokens)
-    return _headerless(path, size, dtype or HEADERLESS_DTYPE)
+                return _read_llmc(path, size, kind, version == its_version, tokens)
+    return _read_headerless(path, size, dtype or HEADERLESS_DTYPE)
 
 
-def _headerless(path: Path, size: int, dtype: str) -> Segment:
+def _read_headerless(path: Path, size: int, dtype: str) -> Segment:
     if size % ITEM_BYTES[dtype] or not size:
         raise ConfigError(
             f"{path} has {size} bytes, which are not whole {dtype} tokens",
@@ -117,7 +121,7 @@ def _headerless(path: Path, size: int, dtype: str) -> Segment:
     return Segment(path, dtype, 0, size // ITEM_BYTES[dtype], size)
 
 
-def _llmc(path: Path, size: int, dtype: str, known_version: bool, tokens: int) -> Segment:
+def _read_llmc(path: Path, size: int, dtype: str, known_version: bool, tokens: int) -> Segment:
     expected = LLMC_HEADER_BYTES + tokens * ITEM_BYTES[dtype]
     if not known_version or tokens < 1 or size != expected:
         raise ConfigError(
@@ -128,7 +132,7 @@ def _llmc(path: Path, size: int, dtype: str, known_version: bool, tokens: int) -
     return Segment(path, dtype, LLMC_HEADER_BYTES, tokens, size)
 
 
-def _megatron(path: Path, index: Path, size: int) -> Segment:
+def _read_megatron(path: Path, index: Path, size: int) -> Segment:
     with index.open("rb") as file:
         head = file.read(MEGATRON_HEADER.size)
     if len(head) < MEGATRON_HEADER.size or not head.startswith(MEGATRON_MAGIC):
@@ -157,21 +161,22 @@ def _megatron(path: Path, index: Path, size: int) -> Segment:
 
 
 def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Cut the last ``tokens`` tokens off: the segments before them, and theirs."""
+    """Split off the last ``tokens`` tokens; returns the segments before them, and those that hold them."""
     before: list[Segment] = []
     after: list[Segment] = []
     left = tokens
     for segment in reversed(segments):
         taken = min(left, segment.tokens)
         if taken < segment.tokens:
-            before.insert(0, segment.part(0, segment.tokens - taken))
+            before.insert(0, segment.slice(0, segment.tokens - taken))
         if taken:
-            after.insert(0, segment.part(segment.tokens - taken, segment.tokens))
+            after.insert(0, segment.slice(segment.tokens - taken, segment.tokens))
         left -= taken
     return tuple(before), tuple(after)
 
 
-def matches(pattern: str) -> list[Path]:
-    """What the absolute or relative ``pattern`` matches, in order."""
+def glob_files(pattern: str) -> list[Path]:
+    """List the paths that an absolute or relative ``pattern`` matches, sorted."""
     place = Path(pattern).expanduser().absolute()
+    # Path.glob takes relative patterns only.
     return sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))

@@ -1,7 +1,7 @@
-"""Finding the files of a corpus: the running Python's library, a text, tinyshakespeare, or whatever a pattern matches.
+"""Lookup of the files of a corpus: the running Python's library, a text, tinyshakespeare, or those a pattern matches.
 
-Owns what is refused because a path leads nowhere. Torch-free and quick, since the login node asks it before submitting:
-files are looked up, not read. Must not know of tokens.
+Owns the refusal of paths that lead nowhere. Torch-free and quick, since the login node asks before it submits: files
+are looked up, not read. Must not know of tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.data.formats.token_file import matches
+from gpt.data.formats.token_file import glob_files
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically
 from launch.runs.ranges import closest
 
-# Left out of the standard library: other people's packages, tests, programs that happen to be shipped with it and are
-# missing from some distributions' packages, and files generated for one machine.
+# Left out of the corpus of the standard library: other people's packages, tests, programs that happen to be shipped
+# with it and are missing from some distributions' packages, and files generated for one machine.
 STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"} | {
     "idlelib",
     "turtledemo",
@@ -41,7 +41,7 @@ PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".7z")
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file of a corpus and what tells its present content from an older one."""
+    """One file of a corpus; size and time of change tell its present content from an older one."""
 
     path: Path
     size: int
@@ -49,7 +49,7 @@ class CorpusFile:
 
 
 def text_file(path: str) -> CorpusFile:
-    """The text file at ``path``; a relative one starts at the current folder.
+    """Look up the text file at ``path``; a relative path starts at the current folder.
 
     Raises:
         ConfigError: it is not there, cannot be read, or is empty.
@@ -67,14 +67,14 @@ def text_file(path: str) -> CorpusFile:
             f"data.path={path}, but there is no {text}", "a text file", _suggestion(text.parent, text.name)
         ) from error
     except (OSError, RuntimeError) as error:  # expanduser raises RuntimeError for an unknown ~user
-        raise unreadable(Path(path), error) from error
+        raise unreadable_file_error(Path(path), error) from error
     if not status.st_size:
         raise ConfigError(f"{text} is empty", "a file with text in it", "data=text data.path=FILE")
     return CorpusFile(text, status.st_size, status.st_mtime_ns)
 
 
 def _suggestion(folder: Path, name: str = "") -> str:
-    """What to type for a path that does not lead to a text: a file beside it, where one looks right."""
+    """Override to type instead of a path that leads to no text: a file beside it, where one looks right."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     except OSError:
@@ -83,18 +83,18 @@ def _suggestion(folder: Path, name: str = "") -> str:
     return f"data.path={folder / likely[0]}" if likely else "data.path=FILE"
 
 
-def unreadable(path: Path, error: Exception) -> ConfigError:
-    """The refusal of a file that is there and cannot be read."""
+def unreadable_file_error(path: Path, error: Exception) -> ConfigError:
+    """Refusal of a file that is there and cannot be read."""
     return ConfigError(f"{path} cannot be read ({error})", "a text file this user may read", f"chmod u+r {path}")
 
 
 def pattern_files(pattern: str) -> tuple[CorpusFile, ...]:
-    """The files that match ``pattern`` (``**`` crosses folders), in the order of their paths; empty ones are left out.
+    """List the files that match ``pattern`` (``**`` crosses folders), ordered by path, without empty ones.
 
     Raises:
         ConfigError: there is none, or they are of several kinds.
     """
-    found = matches(pattern)
+    found = glob_files(pattern)
     files = [CorpusFile(p, p.stat().st_size, p.stat().st_mtime_ns) for p in found if p.is_file()]
     files = [file for file in files if file.size]
     if not files:
@@ -114,7 +114,7 @@ def pattern_files(pattern: str) -> tuple[CorpusFile, ...]:
 
 
 def file_kind(path: Path) -> str:
-    """``text``, ``jsonl``, ``jsonl.gz`` or ``parquet``, by the name.
+    """Kind of a file by its name: ``text``, ``jsonl``, ``jsonl.gz`` or ``parquet``.
 
     Raises:
         ConfigError: the file is packed in a way that is not read.
@@ -132,7 +132,7 @@ def file_kind(path: Path) -> str:
 
 
 def stdlib_files() -> tuple[CorpusFile, ...]:
-    """Source files of the running Python's own library, in the order of their relative paths."""
+    """List the source files of the running Python's own library, ordered by relative path."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, CorpusFile] = {}
     for folder, subfolders, names in os.walk(root):
@@ -155,8 +155,8 @@ def _in_stdlib_corpus(name: str) -> bool:
     return name not in STDLIB_SKIPPED_FOLDERS and not name.startswith(STDLIB_SKIPPED_PREFIXES)
 
 
-def first_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFile, ...]:
-    """As many of ``files`` as make ``limit`` bytes, the last one cut short (by its ``size``); None takes all."""
+def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFile, ...]:
+    """Take the first ``limit`` bytes of ``files``, the last one cut short by its ``size``; None takes all."""
     taken, left = [], limit
     for file in files:
         if left is not None and left <= 0:
@@ -168,7 +168,7 @@ def first_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusF
 
 
 def shakespeare_file(path: str | None, cache: Path) -> CorpusFile | None:
-    """tinyshakespeare from a local file or from the cache; None where it has to be downloaded first.
+    """Look up tinyshakespeare at ``path`` or in the cache; None where it has to be downloaded first.
 
     Raises:
         ConfigError: the local file is another text.
@@ -182,7 +182,7 @@ def shakespeare_file(path: str | None, cache: Path) -> CorpusFile | None:
 
 
 def refuse_other_shakespeare(content: bytes, where: str) -> None:
-    """Raise ConfigError unless ``content`` is the text that everybody's figures are of."""
+    """Raise ConfigError unless ``content`` is the text on which published losses are measured."""
     found = hashlib.sha256(content).hexdigest()
     if found != SHAKESPEARE_SHA256:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Reading the text of a unit: texts, jsonl and parquet files, and datasets that Hugging Face's library streams.
+"""Readers of the text of a shard: texts, jsonl and parquet files, and datasets streamed by Hugging Face's library.
 
-Owns the formats, and that a file which changes while it is read is noticed. Torch-free; holds a piece of a text or one
+Owns the formats, and the refusal of a file that changes while it is read. Torch-free; holds a piece of a text or one
 document at a time. Must not know of tokens.
 """
 
@@ -14,45 +14,46 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt.config import DataConfig
-from gpt.data.preprocessing.files import unreadable
-from gpt.data.preprocessing.recipe import Recipe
-from gpt.data.preprocessing.units import TRAIN, VAL, Part, Unit, open_dataset
-from gpt.data.tokenizers.subword import library
+from gpt.data.preprocessing.files import unreadable_file_error
+from gpt.data.preprocessing.shards import TRAIN, VAL, Part, Shard, open_dataset
+from gpt.data.preprocessing.spec import PreprocessingSpec
+from gpt.data.tokenizers.subword import import_library
 from launch.errors import ConfigError
 
 
 class Piece(NamedTuple):
-    """Some text, as UTF-8 or whatever bytes the file holds."""
+    """Text that is tokenized at once, as UTF-8 or whatever bytes the file holds."""
 
     split: int
     data: bytes
     ends: bool
-    """Whether a document ends with it."""
+    """True where a document ends with the piece."""
 
 
-def read_unit(recipe: Recipe, unit: Unit) -> Iterator[Piece]:
-    """The text of a unit, piece by piece.
+def read_shard(spec: PreprocessingSpec, shard: Shard) -> Iterator[Piece]:
+    """Read the text of a shard, piece by piece.
 
     Raises:
         ConfigError: a file cannot be read, is not what it should be, or has changed since it was looked up.
     """
-    if recipe.kind == "text":
-        for part in unit.parts:
-            assert unit.split is not None
-            yield Piece(unit.split, _read_range(part), part.ends)
+    if spec.kind == "text":
+        for part in shard.parts:
+            assert shard.split is not None
+            yield Piece(shard.split, _read_range(part), part.ends)
         return
     count = 0
-    for part in unit.parts:
-        for text in _documents(recipe, part):
-            split = unit.split
+    for part in shard.parts:
+        for text in _documents(spec, part):
+            split = shard.split
             if split is None:
-                split = VAL if is_validation(unit.number, count, recipe.config.val_fraction) else TRAIN
+                split = VAL if is_validation(shard.number, count, spec.config.val_fraction) else TRAIN
             count += 1
+            # JSON may hold lone surrogates, which UTF-8 does not have.
             yield Piece(split, text.encode("utf-8", "replace"), True)
 
 
-def decode(data: bytes, unit: Unit) -> str:
-    """The text of a piece.
+def decode(data: bytes, shard: Shard) -> str:
+    """Decode the text of a piece.
 
     Raises:
         ConfigError: it is not UTF-8.
@@ -61,25 +62,25 @@ def decode(data: bytes, unit: Unit) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{unit.parts[0].path} is not UTF-8 ({error.reason})",
+            f"{shard.parts[0].path} is not UTF-8 ({error.reason})",
             "UTF-8, for a tokenizer other than bytes",
             "data.tokenizer=byte, or the text converted with iconv",
         ) from error
 
 
-def is_validation(unit: int, document: int, fraction: float) -> bool:
-    """Whether a document is kept for validation: a hash of its place, so that any process knows."""
-    digest = hashlib.blake2b(f"{unit}:{document}".encode(), digest_size=8).digest()
+def is_validation(shard: int, document: int, fraction: float) -> bool:
+    """Decide by a hash of a document's place whether validation takes it, so that every process decides alike."""
+    digest = hashlib.blake2b(f"{shard}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
 
-def _documents(recipe: Recipe, part: Part) -> Iterator[str]:
-    if recipe.kind == "dataset":
-        yield from _read_dataset(recipe.config, part)
-    elif recipe.kind == "parquet":
-        yield from _read_parquet(part, recipe.config.text_key)
+def _documents(spec: PreprocessingSpec, part: Part) -> Iterator[str]:
+    if spec.kind == "dataset":
+        yield from _read_dataset(spec.config, part)
+    elif spec.kind == "parquet":
+        yield from _read_parquet(part, spec.config.text_key)
     else:
-        yield from _read_jsonl(part, recipe.config.text_key, packed=recipe.kind == "jsonl.gz")
+        yield from _read_jsonl(part, spec.config.text_key, packed=spec.kind == "jsonl.gz")
 
 
 def _read_range(part: Part) -> bytes:
@@ -90,7 +91,7 @@ def _read_range(part: Part) -> bytes:
             data = stream.read(part.stop - part.start)
             _refuse_change(path, part, len(data) == part.stop - part.start)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_file_error(path, error) from error
     return data
 
 
@@ -100,7 +101,7 @@ def _refuse_change(path: Path, part: Part, complete: bool = True) -> None:
 
 
 def _read_jsonl(part: Part, key: str, packed: bool) -> Iterator[str]:
-    """The lines that begin in the part."""
+    """Texts of the lines that begin in the part; a line that began before belongs to the part before."""
     path = Path(part.path)
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as stream:
@@ -117,7 +118,7 @@ def _read_jsonl(part: Part, key: str, packed: bool) -> Iterator[str]:
                 place += len(line)
         _refuse_change(path, part)
     except (OSError, EOFError) as error:
-        raise unreadable(path, error) from error
+        raise unreadable_file_error(path, error) from error
 
 
 def _text_of(line: bytes, key: str, path: Path, place: int) -> str:
@@ -141,22 +142,23 @@ def _text_of(line: bytes, key: str, path: Path, place: int) -> str:
 
 def _read_parquet(part: Part, key: str) -> Iterator[str]:
     path = Path(part.path)
-    parquet = library("pyarrow.parquet")
+    parquet = import_library("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as opened:
             names = opened.schema_arrow.names
             if key not in names:
-                raise _no_column(path, key, names)
+                raise missing_column_error(path, key, names)
             for batch in opened.iter_batches(batch_size=256, row_groups=range(part.start, part.stop), columns=[key]):
+                # A null is a row without text.
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
         _refuse_change(path, part)
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError):  # which is a ValueError, too
             raise
-        raise unreadable(path, error) from error
+        raise unreadable_file_error(path, error) from error
 
 
-def _no_column(where: object, key: str, names: Iterable[str]) -> ConfigError:
+def missing_column_error(where: object, key: str, names: Iterable[str]) -> ConfigError:
     names = list(names)
     return ConfigError(
         f"{where} has no column data.text_key={key}",
@@ -166,7 +168,7 @@ def _no_column(where: object, key: str, names: Iterable[str]) -> ConfigError:
 
 
 def _read_dataset(config: DataConfig, part: Part) -> Iterator[str]:
-    """Shard ``start`` of ``stop`` of the split named ``path``."""
+    """Texts of file ``start`` of ``stop`` of the dataset's split that ``path`` names."""
     stream = iter(open_dataset(config, part.path).shard(num_shards=part.stop, index=part.start))
     while True:
         try:
@@ -182,5 +184,7 @@ def _read_dataset(config: DataConfig, part: Part) -> Iterator[str]:
             return
         text = row.get(config.text_key)
         if not isinstance(text, str):
-            raise _no_column(config.dataset, config.text_key, (k for k, v in row.items() if isinstance(v, str)))
+            raise missing_column_error(
+                config.dataset, config.text_key, (k for k, v in row.items() if isinstance(v, str))
+            )
         yield text

@@ -1,4 +1,4 @@
-"""A corpus whose entropy is known: a seeded Markov chain, so that a loss has a floor to be checked against.
+"""A corpus of known entropy: a seeded Markov chain, which gives a loss a floor to be checked against.
 
 Owns the chain, its entropy and its walks. Torch-free. The next token depends on the last one only, so a model that has
 seen one token can know all there is to know, and the cross-entropy of the best one is the chain's entropy rate
@@ -19,8 +19,8 @@ import numpy.typing as npt
 from gpt.config.data import SyntheticConfig
 
 WALK_TOKENS = 1 << 20
-"""Tokens of one walk. The corpus is made of walks that each start anew, so that processes can share the work; of a
-million tokens one has a predecessor that it does not follow from."""
+"""Tokens of one walk through the chain. The corpus is made of walks that each start anew, so that processes can share
+the work; one token in a million does not follow from its predecessor."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,18 +30,18 @@ class Chain:
     """A Markov chain of V states with S successors each."""
 
     successors: npt.NDArray[np.int64]
-    """(V, S), the states that can follow each state, all different."""
+    """States that can follow each state, (V, S), all different."""
     probabilities: Floats
-    """(V, S), how likely they are; rows sum to one."""
+    """Probabilities of the successors, (V, S); rows sum to one."""
 
     def transition(self) -> Floats:
-        """The matrix p_ij, (V, V)."""
+        """Build the transition matrix p_ij, (V, V)."""
         matrix = np.zeros((len(self.successors), len(self.successors)))
         np.put_along_axis(matrix, self.successors, self.probabilities, axis=1)
         return matrix
 
     def stationary(self) -> Floats:
-        """How often each state is visited in the long run, (V,): the solution of pi P = pi that sums to one."""
+        """Stationary distribution of the states, (V,): the solution of pi P = pi that sums to one."""
         states = len(self.successors)
         equations = np.vstack([self.transition().T - np.eye(states), np.ones(states)])
         return np.asarray(np.linalg.lstsq(equations, np.append(np.zeros(states), 1.0), rcond=None)[0])
@@ -59,22 +59,23 @@ def _chain(vocab_size: int, successors: int, seed: int) -> Chain:
     key[np.arange(vocab_size), (np.arange(vocab_size) + 1) % vocab_size] = -1.0
     chosen = np.argsort(key, axis=1, kind="stable")[:, :successors]
     # Exponential variates, normalized, are uniform on the simplex (Devroye 1986, chapter XI.4).
+    # The thousandth keeps every probability above zero, whose logarithm the entropy takes.
     weight = -np.log1p(-_uniform(seed, 1, vocab_size * successors)).reshape(vocab_size, successors) + 1e-3
     return Chain(chosen, weight / weight.sum(axis=1, keepdims=True))
 
 
 def chain_of(config: SyntheticConfig) -> Chain:
-    """The chain that a configuration describes; its length is not part of it."""
+    """Build the chain that a configuration describes; the length of the corpus is no part of the chain."""
     return _chain(config.vocab_size, config.successors, config.seed)
 
 
 def num_walks(tokens: int) -> int:
-    """Walks in a corpus of so many tokens; the last one is cut short."""
+    """Count the walks in a corpus of so many tokens; the last one is cut short."""
     return -(-tokens // WALK_TOKENS)
 
 
 def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
-    """Walk ``number`` of the corpus, counted from 0, (tokens,)."""
+    """Generate walk ``number`` of the corpus, counted from 0, (tokens,)."""
     tokens = min(WALK_TOKENS, config.tokens - number * WALK_TOKENS)
     chain = chain_of(config)
     cumulative = [row[:-1].tolist() for row in np.cumsum(chain.probabilities, axis=1)]
@@ -90,6 +91,9 @@ def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
 
 
 def _uniform(seed: int, stream: int, count: int) -> Floats:
-    """Numbers in [0, 1) that no release of numpy changes: its bit generators are promised to stay, its variates not."""
+    """Draw numbers in [0, 1) that no numpy release changes: its bit generators are promised to stay, its variates not.
+
+    ``stream`` numbers the independent sequences of one seed.
+    """
     raw = np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(count)
     return np.asarray((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)

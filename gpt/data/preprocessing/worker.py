@@ -1,7 +1,7 @@
-"""Units of text to units of tokens, in this process or in several.
+"""Tokenization of shards, in this process or in several.
 
-Owns what a unit leaves behind, and the processes. A process holds a piece of text and its tokens, and dies with the one
-that started it. Torch-free. Must not know what becomes of the units.
+Owns the files that a shard leaves, and the processes. A process holds a piece of text and its tokens, and dies with the
+one that started it. Torch-free. Must not know what becomes of the tokenized shards.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tqdm import tqdm
 from gpt.config import TokenizerKind
 from gpt.data.formats.prepared import SPLITS, TOKENIZER
 from gpt.data.formats.write import token_dtype
-from gpt.data.preprocessing.readers import decode, read_unit
-from gpt.data.preprocessing.recipe import Recipe
+from gpt.data.preprocessing.readers import decode, read_shard
+from gpt.data.preprocessing.shards import TRAIN, VAL, Shard
+from gpt.data.preprocessing.spec import PreprocessingSpec
 from gpt.data.preprocessing.synthetic import WALK_TOKENS, walk
-from gpt.data.preprocessing.units import TRAIN, VAL, Unit
 from gpt.data.tokenizers.base import Tokenizer
 from gpt.data.tokenizers.registry import load_tokenizer
 from launch.process import die_with_parent
@@ -38,67 +38,68 @@ PROGRESS_S = 0.5
 
 ROW = struct.Struct("<4q")
 ROW_DTYPE = np.dtype([("split", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("ends", "<i8")])
-"""What a unit remembers of each piece: its split, its size, and whether a document ends with it."""
+"""Record of a tokenized piece: its split, its tokens, its bytes of text, and 1 where a document ends with it."""
 Rows = npt.NDArray[np.void]
 
 
 @dataclass
-class _Work:
-    """What a process needs to do units; in a pool, set once in each."""
+class _ShardTokenizer:
+    """The inputs that a process needs to tokenize shards; in a pool, set once in each."""
 
-    recipe: Recipe
+    spec: PreprocessingSpec
     parts: Path
     tokenizer: Tokenizer | None
     dtype: str
     advance: Callable[[int], None]
 
-    def do(self, unit: Unit) -> None:
-        """Tokenize one unit and keep it."""
-        stem = self.parts / f"{unit.number:06d}"
-        kept = {name: _Kept(stem.with_suffix(f".{name}")) for name in (*SPLITS, "rows")}
+    def tokenize(self, shard: Shard) -> None:
+        """Tokenize one shard and keep its tokens, its rows and their checksums."""
+        stem = self.parts / f"{shard.number:06d}"
+        files = {name: _ShardFile(stem.with_suffix(f".{name}")) for name in (*SPLITS, "rows")}
         num_bytes = 0
-        for split, ids, size, ends in self._tokens(unit):
-            kept[SPLITS[split]].write(ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes())
-            kept["rows"].write(ROW.pack(split, len(ids), size, ends))
+        for split, ids, size, ends in self._tokens(shard):
+            files[SPLITS[split]].write(ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes())
+            files["rows"].write(ROW.pack(split, len(ids), size, ends))
             num_bytes += size
             self.advance(size)
-        sums = {name: file.close() for name, file in kept.items()}
-        # Last, so that a unit with it is whole.
+        sums = {name: file.close() for name, file in files.items()}
+        # Written last: a shard that has this file is whole.
         write_json(stem.with_suffix(".json"), {"sha256": sums, "bytes": num_bytes})
 
-    def _tokens(self, unit: Unit) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
-        """Split, ids, bytes of text and end of a document, of each piece."""
-        if self.recipe.kind == "synthetic":
-            yield from self._walk(unit)
+    def _tokens(self, shard: Shard) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
+        """Yield the split, ids, bytes of text and end of a document of each piece."""
+        if self.spec.kind == "synthetic":
+            yield from self._walk(shard)
             return
         assert self.tokenizer is not None
-        exact = self.tokenizer.kind is TokenizerKind.byte
-        for piece in read_unit(self.recipe, unit):
+        exact = self.tokenizer.kind is TokenizerKind.byte  # takes bytes that are no UTF-8, too
+        for piece in read_shard(self.spec, shard):
             data = piece.data
-            if piece.ends and self.tokenizer.eot is None and self.recipe.splits_documents:
+            if piece.ends and self.tokenizer.eot is None and self.spec.splits_documents:
                 data += b"\n"
             ids: npt.NDArray[Any] = (
-                np.frombuffer(data, np.uint8) if exact else self.tokenizer.encode(decode(data, unit))
+                np.frombuffer(data, np.uint8) if exact else self.tokenizer.encode(decode(data, shard))
             )
-            if piece.ends and self.tokenizer.eot is not None and self.recipe.has_documents:
+            if piece.ends and self.tokenizer.eot is not None and self.spec.has_documents:
                 ids = np.append(ids, np.uint32(self.tokenizer.eot))
             yield piece.split, ids, len(data), piece.ends
 
-    def _walk(self, unit: Unit) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
-        ids = walk(self.recipe.config.synthetic, unit.number)
-        known = self.recipe.known_tokens()
+    def _walk(self, shard: Shard) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
+        ids = walk(self.spec.config.synthetic, shard.number)
+        known = self.spec.known_tokens()
         assert known is not None
-        cut = min(max(known[0] - unit.number * WALK_TOKENS, 0), len(ids))
+        cut = min(max(known[0] - shard.number * WALK_TOKENS, 0), len(ids))
         for split, part in ((TRAIN, ids[:cut]), (VAL, ids[cut:])):
             if len(part):
                 yield split, part, len(part), False
 
 
-class _Kept:
-    """A file of a unit: hashed as it is written, and there only when it is whole."""
+class _ShardFile:
+    """A file of a tokenized shard: hashed as it is written, and given its name only when it is whole."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # A name of this process's own: one left over from a killed command never writes into the same file.
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._file = self._temporary.open("wb")
         self._digest = hashlib.sha256()
@@ -115,11 +116,11 @@ class _Kept:
         return self._digest.hexdigest()
 
 
-_work: _Work | None = None
+_work: _ShardTokenizer | None = None
 
 
-def _start_worker(recipe: Recipe, parts: Path, dtype: str, parent: int, counter: Synchronized[int]) -> None:
-    """Make a pool's process ready: it ends with its parent, and has a tokenizer of its own."""
+def _start_worker(spec: PreprocessingSpec, parts: Path, dtype: str, parent: int, counter: Synchronized[int]) -> None:
+    """Initialize a process of the pool: it ends with its parent, and has a tokenizer of its own."""
     global _work
     die_with_parent(parent)
 
@@ -127,91 +128,99 @@ def _start_worker(recipe: Recipe, parts: Path, dtype: str, parent: int, counter:
         with counter.get_lock():
             counter.value += size
 
-    tokenizer = None if recipe.kind == "synthetic" else load_tokenizer(parts / TOKENIZER)
-    _work = _Work(recipe, parts, tokenizer, dtype, advance)
+    tokenizer = None if spec.kind == "synthetic" else load_tokenizer(parts / TOKENIZER)
+    _work = _ShardTokenizer(spec, parts, tokenizer, dtype, advance)
 
 
-def _do_in_worker(unit: Unit) -> None:
+def _tokenize_in_worker(shard: Shard) -> None:
     assert _work is not None
-    _work.do(unit)
+    _work.tokenize(shard)
 
 
-def do_units(
-    recipe: Recipe, units: list[Unit], parts: Path, tokenizer: Tokenizer | None, workers: int, progress: bool
+def tokenize_shards(
+    spec: PreprocessingSpec, shards: list[Shard], parts: Path, tokenizer: Tokenizer | None, workers: int, progress: bool
 ) -> int:
-    """Do the units that are not done yet. Returns how many are used: with ``data.max_bytes`` perhaps not all."""
-    dtype = dtype_of(recipe, tokenizer)
+    """Tokenize the shards that are not done yet; returns how many are used, with ``data.max_bytes`` perhaps not all."""
+    dtype = token_dtype_for(spec, tokenizer)
     with tqdm(
-        desc=recipe.config.title,
-        total=recipe.num_bytes if recipe.kind in ("text", "jsonl") else None,
-        unit="B" if recipe.kind != "synthetic" else "token",
+        desc=spec.config.title,
+        total=spec.num_bytes if spec.kind in ("text", "jsonl") else None,
+        unit="B" if spec.kind != "synthetic" else "token",
         unit_scale=True,
         disable=not progress,
     ) as bar:
-        done = {unit.number: size for unit in units if (size := _kept(parts, unit.number)) is not None}
+        sizes = {shard.number: _read_finished_size(parts, shard.number) for shard in shards}
+        done = {number: size for number, size in sizes.items() if size is not None}
         bar.update(sum(done.values()))
-        left = [unit for unit in units if unit.number not in done]
-        if workers > 1 and len(left) > 2:  # a process takes longer to start than a unit or two to do
-            _in_pool(recipe, left, done, parts, dtype, workers, bar)
+        left = [shard for shard in shards if shard.number not in done]
+        if workers > 1 and len(left) > 2:  # a process takes longer to start than a shard or two to do
+            _tokenize_in_pool(spec, left, done, parts, dtype, workers, bar)
         else:
 
             def advance(size: int) -> None:
                 bar.update(size)
 
-            work = _Work(recipe, parts, tokenizer, dtype, advance)
-            for unit in left:
-                if _enough(recipe, done, unit):
+            work = _ShardTokenizer(spec, parts, tokenizer, dtype, advance)
+            for shard in left:
+                if _has_enough_text(spec, done, shard):
                     break
-                work.do(unit)
-                done[unit.number] = _size(parts, unit.number)
-    return next((n for n in range(len(units)) if n not in done), len(units))
+                work.tokenize(shard)
+                done[shard.number] = _size(parts, shard.number)
+    return next((n for n in range(len(shards)) if n not in done), len(shards))
 
 
-def _in_pool(
-    recipe: Recipe, left: list[Unit], done: dict[int, int], parts: Path, dtype: str, workers: int, bar: tqdm[Any]
+def _tokenize_in_pool(
+    spec: PreprocessingSpec,
+    left: list[Shard],
+    done: dict[int, int],
+    parts: Path,
+    dtype: str,
+    workers: int,
+    bar: tqdm[Any],
 ) -> None:
-    """Do units in several processes, in order as far as they go."""
+    """Tokenize shards in several processes, started in order; adds the bytes of each to ``done``."""
     context = get_context("spawn")  # forked processes would share the locks of the libraries' threads
     counter: Synchronized[int] = context.Value("q", 0)
-    shown, waiting, started = 0, iter(left), dict[Future[None], Unit]()
+    shown, waiting, started = 0, iter(left), dict[Future[None], Shard]()
     with ProcessPoolExecutor(
-        min(workers, len(left)), context, _start_worker, (recipe, parts, dtype, os.getpid(), counter)
+        min(workers, len(left)), context, _start_worker, (spec, parts, dtype, os.getpid(), counter)
     ) as pool:
         more = True
         while more or started:
+            # No more ahead than that: with data.max_bytes the shards after the limit are not needed.
             while more and len(started) < 2 * workers:
-                unit = next(waiting, None)
-                more = unit is not None and not _enough(recipe, done, unit)
-                if more and unit is not None:
-                    started[pool.submit(_do_in_worker, unit)] = unit
+                shard = next(waiting, None)
+                more = shard is not None and not _has_enough_text(spec, done, shard)
+                if more and shard is not None:
+                    started[pool.submit(_tokenize_in_worker, shard)] = shard
             finished, _ = wait(started, timeout=PROGRESS_S, return_when=FIRST_COMPLETED)
             for future in finished:
-                future.result()
+                future.result()  # raises here what was raised there
                 number = started.pop(future).number
                 done[number] = _size(parts, number)
             bar.update(counter.value - shown)
             shown = counter.value
 
 
-def _enough(recipe: Recipe, done: dict[int, int], unit: Unit) -> bool:
-    """Whether the units before this one already hold ``data.max_bytes``; texts are cut before they get here."""
-    limit = recipe.config.max_bytes
-    if limit is None or not recipe.splits_documents or unit.split is not None:
+def _has_enough_text(spec: PreprocessingSpec, done: dict[int, int], shard: Shard) -> bool:
+    """Tell whether the shards before this one hold ``data.max_bytes``; texts are cut before they get here."""
+    limit = spec.config.max_bytes
+    if limit is None or not spec.splits_documents or shard.split is not None:
         return False
-    before = [done.get(number) for number in range(unit.number)]
+    before = [done.get(number) for number in range(shard.number)]
     return None not in before and sum(size for size in before if size is not None) >= limit
 
 
-def _kept(parts: Path, number: int) -> int | None:
-    """Bytes of text of a unit that was finished earlier; None where there is none, or it was damaged."""
+def _read_finished_size(parts: Path, number: int) -> int | None:
+    """Bytes of text of a shard that was finished earlier; None where it was not, or was damaged since."""
     stem = parts / f"{number:06d}"
     try:
-        told = json.loads(stem.with_suffix(".json").read_bytes())
-        for name, expected in told["sha256"].items():
+        saved = json.loads(stem.with_suffix(".json").read_bytes())
+        for name, expected in saved["sha256"].items():
             with stem.with_suffix(f".{name}").open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return None
-        return int(told["bytes"])
+        return int(saved["bytes"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -220,9 +229,11 @@ def _size(parts: Path, number: int) -> int:
     return int(json.loads((parts / f"{number:06d}.json").read_bytes())["bytes"])
 
 
-def vocab_of(recipe: Recipe, tokenizer: Tokenizer | None) -> int:
-    return recipe.config.synthetic.vocab_size if tokenizer is None else tokenizer.vocab_size
+def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
+    """Vocabulary size of a corpus: the tokenizer's, or the states of a Markov chain, which has none."""
+    return spec.config.synthetic.vocab_size if tokenizer is None else tokenizer.vocab_size
 
 
-def dtype_of(recipe: Recipe, tokenizer: Tokenizer | None) -> str:
-    return token_dtype(recipe.config.layout, vocab_of(recipe, tokenizer))
+def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
+    """Numpy name of the integers that hold the tokens of a corpus."""
+    return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))

@@ -1,1 +1,1 @@
-"""Text -> tokens and back: bytes, characters, and the subword tokenizers of other libraries."""
+"""Tokenizers, text to tokens and back: bytes, characters, and the subword tokenizers of other libraries."""

@@ -1,8 +1,7 @@
-"""Tokenizers: text to token ids and back, and how one is kept beside a corpus and in a run folder.
+"""The interface of a tokenizer, text to token ids and back, and the two that need no library: bytes and characters.
 
-Owns what every tokenizer can be asked, the two that need no library (bytes and characters), and the folder a tokenizer
-is saved in, so that a run can be decoded long after its corpus is gone. Torch-free. Must not know where text comes from
-or how tokens are stored.
+Owns the interface and the names of the files in which tokenizers are kept. Torch-free. Must not know where text comes
+from or how tokens are stored.
 """
 
 from __future__ import annotations
@@ -24,36 +23,36 @@ ABOUT = "about.json"
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer can be asked. ``payload`` is all there is to know of it: two with the same are equal."""
+    """Interface of all tokenizers. Two of the same kind with the same ``payload`` are equal."""
 
     @property
     def kind(self) -> TokenizerKind:
-        """Which of the tokenizers it is."""
+        """Kind of the tokenizer."""
 
     @property
     def payload(self) -> bytes:
-        """The content of its file; empty where it has nothing to remember."""
+        """Content of the tokenizer's file; empty where it has nothing to remember."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids run from 0 to ``vocab_size - 1``."""
+        """Number of ids; they run from 0 to ``vocab_size - 1``."""
 
     @property
     def eot(self) -> int | None:
-        """The id that ends a document; None where there is none, and documents end in a newline instead."""
+        """Id that ends a document; None where there is none, and documents end in a newline instead."""
 
     def encode(self, text: str) -> Ids:
-        """The ids of ``text``, (N,); special tokens are never added, and their names in the text are just text."""
+        """Encode ``text`` as ids, (N,); special tokens are never added, and their names in the text are just text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids; bytes that are no UTF-8, as in a character cut in half, become U+FFFD."""
+        """Decode ids to text; bytes that are no UTF-8, as in a character cut in half, become U+FFFD."""
 
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """Bytes of UTF-8 each id stands for, (vocab_size,); None where that depends on the ids around it."""
+        """Count the bytes of UTF-8 of each id, (vocab_size,); None where that depends on the ids around it."""
 
 
 class ByteTokenizer:
-    """Tokens are the bytes of UTF-8."""
+    """Tokenizer whose tokens are the bytes of UTF-8."""
 
     kind = TokenizerKind.byte
     payload = b""
@@ -61,20 +60,20 @@ class ByteTokenizer:
     eot = None
 
     def encode(self, text: str) -> Ids:
-        """The bytes of ``text``."""
+        """Encode ``text`` as its bytes, (N,)."""
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these bytes."""
+        """Decode bytes; those that are no UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """One each."""
+        """Count the bytes of each id, (256,): one."""
         return np.ones(self.vocab_size, dtype=np.int64)
 
 
 class CharTokenizer:
-    """Tokens are characters (Unicode code points), numbered in their order, as in nanoGPT's shakespeare_char."""
+    """Tokenizer of characters (Unicode code points), numbered in their order, as in nanoGPT's shakespeare_char."""
 
     kind = TokenizerKind.char
     eot = None
@@ -90,16 +89,16 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of characters."""
+        """Number of different characters."""
         return len(self.characters)
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Character -> id."""
+        """Mapping of a character to its id."""
         return {character: i for i, character in enumerate(self.characters)}
 
     def encode(self, text: str) -> Ids:
-        """The numbers of the characters of ``text``.
+        """Encode ``text`` as the numbers of its characters, (N,).
 
         Raises:
             ConfigError: a character that the corpus does not have.
@@ -114,11 +113,11 @@ class CharTokenizer:
             ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The characters with these numbers."""
+        """Decode numbers of characters."""
         return "".join(self.characters[int(i)] for i in ids)
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """One to four each. A lone surrogate, which UTF-8 does not have, counts three."""
+        """Count the bytes of each character, (vocab_size,); three for a lone surrogate, which UTF-8 does not have."""
         return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], dtype=np.int64)
 
 
@@ -129,9 +128,9 @@ FILES = {
     TokenizerKind.hf: "tokenizer.json",
     TokenizerKind.tiktoken: "ranks.json",
 }
-"""Name of the file that holds the payload."""
+"""Kind of a tokenizer -> name of the file that holds its payload; None where there is nothing to remember."""
 
 
 def checksum(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that give every text the same ids."""
+    """Sha256 of kind and payload: equal for tokenizers that give every text the same ids."""
     return hashlib.sha256(tokenizer.kind.name.encode() + b"\0" + tokenizer.payload).hexdigest()

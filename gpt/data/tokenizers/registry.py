@@ -1,4 +1,8 @@
-"""TODO gpt.data.tokenizers.registry."""
+"""Saving and loading of tokenizers of every kind.
+
+Owns the folder a tokenizer is saved in, beside a corpus and in a run folder, so that a run can be decoded long after
+its corpus is gone. Torch-free; loads a tokenizer's library only for that tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from launch.runs.files import write_atomically, write_json
 from launch.runs.folder import RunFolder
 
 
-def about(tokenizer: Tokenizer) -> dict[str, str | int | None]:
-    """The tokenizer in the words of manifests."""
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:
+    """Describe a tokenizer as manifests and ``about.json`` do: kind, vocab_size, eot and checksum."""
     return {
         "kind": tokenizer.kind.name,
         "vocab_size": tokenizer.vocab_size,
@@ -27,18 +31,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     name = FILES[tokenizer.kind]
     if name is not None:
         write_atomically(folder / name, tokenizer.payload)
-    write_json(folder / ABOUT, about(tokenizer))
+    write_json(folder / ABOUT, describe_tokenizer(tokenizer))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer saved in ``folder``.
+    """Load the tokenizer saved in ``folder``.
 
     Raises:
         ConfigError: there is none, it was damaged, or its library is not installed.
     """
     try:
-        told = json.loads((folder / ABOUT).read_bytes())
-        kind = TokenizerKind[told["kind"]]
+        saved = json.loads((folder / ABOUT).read_bytes())
+        kind = TokenizerKind[saved["kind"]]
         name = FILES[kind]
         payload = b"" if name is None else (folder / name).read_bytes()
     except (OSError, ValueError, KeyError) as error:
@@ -48,28 +52,28 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "python -m gpt.prepare data=NAME, or the folder of another run",
         ) from error
     tokenizer = from_payload(kind, payload)
-    if checksum(tokenizer) != told["checksum"]:
+    if checksum(tokenizer) != saved["checksum"]:
         raise ConfigError(
             f"the tokenizer in {folder} is not the one that was saved there (its checksum differs)",
-            f"sha256 {told['checksum']}",
+            f"sha256 {saved['checksum']}",
             "the file from a backup, or python -m gpt.prepare data=NAME again",
         )
     return tokenizer
 
 
 def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
-    """The tokenizer of ``kind`` whose file holds ``payload``."""
+    """Build the tokenizer of ``kind`` whose file holds ``payload``."""
     if kind is TokenizerKind.byte:
         return ByteTokenizer()
     if kind is TokenizerKind.char:
         return CharTokenizer(json.loads(payload))
-    from gpt.data.tokenizers import subword
+    from gpt.data.tokenizers import subword  # imports the libraries of the extra, which bytes and characters need not
 
     return subword.from_payload(kind, payload)
 
 
-def tokenizer_of(folder: RunFolder) -> Tokenizer:
-    """The tokenizer a run was trained with, which every run keeps in its folder.
+def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
+    """Load the tokenizer a run was trained with, which every run keeps in its folder.
 
     Raises:
         ConfigError: the run does not know it, as with token files that somebody else has made.

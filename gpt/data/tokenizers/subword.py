@@ -1,6 +1,6 @@
-"""Tokenizers of other libraries: SentencePiece, Hugging Face ``tokenizers`` and tiktoken (the extra ``data``).
+"""Subword tokenizers of other libraries: SentencePiece, Hugging Face ``tokenizers`` and tiktoken (the extra ``data``).
 
-Owns how each library is loaded and trained, and that the tokenizer it gives can be written to one file and read back
+Owns the loading and training with each library, and a payload of one file from which each tokenizer is read back
 without a network. Torch-free. Must not know where text comes from.
 """
 
@@ -23,13 +23,17 @@ from gpt.data.tokenizers.base import Ids, Tokenizer
 from launch.errors import ConfigError
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
-"""Names that tokenizers give to the token that ends a document, in the order they are looked for."""
+"""Names that tokenizers give to the token that ends a document, in the order in which they are tried."""
 SPACE = "\u2581"  # SentencePiece's sign for a space
 GPT2_ENCODING = "gpt2"
 
 
-def library(name: str) -> Any:
-    """An optional library, or a refusal that says how to install it."""
+def import_library(name: str) -> Any:
+    """Import an optional library.
+
+    Raises:
+        ConfigError: it is not installed; says how to install it.
+    """
     try:
         return import_module(name)
     except ImportError as error:
@@ -45,29 +49,29 @@ class SentencePieceTokenizer:
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
-        self._model = library("sentencepiece").SentencePieceProcessor(model_proto=payload)
+        self._model = import_library("sentencepiece").SentencePieceProcessor(model_proto=payload)
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
+        """Number of pieces of the model."""
         return int(self._model.get_piece_size())
 
     @property
     def eot(self) -> int | None:
-        """The model's end of sentence."""
+        """Id of the model's end of sentence; None where it has none."""
         end = int(self._model.eos_id())
         return end if end >= 0 else None
 
     def encode(self, text: str) -> Ids:
-        """The pieces of ``text``."""
+        """Encode ``text`` as ids of pieces, (N,)."""
         return np.asarray(self._model.encode(text), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these pieces; control pieces stand for nothing."""
+        """Decode ids of pieces; control pieces stand for no text."""
         return str(self._model.decode([int(i) for i in ids]))
 
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """Bytes of each piece; None for a model that changes the text before it cuts it, as Llama's adds a space."""
+        """Count the bytes of each piece; None for a model that changes the text first, as Llama's adds a space."""
         if not self._is_lossless():
             return None
         return np.array([self._piece_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
@@ -78,20 +82,20 @@ class SentencePieceTokenizer:
         return 1 if self._model.is_byte(i) else len(self._model.id_to_piece(i).replace(SPACE, " ").encode())
 
     def _is_lossless(self) -> bool:
-        """Whether nothing is added, folded or dropped: asked of the model itself, with a text that would show it."""
-        probe = " a  b\n\n\tﬁ c "
+        """Tell whether the model adds, folds and drops nothing, by a text that would show it."""
+        probe = " a  b\n\n\tﬁ c "  # spaces that could be dropped, and a ligature that Unicode normalization splits
         return bool(self._model.decode(self._model.encode(probe)) == probe)
 
 
 class HfTokenizer:
-    """A ``tokenizer.json`` of Hugging Face's tokenizers library."""
+    """Tokenizer from a ``tokenizer.json`` of Hugging Face's tokenizers library."""
 
     kind = TokenizerKind.hf
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
         try:
-            self._model = library("tokenizers").Tokenizer.from_str(payload.decode())
+            self._model = import_library("tokenizers").Tokenizer.from_str(payload.decode())
         except ConfigError:
             raise
         except Exception as error:  # the library raises plain Exception
@@ -103,62 +107,62 @@ class HfTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
+        """Number of ids, one more than the largest, added tokens included."""
         return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def eot(self) -> int | None:
-        """The first of the usual names that the vocabulary has."""
+        """Id of the first usual name of an end of text that the vocabulary has; None where it has none."""
         found = (self._model.token_to_id(name) for name in END_NAMES)
         return next((i for i in found if i is not None), None)
 
     def encode(self, text: str) -> Ids:
-        """The tokens of ``text``. Unlike in the other tokenizers, names of added tokens in the text become them."""
+        """Encode ``text``, (N,). Unlike in the other tokenizers, names of added tokens in the text become them."""
         return np.asarray(self._model.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these tokens, without special ones."""
+        """Decode ids, without special tokens."""
         return str(self._model.decode([int(i) for i in ids]))
 
     def token_bytes(self) -> None:
-        """Not known: what a token stands for is up to the file's decoder."""
+        """None: the file's decoder decides about the text of a token."""
 
 
 class TiktokenTokenizer:
-    """A byte-pair encoding of tiktoken's. The payload is JSON: name, pattern, ranks and special tokens."""
+    """Byte-pair encoding of tiktoken. The payload is JSON: name, pattern, ranks and special tokens."""
 
     kind = TokenizerKind.tiktoken
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
-        told = json.loads(payload)
-        ranks = {base64.b64decode(token): rank for rank, token in told["ranks"]}
-        self._model = library("tiktoken").Encoding(
-            told["name"], pat_str=told["pattern"], mergeable_ranks=ranks, special_tokens=told["special_tokens"]
+        saved = json.loads(payload)
+        ranks = {base64.b64decode(token): rank for rank, token in saved["ranks"]}
+        self._model = import_library("tiktoken").Encoding(
+            saved["name"], pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens=saved["special_tokens"]
         )
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """Number of ids, one more than the largest."""
         return int(self._model.n_vocab)
 
     @property
     def eot(self) -> int | None:
-        """The id of ``<|endoftext|>``."""
+        """Id of ``<|endoftext|>``; None where the encoding has none."""
         end = self._model._special_tokens.get("<|endoftext|>")
         return None if end is None else int(end)
 
     def encode(self, text: str) -> Ids:
-        """The tokens of ``text``."""
+        """Encode ``text``, (N,)."""
         return np.asarray(self._model.encode_ordinary(text), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these tokens; ``<|endoftext|>`` stands for nothing."""
+        """Decode ids; ``<|endoftext|>`` and its like stand for no text."""
         special = set(self._model._special_tokens.values())
         return str(self._model.decode([i for i in map(int, ids) if i not in special], errors="replace"))
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each token; special tokens and ids that are not used have none."""
+        """Count the bytes of each id; special tokens and ids that are not used have none."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in self._model._mergeable_ranks.items():
             sizes[i] = len(token)
@@ -166,7 +170,7 @@ class TiktokenTokenizer:
 
 
 def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
-    """The tokenizer of ``kind`` that its file describes."""
+    """Build the subword tokenizer of ``kind`` whose file holds ``payload``."""
     if kind is TokenizerKind.sentencepiece:
         return SentencePieceTokenizer(payload)
     if kind is TokenizerKind.hf:
@@ -176,24 +180,24 @@ def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
 
 
 def tiktoken_payload(encoding: Any) -> bytes:
-    """What there is to know of a ``tiktoken.Encoding``, so that it is needed, and downloaded, only once."""
+    """Serialize a ``tiktoken.Encoding``, so that it is needed, and downloaded, only once."""
     ranks = sorted((rank, base64.b64encode(token).decode()) for token, rank in encoding._mergeable_ranks.items())
-    told = {
+    content = {
         "name": encoding.name,
         "pattern": encoding._pat_str,
         "special_tokens": encoding._special_tokens,
         "ranks": ranks,
     }
-    return json.dumps(told).encode()
+    return json.dumps(content).encode()
 
 
 def load_gpt2() -> TiktokenTokenizer:
-    """GPT-2's encoding. tiktoken downloads its vocabulary, unless TIKTOKEN_CACHE_DIR has it.
+    """Load GPT-2's encoding. tiktoken downloads its vocabulary, unless TIKTOKEN_CACHE_DIR has it.
 
     Raises:
         ConfigError: it is not there and cannot be fetched.
     """
-    tiktoken = library("tiktoken")
+    tiktoken = import_library("tiktoken")
     try:
         encoding = tiktoken.get_encoding(GPT2_ENCODING)
     except Exception as error:  # requests' errors, and tiktoken's own ValueError for a wrong checksum
@@ -206,7 +210,7 @@ def load_gpt2() -> TiktokenTokenizer:
 
 
 def read_tokenizer(kind: TokenizerKind, path: Path) -> Tokenizer:
-    """The tokenizer in a file of the user's: a SentencePiece model, a tokenizer.json, or our tiktoken file.
+    """Read a tokenizer from a file of the user's: a SentencePiece model, a tokenizer.json, or our tiktoken file.
 
     Raises:
         ConfigError: the file cannot be read as one.
@@ -235,16 +239,16 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
         vocab_size: ids in all, 256 bytes and three control pieces among them.
 
     Raises:
-        ConfigError: the text does not have so many pieces.
+        ConfigError: the text does not have so many pieces, or the library is not installed.
     """
     model = io.BytesIO()
     try:
-        library("sentencepiece").SentencePieceTrainer.train(
+        import_library("sentencepiece").SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
+            byte_fallback=True,  # a character that is no piece becomes its bytes, never "unknown"
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

@@ -1,6 +1,6 @@
-"""Finished units to a prepared folder: which rows of them are used, the files of each split, and the manifest.
+"""Merge of tokenized shards into a prepared folder: the rows that are used, the files of each split, and the manifest.
 
-Owns the folder's content. Streams: holds one unit's rows. Torch-free. Must not know how units are made.
+Owns the folder's content. Streams: holds one shard's rows. Torch-free. Must not know how shards are tokenized.
 """
 
 from __future__ import annotations
@@ -18,46 +18,47 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt.config import Layout
+from gpt.config import TokenFileFormat
 from gpt.data.formats.prepared import FORMAT, MANIFEST, SPLITS, TOKEN_BYTES, TOKENIZER
 from gpt.data.formats.token_file import ITEM_BYTES
 from gpt.data.formats.write import WrittenFile, write_meta, write_split
-from gpt.data.preprocessing.recipe import Recipe
+from gpt.data.preprocessing.shards import TRAIN, VAL, Shard
+from gpt.data.preprocessing.spec import PreprocessingSpec
 from gpt.data.preprocessing.synthetic import chain_of
-from gpt.data.preprocessing.units import TRAIN, VAL, Unit
-from gpt.data.preprocessing.worker import ROW_DTYPE, Rows, dtype_of, vocab_of
+from gpt.data.preprocessing.worker import ROW_DTYPE, Rows, token_dtype_for, vocab_size_for
 from gpt.data.tokenizers.base import Tokenizer
-from gpt.data.tokenizers.registry import about, save_tokenizer
+from gpt.data.tokenizers.registry import describe_tokenizer, save_tokenizer
 from launch.errors import ConfigError
 from launch.runs.files import write_json
 
 COPY_BYTES = 1 << 20
+# Their versions go into the manifest: another release may tokenize a text otherwise.
 LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "pyarrow")
 
 
 @dataclass
-class _Plan:
-    """How much of each unit is used, and what that makes."""
+class _MergePlan:
+    """The part of each shard that is used, and the totals of each split."""
 
     rows: dict[int, int]
-    """Rows of each unit."""
+    """Number of a shard -> how many of its rows are used, from the first."""
     tokens: list[int]
     bytes: list[int]
     documents: list[int]
 
 
-def _plan(recipe: Recipe, units: list[Unit], parts: Path) -> _Plan:
-    plan = _Plan({}, [0, 0], [0, 0], [0, 0])
-    limits = _limits(recipe)
+def _plan(spec: PreprocessingSpec, shards: list[Shard], parts: Path) -> _MergePlan:
+    plan = _MergePlan({}, [0, 0], [0, 0], [0, 0])
+    limits = _split_limits(spec)
     used: dict[int | None, int] = {None: 0, TRAIN: 0, VAL: 0}
-    for unit in units:
-        rows = _rows(parts, unit.number)
-        limit = limits.get(unit.split)
+    for shard in shards:
+        rows = _rows(parts, shard.number)
+        limit = limits.get(shard.split)
         if limit is not None:
-            before = used[unit.split] + np.cumsum(rows["bytes"]) - rows["bytes"]
+            before = used[shard.split] + np.cumsum(rows["bytes"]) - rows["bytes"]
             rows = rows[before < limit]
-        used[unit.split] += int(rows["bytes"].sum())
-        plan.rows[unit.number] = len(rows)
+        used[shard.split] += int(rows["bytes"].sum())
+        plan.rows[shard.number] = len(rows)
         for split in (TRAIN, VAL):
             mine = rows[rows["split"] == split]
             plan.tokens[split] += int(mine["tokens"].sum())
@@ -66,12 +67,12 @@ def _plan(recipe: Recipe, units: list[Unit], parts: Path) -> _Plan:
     return plan
 
 
-def _limits(recipe: Recipe) -> dict[int | None, int]:
-    """Bytes that may be taken, in all or of each named split."""
-    limit = recipe.config.max_bytes
-    if limit is None or not recipe.splits_documents:
+def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
+    """Most bytes of text to take, in all (None) or of each split that a dataset names."""
+    limit = spec.config.max_bytes  # of texts the spec has taken no more already
+    if limit is None or not spec.splits_documents:
         return {}
-    val = max(1, int(limit * recipe.config.val_fraction))
+    val = max(1, int(limit * spec.config.val_fraction))
     return {None: limit, TRAIN: limit - val, VAL: val}
 
 
@@ -79,16 +80,20 @@ def _rows(parts: Path, number: int, count: int | None = None) -> Rows:
     return np.fromfile(parts / f"{number:06d}.rows", dtype=ROW_DTYPE)[:count]
 
 
-def assemble(recipe: Recipe, units: list[Unit], parts: Path, tokenizer: Tokenizer | None) -> None:
-    """Put the units together in ``whole``."""
-    plan = _plan(recipe, units, parts)
-    _refuse_empty(recipe, plan)
-    whole, dtype = parts / "whole", dtype_of(recipe, tokenizer)
+def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, tokenizer: Tokenizer | None) -> None:
+    """Merge tokenized shards into a complete prepared folder, ``parts/whole``.
+
+    Raises:
+        ConfigError: a split is left without text.
+    """
+    plan = _plan(spec, shards, parts)
+    _refuse_empty(spec, plan)
+    whole, dtype = parts / "whole", token_dtype_for(spec, tokenizer)
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     written = [
         write_split(
-            recipe.config.layout,
+            spec.config.layout,
             whole,
             SPLITS[split],
             dtype,
@@ -98,42 +103,43 @@ def assemble(recipe: Recipe, units: list[Unit], parts: Path, tokenizer: Tokenize
         )
         for split in (TRAIN, VAL)
     ]
-    if recipe.config.layout is Layout.nanogpt:
-        write_meta(whole, vocab_of(recipe, tokenizer), tokenizer)
+    if spec.config.layout is TokenFileFormat.nanogpt:
+        write_meta(whole, vocab_size_for(spec, tokenizer), tokenizer)
     if tokenizer is not None:
         save_tokenizer(tokenizer, whole / TOKENIZER)
         sizes = tokenizer.token_bytes()
+        # Beside the tokens, so that bits per byte can be computed without the tokenizer's library.
         if sizes is not None:
             (whole / TOKEN_BYTES).write_bytes(sizes.astype("<u4").tobytes())
-    write_json(whole / MANIFEST, _manifest(recipe, plan, written, dtype, tokenizer))
+    write_json(whole / MANIFEST, _manifest(spec, plan, written, dtype, tokenizer))
 
 
-def _refuse_empty(recipe: Recipe, plan: _Plan) -> None:
+def _refuse_empty(spec: PreprocessingSpec, plan: _MergePlan) -> None:
     for split in (TRAIN, VAL):
         if not plan.tokens[split]:
             raise ConfigError(
                 f"no text for {('training', 'validation')[split]}: {sum(plan.documents)} documents, "
-                f"data.val_fraction={recipe.config.val_fraction}",
+                f"data.val_fraction={spec.config.val_fraction}",
                 "text in both splits",
                 "more text, or data.val_fraction=0.5",
             )
 
 
-def _chunks(parts: Path, plan: _Plan, split: int, dtype: str) -> Iterator[bytes]:
-    """The tokens of a split, in order."""
+def _chunks(parts: Path, plan: _MergePlan, split: int, dtype: str) -> Iterator[bytes]:
+    """Yield the tokens of a split in order, as little-endian bytes of ``dtype``."""
     for number, count in plan.rows.items():
         rows = _rows(parts, number, count)
         left = int(rows["tokens"][rows["split"] == split].sum()) * ITEM_BYTES[dtype]
         with (parts / f"{number:06d}.{SPLITS[split]}").open("rb") as file:
             while left:
                 chunk = file.read(min(COPY_BYTES, left))
-                assert chunk, f"unit {number} is shorter than it says"
+                assert chunk, f"shard {number} is shorter than its rows say"
                 left -= len(chunk)
                 yield chunk
 
 
-def _lengths(parts: Path, plan: _Plan, split: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Tokens of each document of a split; what follows the last end is one, too."""
+def _lengths(parts: Path, plan: _MergePlan, split: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the tokens of each document of a split; what follows the last end is a document, too."""
     carried = 0
     for number, count in plan.rows.items():
         rows = _rows(parts, number, count)
@@ -149,26 +155,26 @@ def _lengths(parts: Path, plan: _Plan, split: int) -> Iterator[npt.NDArray[np.in
 
 
 def _manifest(
-    recipe: Recipe, plan: _Plan, written: list[list[WrittenFile]], dtype: str, tokenizer: Tokenizer | None
+    spec: PreprocessingSpec, plan: _MergePlan, written: list[list[WrittenFile]], dtype: str, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     splits = {}
     for split, files in enumerate(written):
         splits[SPLITS[split]] = {
-            "documents": plan.documents[split] if recipe.has_documents else None,
+            "documents": plan.documents[split] if spec.has_documents else None,
             "tokens": plan.tokens[split],
-            "bytes": None if recipe.kind == "synthetic" else plan.bytes[split],
+            "bytes": None if spec.kind == "synthetic" else plan.bytes[split],
             "files": [asdict(file) for file in files],
         }
     content = [[file.sha256 for file in files] for files in written]
     return {
         "format": FORMAT,
-        "name": recipe.config.title,
-        "spec": recipe.spec,
-        "layout": recipe.config.layout.name,
+        "name": spec.config.title,
+        "spec": spec.identity,
+        "layout": spec.config.layout.name,  # the key of the config, by which earlier manifests have it
         "dtype": dtype,
-        "vocab_size": vocab_of(recipe, tokenizer),
-        "tokenizer": None if tokenizer is None else about(tokenizer),
-        "entropy": chain_of(recipe.config.synthetic).entropy() if recipe.kind == "synthetic" else None,
+        "vocab_size": vocab_size_for(spec, tokenizer),
+        "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer),
+        "entropy": chain_of(spec.config.synthetic).entropy() if spec.kind == "synthetic" else None,
         "splits": splits,
         "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         "versions": _versions(),

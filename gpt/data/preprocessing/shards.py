@@ -1,0 +1,187 @@
+"""Shards of a corpus: stretches of its text, some megabytes each, that one process turns into tokens at a time.
+
+A shard is also what is kept when a preparation is killed. Owns the boundaries: a spec always has the same shards,
+however many processes there are. Torch-free. Must not know of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from gpt.config import DataConfig, TokenizerKind
+from gpt.data.preprocessing.files import CorpusFile, unreadable_file_error
+from gpt.data.preprocessing.spec import PreprocessingSpec
+from gpt.data.preprocessing.synthetic import num_walks
+from gpt.data.tokenizers.subword import import_library
+from launch.errors import ConfigError
+
+PIECE_BYTES = 1 << 20
+"""Approximate size of the pieces in which a text is tokenized; they end where a line does."""
+SHARD_BYTES = 64 << 20  # enough work to be worth a process, and little enough to lose to a kill
+LINE_SEARCH_BYTES = 1 << 16
+"""Distance, in bytes, within which the end of a line is looked for; beyond it a piece ends at any character."""
+TRAIN, VAL = 0, 1
+
+
+class Part(NamedTuple):
+    """Stretch of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
+
+    path: str
+    start: int
+    stop: int
+    ends: bool
+    """True where a document ends with the stretch (text only)."""
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The text that one process tokenizes in one go."""
+
+    number: int
+    split: int | None
+    """TRAIN or VAL; None where the split is decided document by document."""
+    parts: tuple[Part, ...]
+
+
+def list_shards(spec: PreprocessingSpec) -> list[Shard]:
+    """List the shards of a corpus, in the order of its tokens."""
+    if spec.kind == "synthetic":
+        walks = range(num_walks(spec.config.synthetic.tokens))
+        return [Shard(i, None, (Part("", i, i + 1, False, 0),)) for i in walks]
+    if spec.kind == "dataset":
+        return _dataset_shards(spec.config)
+    if spec.kind == "text":
+        return _group(_split_texts(spec))
+    if spec.kind == "parquet":
+        return _group((None, part, size) for file in spec.files for part, size in _list_row_groups(file))
+    whole = spec.kind == "jsonl.gz"  # gzip can be read from its beginning only
+    return _group((None, part, part.stop - part.start) for file in spec.files for part in _split_jsonl(file, whole))
+
+
+def _group(parts: Iterable[tuple[int | None, Part, int]]) -> list[Shard]:
+    """Join neighboring parts of the same split, up to the size of a shard."""
+    shards: list[Shard] = []
+    waiting: list[Part] = []
+    size, split = 0, None
+    for its_split, part, its_size in parts:
+        if waiting and (its_split != split or size + its_size > SHARD_BYTES):
+            shards.append(Shard(len(shards), split, tuple(waiting)))
+            waiting, size = [], 0
+        waiting.append(part)
+        size, split = size + its_size, its_split
+    if waiting:
+        shards.append(Shard(len(shards), split, tuple(waiting)))
+    return shards
+
+
+def _split_texts(spec: PreprocessingSpec) -> Iterator[tuple[int, Part, int]]:
+    """Split texts into pieces: the split of each, its place, and its size in bytes. Validation begins a piece."""
+    exact = spec.config.tokenizer is TokenizerKind.byte
+    val_start = spec.num_bytes - min(spec.num_bytes, max(1, int(spec.num_bytes * spec.config.val_fraction)))
+    passed = 0
+    for file in spec.files:
+        nominal = {*range(PIECE_BYTES, file.size, PIECE_BYTES)}
+        here = val_start - passed
+        border = _character_start(file, here) if 0 < here < file.size and not exact else here
+        # A piece that ends in the middle of a line would be tokenized otherwise than the whole text; bytes would not.
+        cuts = nominal if exact else {_line_start(file, cut) for cut in nominal}
+        # Pieces are small, so one that a cut for validation has made smaller does no harm.
+        end = file.size if exact else _whole_characters(file)
+        places = sorted({0, end, *(place for place in (border, *cuts) if 0 < place < end)})
+        for start, stop in pairwise(places):
+            split = TRAIN if start < border else VAL
+            yield split, Part(str(file.path), start, stop, stop == end, file.mtime_ns), stop - start
+        passed += file.size
+
+
+def _line_start(file: CorpusFile, place: int) -> int:
+    """Place of the first beginning of a line from ``place`` on, or of a character where no line ends near."""
+    try:
+        with file.path.open("rb") as stream:
+            stream.seek(place - 1)
+            near = stream.read(LINE_SEARCH_BYTES)
+    except OSError as error:
+        raise unreadable_file_error(file.path, error) from error
+    line = place + near.find(b"\n")
+    return line if near.find(b"\n") >= 0 and line < file.size else _character_start(file, place)
+
+
+def _character_start(file: CorpusFile, place: int) -> int:
+    """Place of the first beginning of a character from ``place`` on; UTF-8's continuation bytes are 10xxxxxx."""
+    with file.path.open("rb") as stream:
+        stream.seek(place)
+        near = stream.read(3)
+    inside = next((i for i, byte in enumerate(near) if byte & 0xC0 != 0x80), len(near))
+    return min(place + inside, file.size)
+
+
+def _whole_characters(file: CorpusFile) -> int:
+    """End of the last whole character of a text: ``data.max_bytes`` may cut one in half."""
+    with file.path.open("rb") as stream:
+        stream.seek(max(0, file.size - 3))
+        last = stream.read(min(3, file.size))
+    for back in range(1, len(last) + 1):
+        byte = last[-back]
+        if byte & 0xC0 != 0x80:  # the first byte of a character, whose high bits say how many there are
+            needed = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return file.size - back if needed > back else file.size
+    return file.size
+
+
+def _split_jsonl(file: CorpusFile, whole: bool) -> Iterator[Part]:
+    step = file.size if whole else SHARD_BYTES
+    for start in range(0, file.size, step):
+        yield Part(str(file.path), start, min(start + step, file.size), True, file.mtime_ns)
+
+
+def _list_row_groups(file: CorpusFile) -> Iterator[tuple[Part, int]]:
+    parquet = import_library("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(file.path) as opened:
+            metadata = opened.metadata
+            for i in range(metadata.num_row_groups):
+                part = Part(str(file.path), i, i + 1, True, file.mtime_ns)
+                yield part, metadata.row_group(i).total_byte_size
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+        raise unreadable_file_error(file.path, error) from error
+
+
+def _dataset_shards(config: DataConfig) -> list[Shard]:
+    splits = [(config.train_split, TRAIN if config.val_split else None)]
+    splits += [(config.val_split, VAL)] if config.val_split else []
+    found: list[tuple[str, int | None, int, int]] = []
+    for name, split in splits:
+        count = open_dataset(config, name).num_shards  # its files: the library can start to read at each of them
+        found += [(name, split, i, count) for i in range(count)]
+    return [Shard(n, split, (Part(name, i, count, True, 0),)) for n, (name, split, i, count) in enumerate(found)]
+
+
+@lru_cache(maxsize=4)
+def _open_stream(dataset: str, subset: str | None, split: str) -> Any:
+    """Open a dataset as a stream, once: it is only a description, which reading leaves as it was."""
+    datasets = import_library("datasets")
+    datasets.config.TORCH_AVAILABLE = False  # its streams would load torch, seconds in every process, for nothing
+    return datasets.load_dataset(dataset, name=subset, split=split, streaming=True)
+
+
+def open_dataset(config: DataConfig, split: str) -> Any:
+    """Open a split of a dataset as a stream.
+
+    Raises:
+        ConfigError: it cannot be reached, or there is no such split.
+    """
+    try:
+        return _open_stream(str(config.dataset), config.subset, split)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library's errors have no common class
+        raise ConfigError(
+            f"the split {split} of the dataset {config.dataset} cannot be opened ({type(error).__name__}: {error})",
+            "a network, a dataset of this name, and a split that it has",
+            "data.dataset=FOLDER of files downloaded elsewhere, or another data.train_split or data.val_split",
+        ) from error
