@@ -1,6 +1,6 @@
 """Put runs side by side: ``python -m gpt.compare RUN RUN ...``, where RUN is a run folder or a folder of such.
 
-    python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --out comparison
+    python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
 
 Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads run folders only, finished or not; needs
 no torch and no GPU. Owns which runs are compared and how they are shown; the figures are gpt/metrics/comparison.py's.
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.metrics.comparison import Comparison, RunFigures, compare, read_figures
-from launch.errors import ConfigError, refusing
+from launch.errors import ConfigError, RenamedOption, refusing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 
@@ -112,7 +112,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
-    made.add_argument("--out", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all")
+    made.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all runs"
+    )
+    made.add_argument("--out", action=RenamedOption, new="--output", type=Path)
     return made
 
 
@@ -122,20 +125,20 @@ WIDE = 1000
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where there is nothing to compare."""
-    words = parser().parse_args(argv)
-    runs = runs_to_compare(words.runs)
+    args = parser().parse_args(argv)
+    runs = runs_to_compare(args.runs)
     named = zip(runs, labels(runs), strict=True)
     compared = compare([read_figures(RunFolder(path), label) for path, label in named])
-    out = words.out or Path(os.path.commonpath([run.parent for run in runs]))
-    out.mkdir(parents=True, exist_ok=True)
+    output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
+    output.mkdir(parents=True, exist_ok=True)
     # A file or a pipe has no width: nothing is folded there.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
     show(compared, console)
     from gpt.metrics.comparison_plot import draw
 
-    write_csv(compared, out / "compare.csv")
-    (out / "compare.png").write_bytes(draw(compared))
-    console.print(Text(f"wrote {out / 'compare.csv'} and {out / 'compare.png'}"), soft_wrap=True)
+    write_csv(compared, output / "compare.csv")
+    (output / "compare.png").write_bytes(draw(compared))
+    console.print(Text(f"wrote {output / 'compare.csv'} and {output / 'compare.png'}"), soft_wrap=True)
     return 0
 
 

@@ -124,11 +124,11 @@ def parser() -> argparse.ArgumentParser:
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where it was refused."""
-    words = parser().parse_args(argv)
-    with open_world(Device[words.device], timeout_s=600) as world:
-        found = evaluate(words.run, world, words.step, words.sequences, words.batch)
+    args = parser().parse_args(argv)
+    with open_world(Device[args.device], timeout_s=600) as world:
+        found = evaluate(args.run, world, args.step, args.sequences, args.batch)
         if world.is_first:
-            print(json.dumps(asdict(found)) if words.json else report(found))
+            print(json.dumps(asdict(found)) if args.json else report(found))
     return 0
 
 

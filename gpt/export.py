@@ -1,7 +1,7 @@
-"""Write the model of a run for other programs: ``python -m gpt.export RUN --format hf OUT``.
+"""Write the model of a run for other programs: ``python -m gpt.export RUN --format hf --output OUT``.
 
-    python -m gpt.export outputs/gpt2_124m/default --format hf gpt2-mine          # a folder that transformers loads
-    python -m gpt.export RUN --format torch model.pt --step 2000 --dtype bf16     # one file of torch.save
+    python -m gpt.export outputs/gpt2_124m/default --format hf --output gpt2-mine   # a folder that transformers loads
+    python -m gpt.export RUN --format torch --output model.pt --dtype bf16          # one file of torch.save
 
 Reads the newest checkpoint that is whole, of any number of ranks and any strategy, in one process without a GPU. An
 export appears under its name when it is complete. Owns the command; the files are ``gpt.conversion``'s.
@@ -32,7 +32,7 @@ from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers.base import ABOUT, Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
-from launch.errors import ConfigError, refusing
+from launch.errors import ConfigError, RenamedOption, refusing
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.ranges import require_positive
@@ -45,7 +45,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """What was typed."""
     parser = argparse.ArgumentParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
     parser.add_argument("run", metavar="RUN", help="folder of the run")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write")
+    parser.add_argument("--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required")
+    parser.add_argument("out", nargs="?", action=RenamedOption, new="--output", type=Path)
     parser.add_argument(
         "--format",
         choices=("hf", "torch"),
@@ -56,37 +57,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of weights (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.output is None:
+        parser.error("the following arguments are required: --output")
+    return args
 
 
-def export(words: argparse.Namespace) -> str:
+def export(args: argparse.Namespace) -> str:
     """Do what was typed; returns what to say.
 
     Raises:
         ConfigError: no such checkpoint, a model that the format has no parts for, or something is there already.
     """
-    require_positive("--max-shard-gb", words.max_shard_gb)
-    out = words.out.expanduser().absolute()
-    refuse_existing(out, words.format, words.overwrite)
-    folder, config = open_run(words.run)
-    fmt = format_for(config.model) if words.format == "hf" else None
-    checkpoint = find_checkpoint(folder, words.step)
+    require_positive("--max-shard-gb", args.max_shard_gb)
+    out = args.output.expanduser().absolute()
+    refuse_existing(out, args.format, args.overwrite)
+    folder, config = open_run(args.run)
+    fmt = format_for(config.model) if args.format == "hf" else None
+    checkpoint = find_checkpoint(folder, args.step)
     origin = origin_of(folder, checkpoint)
     model = read_weights(config, checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.saving_{secrets.token_hex(4)}")
     try:
         if fmt is None:
-            write_torch_file(temporary, model.state_dict(), config.model, DTYPES[words.dtype], origin)
+            write_torch_file(temporary, model.state_dict(), config.model, DTYPES[args.dtype], origin)
         else:
-            write_hf(temporary, fmt, model, folder, config, origin, words)
+            write_hf(temporary, fmt, model, folder, config, origin, args)
         replace(out, temporary)
     except BaseException:
         remove(temporary)
         raise
     kind = "torch" if fmt is None else fmt.architecture
     numbers = sum(p.numel() for p in model.parameters())
-    return f"wrote {out}: {kind}, {numbers:,} parameters of step {origin['step']} in {words.dtype}"
+    return f"wrote {out}: {kind}, {numbers:,} parameters of step {origin['step']} in {args.dtype}"
 
 
 def write_hf(
@@ -96,12 +100,12 @@ def write_hf(
     folder: RunFolder,
     config: TrainConfig,
     origin: dict[str, Any],
-    words: argparse.Namespace,
+    args: argparse.Namespace,
 ) -> None:
     """Write the whole folder of transformers, synced to disk."""
     temporary.mkdir()
-    dtype = DTYPES[words.dtype]
-    write_weights(temporary, to_theirs(model.state_dict(), fmt, config.model), dtype, int(words.max_shard_gb * GB))
+    dtype = DTYPES[args.dtype]
+    write_weights(temporary, to_theirs(model.state_dict(), fmt, config.model), dtype, int(args.max_shard_gb * GB))
     tokenizer: Tokenizer | None = load_run_tokenizer(folder) if (folder.tokenizer / ABOUT).is_file() else None
     about = "not known" if tokenizer is None else write_tokenizer(tokenizer, folder, temporary, config.model.block_size)
     write_configs(temporary, fmt, config.model, dtype, None if tokenizer is None else tokenizer.eot, origin)

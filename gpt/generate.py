@@ -1,7 +1,7 @@
 """Let a trained model write: ``python -m gpt.generate RUN -p "..."``.
 
     python -m gpt.generate outputs/quick_test/default -p "def main(" --stream
-    python -m gpt.generate RUN -p "once" -p "twice" --tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7
+    python -m gpt.generate RUN -p "once" -p "twice" --max-new-tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95
 
 Owns the command line: prompts to tokens, tokens to text as they come. Only reads the run folder.
 """
@@ -25,7 +25,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.model.sampling import Sampling, generate, generators
 from gpt.parallel.distributed import choose_device
-from launch.errors import ConfigError, refusing
+from launch.errors import ConfigError, RenamedOption, refusing
 
 UNFINISHED = "\ufffd"
 """What a tokenizer makes of a character whose last bytes are still to come."""
@@ -91,25 +91,25 @@ def batches(prompts: Sequence[list[int]], one_by_one: bool) -> Iterator[list[int
 
 
 def write(
-    model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], words: argparse.Namespace
+    model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
     """Continue every prompt and print the texts, as they come or when all are done."""
-    sampling = Sampling(words.temperature, words.top_k, words.top_p)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.validate()
     device = next(model.parameters()).device
     ids = [encode(tokenizer, prompt, config.model.block_size) for prompt in prompts]
-    draws = generators(words.seed, len(prompts))
+    draws = generators(args.seed, len(prompts))
     pieces: list[list[str]] = [[] for _ in prompts]
     made, started = 0, time.perf_counter()
-    for batch in batches(ids, words.stream):
-        if words.stream:
+    for batch in batches(ids, args.stream):
+        if args.stream:
             print(heading(batch[0], prompts) + prompts[batch[0]], end="", flush=True)
-        texts = [Text(tokenizer, show if words.stream else pieces[i].append) for i in batch]
+        texts = [Text(tokenizer, show if args.stream else pieces[i].append) for i in batch]
         prompt_BT = torch.tensor([ids[i] for i in batch], device=device)
         size = min(tokenizer.vocab_size, config.model.vocab_size)
         with autocast(config, device):
             steps = generate(
-                model, prompt_BT, words.tokens, size, sampling, [draws[i] for i in batch], not words.no_cache
+                model, prompt_BT, args.max_new_tokens, size, sampling, [draws[i] for i in batch], not args.no_cache
             )
             for next_B in steps:
                 for text, token in zip(texts, next_B.tolist(), strict=True):
@@ -119,9 +119,9 @@ def write(
         for text in texts:
             text.close()
             made += text.tokens
-        if words.stream:
+        if args.stream:
             print()
-    for i, parts in enumerate(pieces if not words.stream else []):
+    for i, parts in enumerate(pieces if not args.stream else []):
         print(heading(i, prompts) + prompts[i] + "".join(parts))
     seconds = time.perf_counter() - started
     print(f"{made} tokens in {seconds:.2f} s: {made / seconds:.1f} tokens/s on {device}", file=sys.stderr)
@@ -144,7 +144,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "-p", "--prompt", action="append", required=True, help="the beginning; several of them run as batches"
     )
-    made.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to add (default 100)")
+    made.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to add (default 100)")
+    made.add_argument("--tokens", action=RenamedOption, new="--max-new-tokens", type=int)
     made.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (default 1)")
     made.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
@@ -160,18 +161,18 @@ def parser() -> argparse.ArgumentParser:
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 where it was refused, 130 after Ctrl-C."""
-    words = parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
-        for name in ("tokens", "samples"):
-            if getattr(words, name) < 1:
-                raise ConfigError(f"--{name} {getattr(words, name)}", "1 or more", f"--{name} 1")
-        folder, config = open_run(words.run)
+        for option, number in (("--max-new-tokens", args.max_new_tokens), ("--samples", args.samples)):
+            if number < 1:
+                raise ConfigError(f"{option} {number}", "1 or more", f"{option} 1")
+        folder, config = open_run(args.run)
         tokenizer = load_run_tokenizer(folder)
-        checkpoint = find_checkpoint(folder, words.step)
-        model = read_weights(config, checkpoint, choose_device(Device[words.device], 0, 1))
+        checkpoint = find_checkpoint(folder, args.step)
+        model = read_weights(config, checkpoint, choose_device(Device[args.device], 0, 1))
         print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
-        prompts = [prompt for prompt in words.prompt for _ in range(words.samples)]
-        write(model, config, tokenizer, prompts, words)
+        prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
+        write(model, config, tokenizer, prompts, args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

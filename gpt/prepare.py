@@ -2,7 +2,7 @@
 
     python -m gpt.prepare data=shakespeare data.tokenizer=char
     python -m gpt.prepare data=tinystories data.tokenizer=sentencepiece --workers 16
-    python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --to corpora/mine
+    python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --output corpora/mine
 
 Finds what training with the same data.* keys will look for. A preparation that was killed goes on with the same
 command. Owns the command line; the work is ``gpt.data.preprocessing.prepare``'s.
@@ -24,15 +24,15 @@ from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_m
 from gpt.data.preprocessing import prepare as preparation
 from gpt.data.preprocessing.files import download_shakespeare
 from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, usable_cores
-from launch.errors import ConfigError, refusing
+from launch.errors import ConfigError, RenamedOption, refusing
 from launch.runs import compose
 
 
-def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> TokenSource:
+def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
     """Prepare a corpus, or verify one that is there.
 
     Raises:
-        ConfigError: there is nothing to prepare, the text cannot be had, or ``to`` holds something else.
+        ConfigError: there is nothing to prepare, the text cannot be had, or ``output`` holds something else.
     """
     if config.source is Source.tokens:
         raise ConfigError(
@@ -45,9 +45,9 @@ def prepare(config: DataConfig, cache: Path, to: Path | None, workers: int) -> T
         download_shakespeare(cache)
         spec = build_spec(config, cache)
         assert spec is not None, "it was just downloaded"
-    folder = to or cache / spec.key
+    folder = output or cache / spec.key
     _refuse_damage(spec, folder)
-    return preparation.prepare(spec, folder, workers, progress=True, replace=to is None)
+    return preparation.prepare(spec, folder, workers, progress=True, replace=output is None)
 
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
@@ -70,7 +70,7 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
         )
 
 
-def report(source: TokenSource, config: DataConfig, to: Path | None) -> str:
+def report(source: TokenSource, config: DataConfig, output: Path | None) -> str:
     """What there is now, and what to type next."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
@@ -82,7 +82,7 @@ def report(source: TokenSource, config: DataConfig, to: Path | None) -> str:
     ]
     if source.entropy is not None:
         lines.append(f"entropy: {source.entropy:.4f} nats per token, which no loss goes below")
-    what = f"data=tokens data.path={source.folder}" if to else "the same data.* keys"
+    what = f"data=tokens data.path={source.folder}" if output else "the same data.* keys"
     lines.append(f"train with {what} and model.vocab_size={source.vocab_size} (or more)")
     return "\n".join(lines)
 
@@ -101,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
         description="Turn a corpus into tokens, once, before training. Goes on where it was killed.",
     )
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="data=NAME and data.* keys, as for training")
-    made.add_argument("--to", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
+    made.add_argument("--to", action=RenamedOption, new="--output", type=Path)
     made.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores there are")
     return made
 
@@ -109,18 +110,18 @@ def parser() -> argparse.ArgumentParser:
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where it was refused."""
-    words = parser().parse_args(argv)
-    to = words.to.expanduser().absolute() if words.to else None
-    config = compose.to_schema(compose_train(words.overrides), TrainConfig)
+    args = parser().parse_args(argv)
+    output = args.output.expanduser().absolute() if args.output else None
+    config = compose.to_schema(compose_train(args.overrides), TrainConfig)
     config.data.validate()
-    if words.workers is not None and words.workers < 1:
-        raise ConfigError(f"--workers {words.workers}", "at least one process", f"--workers {usable_cores()}")
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}", "at least one process", f"--workers {usable_cores()}")
     cache = config.data_cache
     try:
-        source = prepare(config.data, cache, to, words.workers or usable_cores())
+        source = prepare(config.data, cache, output, args.workers or usable_cores())
     except (OSError, NotImplementedError) as error:
-        raise unwritable_folder_error(to or cache, error) from error
-    print(report(source, config.data, to))
+        raise unwritable_folder_error(output or cache, error) from error
+    print(report(source, config.data, output))
     return 0
 
 

@@ -230,7 +230,7 @@ def finished_shards(parts: Path) -> list[Path]:
 
 def kill_in_time(words: list[str], folder: Path) -> Path | None:
     """Kill a preparation after its first shards; its parts, or None where it was done before it could be killed."""
-    process = start("gpt.prepare", *words, "--to", str(folder), cwd=folder.parent, log=folder.with_suffix(".log"))
+    process = start("gpt.prepare", *words, "--output", str(folder), cwd=folder.parent, log=folder.with_suffix(".log"))
     parts = folder.with_name(f".{folder.name}.parts")
     wait_for(lambda: len(finished_shards(parts)) >= 2 or process.poll() is not None, "two shards")
     family = kill_all(process)
@@ -242,7 +242,7 @@ def kill_in_time(words: list[str], folder: Path) -> Path | None:
 
 def kill_and_go_on(words: list[str], tmp_path: Path) -> Path:
     """Kill a preparation, damage a shard, go on, and compare with one that was left alone; the finished folder."""
-    run("gpt.prepare", *words, "--to", "whole", cwd=tmp_path)
+    run("gpt.prepare", *words, "--output", "whole", cwd=tmp_path)
     for folder in (tmp_path / f"killed{i}" for i in range(5)):
         parts = kill_in_time(words, folder)
         if parts is not None:
@@ -250,7 +250,7 @@ def kill_and_go_on(words: list[str], tmp_path: Path) -> Path:
     assert parts is not None, "the kill must fall into the preparation"
     damaged = finished_shards(parts)[0].with_suffix(".train")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
-    told = run("gpt.prepare", *words, "--to", str(folder), cwd=tmp_path)
+    told = run("gpt.prepare", *words, "--output", str(folder), cwd=tmp_path)
     assert "train: " in told and not parts.exists()
     assert same_but_for_place(tmp_path / "whole", folder)
     return folder
@@ -297,20 +297,20 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path, capsys
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     words = ["data=text", f"data.path={tmp_path}/text"]
-    assert main([*words, "--to", str(tmp_path / "mine")]) == 2
+    assert main([*words, "--output", str(tmp_path / "mine")]) == 2
     assert "no prepared corpus" in capsys.readouterr().err
-    assert main([*words, "--to", str(tmp_path / "out")]) == 0
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
     before = content(tmp_path / "out")
-    assert main([*words, "data.val_fraction=0.2", "--to", str(tmp_path / "out")]) == 2
+    assert main([*words, "data.val_fraction=0.2", "--output", str(tmp_path / "out")]) == 2
     assert "prepared with val_fraction=0.1, and now val_fraction=0.2" in capsys.readouterr().err
-    assert main([*words, "--to", str(tmp_path / "out")]) == 0
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
     assert content(tmp_path / "out") == before
     (tmp_path / "out" / "train.bin").write_bytes(bytes(len(before["train.bin"])))
-    assert main([*words, "--to", str(tmp_path / "out")]) == 2
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
     assert "train.bin in" in (told := capsys.readouterr().err) and "checksum differs" in told
     (tmp_path / "out" / "train.bin").unlink()
     assert open_folder(tmp_path / "out") is None
-    assert main([*words, "--to", str(tmp_path / "out")]) == 0 and content(tmp_path / "out") == before
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0 and content(tmp_path / "out") == before
 
 
 def test_shakespeare_is_the_pinned_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

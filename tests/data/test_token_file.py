@@ -224,7 +224,7 @@ def test_sources_of_a_mixture_have_one_tokenizer(tmp_path: Path) -> None:
         from gpt.prepare import main
 
         kind = "byte" if name == "a" else "char"
-        arguments = ["data=text", f"data.path={tmp_path / name}.txt", f"data.tokenizer={kind}", "--to"]
+        arguments = ["data=text", f"data.path={tmp_path / name}.txt", f"data.tokenizer={kind}", "--output"]
         assert main([*arguments, str(tmp_path / name)]) == 0
     nanogpt(tmp_path / "c")
     mixed = DataConfig(source=Source.tokens, sources=[WeightedPath(str(tmp_path / n)) for n in "ac"])

@@ -32,7 +32,7 @@ def write(*words: str | Path) -> int:
 
 def test_transformers_loads_a_run(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert write(trained, "--format", "hf", out, "--max-shard-gb", "0.0002") == 0
+    assert write(trained, "--format", "hf", "--output", out, "--max-shard-gb", "0.0002") == 0
     assert len(list(out.glob("model-*.safetensors"))) > 1
     _, ours = load_model(trained)
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -46,7 +46,7 @@ def test_transformers_loads_a_run(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_goes_with_it(trained: Path, tmp_path: Path) -> None:
-    assert write(trained, tmp_path / "out") == 0
+    assert write(trained, "--output", tmp_path / "out") == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "def f(x):\n\treturn 'naïve — 水'  # \x00\x7f"
     assert tokenizer(text)["input_ids"] == list(text.encode())
@@ -56,7 +56,7 @@ def test_the_tokenizer_goes_with_it(trained: Path, tmp_path: Path) -> None:
 
 
 def test_one_torch_file_holds_what_was_saved(trained: Path, tmp_path: Path) -> None:
-    assert write(trained, "--format", "torch", tmp_path / "m.pt", "--step", "8") == 0
+    assert write(trained, "--format", "torch", "--output", tmp_path / "m.pt", "--step", "8") == 0
     file = torch.load(tmp_path / "m.pt", weights_only=True)
     saved = read_weights(trained, 8, tmp_path)
     assert {f"/model/{name}" for name in file["model"]} == {name for name in saved if name.startswith("/model/")}
@@ -68,9 +68,9 @@ def test_nothing_is_lost_by_an_export_that_is_refused_or_fails(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert write(trained, out, "--dtype", "bf16") == 0
+    assert write(trained, "--output", out, "--dtype", "bf16") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert write(trained, out) == 2
+    assert write(trained, "--output", out) == 2
     assert "--overwrite" in capsys.readouterr().err
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
 
@@ -78,19 +78,19 @@ def test_nothing_is_lost_by_an_export_that_is_refused_or_fails(
             raise OSError("disk full")
 
         patch.setattr(export, "write_sums", full)
-        write(trained, out, "--overwrite")
+        write(trained, "--output", out, "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert write(trained, out, "--overwrite", "--step", "8") == 0
+    assert write(trained, "--output", out, "--overwrite", "--step", "8") == 0
     assert "step 8" in (out / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "mine").mkdir()
-    assert write(trained, tmp_path / "mine", "--overwrite") == 2
+    assert write(trained, "--output", tmp_path / "mine", "--overwrite") == 2
     assert "is not a folder of gpt.export" in capsys.readouterr().err
 
 
 def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_path: Path) -> None:
     source, new = tmp_path / "source", tmp_path / "new"
-    assert write(trained, source) == 0
+    assert write(trained, "--output", source) == 0
     words = [*TINY, "seed=7", "optim.max_steps=1", "eval.interval=0", f"init_from={source}", f"run_dir={new}"]
     refusal = run("launch", *words, "model.n_layer=3", "model.n_kv_head=4", cwd=tmp_path, status=2)
     assert "type next: model.n_layer=2 model.n_kv_head=2" in refusal and not new.exists()

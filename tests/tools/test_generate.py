@@ -83,7 +83,9 @@ def test_batches_hold_every_prompt_once_and_equal_lengths_only(prompts: list[lis
 
 def test_the_command_writes_streams_and_refuses(trained: Path) -> None:
     def texts(*words: str) -> str:
-        return run("gpt.generate", str(trained), "-p", "import os", "-p", "def", "--tokens", "40", *words, cwd=trained)
+        return run(
+            "gpt.generate", str(trained), "-p", "import os", "-p", "def", "--max-new-tokens", "40", *words, cwd=trained
+        )
 
     printed = texts("--seed", "3")
     assert "--- 1 of 2\nimport os" in printed and "--- 2 of 2\ndef" in printed

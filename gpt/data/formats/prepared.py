@@ -184,7 +184,7 @@ def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
             raise ConfigError(
                 f"{place} has a manifest, but its files are missing, cut short, or of another version",
                 "the folder as gpt.prepare has left it",
-                f"python -m gpt.prepare ... --to {place}, after the folder is moved away",
+                f"python -m gpt.prepare ... --output {place}, after the folder is moved away",
             )
         return replace(prepared, weight=weight)
     dtype = config.token_dtype.name if config.token_dtype else None

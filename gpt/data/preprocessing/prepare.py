@@ -79,7 +79,7 @@ def _find_prepared(spec: PreprocessingSpec, folder: Path, replace: bool) -> Toke
             there, asked = manifest["spec"], spec.identity
             key = next(k for k in {**there, **asked} if there.get(k) != asked.get(k))
             content = f"a corpus prepared with {key}={there.get(key)}, and now {key}={asked.get(key)}"
-        raise ConfigError(f"{folder} holds {content}", "an empty or a new folder", "--to FOLDER with another name")
+        raise ConfigError(f"{folder} holds {content}", "an empty or a new folder", "--output FOLDER with another name")
     return None
 
 
