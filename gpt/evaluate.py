@@ -1,10 +1,10 @@
-"""Measure a trained model on its validation split: ``python -m gpt.evaluate RUN``.
+"""Evaluate a trained model on its validation split: ``python -m gpt.evaluate RUN``.
 
     python -m gpt.evaluate outputs/quick_test/default                    # the whole split, newest checkpoint
     python -m gpt.evaluate RUN --sequences 500 --step 40 --device cpu
     torchrun --nproc-per-node 8 -m gpt.evaluate RUN                      # the ranks share the sequences
 
-Owns the command line and the figures derived from the loss. Only reads the run folder.
+Owns the command line and the metrics derived from the loss. Only reads the run folder.
 """
 
 from __future__ import annotations
@@ -32,24 +32,31 @@ from launch.errors import ConfigError, refusing
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a text it has not seen."""
+    """Metrics of a model on the validation split."""
 
     run: str
     step: int
     sequences: int
     tokens: int
     num_bytes: float | None
-    """Of the text that was predicted; None where the tokens do not tell, or are no text."""
+    """Bytes of the text that was predicted; None where the tokens do not tell, or are no text."""
     loss: float
     """Mean cross-entropy, nats per token."""
     perplexity: float
-    """exp(loss): as unsure as a choice among so many equally likely tokens."""
+    """Exponential of the loss: as unsure as a choice among so many equally likely tokens."""
     bits_per_byte: float | None
-    """Comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
+    """Loss in bits per byte of text, comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
 
 
 def evaluate(path: Path, world: World, step: int | None, sequences: int | None, batch: int | None) -> Evaluation:
-    """Evaluate the checkpoint of a run on the first ``sequences`` of its validation split, all of them by default.
+    """Evaluate the checkpoint of a run on the first ``sequences`` of its validation split, by default the whole of it.
+
+    Args:
+        path: the run folder.
+        world: the ranks that share the sequences.
+        step: the checkpoint of this step; None takes the newest.
+        sequences: number of sequences; None takes all.
+        batch: sequences of a forward pass; None takes ``optim.micro_batch`` of the run.
 
     Raises:
         ConfigError: there is no such run, checkpoint or corpus, or it has not so many sequences.
@@ -96,7 +103,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
 
 
 def report(found: Evaluation) -> str:
-    """The figures as a person reads them."""
+    """Format the metrics for people."""
     size = "" if found.num_bytes is None else f", {found.num_bytes:,.0f} bytes"
     bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
     return (
@@ -107,7 +114,7 @@ def report(found: Evaluation) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m gpt.evaluate",
         description="Loss, perplexity and bits per byte of a run on its validation split.",
@@ -115,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     made.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
     made.add_argument("--sequences", type=int, metavar="N", help="the first N sequences; default: the whole split")
-    made.add_argument("--batch", type=int, metavar="N", help="sequences a pass; default: optim.micro_batch of the run")
+    made.add_argument("--batch", type=int, metavar="N", help="sequences of a forward pass; default: optim.micro_batch")
     made.add_argument("--device", choices=[d.name for d in Device], default="auto")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
@@ -123,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 where it was refused."""
+    """Run the command; returns the exit status: 0, or 2 where it was refused."""
     args = parser().parse_args(argv)
     with open_world(Device[args.device], timeout_s=600) as world:
         found = evaluate(args.run, world, args.step, args.sequences, args.batch)

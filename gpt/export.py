@@ -23,11 +23,11 @@ import torch
 from gpt.checkpoint import folders
 from gpt.checkpoint.manifest import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import TrainConfig
-from gpt.conversion.formats import format_for
+from gpt.conversion.adapter import StateDictAdapter
 from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
 from gpt.conversion.hf_tokenizer import write_tokenizer
-from gpt.conversion.spec import Format
-from gpt.conversion.state_dict import to_theirs
+from gpt.conversion.registry import choose_adapter
+from gpt.conversion.state_dict import to_hf
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers.base import ABOUT, Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
@@ -42,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What was typed."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required")
@@ -57,14 +57,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of weights (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)  # RenamedOption tells why
     if args.output is None:
         parser.error("the following arguments are required: --output")
     return args
 
 
 def export(args: argparse.Namespace) -> str:
-    """Do what was typed; returns what to say.
+    """Export the model of a run; returns the line to print.
 
     Raises:
         ConfigError: no such checkpoint, a model that the format has no parts for, or something is there already.
@@ -73,42 +73,42 @@ def export(args: argparse.Namespace) -> str:
     out = args.output.expanduser().absolute()
     refuse_existing(out, args.format, args.overwrite)
     folder, config = open_run(args.run)
-    fmt = format_for(config.model) if args.format == "hf" else None
+    adapter = choose_adapter(config.model) if args.format == "hf" else None
     checkpoint = find_checkpoint(folder, args.step)
     origin = origin_of(folder, checkpoint)
     model = read_weights(config, checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.saving_{secrets.token_hex(4)}")
     try:
-        if fmt is None:
+        if adapter is None:
             write_torch_file(temporary, model.state_dict(), config.model, DTYPES[args.dtype], origin)
         else:
-            write_hf(temporary, fmt, model, folder, config, origin, args)
+            write_hf(temporary, adapter, model, folder, config, origin, args)
         replace(out, temporary)
     except BaseException:
         remove(temporary)
         raise
-    kind = "torch" if fmt is None else fmt.architecture
+    kind = "torch" if adapter is None else adapter.architecture
     numbers = sum(p.numel() for p in model.parameters())
     return f"wrote {out}: {kind}, {numbers:,} parameters of step {origin['step']} in {args.dtype}"
 
 
 def write_hf(
     temporary: Path,
-    fmt: Format,
+    adapter: StateDictAdapter,
     model: GPT,
     folder: RunFolder,
     config: TrainConfig,
     origin: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
-    """Write the whole folder of transformers, synced to disk."""
+    """Write a complete folder of transformers, synced to disk."""
     temporary.mkdir()
     dtype = DTYPES[args.dtype]
-    write_weights(temporary, to_theirs(model.state_dict(), fmt, config.model), dtype, int(args.max_shard_gb * GB))
+    write_weights(temporary, to_hf(model.state_dict(), adapter, config.model), dtype, int(args.max_shard_gb * GB))
     tokenizer: Tokenizer | None = load_run_tokenizer(folder) if (folder.tokenizer / ABOUT).is_file() else None
     about = "not known" if tokenizer is None else write_tokenizer(tokenizer, folder, temporary, config.model.block_size)
-    write_configs(temporary, fmt, config.model, dtype, None if tokenizer is None else tokenizer.eot, origin)
+    write_configs(temporary, adapter, config.model, dtype, None if tokenizer is None else tokenizer.eot, origin)
     (temporary / "README.md").write_text(card(config, origin, about))
     write_sums(temporary)
     for path in temporary.rglob("*"):
@@ -117,7 +117,7 @@ def write_hf(
 
 
 def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """Where an export comes from, as far as the run folder tells."""
+    """Origin of an export, as far as the run folder tells: run, step, data, checkpoint and commit."""
     manifest: Manifest = read_manifest(checkpoint)
     git = read_json(folder.environment(manifest.meta["attempt"])).get("git", {})
     return {
@@ -131,7 +131,7 @@ def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
 
 
 def card(config: TrainConfig, origin: dict[str, Any], tokenizer: str) -> str:
-    """README.md of the export: a model card in the format of the Hugging Face hub."""
+    """Write the README.md of an export: a model card in the format of the Hugging Face hub."""
     tokens = origin["samples"] * config.model.block_size
     return f"""---
 library_name: transformers
@@ -152,7 +152,7 @@ Exported from `{origin["run"]}`, step {origin["step"]}: {tokens:,} tokens of tra
 
 
 def refuse_existing(out: Path, kind: str, overwrite: bool) -> None:
-    """Raise ConfigError where something lies at ``out``, unless it is an earlier export that may go."""
+    """Raise ConfigError where something lies at ``out``, unless it is an earlier export that may be replaced."""
     if not os.path.lexists(out):
         return
     if kind == "torch":
@@ -160,14 +160,14 @@ def refuse_existing(out: Path, kind: str, overwrite: bool) -> None:
     else:
         replaceable = out.is_dir() and "exported_from" in read_json(out / "config.json")
     if not replaceable:
-        what = "a .pt file" if kind == "torch" else "a folder of gpt.export"
-        raise ConfigError(f"{out} is there already, and is not {what}", "a path where nothing is", f"{out}-export")
+        earlier = "a .pt file" if kind == "torch" else "a folder of gpt.export"
+        raise ConfigError(f"{out} is there already, and is not {earlier}", "a path where nothing is", f"{out}-export")
     if not overwrite:
         raise ConfigError(f"{out} is there already", "a path where nothing is", "--overwrite, or another path")
 
 
 def replace(out: Path, temporary: Path) -> None:
-    """Give the finished export its name; an earlier one goes first and is deleted last."""
+    """Give the finished export its name; an earlier one is renamed first and deleted last."""
     if temporary.is_dir() and out.is_dir():
         old = out.with_name(f".{out.name}.deleting_{secrets.token_hex(4)}")
         out.rename(old)
@@ -179,7 +179,7 @@ def replace(out: Path, temporary: Path) -> None:
 
 
 def remove(temporary: Path) -> None:
-    """Delete what a failed export has written."""
+    """Delete the files of a failed export."""
     if temporary.is_dir():
         shutil.rmtree(temporary, ignore_errors=True)
     else:
@@ -187,7 +187,7 @@ def remove(temporary: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file last."""
+    """Flush the content of a file to disk."""
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -195,7 +195,7 @@ def sync(path: Path) -> None:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 written, 2 refused."""
+    """Run the command; returns the exit status: 0 written, 2 refused."""
     print(export(parse(argv)), flush=True)
     return 0
 

@@ -1,9 +1,9 @@
-"""Let a trained model write: ``python -m gpt.generate RUN -p "..."``.
+"""Generate text with a trained model: ``python -m gpt.generate RUN -p "..."``.
 
     python -m gpt.generate outputs/quick_test/default -p "def main(" --stream
     python -m gpt.generate RUN -p "once" -p "twice" --max-new-tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95
 
-Owns the command line: prompts to tokens, tokens to text as they come. Only reads the run folder.
+Owns the command line: prompts to tokens, tokens to text while they are generated. Only reads the run folder.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gpt.parallel.distributed import choose_device
 from launch.errors import ConfigError, RenamedOption, refusing
 
 UNFINISHED = "\ufffd"
-"""What a tokenizer makes of a character whose last bytes are still to come."""
+"""Text that a tokenizer decodes from a character whose last bytes are still to come."""
 
 
 class Text:
-    """The text of one sequence, token by token."""
+    """Text of one sequence, decoded token by token and passed on as soon as it is readable."""
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
         self._tokenizer = tokenizer
@@ -40,35 +40,36 @@ class Text:
         self._ids: list[int] = []
         self._shown = 0
         self.ended = False
-        """Whether the model has ended the document."""
+        """True once the model has ended the document."""
 
     def add(self, token: int) -> None:
-        """Take one more token, and show what has become readable."""
+        """Add a token, and pass on the text that has become readable."""
         if self.ended:
             return
         if token == self._tokenizer.eot:
             self.ended = True
             return
         self._ids.append(token)
-        self._show(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
+        # All ids anew: the text of a token may depend on those before it.
+        self._pass_on(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
 
     def close(self) -> None:
-        """Show the rest, finished or not."""
-        self._show(self._tokenizer.decode(self._ids))
+        """Pass on the rest, finished or not."""
+        self._pass_on(self._tokenizer.decode(self._ids))
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens added, without the one that ends a document."""
         return len(self._ids)
 
-    def _show(self, text: str) -> None:
+    def _pass_on(self, text: str) -> None:
         if len(text) > self._shown:
             self._on_text(text[self._shown :])
             self._shown = len(text)
 
 
 def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
-    """The tokens of a prompt; an empty one begins a document.
+    """Encode a prompt; an empty one begins a document.
 
     Raises:
         ConfigError: the tokenizer does not know its characters, or it is empty and documents have no beginning.
@@ -82,7 +83,7 @@ def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
 
 
 def batches(prompts: Sequence[list[int]], one_by_one: bool) -> Iterator[list[int]]:
-    """Numbers of the prompts that run together: a batch, and its cache, is of sequences of equal length."""
+    """Yield the numbers of the prompts that run together: a batch, and its cache, needs sequences of equal length."""
     if one_by_one:
         yield from ([i] for i in range(len(prompts)))
         return
@@ -93,7 +94,7 @@ def batches(prompts: Sequence[list[int]], one_by_one: bool) -> Iterator[list[int
 def write(
     model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
-    """Continue every prompt and print the texts, as they come or when all are done."""
+    """Continue every prompt and print the texts, while they are generated or when all are done."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.validate()
     device = next(model.parameters()).device
@@ -106,7 +107,7 @@ def write(
             print(heading(batch[0], prompts) + prompts[batch[0]], end="", flush=True)
         texts = [Text(tokenizer, show if args.stream else pieces[i].append) for i in batch]
         prompt_BT = torch.tensor([ids[i] for i in batch], device=device)
-        size = min(tokenizer.vocab_size, config.model.vocab_size)
+        size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond the tokenizer's have no text
         with autocast(config, device):
             steps = generate(
                 model, prompt_BT, args.max_new_tokens, size, sampling, [draws[i] for i in batch], not args.no_cache
@@ -133,12 +134,12 @@ def show(text: str) -> None:
 
 
 def heading(index: int, prompts: Sequence[str]) -> str:
-    """What sets several texts apart."""
+    """Line above a text where there are several; empty for one."""
     return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m gpt.generate", description="Let a trained model continue a text.")
     made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     made.add_argument(
@@ -160,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 where it was refused, 130 after Ctrl-C."""
+    """Run the command; returns the exit status: 0, 2 where it was refused, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         for option, number in (("--max-new-tokens", args.max_new_tokens), ("--samples", args.samples)):

@@ -4,7 +4,7 @@
     python -m gpt.prepare data=tinystories data.tokenizer=sentencepiece --workers 16
     python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --output corpora/mine
 
-Finds what training with the same data.* keys will look for. A preparation that was killed goes on with the same
+Writes the folder that training with the same data.* keys looks for. A preparation that was killed goes on with the same
 command. Owns the command line; the work is ``gpt.data.preprocessing.prepare``'s.
 """
 
@@ -51,11 +51,11 @@ def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) 
 
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
-    """Verify the checksums of a corpus that is there already."""
+    """Raise ConfigError where a file of a corpus that is there already does not have its checksum."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["spec"] != spec.identity or open_folder(folder) is None:
         return
-    files = [file for told in manifest["splits"].values() for file in told["files"]]
+    files = [file for split in manifest["splits"].values() for file in split["files"]]
     with tqdm(desc="verify", total=sum(file["size"] for file in files), unit="B", unit_scale=True) as bar:
 
         def advance(size: int) -> None:
@@ -71,7 +71,7 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
 
 
 def report(source: TokenSource, config: DataConfig, output: Path | None) -> str:
-    """What there is now, and what to type next."""
+    """Describe the prepared corpus, and say how to train with it."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
     lines = [
@@ -82,8 +82,8 @@ def report(source: TokenSource, config: DataConfig, output: Path | None) -> str:
     ]
     if source.entropy is not None:
         lines.append(f"entropy: {source.entropy:.4f} nats per token, which no loss goes below")
-    what = f"data=tokens data.path={source.folder}" if output else "the same data.* keys"
-    lines.append(f"train with {what} and model.vocab_size={source.vocab_size} (or more)")
+    keys = f"data=tokens data.path={source.folder}" if output else "the same data.* keys"
+    lines.append(f"train with {keys} and model.vocab_size={source.vocab_size} (or more)")
     return "\n".join(lines)
 
 
@@ -95,7 +95,7 @@ def _counts(tokens: int, num_bytes: int | None, documents: int | None) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m gpt.prepare",
         description="Turn a corpus into tokens, once, before training. Goes on where it was killed.",
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 where it was refused."""
+    """Run the command; returns the exit status: 0, or 2 where it was refused."""
     args = parser().parse_args(argv)
     output = args.output.expanduser().absolute() if args.output else None
     config = compose.to_schema(compose_train(args.overrides), TrainConfig)

@@ -1,7 +1,7 @@
-"""Weights from and to other programs' files: folders of the transformers library, and one torch file.
+"""Conversion of weights from and to other programs' files: folders of the transformers library, and one torch file.
 
-``layout`` says what a foreign format is made of; ``gpt2``, ``llama`` and ``mixtral`` are formats, ``formats`` chooses.
-``header`` and ``source`` look into files without torch, for the login node; ``weights``, ``hf_folder`` and
-``torch_file`` move tensors. Never imports transformers: the formats are its files, not its code. Must not know ranks,
-the loop or the launcher.
+``adapter`` defines the state-dict adapter of an architecture; ``gpt2``, ``llama`` and ``mixtral`` are adapters, and
+``registry`` chooses. ``inspect`` and ``source`` look into files without torch, for the login node; ``state_dict`` and
+``hf_folder`` move tensors; ``trained`` reads the checkpoints of a run. Never imports transformers: the formats are its
+files, not its code. Must not know ranks, the loop or the launcher.
 """

@@ -1,4 +1,4 @@
-"""GPT-2 as transformers stores it: matrices transposed, queries, keys and values in one. Torch-free.
+"""Adapter of GPT-2 as transformers stores it: matrices transposed, queries, keys and values in one. Torch-free.
 
 Names and shapes as in GPT2LMHeadModel of transformers (models/gpt2/modeling_gpt2.py). Every layer has a bias there; a
 model of ours without is written with biases of zeros, which compute the same.
@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from gpt.config import Activation, Ffn, ModelConfig, Norm, Position
-from gpt.conversion.spec import Format, Rule, refuse_part, required, spelled
+from gpt.conversion.adapter import Rule, StateDictAdapter, format_value, require_key, unsupported_part_error
 
 ACTIVATIONS = {
     Activation.gelu_tanh: "gelu_new",
@@ -25,7 +25,7 @@ KINDS = ("weight", "bias")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The model's part of config.json."""
+    """Describe the model as keys of config.json."""
     return {
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
@@ -43,22 +43,23 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json describes."""
+    """Read the model that a config.json describes; raises ConfigError for a part that ours does not have."""
+    # Variants that other values of these keys choose compute something else with the same tensors.
     plain = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for key, value in plain.items():
         if hf.get(key, value) is not value:
-            raise refuse_part(hf, key, f"{key}={spelled(value)}")
-    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | OTHER_NAMES
+            raise unsupported_part_error(hf, key, f"{key}={format_value(value)}")
+    known = {hf_name: activation for activation, hf_name in ACTIVATIONS.items()} | OTHER_NAMES
     activation = hf.get("activation_function", "gelu_new")
     if activation not in known:
-        raise refuse_part(hf, "activation_function", f"one of {', '.join(known)}")
+        raise unsupported_part_error(hf, "activation_function", f"one of {', '.join(known)}")
     return ModelConfig(
         name="gpt2",
-        n_layer=required(hf, "n_layer"),
-        n_head=required(hf, "n_head"),
-        n_embd=required(hf, "n_embd"),
-        block_size=required(hf, "n_positions"),
-        vocab_size=required(hf, "vocab_size"),
+        n_layer=require_key(hf, "n_layer"),
+        n_head=require_key(hf, "n_head"),
+        n_embd=require_key(hf, "n_embd"),
+        block_size=require_key(hf, "n_positions"),
+        vocab_size=require_key(hf, "vocab_size"),
         norm=Norm.layernorm,
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         position=Position.learned,
@@ -71,7 +72,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """All tensors of a model."""
+    """List the rules of a model's tensors, in the order of the forward pass."""
     found = [
         Rule(("token_embedding.weight",), ("transformer.wte.weight",)),
         Rule(("position.weight",), ("transformer.wpe.weight",)),
@@ -84,23 +85,23 @@ def rules(config: ModelConfig) -> list[Rule]:
     return found
 
 
-def block_rules(ours: str, theirs: str) -> list[Rule]:
-    """The tensors of one block."""
-    q_k_v = [f"{ours}.attention.{name}" for name in ("query", "key", "value")]
+def block_rules(block: str, hf_block: str) -> list[Rule]:
+    """List the rules of one block's tensors; the arguments are what its names begin with, ours and transformers'."""
+    q_k_v = [f"{block}.attention.{name}" for name in ("query", "key", "value")]
     matrices = {"attention.output": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
     norms = {"attention_norm": "ln_1", "ffn_norm": "ln_2"}
     found = []
     for kind in KINDS:
-        turned = kind == "weight"
-        found.append(Rule(tuple(f"{name}.{kind}" for name in q_k_v), (f"{theirs}.attn.c_attn.{kind}",), turned))
-        for here, there in matrices.items():
-            found.append(Rule((f"{ours}.{here}.{kind}",), (f"{theirs}.{there}.{kind}",), turned))
-        for here, there in norms.items():
-            found.append(Rule((f"{ours}.{here}.{kind}",), (f"{theirs}.{there}.{kind}",)))
+        transposed = kind == "weight"  # GPT-2's Conv1D has its matrix as (in, out)
+        found.append(Rule(tuple(f"{name}.{kind}" for name in q_k_v), (f"{hf_block}.attn.c_attn.{kind}",), transposed))
+        for name, hf_name in matrices.items():
+            found.append(Rule((f"{block}.{name}.{kind}",), (f"{hf_block}.{hf_name}.{kind}",), transposed))
+        for name, hf_name in norms.items():
+            found.append(Rule((f"{block}.{name}.{kind}",), (f"{hf_block}.{hf_name}.{kind}",)))
     return found
 
 
-GPT2 = Format(
+GPT2 = StateDictAdapter(
     name="gpt2",
     architecture="GPT2LMHeadModel",
     prefix="transformer.",

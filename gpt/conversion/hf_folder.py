@@ -1,6 +1,7 @@
-"""A folder that transformers loads: weights in shards, their index, config.json, and checksums of it all.
+"""Writer of a folder that transformers loads: weights in shards, their index, config.json, and checksums.
 
-Owns the files and their names. Must not know where the model comes from, nor when a folder is complete.
+Owns the files and their names, and the one torch file. Must not know where the model comes from, nor when a folder is
+complete.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt.config import ModelConfig
+from gpt.conversion.adapter import StateDictAdapter
 from gpt.conversion.inspect import INDEX, SINGLE
 from gpt.conversion.source import plain_model
-from gpt.conversion.spec import Format
-from gpt.conversion.state_dict import SUMS, sums
+from gpt.conversion.state_dict import SUMS, sum_files
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int) -> int:
@@ -57,17 +58,22 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
 
 
 def shard_name(index: int, count: int) -> str:
-    """The name transformers gives to a file of weights."""
+    """Name of a file of weights, as transformers gives it."""
     return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_configs(
-    folder: Path, fmt: Format, config: ModelConfig, dtype: torch.dtype, eot: int | None, origin: dict[str, Any]
+    folder: Path,
+    adapter: StateDictAdapter,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    eot: int | None,
+    origin: dict[str, Any],
 ) -> None:
     """Write config.json and generation_config.json; ``eot`` is the id that ends a text."""
     # Said also where there are none: the defaults are ids of somebody else's tokenizer.
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
-    described = {"architectures": [fmt.architecture], "model_type": fmt.name, **fmt.write_config(config)}
+    described = {"architectures": [adapter.architecture], "model_type": adapter.name, **adapter.write_config(config)}
     name = str(dtype).removeprefix("torch.")
     extra = {"torch_dtype": name, "use_cache": True, "initializer_range": 0.02, "exported_from": origin}
     write_json(folder / "config.json", {**described, **special, **extra})
@@ -75,20 +81,20 @@ def write_configs(
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sha256 of every file, as ``sha256sum -c SHA256SUMS`` checks them; ``init_from`` does, too."""
+    """Write the sha256 of every file into SHA256SUMS, which ``sha256sum -c`` checks, and ``init_from``, too."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums(files).items()))
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sum_files(files).items()))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Indented JSON."""
+    """Write ``value`` as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def write_torch_file(
     path: Path, state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, origin: dict[str, Any]
 ) -> None:
-    """Write ``path``, synced to disk."""
+    """Write a model into one file of ``torch.save``, synced to disk, with the config it is rebuilt from."""
     contents = {
         "model_config": plain_model(config),
         "exported_from": origin,

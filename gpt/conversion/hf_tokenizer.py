@@ -1,4 +1,4 @@
-"""A run's tokenizer as ``AutoTokenizer`` loads it: a tokenizer.json in the format of the tokenizers library.
+"""Writer of a run's tokenizer as ``AutoTokenizer`` loads it: a tokenizer.json in the format of the tokenizers library.
 
 Owns the translation. Bytes and characters are written out here, a tokenizer.json is copied; for the two kinds whose
 libraries have a format of their own the file is copied as it is, to be read by these libraries. Torch-free.
@@ -17,17 +17,17 @@ from launch.runs.folder import RunFolder
 
 
 def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> str:
-    """Write the tokenizer of ``run`` into ``folder``; returns what a reader has to know of it."""
+    """Write the tokenizer of ``run`` into ``folder``; returns a line about it for the model card."""
     if tokenizer.kind in (TokenizerKind.sentencepiece, TokenizerKind.tiktoken):
         shutil.copytree(run.tokenizer, folder / "tokenizer")
         return f"{tokenizer.kind.name}, in `tokenizer/`, for the library of that name; `AutoTokenizer` does not read it"
     if tokenizer.kind is TokenizerKind.byte:
-        content = byte_level()
+        content = byte_level_tokenizer()
     elif isinstance(tokenizer, CharTokenizer):
-        content = characters(tokenizer.characters)
+        content = character_tokenizer(tokenizer.characters)
     else:
         content = json.loads(tokenizer.payload)
-    write(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer.json", content)
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -35,26 +35,26 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.eot is not None:
-        about["eos_token"] = token_named(content, tokenizer.eot)
-    write(folder / "tokenizer_config.json", about)
+        about["eos_token"] = find_token_text(content, tokenizer.eot)
+    write_json(folder / "tokenizer_config.json", about)
     return f"{tokenizer.kind.name}, {tokenizer.vocab_size} ids; `AutoTokenizer` reads it"
 
 
-def write(path: Path, value: dict[str, Any]) -> None:
-    """Indented JSON, other scripts than Latin left readable."""
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` as indented JSON, other scripts than Latin left readable."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def byte_level() -> dict[str, Any]:
-    """Byte-pair encoding without any pair: an id is a byte."""
+def byte_level_tokenizer() -> dict[str, Any]:
+    """Describe a byte-pair encoding without any pair, whose ids are bytes."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
-    return pipeline(model, level, level)
+    return tokenizer_json(model, level, level)
 
 
 def byte_letters() -> list[str]:
-    """The letter that the library writes for each byte: itself where it is printable, from U+0100 on where it is not.
+    """List the letter that the library writes for each byte: itself where it is printable, else from U+0100 on.
 
     As in https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
@@ -66,15 +66,15 @@ def byte_letters() -> list[str]:
     return letters
 
 
-def characters(known: str) -> dict[str, Any]:
-    """Words of one character each; a character that is not known is an error."""
+def character_tokenizer(known: str) -> dict[str, Any]:
+    """Describe a tokenizer whose words are the characters of ``known``; any other character is an error."""
     model: dict[str, Any] = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(known)}, "unk_token": "<unk>"}
     each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    return pipeline(model, each, {"type": "Fuse"})
+    return tokenizer_json(model, each, {"type": "Fuse"})
 
 
-def pipeline(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json of these parts and no others."""
+def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    """Build a tokenizer.json of these parts and no others."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -88,8 +88,8 @@ def pipeline(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, A
     }
 
 
-def token_named(content: dict[str, Any], number: int) -> str | None:
-    """The text of a token of a tokenizer.json, by its id."""
+def find_token_text(content: dict[str, Any], number: int) -> str | None:
+    """Find the text of a token of a tokenizer.json by its id; None where no token has it."""
     for token in content.get("added_tokens", []):
         if token["id"] == number:
             return str(token["content"])

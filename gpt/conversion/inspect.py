@@ -1,6 +1,6 @@
-"""What a file of weights holds, without reading the weights and without torch: names, shapes, and the config in it.
+"""Names, shapes and config in a file of weights, read without the weights and without torch.
 
-Owns the looking into safetensors files, their index, and files of ``torch.save``. A file that is cut short is found
+Owns the inspection of safetensors files, their index, and files of ``torch.save``. A file that is cut short is found
 here, for the price of its first kilobytes; a flipped bit is not.
 """
 
@@ -21,13 +21,13 @@ from launch.errors import ConfigError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-NOT_A_FILE = (zipfile.BadZipFile, pickle.UnpicklingError)
+UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError)
 
 Shape = tuple[int, ...]
 
 
 def tensors_in_folder(folder: Path) -> dict[str, tuple[Path, Shape]]:
-    """File and shape of every tensor of a folder that transformers wrote, one file or several with an index.
+    """Map the name of every tensor in a folder of transformers, one file or several with an index, to file and shape.
 
     Raises:
         ConfigError: there are no safetensors, one is missing or cut short, or the index names what is not there.
@@ -37,16 +37,20 @@ def tensors_in_folder(folder: Path) -> dict[str, tuple[Path, Shape]]:
     for path in sorted({folder / name for name in index.values()} if index else {folder / SINGLE}):
         for name, shape in safetensors_shapes(path).items():
             if index and index.get(name) != path.name:
-                raise damaged(folder / INDEX, f"it does not say that {name} is in {path.name}")
+                raise damaged_file_error(folder / INDEX, f"it does not say that {name} is in {path.name}")
             found[name] = (path, shape)
     gone = sorted(index.keys() - found.keys())
     if gone:
-        raise damaged(folder / INDEX, f"{', '.join(gone[:3])} not in the files that it names")
+        raise damaged_file_error(folder / INDEX, f"{', '.join(gone[:3])} not in the files that it names")
     return found
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The file of each tensor by the index; empty where one file holds them all."""
+    """Read the index: tensor -> file; empty where one file holds them all.
+
+    Raises:
+        ConfigError: there is neither a file nor an index, or the index makes no sense.
+    """
     if (folder / SINGLE).is_file():
         return {}
     if not (folder / INDEX).is_file():
@@ -60,28 +64,29 @@ def read_index(folder: Path) -> dict[str, str]:
         )
     try:
         index = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        # Names of files only: an index must not lead out of its folder.
         names = {str(tensor): Path(str(file)).name for tensor, file in index.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise damaged(folder / INDEX, f"no index: {error}") from error
+        raise damaged_file_error(folder / INDEX, f"no index: {error}") from error
     return names
 
 
 def safetensors_shapes(path: Path) -> dict[str, Shape]:
-    """Name and shape of every tensor of one file."""
+    """Read name and shape of every tensor of one safetensors file, from its header."""
     try:
         with safe_open(path, framework="np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
-        raise damaged(path, str(error)) from error
+        raise damaged_file_error(path, str(error)) from error
 
 
-def damaged(path: Path, why: str) -> ConfigError:
-    """The error for a file that is not what it should be."""
+def damaged_file_error(path: Path, why: str) -> ConfigError:
+    """Refusal of a file that is not what was written."""
     return ConfigError(f"{path} cannot be used ({why})", "the file as it was written", "another copy of it")
 
 
 def torch_file_contents(path: Path) -> dict[str, Any]:
-    """The object in a file of ``torch.save``, with shapes in the place of tensors.
+    """Read the object in a file of ``torch.save``, with shapes in the place of tensors.
 
     Raises:
         ConfigError: no such file, or it holds anything but plain values and tensors.
@@ -89,11 +94,11 @@ def torch_file_contents(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            value = ShapesOnly(io.BytesIO(archive.read(name))).load()
-    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, *NOT_A_FILE) as error:
-        raise damaged(path, str(error)) from error
+            value = ShapeUnpickler(io.BytesIO(archive.read(name))).load()
+    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, *UNREADABLE) as error:
+        raise damaged_file_error(path, str(error)) from error
     if not isinstance(value, dict):
-        raise damaged(path, f"a {type(value).__name__} instead of a dictionary")
+        raise damaged_file_error(path, f"a {type(value).__name__} instead of a dictionary")
     return value
 
 
@@ -107,13 +112,13 @@ def verify_torch_file(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except (OSError, zipfile.BadZipFile) as error:
-        raise damaged(path, str(error)) from error
+        raise damaged_file_error(path, str(error)) from error
     if bad is not None:
-        raise damaged(path, f"{bad} has a wrong checksum")
+        raise damaged_file_error(path, f"{bad} has a wrong checksum")
 
 
-class ShapesOnly(pickle.Unpickler):
-    """Reads torch's pickles without torch: of a tensor nothing but its shape; refuses every other class or function."""
+class ShapeUnpickler(pickle.Unpickler):
+    """Unpickler of torch's files without torch: of a tensor it keeps the shape; refuses other classes and functions."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):

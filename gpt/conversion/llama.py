@@ -1,4 +1,4 @@
-"""Llama as transformers stores it; rotary channels are paired as ours are, c with c + C/2. Torch-free.
+"""Adapter of Llama as transformers stores it; rotary channels are paired as ours are, c with c + C/2. Torch-free.
 
 Names and shapes as in LlamaForCausalLM of transformers (models/llama/modeling_llama.py). config.json is written with
 ``rope_theta`` and ``rope_scaling``, which version 4 needs and version 5 understands; both spellings are read.
@@ -10,7 +10,14 @@ import re
 from typing import Any
 
 from gpt.config import Activation, Ffn, ModelConfig, Norm, Position, RopeScaling
-from gpt.conversion.spec import ROPE_FIELDS, SCALING_FIELDS, Format, Rule, refuse_part, required
+from gpt.conversion.adapter import (
+    ROPE_FIELDS,
+    SCALING_FIELDS,
+    Rule,
+    StateDictAdapter,
+    require_key,
+    unsupported_part_error,
+)
 from launch.errors import ConfigError
 
 ATTENTION = {
@@ -27,19 +34,19 @@ LLAMA3 = {
     "rope_high_freq_factor": "high_freq_factor",
 }
 HIDDEN_ACT = {Activation.silu: "silu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_pytorch_tanh"}
-"""Of the gate: SiLU makes it SwiGLU, the others GEGLU."""
+"""Activation of the gate -> its name in config.json; SiLU makes the layer SwiGLU, the others GEGLU."""
 OTHER_NAMES = {"swish": Activation.silu, "gelu_new": Activation.gelu_tanh}
 ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""The frequencies, which old versions saved."""
+"""Names of the tables of rotary frequencies, which old versions saved."""
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The model's part of config.json."""
+    """Describe the model as keys of config.json."""
     return write_common(config) | {"attention_bias": config.bias, "mlp_bias": config.bias}
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json that the relatives of Llama share."""
+    """Describe a model by the keys of config.json that the relatives of Llama share."""
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size,
@@ -58,38 +65,38 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json describes."""
+    """Read the model that a config.json describes; raises ConfigError for a part that ours does not have."""
     bias = bool(hf.get("attention_bias", False))
     if bool(hf.get("mlp_bias", False)) is not bias:
-        raise refuse_part(hf, "mlp_bias", f"mlp_bias={bias}, as attention_bias is")
+        raise unsupported_part_error(hf, "mlp_bias", f"mlp_bias={bias}, as attention_bias is")
     config = read_common(hf, rope_base=10000.0, norm_eps=1e-6)
     config.bias = bias
     return config
 
 
 def read_common(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelConfig:
-    """What the relatives of Llama share; the two numbers are used where config.json says nothing."""
-    known = {theirs: ours for ours, theirs in HIDDEN_ACT.items()} | OTHER_NAMES
+    """Read the keys that the relatives of Llama share; the two numbers are used where config.json says nothing."""
+    known = {hf_name: activation for activation, hf_name in HIDDEN_ACT.items()} | OTHER_NAMES
     activation = hf.get("hidden_act", "silu")
     if activation not in known:
-        raise refuse_part(hf, "hidden_act", f"one of {', '.join(known)}")
-    n_embd, n_head = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+        raise unsupported_part_error(hf, "hidden_act", f"one of {', '.join(known)}")
+    n_embd, n_head = require_key(hf, "hidden_size"), require_key(hf, "num_attention_heads")
     if hf.get("head_dim") not in (None, n_embd // n_head):
-        raise refuse_part(hf, "head_dim", f"hidden_size / num_attention_heads = {n_embd // n_head}")
+        raise unsupported_part_error(hf, "head_dim", f"hidden_size / num_attention_heads = {n_embd // n_head}")
     return ModelConfig(
         name=hf["model_type"],
-        n_layer=required(hf, "num_hidden_layers"),
+        n_layer=require_key(hf, "num_hidden_layers"),
         n_head=n_head,
         n_kv_head=hf.get("num_key_value_heads"),
         n_embd=n_embd,
-        block_size=required(hf, "max_position_embeddings"),
-        vocab_size=required(hf, "vocab_size"),
+        block_size=require_key(hf, "max_position_embeddings"),
+        vocab_size=require_key(hf, "vocab_size"),
         norm=Norm.rmsnorm,
         norm_eps=hf.get("rms_norm_eps", norm_eps),
         position=Position.rope,
         ffn=Ffn.swiglu if known[activation] is Activation.silu else Ffn.geglu,
         activation=known[activation],
-        ffn_hidden=required(hf, "intermediate_size"),
+        ffn_hidden=require_key(hf, "intermediate_size"),
         bias=False,
         tie_embeddings=hf.get("tie_word_embeddings", False),
         **read_rope(hf, rope_base),
@@ -97,7 +104,7 @@ def read_common(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelC
 
 
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
-    """The fields about rotary embeddings, from either version's spelling."""
+    """Read the fields of ModelConfig about rotary embeddings, from the spelling of version 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
@@ -107,20 +114,20 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
             "another model to start from",
         )
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise refuse_part(hf, "partial_rotary_factor", "rotary embeddings of whole heads")
+        raise unsupported_part_error(hf, "partial_rotary_factor", "rotary embeddings of whole heads")
     fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or base)}
     if kind != "default":
         fields |= {"rope_scaling": RopeScaling[kind], "rope_factor": float(rope["factor"])}
     if kind == "llama3":
-        fields |= {ours: rope[theirs] for ours, theirs in LLAMA3.items()}
+        fields |= {field: rope[key] for field, key in LLAMA3.items()}
     return fields
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """The keys about rotary embeddings.
+    """Describe rotary embeddings as keys of config.json.
 
-    NTK-aware scaling is another base and nothing else, so that it is written; transformers' own, rope_type=dynamic, is
-    another one, which depends on the length of the text.
+    NTK-aware scaling is nothing but another base, so the base is written; transformers' own, rope_type=dynamic, is a
+    different one, which depends on the length of the text.
     """
     base, scaling = config.rope_base, config.rope_scaling
     if scaling is RopeScaling.ntk:
@@ -129,31 +136,31 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
         return {"rope_theta": base, "rope_scaling": None}
     described: dict[str, Any] = {"rope_type": scaling.name, "factor": config.rope_factor}
     if scaling is RopeScaling.llama3:
-        described |= {theirs: getattr(config, ours) for ours, theirs in LLAMA3.items()}
+        described |= {key: getattr(config, field) for field, key in LLAMA3.items()}
     return {"rope_theta": base, "rope_scaling": described}
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """All tensors of a model."""
+    """List the rules of a model's tensors, in the order of the forward pass."""
     kinds = ("weight", "bias") if config.bias else ("weight",)
     found = [Rule(("token_embedding.weight",), ("model.embed_tokens.weight",))]
     for layer in range(config.n_layer):
-        here, there = f"blocks.{layer}", f"model.layers.{layer}"
-        found += same(here, there, NORMS, ("weight",)) + same(here, there, ATTENTION | FFN, kinds)
+        block, hf_block = f"blocks.{layer}", f"model.layers.{layer}"
+        found += map_names(block, hf_block, NORMS, ("weight",)) + map_names(block, hf_block, ATTENTION | FFN, kinds)
     return found + last_rules(config)
 
 
 def last_rules(config: ModelConfig) -> list[Rule]:
-    """What comes after the blocks."""
+    """List the rules of the tensors after the blocks: the last norm, and the head unless it is the embedding."""
     found = [Rule(("norm.weight",), ("model.norm.weight",))]
     return found if config.tie_embeddings else [*found, Rule(("head.weight",), ("lm_head.weight",))]
 
 
-def same(ours: str, theirs: str, names: dict[str, str], kinds: tuple[str, ...]) -> list[Rule]:
-    """Rules for tensors of a block that differ in nothing but their names."""
+def map_names(block: str, hf_block: str, names: dict[str, str], kinds: tuple[str, ...]) -> list[Rule]:
+    """List rules for tensors of a block that differ in nothing but their names, ours -> transformers'."""
     return [
-        Rule((f"{ours}.{here}.{kind}",), (f"{theirs}.{there}.{kind}",))
-        for here, there in names.items()
+        Rule((f"{block}.{name}.{kind}",), (f"{hf_block}.{hf_name}.{kind}",))
+        for name, hf_name in names.items()
         for kind in kinds
     ]
 
@@ -161,7 +168,7 @@ def same(ours: str, theirs: str, names: dict[str, str], kinds: tuple[str, ...]) 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "ffn_hidden")
 SHARED_NUMBERS = frozenset({*SIZES, *ROPE_FIELDS, *SCALING_FIELDS, "norm_eps", "tie_embeddings"})
 
-LLAMA = Format(
+LLAMA = StateDictAdapter(
     name="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",

@@ -1,6 +1,6 @@
-"""Where a run takes its first weights from (``init_from``), looked at without torch, so that the login node refuses.
+"""Sources of a run's first weights (``init_from``), inspected without torch, so that the login node can refuse them.
 
-Owns the three kinds of source, and the comparison of the model found there with the one that was asked for.
+Owns the three kinds of source, and the comparison of the model found there with the model of the run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt.checkpoint import folders
 from gpt.config import ModelConfig, Position, TrainConfig, model_rules
-from gpt.conversion.formats import format_of
-from gpt.conversion.inspect import damaged, tensors_in_folder, torch_file_contents
-from gpt.conversion.spec import Format, architecture, spelled
+from gpt.conversion.adapter import StateDictAdapter, architecture, format_value
+from gpt.conversion.inspect import damaged_file_error, tensors_in_folder, torch_file_contents
+from gpt.conversion.registry import find_adapter
 from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
@@ -28,8 +28,8 @@ HF_CONFIG = "config.json"
 PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn")
 
 
-class Kind(Enum):
-    """A folder of transformers, a file of ``gpt.export --format torch``, or a run (or one of its checkpoints)."""
+class SourceKind(Enum):
+    """Kind of source: a folder of transformers, a file of ``gpt.export --format torch``, or a run or its checkpoint."""
 
     hf = "hf"
     torch = "torch"
@@ -37,32 +37,32 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Source:
-    """Weights to start from, and the model they are of."""
+class WeightSource:
+    """Weights to start from, and the model they belong to."""
 
     path: Path
-    """The folder or file; of a run, its folder."""
-    kind: Kind
+    """Folder or file of the weights; for a checkpoint the folder of its run."""
+    kind: SourceKind
     model: ModelConfig
     step: int | None = None
-    """The checkpoint of a run that was named; None is its newest."""
+    """Step of the checkpoint of a run; None is the newest."""
 
 
-def find_source(init_from: str) -> Source:
-    """Look at a path.
+def find_source(init_from: str) -> WeightSource:
+    """Find out the kind and the model of the weights at a path.
 
     Raises:
         ConfigError: it is none of the kinds, or something is missing in it.
     """
     path = Path(init_from).expanduser().absolute()
     if (path / HF_CONFIG).is_file():
-        return Source(path, Kind.hf, look_into_hf(path)[1])
+        return WeightSource(path, SourceKind.hf, inspect_hf_folder(path)[1])
     if RunFolder(path).config.is_file():
-        return run_source(path, None)
+        return inspect_run(path, None)
     if folders.COMMITTED.fullmatch(path.name) and RunFolder(path.parents[1]).config.is_file():
-        return run_source(path.parents[1], folders.step_of(path))
+        return inspect_run(path.parents[1], folders.step_of(path))
     if path.is_file() and path.suffix not in (".safetensors", ".json", ".bin"):
-        return Source(path, Kind.torch, torch_file_model(path, torch_file_contents(path)))
+        return WeightSource(path, SourceKind.torch, torch_file_model(path, torch_file_contents(path)))
     if path.exists():
         inside = "a file" if path.is_file() else f"a folder without {HF_CONFIG} and without .hydra/config.yaml"
         parent = path.parent if path.is_file() else path
@@ -75,8 +75,12 @@ def find_source(init_from: str) -> Source:
     )
 
 
-def run_source(path: Path, step: int | None) -> Source:
-    """A run that has saved at least once."""
+def inspect_run(path: Path, step: int | None) -> WeightSource:
+    """Inspect a run as a source of weights.
+
+    Raises:
+        ConfigError: it has not saved yet, or not at ``step``.
+    """
     folder = RunFolder(path)
     config = compose.read_config(folder, TrainConfig)
     steps = folders.steps(folder.checkpoints)
@@ -86,63 +90,69 @@ def run_source(path: Path, step: int | None) -> Source:
             "a run that has saved one",
             f"touch {path}/SAVE while it runs, or init_from=another",
         )
-    return Source(path, Kind.run, config.model, step)
+    return WeightSource(path, SourceKind.run, config.model, step)
 
 
-def look_into_hf(folder: Path) -> tuple[Format, ModelConfig]:
-    """Format and model of a folder of transformers, after a look at which tensors it holds."""
+def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
+    """Find the adapter and the model of a folder of transformers, and check the names of its tensors.
+
+    Raises:
+        ConfigError: the config cannot be read or is of no known architecture, or tensors are missing or unknown.
+    """
     try:
         hf = json.loads((folder / HF_CONFIG).read_bytes())
     except (OSError, ValueError) as error:
-        raise damaged(folder / HF_CONFIG, str(error)) from error
-    fmt = format_of(hf)
-    config = fmt.read_config(hf)
+        raise damaged_file_error(folder / HF_CONFIG, str(error)) from error
+    adapter = find_adapter(hf)
+    config = adapter.read_config(hf)
     model_rules.check(config)
-    check_names(folder, fmt, config, set(tensors_in_folder(folder)))
-    return fmt, config
+    check_names(folder, adapter, config, set(tensors_in_folder(folder)))
+    return adapter, config
 
 
-def check_names(folder: Path, fmt: Format, config: ModelConfig, names: set[str]) -> None:
+def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, names: set[str]) -> None:
     """Raise ConfigError unless a folder holds every tensor of the model, and no other."""
-    wanted = {name for rule in fmt.rules(config) for name in rule.theirs}
-    found = {name for name in map(fmt.canonical, names) if not fmt.buffers.fullmatch(name)}
+    wanted = {name for rule in adapter.rules(config) for name in rule.hf_names}
+    found = {name for name in map(adapter.canonical, names) if not adapter.buffers.fullmatch(name)}
     if config.tie_embeddings:
         found.discard("lm_head.weight")  # some writers repeat it; it is compared when it is read
-    problems = [f"no {listed(wanted - found)}"] if wanted - found else []
-    problems += [f"unknown {listed(found - wanted)}"] if found - wanted else []
+    problems = [f"no {list_names(wanted - found)}"] if wanted - found else []
+    problems += [f"unknown {list_names(found - wanted)}"] if found - wanted else []
     if problems:
         raise ConfigError(
             f"the tensors in {folder} are not those of its {HF_CONFIG}: {'; '.join(problems)}",
-            f"the {len(wanted)} tensors of a {fmt.architecture} with {config.n_layer} layers",
+            f"the {len(wanted)} tensors of a {adapter.architecture} with {config.n_layer} layers",
             "save_pretrained() of the model once more, with its head",
         )
 
 
-def listed(names: set[str]) -> str:
-    """Names in order, all of them up to ten."""
+def list_names(names: set[str]) -> str:
+    """Join names in order, up to ten of them and the number of the others."""
     first = sorted(names)[:10]
     return ", ".join(first) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def torch_file_model(path: Path, contents: dict[str, Any]) -> ModelConfig:
-    """The model of a file that ``gpt.export --format torch`` wrote."""
+    """Read the model of a file that ``gpt.export --format torch`` wrote."""
     if not isinstance(contents.get("model_config"), dict) or not isinstance(contents.get("model"), dict):
-        raise damaged(path, "it has no model_config and model, which python -m gpt.export --format torch writes")
+        raise damaged_file_error(
+            path, "it has no model_config and model, which python -m gpt.export --format torch writes"
+        )
     try:
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), contents["model_config"]))
     except OmegaConfBaseException as error:
-        raise damaged(path, str(error).splitlines()[0]) from error
+        raise damaged_file_error(path, str(error).splitlines()[0]) from error
     assert isinstance(model, ModelConfig)
     return model
 
 
 def plain_model(model: ModelConfig) -> dict[str, Any]:
-    """A model's config in plain values, which ``torch_file_model`` reads back."""
+    """Convert a model's config to plain values, which ``torch_file_model`` reads back."""
     return {key: getattr(value, "name", value) for key, value in dataclasses.asdict(model).items()}
 
 
 def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
-    """The overrides that make ``asked`` the architecture of ``found``; empty where its weights fit.
+    """List the overrides that make ``asked`` the architecture of ``found``; empty where its weights fit.
 
     The embedding may have more rows than the source, and a model may be trained on shorter sequences than the source
     (on longer ones where no table of positions limits it).
@@ -157,24 +167,24 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
     for keys in (PART_KEYS, there.keys()):
         here = architecture(dataclasses.replace(asked, **changes))
         changes |= {key: there[key] for key in there if key in keys and key in here and here[key] != there[key]}
-    return [f"model.{key}={spelled(value)}" for key, value in changes.items()]
+    return [f"model.{key}={format_value(value)}" for key, value in changes.items()]
 
 
-def refuse_other_model(asked: ModelConfig, source: Source) -> None:
+def refuse_other_model(asked: ModelConfig, source: WeightSource) -> None:
     """Raise ConfigError where the weights of ``source`` are of another architecture than the run's."""
-    typed = differences(asked, source.model)
-    if typed:
-        keys = [word.split("=")[0].removeprefix("model.") for word in typed]
-        mine = ", ".join(f"model.{key}={spelled(getattr(asked, key))}" for key in keys)
+    overrides = differences(asked, source.model)
+    if overrides:
+        keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
+        mine = ", ".join(f"model.{key}={format_value(getattr(asked, key))}" for key in keys)
         raise ConfigError(
             f"init_from={source.path} with {mine}",
             "the same model as there, since its weights fit no other",
-            " ".join(typed),
+            " ".join(overrides),
         )
 
 
 def check_init_from(config: TrainConfig, folder: RunFolder) -> None:
-    """Refuse an ``init_from`` that cannot be used; nothing is looked at once the run has a checkpoint of its own.
+    """Refuse an ``init_from`` that cannot be used, unless the run has a checkpoint of its own, which counts instead.
 
     Raises:
         ConfigError: there is no source, or it holds another model.

@@ -1,6 +1,6 @@
-"""Tensors from our names and shapes to a foreign format's, and back.
+"""State dicts of our model to those of transformers, and back.
 
-Owns the moving of numbers by a format's rules, and the reading of a source into our model. All of it on the CPU and in
+Owns the conversion of tensors by an adapter's rules, and the reading of a source into our model, on the CPU and in
 fp32. Must not know ranks, nor where an export is written to.
 """
 
@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gpt.config import ModelConfig
-from gpt.conversion.inspect import damaged, tensors_in_folder, verify_torch_file
-from gpt.conversion.source import Kind, Source, look_into_hf
-from gpt.conversion.spec import Format, Rule
+from gpt.conversion.adapter import Rule, StateDictAdapter
+from gpt.conversion.inspect import damaged_file_error, tensors_in_folder, verify_torch_file
+from gpt.conversion.source import SourceKind, WeightSource, inspect_hf_folder
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
@@ -30,49 +30,54 @@ SUMS = "SHA256SUMS"
 VOCABULARY = ("token_embedding.weight", "head.weight")
 
 
-def to_theirs(state: State, fmt: Format, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model of ours under a format's names, in the order of its rules."""
+def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of our model under an architecture's names, in the order of the adapter's rules."""
     state = {name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in state.items()}
-    if fmt.requires_bias:
+    if adapter.requires_bias:
         state = zero_biases(state) | state
-    for rule in fmt.rules(config):
-        if len(rule.theirs) == 1:
-            parts = [torch.cat([state[name] for name in rule.ours])]
+    for rule in adapter.rules(config):
+        if len(rule.hf_names) == 1:
+            parts = [torch.cat([state[name] for name in rule.names])]
         else:
-            parts = list(state[rule.ours[0]].unbind())
-        for name, part in zip(rule.theirs, parts, strict=True):
+            parts = list(state[rule.names[0]].unbind())
+        for name, part in zip(rule.hf_names, parts, strict=True):
             yield name, (part.mT if rule.transposed else part).contiguous()
 
 
 def zero_biases(state: State) -> State:
-    """A bias of zeros for every layer that could have one."""
+    """Make a bias of zeros for every layer that could have one."""
     tables = ("token_embedding.weight", "position.weight", "head.weight")
     layers = [name for name in state if name.endswith(".weight") and name not in tables]
     return {name.removesuffix("weight") + "bias": state[name].new_zeros(state[name].size(0)) for name in layers}
 
 
-def to_ours(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, torch.Size]) -> State:
-    """A model's state from a format's tensors; ``read`` gives one by its name.
+def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, torch.Size]) -> State:
+    """Convert the tensors of transformers to our model's state, fp32.
+
+    Args:
+        read: returns a tensor by its name in transformers.
+        rules: the adapter's rules for the model.
+        shapes: the shapes of our parameters, by which a tensor that holds several is split.
 
     Raises:
-        ConfigError: a tensor of theirs has not the size that its parts of ours have together.
+        ConfigError: a tensor has not the rows that our parameters have together.
     """
     state: State = {}
     for rule in rules:
-        theirs = [read(name).float() for name in rule.theirs]
-        parts = [tensor.mT if rule.transposed else tensor for tensor in theirs]
-        if len(rule.ours) == 1:
-            state[rule.ours[0]] = parts[0] if len(parts) == 1 else torch.stack(parts)
+        tensors = [read(name).float() for name in rule.hf_names]
+        parts = [tensor.mT if rule.transposed else tensor for tensor in tensors]
+        if len(rule.names) == 1:
+            state[rule.names[0]] = parts[0] if len(parts) == 1 else torch.stack(parts)
             continue
-        rows = [shapes[name][0] for name in rule.ours]
+        rows = [shapes[name][0] for name in rule.names]
         if sum(rows) != parts[0].size(0):
-            raise wrong_shapes([f"{rule.theirs[0]} is {tuple(theirs[0].shape)}, for {sum(rows)} rows"])
-        state |= zip(rule.ours, parts[0].split(rows), strict=True)
+            raise wrong_shapes_error([f"{rule.hf_names[0]} is {tuple(tensors[0].shape)}, for {sum(rows)} rows"])
+        state |= zip(rule.names, parts[0].split(rows), strict=True)
     return state
 
 
-def fit(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
-    """``state`` in the shapes of our model: a longer vocabulary is filled up, a shorter table of positions cut off.
+def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
+    """Fit ``state`` to the shapes of our model: a longer vocabulary is filled up, a longer table of positions cut off.
 
     Tokens that the source does not have get the mean of those it has, so that they take next to nothing from the
     probabilities of the others; zeros can take nearly all where the logits are far below zero (J. Hewitt, Initializing
@@ -93,46 +98,46 @@ def fit(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> Sta
             wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(shapes[name])}")
         fitted[name] = tensor
     if wrong:
-        raise wrong_shapes(wrong)
+        raise wrong_shapes_error(wrong)
     return fitted
 
 
-def wrong_shapes(wrong: list[str]) -> ConfigError:
-    """The error for tensors that are not of the model that the config beside them describes."""
+def wrong_shapes_error(wrong: list[str]) -> ConfigError:
+    """Refusal of tensors that are not of the model that the config beside them describes."""
     return ConfigError("; ".join(wrong), "tensors of the model that is described beside them", "another copy of it")
 
 
 @dataclass(frozen=True)
-class Verified:
-    """A source that one process has read through; the others need not. Can be sent to them."""
+class VerifiedSource:
+    """A source whose files one process has read through, so that the others need not. Can be sent to them."""
 
-    source: Source
+    source: WeightSource
     files: dict[str, str]
-    """sha256 of its files; of a checkpoint, that of its manifest, which has those of the others."""
+    """File -> sha256; of a checkpoint its manifest only, which has the checksums of the other files."""
     checkpoint: Path | None
-    """The checkpoint of a run that was chosen."""
+    """The checkpoint chosen of a run; None for other sources."""
 
 
-def verify(source: Source) -> Verified:
-    """Read a source through, compare what checksums it has, and choose the checkpoint of a run.
+def verify_source(source: WeightSource) -> VerifiedSource:
+    """Read a source through, compare the checksums it has, and choose the checkpoint of a run.
 
     Raises:
         ConfigError: it is not what was written.
     """
-    if source.kind is Kind.run:
+    if source.kind is SourceKind.run:
         checkpoint = find_checkpoint(open_run(source.path)[0], source.step)
-        return Verified(source, sums([checkpoint / "manifest.json"]), checkpoint)
-    if source.kind is Kind.torch:
+        return VerifiedSource(source, sum_files([checkpoint / "manifest.json"]), checkpoint)
+    if source.kind is SourceKind.torch:
         verify_torch_file(source.path)
-        return Verified(source, sums([source.path]), None)
+        return VerifiedSource(source, sum_files([source.path]), None)
     held = {path for path, _ in tensors_in_folder(source.path).values()}
-    files = sums([source.path / "config.json", *sorted(held)])
-    refuse_other_sums(source.path / SUMS, files)
-    return Verified(source, files, None)
+    files = sum_files([source.path / "config.json", *sorted(held)])
+    refuse_wrong_sums(source.path / SUMS, files)
+    return VerifiedSource(source, files, None)
 
 
-def sums(paths: list[Path]) -> dict[str, str]:
-    """sha256 of files, by name."""
+def sum_files(paths: list[Path]) -> dict[str, str]:
+    """Compute the sha256 of files, by name."""
     digests = {}
     for path in paths:
         with path.open("rb") as file:
@@ -140,43 +145,43 @@ def sums(paths: list[Path]) -> dict[str, str]:
     return digests
 
 
-def refuse_other_sums(path: Path, files: dict[str, str]) -> None:
+def refuse_wrong_sums(path: Path, files: dict[str, str]) -> None:
     """Raise ConfigError where a list of checksums beside the files, as ``sha256sum`` writes it, says otherwise."""
     if not path.is_file():
         return
     lines = (line.split(maxsplit=1) for line in path.read_text().splitlines())
-    told = {words[1]: words[0] for words in lines if len(words) == 2}
+    listed = {columns[1]: columns[0] for columns in lines if len(columns) == 2}
     for name, digest in files.items():
-        if told.get(name, digest) != digest:
-            raise damaged(path.with_name(name), f"its sha256 is not the one in {SUMS}")
+        if listed.get(name, digest) != digest:
+            raise damaged_file_error(path.with_name(name), f"its sha256 is not the one in {SUMS}")
 
 
-def read_source(verified: Verified, model: GPT) -> State:
-    """The state of ``model`` as the source has it, fp32, with every tensor in its shape.
+def read_source(verified: VerifiedSource, model: GPT) -> State:
+    """Read the state of ``model`` from a source, fp32, with every tensor in its shape.
 
     Raises:
         ConfigError: tensors are missing, unknown or of another shape.
     """
     source, shapes = verified.source, {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if source.kind is Kind.hf:
-        state = read_hf(source.path, shapes)
-    elif source.kind is Kind.torch:
+    if source.kind is SourceKind.hf:
+        state = read_hf_folder(source.path, shapes)
+    elif source.kind is SourceKind.torch:
         state = torch.load(source.path, map_location="cpu", mmap=True, weights_only=True)["model"]
     else:
         assert verified.checkpoint is not None
         state = read_weights(open_run(source.path)[1], verified.checkpoint).state_dict()
     if state.keys() != shapes.keys():
         differing = sorted(state.keys() ^ shapes.keys())
-        raise wrong_shapes([f"{name} is {'missing' if name in shapes else 'unknown'}" for name in differing])
+        raise wrong_shapes_error([f"{name} is {'missing' if name in shapes else 'unknown'}" for name in differing])
     known = source.model.vocab_size
     state = {name: (tensor[:known] if name in VOCABULARY else tensor).float() for name, tensor in state.items()}
-    return fit(state, model.config, shapes)
+    return fit_shapes(state, model.config, shapes)
 
 
-def read_hf(folder: Path, shapes: dict[str, torch.Size]) -> State:
-    """Our state from a folder of transformers."""
-    fmt, config = look_into_hf(folder)
-    files = {fmt.canonical(name): (path, name) for name, (path, _) in tensors_in_folder(folder).items()}
+def read_hf_folder(folder: Path, shapes: dict[str, torch.Size]) -> State:
+    """Read the state of our model from a folder of transformers; ``shapes`` are those of our parameters."""
+    adapter, config = inspect_hf_folder(folder)
+    files = {adapter.canonical(name): (path, name) for name, (path, _) in tensors_in_folder(folder).items()}
     with ExitStack() as stack:
         opened = {
             path: stack.enter_context(safe_open(path, framework="pt")) for path in {path for path, _ in files.values()}
@@ -186,8 +191,11 @@ def read_hf(folder: Path, shapes: dict[str, torch.Size]) -> State:
             path, written = files[name]
             return opened[path].get_tensor(written)
 
-        state = to_ours(read, fmt.rules(config), shapes)
+        state = from_hf(read, adapter.rules(config), shapes)
         head = files.get("lm_head.weight")
+        # Some writers repeat a tied matrix. Where it differs, config.json is wrong, and the head would be lost.
         if config.tie_embeddings and head and not torch.equal(read("lm_head.weight").float(), state[VOCABULARY[0]]):
-            raise damaged(head[0], "lm_head.weight differs from the embedding, which config.json says is the same")
+            raise damaged_file_error(
+                head[0], "lm_head.weight differs from the embedding, which config.json says is the same"
+            )
     return state

@@ -1,4 +1,4 @@
-"""From a run folder to a model in one process, whatever number of ranks and strategy saved it.
+"""Loading of a trained model from a run folder into one process, whatever number of ranks and strategy saved it.
 
 Owns the choice of the checkpoint, its verification and the reading of its weights, for everything that uses a trained
 model instead of training it. Only reads: a damaged checkpoint is passed over, and setting it aside is left to the run
@@ -31,10 +31,14 @@ log = logging.getLogger(__name__)
 def load_model(
     run_folder: str | os.PathLike[str], step: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[TrainConfig, GPT]:
-    """The config of a run, and its model as the newest checkpoint that is whole has it, fp32 and in eval mode.
+    """Load the config of a run and its model, fp32 and in eval mode, from the newest checkpoint that is whole.
+
+        config, model = load_model("outputs/quick_test/default")
 
     Args:
+        run_folder: the folder of one run.
         step: take the checkpoint of this step instead of the newest.
+        device: the device of the returned model.
 
     Raises:
         ConfigError: no run there, no checkpoint, or none that is whole.
@@ -44,7 +48,7 @@ def load_model(
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
-    """The run folder at ``path`` and the config it was made with.
+    """Open the run folder at ``path`` and read the config it was made with.
 
     Raises:
         ConfigError: there is none; names the runs below ``path`` where it is the folder of a sweep.
@@ -66,7 +70,7 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
 
 
 def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
-    """The newest checkpoint of a run whose every file is what was saved, or the one of ``step``.
+    """Find the newest checkpoint of a run whose files are all as they were saved, or the one of ``step``.
 
     Raises:
         ConfigError: there is none.
@@ -89,9 +93,9 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
     damaged = []
     for path in reversed(wanted):
         try:
-            verify(path)
+            verify_checkpoint(path)
         except DamagedError as damage:
-            if path.exists():
+            if path.exists():  # the run itself may have deleted it since
                 log.warning("checkpoint %s is damaged (%s): passed over", path, damage)
             damaged.append(f"{path.name} ({damage})")
         else:
@@ -101,7 +105,7 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
     )
 
 
-def verify(checkpoint: Path) -> Manifest:
+def verify_checkpoint(checkpoint: Path) -> Manifest:
     """Read every file of a checkpoint and compare it with the manifest; raises DamagedError."""
     manifest = read_manifest(checkpoint)
     for name, entry in manifest.files.items():
@@ -112,7 +116,7 @@ def verify(checkpoint: Path) -> Manifest:
 
 
 def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | str = "cpu") -> GPT:
-    """The model of ``config`` with the weights of a checkpoint, in eval mode on ``device``.
+    """Build the model of ``config`` with the weights of a checkpoint, in eval mode on ``device``.
 
     Raises:
         ConfigError: the checkpoint is of another model.

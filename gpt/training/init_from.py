@@ -13,7 +13,7 @@ import torch
 from gpt.checkpoint import folders
 from gpt.config import TrainConfig
 from gpt.conversion.source import find_source, refuse_other_model
-from gpt.conversion.state_dict import State, Verified, read_source, verify
+from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
 from launch.errors import ConfigError
@@ -47,15 +47,15 @@ def load_initial(model: GPT, config: TrainConfig, folder: RunFolder, world: Worl
     return record(verified)
 
 
-def look(config: TrainConfig) -> Verified:
+def look(config: TrainConfig) -> VerifiedSource:
     """Find the source, compare its model with the run's, and read it through."""
     assert config.init_from is not None
     source = find_source(config.init_from)
     refuse_other_model(config.model, source)
-    return verify(source)
+    return verify_source(source)
 
 
-def attempt(verified: Verified, model: GPT) -> State | ConfigError:
+def attempt(verified: VerifiedSource, model: GPT) -> State | ConfigError:
     """The weights, or why this rank has none: an exception would leave the other ranks waiting."""
     try:
         return read_source(verified, model)
@@ -74,7 +74,7 @@ def fingerprint(state: State) -> int:
     return sum(int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in state.values())
 
 
-def record(verified: Verified) -> dict[str, Any]:
+def record(verified: VerifiedSource) -> dict[str, Any]:
     """What the weights are, in plain values."""
     source = verified.source
     chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)

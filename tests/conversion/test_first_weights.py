@@ -10,7 +10,7 @@ import torch.distributed as dist
 from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
 from gpt.conversion.hf_folder import write_torch_file
-from gpt.conversion.state_dict import State, Verified, read_source
+from gpt.conversion.state_dict import State, VerifiedSource, read_source
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.parallel.distributed import World
@@ -29,10 +29,10 @@ def starts(rank: int, world_size: int, file: str) -> list[tuple[str, bool]]:
     config = to_schema(compose_train([*TINY, f"init_from={file}"]), TrainConfig)
     expected = torch.load(file, weights_only=True)["model"]
 
-    def unreadable(verified: Verified, model: GPT) -> State:
+    def unreadable(verified: VerifiedSource, model: GPT) -> State:
         raise FileNotFoundError("no such file here")
 
-    def different(verified: Verified, model: GPT) -> State:
+    def different(verified: VerifiedSource, model: GPT) -> State:
         return {name: tensor + (name == "norm.weight") for name, tensor in read_source(verified, model).items()}
 
     answers = []

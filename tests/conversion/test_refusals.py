@@ -27,11 +27,11 @@ from gpt.config import (
     model_rules,
 )
 from gpt.config.compose import compose_train
-from gpt.conversion.formats import FORMATS, format_for, format_of
+from gpt.conversion.adapter import StateDictAdapter, architecture
 from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
+from gpt.conversion.registry import ADAPTERS, choose_adapter, find_adapter
 from gpt.conversion.source import differences, find_source
-from gpt.conversion.spec import Format, architecture
-from gpt.conversion.state_dict import VOCABULARY, read_source, to_ours, to_theirs, verify
+from gpt.conversion.state_dict import VOCABULARY, from_hf, read_source, to_hf, verify_source
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -45,9 +45,9 @@ def folder(tmp_path: Path) -> Path:
     model = GPT(small(**LLAMA))
     out = tmp_path / "llama"
     out.mkdir()
-    fmt = format_for(model.config)
-    write_weights(out, to_theirs(model.state_dict(), fmt, model.config), torch.float32, 15000)
-    write_configs(out, fmt, model.config, torch.float32, None, {})
+    adapter = choose_adapter(model.config)
+    write_weights(out, to_hf(model.state_dict(), adapter, model.config), torch.float32, 15000)
+    write_configs(out, adapter, model.config, torch.float32, None, {})
     write_sums(out)
     return out
 
@@ -57,43 +57,43 @@ def change_config(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def bent(config: ModelConfig, fmt: Format) -> ModelConfig:
+def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
     """``config`` with the parts that a format has, where it has others."""
     plain = {"norm_position": NormPosition.pre, "qk_norm": False, "parallel_residual": False, "n_shared_expert": 0}
-    changes = {key: values[0] for key, values in fmt.parts.items() if getattr(config, key) not in values}
-    if Ffn.moe in fmt.parts["ffn"]:
+    changes = {key: values[0] for key, values in adapter.parts.items() if getattr(config, key) not in values}
+    if Ffn.moe in adapter.parts["ffn"]:
         experts = max(2, config.n_expert)
         plain |= {"n_expert": experts, "n_expert_per_token": 2, "expert_matmul": ExpertMatmul.loop}
     else:
         plain |= {"n_expert": 0, "capacity_factor": None, "expert_ffn": Ffn.swiglu, "n_expert_per_token": 2}
         plain |= {"expert_balance": ExpertBalance.loss, "expert_matmul": ExpertMatmul.grouped}
         changes.pop("expert_balance", None)
-    if config.activation is None or fmt.name != "gpt2":
+    if config.activation is None or adapter.name != "gpt2":
         changes["activation"] = None
-    if not fmt.grouped_queries:
+    if not adapter.grouped_queries:
         changes["n_kv_head"] = None
     made = dataclasses.replace(config, **plain, **changes)
     model_rules.check(made)
     return made
 
 
-@given(configs(), st.sampled_from(FORMATS) | st.none())
-def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wanted: Format | None) -> None:
+@given(configs(), st.sampled_from(ADAPTERS) | st.none())
+def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wanted: StateDictAdapter | None) -> None:
     config = config if wanted is None else bent(config, wanted)
     try:
-        fmt = format_for(config)
+        adapter = choose_adapter(config)
     except ConfigError as refusal:
         assert wanted is None
         assert "model." in refusal.found and "gpt2 (norm=layernorm" in refusal.expected and "torch" in refusal.fix
         return
-    hf = json.loads(json.dumps({"model_type": fmt.name, **fmt.write_config(config)}))
-    back = format_of(hf).read_config(hf)
-    bias = {"bias": True, "norm": Norm.layernorm} if fmt.requires_bias else {}
+    hf = json.loads(json.dumps({"model_type": adapter.name, **adapter.write_config(config)}))
+    back = find_adapter(hf).read_config(hf)
+    bias = {"bias": True, "norm": Norm.layernorm} if adapter.requires_bias else {}
     assert architecture(back) == architecture(config) | bias
     state = GPT(config).state_dict()
-    theirs = dict(to_theirs(state, fmt, config))
-    assert set(theirs) == {name for rule in fmt.rules(config) for name in rule.theirs}
-    again = to_ours(theirs.__getitem__, fmt.rules(back), {k: v.shape for k, v in GPT(back).state_dict().items()})
+    theirs = dict(to_hf(state, adapter, config))
+    assert set(theirs) == {name for rule in adapter.rules(config) for name in rule.hf_names}
+    again = from_hf(theirs.__getitem__, adapter.rules(back), {k: v.shape for k, v in GPT(back).state_dict().items()})
     assert again.keys() >= state.keys()
     assert all(torch.equal(again[name], state[name][: len(again[name])]) for name in state)
     assert all(len(again[name]) == config.vocab_size for name in VOCABULARY if name in again)
@@ -116,7 +116,7 @@ def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wan
 )
 def test_a_part_without_a_place_is_named(parts: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        format_for(small(**parts))
+        choose_adapter(small(**parts))
     assert refusal.value.found.startswith(found)
     assert "llama (norm=rmsnorm, position=rope, ffn=swiglu|geglu" in refusal.value.expected
 
@@ -148,7 +148,7 @@ def test_a_missing_shard_a_cut_one_and_a_flipped_bit_are_found(folder: Path) -> 
     content = shard.read_bytes()
     shard.write_bytes(content[:-4] + bytes(byte ^ 1 for byte in content[-4:]))
     with pytest.raises(ConfigError, match="sha256 is not the one in SHA256SUMS"):
-        verify(find_source(str(folder)))
+        verify_source(find_source(str(folder)))
     shard.write_bytes(content[:-4])
     with pytest.raises(ConfigError, match=f"{shard.name} cannot be used"):
         find_source(str(folder))
@@ -164,7 +164,7 @@ def test_a_wrong_shape_is_named(folder: Path) -> None:
     save_file({**tensors, "model.norm.weight": torch.ones(31)}, shard)
     source = find_source(str(folder))
     with pytest.raises(ConfigError, match=r"norm\.weight is \(31,\) instead of \(32,\)"):
-        read_source(verify(source), GPT(source.model))
+        read_source(verify_source(source), GPT(source.model))
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path, folder: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_torch_file_is_looked_into_without_running_it(tmp_path: Path) -> None:
     write_torch_file(file, model.state_dict(), model.config, torch.bfloat16, {"step": 3})
     source = find_source(str(file))
     assert source.model == model.config
-    state = read_source(verify(source), GPT(source.model))
+    state = read_source(verify_source(source), GPT(source.model))
     expected = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     content = bytearray(file.read_bytes())
@@ -213,7 +213,7 @@ def test_a_torch_file_is_looked_into_without_running_it(tmp_path: Path) -> None:
     content[content.index(weights) + 5] ^= 1
     file.write_bytes(content)
     with pytest.raises(ConfigError, match="has a wrong checksum"):
-        verify(find_source(str(file)))
+        verify_source(find_source(str(file)))
     torch.save({"model": model}, file)
     with pytest.raises(ConfigError, match=r"it refers to gpt\.model\.gpt\.GPT"):
         find_source(str(file))

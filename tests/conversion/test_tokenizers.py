@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
-from gpt.conversion.hf_tokenizer import byte_level, characters, write_tokenizer
+from gpt.conversion.hf_tokenizer import byte_level_tokenizer, character_tokenizer, write_tokenizer
 from gpt.data.tokenizers.base import ByteTokenizer, CharTokenizer, Tokenizer
 from gpt.data.tokenizers.registry import from_payload, save_tokenizer
 from launch.runs.folder import RunFolder
@@ -20,7 +20,7 @@ def library(content: dict[str, object]) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-BYTES = library(byte_level())
+BYTES = library(byte_level_tokenizer())
 
 
 @given(st.text())
@@ -33,7 +33,7 @@ def test_bytes(text: str) -> None:
 @given(st.text(min_size=1))
 def test_characters(text: str) -> None:
     ours = CharTokenizer(sorted(set(text)))
-    theirs = library(characters(ours.characters))
+    theirs = library(character_tokenizer(ours.characters))
     ids = theirs.encode(text).ids
     assert ids == ours.encode(text).tolist()
     assert theirs.decode(ids) == text

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from gpt.config import Activation, Ffn, ModelConfig, Norm, RopeScaling
-from gpt.conversion.formats import format_for
 from gpt.conversion.hf_folder import write_configs, write_weights
+from gpt.conversion.registry import choose_adapter
 from gpt.conversion.source import find_source
-from gpt.conversion.state_dict import read_source, to_theirs, verify
+from gpt.conversion.state_dict import read_source, to_hf, verify_source
 from gpt.model.gpt import GPT
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
 
@@ -59,19 +59,19 @@ def imported(folder: Path, config: ModelConfig | None = None) -> GPT:
     """The model that ``init_from=folder`` makes; its config is that of the folder unless given."""
     source = find_source(str(folder))
     model = GPT(config or source.model).eval()
-    model.load_state_dict(read_source(verify(source), model))
+    model.load_state_dict(read_source(verify_source(source), model))
     return model
 
 
 def exported(ours: GPT, folder: Path, max_shard_bytes: int = 10**9) -> Any:
     """The model that transformers loads from what is written for ``ours``, with nothing missing and nothing unknown."""
-    fmt = format_for(ours.config)
+    adapter = choose_adapter(ours.config)
     folder.mkdir()
-    write_weights(folder, to_theirs(ours.state_dict(), fmt, ours.config), torch.float32, max_shard_bytes)
-    write_configs(folder, fmt, ours.config, torch.float32, None, {})
+    write_weights(folder, to_hf(ours.state_dict(), adapter, ours.config), torch.float32, max_shard_bytes)
+    write_configs(folder, adapter, ours.config, torch.float32, None, {})
     theirs, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(told.values()), told
-    assert type(theirs).__name__ == fmt.architecture and theirs.dtype == torch.float32
+    assert type(theirs).__name__ == adapter.architecture and theirs.dtype == torch.float32
     return theirs.eval()
 
 

@@ -1,6 +1,7 @@
-"""What a foreign format is made of: which models it takes, how its config is spelled, which of its tensors are ours.
+"""The state-dict adapter of an architecture: the models it takes, the keys of its config, and the names of its tensors.
 
-Owns the two dataclasses that a format fills in, and the judgement whether a model fits. Torch-free.
+Owns the two dataclasses that an adapter fills in, and the decision whether a model fits. Torch-free: the tensors
+themselves are moved by ``gpt.conversion.state_dict``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ INITIAL_FIELDS = ("init_std", "embedding_init_std", "residual_init_scaled")
 TRAINING_FIELDS = ("dropout", "capacity_factor", "balance_coefficient", "balance_bias_rate", "z_coefficient")
 KERNEL_FIELDS = ("attention", "force_flash", "expert_matmul", "vocab_multiple")
 NOT_LEARNED = frozenset({"name", *INITIAL_FIELDS, *TRAINING_FIELDS, *KERNEL_FIELDS})
-"""Fields of ModelConfig that a trained model does not depend on: any format takes any value of them."""
+"""Fields of ModelConfig that a trained model does not depend on: any architecture takes any value of them."""
 ROPE_FIELDS = ("rope_base", "rope_scaling")
 LLAMA3_FIELDS = ("rope_original_block_size", "rope_low_freq_factor", "rope_high_freq_factor")
 SCALING_FIELDS = ("rope_factor", *LLAMA3_FIELDS)
@@ -34,54 +35,60 @@ EXPERT_FIELDS = (
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters of ours and tensors of theirs that hold the same numbers; one side has one, the other one or more.
+    """Parameters of our model and tensors of transformers that hold the same numbers; one of the sides is one tensor.
 
-    Several of ours are one of theirs one below the other (rows of our matrices); several of theirs are the slices of
-    one of ours along its first dimension.
+    Several of ours are one of transformers', one below the other (rows of our matrices); several of transformers' are
+    the slices of one of ours along its first dimension.
     """
 
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
+    names: tuple[str, ...]
+    """Names of our parameters."""
+    hf_names: tuple[str, ...]
+    """Names of the tensors in files of transformers."""
     transposed: bool = False
-    """Their matrices are stored (in, out), where ours are (out, in)."""
+    """True where transformers stores a matrix as (in, out); ours are (out, in)."""
 
     def __post_init__(self) -> None:
-        assert len(self.ours) == 1 or len(self.theirs) == 1, self
+        assert len(self.names) == 1 or len(self.hf_names) == 1, self
 
 
 @dataclass(frozen=True)
-class Format:
-    """One architecture of the transformers library."""
+class StateDictAdapter:
+    """Adapter between our state dict and one architecture of the transformers library."""
 
     name: str
     """``model_type`` in its config.json."""
     architecture: str
+    """Class of transformers that loads it."""
     prefix: str
-    """What the names of all tensors but lm_head begin with; files of the bare model leave it out."""
+    """Beginning of the names of all tensors but lm_head; files of the bare model leave it out."""
     parts: dict[str, tuple[Any, ...]]
-    """Fields of ModelConfig that choose a part, and the choices that the format has, the usual one first."""
+    """Fields of ModelConfig that choose a part -> the choices that the architecture has, the usual one first."""
     numbers: frozenset[str]
-    """Fields of ModelConfig that the format takes with any value."""
+    """Fields of ModelConfig that the architecture takes with any value."""
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    """The keys of config.json that describe the model."""
+    """Describe a model as keys of config.json."""
     read_config: Callable[[dict[str, Any]], ModelConfig]
-    """The model a config.json describes; raises ConfigError for what our model has no part for."""
+    """Read the model that a config.json describes; raises ConfigError for what our model has no part for."""
     rules: Callable[[ModelConfig], list[Rule]]
-    """All tensors of a model, in the order of the forward pass; with a bias in every layer that can have one where the
-    format requires it."""
+    """List the rules of a model's tensors, in the order of the forward pass; with a bias in every layer that can have
+    one where the architecture requires it."""
     grouped_queries: bool = True
-    """Whether there may be fewer key-value heads than query heads."""
+    """True where there may be fewer key-value heads than query heads."""
     requires_bias: bool = False
-    """Layers without a bias are written with one of zeros."""
+    """True where every layer has a bias: layers of ours without one are written with one of zeros."""
     buffers: re.Pattern[str] = re.compile(r"(?!)")
-    """Names of tensors that some files hold and that follow from the config."""
+    """Names of tensors that some files hold although they follow from the config."""
 
     def canonical(self, name: str) -> str:
-        """A tensor's name with the prefix that files of the bare model leave out."""
+        """Complete a tensor's name with the prefix that files of the bare model leave out."""
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
 
-    def misfits(self, config: ModelConfig) -> list[str]:
-        """What of ``config`` the format has no room for, as ``key=value``; a field it does not name must be neutral."""
+    def list_misfits(self, config: ModelConfig) -> list[str]:
+        """List the settings that the architecture has no part for, as ``key=value``.
+
+        A field of ModelConfig that the adapter does not name must have its default.
+        """
         defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
         wrong = []
         for key, value in architecture(config).items():
@@ -92,18 +99,18 @@ class Format:
             else:
                 fits = key in self.numbers or value == defaults[key]
             if not fits:
-                wrong.append(f"model.{key}={spelled(value)}")
+                wrong.append(f"model.{key}={format_value(value)}")
         return wrong
 
-    def taken(self) -> str:
-        """The parts that the format has, in words."""
-        choices = [f"{key}={'|'.join(spelled(v) for v in values)}" for key, values in self.parts.items()]
+    def describe_parts(self) -> str:
+        """Describe the parts that the architecture has, as settings of ModelConfig."""
+        choices = [f"{key}={'|'.join(format_value(v) for v in values)}" for key, values in self.parts.items()]
         choices += [] if self.grouped_queries else ["n_kv_head=n_head"]
         return f"{self.name} ({', '.join(choices)})"
 
 
 def architecture(config: ModelConfig) -> dict[str, Any]:
-    """The fields that decide what a trained model computes, with derived defaults resolved and idle ones left out."""
+    """Fields of ModelConfig that the output of a trained model depends on, defaults resolved and idle ones left out."""
     idle = set(NOT_LEARNED)
     if config.position is not Position.rope:
         idle.update(ROPE_FIELDS)
@@ -121,15 +128,15 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in idle}
 
 
-def spelled(value: Any) -> str:
-    """``value`` as one would type it in an override."""
+def format_value(value: Any) -> str:
+    """Format ``value`` as it is typed in an override."""
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(getattr(value, "name", value))
 
 
-def required(hf: dict[str, Any], key: str) -> Any:
-    """A key that every config.json of a format has.
+def require_key(hf: dict[str, Any], key: str) -> Any:
+    """Read a key that every config.json of an architecture has.
 
     Raises:
         ConfigError: it is not there.
@@ -143,8 +150,8 @@ def required(hf: dict[str, Any], key: str) -> Any:
     return hf[key]
 
 
-def refuse_part(hf: dict[str, Any], key: str, expected: str) -> ConfigError:
-    """The error for a config.json that asks for a part that our model does not have."""
+def unsupported_part_error(hf: dict[str, Any], key: str, expected: str) -> ConfigError:
+    """Refusal of a config.json that asks for a part that our model does not have."""
     return ConfigError(
         f"{key}={hf.get(key)!r} in a config.json of model_type={hf['model_type']}",
         f"{expected}, since there is no such part here",

@@ -1,0 +1,48 @@
+"""The state-dict adapters, and the choice of the one for a model or a config.json. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpt.config import ModelConfig
+from gpt.conversion.adapter import StateDictAdapter
+from gpt.conversion.gpt2 import GPT2
+from gpt.conversion.llama import LLAMA
+from gpt.conversion.mixtral import MIXTRAL
+from launch.errors import ConfigError
+
+ADAPTERS = (GPT2, LLAMA, MIXTRAL)
+
+
+def choose_adapter(config: ModelConfig) -> StateDictAdapter:
+    """Choose the adapter whose architecture has all parts of a model.
+
+    Raises:
+        ConfigError: none has; names the parts that the nearest one lacks.
+    """
+    misfits = {adapter.name: adapter.list_misfits(config) for adapter in ADAPTERS}
+    for adapter in ADAPTERS:
+        if not misfits[adapter.name]:
+            return adapter
+    nearest = min(ADAPTERS, key=lambda adapter: len(misfits[adapter.name]))
+    raise ConfigError(
+        f"{', '.join(misfits[nearest.name])}, which {nearest.architecture} of transformers has no part for",
+        f"a model that is one of {'; '.join(adapter.describe_parts() for adapter in ADAPTERS)}",
+        "--format torch, which takes every model",
+    )
+
+
+def find_adapter(hf: dict[str, Any]) -> StateDictAdapter:
+    """Find the adapter of the ``model_type`` in a config.json.
+
+    Raises:
+        ConfigError: there is none for it.
+    """
+    for adapter in ADAPTERS:
+        if adapter.name == hf.get("model_type"):
+            return adapter
+    raise ConfigError(
+        f"a config.json of model_type={hf.get('model_type')}",
+        f"one of {', '.join(adapter.name for adapter in ADAPTERS)}",
+        "another model to start from",
+    )
