@@ -16,8 +16,8 @@ from gpt.data.corpus import prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples, train_indices
 from gpt.data.preprocessing.prepare import prepare as prepare_folder
-from gpt.topology.batch import Batch, split_batch
 from gpt.data.preprocessing.spec import build_spec
+from gpt.topology.batch import Batch, split_batch
 from launch.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.config.compose import compose_train
 from gpt.config import DataConfig, Source, TokenDtype, TokenFileFormat, TrainConfig, WeightedPath
+from gpt.config.compose import compose_train
 from gpt.data.corpus import check_fit, describe, prepare
 from gpt.data.formats.prepared import open_tokens
 from gpt.data.formats.token_file import open_token_files, read_token_file, split_end
