@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt.metrics.environment import memory_gib
-from gpt.metrics.writers import Views
+from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import open_world
 from gpt.train import build
 from gpt.training.gradient_stats import Gradients
@@ -34,27 +34,27 @@ ROUNDS = 12
 ALONE = 300
 
 
-def block(run: Run, views: Views | None, gradients: Gradients) -> tuple[float, float]:
+def block(run: Run, writers: MetricWriters | None, gradients: Gradients) -> tuple[float, float]:
     """Wall and CPU seconds of ``STEPS`` steps, with or without being watched."""
     started, used = time.perf_counter(), time.process_time()
     queued: QueuedStep | None = None
     since = started
     for i in range(STEPS):
-        step = queue_step(run, gradients if views is not None and i == 0 else None, Phase.training)
+        step = queue_step(run, gradients if writers is not None and i == 0 else None, Phase.training)
         if queued is not None:
-            since = finish(queued, since, views, evaluated=False)
+            since = finish(queued, since, writers, evaluated=False)
         queued = step
     assert queued is not None
-    finish(queued, since, views, evaluated=True)
+    finish(queued, since, writers, evaluated=True)
     return time.perf_counter() - started, time.process_time() - used
 
 
-def finish(queued: QueuedStep, since: float, views: Views | None, evaluated: bool) -> float:
+def finish(queued: QueuedStep, since: float, writers: MetricWriters | None, evaluated: bool) -> float:
     """Read the figures of a step and show them, if somebody watches."""
     record, ended = queued.finish(since)
-    if views is not None:
+    if writers is not None:
         record.val_loss = record.loss if evaluated else None  # so that run.json is written, as it would be
-        views.write(record)
+        writers.write(record)
     return ended
 
 
@@ -68,15 +68,17 @@ def main() -> None:
             rank = worker.Run(world.rank, world.local_rank, world.size)
             run = build(request.config, there, world, open_attempt(there, world, rank), rank)
             gradients = Gradients(request.config.model, world.device)
-            views = Views(there, world, rank, request.config, run.step, gradients.names, run.tokens_per_step)
+            writers = MetricWriters(
+                there, world, rank, request.config, run.step, gradients.names, run.tokens_per_step
+            )
             sides: dict[str, list[tuple[float, float]]] = {"none": [], "all": []}
             for turn in range(ROUNDS + 1):
                 for side in ("none", "all") if turn % 2 else ("all", "none"):
-                    measured = block(run, views if side == "all" else None, gradients)
+                    measured = block(run, writers if side == "all" else None, gradients)
                     if turn:  # the first round warms up
                         sides[side].append(measured)
-            alone = parts(run, views, gradients)
-            views.close()
+            alone = parts(run, writers, gradients)
+            writers.close()
         print(f"\n{request.config.model.name}, files of {size_mb(Path(folder)):.1f} MB\n")
     print(f"| a step, median of {ROUNDS} blocks | none | all | difference |\n|---|---|---|---|")
     for name, index in (("wall time", 0), ("CPU time", 1)):
@@ -89,7 +91,7 @@ def main() -> None:
         print(f"| {name} | {seconds * 1e6:,.0f} us |")
 
 
-def parts(run: Run, views: Views, gradients: Gradients) -> dict[str, float]:
+def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, float]:
     """CPU seconds that each part takes for one step, by itself, many times over."""
     record, _ = queue_step(run, None, Phase.training).finish(0.0)
     actions: dict[str, Callable[[], object]] = {
@@ -97,8 +99,8 @@ def parts(run: Run, views: Views, gradients: Gradients) -> dict[str, float]:
         "memory": lambda: memory_gib(run.world.device),
         "rank_00000.jsonl": lambda: run.worker.record(**record.as_dict()),
     }
-    for view in views.views:
-        actions[type(view).__name__] = lambda view=view: view.write(record)  # type: ignore[misc]
+    for writer in writers.writers:
+        actions[type(writer).__name__] = lambda writer=writer: writer.write(record)  # type: ignore[misc]
     costs = {}
     for name, action in actions.items():
         started = time.process_time()

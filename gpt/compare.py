@@ -1,9 +1,9 @@
-"""Put runs side by side: ``python -m gpt.compare RUN RUN ...``, where RUN is a run folder or a folder of such.
+"""Compare runs side by side: ``python -m gpt.compare RUN RUN ...``, where RUN is a run folder or a folder of such.
 
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
 
 Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads run folders only, finished or not; needs
-no torch and no GPU. Owns which runs are compared and how they are shown; the figures are gpt/metrics/comparison.py's.
+no torch and no GPU. Owns which runs are compared and how they are shown; the metrics are gpt/metrics/comparison.py's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt.metrics.comparison import Comparison, RunFigures, compare, read_figures
+from gpt.metrics.comparison import Comparison, RunMetrics, compare, read_metrics
 from launch.errors import ConfigError, RenamedOption, refusing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
@@ -29,11 +29,11 @@ from launch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of every run: its title for people, its name in the CSV, and how it is written."""
+    """Metric in the table: its title for people, its name in the CSV, its value of a run, and its format."""
 
     title: str
     name: str
-    value: Callable[[RunFigures], float | int | str | None]
+    value: Callable[[RunMetrics], float | int | str | None]
     text: str
 
 
@@ -65,14 +65,14 @@ def runs_to_compare(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def labels(runs: Sequence[Path]) -> list[str]:
-    """What sets the paths of the runs apart."""
+def label_runs(runs: Sequence[Path]) -> list[str]:
+    """Label each run by the part of its path that sets it apart."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     return [str(run.relative_to(common)) for run in runs]
 
 
 def show(compared: Comparison, console: Console) -> None:
-    """Print a table with a column for each run, and below it what the figures do not say."""
+    """Print a table with a column for each run, and notes on the metrics below it."""
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.add_column("", no_wrap=True)
     for run in compared.runs:
@@ -91,25 +91,25 @@ def show(compared: Comparison, console: Console) -> None:
         console.print(Text(note), soft_wrap=True)
 
 
-def cell(column: Column, run: RunFigures) -> Text:
-    """One figure as people read it."""
+def cell(column: Column, run: RunMetrics) -> Text:
+    """Format one metric for people; a dash where it is not known."""
     value = column.value(run)
     return Text("-" if value is None else column.text.format(value))
 
 
 def write_csv(compared: Comparison, path: Path) -> None:
-    """All figures with all digits, and every setting that differs; what is not known is an empty cell."""
+    """Write all metrics with all digits, and every setting that differs; what is not known is an empty cell."""
     differing = {key: values for part in compared.differences.values() for key, values in part.items()}
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", *(column.name for column in COLUMNS), *differing])
         for i, run in enumerate(compared.runs):
-            figures = ["" if (value := column.value(run)) is None else value for column in COLUMNS]
-            writer.writerow([run.label, *figures, *(values[i] for values in differing.values())])
+            metrics = ["" if (value := column.value(run)) is None else value for column in COLUMNS]
+            writer.writerow([run.label, *metrics, *(values[i] for values in differing.values())])
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
     made.add_argument(
@@ -124,11 +124,11 @@ WIDE = 1000
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 where there is nothing to compare."""
+    """Run the command; returns the exit status: 0, or 2 where there is nothing to compare."""
     args = parser().parse_args(argv)
     runs = runs_to_compare(args.runs)
-    named = zip(runs, labels(runs), strict=True)
-    compared = compare([read_figures(RunFolder(path), label) for path, label in named])
+    named = zip(runs, label_runs(runs), strict=True)
+    compared = compare([read_metrics(RunFolder(path), label) for path, label in named])
     output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
     output.mkdir(parents=True, exist_ok=True)
     # A file or a pipe has no width: nothing is folded there.

@@ -25,7 +25,7 @@ with lasting_imports():
     from gpt.config import TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import Samples
-    from gpt.metrics.writers import Views
+    from gpt.metrics.writers import MetricWriters
     from gpt.model.gpt import GPT
     from gpt.model.init import initialize
     from gpt.parallel.compile import prepare_blocks
@@ -88,7 +88,7 @@ def train(run: Run) -> str:
     """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
     config, world, rank = run.config, run.world, run.worker
     gradients = Gradients(config.model, world.device)
-    views = Views(run.folder, world, rank, config, run.step, gradients.names, run.tokens_per_step)
+    writers = MetricWriters(run.folder, world, rank, config, run.step, gradients.names, run.tokens_per_step)
     profile = StepProfile(run.folder.attempt(run.attempt), config, world)
     outcome = "finished"
     queued: QueuedStep | None = None
@@ -104,7 +104,7 @@ def train(run: Run) -> str:
             stop, save_now = world.any(stop, save_now)
         if queued is not None:  # read only now, so that the device is never idle between two steps
             record, clock = queued.finish(clock)
-            views.write(record)
+            writers.write(record)
         queued = step
         last = run.step == config.optim.max_steps
         evaluates = last or due(run.step, config.eval.interval)
@@ -128,7 +128,7 @@ def train(run: Run) -> str:
             record.val_bits_per_byte = run.samples.val_bits_per_byte(record.val_loss, config.eval.sequences)
         if saves:
             record.checkpoint_s = save(run)
-        views.write(record)
+        writers.write(record)
         profile.after(run.step)
         clock = time.perf_counter()
         if stop and not last:
@@ -140,7 +140,7 @@ def train(run: Run) -> str:
         rank.stopped(run.step)
     else:
         rank.finished(run.step)
-    views.close()
+    writers.close()
     return outcome
 
 

@@ -1,4 +1,4 @@
-"""Ranks acting as one: what fails on one rank fails on all of them, with the same error, and none waits for ever.
+"""Collectives that succeed or fail on all ranks alike: a failure of one rank is raised on every rank, and none waits.
 
 Owns the two collectives that the checkpoint store is made of. Must not know what the ranks do.
 """
@@ -19,11 +19,11 @@ class CheckpointError(RuntimeError):
     """A save or a load failed on some rank; raised on every rank with the failure of the lowest."""
 
 
-def on_all(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """Run ``action`` on every rank; every rank gets the results of all, by rank. Results are pickled.
 
     Raises:
-        CheckpointError: it raised on some rank.
+        CheckpointError: it raised on some rank; raised on every rank.
     """
     outcome: tuple[T | None, str | None]
     cause: BaseException | None = None
@@ -39,16 +39,17 @@ def on_all(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def on_first(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Run ``action`` on rank 0 only; every rank gets its result, or CheckpointError."""
     first = dist.get_rank(group) == 0
-    results: list[T | None] = on_all(lambda: action() if first else None, group)
+    results: list[T | None] = run_on_all_ranks(lambda: action() if first else None, group)
     return results[0]  # type: ignore[return-value]
 
 
 def _explain(error: BaseException) -> str:
-    """The error in one line, and where it came from below."""
+    """Format an error as one line, with its traceback below."""
     cause = error
+    # DCP wraps the errors of all ranks; the first one's own line says more than the wrapper's.
     if isinstance(error, CheckpointException) and error.failures:
         cause = error.failures[min(error.failures)][0]
     line = "".join(traceback.format_exception_only(type(cause), cause)).strip()

@@ -1,14 +1,14 @@
-"""What DeepSpeed writes into a checkpoint, and what it takes to read that without DeepSpeed's engine.
+"""DeepSpeed's files in a checkpoint, and their reading without DeepSpeed's engine.
 
-Owns the layout in the folder of a step, which is DeepSpeed's own, so that its ``zero_to_fp32.py`` works there::
+Owns the files in the folder of a step, which are DeepSpeed's own, so that its ``zero_to_fp32.py`` works there::
 
     latest                      the name of the folder below
     global_step100/             one file for each rank's moments and masters, and the model's
     zero_to_fp32.py             DeepSpeed's script that makes one file of weights
     model.pt                    ours: shapes and persistent buffers by name, which DeepSpeed does not always write
 
-The files hold pieces that depend on stage and number of ranks. Where they are read with others, rank 0 has DeepSpeed
-make its universal checkpoint of them (arXiv 2406.18820), whole tensors by name, and stores these through
+The files hold shards that depend on stage and number of ranks. To read them with another stage or number, rank 0 has
+DeepSpeed make its universal checkpoint of them (arXiv 2406.18820), whole tensors by name, and stores these through
 torch.distributed.checkpoint beside the original for the time of reading. So there is one way from any topology to any
 other. Must not know what runs with the tensors. Imports ``deepspeed``, which takes seconds, only where it is used.
 """
@@ -29,41 +29,41 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.collective import on_all, on_first
+from gpt.checkpoint.collective import run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.manifest import DEEPSPEED, TENSORS, Manifest
 
-ABOUT = "model.pt"
-LOOSE = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
-"""What DeepSpeed writes beside its folder."""
+MODEL_FILE = "model.pt"
+LOOSE_FILES = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
+"""Files that DeepSpeed writes beside its folder."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OUTSIDE = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
 
-def tag_of(step: int) -> str:
-    """The folder that DeepSpeed writes into."""
+def deepspeed_tag(step: int) -> str:
+    """Name of the folder that DeepSpeed writes a step into, its tag."""
     return f"global_step{step}"
 
 
 @contextlib.contextmanager
-def as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """A folder that holds a checkpoint for torch.distributed.checkpoint: ``folder``, or a conversion that goes away.
+def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """Open a checkpoint for torch.distributed.checkpoint: yields ``folder``, or a conversion that is deleted after use.
 
-    Collective. What is left behind by a killed process is swept with the other temporary folders.
+    Collective. Conversions left behind by a killed process are swept with the other temporary folders.
     """
     if saved.contents["kind"] == TENSORS["kind"]:
         yield folder
         return
     assert saved.contents["kind"] == DEEPSPEED, saved.contents
-    scratch = on_first(lambda: folders.begin_conversion(folder), group)
-    yield on_first(lambda: convert(folder, saved, scratch), group)
-    on_all(lambda: None, group)  # each has read what it wants; after a failure the sweep removes it
-    on_first(lambda: folders.remove(scratch), group)
+    scratch = run_on_first_rank(lambda: folders.begin_conversion(folder), group)
+    yield run_on_first_rank(lambda: convert(folder, saved, scratch), group)
+    run_on_all_ranks(lambda: None, group)  # each has read what it wants; after a failure the sweep removes it
+    run_on_first_rank(lambda: folders.remove(scratch), group)
 
 
 def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
-    """Store the whole tensors of a checkpoint of DeepSpeed in a folder inside ``scratch``; on one rank."""
-    universal = to_universal(folder / tag_of(saved.step), scratch / "universal")
-    about = torch.load(folder / ABOUT, map_location="cpu", weights_only=True)
+    """Convert a checkpoint of DeepSpeed to whole tensors in a folder inside ``scratch``; returns it. On one rank."""
+    universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
+    about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     model: dict[str, Tensor] = dict(about["buffers"])
     moments: dict[str, dict[str, Tensor]] = {}
     for name, shape in about["shapes"].items():
@@ -77,14 +77,17 @@ def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
 
 
 def to_universal(original: Path, out: Path) -> Path:
-    """Have DeepSpeed put the pieces together; raises RuntimeError with what it said where it could not.
+    """Have DeepSpeed join its shards to a universal checkpoint in ``out``; returns it.
 
     In a process of its own: it starts workers, and must not find the ranks of this one.
+
+    Raises:
+        RuntimeError: DeepSpeed failed; with the end of its output.
     """
-    words = ["--input_folder", str(original), "--output_folder", str(out), "--inject_missing_state"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(OUTSIDE)}
+    args = ["--input_folder", str(original), "--output_folder", str(out), "--inject_missing_state"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
     done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *args],
         env=environment | {"DS_ACCELERATOR": "cpu"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -97,28 +100,29 @@ def to_universal(original: Path, out: Path) -> Path:
 
 
 def read_whole(universal: Path, name: str, key: str) -> Tensor:
-    """One tensor of a universal checkpoint: weights (``fp32``) or a moment, left on the disk until it is used."""
+    """Read one tensor of a universal checkpoint: weights (``fp32``) or a moment, left on the disk until it is used."""
     path = universal / "zero" / name / f"{key}.pt"
     found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     return found["param"] if isinstance(found, dict) else found
 
 
 def read_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
-    """The weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that writes nothing there."""
+    """Read the weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that only reads there."""
     if saved.contents.get("pp", 1) > 1:
         return read_stages(folder, saved)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    about = torch.load(folder / ABOUT, map_location="cpu", weights_only=True)
+    about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     with contextlib.redirect_stdout(sys.stderr):  # it tells what it does
-        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag_of(saved.step))
+        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), deepspeed_tag(saved.step))
     return {name: found[name] for name in about["shapes"]} | about["buffers"]
 
 
 def read_stages(folder: Path, saved: Manifest) -> dict[str, Tensor]:
-    """The same of the stages of a pipeline, which ``zero_to_fp32`` does not put together."""
-    about = torch.load(folder / ABOUT, map_location="cpu", weights_only=True)
+    """Read the weights of a pipeline's stages by name, fp32 and whole; ``zero_to_fp32`` does not join stages."""
+    about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     with tempfile.TemporaryDirectory() as scratch:
-        universal = to_universal(folder / tag_of(saved.step), Path(scratch) / "universal")
+        universal = to_universal(folder / deepspeed_tag(saved.step), Path(scratch) / "universal")
         whole = {name: read_whole(universal, name, "fp32").view(shape) for name, shape in about["shapes"].items()}
+        # Cloned, since the files they are mapped from go away with the scratch folder.
         return {name: tensor.clone() for name, tensor in whole.items()} | about["buffers"]

@@ -1,4 +1,4 @@
-"""What happens to checkpoint folders: ``step_00000100`` comes into being, is set aside, is deleted.
+"""Life of checkpoint folders: ``step_00000100`` is begun, committed, set aside, deleted.
 
 Owns the names and the order of renames that keeps every moment safe against a kill. Torch-free. Called on one rank.
 Must not know what is in the folders, beyond the manifest.
@@ -27,23 +27,23 @@ SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
 LEFT_OVER = re.compile(r"\.(saving|deleting|converting)_step_\d{8,}_[0-9a-f]{8}")
 
 
-def committed(folder: Path) -> list[Path]:
-    """Folders that bear a step's name, oldest first."""
+def list_committed(folder: Path) -> list[Path]:
+    """List the folders that bear a step's name, oldest first."""
     return sorted((path for path in _entries(folder) if COMMITTED.fullmatch(path.name)), key=step_of)
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending; without its manifest a checkpoint does not exist."""
-    return [step_of(path) for path in committed(folder) if (path / manifest.NAME).is_file()]
+    """List the steps that have a checkpoint, ascending; without its manifest a checkpoint does not exist."""
+    return [step_of(path) for path in list_committed(folder) if (path / manifest.NAME).is_file()]
 
 
-def set_aside_before(folder: Path) -> list[Path]:
-    """Checkpoints that were found damaged, now or in an earlier attempt."""
+def list_set_aside(folder: Path) -> list[Path]:
+    """List the checkpoints that were found damaged and set aside, now or in an earlier attempt."""
     return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]
 
 
 def step_of(path: Path) -> int:
-    """The step in a committed folder's name."""
+    """Read the step in a committed folder's name."""
     match = COMMITTED.fullmatch(path.name)
     assert match, path
     return int(match[1])
@@ -71,7 +71,7 @@ def begin_conversion(path: Path) -> Path:
 
 
 def commit(temporary: Path, step: int) -> Path:
-    """Give a finished folder, manifest included, its final name."""
+    """Give a finished folder, manifest included, its final name; returns it."""
     final = _final(temporary.parent, step)
     temporary.rename(final)
     manifest.sync_folder(final.parent)
@@ -107,7 +107,7 @@ def retire(folder: Path, keep_last: int, keep_every: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed saves and deletions left behind."""
+    """Remove the temporary folders that killed saves, deletions and conversions left behind."""
     for path in _entries(folder):
         if LEFT_OVER.fullmatch(path.name):
             remove(path)

@@ -1,7 +1,7 @@
-"""How the state of an engine becomes files: tensors through torch.distributed.checkpoint, or files of its own.
+"""Formats of an engine's state on disk: tensors through torch.distributed.checkpoint, or files of the engine's own.
 
-Owns what the store asks of a format, and the common one: DCP, which reshards whole tensors by their names to any
-topology. Must not know what the tensors are, beyond that.
+Owns the interface of a format, and the common one: DCP, which reshards whole tensors by their names to any topology.
+Must not know what the tensors are, beyond that.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from gpt.checkpoint.deepspeed_files import as_tensors
+from gpt.checkpoint.deepspeed_files import open_as_tensors
 from gpt.checkpoint.manifest import TENSORS, Manifest
 
 DCP_METADATA = ".metadata"
 
 
 class Format(Protocol):
-    """Files in a folder of a checkpoint. ``write`` and ``read`` are called on all ranks together."""
+    """Interface of a format. ``write`` and ``read`` are collective."""
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says about the files, plain JSON; ``kind`` names the format."""
+        """Describe the files for the manifest, as plain JSON; ``kind`` names the format."""
         ...
 
     def write(self, folder: Path, step: int, state: Any, group: dist.ProcessGroup | None) -> list[Path]:
-        """Write ``state`` after ``step``, synced to disk; the files that this rank wrote, anywhere in ``folder``."""
+        """Write ``state`` after ``step``, synced to disk; returns the files of this rank, anywhere in ``folder``."""
         ...
 
     def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
-        """Fill ``state`` from the files, of this format or of another one: ``saved.contents`` tells."""
+        """Fill ``state`` from the files, of this format or of the one that ``saved.contents`` names."""
         ...
 
 
 class TensorFiles:
-    """Whole tensors by name: nested dicts of tensors and DTensors. Reads what DeepSpeed has written, too."""
+    """Format of whole tensors by name: nested dicts of tensors and DTensors. Reads checkpoints of DeepSpeed, too."""
 
     def describe(self) -> dict[str, Any]:
         return dict(TENSORS)
@@ -52,9 +52,10 @@ class TensorFiles:
         return [*folder.glob(f"__{rank}_*.distcp")] + ([folder / DCP_METADATA] if rank == 0 else [])
 
     def read(self, folder: Path, saved: Manifest, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-        with as_tensors(folder, saved, group) as tensors:
+        with open_as_tensors(folder, saved, group) as tensors:
             # Beside tensors a state holds settings of the optimizer, which a run of DeepSpeed does not write.
-            wanted = state if saved.contents == TENSORS else only_tensors(state)
+            wanted = state if saved.contents == TENSORS else select_tensors(state)
+            # The stages of a pipeline want different tensors, so a rank alone cannot tell which are unused.
             names: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(names, sorted(flatten_state_dict(wanted)[0]), group=group)
             planner = _ExactPlanner({name for of_rank in names for name in of_rank})
@@ -62,10 +63,10 @@ class TensorFiles:
 
 
 class _ExactPlanner(DefaultLoadPlanner):
-    """Refuses a checkpoint that holds more than is asked for: DCP would load part of a larger model without a word.
+    """Planner that refuses a checkpoint with more tensors than wanted: DCP would load part of a larger model silently.
 
     Args:
-        wanted: what any of the ranks asks for.
+        wanted: names of the tensors that any of the ranks loads.
     """
 
     def __init__(self, wanted: set[str]) -> None:
@@ -80,8 +81,8 @@ class _ExactPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
 
-def only_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """The same nested dicts without what is no tensor; the tensors are the same ones."""
+def select_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Copy nested dicts without values that are no tensors; the tensors are the same ones."""
     return dict(_tensors_in(state))
 
 
@@ -89,5 +90,5 @@ def _tensors_in(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in state.items():
         if isinstance(value, Tensor):
             yield key, value
-        elif isinstance(value, dict) and (inner := only_tensors(value)):
+        elif isinstance(value, dict) and (inner := select_tensors(value)):
             yield key, inner

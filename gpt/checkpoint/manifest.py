@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: the size and checksum of every file, and what the checkpoint is of.
+"""The manifest of a checkpoint: the size and checksum of every file, and the run and step it belongs to.
 
-Owns ``manifest.json`` and the judgement whether a file is what it was. torch's own loaders accept a flipped bit without
-a word, so this is what protects. Torch-free. Must not know who wrote the files.
+Owns ``manifest.json`` and the check of a file against it. torch's own loaders accept a flipped bit silently, so this
+is the protection. Torch-free. Must not know who wrote the files.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 NAME = "manifest.json"
 FORMAT = 1
 TENSORS = {"kind": "tensors"}
-"""Contents of a checkpoint: whole tensors by name. Those that do not say are such."""
+"""Contents of a checkpoint of whole tensors by name; also those of a manifest that names none."""
 DEEPSPEED = "deepspeed"
-"""The kind of contents that DeepSpeed writes."""
+"""Kind of the contents that DeepSpeed writes."""
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what was saved; says which file and why."""
+    """Damage of a checkpoint: names the file, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FileSum:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a checkpoint must contain. ``meta`` is the caller's, plain JSON."""
+    """Content of a checkpoint. ``meta`` is the caller's, plain JSON."""
 
     step: int
     world_size: int
@@ -45,19 +45,19 @@ class Manifest:
     """Unix time of the save, seconds."""
     meta: dict[str, Any]
     files: dict[str, FileSum]
-    """By path in the folder."""
+    """Path in the folder -> size and checksum."""
     contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
-    """What the files are: ``kind``, and what that kind of files has to say."""
+    """Format of the files: its ``kind``, and the other keys of that kind."""
 
 
 def sum_file(path: Path) -> FileSum:
-    """Read a file once, in bounded memory."""
+    """Compute size and sha256 of a file in one reading, in bounded memory."""
     with path.open("rb") as file:
         return FileSum(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of ``folder`` and make everything in the folder last."""
+    """Write the manifest of ``folder``, and sync it and the names in the folder to disk."""
     with (folder / NAME).open("wb") as file:
         file.write(_encode({"format": FORMAT, **dataclasses.asdict(manifest)}))
         file.flush()
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def find_damage(path: Path, expected: FileSum) -> str | None:
-    """What is wrong with a file, by its entry in the manifest; None where nothing is.
+    """Compare a file with its entry in the manifest; returns the damage, or None where there is none.
 
     Raises:
         OSError: the filesystem refused for a reason that says nothing about the file.
@@ -105,7 +105,7 @@ def find_damage(path: Path, expected: FileSum) -> str | None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last; some network filesystems cannot, and need not."""
+    """Sync the names in a folder to disk; some network filesystems cannot, and need not."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -117,13 +117,13 @@ def sync_folder(path: Path) -> None:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """The bytes of a manifest: JSON with a checksum of the rest, so that the file also protects itself."""
+    """Encode a manifest as JSON with a checksum of the rest, so that the file protects itself, too."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
 
 
 def _damage_or_raise(error: OSError, name: str) -> str:
-    """The damage an error stands for; raised again where it may go away (a stale handle, no memory, no rights)."""
+    """Name the damage behind an error; raises the error again where it may go away (stale handle, memory, rights)."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno == errno.EIO:

@@ -1,4 +1,4 @@
-"""Save and load the state of a run, collectively, into one folder for each step.
+"""Collective saving and loading of a run's state, in one folder for each step.
 
 Owns the protocol: a format writes the state (``formats``); each rank adds a small file for its own state; each rank
 sums its own files and rank 0 writes the manifest; everything is synced to disk, and one rename commits. Must not know
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.collective import CheckpointError, on_all, on_first
+from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.manifest import (
     DamagedError,
@@ -33,32 +33,31 @@ from launch.errors import ConfigError
 
 
 class OutdatedAttemptError(CheckpointError):
-    """A later attempt owns the run, so nothing was committed."""
+    """Refusal of a save by an attempt that no longer owns the run; nothing was committed."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """The checkpoint that was loaded; the tensors are in the state that was passed in."""
+class LoadedCheckpoint:
+    """Description of a loaded checkpoint; its tensors are in the state that was passed to ``load``."""
 
     step: int
     meta: dict[str, Any]
     world_size: int
     rank_state: dict[str, Any] | None
-    """What this rank saved for itself; None where the number of ranks is another than it was."""
+    """State that this rank saved for itself; None where the number of ranks is another than it was."""
     set_aside: tuple[str, ...]
-    """Newer checkpoints that were damaged, one line each: which, and why."""
+    """Newer checkpoints that were damaged, a line with name and reason for each."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Every method but ``steps`` is called on all ranks together.
+    """Store of the checkpoints of one run. Every method but ``steps`` is collective.
 
     Args:
-        folder: holds ``step_00000100`` and the like; every rank sees it.
-        keep_last: how many of the newest are kept, at least one.
+        folder: the folder of ``step_00000100`` and the like; every rank sees it.
+        keep_last: number of the newest checkpoints to keep, at least one.
         keep_every: steps that are multiples of this are kept for good; 0 keeps none.
-        group: carries the control messages; a gloo group of all ranks. None means the default group, which must then
-            be gloo.
-        fmt: how the state becomes files.
+        group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
+        fmt: format of the state on disk; by default whole tensors.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class CheckpointStore:
         self.group = group
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending."""
+        """List the steps that have a checkpoint, ascending."""
         return folders.steps(self.folder)
 
     def save(
@@ -95,18 +94,18 @@ class CheckpointStore:
                 torch.distributed.checkpoint gives them.
             rank_state: this rank's own, tensors and plain Python values.
             meta: plain JSON; rank 0's is kept.
-            may_commit: asked on rank 0 just before the commit.
+            may_commit: called on rank 0 just before the commit; False commits nothing.
 
         Raises:
             CheckpointError: it failed on some rank; on every rank. Nothing is committed, earlier ones are untouched.
             OutdatedAttemptError: ``may_commit`` said no; on every rank.
         """
-        temporary = on_first(lambda: folders.begin(self.folder, step), self.group)
+        temporary = run_on_first_rank(lambda: folders.begin(self.folder, step), self.group)
         try:
-            sums = on_all(lambda: self._write(temporary, step, state, rank_state), self.group)
+            sums = run_on_all_ranks(lambda: self._write(temporary, step, state, rank_state), self.group)
             files = {name: entry for own in sums for name, entry in sorted(own.items())}
             manifest = Manifest(step, len(sums), time.time(), meta, files, self.format.describe())
-            path = on_first(lambda: _commit(temporary, manifest, may_commit), self.group)
+            path = run_on_first_rank(lambda: _commit(temporary, manifest, may_commit), self.group)
             if path is None:
                 raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
         except CheckpointError:
@@ -114,10 +113,10 @@ class CheckpointStore:
             if dist.get_rank(self.group) == 0:
                 folders.remove(temporary)
             raise
-        on_first(lambda: folders.retire(self.folder, self.keep_last, self.keep_every), self.group)
+        run_on_first_rank(lambda: folders.retire(self.folder, self.keep_last, self.keep_every), self.group)
         return path
 
-    def load(self, state: Any) -> Loaded | None:
+    def load(self, state: Any) -> LoadedCheckpoint | None:
         """Fill ``state`` from the newest checkpoint that is whole; None where there never was one.
 
         Damaged ones are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
@@ -127,16 +126,16 @@ class CheckpointStore:
             ConfigError: there were checkpoints and all are damaged, or the one found belongs to another model.
             CheckpointError: the filesystem failed.
         """
-        on_first(lambda: folders.sweep(self.folder), self.group)
+        run_on_first_rank(lambda: folders.sweep(self.folder), self.group)
         damaged: list[str] = []
-        for path in reversed(on_first(lambda: folders.committed(self.folder), self.group)):
+        for path in reversed(run_on_first_rank(lambda: folders.list_committed(self.folder), self.group)):
             try:
                 manifest = self._verify(path)
             except DamagedError as damage:
                 damaged.append(self._set_aside(path, str(damage)))
             else:
                 return self._fill(path, manifest, state, damaged)
-        bad = on_first(lambda: folders.set_aside_before(self.folder), self.group)
+        bad = run_on_first_rank(lambda: folders.list_set_aside(self.folder), self.group)
         if bad:
             # Not only those found damaged now: a restart after this refusal must not begin from nothing either.
             raise ConfigError(
@@ -147,7 +146,7 @@ class CheckpointStore:
         return None
 
     def _write(self, folder: Path, step: int, state: Any, rank_state: dict[str, Any]) -> dict[str, FileSum]:
-        """Write this rank's part of the state and its own; returns the sums of every file it wrote."""
+        """Write this rank's part of the state and its own state; returns size and checksum of every file it wrote."""
         files = self.format.write(folder, step, state, self.group)
         path = folder / _rank_file(dist.get_rank(self.group))
         with path.open("w+b") as file:
@@ -155,31 +154,35 @@ class CheckpointStore:
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
-            torch.load(file, weights_only=True)  # what could not be loaded later fails now
+            torch.load(file, weights_only=True)  # a state that could not be loaded later fails now
         return {file.relative_to(folder).as_posix(): sum_file(file) for file in (path, *files)}
 
     def _verify(self, path: Path) -> Manifest:
-        """Check every file of a checkpoint, each rank a share; raises DamagedError on all ranks or on none."""
-        manifest = on_first(lambda: _manifest_or_damage(path), self.group)
+        """Check every file of a checkpoint, split over the ranks; raises DamagedError on all ranks or on none."""
+        manifest = run_on_first_rank(lambda: _manifest_or_damage(path), self.group)
         if isinstance(manifest, DamagedError):
             raise manifest
-        # Largest first and dealt in turn, so that the shares are of similar size.
+        # Largest first, one for each rank in turn, so that the ranks read about as much.
         names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-        share = names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
-        found = on_all(lambda: [find_damage(path / name, manifest.files[name]) for name in share], self.group)
+        mine = names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+        found = run_on_all_ranks(lambda: [find_damage(path / name, manifest.files[name]) for name in mine], self.group)
         damages = sorted(damage for of_rank in found for damage in of_rank if damage)
         if damages:
             raise DamagedError("; ".join(damages))
         return manifest
 
     def _set_aside(self, path: Path, why: str) -> str:
-        on_first(lambda: folders.set_aside(path, why), self.group)
+        run_on_first_rank(lambda: folders.set_aside(path, why), self.group)
         return f"{path.name}: {why}"
 
-    def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> Loaded:
-        """Read a verified checkpoint; what goes wrong now is that it belongs to something else."""
+    def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> LoadedCheckpoint:
+        """Read a verified checkpoint into ``state``.
+
+        Raises:
+            ConfigError: it does not fit: its files are sound, so it belongs to another model.
+        """
         try:
-            on_all(lambda: self.format.read(path, manifest, state, self.group), self.group)
+            run_on_all_ranks(lambda: self.format.read(path, manifest, state, self.group), self.group)
         except CheckpointError as error:
             raise ConfigError(
                 f"{path} cannot be loaded into this model ({str(error).splitlines()[0]})",
@@ -189,14 +192,17 @@ class CheckpointStore:
         rank_state: list[dict[str, Any]] = []
         if manifest.world_size == dist.get_world_size(self.group):
             own = path / _rank_file(dist.get_rank(self.group))
-            on_all(lambda: rank_state.append(torch.load(own, map_location="cpu", weights_only=True)), self.group)
-        return Loaded(
+            # Through a list: what an action returns is sent to all ranks.
+            run_on_all_ranks(
+                lambda: rank_state.append(torch.load(own, map_location="cpu", weights_only=True)), self.group
+            )
+        return LoadedCheckpoint(
             manifest.step, manifest.meta, manifest.world_size, rank_state[0] if rank_state else None, tuple(damaged)
         )
 
 
 def _commit(temporary: Path, manifest: Manifest, may_commit: Callable[[], bool]) -> Path | None:
-    """Write the manifest and rename; None where the attempt is outdated. On rank 0, when all files are written."""
+    """Write the manifest and rename the folder; None where the attempt is outdated. On rank 0, after all writes."""
     for name, entry in manifest.files.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != entry.size:

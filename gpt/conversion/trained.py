@@ -75,7 +75,7 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    there = folders.committed(folder.checkpoints)
+    there = folders.list_committed(folder.checkpoints)
     wanted = [path for path in there if step is None or folders.step_of(path) == step]
     if not there:
         raise ConfigError(

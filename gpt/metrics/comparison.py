@@ -1,6 +1,6 @@
-"""What may be said of several runs together: the loss at equal tokens, speed, and in what they differ.
+"""Comparison of several runs: the loss at equal tokens, speed, and the settings in which they differ.
 
-Owns the figures and the notes on what they do not say. Torch-free. Must not know how they are shown.
+Owns the metrics and the notes on their limits. Torch-free. Must not know how they are shown.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from launch.runs.compose import flatten, plain
 from launch.runs.folder import RunFolder
 
 WINDOW = 0.05
-"""Share of the tokens, up to the common number, over which the training loss is averaged: single steps are noisy."""
+"""Share of the tokens, before the common number, over which the training loss is averaged: single steps are noisy."""
 SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
-"""Parts of the config, besides the model, in which runs are told apart."""
+"""Parts of the config, besides the model, whose differences are listed."""
 
 Curve = list[tuple[int, float]]
 """Tokens seen -> loss, in order."""
 
 
 @dataclass(frozen=True)
-class RunFigures:
-    """One run. ``*_then`` are at the number of tokens that all compared runs have seen."""
+class RunMetrics:
+    """Metrics of one run. ``*_then`` are at the number of tokens that all compared runs have seen."""
 
     label: str
     state: str
@@ -49,17 +49,17 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs; ``differences`` is heading -> key -> the value of each run."""
+    """Metrics of several runs; ``differences`` is heading -> key -> the value of each run."""
 
-    runs: list[RunFigures]
+    runs: list[RunMetrics]
     equal_tokens: int | None
-    """None where no run has seen any, or where their losses are not comparable."""
+    """Number of tokens at which losses are compared; None where they are not comparable, or no run has seen any."""
     differences: dict[str, dict[str, list[str]]]
     notes: list[str] = field(default_factory=list)
 
 
-def read_figures(folder: RunFolder, label: str) -> RunFigures:
-    """The figures of one run folder.
+def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
+    """Read the metrics of one run folder.
 
     Raises:
         ConfigError: it holds no config.
@@ -70,7 +70,7 @@ def read_figures(folder: RunFolder, label: str) -> RunFigures:
     start, summary = run["startup"] or {}, run["summary"]
     per_step = start.get("global_batch", 0) * start.get("block_size", 0)
     devices = {rank["device_name"] for rank in start.get("ranks", [])}
-    return RunFigures(
+    return RunMetrics(
         label=label,
         state=summary["state"],
         parameters=start.get("parameters"),
@@ -89,29 +89,30 @@ def read_figures(folder: RunFolder, label: str) -> RunFigures:
     )
 
 
-def compare(runs: Sequence[RunFigures]) -> Comparison:
+def compare(runs: Sequence[RunMetrics]) -> Comparison:
     """Bring the runs to the same number of tokens, find what differs, and say what cannot be compared."""
     begun = [run for run in runs if run.tokens]
+    # The checksum is that of the tokens: losses per token of another tokenizer cannot be compared either.
     same_text = len({run.data_sha256 for run in begun}) <= 1
     equal = min(run.tokens for run in begun) if len(begun) > 1 and same_text else None
-    settled = [at_tokens(run, equal) if equal and run.tokens else run for run in runs]
+    compared = [with_losses_at(run, equal) if equal and run.tokens else run for run in runs]
     differences = {
-        "architecture": differing(runs, ("model",), ignored=("model.name",)),
-        "settings": differing(runs, SETTINGS),
+        "architecture": find_differences(runs, ("model",), ignored=("model.name",)),
+        "settings": find_differences(runs, SETTINGS),
     }
-    return Comparison(settled, equal, differences, notes(settled, equal, same_text))
+    return Comparison(compared, equal, differences, write_notes(compared, equal, same_text))
 
 
-def at_tokens(run: RunFigures, tokens: int) -> RunFigures:
-    """``run`` with its losses at ``tokens``."""
+def with_losses_at(run: RunMetrics, tokens: int) -> RunMetrics:
+    """Fill in the losses of ``run`` at ``tokens``."""
     window = [loss for seen, loss in run.losses if (1 - WINDOW) * tokens < seen <= tokens]
     loss = sum(window) / len(window) if window else interpolate(run.losses, tokens)
     changed = {"loss_then": loss, "val_loss_then": interpolate(run.val_losses, tokens)}
-    return RunFigures(**{**run.__dict__, **changed})
+    return RunMetrics(**{**run.__dict__, **changed})
 
 
 def interpolate(curve: Curve, tokens: int) -> float | None:
-    """The value at ``tokens``, on the line between the points around it; None outside of them."""
+    """Interpolate a curve linearly at ``tokens``; None outside of its points."""
     after = bisect_left(curve, (tokens, float("-inf")))
     if after == len(curve):
         return None
@@ -124,8 +125,10 @@ def interpolate(curve: Curve, tokens: int) -> float | None:
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
 
-def differing(runs: Sequence[RunFigures], parts: Sequence[str], ignored: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Keys of these parts of the config whose value is not the same in all runs."""
+def find_differences(
+    runs: Sequence[RunMetrics], parts: Sequence[str], ignored: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Find the keys in these parts of the config whose values differ: key -> the value of each run."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
     found = {}
     for key in keys:
@@ -136,8 +139,8 @@ def differing(runs: Sequence[RunFigures], parts: Sequence[str], ignored: Sequenc
     return found
 
 
-def notes(runs: Sequence[RunFigures], equal: int | None, same_text: bool) -> list[str]:
-    """What the figures mean, and what they do not say."""
+def write_notes(runs: Sequence[RunMetrics], equal: int | None, same_text: bool) -> list[str]:
+    """Write notes on the meaning of the metrics, and on what cannot be compared."""
     said = []
     if equal is not None:
         said.append(

@@ -1,4 +1,4 @@
-"""The figure of a comparison: loss over tokens, and tokens per second with what share of the peak that is.
+"""Plot of a comparison: loss over tokens, and tokens per second with the MFU.
 
 Owns the drawing. Must not compute what the table does not say.
 """
@@ -14,13 +14,13 @@ from matplotlib.ticker import EngFormatter
 
 from gpt.metrics.comparison import Comparison, Curve
 
-# Colours that the colour-blind tell apart (Okabe and Ito, Color Universal Design, 2008), without their yellow.
+# Colors that the color-blind tell apart (Okabe and Ito, Color Universal Design, 2008), without their yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LABEL_LIMIT = 44
 
 
 def draw(compared: Comparison) -> bytes:
-    """Draw the figure and return it as PNG."""
+    """Draw the plot; returns it as the bytes of a PNG."""
     figure = Figure(figsize=(12.0, 4.2 + 0.25 * len(compared.runs)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     losses, speeds = figure.subplots(1, 2, width_ratios=[3, 2])
@@ -29,17 +29,17 @@ def draw(compared: Comparison) -> bytes:
     handles, names = losses.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    figure.savefig(file, format="png", metadata={"Software": None})  # no version of matplotlib in the file
     return file.getvalue()
 
 
 def draw_losses(axes: Axes, compared: Comparison) -> None:
-    """Training loss as lines, validation loss as points, and the number of tokens at which they are compared."""
+    """Draw training loss as lines, validation loss as points, and the number of tokens at which they are compared."""
     for index, run in enumerate(compared.runs):
         color = COLORS[index % len(COLORS)]
-        smooth = smoothed(run.losses)
+        smooth = running_mean(run.losses)
         axes.plot([x for x, _ in run.losses], [y for _, y in run.losses], color=color, alpha=0.25, linewidth=0.8)
-        axes.plot([x for x, _ in smooth], [y for _, y in smooth], color=color, linewidth=1.6, label=short(run.label))
+        axes.plot([x for x, _ in smooth], [y for _, y in smooth], color=color, linewidth=1.6, label=shorten(run.label))
         axes.plot([x for x, _ in run.val_losses], [y for _, y in run.val_losses], "o", color=color, markersize=4)
     if compared.equal_tokens is not None:
         axes.axvline(compared.equal_tokens, color="#595959", linestyle=(0, (4, 3)), linewidth=1.0)
@@ -52,7 +52,7 @@ def draw_losses(axes: Axes, compared: Comparison) -> None:
 
 
 def draw_speeds(axes: Axes, compared: Comparison) -> None:
-    """Tokens per second as bars, with the model FLOPs utilization where it is known."""
+    """Draw tokens per second as bars, with the model FLOPs utilization where it is known."""
     rows = range(len(compared.runs))
     values = [run.tokens_per_s or 0.0 for run in compared.runs]
     axes.barh(rows, values, color=[COLORS[i % len(COLORS)] for i in rows], height=0.6)
@@ -69,14 +69,14 @@ def draw_speeds(axes: Axes, compared: Comparison) -> None:
 
 
 def tidy(axes: Axes) -> None:
-    """Lines that guide the eye, none that frame."""
+    """Add grid lines, and remove the frame at the top and on the right."""
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def smoothed(curve: Curve) -> Curve:
-    """Running mean over about a fortieth of the curve."""
+def running_mean(curve: Curve) -> Curve:
+    """Smooth a curve by the running mean over about a fortieth of it."""
     width = max(1, len(curve) // 40)
     return [
         (curve[i][0], sum(y for _, y in curve[max(0, i - width + 1) : i + 1]) / min(width, i + 1))
@@ -84,6 +84,6 @@ def smoothed(curve: Curve) -> Curve:
     ]
 
 
-def short(label: str) -> str:
-    """A label that fits into a legend."""
+def shorten(label: str) -> str:
+    """Shorten a label to fit into a legend."""
     return label if len(label) <= LABEL_LIMIT else f"{label[: LABEL_LIMIT - 3]}..."

@@ -1,6 +1,6 @@
-"""Rank 0's line: one that is kept up to date on a terminal, one every few seconds in a log.
+"""Console writer of rank 0: one line that is kept up to date on a terminal, one every few seconds in a log.
 
-Owns its text. Must not know where else records go.
+Owns the text of the line. Must not know where else records go.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CLEAR_LINE = "\r\x1b[2K"
 
 
 class Console:
-    """Shows records as they come, of a run of ``max_steps`` steps."""
+    """Writer that prints the records of a run of ``max_steps`` steps, in a log at most every ``interval_s`` seconds."""
 
     def __init__(self, max_steps: int, interval_s: float, stream: TextIO | None = None) -> None:
         self._max_steps = max_steps
@@ -29,7 +29,7 @@ class Console:
         self._pace_s: float | None = None
 
     def write(self, record: StepRecord) -> None:
-        """Show ``record`` where it is time, and always where it tells of an evaluation, a checkpoint or the end."""
+        """Print ``record`` where it is time, and always at an evaluation, a checkpoint or the last step."""
         # An average over some twenty steps, so that the time left does not jump about.
         self._pace_s = record.step_time_s if self._pace_s is None else 0.95 * self._pace_s + 0.05 * record.step_time_s
         lasting = record.val_loss is not None or record.checkpoint_s is not None or record.step == self._max_steps
@@ -47,14 +47,14 @@ class Console:
         self._open = not lasting
 
     def close(self) -> None:
-        """End the line that was kept up to date."""
+        """End the line that is kept up to date."""
         if self._open:
             print(file=self._stream, flush=True)
         self._open = False
 
 
 def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
-    """One record as a line of text; ``pace_s`` is the seconds each of the steps that are left will take."""
+    """Format one record as a line of text; ``pace_s`` is the expected time of a step, seconds."""
     parts = [
         f"step {record.step}/{max_steps}",
         f"loss {record.loss:.4f}",
@@ -68,7 +68,7 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
     if record.memory_peak_gib is not None:
         parts.append(f"{record.memory_peak_gib:.2f} GiB")
     if record.step < max_steps:
-        parts.append(f"{duration(pace_s * (max_steps - record.step))} left")
+        parts.append(f"{format_duration(pace_s * (max_steps - record.step))} left")
     if record.val_loss is not None:
         parts.append(f"val_loss {record.val_loss:.4f}")
     if record.val_bits_per_byte is not None:
@@ -78,8 +78,8 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
     return "  ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """7 s, 7:05 or 7:05:03, or days and hours."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as 7 s, 7:05, 7:05:03, or days and hours."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

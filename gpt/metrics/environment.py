@@ -1,6 +1,7 @@
-"""What one attempt ran on: hosts, devices, cores, and software.
+"""Environment of one attempt: device and memory of each rank, and versions of the software.
 
-Owns ``attempts/NNNN/environment.json``. Names no variable of the environment wholesale: they hold secrets.
+Owns the entries of ``attempts/NNNN/environment.json`` that need torch. Records no variable of the environment: some
+hold secrets.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def describe_rank(world: World) -> dict[str, Any]:
 
 
 def software() -> dict[str, str]:
-    """Versions of Python, of the libraries that decide a result, and of CUDA and NCCL where torch has them."""
+    """List the versions of Python, of the libraries that decide a result, and of CUDA and NCCL where torch has them."""
     versions = library_versions()
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -45,10 +46,10 @@ GIB = 2**30
 
 
 def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:
-    """Allocated, peak and reserved memory, GiB.
+    """Measure allocated, peak and reserved memory, GiB; None for what a CPU does not tell.
 
-    On a GPU: what tensors take now, the most they took in this attempt, and what the allocator keeps from the driver.
-    A CPU knows only the most that the whole process, its libraries included, has held in RAM.
+    On a GPU: the tensors now, the most that they took in this attempt, and the memory that the allocator keeps from the
+    driver. On a CPU only the peak is known, of the RAM of the whole process with its libraries.
     """
     if device.type != "cuda":
         # Linux counts ru_maxrss in KiB (getrusage(2)).

@@ -1,4 +1,4 @@
-"""A run as one value, and ``run.json``, which holds it: config, start-up, steps, evaluations, checkpoints, summary.
+"""The file ``run.json``: a whole run in one value, with config, startup, steps, evaluations, checkpoints and summary.
 
 Owns the shape of that value. It is read from the run folder alone, so it is the same however often the run was
 interrupted, and tools that compare runs read it the same way. Torch-free.
@@ -21,13 +21,13 @@ from launch.runs.records import StepRecord, read_records
 
 FORMAT = 1
 WARM_UP_STEPS = 5
-"""Steps of an attempt that say nothing about speed: caches fill, kernels are chosen, the compiler works."""
+"""First steps of an attempt, left out of its speed: caches fill, kernels are chosen, the compiler works."""
 SHARE = 0.002
-"""Of the wall time that may go into rewriting the file while the run goes on."""
+"""Share of the wall time that may go into rewriting the file while the run goes on."""
 
 
 class RunJson:
-    """Writes ``run.json`` anew: now, at evaluations, and at the end."""
+    """Writer of ``run.json``, which is written anew at the start, at evaluations and at the end."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -35,7 +35,7 @@ class RunJson:
         self._write()
 
     def write(self, record: StepRecord) -> None:
-        """After an evaluation; a long run, whose file takes long to write, waits for a later one."""
+        """Write the file after an evaluation; a long run, whose file takes long, waits for a later evaluation."""
         if record.val_loss is not None and time.monotonic() >= self._not_before:
             self._write()
 
@@ -50,23 +50,23 @@ class RunJson:
 
 
 def describe_run(folder: RunFolder) -> dict[str, Any]:
-    """Everything a run folder says about its run, as plain values."""
+    """Read everything a run folder says about its run, as plain values."""
     records = read_records(folder.metrics(0))
     events = folder.read_events()
     return {
         "format": FORMAT,
         "run": {"name": folder.path.parent.name, "point": folder.point, "path": str(folder.path)},
         "config": yaml.safe_load(folder.config.read_text()) if folder.config.is_file() else None,
-        "startup": startup(folder),
+        "startup": read_startup(folder),
         "steps": records,
-        "evaluations": [evaluation(record) for record in records if "val_loss" in record],
-        "checkpoints": checkpoints(folder, events),
-        "summary": summary(folder, records, events),
+        "evaluations": [select_evaluation(record) for record in records if "val_loss" in record],
+        "checkpoints": list_checkpoints(folder, events),
+        "summary": summarize(folder, records, events),
     }
 
 
-def startup(folder: RunFolder) -> dict[str, Any] | None:
-    """What the newest attempt that came so far told of itself when it started."""
+def read_startup(folder: RunFolder) -> dict[str, Any] | None:
+    """Read the environment that the newest attempt recorded at its start; None where none came so far."""
     for attempt in reversed(folder.attempts()):
         if folder.environment(attempt).is_file():
             value: dict[str, Any] = json.loads(folder.environment(attempt).read_bytes())
@@ -74,22 +74,22 @@ def startup(folder: RunFolder) -> dict[str, Any] | None:
     return None
 
 
-def evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    """One evaluation."""
+def select_evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    """Select the fields of a record that tell of its evaluation."""
     names = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
     return {name: record[name] for name in names if name in record}
 
 
-def checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every save, the last one of each step, and whether its files are still kept."""
+def list_checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """List the saves, the last one of each step, and whether its files are still kept."""
     kept = set(folders.steps(folder.checkpoints))
     saved = {e["step"]: e for e in events if e["event"] == "saved"}
     names = ("step", "attempt", "time", "seconds")
     return [{name: saved[step][name] for name in names} | {"kept": step in kept} for step in sorted(saved)]
 
 
-def summary(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The run in a few numbers; what is not known is absent. Speed is a median after the first steps of an attempt."""
+def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Summarize a run in a few numbers; what is not known is absent. Speeds are medians without the warm-up steps."""
     ends = [e["event"] for e in events if e["event"] in ("started", "finished", "stopped", "rank_failed")]
     found: dict[str, Any] = {
         "state": {"started": "running", "rank_failed": "failed"}.get(ends[-1], ends[-1]) if ends else "not started",
@@ -105,7 +105,7 @@ def summary(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequen
         found |= {"val_loss": evaluated[-1]["val_loss"]}
         found |= {"best_val_loss": best["val_loss"], "best_val_step": best["step"]}
     for name in ("step_time_s", "tokens_per_s", "tflops_per_s", "mfu_palm", "mfu_causal", "hfu", "data_wait_s"):
-        values = [record[name] for record in settled(records) if name in record]
+        values = [record[name] for record in select_steady(records) if name in record]
         if values:
             found[name] = statistics.median(values)
     peaks = [record["memory_peak_gib"] for record in records if "memory_peak_gib" in record]
@@ -114,8 +114,8 @@ def summary(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequen
     return found | {"training_s": sum(record["step_time_s"] for record in records)}
 
 
-def settled(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records after the first steps of each attempt; all of them where that leaves none."""
+def select_steady(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Select the records after the warm-up steps of each attempt; all records where that leaves none."""
     first: dict[int, int] = {}
     for record in records:
         first.setdefault(record["attempt"], record["step"])

@@ -1,4 +1,4 @@
-"""``steps.csv``: rank 0's records as a table that every spreadsheet opens, one row a step.
+"""The file ``steps.csv``: rank 0's records as a table that every spreadsheet opens, one row a step.
 
 Owns its columns. The step records are the truth: at every start the file is made again from those that still count, so
 a step that was lost with a crash and done again has one row. Torch-free.
@@ -15,11 +15,11 @@ from typing import Any
 from launch.runs.records import StepRecord
 
 LAYER_NORM = "grad_norm/"
-"""Before the name of a layer, in the column of its gradient norm."""
+"""Prefix of a layer's name, in the column of its gradient norm."""
 
 
 class StepsCsv:
-    """Writes ``path``, beginning with the rows of ``earlier`` records."""
+    """Writer of the table at ``path``, which begins with the rows of ``earlier`` records."""
 
     def __init__(self, path: Path, layers: Sequence[str], earlier: Iterable[dict[str, Any]]) -> None:
         whole = [field.name for field in dataclasses.fields(StepRecord) if field.name not in ("samples", LAYERS)]
@@ -44,7 +44,7 @@ LAYERS = "layer_grad_norms"
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
-    """The cells of a record by column."""
+    """Build the cells of a record, column -> value."""
     cells = {name: value for name, value in record.items() if name not in ("samples", LAYERS)}
     cells["first_sample"], cells["last_sample"] = record["samples"]
     return cells | {LAYER_NORM + name: norm for name, norm in record.get(LAYERS, {}).items()}

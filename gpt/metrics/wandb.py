@@ -1,7 +1,7 @@
-"""Rank 0's records in Weights & Biases, for those who asked for it (the extra ``wandb``).
+"""Writer of rank 0's records to Weights & Biases, where the config asks for it (the extra ``wandb``).
 
-Owns the run over there: its id follows from the run folder, so a resumed run goes on as the same one. A step that was
-done twice keeps the values it had first, since that service takes each step once. Training never depends on it.
+Owns the run in that service: its id follows from the run folder, so a resumed run goes on as the same one. A step that
+was done twice keeps the values it had first, since the service takes each step once. Training never depends on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightsAndBiases:
-    """Sends records under the names that TensorBoard has."""
+    """Writer that sends records under the names that TensorBoard has."""
 
     def __init__(self, folder: RunFolder, project: str, config: dict[str, Any]) -> None:
         import wandb
@@ -45,6 +45,6 @@ class WeightsAndBiases:
             self._run.log(record_scalars(record.as_dict()), step=record.step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the rest and end the run in the service."""
         if self._run is not None:
             self._run.finish()

@@ -1,6 +1,7 @@
-"""The views of the step records while a run goes on: every rank's JSONL file, and what rank 0 shows beside it.
+"""Writers of step records during a run: every rank's JSONL file, and rank 0's console, TensorBoard, CSV, JSON and W&B.
 
-Owns what is derived from a record for showing, and which views there are. Must not know how a step is made.
+Owns the metrics derived from a record (throughput, utilization), and the choice of writers. Must not know how a step is
+made.
 """
 
 from __future__ import annotations
@@ -25,18 +26,28 @@ from launch.runs.records import StepRecord, read_records
 from launch.runs.tensorboard import EventWriter
 
 
-class View(Protocol):
-    """Something that shows records."""
+class MetricWriter(Protocol):
+    """Destination of step records, such as a file or a service."""
 
     def write(self, record: StepRecord) -> None:
-        """Take the next one."""
+        """Write one record; records come in the order of their steps."""
 
     def close(self) -> None:
-        """No more will come."""
+        """Finish after the last record."""
 
 
-class Views:
-    """Takes each record once, completes it, writes it into the rank's file, and hands it to the views."""
+class MetricWriters:
+    """Writers of one rank's step records: each record is completed, appended to the rank's file, passed to the others.
+
+    Args:
+        folder: the run folder.
+        world: the ranks; rank 0 has writers beside its file.
+        rank: this rank as the launcher knows it, which keeps its records.
+        config: the config of the run.
+        step: step after which the attempt goes on, 0 at the beginning.
+        layers: names of the layers whose gradient norms are recorded.
+        tokens_per_step: tokens of the global batch.
+    """
 
     def __init__(
         self,
@@ -55,29 +66,30 @@ class Views:
         self._recomputed = recomputed_flops_per_token(config.model, config.recompute)
         self._peak = peak_flops(describe_rank(world)["device_name"], config.precision)
         self._folder = folder
+        # Records of steps after the checkpoint were lost with the crash: those steps are done again.
         earlier = read_records(folder.metrics(0)) if rank.attempt > 1 and world.is_first else []
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         done = [record for record in earlier if record["step"] <= step]
-        self.views = open_views(folder, config, step, done, layers) if world.is_first else []
+        self.writers = open_writers(folder, config, step, done, layers) if world.is_first else []
 
     def write(self, record: StepRecord) -> None:
-        """Complete ``record`` with what follows from it, and show it."""
+        """Complete ``record`` with throughput and utilization, and write it."""
         self._complete(record)
         self._rank.record(**record.as_dict())
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
-        # A view that shows the whole run reads it back after an evaluation; and a step that is in a checkpoint is not
-        # done again after a crash, which must not take its record along.
+        # run.json is read back from the records after an evaluation. And a step that is in a checkpoint is not done again
+        # after a crash, which must not take its record along.
         if record.val_loss is not None or record.checkpoint_s is not None:
             self._rank.flush()
-        for view in self.views:
-            view.write(record)
+        for writer in self.writers:
+            writer.write(record)
 
     def close(self) -> None:
-        """After the last record, and after the ledger knows how the attempt ended."""
+        """Close the writers, after the last record and after the event that tells how the attempt ended."""
         self._rank.flush()
-        for view in self.views:
-            view.close()
+        for writer in self.writers:
+            writer.close()
 
     def _complete(self, record: StepRecord) -> None:
         record.tokens_per_s = self._tokens / record.step_time_s
@@ -87,24 +99,24 @@ class Views:
         record.mfu_palm, record.mfu_causal, record.hfu = used.mfu_palm, used.mfu_causal, used.hfu
 
     def _recovered(self, record: StepRecord, lost: dict[str, Any]) -> None:
-        """Tell the ledger how long an interruption took, from the last step before it to the first new one."""
+        """Record in the event log how long an interruption took, from the last step before it to the first new one."""
         down = record.time - lost["time"]
         self._folder.record_event("recovered", attempt=record.attempt, step=record.step, seconds_since_last_step=down)
         self._lost = None
 
 
-def open_views(
+def open_writers(
     folder: RunFolder, config: TrainConfig, step: int, done: Sequence[dict[str, Any]], layers: Sequence[str]
-) -> list[View]:
-    """The views that ``config.logging`` asks for, of a run that goes on after ``step``, with the records ``done``."""
-    asked = config.logging
-    views: list[View] = [Console(config.optim.max_steps, asked.console_interval_s)]
-    if asked.tensorboard:
-        views.append(EventWriter(folder.tensorboard, purge_step=step + 1 if step else None))
-    if asked.csv:
-        views.append(StepsCsv(folder.steps_csv, layers, done))
-    if asked.json:
-        views.append(RunJson(folder))
-    if asked.wandb:
-        views.append(WeightsAndBiases(folder, asked.wandb_project, plain_config(config)))
-    return views
+) -> list[MetricWriter]:
+    """Open the writers that ``config.logging`` asks for, for a run that goes on after ``step``."""
+    logging = config.logging
+    writers: list[MetricWriter] = [Console(config.optim.max_steps, logging.console_interval_s)]
+    if logging.tensorboard:
+        writers.append(EventWriter(folder.tensorboard, purge_step=step + 1 if step else None))
+    if logging.csv:
+        writers.append(StepsCsv(folder.steps_csv, layers, done))
+    if logging.json:
+        writers.append(RunJson(folder))
+    if logging.wandb:
+        writers.append(WeightsAndBiases(folder, logging.wandb_project, plain_config(config)))
+    return writers

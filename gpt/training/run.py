@@ -21,7 +21,7 @@ from gpt.data.corpus import check_fit, describe, describe_tokens, prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples
 from gpt.metrics.environment import describe_rank, software
-from gpt.metrics.startup_panel import show
+from gpt.metrics.startup_summary import render_summary
 from gpt.model.attention import why_not_flash
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
@@ -99,7 +99,7 @@ def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
 
 
 def describe_attempt(run: Run) -> None:
-    """Write ``environment.json`` of this attempt and the ledger's ``started``, and show the start-up panel."""
+    """Write ``environment.json`` of this attempt and the event ``started``, and print the startup summary."""
     ranks = run.world.gather(describe_rank(run.world))
     if not run.world.is_first:
         return
@@ -127,8 +127,8 @@ def describe_attempt(run: Run) -> None:
         max_steps=run.config.optim.max_steps,
     )  # fmt: skip
     where = f"attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}"
-    panel = show(record, run.config, f"{run.config.name}  {where}")
-    print(f"{run.folder.path}\n{panel}", flush=True)
+    summary = render_summary(record, run.config, f"{run.config.name}  {where}")
+    print(f"{run.folder.path}\n{summary}", flush=True)
 
 
 def set_up(run: Run) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
 
 
-class LateFigures:
+class AsyncMetrics:
     """Numbers that the device may still be working on. ``read`` waits for them."""
 
     def __init__(self, values: Tensor) -> None:
@@ -56,7 +56,7 @@ class QueuedStep:
     """What is known without waiting; the rest is filled in by ``finish``."""
     gradients: Gradients | None
     """Where this step measures them."""
-    figures: LateFigures
+    figures: AsyncMetrics
     tokens: int
     """Of the global batch."""
     with_experts: bool
@@ -115,7 +115,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     figures = [grad_norm.double()[None], world.all_reduce(sums), *([] if imbalance is None else [imbalance[None]])]
-    return QueuedStep(record, gradients, LateFigures(torch.cat(figures)), tokens, imbalance is not None)
+    return QueuedStep(record, gradients, AsyncMetrics(torch.cat(figures)), tokens, imbalance is not None)
 
 
 def balance_experts(engine: Engine, world: World) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt.accounting.flops import forward_flops, training_flops, training_flops_per_token
 from gpt.accounting.parameters import block_shapes, count, outer_shapes
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, model_rules
-from gpt.metrics.startup_panel import architecture
+from gpt.metrics.startup_summary import architecture
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from gpt.checkpoint.collective import on_all
-from gpt.checkpoint.deepspeed_files import ABOUT, LOOSE, as_tensors, tag_of
+from gpt.checkpoint.collective import run_on_all_ranks
+from gpt.checkpoint.deepspeed_files import LOOSE_FILES, MODEL_FILE, deepspeed_tag, open_as_tensors
 from gpt.checkpoint.manifest import DEEPSPEED, Manifest, sync_folder
 
 if TYPE_CHECKING:
@@ -41,24 +41,24 @@ class ZeroFiles:
     def write(self, folder: Path, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> list[Path]:
         writer = Writer()
         state.ds.checkpoint_engine.save = writer.save
-        state.ds.save_checkpoint(str(folder), tag_of(step))
+        state.ds.save_checkpoint(str(folder), deepspeed_tag(step))
         tensor_info = state.tensor_info()
         if dist.get_rank(group) == 0:
-            writer.save(tensor_info, str(folder / ABOUT))
-            writer.paths += [path for name in LOOSE if (path := folder / name).exists()]
+            writer.save(tensor_info, str(folder / MODEL_FILE))
+            writer.paths += [path for name in LOOSE_FILES if (path := folder / name).exists()]
         return writer.finish()
 
     def read(self, folder: Path, saved: Manifest, state: ZeroEngine, group: dist.ProcessGroup | None) -> None:
         if saved.contents == self.describe() and saved.world_size == dist.get_world_size(group):
             reader = Reader()
-            on_all(lambda: reader.read(state.rank_files(folder, tag_of(saved.step))), group)
+            run_on_all_ranks(lambda: reader.read(state.rank_files(folder, deepspeed_tag(saved.step))), group)
             state.ds.checkpoint_engine.load = reader.load
-            state.ds.load_checkpoint(str(folder), tag_of(saved.step))
+            state.ds.load_checkpoint(str(folder), deepspeed_tag(saved.step))
             del state.ds.checkpoint_engine.load  # and what was read
             return
-        with as_tensors(folder, saved, group) as tensors:
+        with open_as_tensors(folder, saved, group) as tensors:
             names = state.tensor_names()
-            on_all(lambda: state.load_tensors(TensorReader(tensors), names, saved.step), group)
+            run_on_all_ranks(lambda: state.load_tensors(TensorReader(tensors), names, saved.step), group)
             state.shards.update_from_masters()
 
 

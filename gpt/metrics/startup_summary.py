@@ -1,7 +1,7 @@
-"""The start-up panel: what is about to be trained, how, on what, and how fast that could be at best.
+"""The startup summary of an attempt: model, configuration, hardware, and the performance in theory.
 
-Owns its text; every figure comes from the record of the attempt (``environment.json``) and the config. Torch-free. Must
-not compute what that record does not hold, beyond putting it into words.
+Owns its text; every number comes from the record of the attempt (``environment.json``) and the config. Torch-free. Must
+not compute what that record does not hold, beyond formatting it.
 """
 
 from __future__ import annotations
@@ -18,43 +18,51 @@ from rich.text import Text
 from gpt.config import Ffn, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 
 WIDTH = 110
-"""In a log file, which has no width of its own."""
+"""Columns of the summary in a log file, which has no width of its own; more than a terminal has are not used."""
 
 
-def show(record: dict[str, Any], config: TrainConfig, title: str) -> str:
-    """The panel as text, without control characters unless standard output is a terminal."""
+def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> str:
+    """Render the summary as text, without control characters unless standard output is a terminal.
+
+    Args:
+        record: the content of ``environment.json``.
+        config: the config of the run.
+        title: the line at the top.
+    """
     terminal = Console()
     width = min(terminal.width, WIDTH) if terminal.is_terminal else WIDTH
     file = io.StringIO()
     # Log files are read in all kinds of viewers: lines of - and | instead of box-drawing characters.
     console = Console(file=file, width=width, force_terminal=terminal.is_terminal, highlight=False, emoji=False)
-    look = box.ROUNDED if terminal.is_terminal else box.ASCII
-    console.print(Panel(contents(record, config), title=Text(title), title_align="left", box=look, padding=(0, 1)))
+    frame = box.ROUNDED if terminal.is_terminal else box.ASCII
+    console.print(
+        Panel(build_sections(record, config), title=Text(title), title_align="left", box=frame, padding=(0, 1))
+    )
     return file.getvalue().rstrip("\n")
 
 
-def contents(record: dict[str, Any], config: TrainConfig) -> RenderableType:
-    """The four parts, one below the other."""
-    parts = {
+def build_sections(record: dict[str, Any], config: TrainConfig) -> RenderableType:
+    """Build the four sections of the summary, one below the other."""
+    sections = {
         "Architecture": architecture(config.model, record["counts"]),
         "Configuration": configuration(record, config),
         "Hardware": hardware(record),
         "Theoretical performance": performance(record, config),
     }
     blocks: list[RenderableType] = []
-    for heading, rows in parts.items():
+    for heading, rows in sections.items():
         blocks.append(Text(heading, style="bold"))
         grid = Table.grid(padding=(0, 2))
         grid.add_column(min_width=18)
         grid.add_column(overflow="fold")
         for name, value in rows.items():
-            grid.add_row(Text(f"  {name}", style="dim"), Text(value))
+            grid.add_row(Text(f"  {name}", style="dim"), Text(value))  # Text: brackets in a path are no markup
         blocks.append(grid)
     return Group(*blocks)
 
 
 def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
-    """What the model is made of."""
+    """Describe the parts and the size of the model, label -> text."""
     heads = f"{model.n_head} heads of {model.head_dim}"
     if model.kv_heads != model.n_head:
         heads += f", {model.kv_heads} for keys and values"
@@ -76,7 +84,7 @@ def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
         "bias": model.bias,
         "tied embeddings": model.tie_embeddings,
     }
-    extras = [words for words, on in choices.items() if on]
+    extras = [text for text, chosen in choices.items() if chosen]
     if model.dropout:
         extras.append(f"dropout {model.dropout:g}")
     components = ("embedding", "position", "attention", "ffn", "norm", "head")
@@ -91,11 +99,12 @@ def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
 
 
 def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """How it is trained."""
+    """Describe batch, optimizer, precision and data, label -> text."""
     optim = config.optim
     tokens = record["global_batch"] * record["block_size"]
     steps = f"{record['from_step']} done of {optim.max_steps:,}" if record["from_step"] else f"{optim.max_steps:,}"
-    per_rank = f"{(n := record['accumulation'])} micro-batch{'es' if n > 1 else ''} of {record['micro_batch']}"
+    count = record["accumulation"]
+    per_rank = f"{count} {'micro-batch' if count == 1 else 'micro-batches'} of {record['micro_batch']}"
     saves = f"every {config.checkpoint.interval} steps" if config.checkpoint.interval else "at the end"
     evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
     execution = [
@@ -118,7 +127,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
 
 
 def hardware(record: dict[str, Any]) -> dict[str, str]:
-    """What it runs on."""
+    """Describe ranks, hosts, devices and software, label -> text."""
     ranks = record["ranks"]
     hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
     devices: dict[str, int] = {}
@@ -138,7 +147,7 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
 
 
 def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """What the arithmetic costs and what the devices could do; no forecast of what they will."""
+    """Describe the FLOPs of a step and the peak of the devices, label -> text; a limit, no forecast."""
     flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
     step = flops * record["global_batch"] * record["block_size"]
     rows = {
