@@ -23,7 +23,7 @@ from gpt.data.tokenizers.base import Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
-from gpt.model.sampling import Sampling, generate, generators
+from gpt.model.sampling import Sampling, generate, make_generators
 from gpt.parallel.distributed import choose_device
 from launch.errors import ConfigError, RenamedOption, refusing
 
@@ -99,7 +99,7 @@ def write(
     sampling.validate()
     device = next(model.parameters()).device
     ids = [encode(tokenizer, prompt, config.model.block_size) for prompt in prompts]
-    draws = generators(args.seed, len(prompts))
+    generators = make_generators(args.seed, len(prompts))
     pieces: list[list[str]] = [[] for _ in prompts]
     made, started = 0, time.perf_counter()
     for batch in batches(ids, args.stream):
@@ -110,7 +110,7 @@ def write(
         size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond the tokenizer's have no text
         with autocast(config, device):
             steps = generate(
-                model, prompt_BT, args.max_new_tokens, size, sampling, [draws[i] for i in batch], not args.no_cache
+                model, prompt_BT, args.max_new_tokens, size, sampling, [generators[i] for i in batch], not args.no_cache
             )
             for next_B in steps:
                 for text, token in zip(texts, next_B.tolist(), strict=True):

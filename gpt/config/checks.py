@@ -1,10 +1,10 @@
-"""Checks that the parts of the schema share, and words for their messages. Torch-free."""
+"""Checks that the parts of the schema share, and numbers for their messages. Torch-free."""
 
 from __future__ import annotations
 
 
 def nearest_divisor(number: int, wish: int) -> int:
-    """The divisor of ``number`` that lies nearest to ``wish``, for error messages."""
+    """Find the divisor of ``number`` that is nearest to ``wish``, for error messages."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: (abs(d - wish), d))
 

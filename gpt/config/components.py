@@ -15,7 +15,7 @@ class Norm(Enum):
 
 
 class NormPosition(Enum):
-    """Where a block normalizes: ``pre`` before attention and ffn (arXiv 2002.04745; GPT-2 and later), with one more
+    """Place of a block's norms: ``pre`` before attention and ffn (arXiv 2002.04745; GPT-2 and later), with one more
     norm before the output matrix; ``post`` after each addition to the residual stream (arXiv 1706.03762, section 5.4).
     """
 
@@ -24,7 +24,7 @@ class NormPosition(Enum):
 
 
 class Position(Enum):
-    """How a token knows its place: a learned table (GPT-2), rotary (arXiv 2104.09864), or not at all."""
+    """Encoding of positions: a learned table (GPT-2), rotary embeddings (arXiv 2104.09864), or none."""
 
     learned = "learned"
     rope = "rope"
@@ -32,7 +32,7 @@ class Position(Enum):
 
 
 class RopeScaling(Enum):
-    """How rotary frequencies are slowed down for sequences longer than those a model was first trained on.
+    """Scaling of rotary frequencies for sequences longer than those a model was first trained on.
 
     ``linear`` divides all of them by the factor (arXiv 2306.15595). ``ntk`` raises the base, so that the slowest is
     divided by the factor and the fastest is left (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
@@ -66,9 +66,12 @@ class Activation(Enum):
 
 
 class AttentionBackend(Enum):
-    """``sdpa`` lets torch choose a fused kernel. ``flash`` takes the flash kernel (arXiv 2307.08691) where device,
-    dtype and shapes have one, and what torch chooses elsewhere, which a run says when it starts; see ``force_flash``.
-    ``manual`` writes the formula out and is the reference."""
+    """Implementation of attention.
+
+    ``sdpa`` lets torch choose a fused kernel. ``flash`` takes the flash kernel (arXiv 2307.08691) where device, dtype
+    and shapes have one, and elsewhere torch's choice, with a notice when the run starts; see ``force_flash``.
+    ``manual`` writes the formula out and is the reference.
+    """
 
     sdpa = "sdpa"
     flash = "flash"
@@ -76,7 +79,7 @@ class AttentionBackend(Enum):
 
 
 class ExpertBalance(Enum):
-    """How experts are kept equally busy: ``loss`` adds a loss (arXiv 2101.03961, section 2.2; for each sequence by
+    """Method that keeps experts equally busy: ``loss`` adds a loss (arXiv 2101.03961, section 2.2; for each sequence by
     itself, as in arXiv 2412.19437, section 2.1.2); ``bias`` moves a bias of each expert that only the choice sees, a
     little after every step (arXiv 2408.15664); ``none`` leaves them alone."""
 
@@ -86,8 +89,8 @@ class ExpertBalance(Enum):
 
 
 class ExpertMatmul(Enum):
-    """How experts multiply: ``grouped`` is torch's one product for all of them; ``loop`` takes them one by one and is
-    the reference."""
+    """Implementation of the experts' products: ``grouped`` is one product of torch for all of them; ``loop`` takes them
+    one by one and is the reference."""
 
     grouped = "grouped"
     loop = "loop"

@@ -20,7 +20,7 @@ from launch.runs.identity import PLACE_KEYS
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
-"""Keys that say where a run's files go or how it is watched, not what it computes."""
+"""Keys for the place of a run's files and for its monitoring, which change nothing that it computes."""
 
 
 def compose_train(overrides: Sequence[str]) -> DictConfig:
@@ -55,12 +55,11 @@ def make_paths_absolute(config: DictConfig) -> None:
 
 
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
-    """Put how a run is spread, every key of ``parallel``, and how large its passes are into its composed config, which
-    may have left it open."""
+    """Put the keys of ``parallel`` and the size of a micro-batch into a composed config that may leave them open."""
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
     config.optim.micro_batch = micro_batch
 
 
 EXECUTION = ("parallel", "optim.micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic")
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", *EXECUTION)
-"""What may change between the attempts of one run: it does not change what is learned."""
+"""Keys that may change between the attempts of one run, since they do not change what is learned."""

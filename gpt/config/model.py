@@ -55,7 +55,7 @@ class ModelConfig:
     """Base of the rotary frequencies; used with position=rope only."""
     rope_scaling: RopeScaling = RopeScaling.none
     rope_factor: float = 1.0
-    """How many times longer the sequences became; rope_scaling other than none only. At least 1."""
+    """Factor by which the sequences became longer, at least 1; rope_scaling other than none only."""
     rope_original_block_size: Optional[int] = None
     """Sequence length before the scaling; rope_scaling=llama3 only."""
     rope_low_freq_factor: float = 1.0
@@ -76,7 +76,7 @@ class ModelConfig:
     n_shared_expert: int = 0
     """ffn=moe: experts beside these that every token goes to (arXiv 2401.06066, section 3.2), computed as one."""
     expert_ffn: Ffn = Ffn.swiglu
-    """ffn=moe: what one expert is; standard, swiglu or geglu."""
+    """ffn=moe: kind of one expert: standard, swiglu or geglu."""
     expert_matmul: ExpertMatmul = ExpertMatmul.grouped
     capacity_factor: Optional[float] = None
     """ffn=moe: in training an expert takes from each sequence at most this many times its even share of the tokens, the
@@ -90,7 +90,7 @@ class ModelConfig:
     """ffn=moe: weight of the balance loss; null means 0.01 with expert_balance=loss, and 0 with bias, where a small one
     (0.0001) can guard single sequences (arXiv 2412.19437, section 2.1.2)."""
     balance_bias_rate: float = 0.001
-    """expert_balance=bias: how far a bias moves after each step (arXiv 2408.15664, section 2)."""
+    """expert_balance=bias: distance that a bias moves after each step (arXiv 2408.15664, section 2)."""
     z_coefficient: float = 0.001
     """ffn=moe: weight of the router's z-loss, which keeps its logits small (arXiv 2202.08906, section 3); 0 turns it
     off."""
@@ -109,7 +109,7 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the initial matrices (GPT-2)."""
     embedding_init_std: Optional[float] = None
-    """That of the token embedding; null means init_std."""
+    """Standard deviation of the initial token embedding; null means init_std."""
     residual_init_scaled: bool = True
     """Divide the initial matrices that write into the residual stream by sqrt(2 n_layer) (GPT-2, section 2.3)."""
 
@@ -125,17 +125,17 @@ class ModelConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding and of the output matrix."""
+        """Number of rows of the embedding and of the output matrix."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def dense_ffn(self) -> Ffn:
-        """What the feed-forward layer is, or one expert of it."""
+        """Kind of the feed-forward layer, or of one expert of it."""
         return self.expert_ffn if self.ffn is Ffn.moe else self.ffn
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layer, or an expert, has a third matrix for its gate."""
+        """True where the feed-forward layer, or an expert, has a third matrix for its gate."""
         return self.dense_ffn in (Ffn.swiglu, Ffn.geglu)
 
     @property
@@ -154,7 +154,7 @@ class ModelConfig:
 
     @property
     def normalizes_experts(self) -> bool:
-        """Whether a token's expert weights are scaled to a sum of 1, with the default resolved."""
+        """True where a token's expert weights are scaled to a sum of 1, with the default resolved."""
         return self.n_expert_per_token > 1 if self.router_normalize is None else self.router_normalize
 
     @property

@@ -1,4 +1,4 @@
-"""What cannot make a model, and what to type instead. Torch-free; called by ``ModelConfig.validate``."""
+"""Rules for the fields of ModelConfig together, and the refusals of what breaks them. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUPED_MULTIPLE = 8
 
 
 def check(model: ModelConfig) -> None:
-    """Raise ConfigError for the first thing that cannot make a model."""
+    """Raise ConfigError for the first rule that a model breaks."""
     for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width"):
         require_positive(f"model.{key}", getattr(model, key))
     for key in ("norm_eps", "rope_base", "init_std"):
@@ -42,7 +42,7 @@ def check(model: ModelConfig) -> None:
 
 
 def check_heads(model: ModelConfig) -> None:
-    """Heads divide the width, and key-value heads divide the heads."""
+    """Raise ConfigError unless heads divide the width, and key-value heads divide the heads."""
     if model.n_embd % model.n_head:
         heads = nearest_divisor(model.n_embd, model.n_head)
         raise ConfigError(
@@ -66,7 +66,7 @@ def check_heads(model: ModelConfig) -> None:
 
 
 def check_rope(model: ModelConfig) -> None:
-    """Rotary embeddings have pairs of channels to turn, and scaling what it needs."""
+    """Raise ConfigError unless rotary embeddings have pairs of channels to turn, and their scaling all it needs."""
     if model.position is Position.rope and model.head_dim % 2:
         raise ConfigError(
             f"model.position=rope with heads {model.head_dim} wide",
@@ -100,7 +100,7 @@ def check_rope(model: ModelConfig) -> None:
 
 
 def check_llama3(model: ModelConfig) -> None:
-    """The original length is there and the slow frequencies lie below the fast ones."""
+    """Raise ConfigError unless the original length is given and the slow frequencies are below the fast ones."""
     if model.rope_original_block_size is None:
         raise ConfigError(
             "model.rope_scaling=llama3 without model.rope_original_block_size",
@@ -119,7 +119,7 @@ def check_llama3(model: ModelConfig) -> None:
 
 
 def check_block(model: ModelConfig) -> None:
-    """Norms and residual connections go together."""
+    """Raise ConfigError unless norms and residual connections go together."""
     if model.parallel_residual and model.norm_position is NormPosition.post:
         raise ConfigError(
             "model.parallel_residual=true with model.norm_position=post",
@@ -129,7 +129,7 @@ def check_block(model: ModelConfig) -> None:
 
 
 def check_activation(model: ModelConfig) -> None:
-    """A gated layer gates with the activation that gives it its name."""
+    """Raise ConfigError unless a gated layer has the activation that its name says."""
     fitting = {
         Ffn.swiglu: (Activation.silu,),
         Ffn.geglu: (Activation.gelu, Activation.gelu_tanh),
@@ -144,7 +144,7 @@ def check_activation(model: ModelConfig) -> None:
 
 
 def check_experts(model: ModelConfig) -> None:
-    """There are experts, enough of them, of a kind that can be stacked."""
+    """Raise ConfigError unless there are experts, enough for each token, of a kind that can be stacked."""
     if model.n_expert < 1:
         raise ConfigError(
             f"model.ffn=moe with model.n_expert={model.n_expert}", "a number of experts", "model.n_expert=8"
@@ -181,7 +181,7 @@ def check_experts(model: ModelConfig) -> None:
 
 
 def check_balance(model: ModelConfig) -> None:
-    """The numbers of routing and balancing are in range."""
+    """Raise ConfigError unless the numbers of routing and balancing are in range."""
     require_range("model.n_shared_expert", model.n_shared_expert, 0, INF)
     if model.capacity_factor is not None:
         require_positive("model.capacity_factor", model.capacity_factor)
@@ -197,7 +197,7 @@ def check_balance(model: ModelConfig) -> None:
 
 
 def refuse_expert_keys(model: ModelConfig) -> None:
-    """Keys of the experts are not set where there are none."""
+    """Raise ConfigError where keys of experts are set for a model without experts."""
     for key, idle in (("n_expert", 0), ("n_shared_expert", 0), ("capacity_factor", None)):
         value = getattr(model, key)
         if value != idle:

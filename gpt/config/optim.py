@@ -19,9 +19,9 @@ class OptimConfig:
     global_batch: int = MISSING
     """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
     micro_batch: int = MISSING
-    """Most sequences per forward pass and rank; gradients accumulate over as many passes as that takes."""
+    """Most sequences of a micro-batch, per rank; gradients accumulate over as many micro-batches as that takes."""
     weak_scaling: bool = False
-    """Let the batch grow with the ranks. Changes the loss curve, so it is asked for by name."""
+    """Let the batch grow with the ranks, which changes the loss curve."""
     lr: float = MISSING
     """Peak learning rate."""
     min_lr: float = MISSING

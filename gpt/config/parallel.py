@@ -1,4 +1,4 @@
-"""The schema of how a model is spread over ranks. Torch-free; its values are in ``configs/parallel``."""
+"""The schema of parallelism. Torch-free; its values are in ``configs/parallel``."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from launch.runs.ranges import require_positive
 
 
 class Strategy(Enum):
-    """How ranks share the work: ``ddp`` (every rank holds all), ``zero1`` (all but the optimizer's moments, which are
-    sharded), ``fsdp`` (parameters, gradients and moments sharded: FSDP2), or ``deepspeed`` (DeepSpeed's engine, which
-    shards what ``zero_stage`` says)."""
+    """Data parallelism: ``ddp`` (every rank holds all), ``zero1`` (all but the optimizer's moments, which are sharded),
+    ``fsdp`` (parameters, gradients and moments sharded: FSDP2), or ``deepspeed`` (DeepSpeed's engine, which shards by
+    ``zero_stage``)."""
 
     ddp = "ddp"
     zero1 = "zero1"
     fsdp = "fsdp"
     deepspeed = "deepspeed"
     auto = "auto"
-    """Chosen by the planner (gpt/planning), which puts one of the others in its place before a run folder is made."""
+    """Choice of the planner (gpt/planning), which puts one of the others in its place before a run folder is made."""
 
 
 class EngineKind(Enum):
-    """Whose strategies ``auto`` chooses from: those of torch (``ddp``, ``zero1``, ``fsdp``), or DeepSpeed's stages."""
+    """Engines that ``auto`` chooses from: those of torch (``ddp``, ``zero1``, ``fsdp``), or DeepSpeed's stages."""
 
     native = "native"
     deepspeed = "deepspeed"
 
 
 Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
-"""In which order the stages of a pipeline work on the micro-batches: ``gpipe`` (all forward passes, then all backward
+"""Order in which the stages of a pipeline work on the micro-batches: ``gpipe`` (all forward passes, then all backward
 ones; arXiv 1811.06965), ``1f1b`` (in turn, which keeps fewer activations; arXiv 2006.09503), ``interleaved`` (1F1B with
 several stages on each rank, which idles less and sends more; arXiv 2104.04473), ``zbv`` (zero bubble: the backward pass
 is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev`` (arXiv 2412.19437, cut in half)."""
 
 
 class CpMethod(Enum):
-    """How ranks that share a sequence attend to each other's tokens.
+    """Method by which ranks that share a sequence attend to each other's tokens.
 
     ``allgather`` brings the keys and values of the whole sequence to every rank, layer by layer, and keeps them for the
     backward pass: little with few key-value heads (arXiv 2407.21783, section 3.3.2). ``ring`` passes them round and
@@ -56,45 +56,46 @@ class CpMethod(Enum):
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over the ranks. Nothing here changes the loss curve."""
+    """Parallelism of a run. Its keys do not change the loss curve."""
 
     strategy: Strategy = MISSING
     engine: Optional[EngineKind] = None
-    """With ``strategy=auto``: what to choose from; null is native. Beside another strategy it has to be its own."""
+    """With ``strategy=auto``: engines to choose from; null is native. Beside another strategy it has to be its own."""
     dp_shard: Optional[int] = None
-    """fsdp only: ranks that share one copy of the model; null shares it among all. With fewer there are several copies,
-    whose gradients are averaged (HSDP): the gathering stays inside a node where this is the number of its GPUs."""
+    """fsdp only: ranks that shard one replica of the model; null shards it over all ranks. With fewer there are several
+    replicas, whose gradients are averaged (HSDP): all-gathers stay inside a node where this is the number of its
+    GPUs."""
     reshard_after_forward: bool = True
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather)."""
     cpu_offload: bool = False
     """fsdp only: keep parameters, gradients and moments in the memory of the host, and step there; a GPU holds what it
-    computes with. Slow: that is copied there in every pass, and the gradients back in every step. Where the device is
-    the CPU, nothing changes."""
+    computes with. Slow: parameters are copied there in every forward and backward pass, and gradients back in every
+    step. Where the device is the CPU, nothing changes."""
     tp: int = 1
     """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
     sequence_parallel: bool = True
     """tp > 1 only: norms, dropout and the residual stream work on a slice of the sequence on each of the tp ranks. Less
     memory for activations, as many bytes sent. Needed for dropout."""
     loss_parallel: bool = True
-    """tp > 1 only: logits stay cut by the vocabulary, and the ranks exchange sums for each token instead of logits."""
+    """tp > 1 only: logits stay sharded by the vocabulary, and ranks exchange sums for each token instead of logits."""
     pp: int = 1
-    """Pipeline parallelism: ranks that the layers are dealt out to. ``batch.accumulation`` micro-batches go through."""
+    """Pipeline parallelism: ranks that the layers are split over. ``batch.accumulation`` micro-batches go through."""
     schedule: Schedule = Schedule["1f1b"]
-    """With ``pp``: in which order the stages work."""
+    """With ``pp``: order in which the stages work."""
     stages_per_rank: Optional[int] = None
     """With ``pp``: stages that each rank holds. null is what the schedule has: 1, or 2 where it is interleaved (which
     may have more) or V-shaped (which has 2)."""
     cp: int = 1
     """Context parallelism: ranks that share each sequence. 2 x cp divides model.block_size."""
     cp_method: CpMethod = CpMethod.allgather
-    """With cp above 1: how they attend to each other's tokens."""
+    """With cp above 1: method by which the ranks attend to each other's tokens."""
     ep: int = 1
-    """Expert parallelism (arXiv 2006.16668): ranks that see different samples and deal out the experts among
-    themselves; the rest of the model is spread as without. Divides model.n_expert, and the number of ranks that see
-    different samples (with fsdp, of those that share one copy of the model)."""
+    """Expert parallelism (arXiv 2006.16668): ranks that see different samples and shard the experts among themselves;
+    the rest of the model is parallelized as without. Divides model.n_expert, and the number of ranks that see different
+    samples (with fsdp, of those that shard one replica of the model)."""
     zero_stage: Optional[int] = None
-    """deepspeed only: what the data ranks share instead of each holding it (arXiv 1910.02054): 0 nothing, 1 the
-    optimizer's moments and master weights, 2 the gradients too, 3 the parameters too."""
+    """deepspeed only: state that is sharded over the data ranks (arXiv 1910.02054): 0 none, 1 the optimizer's moments
+    and master weights, 2 the gradients too, 3 the parameters too."""
     offload_optimizer: bool = False
     """deepspeed only, from stage 1: keep moments and master weights in the memory of the host, and step there."""
     offload_parameters: bool = False
@@ -190,5 +191,5 @@ def check_zero(parallel: ParallelConfig) -> None:
 
 
 def zero_preset(value: object) -> str:
-    """The preset for somebody who typed this value for a key of DeepSpeed."""
+    """Preset of ``configs/parallel`` to propose for this value of a key of DeepSpeed."""
     return f"zero{value if value in (2, 3) else 2}"

@@ -37,12 +37,12 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
+    """Schedule of the checkpoints, and their deletion."""
 
     interval: int = MISSING
     """Steps between checkpoints; 0 saves at the end and when interrupted only."""
     keep_last: int = MISSING
-    """How many of the newest are kept."""
+    """Number of the newest checkpoints to keep."""
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none for good."""
 
@@ -55,7 +55,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """Views of the step records. The records themselves are always written."""
+    """Writers of the step records beside the ranks' own files, which are always written."""
 
     tensorboard: bool = True
     """Write event files for TensorBoard (rank 0)."""
@@ -89,14 +89,14 @@ class LoggingConfig:
 
 
 class Precision(Enum):
-    """``bf16`` computes in bfloat16 over fp32 master weights; ``fp32`` computes in fp32 throughout."""
+    """Precision of the computation: ``bf16`` is bfloat16 over fp32 master weights, ``fp32`` is fp32 throughout."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Device(Enum):
-    """``auto`` is cuda where every rank of the machine can have a GPU of its own, cpu elsewhere."""
+    """Device of the ranks: ``auto`` is cuda where every rank on the machine can have its own GPU, cpu elsewhere."""
 
     auto = "auto"
     cpu = "cpu"
@@ -107,15 +107,15 @@ CompileMode = Enum(
     "CompileMode",
     {"none": "none", "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"},
 )
-"""``none``, or a mode of ``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also
-tries kernels out; takes minutes)."""
+"""Compilation: ``none``, or a mode of ``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs),
+``max-autotune`` (also tries kernels out; takes minutes)."""
 
 
 class Recompute(Enum):
-    """What the backward pass computes again instead of having kept it (activation checkpointing, arXiv 1604.06174).
+    """Activation checkpointing (arXiv 1604.06174): activations that the backward pass computes again.
 
-    ``none`` keeps all. ``selective`` keeps what matrix products and the attention kernel gave, and computes the rest
-    again: norms, activations, rotations, dropout. ``full`` keeps the input of each block.
+    ``none`` keeps all. ``selective`` keeps the results of matrix products and of the attention kernel, and computes the
+    rest again: norms, activations, rotations, dropout. ``full`` keeps the input of each block.
     """
 
     none = "none"
@@ -125,7 +125,7 @@ class Recompute(Enum):
 
 @dataclass
 class TrainConfig(RunConfig):
-    """One training run, whatever starts it."""
+    """Config of one training run, whatever starts it."""
 
     name: str = "${model.name}"
     init_from: Optional[str] = None
@@ -159,7 +159,7 @@ class TrainConfig(RunConfig):
 
     @property
     def data_cache(self) -> Path:
-        """Where prepared corpora lie, with the default resolved."""
+        """Folder of the prepared corpora, with the default resolved."""
         return Path(self.data.cache_dir or Path(self.output_dir) / ".cache").expanduser().absolute()
 
     def validate(self) -> None:
@@ -180,7 +180,7 @@ class TrainConfig(RunConfig):
 
 
 def is_installed(package: str) -> bool:
-    """Whether a distribution is there; a folder of its name, such as wandb leaves behind, is none."""
+    """Tell whether a distribution is installed; a folder of its name, such as wandb leaves behind, is none."""
     try:
         return bool(version(package))
     except PackageNotFoundError:

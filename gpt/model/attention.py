@@ -1,8 +1,8 @@
 """Causal self-attention with as many key-value heads as queries (MHA) or fewer (GQA, arXiv 2305.13245; one is MQA).
 
 B batch, T time, S time with what a cache remembers (S = T without one), D width, H heads, K key-value heads, C head
-width. The number of heads is read off the tensors, not off the config, so a layer whose matrices were cut by heads from
-outside still computes its own part.
+width. The number of heads is read off the tensors, not off the config, so a layer whose matrices were sharded by heads
+from outside still computes its own part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
         self.value = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
         self.output = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        # One gain for all heads, so that heads can be dealt out.
+        # One gain for all heads, so that heads can be sharded.
         self.query_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.key_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.rope = Rope(config) if config.position is Position.rope else None
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D). With a cache, the T tokens come after those in it, and are added to it."""
+        """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens come after those in it, and are added to it."""
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKC = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -59,9 +59,9 @@ class Attention(nn.Module):
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
     def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
-        """Attention by the backend that was chosen: (B, H, T, C). The T queries are those of the last of S keys.
+        """Compute attention by the backend of the config, (B, H, T, C). The T queries belong to the last T of S keys.
 
-        Replaced from outside where the keys are not all here.
+        Replaced from outside where other ranks hold some of the keys.
         """
         dropout = self.dropout if self.training else 0.0
         if self.backend is AttentionBackend.manual:
@@ -72,18 +72,18 @@ class Attention(nn.Module):
 
 
 def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
-    """The formula written out, softmax(Q K^T / sqrt(C)) V with the future masked: the reference, T x S in memory."""
+    """Compute softmax(Q K^T / sqrt(C)) V with the future masked, as written: the reference, T x S in memory."""
     sharers = q_BHTC.size(1) // k_BKSC.size(1)
     if sharers > 1:
         k_BKSC, v_BKSC = k_BKSC.repeat_interleave(sharers, dim=1), v_BKSC.repeat_interleave(sharers, dim=1)
-    future_TS = ~past(q_BHTC.size(2), k_BKSC.size(2), q_BHTC.device)
+    future_TS = ~causal_mask(q_BHTC.size(2), k_BKSC.size(2), q_BHTC.device)
     scores_BHTS = (q_BHTC @ k_BKSC.mT) / math.sqrt(q_BHTC.size(3))
     weights_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf).softmax(-1)
     return F.dropout(weights_BHTS, dropout) @ v_BKSC
 
 
-def past(new: int, seen: int, device: torch.device) -> Tensor:
-    """(T, S): which of ``seen`` keys each of the last ``new`` queries may look at, its own among them."""
+def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
+    """Build the causal mask of the last ``new`` queries over ``seen`` keys, (T, S): True where a query sees a key."""
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
 
 
@@ -91,11 +91,11 @@ FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBa
 
 
 def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
-    """torch's fused kernels, flash attention (arXiv 2307.08691) where the device and the dtype have it."""
+    """Compute attention by torch's fused kernels, flash attention (arXiv 2307.08691) where device and dtype have it."""
     new, seen = q_BHTC.size(2), k_BKSC.size(2)
     # torch's is_causal lines the first query up with the first key. Where there are keys before, it is the last query
     # with the last key; a single one then sees them all. This bias is no T x S mask where a kernel can do without.
-    bias = lower_right(new, seen) if 1 < new < seen else None
+    bias = causal_bias(new, seen) if 1 < new < seen else None
     # enable_gqa narrows torch's choice of kernels, so it is asked for only where it is needed.
     grouped = q_BHTC.size(1) != k_BKSC.size(1)
     return F.scaled_dot_product_attention(
@@ -104,22 +104,26 @@ def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: floa
 
 
 @cache
-def lower_right(new: int, seen: int) -> CausalBias:
-    """What each of the last ``new`` of ``seen`` tokens may look at: no numbers, only the two lengths.
+def causal_bias(new: int, seen: int) -> CausalBias:
+    """Build the bias with which the last ``new`` of ``seen`` tokens attend to the past: two lengths, no T x S mask.
 
-    It is kept, since torch cannot make one while it records what recomputation is to keep.
+    Cached, since torch cannot make one while selective activation checkpointing records an operation.
     """
     return causal_lower_right(new, seen)
 
 
 def flash_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, force: bool) -> Tensor:
-    """The flash kernel (arXiv 2307.08691) where it can run; elsewhere another one, or with ``force`` a RuntimeError."""
+    """Compute attention by the flash kernel (arXiv 2307.08691) where it can run; elsewhere by another one.
+
+    Raises:
+        RuntimeError: ``force`` is set and the flash kernel cannot run.
+    """
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION] if force else FLASH_FIRST, set_priority=True):
         return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
 
 
-def why_not_flash(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the flash kernel cannot train this model on this device, or None where it can.
+def find_flash_obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Find out why the flash kernel cannot train this model on this device; None where it can.
 
     Found out by running it, forward and backward, on one sequence of the model's heads. ``dtype`` is that of the
     queries: bf16 under autocast, whatever the weights are.
@@ -136,14 +140,14 @@ def why_not_flash(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         try:
             flash_attention(q_BHTC, k_BKSC, k_BKSC, config.dropout, force=True).sum().backward()
         except RuntimeError as error:
-            reason = flash_reason([str(w.message).split(" (Triggered")[0] for w in told]) or str(error)
+            reason = parse_flash_reasons([str(w.message).split(" (Triggered")[0] for w in told]) or str(error)
             asked = f"{str(dtype).removeprefix('torch.')}, heads {config.head_dim} wide, dropout {config.dropout:g}"
             return f"torch has no flash kernel for {asked} on {device.type} ({reason.rstrip('.')})"
     return None
 
 
-def flash_reason(told: list[str]) -> str:
-    """What torch's warnings say about the flash kernel, among those about the others: a heading, then its reasons."""
+def parse_flash_reasons(told: list[str]) -> str:
+    """Select the reasons about the flash kernel from torch's warnings: for each kernel a heading, then its reasons."""
     heading, reasons = "", []
     for line in told:
         if line.endswith("not used because:"):

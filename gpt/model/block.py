@@ -1,6 +1,6 @@
 """One transformer block: the unit that is repeated, and the unit that is sharded from outside.
 
-B batch, T time, D width. Self-contained: takes and gives one tensor, and needs nothing of its neighbours.
+B batch, T time, D width. Self-contained: takes and returns one tensor, and needs nothing of its neighbors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Block(nn.Module):
     """Attention and feed-forward, each added to the residual stream.
 
     Each is normalized before (``pre``, arXiv 2002.04745) or the sum is after (``post``, arXiv 1706.03762, section 5.4);
-    in parallel both read the same stream (arXiv 2204.06745, section 2.1).
+    in parallel both read the same hidden states (arXiv 2204.06745, section 2.1).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 def build_ffn(config: ModelConfig) -> nn.Module:
-    """The feed-forward layer that ``config.ffn`` names: (B, T, D) -> (B, T, D)."""
+    """Build the feed-forward layer that ``config.ffn`` names, (B, T, D) -> (B, T, D)."""
     from gpt.model.moe import MixtureOfExperts
 
     return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 aten = torch.ops.aten
 FLASH_MULTIPLE = 8
-"""The flash kernel for CUDA takes heads of a multiple of it; zeros beyond the width change nothing."""
+"""Multiple to which heads are padded for CUDA's flash kernel; zeros beyond the width change nothing."""
 
 
 def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, fused: bool) -> tuple[Tensor, Tensor]:
-    """Attention to one block of keys: (B, H, T, C), and the log-sum-exp (B, H, T).
+    """Attend to one block of keys; returns the result (B, H, T, C) and the log-sum-exp (B, H, T).
 
     Args:
         q_BHTC: queries.
@@ -32,14 +32,14 @@ def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, f
         fused: by torch's flash kernel, which CPUs have, and GPUs for half precision; else, and where there is none, the
             formula written out, T x S in memory.
     """
-    k_BHSC, v_BHSC = (for_each_query(x, q_BHTC) for x in (k_BKSC, v_BKSC))
+    k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     if not (fused and has_kernel(q_BHTC)):
         scores_BHTS = scores(q_BHTC, k_BHSC, causal)
         lse_BHT = scores_BHTS.logsumexp(-1)
         return (scores_BHTS - lse_BHT.unsqueeze(-1)).exp().type_as(v_BHSC) @ v_BHSC, lse_BHT
     scale = 1 / math.sqrt(q_BHTC.size(-1))
     if q_BHTC.is_cuda:
-        q, k, v = (padded(x) for x in (q_BHTC, k_BHSC, v_BHSC))
+        q, k, v = (pad_heads(x) for x in (q_BHTC, k_BHSC, v_BHSC))
         y, lse_BHT, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
         return y[..., : q_BHTC.size(-1)], lse_BHT
     y_BHTC, lse_BHT = aten._scaled_dot_product_flash_attention_for_cpu(q_BHTC, k_BHSC, v_BHSC, 0.0, causal, scale=scale)
@@ -56,11 +56,21 @@ def attend_block_backward(
     causal: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What one block of keys adds to the gradients of the queries, its keys and its values, where ``y_BHTC`` is the
-    result of all blocks, ``grad_BHTC`` the gradient of it, and ``lse_BHT`` belongs to all blocks too."""
-    k_BHSC, v_BHSC = (for_each_query(x, q_BHTC) for x in (k_BKSC, v_BKSC))
+    """Compute one block's addend to the gradient of the queries, and the gradients of its keys and values.
+
+    Args:
+        grad_BHTC: gradient of the result of all blocks.
+        q_BHTC: queries.
+        k_BKSC: keys of the block.
+        v_BKSC: values of the block.
+        y_BHTC: result of all blocks.
+        lse_BHT: log-sum-exp over all blocks.
+        causal: as in ``attend_block``.
+        fused: as in ``attend_block``.
+    """
+    k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     if not (fused and has_kernel(q_BHTC)):
-        dq, dk, dv = written_out_backward(grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC, lse_BHT, causal)
+        dq, dk, dv = formula_backward(grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC, lse_BHT, causal)
     elif q_BHTC.is_cuda:
         dq, dk, dv = cuda_backward(grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC, lse_BHT, causal)
     else:
@@ -68,13 +78,13 @@ def attend_block_backward(
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC, lse_BHT, 0.0, causal, scale=scale
         )
-    return dq, for_each_key(dk, k_BKSC), for_each_key(dv, v_BKSC)
+    return dq, sum_over_queries(dk, k_BKSC), sum_over_queries(dv, v_BKSC)
 
 
-def written_out_backward(
+def formula_backward(
     grad_BHTC: Tensor, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, y_BHTC: Tensor, lse_BHT: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by the formulas of softmax and matrix products."""
+    """Compute the gradients by the formulas of softmax and matrix products."""
     weights_BHTS = (scores(q_BHTC, k_BHSC, causal) - lse_BHT.unsqueeze(-1)).exp()
     drift_BHT1 = (grad_BHTC.type_as(lse_BHT) * y_BHTC.type_as(lse_BHT)).sum(-1, keepdim=True)
     pull_BHTS = weights_BHTS * ((grad_BHTC @ v_BHSC.mT).type_as(lse_BHT) - drift_BHT1)
@@ -85,10 +95,12 @@ def written_out_backward(
 def cuda_backward(
     grad_BHTC: Tensor, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, y_BHTC: Tensor, lse_BHT: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by the flash kernel, which draws no random numbers without dropout."""
+    """Compute the gradients by CUDA's flash kernel."""
     width = q_BHTC.size(-1)
-    grad, q, k, v, y = (padded(x) for x in (grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC))
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+    grad, q, k, v, y = (pad_heads(x) for x in (grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC))
+    unused = torch.empty(
+        2, dtype=torch.uint64, device=q.device
+    )  # the state of dropout's random numbers, without dropout
     found = aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, y, lse_BHT, None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=width**-0.5
     )
@@ -97,19 +109,19 @@ def cuda_backward(
 
 
 def merge(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
-    """Results of two sets of keys as that of both."""
+    """Merge the results of two sets of keys into the result of both, (B, H, T, C) and (B, H, T)."""
     both_BHT = torch.logaddexp(lse_BHT, other_lse_BHT)
     mine_BHT1, its_BHT1 = ((lse - both_BHT).exp().unsqueeze(-1) for lse in (lse_BHT, other_lse_BHT))
     return mine_BHT1 * y_BHTC + its_BHT1 * other_BHTC, both_BHT
 
 
 def has_kernel(q_BHTC: Tensor) -> bool:
-    """Whether torch has a flash kernel for these queries that gives the log-sum-exp and takes it back."""
+    """Tell whether torch has a flash kernel for these queries that returns the log-sum-exp and takes it back."""
     return not q_BHTC.is_cuda or q_BHTC.dtype in (torch.bfloat16, torch.float16)
 
 
 def scores(q_BHTC: Tensor, k_BHSC: Tensor, causal: bool) -> Tensor:
-    """(B, H, T, S) in fp32 or wider, the future at minus infinity."""
+    """Compute the scaled scores, (B, H, T, S) in fp32 or wider, the future at minus infinity."""
     found_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(-1))
     found_BHTS = found_BHTS.to(torch.promote_types(found_BHTS.dtype, torch.float32))
     if causal:
@@ -118,17 +130,17 @@ def scores(q_BHTC: Tensor, k_BHSC: Tensor, causal: bool) -> Tensor:
     return found_BHTS
 
 
-def for_each_query(x_BKSC: Tensor, q_BHTC: Tensor) -> Tensor:
-    """Keys or values once for each head of the queries: (B, H, S, C)."""
+def repeat_for_queries(x_BKSC: Tensor, q_BHTC: Tensor) -> Tensor:
+    """Repeat keys or values for each head of the queries, (B, H, S, C)."""
     sharers = q_BHTC.size(1) // x_BKSC.size(1)
     return x_BKSC if sharers == 1 else x_BKSC.repeat_interleave(sharers, dim=1)
 
 
-def for_each_key(x_BHSC: Tensor, x_BKSC: Tensor) -> Tensor:
-    """Gradients summed over the query heads that share a key-value head: shaped as the second argument."""
+def sum_over_queries(x_BHSC: Tensor, x_BKSC: Tensor) -> Tensor:
+    """Sum gradients over the query heads that share a key-value head; shaped as the second argument."""
     return x_BHSC.unflatten(1, (x_BKSC.size(1), -1)).sum(2)
 
 
-def padded(x_BHTC: Tensor) -> Tensor:
-    """With zeros up to a width that the kernel takes."""
+def pad_heads(x_BHTC: Tensor) -> Tensor:
+    """Pad heads with zeros to a width that the kernel takes."""
     return F.pad(x_BHTC, (0, -x_BHTC.size(-1) % FLASH_MULTIPLE))

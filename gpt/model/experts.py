@@ -1,7 +1,7 @@
 """The experts of a mixture: feed-forward layers of one shape, their matrices stacked, each applied to its own rows.
 
-R rows, E experts, D width, F inner width. Every parameter has the experts first, so that experts can be dealt out by
-cutting it there. Must not know how rows are chosen.
+R rows, E experts, D width, F inner width. Every parameter has the experts first, so that experts can be sharded along
+that dimension. Must not know how rows are chosen.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Experts(nn.Module):
         self.product = grouped_product if config.expert_matmul is ExpertMatmul.grouped else looped_product
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """(R, D) -> (R, D), the rows of expert e being those from ``ends_E[e - 1]`` to ``ends_E[e]``, int32."""
+        """Apply each expert to its rows, (R, D) -> (R, D), expert e to rows from ``ends_E[e - 1]`` to ``ends_E[e]``."""
         return self.apply_to(x_RD, ends_E, self.gate, self.up, self.down)
 
     def apply_to(
         self, x_RD: Tensor, ends_E: Tensor, gate_EFD: Tensor | None, up_EFD: Tensor, down_EDF: Tensor
     ) -> Tensor:
-        """The same with the matrices given: those of all experts, or of the ones that are held here."""
+        """Apply the experts with the given matrices, those of all experts or of the ones that this rank holds."""
         # torch.autocast does not know grouped products; cast here, the rows are kept once for both matrices.
         x_RD = autocast_rows(x_RD)
         up_RF = self.product(x_RD, up_EFD, ends_E)
@@ -49,24 +49,27 @@ class Experts(nn.Module):
 
 
 def autocast_rows(x_RD: Tensor) -> Tensor:
-    """The rows in the precision of torch.autocast where it is on."""
+    """Cast the rows to the precision of torch.autocast where it is on."""
     return x_RD.to(torch.get_autocast_dtype(x_RD.device.type)) if autocasts(x_RD.device) else x_RD
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether torch.autocast is on for a device; on the meta device it cannot even be asked."""
+    """Tell whether torch.autocast is on for a device; the meta device has none, and torch refuses the question."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def grouped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's rows times the transpose of its matrix, in one product of torch's."""
+    """Multiply each expert's rows by the transpose of its matrix, in one grouped product of torch."""
     # torch 2.13 traces it in bf16 only, though it computes others too.
     product = F.grouped_mm if x_RI.dtype is torch.bfloat16 else untraced_grouped_mm
     return product(x_RI, weight_EOI.to(x_RI.dtype).mT, offs=ends_E)
 
 
 def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """The same, expert by expert: the reference. Waits for the device to learn where each expert's rows end."""
+    """Multiply each expert's rows by the transpose of its matrix, one expert after another: the reference.
+
+    Waits for the device, since the host needs to know where each expert's rows end.
+    """
     ends = ends_E.tolist()
     parts = [F.linear(x_RI[start:end], weight_OI) for start, end, weight_OI in zip([0, *ends], ends, weight_EOI)]
     return torch.cat(parts)

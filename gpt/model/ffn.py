@@ -11,7 +11,7 @@ from gpt.config import Activation, ModelConfig
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's approximation of GELU (arXiv 1606.08415, section 2)."""
+    """Compute GPT-2's approximation of GELU (arXiv 1606.08415, section 2)."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -52,5 +52,5 @@ class GatedFfn(nn.Module):
 
 
 def build_dense(config: ModelConfig, width: int) -> nn.Module:
-    """The layer that ``config.dense_ffn`` names, ``width`` wide inside: (B, T, D) -> (B, T, D)."""
+    """Build the layer that ``config.dense_ffn`` names, ``width`` wide inside, (B, T, D) -> (B, T, D)."""
     return GatedFfn(config, width) if config.gated else StandardFfn(config, width)

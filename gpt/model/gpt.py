@@ -15,8 +15,8 @@ or training: a strategy shards the model from outside, block by block, through `
     model = GPT(config)
     initialize(model, seed=1337)                        # gpt/model/init.py; until then the weights are torch's own
 
-Too large for one device: construct under ``torch.device("meta")``, cut it up, ``to_empty``, then load the weights and
-call ``reset_buffers``, since a table that was never on a device cannot have been computed there.
+Too large for one device: construct under ``torch.device("meta")``, shard, ``to_empty``, then load the weights and call
+``reset_buffers``, since a table that was never on a device cannot have been computed there.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ from gpt.model.position import LearnedPosition, Rope
 
 
 class TiedHead(nn.Module):
-    """The token embedding's matrix as output matrix (arXiv 1608.05859). It is handed over at each call: if two modules
-    owned it, ``to_empty`` of a model on the meta device would make it two tensors."""
+    """Output layer with the token embedding's matrix (arXiv 1608.05859).
+
+    The matrix is passed at each call: if two modules owned it, ``to_empty`` of a model on the meta device would make it
+    two tensors.
+    """
 
     def forward(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        """Logits, (B, T, D) -> (B, T, V)."""
+        """Compute logits, (B, T, D) -> (B, T, V)."""
         return F.linear(x_BTD, weight_VD)
 
 
@@ -52,12 +55,12 @@ class GPT(nn.Module):
         self.position = LearnedPosition(config.block_size, config.n_embd) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        # Norms after each addition leave the stream normalized.
+        # Norms after each addition leave the hidden states normalized.
         self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
         self.head = TiedHead() if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab, bias=False)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of the token after each position: (B, T) integers -> (B, T, V).
+        """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).
 
         With a cache (gpt/model/kv_cache.py), the T tokens follow those in it, and are added to it. The tokens seen are
         at most ``block_size`` in all.
@@ -71,17 +74,17 @@ class GPT(nn.Module):
         return self.logits(x_BTD)
 
     def embed(self, tokens_BT: Tensor, start: int = 0) -> Tensor:
-        """The stream that enters the first block, of tokens at the positions from ``start``: (B, T) -> (B, T, D)."""
+        """Compute the hidden states before the first block, (B, T) -> (B, T, D); the first token is at ``start``."""
         x_BTD = self.token_embedding(tokens_BT)
         if self.position is not None:
             x_BTD = self.position(x_BTD, start)
         return self.dropout(x_BTD)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """The logits of the stream that leaves the last block: (B, T, D) -> (B, T, V)."""
+        """Compute the logits from the hidden states after the last block, (B, T, D) -> (B, T, V)."""
         x_BTD = self.norm(x_BTD)
         tied = [self.token_embedding.weight] if self.config.tie_embeddings else []
-        logits_BTV = self.head(x_BTD, *tied)
+        logits_BTV = self.head(x_BTD, *tied)  # a call of the module, so that hooks and sharding from outside apply
         return logits_BTV[..., : self.config.vocab_size]
 
     def reset_buffers(self) -> None:

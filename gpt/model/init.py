@@ -1,4 +1,4 @@
-"""The initial weights, as in GPT-2.
+"""Initialization of the weights, as in GPT-2.
 
 Every parameter is drawn from a generator of its own, seeded by the run's seed and the parameter's name, on the CPU. So
 its values depend on nothing else: not on the order of construction, not on the device, not on who holds which part of
@@ -19,7 +19,7 @@ from gpt.config import ModelConfig
 from gpt.model.gpt import GPT
 
 RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
-"""The matrices that write into the residual stream."""
+"""Ends of the names of the matrices that write into the residual stream."""
 
 
 def initialize(model: GPT, seed: int) -> None:
@@ -32,7 +32,7 @@ def initialize(model: GPT, seed: int) -> None:
     https://github.com/openai/gpt-2/blob/master/src/model.py. The position table is like the matrices, as in later GPTs,
     where that code has half as much.
 
-    To be called before a strategy wraps or cuts the model, since wrappers change the parameters' names.
+    Call before a strategy wraps or shards the model, since wrappers change the parameters' names.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def initialize(model: GPT, seed: int) -> None:
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The whole of one parameter, fp32 on the CPU.
+    """Draw one whole parameter, fp32 on the CPU.
 
     Each expert is drawn by itself, so its values do not depend on how many there are. Rows that only fill up the
     vocabulary are 0, and the others are what they are without them.
@@ -55,28 +55,28 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.ones(shape, device="cpu")
     std = initial_std(name, config)
     if len(shape) == 3:
-        return torch.stack([normal(f"{name}.{expert}", shape[1:], std, seed) for expert in range(shape[0])])
+        return torch.stack([draw_normal(f"{name}.{expert}", shape[1:], std, seed) for expert in range(shape[0])])
     if name in ("token_embedding.weight", "head.weight"):
-        rows = normal(name, (config.vocab_size, *shape[1:]), std, seed)
+        rows = draw_normal(name, (config.vocab_size, *shape[1:]), std, seed)
         return F.pad(rows, (0, 0, 0, shape[0] - config.vocab_size))
-    return normal(name, shape, std, seed)
+    return draw_normal(name, shape, std, seed)
 
 
 def initial_std(name: str, config: ModelConfig) -> float:
-    """Standard deviation of one matrix."""
+    """Standard deviation of one initial matrix."""
     if name == "token_embedding.weight" and config.embedding_init_std is not None:
         return config.embedding_init_std
     scaled = config.residual_init_scaled and name.endswith(RESIDUAL_OUTPUTS)
     return config.init_std / math.sqrt(2 * config.n_layer) if scaled else config.init_std
 
 
-def normal(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
-    """Normal values that follow from the run's seed and a name."""
-    generator = torch.Generator("cpu").manual_seed(seed_of(name, seed))
+def draw_normal(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
+    """Draw normal values that follow from the run's seed and a name."""
+    generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
     return torch.empty(tuple(shape), device="cpu").normal_(std=std, generator=generator)
 
 
-def seed_of(name: str, seed: int) -> int:
-    """63 bits that follow from the run's seed and a parameter's name."""
+def parameter_seed(name: str, seed: int) -> int:
+    """Derive a seed of 63 bits from the run's seed and a parameter's name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""What attention remembers of the tokens it has seen, so that generation computes each of them once.
+"""Key-value cache of attention, so that generation computes the keys and values of each token once.
 
     cache = Cache(config.block_size)
     logits_BTV = model(prompt_BT, cache)                # fills it
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer, in memory that is taken once.
+    """Keys and values of one layer, in memory that is allocated once.
 
-    It is taken at the first call, in the shape, dtype and place of the keys that come, so a layer that holds only some
-    of the heads, or computes in bf16, caches just that.
+    It is allocated at the first call, in the shape, dtype and device of the keys that come, so a layer that holds only
+    some of the heads, or computes in bf16, caches just that.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -29,7 +29,7 @@ class LayerCache:
         self._v_BKSC: Tensor | None = None
 
     def extend(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of new tokens; returns those of all tokens so far, (B, K, S, C) each."""
+        """Add keys and values of new tokens, (B, K, T, C); returns those of all tokens so far, (B, K, S, C) each."""
         if self._k_BKSC is None or self._v_BKSC is None:
             batch, heads, _, width = k_BKTC.shape
             self._k_BKSC = k_BKTC.new_empty(batch, heads, self.capacity, width)
@@ -45,10 +45,10 @@ class LayerCache:
 
 
 class Cache:
-    """The caches of all layers, for one batch of sequences of equal length.
+    """Caches of all layers, for one batch of sequences of equal length.
 
-    ``capacity`` is the number of tokens there is room for: at most the model's ``block_size`` is of use. Memory per
-    token and sequence: 2 x n_layer x kv_heads x head_dim numbers.
+    ``capacity`` is the largest number of tokens; more than the model's ``block_size`` is of no use. Memory per token
+    and sequence: 2 x n_layer x kv_heads x head_dim numbers.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -57,11 +57,11 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Tokens seen so far: the position of the next one."""
+        """Number of tokens seen so far, which is the position of the next one."""
         return self._layers[0].length if self._layers else 0
 
     def layer(self, index: int) -> LayerCache:
-        """The cache of one layer."""
+        """Return the cache of one layer, made at its first use."""
         while len(self._layers) <= index:
             self._layers.append(LayerCache(self.capacity))
         return self._layers[index]

@@ -1,4 +1,4 @@
-"""The loss of one forward pass, and the precision it is computed in.
+"""Loss of one forward pass, and the precision it is computed in.
 
 Shapes: B sequences, T tokens of one, V vocabulary.
 """
@@ -16,7 +16,7 @@ from gpt.config import Precision, TrainConfig
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 matrix products over fp32 weights where asked for.
+    """Context of the forward pass: bf16 matrix products over fp32 weights where ``config.precision`` is bf16.
 
     Under fsdp the gathered weights are bf16 already; autocast then still decides for the loss and the norms.
     """
@@ -24,7 +24,7 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of logits in nats, summed over the tokens, in fp32."""
+    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32."""
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
 
@@ -36,7 +36,7 @@ def summed_loss(
     device: torch.device,
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Tensor:
-    """What ``criterion`` makes of the logits of one forward pass: the loss summed over the tokens."""
+    """Compute the loss of one forward pass, summed over the tokens, by ``criterion(logits, targets)``."""
     with autocast(config, device):
         logits_BTV = module(tokens_BT.to(device, non_blocking=True))
     return criterion(logits_BTV, targets_BT.to(device, non_blocking=True))

@@ -2,9 +2,9 @@
 
 B sequences, T time, D width, E experts, K experts of one token, N = B T tokens, R rows given to experts.
 
-What a token is routed to depends on its own sequence alone: capacity and balance loss are counted sequence by sequence.
-So the result is the same however a batch is cut into passes and over ranks, and no token sees a later one. The losses
-of routing are no output. They enter the gradient, scaled by ``set_auxiliary_scale``; see ``Auxiliary``.
+The experts of a token depend on its own sequence alone: capacity and balance loss are counted sequence by sequence. So
+the result is the same however a batch is split into micro-batches and over ranks, and no token sees a later one. The
+losses of routing are no output. They enter the gradient, scaled by ``set_auxiliary_scale``; see ``AuxiliaryLoss``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpt.model.ffn import build_dense
 
 
 class MixtureOfExperts(nn.Module):
-    """A router, the experts, and the shared experts that every token goes through (arXiv 2401.06066)."""
+    """Mixture of a router, its experts, and the shared experts that every token goes through (arXiv 2401.06066)."""
 
     balance_bias: Tensor | None
     counts: Tensor
@@ -44,11 +44,11 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def has_fixed_places(self) -> bool:
-        """Whether every expert is given equally many rows, some of them empty, instead of those that chose it."""
+        """True where every expert gets equally many rows, some of them empty, instead of the tokens that chose it."""
         return self.training and self.config.capacity_factor is not None
 
     def reset_buffers(self) -> None:
-        """Forget the tokens counted so far; needed once after ``to_empty``."""
+        """Reset the counts of tokens; needed once after ``to_empty``."""
         self.counts.zero_()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -60,39 +60,42 @@ class MixtureOfExperts(nn.Module):
             weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
         taken_BTE = torch.zeros_like(scores_BTE, dtype=torch.int32).scatter_(-1, chosen_BTK, 1)
         if self.has_fixed_places:
-            y_BTKD = self.with_capacity(x_BTD, chosen_BTK, taken_BTE)
+            y_BTKD = self.dispatch_with_capacity(x_BTD, chosen_BTK, taken_BTE)
         else:
-            y_BTKD = self.dropless(x_BTD, chosen_BTK, taken_BTE)
+            y_BTKD = self.dispatch_dropless(x_BTD, chosen_BTK, taken_BTE)
         y_BTD = (weight_BTK.unsqueeze(-1).type_as(y_BTKD) * y_BTKD).sum(2)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         if not self.training:
             return y_BTD
         loss = self.auxiliary_loss(logits_BTE, scores_BTE, taken_BTE)
-        return Auxiliary.apply(y_BTD, loss, taken_BTE.sum((0, 1)), self.counts)
+        return AuxiliaryLoss.apply(y_BTD, loss, taken_BTE.sum((0, 1)), self.counts)
 
     def route(self, x_BTD: Tensor) -> Tensor:
-        """The router's logits, (B, T, E) in fp32 or wider: rounding here would move tokens (arXiv 2101.03961, 2.4)."""
+        """Compute the router's logits, (B, T, E), in fp32 or wider: rounding moves tokens (arXiv 2101.03961, 2.4)."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         with torch.autocast(x_BTD.device.type, enabled=False) if autocasts(x_BTD.device) else nullcontext():
             return F.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
     @torch.no_grad()
     def choose(self, scores_BTE: Tensor) -> Tensor:
-        """The K experts of each token, best first: (B, T, K). The bias counts here only (arXiv 2408.15664)."""
+        """Choose the K experts of each token, best first, (B, T, K). The bias counts here only (arXiv 2408.15664)."""
         biased_BTE = scores_BTE if self.balance_bias is None else scores_BTE + self.balance_bias
         return biased_BTE.topk(self.config.n_expert_per_token, dim=-1).indices
 
-    def dropless(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
-        """What its K experts make of each token: (B, T, K, D). Rows are sorted by expert, and put back."""
+    def dispatch_dropless(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
+        """Apply its K experts to each token, (B, T, K, D). Rows are sorted by expert, and put back into order."""
         order_R = chosen_BTK.flatten().argsort(stable=True)
         ends_E = taken_BTE.sum((0, 1)).cumsum(0).to(torch.int32)
-        # A token's copies are made before they are sorted, so that their gradients are summed in one order always.
-        y_RD = self.give_to_experts(copies(x_BTD, chosen_BTK).index_select(0, order_R), ends_E)
-        return y_RD.index_select(0, inverse(order_R)).unflatten(0, chosen_BTK.shape)
+        # Tokens are replicated before they are sorted, so that a token's gradients are always summed in one order.
+        y_RD = self.give_to_experts(replicate_tokens(x_BTD, chosen_BTK).index_select(0, order_R), ends_E)
+        return y_RD.index_select(0, invert_order(order_R)).unflatten(0, chosen_BTK.shape)
 
-    def with_capacity(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
-        """The same with a fixed number of places for each expert in each sequence; zero where a token found none."""
+    def dispatch_with_capacity(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
+        """Apply its K experts to each token, (B, T, K, D), each expert to a fixed number of places in each sequence.
+
+        The result is zero where a token finds no place.
+        """
         sequences, time, experts = taken_BTE.shape
         assert self.config.capacity_factor is not None
         places = min(time, math.ceil(self.config.capacity_factor * time * self.config.n_expert_per_token / experts))
@@ -102,20 +105,20 @@ class MixtureOfExperts(nn.Module):
         rows = experts * sequences * places
         place_N = place_BTK.masked_fill(before_BTK >= places, rows).flatten()  # the last row is for those left over
         # index_put keeps nothing for the backward pass but the places.
-        x_RD = x_BTD.new_zeros(rows + 1, x_BTD.size(-1)).index_put((place_N,), copies(x_BTD, chosen_BTK))
+        x_RD = x_BTD.new_zeros(rows + 1, x_BTD.size(-1)).index_put((place_N,), replicate_tokens(x_BTD, chosen_BTK))
         ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_BTD.device) * (sequences * places)
         y_RD = F.pad(self.give_to_experts(x_RD[:-1], ends_E), (0, 0, 0, 1))
         return y_RD.index_select(0, place_N).unflatten(0, chosen_BTK.shape)
 
     def give_to_experts(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """What the experts make of rows that are sorted by expert, those of expert e ending at ``ends_E[e]``.
+        """Apply the experts to rows sorted by expert, (R, D) -> (R, D); the rows of expert e end at ``ends_E[e]``.
 
-        Replaced from outside where other processes hold some of the experts.
+        Replaced from outside where other ranks hold some of the experts.
         """
         return self.experts(x_RD, ends_E)
 
     def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
-        """Balance loss and z-loss, summed over the sequences and scaled.
+        """Compute balance loss and z-loss, summed over the sequences and scaled, ().
 
         Balance: the sum over experts of (share of the choices x E) x (mean score), 1 where all are equal (arXiv
         2412.19437, equations 17 to 20). z: the mean square of log-sum-exp (arXiv 2202.08906, equation 5).
@@ -133,63 +136,65 @@ class MixtureOfExperts(nn.Module):
         return scale * (config.balance_weight * balance_B + config.z_coefficient * z_B).sum()
 
 
-def copies(x_BTD: Tensor, chosen_BTK: Tensor) -> Tensor:
-    """Each token once for each of its experts: (B T K, D)."""
+def replicate_tokens(x_BTD: Tensor, chosen_BTK: Tensor) -> Tensor:
+    """Replicate each token for each of its experts, (B T K, D)."""
     return x_BTD.unsqueeze(2).expand(*chosen_BTK.shape, -1).flatten(0, 2)
 
 
-def inverse(order_R: Tensor) -> Tensor:
-    """The order that undoes an order."""
+def invert_order(order_R: Tensor) -> Tensor:
+    """Compute the order that undoes an order, (R,)."""
     return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
 
-def mixtures(module: nn.Module) -> list[MixtureOfExperts]:
-    """The mixtures of a model or a part of one, in order, whatever it is wrapped in."""
+def find_mixtures(module: nn.Module) -> list[MixtureOfExperts]:
+    """Find the mixtures of a model or a part of one, in order, whatever it is wrapped in."""
     return [m for m in module.modules() if isinstance(m, MixtureOfExperts)]
 
 
 def set_auxiliary_scale(module: nn.Module, per_sequence: float) -> None:
-    """Say what the losses of routing are multiplied with, for each sequence and layer.
+    """Set the factor of the losses of routing, for each sequence and layer.
 
-    The same as the other loss's mean over a step's sequences: ``1 / sequences``, times whatever that one is scaled by.
-    Until it is said, they are averaged over the sequences of each pass.
+    To be in proportion to the mean of the other loss over a step's sequences, it is ``1 / sequences``, times the factor
+    of that loss. By default they are averaged over the sequences of each micro-batch.
     """
-    for mixture in mixtures(module):
+    for mixture in find_mixtures(module):
         mixture.auxiliary_scale = per_sequence
 
 
 def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Tensor]) -> None:
-    """Say that the model is given equal parts of sequences, and how to average a tensor over the parts of each."""
-    for mixture in mixtures(module):
+    """Set the function that averages a tensor over the ranks that hold equal parts of the same sequences."""
+    for mixture in find_mixtures(module):
         mixture.mean_over_parts = mean_over_parts
 
 
 def expert_counts(module: nn.Module) -> Tensor | None:
-    """Tokens that each expert was chosen for in the backward passes since the last reset: (L, E), None without experts.
+    """Count the tokens of each expert in the backward passes since the last reset, (L, E); None without experts.
 
-    Of this process; to be summed over those that saw other tokens.
+    The counts of this rank; the caller sums them over the ranks that saw other tokens.
     """
-    found = mixtures(module)
+    found = find_mixtures(module)
     return torch.stack([mixture.counts for mixture in found]) if found else None
 
 
 def reset_counts(module: nn.Module) -> None:
-    """Start counting anew."""
-    for mixture in mixtures(module):
+    """Reset the counts of tokens to zero."""
+    for mixture in find_mixtures(module):
         mixture.counts.zero_()
 
 
 @torch.no_grad()
 def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
-    """Raise the bias of experts that were chosen less often than the mean, and lower the others' (arXiv 2408.15664,
-    algorithm 1), each layer by its row of the counts of the whole step."""
-    for mixture, counts_E in zip(mixtures(module), counts_LE, strict=True):
+    """Raise the bias of experts that were chosen less often than the mean, and lower the bias of the others.
+
+    As in arXiv 2408.15664, algorithm 1; each layer by its row of the counts of the whole step, (L, E).
+    """
+    for mixture, counts_E in zip(find_mixtures(module), counts_LE, strict=True):
         if mixture.balance_bias is not None:
             mixture.balance_bias.add_((counts_E.mean() - counts_E).sign(), alpha=mixture.config.balance_bias_rate)
 
 
-class Auxiliary(torch.autograd.Function):
-    """``y`` unchanged; in the backward pass the gradient of ``loss``, a scalar, is added to whatever comes back.
+class AuxiliaryLoss(torch.autograd.Function):
+    """Identity of ``y`` that adds the gradient of ``loss``, a scalar, in the backward pass.
 
     So the objective becomes that of the output plus ``loss``, and a model can have losses inside while it returns its
     logits only (as MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM). ``counts`` is added to
@@ -205,8 +210,8 @@ class Auxiliary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gradient = gradients[0]
-        # Nothing, but it hangs on the gradient: else the compiler would add to the total in the forward pass already,
-        # and of two passes forward, as pipelines make them before the first one back, the second forget the first.
-        nothing = gradient[(0,) * gradient.dim()].float().nan_to_num().clamp(0, 0)
-        ctx.total.add_(ctx.counts + nothing)
+        # A zero that depends on the gradient: else the compiler would add to the total in the forward pass already, and
+        # of two forward passes, as pipelines run them before the first backward pass, one would be lost.
+        zero = gradient[(0,) * gradient.dim()].float().nan_to_num().clamp(0, 0)
+        ctx.total.add_(ctx.counts + zero)
         return gradient, torch.ones((), dtype=ctx.dtype, device=gradient.device), None, None

@@ -11,7 +11,7 @@ from gpt.config import ModelConfig, Norm
 
 
 def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
-    """The normalization layer that ``config.norm`` names: (..., width) -> (..., width), by default over D.
+    """Build the normalization layer that ``config.norm`` names, (..., width) -> (..., width), by default over D.
 
     ``layernorm`` has a gain and a shift (arXiv 1607.06450), ``layernorm_nobias`` and ``rmsnorm`` (arXiv 1910.07467) a
     gain only.

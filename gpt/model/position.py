@@ -1,7 +1,7 @@
-"""How a token knows its place: a learned table added to the embedding, or rotary embeddings inside attention.
+"""Positions of tokens: a learned table added to the embedding, or rotary embeddings inside attention.
 
 B batch, T time, D width, H heads, C head width. The tokens are the whole of a sequence from position 0 on, unless a
-cache (gpt/model/kv_cache.py) holds its beginning, or ``set_positions`` said which part of it they are.
+cache (gpt/model/kv_cache.py) holds its beginning, or ``set_positions`` has set their positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpt.config import ModelConfig, RopeScaling
 
 
 class LearnedPosition(nn.Module):
-    """One trained vector for each position, added to the token's (GPT-2)."""
+    """Table of one trained vector for each position, added to the token's (GPT-2)."""
 
     def __init__(self, block_size: int, n_embd: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Rope(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Fill the tables in place, on whatever device they lie.
+        """Fill the tables in place, on whatever device they are.
 
         They are computed on the CPU in float64: the same bits on every device, and no loss of phase far from the start.
         """
@@ -71,9 +71,9 @@ class Rope(nn.Module):
 
 
 def set_positions(module: nn.Module, positions_T: Tensor) -> None:
-    """Say at which positions the tokens stand that a model, or a part of one, is given: T integers.
+    """Set the positions of the tokens that a model, or a part of one, gets as input: (T,) integers.
 
-    For a process that holds a part of each sequence. ``start`` counts these tokens then.
+    For a rank that holds a part of each sequence. ``start`` then counts these tokens.
     """
     for part in module.modules():
         if isinstance(part, LearnedPosition | Rope):
@@ -81,7 +81,7 @@ def set_positions(module: nn.Module, positions_T: Tensor) -> None:
 
 
 def rotation_rates(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of channels, (C/2,) in float64 on the CPU, fastest first.
+    """Compute the angle per position of each pair of channels, (C/2,) in float64 on the CPU, fastest first.
 
     Pair i of a head turns by base^(-2i/C); ``rope_scaling`` slows that down, see ``gpt.config.RopeScaling``.
     """
@@ -95,8 +95,11 @@ def rotation_rates(config: ModelConfig) -> Tensor:
 
 
 def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
-    """Rates that turn less than ``low`` times in the original length, divided by the factor; more than ``high``, left;
-    between, blended linearly in the number of turns."""
+    """Scale rotation rates as Llama 3.1 does, (C/2,).
+
+    Rates that turn less than ``low`` times in the original length are divided by the factor, those that turn more than
+    ``high`` times are left, and those between are blended linearly in the number of turns.
+    """
     assert config.rope_original_block_size is not None
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     turns = config.rope_original_block_size * rates / (2 * math.pi)

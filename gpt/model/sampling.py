@@ -1,6 +1,6 @@
-"""Choosing the next token, and going on from there.
+"""Sampling of the next token, and generation token by token.
 
-Owns sampling and the window a model looks through. Must not know tokenizers or where a model came from.
+Owns sampling and the window of tokens that a model sees. Must not know tokenizers or where a model came from.
 
 B sequences, T tokens, V vocabulary.
 """
@@ -21,14 +21,14 @@ from launch.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the logits."""
+    """Settings by which a token is drawn from the logits."""
 
     temperature: float = 1.0
-    """Divides the logits: below 1 the likely becomes likelier; 0 always takes the likeliest."""
+    """Divisor of the logits: below 1 likely tokens become likelier; 0 always takes the likeliest."""
     top_k: int | None = None
-    """Only the k likeliest tokens."""
+    """Number of the likeliest tokens to draw from; None draws from all."""
     top_p: float | None = None
-    """Only the fewest likeliest tokens that have this much probability together (nucleus, arXiv 1904.09751)."""
+    """Probability of the fewest likeliest tokens to draw from (nucleus, arXiv 1904.09751); None draws from all."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
@@ -41,7 +41,7 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) probabilities to draw from: temperature first, then the k likeliest, then the nucleus of those."""
+    """Compute the probabilities to draw from, (B, V): temperature first, then the k likeliest, then their nucleus."""
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     logits_BV = logits_BV / sampling.temperature
@@ -58,8 +58,8 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return probabilities_BV
 
 
-def generators(seed: int, count: int) -> list[torch.Generator]:
-    """One for each sequence, so that what is drawn for it does not depend on the others in its batch."""
+def make_generators(seed: int, count: int) -> list[torch.Generator]:
+    """Make a generator for each sequence, so that its tokens do not depend on the others in the batch."""
     return [torch.Generator("cpu").manual_seed((seed * 1000 + i) % 2**63) for i in range(count)]
 
 
@@ -70,7 +70,7 @@ def generate(
     new_tokens: int,
     vocab_size: int,
     sampling: Sampling,
-    draws: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator],
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
     """Yield ``new_tokens`` times the next token of each sequence, (B,) on the CPU.
@@ -79,8 +79,13 @@ def generate(
     from its last half, so that the cache is filled anew once in ``block_size / 2`` tokens, not for every one.
 
     Args:
-        vocab_size: ids from here on are never drawn; an embedding may hold more than the tokenizer has.
-        draws: a generator for each sequence.
+        model: the model, in eval mode.
+        prompt_BT: prompts of equal length, on the model's device.
+        new_tokens: number of tokens to add to each sequence.
+        vocab_size: ids from here on are never drawn; an embedding may have more rows than the tokenizer has ids.
+        sampling: settings of the draw.
+        generators: a generator for each sequence.
+        use_cache: keep keys and values, instead of computing every token again at each step.
     """
     size = model.config.block_size
     tokens_BT, start, read = prompt_BT, max(0, prompt_BT.size(1) - size), 0
@@ -90,9 +95,10 @@ def generate(
             start, cache = tokens_BT.size(1) - max(1, size // 2), Cache(size)
         read = start + cache.length if use_cache else start
         logits_BTV = model(tokens_BT[:, read:], cache if use_cache else None)
+        # On the CPU, where a seed draws alike whatever the device of the model.
         chances_BV = probabilities(logits_BTV[:, -1, :vocab_size].float(), sampling).cpu()
         next_B = torch.cat(
-            [torch.multinomial(row, 1, generator=draw) for row, draw in zip(chances_BV, draws, strict=True)]
+            [torch.multinomial(row, 1, generator=own) for row, own in zip(chances_BV, generators, strict=True)]
         )
         tokens_BT = torch.cat([tokens_BT, next_B[:, None].to(tokens_BT.device)], 1)
         yield next_B

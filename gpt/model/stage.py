@@ -1,7 +1,7 @@
-"""A part of a GPT that is run by itself: some consecutive blocks, and what is before the first or after the last.
+"""Stage of a GPT that is run by itself: consecutive blocks, and what is before the first or after the last of them.
 
-Owns that every parameter keeps its name, so that a stage is initialized, stored and reported as the whole model is.
-Must not know how stages are chosen, or who runs them.
+Every parameter keeps its name, so that a stage is initialized, stored and reported as the whole model is. Must not know
+how stages are chosen, or who runs them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from gpt.model.kv_cache import Cache
 
 
 class Stage(GPT):
-    """Takes over parts of a whole GPT. The first stage takes tokens, (B, T) integers; others the stream, (B, T, D).
+    """Stage made of parts of a whole GPT, which it shares with it.
 
-    The last one gives logits, (B, T, V); others the stream. A tied output matrix is the embedding, so the last stage
-    has it as well: the same parameter where both stages lie in one process. Modules that a stage does not have are not
-    there; ``blocks`` holds its own ones only, under their numbers in the whole model.
+    The first stage takes tokens, (B, T) integers, the others hidden states, (B, T, D). The last one returns logits,
+    (B, T, V), the others hidden states. A tied output matrix is the embedding, so the last stage has it as well: the
+    same parameter where both stages are in one process. Modules of other stages are not there; ``blocks`` holds this
+    stage's blocks only, under their numbers in the whole model.
 
     Args:
         whole: the model whose parts are taken.
         blocks: the numbers of the blocks.
-        first: whether it embeds.
-        last: whether it has the last norm and the output matrix.
+        first: True for the stage with the embedding.
+        last: True for the stage with the last norm and the output matrix.
     """
 
     def __init__(self, whole: GPT, blocks: Iterable[int], first: bool, last: bool) -> None:
@@ -42,7 +43,7 @@ class Stage(GPT):
             self.norm, self.head = whole.norm, whole.head
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Tokens or stream in, stream or logits out."""
+        """Compute hidden states or logits from tokens or hidden states."""
         assert cache is None, "a stage does not generate"
         if self.first:
             x = self.embed(x)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gpt.config import CpMethod, TrainConfig
-from gpt.model.attention import Attention, lower_right
+from gpt.model.attention import Attention, causal_bias
 from gpt.model.moe import set_sequence_mean
 from gpt.model.position import set_positions
 from gpt.parallel.ring_attention import ring_attend
@@ -79,7 +79,7 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
     if config.parallel.cp_method is CpMethod.ring:
         return partial(ring_attend, shard.group, attention.backend)
     for end in shard.ends(config.model.block_size):
-        lower_right(config.model.block_size // (2 * shard.ranks), end)
+        causal_bias(config.model.block_size // (2 * shard.ranks), end)
     return partial(allgather_attend, shard, attention.attend)
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from gpt.config import TrainConfig
 from gpt.model.experts import autocast_rows
 from gpt.model.gpt import GPT
-from gpt.model.moe import MixtureOfExperts, inverse, mixtures
+from gpt.model.moe import MixtureOfExperts, find_mixtures, invert_order
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.fsdp import fsdp_shard_module
@@ -42,7 +42,7 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
             averaged over all data ranks; those of experts are summed over ``mesh`` already, and so divided here.
     """
     share = 1 / mesh.size() if averaged else 1.0
-    for mixture in mixtures(model):
+    for mixture in find_mixtures(model):
         for name, whole in list(mixture.experts.named_parameters()):
             mine = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
             setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
@@ -58,7 +58,7 @@ def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: 
     recomputed or compiled, where torch 2.13 refuses it; so the experts' module is called around the whole block.
     """
     for block in model.blocks:
-        for mixture in mixtures(block):
+        for mixture in find_mixtures(block):
             fsdp_shard_module(mixture.experts, mesh, config, shard_dimension(config.model, dims))
             replace_forward(mixture.experts, block.forward)
             replace_forward(block, partial(call_module, mixture.experts))
@@ -71,7 +71,7 @@ def call_module(module: nn.Module, *inputs: Any) -> Any:
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     """List the parameters of a model that are sharded over expert-parallel ranks."""
-    return [parameter for mixture in mixtures(model) for parameter in mixture.experts.parameters()]
+    return [parameter for mixture in find_mixtures(model) for parameter in mixture.experts.parameters()]
 
 
 def build_dispatch(
@@ -86,7 +86,7 @@ def build_dispatch(
         gate_HFD = None if experts.gate is None else local_experts(experts.gate, share)
         up_HFD, down_HDF = local_experts(experts.up, share), local_experts(experts.down, share)
         y_SD = experts.apply_to(x_SD.index_select(0, plan.order), plan.ends, gate_HFD, up_HFD, down_HDF)
-        return AllToAll.apply(y_SD.index_select(0, inverse(plan.order)), plan.received, plan.sent, group)
+        return AllToAll.apply(y_SD.index_select(0, invert_order(plan.order)), plan.received, plan.sent, group)
 
     return forward
 

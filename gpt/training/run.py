@@ -22,7 +22,7 @@ from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples
 from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.startup_summary import render_summary
-from gpt.model.attention import why_not_flash
+from gpt.model.attention import find_flash_obstacle
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
@@ -167,7 +167,7 @@ def check_flash(config: TrainConfig, world: World) -> str | None:
     if config.model.attention is not AttentionBackend.flash:
         return None
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-    reasons = world.gather(why_not_flash(config.model, world.device, dtype))
+    reasons = world.gather(find_flash_obstacle(config.model, world.device, dtype))
     reason = next((r for r in reasons if r is not None), None)
     if reason is not None and config.model.force_flash:
         raise ConfigError(

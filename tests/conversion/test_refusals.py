@@ -225,7 +225,7 @@ def test_a_torch_file_is_looked_into_without_running_it(tmp_path: Path) -> None:
 def test_the_login_node_needs_no_torch_for_it(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     write_torch_file(file, GPT(small()).state_dict(), small(), torch.float32, {})
-    look = "import sys; from launch.plan.plan import check_init_from; from gpt.conversion.source import find_source\n"
+    look = "import sys; from gpt.workload import check_init_from; from gpt.conversion.source import find_source\n"
     look += "print([find_source(path).model.n_layer for path in sys.argv[1:]], 'torch' in sys.modules)"
     words = [sys.executable, "-c", look, str(folder), str(file)]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt.config import Activation, AttentionBackend, Ffn, Norm, NormPosition, Position, RopeScaling
-from gpt.model.attention import Attention, manual_attention, sdpa_attention, why_not_flash
+from gpt.model.attention import Attention, find_flash_obstacle, manual_attention, sdpa_attention
 from gpt.model.block import Block, build_ffn
 from gpt.model.gpt import GPT
 from gpt.model.norm import build_norm
@@ -229,10 +229,10 @@ def test_normalized_queries_and_keys_do_not_feel_the_size_of_their_matrices(kv_h
 def test_forced_flash_runs_where_it_can_and_says_why_where_not() -> None:
     here = torch.device("cpu")
     config = small(attention=AttentionBackend.flash, force_flash=True, n_kv_head=2)
-    assert why_not_flash(config, here, torch.float32) is None
+    assert find_flash_obstacle(config, here, torch.float32) is None
     Attention(config)(torch.randn(2, 12, 32)).sum().backward()
     config.dropout = 0.1  # torch's flash kernel for the CPU has none
-    assert "dropout 0.1 on cpu" in (why_not_flash(config, here, torch.float32) or "")
+    assert "dropout 0.1 on cpu" in (find_flash_obstacle(config, here, torch.float32) or "")
     with pytest.raises(RuntimeError, match="kernel"):
         Attention(config)(torch.randn(2, 12, 32))
     config.force_flash = False

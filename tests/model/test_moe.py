@@ -17,7 +17,7 @@ from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.model.moe import (
-    Auxiliary,
+    AuxiliaryLoss,
     MixtureOfExperts,
     expert_counts,
     move_balance_bias,
@@ -241,7 +241,7 @@ def test_compiled_passes_count_each_though_two_go_forward_before_one_goes_back()
 
     def count(x_TE: torch.Tensor, weight_E: torch.Tensor) -> torch.Tensor:
         y_TE = x_TE * weight_E
-        return Auxiliary.apply(y_TE, y_TE.sum(), (y_TE > 0).sum(0).to(torch.int32), total_E)
+        return AuxiliaryLoss.apply(y_TE, y_TE.sum(), (y_TE > 0).sum(0).to(torch.int32), total_E)
 
     weight_E = torch.ones(3, requires_grad=True)
     compiled = torch.compile(count)
