@@ -68,9 +68,7 @@ def main() -> None:
             rank = worker.Run(world.rank, world.local_rank, world.size)
             run = build(request.config, there, world, open_attempt(there, world, rank), rank)
             gradients = Gradients(request.config.model, world.device)
-            writers = MetricWriters(
-                there, world, rank, request.config, run.step, gradients.names, run.tokens_per_step
-            )
+            writers = MetricWriters(there, world, rank, request.config, run.step, gradients.names, run.tokens_per_step)
             sides: dict[str, list[tuple[float, float]]] = {"none": [], "all": []}
             for turn in range(ROUNDS + 1):
                 for side in ("none", "all") if turn % 2 else ("all", "none"):

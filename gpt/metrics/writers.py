@@ -78,8 +78,8 @@ class MetricWriters:
         self._rank.record(**record.as_dict())
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
-        # run.json is read back from the records after an evaluation. And a step that is in a checkpoint is not done again
-        # after a crash, which must not take its record along.
+        # run.json is made from the records on disk after an evaluation. And a step that is in a checkpoint is not done
+        # again after a crash, which must not take its record along.
         if record.val_loss is not None or record.checkpoint_s is not None:
             self._rank.flush()
         for writer in self.writers:
