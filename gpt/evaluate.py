@@ -64,6 +64,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
     folder, config = open_run(path)
     checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
     tokens = world.on_first(lambda: prepare_tokens(config))
+    # The validation split of another text may hold what the model was trained on.
     trained_on = read_manifest(checkpoint).meta["data_sha256"]
     if tokens.sha256 != trained_on:
         raise ConfigError(

@@ -41,7 +41,7 @@ def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) 
             "python -m gpt.prepare data=text data.path=FILE",
         )
     spec = build_spec(config, cache)
-    if spec is None:
+    if spec is None:  # training never downloads: compute nodes often have no network
         download_shakespeare(cache)
         spec = build_spec(config, cache)
         assert spec is not None, "it was just downloaded"

@@ -78,11 +78,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(_damage_or_raise(error, NAME)) from error
     try:
         value = json.loads(raw)
+        # Encoded again and compared byte for byte: a flipped bit anywhere shows, also in a key or a space.
         if _encode({key: entry for key, entry in value.items() if key != "sha256"}) != raw:
             raise DamagedError(f"{NAME} has a wrong checksum")
     except (ValueError, AttributeError) as error:
         raise DamagedError(f"{NAME} is not a manifest ({error})") from error
-    if value["format"] != FORMAT:
+    if value["format"] != FORMAT:  # sound, so no DamagedError: the checkpoint must not be set aside
         raise RuntimeError(f"{folder / NAME} has format {value['format']}, and this program reads {FORMAT}")
     files = {name: FileSum(**entry) for name, entry in value["files"].items()}
     contents = value.get("contents", TENSORS)
@@ -126,6 +127,6 @@ def _damage_or_raise(error: OSError, name: str) -> str:
     """Name the damage behind an error; raises the error again where it may go away (stale handle, memory, rights)."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
-    if error.errno == errno.EIO:
+    if error.errno == errno.EIO:  # the disk does not give the bytes back, now or later
         return f"{name} cannot be read back from the disk"
     raise error

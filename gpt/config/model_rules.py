@@ -130,6 +130,7 @@ def check_block(model: ModelConfig) -> None:
 
 def check_activation(model: ModelConfig) -> None:
     """Raise ConfigError unless a gated layer has the activation that its name says."""
+    # The names stand for these activations (arXiv 2002.05202); others would be another layer under a known name.
     fitting = {
         Ffn.swiglu: (Activation.silu,),
         Ffn.geglu: (Activation.gelu, Activation.gelu_tanh),

@@ -19,6 +19,7 @@ from launch.runs.folder import RunFolder
 def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> str:
     """Write the tokenizer of ``run`` into ``folder``; returns a line about it for the model card."""
     if tokenizer.kind in (TokenizerKind.sentencepiece, TokenizerKind.tiktoken):
+        # These libraries have a format of their own, which they alone read.
         shutil.copytree(run.tokenizer, folder / "tokenizer")
         return f"{tokenizer.kind.name}, in `tokenizer/`, for the library of that name; `AutoTokenizer` does not read it"
     if tokenizer.kind is TokenizerKind.byte:
@@ -31,7 +32,7 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,
+        "clean_up_tokenization_spaces": False,  # true would drop spaces before punctuation, on decoding
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.eot is not None:

@@ -81,6 +81,7 @@ def read_common(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelC
     if activation not in known:
         raise unsupported_part_error(hf, "hidden_act", f"one of {', '.join(known)}")
     n_embd, n_head = require_key(hf, "hidden_size"), require_key(hf, "num_attention_heads")
+    # Our heads share the width evenly; other models may have wider ones.
     if hf.get("head_dim") not in (None, n_embd // n_head):
         raise unsupported_part_error(hf, "head_dim", f"hidden_size / num_attention_heads = {n_embd // n_head}")
     return ModelConfig(
@@ -106,7 +107,7 @@ def read_common(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelC
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
     """Read the fields of ModelConfig about rotary embeddings, from the spelling of version 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
     if kind not in ("default", "linear", "llama3"):
         raise ConfigError(
             f"rope_type={kind} in a config.json of model_type={hf['model_type']}",

@@ -61,6 +61,7 @@ def find_source(init_from: str) -> WeightSource:
         return inspect_run(path, None)
     if folders.COMMITTED.fullmatch(path.name) and RunFolder(path.parents[1]).config.is_file():
         return inspect_run(path.parents[1], folders.step_of(path))
+    # Single files of other libraries have no config beside them to tell the model by.
     if path.is_file() and path.suffix not in (".safetensors", ".json", ".bin"):
         return WeightSource(path, SourceKind.torch, torch_file_model(path, torch_file_contents(path)))
     if path.exists():

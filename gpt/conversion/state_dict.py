@@ -32,6 +32,7 @@ VOCABULARY = ("token_embedding.weight", "head.weight")
 
 def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of our model under an architecture's names, in the order of the adapter's rules."""
+    # Rows that only pad the vocabulary are left out: transformers would take them for tokens.
     state = {name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in state.items()}
     if adapter.requires_bias:
         state = zero_biases(state) | state

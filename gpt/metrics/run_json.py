@@ -46,6 +46,7 @@ class RunJson:
     def _write(self) -> None:
         started = time.monotonic()
         write_json(self._folder.run_json, describe_run(self._folder))
+        # The longer the file takes, the later it is written next, so that it costs SHARE of the time at most.
         self._not_before = time.monotonic() + (time.monotonic() - started) / SHARE
 
 
@@ -83,7 +84,7 @@ def select_evaluation(record: dict[str, Any]) -> dict[str, Any]:
 def list_checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """List the saves, the last one of each step, and whether its files are still kept."""
     kept = set(folders.steps(folder.checkpoints))
-    saved = {e["step"]: e for e in events if e["event"] == "saved"}
+    saved = {e["step"]: e for e in events if e["event"] == "saved"}  # a step done again after a crash is saved again
     names = ("step", "attempt", "time", "seconds")
     return [{name: saved[step][name] for name in names} | {"kept": step in kept} for step in sorted(saved)]
 

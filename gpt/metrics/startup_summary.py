@@ -154,7 +154,7 @@ def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
         "arithmetic": f"{flops / 1e9:.4g} GFLOP a token (PaLM convention), {step / 1e12:.4g} TFLOP a step",
         "memory": f"{record['memory_planned_gib']:.3g} GiB a rank in tensors, planned",
     }
-    if peak is None:
+    if peak is None:  # a guessed peak would make a wrong MFU
         rows["peak"] = f"of this device in {config.precision.name} unknown, so MFU is unavailable"
         return rows
     rows["peak"] = (

@@ -51,7 +51,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """
     if name.endswith(".bias"):
         return torch.zeros(shape, device="cpu")
-    if len(shape) == 1:
+    if len(shape) == 1:  # the gain of a norm
         return torch.ones(shape, device="cpu")
     std = initial_std(name, config)
     if len(shape) == 3:

@@ -87,7 +87,7 @@ def rotation_rates(config: ModelConfig) -> Tensor:
     """
     width, base, factor = config.head_dim, config.rope_base, config.rope_factor
     if config.rope_scaling is RopeScaling.ntk:
-        base *= factor ** (width / (width - 2))
+        base *= factor ** (width / (width - 2))  # so that the slowest pair is divided by exactly the factor
     rates = base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     if config.rope_scaling is RopeScaling.linear:
         return rates / factor

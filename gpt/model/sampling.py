@@ -93,7 +93,7 @@ def generate(
     for _ in range(new_tokens):
         if tokens_BT.size(1) - start > size:
             start, cache = tokens_BT.size(1) - max(1, size // 2), Cache(size)
-        read = start + cache.length if use_cache else start
+        read = start + cache.length if use_cache else start  # the first token that the cache does not have
         logits_BTV = model(tokens_BT[:, read:], cache if use_cache else None)
         # On the CPU, where a seed draws alike whatever the device of the model.
         chances_BV = probabilities(logits_BTV[:, -1, :vocab_size].float(), sampling).cpu()

@@ -133,4 +133,5 @@ FILES = {
 
 def checksum(tokenizer: Tokenizer) -> str:
     """Sha256 of kind and payload: equal for tokenizers that give every text the same ids."""
+    # The zero byte keeps apart where the name ends and the payload begins.
     return hashlib.sha256(tokenizer.kind.name.encode() + b"\0" + tokenizer.payload).hexdigest()
