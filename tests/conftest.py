@@ -26,13 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> object | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
     """Have one worker wait while the others compute."""
     if config.getoption("dist") != "loadfile":
         return None
     from tests.support.schedule import WaitingBesideComputing
 
-    return WaitingBesideComputing(config)
+    return WaitingBesideComputing(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from launch.errors import ConfigError
 from launch.plan.budget import SILENT_S, Ledger, Rates, Use, amount, refuse_above, spent, used
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import TINY, run, start, wait_for
+from tests.support.commands import TINY, run, start_fork, wait_for
 
 Events = list[dict[str, Any]]
 RATES = Rates(gpus_per_node=8, price_per_gpu_hour=2.5)
@@ -130,7 +130,7 @@ WORDS += ["cluster.gpus_per_node=1", "budget.poll_s=0.2", "budget.gpu_hours=100"
 
 
 def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: Path) -> None:
-    process = start("launch", "-m", "seed=1,2", *WORDS, cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", "-m", "seed=1,2", *WORDS, cwd=tmp_path, log=tmp_path / "log")
     sweep = tmp_path / "outputs" / "capped"
     wait_for(lambda: (sweep / "sweep.json").exists() or process.poll() is not None, "the sweep")
     points = json.loads((sweep / "sweep.json").read_text())["points"]
@@ -152,7 +152,7 @@ def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: 
     rows = json.loads(run("launch.status", "--json", "outputs", cwd=tmp_path))
     assert {row["state"] for row in rows} == {"budget"}
 
-    process = start("launch", "seed=1", *WORDS, "budget.gpu_hours=1000", cwd=tmp_path, log=tmp_path / "log2")
+    process = start_fork("launch", "seed=1", *WORDS, "budget.gpu_hours=1000", cwd=tmp_path, log=tmp_path / "log2")
     wait_for(lambda: first.environment(2).exists() or process.poll() is not None, "the second attempt")
     (first.path / "STOP").touch()
     process.wait(timeout=120)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
+from tests.support.commands import TINY, Process, descendants, is_alive, ranks_of, run, start, start_fork, wait_for
 
 LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
 
@@ -98,9 +98,12 @@ def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -
     assert "found: no log of rank 7" in text and "attempts: 1, 2)" in text
 
 
-def start_long_run(tmp_path: Path, *words: str) -> tuple[subprocess.Popen[bytes], RunFolder, list[int]]:
+def start_long_run(
+    tmp_path: Path, *words: str, begin: Callable[..., Process] = start
+) -> tuple[Process, RunFolder, list[int]]:
+    """A run of two ranks that does not end, in its third step, and the ids of all its processes."""
     folder = RunFolder(tmp_path / "run")
-    process = start("launch", "nodes=2", *LONG, f"run_dir={folder.path}", *words, cwd=tmp_path, log=tmp_path / "log")
+    process = begin("launch", "nodes=2", *LONG, f"run_dir={folder.path}", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 2 or process.poll() is not None, "the third step")
     assert process.poll() is None, (tmp_path / "log").read_text()
     return process, folder, descendants(process.pid)
@@ -155,7 +158,7 @@ def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_worked_on_is_refused_to_a_second_command(tmp_path: Path) -> None:
-    process, folder, family = start_long_run(tmp_path)
+    process, folder, family = start_long_run(tmp_path, begin=start_fork)
     text = run("launch", "nodes=2", *LONG, f"run_dir={folder.path}", cwd=tmp_path, status=2)
     assert "is being worked on by process" in text
     assert len(read_records(folder.metrics(0))) >= 2

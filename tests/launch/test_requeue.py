@@ -24,7 +24,7 @@ from launch.runs.events import since_submission
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobDetails
-from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start, wait_for
+from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start, start_fork, wait_for
 
 Events = list[dict[str, Any]]
 
@@ -125,7 +125,7 @@ LONG = [*TINY, "optim.max_steps=90", "eval.interval=0", "checkpoint.interval=10"
 def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path) -> None:
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     run("launch", "nodes=2", *LONG, f"run_dir={whole.path}", cwd=tmp_path)
-    process = start("launch", "nodes=2", *LONG, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", "nodes=2", *LONG, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(killed.metrics(1))) > 7 or process.poll() is not None, "the eighth step")
     job = [e["job_id"] for e in killed.read_events() if e["event"] == "submitted"]
     os.kill(ranks_of(descendants(process.pid))[1], signal.SIGKILL)
@@ -141,7 +141,7 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
 def test_the_files_save_and_stop_do_what_they_say(tmp_path: Path) -> None:
     words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
     folder = RunFolder(tmp_path / "run")
-    process = start("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
     family = descendants(process.pid)
     (folder.path / "SAVE").touch()

@@ -16,7 +16,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
 from tests.launch.test_failures import LONG, start_long_run
-from tests.support.commands import descendants, ranks_of, run, start, wait_for
+from tests.support.commands import descendants, ranks_of, run, start, start_fork, wait_for
 
 
 def status(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def names(folder: RunFolder) -> list[str]:
 
 
 def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> None:
-    process, folder, _ = start_long_run(tmp_path)
+    process, folder, _ = start_long_run(tmp_path, begin=start_fork)
     (seen,) = status(folder.path, cwd=tmp_path)
     assert {k: seen[k] for k in ("state", "nodes", "attempt", "max_steps")} == {
         "state": "running",
@@ -58,7 +58,7 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
 
 def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path) -> None:
     words = ["-m", "seed=1,2", *LONG, "name=s"]
-    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: list(tmp_path.glob("outputs/s/*/metrics/rank_00000.jsonl")), "the first step")
     told = {r["state"]: RunFolder(r["run_dir"]) for r in status(cwd=tmp_path)}
     assert sorted(told) == ["queued", "running"]

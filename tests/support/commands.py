@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from tests.support.forking import Job, Server
+from tests.support.forking import ForkedProcess, Job, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
@@ -77,13 +77,13 @@ def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> s
         ended, text = done.returncode, done.stdout
     else:
         with NamedTemporaryFile("r") as output:
-            answer = server.run(job, Path(output.name), TIMEOUT_S)
-            text = output.read()
-        if answer is None:
-            kill_all(server.process)
-            fork_server.cache_clear()
-            raise AssertionError(f"no end of python -m {module} in {TIMEOUT_S} s:\n{text}")
-        ended = answer
+            process = server.start(job, Path(output.name))
+            try:
+                ended = process.wait(TIMEOUT_S)
+            finally:
+                if process.returncode is None:
+                    kill_all(process)
+                text = output.read()
     assert ended == status, f"exit status {ended}, expected {status}:\n{text}"
     return text
 
@@ -99,8 +99,10 @@ def answer_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-STARTED: list[subprocess.Popen[bytes]] = []
-"""What ``start`` has started. A test that ends with one of them alive has it killed (tests/conftest.py)."""
+Process = subprocess.Popen[bytes] | ForkedProcess
+
+STARTED: list[Process] = []
+"""What ``start`` and ``start_fork`` have started. What is alive when its test ends is killed (tests/conftest.py)."""
 
 
 def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subprocess.Popen[bytes]:
@@ -116,6 +118,15 @@ def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subpr
             start_new_session=True,
             preexec_fn=answer_ctrl_c,
         )
+    STARTED.append(process)
+    return process
+
+
+def start_fork(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> ForkedProcess:
+    """The same for a test that is not about processes, but about what a run does: forked as ``run`` forks."""
+    job = Job(module, words, str(cwd), environment(**extra), own_session=True)
+    assert fork_server().takes(job)
+    process = fork_server().start(job, log)
     STARTED.append(process)
     return process
 
@@ -151,7 +162,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> list[int]:
+def kill_all(process: Process) -> list[int]:
     """``kill -9`` of a process and all it started; returns their ids."""
     family = descendants(process.pid)
     for pid in family:

@@ -7,7 +7,7 @@ What such a command starts with ``python -m`` is forked as well, and is its chil
 program, other paths to import from) is started as ever.
 
 Owns the processes between a test and its command. Must not know what is run. For tests that are about what commands
-do; ``commands.start`` starts real interpreters for those that are about processes.
+do; those that are about processes start real interpreters (``commands.start``).
 """
 
 from __future__ import annotations
@@ -87,22 +87,47 @@ class Server:
         """Whether a fork does the same as a start."""
         return job.can_be_forked(self._env)
 
-    def run(self, job: Job, output: Path, timeout_s: float) -> int | None:
-        """Run a command to its end, with what it prints in ``output``; its exit status, None where it takes longer."""
+    def start(self, job: Job, output: Path) -> ForkedProcess:
+        """Start a command; what it prints is added to ``output``."""
         news, theirs = os.pipe()
-        with (
-            output.open("ab") as file,
-            Path(os.devnull).open() as nothing,
-            os.fdopen(news, "rb", buffering=0) as reader,
-        ):
+        with output.open("ab") as file, Path(os.devnull).open() as nothing:
             fds = [nothing.fileno(), file.fileno(), file.fileno(), theirs]
             socket.send_fds(self._socket, [pickle.dumps(job)], fds)
-            os.close(theirs)
-            if not select.select([reader], [], [], timeout_s)[0]:
-                return None
-            answer = reader.read(64)
-        assert answer, f"no exit status of python -m {job.module}"
-        return int(answer)
+        os.close(theirs)
+        return ForkedProcess(job, news)
+
+
+class ForkedProcess:
+    """A command that was forked, with what ``subprocess.Popen`` has of one that was started."""
+
+    def __init__(self, job: Job, news: int) -> None:
+        self.args = [sys.executable, "-m", job.module, *job.words]
+        self.returncode: int | None = None
+        self._news = os.fdopen(news, "rb", buffering=0)
+        told = self._news.readline()
+        assert told, f"the server that commands are forked from has ended; its last words are above ({self.args})"
+        self.pid = int(told)
+
+    def poll(self) -> int | None:
+        """Its exit status, None while it runs."""
+        try:
+            return self.wait(timeout=0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, once it has ended; raises TimeoutExpired."""
+        if self.returncode is None:
+            if not select.select([self._news], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = int(self._news.readline() or -signal.SIGKILL)
+            self._news.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it is known to have ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def serve(connection: int) -> None:
@@ -139,8 +164,8 @@ def _wait_for(job: Job, fds: list[int]) -> NoReturn:
         _begin(job, streams)
     for fd in streams:
         os.close(fd)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.write(news, str(status).encode())
+    os.write(news, b"%d\n" % pid)
+    os.write(news, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     os._exit(0)
 
 
