@@ -51,7 +51,7 @@ LAYOUTS = {
     "ds_pp": "parallel=ds_pp",
     "ds_pp_zero1": "parallel=ds_pp_zero1",
 }
-SIZE = ("model.n_layer=4", "optim.micro_batch=2")
+SIZE = ("model.n_layer=4", "optim.max_micro_batch=2")
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def command(entry: Entry, device: str, folder: Path) -> list[str]:
     words = [*MODELS[entry.model], *SIZES[device], *COMMON, f"device={device}", *entry.words]
     config = to_schema(compose_train(words), TrainConfig)
     micro = min(4, config.optim.global_batch // check_parallel_dims(config, entry.ranks).data_ranks)
-    words += [f"optim.micro_batch={micro}", f"run_dir={folder}", f"data.cache_dir={folder.parent / 'cache'}"]
+    words += [f"optim.max_micro_batch={micro}", f"run_dir={folder}", f"data.cache_dir={folder.parent / 'cache'}"]
     starter = ["torch.distributed.run", "--standalone", f"--nproc-per-node={entry.ranks}", "-m", "gpt.train"]
     return [sys.executable, "-m", *starter, *words]
 

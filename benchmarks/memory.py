@@ -29,7 +29,7 @@ from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes
 from tests.support.learning import TINY, start, step
 
-SIZE = ("model.n_layer=4", "model.n_embd=512", "model.n_head=8", "model.vocab_size=4096", "optim.micro_batch=2")
+SIZE = ("model.n_layer=4", "model.n_embd=512", "model.n_head=8", "model.vocab_size=4096", "optim.max_micro_batch=2")
 """Wide enough that DeepSpeed's stage 3 shares the matrices: it leaves those of less than 100,000 elements whole. Each
 rank takes its part of the 16 sequences of a step in several passes, between which stage 1 keeps whole gradients."""
 STRATEGIES = ("ddp", "zero1", "fsdp", "ds_zero1", "zero2", "zero3")

@@ -56,7 +56,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
         world: the ranks that share the sequences.
         step: the checkpoint of this step; None takes the newest.
         sequences: number of sequences; None takes all.
-        batch: sequences of a forward pass; None takes ``optim.micro_batch`` of the run.
+        batch: sequences of a forward pass; None takes ``optim.max_micro_batch`` of the run.
 
     Raises:
         ConfigError: there is no such run, checkpoint or corpus, or it has not so many sequences.
@@ -85,7 +85,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
         samples,
         world,
         wanted,
-        batch or config.optim.micro_batch,
+        batch or config.optim.max_micro_batch,
         world.rank,
         world.size,
     )
@@ -123,7 +123,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     made.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
     made.add_argument("--sequences", type=int, metavar="N", help="the first N sequences; default: the whole split")
-    made.add_argument("--batch", type=int, metavar="N", help="sequences of a forward pass; default: optim.micro_batch")
+    made.add_argument(
+        "--batch", type=int, metavar="N", help="sequences of a forward pass; default: optim.max_micro_batch"
+    )
     made.add_argument("--device", choices=[d.name for d in Device], default="auto")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made

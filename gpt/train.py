@@ -158,7 +158,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
         attempt = open_attempt(folder, world, rank)
         run: Run | None = None
         try:
-            world.on_first(lambda: look_for_changes(folder, attempt, config.strict))
+            world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
             run = build(config, folder, world, attempt, rank)
             describe_attempt(run)
             if run.step >= config.optim.max_steps:

@@ -74,7 +74,7 @@ class GptWorkload:
             rows=plan_rows(config, dims, batch, needed, str(corpus)),
             notes=plan_notes(choice),
             facts=plan_facts(config, dims, batch, needed, str(corpus), choice),
-            settled={"parallel": plain_values(config.parallel), "optim.micro_batch": choice.micro_batch},
+            settled={"parallel": plain_values(config.parallel), "optim.max_micro_batch": choice.micro_batch},
             max_steps=config.optim.max_steps,
             checkpoint_kind=f"{config.model.name} {counted.total}",
             checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,
@@ -220,8 +220,8 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
 
 def smaller(config: TrainConfig) -> Iterator[str]:
     """Suggest overrides that need less memory, the cheapest first."""
-    if config.optim.micro_batch > 1:
-        yield "optim.micro_batch=1"
+    if config.optim.max_micro_batch > 1:
+        yield "optim.max_micro_batch=1"
     if config.recompute is Recompute.none:
         yield "recompute=selective"
     if config.parallel.strategy is Strategy.fsdp or config.parallel.zero_stage == 3:
@@ -271,15 +271,15 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
     Raises:
         ConfigError: too little is said of them.
     """
-    cluster, links = request.cluster, request.cluster.links
+    cluster, links = request.cluster, request.cluster.interconnect
     overrides = MachineOverrides(
         memory=gpu_memory(request),
         peak_tflops=cluster.gpu_tflops,
-        attainable=cluster.attainable,
-        inside_gb_per_s=links.inside_gb_per_s,
-        between_gb_per_s=links.between_gb_per_s,
-        inside_latency_s=links.inside_us / 1e6,
-        between_latency_s=links.between_us / 1e6,
+        attainable=cluster.matmul_efficiency,
+        inside_gb_per_s=links.intra_node.bandwidth_gb_per_s,
+        between_gb_per_s=links.inter_node.bandwidth_gb_per_s,
+        inside_latency_s=links.intra_node.latency_us / 1e6,
+        between_latency_s=links.inter_node.latency_us / 1e6,
         host_memory=host_memory(request),
     )
     if on_cpus(config, request):

@@ -40,14 +40,14 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     words = append_groups(overrides)
     if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
         words = [word for word in words if word.lstrip("+") != "fresh=true"]
-    spares = typed_value(words, "spares") or "0"
+    spares = typed_value(words, "spare_nodes") or "0"
     used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
     typed = typed_value(words, "nodes")
     if typed is None:
         words.append(f"nodes={used}")
     elif typed != used:
         raise ConfigError(
-            f"nodes={typed} spares={spares} in a job of {nodes} nodes",
+            f"nodes={typed} spare_nodes={spares} in a job of {nodes} nodes",
             "as many nodes in all",
             f"sbatch --nodes={int(typed) + int(spares) if (typed + spares).isdigit() else typed} ...",
         )
@@ -73,11 +73,11 @@ def make_run(overrides: Sequence[str]) -> Plan:
 
 def refuse_snapshot(config: Config) -> None:
     """Raise ConfigError where a copy of the code is wanted: the time to take it, the submission, is over."""
-    if config.snapshot:
+    if config.copy_code:
         raise ConfigError(
-            "snapshot=true inside a job",
+            "copy_code=true inside a job",
             "python -m launch, which takes the copy when it submits; a job runs what lies there when it starts",
-            "python -m launch ... snapshot=true, or strict=true to refuse code that has changed between attempts",
+            "python -m launch ... copy_code=true; or require_same_code=true, to refuse code that has changed",
         )
 
 
@@ -93,9 +93,9 @@ def run_task(composed: DictConfig) -> None:
     asked = config.nodes_asked
     if node.count != asked:
         raise ConfigError(
-            f"nodes={config.nodes} spares={config.spares}, and the launcher started {node.count} tasks",
+            f"nodes={config.nodes} spare_nodes={config.spare_nodes}, and the launcher started {node.count} tasks",
             "one task, the agent, for each node",
-            f"nodes={node.count - config.spares}, or hydra.launcher.nodes={asked} hydra.launcher.tasks_per_node=1 "
+            f"nodes={node.count - config.spare_nodes}, or hydra.launcher.nodes={asked} hydra.launcher.tasks_per_node=1 "
             f"(submitit_local: hydra.launcher.tasks_per_node={asked})",
         )
     output = Path(HydraConfig.get().runtime.output_dir)

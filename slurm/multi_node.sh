@@ -18,7 +18,7 @@
 #SBATCH --time=01:00:00            # change: the time limit
 #SBATCH --signal=USR2@120          # change: seconds before the limit at which the run saves and leaves
 #SBATCH --output=slurm-%j.out      # change: where this script and the agents write
-##SBATCH --no-kill                 # remove one # to type spares=1: a lost node must not end the job, a spare replaces it
+##SBATCH --no-kill                 # remove one # to type spare_nodes=1: a lost node must not end the job, a spare replaces it
 #SBATCH --requeue                  # keep: a preempted job, or one whose node dies, goes back into the queue
 #SBATCH --open-mode=append         # keep: a requeued job goes on in the same file
 

@@ -18,6 +18,7 @@ from launch.runs.compose import make_absolute, refuse_unknown
 from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.runs.identity import PLACE_KEYS
 from launch.runs.overrides import append_groups
+from launch.runs.renamed import adopt_former_keys, tell_former_keys
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
@@ -39,6 +40,7 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
         except CONFIG_ERRORS as error:
             raise explain(error, TrainConfig) from error
     refuse_unknown(config, TrainConfig)
+    tell_former_keys(adopt_former_keys(config))
     make_paths_absolute(config)
     return config
 
@@ -58,9 +60,9 @@ def make_paths_absolute(config: DictConfig) -> None:
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
     """Put the keys of ``parallel`` and the size of a micro-batch into a composed config that may leave them open."""
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
-    config.optim.micro_batch = micro_batch
+    config.optim.max_micro_batch = micro_batch
 
 
-EXECUTION = ("parallel", "optim.micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic")
+EXECUTION = ("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic")
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", *EXECUTION)
 """Keys that may change between the attempts of one run, since they do not change what is learned."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 from omegaconf import MISSING
 
 from launch.errors import ConfigError
 from launch.runs.ranges import require_positive, require_range
+
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
+# ruff: noqa: UP045
 
 
 @dataclass
@@ -18,7 +22,7 @@ class OptimConfig:
     """Number of optimizer steps."""
     global_batch: int = MISSING
     """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
-    micro_batch: int = MISSING
+    max_micro_batch: int = MISSING
     """Most sequences of a micro-batch, per rank; gradients accumulate over as many micro-batches as that takes."""
     weak_scaling: bool = False
     """Let the batch grow with the ranks, which changes the loss curve."""
@@ -34,10 +38,12 @@ class OptimConfig:
     eps: float = 1e-8
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    micro_batch: Optional[int] = None
+    """Former name of max_micro_batch."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
-        for key in ("max_steps", "global_batch", "micro_batch", "lr"):
+        for key in ("max_steps", "global_batch", "max_micro_batch", "lr"):
             require_positive(f"optim.{key}", getattr(self, key))
         for key in ("min_lr", "warmup_steps", "weight_decay", "grad_clip"):
             require_range(f"optim.{key}", getattr(self, key), 0.0, float("inf"))

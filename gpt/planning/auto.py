@@ -43,7 +43,7 @@ class LayoutChoice(Candidate):
     """A layout that fits, with its estimated step time."""
 
     micro_batch: int
-    """``optim.micro_batch``: as typed, or smaller."""
+    """``optim.max_micro_batch``: as typed, or smaller."""
     estimate: Estimate
 
     def as_dict(self) -> dict[str, object]:
@@ -69,7 +69,7 @@ class ParallelChoice:
 
     parallel: ParallelConfig
     micro_batch: int
-    """``optim.micro_batch``: as typed, or smaller."""
+    """``optim.max_micro_batch``: as typed, or smaller."""
     choices: tuple[LayoutChoice, ...] = ()
     """The layouts that fit, best first; empty where there was no choice."""
     why: str = ""
@@ -94,7 +94,7 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
         config: of the run, with ``parallel.strategy=auto``.
         world_size: ranks.
         machine: the hardware of the ranks.
-        fixed: keys of ``parallel`` that the user set, which never change; and ``optim.micro_batch``, where it was set.
+        fixed: keys of ``parallel`` that the user set, which never change; and ``optim.max_micro_batch`` where it was.
 
     Raises:
         ConfigError: no layout is valid, or none fits.
@@ -106,8 +106,8 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
             ranked = sort_layouts([evaluate(config, found.relaxation, one, machine) for one in found.fitting])
             first, number = ranked[0], len(ranked)
             why = f"1 of {number} layouts that fit, by an estimate that ranks them on {machine}"
-            if first.micro_batch != config.optim.micro_batch:
-                why = f"optim.micro_batch={first.micro_batch} instead of {config.optim.micro_batch}, and {why}"
+            if first.micro_batch != config.optim.max_micro_batch:
+                why = f"optim.max_micro_batch={first.micro_batch} instead of {config.optim.max_micro_batch}, and {why}"
             left_out = tuple(explain_search(config, world_size, machine, fixed, tried))
             return ParallelChoice(first.parallel, first.micro_batch, ranked, why, left_out)
     if all(not found.too_large for found in tried):
@@ -117,7 +117,7 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
 
 def evaluate(config: TrainConfig, relaxation: Relaxation, one: Candidate, machine: Machine) -> LayoutChoice:
     """Estimate the step time of a candidate that fits under a relaxation."""
-    micro_batch = one.batch.micro if relaxation.smaller_micro_batch else config.optim.micro_batch
+    micro_batch = one.batch.micro if relaxation.smaller_micro_batch else config.optim.max_micro_batch
     chosen = replace(with_micro_batch(config, micro_batch), parallel=one.parallel)
     expected = estimate(chosen, one.dims, one.batch, machine)
     return LayoutChoice(one.parallel, one.dims, one.batch, one.memory, micro_batch, expected)
@@ -159,7 +159,7 @@ def choose_parallelism(
         ConfigError: no layout is valid, or none fits.
     """
     if config.parallel.strategy is not Strategy.auto:
-        return ParallelChoice(config.parallel, config.optim.micro_batch)
+        return ParallelChoice(config.parallel, config.optim.max_micro_batch)
     fixed = typed_keys(overrides)
     earlier = earlier_choice(config, overrides, fixed, folder, world_size)
     if earlier is not None:
@@ -168,7 +168,7 @@ def choose_parallelism(
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the keys of ``parallel`` that were typed, without the strategy; and ``optim.micro_batch``."""
+    """Return the keys of ``parallel`` that were typed, without the strategy; and ``optim.max_micro_batch``."""
     keys = {typed_key(arg) for arg in overrides}
     ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
     return ours - {"strategy", "timeout_s"} | keys & {MICRO_BATCH}
@@ -188,7 +188,7 @@ def earlier_choice(
         return None
     if typed_value(overrides, MICRO_BATCH) != typed_value(read_overrides(folder), MICRO_BATCH):
         return None
-    choice = ParallelChoice(earlier, before.optim.micro_batch, why="as this run began; fresh=true chooses anew")
+    choice = ParallelChoice(earlier, before.optim.max_micro_batch, why="as this run began; fresh=true chooses anew")
     chosen = choice.apply(config)
     try:
         split_batch(chosen.optim, check_parallel_dims(chosen, world_size).data_ranks)

@@ -54,8 +54,8 @@ def relaxation_lines(config: TrainConfig, machine: Machine, tried: Sequence[Sear
     without = known.get(replace(last, smaller_micro_batch=False))
     if last.smaller_micro_batch and without:
         yield (
-            f"smaller micro-batches, and more of them for the same global batch: with optim.micro_batch="
-            f"{config.optim.micro_batch} {failure_text(without, machine)}"
+            f"smaller micro-batches, and more of them for the same global batch: with optim.max_micro_batch="
+            f"{config.optim.max_micro_batch} {failure_text(without, machine)}"
         )
     if last.offload:
         without = known.get(Relaxation(smaller_micro_batch=True)) or known[Relaxation()]
@@ -96,7 +96,7 @@ def unexplored_lines(
             yield "DeepSpeed's pipeline (parallel.pp=2)"
     else:
         yield "DeepSpeed's ZeRO stages (parallel.engine=deepspeed)"
-    smaller = config.optim.micro_batch > 1 and not relaxation.smaller_micro_batch
+    smaller = config.optim.max_micro_batch > 1 and not relaxation.smaller_micro_batch
     ways = ["smaller micro-batches"] if smaller and not relaxation.offload else []
     ways += ["CPU offload"] if may_offload(machine, fixed) and not relaxation.offload else []
     if ways:

@@ -143,7 +143,7 @@ def zero_configs(base: ParallelConfig, fixed: Collection[str], offload: bool) ->
 
 
 Config = TypeVar("Config", bound=TrainConfig)
-MICRO_BATCH = "optim.micro_batch"
+MICRO_BATCH = "optim.max_micro_batch"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Relaxation:
     """Changes to the config as typed that a search may make so that a layout fits."""
 
     smaller_micro_batch: bool = False
-    """Reduce ``optim.micro_batch``; the global batch stays."""
+    """Reduce ``optim.max_micro_batch``; the global batch stays."""
     offload: bool = False
     """Offload to host memory."""
 
@@ -184,10 +184,10 @@ def search_layouts(
 ) -> Iterator[SearchResult]:
     """Yield the valid layouts, first as typed, then with smaller micro-batches, then with CPU offload, then both.
 
-    Keys in ``fixed`` were set by the user and never change. Unless ``optim.micro_batch`` is among them, the search
+    Keys in ``fixed`` were set by the user and never change. Unless ``optim.max_micro_batch`` is among them, the search
     starts with micro-batches of every size, which cost nothing but speed.
     """
-    least = config.optim.micro_batch == 1
+    least = config.optim.max_micro_batch == 1
     for relaxation in RELAXATIONS:
         if relaxation.offload and not may_offload(machine, fixed):
             continue
@@ -237,7 +237,7 @@ def relaxed_candidates(
     known = set()
     for changed in [
         config,
-        *(with_micro_batch(config, size) for size in smaller_micro_batches(config.optim.micro_batch, relaxation)),
+        *(with_micro_batch(config, size) for size in smaller_micro_batches(config.optim.max_micro_batch, relaxation)),
     ]:
         refusals = refused if changed is config else None
         for one in candidates(changed, world_size, machine.ranks_per_node, fixed, relaxation.offload, refusals):
@@ -249,7 +249,7 @@ def relaxed_candidates(
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:
     """Return the config with micro-batches of at most ``micro_batch`` sequences."""
-    return replace(config, optim=replace(config.optim, micro_batch=micro_batch))
+    return replace(config, optim=replace(config.optim, max_micro_batch=micro_batch))
 
 
 def smaller_micro_batches(micro_batch: int, relaxation: Relaxation) -> Iterator[int]:

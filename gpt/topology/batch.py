@@ -28,8 +28,8 @@ class Batch:
 def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
     """Split the global batch over ``data_ranks`` data-parallel ranks.
 
-    The micro-batch is the largest divisor of the per-rank batch that ``optim.micro_batch`` allows, so on any number of
-    ranks all micro-batches have one size and the global batch stays the same.
+    The micro-batch is the largest divisor of the per-rank batch that ``optim.max_micro_batch`` allows, so on any
+    number of ranks all micro-batches have one size and the global batch stays the same.
 
     Raises:
         ConfigError: the global batch is not a multiple of the number of ranks.
@@ -43,5 +43,5 @@ def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
             f"optim.global_batch={wish} (or {nearest_divisor(total, data_ranks)} ranks)",
         )
     per_rank = total // data_ranks
-    micro = max(d for d in range(1, min(optim.micro_batch, per_rank) + 1) if per_rank % d == 0)
+    micro = max(d for d in range(1, min(optim.max_micro_batch, per_rank) + 1) if per_rank % d == 0)
     return Batch(total, data_ranks, per_rank, micro, per_rank // micro)

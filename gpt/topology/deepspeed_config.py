@@ -115,10 +115,10 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
     """
     optim, parallel = config.optim, config.parallel
     bf16, offloads = config.precision is Precision.bf16, "parallel.offload_{}=true"
-    accumulation_fix = f"optim.micro_batch of {batch.per_rank} sequences divided by {{}}"
+    accumulation_fix = f"optim.max_micro_batch of {batch.per_rank} sequences divided by {{}}"
     found: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch.global_batch, "optim.global_batch={}"),
-        "train_micro_batch_size_per_gpu": (batch.micro, "optim.micro_batch={}"),
+        "train_micro_batch_size_per_gpu": (batch.micro, "optim.max_micro_batch={}"),
         "gradient_accumulation_steps": (batch.accumulation, accumulation_fix),
         "gradient_clipping": (optim.grad_clip, "optim.grad_clip={}"),
         "zero_optimization.stage": (parallel.zero_stage, "parallel.zero_stage={}"),
@@ -162,7 +162,7 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
 OWNED_SECTIONS = {
     "scheduler": "no scheduler: optim.warmup_steps, optim.lr and optim.min_lr are the schedule",
     "checkpoint": "no checkpoint: the checkpoint group says when, and other sizes are read without asking",
-    "elasticity": "no elasticity: split the batch by optim.micro_batch",
+    "elasticity": "no elasticity: split the batch by optim.max_micro_batch",
     "autotuning": "no autotuning: sweep the keys with -m",
     "curriculum_learning": "no curriculum_learning",
     "data_efficiency": "no data_efficiency",

@@ -74,12 +74,12 @@ def suggest_batch(config: TrainConfig, batch: Batch) -> str:
     sizes = [size for size in range(batch.micro, 0, -1) if batch.per_rank % size == 0]
     for size in sizes:
         if accepts_micro_batches(config.parallel, batch.per_rank // size):
-            return f"optim.micro_batch={size}"
+            return f"optim.max_micro_batch={size}"
     number = batch.accumulation
     while not accepts_micro_batches(config.parallel, number):
         number += 1
     ranks = 1 if config.optim.weak_scaling else batch.ranks
-    return f"optim.global_batch={number * batch.micro * ranks} optim.micro_batch={batch.micro}"
+    return f"optim.global_batch={number * batch.micro * ranks} optim.max_micro_batch={batch.micro}"
 
 
 def check_split_backward(config: TrainConfig) -> None:

@@ -102,7 +102,7 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
     if request.folder is not None:
         return request.folder
     folder, choice = world.on_first(choose)
-    request.config.parallel, request.config.optim.micro_batch = choice.parallel, choice.micro_batch
+    request.config.parallel, request.config.optim.max_micro_batch = choice.parallel, choice.micro_batch
     return folder
 
 

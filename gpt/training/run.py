@@ -95,7 +95,7 @@ def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
     folder.record_event("code_changed", attempt=attempt, since=since, cause=what)
     if strict:
         refuse_change(folder, since, what)
-    print(f"warning: changed since attempt {since}: {what} (strict=true refuses that)", flush=True)
+    print(f"warning: changed since attempt {since}: {what} (require_same_code=true refuses that)", flush=True)
 
 
 def describe_attempt(run: Run) -> None:

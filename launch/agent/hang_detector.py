@@ -49,8 +49,8 @@ class Watchdog:
         folder: the heartbeat files of the ranks, none of them older than this start.
         limits: how long each kind of silence may last.
         logs: what each rank prints.
-        must_attach: whether a rank that gives no heartbeat is late after ``hang_timeout_slow_s``. Without it such a
-            rank knows nothing of the launcher, and only its log speaks for it.
+        must_attach: whether a rank that gives no heartbeat is late after ``startup_and_save_timeout_s``. Without it
+            such a rank knows nothing of the launcher, and only its log speaks for it.
         silence_timeout_s: how long the log of such a rank may stand still; None: for ever.
     """
 
@@ -89,7 +89,7 @@ class Watchdog:
             return self._judge_start(rank, pid, now, share) or self._judge_log(rank, pid, now, share)
         # The process that beats is the rank itself also where a wrapper stands between it and the agent.
         frozen = now - max(sign.beat, self._started)
-        if frozen > self._limits.frozen_timeout_s * share:
+        if frozen > self._limits.heartbeat_timeout_s * share:
             state = "stopped" if processes.is_stopped(sign.pid) else "frozen"
             return _stuck(rank, sign.pid, sign.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
         silent = now - max(sign.moved, self._started)
@@ -100,7 +100,7 @@ class Watchdog:
 
     def _judge_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
         silent = now - self._started
-        if not self._must_attach or silent <= self._limits.hang_timeout_slow_s * share:
+        if not self._must_attach or silent <= self._limits.startup_and_save_timeout_s * share:
             return None
         return Stuck(rank, pid, None, f"not started after {silent:.0f} s", time.time() - silent, has_stacks=False)
 
@@ -119,7 +119,7 @@ class Watchdog:
         return Stuck(rank, pid, None, why, time.time() - silent, has_stacks=False)
 
     def _limit(self, sign: Sign) -> float:
-        return self._limits.hang_timeout_slow_s if sign.phase in SLOW else self._limits.hang_timeout_s
+        return self._limits.startup_and_save_timeout_s if sign.phase in SLOW else self._limits.hang_timeout_s
 
 
 def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> Stuck:

@@ -85,9 +85,9 @@ class Meter:
     def _lead_s(self) -> float:
         """Seconds until a run that is told to stop at the next look, and not now, would be gone.
 
-        Its ranks are killed after ``resilience.stop_grace_s``: that is how long it takes while no save was measured.
+        Its ranks are killed after ``resilience.grace_period_s``: that is how long it takes while no save was measured.
         """
-        grace = float(self._config.resilience.stop_grace_s)
+        grace = float(self._config.resilience.grace_period_s)
         measured = measure(self._folder)
         return self._config.budget.poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
 

@@ -59,7 +59,7 @@ class Watch:
         files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
         self._agreement = Agreement(start.number, node.index, start.members, files)
         crew.line.conversation = self._agreement
-        self._grace_s = config.resilience.stop_grace_s
+        self._grace_s = config.resilience.grace_period_s
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
         self.verdict: str | None = None

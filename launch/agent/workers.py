@@ -220,7 +220,7 @@ def describe_run(config: Config, folder: RunFolder, attempt: int, command: RankC
         "LAUNCH_RUN_DIR": folder.path,
         "LAUNCH_ATTEMPT": attempt,
         "LAUNCH_CHECKPOINT_DIR": folder.checkpoints,
-        "LAUNCH_GRACE_S": config.resilience.stop_grace_s,
+        "LAUNCH_GRACE_S": config.resilience.grace_period_s,
         "LAUNCH_AGENT_PID": os.getpid(),
         pulse.ENVIRONMENT: heartbeats,
     }
@@ -274,7 +274,7 @@ def run_ranks(
             if not contract.records_events:
                 environment.look(workload.name, command, contract, workload.code(config))
 
-        rank_agent = RankAgent(spec, OneLogEach(scratch), look, contract, config.resilience.stop_grace_s)
+        rank_agent = RankAgent(spec, OneLogEach(scratch), look, contract, config.resilience.grace_period_s)
         try:
             result = rank_agent.run()
         except dist.DistError as error:  # the store is gone, and with it the head node

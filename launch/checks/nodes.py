@@ -31,7 +31,7 @@ def check_asked(
     enough = [node for node in nodes if all(fit(node) for fit in fits)]
     if len(enough) < request.config.nodes_asked:
         found = f"nodes={request.config.nodes}, and {len(enough)} of {partition.name} have all that is asked of each"
-        yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - request.config.spares)}")
+        yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - request.config.spare_nodes)}")
 
 
 Want = tuple[tuple[str, str, str, str], float, Callable[[NodeLimits], float]]

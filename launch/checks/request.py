@@ -129,9 +129,9 @@ def check_time(partition: Partition, request: Request) -> Iterator[Finding]:
     if partition.max_time_min is not None and asked > partition.max_time_min:
         found = f"cluster.timeout_min={asked}, and MaxTime of {partition.name} is {partition.max_time_min:g} min"
         yield fail("time limit", found, PENDS, f"cluster.timeout_min={int(partition.max_time_min)}")
-    lead, grace = request.config.cluster.signal_delay_s, request.config.resilience.stop_grace_s
+    lead, grace = request.config.cluster.signal_delay_s, request.config.resilience.grace_period_s
     if grace > lead:
-        found = f"resilience.stop_grace_s={grace} and cluster.signal_delay_s={lead}"
+        found = f"resilience.grace_period_s={grace} and cluster.signal_delay_s={lead}"
         why = "Slurm ends the job at its time limit, before a slow save is given up on"
         yield warn("time limit", found, why, f"cluster.signal_delay_s={grace + 20}")
 
@@ -151,8 +151,8 @@ def features(request: Request) -> frozenset[str]:
 
 def check_nodes(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
     """The number of nodes: the partition's limits, those there are, and those that work."""
-    asked, spares, there = request.config.nodes_asked, request.config.spares, limits.nodes_of(partition)
-    words = f"nodes={request.config.nodes}" + (f" and spares={spares}" if spares else "")
+    asked, spares, there = request.config.nodes_asked, request.config.spare_nodes, limits.nodes_of(partition)
+    words = f"nodes={request.config.nodes}" + (f" and spare_nodes={spares}" if spares else "")
     missing = features(request) - frozenset().union(*(node.features for node in there))
     for word in sorted(missing):
         known = sorted(frozenset().union(*(node.features for node in there)))

@@ -11,7 +11,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from launch.config.cluster import ClusterConfig, ClusterKind, LinksConfig, PlacementConfig
+from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
 from launch.errors import ConfigError
 from launch.runs.identity import PLACE_KEYS, RunConfig
 from launch.runs.ranges import require_positive, require_range
@@ -25,8 +25,8 @@ __all__ = [
     "ClusterConfig",
     "ClusterKind",
     "Config",
+    "InterconnectConfig",
     "LaunchConfig",
-    "LinksConfig",
     "PlacementConfig",
     "ResilienceConfig",
     "RestartLimits",
@@ -36,12 +36,14 @@ __all__ = [
 NOT_IN_POINT = (
     *PLACE_KEYS,
     "workload",
+    "spare_nodes",
     "spares",
     "cluster",
     "resilience",
     "budget",
     "launch",
     "dry_run",
+    "copy_code",
     "snapshot",
     "hydra",
 )
@@ -74,22 +76,28 @@ class ResilienceConfig:
 
     rendezvous_timeout_s: int = MISSING
     """Seconds in which all agents of a run must have found each other."""
-    stop_grace_s: int = MISSING
+    grace_period_s: int = MISSING
     """Seconds a run that was told to stop has for its last step and checkpoint before its ranks are killed."""
     node_timeout_s: int = MISSING
     """Seconds without a word from a node's agent after which the node counts as lost."""
-    frozen_timeout_s: int = MISSING
+    heartbeat_timeout_s: int = MISSING
     """Seconds in which the process of a rank has not run at all after which it counts as hung."""
     hang_timeout_s: int = MISSING
     """Seconds without progress (a forward and backward pass, a round of an evaluation) after which a rank is hung."""
-    hang_timeout_slow_s: int = MISSING
+    startup_and_save_timeout_s: int = MISSING
     """The same while a rank starts (data, compilation, loading) or writes a checkpoint, which give no sign between."""
+    stop_grace_s: Optional[int] = None
+    """Former name of grace_period_s."""
+    frozen_timeout_s: Optional[int] = None
+    """Former name of heartbeat_timeout_s."""
+    hang_timeout_slow_s: Optional[int] = None
+    """Former name of startup_and_save_timeout_s."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
-        for key in ("rendezvous_timeout_s", "stop_grace_s", "max_without_progress", "hang_timeout_slow_s"):
+        for key in ("rendezvous_timeout_s", "grace_period_s", "max_without_progress", "startup_and_save_timeout_s"):
             require_positive(f"resilience.{key}", getattr(self, key))
-        for key in ("node_timeout_s", "frozen_timeout_s", "hang_timeout_s"):
+        for key in ("node_timeout_s", "heartbeat_timeout_s", "hang_timeout_s"):
             require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
         for key in ("preempted", "timed_out", "requested", "node_failed", "out_of_memory", "crashed", "hung"):
             limit = getattr(self.max_restarts, key)
@@ -167,16 +175,20 @@ class Config(RunConfig):
     """Nodes of the run; one agent is started on each."""
     ranks_per_node: Optional[int] = None
     """Processes on each node; null means cluster.gpus_per_node, or 1."""
-    spares: int = 0
+    spare_nodes: int = 0
     """Slurm only: nodes asked for beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
     dry_run: bool = False
     """Print the plan and the sbatch text, and submit nothing."""
-    snapshot: bool = False
+    copy_code: bool = False
     """Run from a copy of the code taken at submission, however the checkout changes while the job waits."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    spares: Optional[int] = None
+    """Former name of spare_nodes."""
+    snapshot: Optional[bool] = None
+    """Former name of copy_code."""
 
     @property
     def ranks_on_node(self) -> int:
@@ -186,7 +198,7 @@ class Config(RunConfig):
     @property
     def nodes_asked(self) -> int:
         """Nodes of the allocation."""
-        return self.nodes + self.spares
+        return self.nodes + self.spare_nodes
 
     @property
     def world_size(self) -> int:
@@ -197,7 +209,7 @@ class Config(RunConfig):
         """Raise ConfigError for the first thing that cannot work."""
         super().validate()
         require_positive("nodes", self.nodes)
-        require_range("spares", self.spares, 0, float("inf"))
+        require_range("spare_nodes", self.spare_nodes, 0, float("inf"))
         if self.ranks_per_node is not None:
             require_positive("ranks_per_node", self.ranks_per_node)
         self.cluster.validate()

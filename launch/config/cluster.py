@@ -54,26 +54,52 @@ class PlacementConfig:
 
 
 @dataclass
-class LinksConfig:
-    """What the nodes send each other at; null is what the vendor's own system with such GPUs has, or 100 Gbit/s between
-    nodes and PCIe inside. parallel=auto ranks layouts by it. ``python -m launch.doctor --on-cluster`` measures it."""
+class LinkConfig:
+    """One kind of link, in one direction."""
 
-    inside_gb_per_s: Optional[float] = None
-    """From one GPU to the others of its node, in one direction, 10^9 bytes a second."""
-    between_gb_per_s: Optional[float] = None
-    """From a node to others, all its network adapters together, in one direction, 10^9 bytes a second."""
-    inside_us: float = 2.0
-    """What a message inside a node takes beside its bytes, microseconds."""
-    between_us: float = 5.0
-    """What a message between nodes takes beside its bytes, microseconds."""
+    latency_us: float = 2.0
+    """What a message takes beside its bytes, microseconds."""
+    bandwidth_gb_per_s: Optional[float] = None
+    """10^9 bytes a second; null is what the vendor's own system with such GPUs has, else PCIe or 100 Gbit/s."""
+
+    def validate(self, name: str) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        if self.bandwidth_gb_per_s is not None:
+            require_positive(f"cluster.interconnect.{name}.bandwidth_gb_per_s", self.bandwidth_gb_per_s)
+        require_range(f"cluster.interconnect.{name}.latency_us", self.latency_us, 0, float("inf"))
+
+
+@dataclass
+class NodeLinkConfig(LinkConfig):
+    """A link between nodes."""
+
+    latency_us: float = 5.0
+
+
+@dataclass
+class InterconnectConfig:
+    """The links of the nodes, by which parallel=auto ranks layouts; ``python -m launch.doctor --on-cluster`` measures
+    them."""
+
+    intra_node: LinkConfig = field(default_factory=LinkConfig)
+    """From one GPU to the others of its node."""
+    inter_node: NodeLinkConfig = field(default_factory=NodeLinkConfig)
+    """From a node to others, all its network adapters together."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
-        for key in ("inside_gb_per_s", "between_gb_per_s"):
-            if getattr(self, key) is not None:
-                require_positive(f"cluster.links.{key}", getattr(self, key))
-        for key in ("inside_us", "between_us"):
-            require_range(f"cluster.links.{key}", getattr(self, key), 0, float("inf"))
+        self.intra_node.validate("intra_node")
+        self.inter_node.validate("inter_node")
+
+
+@dataclass
+class LinksConfig:
+    """Former keys of ``interconnect``."""
+
+    inside_gb_per_s: Optional[float] = None
+    between_gb_per_s: Optional[float] = None
+    inside_us: Optional[float] = None
+    between_us: Optional[float] = None
 
 
 @dataclass
@@ -104,9 +130,13 @@ class ClusterConfig:
     peak, memory and links are known (gpt/accounting/hardware.py)."""
     gpu_tflops: Optional[float] = None
     """Dense peak of one GPU in the precision of the run, TFLOP/s; null is what is known of gpu_name."""
-    attainable: float = 0.5
+    matmul_efficiency: float = 0.5
     """The share of that peak at which a pass computes while it sends nothing; parallel=auto only."""
+    interconnect: InterconnectConfig = field(default_factory=InterconnectConfig)
     links: LinksConfig = field(default_factory=LinksConfig)
+    """Former name of interconnect."""
+    attainable: Optional[float] = None
+    """Former name of matmul_efficiency."""
     cpus_per_task: Optional[int] = None
     """CPUs of each node for all of its ranks: there is one task, the agent, on a node."""
     mem_gb: Optional[float] = None
@@ -139,8 +169,8 @@ class ClusterConfig:
             if getattr(self, key) is not None:
                 least = 0 if key in ("gpus_per_node", "price_per_gpu_hour") else 1
                 require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
-        require_range("cluster.attainable", self.attainable, 0.01, 1)
-        self.links.validate()
+        require_range("cluster.matmul_efficiency", self.matmul_efficiency, 0.01, 1)
+        self.interconnect.validate()
         self.validate_cluster()
         self.validate_placement()
 

@@ -25,6 +25,7 @@ from launch.runs.explain import CONFIG_ERRORS, explain, free_keys
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import append_groups, typed_value
 from launch.runs.ranges import closest
+from launch.runs.renamed import adopt_former_keys, tell_former_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
@@ -130,6 +131,7 @@ def typed_config(document: DictConfig) -> Config:
         ConfigError: an unknown key, or a value that is missing or of the wrong type.
     """
     schema = schema_of(document.workload._target_)
+    tell_former_keys(adopt_former_keys(document))
     load_workload(document.workload._target_).make_paths_absolute(document)
     compose.refuse_unknown(document, schema)
     return compose.to_schema(document, schema)

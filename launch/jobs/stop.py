@@ -17,7 +17,7 @@ from launch.scheduler.client import SlurmBusyError, SlurmError
 
 POLL_S = 0.5
 SLURM_POLL_S = 2.0
-AGENT_S = 5.0  # the agents end their ranks after stop_grace_s themselves, and then write down what came of it
+AGENT_S = 5.0  # the agents end their ranks after grace_period_s themselves, and then write down what came of it
 LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and then cleans up
 
 
@@ -25,7 +25,7 @@ class Stop:
     """One point on its way out."""
 
     def __init__(self, point: Point, *, now: bool = False) -> None:
-        grace_s = read_config(point.folder, Config).resilience.stop_grace_s + AGENT_S
+        grace_s = read_config(point.folder, Config).resilience.grace_period_s + AGENT_S
         self.point = point
         self.error: SlurmError | None = None
         """Why it cannot be ended."""

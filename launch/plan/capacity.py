@@ -14,11 +14,11 @@ from launch.errors import ConfigError
 
 def refuse_local_spares(config: Config) -> None:
     """Raise ConfigError where spares would be agents on the machine that they should stand in for."""
-    if config.spares:
+    if config.spare_nodes:
         raise ConfigError(
-            f"spares={config.spares} with agents on this machine (cluster=local)",
+            f"spare_nodes={config.spare_nodes} with agents on this machine (cluster=local)",
             "a Slurm cluster: nodes on one machine are lost together",
-            "spares=0, or cluster=slurm",
+            "spare_nodes=0, or cluster=slurm",
         )
 
 

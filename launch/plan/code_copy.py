@@ -107,6 +107,6 @@ def refuse_other_code() -> None:
     if copy and Path(copy) != ROOT:
         raise ConfigError(
             f"code from {ROOT} in a job that runs from {copy}",
-            "the copy that snapshot=true made at submission",
+            "the copy that copy_code=true made at submission",
             "the same command again, which makes a new one",
         )

@@ -215,7 +215,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
     # A node that is lost must not take the others, and with them the spare that would replace it.
-    srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if config.spares else []
+    srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if config.spare_nodes else []
     srun_args += cluster.srun_args
     asked: dict[str, Any] = {
         "job_name": config.name,
@@ -238,7 +238,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
         "srun_args": srun_args or None,
         "additional_parameters": {
             "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
-            **({"no_kill": True} if config.spares else {}),
+            **({"no_kill": True} if config.spare_nodes else {}),
             **({"clusters": cluster.cluster} if cluster.cluster else {}),
             **cluster.additional_parameters,
         },

@@ -127,7 +127,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     if is_local:
         refuse_local_spares(config)
     promised = workload.plan(config, request)
-    code = code_copy.place(folder.path, workload.code(config)) if config.snapshot else None
+    code = code_copy.place(folder.path, workload.code(config)) if config.copy_code else None
     placed = place(config, code if workload.code(config).has_launcher else None, promised.resumes)
     worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
@@ -135,7 +135,7 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         run_dir=str(folder.path),
         cluster=kind.name,
         nodes=config.nodes,
-        spares=config.spares,
+        spares=config.spare_nodes,
         ranks_per_node=config.ranks_on_node,
         world_size=config.world_size,
         timeout_min=config.cluster.timeout_min,

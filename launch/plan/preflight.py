@@ -44,9 +44,9 @@ def changed_code(plan: Plan, config: Config) -> Iterator[str]:
     changed = changed_since(folder, now) if folder.attempts() else None
     if changed is None:
         return
-    if config.strict:
+    if config.require_same_code:
         refuse_change(folder, *changed)
-    yield f"changed since attempt {changed[0]}: {changed[1]} (strict=true refuses that)"
+    yield f"changed since attempt {changed[0]}: {changed[1]} (require_same_code=true refuses that)"
 
 
 def short_grace(plan: Plan, config: Config) -> Iterator[str]:
@@ -58,10 +58,10 @@ def short_grace(plan: Plan, config: Config) -> Iterator[str]:
     saves = plan.promised.saves
     lost = "would go back to its last periodic checkpoint" + (f" ({saves})" if saves else "")
     wish = 10 * math.ceil(MARGIN * known.stop_s / 10)
-    delay, grace = config.cluster.signal_delay_s, config.resilience.stop_grace_s
+    delay, grace = config.cluster.signal_delay_s, config.resilience.grace_period_s
     short = [
         f"{key}={value}"
-        for key, value in (("resilience.stop_grace_s", grace), ("cluster.signal_delay_s", delay))
+        for key, value in (("resilience.grace_period_s", grace), ("cluster.signal_delay_s", delay))
         if known.stop_s > value and (key.startswith("resilience") or plan.cluster == "slurm")
     ]
     if short:

@@ -17,6 +17,7 @@ from launch.errors import ConfigError
 from launch.runs.explain import explain, free_keys, schema_keys, unknown_key
 from launch.runs.files import write_atomically
 from launch.runs.folder import RunFolder
+from launch.runs.renamed import adopt_former_keys
 
 Schema = TypeVar("Schema")
 
@@ -54,7 +55,10 @@ def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
     names = [field.name for field in dataclasses.fields(cast(Any, schema))]
     try:
         known = OmegaConf.masked_copy(config, [name for name in names if name in config])
-        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), known))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), known)
+        assert isinstance(merged, DictConfig)
+        adopt_former_keys(merged)
+        value = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise explain(error, schema) from error
     assert isinstance(value, schema)

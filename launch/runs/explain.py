@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import ConfigError
 from launch.runs.ranges import closest
+from launch.runs.renamed import is_former
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
@@ -109,7 +110,7 @@ def list_elements(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
 
 def unknown_key(key: str, schema: type) -> ConfigError:
     """Name the keys that look like the one that does not exist."""
-    keys = list(schema_keys(schema))
+    keys = [known for known in schema_keys(schema) if not is_former(known)]
     likely = closest(key, keys) or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     parent = key.rpartition(".")[0]
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]

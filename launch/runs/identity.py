@@ -16,8 +16,9 @@ from launch.errors import ConfigError
 from launch.runs.compose import flatten, plain, read_config
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import point_name
+from launch.runs.renamed import in_former_spelling
 
-PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "strict")
+PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "require_same_code", "strict")
 """Keys that say where the files of a run go, not what it computes: they neither name it nor bind its next attempt."""
 
 
@@ -32,8 +33,10 @@ class RunConfig:
     """The folder of this run; null derives it from output_dir, name and the overrides."""
     fresh: bool = False
     """Start over in a new folder instead of resuming."""
-    strict: bool = False
+    require_same_code: bool = False
     """Refuse to go on where the code or a library has changed since the attempt before, instead of warning."""
+    strict: Optional[bool] = None
+    """Former name of require_same_code."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work; nothing here can be wrong by itself."""
@@ -45,8 +48,11 @@ def choose_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
     With ``fresh`` a new generation, ``<point>~2``, ``<point>~3``, ...; without it the newest there is, so that the
     same command goes on where the last one stopped.
     """
-    base = Path(config.run_dir or Path(config.output_dir) / config.name / point_name(overrides, not_in_point))
-    base = base.expanduser().absolute()
+    above = Path(config.output_dir) / config.name
+    base = Path(config.run_dir or above / point_name(overrides, not_in_point)).expanduser().absolute()
+    former = above / point_name(map(in_former_spelling, overrides), not_in_point)
+    if config.run_dir is None and not base.exists() and former.is_dir():
+        base = former.expanduser().absolute()  # made by the same command, when its keys had other names
     generations = [1] if base.exists() else []
     generations += [
         int(p.name.rsplit("~", 1)[1]) for p in base.parent.glob(f"{glob_escape(base.name)}~*") if p.is_dir()

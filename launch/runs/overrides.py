@@ -12,11 +12,13 @@ from collections.abc import Iterable
 import yaml
 
 from launch.runs.folder import RunFolder
+from launch.runs.renamed import former_keys
 
 
 def typed_value(overrides: Iterable[str], key: str) -> str | None:
     """What was typed for ``key``, the last word where it was typed twice; None where it was not."""
-    values = [word.split("=", 1)[1] for word in overrides if "=" in word and typed_key(word) == key]
+    names = (key, *former_keys(key))
+    values = [word.split("=", 1)[1] for word in overrides if "=" in word and typed_key(word) in names]
     return values[-1] if values else None
 
 

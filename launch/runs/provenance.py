@@ -144,11 +144,11 @@ def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = 
 
 
 def refuse_change(folder: RunFolder, since: int, what: str) -> None:
-    """Raise ConfigError, for ``strict=true``."""
+    """Raise ConfigError, for ``require_same_code=true``."""
     commit = (json.loads(folder.environment(since).read_text()).get("git") or {}).get("commit")
     back = f"git checkout {commit[:12]}, " if commit else ""
     raise ConfigError(
         f"since attempt {since} of {folder.path}: {what}",
-        "the code and the libraries of that attempt, as strict=true demands",
-        f"{back}strict=false to go on with what has changed, or fresh=true for a new folder",
+        "the code and the libraries of that attempt, as require_same_code=true demands",
+        f"{back}require_same_code=false to go on with what has changed, or fresh=true for a new folder",
     )

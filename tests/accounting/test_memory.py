@@ -43,7 +43,12 @@ def memory(
     reshard: bool = True,
 ) -> Memory:
     optim = OptimConfig(
-        max_steps=1, global_batch=ranks * MICRO * accumulation, micro_batch=MICRO, lr=1e-3, min_lr=0.0, warmup_steps=0
+        max_steps=1,
+        global_batch=ranks * MICRO * accumulation,
+        max_micro_batch=MICRO,
+        lr=1e-3,
+        min_lr=0.0,
+        warmup_steps=0,
     )
     parallel = ParallelConfig(strategy, reshard_after_forward=reshard)
     dims = parallel_dims(parallel, ranks)

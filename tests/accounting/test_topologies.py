@@ -28,7 +28,7 @@ from gpt.topology.dims import ParallelDims, parallel_dims
 from gpt.topology.pipeline import rank_stages
 from tests.support.small_models import LLAMA, MOE, configs, small
 
-OPTIM = OptimConfig(max_steps=1, global_batch=64, micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)
+OPTIM = OptimConfig(max_steps=1, global_batch=64, max_micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)
 HAND: dict[str, Any] = {**LLAMA, "n_layer": 4, "n_kv_head": 2, "ffn_hidden": 64, "block_size": 16, "vocab_size": 64}
 """Of a block: two gains of 32, matrices of 32 x 32, 16 x 32, 16 x 32, 32 x 32, and three of 64 x 32; 9280 in all.
 Around them an embedding and an output matrix of 64 x 32, and a gain of 32."""

@@ -22,7 +22,7 @@ from launch.errors import ConfigError
 
 
 def batch_of(global_batch: int, ranks: int) -> Batch:
-    optim = OptimConfig(max_steps=1, global_batch=global_batch, micro_batch=4, lr=1e-3, min_lr=1e-4, warmup_steps=0)
+    optim = OptimConfig(max_steps=1, global_batch=global_batch, max_micro_batch=4, lr=1e-3, min_lr=1e-4, warmup_steps=0)
     return split_batch(optim, ranks)
 
 

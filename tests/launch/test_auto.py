@@ -24,7 +24,7 @@ BIG = [
     "data=synthetic",
     "precision=bf16",
     "optim.global_batch=64",
-    "optim.micro_batch=1",
+    "optim.max_micro_batch=1",
 ]
 GPUS = ["cluster=slurm", "cluster.gpus_per_node=8", H100]
 
@@ -54,7 +54,7 @@ def test_the_point_is_named_by_what_was_typed_and_the_folder_holds_what_was_chos
     stored = yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["parallel"]
     assert stored == plan.facts["parallel"] and stored["strategy"] != "auto"
     # A start after the queue chooses nothing, even on nodes that would have it otherwise.
-    again = plan_of(*words, "cluster.links.between_gb_per_s=0.1", "cluster.gpu_memory_gib=200")
+    again = plan_of(*words, "cluster.interconnect.inter_node.bandwidth_gb_per_s=0.1", "cluster.gpu_memory_gib=200")
     assert (again.run_dir, again.facts["parallel"], again.facts["choices"]) == (
         plan.run_dir,
         plan.facts["parallel"],
@@ -66,7 +66,7 @@ def test_the_point_is_named_by_what_was_typed_and_the_folder_holds_what_was_chos
 
 def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> None:
     small = [*BIG, "parallel=auto", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "cluster.gpu_memory_gib=14"]
-    words = [*GPUS, *small, "optim.micro_batch=4", f"output_dir={tmp_path}"]
+    words = [*GPUS, *small, "optim.max_micro_batch=4", f"output_dir={tmp_path}"]
     composed = compose_launch(words)
     plan = make_plan(typed_config(composed), words, ClusterKind.slurm)
     assert plan.facts["micro_batch"] == plan.facts["micro_batch_limit"] < 4
@@ -78,9 +78,10 @@ def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> Non
         == 64
     )
     text = plan_text(plan)
-    assert f"optim.micro_batch={plan.facts['micro_batch']} instead of 4" in text
+    assert f"optim.max_micro_batch={plan.facts['micro_batch']} instead of 4" in text
     assert (
-        "with optim.micro_batch=4 nothing fits (nearest: " in text and "not considered: DeepSpeed's ZeRO stages" in text
+        "with optim.max_micro_batch=4 nothing fits (nearest: " in text
+        and "not considered: DeepSpeed's ZeRO stages" in text
     )
     write_run(plan, composed, words)
     assert (
@@ -104,7 +105,7 @@ def test_a_node_too_small_for_what_is_offloaded_is_refused() -> None:
 
 def test_links_that_are_stated_count() -> None:
     words = [*GPUS, *BIG, "parallel=auto"]
-    slow = plan_of(*words, "cluster.links.between_gb_per_s=1")
+    slow = plan_of(*words, "cluster.interconnect.inter_node.bandwidth_gb_per_s=1")
     assert slow.facts["choices"][0]["tokens_per_s"] < plan_of(*words).facts["choices"][0]["tokens_per_s"] / 2
 
 
@@ -129,7 +130,11 @@ def test_what_cannot_be_chosen_is_refused(words: list[str], found: str, fix: str
 
 
 def test_what_is_said_of_an_unknown_gpu_is_enough() -> None:
-    said = ["cluster.gpu_tflops=150", "cluster.gpu_memory_gib=64", "cluster.links.inside_gb_per_s=100"]
+    said = [
+        "cluster.gpu_tflops=150",
+        "cluster.gpu_memory_gib=64",
+        "cluster.interconnect.intra_node.bandwidth_gb_per_s=100",
+    ]
     plan = plan_of("cluster=slurm", "cluster.gpus_per_node=8", *said, *BIG, "parallel=auto")
     assert "a GPU: 75 TFLOP/s attained, 100 GB/s inside a node" in plan.facts["chosen"]
 

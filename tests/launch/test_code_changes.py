@@ -92,8 +92,8 @@ def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
     words = [f"run_dir={folder.path}", *TINY]
     text = plan_text(forewarn(plan(*words), config_of(*words)))
     assert "warning     changed since attempt 1: gpt/parallel/optimizer.py changed (commit aaaaaaaaaaaa -> " in text
-    with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, strict=false"):
-        forewarn(plan(*words), config_of(*words, "strict=true"))
+    with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, require_same_code=false"):
+        forewarn(plan(*words), config_of(*words, "require_same_code=true"))
 
 
 def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Path) -> None:
@@ -109,17 +109,24 @@ def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Pat
     changed = [e for e in folder.read_events() if e["event"] == "code_changed"]
     assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/parallel/optimizer.py changed")]
     edit(checkout, "# and again\n")
-    text = run("launch", *words, "strict=true", status=2, **there)
-    assert "since attempt 2 of" in text and "strict=false to go on with what has changed" in text
+    text = run("launch", *words, "require_same_code=true", status=2, **there)
+    assert "since attempt 2 of" in text and "require_same_code=false to go on with what has changed" in text
     assert folder.attempts() == [1, 2]
-    text = run("gpt.train", *words, "strict=true", status=2, **there)  # torchrun's road has no login node
+    text = run("gpt.train", *words, "require_same_code=true", status=2, **there)  # torchrun's road has no login node
     assert "gpt/parallel/optimizer.py changed" in text
 
 
-@pytest.mark.parametrize("words", [["snapshot=true"], []], ids=["snapshot", "checkout"])
+@pytest.mark.parametrize("words", [["copy_code=true"], []], ids=["snapshot", "checkout"])
 def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "outputs" / "run")
-    every = [*TINY, "optim.max_steps=150", "eval.interval=0", "checkpoint.interval=10", "strict=true", *words]
+    every = [
+        *TINY,
+        "optim.max_steps=150",
+        "eval.interval=0",
+        "checkpoint.interval=10",
+        "require_same_code=true",
+        *words,
+    ]
     process = start(
         "launch", *every, f"run_dir={folder.path}", cwd=checkout, log=tmp_path / "log", PYTHONPATH=str(checkout)
     )
@@ -136,11 +143,11 @@ def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_pat
         assert copy == environment(folder, 1)["code"]
     else:
         assert status == 1 and causes == ["crashed", "refused"], text
-        assert "as strict=true demands" in text and "Traceback" not in text
+        assert "as require_same_code=true demands" in text and "Traceback" not in text
 
 
 def test_the_batch_script_names_the_copy_after_the_setup_of_the_site() -> None:
-    copied = plan("snapshot=true", 'cluster.setup=["export PYTHONPATH=/site"]', "name=a name")
+    copied = plan("copy_code=true", 'cluster.setup=["export PYTHONPATH=/site"]', "name=a name")
     lines = sbatch_text([copied]).split("# setup\n")[1].splitlines()
     assert copied.code is not None and copied.code.endswith(f"/a name/.code/{describe_code()['sha256'][:16]}")
     assert lines[:3] == [

@@ -129,7 +129,7 @@ def test_preemption_that_does_not_requeue_or_leaves_no_time_is_said() -> None:
         return "\n".join(f.found for f in complaints(seen, *words) if f.check == "preemption")
 
     assert "GraceTime of low is 10 s" in told(FACTS) and "JobRequeue" not in told(FACTS)
-    assert told(FACTS, "cluster.signal_delay_s=15", "resilience.stop_grace_s=10") == ""
+    assert told(FACTS, "cluster.signal_delay_s=15", "resilience.grace_period_s=10") == ""
     assert "JobRequeue=0" in told(with_config(JobRequeue="0"))
     repaired = told(with_config(JobRequeue="0"), "+cluster.additional_parameters.requeue=true")
     assert "JobRequeue" not in repaired

@@ -51,8 +51,8 @@ def test_the_slowest_of_the_last_saves_and_steps_counts(tmp_path: Path) -> None:
     ("save_s", "step_s", "said"),
     [
         (60.0, 20.0, []),
-        (90.0, 20.0, ["resilience.stop_grace_s=100", "type resilience.stop_grace_s=170"]),  # 1.5 x 110
-        (90.0, 45.0, ["=100 and cluster.signal_delay_s=120", "stop_grace_s=210 cluster.signal_delay_s=210"]),
+        (90.0, 20.0, ["resilience.grace_period_s=100", "type resilience.grace_period_s=170"]),  # 1.5 x 110
+        (90.0, 45.0, ["=100 and cluster.signal_delay_s=120", "grace_period_s=210 cluster.signal_delay_s=210"]),
     ],
 )
 def test_a_save_that_takes_longer_than_the_lead_is_warned_about(
@@ -100,7 +100,7 @@ def test_no_controller_no_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_dry_run_shows_it(tmp_path: Path) -> None:
     ran_before(RunFolder(tmp_path / "run"), save_s=90.0, step_s=20.0)
-    words = ["cluster=local", "dry_run=true", "resilience.stop_grace_s=30", *TINY, f"run_dir={tmp_path / 'run'}"]
+    words = ["cluster=local", "dry_run=true", "resilience.grace_period_s=30", *TINY, f"run_dir={tmp_path / 'run'}"]
     text = run("launch", *words, cwd=tmp_path)
     assert "  warning     a save took up to 90 s and a step 20 s" in text
-    assert "and resilience.stop_grace_s=30: told to stop" in text and "type resilience.stop_grace_s=170" in text
+    assert "and resilience.grace_period_s=30: told to stop" in text and "type resilience.grace_period_s=170" in text

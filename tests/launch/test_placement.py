@@ -227,8 +227,8 @@ IMPOSSIBLE = [
     ("{partition: short}", ["cluster.timeout_min=20", "nodes=3"], "MaxNodes is 2"),
     (
         "{partition: short}",
-        ["cluster.timeout_min=20", "nodes=2", "spares=1"],
-        "nodes=2 and spares=1 in partition short",
+        ["cluster.timeout_min=20", "nodes=2", "spare_nodes=1"],
+        "nodes=2 and spare_nodes=1 in partition short",
     ),
     ("{partition: lowest}", [], "cluster.partition=lowest, and there are low, short"),
     ("{partition: closed}", [], "partition closed is DOWN"),

@@ -76,7 +76,7 @@ def test_the_command_refuses_with_status_2_and_writes_nothing(tmp_path: Path) ->
 
 
 def test_points_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
-    text = run("launch", "-m", "resilience.stop_grace_s=10,20", cwd=tmp_path, status=2)
+    text = run("launch", "-m", "resilience.grace_period_s=10,20", cwd=tmp_path, status=2)
     assert "two points of the sweep with the folder" in text
 
 
@@ -124,7 +124,7 @@ def test_half_an_environment_of_ranks_is_refused(tmp_path: Path) -> None:
     weak=st.booleans(),
 )
 def test_a_batch_is_cut_without_rest_or_refused(global_batch: int, micro_batch: int, ranks: int, weak: bool) -> None:
-    optim = OptimConfig(global_batch=global_batch, micro_batch=micro_batch, weak_scaling=weak)
+    optim = OptimConfig(global_batch=global_batch, max_micro_batch=micro_batch, weak_scaling=weak)
     try:
         batch = split_batch(optim, ranks)
     except ConfigError:

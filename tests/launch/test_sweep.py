@@ -158,4 +158,4 @@ def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tm
 
 def test_a_stock_launcher_with_another_number_of_tasks_is_refused(tmp_path: Path) -> None:
     text = run("launch", "nodes=2", "hydra/launcher=submitit_local", *TINY, cwd=tmp_path, status=2)
-    assert "nodes=2 spares=0, and the launcher started 1 tasks" in text
+    assert "nodes=2 spare_nodes=0, and the launcher started 1 tasks" in text

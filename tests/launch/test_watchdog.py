@@ -19,7 +19,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import ROOT, TINY, descendants, environment, ranks_of, start_fork, wait_for
 
-LIMITS = ResilienceConfig(frozen_timeout_s=10**6, hang_timeout_s=20, hang_timeout_slow_s=40)
+LIMITS = ResilienceConfig(heartbeat_timeout_s=10**6, hang_timeout_s=20, startup_and_save_timeout_s=40)
 STEPPING = """
 import sys, time
 from launch import worker
@@ -95,7 +95,13 @@ def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_frozen_rank_is_named_with_its_stack_and_the_run_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    words = [*TINY, "optim.max_steps=60", "eval.interval=0", "checkpoint.interval=10", "resilience.frozen_timeout_s=6"]
+    words = [
+        *TINY,
+        "optim.max_steps=60",
+        "eval.interval=0",
+        "checkpoint.interval=10",
+        "resilience.heartbeat_timeout_s=6",
+    ]
     process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 7 or process.poll() is not None, "the eighth step")
     os.kill(ranks_of(descendants(process.pid))[1], signal.SIGSTOP)

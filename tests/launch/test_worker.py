@@ -361,7 +361,7 @@ def test_a_later_attempt_stops_this_one(tmp_path: Path) -> None:
     wait_for(is_outdated, "the look into the run folder", 10)
 
 
-LIMITS = ResilienceConfig(frozen_timeout_s=10**6, hang_timeout_s=20, hang_timeout_slow_s=40)
+LIMITS = ResilienceConfig(heartbeat_timeout_s=10**6, hang_timeout_s=20, startup_and_save_timeout_s=40)
 
 
 @pytest.mark.parametrize("silence", [None, 60])

@@ -96,7 +96,7 @@ def validation_loss(run: Run) -> float:
 
 def go_on(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Evaluation, recomputation and checkpoints of runs that share sequences, and of one that does not."""
-    words = [*MODELS["untied, grouped queries"], "optim.micro_batch=8"]
+    words = [*MODELS["untied, grouped queries"], "optim.max_micro_batch=8"]
     kinds = {
         "alone": ["parallel=ddp"],
         "allgather": ["parallel=cp"],
@@ -137,7 +137,7 @@ def test_evaluation_recomputation_and_checkpoints_are_those_of_a_run_that_shares
 def kept_bytes(rank: int, size: int, folder: Path) -> dict[str, int]:
     """Bytes that the forward pass over one sequence keeps for the backward pass, parameters not counted."""
     found = {}
-    words = ["model.block_size=128", "optim.micro_batch=1", "model.n_kv_head=2"]
+    words = ["model.block_size=128", "optim.max_micro_batch=1", "model.n_kv_head=2"]
     for method in METHODS:
         run = start(
             rank, size, folder / method, *words, "parallel=cp", f"parallel.cp={size}", f"parallel.cp_method={method}"
@@ -175,7 +175,7 @@ def lively(rank: int, size: int, folder: Path) -> dict[str, Any]:
         "ring": ["precision=bf16", "parallel.cp_method=ring"],
         "allgather": ["precision=bf16"],
     }.items():
-        run = start(rank, size, folder / name, "parallel=cp", "optim.micro_batch=16", *words)
+        run = start(rank, size, folder / name, "parallel=cp", "optim.max_micro_batch=16", *words)
         found[name] = [step(run)[0] for _ in range(3)]
     state = torch.get_rng_state()
     return found | {"drawn": state.sum().item()}
@@ -191,7 +191,7 @@ def test_noise_is_each_ranks_own_and_half_precision_stays_close(tmp_path: Path) 
 
 
 def plain_losses(rank: int, size: int, folder: Path) -> list[float]:
-    run = start(rank, size, folder / "plain", "parallel=ddp", "optim.micro_batch=16", "precision=bf16")
+    run = start(rank, size, folder / "plain", "parallel=ddp", "optim.max_micro_batch=16", "precision=bf16")
     return [step(run)[0] for _ in range(3)]
 
 

@@ -55,7 +55,7 @@ def learn_all(rank: int, size: int, folder: Path) -> dict[tuple[int, str], dict[
     found = {}
     for stage, model in CASES[size]:
         accumulation = ACCUMULATIONS[stage // 2]
-        words = [*words_of(stage), *MODELS[model], f"optim.micro_batch={BATCH // (size * accumulation)}"]
+        words = [*words_of(stage), *MODELS[model], f"optim.max_micro_batch={BATCH // (size * accumulation)}"]
         run = start(rank, size, folder / f"{stage}", *words)
         assert run.batch.accumulation == accumulation
         found[stage, model] = learn(run)
@@ -97,7 +97,7 @@ def learn_otherwise(rank: int, size: int, folder: Path) -> dict[str, list[dict[s
         for name, ways in OTHER_WAYS.items():
             for number, words in enumerate(ways):
                 words = [word.format(path) for word in words]
-                run = start(rank, size, folder / f"{name}{number}", *MODELS["tied"], *words, "optim.micro_batch=4")
+                run = start(rank, size, folder / f"{name}{number}", *MODELS["tied"], *words, "optim.max_micro_batch=4")
                 learned = learn(run)
                 learned["steps"] = {int(state["step"]) for state in run.engine.ds.basic_optimizer.state.values()}
                 found.setdefault(name, []).append(learned)
@@ -105,7 +105,7 @@ def learn_otherwise(rank: int, size: int, folder: Path) -> dict[str, list[dict[s
     return found
 
 
-MIXTURE = [*MODELS["experts"], "model.expert_balance=bias", "optim.micro_batch=2"]
+MIXTURE = [*MODELS["experts"], "model.expert_balance=bias", "optim.max_micro_batch=2"]
 WAYS = {f"zero{stage}": words_of(stage) for stage in STAGES} | {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"]}
 CROSSINGS = [("zero1", "zero3"), ("zero3", "fsdp"), ("zero0", "zero1"), ("fsdp", "zero2"), ("ddp", "zero0")]
 

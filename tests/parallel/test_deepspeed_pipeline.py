@@ -81,17 +81,22 @@ def learn_cases(rank: int, size: int, folder: Path) -> list[dict[str, Any]]:
     # What the compiler sees is what is asked here, not the code that it makes in half a minute.
     with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
         for number, (model, zero, pp, micro, others) in enumerate(CASES[size]):
-            words = ["parallel=ds_pp", f"parallel.zero_stage={zero}", f"parallel.pp={pp}", f"optim.micro_batch={micro}"]
+            words = [
+                "parallel=ds_pp",
+                f"parallel.zero_stage={zero}",
+                f"parallel.pp={pp}",
+                f"optim.max_micro_batch={micro}",
+            ]
             found.append(learn_here(start(rank, size, folder / f"{number}", *HERE[model], *words, *others)))
     return found
 
 
 def learn_alone_here(rank: int, size: int, folder: Path) -> dict[str, dict[str, Any]]:
-    words = ["parallel=ddp", "optim.micro_batch=16"]
+    words = ["parallel=ddp", "optim.max_micro_batch=16"]
     return {name: learn_here(start(rank, size, folder / name, *words, *model)) for name, model in HERE.items()}
 
 
-MIXTURE = [*HERE["biased experts"], "model.tie_embeddings=true", "optim.micro_batch=4"]
+MIXTURE = [*HERE["biased experts"], "model.tie_embeddings=true", "optim.max_micro_batch=4"]
 WAYS = {
     "ds_pp": ["parallel=ds_pp"],
     "ds_pp_zero1": ["parallel=ds_pp_zero1"],

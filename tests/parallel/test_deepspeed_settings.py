@@ -15,15 +15,15 @@ from tests.support.learning import BATCH, MODELS, TINY
 
 
 def config_of(*words: str) -> TrainConfig:
-    config = config_from([*TINY, "optim.micro_batch=2", *words])
+    config = config_from([*TINY, "optim.max_micro_batch=2", *words])
     config.validate()
     return config
 
 
 REFUSED = {
     "train_batch_size": (32, "optim.global_batch=32"),
-    "train_micro_batch_size_per_gpu": (4, "optim.micro_batch=4"),
-    "gradient_accumulation_steps": (1, "optim.micro_batch of 4 sequences divided by 1"),
+    "train_micro_batch_size_per_gpu": (4, "optim.max_micro_batch=4"),
+    "gradient_accumulation_steps": (1, "optim.max_micro_batch of 4 sequences divided by 1"),
     "gradient_clipping": (0.5, "optim.grad_clip=0.5"),
     "zero_optimization": ({"stage": 3}, "parallel.zero_stage=3"),
     "cpu_offload": (True, "parallel.offload_optimizer=true"),
@@ -89,7 +89,7 @@ def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
 
 
 # The last stage has the output matrix alone.
-ALONE = ["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=4", "model.n_layer=4", "model.vocab_size=2048"]
+ALONE = ["parallel=ds_pp_zero1", "parallel.pp=4", "optim.max_micro_batch=4", "model.n_layer=4", "model.vocab_size=2048"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ ALONE = ["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=4", "model.
         (["parallel=zero2", "parallel.pp=2"], ["parallel.zero_stage=1"]),
         (["parallel=zero3_offload", "parallel.pp=2"], ["parallel=ds_pp_zero1"]),
         (["parallel=zero2", "parallel.engine=deepspeed", "parallel.tp=2"], ["parallel=fsdp parallel.engine=native"]),
-        (["parallel=ds_pp_zero1", "parallel.pp=4", "optim.micro_batch=1"], ["parallel.pp=2"]),
+        (["parallel=ds_pp_zero1", "parallel.pp=4", "optim.max_micro_batch=1"], ["parallel.pp=2"]),
         ([*ALONE, "model.norm_position=post"], ["parallel.zero_stage=0"]),
         (["parallel=ds_pp_zero1", "parallel.offload_optimizer=true"], ["parallel.offload_optimizer=false"]),
         (["parallel=ds_pp", "parallel.schedule=gpipe"], ["parallel.schedule=1f1b"]),

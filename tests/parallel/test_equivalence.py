@@ -55,7 +55,7 @@ BIASED = (*MODELS["experts"], "model.expert_balance=bias", "model.balance_bias_r
 def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """Save under each strategy, go on under it and another: the losses of the steps after, and those to come."""
     found = {}
-    words = [*MODELS["untied, grouped queries"], *BIASED, "optim.micro_batch=2"]
+    words = [*MODELS["untied, grouped queries"], *BIASED, "optim.max_micro_batch=2"]
     for saved, other in CROSSED.items():
         there = folder / saved
         run = start(rank, size, there, *STRATEGIES[saved].split(), *words)

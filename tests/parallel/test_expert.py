@@ -87,7 +87,7 @@ CROSSED = {
 def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """Save under each way, go on under others: the losses of the steps after, and those that were to come."""
     found = {}
-    words = [*MODELS["dropless"], "optim.micro_batch=4"]
+    words = [*MODELS["dropless"], "optim.max_micro_batch=4"]
     for saved, resumed_ones in (
         ("fsdp, ep=2", ["fsdp, ep=2", "ddp", "hsdp, ep=2", "fsdp, ep=2, tp=2"]),
         ("ep=2, 2 copies", ["ep=2, 2 copies", "fsdp"]),
@@ -119,7 +119,7 @@ def test_a_checkpoint_goes_on_however_its_experts_lie(tmp_path: Path) -> None:
 def measure(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """What a run records beside the loss: gradient figures, imbalance, and an evaluation that does not go round."""
     spread = ["parallel=ddp"] if size == 1 else FSDP.split()
-    words = [*MODELS[SHARED], *spread, f"optim.micro_batch={BATCH // size}"]
+    words = [*MODELS[SHARED], *spread, f"optim.max_micro_batch={BATCH // size}"]
     run = start(rank, size, folder, *words)
     gradients = Gradients(run.config.model, run.world.device)
     record, _ = queue_step(run, gradients, Phase.training).finish(0.0)
@@ -149,7 +149,7 @@ def recomputed(rank: int, size: int, folder: Path) -> dict[str, tuple[tuple[floa
     """Losses of a few steps, and exchanges of the first, for each way to recompute."""
     found = {}
     for recompute in ("none", "selective", "full"):
-        words = [*MODELS["dropless"], *FSDP.split(), "optim.micro_batch=8", f"recompute={recompute}"]
+        words = [*MODELS["dropless"], *FSDP.split(), "optim.max_micro_batch=8", f"recompute={recompute}"]
         run = start(rank, size, folder / recompute, *words)
         with Exchanges() as exchanges:
             first = step(run)[0]
@@ -168,7 +168,7 @@ def test_recomputation_repeats_exchanges_only_where_nothing_is_kept(tmp_path: Pa
 
 def in_bf16(rank: int, size: int, folder: Path) -> list[float]:
     spread = FSDP.split() if size > 1 else ["parallel=ddp"]
-    words = [*MODELS[SHARED], *spread, f"optim.micro_batch={BATCH // size}", "precision=bf16"]
+    words = [*MODELS[SHARED], *spread, f"optim.max_micro_batch={BATCH // size}", "precision=bf16"]
     run = start(rank, size, folder, *words)
     return [step(run)[0] for _ in range(3)]
 
@@ -204,7 +204,7 @@ def fused(rank: int, size: int, folder: Path) -> tuple[list[float], list[float]]
     """Losses with torch's loop over parameters, and with its fused step, which GPUs take."""
     found = []
     for fuse in (False, True):
-        run = start(rank, size, folder / str(fuse), *MODELS["dropless"], *EP.split(), "optim.micro_batch=8")
+        run = start(rank, size, folder / str(fuse), *MODELS["dropless"], *EP.split(), "optim.max_micro_batch=8")
         for group in run.engine.optimizer.param_groups:
             group["fused"] = fuse
         found.append([step(run)[0] for _ in range(3)])

@@ -16,7 +16,7 @@ from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes, living_bytes
 from tests.support.learning import BATCH, MODELS, compose, start_composed, step
 
-WORDS = ["model.n_head=4", "optim.micro_batch=2"]
+WORDS = ["model.n_head=4", "optim.max_micro_batch=2"]
 LAYERS = "model.n_layer=4"
 """For pipelines, some of which have two stages on each of two ranks."""
 LAYOUTS = {

@@ -19,7 +19,7 @@ from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, TINY, learn, start, step
 
-WORDS = [*MODELS["untied, grouped queries"], "optim.micro_batch=2"]
+WORDS = [*MODELS["untied, grouped queries"], "optim.max_micro_batch=2"]
 
 
 def offloaded(run: Any) -> bool:

@@ -38,7 +38,7 @@ V_SHAPED = ("zbv", "dualpipev")
 ON_2: list[tuple[str, Words]] = [
     *(("tied", pipeline(schedule)) for schedule in ("gpipe", "1f1b", "interleaved", *V_SHAPED)),
     ("untied, grouped queries", pipeline("zbv")),
-    ("tied", pipeline("1f1b", "optim.micro_batch=1")),
+    ("tied", pipeline("1f1b", "optim.max_micro_batch=1")),
     ("biased experts", pipeline("zbv")),
     ("biased experts", pipeline("1f1b", "recompute=full")),
     ("biased experts", pipeline("interleaved", "recompute=selective")),
@@ -82,7 +82,9 @@ def evaluated(run: Run) -> float:
 def learn_table(rank: int, size: int, folder: Path, table: list[tuple[str, Words]]) -> list[dict[str, Any]]:
     found = []
     for i, (model, words) in enumerate(table):
-        micro = [] if any("micro_batch" in word for word in words) else [f"optim.micro_batch={4 if size == 2 else 2}"]
+        micro = (
+            [] if any("micro_batch" in word for word in words) else [f"optim.max_micro_batch={4 if size == 2 else 2}"]
+        )
         run = start(rank, size, folder / str(i), *EVAL, *BASE[model], *micro, *words)
         mine = everything(run)
         again = evaluated(run)  # and the step after it is not disturbed
@@ -94,7 +96,7 @@ def learn_table(rank: int, size: int, folder: Path, table: list[tuple[str, Words
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    table = [(model, ["parallel=ddp", "optim.micro_batch=16"]) for model in BASE]
+    table = [(model, ["parallel=ddp", "optim.max_micro_batch=16"]) for model in BASE]
     found = run_distributed(learn_table, 1, tmp_path_factory.mktemp("alone") / "runs", table)[0]
     return dict(zip(BASE, found, strict=True))
 
@@ -145,7 +147,7 @@ CROSSINGS = {
 def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """Save under each, go on under another: the losses of the steps after, and those that were to come."""
     found = {}
-    words = [*BASE["tied"], "optim.micro_batch=4"]
+    words = [*BASE["tied"], "optim.max_micro_batch=4"]
     for saved, resumed in CROSSINGS.items():
         there = folder / saved.replace(", ", "_")
         run = start(rank, size, there, *CROSSED[saved], *words)
@@ -168,7 +170,7 @@ def test_a_checkpoint_goes_from_each_pipeline_to_another_and_to_none_and_back(tm
 
 def noisy(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """With dropout: a resumed run against the uninterrupted one. In bf16: what is learned. And the signs of life."""
-    words = [*BASE["tied"], "optim.micro_batch=2", "model.dropout=0.2"]
+    words = [*BASE["tied"], "optim.max_micro_batch=2", "model.dropout=0.2"]
     found: dict[str, Any] = {}
     for name in ("pp", "interleaved", "zbv, fsdp"):
         there = folder / name.replace(", ", "_")

@@ -192,32 +192,32 @@ def test_the_picture_in_the_documentation_is_true(schedule: Schedule) -> None:
     assert picture(schedule) in (ROOT / "docs" / "parallel.md").read_text()
 
 
-SMALL = ("model.n_layer=4", "optim.global_batch=16", "optim.micro_batch=4", "parallel.pp=2")
+SMALL = ("model.n_layer=4", "optim.global_batch=16", "optim.max_micro_batch=4", "parallel.pp=2")
 REFUSED = [
     (2, ("parallel.pp=8",), "parallel.pp=8 with 2 ranks", "parallel.pp=2"),
-    (8, ("parallel.pp=8", "optim.micro_batch=1"), "parallel.pp=8, and model.n_layer=4", "parallel.pp=4"),
+    (8, ("parallel.pp=8", "optim.max_micro_batch=1"), "parallel.pp=8, and model.n_layer=4", "parallel.pp=4"),
     (
         4,
         ("parallel.pp=4", "parallel.schedule=interleaved"),
         "parallel.pp=4 with 2 stages on each rank",
         "parallel.pp=2",
     ),
-    (2, ("optim.micro_batch=16",), "1 micro-batch (", "optim.micro_batch=8"),
-    (2, ("optim.micro_batch=16", "optim.weak_scaling=true"), "1 micro-batch (", "optim.micro_batch=8"),
-    (4, ("optim.global_batch=2",), "1 micro-batch (", "optim.global_batch=4 optim.micro_batch=1"),
+    (2, ("optim.max_micro_batch=16",), "1 micro-batch (", "optim.max_micro_batch=8"),
+    (2, ("optim.max_micro_batch=16", "optim.weak_scaling=true"), "1 micro-batch (", "optim.max_micro_batch=8"),
+    (4, ("optim.global_batch=2",), "1 micro-batch (", "optim.global_batch=4 optim.max_micro_batch=1"),
     (
         *(4, ("optim.global_batch=1", "optim.weak_scaling=true"), "1 micro-batch ("),
-        "optim.global_batch=2 optim.micro_batch=1",
+        "optim.global_batch=2 optim.max_micro_batch=1",
     ),
     (
         *(2, ("parallel.schedule=interleaved", "optim.global_batch=20"), "5 micro-batches"),
-        "optim.micro_batch=2",
+        "optim.max_micro_batch=2",
     ),
     (
-        *(2, ("parallel.schedule=interleaved", "optim.global_batch=7", "optim.micro_batch=1"), "7 micro-batches"),
-        "optim.global_batch=8 optim.micro_batch=1",
+        *(2, ("parallel.schedule=interleaved", "optim.global_batch=7", "optim.max_micro_batch=1"), "7 micro-batches"),
+        "optim.global_batch=8 optim.max_micro_batch=1",
     ),
-    (4, ("parallel.schedule=dualpipev",), "2 micro-batches", "optim.micro_batch=2"),
+    (4, ("parallel.schedule=dualpipev",), "2 micro-batches", "optim.max_micro_batch=2"),
     (2, ("parallel.schedule=zbv", "recompute=full"), "recompute=full", "parallel.schedule=interleaved"),
     (2, ("parallel.schedule=dualpipev", "compile=default"), "compile=default", "parallel.schedule=interleaved"),
     (

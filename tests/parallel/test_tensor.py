@@ -81,7 +81,7 @@ def figures(run: Run) -> dict[str, Any]:
 
 
 def figures_alone(rank: int, size: int, folder: Path) -> dict[str, dict[str, Any]]:
-    words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
+    words = ["parallel=ddp", f"optim.max_micro_batch={BATCH}"]
     return {name: figures(start(rank, size, folder / name, *words, *model)) for name, model in MODELS.items()}
 
 
@@ -112,7 +112,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 CROSSED = {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"], "tp": [TP], "fsdp_tp": ["parallel=fsdp_tp"]}
-UNEVEN = ["model.ffn=swiglu", "model.ffn_hidden=42", "model.n_layer=1", "optim.micro_batch=4", *PADDED]
+UNEVEN = ["model.ffn=swiglu", "model.ffn_hidden=42", "model.n_layer=1", "optim.max_micro_batch=4", *PADDED]
 """Halves of 21 rows, which two ranks cut into 11 and 10."""
 
 
@@ -161,7 +161,7 @@ def checkpointed(folder: Path, words: list[str]) -> GPT:
 def other_ways(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
     """Losses of bf16 cut and whole; of dropout before and after a restart."""
     found = {}
-    words = [*MODELS["grouped queries"], "optim.micro_batch=8"]
+    words = [*MODELS["grouped queries"], "optim.max_micro_batch=8"]
     for name, more in {"bf16": [TP, "precision=bf16"], "bf16, fsdp": ["parallel=fsdp_tp", "precision=bf16"]}.items():
         found[name] = [step(run)[0] for run in [start(rank, size, folder / name, *words, *more)] for _ in range(STEPS)]
     words = [*words, TP, "model.dropout=0.3"]

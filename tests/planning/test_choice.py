@@ -46,7 +46,7 @@ def machine(gib: float = 72.0, **changes: Any) -> Machine:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["optim.micro_batch=2"], ["model=moe_200m", "optim.micro_batch=2"], ["model.dropout=0.1"]],
+    [[], ["optim.max_micro_batch=2"], ["model=moe_200m", "optim.max_micro_batch=2"], ["model.dropout=0.1"]],
     ids=["dense", "with pipelines", "experts", "dropout"],
 )
 def test_everything_proposed_is_possible(words: list[str]) -> None:
@@ -63,11 +63,11 @@ def test_everything_proposed_is_possible(words: list[str]) -> None:
 
 
 def test_every_dimension_is_proposed() -> None:
-    found = list(candidates(config_of("optim.micro_batch=1"), 16, 8))
+    found = list(candidates(config_of("optim.max_micro_batch=1"), 16, 8))
     for name in ("tp", "pp", "dp_shard", "dp_replicate"):
         assert any(getattr(one.dims, name) > 1 for one in found), name
     assert {one.parallel.strategy for one in found} == {Strategy.ddp, Strategy.zero1, Strategy.fsdp}
-    experts = list(candidates(config_of("model=moe_200m", "optim.micro_batch=1"), 16, 8))
+    experts = list(candidates(config_of("model=moe_200m", "optim.max_micro_batch=1"), 16, 8))
     assert any(one.dims.ep > 1 for one in experts)
 
 
@@ -86,14 +86,14 @@ def test_the_fastest_of_those_that_fit_comes_first() -> None:
 def test_a_small_model_is_copied_and_a_large_one_cut() -> None:
     small = rank_layouts(config_of("optim.global_batch=512"), 16, machine()).choices[0]
     assert str(small.dims) == "ddp dp_replicate=16 dp_shard=1"
-    large = rank_layouts(config_of("model=llama_1p3b", "optim.micro_batch=1"), 16, machine(12.0)).choices[0]
+    large = rank_layouts(config_of("model=llama_1p3b", "optim.max_micro_batch=1"), 16, machine(12.0)).choices[0]
     assert large.memory.total <= 12 * GIB
     assert large.dims.is_sharded or large.dims.model_ranks > 1
 
 
 def test_micro_batches_that_nobody_typed_are_as_small_as_a_plain_layout_needs() -> None:
-    config = config_of("optim.micro_batch=16", "optim.global_batch=512")
-    typed = rank_layouts(config, 16, machine(8.0), ("optim.micro_batch",)).choices
+    config = config_of("optim.max_micro_batch=16", "optim.global_batch=512")
+    typed = rank_layouts(config, 16, machine(8.0), ("optim.max_micro_batch",)).choices
     free = rank_layouts(config, 16, machine(8.0)).choices
     assert {one.batch.micro for one in typed} == {16}
     assert free[0].dims.model_ranks == 1 < typed[0].dims.model_ranks
@@ -107,7 +107,7 @@ def test_micro_batches_that_nobody_typed_are_as_small_as_a_plain_layout_needs() 
 def test_what_was_typed_is_kept() -> None:
     words = ["parallel.pp=2", "parallel.strategy=auto", "optim.lr=1", "+parallel.ep=1", "parallel=auto"]
     assert typed_keys(words) == {"ep", "pp"}
-    config = config_of("parallel.pp=2", "parallel.ep=1", "optim.micro_batch=1")
+    config = config_of("parallel.pp=2", "parallel.ep=1", "optim.max_micro_batch=1")
     found = rank_layouts(config, 16, machine(), typed_keys(words)).choices
     assert {(choice.dims.pp, choice.dims.ep) for choice in found} == {(2, 1)}
 
@@ -115,11 +115,11 @@ def test_what_was_typed_is_kept() -> None:
 @pytest.mark.parametrize("share", [0.95, 0.8])
 @pytest.mark.parametrize("words", [[], ["recompute=full", "model=llama_1p3b"]], ids=["small", "large"])
 def test_a_refusal_says_what_would_fit(share: float, words: list[str]) -> None:
-    words, fixed = ["optim.micro_batch=8", "optim.global_batch=256", *words], ("pp", "cp")
+    words, fixed = ["optim.max_micro_batch=8", "optim.global_batch=256", *words], ("pp", "cp")
     config = config_of(*words)
     least = min(
         per_rank(replace(changed, parallel=one.parallel), one.dims, one.batch).total
-        for changed in (config_of(*words, f"optim.micro_batch={size}") for size in (8, 4, 2, 1))
+        for changed in (config_of(*words, f"optim.max_micro_batch={size}") for size in (8, 4, 2, 1))
         for offload in (False, True)
         for one in candidates(changed, 8, 8, fixed, offload)
     )
@@ -175,7 +175,7 @@ def test_a_run_keeps_its_first_choice(tmp_path: Path) -> None:
 
 
 def test_the_table_names_layout_memory_and_speed() -> None:
-    found = rank_layouts(config_of("optim.micro_batch=1"), 16, machine(6.0)).choices[:5]
+    found = rank_layouts(config_of("optim.max_micro_batch=1"), 16, machine(6.0)).choices[:5]
     lines = list(table([choice.as_dict() for choice in found]))
     for choice, line in zip(found, lines, strict=True):
         assert str(choice.dims) in line

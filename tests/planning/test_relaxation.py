@@ -20,7 +20,7 @@ from launch.runs.compose import to_schema, write_config
 from launch.runs.folder import RunFolder
 from tests.planning.test_choice import WORDS, config_of, machine
 
-BATCH = ["optim.micro_batch=8", "optim.global_batch=256"]
+BATCH = ["optim.max_micro_batch=8", "optim.global_batch=256"]
 ZERO = ["parallel.engine=deepspeed", *BATCH]
 
 
@@ -94,7 +94,7 @@ def test_what_was_typed_of_offload_is_kept() -> None:
 
 
 def test_one_device_alone_can_offload() -> None:
-    words = ["model=llama_1p3b", "optim.micro_batch=1"]
+    words = ["model=llama_1p3b", "optim.max_micro_batch=1"]
     found = rank_layouts(config_of(*words), 1, machine(14.0), typed_keys(words)).choices
     assert {one.parallel.strategy for one in found} == {Strategy.fsdp} and all(map(offloads, found))
 
@@ -172,15 +172,15 @@ def test_smaller_micro_batches_are_kept_with_the_run(tmp_path: Path) -> None:
     composed = compose_train(words)
     config, folder = to_schema(composed, TrainConfig), RunFolder(tmp_path)
     first = choose_parallelism(config, words, folder, 8, lambda: machine(3.0))
-    assert first.micro_batch < 8 and f"optim.micro_batch={first.micro_batch} instead of 8" in first.why
+    assert first.micro_batch < 8 and f"optim.max_micro_batch={first.micro_batch} instead of 8" in first.why
     settled = first.apply(config)
-    assert (settled.optim.micro_batch, settled.parallel) == (first.micro_batch, first.parallel)
+    assert (settled.optim.max_micro_batch, settled.parallel) == (first.micro_batch, first.parallel)
     settle_parallel(composed, vars(first.parallel), first.micro_batch)
     write_config(folder, composed, words)
     again = choose_parallelism(config, words, folder, 8, lambda: machine(72.0))
     assert (again.micro_batch, again.parallel, again.best) == (first.micro_batch, first.parallel, ())
     # Another wish is another choice.
-    typed = [*words, "optim.micro_batch=4"]
+    typed = [*words, "optim.max_micro_batch=4"]
     other = choose_parallelism(to_schema(compose_train(typed), TrainConfig), typed, folder, 8, lambda: machine(72.0))
     assert other.best and other.micro_batch == 4
     given = replace(config, parallel=ParallelConfig(Strategy.ddp))

@@ -57,7 +57,7 @@ def test_sbatch_takes_the_same_road(sandbox: Cluster, tmp_path: Path) -> None:
 def test_a_contradiction_ends_the_batch_script_before_anything_runs(sandbox: Cluster, tmp_path: Path) -> None:
     words = ["nodes=3", f"output_dir={tmp_path / 'outputs'}"]
     assert run_batch_script(sandbox, tmp_path, *words) == "FAILED"
-    assert "found: nodes=3 spares=0 in a job of 2 nodes" in (tmp_path / "out").read_text()
+    assert "found: nodes=3 spare_nodes=0 in a job of 2 nodes" in (tmp_path / "out").read_text()
     assert not (tmp_path / "outputs").exists()
 
 

@@ -33,7 +33,7 @@ def test_too_short_a_grace_falls_back_to_the_periodic_checkpoint(sandbox: Cluste
     more = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "DISK_HANGS": str(hangs)}
     here = RunFolder(tmp_path / "outputs" / "run")
     words = [*ON_SLURM, *TINY, f"run_dir={here.path}", "eval.interval=0", "checkpoint.interval=50"]
-    words += ["optim.max_steps=100000", "snapshot=true", "cluster.gpus_per_node=1", "device=cpu"]
+    words += ["optim.max_steps=100000", "copy_code=true", "cluster.gpus_per_node=1", "device=cpu"]
     process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **{**sandbox.env, **more})
     wait_for(lambda: of(here.read_events(), "saved", "step") or process.poll() is not None, "a checkpoint")
     hangs.touch()

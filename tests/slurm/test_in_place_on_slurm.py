@@ -37,7 +37,7 @@ def ranks_in(folder: RunFolder) -> dict[int, int]:
 
 def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox: Cluster, tmp_path: Path) -> None:
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    words = [*LONG, "nodes=2", "checkpoint.interval=0", "resilience.frozen_timeout_s=8", f"run_dir={folder.path}"]
+    words = [*LONG, "nodes=2", "checkpoint.interval=0", "resilience.heartbeat_timeout_s=8", f"run_dir={folder.path}"]
     process = start("launch", *words, cwd=tmp_path, log=log, **sandbox.env)
 
     def count(name: str) -> int:

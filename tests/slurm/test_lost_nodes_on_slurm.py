@@ -58,7 +58,7 @@ class Running:
 def test_a_spare_takes_the_place_of_a_node_that_loses_power_and_a_cancel_stays_a_cancel(
     sandbox: Cluster, tmp_path: Path
 ) -> None:
-    run = Running(sandbox, tmp_path, "spares=1")
+    run = Running(sandbox, tmp_path, "spare_nodes=1")
     try:
         (members,) = run.of("members")
         assert run.hosts(1) == members["hosts"] and len(members["spares"]) == 1

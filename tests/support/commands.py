@@ -25,7 +25,7 @@ TINY = (
     "model.block_size=32",
     "data.max_bytes=200000",
     "optim.global_batch=8",
-    "optim.micro_batch=2",
+    "optim.max_micro_batch=2",
     "eval.sequences=6",
 )
 """A run of seconds: small, but with accumulation, grouped queries and an evaluation that no rank count divides."""

@@ -94,7 +94,7 @@ def start_composed(rank: int, size: int, folder: Path, config: TrainConfig) -> R
 def start_case(rank: int, size: int, folder: Path, case: Case, model: Sequence[str]) -> Run:
     """The run of a case, whose model has these ``model`` words."""
     config = compose(*model, *case.words.split())
-    config.optim.micro_batch = BATCH // (parallel_dims(config.parallel, size).data_ranks * case.accumulation)
+    config.optim.max_micro_batch = BATCH // (parallel_dims(config.parallel, size).data_ranks * case.accumulation)
     run = start_composed(rank, size, folder, config)
     assert run.batch.accumulation == case.accumulation
     return run
@@ -165,7 +165,7 @@ def norm_of_parts(run: Run) -> float:
 
 def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     """What one process learns of each model, in one micro-batch a step; for ``run_distributed`` with one rank."""
-    words = ["parallel=ddp", f"optim.micro_batch={BATCH}"]
+    words = ["parallel=ddp", f"optim.max_micro_batch={BATCH}"]
     return {name: learn(start(rank, size, folder / name, *words, *model)) for name, model in models.items()}
 
 

@@ -150,7 +150,7 @@ def peak_bytes(model: ModelConfig, recompute: Recompute) -> int:
 )
 def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, recompute: Recompute) -> None:
     model = small(**parts, n_layer=6, n_embd=64, block_size=64, vocab_size=64)
-    optim = OptimConfig(max_steps=1, global_batch=3, micro_batch=3, lr=1e-3, min_lr=0.0, warmup_steps=0)
+    optim = OptimConfig(max_steps=1, global_batch=3, max_micro_batch=3, lr=1e-3, min_lr=0.0, warmup_steps=0)
     config = TrainConfig(
         model=model, optim=optim, parallel=ParallelConfig(Strategy.ddp), precision=Precision.fp32, recompute=recompute
     )
