@@ -1,6 +1,6 @@
 """``python -m launch.cancel PATH...``: have runs save and leave, then end what is left of them.
 
-Owns the one orderly stop there is; Ctrl-C at the launcher is the same. The cancel is entered into the ledger before
+Owns the one orderly stop there is; Ctrl-C at the launcher is the same. The cancel is entered into the event log before
 any signal is sent, so that the end it brings about is never taken for a preemption.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m launch.status [PATH...]``: how runs stand, from the queue, their ledgers and their newest steps.
+"""``python -m launch.status [PATH...]``: how runs stand, from the queue, their event logs and their newest steps.
 
 Owns the table and the JSON. Needs no accounting, and works for local runs. Changes nothing.
 """
@@ -20,7 +20,7 @@ from rich.table import Table
 from launch.errors import refusing
 from launch.jobs.display import duration
 from launch.jobs.handles import SlurmJob
-from launch.jobs.status import Point, find_point, judge_by_ledger, look
+from launch.jobs.status import Point, find_point, judge_by_event_log, look
 from launch.runs.find import find_runs
 from launch.runs.records import UNITS, throughput
 
@@ -124,7 +124,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 where Slurm did not answer and the table is from the ledgers alone, 2 where there is no run."""
+    """Exit status: 0, 1 where Slurm did not answer and the table is from event logs alone, 2 where there is no run."""
     parser = argparse.ArgumentParser(prog="python -m launch.status", description="Show how runs stand.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     points = [find_point(folder) for folder in find_runs(words.paths)]
     problem = look(points)
     if problem is not None:
-        judge_by_ledger(points)
+        judge_by_event_log(points)
     rows = [as_dict(point) for point in points]
     if words.json:
         print(json.dumps(rows, indent=2))
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A file or a pipe has no width: nothing is folded there.
         show(rows, Console() if sys.stdout.isatty() else Console(width=WIDE))
     if problem is not None:
-        print(f"{problem}\nstates of Slurm jobs are what their ledgers say", file=sys.stderr)
+        print(f"{problem}\nstates of Slurm jobs are what their event logs say", file=sys.stderr)
     return 0 if problem is None else 1
 
 

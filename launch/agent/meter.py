@@ -1,7 +1,7 @@
 """The meter of an allocation: when it began and ended, and whether its budget lasts.
 
-Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the ledger, and the sign of life that counts where an
-agent is killed without a word. Runs on the first node alone. The arithmetic is ``launch.plan.budget``'s.
+Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the event log, and the sign of life that counts where
+an agent is killed without a word. Runs on the first node alone. The arithmetic is ``launch.plan.budget``'s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.plan.budget import (
     command_folders,
     last_sign,
     rates_of,
-    read_ledgers,
+    read_event_logs,
     sign_of_life,
     spent,
     used,
@@ -67,7 +67,7 @@ class Meter:
         return self.look_now()
 
     def look_now(self) -> str | None:
-        """The same at once. A cap that is reached is entered into the ledger."""
+        """The same at once. A cap that is reached is entered into the event log."""
         if self._node.index:
             return None
         self._looked = time.monotonic()
@@ -75,8 +75,8 @@ class Meter:
         budget, now = self._config.budget, time.time()
         if not caps(budget):
             return None
-        ledgers, rates = read_ledgers(self._together), rates_of(self._config)
-        why = spent(budget, used(ledgers, now, rates), used(ledgers, now + self._lead_s(), rates))
+        event_logs, rates = read_event_logs(self._together), rates_of(self._config)
+        why = spent(budget, used(event_logs, now, rates), used(event_logs, now + self._lead_s(), rates))
         if why is not None:
             attempt = max(self._folder.attempts(), default=None)
             self._folder.record_event("budget_reached", attempt=attempt, job=self._node.job, cause=why)
@@ -126,4 +126,4 @@ class Meter:
         sign = sign_of_life(self._folder)
         sign.parent.mkdir(parents=True, exist_ok=True)
         sign.touch()
-        os.utime(sign, (time.time(),) * 2)  # by this node's clock, as the ledger is, and not by the file server's
+        os.utime(sign, (time.time(),) * 2)  # by this node's clock, as the event log is, and not by the file server's

@@ -1,6 +1,6 @@
 """What an agent looks at while its ranks run: requests to stop, ranks that are stuck, nodes that are lost.
 
-Owns the order in which these are asked and the ledger's word for each. Must not know how ranks are started, nor what
+Owns the order in which these are asked and the event of each. Must not know how ranks are started, nor what
 follows their end.
 """
 
@@ -101,7 +101,7 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Enter ranks that do not go on into the ledger, with their stacks. The one silent longest is to blame."""
+        """Enter ranks that do not go on into the event log, with their stacks. The one silent longest is to blame."""
         stuck = self._watchdog.look(agent.ranks(), share)
         for one in stuck:
             log = self._folder.log(self._start.attempt, one.rank)

@@ -1,4 +1,4 @@
-"""What follows the end of an attempt: the cause in the ledger, and a restart, a requeue, or the end of the run.
+"""What follows the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
 Owns carrying out what ``launch.agent.restart_policy`` decides, on the first node, or on another one where the first
 is lost. Must not know how ranks are started or watched. Torch-free.
@@ -89,7 +89,7 @@ def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
 def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
     """How an attempt ended, as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
 
-    What the ranks wrote into the ledger is compared with how they exited; ``verdict`` is None where all left with 0.
+    What the ranks wrote into the event log is compared with how they exited; ``verdict`` is None where all left with 0.
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
@@ -207,7 +207,7 @@ def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def note_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
-    """Say in the ledger where the ranks were ended before they could save."""
+    """Say in the event log where the ranks were ended before they could save."""
     if not any(e["event"] == "stopped" and e.get("attempt") == attempt for e in folder.read_events()):
         why = "ended before it could save"
         folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause=why)
@@ -240,7 +240,7 @@ def requeue(
     if scheduler.job_details(node.slurm_job).restarts > node.restarts:
         folder.record_event("requeued", job_id=node.slurm_job, by="slurm", cause=cause)
     else:
-        # First the ledger: Slurm may kill this process as soon as it has heard of the requeue.
+        # First the event log: Slurm may kill this process as soon as it has heard of the requeue.
         folder.record_event("requeued", job_id=node.slurm_job, by="agent", cause=cause)
         try:
             scheduler.requeue(node.slurm_job)
@@ -266,7 +266,7 @@ def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str
 
 
 def enter_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[Lost]) -> None:
-    """Write into the ledger that nodes are lost, by name."""
+    """Write into the event log that nodes are lost, by name."""
     for one in lost:
         folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
 

@@ -136,7 +136,7 @@ class Mover:
         return on_their_way
 
     def _note(self, w: Pending, step: Step, now: float) -> None:
-        """Enter the move into the ledger before Slurm hears of it: whoever comes after a crash then knows."""
+        """Enter the move into the event log before Slurm hears of it: whoever comes after a crash then knows."""
         assert w.point.job is not None
         waited = f"{minutes(now - w.since_here)} in {w.place.name or 'the queue'}"
         waited += f" ({w.point.standing.reason})" if w.point.standing.reason else ""
@@ -212,7 +212,7 @@ def is_watched(point: Point) -> bool:
 
 
 def note_that_it_stayed(point: Point) -> None:
-    """Enter into the ledger that a point was not moved, nor given up: it started in the same moment."""
+    """Enter into the event log that a point was not moved, nor given up: it started in the same moment."""
     last = last_placed(point.events())
     if last is not None and last["event"] in ("moved", "gave_up"):
         point.folder.record_event("stayed", cause="it has started meanwhile, or Slurm did not take it out of the queue")

@@ -1,7 +1,7 @@
 """What becomes of a submitted point: a Slurm job, an element of a job array, or agents on this machine.
 
 Owns asking a job how it is, asking it to leave, and ending it; by the job's id, so that any process can, not only the
-one that submitted it. Must not know how a job is submitted, nor what its ledger says.
+one that submitted it. Must not know how a job is submitted, nor what its event log says.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def is_local_job(pid: int) -> bool:
 
 
 def job_of(event: Mapping[str, Any]) -> Job:
-    """The job of a ledger's ``submitted`` event."""
+    """The job of an event log's ``submitted`` event."""
     if event["cluster"] == "local":
         return LocalJob(str(event["job_id"]), str(event.get("host")))
     return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
@@ -195,7 +195,7 @@ def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> d
 
 
 def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """The job that still works on a run folder, from its ledger, or None."""
+    """The job that still works on a run folder, from its event log, or None."""
     submitted = [e for e in events if e["event"] == "submitted"]
     if not submitted:
         return None

@@ -1,7 +1,7 @@
-"""How a point stands: the state of its job, what its ledger says, and its newest steps.
+"""How a point stands: the state of its job, what its event log says, and its newest steps.
 
 Owns putting these three together, for points this process submitted and for run folders found later. Where the queue
-has forgotten a job, the ledger decides. Changes nothing.
+has forgotten a job, the event log decides. Changes nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Point:
         return self.folder.point
 
     def events(self) -> list[dict[str, Any]]:
-        """What the ledger says since this submission."""
+        """What the event log says since this submission."""
         return self.folder.read_events()[self.events_before :]
 
     def attempts(self) -> list[int]:
@@ -133,7 +133,7 @@ def look(points: Sequence[Point], retries: int = RETRIES) -> SlurmError | None:
 
 
 def judge(point: Point, queue: Mapping[str, JobState]) -> None:
-    """Set state and detail from the queue and the ledger."""
+    """Set state and detail from the queue and the event log."""
     if point.job is None:
         point.state, point.detail = without_job(point)
     else:
@@ -192,8 +192,8 @@ def without_job(point: Point) -> tuple[str, str]:
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
 
 
-def judge_by_ledger(points: Sequence[Point]) -> None:
-    """Set the states of Slurm's points without Slurm, as far as their ledgers go."""
+def judge_by_event_log(points: Sequence[Point]) -> None:
+    """Set the states of Slurm's points without Slurm, as far as their event logs go."""
     for point in points:
         if isinstance(point.job, SlurmJob):
             ended = ENDED & {e["event"] for e in since_last_start(point.events())}
@@ -209,7 +209,7 @@ def since_last_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any
 
 
 def verdict(point: Point) -> str:
-    """How a point whose job is over ended: its ledger says so, and silence is a failure."""
+    """How a point whose job is over ended: its event log says so, and silence is a failure."""
     events = point.events()
     names = {e["event"] for e in events}
     ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)
@@ -239,5 +239,5 @@ def read_steps(point: Point) -> None:
 
 
 def saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
-    """The step of the newest checkpoint that the ledger knows of."""
+    """The step of the newest checkpoint that the event log knows of."""
     return max((e["step"] for e in events if e["event"] == "saved"), default=None)

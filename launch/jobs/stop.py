@@ -40,7 +40,7 @@ class Stop:
         return self.point.is_over or self.error is not None
 
     def mark(self) -> None:
-        """Enter the cancel into the ledger, once for each job."""
+        """Enter the cancel into the event log, once for each job."""
         job_id = None if self.point.job is None else self.point.job.job_id
         if not any(e["event"] == "cancelled" and e["job_id"] == job_id for e in self.point.events()):
             who = f"{getpass.getuser()}@{os.uname().nodename}"

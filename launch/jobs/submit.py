@@ -164,7 +164,7 @@ def refusal_words(error: SlurmError) -> str:
 
 
 def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False) -> None:
-    """Enter a submission into the ledger; ``moved`` where the run waited elsewhere before."""
+    """Enter a submission into the event log; ``moved`` where the run waited elsewhere before."""
     where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
     place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
     RunFolder(plan.run_dir).record_event("submitted", **where, **place, **({"moved": True} if moved else {}))

@@ -1,6 +1,6 @@
-"""What a run has used of its budget, what it may use at worst, and when it has to stop. Pure functions of ledgers.
+"""What a run has used of its budget, what it may use at worst, and when it has to stop. Pure functions of event logs.
 
-An allocation is paid from the start of its job to the end, whatever the ranks do in it. The ledger has
+An allocation is paid from the start of its job to the end, whatever the ranks do in it. The event log has
 ``agent_started`` and ``agent_ended`` for each one; one that was killed without a word lasted until its last sign of
 life. The caps are for all points of one command together, over all attempts. Must not know how a run is stopped.
 """
@@ -48,7 +48,7 @@ def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> U
 
 
 @dataclass(frozen=True)
-class Ledger:
+class EventLog:
     """The events of one run, and the last sign of life of its agent, Unix seconds."""
 
     events: Sequence[dict[str, Any]]
@@ -57,7 +57,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Rates:
-    """What an allocation is taken to use where its ledger does not say it."""
+    """What an allocation is taken to use where its event log does not say it."""
 
     gpus_per_node: int | None = None
     price_per_gpu_hour: float | None = None
@@ -65,11 +65,11 @@ class Rates:
     """Seconds between signs of life of an agent."""
 
 
-def used(ledgers: Iterable[Ledger], now: float, rates: Rates) -> Use:
+def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
     """What the allocations of these runs have used until ``now``; with a ``now`` to come, what they will have used."""
     total = Use()
-    for ledger in ledgers:
-        for started, ended in allocations(ledger, now, rates.poll_s):
+    for event_log in event_logs:
+        for started, ended in allocations(event_log, now, rates.poll_s):
             gpus, price = started.get("gpus"), started.get("price_per_gpu_hour")
             if gpus is None and rates.gpus_per_node is not None:
                 gpus = started["nodes"] * rates.gpus_per_node
@@ -78,11 +78,11 @@ def used(ledgers: Iterable[Ledger], now: float, rates: Rates) -> Use:
     return total
 
 
-def allocations(ledger: Ledger, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
+def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
     """Every ``agent_started`` of a run with the time until which its allocation counts."""
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
-    for event in ledger.events:
+    for event in event_log.events:
         if event["event"] == "agent_started":
             if started is not None:  # nobody saw its end
                 found.append((started, min(event["allocated_at"], latest(started))))
@@ -91,7 +91,7 @@ def allocations(ledger: Ledger, now: float, poll_s: float) -> list[tuple[dict[st
             found.append((started, event["ended_at"]))
             started = None
     if started is not None:
-        found.append((started, min(now, latest(started), last_seen(started, ledger.alive, now, poll_s))))
+        found.append((started, min(now, latest(started), last_seen(started, event_log.alive, now, poll_s))))
     return found
 
 
@@ -179,13 +179,13 @@ def last_sign(folder: RunFolder) -> float | None:
         return None
 
 
-def read_ledgers(folders: Sequence[RunFolder]) -> list[Ledger]:
+def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
     """What the budget is reckoned from."""
-    return [Ledger(folder.read_events(), last_sign(folder)) for folder in folders]
+    return [EventLog(folder.read_events(), last_sign(folder)) for folder in folders]
 
 
 def rates_of(config: Config) -> Rates:
-    """What this command would be charged with where a ledger does not say it."""
+    """What this command would be charged with where an event log does not say it."""
     return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget.poll_s)
 
 

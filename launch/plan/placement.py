@@ -21,7 +21,7 @@ from launch.scheduler.limits import gres
 NOT_WAITING_FOR_ROOM = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
 """Reasons (squeue %r) that are the user's own wish, and that a move would only get around."""
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
-"""Events that a point's ledger may gain while it waits."""
+"""Events that a point's event log may gain while it waits."""
 
 
 def cluster_of(slurm: Mapping[str, Any]) -> str | None:
@@ -45,7 +45,7 @@ class Candidate:
     """Why the point could never run there; empty where it could."""
 
     def as_event(self) -> dict[str, Any]:
-        """What the ledger says of a submission to this place; what is not known is absent."""
+        """What the event log says of a submission to this place; what is not known is absent."""
         known = {
             "placement": self.name or None,
             "slurm_cluster": cluster_of(self.slurm),
@@ -127,7 +127,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
     """When a point began to wait, over all places, in Unix seconds.
 
     Args:
-        events: the ledger since a person last asked for the run.
+        events: the event log since a person last asked for the run.
         since_here: when it began to wait where it is.
     """
     last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)

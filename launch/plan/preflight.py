@@ -127,7 +127,7 @@ class Measured:
 
 
 def measure(folder: RunFolder) -> Measured | None:
-    """What the ledger and the step records say; None where no save was measured yet."""
+    """What the event log and the step records say; None where no save was measured yet."""
     saves = [e["seconds"] for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
     if not saves:
         return None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from launch.config import Config
 from launch.errors import ConfigError
 from launch.plan import placement
-from launch.plan.budget import Use, caps, rates_of, read_ledgers, refuse_above, used, words
+from launch.plan.budget import Use, caps, rates_of, read_event_logs, refuse_above, used, words
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
 
@@ -43,7 +43,7 @@ def used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> Use:
     """What the earlier attempts of these points have used."""
     now = time.time()
     uses = (
-        used(read_ledgers([RunFolder(plan.run_dir)]), now, rates_of(config))
+        used(read_event_logs([RunFolder(plan.run_dir)]), now, rates_of(config))
         for plan, config in zip(plans, configs, strict=True)
     )
     return sum(uses, Use())

@@ -69,7 +69,7 @@ def test_a_point_that_never_starts_goes_round_and_round(
     assert gave_up == (first_look if first_look is not None and first_look < end else None)
 
 
-def ledger(*words: str) -> list[dict[str, Any]]:
+def event_log(*words: str) -> list[dict[str, Any]]:
     """Events by name; ``submitted+`` is a move's, and each ``moved`` says that the wait began at 100."""
     made: list[dict[str, Any]] = []
     for number, word in enumerate(words):
@@ -97,7 +97,7 @@ WAITS = [
 
 @pytest.mark.parametrize(("words", "since"), WAITS, ids=[" ".join(words) for words, _ in WAITS])
 def test_a_wait_begins_anew_only_after_the_point_has_run(words: list[str], since: float) -> None:
-    assert waiting_since(ledger(*words), 500.0) == since
+    assert waiting_since(event_log(*words), 500.0) == since
 
 
 OUT, RUNS = JobState("CANCELLED", "None"), JobState("RUNNING", "None")
@@ -117,7 +117,7 @@ STATES = [
 @pytest.mark.parametrize(("words", "job", "state"), STATES, ids=[" ".join([*w, str(s[0])]) for w, _, s in STATES])
 def test_a_move_is_no_cancel(words: list[str], job: JobState | None, state: tuple[str, str], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    for event in ledger(*words):
+    for event in event_log(*words):
         folder.record_event(**event)
     point = find_point(folder)
     last = max(number for number, word in enumerate(words) if word.startswith("submitted"))
@@ -128,7 +128,7 @@ def test_a_move_is_no_cancel(words: list[str], job: JobState | None, state: tupl
 
 def test_the_attempts_of_a_moved_run_are_no_history(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    for event in ledger("submitted", "started", "attempt_ended", "requeued", "moved", "submitted+"):
+    for event in event_log("submitted", "started", "attempt_ended", "requeued", "moved", "submitted+"):
         folder.record_event(**event)
     folder.create_attempt()
     assert find_point(folder).attempts() == [1]
@@ -173,7 +173,7 @@ def test_without_a_list_there_is_one_candidate_that_nobody_watches() -> None:
     assert plan("cluster.give_up_after_min=5").placement.is_watched
 
 
-def test_the_ledger_knows_where_a_job_went_and_what_it_costs() -> None:
+def test_the_event_log_knows_where_a_job_went_and_what_it_costs() -> None:
     made = plan("nodes=2", "cluster.gpus_per_node=4", "run_dir=run", LISTED)
     record_submitted(made, "7", 1, moved=True)
     (event,) = RunFolder("run").read_events()

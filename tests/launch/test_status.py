@@ -99,7 +99,7 @@ START: list[dict[str, Any]] = [
 ]
 FAILURE: dict[str, Any] = {"event": "rank_failed", "attempt": 1, "rank": 0, "cause": "x", "log": "y"}
 CANCEL: dict[str, Any] = {"event": "cancelled", "job_id": "7"}
-LEDGERS: list[tuple[list[dict[str, Any]], str]] = [
+EVENT_LOGS: list[tuple[list[dict[str, Any]], str]] = [
     ([*START, {"event": "finished", "attempt": 1}], "finished"),
     ([*START, FAILURE], "failed"),
     ([*START], "failed"),
@@ -114,12 +114,14 @@ LEDGERS: list[tuple[list[dict[str, Any]], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("ledger", "state"), LEDGERS, ids=[" ".join(e["event"] for e in x) for x, _ in LEDGERS])
-def test_the_ledger_decides_where_the_queue_has_forgotten_the_job(
-    ledger: list[dict[str, Any]], state: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("event_log", "state"), EVENT_LOGS, ids=[" ".join(e["event"] for e in x) for x, _ in EVENT_LOGS]
+)
+def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(
+    event_log: list[dict[str, Any]], state: str, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
-    for event in ledger:
+    for event in event_log:
         folder.record_event(**event)
     point = find_point(folder)
     assert isinstance(point.job, SlurmJob)

@@ -111,7 +111,7 @@ def test_a_point_that_waits_moves_to_another_cluster(
     assert here.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "CANCELLED"
     assert beta.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "COMPLETED"
 
-    # What status, logs and cancel ask and do, by the identity in the ledger, of a job that runs there.
+    # What status, logs and cancel ask and do, by the identity in the event log, of a job that runs there.
     monkeypatch.setenv("SLURM_CONF", conf)
     number = beta.slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap", "exec sleep 600").split(";")[0].strip()
     job = job_of({"cluster": "slurm", "job_id": number, "slurm_cluster": "beta"})
