@@ -204,7 +204,11 @@ def test_the_login_node_loads_no_torch() -> None:
     every = modules()
     seen, waiting = (
         set(),
-        [name for name in every if starts(name, "launch", "hydra_plugins", "gpt.workload") and name not in ON_THE_NODES],
+        [
+            name
+            for name in every
+            if starts(name, "launch", "hydra_plugins", "gpt.workload") and name not in ON_THE_NODES
+        ],
     )
     while waiting:
         name = waiting.pop()
