@@ -38,7 +38,7 @@ from launch.process import lasting_imports
 from launch.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew
+    from launch.agent.rendezvous import AgentGroup
 
 TOKEN = "LAUNCH_TOKEN"
 
@@ -56,21 +56,21 @@ def run(run_dir: str) -> None:
     config = read_point(folder)
     node = Node.from_env(os.environ.get(TOKEN))
     with lasting_imports():
-        from launch.agent import rendezvous as crews
+        from launch.agent import rendezvous
         from launch.agent import workers as ranks  # noqa: F401  # all agents alike, before they meet
 
     stop.interruptible = True
     failure: str | None = None
     try:
-        with Meter(folder, node, config) as meter, crews.join(folder, node, config) as crew:
+        with Meter(folder, node, config) as meter, rendezvous.join(folder, node, config) as group:
             try:
                 if node.is_first:
                     refuse_without_budget(meter)
                     settle_lost_attempts(folder, node, config)
-                take_part(folder, node, config, crew, stop, meter)
-            except crews.NodesMissingError as error:
-                conclude_without_nodes(folder, node, config, crew, str(error))
-            except crews.FirstNodeLostError as error:
+                take_part(folder, node, config, group, stop, meter)
+            except rendezvous.NodesMissingError as error:
+                conclude_without_nodes(folder, node, config, group, str(error))
+            except rendezvous.FirstNodeLostError as error:
                 stop.interruptible = False
                 stand_in_for_the_first(folder, node, config, str(error))
             except RunFailedError as error:
@@ -79,12 +79,14 @@ def run(run_dir: str) -> None:
             finally:
                 stop.interruptible = False
                 if node.is_first:
-                    crew.end(failure)
+                    group.end(failure)
     except InterruptedError as error:
         leave_before_the_start(folder, node, config, str(error))
 
 
-def take_part(folder: RunFolder, node: Node, config: Config, crew: Crew, stop: StopRequest, meter: Meter) -> None:
+def take_part(
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter
+) -> None:
     """Start the ranks again and again, as the first node decides; a spare waits for its turn."""
     from launch.agent import workers as ranks
 
@@ -93,16 +95,16 @@ def take_part(folder: RunFolder, node: Node, config: Config, crew: Crew, stop: S
         if node.is_first:
             refuse_replaced(folder, node)
         avoid = unreliable_hosts(folder.read_events()) if node.is_first else ()
-        start = crew.next_start(number, avoid)
-        if start is None:
+        rdzv = group.next_round(number, avoid)
+        if rdzv is None:
             return
-        if node.index not in start.members:
+        if node.index not in rdzv.members:
             continue
-        verdict = ranks.run_ranks(folder, node, config, crew, start, stop, meter)
+        verdict = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter)
         stop.interruptible = False
-        ended = ending(folder, start.attempt, verdict, stop)
+        ended = ending(folder, rdzv.attempt, verdict, stop)
         if node.is_first:
-            if conclude(folder, node, config, crew, start, ended, stop).action is not Action.restart:
+            if conclude(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
                 return
         elif ended not in (Cause.crashed, Cause.requested):
             return

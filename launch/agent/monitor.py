@@ -26,7 +26,7 @@ from launch.runs.heartbeat import HeartbeatFile
 from launch.workload import RankContract
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew, Start
+    from launch.agent.rendezvous import AgentGroup, RendezvousRound
     from launch.agent.workers import RankAgent
 
 
@@ -34,31 +34,31 @@ class Watch:
     """What an agent looks at several times a second, besides the exit of its ranks."""
 
     def __init__(
-        self, folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter,
-        heartbeats: Path, contract: RankContract,
+        self, folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound,
+        stop: StopRequest, meter: Meter, heartbeats: Path, contract: RankContract,
     ) -> None:  # fmt: skip
-        """Watch the ranks of one start.
+        """Watch the ranks of one round.
 
         Args:
-            heartbeats: folder of the ranks' heartbeat files, fresh for this start.
+            heartbeats: folder of the ranks' heartbeat files, fresh for this round.
             contract: what is known of the ranks' behavior. Those that tell the event log how they end give a heartbeat
                 too, so one without it is late.
         """
         self._folder = folder
         self._node = node
-        self._crew = crew
-        self._start = start
+        self._group = group
+        self._round = rdzv
         self._stop = stop
         self._meter = meter
-        place, each = start.members.index(node.index), config.ranks_on_node
+        place, each = rdzv.members.index(node.index), config.ranks_on_node
         ranks = range(place * each, (place + 1) * each)
-        logs = {rank: folder.log(start.attempt, rank) for rank in ranks}
+        logs = {rank: folder.log(rdzv.attempt, rank) for rank in ranks}
         self._watchdog = Watchdog(
             heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
         )
         files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
-        self._agreement = Agreement(start.number, node.index, start.members, files)
-        crew.line.conversation = self._agreement
+        self._agreement = Agreement(rdzv.number, node.index, rdzv.members, files)
+        group.line.conversation = self._agreement
         self._grace_s = config.resilience.stop_grace_s
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
@@ -78,8 +78,8 @@ class Watch:
         elif self.verdict is None:
             self.verdict = self._find_stuck(agent) or self._find_lost()
             if self.verdict is not None:
-                self._crew.tell_failed(self._start.number)
-        if self.verdict is None and self._crew.has_failed(self._start.number):
+                self._group.tell_failed(self._round.number)
+        if self.verdict is None and self._group.has_failed(self._round.number):
             self.verdict = "another node failed"
             self._find_stuck(agent, NEARLY)
         if self.verdict is not None:
@@ -89,13 +89,13 @@ class Watch:
         if not self._asked:
             self._asked = True
             self._folder.record_event(
-                "signalled", attempt=self._start.attempt, host=self._node.host, signal=self._stop.name
+                "signalled", attempt=self._round.attempt, host=self._node.host, signal=self._stop.name
             )
             # For programs that know nothing of the launcher, and ranks that have not come as far as asking: they end
             # now. To a rank that asks it is one more wish for the stop that the agents agree on.
             agent.send(self._stop_signal)
             self._agreement.want_stop(self._stop_signal)
-            self._crew.line.wake()
+            self._group.line.wake()
         at_once = self._stop.count > 1 and not self._node.is_slurm
         if at_once or time.monotonic() > self._stop.since + self._grace_s:
             agent.send(signal.SIGKILL)
@@ -104,9 +104,9 @@ class Watch:
         """Enter ranks that do not go on into the event log, with their stacks. The one silent longest is to blame."""
         stuck = self._watchdog.look(agent.ranks(), share)
         for one in stuck:
-            log = self._folder.log(self._start.attempt, one.rank)
+            log = self._folder.log(self._round.attempt, one.rank)
             enter_failure(
-                self._folder, self._start.attempt, one.rank, cause=one.why,
+                self._folder, self._round.attempt, one.rank, cause=one.why,
                 trace=stack_of(one.pid, log) if one.has_stacks else "", step=one.step, hung=True, since=one.since,
             )  # fmt: skip
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
@@ -114,7 +114,7 @@ class Watch:
     def _find_lost(self) -> str | None:
         """On the first node: members that have fallen silent; elsewhere: the first node itself."""
         if not self._node.is_first:
-            return "the first node is lost" if self._crew.first_is_lost() else None
-        lost = self._crew.find_silent(self._start)
-        enter_lost_nodes(self._folder, self._start.attempt, lost)
+            return "the first node is lost" if self._group.first_is_lost() else None
+        lost = self._group.find_silent(self._round)
+        enter_lost_nodes(self._folder, self._round.attempt, lost)
         return f"node {lost[0].host} is lost" if lost else None

@@ -33,7 +33,7 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew, Lost, Start
+    from launch.agent.rendezvous import AgentGroup, Lost, RendezvousRound
 
 STAND_IN_S = 3.0
 UNRELIABLE = 2
@@ -104,8 +104,9 @@ def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopReque
 
 
 def conclude(
-    folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, ended: Cause, stop: StopRequest
-) -> Decision:
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, ended: Cause,
+    stop: StopRequest,
+) -> Decision:  # fmt: skip
     """On the first node: find the cause, decide, and put the job back into the queue if need be.
 
     Raises:
@@ -115,13 +116,13 @@ def conclude(
     failure = None
     cause = ended
     if ended is Cause.cancelled:
-        note_unsaved_stop(folder, start.attempt, stop)
-        cause = Cause.budget if stop.name == BUDGET else why_told_to_stop(folder, node, config, start.attempt)
+        note_unsaved_stop(folder, rdzv.attempt, stop)
+        cause = Cause.budget if stop.name == BUDGET else why_told_to_stop(folder, node, config, rdzv.attempt)
     elif ended is Cause.crashed:
-        failure = first_failure(folder.read_events(), start.attempt)
-        cause = cause_of_crash(folder, crew, start, failure)
-    text = lost_text(crew.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
-    return carry_out(folder, node, config, start.attempt, cause, text, signal=stop.name or None, crew=crew)
+        failure = first_failure(folder.read_events(), rdzv.attempt)
+        cause = cause_of_crash(folder, group, rdzv, failure)
+    text = lost_text(group.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
+    return carry_out(folder, node, config, rdzv.attempt, cause, text, signal=stop.name or None, group=group)
 
 
 def refuse_replaced(folder: RunFolder, node: Node) -> None:
@@ -134,19 +135,21 @@ def refuse_replaced(folder: RunFolder, node: Node) -> None:
         raise RunFailedError(f"{starts[-1]} works on this run now; {node.job} was left over")
 
 
-def cause_of_crash(folder: RunFolder, crew: Crew, start: Start, failure: dict[str, Any] | None) -> Cause:
+def cause_of_crash(
+    folder: RunFolder, group: AgentGroup, rdzv: RendezvousRound, failure: dict[str, Any] | None
+) -> Cause:
     """Tell a lost node from a rank that failed: where ranks only lost their connections, something else broke them."""
-    lost = any(index in crew.lost for index in start.members)
+    lost = any(index in group.lost for index in rdzv.members)
     if not lost and (failure is None or failure.get("echo")):
-        found = crew.find_reason(start)
-        enter_lost_nodes(folder, start.attempt, found)
+        found = group.find_reason(rdzv)
+        enter_lost_nodes(folder, rdzv.attempt, found)
         lost = bool(found)
     return Cause.node_failed if lost else cause_of_failure(failure)
 
 
 def carry_out(
     folder: RunFolder, node: Node, config: Config, attempt: int | None, cause: Cause, text: str, *,
-    signal: str | None = None, crew: Crew | None = None,
+    signal: str | None = None, group: AgentGroup | None = None,
 ) -> Decision:  # fmt: skip
     """Enter the end of an attempt, decide what follows, and do it. ``text`` says for people what went wrong.
 
@@ -158,7 +161,7 @@ def carry_out(
     decision = decide_next(folder, config, cause)
     if decision.action is Action.requeue and cause is Cause.requested and not node.is_slurm:
         decision = Decision(Action.restart, f"{decision.reason}; there is no queue here")
-    if decision.action is Action.restart and (crew is None or not crew.can_go_on):
+    if decision.action is Action.restart and (group is None or not group.can_go_on):
         decision = Decision(Action.requeue, f"{decision.reason}; too few nodes are left to start again here")
     folder.record_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
     if decision.action is Action.requeue:
@@ -169,15 +172,15 @@ def carry_out(
     return decision
 
 
-def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, crew: Crew, why: str) -> None:
-    """On the first node: there are too few nodes left for a start.
+def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
+    """On the first node: there are too few nodes left for a round.
 
     Raises:
         RunFailedError: the job cannot be requeued, or its limits are used up.
     """
     known = {e["host"] for e in since_submission(folder.read_events()) if e["event"] == "node_lost"}
-    enter_lost_nodes(folder, None, [lost for lost in crew.lost.values() if lost.host not in known])
-    carry_out(folder, node, config, None, Cause.node_failed, f"{lost_text(crew.lost.values())}: {why}", crew=crew)
+    enter_lost_nodes(folder, None, [lost for lost in group.lost.values() if lost.host not in known])
+    carry_out(folder, node, config, None, Cause.node_failed, f"{lost_text(group.lost.values())}: {why}", group=group)
 
 
 def stand_in_for_the_first(folder: RunFolder, node: Node, config: Config, why: str) -> None:

@@ -1,4 +1,4 @@
-"""The agents of one job: who is there, who takes part in the next start of the ranks, and who has fallen silent.
+"""Rendezvous of the node agents: membership, the participants of each restart, and lost nodes.
 
 Owns the agreement among the agents. The first node decides and the others follow its board; where there are more nodes
 than a run needs, the rest are spares and wait. Must not know how ranks are started, nor what follows a lost node.
@@ -21,7 +21,7 @@ from launch.config import Config
 from launch.runs.folder import RunFolder
 
 SPARE_WAIT_S = 10.0
-"""How long a start that has enough nodes waits for the rest of them."""
+"""How long a round that has enough nodes waits for the rest of them."""
 ECHO_S = 8.0
 """After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
 GOODBYE_S = 10.0
@@ -29,8 +29,8 @@ OVER_S = 5.0
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of the ranks, the same for all agents that take part."""
+class RendezvousRound:
+    """One start of the ranks: its participants and its store, the same for every agent."""
 
     number: int
     attempt: int
@@ -55,11 +55,11 @@ class FirstNodeLostError(RuntimeError):
 
 
 class NodesMissingError(RuntimeError):
-    """There are not enough nodes left for a start."""
+    """There are not enough nodes left for a round."""
 
 
-class Crew:
-    """This agent's view of the others."""
+class AgentGroup:
+    """The agents of one job, as the agent of this node sees them."""
 
     def __init__(self, folder: RunFolder, node: Node, config: Config, line: Heartbeat, address: str) -> None:
         self._folder = folder
@@ -71,12 +71,12 @@ class Crew:
         """Address of this node, as the others reach it."""
         self.lost: dict[int, Lost] = {}
         """On the first node: those that take no more part in this job."""
-        self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the start before
+        self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the round before
 
     # On every node.
 
-    def next_start(self, number: int, avoid: Sequence[str] = ()) -> Start | None:
-        """Agree on start ``number``, counted from 0. None where the run is over.
+    def next_round(self, number: int, avoid: Sequence[str] = ()) -> RendezvousRound | None:
+        """Agree on round ``number``, counted from 0. None where the run is over.
 
         Args:
             avoid: hosts that take part only where there are no others (first node).
@@ -87,16 +87,16 @@ class Crew:
             RunFailedError: elsewhere, where the run has failed and does not start again.
         """
         self.line.say(host=self._node.host, ready=number)
-        return self._call(number, avoid) if self._node.is_first else self._follow(number)
+        return self._open_round(number, avoid) if self._node.is_first else self._await_round(number)
 
     def tell_failed(self, number: int) -> None:
-        """Let the others end their ranks of start ``number`` now rather than at the timeout of a collective."""
+        """Let the others end their ranks of round ``number`` now rather than at the timeout of a collective."""
         self.line.say(failed=number)
         if self._node.is_first:
             self.line.post(failed=number)
 
     def has_failed(self, number: int) -> bool:
-        """Whether ranks of another node have failed in start ``number``."""
+        """Whether ranks of another node have failed in round ``number``."""
         if not self._node.is_first:
             return self._said(0, "failed") >= number
         failed = any(self._said(index, "failed") >= number for index in self.line.heard)
@@ -118,18 +118,18 @@ class Crew:
     # On the first node.
 
     def end(self, failure: str | None = None) -> None:
-        """The job's work on the run is over: tell those that wait for the next start, and why if it failed."""
+        """The job's work on the run is over: tell those that wait for the next round, and why if it failed."""
         write_note(self._folder, self._node, over=True, failure=failure)
         self.line.post(over=True, failure=failure)
 
-    def find_silent(self, start: Start) -> list[Lost]:
-        """Members of a start from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
+    def find_silent(self, rdzv: RendezvousRound) -> list[Lost]:
+        """Members of a round from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
         limit = self._limits.node_timeout_s
-        return [self._lose(i, s, limit) for i in start.members if i and (s := self._silence(i)) > limit]
+        return [self._lose(i, s, limit) for i in rdzv.members if i and (s := self._silence(i)) > limit]
 
-    def find_reason(self, start: Start) -> list[Lost]:
+    def find_reason(self, rdzv: RendezvousRound) -> list[Lost]:
         """After a connection was lost: ask every other member for a sign of life, and lose those that give none."""
-        waiting = {index: self._said(index, "beat") for index in start.members if index and index not in self.lost}
+        waiting = {index: self._said(index, "beat") for index in rdzv.members if index and index not in self.lost}
         limit = min(ECHO_S, self._limits.node_timeout_s)
         deadline = time.monotonic() + limit
         while waiting and time.monotonic() < deadline:
@@ -139,10 +139,10 @@ class Crew:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether there are enough nodes for another start."""
+        """Whether there are enough nodes for another round."""
         return self._node.count - len(self.lost) >= self._needed
 
-    def _call(self, number: int, avoid: Sequence[str]) -> Start:
+    def _open_round(self, number: int, avoid: Sequence[str]) -> RendezvousRound:
         self._gather(number)
         here = [0, *(index for index, words in self._present() if words.get("ready", -1) >= number)]
         order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
@@ -150,15 +150,15 @@ class Crew:
         timeout = timedelta(seconds=self._limits.rendezvous_timeout_s)
         store = dist.TCPStore(self.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         self._stores.append(store)
-        start = Start(number, self._folder.create_attempt(), members, self.address, store.port)
-        self.line.post(start=asdict(start))
+        rdzv = RendezvousRound(number, self._folder.create_attempt(), members, self.address, store.port)
+        self.line.post(start=asdict(rdzv))
         if self._node.count > self._needed:
             hosts = {
                 "hosts": [self._host(i) for i in members],
                 "spares": [self._host(i) for i in here if i not in members],
             }
-            self._folder.record_event("members", attempt=start.attempt, **hosts)
-        return start
+            self._folder.record_event("members", attempt=rdzv.attempt, **hosts)
+        return rdzv
 
     def _gather(self, number: int) -> None:
         """Wait for the nodes: for all that are left, a while longer than needed for spares."""
@@ -201,7 +201,7 @@ class Crew:
 
     # On the other nodes.
 
-    def _follow(self, number: int) -> Start | None:
+    def _await_round(self, number: int) -> RendezvousRound | None:
         while True:
             board = self.line.heard.get(0, {})
             if board.get("over"):
@@ -209,7 +209,7 @@ class Crew:
                 return None
             told = board.get("start")
             if told is not None and told["number"] >= number:
-                return Start(**{**told, "members": tuple(told["members"])})
+                return RendezvousRound(**{**told, "members": tuple(told["members"])})
             if self.first_is_lost():
                 raise_failure(self._last_word())
                 return None
@@ -239,7 +239,7 @@ def raise_failure(last_word: Words) -> None:
 
 
 @contextmanager
-def join(folder: RunFolder, node: Node, config: Config) -> Iterator[Crew]:
+def join(folder: RunFolder, node: Node, config: Config) -> Iterator[AgentGroup]:
     """Find the other agents of this job for the length of a ``with`` block.
 
     Raises:
@@ -248,8 +248,8 @@ def join(folder: RunFolder, node: Node, config: Config) -> Iterator[Crew]:
     limits = config.resilience
     meeting = meet(folder, node, limits.rendezvous_timeout_s, limits.node_timeout_s)
     line = Heartbeat(node.index, node.count, meeting.store)
-    crew = Crew(folder, node, config, line, meeting.address)
+    group = AgentGroup(folder, node, config, line, meeting.address)
     try:
-        yield crew
+        yield group
     finally:
-        crew.close()
+        group.close()

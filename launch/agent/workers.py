@@ -1,7 +1,7 @@
 """The ranks of one node, through torch elastic: start them, watch them to the end, and say which of them failed.
 
-Owns the processes. Every start is a fresh rendezvous among nodes that the crew has agreed on: elastic's own, shared by
-several starts, was seen to close with a dead node as a member.
+Owns the processes. Every start is a fresh rendezvous among nodes that the agent group has agreed on: elastic's own,
+shared by several starts, was seen to close with a dead node as a member.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from launch.agent.meter import Meter
 from launch.agent.monitor import Watch
 from launch.agent.node import Node, interface_of
 from launch.agent.progress import Progress
-from launch.agent.rendezvous import Crew, Start
+from launch.agent.rendezvous import AgentGroup, RendezvousRound
 from launch.agent.stop import StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
@@ -48,18 +48,18 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 class FixedRendezvous(RendezvousHandler):
     """Elastic's rendezvous for agents that have agreed already on who takes part and where."""
 
-    def __init__(self, start: Start, index: int, timeout_s: float) -> None:
-        self._start = start
-        self._place = start.members.index(index)
+    def __init__(self, rdzv: RendezvousRound, index: int, timeout_s: float) -> None:
+        self._round = rdzv
+        self._place = rdzv.members.index(index)
         self._store = dist.TCPStore(
-            start.address, start.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
 
     def next_rendezvous(self) -> RendezvousInfo:
         """The place of this node among the members, and the store for the ranks."""
-        where = RendezvousStoreInfo(self._start.address, self._start.port)
+        where = RendezvousStoreInfo(self._round.address, self._round.port)
         store = dist.PrefixStore("agents", self._store)
-        return RendezvousInfo(store, self._place, len(self._start.members), where)
+        return RendezvousInfo(store, self._place, len(self._round.members), where)
 
     @property
     def use_agent_store(self) -> bool:
@@ -71,7 +71,7 @@ class FixedRendezvous(RendezvousHandler):
         return "fixed"
 
     def is_closed(self) -> bool:
-        """Never: it serves one start."""
+        """Never: it serves one round."""
         return False
 
     def set_closed(self) -> None:
@@ -82,11 +82,11 @@ class FixedRendezvous(RendezvousHandler):
         return 0
 
     def get_run_id(self) -> str:
-        """A name for this start."""
-        return f"attempt-{self._start.attempt}"
+        """A name for this round."""
+        return f"attempt-{self._round.attempt}"
 
     def shutdown(self) -> bool:
-        """The store belongs to the first node's crew."""
+        """The store belongs to the head node's agent group."""
         return True
 
 
@@ -228,8 +228,9 @@ def describe_run(config: Config, folder: RunFolder, attempt: int, command: RankC
 
 
 def run_ranks(
-    folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter
-) -> str | None:
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, stop: StopRequest,
+    meter: Meter,
+) -> str | None:  # fmt: skip
     """Start this node's ranks and watch them to their end.
 
     Returns:
@@ -238,34 +239,34 @@ def run_ranks(
     """
     workload = workload_of(config)
     contract = workload.contract(config, config.world_size)
-    command = workload.command(config, folder, start.attempt)
+    command = workload.command(config, folder, rdzv.attempt)
     with TemporaryDirectory(prefix="launch-") as scratch:
-        prepare_environment(node, config, crew.address)
-        describe_run(config, folder, start.attempt, command, Path(scratch))
-        program, args = entrypoint(command, folder.log(start.attempt, 0).parent)
+        prepare_environment(node, config, group.address)
+        describe_run(config, folder, rdzv.attempt, command, Path(scratch))
+        program, args = entrypoint(command, folder.log(rdzv.attempt, 0).parent)
         spec = WorkerSpec(
             role="rank",
             local_world_size=config.ranks_on_node,
             entrypoint=program,
             args=args,
-            rdzv_handler=FixedRendezvous(start, node.index, config.resilience.rendezvous_timeout_s),
+            rdzv_handler=FixedRendezvous(rdzv, node.index, config.resilience.rendezvous_timeout_s),
             max_restarts=0,
             monitor_interval=POLL_S,
-            local_addr=crew.address,
+            local_addr=group.address,
         )
-        watch = Watch(folder, node, config, crew, start, stop, meter, Path(scratch), contract)
-        place, each = start.members.index(node.index), config.ranks_on_node
+        watch = Watch(folder, node, config, group, rdzv, stop, meter, Path(scratch), contract)
+        place, each = rdzv.members.index(node.index), config.ranks_on_node
         local_ranks = range(place * each, (place + 1) * each)
         progress = Progress(
-            folder, start.attempt, local_ranks, contract.progress, contract.unit, contract.work_per_step,
+            folder, rdzv.attempt, local_ranks, contract.progress, contract.unit, contract.work_per_step,
             contract.writes_curves,
         )  # fmt: skip
-        environment = EnvironmentRecord(folder, start.attempt, place, len(start.members))
+        environment = EnvironmentRecord(folder, rdzv.attempt, place, len(rdzv.members))
         if not contract.records_events:
             environment.describe_node(local_ranks)
             if place == 0:
                 folder.record_event(
-                    "started", attempt=start.attempt, world_size=config.world_size, max_steps=contract.max_steps
+                    "started", attempt=rdzv.attempt, world_size=config.world_size, max_steps=contract.max_steps
                 )
 
         def look(agent: RankAgent) -> None:
@@ -286,14 +287,14 @@ def run_ranks(
                 environment.look(workload.name, command, contract, workload.code(config))
     if result is None or not result.is_failed():
         if not contract.records_events:
-            record_end(folder, node, start, stop, rank_agent.asks_for_requeue)
+            record_end(folder, node, rdzv, stop, rank_agent.asks_for_requeue)
         return None
-    crew.tell_failed(start.number)
-    enter_silent_failures(folder, start.attempt, result, stop, rank_agent.killed, contract)
+    group.tell_failed(rdzv.number)
+    enter_silent_failures(folder, rdzv.attempt, result, stop, rank_agent.killed, contract)
     return watch.verdict or "ranks failed on this node"
 
 
-def record_end(folder: RunFolder, node: Node, start: Start, stop: StopRequest, asks_for_requeue: bool) -> None:
+def record_end(folder: RunFolder, node: Node, rdzv: RendezvousRound, stop: StopRequest, asks_for_requeue: bool) -> None:
     """Write into the event log how ranks ended that do not tell it themselves, and left in order.
 
     Every node whose ranks ask for the queue says so; whether all is finished, one node says for all.
@@ -301,10 +302,10 @@ def record_end(folder: RunFolder, node: Node, start: Start, stop: StopRequest, a
     records = recent_records(folder.metrics(0))
     step = records[-1]["step"] if records else None
     if asks_for_requeue:
-        folder.record_event("stopped", attempt=start.attempt, step=step, node=node.index, asks_for_requeue=True)
-    elif node.index == start.members[0] and not has_told_its_end(folder, start.attempt):
+        folder.record_event("stopped", attempt=rdzv.attempt, step=step, node=node.index, asks_for_requeue=True)
+    elif node.index == rdzv.members[0] and not has_told_its_end(folder, rdzv.attempt):
         event = "stopped" if stop.count else "finished"
-        folder.record_event(event, attempt=start.attempt, step=step, signal=stop.name or None)
+        folder.record_event(event, attempt=rdzv.attempt, step=step, signal=stop.name or None)
 
 
 def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
