@@ -2,7 +2,7 @@
 
     python -m launch.agent RUN_DIR          what srun starts on every node; submitit calls ``run(RUN_DIR)``
 
-Owns the order of things on a node, from the first meeting of the agents to the last. Importing this module loads no
+Owns the order of things on a node, from the first rendezvous of the agents to the last. Importing this module loads no
 torch: the login node submits ``run`` by name.
 """
 
@@ -64,13 +64,13 @@ def run(run_dir: str) -> None:
     try:
         with Meter(folder, node, config) as meter, rendezvous.join(folder, node, config) as group:
             try:
-                if node.is_first:
+                if node.is_head:
                     refuse_without_budget(meter)
                     settle_lost_attempts(folder, node, config)
                 take_part(folder, node, config, group, stop, meter)
             except rendezvous.NodesMissingError as error:
                 conclude_without_nodes(folder, node, config, group, str(error))
-            except rendezvous.FirstNodeLostError as error:
+            except rendezvous.HeadNodeLostError as error:
                 stop.interruptible = False
                 stand_in_for_the_first(folder, node, config, str(error))
             except RunFailedError as error:
@@ -78,7 +78,7 @@ def run(run_dir: str) -> None:
                 raise
             finally:
                 stop.interruptible = False
-                if node.is_first:
+                if node.is_head:
                     group.end(failure)
     except InterruptedError as error:
         leave_before_the_start(folder, node, config, str(error))
@@ -87,14 +87,14 @@ def run(run_dir: str) -> None:
 def take_part(
     folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter
 ) -> None:
-    """Start the ranks again and again, as the first node decides; a spare waits for its turn."""
+    """Start the ranks again and again, as the head node decides; a spare waits for its turn."""
     from launch.agent import workers as ranks
 
     for number in itertools.count():
         stop.interruptible = True
-        if node.is_first:
+        if node.is_head:
             refuse_replaced(folder, node)
-        avoid = unreliable_hosts(folder.read_events()) if node.is_first else ()
+        avoid = unreliable_hosts(folder.read_events()) if node.is_head else ()
         rdzv = group.next_round(number, avoid)
         if rdzv is None:
             return
@@ -103,7 +103,7 @@ def take_part(
         verdict = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter)
         stop.interruptible = False
         ended = ending(folder, rdzv.attempt, verdict, stop)
-        if node.is_first:
+        if node.is_head:
             if conclude(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
                 return
         elif ended not in (Cause.crashed, Cause.requested):

@@ -1,7 +1,7 @@
 """The meter of an allocation: when it began and ended, and whether its budget lasts.
 
 Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the event log, and the sign of life that counts where
-an agent is killed without a word. Runs on the first node alone. The arithmetic is ``launch.plan.budget``'s.
+an agent is killed without a word. Runs on the head node alone. The arithmetic is ``launch.plan.budget``'s.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LEAVE_S = 5.0
 
 
 class Meter:
-    """Counts while it is open; does nothing on nodes other than the first."""
+    """Counts while it is open; does nothing on nodes other than the head node."""
 
     def __init__(self, folder: RunFolder, node: Node, config: Config) -> None:
         self._folder = folder

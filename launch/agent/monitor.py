@@ -58,7 +58,7 @@ class Watch:
         )
         files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
         self._agreement = Agreement(rdzv.number, node.index, rdzv.members, files)
-        group.line.conversation = self._agreement
+        group.heartbeat.conversation = self._agreement
         self._grace_s = config.resilience.stop_grace_s
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
@@ -95,7 +95,7 @@ class Watch:
             # now. To a rank that asks it is one more wish for the stop that the agents agree on.
             agent.send(self._stop_signal)
             self._agreement.want_stop(self._stop_signal)
-            self._group.line.wake()
+            self._group.heartbeat.wake()
         at_once = self._stop.count > 1 and not self._node.is_slurm
         if at_once or time.monotonic() > self._stop.since + self._grace_s:
             agent.send(signal.SIGKILL)
@@ -112,9 +112,9 @@ class Watch:
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 
     def _find_lost(self) -> str | None:
-        """On the first node: members that have fallen silent; elsewhere: the first node itself."""
-        if not self._node.is_first:
-            return "the first node is lost" if self._group.first_is_lost() else None
+        """On the head node: members that have fallen silent; elsewhere: the head node itself."""
+        if not self._node.is_head:
+            return "the head node is lost" if self._group.head_is_lost() else None
         lost = self._group.find_silent(self._round)
         enter_lost_nodes(self._folder, self._round.attempt, lost)
         return f"node {lost[0].host} is lost" if lost else None

@@ -1,7 +1,7 @@
 """What follows the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
-Owns carrying out what ``launch.agent.restart_policy`` decides, on the first node, or on another one where the first
-is lost. Must not know how ranks are started or watched. Torch-free.
+Owns carrying out what ``launch.agent.restart_policy`` decides, on the head node, or on another one where that is lost.
+Must not know how ranks are started or watched. Torch-free.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def refuse_without_budget(meter: Meter) -> None:
 
 def leave_before_the_start(folder: RunFolder, node: Node, config: Config, why: str) -> None:
     """Told to stop while there were no ranks here: nothing is to be saved, but a preempted job must come back."""
-    if node.is_first:
+    if node.is_head:
         folder.record_event("agent_stopped", node=node.index, cause=why)
         cause = why_told_to_stop(folder, node, config, attempt=None)
         if cause in LEAVES_THE_NODES:
@@ -107,7 +107,7 @@ def conclude(
     folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, ended: Cause,
     stop: StopRequest,
 ) -> Decision:  # fmt: skip
-    """On the first node: find the cause, decide, and put the job back into the queue if need be.
+    """On the head node: find the cause, decide, and put the job back into the queue if need be.
 
     Raises:
         RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
@@ -173,7 +173,7 @@ def carry_out(
 
 
 def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
-    """On the first node: there are too few nodes left for a round.
+    """On the head node: there are too few nodes left for a round.
 
     Raises:
         RunFailedError: the job cannot be requeued, or its limits are used up.
@@ -184,17 +184,17 @@ def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, group:
 
 
 def stand_in_for_the_first(folder: RunFolder, node: Node, config: Config, why: str) -> None:
-    """On another node: the first one, which decides, is lost. The next node that is there puts the job into the queue.
+    """On another node: the head node, which decides, is lost. The next node that is there puts the job into the queue.
 
     Raises:
-        RunFailedError: always where this node could do nothing more; the job's end is the first node's.
+        RunFailedError: always where this node could do nothing more; the job's end is the head node's.
     """
     time.sleep(STAND_IN_S * (node.index - 1))  # those before this one come first
     events = since_submission(folder.read_events())
     attempt = max((e["attempt"] for e in events if e["event"] == "started"), default=None)
     settled = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     if (attempt in settled and attempt is not None) or not node.is_slurm:
-        raise RunFailedError(f"the first node, {node.host_of(0)}, is lost: {why}")
+        raise RunFailedError(f"the head node, {node.host_of(0)}, is lost: {why}")
     folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
     try:
         carry_out(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
