@@ -16,7 +16,7 @@ from pathlib import Path
 from launch.agent import processes
 from launch.config import ResilienceConfig
 from launch.runs import heartbeat
-from launch.runs.heartbeat import Phase, Sign
+from launch.runs.heartbeat import Phase, RankHeartbeat
 
 SLOW = (Phase.starting, Phase.saving, Phase.leaving)
 PAUSED_S = 5.0
@@ -37,13 +37,13 @@ class Stuck:
     """Steps it had done; None where it never got as far as telling."""
     why: str
     since: float
-    """When it last gave a sign, Unix time."""
+    """When it last showed progress, Unix time."""
     has_stacks: bool = True
     """Whether it would answer to being asked for its stacks; SIGQUIT ends any other process, with a core file."""
 
 
 class Watchdog:
-    """Looks at the signs of life of this node's ranks.
+    """Reads the heartbeats of this node's ranks.
 
     Args:
         folder: the heartbeat files of the ranks, none of them older than this start.
@@ -84,18 +84,18 @@ class Watchdog:
         return sorted((stuck for stuck in found if stuck is not None), key=lambda stuck: stuck.since)
 
     def _judge(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
-        sign = heartbeat.read(self._folder / str(rank))
-        if sign is None:
+        last = heartbeat.read(self._folder / str(rank))
+        if last is None:
             return self._judge_start(rank, pid, now, share) or self._judge_log(rank, pid, now, share)
-        # The process that beats is the rank itself also where a wrapper stands between it and the agent.
-        frozen = now - max(sign.beat, self._started)
+        # The process that gives heartbeats is the rank itself also where a wrapper stands between it and the agent.
+        frozen = now - max(last.ran_at, self._started)
         if frozen > self._limits.frozen_timeout_s * share:
-            state = "stopped" if processes.is_stopped(sign.pid) else "frozen"
-            return _stuck(rank, sign.pid, sign.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
-        silent = now - max(sign.moved, self._started)
-        if sign.moved and silent > self._limit(sign) * share:
-            why = f"hung: no progress for {silent:.0f} s while {sign.phase.name}"
-            return _stuck(rank, sign.pid, sign.step, why, silent)
+            state = "stopped" if processes.is_stopped(last.pid) else "frozen"
+            return _stuck(rank, last.pid, last.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
+        silent = now - max(last.moved_at, self._started)
+        if last.moved_at and silent > self._limit(last) * share:
+            why = f"hung: no progress for {silent:.0f} s while {last.phase.name}"
+            return _stuck(rank, last.pid, last.step, why, silent)
         return None
 
     def _judge_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
@@ -118,8 +118,8 @@ class Watchdog:
         why = f"hung: nothing printed for {silent:.0f} s"
         return Stuck(rank, pid, None, why, time.time() - silent, has_stacks=False)
 
-    def _limit(self, sign: Sign) -> float:
-        return self._limits.hang_timeout_slow_s if sign.phase in SLOW else self._limits.hang_timeout_s
+    def _limit(self, last: RankHeartbeat) -> float:
+        return self._limits.hang_timeout_slow_s if last.phase in SLOW else self._limits.hang_timeout_s
 
 
 def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> Stuck:

@@ -1,6 +1,6 @@
 """The meter of an allocation: when it began and ended, and whether its budget lasts.
 
-Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the event log, and the sign of life that counts where
+Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the event log, and the heartbeat that counts where
 an agent is killed without a word. Runs on the head node alone. The arithmetic is ``launch.plan.budget``'s.
 """
 
@@ -16,10 +16,10 @@ from launch.config import Config
 from launch.plan.budget import (
     caps,
     command_folders,
-    last_sign,
+    heartbeat_file,
+    last_heartbeat,
     rates_of,
     read_event_logs,
-    sign_of_life,
     spent,
     used,
 )
@@ -47,7 +47,7 @@ class Meter:
         if self._node.index == 0:
             self._settle()
             self._folder.record_event("agent_started", **self._allocation())
-            self._give_sign()
+            self._give_heartbeat()
         return self
 
     def __exit__(
@@ -57,12 +57,12 @@ class Meter:
             self._folder.record_event("agent_ended", job=self._node.job, ended_at=time.time())
 
     def look(self, *, is_leaving: bool) -> str | None:
-        """Every ``budget.poll_s``: give a sign of life, and say which cap is reached; none to a run that is leaving."""
+        """Every ``budget.poll_s``: give a heartbeat, and say which cap is reached; none to a run that is leaving."""
         if self._node.index or time.monotonic() - self._looked < self._config.budget.poll_s:
             return None
         if is_leaving:
             self._looked = time.monotonic()
-            self._give_sign()
+            self._give_heartbeat()
             return None
         return self.look_now()
 
@@ -71,7 +71,7 @@ class Meter:
         if self._node.index:
             return None
         self._looked = time.monotonic()
-        self._give_sign()
+        self._give_heartbeat()
         budget, now = self._config.budget, time.time()
         if not caps(budget):
             return None
@@ -97,8 +97,8 @@ class Meter:
         ended = {e["job"] for e in events if e["event"] == "agent_ended"}
         lost = [e for e in events if e["event"] == "agent_started" and e["job"] not in ended]
         if lost:
-            # It may have gone on until just before it would have given the next sign.
-            seen = max(last_sign(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
+            # It may have gone on until just before it would have given the next heartbeat.
+            seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
             ended_at = min(seen, time.time())
             self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
@@ -122,8 +122,8 @@ class Meter:
         where = {"job": node.job, "nodes": node.count, "gpus": gpus, "price_per_gpu_hour": price}
         return {**where, "allocated_at": begun, "limit_s": limit_s}
 
-    def _give_sign(self) -> None:
-        sign = sign_of_life(self._folder)
-        sign.parent.mkdir(parents=True, exist_ok=True)
-        sign.touch()
-        os.utime(sign, (time.time(),) * 2)  # by this node's clock, as the event log is, and not by the file server's
+    def _give_heartbeat(self) -> None:
+        file = heartbeat_file(self._folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (time.time(),) * 2)  # by this node's clock, as the event log is, and not by the file server's

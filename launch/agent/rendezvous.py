@@ -128,7 +128,7 @@ class AgentGroup:
         return [self._lose(i, s, limit) for i in rdzv.members if i and (s := self._silence(i)) > limit]
 
     def find_reason(self, rdzv: RendezvousRound) -> list[Lost]:
-        """After a connection was lost: ask every other member for a sign of life, and lose those that give none."""
+        """After a connection was lost: ask every other member for a heartbeat, and lose those that give none."""
         waiting = {index: self._said(index, "beat") for index in rdzv.members if index and index not in self.lost}
         limit = min(ECHO_S, self._limits.node_timeout_s)
         deadline = time.monotonic() + limit

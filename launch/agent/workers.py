@@ -34,7 +34,7 @@ from launch.agent.rendezvous import AgentGroup, RendezvousRound
 from launch.agent.stop import StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
-from launch.runs import heartbeat as pulse
+from launch.runs import heartbeat
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
@@ -222,7 +222,7 @@ def describe_run(config: Config, folder: RunFolder, attempt: int, command: RankC
         "LAUNCH_CHECKPOINT_DIR": folder.checkpoints,
         "LAUNCH_GRACE_S": config.resilience.stop_grace_s,
         "LAUNCH_AGENT_PID": os.getpid(),
-        pulse.ENVIRONMENT: heartbeats,
+        heartbeat.ENVIRONMENT: heartbeats,
     }
     os.environ |= {name: str(value) for name, value in {**told, **command.env}.items()}
 

@@ -1,8 +1,8 @@
 """What a run has used of its budget, what it may use at worst, and when it has to stop. Pure functions of event logs.
 
 An allocation is paid from the start of its job to the end, whatever the ranks do in it. The event log has
-``agent_started`` and ``agent_ended`` for each one; one that was killed without a word lasted until its last sign of
-life. The caps are for all points of one command together, over all attempts. Must not know how a run is stopped.
+``agent_started`` and ``agent_ended`` for each one; one that was killed without a word lasted until its last
+heartbeat. The caps are for all points of one command together, over all attempts. Must not know how a run is stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
 SILENT_S = 300.0
-"""An allocation that gave no sign of life for so long, or for ten looks, is over."""
+"""An allocation that gave no heartbeat for so long, or for ten looks, is over."""
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 
@@ -49,7 +49,7 @@ def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> U
 
 @dataclass(frozen=True)
 class EventLog:
-    """The events of one run, and the last sign of life of its agent, Unix seconds."""
+    """The events of one run, and the last heartbeat of its agent, Unix seconds."""
 
     events: Sequence[dict[str, Any]]
     alive: float | None = None
@@ -62,7 +62,7 @@ class Rates:
     gpus_per_node: int | None = None
     price_per_gpu_hour: float | None = None
     poll_s: float = 30.0
-    """Seconds between signs of life of an agent."""
+    """Seconds between heartbeats of an agent."""
 
 
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
@@ -102,7 +102,7 @@ def latest(started: dict[str, Any]) -> float:
 
 
 def last_seen(started: dict[str, Any], alive: float | None, now: float, poll_s: float) -> float:
-    """Until when an allocation without an end has lasted as far as one can see: for ever, while it gives signs."""
+    """Until when an allocation without an end has lasted as far as one can see: for ever, while it gives heartbeats."""
     seen = max(alive or 0.0, started["time"])
     return seen if now - seen > max(SILENT_S, 10 * poll_s) else math.inf
 
@@ -166,22 +166,22 @@ def amount(value: float, *, up: bool = False) -> str:
     return f"{rounded:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{rounded:.0f}"
 
 
-def sign_of_life(folder: RunFolder) -> Path:
-    """The file whose time says when the first agent of a run was last seen."""
+def heartbeat_file(folder: RunFolder) -> Path:
+    """The file whose time says when the agent of the head node was last seen."""
     return folder.path / ".launch" / "alive"
 
 
-def last_sign(folder: RunFolder) -> float | None:
-    """When the first agent of a run was last seen, Unix seconds; None where none ever was."""
+def last_heartbeat(folder: RunFolder) -> float | None:
+    """When the agent of the head node was last seen, Unix seconds; None where none ever was."""
     try:
-        return sign_of_life(folder).stat().st_mtime
+        return heartbeat_file(folder).stat().st_mtime
     except FileNotFoundError:
         return None
 
 
 def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
     """What the budget is reckoned from."""
-    return [EventLog(folder.read_events(), last_sign(folder)) for folder in folders]
+    return [EventLog(folder.read_events(), last_heartbeat(folder)) for folder in folders]
 
 
 def rates_of(config: Config) -> Rates:

@@ -33,7 +33,7 @@ def enter_failure(
 ) -> None:
     """Write the failure of a rank of this host into the event log, whoever noticed it.
 
-    ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last sign of life.
+    ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last progress.
     """
     folder.record_event(
         "rank_failed",
