@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import refusing
-from launch.jobs.status import find_point, look
+from launch.jobs.status import find_run_status, look
 from launch.jobs.stop import outcome, stop_points
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError
@@ -22,7 +22,7 @@ from launch.scheduler.client import SlurmError
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     """Cancel the runs of run folders and sweep folders, and say what became of each. Whether all are over."""
-    points = [find_point(folder) for folder in find_runs(paths)]
+    points = [find_run_status(folder) for folder in find_runs(paths)]
     problem = look(points)
     if problem is not None:
         raise problem

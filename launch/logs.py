@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.errors import ConfigError, refusing
 from launch.jobs.handles import SlurmJob, agent_logs
-from launch.jobs.status import Point, find_point, look, verdict
+from launch.jobs.status import RunStatus, find_run_status, look, verdict
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError, output_file
 
@@ -46,7 +46,7 @@ class Log:
         sys.stdout.buffer.flush()
 
 
-def the_run(path: Path) -> Point:
+def the_run(path: Path) -> RunStatus:
     """The one run in ``path``. Raises ConfigError where there are several, or none."""
     runs = find_runs([path])
     if len(runs) > 1:
@@ -54,21 +54,21 @@ def the_run(path: Path) -> Point:
         raise ConfigError(
             f"{len(runs)} runs in {path}: {names}", "the folder of one", f"python -m launch.logs {runs[0].path}"
         )
-    return find_point(runs[0])
+    return find_run_status(runs[0])
 
 
-def default_rank(point: Point, attempt: int | None) -> int:
+def default_rank(point: RunStatus, attempt: int | None) -> int:
     """The rank that failed first in the attempt (or in the newest), else rank 0."""
     failure = point.failure(attempt)
     return 0 if failure is None else int(failure["rank"])
 
 
-def rank_logs(point: Point, rank: int, attempt: int) -> list[Log]:
+def rank_logs(point: RunStatus, rank: int, attempt: int) -> list[Log]:
     """The log of a rank in one attempt."""
     return [Log(point.folder.log(attempt, rank), f"attempt {attempt}, rank {rank}")]
 
 
-def node_of(point: Point, rank: int) -> int:
+def node_of(point: RunStatus, rank: int) -> int:
     """The node whose agent started a rank: ranks are not dealt out in the order of the nodes."""
     for attempt in reversed(point.folder.attempts()):
         path = point.folder.environment(attempt)
@@ -77,7 +77,7 @@ def node_of(point: Point, rank: int) -> int:
     return 0
 
 
-def agents(point: Point, rank: int) -> list[Log]:
+def agents(point: RunStatus, rank: int) -> list[Log]:
     """What the agent of a rank printed, in all attempts of its job."""
     if point.job is None:
         return []
@@ -90,13 +90,13 @@ def agents(point: Point, rank: int) -> list[Log]:
     return [Log(path, f"agent of node {node}") for path in paths]
 
 
-def newest(point: Point, rank: int, wanted: int | None) -> int | None:
+def newest(point: RunStatus, rank: int, wanted: int | None) -> int | None:
     """The attempt to print: the wanted one, or the newest in which the rank has printed anything."""
     there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file()]
     return (wanted if wanted in there else None) if wanted is not None else max(there, default=None)
 
 
-def missing(point: Point, what: str) -> ConfigError:
+def missing(point: RunStatus, what: str) -> ConfigError:
     """There is no log yet, or never was."""
     look([point])
     state = point.state + (f", {point.detail}" if point.detail else "")
@@ -108,7 +108,7 @@ def missing(point: Point, what: str) -> ConfigError:
     )
 
 
-def follow(point: Point, find: Callable[[], list[Log]], only: int | None) -> None:
+def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) -> None:
     """Print the logs as they grow, until the run is over, or one newer than attempt ``only`` has begun."""
     logs: list[Log] = []
     asked_at, unknown = 0.0, False

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import refusing
-from launch.jobs.failover import Mover, is_watched, promised
-from launch.jobs.status import Point, find_point, look
+from launch.jobs.failover import PlacementFailover, is_watched, promised
+from launch.jobs.status import RunStatus, find_run_status, look
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 
@@ -26,22 +26,22 @@ LONGEST_POLL_S = 60.0
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
     """Move what waits until all runs are over."""
-    points = [point for folder in folders if is_watched(point := find_point(folder))]
-    mover, said = Mover(console), False
+    points = [point for folder in folders if is_watched(point := find_run_status(folder))]
+    failover, said = PlacementFailover(console), False
     while True:
         problem = look(points, retries=1)
         points = [point for point in points if not point.is_over]
         if not points:
             console.print("nothing waits any more", highlight=False)
             return
-        problem = problem or mover.step(points)
+        problem = problem or failover.step(points)
         if problem is not None and not said:
             console.print(f"{problem}\nasking again until Slurm answers", highlight=False, markup=False)
         said = problem is not None
         time.sleep(poll_s(points))
 
 
-def poll_s(points: Sequence[Point]) -> float:
+def poll_s(points: Sequence[RunStatus]) -> float:
     """Seconds between two looks: a fraction of the shortest patience."""
     shortest = min((plan.placement.retry_interval_min for point in points if (plan := promised(point))), default=1.0)
     return min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10))

@@ -20,7 +20,7 @@ from rich.table import Table
 from launch.errors import refusing
 from launch.jobs.display import duration
 from launch.jobs.handles import SlurmJob
-from launch.jobs.status import Point, find_point, judge_by_event_log, look
+from launch.jobs.status import RunStatus, find_run_status, judge_by_event_log, look
 from launch.runs.find import find_runs
 from launch.runs.records import UNITS, throughput
 
@@ -29,7 +29,7 @@ NUMBERS = COLUMNS[3:]
 WIDE = 1000
 
 
-def as_dict(point: Point) -> dict[str, Any]:
+def as_dict(point: RunStatus) -> dict[str, Any]:
     """What is known of a point; what is not is absent."""
     failure = point.failure() if point.state in ("failed", "running", "queued") else None
     known = {
@@ -53,7 +53,7 @@ def as_dict(point: Point) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value is not None}
 
 
-def waiting_s(point: Point) -> float | None:
+def waiting_s(point: RunStatus) -> float | None:
     """Seconds the point has waited where it is; None where it does not wait, or Slurm does not say."""
     since = point.standing.since if point.state == "queued" else None
     return None if since is None else max(0.0, time.time() - since)
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
     words = parser.parse_args(arguments)
-    points = [find_point(folder) for folder in find_runs(words.paths)]
+    points = [find_run_status(folder) for folder in find_runs(words.paths)]
     problem = look(points)
     if problem is not None:
         judge_by_event_log(points)

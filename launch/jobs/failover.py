@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.jobs.handles import SlurmJob, ask_queue, job_of
-from launch.jobs.status import Point, last_placed
+from launch.jobs.status import RunStatus, last_placed
 from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, shapes, submit_somewhere
 from launch.plan.placement import Candidate, Placement, Step, counts, decide, minutes, waiting_since
@@ -37,7 +37,7 @@ LEAVE_POLL_S = 0.5
 class Pending:
     """A point in the queue, or between two places."""
 
-    point: Point
+    point: RunStatus
     plan: Plan
     """Its placement is without the candidates that sbatch has refused."""
     at: int
@@ -66,7 +66,7 @@ class Pending:
         return decide(self.plan.placement, self.at, now - self.since_here, now - self.since)
 
 
-class Mover:
+class PlacementFailover:
     """Moves points that wait, and takes those out of the queue that have waited long enough."""
 
     def __init__(self, console: Console) -> None:
@@ -74,7 +74,7 @@ class Mover:
         self._excused: dict[str, float] = {}
         """When a job was last seen to wait for something that is no matter of place."""
 
-    def step(self, points: Sequence[Point]) -> SlurmError | None:
+    def step(self, points: Sequence[RunStatus]) -> SlurmError | None:
         """Move what is due. A Slurm that does not answer in between is returned; the next step goes on from there."""
         now = time.time()
         waiting = [w for point in points if (w := self._waiting(point, now)) is not None]
@@ -90,7 +90,7 @@ class Mover:
                 return error
         return None
 
-    def _waiting(self, point: Point, now: float) -> Pending | None:
+    def _waiting(self, point: RunStatus, now: float) -> Pending | None:
         """The point, where it waits and somebody has to move it or to give up."""
         if not isinstance(point.job, SlurmJob) or point.state not in ("queued", "running"):
             return None
@@ -186,7 +186,7 @@ class Mover:
         self._console.print(text, highlight=False, markup=False)
 
 
-def promised(point: Point) -> Plan | None:
+def promised(point: RunStatus) -> Plan | None:
     """The plan of a point, without candidates that sbatch has refused and hosts that failed in it; None where there is
     none to move by."""
     plan = point.plan
@@ -205,13 +205,13 @@ def promised(point: Point) -> Plan | None:
     return plan.placed(placement) if placement.possible else None
 
 
-def is_watched(point: Point) -> bool:
+def is_watched(point: RunStatus) -> bool:
     """Whether the point needs somebody to move it, or to give up, while it waits."""
     plan = promised(point)
     return plan is not None and plan.placement.is_watched
 
 
-def note_that_it_stayed(point: Point) -> None:
+def note_that_it_stayed(point: RunStatus) -> None:
     """Enter into the event log that a point was not moved, nor given up: it started in the same moment."""
     last = last_placed(point.events())
     if last is not None and last["event"] in ("moved", "gave_up"):
@@ -255,7 +255,7 @@ def no_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def wait_until_out(points: Sequence[Point]) -> Mapping[str, JobState]:
+def wait_until_out(points: Sequence[RunStatus]) -> Mapping[str, JobState]:
     """Wait until jobs have left the queue, or run, and say what squeue told at last. Raises SlurmError."""
     deadline = time.monotonic() + LEAVE_S
     while True:
@@ -267,7 +267,7 @@ def wait_until_out(points: Sequence[Point]) -> Mapping[str, JobState]:
         time.sleep(LEAVE_POLL_S)
 
 
-def is_out(point: Point, queue: Mapping[str, JobState]) -> bool:
+def is_out(point: RunStatus, queue: Mapping[str, JobState]) -> bool:
     """Whether the job of a point was taken out of the queue, rather than having started."""
     assert point.job is not None
     known = queue.get(point.job.name)

@@ -1,4 +1,4 @@
-"""How a point stands: the state of its job, what its event log says, and its newest steps.
+"""Status of a run: the state of its job, what its event log says, and its newest steps.
 
 Owns putting these three together, for points this process submitted and for run folders found later. Where the queue
 has forgotten a job, the event log decides. Changes nothing.
@@ -25,8 +25,8 @@ ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
 
 
 @dataclass
-class Point:
-    """One point and what was last seen of it."""
+class RunStatus:
+    """State of one run, as last seen."""
 
     folder: RunFolder
     job: Job | None = None
@@ -73,10 +73,10 @@ class Point:
         return None if attempt is None else first_failure(self.folder.read_events(), attempt)
 
 
-def new_point(plan: Plan) -> Point:
-    """A point that is about to be submitted."""
+def new_run_status(plan: Plan) -> RunStatus:
+    """Status of a run that is about to be submitted."""
     folder = RunFolder(plan.run_dir)
-    return Point(
+    return RunStatus(
         folder,
         nodes=plan.nodes,
         max_steps=plan.max_steps,
@@ -86,13 +86,13 @@ def new_point(plan: Plan) -> Point:
     )
 
 
-def find_point(folder: RunFolder) -> Point:
-    """The point of a run folder, with its last submission, or the one that waits to be made."""
+def find_run_status(folder: RunFolder) -> RunStatus:
+    """Status of the run of a folder since its last submission, or since the one that waits to be made."""
     plan, events = promised(folder), folder.read_events()
     start = Waiting(folder).since()
     if start is None:
         start = last_command(events)
-    point = Point(
+    point = RunStatus(
         folder,
         nodes=plan.get("nodes"),
         max_steps=plan.get("max_steps"),
@@ -113,7 +113,7 @@ def promised(folder: RunFolder) -> dict[str, Any]:
     return {"max_steps": started[-1].get("max_steps")} if started else {}
 
 
-def look(points: Sequence[Point], retries: int = RETRIES) -> SlurmError | None:
+def look(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | None:
     """Bring the points up to date, with one question to Slurm for all of them; ``retries`` 1 for who asks again anyway.
 
     Returns:
@@ -132,7 +132,7 @@ def look(points: Sequence[Point], retries: int = RETRIES) -> SlurmError | None:
     return problem
 
 
-def judge(point: Point, queue: Mapping[str, JobState]) -> None:
+def judge(point: RunStatus, queue: Mapping[str, JobState]) -> None:
     """Set state and detail from the queue and the event log."""
     if point.job is None:
         point.state, point.detail = without_job(point)
@@ -171,7 +171,7 @@ def without_place(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, 
     return None
 
 
-def adopt_job(point: Point) -> None:
+def adopt_job(point: RunStatus) -> None:
     """Find the job of a point that some process has submitted, or moved."""
     submitted = [e for e in point.events() if e["event"] == "submitted"]
     if not submitted:
@@ -181,7 +181,7 @@ def adopt_job(point: Point) -> None:
         point.job = newest
 
 
-def without_job(point: Point) -> tuple[str, str]:
+def without_job(point: RunStatus) -> tuple[str, str]:
     """State and detail of a point that waits here, or of a run that nobody submitted, as with ``gpt.train``."""
     events = point.events()
     cancelled = any(e["event"] == "cancelled" for e in events)
@@ -192,7 +192,7 @@ def without_job(point: Point) -> tuple[str, str]:
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
 
 
-def judge_by_event_log(points: Sequence[Point]) -> None:
+def judge_by_event_log(points: Sequence[RunStatus]) -> None:
     """Set the states of Slurm's points without Slurm, as far as their event logs go."""
     for point in points:
         if isinstance(point.job, SlurmJob):
@@ -208,7 +208,7 @@ def since_last_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
 
 
-def verdict(point: Point) -> str:
+def verdict(point: RunStatus) -> str:
     """How a point whose job is over ended: its event log says so, and silence is a failure."""
     events = point.events()
     names = {e["event"] for e in events}
@@ -225,7 +225,7 @@ def verdict(point: Point) -> str:
     return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 
-def read_steps(point: Point) -> None:
+def read_steps(point: RunStatus) -> None:
     """Read the newest steps, and from their times when the rest of a running point will be done."""
     point.eta_s = None
     records = recent_records(point.folder.metrics(0))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from launch.config import Config
 from launch.jobs.handles import Job, LocalJob
-from launch.jobs.status import Point, look, saved_step
+from launch.jobs.status import RunStatus, look, saved_step
 from launch.runs.compose import read_config
 from launch.scheduler.client import SlurmBusyError, SlurmError
 
@@ -24,7 +24,7 @@ LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and
 class Stop:
     """One point on its way out."""
 
-    def __init__(self, point: Point, *, now: bool = False) -> None:
+    def __init__(self, point: RunStatus, *, now: bool = False) -> None:
         grace_s = read_config(point.folder, Config).resilience.stop_grace_s + AGENT_S
         self.point = point
         self.error: SlurmError | None = None
@@ -68,7 +68,7 @@ class Stop:
         return "signalled" in names[names.index("cancelled") :]
 
 
-def stop_points(points: Sequence[Point], console: Console, *, now: bool = False) -> list[Stop]:
+def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = False) -> list[Stop]:
     """Have the points save and leave, end what is left, and wait until they are over or cannot be ended."""
     stops = [Stop(point, now=now) for point in points if not point.is_over]
     for stop in stops:
@@ -100,7 +100,7 @@ def push_all(stops: Sequence[Stop]) -> SlurmError | None:
     return busy
 
 
-def stop_on_ctrl_c(points: Sequence[Point], console: Console) -> None:
+def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
     """The orderly stop at the first Ctrl-C; the second ends the runs at once."""
     console.print("stopping: the runs save a checkpoint and leave; Ctrl-C again ends them now", highlight=False)
     try:

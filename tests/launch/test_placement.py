@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 from launch.jobs.dry_run import elsewhere
 from launch.jobs.failover import Pending, claim, is_current, promised
 from launch.jobs.handles import SlurmJob, Standing
-from launch.jobs.status import Point, adopt_job, find_point, judge
+from launch.jobs.status import RunStatus, adopt_job, find_run_status, judge
 from launch.jobs.submit import record_submitted, sbatch_text, shapes
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
@@ -119,7 +119,7 @@ def test_a_move_is_no_cancel(words: list[str], job: JobState | None, state: tupl
     folder = RunFolder(tmp_path)
     for event in event_log(*words):
         folder.record_event(**event)
-    point = find_point(folder)
+    point = find_run_status(folder)
     last = max(number for number, word in enumerate(words) if word.startswith("submitted"))
     assert isinstance(point.job, SlurmJob) and point.job.job_id == str(last)
     judge(point, {} if job is None else {str(last): job})
@@ -131,7 +131,7 @@ def test_the_attempts_of_a_moved_run_are_no_history(tmp_path: Path) -> None:
     for event in event_log("submitted", "started", "attempt_ended", "requeued", "moved", "submitted+"):
         folder.record_event(**event)
     folder.create_attempt()
-    assert find_point(folder).attempts() == [1]
+    assert find_run_status(folder).attempts() == [1]
 
 
 @pytest.mark.parametrize("reason", ["JobHeldUser", "Dependency", "JobArrayTaskLimit", "BeginTime"])
@@ -188,7 +188,7 @@ def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
     assert f"{tmp_path}/.submitit/%j" in here and f"{tmp_path}/.submitit/on-b/%j" in there
     folder = RunFolder(tmp_path / "run")
     record_submitted(made, "7")
-    point = find_point(folder)
+    point = find_run_status(folder)
     waiting = Pending(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
     record_submitted(made, "7", 1, moved=True)
@@ -290,7 +290,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     folder = RunFolder(tmp_path)
     write_json(folder.plan, made.as_dict())
     record_submitted(made, "7")
-    point = find_point(folder)
+    point = find_run_status(folder)
     assert promised(point) == made
     waiting = Pending(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
@@ -304,7 +304,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     assert after is not None and after.placement.possible == [0, 2]
     record_submitted(made, "8", 1, moved=True)
     assert not is_current(waiting), "another process has moved it"
-    point = find_point(folder)
+    point = find_run_status(folder)
     assert point.job is not None and point.job.job_id == "8" and is_current(Pending(point, made, 1, 0.0, 0.0))
     folder.record_event("cancelled", job_id="8")
     assert not is_current(Pending(point, made, 1, 0.0, 0.0))
@@ -316,7 +316,7 @@ def test_a_moved_run_keeps_away_from_hosts_that_failed_in_it(tmp_path: Path) -> 
     write_json(folder.plan, made.as_dict())
     record_submitted(made, "7")
     folder.record_event("excluded", hosts=["n1", "n2"])
-    seen = promised(find_point(folder))
+    seen = promised(find_run_status(folder))
     assert seen is not None and seen.at(1).slurm == made.at(1).slurm | {"exclude": "n9,n1,n2"}
 
 
@@ -326,4 +326,4 @@ def test_points_with_other_candidates_are_no_array() -> None:
         plan("seed=2", "cluster.placement=[{qos: a}, {qos: b}]"),
     )
     assert one.slurm == other.slurm and len(shapes([one, other])) == 2
-    assert Point(RunFolder("x")).standing == Standing("unknown")
+    assert RunStatus(RunFolder("x")).standing == Standing("unknown")

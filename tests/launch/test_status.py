@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch.jobs.handles import SlurmJob, Standing, Waiting
-from launch.jobs.status import find_point, verdict
+from launch.jobs.status import find_run_status, verdict
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
@@ -123,7 +123,7 @@ def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(
     folder = RunFolder(tmp_path)
     for event in event_log:
         folder.record_event(**event)
-    point = find_point(folder)
+    point = find_run_status(folder)
     assert isinstance(point.job, SlurmJob)
     assert point.job.standing({}) == Standing("over")
     assert verdict(point) == state
@@ -150,10 +150,10 @@ def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
     assert Waiting(folder).since() is None
     Waiting(folder).enter(1)
     assert Waiting(folder).since() == 1
-    assert find_point(folder).job is None
+    assert find_run_status(folder).job is None
     note = folder.path / ".launch" / "waiting"
     host, pid, born, count = note.read_text().split()
     note.write_text(f"{host} {pid} {int(born) + 1} {count}")  # another process under the same id
     assert Waiting(folder).since() is None
-    point = find_point(folder)
+    point = find_run_status(folder)
     assert point.job is not None and point.job.standing({}).state == "unknown"
