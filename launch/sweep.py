@@ -21,7 +21,7 @@ from launch.errors import ConfigError
 from launch.jobs.stop import stop_on_ctrl_c
 from launch.plan import code_copy
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.preflight import forewarn
+from launch.plan.preflight import add_warnings
 from launch.plan.text import share_budget, worst_case_text
 from launch.runs.failures import failure_text
 from launch.runs.files import write_json
@@ -63,7 +63,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
         plans = settle_placements(plans, configs, console)
     if points[0][0].launch.detach:
         refuse_local(plans)
-    plans = [forewarn(plan, config) for plan, config in zip(share_budget(plans, configs), configs, strict=True)]
+    plans = [add_warnings(plan, config) for plan, config in zip(share_budget(plans, configs), configs, strict=True)]
     if points[0][0].dry_run:
         from launch.jobs.dry_run import show_plans
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 from launch.agent.meter import Meter
 from launch.agent.node import Node
 from launch.agent.outcome import (
-    conclude,
-    conclude_without_nodes,
-    ending,
-    leave_before_the_start,
+    close_lost_attempts,
+    handle_attempt_end,
+    handle_early_stop,
+    handle_missing_nodes,
+    observed_end,
     refuse_replaced,
     refuse_without_budget,
-    settle_lost_attempts,
-    stand_in_for_the_first,
+    take_over_as_leader,
     unreliable_hosts,
 )
 from launch.agent.restart_policy import Action, Cause, RunFailedError
@@ -66,13 +66,13 @@ def run(run_dir: str) -> None:
             try:
                 if node.is_head:
                     refuse_without_budget(meter)
-                    settle_lost_attempts(folder, node, config)
+                    close_lost_attempts(folder, node, config)
                 take_part(folder, node, config, group, stop, meter)
             except rendezvous.NodesMissingError as error:
-                conclude_without_nodes(folder, node, config, group, str(error))
+                handle_missing_nodes(folder, node, config, group, str(error))
             except rendezvous.HeadNodeLostError as error:
                 stop.interruptible = False
-                stand_in_for_the_first(folder, node, config, str(error))
+                take_over_as_leader(folder, node, config, str(error))
             except RunFailedError as error:
                 failure = str(error)
                 raise
@@ -81,7 +81,7 @@ def run(run_dir: str) -> None:
                 if node.is_head:
                     group.end(failure)
     except InterruptedError as error:
-        leave_before_the_start(folder, node, config, str(error))
+        handle_early_stop(folder, node, config, str(error))
 
 
 def take_part(
@@ -102,9 +102,9 @@ def take_part(
             continue
         verdict = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter)
         stop.interruptible = False
-        ended = ending(folder, rdzv.attempt, verdict, stop)
+        ended = observed_end(folder, rdzv.attempt, verdict, stop)
         if node.is_head:
-            if conclude(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
+            if handle_attempt_end(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
                 return
         elif ended not in (Cause.crashed, Cause.requested):
             return

@@ -1,6 +1,6 @@
 """What follows the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
-Owns carrying out what ``launch.agent.restart_policy`` decides, on the head node, or on another one where that is lost.
+Owns applying what ``launch.agent.restart_policy`` decides, on the head node, or on another one where that is lost.
 Must not know how ranks are started or watched. Torch-free.
 """
 
@@ -35,7 +35,7 @@ from launch.scheduler import client as scheduler
 if TYPE_CHECKING:
     from launch.agent.rendezvous import AgentGroup, Lost, RendezvousRound
 
-STAND_IN_S = 3.0
+TAKE_OVER_S = 3.0
 UNRELIABLE = 2
 """After so many failures of its own a host is avoided."""
 
@@ -47,16 +47,16 @@ def refuse_without_budget(meter: Meter) -> None:
         raise RunFailedError(f"not started: {why}")
 
 
-def leave_before_the_start(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+def handle_early_stop(folder: RunFolder, node: Node, config: Config, why: str) -> None:
     """Told to stop while there were no ranks here: nothing is to be saved, but a preempted job must come back."""
     if node.is_head:
         folder.record_event("agent_stopped", node=node.index, cause=why)
-        cause = why_told_to_stop(folder, node, config, attempt=None)
+        cause = cause_of_stop(folder, node, config, attempt=None)
         if cause in LEAVES_THE_NODES:
             requeue(folder, node, config, cause)
 
 
-def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
+def close_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     """Enter the end of an attempt that was killed with its job, before this start of the job goes on from it.
 
     Raises:
@@ -86,8 +86,8 @@ def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
     return decide(events, cause, limits.max_restarts, limits.max_without_progress, resumes)
 
 
-def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
-    """How an attempt ended, as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
+def observed_end(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
+    """The end of an attempt as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
 
     What the ranks wrote into the event log is compared with how they exited; ``verdict`` is None where all left with 0.
     """
@@ -103,7 +103,7 @@ def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopReque
     return Cause.crashed
 
 
-def conclude(
+def handle_attempt_end(
     folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, ended: Cause,
     stop: StopRequest,
 ) -> Decision:  # fmt: skip
@@ -116,13 +116,13 @@ def conclude(
     failure = None
     cause = ended
     if ended is Cause.cancelled:
-        note_unsaved_stop(folder, rdzv.attempt, stop)
-        cause = Cause.budget if stop.name == BUDGET else why_told_to_stop(folder, node, config, rdzv.attempt)
+        record_unsaved_stop(folder, rdzv.attempt, stop)
+        cause = Cause.budget if stop.name == BUDGET else cause_of_stop(folder, node, config, rdzv.attempt)
     elif ended is Cause.crashed:
         failure = first_failure(folder.read_events(), rdzv.attempt)
         cause = cause_of_crash(folder, group, rdzv, failure)
     text = lost_text(group.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
-    return carry_out(folder, node, config, rdzv.attempt, cause, text, signal=stop.name or None, group=group)
+    return apply_decision(folder, node, config, rdzv.attempt, cause, text, signal=stop.name or None, group=group)
 
 
 def refuse_replaced(folder: RunFolder, node: Node) -> None:
@@ -147,7 +147,7 @@ def cause_of_crash(
     return Cause.node_failed if lost else cause_of_failure(failure)
 
 
-def carry_out(
+def apply_decision(
     folder: RunFolder, node: Node, config: Config, attempt: int | None, cause: Cause, text: str, *,
     signal: str | None = None, group: AgentGroup | None = None,
 ) -> Decision:  # fmt: skip
@@ -172,7 +172,7 @@ def carry_out(
     return decision
 
 
-def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
+def handle_missing_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
     """On the head node: there are too few nodes left for a round.
 
     Raises:
@@ -180,16 +180,18 @@ def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, group:
     """
     known = {e["host"] for e in since_submission(folder.read_events()) if e["event"] == "node_lost"}
     enter_lost_nodes(folder, None, [lost for lost in group.lost.values() if lost.host not in known])
-    carry_out(folder, node, config, None, Cause.node_failed, f"{lost_text(group.lost.values())}: {why}", group=group)
+    apply_decision(
+        folder, node, config, None, Cause.node_failed, f"{lost_text(group.lost.values())}: {why}", group=group
+    )
 
 
-def stand_in_for_the_first(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str) -> None:
     """On another node: the head node, which decides, is lost. The next node that is there puts the job into the queue.
 
     Raises:
         RunFailedError: always where this node could do nothing more; the job's end is the head node's.
     """
-    time.sleep(STAND_IN_S * (node.index - 1))  # those before this one come first
+    time.sleep(TAKE_OVER_S * (node.index - 1))  # those before this one come first
     events = since_submission(folder.read_events())
     attempt = max((e["attempt"] for e in events if e["event"] == "started"), default=None)
     settled = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
@@ -197,7 +199,7 @@ def stand_in_for_the_first(folder: RunFolder, node: Node, config: Config, why: s
         raise RunFailedError(f"the head node, {node.host_of(0)}, is lost: {why}")
     folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
     try:
-        carry_out(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
+        apply_decision(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
     except RunFailedError:
         scheduler.cancel(node.slurm_job)  # nobody else would end what is left of the job
         raise
@@ -209,14 +211,14 @@ def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(host for host, count in Counter(e["host"] for e in guilty).items() if count >= UNRELIABLE)
 
 
-def note_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
+def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
     """Say in the event log where the ranks were ended before they could save."""
     if not any(e["event"] == "stopped" and e.get("attempt") == attempt for e in folder.read_events()):
         why = "ended before it could save"
         folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause=why)
 
 
-def why_told_to_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
+def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
     """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals."""
     events = since_submission(folder.read_events())
     by_hand = any(e["event"] == "cancelled" for e in events)
