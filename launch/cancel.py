@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import refusing
-from launch.jobs.status import find_run_status, look
-from launch.jobs.stop import outcome, stop_points
+from launch.jobs.status import find_run_status, poll
+from launch.jobs.stop import outcome_text, stop_points
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError
 
@@ -23,7 +23,7 @@ from launch.scheduler.client import SlurmError
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     """Cancel the runs of run folders and sweep folders, and say what became of each. Whether all are over."""
     points = [find_run_status(folder) for folder in find_runs(paths)]
-    problem = look(points)
+    problem = poll(points)
     if problem is not None:
         raise problem
     ours = [point for point in points if point.state in ("queued", "running")]
@@ -36,7 +36,7 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
         console.print(f"{names}: asked to save and leave; --now would not wait for that", highlight=False, markup=False)
     stops = stop_points(ours, console, now=now)
     for stop in stops:
-        console.print(outcome(stop), highlight=False, markup=False)
+        console.print(outcome_text(stop), highlight=False, markup=False)
     return all(stop.error is None for stop in stops) and all(point.state != "unknown" for point in points)
 
 

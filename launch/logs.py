@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.errors import ConfigError, refusing
 from launch.jobs.handles import SlurmJob, agent_logs
-from launch.jobs.status import RunStatus, find_run_status, look, verdict
+from launch.jobs.status import RunStatus, find_run_status, outcome, poll
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError, output_file
 
@@ -98,7 +98,7 @@ def newest(point: RunStatus, rank: int, wanted: int | None) -> int | None:
 
 def missing(point: RunStatus, what: str) -> ConfigError:
     """There is no log yet, or never was."""
-    look([point])
+    poll([point])
     state = point.state + (f", {point.detail}" if point.detail else "")
     attempts = ", ".join(str(n) for n in point.folder.attempts()) or "none"
     return ConfigError(
@@ -114,10 +114,10 @@ def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) ->
     asked_at, unknown = 0.0, False
     while True:
         if time.monotonic() - asked_at >= (SLURM_POLL_S if isinstance(point.job, SlurmJob) else POLL_S):
-            unknown = look([point], retries=1) is not None
+            unknown = poll([point], retries=1) is not None
             asked_at = time.monotonic()
         # Where Slurm does not answer, only a run that made its last step is known not to start again.
-        over = point.is_over or (unknown and verdict(point) == "finished")
+        over = point.is_over or (unknown and outcome(point) == "finished")
         over = over or (only is not None and max(point.folder.attempts(), default=0) > only)
         found = find()
         for log in logs:

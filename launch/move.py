@@ -16,7 +16,7 @@ from rich.console import Console
 
 from launch.errors import refusing
 from launch.jobs.failover import PlacementFailover, is_watched, promised
-from launch.jobs.status import RunStatus, find_run_status, look
+from launch.jobs.status import RunStatus, find_run_status, poll
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 
@@ -29,7 +29,7 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
     points = [point for folder in folders if is_watched(point := find_run_status(folder))]
     failover, said = PlacementFailover(console), False
     while True:
-        problem = look(points, retries=1)
+        problem = poll(points, retries=1)
         points = [point for point in points if not point.is_over]
         if not points:
             console.print("nothing waits any more", highlight=False)
@@ -42,7 +42,7 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
 
 
 def poll_s(points: Sequence[RunStatus]) -> float:
-    """Seconds between two looks: a fraction of the shortest patience."""
+    """Seconds between two polls: a fraction of the shortest patience."""
     shortest = min((plan.placement.retry_interval_min for point in points if (plan := promised(point))), default=1.0)
     return min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10))
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from launch.errors import refusing
 from launch.jobs.display import duration
 from launch.jobs.handles import SlurmJob
-from launch.jobs.status import RunStatus, find_run_status, judge_by_event_log, look
+from launch.jobs.status import RunStatus, find_run_status, poll, update_from_event_log
 from launch.runs.find import find_runs
 from launch.runs.records import UNITS, throughput
 
@@ -37,7 +37,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "run_dir": str(point.folder.path),
         "state": point.state,
         "detail": point.detail or None,
-        "partition": point.standing.partition or None,
+        "partition": point.job_status.partition or None,
         "waiting_s": waiting_s(point),
         "job_id": None if point.job is None else point.job.job_id,
         "slurm_cluster": point.job.cluster if isinstance(point.job, SlurmJob) else None,
@@ -55,7 +55,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
 
 def waiting_s(point: RunStatus) -> float | None:
     """Seconds the point has waited where it is; None where it does not wait, or Slurm does not say."""
-    since = point.standing.since if point.state == "queued" else None
+    since = point.job_status.since if point.state == "queued" else None
     return None if since is None else max(0.0, time.time() - since)
 
 
@@ -133,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
     words = parser.parse_args(arguments)
     points = [find_run_status(folder) for folder in find_runs(words.paths)]
-    problem = look(points)
+    problem = poll(points)
     if problem is not None:
-        judge_by_event_log(points)
+        update_from_event_log(points)
     rows = [as_dict(point) for point in points]
     if words.json:
         print(json.dumps(rows, indent=2))

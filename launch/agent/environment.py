@@ -39,7 +39,7 @@ class EnvironmentRecord:
         entries = [describe_rank(rank, local, self._place) for local, rank in enumerate(ranks)]
         write_json(self._part(self._place), {"ranks": entries})
 
-    def look(self, workload: str, command: RankCommand, contract: RankContract, tree: CodeTree) -> None:
+    def poll(self, workload: str, command: RankCommand, contract: RankContract, tree: CodeTree) -> None:
         """On the head node: write ``environment.json`` as soon as all nodes have described themselves."""
         if self._is_written or self._place:
             return

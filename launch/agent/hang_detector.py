@@ -67,26 +67,26 @@ class Watchdog:
         self._logs = logs or {}
         self._must_attach = must_attach
         self._silence_timeout_s = silence_timeout_s
-        self._started = self._looked = time.monotonic()
+        self._started = self._polled = time.monotonic()
         self._printed: dict[int, tuple[int, float]] = {}
         """Size of each rank's log, and when it last grew."""
 
-    def look(self, ranks: Mapping[int, int], share: float = 1.0) -> list[Stuck]:
+    def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[Stuck]:
         """Those of ``ranks`` (rank: process id) that have been silent for ``share`` of their limit, longest first.
 
         After a pause of this process itself (``scontrol suspend`` stops all alike) every limit begins anew.
         """
         now = time.monotonic()
-        if now - self._looked > PAUSED_S:
+        if now - self._polled > PAUSED_S:
             self._started = now
-        self._looked = now
-        found = [self._judge(rank, pid, now, share) for rank, pid in ranks.items()]
+        self._polled = now
+        found = [self._check(rank, pid, now, share) for rank, pid in ranks.items()]
         return sorted((stuck for stuck in found if stuck is not None), key=lambda stuck: stuck.since)
 
-    def _judge(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
         last = heartbeat.read(self._folder / str(rank))
         if last is None:
-            return self._judge_start(rank, pid, now, share) or self._judge_log(rank, pid, now, share)
+            return self._check_start(rank, pid, now, share) or self._check_log(rank, pid, now, share)
         # The process that gives heartbeats is the rank itself also where a wrapper stands between it and the agent.
         frozen = now - max(last.ran_at, self._started)
         if frozen > self._limits.frozen_timeout_s * share:
@@ -98,13 +98,13 @@ class Watchdog:
             return _stuck(rank, last.pid, last.step, why, silent)
         return None
 
-    def _judge_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
         silent = now - self._started
         if not self._must_attach or silent <= self._limits.hang_timeout_slow_s * share:
             return None
         return Stuck(rank, pid, None, f"not started after {silent:.0f} s", time.time() - silent, has_stacks=False)
 
-    def _judge_log(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check_log(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
         if self._silence_timeout_s is None or rank not in self._logs:
             return None
         size = _size(self._logs[rank])

@@ -100,9 +100,9 @@ def take_part(
             return
         if node.index not in rdzv.members:
             continue
-        verdict = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter)
+        problem = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter)
         stop.interruptible = False
-        ended = observed_end(folder, rdzv.attempt, verdict, stop)
+        ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
             if handle_attempt_end(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
                 return

@@ -40,7 +40,7 @@ class Meter:
         self._folder = folder
         self._node = node
         self._config = config
-        self._looked = 0.0
+        self._polled = 0.0
         self._together = command_folders(folder)
 
     def __enter__(self) -> Meter:
@@ -56,21 +56,21 @@ class Meter:
         if self._node.index == 0:
             self._folder.record_event("agent_ended", job=self._node.job, ended_at=time.time())
 
-    def look(self, *, is_leaving: bool) -> str | None:
+    def poll(self, *, is_leaving: bool) -> str | None:
         """Every ``budget.poll_s``: give a heartbeat, and say which cap is reached; none to a run that is leaving."""
-        if self._node.index or time.monotonic() - self._looked < self._config.budget.poll_s:
+        if self._node.index or time.monotonic() - self._polled < self._config.budget.poll_s:
             return None
         if is_leaving:
-            self._looked = time.monotonic()
+            self._polled = time.monotonic()
             self._give_heartbeat()
             return None
-        return self.look_now()
+        return self.poll_now()
 
-    def look_now(self) -> str | None:
+    def poll_now(self) -> str | None:
         """The same at once. A cap that is reached is entered into the event log."""
         if self._node.index:
             return None
-        self._looked = time.monotonic()
+        self._polled = time.monotonic()
         self._give_heartbeat()
         budget, now = self._config.budget, time.time()
         if not caps(budget):
@@ -83,7 +83,7 @@ class Meter:
         return why
 
     def _lead_s(self) -> float:
-        """Seconds until a run that is told to stop at the next look, and not now, would be gone.
+        """Seconds until a run that is told to stop at the next poll, and not now, would be gone.
 
         Its ranks are killed after ``resilience.stop_grace_s``: that is how long it takes while no save was measured.
         """

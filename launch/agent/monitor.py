@@ -62,27 +62,27 @@ class Watch:
         self._grace_s = config.resilience.stop_grace_s
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
-        self.verdict: str | None = None
+        self.kill_reason: str | None = None
         """Why the ranks were ended from here."""
 
-    def look(self, agent: RankAgent) -> None:
+    def poll(self, agent: RankAgent) -> None:
         """Hand a request to stop on, and end the ranks where they outstay it, are stuck, or have lost their peers."""
         self._stop.interruptible = False
         owner = os.environ.get(OWNER)
         if owner and not self._stop.count and processes.is_gone(int(owner)):
             self._stop.ask("the launcher is gone")
-        if self._meter.look(is_leaving=bool(self._stop.count)):
+        if self._meter.poll(is_leaving=bool(self._stop.count)):
             self._stop.ask(BUDGET)
         if self._stop.count:
             self._stop_ranks(agent)
-        elif self.verdict is None:
-            self.verdict = self._find_stuck(agent) or self._find_lost()
-            if self.verdict is not None:
+        elif self.kill_reason is None:
+            self.kill_reason = self._find_stuck(agent) or self._find_lost()
+            if self.kill_reason is not None:
                 self._group.tell_failed(self._round.number)
-        if self.verdict is None and self._group.has_failed(self._round.number):
-            self.verdict = "another node failed"
+        if self.kill_reason is None and self._group.has_failed(self._round.number):
+            self.kill_reason = "another node failed"
             self._find_stuck(agent, NEARLY)
-        if self.verdict is not None:
+        if self.kill_reason is not None:
             agent.send(signal.SIGKILL)
 
     def _stop_ranks(self, agent: RankAgent) -> None:
@@ -102,7 +102,7 @@ class Watch:
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
         """Enter ranks that do not go on into the event log, with their stacks. The one silent longest is to blame."""
-        stuck = self._watchdog.look(agent.ranks(), share)
+        stuck = self._watchdog.poll(agent.ranks(), share)
         for one in stuck:
             log = self._folder.log(self._round.attempt, one.rank)
             enter_failure(

@@ -42,7 +42,7 @@ UNRELIABLE = 2
 
 def refuse_without_budget(meter: Meter) -> None:
     """Raise RunFailedError where the ranks would have to be stopped as soon as they have started."""
-    why = meter.look_now()
+    why = meter.poll_now()
     if why is not None:
         raise RunFailedError(f"not started: {why}")
 
@@ -86,19 +86,19 @@ def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
     return decide(events, cause, limits.max_restarts, limits.max_without_progress, resumes)
 
 
-def observed_end(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
+def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
     """The end of an attempt as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
 
-    What the ranks wrote into the event log is compared with how they exited; ``verdict`` is None where all left with 0.
+    What the ranks wrote into the event log is compared with how they exited; ``problem`` is None where all left with 0.
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
     asked = any(e.get("asks_for_requeue") for e in events)  # of some ranks, while those of other nodes left with 0
-    if verdict is None and "finished" in names and not asked:
+    if problem is None and "finished" in names and not asked:
         return Cause.finished
-    if verdict is None and asked and not stop.count:
+    if problem is None and asked and not stop.count:
         return Cause.requested
-    if stop.count or (verdict is None and "stopped" in names):
+    if stop.count or (problem is None and "stopped" in names):
         return Cause.cancelled
     return Cause.crashed
 

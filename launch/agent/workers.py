@@ -110,18 +110,18 @@ class OneLogEach(LogsSpecs):
 
 
 class RankAgent(LocalElasticAgent):
-    """Elastic's agent, with a question of ours asked at every look at the ranks."""
+    """Elastic's agent, with a question of ours asked at every poll of the ranks."""
 
     def __init__(
         self,
         spec: WorkerSpec,
         logs: LogsSpecs,
-        on_look: Callable[[RankAgent], None],
+        on_poll: Callable[[RankAgent], None],
         contract: RankContract,
         grace_s: float,
     ) -> None:
         super().__init__(spec, logs)
-        self._on_look = on_look
+        self._on_poll = on_poll
         self._requeue_exit = contract.requeue_exit
         self._grace_s = grace_s
         self._first_exit: float | None = None
@@ -131,7 +131,7 @@ class RankAgent(LocalElasticAgent):
         """Whether ranks have left with the exit status that means: saved, put me back into the queue."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._on_look(self)
+        self._on_poll(self)
         codes = self._exit_codes()
         if self._wait_for_others(codes):
             return RunResult(state=WorkerState.HEALTHY)
@@ -269,13 +269,13 @@ def run_ranks(
                     "started", attempt=rdzv.attempt, world_size=config.world_size, max_steps=contract.max_steps
                 )
 
-        def look(agent: RankAgent) -> None:
-            watch.look(agent)
-            progress.look()
+        def poll(agent: RankAgent) -> None:
+            watch.poll(agent)
+            progress.poll()
             if not contract.records_events:
-                environment.look(workload.name, command, contract, workload.code(config))
+                environment.poll(workload.name, command, contract, workload.code(config))
 
-        rank_agent = RankAgent(spec, OneLogEach(scratch), look, contract, config.resilience.stop_grace_s)
+        rank_agent = RankAgent(spec, OneLogEach(scratch), poll, contract, config.resilience.stop_grace_s)
         try:
             result = rank_agent.run()
         except dist.DistError as error:  # the store is gone, and with it the head node
@@ -283,15 +283,15 @@ def run_ranks(
             return f"the head node's store does not answer: {error}"
         finally:
             progress.close()
-            if not contract.records_events:  # a program of moments may be over before the first look
-                environment.look(workload.name, command, contract, workload.code(config))
+            if not contract.records_events:  # a program of moments may be over before the first poll
+                environment.poll(workload.name, command, contract, workload.code(config))
     if result is None or not result.is_failed():
         if not contract.records_events:
             record_end(folder, node, rdzv, stop, rank_agent.asks_for_requeue)
         return None
     group.tell_failed(rdzv.number)
     enter_silent_failures(folder, rdzv.attempt, result, stop, rank_agent.killed, contract)
-    return watch.verdict or "ranks failed on this node"
+    return watch.kill_reason or "ranks failed on this node"
 
 
 def record_end(folder: RunFolder, node: Node, rdzv: RendezvousRound, stop: StopRequest, asks_for_requeue: bool) -> None:

@@ -109,7 +109,7 @@ class BudgetConfig:
     cost: Optional[float] = None
     """GPU-hours times cluster.price_per_gpu_hour, in the same currency. null: no cap."""
     poll_s: float = MISSING
-    """Seconds between two looks at what was used."""
+    """Seconds between two polls of what was used."""
 
     def validate(self, cluster: ClusterConfig) -> None:
         """Raise ConfigError where a number is out of its range, or nobody knows what is to be counted."""
@@ -143,7 +143,7 @@ class LaunchConfig:
 
     Where they may have to be moved (cluster.placement), a process that does it stays behind on this machine."""
     poll_s: float = MISSING
-    """Seconds between two looks at Slurm's queue while the command follows its jobs, 0.5 to 3600."""
+    """Seconds between two polls of Slurm's queue while the command follows its jobs, 0.5 to 3600."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""

@@ -133,7 +133,7 @@ def run_on_cluster(
         console.print(table(results))
         console.print(group_line(results), highlight=False)
     console.print(f"wrote {results['folder']}/results.json", highlight=False, markup=False)
-    return verdict.judge(results), results
+    return verdict.check_results(results), results
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:

@@ -26,7 +26,7 @@ LATE_US = 1000.0
 SKEW_S = 1.0
 
 
-def judge(results: Results) -> list[Finding]:
+def check_results(results: Results) -> list[Finding]:
     """All that the job has to say."""
     found = list(check_job(results))
     if not results["nodes"]:

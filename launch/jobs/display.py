@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from launch.jobs.failover import PlacementFailover
 from launch.jobs.handles import SlurmJob, Waiting
-from launch.jobs.status import RunStatus, look
+from launch.jobs.status import RunStatus, poll
 from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, start_local
 from launch.runs.records import throughput
@@ -138,7 +138,7 @@ def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) ->
     try:
         while watched := [point for point in points if not point.is_over]:
             start_next_local(watched)
-            display.show_problem(look(watched, retries=1) or failover.step(watched))
+            display.show_problem(poll(watched, retries=1) or failover.step(watched))
             for point in watched:
                 display.show(point)
             time.sleep(poll_s(watched, slurm_poll_s))
@@ -147,7 +147,7 @@ def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) ->
 
 
 def poll_s(points: Sequence[RunStatus], slurm_poll_s: float) -> float:
-    """Seconds between two looks at points: longer where a controller that many share has to be asked."""
+    """Seconds between two polls of points: longer where a controller that many share has to be asked."""
     return slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in points) else POLL_S
 
 

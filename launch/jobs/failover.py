@@ -59,7 +59,7 @@ class Pending:
     @property
     def is_between(self) -> bool:
         """Whether it was taken out of the queue and is not in it again."""
-        return self.point.standing.state == "over"
+        return self.point.job_status.state == "over"
 
     def step(self, now: float) -> Step:
         """What to do with it."""
@@ -100,21 +100,21 @@ class PlacementFailover:
         if point.state == "running":
             note_that_it_stayed(point)
             return None
-        standing = point.standing
-        if standing.state == "over":
+        status = point.job_status
+        if status.state == "over":
             last = last_placed(events)
             if last is None or last["event"] != "moved":  # somebody else has just moved it
                 return None
             return Pending(point, plan, last["candidate"], now, last["waiting_since"])
-        if standing.since is None:
+        if status.since is None:
             return None
-        if not counts(standing.reason):
+        if not counts(status.reason):
             self._excused[point.job.name] = now
             return None
         excused = self._excused.get(point.job.name, 0.0)
         at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
-        since = waiting_since(events, standing.since)
-        return Pending(point, plan, at, max(standing.since, excused), max(since, excused))
+        since = waiting_since(events, status.since)
+        return Pending(point, plan, at, max(status.since, excused), max(since, excused))
 
     def _take_out(self, due: Sequence[Pending], now: float) -> list[Pending]:
         """Take points out of the queue; those that are on their way to another place, with that as theirs."""
@@ -139,7 +139,7 @@ class PlacementFailover:
         """Enter the move into the event log before Slurm hears of it: whoever comes after a crash then knows."""
         assert w.point.job is not None
         waited = f"{minutes(now - w.since_here)} in {w.place.name or 'the queue'}"
-        waited += f" ({w.point.standing.reason})" if w.point.standing.reason else ""
+        waited += f" ({w.point.job_status.reason})" if w.point.job_status.reason else ""
         known = {"job_id": w.point.job.job_id, "from": w.place.name, "waiting_since": w.since}
         if step.give_up:
             cause = f"{minutes(now - w.since)} in the queue, at last {waited}"

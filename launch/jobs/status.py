@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.jobs.handles import Job, SlurmJob, Standing, Waiting, ask_queue, job_of
+from launch.jobs.handles import Job, JobStatus, SlurmJob, Waiting, ask_queue, job_of
 from launch.plan.plan import Plan
 from launch.runs.events import last_command
 from launch.runs.failures import first_failure
@@ -43,7 +43,7 @@ class RunStatus:
     """queued, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
     """Why it waits, or how Slurm says it ended."""
-    standing: Standing = field(default_factory=lambda: Standing("unknown"))
+    job_status: JobStatus = field(default_factory=lambda: JobStatus("unknown"))
     """What Slurm, or this machine, last said of its job."""
     latest: dict[str, Any] = field(default_factory=dict)
     """The newest record of rank 0 since this submission."""
@@ -113,7 +113,7 @@ def promised(folder: RunFolder) -> dict[str, Any]:
     return {"max_steps": started[-1].get("max_steps")} if started else {}
 
 
-def look(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | None:
+def poll(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | None:
     """Bring the points up to date, with one question to Slurm for all of them; ``retries`` 1 for who asks again anyway.
 
     Returns:
@@ -127,22 +127,22 @@ def look(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | No
         queue, problem = {}, error
     for point in points:
         if problem is None or not isinstance(point.job, SlurmJob):
-            judge(point, queue)
-        read_steps(point)  # after the verdict: a run that is over has made its last step
+            update(point, queue)
+        read_steps(point)  # after the outcome: a run that is over has made its last step
     return problem
 
 
-def judge(point: RunStatus, queue: Mapping[str, JobState]) -> None:
+def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
     """Set state and detail from the queue and the event log."""
     if point.job is None:
         point.state, point.detail = without_job(point)
     else:
-        point.standing = standing = point.job.standing(queue)
-        point.state, point.detail = standing.state, standing.detail
-        if standing.state == "over":
+        point.job_status = status = point.job.status(queue)
+        point.state, point.detail = status.state, status.detail
+        if status.state == "over":
             known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
-            point.state, point.detail = without_place(point.events(), out) or (verdict(point), standing.detail)
+            point.state, point.detail = without_place(point.events(), out) or (outcome(point), status.detail)
         if point.state == "budget":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
 
@@ -188,17 +188,17 @@ def without_job(point: RunStatus) -> tuple[str, str]:
     if Waiting(point.folder).since() is not None:
         return ("cancelled", "") if cancelled else ("queued", "after the points before it")
     if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in since_last_start(events)}:
-        return verdict(point), ""
+        return outcome(point), ""
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
 
 
-def judge_by_event_log(points: Sequence[RunStatus]) -> None:
+def update_from_event_log(points: Sequence[RunStatus]) -> None:
     """Set the states of Slurm's points without Slurm, as far as their event logs go."""
     for point in points:
         if isinstance(point.job, SlurmJob):
             ended = ENDED & {e["event"] for e in since_last_start(point.events())}
             gave_up = without_place(point.events(), is_out=False)
-            point.state = gave_up[0] if gave_up else verdict(point) if ended or point.failure() else "unknown"
+            point.state = gave_up[0] if gave_up else outcome(point) if ended or point.failure() else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
 
@@ -208,7 +208,7 @@ def since_last_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
 
 
-def verdict(point: RunStatus) -> str:
+def outcome(point: RunStatus) -> str:
     """How a point whose job is over ended: its event log says so, and silence is a failure."""
     events = point.events()
     names = {e["event"] for e in events}

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from launch.config import Config
 from launch.jobs.handles import Job, LocalJob
-from launch.jobs.status import RunStatus, look, saved_step
+from launch.jobs.status import RunStatus, poll, saved_step
 from launch.runs.compose import read_config
 from launch.scheduler.client import SlurmBusyError, SlurmError
 
@@ -57,7 +57,7 @@ class Stop:
                 job.kill()
                 self._killed = job
         elif self.point.state == "queued":
-            job.stop("queued")  # again at every look: it may have started at the same moment
+            job.stop("queued")  # again at every poll: it may have started at the same moment
         elif self._asked is not job and not self._was_heard():
             job.stop("running")
             self._asked = job
@@ -75,7 +75,7 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
         stop.mark()
     said = False
     while left := [stop for stop in stops if not stop.is_done]:
-        busy = push_all(left) or look([stop.point for stop in left], retries=1)
+        busy = push_all(left) or poll([stop.point for stop in left], retries=1)
         if busy is not None and not said:
             console.print(f"{busy}\nasking again until Slurm answers", highlight=False, markup=False)
             said = True
@@ -108,10 +108,10 @@ def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
     except KeyboardInterrupt:
         stops = stop_points(points, console, now=True)
     for stop in stops:
-        console.print(outcome(stop), highlight=False, markup=False)
+        console.print(outcome_text(stop), highlight=False, markup=False)
 
 
-def outcome(stop: Stop) -> str:
+def outcome_text(stop: Stop) -> str:
     """What became of a point, for people."""
     point = stop.point
     if stop.error is not None:

@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
 SILENT_S = 300.0
-"""An allocation that gave no heartbeat for so long, or for ten looks, is over."""
+"""An allocation that gave no heartbeat for so long, or for ten polls, is over."""
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 

@@ -17,8 +17,8 @@ from launch.checks import candidates
 from launch.errors import ConfigError
 from launch.jobs.dry_run import elsewhere
 from launch.jobs.failover import Pending, claim, is_current, promised
-from launch.jobs.handles import SlurmJob, Standing
-from launch.jobs.status import RunStatus, adopt_job, find_run_status, judge
+from launch.jobs.handles import JobStatus, SlurmJob
+from launch.jobs.status import RunStatus, adopt_job, find_run_status, update
 from launch.jobs.submit import record_submitted, sbatch_text, shapes
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
@@ -122,7 +122,7 @@ def test_a_move_is_no_cancel(words: list[str], job: JobState | None, state: tupl
     point = find_run_status(folder)
     last = max(number for number, word in enumerate(words) if word.startswith("submitted"))
     assert isinstance(point.job, SlurmJob) and point.job.job_id == str(last)
-    judge(point, {} if job is None else {str(last): job})
+    update(point, {} if job is None else {str(last): job})
     assert (point.state, point.detail) == state
 
 
@@ -195,10 +195,10 @@ def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
     assert not is_current(waiting) and "slurm_cluster" not in folder.read_events()[0]
     adopt_job(point)
     assert isinstance(point.job, SlurmJob) and (point.job.job_id, point.job.cluster) == ("7", "b")
-    judge(point, {"7": OUT, "7 on cluster b": RUNS})
+    update(point, {"7": OUT, "7 on cluster b": RUNS})
     assert point.state == "running"
-    judge(point, {"7": RUNS, "7 on cluster b": JobState("COMPLETED", "None")})
-    assert point.standing.state == "over"
+    update(point, {"7": RUNS, "7 on cluster b": JobState("COMPLETED", "None")})
+    assert point.job_status.state == "over"
 
 
 def test_the_checks_of_a_candidate_are_those_of_its_cluster() -> None:
@@ -326,4 +326,4 @@ def test_points_with_other_candidates_are_no_array() -> None:
         plan("seed=2", "cluster.placement=[{qos: a}, {qos: b}]"),
     )
     assert one.slurm == other.slurm and len(shapes([one, other])) == 2
-    assert RunStatus(RunFolder("x")).standing == Standing("unknown")
+    assert RunStatus(RunFolder("x")).job_status == JobStatus("unknown")

@@ -377,10 +377,10 @@ def test_a_rank_without_a_heartbeat_is_judged_by_its_log_alone(
         ahead[0] += 4
         with log.open("a") as file:
             file.write(".")
-        assert dog.look({0: os.getpid()}) == []
+        assert dog.poll({0: os.getpid()}) == []
     for _ in range(20):
         ahead[0] += 4
-        found = dog.look({0: os.getpid()})
+        found = dog.poll({0: os.getpid()})
     assert [one.why.startswith("hung: nothing printed for ") for one in found] == ([] if silence is None else [True])
 
 
@@ -392,11 +392,11 @@ def test_a_rank_that_only_attached_is_not_late(tmp_path: Path, monkeypatch: pyte
     dog = Watchdog(tmp_path, LIMITS)
     for _ in range(30):
         ahead[0] += 4
-        assert dog.look({0: os.getpid()}) == []
+        assert dog.poll({0: os.getpid()}) == []
     file.move(1, Phase.training)
     for _ in range(30):
         ahead[0] += 4
-        found = dog.look({0: os.getpid()})
+        found = dog.poll({0: os.getpid()})
     sign = read(tmp_path / "0")
     assert found and sign is not None and (sign.step, sign.phase) == (1, Phase.training)
 
