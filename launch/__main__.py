@@ -57,8 +57,8 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
         The arguments, completed, and the schema.
     """
     config_dir = next((Path(b) for a, b in pairwise(argv) if a in CONFIG_DIR), None)
-    flags = {index for index, word in enumerate(argv) if word.startswith("-") or argv[index - 1] in WITH_VALUE}
-    typed = prepare_overrides([word for index, word in enumerate(argv) if index not in flags], config_dir)
+    flags = {index for index, arg in enumerate(argv) if arg.startswith("-") or argv[index - 1] in WITH_VALUE}
+    typed = prepare_overrides([arg for index, arg in enumerate(argv) if index not in flags], config_dir)
     schema = register(typed, config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
@@ -76,7 +76,7 @@ def run_point(composed: DictConfig) -> None:
 
 def main() -> int:
     """Exit status: 0 all points finished, 1 one failed, 2 refused, 130 stopped by Ctrl-C."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they are put into words
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they become messages
     schema: type[Config] = Config
     try:
         sys.argv[1:], schema = prepare(sys.argv[1:])

@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
     parser.add_argument("--now", action="store_true", help="end them at once, whether or not they have saved")
-    words = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        return 0 if cancel(words.paths, Console(soft_wrap=True), now=words.now) else 1
+        return 0 if cancel(args.paths, Console(soft_wrap=True), now=args.now) else 1
     except SlurmError as error:
         print(error, file=sys.stderr)
         return 1

@@ -131,24 +131,24 @@ def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) ->
         time.sleep(POLL_S)
 
 
-def print_logs(words: argparse.Namespace) -> None:
+def print_logs(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    point = the_run(words.path)
-    rank = default_rank(point, words.attempt) if words.rank is None else words.rank
-    of_agent = agents(point, rank) if words.agent else []
+    point = the_run(args.path)
+    rank = default_rank(point, args.attempt) if args.rank is None else args.rank
+    of_agent = agents(point, rank) if args.agent else []
 
     def find() -> list[Log]:
-        if words.agent:
+        if args.agent:
             return of_agent
-        attempt = newest(point, rank, words.attempt)
+        attempt = newest(point, rank, args.attempt)
         return [] if attempt is None else rank_logs(point, rank, attempt)
 
-    if words.follow:
-        follow(point, find, only=words.attempt)
+    if args.follow:
+        follow(point, find, only=args.attempt)
         return
     logs = [log for log in find() if log.path.is_file()]
     if not logs:
-        raise missing(point, f"the agent of rank {rank}" if words.agent else f"rank {rank}")
+        raise missing(point, f"the agent of rank {rank}" if args.agent else f"rank {rank}")
     for log in logs:
         log.copy()
 

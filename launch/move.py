@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m launch does so itself while it watches; with launch.detach=true it leaves this command behind.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
-    words = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        move(find_runs(words.paths), Console(soft_wrap=True))
+        move(find_runs(args.paths), Console(soft_wrap=True))
     except KeyboardInterrupt:
         return 130
     return 0

@@ -131,13 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a run folder, or a folder with runs in it (default: outputs)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
-    words = parser.parse_args(arguments)
-    points = [find_run_status(folder) for folder in find_runs(words.paths)]
+    args = parser.parse_args(arguments)
+    points = [find_run_status(folder) for folder in find_runs(args.paths)]
     problem = poll(points)
     if problem is not None:
         update_from_event_log(points)
     rows = [as_dict(point) for point in points]
-    if words.json:
+    if args.json:
         print(json.dumps(rows, indent=2))
     else:
         # A file or a pipe has no width: nothing is folded there.

@@ -26,7 +26,7 @@ QUICK_S = 0.02
 """Between two exchanges while ranks wait for an agreement."""
 PAUSED_S = 5.0
 LEADER_STATE = "leader_state"
-Words = dict[str, Any]
+Message = dict[str, Any]
 
 
 def heartbeat_key(index: int) -> str:
@@ -76,7 +76,7 @@ class Conversation(Protocol):
     def is_under_way(self) -> bool:
         """Whether an answer is urgent."""
 
-    def turn(self, heard: Mapping[int, Words]) -> tuple[Words, Words]:
+    def turn(self, heard: Mapping[int, Message]) -> tuple[Message, Message]:
         """Work out what to say and, on the head node, what to add to the leader state."""
 
 
@@ -87,11 +87,11 @@ class Heartbeat:
         self._index = index
         self._others = range(1, count) if index == 0 else range(1)
         self._store = store
-        self._mine: Words = {}
-        self._leader_state: Words = {}
+        self._mine: Message = {}
+        self._leader_state: Message = {}
         self.conversation: Conversation | None = None
         """Asked before every exchange, in the heartbeat thread."""
-        self.heard: dict[int, Words] = {}
+        self.heard: dict[int, Message] = {}
         """What the others said last: on the head node of every agent, elsewhere the leader state as 0."""
         self._when: dict[int, float] = {}
         self._asked = time.monotonic()
@@ -104,14 +104,14 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def say(self, **words: Any) -> None:
+    def say(self, **fields: Any) -> None:
         """Say this from now on, as the agent of this node."""
-        self._mine = {**self._mine, **words}
+        self._mine = {**self._mine, **fields}
         self._wake.set()
 
-    def publish(self, **words: Any) -> None:
+    def publish(self, **fields: Any) -> None:
         """On the head node: make this part of the leader state from now on."""
-        self._leader_state = {**self._leader_state, **words}
+        self._leader_state = {**self._leader_state, **fields}
         self._wake.set()
 
     def wake(self) -> None:
@@ -147,8 +147,8 @@ class Heartbeat:
         try:
             while not self._over:
                 conversation = self.conversation
-                words, leader_state = conversation.turn(self.heard) if conversation is not None else ({}, {})
-                self._exchange(self._store, words, leader_state)
+                message, leader_state = conversation.turn(self.heard) if conversation is not None else ({}, {})
+                self._exchange(self._store, message, leader_state)
                 with self._sent:
                     self._rounds += 1
                     self._sent.notify_all()
@@ -160,8 +160,8 @@ class Heartbeat:
             with self._sent:
                 self._sent.notify_all()
 
-    def _exchange(self, store: dist.TCPStore, words: Words, leader_state: Words) -> None:
-        store.set(heartbeat_key(self._index), json.dumps({**self._mine, **words, "beat": self._rounds}))
+    def _exchange(self, store: dist.TCPStore, message: Message, leader_state: Message) -> None:
+        store.set(heartbeat_key(self._index), json.dumps({**self._mine, **message, "beat": self._rounds}))
         if self._index == 0:
             store.set(LEADER_STATE, json.dumps({**self._leader_state, **leader_state, "beat": self._rounds}))
             keys = [heartbeat_key(index) for index in self._others]
@@ -184,9 +184,9 @@ def endpoint_file(folder: RunFolder, node: Node) -> Path:
     return folder.path / ".launch" / f"{node.job}.json"
 
 
-def write_endpoint(folder: RunFolder, node: Node, **words: Any) -> None:
+def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> None:
     """On the head node: add to the endpoint file."""
-    write_json(endpoint_file(folder, node), {**(read_endpoint(folder, node) or {}), **words})
+    write_json(endpoint_file(folder, node), {**(read_endpoint(folder, node) or {}), **fields})
 
 
 def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any] | None:

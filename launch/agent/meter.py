@@ -1,7 +1,7 @@
 """The meter of an allocation: when it began and ended, and whether its budget lasts.
 
 Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the event log, and the heartbeat that counts where
-an agent is killed without a word. Runs on the head node alone. The arithmetic is ``launch.plan.budget``'s.
+an agent is killed silently. Runs on the head node alone. The arithmetic is ``launch.plan.budget``'s.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.agent.heartbeat import POLL_S, Heartbeat, Words, open_endpoint, read_endpoint, write_endpoint
+from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
 from launch.agent.node import Node
 from launch.agent.restart_policy import RunFailedError
 from launch.config import Config
@@ -105,7 +105,7 @@ class AgentGroup:
         return failed
 
     def close(self) -> None:
-        """Leave. The head node lets the others hear its last word before its store closes."""
+        """Leave. The head node lets the others hear its last message before its store closes."""
         self.heartbeat.say(bye=True)
         if not self.head_is_lost():
             self.heartbeat.flush(OVER_S)
@@ -144,7 +144,7 @@ class AgentGroup:
 
     def _open_round(self, number: int, avoid: Sequence[str]) -> RendezvousRound:
         self._gather(number)
-        here = [0, *(index for index, words in self._present() if words.get("ready", -1) >= number)]
+        here = [0, *(index for index, message in self._present() if message.get("ready", -1) >= number)]
         order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
         members = tuple(sorted(order[: self._needed]))
         timeout = timedelta(seconds=self._limits.rendezvous_timeout_s)
@@ -164,7 +164,7 @@ class AgentGroup:
         """Wait for the nodes: for all that are left, a while longer than needed for spares."""
         began = time.monotonic()
         while self.can_go_on:
-            ready = {index for index, words in self._present() if words.get("ready", -1) >= number}
+            ready = {index for index, message in self._present() if message.get("ready", -1) >= number}
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
             if not absent or (len(ready) + 1 >= self._needed and waited > SPARE_WAIT_S):
@@ -178,15 +178,15 @@ class AgentGroup:
             time.sleep(POLL_S)
         raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._needed} are needed")
 
-    def _present(self) -> Iterator[tuple[int, Words]]:
+    def _present(self) -> Iterator[tuple[int, Message]]:
         """The other nodes that were heard and are not lost."""
-        yield from [(index, words) for index, words in list(self.heartbeat.heard.items()) if index not in self.lost]
+        yield from [(index, message) for index, message in list(self.heartbeat.heard.items()) if index not in self.lost]
 
     def _silence(self, index: int) -> float:
         return self.heartbeat.silence(index) or 0.0  # one that never came is given rendezvous_timeout_s
 
-    def _said(self, index: int, word: str) -> int:
-        return int(self.heartbeat.heard.get(index, {}).get(word, -1))
+    def _said(self, index: int, field: str) -> int:
+        return int(self.heartbeat.heard.get(index, {}).get(field, -1))
 
     def _host(self, index: int) -> str:
         if index == 0:
@@ -211,7 +211,7 @@ class AgentGroup:
             if told is not None and told["number"] >= number:
                 return RendezvousRound(**{**told, "members": tuple(told["members"])})
             if self.head_is_lost():
-                raise_failure(self._last_word())
+                raise_failure(self._last_message())
                 return None
             time.sleep(POLL_S)
 
@@ -220,7 +220,7 @@ class AgentGroup:
         silent = self.heartbeat.silence(0)
         return self.heartbeat.hung_up or (silent is not None and silent > self._limits.node_timeout_s)
 
-    def _last_word(self) -> Words:
+    def _last_message(self) -> Message:
         """Return the endpoint file where it says that the head node left at the end of the run; else it is lost."""
         why = "hung up" if self.heartbeat.hung_up else f"nothing heard for {self.heartbeat.silence(0) or 0:.0f} s"
         deadline = time.monotonic() + OVER_S
@@ -232,10 +232,10 @@ class AgentGroup:
         raise HeadNodeLostError(why)
 
 
-def raise_failure(last_word: Words) -> None:
-    """Raise RunFailedError where the head node's last word is that the run failed."""
-    if last_word.get("failure"):
-        raise RunFailedError(last_word["failure"])
+def raise_failure(last_message: Message) -> None:
+    """Raise RunFailedError where the head node's last message is that the run failed."""
+    if last_message.get("failure"):
+        raise RunFailedError(last_message["failure"])
 
 
 @contextmanager

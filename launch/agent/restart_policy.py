@@ -49,7 +49,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens next, and why in words."""
+    """What happens next, and why."""
 
     action: Action
     reason: str

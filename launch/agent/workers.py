@@ -40,7 +40,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.workload import RankCommand, RankContract
 
-LAST_WORDS_S = 3.0
+LAST_MESSAGES_S = 3.0
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """The line of a Python traceback that names the exception."""
 
@@ -159,7 +159,7 @@ class RankAgent(LocalElasticAgent):
         if self._first_exit is None:
             self._first_exit = time.monotonic()
         left = {code for code in codes if code}
-        patience_s = self._grace_s if left == {self._requeue_exit} else LAST_WORDS_S  # others may save still
+        patience_s = self._grace_s if left == {self._requeue_exit} else LAST_MESSAGES_S  # others may save still
         if time.monotonic() - self._first_exit < patience_s:
             return True
         self.send(signal.SIGKILL)
@@ -318,18 +318,18 @@ def enter_silent_failures(
     folder: RunFolder, attempt: int, result: RunResult, stop: StopRequest, ended_here: Collection[int],
     contract: RankContract,
 ) -> None:  # fmt: skip
-    """Enter ranks that died without a word into the event log, with their traceback or the end of their log."""
+    """Enter ranks that died silently into the event log, with their traceback or the end of their log."""
     told = {e["rank"] for e in folder.read_events() if e["event"] == "rank_failed" and e.get("attempt") == attempt}
     for rank, failure in sorted(result.failures.items()):
         # A program that is told to stop, and knows nothing of us, may end in any way.
         stopped = stop.count and (failure.exitcode < 0 or not contract.records_events)
         if rank in told or rank in ended_here or stopped or failure.exitcode == contract.requeue_exit:
             continue
-        cause, trace = words_of_failure(failure, folder.log(attempt, rank))
+        cause, trace = failure_message(failure, folder.log(attempt, rank))
         enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=None)
 
 
-def words_of_failure(failure: ProcessFailure, log: Path) -> tuple[str, str]:
+def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
     """Cause and traceback of a rank's failure: from the error file that torch's @record writes, or from its log."""
     message = failure.error_file_data.get("message") if failure.error_file_data else None
     if isinstance(message, dict) and message.get("message"):

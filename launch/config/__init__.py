@@ -77,7 +77,7 @@ class ResilienceConfig:
     stop_grace_s: int = MISSING
     """Seconds a run that was told to stop has for its last step and checkpoint before its ranks are killed."""
     node_timeout_s: int = MISSING
-    """Seconds without a word from a node's agent after which the node counts as lost."""
+    """Seconds without a message from a node's agent after which the node counts as lost."""
     frozen_timeout_s: int = MISSING
     """Seconds in which the process of a rank has not run at all after which it counts as hung."""
     hang_timeout_s: int = MISSING

@@ -139,16 +139,16 @@ def exchange(endpoint: RendezvousEndpoint, node: Node, address: str) -> dict[int
     }
 
 
-def everybody(endpoint: RendezvousEndpoint, word: str, own: int | None, indices: list[int]) -> list[int]:
-    """Wait until the nodes of ``indices`` have said ``word``; those that did, in time. ``own`` says it first."""
+def everybody(endpoint: RendezvousEndpoint, event: str, own: int | None, indices: list[int]) -> list[int]:
+    """Wait until the nodes of ``indices`` have set ``event``; those that did, in time. ``own`` says it first."""
     if own is not None:
-        endpoint.store.set(f"doctor/{word}/{own}", "")
+        endpoint.store.set(f"doctor/{event}/{own}", "")
     deadline = time.monotonic() + ARRIVAL_S
     there = []
     for index in indices:
         with suppress(Exception):  # DistStoreError: not in time
             left = max(0.5, deadline - time.monotonic())
-            endpoint.store.wait([f"doctor/{word}/{index}"], timedelta(seconds=left))
+            endpoint.store.wait([f"doctor/{event}/{index}"], timedelta(seconds=left))
             there.append(index)
     return there
 

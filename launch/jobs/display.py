@@ -31,12 +31,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def state_words(point: RunStatus) -> str:
+def state_text(point: RunStatus) -> str:
     """The state, and why where that is known."""
     return f"{point.state} ({point.detail})" if point.detail else point.state
 
 
-def status_words(point: RunStatus) -> str:
+def progress_text(point: RunStatus) -> str:
     """Throughput, loss and ETA of a point, as far as they are known."""
     known = []
     if (speed := throughput(point.latest)) is not None:
@@ -59,8 +59,8 @@ def step_text(point: RunStatus) -> str:
 def plain_line(point: RunStatus) -> str:
     """One point as a line of text."""
     steps = step_text(point)
-    head = f"{point.name:<24} {state_words(point):<9}" + (f" {steps}" if steps else "")
-    return f"{head}  {status_words(point)}".rstrip()
+    head = f"{point.name:<24} {state_text(point):<9}" + (f" {steps}" if steps else "")
+    return f"{head}  {progress_text(point)}".rstrip()
 
 
 class Display:
@@ -79,12 +79,12 @@ class Display:
                 TextColumn("{task.fields[state]:<9}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[words]}"),
+                TextColumn("{task.fields[progress]}"),
                 console=console,
             )
             for point in points:
                 self._tasks[id(point)] = self._bars.add_task(
-                    point.name, total=point.max_steps, state="queued", words=""
+                    point.name, total=point.max_steps, state="queued", progress=""
                 )
             self._bars.start()
 
@@ -93,24 +93,24 @@ class Display:
         self._show_changes(point)
         step = int(point.latest.get("step", 0))
         if self._bars is not None:
-            task, words = self._tasks[id(point)], status_words(point)
-            self._bars.update(task, completed=step, state=state_words(point), words=words)
+            task, progress = self._tasks[id(point)], progress_text(point)
+            self._bars.update(task, completed=step, state=state_text(point), progress=progress)
             return
         state, last_step, at = self._shown.get(id(point), ("", -1, 0.0))
         moved = step != last_step and time.monotonic() - at >= PLAIN_LINE_S
-        if state_words(point) != state or moved:
-            self._shown[id(point)] = (state_words(point), step, time.monotonic())
+        if state_text(point) != state or moved:
+            self._shown[id(point)] = (state_text(point), step, time.monotonic())
             self._console.print(plain_line(point), highlight=False, soft_wrap=True)
 
     def _show_changes(self, point: RunStatus) -> None:
         """Say once what an attempt runs on that the one before it did not, unless the submission has said so."""
         for event in point.events():
-            words = f"changed since attempt {event.get('since')}: {event.get('cause')}"
-            known = point.plan is not None and any(words in warning for warning in point.plan.warnings)
+            change = f"changed since attempt {event.get('since')}: {event.get('cause')}"
+            known = point.plan is not None and any(change in warning for warning in point.plan.warnings)
             key = (id(point), event.get("attempt", 0))
             if event["event"] == "code_changed" and not known and key not in self._told:
                 self._told.add(key)
-                text = f"warning: {point.name}, attempt {event['attempt']}: {words}"
+                text = f"warning: {point.name}, attempt {event['attempt']}: {change}"
                 self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show_problem(self, problem: SlurmError | None) -> None:

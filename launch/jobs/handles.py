@@ -36,7 +36,7 @@ class JobStatus:
     since: float | None = None
     """When it began to wait there, Unix seconds; None where nothing can take it out of the queue."""
     reason: str = ""
-    """Why it waits, in Slurm's word."""
+    """Why it waits, as Slurm names the reason."""
 
 
 class Job(Protocol):
@@ -86,7 +86,7 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """In the words of sbatch."""
+        """Its id, as sbatch prints it."""
         return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
 
     def status(self, queue: Mapping[str, JobState]) -> JobStatus:

@@ -1,7 +1,7 @@
 """What a run has used of its budget, what it may use at worst, and when it has to stop. Pure functions of event logs.
 
 An allocation is paid from the start of its job to the end, whatever the ranks do in it. The event log has
-``agent_started`` and ``agent_ended`` for each one; one that was killed without a word lasted until its last
+``agent_started`` and ``agent_ended`` for each one; one that was killed silently lasted until its last
 heartbeat. The caps are for all points of one command together, over all attempts. Must not know how a run is stopped.
 """
 
@@ -131,7 +131,7 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 
 
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
-    """Which cap ``expected`` reaches, in words and with what to type to go on; None where it reaches none.
+    """Which cap ``expected`` reaches, with what to type to go on; None where it reaches none.
 
     ``expected`` is what will have been used by the time a run that is told to stop now has saved and left.
     """
@@ -146,7 +146,7 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
     return None
 
 
-def words(use: Use) -> str:
+def use_text(use: Use) -> str:
     """``12 node-hours, 96 GPU-hours, cost 240``, as far as it is known."""
     parts = [f"{amount(use.node_hours)} node-hours"]
     if use.gpu_hours:
