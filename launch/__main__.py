@@ -58,8 +58,8 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
         The arguments, completed, and the schema.
     """
     config_dir = next((Path(b) for a, b in pairwise(argv) if a in CONFIG_DIR), None)
-    flags = {index for index, word in enumerate(argv) if word.startswith("-") or argv[index - 1] in WITH_VALUE}
-    typed = prepare_overrides([word for index, word in enumerate(argv) if index not in flags], config_dir)
+    flags = {index for index, arg in enumerate(argv) if arg.startswith("-") or argv[index - 1] in WITH_VALUE}
+    typed = prepare_overrides([arg for index, arg in enumerate(argv) if index not in flags], config_dir)
     schema = register(typed, config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
@@ -80,7 +80,7 @@ def main() -> int:
     if "--version" in sys.argv[1:]:
         print(f"gpt-launch {__version__}")
         return 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they are put into words
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they become messages
     schema: type[Config] = Config
     try:
         sys.argv[1:], schema = prepare(sys.argv[1:])

@@ -37,14 +37,14 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
         raise ConfigError(
             "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
         )
-    words = append_groups(overrides)
+    args = append_groups(overrides)
     if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
-        words = [word for word in words if word.lstrip("+") != "fresh=true"]
-    spares = typed_value(words, "spare_nodes") or "0"
+        args = [arg for arg in args if arg.lstrip("+") != "fresh=true"]
+    spares = typed_value(args, "spare_nodes") or "0"
     used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
-    typed = typed_value(words, "nodes")
+    typed = typed_value(args, "nodes")
     if typed is None:
-        words.append(f"nodes={used}")
+        args.append(f"nodes={used}")
     elif typed != used:
         raise ConfigError(
             f"nodes={typed} spare_nodes={spares} in a job of {nodes} nodes",
@@ -52,20 +52,20 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
             f"sbatch --nodes={int(typed) + int(spares) if (typed + spares).isdigit() else typed} ...",
         )
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
-    if gpus and typed_value(words, "cluster.gpus_per_node") is None:
-        words.append(f"cluster.gpus_per_node={gpus}")
-    return words
+    if gpus and typed_value(args, "cluster.gpus_per_node") is None:
+        args.append(f"cluster.gpus_per_node={gpus}")
+    return args
 
 
 def make_run(overrides: Sequence[str]) -> Plan:
     """Plan a run for the nodes of this job and write its folder."""
-    words = job_overrides(overrides)
-    composed = compose_launch(words)
+    args = job_overrides(overrides)
+    composed = compose_launch(args)
     config = typed_config(composed)
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
-    plan = make_plan(config, words, ClusterKind.slurm)
-    write_run(plan, composed, words)
+    plan = make_plan(config, args, ClusterKind.slurm)
+    write_run(plan, composed, args)
     if "SLURM_RESTART_COUNT" not in os.environ:
         record_submitted(plan, os.environ["SLURM_JOB_ID"])
     return plan
@@ -101,10 +101,10 @@ def run_task(composed: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     composed.run_dir = str(output)
     kind = ClusterKind.slurm if node.is_slurm else ClusterKind.local
-    words = HydraConfig.get().overrides.task
-    plan = make_plan(typed_config(composed), words, kind)
+    args = HydraConfig.get().overrides.task
+    plan = make_plan(typed_config(composed), args, kind)
     if node.index == 0:
-        write_run(plan, composed, words)
+        write_run(plan, composed, args)
     agent.run(str(output))
 
 

@@ -1,6 +1,6 @@
 """``python -m launch.cancel PATH...``: have runs save and leave, then end what is left of them.
 
-Owns the one orderly stop there is; Ctrl-C at the launcher is the same. The cancel is entered into the ledger before
+Owns the one orderly stop there is; Ctrl-C at the launcher is the same. The cancel is entered into the event log before
 any signal is sent, so that the end it brings about is never taken for a preemption.
 """
 
@@ -14,16 +14,16 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import refusing
-from launch.jobs.status import find_point, look
-from launch.jobs.stop import outcome, stop_points
+from launch.jobs.status import find_run_status, poll
+from launch.jobs.stop import outcome_text, stop_points
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     """Cancel the runs of run folders and sweep folders, and say what became of each. Whether all are over."""
-    points = [find_point(folder) for folder in find_runs(paths)]
-    problem = look(points)
+    points = [find_run_status(folder) for folder in find_runs(paths)]
+    problem = poll(points)
     if problem is not None:
         raise problem
     ours = [point for point in points if point.state in ("queued", "running")]
@@ -36,7 +36,7 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
         console.print(f"{names}: asked to save and leave; --now would not wait for that", highlight=False, markup=False)
     stops = stop_points(ours, console, now=now)
     for stop in stops:
-        console.print(outcome(stop), highlight=False, markup=False)
+        console.print(outcome_text(stop), highlight=False, markup=False)
     return all(stop.error is None for stop in stops) and all(point.state != "unknown" for point in points)
 
 
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
     parser.add_argument("--now", action="store_true", help="end them at once, whether or not they have saved")
-    words = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        return 0 if cancel(words.paths, Console(soft_wrap=True), now=words.now) else 1
+        return 0 if cancel(args.paths, Console(soft_wrap=True), now=args.now) else 1
     except SlurmError as error:
         print(error, file=sys.stderr)
         return 1

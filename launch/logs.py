@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.errors import ConfigError, refusing
 from launch.jobs.handles import SlurmJob, agent_logs
-from launch.jobs.status import Point, find_point, look, verdict
+from launch.jobs.status import RunStatus, find_run_status, outcome, poll
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError, output_file
 
@@ -46,7 +46,7 @@ class Log:
         sys.stdout.buffer.flush()
 
 
-def the_run(path: Path) -> Point:
+def the_run(path: Path) -> RunStatus:
     """The one run in ``path``. Raises ConfigError where there are several, or none."""
     runs = find_runs([path])
     if len(runs) > 1:
@@ -54,21 +54,21 @@ def the_run(path: Path) -> Point:
         raise ConfigError(
             f"{len(runs)} runs in {path}: {names}", "the folder of one", f"python -m launch.logs {runs[0].path}"
         )
-    return find_point(runs[0])
+    return find_run_status(runs[0])
 
 
-def default_rank(point: Point, attempt: int | None) -> int:
+def default_rank(point: RunStatus, attempt: int | None) -> int:
     """The rank that failed first in the attempt (or in the newest), else rank 0."""
     failure = point.failure(attempt)
     return 0 if failure is None else int(failure["rank"])
 
 
-def rank_logs(point: Point, rank: int, attempt: int) -> list[Log]:
+def rank_logs(point: RunStatus, rank: int, attempt: int) -> list[Log]:
     """The log of a rank in one attempt."""
     return [Log(point.folder.log(attempt, rank), f"attempt {attempt}, rank {rank}")]
 
 
-def node_of(point: Point, rank: int) -> int:
+def node_of(point: RunStatus, rank: int) -> int:
     """The node whose agent started a rank: ranks are not dealt out in the order of the nodes."""
     for attempt in reversed(point.folder.attempts()):
         path = point.folder.environment(attempt)
@@ -77,7 +77,7 @@ def node_of(point: Point, rank: int) -> int:
     return 0
 
 
-def agents(point: Point, rank: int) -> list[Log]:
+def agents(point: RunStatus, rank: int) -> list[Log]:
     """What the agent of a rank printed, in all attempts of its job."""
     if point.job is None:
         return []
@@ -90,15 +90,15 @@ def agents(point: Point, rank: int) -> list[Log]:
     return [Log(path, f"agent of node {node}") for path in paths]
 
 
-def newest(point: Point, rank: int, wanted: int | None) -> int | None:
+def newest(point: RunStatus, rank: int, wanted: int | None) -> int | None:
     """The attempt to print: the wanted one, or the newest in which the rank has printed anything."""
     there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file()]
     return (wanted if wanted in there else None) if wanted is not None else max(there, default=None)
 
 
-def missing(point: Point, what: str) -> ConfigError:
+def missing(point: RunStatus, what: str) -> ConfigError:
     """There is no log yet, or never was."""
-    look([point])
+    poll([point])
     state = point.state + (f", {point.detail}" if point.detail else "")
     attempts = ", ".join(str(n) for n in point.folder.attempts()) or "none"
     return ConfigError(
@@ -108,16 +108,16 @@ def missing(point: Point, what: str) -> ConfigError:
     )
 
 
-def follow(point: Point, find: Callable[[], list[Log]], only: int | None) -> None:
+def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) -> None:
     """Print the logs as they grow, until the run is over, or one newer than attempt ``only`` has begun."""
     logs: list[Log] = []
     asked_at, unknown = 0.0, False
     while True:
         if time.monotonic() - asked_at >= (SLURM_POLL_S if isinstance(point.job, SlurmJob) else POLL_S):
-            unknown = look([point], retries=1) is not None
+            unknown = poll([point], retries=1) is not None
             asked_at = time.monotonic()
         # Where Slurm does not answer, only a run that made its last step is known not to start again.
-        over = point.is_over or (unknown and verdict(point) == "finished")
+        over = point.is_over or (unknown and outcome(point) == "finished")
         over = over or (only is not None and max(point.folder.attempts(), default=0) > only)
         found = find()
         for log in logs:
@@ -131,24 +131,24 @@ def follow(point: Point, find: Callable[[], list[Log]], only: int | None) -> Non
         time.sleep(POLL_S)
 
 
-def print_logs(words: argparse.Namespace) -> None:
+def print_logs(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    point = the_run(words.path)
-    rank = default_rank(point, words.attempt) if words.rank is None else words.rank
-    of_agent = agents(point, rank) if words.agent else []
+    point = the_run(args.path)
+    rank = default_rank(point, args.attempt) if args.rank is None else args.rank
+    of_agent = agents(point, rank) if args.agent else []
 
     def find() -> list[Log]:
-        if words.agent:
+        if args.agent:
             return of_agent
-        attempt = newest(point, rank, words.attempt)
+        attempt = newest(point, rank, args.attempt)
         return [] if attempt is None else rank_logs(point, rank, attempt)
 
-    if words.follow:
-        follow(point, find, only=words.attempt)
+    if args.follow:
+        follow(point, find, only=args.attempt)
         return
     logs = [log for log in find() if log.path.is_file()]
     if not logs:
-        raise missing(point, f"the agent of rank {rank}" if words.agent else f"rank {rank}")
+        raise missing(point, f"the agent of rank {rank}" if args.agent else f"rank {rank}")
     for log in logs:
         log.copy()
 

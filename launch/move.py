@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import refusing
-from launch.jobs.failover import Mover, is_watched, promised
-from launch.jobs.status import Point, find_point, look
+from launch.jobs.failover import PlacementFailover, is_watched, promised
+from launch.jobs.status import RunStatus, find_run_status, poll
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 
@@ -26,23 +26,23 @@ LONGEST_POLL_S = 60.0
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
     """Move what waits until all runs are over."""
-    points = [point for folder in folders if is_watched(point := find_point(folder))]
-    mover, said = Mover(console), False
+    points = [point for folder in folders if is_watched(point := find_run_status(folder))]
+    failover, said = PlacementFailover(console), False
     while True:
-        problem = look(points, retries=1)
+        problem = poll(points, retries=1)
         points = [point for point in points if not point.is_over]
         if not points:
             console.print("nothing waits any more", highlight=False)
             return
-        problem = problem or mover.step(points)
+        problem = problem or failover.step(points)
         if problem is not None and not said:
             console.print(f"{problem}\nasking again until Slurm answers", highlight=False, markup=False)
         said = problem is not None
         time.sleep(poll_s(points))
 
 
-def poll_s(points: Sequence[Point]) -> float:
-    """Seconds between two looks: a fraction of the shortest patience."""
+def poll_s(points: Sequence[RunStatus]) -> float:
+    """Seconds between two polls: a fraction of the shortest patience."""
     shortest = min((plan.placement.retry_interval_min for point in points if (plan := promised(point))), default=1.0)
     return min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10))
 
@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m launch does so itself while it watches; with launch.detach=true it leaves this command behind.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
-    words = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        move(find_runs(words.paths), Console(soft_wrap=True))
+        move(find_runs(args.paths), Console(soft_wrap=True))
     except KeyboardInterrupt:
         return 130
     return 0

@@ -90,7 +90,7 @@ class ScriptOptions:
     requeue_exit: Optional[int] = 75
     """Exit status that means: saved, put me back into the queue (EX_TEMPFAIL of sysexits.h)."""
     silence_timeout_s: Optional[float] = None
-    """Seconds without a word in the log of a rank after which it counts as hung; null: never."""
+    """Seconds without a line in the log of a rank after which it counts as hung; null: never."""
     progress: Optional[str] = None
     """Regular expression that finds step records in what a rank prints, by its named groups: step, and any of loss, lr,
     grad_norm, step_time_s, step_time_ms, tokens, samples, tokens_per_s."""

@@ -1,4 +1,4 @@
-"""``python -m launch.status [PATH...]``: how runs stand, from the queue, their ledgers and their newest steps.
+"""``python -m launch.status [PATH...]``: how runs stand, from the queue, their event logs and their newest steps.
 
 Owns the table and the JSON. Needs no accounting, and works for local runs. Changes nothing.
 """
@@ -20,7 +20,7 @@ from rich.table import Table
 from launch.errors import refusing
 from launch.jobs.display import duration
 from launch.jobs.handles import SlurmJob
-from launch.jobs.status import Point, find_point, judge_by_ledger, look
+from launch.jobs.status import RunStatus, find_run_status, poll, update_from_event_log
 from launch.runs.find import find_runs
 from launch.runs.records import UNITS, throughput
 
@@ -29,7 +29,7 @@ NUMBERS = COLUMNS[3:]
 WIDE = 1000
 
 
-def as_dict(point: Point) -> dict[str, Any]:
+def as_dict(point: RunStatus) -> dict[str, Any]:
     """What is known of a point; what is not is absent."""
     failure = point.failure() if point.state in ("failed", "running", "queued") else None
     known = {
@@ -37,7 +37,7 @@ def as_dict(point: Point) -> dict[str, Any]:
         "run_dir": str(point.folder.path),
         "state": point.state,
         "detail": point.detail or None,
-        "partition": point.standing.partition or None,
+        "partition": point.job_status.partition or None,
         "waiting_s": waiting_s(point),
         "job_id": None if point.job is None else point.job.job_id,
         "slurm_cluster": point.job.cluster if isinstance(point.job, SlurmJob) else None,
@@ -53,9 +53,9 @@ def as_dict(point: Point) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value is not None}
 
 
-def waiting_s(point: Point) -> float | None:
+def waiting_s(point: RunStatus) -> float | None:
     """Seconds the point has waited where it is; None where it does not wait, or Slurm does not say."""
-    since = point.standing.since if point.state == "queued" else None
+    since = point.job_status.since if point.state == "queued" else None
     return None if since is None else max(0.0, time.time() - since)
 
 
@@ -124,26 +124,26 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 where Slurm did not answer and the table is from the ledgers alone, 2 where there is no run."""
+    """Exit status: 0, 1 where Slurm did not answer and the table is from event logs alone, 2 where there is no run."""
     parser = argparse.ArgumentParser(prog="python -m launch.status", description="Show how runs stand.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",
         help="a run folder, or a folder with runs in it (default: outputs)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
-    words = parser.parse_args(arguments)
-    points = [find_point(folder) for folder in find_runs(words.paths)]
-    problem = look(points)
+    args = parser.parse_args(arguments)
+    points = [find_run_status(folder) for folder in find_runs(args.paths)]
+    problem = poll(points)
     if problem is not None:
-        judge_by_ledger(points)
+        update_from_event_log(points)
     rows = [as_dict(point) for point in points]
-    if words.json:
+    if args.json:
         print(json.dumps(rows, indent=2))
     else:
         # A file or a pipe has no width: nothing is folded there.
         show(rows, Console() if sys.stdout.isatty() else Console(width=WIDE))
     if problem is not None:
-        print(f"{problem}\nstates of Slurm jobs are what their ledgers say", file=sys.stderr)
+        print(f"{problem}\nstates of Slurm jobs are what their event logs say", file=sys.stderr)
     return 0 if problem is None else 1
 
 

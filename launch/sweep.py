@@ -21,7 +21,7 @@ from launch.errors import ConfigError
 from launch.jobs.stop import stop_on_ctrl_c
 from launch.plan import code_copy
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.preflight import forewarn
+from launch.plan.preflight import add_warnings
 from launch.plan.text import share_budget, worst_case_text
 from launch.runs.failures import failure_text
 from launch.runs.files import write_json
@@ -29,7 +29,7 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.jobs.status import Point
+    from launch.jobs.status import RunStatus
 
 Composed = tuple[DictConfig, Sequence[str]]
 
@@ -63,7 +63,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
         plans = settle_placements(plans, configs, console)
     if points[0][0].launch.detach:
         refuse_local(plans)
-    plans = [forewarn(plan, config) for plan, config in zip(share_budget(plans, configs), configs, strict=True)]
+    plans = [add_warnings(plan, config) for plan, config in zip(share_budget(plans, configs), configs, strict=True)]
     if points[0][0].dry_run:
         from launch.jobs.dry_run import show_plans
 
@@ -144,14 +144,14 @@ def show_warnings(plans: Sequence[Plan], console: Console) -> None:
 def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig) -> None:
     """Submit; then follow to the end and report, or say how to."""
     from launch.jobs import display as watch
-    from launch.jobs.status import new_point
+    from launch.jobs.status import new_run_status
 
-    points = [new_point(plan) for plan in plans]
+    points = [new_run_status(plan) for plan in plans]
     submit(points, console)
     write_json(sweep_folder(plans) / "sweep.json", {"points": [plan.point for plan in plans]})
     if after.detach:
         console.print(follow_up(plans), highlight=False, markup=False)
-        leave_mover(plans, console)
+        leave_failover(plans, console)
         return
     try:
         watch.watch(points, console, after.poll_s)
@@ -164,7 +164,7 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
         raise SweepFailedError("\n\n".join(explain(point) for point in failed), 1)
 
 
-def submit(points: Sequence[Point], console: Console) -> None:
+def submit(points: Sequence[RunStatus], console: Console) -> None:
     """Submit what is for Slurm, one job for each shape; local points get in line.
 
     Raises:
@@ -211,7 +211,7 @@ def follow_up(plans: Sequence[Plan]) -> str:
     return "\n".join(["the jobs go on without this command; to follow them:", *lines])
 
 
-def leave_mover(plans: Sequence[Plan], console: Console) -> None:
+def leave_failover(plans: Sequence[Plan], console: Console) -> None:
     """Leave a process behind that moves the points that wait, where there is another place for them."""
     from launch.jobs.failover import start_in_background
 
@@ -240,7 +240,7 @@ def report(plans: Sequence[Plan], console: Console) -> None:
         console.print(f"wrote {path}", highlight=False)
 
 
-def explain(point: Point) -> str:
+def explain(point: RunStatus) -> str:
     """Why a point did not finish, and where to read on."""
     from launch.jobs.handles import agent_logs
 

@@ -109,7 +109,7 @@ class RankContract:
     resumes: bool = True
     """Whether a new start goes on from a checkpoint of the workload's own. Otherwise there is none."""
     silence_timeout_s: float | None = None
-    """Seconds without a word in its log after which a rank without a heartbeat counts as hung; None: never."""
+    """Seconds without a line in its log after which a rank without a heartbeat counts as hung; None: never."""
     progress: str | None = None
     """Regular expression that finds step records in the log of a rank."""
     unit: str | None = None

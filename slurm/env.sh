@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by multi_node.sh on the first node of the job. Change it to what your site needs; srun hands the environment on.
+# Sourced by multi_node.sh on the head node of the job. Change it to what your site needs; srun hands the environment on.
 
 # module load cuda                      # change: your site's modules
 # conda activate gpt-launch             # change: your environment; by default the checkout's own .venv is used

@@ -34,19 +34,19 @@ class PerPointLauncher(Launcher):
         assert self.context is not None and self.config is not None
         setup_globals()
         points = []
-        for words in job_overrides:
-            composed = self.context.config_loader.load_sweep_config(self.config, list(words))
+        for overrides in job_overrides:
+            composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             typed = [
-                typed_form(word) for word in filter_overrides([str(word) for word in composed.hydra.overrides.task])
+                typed_form(text) for text in filter_overrides([str(text) for text in composed.hydra.overrides.task])
             ]
             composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
             points.append((composed, typed))
         run_sweep(points)
-        return [done(words) for words in job_overrides]
+        return [done(overrides) for overrides in job_overrides]
 
 
-def done(words: Sequence[str]) -> JobReturn:
+def done(overrides: Sequence[str]) -> JobReturn:
     """What Hydra's sweeper wants back of a point that finished."""
-    result = JobReturn(overrides=list(words), status=JobStatus.COMPLETED)
+    result = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
     result.return_value = None
     return result

@@ -18,7 +18,7 @@ SETTLE_S = 0.05
 """From setting ``hold`` to reading the counts. A processor shows a write to the others in microseconds."""
 ANSWER_S = 5.0
 """After so long the head node decides without the nodes that have not answered; the run is about to lose them."""
-Words = Mapping[str, Any]
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,28 +76,28 @@ class Agreement:
         """Wish for a stop because of signal ``number``, as the agent of this node."""
         self._stop_cause = self._stop_cause or number
 
-    def turn(self, heard: Mapping[int, Words]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Do what can be done now. Returns what to say, and on the head node what to put on the board.
+    def turn(self, heard: Mapping[int, Message]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Do what can be done now. Returns what to say, and on the head node what to add to the leader state.
 
         Args:
-            heard: what other agents said last, by node; elsewhere than on the head node its board, as 0.
+            heard: what other agents said last, by node; elsewhere than on the head node its leader state, as 0.
         """
         own = {request: self._report(request) for request in Request}
-        words = {"start": self._start, **{request.name: asdict(own[request]) for request in Request}}
-        board: dict[str, Any] = {}
+        report = {"start": self._start, **{request.name: asdict(own[request]) for request in Request}}
+        leader_state: dict[str, Any] = {}
         if self._index == 0:
-            others = {index: self._words_of(heard, index) for index in self._members if index != 0}
+            others = {index: self._message_of(heard, index) for index in self._members if index != 0}
             for request in Request:
                 reports = [Report(**said[request.name]) for said in others.values() if said]
                 self._decide(request, [own[request], *reports])
-            board = {"start": self._start}
-            board |= {r.name: [d.ticket, d.at, d.cause] for r, d in self._decisions.items()}
-        self._obey(board or self._words_of(heard, 0))
-        return {"requests": words}, {"requests": board}
+            leader_state = {"start": self._start}
+            leader_state |= {r.name: [d.ticket, d.at, d.cause] for r, d in self._decisions.items()}
+        self._obey(leader_state or self._message_of(heard, 0))
+        return {"requests": report}, {"requests": leader_state}
 
-    def _words_of(self, heard: Mapping[int, Words], index: int) -> Words:
-        words: Words = heard.get(index, {}).get("requests") or {}
-        return words if words.get("start") == self._start else {}
+    def _message_of(self, heard: Mapping[int, Message], index: int) -> Message:
+        message: Message = heard.get(index, {}).get("requests") or {}
+        return message if message.get("start") == self._start else {}
 
     def _report(self, request: Request) -> Report:
         wishes = [file.wants(request) for file in self._ranks]
@@ -125,11 +125,11 @@ class Agreement:
         all_there = len(reports) == len(self._members)
         return request is Request.save and all_there and min(r.least for r in reports) >= decided.at
 
-    def _obey(self, board: Words) -> None:
+    def _obey(self, leader_state: Message) -> None:
         """Hand the head node's decisions to the ranks of this node."""
         under_way = False
         for request in Request:
-            ticket, at, cause = board.get(request.name, (0, 0, 0))
+            ticket, at, cause = leader_state.get(request.name, (0, 0, 0))
             if ticket > self._held[request][0]:
                 for file in self._ranks:
                     file.set_hold(request, ticket)

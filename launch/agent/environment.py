@@ -39,8 +39,8 @@ class EnvironmentRecord:
         entries = [describe_rank(rank, local, self._place) for local, rank in enumerate(ranks)]
         write_json(self._part(self._place), {"ranks": entries})
 
-    def look(self, workload: str, command: RankCommand, contract: RankContract, tree: CodeTree) -> None:
-        """On the first node: write ``environment.json`` as soon as all nodes have described themselves."""
+    def poll(self, workload: str, command: RankCommand, contract: RankContract, tree: CodeTree) -> None:
+        """On the head node: write ``environment.json`` as soon as all nodes have described themselves."""
         if self._is_written or self._place:
             return
         parts = [read_json(self._part(place)).get("ranks") for place in range(self._nodes)]

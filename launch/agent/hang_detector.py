@@ -16,7 +16,7 @@ from pathlib import Path
 from launch.agent import processes
 from launch.config import ResilienceConfig
 from launch.runs import heartbeat
-from launch.runs.heartbeat import Phase, Sign
+from launch.runs.heartbeat import Phase, RankHeartbeat
 
 SLOW = (Phase.starting, Phase.saving, Phase.leaving)
 PAUSED_S = 5.0
@@ -37,13 +37,13 @@ class Stuck:
     """Steps it had done; None where it never got as far as telling."""
     why: str
     since: float
-    """When it last gave a sign, Unix time."""
+    """When it last showed progress, Unix time."""
     has_stacks: bool = True
     """Whether it would answer to being asked for its stacks; SIGQUIT ends any other process, with a core file."""
 
 
 class Watchdog:
-    """Looks at the signs of life of this node's ranks.
+    """Reads the heartbeats of this node's ranks.
 
     Args:
         folder: the heartbeat files of the ranks, none of them older than this start.
@@ -67,44 +67,44 @@ class Watchdog:
         self._logs = logs or {}
         self._must_attach = must_attach
         self._silence_timeout_s = silence_timeout_s
-        self._started = self._looked = time.monotonic()
+        self._started = self._polled = time.monotonic()
         self._printed: dict[int, tuple[int, float]] = {}
         """Size of each rank's log, and when it last grew."""
 
-    def look(self, ranks: Mapping[int, int], share: float = 1.0) -> list[Stuck]:
+    def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[Stuck]:
         """Those of ``ranks`` (rank: process id) that have been silent for ``share`` of their limit, longest first.
 
         After a pause of this process itself (``scontrol suspend`` stops all alike) every limit begins anew.
         """
         now = time.monotonic()
-        if now - self._looked > PAUSED_S:
+        if now - self._polled > PAUSED_S:
             self._started = now
-        self._looked = now
-        found = [self._judge(rank, pid, now, share) for rank, pid in ranks.items()]
+        self._polled = now
+        found = [self._check(rank, pid, now, share) for rank, pid in ranks.items()]
         return sorted((stuck for stuck in found if stuck is not None), key=lambda stuck: stuck.since)
 
-    def _judge(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
-        sign = heartbeat.read(self._folder / str(rank))
-        if sign is None:
-            return self._judge_start(rank, pid, now, share) or self._judge_log(rank, pid, now, share)
-        # The process that beats is the rank itself also where a wrapper stands between it and the agent.
-        frozen = now - max(sign.beat, self._started)
+    def _check(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+        last = heartbeat.read(self._folder / str(rank))
+        if last is None:
+            return self._check_start(rank, pid, now, share) or self._check_log(rank, pid, now, share)
+        # The process that gives heartbeats is the rank itself also where a wrapper stands between it and the agent.
+        frozen = now - max(last.ran_at, self._started)
         if frozen > self._limits.heartbeat_timeout_s * share:
-            state = "stopped" if processes.is_stopped(sign.pid) else "frozen"
-            return _stuck(rank, sign.pid, sign.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
-        silent = now - max(sign.moved, self._started)
-        if sign.moved and silent > self._limit(sign) * share:
-            why = f"hung: no progress for {silent:.0f} s while {sign.phase.name}"
-            return _stuck(rank, sign.pid, sign.step, why, silent)
+            state = "stopped" if processes.is_stopped(last.pid) else "frozen"
+            return _stuck(rank, last.pid, last.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
+        silent = now - max(last.moved_at, self._started)
+        if last.moved_at and silent > self._limit(last) * share:
+            why = f"hung: no progress for {silent:.0f} s while {last.phase.name}"
+            return _stuck(rank, last.pid, last.step, why, silent)
         return None
 
-    def _judge_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
         silent = now - self._started
         if not self._must_attach or silent <= self._limits.startup_and_save_timeout_s * share:
             return None
         return Stuck(rank, pid, None, f"not started after {silent:.0f} s", time.time() - silent, has_stacks=False)
 
-    def _judge_log(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check_log(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
         if self._silence_timeout_s is None or rank not in self._logs:
             return None
         size = _size(self._logs[rank])
@@ -118,8 +118,8 @@ class Watchdog:
         why = f"hung: nothing printed for {silent:.0f} s"
         return Stuck(rank, pid, None, why, time.time() - silent, has_stacks=False)
 
-    def _limit(self, sign: Sign) -> float:
-        return self._limits.startup_and_save_timeout_s if sign.phase in SLOW else self._limits.hang_timeout_s
+    def _limit(self, last: RankHeartbeat) -> float:
+        return self._limits.startup_and_save_timeout_s if last.phase in SLOW else self._limits.hang_timeout_s
 
 
 def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> Stuck:

@@ -1,7 +1,7 @@
-"""The line between the agents of a job: each says twice a second how it stands, the first node answers with a board.
+"""Heartbeats between the agents of a job: each tells its state twice a second, and reads that of the leader.
 
-Owns the store that the first node holds, the thread that talks to it, and the measure of silence. The main thread of an
-agent never waits for the network. Must not know what is made of silence, nor what the words on the board mean.
+Owns the store that the head node holds, the thread that talks to it, and the measure of silence. The main thread of an
+agent never waits for the network. Must not know what is made of silence, nor what the messages mean.
 """
 
 from __future__ import annotations
@@ -25,78 +25,78 @@ INTERVAL_S = 0.5
 QUICK_S = 0.02
 """Between two exchanges while ranks wait for an agreement."""
 PAUSED_S = 5.0
-BOARD = "board"
-Words = dict[str, Any]
+LEADER_STATE = "leader_state"
+Message = dict[str, Any]
 
 
-def beat_key(index: int) -> str:
+def heartbeat_key(index: int) -> str:
     """Where the agent of node ``index`` writes."""
-    return f"beat/{index}"
+    return f"heartbeat/{index}"
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where the agents of a job meet."""
+class RendezvousEndpoint:
+    """The store in which the agents of a job find each other."""
 
     store: dist.TCPStore
     address: str
     """Address of this node, as the others reach it."""
 
 
-def meet(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> Meeting:
-    """Open the store on the first node and find it from the others, through a note in the run folder.
+def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
+    """Open the store on the head node and find it from the others, through the endpoint file in the run folder.
 
-    The first node takes a free port and tells it, so no port is fixed and none can be taken meanwhile.
+    The head node takes a free port and tells it, so no port is fixed and none can be taken meanwhile.
 
     Args:
-        timeout_s: how long to wait for the first node's note.
+        timeout_s: how long to wait for the head node's endpoint file.
         answer_s: how long an answer of the store may take.
 
     Raises:
-        TimeoutError: the first node did not show up in time.
+        TimeoutError: the head node did not show up in time.
     """
     timeout = timedelta(seconds=answer_s)
-    if not node.is_first:
-        told = wait_for_note(folder, node, timeout_s, lambda note: "port" in note)
+    if not node.is_head:
+        told = wait_for_endpoint(folder, node, timeout_s, lambda endpoint: "port" in endpoint)
         store = dist.TCPStore(told["address"], told["port"], is_master=False, wait_for_workers=False, timeout=timeout)
-        return Meeting(store, address_towards(told["address"]))
+        return RendezvousEndpoint(store, address_towards(told["address"]))
     address = node.own_address()
     store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
     for index in range(node.count):
-        store.set(beat_key(index), "{}")
-    store.set(BOARD, "{}")
-    write_note(folder, node, address=address, port=store.port)
-    return Meeting(store, address)
+        store.set(heartbeat_key(index), "{}")
+    store.set(LEADER_STATE, "{}")
+    write_endpoint(folder, node, address=address, port=store.port)
+    return RendezvousEndpoint(store, address)
 
 
 class Conversation(Protocol):
-    """What the thread of a line has to say besides, worked out from what it heard."""
+    """A source of further messages for the heartbeat thread, worked out from what it heard."""
 
     @property
     def is_under_way(self) -> bool:
         """Whether an answer is urgent."""
 
-    def turn(self, heard: Mapping[int, Words]) -> tuple[Words, Words]:
-        """Work out what to say and, on the first node, what to put on the board."""
+    def turn(self, heard: Mapping[int, Message]) -> tuple[Message, Message]:
+        """Work out what to say and, on the head node, what to add to the leader state."""
 
 
 class Heartbeat:
-    """One agent's end of the line. Everything that is read here is what the thread heard last."""
+    """One agent's heartbeat, and those it hears. Everything that is read here is what the thread heard last."""
 
     def __init__(self, index: int, count: int, store: dist.TCPStore) -> None:
         self._index = index
         self._others = range(1, count) if index == 0 else range(1)
         self._store = store
-        self._mine: Words = {}
-        self._board: Words = {}
+        self._mine: Message = {}
+        self._leader_state: Message = {}
         self.conversation: Conversation | None = None
-        """Asked before every exchange, in the thread of this line."""
-        self.heard: dict[int, Words] = {}
-        """What the others said last: on the first node of every agent, elsewhere the first node's board as 0."""
+        """Asked before every exchange, in the heartbeat thread."""
+        self.heard: dict[int, Message] = {}
+        """What the others said last: on the head node of every agent, elsewhere the leader state as 0."""
         self._when: dict[int, float] = {}
         self._asked = time.monotonic()
         self.hung_up = False
-        """Whether the first node's store is gone."""
+        """Whether the head node's store is gone."""
         self._wake = threading.Event()
         self._sent = threading.Condition()
         self._rounds = 0
@@ -104,14 +104,14 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def say(self, **words: Any) -> None:
+    def say(self, **fields: Any) -> None:
         """Say this from now on, as the agent of this node."""
-        self._mine = {**self._mine, **words}
+        self._mine = {**self._mine, **fields}
         self._wake.set()
 
-    def post(self, **words: Any) -> None:
-        """On the first node: put this on the board from now on."""
-        self._board = {**self._board, **words}
+    def publish(self, **fields: Any) -> None:
+        """On the head node: make this part of the leader state from now on."""
+        self._leader_state = {**self._leader_state, **fields}
         self._wake.set()
 
     def wake(self) -> None:
@@ -119,7 +119,7 @@ class Heartbeat:
         self._wake.set()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until what was said before is through. False where the line is dead."""
+        """Wait until what was said before is through. False where the store is gone."""
         with self._sent:
             goal = self._rounds + 2  # the round under way may have begun before
             self._wake.set()
@@ -147,8 +147,8 @@ class Heartbeat:
         try:
             while not self._over:
                 conversation = self.conversation
-                words, board = conversation.turn(self.heard) if conversation is not None else ({}, {})
-                self._exchange(self._store, words, board)
+                message, leader_state = conversation.turn(self.heard) if conversation is not None else ({}, {})
+                self._exchange(self._store, message, leader_state)
                 with self._sent:
                     self._rounds += 1
                     self._sent.notify_all()
@@ -160,14 +160,14 @@ class Heartbeat:
             with self._sent:
                 self._sent.notify_all()
 
-    def _exchange(self, store: dist.TCPStore, words: Words, board: Words) -> None:
-        store.set(beat_key(self._index), json.dumps({**self._mine, **words, "beat": self._rounds}))
+    def _exchange(self, store: dist.TCPStore, message: Message, leader_state: Message) -> None:
+        store.set(heartbeat_key(self._index), json.dumps({**self._mine, **message, "beat": self._rounds}))
         if self._index == 0:
-            store.set(BOARD, json.dumps({**self._board, **board, "beat": self._rounds}))
-            keys = [beat_key(index) for index in self._others]
+            store.set(LEADER_STATE, json.dumps({**self._leader_state, **leader_state, "beat": self._rounds}))
+            keys = [heartbeat_key(index) for index in self._others]
             answers = store.multi_get(keys) if keys else []
         else:
-            answers = [store.get(BOARD)]
+            answers = [store.get(LEADER_STATE)]
         for index, answer in zip(self._others, answers, strict=True):
             said = json.loads(answer)
             if said and said.get("beat") != self.heard.get(index, {}).get("beat"):
@@ -179,41 +179,41 @@ class Heartbeat:
 POLL_S = 0.2
 
 
-def note_path(folder: RunFolder, node: Node) -> Path:
-    """The note of this start of the job; a requeued one has another."""
+def endpoint_file(folder: RunFolder, node: Node) -> Path:
+    """Path of the endpoint file of this start of the job; a requeued one has another."""
     return folder.path / ".launch" / f"{node.job}.json"
 
 
-def write_note(folder: RunFolder, node: Node, **words: Any) -> None:
-    """On the first node: add to the note."""
-    write_json(note_path(folder, node), {**(read_note(folder, node) or {}), **words})
+def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> None:
+    """On the head node: add to the endpoint file."""
+    write_json(endpoint_file(folder, node), {**(read_endpoint(folder, node) or {}), **fields})
 
 
-def read_note(folder: RunFolder, node: Node) -> dict[str, Any] | None:
-    """What the first node has written so far; None where there is nothing yet."""
-    note = note_path(folder, node)
+def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any] | None:
+    """What the head node has written so far; None where there is nothing yet."""
+    path = endpoint_file(folder, node)
     try:
-        told = json.loads(note.read_text())
+        told = json.loads(path.read_text())
     except FileNotFoundError:
         # Listing the folder makes an NFS client look again instead of answering from its cache.
-        list(note.parent.glob("*"))
+        list(path.parent.glob("*"))
         return None
     assert isinstance(told, dict)
     return told
 
 
-def wait_for_note(
+def wait_for_endpoint(
     folder: RunFolder, node: Node, timeout_s: float, wanted: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Read the first node's note as soon as it holds what is ``wanted``.
+    """Read the head node's endpoint file as soon as it holds what is ``wanted``.
 
     Raises:
         TimeoutError: it did not come.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        told = read_note(folder, node)
+        told = read_endpoint(folder, node)
         if told is not None and wanted(told):
             return told
         time.sleep(POLL_S)
-    raise TimeoutError(f"the first node of this job did not write {note_path(folder, node)} in {timeout_s:g} s")
+    raise TimeoutError(f"the head node of this job did not write {endpoint_file(folder, node)} in {timeout_s:g} s")

@@ -2,7 +2,7 @@
 
     python -m launch.agent RUN_DIR          what srun starts on every node; submitit calls ``run(RUN_DIR)``
 
-Owns the order of things on a node, from the first meeting of the agents to the last. Importing this module loads no
+Owns the order of things on a node, from the first rendezvous of the agents to the last. Importing this module loads no
 torch: the login node submits ``run`` by name.
 """
 
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 from launch.agent.meter import Meter
 from launch.agent.node import Node
 from launch.agent.outcome import (
-    conclude,
-    conclude_without_nodes,
-    ending,
-    leave_before_the_start,
+    close_lost_attempts,
+    handle_attempt_end,
+    handle_early_stop,
+    handle_missing_nodes,
+    observed_end,
     refuse_replaced,
     refuse_without_budget,
-    settle_lost_attempts,
-    stand_in_for_the_first,
+    take_over_as_leader,
     unreliable_hosts,
 )
 from launch.agent.restart_policy import Action, Cause, RunFailedError
@@ -38,7 +38,7 @@ from launch.process import lasting_imports
 from launch.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew
+    from launch.agent.rendezvous import AgentGroup
 
 TOKEN = "LAUNCH_TOKEN"
 
@@ -56,53 +56,55 @@ def run(run_dir: str) -> None:
     config = read_point(folder)
     node = Node.from_env(os.environ.get(TOKEN))
     with lasting_imports():
-        from launch.agent import rendezvous as crews
+        from launch.agent import rendezvous
         from launch.agent import workers as ranks  # noqa: F401  # all agents alike, before they meet
 
     stop.interruptible = True
     failure: str | None = None
     try:
-        with Meter(folder, node, config) as meter, crews.join(folder, node, config) as crew:
+        with Meter(folder, node, config) as meter, rendezvous.join(folder, node, config) as group:
             try:
-                if node.is_first:
+                if node.is_head:
                     refuse_without_budget(meter)
-                    settle_lost_attempts(folder, node, config)
-                take_part(folder, node, config, crew, stop, meter)
-            except crews.NodesMissingError as error:
-                conclude_without_nodes(folder, node, config, crew, str(error))
-            except crews.FirstNodeLostError as error:
+                    close_lost_attempts(folder, node, config)
+                take_part(folder, node, config, group, stop, meter)
+            except rendezvous.NodesMissingError as error:
+                handle_missing_nodes(folder, node, config, group, str(error))
+            except rendezvous.HeadNodeLostError as error:
                 stop.interruptible = False
-                stand_in_for_the_first(folder, node, config, str(error))
+                take_over_as_leader(folder, node, config, str(error))
             except RunFailedError as error:
                 failure = str(error)
                 raise
             finally:
                 stop.interruptible = False
-                if node.is_first:
-                    crew.end(failure)
+                if node.is_head:
+                    group.end(failure)
     except InterruptedError as error:
-        leave_before_the_start(folder, node, config, str(error))
+        handle_early_stop(folder, node, config, str(error))
 
 
-def take_part(folder: RunFolder, node: Node, config: Config, crew: Crew, stop: StopRequest, meter: Meter) -> None:
-    """Start the ranks again and again, as the first node decides; a spare waits for its turn."""
+def take_part(
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter
+) -> None:
+    """Start the ranks again and again, as the head node decides; a spare waits for its turn."""
     from launch.agent import workers as ranks
 
     for number in itertools.count():
         stop.interruptible = True
-        if node.is_first:
+        if node.is_head:
             refuse_replaced(folder, node)
-        avoid = unreliable_hosts(folder.read_events()) if node.is_first else ()
-        start = crew.next_start(number, avoid)
-        if start is None:
+        avoid = unreliable_hosts(folder.read_events()) if node.is_head else ()
+        rdzv = group.next_round(number, avoid)
+        if rdzv is None:
             return
-        if node.index not in start.members:
+        if node.index not in rdzv.members:
             continue
-        verdict = ranks.run_ranks(folder, node, config, crew, start, stop, meter)
+        problem = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter)
         stop.interruptible = False
-        ended = ending(folder, start.attempt, verdict, stop)
-        if node.is_first:
-            if conclude(folder, node, config, crew, start, ended, stop).action is not Action.restart:
+        ended = observed_end(folder, rdzv.attempt, problem, stop)
+        if node.is_head:
+            if handle_attempt_end(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
                 return
         elif ended not in (Cause.crashed, Cause.requested):
             return

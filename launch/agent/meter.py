@@ -1,7 +1,7 @@
 """The meter of an allocation: when it began and ended, and whether its budget lasts.
 
-Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the ledger, and the sign of life that counts where an
-agent is killed without a word. Runs on the first node alone. The arithmetic is ``launch.plan.budget``'s.
+Owns ``agent_started``, ``agent_ended`` and ``budget_reached`` of the event log, and the heartbeat that counts where
+an agent is killed silently. Runs on the head node alone. The arithmetic is ``launch.plan.budget``'s.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from launch.config import Config
 from launch.plan.budget import (
     caps,
     command_folders,
-    last_sign,
+    heartbeat_file,
+    last_heartbeat,
     rates_of,
-    read_ledgers,
-    sign_of_life,
+    read_event_logs,
     spent,
     used,
 )
@@ -34,20 +34,20 @@ LEAVE_S = 5.0
 
 
 class Meter:
-    """Counts while it is open; does nothing on nodes other than the first."""
+    """Counts while it is open; does nothing on nodes other than the head node."""
 
     def __init__(self, folder: RunFolder, node: Node, config: Config) -> None:
         self._folder = folder
         self._node = node
         self._config = config
-        self._looked = 0.0
+        self._polled = 0.0
         self._together = command_folders(folder)
 
     def __enter__(self) -> Meter:
         if self._node.index == 0:
             self._settle()
             self._folder.record_event("agent_started", **self._allocation())
-            self._give_sign()
+            self._give_heartbeat()
         return self
 
     def __exit__(
@@ -56,34 +56,34 @@ class Meter:
         if self._node.index == 0:
             self._folder.record_event("agent_ended", job=self._node.job, ended_at=time.time())
 
-    def look(self, *, is_leaving: bool) -> str | None:
-        """Every ``budget.poll_s``: give a sign of life, and say which cap is reached; none to a run that is leaving."""
-        if self._node.index or time.monotonic() - self._looked < self._config.budget.poll_s:
+    def poll(self, *, is_leaving: bool) -> str | None:
+        """Every ``budget.poll_s``: give a heartbeat, and say which cap is reached; none to a run that is leaving."""
+        if self._node.index or time.monotonic() - self._polled < self._config.budget.poll_s:
             return None
         if is_leaving:
-            self._looked = time.monotonic()
-            self._give_sign()
+            self._polled = time.monotonic()
+            self._give_heartbeat()
             return None
-        return self.look_now()
+        return self.poll_now()
 
-    def look_now(self) -> str | None:
-        """The same at once. A cap that is reached is entered into the ledger."""
+    def poll_now(self) -> str | None:
+        """The same at once. A cap that is reached is entered into the event log."""
         if self._node.index:
             return None
-        self._looked = time.monotonic()
-        self._give_sign()
+        self._polled = time.monotonic()
+        self._give_heartbeat()
         budget, now = self._config.budget, time.time()
         if not caps(budget):
             return None
-        ledgers, rates = read_ledgers(self._together), rates_of(self._config)
-        why = spent(budget, used(ledgers, now, rates), used(ledgers, now + self._lead_s(), rates))
+        event_logs, rates = read_event_logs(self._together), rates_of(self._config)
+        why = spent(budget, used(event_logs, now, rates), used(event_logs, now + self._lead_s(), rates))
         if why is not None:
             attempt = max(self._folder.attempts(), default=None)
             self._folder.record_event("budget_reached", attempt=attempt, job=self._node.job, cause=why)
         return why
 
     def _lead_s(self) -> float:
-        """Seconds until a run that is told to stop at the next look, and not now, would be gone.
+        """Seconds until a run that is told to stop at the next poll, and not now, would be gone.
 
         Its ranks are killed after ``resilience.grace_period_s``: that is how long it takes while no save was measured.
         """
@@ -97,8 +97,8 @@ class Meter:
         ended = {e["job"] for e in events if e["event"] == "agent_ended"}
         lost = [e for e in events if e["event"] == "agent_started" and e["job"] not in ended]
         if lost:
-            # It may have gone on until just before it would have given the next sign.
-            seen = max(last_sign(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
+            # It may have gone on until just before it would have given the next heartbeat.
+            seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
             ended_at = min(seen, time.time())
             self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
@@ -122,8 +122,8 @@ class Meter:
         where = {"job": node.job, "nodes": node.count, "gpus": gpus, "price_per_gpu_hour": price}
         return {**where, "allocated_at": begun, "limit_s": limit_s}
 
-    def _give_sign(self) -> None:
-        sign = sign_of_life(self._folder)
-        sign.parent.mkdir(parents=True, exist_ok=True)
-        sign.touch()
-        os.utime(sign, (time.time(),) * 2)  # by this node's clock, as the ledger is, and not by the file server's
+    def _give_heartbeat(self) -> None:
+        file = heartbeat_file(self._folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (time.time(),) * 2)  # by this node's clock, as the event log is, and not by the file server's

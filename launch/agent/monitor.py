@@ -1,6 +1,6 @@
 """What an agent looks at while its ranks run: requests to stop, ranks that are stuck, nodes that are lost.
 
-Owns the order in which these are asked and the ledger's word for each. Must not know how ranks are started, nor what
+Owns the order in which these are asked and the event of each. Must not know how ranks are started, nor what
 follows their end.
 """
 
@@ -26,7 +26,7 @@ from launch.runs.heartbeat import HeartbeatFile
 from launch.workload import RankContract
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew, Start
+    from launch.agent.rendezvous import AgentGroup, RendezvousRound
     from launch.agent.workers import RankAgent
 
 
@@ -34,87 +34,87 @@ class Watch:
     """What an agent looks at several times a second, besides the exit of its ranks."""
 
     def __init__(
-        self, folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter,
-        heartbeats: Path, contract: RankContract,
+        self, folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound,
+        stop: StopRequest, meter: Meter, heartbeats: Path, contract: RankContract,
     ) -> None:  # fmt: skip
-        """Watch the ranks of one start.
+        """Watch the ranks of one round.
 
         Args:
-            heartbeats: folder of the ranks' heartbeat files, fresh for this start.
+            heartbeats: folder of the ranks' heartbeat files, fresh for this round.
             contract: what is known of the ranks' behavior. Those that tell the event log how they end give a heartbeat
                 too, so one without it is late.
         """
         self._folder = folder
         self._node = node
-        self._crew = crew
-        self._start = start
+        self._group = group
+        self._round = rdzv
         self._stop = stop
         self._meter = meter
-        place, each = start.members.index(node.index), config.ranks_on_node
+        place, each = rdzv.members.index(node.index), config.ranks_on_node
         ranks = range(place * each, (place + 1) * each)
-        logs = {rank: folder.log(start.attempt, rank) for rank in ranks}
+        logs = {rank: folder.log(rdzv.attempt, rank) for rank in ranks}
         self._watchdog = Watchdog(
             heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
         )
         files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
-        self._agreement = Agreement(start.number, node.index, start.members, files)
-        crew.line.conversation = self._agreement
+        self._agreement = Agreement(rdzv.number, node.index, rdzv.members, files)
+        group.heartbeat.conversation = self._agreement
         self._grace_s = config.resilience.grace_period_s
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
-        self.verdict: str | None = None
+        self.kill_reason: str | None = None
         """Why the ranks were ended from here."""
 
-    def look(self, agent: RankAgent) -> None:
+    def poll(self, agent: RankAgent) -> None:
         """Hand a request to stop on, and end the ranks where they outstay it, are stuck, or have lost their peers."""
         self._stop.interruptible = False
         owner = os.environ.get(OWNER)
         if owner and not self._stop.count and processes.is_gone(int(owner)):
             self._stop.ask("the launcher is gone")
-        if self._meter.look(is_leaving=bool(self._stop.count)):
+        if self._meter.poll(is_leaving=bool(self._stop.count)):
             self._stop.ask(BUDGET)
         if self._stop.count:
             self._stop_ranks(agent)
-        elif self.verdict is None:
-            self.verdict = self._find_stuck(agent) or self._find_lost()
-            if self.verdict is not None:
-                self._crew.tell_failed(self._start.number)
-        if self.verdict is None and self._crew.has_failed(self._start.number):
-            self.verdict = "another node failed"
+        elif self.kill_reason is None:
+            self.kill_reason = self._find_stuck(agent) or self._find_lost()
+            if self.kill_reason is not None:
+                self._group.tell_failed(self._round.number)
+        if self.kill_reason is None and self._group.has_failed(self._round.number):
+            self.kill_reason = "another node failed"
             self._find_stuck(agent, NEARLY)
-        if self.verdict is not None:
+        if self.kill_reason is not None:
             agent.send(signal.SIGKILL)
 
     def _stop_ranks(self, agent: RankAgent) -> None:
         if not self._asked:
             self._asked = True
             self._folder.record_event(
-                "signalled", attempt=self._start.attempt, host=self._node.host, signal=self._stop.name
+                "signalled", attempt=self._round.attempt, host=self._node.host, signal=self._stop.name
             )
             # For programs that know nothing of the launcher, and ranks that have not come as far as asking: they end
             # now. To a rank that asks it is one more wish for the stop that the agents agree on.
             agent.send(self._stop_signal)
             self._agreement.want_stop(self._stop_signal)
-            self._crew.line.wake()
+            self._group.heartbeat.wake()
         at_once = self._stop.count > 1 and not self._node.is_slurm
         if at_once or time.monotonic() > self._stop.since + self._grace_s:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Enter ranks that do not go on into the ledger, with their stacks. The one silent longest is to blame."""
-        stuck = self._watchdog.look(agent.ranks(), share)
+        """Enter ranks that do not go on into the event log, with their stacks. The one silent longest is to blame."""
+        stuck = self._watchdog.poll(agent.ranks(), share)
         for one in stuck:
-            log = self._folder.log(self._start.attempt, one.rank)
+            log = self._folder.log(self._round.attempt, one.rank)
             enter_failure(
-                self._folder, self._start.attempt, one.rank, cause=one.why,
+                self._folder, self._round.attempt, one.rank, cause=one.why,
                 trace=stack_of(one.pid, log) if one.has_stacks else "", step=one.step, hung=True, since=one.since,
             )  # fmt: skip
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 
     def _find_lost(self) -> str | None:
-        """On the first node: members that have fallen silent; elsewhere: the first node itself."""
-        if not self._node.is_first:
-            return "the first node is lost" if self._crew.first_is_lost() else None
-        lost = self._crew.find_silent(self._start)
-        enter_lost_nodes(self._folder, self._start.attempt, lost)
+        """On the head node: members that have fallen silent; elsewhere: the head node itself."""
+        if not self._node.is_head:
+            return "the head node is lost" if self._group.head_is_lost() else None
+        lost = self._group.find_silent(self._round)
+        enter_lost_nodes(self._folder, self._round.attempt, lost)
         return f"node {lost[0].host} is lost" if lost else None

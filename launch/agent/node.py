@@ -31,7 +31,7 @@ class Node:
     """Names of the job's nodes, in order, as Slurm knows them; empty elsewhere."""
 
     @property
-    def is_first(self) -> bool:
+    def is_head(self) -> bool:
         """Whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
         return self.index == 0
 

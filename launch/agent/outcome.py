@@ -1,7 +1,7 @@
-"""What follows the end of an attempt: the cause in the ledger, and a restart, a requeue, or the end of the run.
+"""What follows the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
-Owns carrying out what ``launch.agent.restart_policy`` decides, on the first node, or on another one where the first
-is lost. Must not know how ranks are started or watched. Torch-free.
+Owns applying what ``launch.agent.restart_policy`` decides, on the head node, or on another one where that is lost.
+Must not know how ranks are started or watched. Torch-free.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import Crew, Lost, Start
+    from launch.agent.rendezvous import AgentGroup, Lost, RendezvousRound
 
-STAND_IN_S = 3.0
+TAKE_OVER_S = 3.0
 UNRELIABLE = 2
 """After so many failures of its own a host is avoided."""
 
 
 def refuse_without_budget(meter: Meter) -> None:
     """Raise RunFailedError where the ranks would have to be stopped as soon as they have started."""
-    why = meter.look_now()
+    why = meter.poll_now()
     if why is not None:
         raise RunFailedError(f"not started: {why}")
 
 
-def leave_before_the_start(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+def handle_early_stop(folder: RunFolder, node: Node, config: Config, why: str) -> None:
     """Told to stop while there were no ranks here: nothing is to be saved, but a preempted job must come back."""
-    if node.is_first:
+    if node.is_head:
         folder.record_event("agent_stopped", node=node.index, cause=why)
-        cause = why_told_to_stop(folder, node, config, attempt=None)
+        cause = cause_of_stop(folder, node, config, attempt=None)
         if cause in LEAVES_THE_NODES:
             requeue(folder, node, config, cause)
 
 
-def settle_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
+def close_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     """Enter the end of an attempt that was killed with its job, before this start of the job goes on from it.
 
     Raises:
@@ -86,27 +86,28 @@ def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
     return decide(events, cause, limits.max_restarts, limits.max_without_progress, resumes)
 
 
-def ending(folder: RunFolder, attempt: int, verdict: str | None, stop: StopRequest) -> Cause:
-    """How an attempt ended, as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
+def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
+    """The end of an attempt as far as every node can tell: ``finished``, ``cancelled`` (told to stop), or ``crashed``.
 
-    What the ranks wrote into the ledger is compared with how they exited; ``verdict`` is None where all left with 0.
+    What the ranks wrote into the event log is compared with how they exited; ``problem`` is None where all left with 0.
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
     asked = any(e.get("asks_for_requeue") for e in events)  # of some ranks, while those of other nodes left with 0
-    if verdict is None and "finished" in names and not asked:
+    if problem is None and "finished" in names and not asked:
         return Cause.finished
-    if verdict is None and asked and not stop.count:
+    if problem is None and asked and not stop.count:
         return Cause.requested
-    if stop.count or (verdict is None and "stopped" in names):
+    if stop.count or (problem is None and "stopped" in names):
         return Cause.cancelled
     return Cause.crashed
 
 
-def conclude(
-    folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, ended: Cause, stop: StopRequest
-) -> Decision:
-    """On the first node: find the cause, decide, and put the job back into the queue if need be.
+def handle_attempt_end(
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, ended: Cause,
+    stop: StopRequest,
+) -> Decision:  # fmt: skip
+    """On the head node: find the cause, decide, and put the job back into the queue if need be.
 
     Raises:
         RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
@@ -115,13 +116,13 @@ def conclude(
     failure = None
     cause = ended
     if ended is Cause.cancelled:
-        note_unsaved_stop(folder, start.attempt, stop)
-        cause = Cause.budget if stop.name == BUDGET else why_told_to_stop(folder, node, config, start.attempt)
+        record_unsaved_stop(folder, rdzv.attempt, stop)
+        cause = Cause.budget if stop.name == BUDGET else cause_of_stop(folder, node, config, rdzv.attempt)
     elif ended is Cause.crashed:
-        failure = first_failure(folder.read_events(), start.attempt)
-        cause = cause_of_crash(folder, crew, start, failure)
-    text = lost_text(crew.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
-    return carry_out(folder, node, config, start.attempt, cause, text, signal=stop.name or None, crew=crew)
+        failure = first_failure(folder.read_events(), rdzv.attempt)
+        cause = cause_of_crash(folder, group, rdzv, failure)
+    text = lost_text(group.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
+    return apply_decision(folder, node, config, rdzv.attempt, cause, text, signal=stop.name or None, group=group)
 
 
 def refuse_replaced(folder: RunFolder, node: Node) -> None:
@@ -134,19 +135,21 @@ def refuse_replaced(folder: RunFolder, node: Node) -> None:
         raise RunFailedError(f"{starts[-1]} works on this run now; {node.job} was left over")
 
 
-def cause_of_crash(folder: RunFolder, crew: Crew, start: Start, failure: dict[str, Any] | None) -> Cause:
+def cause_of_crash(
+    folder: RunFolder, group: AgentGroup, rdzv: RendezvousRound, failure: dict[str, Any] | None
+) -> Cause:
     """Tell a lost node from a rank that failed: where ranks only lost their connections, something else broke them."""
-    lost = any(index in crew.lost for index in start.members)
+    lost = any(index in group.lost for index in rdzv.members)
     if not lost and (failure is None or failure.get("echo")):
-        found = crew.find_reason(start)
-        enter_lost_nodes(folder, start.attempt, found)
+        found = group.find_reason(rdzv)
+        enter_lost_nodes(folder, rdzv.attempt, found)
         lost = bool(found)
     return Cause.node_failed if lost else cause_of_failure(failure)
 
 
-def carry_out(
+def apply_decision(
     folder: RunFolder, node: Node, config: Config, attempt: int | None, cause: Cause, text: str, *,
-    signal: str | None = None, crew: Crew | None = None,
+    signal: str | None = None, group: AgentGroup | None = None,
 ) -> Decision:  # fmt: skip
     """Enter the end of an attempt, decide what follows, and do it. ``text`` says for people what went wrong.
 
@@ -158,7 +161,7 @@ def carry_out(
     decision = decide_next(folder, config, cause)
     if decision.action is Action.requeue and cause is Cause.requested and not node.is_slurm:
         decision = Decision(Action.restart, f"{decision.reason}; there is no queue here")
-    if decision.action is Action.restart and (crew is None or not crew.can_go_on):
+    if decision.action is Action.restart and (group is None or not group.can_go_on):
         decision = Decision(Action.requeue, f"{decision.reason}; too few nodes are left to start again here")
     folder.record_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
     if decision.action is Action.requeue:
@@ -169,32 +172,34 @@ def carry_out(
     return decision
 
 
-def conclude_without_nodes(folder: RunFolder, node: Node, config: Config, crew: Crew, why: str) -> None:
-    """On the first node: there are too few nodes left for a start.
+def handle_missing_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
+    """On the head node: there are too few nodes left for a round.
 
     Raises:
         RunFailedError: the job cannot be requeued, or its limits are used up.
     """
     known = {e["host"] for e in since_submission(folder.read_events()) if e["event"] == "node_lost"}
-    enter_lost_nodes(folder, None, [lost for lost in crew.lost.values() if lost.host not in known])
-    carry_out(folder, node, config, None, Cause.node_failed, f"{lost_text(crew.lost.values())}: {why}", crew=crew)
+    enter_lost_nodes(folder, None, [lost for lost in group.lost.values() if lost.host not in known])
+    apply_decision(
+        folder, node, config, None, Cause.node_failed, f"{lost_text(group.lost.values())}: {why}", group=group
+    )
 
 
-def stand_in_for_the_first(folder: RunFolder, node: Node, config: Config, why: str) -> None:
-    """On another node: the first one, which decides, is lost. The next node that is there puts the job into the queue.
+def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+    """On another node: the head node, which decides, is lost. The next node that is there puts the job into the queue.
 
     Raises:
-        RunFailedError: always where this node could do nothing more; the job's end is the first node's.
+        RunFailedError: always where this node could do nothing more; the job's end is the head node's.
     """
-    time.sleep(STAND_IN_S * (node.index - 1))  # those before this one come first
+    time.sleep(TAKE_OVER_S * (node.index - 1))  # those before this one come first
     events = since_submission(folder.read_events())
     attempt = max((e["attempt"] for e in events if e["event"] == "started"), default=None)
     settled = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     if (attempt in settled and attempt is not None) or not node.is_slurm:
-        raise RunFailedError(f"the first node, {node.host_of(0)}, is lost: {why}")
+        raise RunFailedError(f"the head node, {node.host_of(0)}, is lost: {why}")
     folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
     try:
-        carry_out(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
+        apply_decision(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
     except RunFailedError:
         scheduler.cancel(node.slurm_job)  # nobody else would end what is left of the job
         raise
@@ -206,14 +211,14 @@ def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(host for host, count in Counter(e["host"] for e in guilty).items() if count >= UNRELIABLE)
 
 
-def note_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
-    """Say in the ledger where the ranks were ended before they could save."""
+def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
+    """Say in the event log where the ranks were ended before they could save."""
     if not any(e["event"] == "stopped" and e.get("attempt") == attempt for e in folder.read_events()):
         why = "ended before it could save"
         folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause=why)
 
 
-def why_told_to_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
+def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
     """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals."""
     events = since_submission(folder.read_events())
     by_hand = any(e["event"] == "cancelled" for e in events)
@@ -240,7 +245,7 @@ def requeue(
     if scheduler.job_details(node.slurm_job).restarts > node.restarts:
         folder.record_event("requeued", job_id=node.slurm_job, by="slurm", cause=cause)
     else:
-        # First the ledger: Slurm may kill this process as soon as it has heard of the requeue.
+        # First the event log: Slurm may kill this process as soon as it has heard of the requeue.
         folder.record_event("requeued", job_id=node.slurm_job, by="agent", cause=cause)
         try:
             scheduler.requeue(node.slurm_job)
@@ -266,7 +271,7 @@ def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str
 
 
 def enter_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[Lost]) -> None:
-    """Write into the ledger that nodes are lost, by name."""
+    """Write into the event log that nodes are lost, by name."""
     for one in lost:
         folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
 

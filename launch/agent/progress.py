@@ -31,16 +31,16 @@ GROUPS = (
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
 )
 """Names that a pattern may give to what it finds."""
-LOOK_S = 1.0
-"""Between two looks; the monitor asks several times a second."""
+POLL_S = 1.0
+"""Between two polls; the monitor asks several times a second."""
 LOOK_BYTES = 256 * 1024
-"""Of one log, or of the records, in one look."""
+"""Of one log, or of the records, in one poll."""
 CLOSE_S = 10.0
 """At the end, for what ranks printed faster than it was read."""
 LINE_BYTES = 2_000
 """Of a line: what follows is not looked at."""
 MATCH_S = 0.5
-"""For the lines of one look. A pattern with nested repetitions may take years for one line: (a+)+$."""
+"""For the lines of one poll. A pattern with nested repetitions may take years for one line: (a+)+$."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """Colors and movements of the cursor, as terminals know them."""
 
@@ -98,20 +98,20 @@ class Progress:
         """None where there is none, or it was given up."""
         self._logs = [_RankLog(folder, attempt, rank, unit, work_per_step) for rank in ranks] if pattern else []
         self._curves = _Curves(folder, attempt) if writes_curves and 0 in ranks else None
-        self._looked = 0.0
+        self._polled = 0.0
         self._cut = False
         self.matched = False
         """Whether any line matched so far."""
 
-    def look(self) -> None:
-        """Take in what was printed since the last look, at most once a second."""
-        if time.monotonic() - self._looked < LOOK_S:
+    def poll(self) -> None:
+        """Take in what was printed since the last poll, at most once a second."""
+        if time.monotonic() - self._polled < POLL_S:
             return
         for log in self._logs:
             self._take_in(log)
         if self._curves is not None:
-            self._curves.look()
-        self._looked = time.monotonic()
+            self._curves.poll()
+        self._polled = time.monotonic()
 
     def close(self) -> None:
         """Take in the rest, and enter into the event log if no line ever matched."""
@@ -120,7 +120,7 @@ class Progress:
             while self._take_in(log) and time.monotonic() < deadline:
                 pass
         if self._curves is not None:
-            while self._curves.look() and time.monotonic() < deadline:
+            while self._curves.poll() and time.monotonic() < deadline:
                 pass
             self._curves.close()
         self._tell_if_nothing_matched()
@@ -189,7 +189,7 @@ class _RankLog:
         lines = self._reader.read()
         if lines is None:
             return None
-        # The file's own time tells when the last line came, where a look happens only now and then; a server of files
+        # The file's own time tells when the last line came, where a poll happens only now and then; a server of files
         # whose clock is wrong cannot tell.
         self._printed_at = min(max(self._reader.changed_at, before), self._looked_at)
         return [ESCAPES.sub("", line.decode(errors="replace")) for line in lines]
@@ -205,7 +205,7 @@ class _RankLog:
         for fields in known:
             step, at = fields.pop("step"), self._printed_at
             if last is not None and step_time_s is not None and step > last[0]:
-                # As if all that were printed since the last look came evenly.
+                # As if all that were printed since the last poll came evenly.
                 at = min(at, last[1] + step_time_s * (step - last[0]))
                 fields.setdefault("step_time_s", step_time_s)
             if self._work is not None and fields.get("step_time_s"):
@@ -216,7 +216,7 @@ class _RankLog:
         return True
 
     def _time_of_a_step(self, step: int) -> float | None:
-        """Seconds from the last line of an earlier look to the last one of this, over the steps in between."""
+        """Seconds from the last line of an earlier poll to the last one of this, over the steps in between."""
         if self._last is None or step <= self._last[0] or self._printed_at <= self._last[1]:
             return None
         return (self._printed_at - self._last[1]) / (step - self._last[0])
@@ -238,7 +238,7 @@ class _Curves:
     """TensorBoard's files of rank 0, from its step records of this attempt."""
 
     def __init__(self, folder: RunFolder, attempt: int) -> None:
-        # Takes a second to import, which is better spent before the ranks start than between two looks at them.
+        # Takes a second to import, which is better spent before the ranks start than between two polls of them.
         from launch.runs.tensorboard import EventWriter, record_scalars
 
         self._open, self._scalars = EventWriter, record_scalars
@@ -247,7 +247,7 @@ class _Curves:
         self._reader = _Lines(folder.metrics(0), re.compile(rb"\n"), LOOK_BYTES, skip=True)
         self._writer: EventWriter | None = None
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Draw a piece of what is new; returns whether there was any."""
         lines = self._reader.read()
         for line in lines or ():

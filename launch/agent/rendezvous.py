@@ -1,6 +1,6 @@
-"""The agents of one job: who is there, who takes part in the next start of the ranks, and who has fallen silent.
+"""Rendezvous of the node agents: membership, the participants of each restart, and lost nodes.
 
-Owns the agreement among the agents. The first node decides and the others follow its board; where there are more nodes
+Owns the agreement among the agents. The head node decides and the others follow its state; where there are more nodes
 than a run needs, the rest are spares and wait. Must not know how ranks are started, nor what follows a lost node.
 """
 
@@ -14,14 +14,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.agent.heartbeat import POLL_S, Heartbeat, Words, meet, read_note, write_note
+from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
 from launch.agent.node import Node
 from launch.agent.restart_policy import RunFailedError
 from launch.config import Config
 from launch.runs.folder import RunFolder
 
 SPARE_WAIT_S = 10.0
-"""How long a start that has enough nodes waits for the rest of them."""
+"""How long a round that has enough nodes waits for the rest of them."""
 ECHO_S = 8.0
 """After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
 GOODBYE_S = 10.0
@@ -29,8 +29,8 @@ OVER_S = 5.0
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of the ranks, the same for all agents that take part."""
+class RendezvousRound:
+    """One start of the ranks: its participants and its store, the same for every agent."""
 
     number: int
     attempt: int
@@ -38,7 +38,7 @@ class Start:
     """Indices of the nodes that take part; a node's place among them is its place among the ranks."""
     address: str
     port: int
-    """Where the ranks find each other: a fresh store on the first node."""
+    """Where the ranks find each other: a fresh store on the head node."""
 
 
 @dataclass(frozen=True)
@@ -50,86 +50,86 @@ class Lost:
     why: str
 
 
-class FirstNodeLostError(RuntimeError):
-    """The first node, which decides, does not answer; the message says since when."""
+class HeadNodeLostError(RuntimeError):
+    """The head node, which decides, does not answer; the message says since when."""
 
 
 class NodesMissingError(RuntimeError):
-    """There are not enough nodes left for a start."""
+    """There are not enough nodes left for a round."""
 
 
-class Crew:
-    """This agent's view of the others."""
+class AgentGroup:
+    """The agents of one job, as the agent of this node sees them."""
 
-    def __init__(self, folder: RunFolder, node: Node, config: Config, line: Heartbeat, address: str) -> None:
+    def __init__(self, folder: RunFolder, node: Node, config: Config, heartbeat: Heartbeat, address: str) -> None:
         self._folder = folder
         self._node = node
         self._needed = config.nodes
         self._limits = config.resilience
-        self.line = line
+        self.heartbeat = heartbeat
         self.address = address
         """Address of this node, as the others reach it."""
         self.lost: dict[int, Lost] = {}
-        """On the first node: those that take no more part in this job."""
-        self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the start before
+        """On the head node: those that take no more part in this job."""
+        self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the round before
 
     # On every node.
 
-    def next_start(self, number: int, avoid: Sequence[str] = ()) -> Start | None:
-        """Agree on start ``number``, counted from 0. None where the run is over.
+    def next_round(self, number: int, avoid: Sequence[str] = ()) -> RendezvousRound | None:
+        """Agree on round ``number``, counted from 0. None where the run is over.
 
         Args:
-            avoid: hosts that take part only where there are no others (first node).
+            avoid: hosts that take part only where there are no others (head node).
 
         Raises:
-            NodesMissingError: on the first node, where too few nodes are left.
-            FirstNodeLostError: elsewhere, where the first node is lost.
+            NodesMissingError: on the head node, where too few nodes are left.
+            HeadNodeLostError: elsewhere, where the head node is lost.
             RunFailedError: elsewhere, where the run has failed and does not start again.
         """
-        self.line.say(host=self._node.host, ready=number)
-        return self._call(number, avoid) if self._node.is_first else self._follow(number)
+        self.heartbeat.say(host=self._node.host, ready=number)
+        return self._open_round(number, avoid) if self._node.is_head else self._await_round(number)
 
     def tell_failed(self, number: int) -> None:
-        """Let the others end their ranks of start ``number`` now rather than at the timeout of a collective."""
-        self.line.say(failed=number)
-        if self._node.is_first:
-            self.line.post(failed=number)
+        """Let the others end their ranks of round ``number`` now rather than at the timeout of a collective."""
+        self.heartbeat.say(failed=number)
+        if self._node.is_head:
+            self.heartbeat.publish(failed=number)
 
     def has_failed(self, number: int) -> bool:
-        """Whether ranks of another node have failed in start ``number``."""
-        if not self._node.is_first:
+        """Whether ranks of another node have failed in round ``number``."""
+        if not self._node.is_head:
             return self._said(0, "failed") >= number
-        failed = any(self._said(index, "failed") >= number for index in self.line.heard)
+        failed = any(self._said(index, "failed") >= number for index in self.heartbeat.heard)
         if failed:
-            self.line.post(failed=number)
+            self.heartbeat.publish(failed=number)
         return failed
 
     def close(self) -> None:
-        """Leave. The first node lets the others hear its last word before its store closes."""
-        self.line.say(bye=True)
-        if not self.first_is_lost():
-            self.line.flush(OVER_S)
+        """Leave. The head node lets the others hear its last message before its store closes."""
+        self.heartbeat.say(bye=True)
+        if not self.head_is_lost():
+            self.heartbeat.flush(OVER_S)
         deadline = time.monotonic() + GOODBYE_S
-        if self._node.is_first:
+        if self._node.is_head:
             while time.monotonic() < deadline and any(not w.get("bye") for i, w in self._present()):
                 time.sleep(POLL_S)
-        self.line.close()
+        self.heartbeat.close()
 
-    # On the first node.
+    # On the head node.
 
     def end(self, failure: str | None = None) -> None:
-        """The job's work on the run is over: tell those that wait for the next start, and why if it failed."""
-        write_note(self._folder, self._node, over=True, failure=failure)
-        self.line.post(over=True, failure=failure)
+        """The job's work on the run is over: tell those that wait for the next round, and why if it failed."""
+        write_endpoint(self._folder, self._node, over=True, failure=failure)
+        self.heartbeat.publish(over=True, failure=failure)
 
-    def find_silent(self, start: Start) -> list[Lost]:
-        """Members of a start from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
+    def find_silent(self, rdzv: RendezvousRound) -> list[Lost]:
+        """Members of a round from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
         limit = self._limits.node_timeout_s
-        return [self._lose(i, s, limit) for i in start.members if i and (s := self._silence(i)) > limit]
+        return [self._lose(i, s, limit) for i in rdzv.members if i and (s := self._silence(i)) > limit]
 
-    def find_reason(self, start: Start) -> list[Lost]:
-        """After a connection was lost: ask every other member for a sign of life, and lose those that give none."""
-        waiting = {index: self._said(index, "beat") for index in start.members if index and index not in self.lost}
+    def find_reason(self, rdzv: RendezvousRound) -> list[Lost]:
+        """After a connection was lost: ask every other member for a heartbeat, and lose those that give none."""
+        waiting = {index: self._said(index, "beat") for index in rdzv.members if index and index not in self.lost}
         limit = min(ECHO_S, self._limits.node_timeout_s)
         deadline = time.monotonic() + limit
         while waiting and time.monotonic() < deadline:
@@ -139,32 +139,32 @@ class Crew:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether there are enough nodes for another start."""
+        """Whether there are enough nodes for another round."""
         return self._node.count - len(self.lost) >= self._needed
 
-    def _call(self, number: int, avoid: Sequence[str]) -> Start:
+    def _open_round(self, number: int, avoid: Sequence[str]) -> RendezvousRound:
         self._gather(number)
-        here = [0, *(index for index, words in self._present() if words.get("ready", -1) >= number)]
+        here = [0, *(index for index, message in self._present() if message.get("ready", -1) >= number)]
         order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
         members = tuple(sorted(order[: self._needed]))
         timeout = timedelta(seconds=self._limits.rendezvous_timeout_s)
         store = dist.TCPStore(self.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         self._stores.append(store)
-        start = Start(number, self._folder.create_attempt(), members, self.address, store.port)
-        self.line.post(start=asdict(start))
+        rdzv = RendezvousRound(number, self._folder.create_attempt(), members, self.address, store.port)
+        self.heartbeat.publish(start=asdict(rdzv))
         if self._node.count > self._needed:
             hosts = {
                 "hosts": [self._host(i) for i in members],
                 "spares": [self._host(i) for i in here if i not in members],
             }
-            self._folder.record_event("members", attempt=start.attempt, **hosts)
-        return start
+            self._folder.record_event("members", attempt=rdzv.attempt, **hosts)
+        return rdzv
 
     def _gather(self, number: int) -> None:
         """Wait for the nodes: for all that are left, a while longer than needed for spares."""
         began = time.monotonic()
         while self.can_go_on:
-            ready = {index for index, words in self._present() if words.get("ready", -1) >= number}
+            ready = {index for index, message in self._present() if message.get("ready", -1) >= number}
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
             if not absent or (len(ready) + 1 >= self._needed and waited > SPARE_WAIT_S):
@@ -178,78 +178,78 @@ class Crew:
             time.sleep(POLL_S)
         raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._needed} are needed")
 
-    def _present(self) -> Iterator[tuple[int, Words]]:
+    def _present(self) -> Iterator[tuple[int, Message]]:
         """The other nodes that were heard and are not lost."""
-        yield from [(index, words) for index, words in list(self.line.heard.items()) if index not in self.lost]
+        yield from [(index, message) for index, message in list(self.heartbeat.heard.items()) if index not in self.lost]
 
     def _silence(self, index: int) -> float:
-        return self.line.silence(index) or 0.0  # one that never came is given rendezvous_timeout_s
+        return self.heartbeat.silence(index) or 0.0  # one that never came is given rendezvous_timeout_s
 
-    def _said(self, index: int, word: str) -> int:
-        return int(self.line.heard.get(index, {}).get(word, -1))
+    def _said(self, index: int, field: str) -> int:
+        return int(self.heartbeat.heard.get(index, {}).get(field, -1))
 
     def _host(self, index: int) -> str:
         if index == 0:
             return self._node.host
-        return str(self.line.heard.get(index, {}).get("host") or self._node.host_of(index))
+        return str(self.heartbeat.heard.get(index, {}).get("host") or self._node.host_of(index))
 
     def _lose(self, index: int, silent: float, limit: float) -> Lost:
-        came = self.line.silence(index) is not None
+        came = self.heartbeat.silence(index) is not None
         why = f"nothing heard for {silent:.0f} s" if came else f"did not show up in {limit:.0f} s"
         self.lost[index] = Lost(index, self._host(index), why)
         return self.lost[index]
 
     # On the other nodes.
 
-    def _follow(self, number: int) -> Start | None:
+    def _await_round(self, number: int) -> RendezvousRound | None:
         while True:
-            board = self.line.heard.get(0, {})
-            if board.get("over"):
-                raise_failure(board)
+            leader_state = self.heartbeat.heard.get(0, {})
+            if leader_state.get("over"):
+                raise_failure(leader_state)
                 return None
-            told = board.get("start")
+            told = leader_state.get("start")
             if told is not None and told["number"] >= number:
-                return Start(**{**told, "members": tuple(told["members"])})
-            if self.first_is_lost():
-                raise_failure(self._last_word())
+                return RendezvousRound(**{**told, "members": tuple(told["members"])})
+            if self.head_is_lost():
+                raise_failure(self._last_message())
                 return None
             time.sleep(POLL_S)
 
-    def first_is_lost(self) -> bool:
-        """Whether the first node, which decides, has fallen silent."""
-        silent = self.line.silence(0)
-        return self.line.hung_up or (silent is not None and silent > self._limits.node_timeout_s)
+    def head_is_lost(self) -> bool:
+        """Whether the head node, which decides, has fallen silent."""
+        silent = self.heartbeat.silence(0)
+        return self.heartbeat.hung_up or (silent is not None and silent > self._limits.node_timeout_s)
 
-    def _last_word(self) -> Words:
-        """The first node may just have left at the end of the run: its note says so, once the filesystem shows it."""
-        why = "hung up" if self.line.hung_up else f"nothing heard for {self.line.silence(0) or 0:.0f} s"
+    def _last_message(self) -> Message:
+        """Return the endpoint file where it says that the head node left at the end of the run; else it is lost."""
+        why = "hung up" if self.heartbeat.hung_up else f"nothing heard for {self.heartbeat.silence(0) or 0:.0f} s"
         deadline = time.monotonic() + OVER_S
         while time.monotonic() < deadline:
-            note = read_note(self._folder, self._node) or {}
-            if note.get("over"):
-                return note
+            told = read_endpoint(self._folder, self._node) or {}
+            if told.get("over"):
+                return told
             time.sleep(POLL_S)
-        raise FirstNodeLostError(why)
+        raise HeadNodeLostError(why)
 
 
-def raise_failure(last_word: Words) -> None:
-    """Raise RunFailedError where the first node's last word is that the run failed."""
-    if last_word.get("failure"):
-        raise RunFailedError(last_word["failure"])
+def raise_failure(last_message: Message) -> None:
+    """Raise RunFailedError where the head node's last message is that the run failed."""
+    if last_message.get("failure"):
+        raise RunFailedError(last_message["failure"])
 
 
 @contextmanager
-def join(folder: RunFolder, node: Node, config: Config) -> Iterator[Crew]:
+def join(folder: RunFolder, node: Node, config: Config) -> Iterator[AgentGroup]:
     """Find the other agents of this job for the length of a ``with`` block.
 
     Raises:
-        TimeoutError: the first node did not show up in ``resilience.rendezvous_timeout_s``.
+        TimeoutError: the head node did not show up in ``resilience.rendezvous_timeout_s``.
     """
     limits = config.resilience
-    meeting = meet(folder, node, limits.rendezvous_timeout_s, limits.node_timeout_s)
-    line = Heartbeat(node.index, node.count, meeting.store)
-    crew = Crew(folder, node, config, line, meeting.address)
+    endpoint = open_endpoint(folder, node, limits.rendezvous_timeout_s, limits.node_timeout_s)
+    heartbeat = Heartbeat(node.index, node.count, endpoint.store)
+    group = AgentGroup(folder, node, config, heartbeat, endpoint.address)
     try:
-        yield crew
+        yield group
     finally:
-        crew.close()
+        group.close()

@@ -1,4 +1,4 @@
-"""How an attempt ended -> restart in place, requeue, or stop. A pure function of the ledger.
+"""How an attempt ended -> restart in place, requeue, or stop. A pure function of the event log.
 
 Owns the causes, their limits and the rule of progress. Must not know how a restart or a requeue is done.
 """
@@ -49,7 +49,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens next, and why in words."""
+    """What happens next, and why."""
 
     action: Action
     reason: str
@@ -67,7 +67,7 @@ def decide(
     """Decide what follows the attempt that just ended for ``cause``.
 
     Args:
-        events: the ledger, the ``attempt_ended`` of this attempt included.
+        events: the event log, the ``attempt_ended`` of this attempt included.
         limits: how often each cause may come.
         without_progress: after so many attempts in a row that saved nothing new the run stops.
         resumes: whether a new start goes on from a checkpoint; without one it would begin anew, and is not made.
@@ -132,7 +132,7 @@ def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: 
 
 
 def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
-    """The cause behind the first failure of an attempt, from what the rank or its agent wrote into the ledger."""
+    """The cause behind the first failure of an attempt, from what the rank or its agent wrote into the event log."""
     text = str(failure.get("cause", "")) if failure else ""
     if text.startswith(f"{ConfigError.__name__}: "):
         return Cause.refused

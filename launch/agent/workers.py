@@ -1,7 +1,7 @@
 """The ranks of one node, through torch elastic: start them, watch them to the end, and say which of them failed.
 
-Owns the processes. Every start is a fresh rendezvous among nodes that the crew has agreed on: elastic's own, shared by
-several starts, was seen to close with a dead node as a member.
+Owns the processes. Every start is a fresh rendezvous among nodes that the agent group has agreed on: elastic's own,
+shared by several starts, was seen to close with a dead node as a member.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from launch.agent.meter import Meter
 from launch.agent.monitor import Watch
 from launch.agent.node import Node, interface_of
 from launch.agent.progress import Progress
-from launch.agent.rendezvous import Crew, Start
+from launch.agent.rendezvous import AgentGroup, RendezvousRound
 from launch.agent.stop import StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
-from launch.runs import heartbeat as pulse
+from launch.runs import heartbeat
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.workload import RankCommand, RankContract
 
-LAST_WORDS_S = 3.0
+LAST_MESSAGES_S = 3.0
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """The line of a Python traceback that names the exception."""
 
@@ -48,18 +48,18 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 class FixedRendezvous(RendezvousHandler):
     """Elastic's rendezvous for agents that have agreed already on who takes part and where."""
 
-    def __init__(self, start: Start, index: int, timeout_s: float) -> None:
-        self._start = start
-        self._place = start.members.index(index)
+    def __init__(self, rdzv: RendezvousRound, index: int, timeout_s: float) -> None:
+        self._round = rdzv
+        self._place = rdzv.members.index(index)
         self._store = dist.TCPStore(
-            start.address, start.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
 
     def next_rendezvous(self) -> RendezvousInfo:
         """The place of this node among the members, and the store for the ranks."""
-        where = RendezvousStoreInfo(self._start.address, self._start.port)
+        where = RendezvousStoreInfo(self._round.address, self._round.port)
         store = dist.PrefixStore("agents", self._store)
-        return RendezvousInfo(store, self._place, len(self._start.members), where)
+        return RendezvousInfo(store, self._place, len(self._round.members), where)
 
     @property
     def use_agent_store(self) -> bool:
@@ -71,7 +71,7 @@ class FixedRendezvous(RendezvousHandler):
         return "fixed"
 
     def is_closed(self) -> bool:
-        """Never: it serves one start."""
+        """Never: it serves one round."""
         return False
 
     def set_closed(self) -> None:
@@ -82,11 +82,11 @@ class FixedRendezvous(RendezvousHandler):
         return 0
 
     def get_run_id(self) -> str:
-        """A name for this start."""
-        return f"attempt-{self._start.attempt}"
+        """A name for this round."""
+        return f"attempt-{self._round.attempt}"
 
     def shutdown(self) -> bool:
-        """The store belongs to the first node's crew."""
+        """The store belongs to the head node's agent group."""
         return True
 
 
@@ -110,18 +110,18 @@ class OneLogEach(LogsSpecs):
 
 
 class RankAgent(LocalElasticAgent):
-    """Elastic's agent, with a question of ours asked at every look at the ranks."""
+    """Elastic's agent, with a question of ours asked at every poll of the ranks."""
 
     def __init__(
         self,
         spec: WorkerSpec,
         logs: LogsSpecs,
-        on_look: Callable[[RankAgent], None],
+        on_poll: Callable[[RankAgent], None],
         contract: RankContract,
         grace_s: float,
     ) -> None:
         super().__init__(spec, logs)
-        self._on_look = on_look
+        self._on_poll = on_poll
         self._requeue_exit = contract.requeue_exit
         self._grace_s = grace_s
         self._first_exit: float | None = None
@@ -131,7 +131,7 @@ class RankAgent(LocalElasticAgent):
         """Whether ranks have left with the exit status that means: saved, put me back into the queue."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._on_look(self)
+        self._on_poll(self)
         codes = self._exit_codes()
         if self._wait_for_others(codes):
             return RunResult(state=WorkerState.HEALTHY)
@@ -159,7 +159,7 @@ class RankAgent(LocalElasticAgent):
         if self._first_exit is None:
             self._first_exit = time.monotonic()
         left = {code for code in codes if code}
-        patience_s = self._grace_s if left == {self._requeue_exit} else LAST_WORDS_S  # others may save still
+        patience_s = self._grace_s if left == {self._requeue_exit} else LAST_MESSAGES_S  # others may save still
         if time.monotonic() - self._first_exit < patience_s:
             return True
         self.send(signal.SIGKILL)
@@ -222,14 +222,15 @@ def describe_run(config: Config, folder: RunFolder, attempt: int, command: RankC
         "LAUNCH_CHECKPOINT_DIR": folder.checkpoints,
         "LAUNCH_GRACE_S": config.resilience.grace_period_s,
         "LAUNCH_AGENT_PID": os.getpid(),
-        pulse.ENVIRONMENT: heartbeats,
+        heartbeat.ENVIRONMENT: heartbeats,
     }
     os.environ |= {name: str(value) for name, value in {**told, **command.env}.items()}
 
 
 def run_ranks(
-    folder: RunFolder, node: Node, config: Config, crew: Crew, start: Start, stop: StopRequest, meter: Meter
-) -> str | None:
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, stop: StopRequest,
+    meter: Meter,
+) -> str | None:  # fmt: skip
     """Start this node's ranks and watch them to their end.
 
     Returns:
@@ -238,43 +239,43 @@ def run_ranks(
     """
     workload = workload_of(config)
     contract = workload.contract(config, config.world_size)
-    command = workload.command(config, folder, start.attempt)
+    command = workload.command(config, folder, rdzv.attempt)
     with TemporaryDirectory(prefix="launch-") as scratch:
-        prepare_environment(node, config, crew.address)
-        describe_run(config, folder, start.attempt, command, Path(scratch))
-        program, args = entrypoint(command, folder.log(start.attempt, 0).parent)
+        prepare_environment(node, config, group.address)
+        describe_run(config, folder, rdzv.attempt, command, Path(scratch))
+        program, args = entrypoint(command, folder.log(rdzv.attempt, 0).parent)
         spec = WorkerSpec(
             role="rank",
             local_world_size=config.ranks_on_node,
             entrypoint=program,
             args=args,
-            rdzv_handler=FixedRendezvous(start, node.index, config.resilience.rendezvous_timeout_s),
+            rdzv_handler=FixedRendezvous(rdzv, node.index, config.resilience.rendezvous_timeout_s),
             max_restarts=0,
             monitor_interval=POLL_S,
-            local_addr=crew.address,
+            local_addr=group.address,
         )
-        watch = Watch(folder, node, config, crew, start, stop, meter, Path(scratch), contract)
-        place, each = start.members.index(node.index), config.ranks_on_node
+        watch = Watch(folder, node, config, group, rdzv, stop, meter, Path(scratch), contract)
+        place, each = rdzv.members.index(node.index), config.ranks_on_node
         local_ranks = range(place * each, (place + 1) * each)
         progress = Progress(
-            folder, start.attempt, local_ranks, contract.progress, contract.unit, contract.work_per_step,
+            folder, rdzv.attempt, local_ranks, contract.progress, contract.unit, contract.work_per_step,
             contract.writes_curves,
         )  # fmt: skip
-        environment = EnvironmentRecord(folder, start.attempt, place, len(start.members))
+        environment = EnvironmentRecord(folder, rdzv.attempt, place, len(rdzv.members))
         if not contract.records_events:
             environment.describe_node(local_ranks)
             if place == 0:
                 folder.record_event(
-                    "started", attempt=start.attempt, world_size=config.world_size, max_steps=contract.max_steps
+                    "started", attempt=rdzv.attempt, world_size=config.world_size, max_steps=contract.max_steps
                 )
 
-        def look(agent: RankAgent) -> None:
-            watch.look(agent)
-            progress.look()
+        def poll(agent: RankAgent) -> None:
+            watch.poll(agent)
+            progress.poll()
             if not contract.records_events:
-                environment.look(workload.name, command, contract, workload.code(config))
+                environment.poll(workload.name, command, contract, workload.code(config))
 
-        rank_agent = RankAgent(spec, OneLogEach(scratch), look, contract, config.resilience.grace_period_s)
+        rank_agent = RankAgent(spec, OneLogEach(scratch), poll, contract, config.resilience.grace_period_s)
         try:
             result = rank_agent.run()
         except dist.DistError as error:  # the store is gone, and with it the head node
@@ -282,18 +283,18 @@ def run_ranks(
             return f"the head node's store does not answer: {error}"
         finally:
             progress.close()
-            if not contract.records_events:  # a program of moments may be over before the first look
-                environment.look(workload.name, command, contract, workload.code(config))
+            if not contract.records_events:  # a program of moments may be over before the first poll
+                environment.poll(workload.name, command, contract, workload.code(config))
     if result is None or not result.is_failed():
         if not contract.records_events:
-            record_end(folder, node, start, stop, rank_agent.asks_for_requeue)
+            record_end(folder, node, rdzv, stop, rank_agent.asks_for_requeue)
         return None
-    crew.tell_failed(start.number)
-    enter_silent_failures(folder, start.attempt, result, stop, rank_agent.killed, contract)
-    return watch.verdict or "ranks failed on this node"
+    group.tell_failed(rdzv.number)
+    enter_silent_failures(folder, rdzv.attempt, result, stop, rank_agent.killed, contract)
+    return watch.kill_reason or "ranks failed on this node"
 
 
-def record_end(folder: RunFolder, node: Node, start: Start, stop: StopRequest, asks_for_requeue: bool) -> None:
+def record_end(folder: RunFolder, node: Node, rdzv: RendezvousRound, stop: StopRequest, asks_for_requeue: bool) -> None:
     """Write into the event log how ranks ended that do not tell it themselves, and left in order.
 
     Every node whose ranks ask for the queue says so; whether all is finished, one node says for all.
@@ -301,10 +302,10 @@ def record_end(folder: RunFolder, node: Node, start: Start, stop: StopRequest, a
     records = recent_records(folder.metrics(0))
     step = records[-1]["step"] if records else None
     if asks_for_requeue:
-        folder.record_event("stopped", attempt=start.attempt, step=step, node=node.index, asks_for_requeue=True)
-    elif node.index == start.members[0] and not has_told_its_end(folder, start.attempt):
+        folder.record_event("stopped", attempt=rdzv.attempt, step=step, node=node.index, asks_for_requeue=True)
+    elif node.index == rdzv.members[0] and not has_told_its_end(folder, rdzv.attempt):
         event = "stopped" if stop.count else "finished"
-        folder.record_event(event, attempt=start.attempt, step=step, signal=stop.name or None)
+        folder.record_event(event, attempt=rdzv.attempt, step=step, signal=stop.name or None)
 
 
 def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
@@ -317,18 +318,18 @@ def enter_silent_failures(
     folder: RunFolder, attempt: int, result: RunResult, stop: StopRequest, ended_here: Collection[int],
     contract: RankContract,
 ) -> None:  # fmt: skip
-    """Enter ranks that died without a word into the event log, with their traceback or the end of their log."""
+    """Enter ranks that died silently into the event log, with their traceback or the end of their log."""
     told = {e["rank"] for e in folder.read_events() if e["event"] == "rank_failed" and e.get("attempt") == attempt}
     for rank, failure in sorted(result.failures.items()):
         # A program that is told to stop, and knows nothing of us, may end in any way.
         stopped = stop.count and (failure.exitcode < 0 or not contract.records_events)
         if rank in told or rank in ended_here or stopped or failure.exitcode == contract.requeue_exit:
             continue
-        cause, trace = words_of_failure(failure, folder.log(attempt, rank))
+        cause, trace = failure_message(failure, folder.log(attempt, rank))
         enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=None)
 
 
-def words_of_failure(failure: ProcessFailure, log: Path) -> tuple[str, str]:
+def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
     """Cause and traceback of a rank's failure: from the error file that torch's @record writes, or from its log."""
     message = failure.error_file_data.get("message") if failure.error_file_data else None
     if isinstance(message, dict) and message.get("message"):

@@ -77,7 +77,7 @@ def refuse_impossible(point: str, settled: Placement) -> None:
     raise ConfigError(
         f"point {point} could run at no candidate of cluster.placement:{reasons}",
         "a candidate whose partition can run it",
-        "python -m launch.doctor, with the same words: it says for each what to ask for instead",
+        "python -m launch.doctor, with the same arguments: it says for each what to ask for instead",
     )
 
 

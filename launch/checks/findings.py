@@ -34,7 +34,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        check: two or three words that name the check.
+        check: a short name of the check.
         found: what is there, with its values.
         why: why it matters; empty where all is well.
         fix: the line to type; empty where all is well.

@@ -60,24 +60,24 @@ def wants(limits: Limits, partition: Partition, request: Request) -> Iterator[Wa
 
 def gres_text(part: Gres, number: str | None = None) -> str:
     """A generic resource as sbatch takes it."""
-    return ":".join(word for word in (part.name, part.type, number or str(part.count)) if word)
+    return ":".join(text for text in (part.name, part.type, number or str(part.count)) if text)
 
 
 def plural(ranks: int) -> str:
-    """A number of ranks in words."""
+    """A number of ranks for people."""
     return f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def check_defaults(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
     """CPUs and memory that were not asked for, where the cluster's default is meant for jobs of one CPU."""
     cluster, ranks = request.config.cluster, request.config.ranks_on_node
-    words = {str(key).replace("-", "_") for key in cluster.additional_parameters}
-    if partition.is_exclusive or "exclusive" in words:
+    options = {str(key).replace("-", "_") for key in cluster.additional_parameters}
+    if partition.is_exclusive or "exclusive" in options:
         return
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit
     for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
-    if cluster.cpus_per_task is None and by_core and not words & {"cpus_per_gpu", "ntasks_per_node"} and not for_gpus:
+    if cluster.cpus_per_task is None and by_core and not options & {"cpus_per_gpu", "ntasks_per_node"} and not for_gpus:
         why = f"Slurm gives the one task of a node 1 CPU, for {plural(ranks)} with their data and communication threads"
         yield warn("cpus", "cluster.cpus_per_task is not set", why, f"cluster.cpus_per_task={4 * ranks}")
     elif cluster.cpus_per_task is not None and cluster.cpus_per_task < ranks:
@@ -90,7 +90,7 @@ def check_defaults(limits: Limits, partition: Partition, request: Request) -> It
         )
     per_cpu = partition.memory_per_cpu_mb or limits.number("DefMemPerCPU")
     per_node = partition.memory_per_node_mb or limits.number("DefMemPerNode")
-    if cluster.mem_gb is None and not words & {"mem", "mem_per_cpu", "mem_per_gpu"} and (per_cpu or per_node):
+    if cluster.mem_gb is None and not options & {"mem", "mem_per_cpu", "mem_per_gpu"} and (per_cpu or per_node):
         share = per_node or (per_cpu or 0) * (cluster.cpus_per_task or 1)
         why = "a job that asks for no memory gets the site's default, and is killed when it uses more"
         yield warn(

@@ -34,10 +34,10 @@ def check(limits: Limits, partition: Partition, request: Request) -> Iterator[Fi
 
 def check_requeue(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
     """Whether the batch job may be requeued: JobRequeue of the cluster, or --requeue."""
-    words = {str(key).replace("-", "_"): value for key, value in request.config.cluster.additional_parameters.items()}
-    if words.get("no_requeue"):
+    options = {str(key).replace("-", "_"): value for key, value in request.config.cluster.additional_parameters.items()}
+    if options.get("no_requeue"):
         found, fix = "cluster.additional_parameters.no_requeue is set", "~cluster.additional_parameters.no_requeue"
-    elif limits.number("JobRequeue") == 0 and not words.get("requeue"):
+    elif limits.number("JobRequeue") == 0 and not options.get("requeue"):
         found, fix = "JobRequeue=0 on this cluster, and no --requeue", "+cluster.additional_parameters.requeue=true"
     else:
         yield fine("preemption", f"jobs in {partition.name} may be preempted, and are requeued")

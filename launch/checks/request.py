@@ -65,7 +65,7 @@ def check_partition_names(limits: Limits, request: Request) -> Iterator[Finding]
 
 
 def check_partition(limits: Limits, partition: Partition, request: Request, facts: Facts) -> Iterator[Finding]:
-    """Everything that depends on the partition, and a word of praise where nothing complains."""
+    """Everything that depends on the partition, or a finding that all is fine."""
     groups = facts.machine.groups if facts.machine.user != "root" else None
     complaints = [
         *check_state(limits, partition),
@@ -152,12 +152,14 @@ def features(request: Request) -> frozenset[str]:
 def check_nodes(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
     """The number of nodes: the partition's limits, those there are, and those that work."""
     asked, spares, there = request.config.nodes_asked, request.config.spare_nodes, limits.nodes_of(partition)
-    words = f"nodes={request.config.nodes}" + (f" and spare_nodes={spares}" if spares else "")
+    asked_text = f"nodes={request.config.nodes}" + (f" and spare_nodes={spares}" if spares else "")
     missing = features(request) - frozenset().union(*(node.features for node in there))
-    for word in sorted(missing):
+    for feature in sorted(missing):
         known = sorted(frozenset().union(*(node.features for node in there)))
-        found = f"cluster.constraint={request.config.cluster.constraint}, and no node of {partition.name} has {word}"
-        yield fail("constraint", found, PENDS, f"cluster.constraint={(closest(word, known) or known or ['null'])[0]}")
+        found = f"cluster.constraint={request.config.cluster.constraint}, and no node of {partition.name} has {feature}"
+        yield fail(
+            "constraint", found, PENDS, f"cluster.constraint={(closest(feature, known) or known or ['null'])[0]}"
+        )
     if missing:
         return
     left = eligible(limits, partition, request)
@@ -165,15 +167,15 @@ def check_nodes(limits: Limits, partition: Partition, request: Request) -> Itera
     if asked > most:
         limit = f"MaxNodes is {most}" if most < len(left) else f"it has {most} that fit cluster.exclude and constraint"
         fix = f"nodes={max(1, most - spares)}"
-        yield fail("nodes", f"{words} in partition {partition.name}: {limit}", PENDS, fix)
+        yield fail("nodes", f"{asked_text} in partition {partition.name}: {limit}", PENDS, fix)
         return
     if asked < partition.min_nodes:
-        found = f"{words}, and MinNodes of {partition.name} is {partition.min_nodes}"
+        found = f"{asked_text}, and MinNodes of {partition.name} is {partition.min_nodes}"
         yield fail("nodes", found, PENDS, f"nodes={partition.min_nodes - spares}")
     broken = [node for node in left if not node.is_usable]
     if asked > len(left) - len(broken):
         shown = ", ".join(f"{node.name} {'+'.join(sorted(node.states))} {node.reason}".strip() for node in broken[:4])
-        found = f"{words}, and {len(left) - len(broken)} of {len(left)} in {partition.name} work: {shown}"
+        found = f"{asked_text}, and {len(left) - len(broken)} of {len(left)} in {partition.name} work: {shown}"
         fix = f"nodes={max(1, len(left) - len(broken) - spares)}"
         yield warn("nodes", found, "the job waits until they are back", fix)
 

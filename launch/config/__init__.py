@@ -79,7 +79,7 @@ class ResilienceConfig:
     grace_period_s: int = MISSING
     """Seconds a run that was told to stop has for its last step and checkpoint before its ranks are killed."""
     node_timeout_s: int = MISSING
-    """Seconds without a word from a node's agent after which the node counts as lost."""
+    """Seconds without a message from a node's agent after which the node counts as lost."""
     heartbeat_timeout_s: int = MISSING
     """Seconds in which the process of a rank has not run at all after which it counts as hung."""
     hang_timeout_s: int = MISSING
@@ -117,7 +117,7 @@ class BudgetConfig:
     cost: Optional[float] = None
     """GPU-hours times cluster.price_per_gpu_hour, in the same currency. null: no cap."""
     poll_s: float = MISSING
-    """Seconds between two looks at what was used."""
+    """Seconds between two polls of what was used."""
 
     def validate(self, cluster: ClusterConfig) -> None:
         """Raise ConfigError where a number is out of its range, or nobody knows what is to be counted."""
@@ -151,7 +151,7 @@ class LaunchConfig:
 
     Where they may have to be moved (cluster.placement), a process that does it stays behind on this machine."""
     poll_s: float = MISSING
-    """Seconds between two looks at Slurm's queue while the command follows its jobs, 0.5 to 3600."""
+    """Seconds between two polls of Slurm's queue while the command follows its jobs, 0.5 to 3600."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""

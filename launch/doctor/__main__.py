@@ -1,10 +1,10 @@
 """``python -m launch.doctor``: look for what would break a run, without submitting it.
 
     python -m launch.doctor                                   this machine, and the cluster if there is one
-    python -m launch.doctor -m nodes=1,2,4 cluster=mysite     the same words as for python -m launch
+    python -m launch.doctor -m nodes=1,2,4 cluster=mysite     the same arguments as python -m launch
     python -m launch.doctor nodes=8 cluster=mysite --on-cluster       and a short job that measures the nodes
 
-Exit status: 0 where nothing is an error, 1 where something is, 2 where the words cannot be understood.
+Exit status: 0 where nothing is an error, 1 where something is, 2 where the arguments cannot be understood.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.scheduler.client import SlurmError
 
 
-def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.doctor", description="Look for what would break a run, without submitting it."
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the words you would give python -m launch")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as you would give them to python -m launch")
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="as for python -m launch; sweeps need no -m here either"
     )
@@ -53,16 +53,16 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--wait-min", type=float, default=10.0, help="how long that job may wait in the queue (10)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
-    return parser.parse_intermixed_args(words)
+    return parser.parse_intermixed_args(argv)
 
 
 def points_of(overrides: Sequence[str]) -> list[list[str]]:
-    """The words of each point of a sweep, as Hydra's own sweeper splits them; ConfigError."""
+    """The overrides of each point of a sweep, as Hydra's own sweeper splits them; ConfigError."""
     try:
         parser = OverridesParser.create()
         typed = parser.parse_overrides(list(overrides))
-        fixed = [word for word, parsed in zip(overrides, typed, strict=True) if not parsed.is_sweep_override()]
-        compose_launch(fixed)  # registers the schema, and puts what is wrong into words
+        fixed = [text for text, parsed in zip(overrides, typed, strict=True) if not parsed.is_sweep_override()]
+        compose_launch(fixed)  # registers the schema, and explains what is wrong
         with initialize_config_module("configs", version_base="1.3"):
             params = (
                 hydra_compose("config", overrides=fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
@@ -75,7 +75,7 @@ def points_of(overrides: Sequence[str]) -> list[list[str]]:
 
 def configs_of(points: Sequence[Sequence[str]]) -> list[Config]:
     """The config of each point; ConfigError."""
-    return [typed_config(compose_launch(words)) for words in points]
+    return [typed_config(compose_launch(overrides)) for overrides in points]
 
 
 def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
@@ -85,12 +85,12 @@ def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Findin
     seen = facts.gather(first.cluster.kind, Path(first.output_dir), facts.clusters_named(configs))
     plans: dict[str, tuple[Plan, Config]] = {}
     of_request: list[Finding] = []
-    for words, config in zip(points, configs, strict=True):
+    for overrides, config in zip(points, configs, strict=True):
         try:
-            plan = make_plan(config, list(words), seen.kind)
+            plan = make_plan(config, list(overrides), seen.kind)
             plans[plan.run_dir] = (plan, config)
         except ConfigError as error:
-            of_request.append(findings.refusal(" ".join(["plan", *words]), error))
+            of_request.append(findings.refusal(" ".join(["plan", *overrides]), error))
     groups = shapes([plan for plan, _ in plans.values()])
     requests = facts.requests_of(groups, {path: config for path, (_, config) in plans.items()}, seen)
     if seen.kind is ClusterKind.slurm:
@@ -133,7 +133,7 @@ def run_on_cluster(
         console.print(table(results))
         console.print(group_line(results), highlight=False)
     console.print(f"wrote {results['folder']}/results.json", highlight=False, markup=False)
-    return verdict.judge(results), results
+    return verdict.check_results(results), results
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
@@ -157,9 +157,9 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
 
 
 @refusing
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, or JSON alone on standard output."""
-    given = arguments(words)
+    given = arguments(argv)
     console = Console(soft_wrap=True, stderr=given.json)
     try:
         found, results = diagnose(given, console)

@@ -72,10 +72,10 @@ def group_all_reduce(device: torch.device) -> dict[str, float]:
     ``bandwidth_gbit`` is bytes over time; ``bus_gbit`` counts what a ring moves over each link, 2 (n - 1) / n of it.
     """
     world = dist.get_world_size()
-    word, block = torch.ones(1, device=device), torch.ones(LARGE // 4, device=device)
-    for tensor in (word, block[: SMALL // 4]):
+    scalar, block = torch.ones(1, device=device), torch.ones(LARGE // 4, device=device)
+    for tensor in (scalar, block[: SMALL // 4]):
         dist.all_reduce(tensor)  # connections are made by the first one
-    pings = [seconds(lambda: dist.all_reduce(word), device) for _ in range(PINGS)]
+    pings = [seconds(lambda: dist.all_reduce(scalar), device) for _ in range(PINGS)]
     times: list[float] = []
     spent = torch.zeros(1, device=device)
     while not times or (spent.item() < 1.0 and len(times) < 10):
@@ -114,10 +114,10 @@ def swap(peer: int, sent: torch.Tensor, received: torch.Tensor) -> None:
 
 def exchange_with(peer: int, device: torch.device) -> dict[str, float]:
     """Latency and bandwidth, each direction, between this rank and ``peer``."""
-    word, answer = torch.ones(1, device=device), torch.empty(1, device=device)
+    scalar, answer = torch.ones(1, device=device), torch.empty(1, device=device)
     for _ in range(2):
-        swap(peer, word, answer)
-    pings = [seconds(lambda: swap(peer, word, answer), device) for _ in range(PINGS)]
+        swap(peer, scalar, answer)
+    pings = [seconds(lambda: swap(peer, scalar, answer), device) for _ in range(PINGS)]
     block = torch.ones(LARGE // 4, device=device)
     space = torch.empty_like(block)
 

@@ -75,7 +75,7 @@ def submit(request: Request, root: Path) -> SlurmJob:
 
 
 def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
-    """Follow a job to its end; its last state in Slurm's word, and whether it ever started.
+    """Follow a job to its end; its last state as Slurm names it, and whether it ever started.
 
     A job that has not started after ``wait_min`` is cancelled.
     """
@@ -88,10 +88,10 @@ def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[st
         started = started or known.state not in ("PENDING", "CONFIGURING")
         if known.is_over:
             return known.state, started
-        word = known.state if known.reason in ("", "None") else f"{known.state} ({known.reason})"
-        if word != last:
-            say(f"job {job.name}: {word}")
-            last = word
+        state = known.state if known.reason in ("", "None") else f"{known.state} ({known.reason})"
+        if state != last:
+            say(f"job {job.name}: {state}")
+            last = state
         if not started and time.monotonic() > deadline:
             job.kill()
             return last, False
@@ -120,15 +120,15 @@ def collect(root: Path, request: Request, job_id: str, state: str, started: bool
 
 def refused(error: Exception) -> Finding:
     """sbatch refused the job."""
-    words = [line for line in str(error).splitlines() if line.strip()]
-    found = next((line for line in words if "error" in line.lower()), words[-1] if words else type(error).__name__)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    found = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else type(error).__name__)
     return fail(
         "job", found.strip(), "a run with the same resources would be refused too", "python -m launch dry_run=true ..."
     )
 
 
 def group_line(results: dict[str, Any]) -> str:
-    """The all-reduce over all ranks in words; empty where there was none."""
+    """The all-reduce over all ranks for people; empty where there was none."""
     groups = [rank["group"] for rank in results["ranks"] if "group" in rank]
     if not groups:
         return ""

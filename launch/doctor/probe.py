@@ -1,6 +1,6 @@
 """What the doctor's job runs on every node: looks around, meets the other nodes, tries them, and starts the ranks.
 
-Owns the node's own record, ``nodes/00000.json``. Takes the agents' road: their meeting, addresses and interfaces.
+Owns the node's own record, ``nodes/00000.json``. Takes the agents' road: their rendezvous, addresses and interfaces.
 Importing this module loads no torch: the login node submits ``run`` by name.
 """
 
@@ -32,7 +32,7 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.heartbeat import Meeting
+    from launch.agent.heartbeat import RendezvousEndpoint
 
 ARRIVAL_S = 60
 """Seconds in which all nodes of the job must have met."""
@@ -103,13 +103,13 @@ def visit(folder: RunFolder, node: Node, config: Config, record: dict[str, Any])
     from launch.agent import heartbeat
     from launch.agent import workers as ranks
 
-    meeting = heartbeat.meet(folder, node, ARRIVAL_S, ARRIVAL_S)
-    record["address"] = meeting.address
+    endpoint = heartbeat.open_endpoint(folder, node, ARRIVAL_S, ARRIVAL_S)
+    record["address"] = endpoint.address
     own = folder.path / "seen" / str(node.index)
     own.parent.mkdir(exist_ok=True)
     own.write_text("here\n")
-    with Listener(meeting.address) as listener:
-        told = exchange(meeting, node, f"{meeting.address}:{listener.port}")
+    with Listener(endpoint.address) as listener:
+        told = exchange(endpoint, node, f"{endpoint.address}:{listener.port}")
         record["missing"] = [index for index in range(node.count) if index not in told]
         record["unseen"] = unseen(own.parent, set(told))
         record["ports"] = {str(index): call(address) for index, address in told.items() if index != node.index}
@@ -117,38 +117,38 @@ def visit(folder: RunFolder, node: Node, config: Config, record: dict[str, Any])
             with suppress(OSError):
                 record["clock_offset_s"], record["clock_error_s"] = clock_offset(told[0])
         closed = sum(1 for problem in record["ports"].values() if problem)
-        meeting.store.set(f"doctor/closed/{node.index}", str(closed))
-        everybody(meeting, "called", node.index, list(told))
+        endpoint.store.set(f"doctor/closed/{node.index}", str(closed))
+        everybody(endpoint, "called", node.index, list(told))
     if record["missing"]:
-        record["skipped"] = f"node {record['missing'][0]} of the job did not come to the meeting"
-    elif any(meeting.store.get(f"doctor/closed/{index}") != b"0" for index in told):
+        record["skipped"] = f"node {record['missing'][0]} of the job did not come to the rendezvous"
+    elif any(endpoint.store.get(f"doctor/closed/{index}") != b"0" for index in told):
         record["skipped"] = "not every node reaches every other"
     else:
-        ranks.prepare_environment(node, config, meeting.address)
-        record["error"] = start_ranks(folder.path, node, config, meeting)
-    # The first node holds the store, so it leaves last.
-    everybody(meeting, "done", node.index, list(told) if node.index == 0 else [])
+        ranks.prepare_environment(node, config, endpoint.address)
+        record["error"] = start_ranks(folder.path, node, config, endpoint)
+    # The head node holds the store, so it leaves last.
+    everybody(endpoint, "done", node.index, list(told) if node.index == 0 else [])
 
 
-def exchange(meeting: Meeting, node: Node, address: str) -> dict[int, str]:
+def exchange(endpoint: RendezvousEndpoint, node: Node, address: str) -> dict[int, str]:
     """Tell all nodes where this one listens, and learn it of those that come in time."""
-    meeting.store.set(f"doctor/at/{node.index}", address)
+    endpoint.store.set(f"doctor/at/{node.index}", address)
     return {
-        index: meeting.store.get(f"doctor/at/{index}").decode()
-        for index in everybody(meeting, "at", None, list(range(node.count)))
+        index: endpoint.store.get(f"doctor/at/{index}").decode()
+        for index in everybody(endpoint, "at", None, list(range(node.count)))
     }
 
 
-def everybody(meeting: Meeting, word: str, own: int | None, indices: list[int]) -> list[int]:
-    """Wait until the nodes of ``indices`` have said ``word``; those that did, in time. ``own`` says it first."""
+def everybody(endpoint: RendezvousEndpoint, event: str, own: int | None, indices: list[int]) -> list[int]:
+    """Wait until the nodes of ``indices`` have set ``event``; those that did, in time. ``own`` says it first."""
     if own is not None:
-        meeting.store.set(f"doctor/{word}/{own}", "")
+        endpoint.store.set(f"doctor/{event}/{own}", "")
     deadline = time.monotonic() + ARRIVAL_S
     there = []
     for index in indices:
         with suppress(Exception):  # DistStoreError: not in time
             left = max(0.5, deadline - time.monotonic())
-            meeting.store.wait([f"doctor/{word}/{index}"], timedelta(seconds=left))
+            endpoint.store.wait([f"doctor/{event}/{index}"], timedelta(seconds=left))
             there.append(index)
     return there
 
@@ -223,7 +223,7 @@ def clock_offset(address: str) -> tuple[float, float]:
     return best
 
 
-def start_ranks(root: Path, node: Node, config: Config, meeting: Meeting) -> str:
+def start_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
     """Run this node's ranks to their end; what went wrong, or nothing."""
     each = config.ranks_on_node
     (root / "ranks").mkdir(exist_ok=True)
@@ -232,7 +232,7 @@ def start_ranks(root: Path, node: Node, config: Config, meeting: Meeting) -> str
         rank = node.index * each + local
         record = root / "ranks" / f"{rank:05d}.json"
         log = record.with_suffix(".log")
-        env = rank_environment(rank, local, each * node.count, each, meeting)
+        env = rank_environment(rank, local, each * node.count, each, endpoint)
         if read_json(root / REQUEST).get("uses_cpus"):
             env["CUDA_VISIBLE_DEVICES"] = ""
         with log.open("wb") as file:
@@ -247,10 +247,10 @@ def start_ranks(root: Path, node: Node, config: Config, meeting: Meeting) -> str
     return "; ".join(problem for problem in problems if problem)
 
 
-def rank_environment(rank: int, local: int, world: int, each: int, meeting: Meeting) -> dict[str, str]:
-    """What a rank finds in its environment, as torchrun would set it, and the meeting's store as its master."""
+def rank_environment(rank: int, local: int, world: int, each: int, endpoint: RendezvousEndpoint) -> dict[str, str]:
+    """What a rank finds in its environment, as torchrun would set it, and the endpoint's store as its master."""
     numbers = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": each}
-    master = {"MASTER_ADDR": str(meeting.store.host), "MASTER_PORT": str(meeting.store.port)}
+    master = {"MASTER_ADDR": str(endpoint.store.host), "MASTER_PORT": str(endpoint.store.port)}
     return {**os.environ, **{name: str(number) for name, number in numbers.items()}, **master}
 
 

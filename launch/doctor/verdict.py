@@ -26,7 +26,7 @@ LATE_US = 1000.0
 SKEW_S = 1.0
 
 
-def judge(results: Results) -> list[Finding]:
+def check_results(results: Results) -> list[Finding]:
     """All that the job has to say."""
     found = list(check_job(results))
     if not results["nodes"]:
@@ -162,7 +162,7 @@ def check_clocks(results: Results) -> Iterator[Finding]:
         if abs(offset) - error > SKEW_S:
             found = f"the clock of {name} is {offset:+.1f} s off that of {host(results, 0)}"
             why = (
-                "times in the ledger and the logs of different nodes cannot be compared; Slurm's munge fails at minutes"
+                "events and logs of different nodes have times that cannot be compared; Slurm's munge fails at minutes"
             )
             yield warn("clocks", found, why, f"cluster.exclude={name}, and ask the site about NTP there")
     if offsets:

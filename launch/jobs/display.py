@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from launch.jobs.failover import Mover
+from launch.jobs.failover import PlacementFailover
 from launch.jobs.handles import SlurmJob, Waiting
-from launch.jobs.status import Point, look
+from launch.jobs.status import RunStatus, poll
 from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, start_local
 from launch.runs.records import throughput
@@ -31,12 +31,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def state_words(point: Point) -> str:
+def state_text(point: RunStatus) -> str:
     """The state, and why where that is known."""
     return f"{point.state} ({point.detail})" if point.detail else point.state
 
 
-def status_words(point: Point) -> str:
+def progress_text(point: RunStatus) -> str:
     """Throughput, loss and ETA of a point, as far as they are known."""
     known = []
     if (speed := throughput(point.latest)) is not None:
@@ -48,7 +48,7 @@ def status_words(point: Point) -> str:
     return "  ".join(known)
 
 
-def step_text(point: Point) -> str:
+def step_text(point: RunStatus) -> str:
     """``step 20/60``, as far as steps are known; nothing of a program that tells none."""
     step, total = point.latest.get("step"), point.max_steps
     if total is None:
@@ -56,17 +56,17 @@ def step_text(point: Point) -> str:
     return f"step {step or 0}/{total}"
 
 
-def plain_line(point: Point) -> str:
+def plain_line(point: RunStatus) -> str:
     """One point as a line of text."""
     steps = step_text(point)
-    head = f"{point.name:<24} {state_words(point):<9}" + (f" {steps}" if steps else "")
-    return f"{head}  {status_words(point)}".rstrip()
+    head = f"{point.name:<24} {state_text(point):<9}" + (f" {steps}" if steps else "")
+    return f"{head}  {progress_text(point)}".rstrip()
 
 
 class Display:
     """Bars on a terminal; elsewhere a line whenever a state changes, and every few seconds while steps are made."""
 
-    def __init__(self, console: Console, points: Sequence[Point]) -> None:
+    def __init__(self, console: Console, points: Sequence[RunStatus]) -> None:
         self._console = console
         self._tasks: dict[int, TaskID] = {}
         self._shown: dict[int, tuple[str, int, float]] = {}
@@ -79,38 +79,38 @@ class Display:
                 TextColumn("{task.fields[state]:<9}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[words]}"),
+                TextColumn("{task.fields[progress]}"),
                 console=console,
             )
             for point in points:
                 self._tasks[id(point)] = self._bars.add_task(
-                    point.name, total=point.max_steps, state="queued", words=""
+                    point.name, total=point.max_steps, state="queued", progress=""
                 )
             self._bars.start()
 
-    def show(self, point: Point) -> None:
+    def show(self, point: RunStatus) -> None:
         """Show ``point`` as it is now."""
         self._show_changes(point)
         step = int(point.latest.get("step", 0))
         if self._bars is not None:
-            task, words = self._tasks[id(point)], status_words(point)
-            self._bars.update(task, completed=step, state=state_words(point), words=words)
+            task, progress = self._tasks[id(point)], progress_text(point)
+            self._bars.update(task, completed=step, state=state_text(point), progress=progress)
             return
         state, last_step, at = self._shown.get(id(point), ("", -1, 0.0))
         moved = step != last_step and time.monotonic() - at >= PLAIN_LINE_S
-        if state_words(point) != state or moved:
-            self._shown[id(point)] = (state_words(point), step, time.monotonic())
+        if state_text(point) != state or moved:
+            self._shown[id(point)] = (state_text(point), step, time.monotonic())
             self._console.print(plain_line(point), highlight=False, soft_wrap=True)
 
-    def _show_changes(self, point: Point) -> None:
+    def _show_changes(self, point: RunStatus) -> None:
         """Say once what an attempt runs on that the one before it did not, unless the submission has said so."""
         for event in point.events():
-            words = f"changed since attempt {event.get('since')}: {event.get('cause')}"
-            known = point.plan is not None and any(words in warning for warning in point.plan.warnings)
+            change = f"changed since attempt {event.get('since')}: {event.get('cause')}"
+            known = point.plan is not None and any(change in warning for warning in point.plan.warnings)
             key = (id(point), event.get("attempt", 0))
             if event["event"] == "code_changed" and not known and key not in self._told:
                 self._told.add(key)
-                text = f"warning: {point.name}, attempt {event['attempt']}: {words}"
+                text = f"warning: {point.name}, attempt {event['attempt']}: {change}"
                 self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show_problem(self, problem: SlurmError | None) -> None:
@@ -129,16 +129,16 @@ class Display:
             self._bars.stop()
 
 
-def watch(points: Sequence[Point], console: Console, slurm_poll_s: float) -> None:
+def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) -> None:
     """Follow the points to their end, starting local ones one after another; ask Slurm every ``slurm_poll_s``.
 
     A Slurm that does not answer is asked again: its jobs go on without us.
     """
-    display, mover = Display(console, points), Mover(console)
+    display, failover = Display(console, points), PlacementFailover(console)
     try:
         while watched := [point for point in points if not point.is_over]:
             start_next_local(watched)
-            display.show_problem(look(watched, retries=1) or mover.step(watched))
+            display.show_problem(poll(watched, retries=1) or failover.step(watched))
             for point in watched:
                 display.show(point)
             time.sleep(poll_s(watched, slurm_poll_s))
@@ -146,12 +146,12 @@ def watch(points: Sequence[Point], console: Console, slurm_poll_s: float) -> Non
         display.close()
 
 
-def poll_s(points: Sequence[Point], slurm_poll_s: float) -> float:
-    """Seconds between two looks at points: longer where a controller that many share has to be asked."""
+def poll_s(points: Sequence[RunStatus], slurm_poll_s: float) -> float:
+    """Seconds between two polls of points: longer where a controller that many share has to be asked."""
     return slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in points) else POLL_S
 
 
-def start_next_local(points: Sequence[Point]) -> None:
+def start_next_local(points: Sequence[RunStatus]) -> None:
     """Start the next local point once the one before is over: side by side they would measure each other."""
     local = [p for p in points if p.plan is not None and p.plan.cluster == "local" and not p.is_over]
     if any(p.job is not None for p in local):
@@ -170,6 +170,6 @@ def start_next_local(points: Sequence[Point]) -> None:
         return
 
 
-def is_cancelled(point: Point) -> bool:
+def is_cancelled(point: RunStatus) -> bool:
     """Whether somebody has cancelled the point since it was planned."""
     return any(e["event"] == "cancelled" for e in point.events())

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.jobs.handles import SlurmJob, ask_queue, job_of
-from launch.jobs.status import Point, last_placed
+from launch.jobs.status import RunStatus, last_placed
 from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, shapes, submit_somewhere
 from launch.plan.placement import Candidate, Placement, Step, counts, decide, minutes, waiting_since
@@ -37,7 +37,7 @@ LEAVE_POLL_S = 0.5
 class Pending:
     """A point in the queue, or between two places."""
 
-    point: Point
+    point: RunStatus
     plan: Plan
     """Its placement is without the candidates that sbatch has refused."""
     at: int
@@ -59,14 +59,14 @@ class Pending:
     @property
     def is_between(self) -> bool:
         """Whether it was taken out of the queue and is not in it again."""
-        return self.point.standing.state == "over"
+        return self.point.job_status.state == "over"
 
     def step(self, now: float) -> Step:
         """What to do with it."""
         return decide(self.plan.placement, self.at, now - self.since_here, now - self.since)
 
 
-class Mover:
+class PlacementFailover:
     """Moves points that wait, and takes those out of the queue that have waited long enough."""
 
     def __init__(self, console: Console) -> None:
@@ -74,7 +74,7 @@ class Mover:
         self._excused: dict[str, float] = {}
         """When a job was last seen to wait for something that is no matter of place."""
 
-    def step(self, points: Sequence[Point]) -> SlurmError | None:
+    def step(self, points: Sequence[RunStatus]) -> SlurmError | None:
         """Move what is due. A Slurm that does not answer in between is returned; the next step goes on from there."""
         now = time.time()
         waiting = [w for point in points if (w := self._waiting(point, now)) is not None]
@@ -90,7 +90,7 @@ class Mover:
                 return error
         return None
 
-    def _waiting(self, point: Point, now: float) -> Pending | None:
+    def _waiting(self, point: RunStatus, now: float) -> Pending | None:
         """The point, where it waits and somebody has to move it or to give up."""
         if not isinstance(point.job, SlurmJob) or point.state not in ("queued", "running"):
             return None
@@ -100,21 +100,21 @@ class Mover:
         if point.state == "running":
             note_that_it_stayed(point)
             return None
-        standing = point.standing
-        if standing.state == "over":
+        status = point.job_status
+        if status.state == "over":
             last = last_placed(events)
             if last is None or last["event"] != "moved":  # somebody else has just moved it
                 return None
             return Pending(point, plan, last["candidate"], now, last["waiting_since"])
-        if standing.since is None:
+        if status.since is None:
             return None
-        if not counts(standing.reason):
+        if not counts(status.reason):
             self._excused[point.job.name] = now
             return None
         excused = self._excused.get(point.job.name, 0.0)
         at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
-        since = waiting_since(events, standing.since)
-        return Pending(point, plan, at, max(standing.since, excused), max(since, excused))
+        since = waiting_since(events, status.since)
+        return Pending(point, plan, at, max(status.since, excused), max(since, excused))
 
     def _take_out(self, due: Sequence[Pending], now: float) -> list[Pending]:
         """Take points out of the queue; those that are on their way to another place, with that as theirs."""
@@ -136,10 +136,10 @@ class Mover:
         return on_their_way
 
     def _note(self, w: Pending, step: Step, now: float) -> None:
-        """Enter the move into the ledger before Slurm hears of it: whoever comes after a crash then knows."""
+        """Enter the move into the event log before Slurm hears of it: whoever comes after a crash then knows."""
         assert w.point.job is not None
         waited = f"{minutes(now - w.since_here)} in {w.place.name or 'the queue'}"
-        waited += f" ({w.point.standing.reason})" if w.point.standing.reason else ""
+        waited += f" ({w.point.job_status.reason})" if w.point.job_status.reason else ""
         known = {"job_id": w.point.job.job_id, "from": w.place.name, "waiting_since": w.since}
         if step.give_up:
             cause = f"{minutes(now - w.since)} in the queue, at last {waited}"
@@ -186,7 +186,7 @@ class Mover:
         self._console.print(text, highlight=False, markup=False)
 
 
-def promised(point: Point) -> Plan | None:
+def promised(point: RunStatus) -> Plan | None:
     """The plan of a point, without candidates that sbatch has refused and hosts that failed in it; None where there is
     none to move by."""
     plan = point.plan
@@ -205,14 +205,14 @@ def promised(point: Point) -> Plan | None:
     return plan.placed(placement) if placement.possible else None
 
 
-def is_watched(point: Point) -> bool:
+def is_watched(point: RunStatus) -> bool:
     """Whether the point needs somebody to move it, or to give up, while it waits."""
     plan = promised(point)
     return plan is not None and plan.placement.is_watched
 
 
-def note_that_it_stayed(point: Point) -> None:
-    """Enter into the ledger that a point was not moved, nor given up: it started in the same moment."""
+def note_that_it_stayed(point: RunStatus) -> None:
+    """Enter into the event log that a point was not moved, nor given up: it started in the same moment."""
     last = last_placed(point.events())
     if last is not None and last["event"] in ("moved", "gave_up"):
         point.folder.record_event("stayed", cause="it has started meanwhile, or Slurm did not take it out of the queue")
@@ -255,7 +255,7 @@ def no_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def wait_until_out(points: Sequence[Point]) -> Mapping[str, JobState]:
+def wait_until_out(points: Sequence[RunStatus]) -> Mapping[str, JobState]:
     """Wait until jobs have left the queue, or run, and say what squeue told at last. Raises SlurmError."""
     deadline = time.monotonic() + LEAVE_S
     while True:
@@ -267,7 +267,7 @@ def wait_until_out(points: Sequence[Point]) -> Mapping[str, JobState]:
         time.sleep(LEAVE_POLL_S)
 
 
-def is_out(point: Point, queue: Mapping[str, JobState]) -> bool:
+def is_out(point: RunStatus, queue: Mapping[str, JobState]) -> bool:
     """Whether the job of a point was taken out of the queue, rather than having started."""
     assert point.job is not None
     known = queue.get(point.job.name)

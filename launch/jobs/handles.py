@@ -1,7 +1,7 @@
 """What becomes of a submitted point: a Slurm job, an element of a job array, or agents on this machine.
 
 Owns asking a job how it is, asking it to leave, and ending it; by the job's id, so that any process can, not only the
-one that submitted it. Must not know how a job is submitted, nor what its ledger says.
+one that submitted it. Must not know how a job is submitted, nor what its event log says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SECOND_SIGNAL_S = 0.5  # two signals that are pending at the same time count as 
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobStatus:
     """``queued``, ``running``, ``over``, or ``unknown`` where it cannot be told from here; and why."""
 
     state: str
@@ -36,7 +36,7 @@ class Standing:
     since: float | None = None
     """When it began to wait there, Unix seconds; None where nothing can take it out of the queue."""
     reason: str = ""
-    """Why it waits, in Slurm's word."""
+    """Why it waits, as Slurm names the reason."""
 
 
 class Job(Protocol):
@@ -49,12 +49,12 @@ class Job(Protocol):
         """What tells it from all others: its id, and the cluster that counts so where that is not the local one."""
         ...
 
-    def standing(self, queue: Mapping[str, JobState]) -> Standing:
+    def status(self, queue: Mapping[str, JobState]) -> JobStatus:
         """How it is. ``queue`` is what squeue said of jobs by name, asked once for all of them."""
         ...
 
     def stop(self, state: str) -> None:
-        """Ask for a save and an end, or take it out of the queue; ``state`` is its standing's."""
+        """Ask for a save and an end, or take it out of the queue; ``state`` is that of its status."""
         ...
 
     def kill(self) -> None:
@@ -86,23 +86,23 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """In the words of sbatch."""
+        """Its id, as sbatch prints it."""
         return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
 
-    def standing(self, queue: Mapping[str, JobState]) -> Standing:
+    def status(self, queue: Mapping[str, JobState]) -> JobStatus:
         """Over, where the controller has forgotten it, some minutes after its end."""
         known = queue.get(self.name)
         if known is None:
-            return Standing("over")
+            return JobStatus("over")
         if known.is_over:
-            return Standing("over", "" if known.state == "COMPLETED" else known.state)
+            return JobStatus("over", "" if known.state == "COMPLETED" else known.state)
         if not known.is_waiting:
-            return Standing("running", "" if known.state == "RUNNING" else known.state)
+            return JobStatus("running", "" if known.state == "RUNNING" else known.state)
         starts = f"starts {known.start}" if known.start else ""
         reason = known.reason.replace("None", "")
         detail = ", ".join(part for part in (reason, starts) if part)
         pending = known.state == "PENDING"  # and not, say, waiting for its nodes to boot
-        return Standing("queued", detail, known.partition, known.submitted if pending else None, reason)
+        return JobStatus("queued", detail, known.partition, known.submitted if pending else None, reason)
 
     def stop(self, state: str) -> None:
         """A job that waits is taken out of the queue; the agents of one that runs turn SIGTERM into a save."""
@@ -140,11 +140,11 @@ class LocalJob:
         """Whether the controller runs."""
         return is_local_job(int(self.job_id)) if self._process is None else self._process.poll() is None
 
-    def standing(self, queue: Mapping[str, JobState]) -> Standing:
+    def status(self, queue: Mapping[str, JobState]) -> JobStatus:
         """Known on the machine it runs on only."""
         if self._host != os.uname().nodename:
-            return Standing("unknown", f"local run on {self._host}; ask there")
-        return Standing("running" if self.is_alive else "over")
+            return JobStatus("unknown", f"local run on {self._host}; ask there")
+        return JobStatus("running" if self.is_alive else "over")
 
     def stop(self, state: str) -> None:
         """The controller hands SIGTERM on to every agent."""
@@ -175,7 +175,7 @@ def is_local_job(pid: int) -> bool:
 
 
 def job_of(event: Mapping[str, Any]) -> Job:
-    """The job of a ledger's ``submitted`` event."""
+    """The job of an event log's ``submitted`` event."""
     if event["cluster"] == "local":
         return LocalJob(str(event["job_id"]), str(event.get("host")))
     return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
@@ -195,16 +195,16 @@ def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> d
 
 
 def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """The job that still works on a run folder, from its ledger, or None."""
+    """The job that still works on a run folder, from its event log, or None."""
     submitted = [e for e in events if e["event"] == "submitted"]
     if not submitted:
         return None
     job = job_of(submitted[-1])
-    standing = job.standing(ask_queue([job]))
-    if standing.state not in ("queued", "running"):
+    status = job.status(ask_queue([job]))
+    if status.state not in ("queued", "running"):
         return None
     kind = "process" if isinstance(job, LocalJob) else "job"
-    return f"{kind} {job.name}, {standing.state}"
+    return f"{kind} {job.name}, {status.state}"
 
 
 class Waiting:

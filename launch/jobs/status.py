@@ -1,7 +1,7 @@
-"""How a point stands: the state of its job, what its ledger says, and its newest steps.
+"""Status of a run: the state of its job, what its event log says, and its newest steps.
 
 Owns putting these three together, for points this process submitted and for run folders found later. Where the queue
-has forgotten a job, the ledger decides. Changes nothing.
+has forgotten a job, the event log decides. Changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.jobs.handles import Job, SlurmJob, Standing, Waiting, ask_queue, job_of
+from launch.jobs.handles import Job, JobStatus, SlurmJob, Waiting, ask_queue, job_of
 from launch.plan.plan import Plan
 from launch.runs.events import last_command
 from launch.runs.failures import first_failure
@@ -25,8 +25,8 @@ ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
 
 
 @dataclass
-class Point:
-    """One point and what was last seen of it."""
+class RunStatus:
+    """State of one run, as last seen."""
 
     folder: RunFolder
     job: Job | None = None
@@ -43,7 +43,7 @@ class Point:
     """queued, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
     """Why it waits, or how Slurm says it ended."""
-    standing: Standing = field(default_factory=lambda: Standing("unknown"))
+    job_status: JobStatus = field(default_factory=lambda: JobStatus("unknown"))
     """What Slurm, or this machine, last said of its job."""
     latest: dict[str, Any] = field(default_factory=dict)
     """The newest record of rank 0 since this submission."""
@@ -55,7 +55,7 @@ class Point:
         return self.folder.point
 
     def events(self) -> list[dict[str, Any]]:
-        """What the ledger says since this submission."""
+        """What the event log says since this submission."""
         return self.folder.read_events()[self.events_before :]
 
     def attempts(self) -> list[int]:
@@ -73,10 +73,10 @@ class Point:
         return None if attempt is None else first_failure(self.folder.read_events(), attempt)
 
 
-def new_point(plan: Plan) -> Point:
-    """A point that is about to be submitted."""
+def new_run_status(plan: Plan) -> RunStatus:
+    """Status of a run that is about to be submitted."""
     folder = RunFolder(plan.run_dir)
-    return Point(
+    return RunStatus(
         folder,
         nodes=plan.nodes,
         max_steps=plan.max_steps,
@@ -86,13 +86,13 @@ def new_point(plan: Plan) -> Point:
     )
 
 
-def find_point(folder: RunFolder) -> Point:
-    """The point of a run folder, with its last submission, or the one that waits to be made."""
+def find_run_status(folder: RunFolder) -> RunStatus:
+    """Status of the run of a folder since its last submission, or since the one that waits to be made."""
     plan, events = promised(folder), folder.read_events()
     start = Waiting(folder).since()
     if start is None:
         start = last_command(events)
-    point = Point(
+    point = RunStatus(
         folder,
         nodes=plan.get("nodes"),
         max_steps=plan.get("max_steps"),
@@ -113,7 +113,7 @@ def promised(folder: RunFolder) -> dict[str, Any]:
     return {"max_steps": started[-1].get("max_steps")} if started else {}
 
 
-def look(points: Sequence[Point], retries: int = RETRIES) -> SlurmError | None:
+def poll(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | None:
     """Bring the points up to date, with one question to Slurm for all of them; ``retries`` 1 for who asks again anyway.
 
     Returns:
@@ -127,22 +127,22 @@ def look(points: Sequence[Point], retries: int = RETRIES) -> SlurmError | None:
         queue, problem = {}, error
     for point in points:
         if problem is None or not isinstance(point.job, SlurmJob):
-            judge(point, queue)
-        read_steps(point)  # after the verdict: a run that is over has made its last step
+            update(point, queue)
+        read_steps(point)  # after the outcome: a run that is over has made its last step
     return problem
 
 
-def judge(point: Point, queue: Mapping[str, JobState]) -> None:
-    """Set state and detail from the queue and the ledger."""
+def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
+    """Set state and detail from the queue and the event log."""
     if point.job is None:
         point.state, point.detail = without_job(point)
     else:
-        point.standing = standing = point.job.standing(queue)
-        point.state, point.detail = standing.state, standing.detail
-        if standing.state == "over":
+        point.job_status = status = point.job.status(queue)
+        point.state, point.detail = status.state, status.detail
+        if status.state == "over":
             known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
-            point.state, point.detail = without_place(point.events(), out) or (verdict(point), standing.detail)
+            point.state, point.detail = without_place(point.events(), out) or (outcome(point), status.detail)
         if point.state == "budget":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
 
@@ -171,7 +171,7 @@ def without_place(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, 
     return None
 
 
-def adopt_job(point: Point) -> None:
+def adopt_job(point: RunStatus) -> None:
     """Find the job of a point that some process has submitted, or moved."""
     submitted = [e for e in point.events() if e["event"] == "submitted"]
     if not submitted:
@@ -181,24 +181,24 @@ def adopt_job(point: Point) -> None:
         point.job = newest
 
 
-def without_job(point: Point) -> tuple[str, str]:
+def without_job(point: RunStatus) -> tuple[str, str]:
     """State and detail of a point that waits here, or of a run that nobody submitted, as with ``gpt.train``."""
     events = point.events()
     cancelled = any(e["event"] == "cancelled" for e in events)
     if Waiting(point.folder).since() is not None:
         return ("cancelled", "") if cancelled else ("queued", "after the points before it")
     if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in since_last_start(events)}:
-        return verdict(point), ""
+        return outcome(point), ""
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
 
 
-def judge_by_ledger(points: Sequence[Point]) -> None:
-    """Set the states of Slurm's points without Slurm, as far as their ledgers go."""
+def update_from_event_log(points: Sequence[RunStatus]) -> None:
+    """Set the states of Slurm's points without Slurm, as far as their event logs go."""
     for point in points:
         if isinstance(point.job, SlurmJob):
             ended = ENDED & {e["event"] for e in since_last_start(point.events())}
             gave_up = without_place(point.events(), is_out=False)
-            point.state = gave_up[0] if gave_up else verdict(point) if ended or point.failure() else "unknown"
+            point.state = gave_up[0] if gave_up else outcome(point) if ended or point.failure() else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
 
@@ -208,8 +208,8 @@ def since_last_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
 
 
-def verdict(point: Point) -> str:
-    """How a point whose job is over ended: its ledger says so, and silence is a failure."""
+def outcome(point: RunStatus) -> str:
+    """How a point whose job is over ended: its event log says so, and silence is a failure."""
     events = point.events()
     names = {e["event"] for e in events}
     ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)
@@ -225,7 +225,7 @@ def verdict(point: Point) -> str:
     return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 
-def read_steps(point: Point) -> None:
+def read_steps(point: RunStatus) -> None:
     """Read the newest steps, and from their times when the rest of a running point will be done."""
     point.eta_s = None
     records = recent_records(point.folder.metrics(0))
@@ -239,5 +239,5 @@ def read_steps(point: Point) -> None:
 
 
 def saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
-    """The step of the newest checkpoint that the ledger knows of."""
+    """The step of the newest checkpoint that the event log knows of."""
     return max((e["step"] for e in events if e["event"] == "saved"), default=None)

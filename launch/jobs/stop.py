@@ -11,7 +11,7 @@ from rich.console import Console
 
 from launch.config import Config
 from launch.jobs.handles import Job, LocalJob
-from launch.jobs.status import Point, look, saved_step
+from launch.jobs.status import RunStatus, poll, saved_step
 from launch.runs.compose import read_config
 from launch.scheduler.client import SlurmBusyError, SlurmError
 
@@ -24,7 +24,7 @@ LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and
 class Stop:
     """One point on its way out."""
 
-    def __init__(self, point: Point, *, now: bool = False) -> None:
+    def __init__(self, point: RunStatus, *, now: bool = False) -> None:
         grace_s = read_config(point.folder, Config).resilience.grace_period_s + AGENT_S
         self.point = point
         self.error: SlurmError | None = None
@@ -40,7 +40,7 @@ class Stop:
         return self.point.is_over or self.error is not None
 
     def mark(self) -> None:
-        """Enter the cancel into the ledger, once for each job."""
+        """Enter the cancel into the event log, once for each job."""
         job_id = None if self.point.job is None else self.point.job.job_id
         if not any(e["event"] == "cancelled" and e["job_id"] == job_id for e in self.point.events()):
             who = f"{getpass.getuser()}@{os.uname().nodename}"
@@ -57,7 +57,7 @@ class Stop:
                 job.kill()
                 self._killed = job
         elif self.point.state == "queued":
-            job.stop("queued")  # again at every look: it may have started at the same moment
+            job.stop("queued")  # again at every poll: it may have started at the same moment
         elif self._asked is not job and not self._was_heard():
             job.stop("running")
             self._asked = job
@@ -68,14 +68,14 @@ class Stop:
         return "signalled" in names[names.index("cancelled") :]
 
 
-def stop_points(points: Sequence[Point], console: Console, *, now: bool = False) -> list[Stop]:
+def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = False) -> list[Stop]:
     """Have the points save and leave, end what is left, and wait until they are over or cannot be ended."""
     stops = [Stop(point, now=now) for point in points if not point.is_over]
     for stop in stops:
         stop.mark()
     said = False
     while left := [stop for stop in stops if not stop.is_done]:
-        busy = push_all(left) or look([stop.point for stop in left], retries=1)
+        busy = push_all(left) or poll([stop.point for stop in left], retries=1)
         if busy is not None and not said:
             console.print(f"{busy}\nasking again until Slurm answers", highlight=False, markup=False)
             said = True
@@ -100,7 +100,7 @@ def push_all(stops: Sequence[Stop]) -> SlurmError | None:
     return busy
 
 
-def stop_on_ctrl_c(points: Sequence[Point], console: Console) -> None:
+def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
     """The orderly stop at the first Ctrl-C; the second ends the runs at once."""
     console.print("stopping: the runs save a checkpoint and leave; Ctrl-C again ends them now", highlight=False)
     try:
@@ -108,10 +108,10 @@ def stop_on_ctrl_c(points: Sequence[Point], console: Console) -> None:
     except KeyboardInterrupt:
         stops = stop_points(points, console, now=True)
     for stop in stops:
-        console.print(outcome(stop), highlight=False, markup=False)
+        console.print(outcome_text(stop), highlight=False, markup=False)
 
 
-def outcome(stop: Stop) -> str:
+def outcome_text(stop: Stop) -> str:
     """What became of a point, for people."""
     point = stop.point
     if stop.error is not None:

@@ -94,7 +94,7 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
     try:
         return submit_calls(jobs_folder(plans[0]), plans[0].slurm, agent.run, [plan.run_dir for plan in plans])
     except FailedJobError as error:
-        busy = any(word in str(error).lower() for word in BUSY)
+        busy = any(text in str(error).lower() for text in BUSY)
         raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
 
 
@@ -105,7 +105,7 @@ def submit_calls(
 
     Args:
         folder: where submitit keeps what belongs to a job; ``%j`` in it stands for the job's number.
-        resources: what each job asks for, in submitit's words.
+        resources: what each job asks for, as parameters of submitit's Slurm executor.
 
     Raises:
         submitit.core.utils.FailedJobError: sbatch refused.
@@ -146,7 +146,7 @@ def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submitted:
         except SlurmBusyError:
             raise
         except SlurmError as error:
-            refused[candidate] = refusal_words(error)
+            refused[candidate] = refusal_text(error)
             placement = placement.without(candidate, refused[candidate])
             following = after(placement, candidate)
             if following is None and len(refused) == 1:
@@ -157,14 +157,14 @@ def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submitted:
             candidate = following
 
 
-def refusal_words(error: SlurmError) -> str:
+def refusal_text(error: SlurmError) -> str:
     """What sbatch complained of, without what submitit says around it."""
     lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
     return lines[-1].removeprefix("sbatch: ") if lines else str(error)
 
 
 def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False) -> None:
-    """Enter a submission into the ledger; ``moved`` where the run waited elsewhere before."""
+    """Enter a submission into the event log; ``moved`` where the run waited elsewhere before."""
     where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
     place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
     RunFolder(plan.run_dir).record_event("submitted", **where, **place, **({"moved": True} if moved else {}))

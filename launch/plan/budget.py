@@ -1,8 +1,8 @@
-"""What a run has used of its budget, what it may use at worst, and when it has to stop. Pure functions of ledgers.
+"""What a run has used of its budget, what it may use at worst, and when it has to stop. Pure functions of event logs.
 
-An allocation is paid from the start of its job to the end, whatever the ranks do in it. The ledger has
-``agent_started`` and ``agent_ended`` for each one; one that was killed without a word lasted until its last sign of
-life. The caps are for all points of one command together, over all attempts. Must not know how a run is stopped.
+An allocation is paid from the start of its job to the end, whatever the ranks do in it. The event log has
+``agent_started`` and ``agent_ended`` for each one; one that was killed silently lasted until its last
+heartbeat. The caps are for all points of one command together, over all attempts. Must not know how a run is stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
 SILENT_S = 300.0
-"""An allocation that gave no sign of life for so long, or for ten looks, is over."""
+"""An allocation that gave no heartbeat for so long, or for ten polls, is over."""
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 
@@ -48,8 +48,8 @@ def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> U
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """The events of one run, and the last sign of life of its agent, Unix seconds."""
+class EventLog:
+    """The events of one run, and the last heartbeat of its agent, Unix seconds."""
 
     events: Sequence[dict[str, Any]]
     alive: float | None = None
@@ -57,19 +57,19 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Rates:
-    """What an allocation is taken to use where its ledger does not say it."""
+    """What an allocation is taken to use where its event log does not say it."""
 
     gpus_per_node: int | None = None
     price_per_gpu_hour: float | None = None
     poll_s: float = 30.0
-    """Seconds between signs of life of an agent."""
+    """Seconds between heartbeats of an agent."""
 
 
-def used(ledgers: Iterable[Ledger], now: float, rates: Rates) -> Use:
+def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
     """What the allocations of these runs have used until ``now``; with a ``now`` to come, what they will have used."""
     total = Use()
-    for ledger in ledgers:
-        for started, ended in allocations(ledger, now, rates.poll_s):
+    for event_log in event_logs:
+        for started, ended in allocations(event_log, now, rates.poll_s):
             gpus, price = started.get("gpus"), started.get("price_per_gpu_hour")
             if gpus is None and rates.gpus_per_node is not None:
                 gpus = started["nodes"] * rates.gpus_per_node
@@ -78,11 +78,11 @@ def used(ledgers: Iterable[Ledger], now: float, rates: Rates) -> Use:
     return total
 
 
-def allocations(ledger: Ledger, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
+def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
     """Every ``agent_started`` of a run with the time until which its allocation counts."""
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
-    for event in ledger.events:
+    for event in event_log.events:
         if event["event"] == "agent_started":
             if started is not None:  # nobody saw its end
                 found.append((started, min(event["allocated_at"], latest(started))))
@@ -91,7 +91,7 @@ def allocations(ledger: Ledger, now: float, poll_s: float) -> list[tuple[dict[st
             found.append((started, event["ended_at"]))
             started = None
     if started is not None:
-        found.append((started, min(now, latest(started), last_seen(started, ledger.alive, now, poll_s))))
+        found.append((started, min(now, latest(started), last_seen(started, event_log.alive, now, poll_s))))
     return found
 
 
@@ -102,7 +102,7 @@ def latest(started: dict[str, Any]) -> float:
 
 
 def last_seen(started: dict[str, Any], alive: float | None, now: float, poll_s: float) -> float:
-    """Until when an allocation without an end has lasted as far as one can see: for ever, while it gives signs."""
+    """Until when an allocation without an end has lasted as far as one can see: for ever, while it gives heartbeats."""
     seen = max(alive or 0.0, started["time"])
     return seen if now - seen > max(SILENT_S, 10 * poll_s) else math.inf
 
@@ -131,7 +131,7 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 
 
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
-    """Which cap ``expected`` reaches, in words and with what to type to go on; None where it reaches none.
+    """Which cap ``expected`` reaches, with what to type to go on; None where it reaches none.
 
     ``expected`` is what will have been used by the time a run that is told to stop now has saved and left.
     """
@@ -146,7 +146,7 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
     return None
 
 
-def words(use: Use) -> str:
+def use_text(use: Use) -> str:
     """``12 node-hours, 96 GPU-hours, cost 240``, as far as it is known."""
     parts = [f"{amount(use.node_hours)} node-hours"]
     if use.gpu_hours:
@@ -166,26 +166,26 @@ def amount(value: float, *, up: bool = False) -> str:
     return f"{rounded:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{rounded:.0f}"
 
 
-def sign_of_life(folder: RunFolder) -> Path:
-    """The file whose time says when the first agent of a run was last seen."""
+def heartbeat_file(folder: RunFolder) -> Path:
+    """The file whose time says when the agent of the head node was last seen."""
     return folder.path / ".launch" / "alive"
 
 
-def last_sign(folder: RunFolder) -> float | None:
-    """When the first agent of a run was last seen, Unix seconds; None where none ever was."""
+def last_heartbeat(folder: RunFolder) -> float | None:
+    """When the agent of the head node was last seen, Unix seconds; None where none ever was."""
     try:
-        return sign_of_life(folder).stat().st_mtime
+        return heartbeat_file(folder).stat().st_mtime
     except FileNotFoundError:
         return None
 
 
-def read_ledgers(folders: Sequence[RunFolder]) -> list[Ledger]:
+def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
     """What the budget is reckoned from."""
-    return [Ledger(folder.read_events(), last_sign(folder)) for folder in folders]
+    return [EventLog(folder.read_events(), last_heartbeat(folder)) for folder in folders]
 
 
 def rates_of(config: Config) -> Rates:
-    """What this command would be charged with where a ledger does not say it."""
+    """What this command would be charged with where an event log does not say it."""
     return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget.poll_s)
 
 

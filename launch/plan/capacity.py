@@ -26,7 +26,7 @@ def local_gpus() -> int:
     """GPUs of this machine that may be used, counted without torch."""
     named = _named_gpus()
     if named is not None:
-        return len([word for word in named if word not in ("", "-1")])
+        return len([name for name in named if name not in ("", "-1")])
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
@@ -34,14 +34,14 @@ def visible_gpus() -> list[int]:
     """Their indices; those that CUDA_VISIBLE_DEVICES names in another way are left out."""
     named = _named_gpus()
     if named is not None:
-        return [int(word) for word in named if word.isdigit()]
+        return [int(name) for name in named if name.isdigit()]
     return list(range(local_gpus()))
 
 
 def _named_gpus() -> list[str] | None:
-    """The words of CUDA_VISIBLE_DEVICES; None where it is not set, and all GPUs may be used."""
-    words = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if words is None else [word.strip() for word in words.split(",")]
+    """The devices in CUDA_VISIBLE_DEVICES; None where it is not set, and all GPUs may be used."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def local_gpu_name() -> str | None:

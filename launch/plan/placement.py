@@ -21,11 +21,11 @@ from launch.scheduler.limits import gres
 NOT_WAITING_FOR_ROOM = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
 """Reasons (squeue %r) that are the user's own wish, and that a move would only get around."""
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
-"""Events that a point's ledger may gain while it waits."""
+"""Events that a point's event log may gain while it waits."""
 
 
 def cluster_of(slurm: Mapping[str, Any]) -> str | None:
-    """The other cluster that resources in submitit's words are asked of; None where it is the local one."""
+    """The other cluster that resources for submitit are asked of; None where it is the local one."""
     name: str | None = slurm.get("additional_parameters", {}).get("clusters")
     return name
 
@@ -35,9 +35,9 @@ class Candidate:
     """One place, and what is asked of Slurm there."""
 
     name: str
-    """What tells it apart, in the user's words; empty where there is no list."""
+    """What tells it apart, as the user typed it; empty where there is no list."""
     slurm: dict[str, Any]
-    """The resources in submitit's words."""
+    """The resources, as parameters of submitit's Slurm executor."""
     gpus: int | None = None
     """GPUs of the whole allocation there, where that is known."""
     price_per_gpu_hour: float | None = None
@@ -45,7 +45,7 @@ class Candidate:
     """Why the point could never run there; empty where it could."""
 
     def as_event(self) -> dict[str, Any]:
-        """What the ledger says of a submission to this place; what is not known is absent."""
+        """What the event log says of a submission to this place; what is not known is absent."""
         known = {
             "placement": self.name or None,
             "slurm_cluster": cluster_of(self.slurm),
@@ -83,8 +83,8 @@ class Placement:
         """The same, kept away from hosts that failed in this run."""
         changed = []
         for one in self.candidates:
-            words = ",".join(word for word in (one.slurm.get("exclude"), *hosts) if word)
-            changed.append(replace(one, slurm={**one.slurm, "exclude": words}))
+            excluded = ",".join(names for names in (one.slurm.get("exclude"), *hosts) if names)
+            changed.append(replace(one, slurm={**one.slurm, "exclude": excluded}))
         return replace(self, candidates=tuple(changed))
 
     def without(self, index: int, why: str) -> Placement:
@@ -127,7 +127,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
     """When a point began to wait, over all places, in Unix seconds.
 
     Args:
-        events: the ledger since a person last asked for the run.
+        events: the event log since a person last asked for the run.
         since_here: when it began to wait where it is.
     """
     last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
@@ -171,7 +171,7 @@ def gpus_of(config: Config) -> int | None:
 
 
 def minutes(seconds: float) -> str:
-    """A wait in words."""
+    """A wait for people."""
     return f"{round(seconds / 60, 1):g} min"
 
 
@@ -210,7 +210,7 @@ def place(config: Config, code: Path | None = None, resumes: bool = True) -> Pla
 
 
 def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> dict[str, Any]:
-    """What is asked of Slurm for this point, in the words of submitit's Slurm executor. One task a node: the agent."""
+    """What is asked of Slurm for this point, as parameters of submitit's Slurm executor. One task a node: the agent."""
     cluster = config.cluster
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []

@@ -44,7 +44,7 @@ class Plan:
     cost: float | None
     """GPU-hours times cluster.price_per_gpu_hour; None where one of them is not known."""
     slurm: dict[str, Any]
-    """The resources asked of Slurm, in submitit's words; points with the same ones share a job array."""
+    """The resources asked of Slurm, as submitit's parameters; points with the same ones share a job array."""
     placement: Placement
     """Where else the point may go, and when it does; ``slurm`` is what is asked at one of its candidates."""
     workload: str
@@ -86,7 +86,7 @@ class Plan:
         own |= {key: tuple(own.get(key, ())) for key in ("command_run_dirs", "warnings")}
         facts = {key: value for key, value in known.items() if key not in names}
         promised = {"max_steps": known.get("max_steps"), **own.get("promised", {}), "facts": facts}
-        promised["notes"] = {word: tuple(lines) for word, lines in promised.get("notes", {}).items()}
+        promised["notes"] = {label: tuple(lines) for label, lines in promised.get("notes", {}).items()}
         workload = own.get("workload", "")
         placement = Placement.from_dict(known["placement"])
         return cls(**{**own, "workload": workload, "promised": WorkloadPlan(**promised), "placement": placement})

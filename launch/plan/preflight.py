@@ -1,4 +1,4 @@
-"""What a plan warns of, from what the run folders of earlier attempts hold. Writes nothing.
+"""Preflight warnings of a plan, from what the run folders of earlier attempts hold. Writes nothing.
 
 Owns the warnings that ``dry_run`` and a submission show. What cannot work at all is refused by ``launch.plan``.
 """
@@ -27,8 +27,8 @@ MARGIN = 1.5
 """What is proposed is so much longer than what was measured: the next save may be slower."""
 
 
-def forewarn(plan: Plan, config: Config) -> Plan:
-    """The plan with its warnings.
+def add_warnings(plan: Plan, config: Config) -> Plan:
+    """Return the plan with its preflight warnings.
 
     Raises:
         ConfigError: the code or a library has changed since the last attempt, and ``strict`` forbids that.
@@ -127,7 +127,7 @@ class Measured:
 
 
 def measure(folder: RunFolder) -> Measured | None:
-    """What the ledger and the step records say; None where no save was measured yet."""
+    """What the event log and the step records say; None where no save was measured yet."""
     saves = [e["seconds"] for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
     if not saves:
         return None

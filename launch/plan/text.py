@@ -9,7 +9,7 @@ from dataclasses import replace
 from launch.config import Config
 from launch.errors import ConfigError
 from launch.plan import placement
-from launch.plan.budget import Use, caps, rates_of, read_ledgers, refuse_above, used, words
+from launch.plan.budget import Use, caps, rates_of, read_event_logs, refuse_above, use_text, used
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
 
@@ -22,14 +22,14 @@ def plan_text(plan: Plan) -> str:
     rows = {
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
         **plan.promised.rows,
-        "worst case": f"{words(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
+        "worst case": f"{use_text(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
         f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
         "folder": plan.run_dir,
     }
     rows |= {"code": plan.code} if plan.code else {}
     lines = [f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())]
-    for word, passage in plan.promised.notes.items():
-        lines += [f"  {word if number == 0 else '':<11} {line}" for number, line in enumerate(passage)]
+    for label, passage in plan.promised.notes.items():
+        lines += [f"  {label if number == 0 else '':<11} {line}" for number, line in enumerate(passage)]
     lines += [f"  {'warning':<11} {warning}" for warning in plan.warnings]
     return "\n".join([*lines, *placement.text(plan.placement)])
 
@@ -43,7 +43,7 @@ def used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> Use:
     """What the earlier attempts of these points have used."""
     now = time.time()
     uses = (
-        used(read_ledgers([RunFolder(plan.run_dir)]), now, rates_of(config))
+        used(read_event_logs([RunFolder(plan.run_dir)]), now, rates_of(config))
         for plan, config in zip(plans, configs, strict=True)
     )
     return sum(uses, Use())
@@ -72,10 +72,10 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
 def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     """The worst case as a person reads it: of one start, what was used before, and what bounds the rest."""
     head = "worst case" if len(plans) == 1 else f"worst case of all {len(plans)} points"
-    text = f"{head}: {words(worst_of(plans))}"
+    text = f"{head}: {use_text(worst_of(plans))}"
     before = used_before(plans, configs)
     if before.node_hours:
-        text += f"; used so far: {words(before)}"
+        text += f"; used so far: {use_text(before)}"
     cap = [f"budget.{key}={value:g}" for key, value in caps(configs[0].budget).items()]
     if cap:
         return f"{text}; at most {' and '.join(cap)} over all attempts"

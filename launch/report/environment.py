@@ -65,7 +65,7 @@ class Environment:
 
     @property
     def device_names(self) -> str:
-        """The kinds of devices used, in words."""
+        """The kinds of devices used, for people."""
         return " and ".join(sorted({place.device_name for place in self.ranks}))
 
     def same_setup(self, other: Environment) -> bool:

@@ -32,7 +32,7 @@ class State(StrEnum):
 
 
 ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": State.STOPPED}
-"""Event of the ledger -> state of the point after it."""
+"""Event -> state of the point after it."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,9 @@ def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tu
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
-def _state(ledger: Sequence[dict[str, Any]], last: int, has_records: bool) -> State:
-    """State by the ends that the ledger knows of the last attempt; one without an attempt belongs to any."""
-    events = [e for e in ledger if e.get("event") in ENDS and e.get("attempt", last) >= last]
+def _state(event_log: Sequence[dict[str, Any]], last: int, has_records: bool) -> State:
+    """State by the ends that the event log knows of the last attempt; one without an attempt belongs to any."""
+    events = [e for e in event_log if e.get("event") in ENDS and e.get("attempt", last) >= last]
     # A rank that failed fails the attempt, whatever the others wrote after it.
     if any(e["event"] == "rank_failed" and e.get("attempt") is not None for e in events):
         return State.FAILED

@@ -175,9 +175,9 @@ def with_labels(points: Sequence[Point]) -> list[Point]:
     of them the names would differ in their hashes alone.
     """
     hidden = PLACE_KEYS | MEASURING_KEYS
-    words = [[word for word in point.overrides if typed_key(word) not in hidden] for point in points]
-    common = set.intersection(*map(set, words)) if words else set()
-    labels = [",".join(word for word in of_point if word not in common) or "default" for of_point in words]
+    typed = [[override for override in point.overrides if typed_key(override) not in hidden] for point in points]
+    common = set.intersection(*map(set, typed)) if typed else set()
+    labels = [",".join(override for override in of_point if override not in common) or "default" for of_point in typed]
     if len(set(labels)) < max(len(points), 2):
         return list(points)
     return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
@@ -204,7 +204,7 @@ def split(members: Sequence[Measured]) -> list[Series]:
 
 def _identity(point: Point) -> frozenset[str]:
     ignored = SIZE_KEYS | PLACE_KEYS | MEASURING_KEYS
-    return frozenset(word for word in point.overrides if typed_key(word) not in ignored)
+    return frozenset(override for override in point.overrides if typed_key(override) not in ignored)
 
 
 def _by_size(member: Measured) -> tuple[float, float, str]:
@@ -234,8 +234,8 @@ def _require_comparable(series: Series) -> None:
 
 def _again(point: Point) -> str:
     """The command that makes a point again in a new folder."""
-    words = [word for word in point.overrides if typed_key(word) != "fresh"]
-    return " ".join(["python -m launch", *words, "fresh=true"])
+    typed = [override for override in point.overrides if typed_key(override) != "fresh"]
+    return " ".join(["python -m launch", *typed, "fresh=true"])
 
 
 WARMUP_STEPS = 5

@@ -1,4 +1,4 @@
-"""The scaling table: one row a point, and in plain words what the figures do and do not say.
+"""The scaling table: one row a point, and plainly what the figures do and do not say.
 
 Owns the rows, the claim of efficiency and where none is made. Must not know how a table is shown or drawn.
 """
@@ -80,7 +80,7 @@ class ScalingTable:
     folder: Path
     rows: tuple[Row, ...]
     batches: dict[str, str]
-    """Kind of scaling -> what its points have in common, in words."""
+    """Kind of scaling -> what its points have in common, for people."""
     conditions: str
     notes: tuple[str, ...]
     is_gpt: bool = True
@@ -119,8 +119,8 @@ class ScalingTable:
         if len(self.rows) == 1:
             return f"Summary of {self.name}{with_batch}"
         if self.is_scaling and not (self.by_run_time and all(row.speedup is None for row in self.rows)):
-            kind_words = f"{kind.capitalize()} scaling" if kind else "Scaling"
-            return f"{kind_words} of {self.name}{with_batch or ('' if kind else ', kind not known')}"
+            kind_text = f"{kind.capitalize()} scaling" if kind else "Scaling"
+            return f"{kind_text} of {self.name}{with_batch or ('' if kind else ', kind not known')}"
         return f"{'Run times' if self.by_run_time else 'Points'} of {self.name}{with_batch}"
 
 
@@ -228,14 +228,14 @@ def _run_time_figures(series: Series, member: Measured) -> dict[str, Any]:
 
 
 def _batches(found: Sequence[Series]) -> dict[str, str]:
-    """Kind of scaling -> the batches of its series, in words."""
-    words: dict[str, dict[str, None]] = {}
+    """Kind of scaling -> the batches of its series, for people."""
+    texts: dict[str, dict[str, None]] = {}
     for series in found:
         for member in series.members:
             if member.point.environment is not None and series.scaling is not None:
                 batch = series_of.CONDITIONS["batch"](member.point.environment)
-                words.setdefault(series.scaling, {}).update({batch: None} if batch else {})
-    return {kind: " or ".join(batches) for kind, batches in words.items()}
+                texts.setdefault(series.scaling, {}).update({batch: None} if batch else {})
+    return {kind: " or ".join(batches) for kind, batches in texts.items()}
 
 
 def _conditions(found: Sequence[Series]) -> str:
@@ -253,7 +253,7 @@ def _conditions(found: Sequence[Series]) -> str:
 
 
 UNAVAILABLE = "unavailable"
-STATE_WORDS = {
+STATE_TEXTS = {
     State.FAILED: "failed",
     State.STOPPED: "was stopped before its last step",
     State.RUNNING: "has not ended: it runs still, or was killed",
@@ -404,11 +404,11 @@ def _too_few_steps(members: Sequence[Measured]) -> str:
 
 
 def _state(member: Measured) -> str:
-    words = STATE_WORDS.get(member.point.state)
-    if words is None:
+    text = STATE_TEXTS.get(member.point.state)
+    if text is None:
         return ""
     at = f" (last step recorded: {member.point.last_step})" if member.point.last_step is not None else ""
-    return f"{member.point.title} {words}{at}; see {member.point.path}."
+    return f"{member.point.title} {text}{at}; see {member.point.path}."
 
 
 def _mfu(members: Sequence[Measured]) -> str:

@@ -1,4 +1,4 @@
-"""How a rank tells the ledger that it failed, so that the first failure can be found among its echoes.
+"""How a rank tells the event log that it failed, so that the first failure can be found among its echoes.
 
 When one rank dies, the others fail too, a moment later, with errors about a lost connection. Torch-free.
 """
@@ -22,7 +22,7 @@ ECHO = re.compile(
 
 
 def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
-    """Write the failure of this rank into the ledger, traceback included."""
+    """Write the failure of this rank into the event log, traceback included."""
     # A refusal says it all by itself.
     trace = "" if isinstance(error, ConfigError) else "".join(traceback.format_exception(error))
     enter_failure(folder, attempt, rank, cause=f"{type(error).__name__}: {error}", trace=trace, step=step)
@@ -31,9 +31,9 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 def enter_failure(
     folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None, **more: Any
 ) -> None:
-    """Write the failure of a rank of this host into the ledger, whoever noticed it.
+    """Write the failure of a rank of this host into the event log, whoever noticed it.
 
-    ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last sign of life.
+    ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last progress.
     """
     folder.record_event(
         "rank_failed",

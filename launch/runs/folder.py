@@ -1,4 +1,4 @@
-"""The run folder: where each file of a run lies, and the ledger of what happened to it.
+"""The run folder: where each file of a run lies, and the event log of what happened to it.
 
 Owns the paths and ``events.jsonl``. Torch-free; read by the launcher and the reports. Must not know who writes what.
 """
@@ -41,7 +41,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """The ledger."""
+        """The event log."""
         return self.path / "events.jsonl"
 
     @property
@@ -110,7 +110,7 @@ class RunFolder:
         return sorted(int(p.stem.removeprefix("rank_")) for p in (self.path / "metrics").glob("rank_*.jsonl"))
 
     def record_event(self, event: str, **details: Any) -> None:
-        """Append one event to the ledger, with the time (Unix seconds)."""
+        """Append one event to the event log, with the time (Unix seconds)."""
         append_json_line(self.events, {"time": time.time(), "event": event, **details})
 
     def read_events(self) -> list[dict[str, Any]]:

@@ -37,11 +37,11 @@ PID, STEP, PHASE, CAUSE = 2, 3, 4, 5
 REQUESTS = 6
 CALLS, WANTS, HOLD, AT = 0, 1, 2, 3
 SIZE = 8 * 16
-SIGNS = struct.Struct("=ddqqq")
+HEARTBEAT = struct.Struct("=ddqqq")
 
 
 class Phase(IntEnum):
-    """Activity of a rank. ``starting``, ``saving`` and ``leaving`` may take long without a sign in between."""
+    """Activity of a rank. ``starting``, ``saving`` and ``leaving`` may take long without progress in between."""
 
     starting = 0
     training = 1
@@ -58,13 +58,13 @@ class Request(IntEnum):
 
 
 @dataclass(frozen=True)
-class Sign:
-    """Last signs of life of a rank. Times are of the monotonic clock."""
+class RankHeartbeat:
+    """Last heartbeat of a rank, and its last progress. Times are of the monotonic clock."""
 
-    beat: float
+    ran_at: float
     """When the process last ran at all."""
-    moved: float
-    """When the loop last gave a sign; 0 where it never did, so that nothing follows from its silence."""
+    moved_at: float
+    """When the loop last showed progress; 0 where it never did, so that nothing follows from its silence."""
     pid: int
     step: int
     """Steps done."""
@@ -168,13 +168,13 @@ class HeartbeatFile:
         self._words[REQUESTS + 4 * request + AT] = call
 
 
-def read(path: Path) -> Sign | None:
-    """Read the last signs of the rank that writes ``path``; None before its first one."""
+def read(path: Path) -> RankHeartbeat | None:
+    """Read the heartbeat of the rank that writes ``path``; None before its first one."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
     if len(data) < SIZE:
         return None
-    beat, moved, pid, step, phase = SIGNS.unpack_from(data)
-    return Sign(beat, moved, pid, step, Phase(phase)) if pid else None
+    ran_at, moved_at, pid, step, phase = HEARTBEAT.unpack_from(data)
+    return RankHeartbeat(ran_at, moved_at, pid, step, Phase(phase)) if pid else None

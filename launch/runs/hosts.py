@@ -85,11 +85,11 @@ def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os
     there = [_read_gpu(str(index), path) for index, path in enumerate(sorted(folder.glob("*/information")))]
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        words = [gpu.index for gpu in there]
-    else:  # CUDA ignores the first word that names no GPU, and all that follow
-        words = list(itertools.takewhile(lambda word: word not in ("", "-1"), map(str.strip, named.split(","))))
-    as_listed = _counts_as_listed(there, len(words), environ)
-    return [_find_gpu(word, index, there, as_listed) for index, word in enumerate(words)]
+        names = [gpu.index for gpu in there]
+    else:  # CUDA ignores the first entry that names no GPU, and all that follow
+        names = list(itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, named.split(","))))
+    as_listed = _counts_as_listed(there, len(names), environ)
+    return [_find_gpu(name, index, there, as_listed) for index, name in enumerate(names)]
 
 
 def _read_gpu(index: str, path: Path) -> Gpu:
@@ -111,13 +111,13 @@ def _counts_as_listed(there: list[Gpu], visible: int, environ: Mapping[str, str]
     return alike and not hidden
 
 
-def _find_gpu(word: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
-    """The GPU that CUDA_VISIBLE_DEVICES calls ``word``, a number or the beginning of a UUID, in its place ``index``."""
-    if word.isdigit():
-        return there[int(word)] if as_listed and int(word) < len(there) else Gpu(word, _names(there), None)
-    found = [gpu for gpu in there if gpu.uuid is not None and gpu.uuid.startswith(word)]
+def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
+    """The GPU that CUDA_VISIBLE_DEVICES calls ``name``, a number or the beginning of a UUID, in its place ``index``."""
+    if name.isdigit():
+        return there[int(name)] if as_listed and int(name) < len(there) else Gpu(name, _names(there), None)
+    found = [gpu for gpu in there if gpu.uuid is not None and gpu.uuid.startswith(name)]
     # A slice of a GPU (MIG-...) is a device of its own, which the driver does not list.
-    return found[0] if len(found) == 1 else Gpu(str(index), _names(there), word)
+    return found[0] if len(found) == 1 else Gpu(str(index), _names(there), name)
 
 
 def _names(gpus: list[Gpu]) -> str:

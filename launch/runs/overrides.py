@@ -1,4 +1,4 @@
-"""What was typed to get a run: ``key=value`` words, in Hydra's grammar of overrides.
+"""What was typed to get a run: ``key=value`` overrides, in Hydra's grammar of overrides.
 
 Owns how a key or a value is found in them, and how they are read back from a run folder. Torch-free.
 """
@@ -16,9 +16,9 @@ from launch.runs.renamed import former_keys
 
 
 def typed_value(overrides: Iterable[str], key: str) -> str | None:
-    """What was typed for ``key``, the last word where it was typed twice; None where it was not."""
+    """What was typed for ``key``, the last override where it was typed twice; None where it was not."""
     names = (key, *former_keys(key))
-    values = [word.split("=", 1)[1] for word in overrides if "=" in word and typed_key(word) in names]
+    values = [override.split("=", 1)[1] for override in overrides if "=" in override and typed_key(override) in names]
     return values[-1] if values else None
 
 
@@ -26,7 +26,7 @@ def read_overrides(folder: RunFolder) -> tuple[str, ...]:
     """What was typed to get the run of a folder; nothing where that was not kept."""
     if not folder.overrides.is_file():
         return ()
-    return tuple(str(word) for word in yaml.safe_load(folder.overrides.read_text()) or ())
+    return tuple(str(override) for override in yaml.safe_load(folder.overrides.read_text()) or ())
 
 
 def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment",)) -> list[str]:
@@ -38,13 +38,13 @@ def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment
 NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes
 
 
-def typed_key(word: str) -> str:
+def typed_key(override: str) -> str:
     """The key of an override: ``nodes`` for ``++nodes=2``."""
-    return word.split("=", 1)[0].lstrip("+~")
+    return override.split("=", 1)[0].lstrip("+~")
 
 
 def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
-    """Name of a point from what was typed: the same words in any order give the same name.
+    """Name of a point from what was typed: the same overrides in any order give the same name.
 
     ``overrides`` are ``key=value`` strings; those whose key, or a parent of it, is in ``exclude`` say where or when
     a run happens, not what it is. Characters that do not belong in a folder name are replaced and the exact text is
@@ -52,11 +52,11 @@ def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
     """
     excluded = set(exclude)
     kept = []
-    for word in overrides:
-        key = typed_key(word)
+    for override in overrides:
+        key = typed_key(override)
         parents = {".".join(key.split(".")[: i + 1]) for i in range(len(key.split(".")))}
         if not parents & excluded:
-            kept.append(word)
+            kept.append(override)
     exact = ",".join(sorted(kept)) or "default"
     name = re.sub(r"[^A-Za-z0-9_=.,+~-]", "_", exact)
     if name == exact and len(name) <= NAME_LIMIT and not name.startswith("."):

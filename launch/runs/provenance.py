@@ -75,12 +75,10 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
     return {"commit": commit.decode().strip(), "diff_sha256": hashlib.sha256(diff).hexdigest()}
 
 
-def git(folder: Path, *words: str) -> bytes | None:
+def git(folder: Path, *args: str) -> bytes | None:
     """What git prints, or None where there is no git or no checkout."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, timeout=GIT_TIMEOUT_S, check=True
-        )
+        done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
@@ -98,7 +96,7 @@ def library_versions() -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two attempts' ``environment.json``, in words. What one of them does not say is left out."""
+    """What differs between two attempts' ``environment.json``; what one of them does not say is left out."""
     return [*code_changes(before, now), *library_changes(before.get("software") or {}, now.get("software") or {})]
 
 
@@ -139,8 +137,8 @@ def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = 
     there = [n for n in folder.attempts() if (attempt is None or n < attempt) and folder.environment(n).is_file()]
     if not there:
         return None
-    words = changes(json.loads(folder.environment(there[-1]).read_text()), now)
-    return (there[-1], "; ".join(words)) if words else None
+    texts = changes(json.loads(folder.environment(there[-1]).read_text()), now)
+    return (there[-1], "; ".join(texts)) if texts else None
 
 
 def refuse_change(folder: RunFolder, since: int, what: str) -> None:

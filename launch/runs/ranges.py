@@ -1,4 +1,4 @@
-"""Range checks that schemas share, and the look-alikes of a mistyped word, for error messages. Torch-free."""
+"""Range checks that schemas share, and the look-alikes of a mistyped name, for error messages. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def require_range(key: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{key}={value}", bound, f"{key}={low:g}")
 
 
-def closest(word: str, choices: Iterable[str]) -> list[str]:
-    """Up to three of ``choices`` that look like ``word``, or begin like it, best first, for error messages."""
+def closest(name: str, choices: Iterable[str]) -> list[str]:
+    """Up to three of ``choices`` that look like ``name``, or begin like it, best first, for error messages."""
     known = sorted(choices)
-    alike = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return alike or [choice for choice in known if choice[:3] == word[:3]][:3]
+    alike = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return alike or [choice for choice in known if choice[:3] == name[:3]][:3]

@@ -1,4 +1,4 @@
-"""Every Slurm command the launcher runs, with timeouts, retries for a busy controller, and errors in words.
+"""Every Slurm command the launcher runs, with timeouts, retries for a busy controller, and errors with what it printed.
 
 Owns the talk with Slurm other than sbatch, which is submitit's. Must not know what a run is.
 """
@@ -32,33 +32,33 @@ class SlurmBusyError(SlurmError):
     """A controller that did not answer: the same command may work later."""
 
 
-def run(*words: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
+def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
     """What a Slurm command prints.
 
     Raises:
         SlurmBusyError: it did not answer in time, ``retries`` times.
         SlurmError: it is not installed, or fails for another reason.
     """
-    if shutil.which(words[0]) is None:
-        raise SlurmError(f"{words[0]} is not installed on this machine")
+    if shutil.which(command[0]) is None:
+        raise SlurmError(f"{command[0]} is not installed on this machine")
     problem = ""
     for attempt in range(retries):
         if attempt:
             time.sleep(2.0**attempt)
         try:
-            done = run_undisturbed(words, timeout_s)
+            done = run_undisturbed(command, timeout_s)
         except subprocess.TimeoutExpired:
             problem = f"no answer in {timeout_s:g} s"
             continue
         if done.returncode == 0:
             return done.stdout
         problem = done.stderr.strip() or f"exit status {done.returncode}"
-        if not any(word in problem.lower() for word in BUSY):
-            raise SlurmError(f"{' '.join(words)}: {problem}")
-    raise SlurmBusyError(f"{' '.join(words)}: {problem}")
+        if not any(text in problem.lower() for text in BUSY):
+            raise SlurmError(f"{' '.join(command)}: {problem}")
+    raise SlurmBusyError(f"{' '.join(command)}: {problem}")
 
 
-def run_undisturbed(words: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run a command that neither Ctrl-C nor a SIGTERM ends halfway.
 
     Slurm sends SIGTERM to everything in a job that is requeued or preempted, the command that asked for it included.
@@ -66,7 +66,7 @@ def run_undisturbed(words: Sequence[str], timeout_s: float) -> subprocess.Comple
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # what is started inherits the mask
     try:
         return subprocess.run(
-            words,
+            command,
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -90,7 +90,7 @@ def controller_answers() -> bool:
 
 @dataclass(frozen=True)
 class JobState:
-    """What squeue says of a job. ``state`` is Slurm's word (PENDING, RUNNING, COMPLETED, ...)."""
+    """What squeue says of a job. ``state`` is Slurm's name of it (PENDING, RUNNING, COMPLETED, ...)."""
 
     state: str
     reason: str
@@ -115,7 +115,7 @@ class JobState:
 
 
 def on(cluster: str | None) -> tuple[str, ...]:
-    """The words that have a command talk to another cluster, through slurmdbd; none for the local one."""
+    """The option that has a command talk to another cluster, through slurmdbd; none for the local one."""
     return () if cluster is None else (f"--clusters={cluster}",)
 
 
@@ -137,7 +137,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
         if GONE in str(error).lower():
             return {}
         raise
-    rows = [[word.strip() for word in line.split("|")] for line in text.splitlines() if line.count("|") == 7]
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.count("|") == 7]
     return {
         job: JobState(state, reason, nodes, "" if start == "N/A" else start, partition, unix_time(submitted))
         for name, number, state, reason, nodes, start, partition, submitted in rows
@@ -170,12 +170,12 @@ def cancel(job_id: str, cluster: str | None = None, *, only_waiting: bool = Fals
     unless_gone("scancel", *on(cluster), *(["--state=PENDING"] if only_waiting else []), job_id)
 
 
-def unless_gone(*words: str, retries: int = RETRIES) -> None:
+def unless_gone(*command: str, retries: int = RETRIES) -> None:
     """Run a command about a job; that the job is over or forgotten is no error."""
     try:
-        run(*words, retries=retries)
+        run(*command, retries=retries)
     except SlurmError as error:
-        if not any(word in str(error).lower() for word in (GONE, "already completing or completed")):
+        if not any(text in str(error).lower() for text in (GONE, "already completing or completed")):
             raise
 
 

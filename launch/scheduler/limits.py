@@ -119,9 +119,9 @@ def read(cluster: str | None = None) -> Limits:
 def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
     """The three answers of scontrol as values."""
     config = dict(re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE))
-    version = tuple(int(word) for word in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:2])
-    partitions = tuple(partition(words) for words in records(partition_text, "PartitionName"))
-    return Limits(version, config, partitions, tuple(node(words) for words in records(node_text, "NodeName")))
+    version = tuple(int(item) for item in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:2])
+    partitions = tuple(partition(record) for record in records(partition_text, "PartitionName"))
+    return Limits(version, config, partitions, tuple(node(record) for record in records(node_text, "NodeName")))
 
 
 def records(text: str, key: str) -> Iterator[dict[str, str]]:
@@ -131,45 +131,45 @@ def records(text: str, key: str) -> Iterator[dict[str, str]]:
             yield dict(re.findall(r"(?:^|(?<=\s))([A-Z]\w*)=(.*?)(?=\s+[A-Z]\w*=|\s*$)", line))
 
 
-def partition(words: dict[str, str]) -> Partition:
+def partition(fields: dict[str, str]) -> Partition:
     """A line of ``scontrol show partition --oneliner``."""
     return Partition(
-        name=words["PartitionName"],
-        is_default=words.get("Default") == "YES",
-        state=words.get("State", "UP"),
-        max_time_min=minutes(words.get("MaxTime", "")),
-        min_nodes=count(words.get("MinNodes", "")) or 0,
-        max_nodes=count(words.get("MaxNodes", "")),
-        grace_s=count(words.get("GraceTime", "")) or 0,
-        preempt_mode=words.get("PreemptMode", "OFF"),
-        priority_tier=count(words.get("PriorityTier", "")) or 0,
-        allow_accounts=names(words.get("AllowAccounts", "")),
-        deny_accounts=names(words.get("DenyAccounts", "")),
-        allow_qos=names(words.get("AllowQos", "")),
-        deny_qos=names(words.get("DenyQos", "")),
-        allow_groups=names(words.get("AllowGroups", "")),
-        max_cpus_per_node=count(words.get("MaxCPUsPerNode", "")),
-        max_memory_mb=count(words.get("MaxMemPerNode", "")),
-        memory_per_cpu_mb=count(words.get("DefMemPerCPU", "")),
-        memory_per_node_mb=count(words.get("DefMemPerNode", "")),
-        is_exclusive=words.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+        name=fields["PartitionName"],
+        is_default=fields.get("Default") == "YES",
+        state=fields.get("State", "UP"),
+        max_time_min=minutes(fields.get("MaxTime", "")),
+        min_nodes=count(fields.get("MinNodes", "")) or 0,
+        max_nodes=count(fields.get("MaxNodes", "")),
+        grace_s=count(fields.get("GraceTime", "")) or 0,
+        preempt_mode=fields.get("PreemptMode", "OFF"),
+        priority_tier=count(fields.get("PriorityTier", "")) or 0,
+        allow_accounts=names(fields.get("AllowAccounts", "")),
+        deny_accounts=names(fields.get("DenyAccounts", "")),
+        allow_qos=names(fields.get("AllowQos", "")),
+        deny_qos=names(fields.get("DenyQos", "")),
+        allow_groups=names(fields.get("AllowGroups", "")),
+        max_cpus_per_node=count(fields.get("MaxCPUsPerNode", "")),
+        max_memory_mb=count(fields.get("MaxMemPerNode", "")),
+        memory_per_cpu_mb=count(fields.get("DefMemPerCPU", "")),
+        memory_per_node_mb=count(fields.get("DefMemPerNode", "")),
+        is_exclusive=fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
     )
 
 
-def node(words: dict[str, str]) -> NodeLimits:
+def node(fields: dict[str, str]) -> NodeLimits:
     """A line of ``scontrol show node --oneliner``."""
-    features = words.get("AvailableFeatures", "")
+    features = fields.get("AvailableFeatures", "")
     return NodeLimits(
-        name=words["NodeName"],
-        partitions=names(words.get("Partitions", "")) or (),
+        name=fields["NodeName"],
+        partitions=names(fields.get("Partitions", "")) or (),
         # A * says that the node does not answer; other marks (powered off, rebooting) are no hindrance.
         states=frozenset(
-            word.strip("~#!%$@^-") for word in words.get("State", "").replace("*", "+NOT_RESPONDING").split("+")
+            item.strip("~#!%$@^-") for item in fields.get("State", "").replace("*", "+NOT_RESPONDING").split("+")
         ),
-        reason=words.get("Reason", ""),
-        cpus=count(words.get("CPUEfctv", "")) or count(words.get("CPUTot", "")) or 0,
-        memory_mb=count(words.get("RealMemory", "")) or 0,
-        gres=gres(words.get("Gres", "")),
+        reason=fields.get("Reason", ""),
+        cpus=count(fields.get("CPUEfctv", "")) or count(fields.get("CPUTot", "")) or 0,
+        memory_mb=count(fields.get("RealMemory", "")) or 0,
+        gres=gres(fields.get("Gres", "")),
         features=frozenset() if features in NOTHING else frozenset(features.split(",")),
     )
 
@@ -179,8 +179,8 @@ def gres(text: str) -> tuple[Gres, ...]:
     if text in NOTHING:
         return ()
     found = []
-    for word in re.sub(r"\([^)]*\)", "", text).removeprefix("gres/").split(","):
-        name, *rest = [part for part in word.strip().split(":") if part != "no_consume"]
+    for item in re.sub(r"\([^)]*\)", "", text).removeprefix("gres/").split(","):
+        name, *rest = [part for part in item.strip().split(":") if part != "no_consume"]
         number = rest.pop() if rest and rest[-1].isdigit() else "1"
         found.append(Gres(name, rest[0] if rest else "", int(number)))
     return tuple(found)
@@ -201,12 +201,12 @@ def minutes(text: str) -> float | None:
     if text in NOTHING or text in UNLIMITED:
         return None
     days, _, clock = text.rpartition("-")
-    hours, mins, seconds = (int(word) for word in clock.split(":"))
+    hours, mins, seconds = (int(item) for item in clock.split(":"))
     return (int(days or 0) * 24 + hours) * 60 + mins + seconds / 60
 
 
 def how_preempted(limits: Limits, partition: Partition) -> str:
-    """What happens to a preempted job of this partition in Slurm's word; OFF where nothing can preempt it."""
+    """What happens to a preempted job of this partition as Slurm names it; OFF where nothing can preempt it."""
     kind, mode = limits.config.get("PreemptType", "preempt/none"), partition.preempt_mode.upper()
     if kind.endswith("/none") or mode == "OFF":
         return "OFF"

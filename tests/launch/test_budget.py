@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from launch.config import BudgetConfig
 from launch.errors import ConfigError
-from launch.plan.budget import SILENT_S, Ledger, Rates, Use, amount, refuse_above, spent, used
+from launch.plan.budget import SILENT_S, EventLog, Rates, Use, amount, refuse_above, spent, used
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run, start_fork, wait_for
@@ -38,7 +38,7 @@ def ended(job: str, at: float) -> dict[str, Any]:
     st.integers(0, 250),
 )
 def test_use_is_what_a_count_of_seconds_gives(runs: list[list[tuple[int, int, int, int]]], now: int) -> None:
-    ledgers, paid = [], []
+    event_logs, paid = [], []
     for allocations in runs:
         events: Events = []
         clock = 0
@@ -46,8 +46,8 @@ def test_use_is_what_a_count_of_seconds_gives(runs: list[list[tuple[int, int, in
             begin, clock = clock + wait, clock + wait + length
             events += [started(str(number), begin, nodes, gpus=gpus), ended(str(number), clock)]
             paid.append((begin, clock, nodes, gpus))
-        ledgers.append(Ledger(events))
-    total = used(ledgers, 10**9, Rates())
+        event_logs.append(EventLog(events))
+    total = used(event_logs, 10**9, Rates())
     seconds = [(n, g) for second in range(250) for begin, end, n, g in paid if begin <= second < end]
     assert total.node_hours * 3600 == pytest.approx(sum(n for n, _ in seconds))
     assert (total.gpu_hours or 0.0) * 3600 == pytest.approx(sum(g for _, g in seconds))
@@ -55,21 +55,21 @@ def test_use_is_what_a_count_of_seconds_gives(runs: list[list[tuple[int, int, in
 
 def test_an_allocation_counts_to_its_end_its_limit_or_its_last_sign_of_life() -> None:
     going = started("a", 1000.0, nodes=2, gpus=16, limit_s=7200.0)
-    assert used([Ledger([going], alive=4590)], 4600, RATES) == Use(2.0, 16.0, 40.0)
-    assert used([Ledger([going], alive=8190)], 8200 + 50000, RATES).node_hours == pytest.approx(2 * 7190 / 3600)
-    assert used([Ledger([going], alive=8190)], 8210, RATES) == Use(4.0, 32.0, 80.0), "never beyond the time limit"
-    killed = Ledger([going], alive=2800)
+    assert used([EventLog([going], alive=4590)], 4600, RATES) == Use(2.0, 16.0, 40.0)
+    assert used([EventLog([going], alive=8190)], 8200 + 50000, RATES).node_hours == pytest.approx(2 * 7190 / 3600)
+    assert used([EventLog([going], alive=8190)], 8210, RATES) == Use(4.0, 32.0, 80.0), "never beyond the time limit"
+    killed = EventLog([going], alive=2800)
     assert used([killed], 2800 + SILENT_S, RATES).node_hours == pytest.approx(2 * (1800 + SILENT_S) / 3600)
     assert used([killed], 2801 + SILENT_S, RATES) == Use(1.0, 8.0, 20.0), "silent for too long"
-    assert used([Ledger([going, started("b", 2800.0, nodes=0, gpus=0)], 2800)], 2800, RATES).node_hours == 1.0
+    assert used([EventLog([going, started("b", 2800.0, nodes=0, gpus=0)], 2800)], 2800, RATES).node_hours == 1.0
 
 
-def test_what_the_ledger_does_not_say_is_charged_as_the_command_says() -> None:
+def test_what_the_event_log_does_not_say_is_charged_as_the_command_says() -> None:
     hour = [started("a", 0.0, nodes=2), ended("a", 3600.0)]
-    assert used([Ledger(hour)], 3600, RATES) == Use(2.0, 16.0, 40.0)
-    assert used([Ledger(hour)], 3600, Rates()) == Use(2.0, None, None)
+    assert used([EventLog(hour)], 3600, RATES) == Use(2.0, 16.0, 40.0)
+    assert used([EventLog(hour)], 3600, Rates()) == Use(2.0, None, None)
     dearer = [started("a", 0.0, nodes=2, gpus=4, price_per_gpu_hour=10.0), ended("a", 3600.0)]
-    assert used([Ledger(dearer)], 3600, RATES) == Use(2.0, 4.0, 40.0)
+    assert used([EventLog(dearer)], 3600, RATES) == Use(2.0, 4.0, 40.0)
 
 
 def test_a_worst_case_above_the_cap_is_refused_with_what_fits() -> None:

@@ -16,7 +16,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.jobs.submit import sbatch_text
 from launch.plan import code_copy as snapshot
-from launch.plan.preflight import forewarn
+from launch.plan.preflight import add_warnings
 from launch.plan.text import plan_text
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
@@ -90,10 +90,10 @@ def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
     folder.create_attempt()
     write_json(folder.environment(1), old)
     words = [f"run_dir={folder.path}", *TINY]
-    text = plan_text(forewarn(plan(*words), config_of(*words)))
+    text = plan_text(add_warnings(plan(*words), config_of(*words)))
     assert "warning     changed since attempt 1: gpt/parallel/optimizer.py changed (commit aaaaaaaaaaaa -> " in text
     with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, require_same_code=false"):
-        forewarn(plan(*words), config_of(*words, "require_same_code=true"))
+        add_warnings(plan(*words), config_of(*words, "require_same_code=true"))
 
 
 def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Path) -> None:

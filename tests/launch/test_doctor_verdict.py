@@ -53,7 +53,7 @@ def all_rates(nodes: int, rate: float = 100.0) -> dict[tuple[int, int], float]:
 
 def bad(measured: dict[str, Any]) -> list[Finding]:
     """Warnings and errors about what was measured."""
-    return [f for f in verdict.judge(measured) if f.level is not Level.ok]
+    return [f for f in verdict.check_results(measured) if f.level is not Level.ok]
 
 
 def test_sound_nodes_are_sound() -> None:
@@ -129,8 +129,8 @@ def test_links_that_were_not_measured_are_said_to_be_so_once() -> None:
 
 def test_a_job_that_never_ran_or_left_nothing() -> None:
     nothing = results({}, 0) | {"asked": {"nodes": 2, "ranks_per_node": 1, "cpus_per_task": 1, "gpus_per_node": None}}
-    assert [f.level for f in verdict.judge(nothing)] == [Level.error]
-    assert [f.level for f in verdict.judge(nothing | {"started": False, "state": "PENDING"})] == [Level.warning]
+    assert [f.level for f in verdict.check_results(nothing)] == [Level.error]
+    assert [f.level for f in verdict.check_results(nothing | {"started": False, "state": "PENDING"})] == [Level.warning]
     partly = results(all_rates(2), 2)
     partly["asked"]["nodes"] = 3
     assert "2 of 3 nodes wrote their record: n1, n2" in bad(partly)[0].found

@@ -8,7 +8,7 @@ import pytest
 
 from launch.config.compose import compose_launch, typed_config
 from launch.plan import preflight as forewarning
-from launch.plan.preflight import forewarn, measure
+from launch.plan.preflight import add_warnings, measure
 from launch.runs.files import append_json_line, write_json
 from launch.runs.folder import RunFolder
 from launch.scheduler import limits
@@ -34,7 +34,7 @@ def ran_before(folder: RunFolder, save_s: float, step_s: float) -> RunFolder:
 
 def warnings(*words: str) -> tuple[str, ...]:
     config = typed_config(compose_launch(["cluster=slurm", *TINY, *words]))
-    return forewarn(plan(*TINY, *words), config).warnings
+    return add_warnings(plan(*TINY, *words), config).warnings
 
 
 HERE = ("cluster.partition=short", "checkpoint.interval=7")  # a partition that is never preempted

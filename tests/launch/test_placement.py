@@ -17,8 +17,8 @@ from launch.checks import candidates
 from launch.errors import ConfigError
 from launch.jobs.dry_run import elsewhere
 from launch.jobs.failover import Pending, claim, is_current, promised
-from launch.jobs.handles import SlurmJob, Standing
-from launch.jobs.status import Point, adopt_job, find_point, judge
+from launch.jobs.handles import JobStatus, SlurmJob
+from launch.jobs.status import RunStatus, adopt_job, find_run_status, update
 from launch.jobs.submit import record_submitted, sbatch_text, shapes
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
@@ -69,7 +69,7 @@ def test_a_point_that_never_starts_goes_round_and_round(
     assert gave_up == (first_look if first_look is not None and first_look < end else None)
 
 
-def ledger(*words: str) -> list[dict[str, Any]]:
+def event_log(*words: str) -> list[dict[str, Any]]:
     """Events by name; ``submitted+`` is a move's, and each ``moved`` says that the wait began at 100."""
     made: list[dict[str, Any]] = []
     for number, word in enumerate(words):
@@ -97,7 +97,7 @@ WAITS = [
 
 @pytest.mark.parametrize(("words", "since"), WAITS, ids=[" ".join(words) for words, _ in WAITS])
 def test_a_wait_begins_anew_only_after_the_point_has_run(words: list[str], since: float) -> None:
-    assert waiting_since(ledger(*words), 500.0) == since
+    assert waiting_since(event_log(*words), 500.0) == since
 
 
 OUT, RUNS = JobState("CANCELLED", "None"), JobState("RUNNING", "None")
@@ -117,21 +117,21 @@ STATES = [
 @pytest.mark.parametrize(("words", "job", "state"), STATES, ids=[" ".join([*w, str(s[0])]) for w, _, s in STATES])
 def test_a_move_is_no_cancel(words: list[str], job: JobState | None, state: tuple[str, str], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    for event in ledger(*words):
+    for event in event_log(*words):
         folder.record_event(**event)
-    point = find_point(folder)
+    point = find_run_status(folder)
     last = max(number for number, word in enumerate(words) if word.startswith("submitted"))
     assert isinstance(point.job, SlurmJob) and point.job.job_id == str(last)
-    judge(point, {} if job is None else {str(last): job})
+    update(point, {} if job is None else {str(last): job})
     assert (point.state, point.detail) == state
 
 
 def test_the_attempts_of_a_moved_run_are_no_history(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    for event in ledger("submitted", "started", "attempt_ended", "requeued", "moved", "submitted+"):
+    for event in event_log("submitted", "started", "attempt_ended", "requeued", "moved", "submitted+"):
         folder.record_event(**event)
     folder.create_attempt()
-    assert find_point(folder).attempts() == [1]
+    assert find_run_status(folder).attempts() == [1]
 
 
 @pytest.mark.parametrize("reason", ["JobHeldUser", "Dependency", "JobArrayTaskLimit", "BeginTime"])
@@ -173,7 +173,7 @@ def test_without_a_list_there_is_one_candidate_that_nobody_watches() -> None:
     assert plan("cluster.give_up_after_min=5").placement.is_watched
 
 
-def test_the_ledger_knows_where_a_job_went_and_what_it_costs() -> None:
+def test_the_event_log_knows_where_a_job_went_and_what_it_costs() -> None:
     made = plan("nodes=2", "cluster.gpus_per_node=4", "run_dir=run", LISTED)
     record_submitted(made, "7", 1, moved=True)
     (event,) = RunFolder("run").read_events()
@@ -188,17 +188,17 @@ def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
     assert f"{tmp_path}/.submitit/%j" in here and f"{tmp_path}/.submitit/on-b/%j" in there
     folder = RunFolder(tmp_path / "run")
     record_submitted(made, "7")
-    point = find_point(folder)
+    point = find_run_status(folder)
     waiting = Pending(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
     record_submitted(made, "7", 1, moved=True)
     assert not is_current(waiting) and "slurm_cluster" not in folder.read_events()[0]
     adopt_job(point)
     assert isinstance(point.job, SlurmJob) and (point.job.job_id, point.job.cluster) == ("7", "b")
-    judge(point, {"7": OUT, "7 on cluster b": RUNS})
+    update(point, {"7": OUT, "7 on cluster b": RUNS})
     assert point.state == "running"
-    judge(point, {"7": RUNS, "7 on cluster b": JobState("COMPLETED", "None")})
-    assert point.standing.state == "over"
+    update(point, {"7": RUNS, "7 on cluster b": JobState("COMPLETED", "None")})
+    assert point.job_status.state == "over"
 
 
 def test_the_checks_of_a_candidate_are_those_of_its_cluster() -> None:
@@ -290,7 +290,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     folder = RunFolder(tmp_path)
     write_json(folder.plan, made.as_dict())
     record_submitted(made, "7")
-    point = find_point(folder)
+    point = find_run_status(folder)
     assert promised(point) == made
     waiting = Pending(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
@@ -304,7 +304,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     assert after is not None and after.placement.possible == [0, 2]
     record_submitted(made, "8", 1, moved=True)
     assert not is_current(waiting), "another process has moved it"
-    point = find_point(folder)
+    point = find_run_status(folder)
     assert point.job is not None and point.job.job_id == "8" and is_current(Pending(point, made, 1, 0.0, 0.0))
     folder.record_event("cancelled", job_id="8")
     assert not is_current(Pending(point, made, 1, 0.0, 0.0))
@@ -316,7 +316,7 @@ def test_a_moved_run_keeps_away_from_hosts_that_failed_in_it(tmp_path: Path) -> 
     write_json(folder.plan, made.as_dict())
     record_submitted(made, "7")
     folder.record_event("excluded", hosts=["n1", "n2"])
-    seen = promised(find_point(folder))
+    seen = promised(find_run_status(folder))
     assert seen is not None and seen.at(1).slurm == made.at(1).slurm | {"exclude": "n9,n1,n2"}
 
 
@@ -326,4 +326,4 @@ def test_points_with_other_candidates_are_no_array() -> None:
         plan("seed=2", "cluster.placement=[{qos: a}, {qos: b}]"),
     )
     assert one.slurm == other.slurm and len(shapes([one, other])) == 2
-    assert Point(RunFolder("x")).standing == Standing("unknown")
+    assert RunStatus(RunFolder("x")).job_status == JobStatus("unknown")

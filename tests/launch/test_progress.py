@@ -23,7 +23,7 @@ PATTERN = r"step (?P<step>[\d,]+): loss (?P<loss>[\d.e+-]+|nan)(?:, (?P<step_tim
 
 @pytest.fixture(autouse=True)
 def every_look_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LOOK_S", 0.0)
+    monkeypatch.setattr(progress, "POLL_S", 0.0)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_printed_fields_are_those_of_the_records(folder: RunFolder) -> None:
     watched = watch(folder)
     colored = "\x1b[32mstep 1,024: loss 1.5e-3, 125.5 ms\x1b[0m"
     say(folder, f"hello\nstep 1: loss 2.5, 250 ms\n{colored}\nstep 1025: loss nan, 1 ms\n")
-    watched.look()
+    watched.poll()
     assert watched.matched
     assert known(folder, "step", "attempt", "step_time_s")[:2] == [(1, 1, 0.25), (1024, 1, 0.1255)]
     losses = [record["loss"] for record in read_records(folder.metrics(0))]
@@ -75,7 +75,7 @@ def test_half_a_line_waits_for_its_end(folder: RunFolder) -> None:
     watched = watch(folder)
     for text, steps in (("step 1: lo", 0), ("ss 2.5\nstep 2: loss 2.", 1), ("25", 1), ("\n", 2), ("step 3: loss 9", 2)):
         say(folder, text)
-        watched.look()
+        watched.poll()
         assert len(known(folder, "step")) == steps
     watched.close()
     assert known(folder, "step", "loss") == [(1, 2.5), (2, 2.25)]
@@ -84,13 +84,13 @@ def test_half_a_line_waits_for_its_end(folder: RunFolder) -> None:
 def test_a_progress_bar_ends_its_lines_by_a_carriage_return(folder: RunFolder) -> None:
     watched = watch(folder, r"(?P<step>\d+)/100 .*loss=(?P<loss>[\d.]+)")
     say(folder, "\r  1%| 1/100 [00:01, loss=3.0]\r  2%| 2/100 [00:01, loss=2.0]")
-    watched.look()
+    watched.poll()
     assert known(folder, "step", "loss") == [(1, 3.0)]
 
 
 def test_times_between_lines_are_spread_over_their_steps(folder: RunFolder) -> None:
     watched = watch(folder)
-    start = time.time() + 1000  # as if each look were at the time of the file
+    start = time.time() + 1000  # as if each poll were at the time of the file
     with pytest.MonkeyPatch.context() as patched:
         for at, text in (
             (start, "step 10: loss 3\n"),
@@ -99,7 +99,7 @@ def test_times_between_lines_are_spread_over_their_steps(folder: RunFolder) -> N
         ):
             patched.setattr(progress.time, "time", lambda at=at: at + 0.25)
             say(folder, text, at=at)
-            watched.look()
+            watched.poll()
     # 5 s over 10 steps; then 4 s over 20, half of them after the first line.
     assert known(folder, "step", "step_time_s") == [
         (10, None),
@@ -115,7 +115,7 @@ def test_stated_work_gives_rank_0_a_throughput(folder: RunFolder) -> None:
     watched = Progress(folder, 1, (0, 1), PATTERN, "samples", 512, writes_curves=False)
     for rank in (0, 1):
         say(folder, "step 1: loss 2, 250 ms\n", rank)
-    watched.look()
+    watched.poll()
     assert known(folder, "samples_per_s") == [(2048.0,)]
     assert known(folder, "samples_per_s", rank=1) == [(None,)]
 
@@ -123,7 +123,7 @@ def test_stated_work_gives_rank_0_a_throughput(folder: RunFolder) -> None:
 def test_a_pattern_that_never_matches_is_said_at_the_end(folder: RunFolder) -> None:
     watched = watch(folder, "iter (?P<step>[0-9]+)", (0, 1))
     say(folder, "step 1\n")
-    watched.look()
+    watched.poll()
     assert not watched.matched and names(folder) == []
     watched.close()
     [event] = folder.read_events()
@@ -148,7 +148,7 @@ def test_a_pattern_that_would_take_years_is_given_up(folder: RunFolder) -> None:
         "import sys; from launch.agent.progress import Progress; from launch.runs.folder import RunFolder\n"
         "pattern = r'(?P<step>[0-9]+) (a+)+$'\n"
         "watched = Progress(RunFolder(sys.argv[1]), 1, (0,), pattern, None, None, writes_curves=False)\n"
-        "watched.look(); watched.close()"
+        "watched.poll(); watched.close()"
     )
     # In the main thread of a process, as in an agent: only there do signals interrupt.
     subprocess.run([sys.executable, "-c", code, str(folder.path)], check=True, timeout=60)
@@ -161,7 +161,7 @@ def test_long_lines_are_cut_and_that_is_said_once(folder: RunFolder) -> None:
     for step in (1, 2):
         say(folder, f"step {step}: loss 2 {'x' * 500_000}\n{'x' * 500_000} step 9: loss 1\n")
     for _ in range(12):
-        watched.look()
+        watched.poll()
     assert known(folder, "step") == [(1,), (2,)]
     assert names(folder) == ["progress_cut"]
 
@@ -170,7 +170,7 @@ def test_a_look_is_bounded_and_the_end_reads_the_rest(folder: RunFolder) -> None
     watched = watch(folder)
     lines = [f"step {step}: loss 2, 1 ms {'.' * 80}\n" for step in range(1, 10_001)]
     say(folder, "".join(lines))
-    watched.look()
+    watched.poll()
     assert 0 < len(known(folder, "step")) < 3_000
     watched.close()
     assert len(known(folder, "step")) == 10_000
@@ -183,13 +183,13 @@ def curve(folder: RunFolder, tag: str) -> list[tuple[int, float]]:
 def test_curves_of_a_new_attempt_replace_what_was_lost(folder: RunFolder) -> None:
     first = watch(folder)
     say(folder, "step 1: loss 3, 10 ms\nstep 2: loss 2, 10 ms\nstep 3: loss 1, 10 ms\n")
-    first.look()
+    first.poll()
     first.close()
     assert curve(folder, "train/loss") == [(1, 3), (2, 2), (3, 1)]
     time.sleep(1.1)  # event files are read in the order of the seconds in their names
     second = watch(folder, attempt=2)
     say(folder, "step 3: loss 5, 10 ms\nstep 4: loss 4, 10 ms\n", attempt=2)
-    second.look()
+    second.poll()
     second.close()
     assert curve(folder, "train/loss") == [(1, 3), (2, 2), (3, 5), (4, 4)]
 
@@ -199,7 +199,7 @@ def test_curves_of_a_rank_that_records_by_itself(folder: RunFolder) -> None:
     watched = watch(folder, pattern=None, attempt=2)
     own = {"attempt": 2, "accuracy": 0.5, "samples": 8, "time": 2.0}
     append_json_lines(folder.metrics(0), [{"step": step, "loss": 1.0 / step, **own} for step in (1, 2)])
-    watched.look()
+    watched.poll()
     watched.close()
     assert curve(folder, "train/loss") == [(1, 1.0), (2, 0.5)]
     assert curve(folder, "train/accuracy") == [(1, 0.5), (2, 0.5)]

@@ -30,7 +30,7 @@ Events = list[dict[str, Any]]
 
 
 def attempt(number: int, cause: Cause, from_step: int = 0, saved: int | None = None) -> Events:
-    """The ledger of one attempt."""
+    """The event log of one attempt."""
     events: Events = [{"event": "started", "attempt": number, "from_step": from_step}]
     if saved is not None:
         events.append({"event": "saved", "attempt": number, "step": saved})

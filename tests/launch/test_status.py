@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from launch.jobs.handles import SlurmJob, Standing, Waiting
-from launch.jobs.status import find_point, verdict
+from launch.jobs.handles import JobStatus, SlurmJob, Waiting
+from launch.jobs.status import find_run_status, outcome
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
@@ -99,7 +99,7 @@ START: list[dict[str, Any]] = [
 ]
 FAILURE: dict[str, Any] = {"event": "rank_failed", "attempt": 1, "rank": 0, "cause": "x", "log": "y"}
 CANCEL: dict[str, Any] = {"event": "cancelled", "job_id": "7"}
-LEDGERS: list[tuple[list[dict[str, Any]], str]] = [
+EVENT_LOGS: list[tuple[list[dict[str, Any]], str]] = [
     ([*START, {"event": "finished", "attempt": 1}], "finished"),
     ([*START, FAILURE], "failed"),
     ([*START], "failed"),
@@ -114,32 +114,34 @@ LEDGERS: list[tuple[list[dict[str, Any]], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("ledger", "state"), LEDGERS, ids=[" ".join(e["event"] for e in x) for x, _ in LEDGERS])
-def test_the_ledger_decides_where_the_queue_has_forgotten_the_job(
-    ledger: list[dict[str, Any]], state: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("event_log", "state"), EVENT_LOGS, ids=[" ".join(e["event"] for e in x) for x, _ in EVENT_LOGS]
+)
+def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(
+    event_log: list[dict[str, Any]], state: str, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
-    for event in ledger:
+    for event in event_log:
         folder.record_event(**event)
-    point = find_point(folder)
+    point = find_run_status(folder)
     assert isinstance(point.job, SlurmJob)
-    assert point.job.standing({}) == Standing("over")
-    assert verdict(point) == state
+    assert point.job.status({}) == JobStatus("over")
+    assert outcome(point) == state
 
 
 def test_slurms_words_are_put_into_ours() -> None:
-    def standing(state: str, reason: str = "None", start: str = "") -> Standing:
-        return SlurmJob("7_1").standing({"7_1": JobState(state, reason, "", start), "7_2": JobState("RUNNING", "None")})
+    def status(state: str, reason: str = "None", start: str = "") -> JobStatus:
+        return SlurmJob("7_1").status({"7_1": JobState(state, reason, "", start), "7_2": JobState("RUNNING", "None")})
 
-    assert standing("RUNNING") == Standing("running")
-    assert standing("COMPLETING") == Standing("running", "COMPLETING")
-    assert standing("PENDING", "Resources") == Standing("queued", "Resources", reason="Resources")
-    assert standing("PENDING", "Priority", "2026-01-02T03:04:05") == Standing(
+    assert status("RUNNING") == JobStatus("running")
+    assert status("COMPLETING") == JobStatus("running", "COMPLETING")
+    assert status("PENDING", "Resources") == JobStatus("queued", "Resources", reason="Resources")
+    assert status("PENDING", "Priority", "2026-01-02T03:04:05") == JobStatus(
         "queued", "Priority, starts 2026-01-02T03:04:05", reason="Priority"
     )
-    assert standing("REQUEUED") == Standing("queued")
-    assert standing("COMPLETED") == Standing("over")
-    assert standing("NODE_FAIL") == Standing("over", "NODE_FAIL")
+    assert status("REQUEUED") == JobStatus("queued")
+    assert status("COMPLETED") == JobStatus("over")
+    assert status("NODE_FAIL") == JobStatus("over", "NODE_FAIL")
 
 
 def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
@@ -148,10 +150,10 @@ def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
     assert Waiting(folder).since() is None
     Waiting(folder).enter(1)
     assert Waiting(folder).since() == 1
-    assert find_point(folder).job is None
+    assert find_run_status(folder).job is None
     note = folder.path / ".launch" / "waiting"
     host, pid, born, count = note.read_text().split()
     note.write_text(f"{host} {pid} {int(born) + 1} {count}")  # another process under the same id
     assert Waiting(folder).since() is None
-    point = find_point(folder)
-    assert point.job is not None and point.job.standing({}).state == "unknown"
+    point = find_run_status(folder)
+    assert point.job is not None and point.job.status({}).state == "unknown"

@@ -57,13 +57,13 @@ def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
     try:
         clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
         ranks = {3: process.pid}
-        assert dog.look(ranks) == []
+        assert dog.poll(ranks) == []
         while clock.ahead < limit - 4:  # in steps: a jump would be a pause of the agent itself
             clock.ahead += 4
-            assert dog.look(ranks) == [], clock.ahead
+            assert dog.poll(ranks) == [], clock.ahead
         for _ in range(3):
             clock.ahead += 4
-            found = dog.look(ranks)
+            found = dog.poll(ranks)
         assert [(one.rank, one.step) for one in found] == [(3, 7)]
         assert found[0].why.startswith("hung: no progress for ") and found[0].why.endswith(phase)
         stack = stack_of(process.pid, tmp_path / "log")
@@ -77,9 +77,9 @@ def test_a_pause_of_the_agent_itself_is_held_against_nobody(tmp_path: Path, monk
     process = rank(tmp_path, "training")
     try:
         clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
-        assert dog.look({3: process.pid}) == []
+        assert dog.poll({3: process.pid}) == []
         clock.ahead = 1000  # scontrol suspend
-        assert dog.look({3: process.pid}) == []
+        assert dog.poll({3: process.pid}) == []
     finally:
         process.kill()
         process.wait()
@@ -89,7 +89,7 @@ def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.M
     clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
     while clock.ahead < 44:
         clock.ahead += 4
-        found = dog.look({0: os.getpid()})
+        found = dog.poll({0: os.getpid()})
     assert [(one.rank, one.step) for one in found] == [(0, None)] and "not started after" in found[0].why
 
 

@@ -37,18 +37,18 @@ class Agents:
         self.files = [[HeartbeatFile(folder / str(n * EACH + i)) for i in range(EACH)] for n in range(NODES)]
         self.agents = [Agreement(0, n, range(NODES), self.files[n]) for n in range(NODES)]
         self.said: dict[int, Any] = {}
-        self.board: dict[str, Any] = {}
+        self.leader_state: dict[str, Any] = {}
         self.silent: set[int] = set()
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def turn(self, node: int) -> None:
         """One exchange of one agent. What is heard has been through JSON, as on the wire."""
-        heard = {n: w for n, w in self.said.items() if n != 0} if node == 0 else {0: self.board}
-        words, board = self.agents[node].turn(json.loads(json.dumps(heard), object_hook=with_numbers))
+        heard = {n: w for n, w in self.said.items() if n != 0} if node == 0 else {0: self.leader_state}
+        words, leader_state = self.agents[node].turn(json.loads(json.dumps(heard), object_hook=with_numbers))
         self.said[node] = words
         if node == 0:
-            self.board = board
+            self.leader_state = leader_state
 
     def start(self) -> None:
         """Let every agent talk in a thread of its own."""
@@ -151,7 +151,7 @@ def test_ranks_that_have_ended_hold_up_nobody(agents: Agents, tmp_path: Path) ->
     found = answers(ranks(tmp_path, limit=5))
     assert {(one["calls"], one["stopped"]) for one in found} == {(5, False)}
     agents.agents[0].want_stop(signal.SIGTERM)
-    wait_for(lambda: agents.board["requests"]["stop"][1] == 6, "the agreement", 10)
+    wait_for(lambda: agents.leader_state["requests"]["stop"][1] == 6, "the agreement", 10)
 
 
 def test_saves_are_agreed_on_again_and_again_and_the_file_goes(agents: Agents, tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_a_rank_does_not_wait_for_an_agent_that_is_gone(tmp_path: Path) -> None:
 
 def test_messages_about_another_start_are_passed_over(tmp_path: Path) -> None:
     before, now = (Agreement(n, 1, (0, 1), [HeartbeatFile(tmp_path / str(n))]) for n in range(2))
-    board = {0: {"requests": {"start": 0, "stop": [1, 7, 15], "save": [0, 0, 0]}}}
-    before.turn(board)
-    now.turn(board)
+    leader_state = {0: {"requests": {"start": 0, "stop": [1, 7, 15], "save": [0, 0, 0]}}}
+    before.turn(leader_state)
+    now.turn(leader_state)
     assert [HeartbeatFile(tmp_path / str(n)).ask(Request.stop, 0.1) for n in range(2)] == [False, False]
     answered = [[HeartbeatFile(tmp_path / str(n)).ask(Request.stop, 0.1) for _ in range(6)][-1] for n in range(2)]
     assert answered == [True, False]
@@ -377,10 +377,10 @@ def test_a_rank_without_a_heartbeat_is_judged_by_its_log_alone(
         ahead[0] += 4
         with log.open("a") as file:
             file.write(".")
-        assert dog.look({0: os.getpid()}) == []
+        assert dog.poll({0: os.getpid()}) == []
     for _ in range(20):
         ahead[0] += 4
-        found = dog.look({0: os.getpid()})
+        found = dog.poll({0: os.getpid()})
     assert [one.why.startswith("hung: nothing printed for ") for one in found] == ([] if silence is None else [True])
 
 
@@ -392,11 +392,11 @@ def test_a_rank_that_only_attached_is_not_late(tmp_path: Path, monkeypatch: pyte
     dog = Watchdog(tmp_path, LIMITS)
     for _ in range(30):
         ahead[0] += 4
-        assert dog.look({0: os.getpid()}) == []
+        assert dog.poll({0: os.getpid()}) == []
     file.move(1, Phase.training)
     for _ in range(30):
         ahead[0] += 4
-        found = dog.look({0: os.getpid()})
+        found = dog.poll({0: os.getpid()})
     sign = read(tmp_path / "0")
     assert found and sign is not None and (sign.step, sign.phase) == (1, Phase.training)
 

@@ -218,7 +218,7 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
         words = [sys.executable, "-c", program, str(ranks)]
         with run.log(1, 0).open("w") as log, subprocess.Popen(words, stdout=log, env={**os.environ, **told}) as process:
             while process.poll() is None:
-                watched.look()
+                watched.poll()
                 time.sleep(0.02)
         watched.close()
         assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""A job that is killed before it could save comes back from its last periodic checkpoint, and the ledger says so."""
+"""A job that is killed before it could save comes back from its last periodic checkpoint, and the event log says so."""
 
 from __future__ import annotations
 

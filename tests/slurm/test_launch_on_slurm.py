@@ -1,6 +1,6 @@
 """The main job on a real Slurm: a sweep over hosts to its table, and looking after jobs that go on by themselves.
 
-The sandbox has no accounting, so everything here is known from squeue, scontrol and the ledgers alone.
+The sandbox has no accounting, so everything here is known from squeue, scontrol and the event logs alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def queue(sandbox: Cluster, job_id: str) -> str:
 
 
 def assert_saved_and_cancelled(folder: RunFolder) -> None:
-    """The cancel stands in the ledger before anything it brought about, and the last step made was saved."""
+    """The cancel stands in the event log before anything it brought about, and the last step made was saved."""
     events = folder.read_events()
     events = events[max(i for i, e in enumerate(events) if e["event"] == "started") :]
     before, after = events[: (cut := [e["event"] for e in events].index("cancelled"))], events[cut:]

@@ -1,4 +1,4 @@
-"""Nodes lost under a running job: a spare takes over, a cut link is named, and a lost first node is survived."""
+"""Nodes lost under a running job: a spare takes over, a cut link is named, and a lost head node is survived."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_cut_link_is_noticed_and_named_and_the_job_comes_back_without_the_node
         run.end()
 
 
-def test_a_frozen_first_node_is_noticed_by_the_others(sandbox: Cluster, tmp_path: Path) -> None:
+def test_a_frozen_head_node_is_noticed_by_the_others(sandbox: Cluster, tmp_path: Path) -> None:
     run = Running(sandbox, tmp_path)
     dead = run.hosts(1)[0]
     try:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.jobs.failover import Mover
-from launch.jobs.handles import SlurmJob, Standing, ask_queue, job_of
-from launch.jobs.status import Point, find_point
+from launch.jobs.failover import PlacementFailover
+from launch.jobs.handles import JobStatus, SlurmJob, ask_queue, job_of
+from launch.jobs.status import RunStatus, find_run_status
 from launch.runs.folder import RunFolder
 from launch.scheduler.client import output_file
 from slurm.sandbox.cluster import Cluster
@@ -44,11 +44,11 @@ def test_detached_points_move_to_where_there_is_room(sandbox: Cluster, no_gpus: 
     text = run("launch", *words, *WORDS, cwd=tmp_path, SLURM_CONF=conf)
     said = "partition=low gres=gpu:9 is skipped: cluster.gres=gpu:9, and the best node of low has 2 of gpu"
     assert said in text
-    mover = int(text.split("process ")[1].split()[0])
+    failover = int(text.split("process ")[1].split()[0])
     folders = [RunFolder(path.parent) for path in (tmp_path / "outputs" / "s").glob("*/plan.json")]
     try:
         wait_for(lambda: all(of(folder, "finished") for folder in folders), "both points to finish elsewhere")
-        wait_for(lambda: not is_alive(mover), "the process that moved them to leave")
+        wait_for(lambda: not is_alive(failover), "the process that moved them to leave")
     finally:
         run("launch.cancel", "--now", "outputs/s", cwd=tmp_path, SLURM_CONF=conf)
     for folder in folders:
@@ -79,11 +79,11 @@ def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
     # The moment in which a job starts: it was seen waiting, and runs when it is to be moved.
     monkeypatch.setenv("SLURM_CONF", conf)
     folder.record_event("submitted", cluster="slurm", job_id=no_gpus, candidate=0)
-    point: Point = find_point(folder)
+    point: RunStatus = find_run_status(folder)
     assert isinstance(point.job, SlurmJob) and point.job.job_id == no_gpus
-    point.state, point.standing = "queued", Standing("queued", partition="low", since=1.0)
+    point.state, point.job_status = "queued", JobStatus("queued", partition="low", since=1.0)
     point.plan = None
-    assert Mover(Console()).step([point]) is None
+    assert PlacementFailover(Console()).step([point]) is None
     assert [event["event"] for event in folder.read_events()][-2:] == ["gave_up", "stayed"]
     assert sandbox.slurm("squeue", "-h", "-j", no_gpus, "-o", "%T").strip() == "RUNNING"
 
@@ -111,14 +111,14 @@ def test_a_point_that_waits_moves_to_another_cluster(
     assert here.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "CANCELLED"
     assert beta.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "COMPLETED"
 
-    # What status, logs and cancel ask and do, by the identity in the ledger, of a job that runs there.
+    # What status, logs and cancel ask and do, by the identity in the event log, of a job that runs there.
     monkeypatch.setenv("SLURM_CONF", conf)
     number = beta.slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap", "exec sleep 600").split(";")[0].strip()
     job = job_of({"cluster": "slurm", "job_id": number, "slurm_cluster": "beta"})
     assert isinstance(job, SlurmJob)
-    wait_for(lambda: job.standing(ask_queue([job])).state == "running", "the job to run")
+    wait_for(lambda: job.status(ask_queue([job])).state == "running", "the job to run")
     assert output_file(number, "beta") == Path("/dev/null") and output_file("999", "beta") is None
     job.take_out()
-    assert job.standing(ask_queue([job])).state == "running"
+    assert job.status(ask_queue([job])).state == "running"
     job.kill()
-    wait_for(lambda: job.standing(ask_queue([job])).state == "over", "the job to end")
+    wait_for(lambda: job.status(ask_queue([job])).state == "over", "the job to end")
