@@ -184,7 +184,7 @@ def test_bf16_rows_travel_as_bf16(tmp_path: Path) -> None:
         (["parallel.ep=2"], 4, "model.ffn=swiglu"),
         ([*MOE, "parallel.ep=3"], 4, "4 ranks that see different samples"),
         ([*MOE, "model.n_expert=6", "parallel.ep=4"], 8, "model.n_expert=6"),
-        ([*MOE, "parallel=hsdp", "parallel.dp_shard=2", "parallel.ep=4"], 4, "in one copy of the model"),
+        ([*MOE, "parallel=hsdp", "parallel.dp_shard=2", "parallel.ep=4"], 4, "in one replica of the model"),
         ([*MOE, "parallel=fsdp", "parallel.ep=2", "model.ffn_hidden=40"], 12, "6 ranks"),
         ([*MOE, "parallel=zero1", "parallel.ep=2"], 4, "zero1"),
         ([*MOE, "parallel.ep=2", "compile=default", "recompute=selective"], 4, "recompute=selective"),
