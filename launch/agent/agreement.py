@@ -32,7 +32,7 @@ class Report:
     most: int = 0
     """Largest count of questions."""
     least: int = 0
-    """Smallest count among the ranks that use the API."""
+    """Smallest count, 0 where a rank has yet to start: it would miss an earlier save if the next one were agreed on."""
 
 
 @dataclass
@@ -106,8 +106,7 @@ class Agreement:
         ticket, since = self._held[request]
         held = ticket if ticket and time.monotonic() >= since + SETTLE_S else 0  # before the counts are read
         calls = [file.calls(request) for file in self._ranks]
-        least = [file.calls(request) for file in self._ranks if file.is_open]
-        return Report(max(wishes, default=0), held, max(calls, default=0), min(least, default=0))
+        return Report(max(wishes, default=0), held, max(calls, default=0), min(calls, default=0))
 
     def _decide(self, request: Request, reports: Sequence[Report]) -> None:
         """On the head node: draw a ticket where somebody wants one, and settle the one that is out."""
