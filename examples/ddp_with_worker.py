@@ -10,7 +10,6 @@ The same file without the launcher: torchrun --nproc-per-node=2 examples/ddp_wit
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def save(step: int) -> None:
         state = {"step": step, "model": layers.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, newest.with_suffix(".tmp"))
         if run.is_current():  # otherwise a later start of the run owns the folder
-            os.replace(newest.with_suffix(".tmp"), newest)
+            newest.with_suffix(".tmp").replace(newest)
     dist.barrier()
     run.saved(step)
 

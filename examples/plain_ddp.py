@@ -51,5 +51,5 @@ for step in range(done + 1, args.steps + 1):
             newest.parent.mkdir(parents=True, exist_ok=True)
             state = {"step": step, "model": layers.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, newest.with_suffix(".tmp"))
-            os.replace(newest.with_suffix(".tmp"), newest)  # a kill in the middle leaves the one before whole
+            newest.with_suffix(".tmp").replace(newest)  # a kill in the middle leaves the one before whole
 dist.destroy_process_group()

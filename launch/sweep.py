@@ -159,9 +159,18 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
         stop_on_ctrl_c(points, console)
         raise SweepFailedError("stopped; the same command goes on from the last checkpoint", 130) from None
     report(plans, console)
+    show_progress_problems(points, console)
     failed = [point for point in points if point.state != "finished"]
     if failed:
         raise SweepFailedError("\n\n".join(explain(point) for point in failed), 1)
+
+
+def show_progress_problems(points: Sequence[RunStatus], console: Console) -> None:
+    """Say where ``script.progress`` did not find what it was meant to."""
+    for point in points:
+        causes = [event["cause"] for event in point.events() if event["event"].startswith("progress_")]
+        for cause in dict.fromkeys(causes):
+            console.print(f"warning: {point.name}: {cause}", highlight=False, markup=False)
 
 
 def submit(points: Sequence[RunStatus], console: Console) -> None:

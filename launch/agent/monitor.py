@@ -18,8 +18,9 @@ from launch.agent.hang_detector import NEARLY, Watchdog, stack_of
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
 from launch.agent.outcome import enter_lost_nodes
-from launch.agent.stop import OWNER, StopRequest
+from launch.agent.stop import OWNER, STOP_FILE, StopRequest
 from launch.config import Config
+from launch.runs import heartbeat
 from launch.runs.failures import enter_failure
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile
@@ -28,6 +29,9 @@ from launch.workload import RankContract
 if TYPE_CHECKING:
     from launch.agent.rendezvous import AgentGroup, RendezvousRound
     from launch.agent.workers import RankAgent
+
+
+STOP_FILE_S = 1.0  # a look asks a shared filesystem
 
 
 class Watch:
@@ -59,6 +63,8 @@ class Watch:
         files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
         self._agreement = Agreement(rdzv.number, node.index, rdzv.members, files)
         group.heartbeat.conversation = self._agreement
+        self._heartbeats = [heartbeats / str(rank) for rank in ranks]
+        self._looked_for_file = 0.0
         self._grace_s = config.resilience.grace_period_s
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
@@ -73,6 +79,8 @@ class Watch:
             self._stop.ask("the launcher is gone")
         if self._meter.poll(is_leaving=bool(self._stop.count)):
             self._stop.ask(BUDGET)
+        if self._finds_stop_file():
+            self._stop.ask(STOP_FILE)
         if self._stop.count:
             self._stop_ranks(agent)
         elif self.kill_reason is None:
@@ -84,6 +92,18 @@ class Watch:
             self._find_stuck(agent, NEARLY)
         if self.kill_reason is not None:
             agent.send(signal.SIGKILL)
+
+    def _finds_stop_file(self) -> bool:
+        """Whether somebody has put a file STOP into the run folder of ranks that do not look for it themselves.
+
+        Every agent looks, as a program that knows nothing of the launcher has only its own agent to tell it.
+        """
+        now = time.monotonic()
+        if self._stop.count or now - self._looked_for_file < STOP_FILE_S:
+            return False
+        self._looked_for_file = now
+        heard = any(heartbeat.read(path) is not None for path in self._heartbeats)
+        return not heard and (self._folder.path / STOP_FILE).exists()
 
     def _stop_ranks(self, agent: RankAgent) -> None:
         if not self._asked:

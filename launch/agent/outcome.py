@@ -24,7 +24,7 @@ from launch.agent.restart_policy import (
     cause_of_signal,
     decide,
 )
-from launch.agent.stop import StopRequest
+from launch.agent.stop import STOP_FILE, StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.runs.events import since_submission
@@ -214,8 +214,10 @@ def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
 def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
     """Say in the event log where the ranks were ended before they could save."""
     if not any(e["event"] == "stopped" and e.get("attempt") == attempt for e in folder.read_events()):
-        why = "ended before it could save"
-        folder.record_event("stopped", attempt=attempt, step=None, signal=stop.name, cause=why)
+        asked = {"signal": stop.name, "file": STOP_FILE if stop.name == STOP_FILE else None}
+        folder.record_event("stopped", attempt=attempt, step=None, cause="ended before it could save", **asked)
+    if stop.name == STOP_FILE:  # so that the next start does not obey it again
+        (folder.path / STOP_FILE).unlink(missing_ok=True)
 
 
 def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:

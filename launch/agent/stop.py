@@ -13,6 +13,10 @@ OWNER = "LAUNCH_OWNER_PID"
 """Process of the launcher that started a local run; without it the run stops too."""
 
 
+STOP_FILE = "STOP"
+"""File in a run folder that asks its run to save and leave; also what asks an agent then, in place of a signal."""
+
+
 class StopRequest:
     """SIGTERM or SIGUSR2 ask the ranks to save and leave.
 

@@ -31,7 +31,7 @@ from launch.agent.monitor import Watch
 from launch.agent.node import Node, interface_of
 from launch.agent.progress import Progress
 from launch.agent.rendezvous import AgentGroup, RendezvousRound
-from launch.agent.stop import StopRequest
+from launch.agent.stop import STOP_FILE, StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.runs import heartbeat
@@ -305,7 +305,8 @@ def record_end(folder: RunFolder, node: Node, rdzv: RendezvousRound, stop: StopR
         folder.record_event("stopped", attempt=rdzv.attempt, step=step, node=node.index, asks_for_requeue=True)
     elif node.index == rdzv.members[0] and not has_told_its_end(folder, rdzv.attempt):
         event = "stopped" if stop.count else "finished"
-        folder.record_event(event, attempt=rdzv.attempt, step=step, signal=stop.name or None)
+        asked = {"signal": stop.name or None, "file": STOP_FILE if stop.name == STOP_FILE else None}
+        folder.record_event(event, attempt=rdzv.attempt, step=step, **asked)
 
 
 def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
