@@ -50,10 +50,18 @@ def test_what_is_for_a_cluster_is_planned(command: str, tmp_path: Path) -> None:
     assert "on slurm" in text
 
 
-@pytest.mark.parametrize("command", [c for c in commands("python -m launch ") if "slurm" not in c])
+@pytest.mark.parametrize(
+    "command", [c for c in commands("python -m launch ") if not {"cluster=slurm", "workload=script"} & {*c.split()}]
+)
 def test_what_is_for_this_machine_runs(command: str, tmp_path: Path) -> None:
     text = run("launch", *shlex.split(command)[3:], *SMALL, cwd=tmp_path)
     assert "finished  step 12/12" in text
+
+
+def test_a_script_is_launched(tmp_path: Path) -> None:
+    (command,) = (c for c in commands("python -m launch ") if "workload=script" in c)
+    text = run("launch", *shlex.split(command)[3:], f"output_dir={tmp_path}", cwd=ROOT)
+    assert text.count(" finished ") >= 2 and "Strong scaling of ddp_with_worker" in text
 
 
 @pytest.fixture(scope="module")
