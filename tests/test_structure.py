@@ -241,6 +241,14 @@ def test_every_yaml_composes(path: Path, tmp_path: Path) -> None:
     }.get(group, [f"{group}={option}"])
     if group == "data" and option in ("text", "files", "tokens"):
         words.append(f"data.path={text}")
+    # What these two leave to be said.
+    named = {
+        "workload/script.yaml": ["script.module=train"],
+        "workload/custom.yaml": [
+            "workload._target_=launch.script.ScriptWorkload", "++script.module=train", "++name=train",
+        ],
+    }  # fmt: skip
+    words += named.get(path.as_posix(), [])
     composed = compose_launch(words)
     config = typed_config(composed)
     config.validate()
