@@ -170,7 +170,7 @@ def submit(points: Sequence[RunStatus], console: Console) -> None:
     Raises:
         SweepFailedError: sbatch refused. What it had taken before goes on.
     """
-    from launch.jobs.handles import Waiting
+    from launch.jobs.handles import LocalQueueEntry
     from launch.jobs.submit import record_submitted, shapes, submit_somewhere
 
     by_folder = {str(point.folder.path): point for point in points}
@@ -194,7 +194,7 @@ def submit(points: Sequence[RunStatus], console: Console) -> None:
             console.print(f"{point.name}: job {job.name}{at}", highlight=False, markup=False)
     for point in points:
         if point.job is None:
-            Waiting(point.folder).enter(point.events_before)
+            LocalQueueEntry(point.folder).enter(point.events_before)
 
 
 def sweep_folder(plans: Sequence[Plan]) -> Path:

@@ -207,7 +207,7 @@ def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
     return f"{kind} {job.name}, {status.state}"
 
 
-class Waiting:
+class LocalQueueEntry:
     """A local point that waits for the ones before it, noted in its folder while its launcher lives."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -223,7 +223,7 @@ class Waiting:
         """The point starts, or never will."""
         self._note.unlink(missing_ok=True)
 
-    def since(self) -> int | None:
+    def events_before(self) -> int | None:
         """The number of events that are history; None where the point does not wait, or its launcher is gone."""
         try:
             host, pid, start, events_before = self._note.read_text().split()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.jobs.handles import JobStatus, SlurmJob, Waiting
+from launch.jobs.handles import JobStatus, LocalQueueEntry, SlurmJob
 from launch.jobs.status import find_run_status, outcome
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -147,13 +147,13 @@ def test_slurms_words_are_put_into_ours() -> None:
 def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.record_event("submitted", cluster="local", job_id="1", host="elsewhere")
-    assert Waiting(folder).since() is None
-    Waiting(folder).enter(1)
-    assert Waiting(folder).since() == 1
+    assert LocalQueueEntry(folder).events_before() is None
+    LocalQueueEntry(folder).enter(1)
+    assert LocalQueueEntry(folder).events_before() == 1
     assert find_run_status(folder).job is None
     note = folder.path / ".launch" / "waiting"
     host, pid, born, count = note.read_text().split()
     note.write_text(f"{host} {pid} {int(born) + 1} {count}")  # another process under the same id
-    assert Waiting(folder).since() is None
+    assert LocalQueueEntry(folder).events_before() is None
     point = find_run_status(folder)
     assert point.job is not None and point.job.status({}).state == "unknown"
