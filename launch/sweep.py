@@ -124,7 +124,7 @@ def refuse_running(plan: Plan) -> None:
 
     running = running_job(RunFolder(plan.run_dir).read_events())
     if running is not None:
-        waits = running.endswith("queued") and plan.placement.is_watched
+        waits = running.endswith("pending") and plan.placement.is_watched
         move = f"; where its launcher is gone, python -m launch.move {quote(plan.run_dir)} moves it on" if waits else ""
         raise ConfigError(
             f"{plan.run_dir} is being worked on by {running}",
@@ -257,7 +257,7 @@ def explain(point: RunStatus) -> str:
         return f"{head}; the first agent's last words ({log}):\n{lines}"
     if point.state == "failed":
         return f"{head}; nothing was recorded in {point.folder.path}"
-    if point.state == "gave up":
+    if point.state == "placement_timeout":
         return f"{head}; the same command submits it again"
     return head
 

@@ -84,7 +84,7 @@ class Display:
             )
             for point in points:
                 self._tasks[id(point)] = self._bars.add_task(
-                    point.name, total=point.max_steps, state="queued", progress=""
+                    point.name, total=point.max_steps, state="pending", progress=""
                 )
             self._bars.start()
 

@@ -92,7 +92,7 @@ class PlacementFailover:
 
     def _waiting(self, point: RunStatus, now: float) -> PendingRun | None:
         """The point, where it waits and somebody has to move it or to give up."""
-        if not isinstance(point.job, SlurmJob) or point.state not in ("queued", "running"):
+        if not isinstance(point.job, SlurmJob) or point.state not in ("pending", "running"):
             return None
         plan, events = promised(point), point.events()
         if plan is None or not plan.placement.is_watched:

@@ -20,7 +20,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.scheduler.client import RETRIES, JobState, SlurmError
 
-OVER = ("finished", "failed", "stopped", "cancelled", "budget", "gave up")
+OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
 ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
 
 
@@ -39,8 +39,8 @@ class RunStatus:
     """Attempts there were before this submission: their records are history."""
     events_before: int = 0
     """Events there were before this submission."""
-    state: str = "queued"
-    """queued, running, one of OVER, ``not started``, or ``unknown``."""
+    state: str = "pending"
+    """pending, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
     """Why it waits, or how Slurm says it ended."""
     job_status: JobStatus = field(default_factory=lambda: JobStatus("unknown"))
@@ -143,7 +143,7 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
             point.state, point.detail = state_between_places(point.events(), out) or (outcome(point), status.detail)
-        if point.state == "budget":
+        if point.state == "budget_exceeded":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
 
 
@@ -165,9 +165,9 @@ def state_between_places(events: Sequence[dict[str, Any]], is_out: bool) -> tupl
     """State and detail of a point whose launcher took it out of the queue, to put it elsewhere or for good."""
     last = last_placed(events)
     if last is not None and last["event"] == "gave_up":
-        return "gave up", str(last["cause"])
+        return "placement_timeout", str(last["cause"])
     if last is not None and last["event"] == "moved" and is_out and all(e["event"] != "cancelled" for e in events):
-        return "queued", f"on its way to {last['to']}"
+        return "pending", f"on its way to {last['to']}"
     return None
 
 
@@ -186,7 +186,7 @@ def state_without_job(point: RunStatus) -> tuple[str, str]:
     events = point.events()
     cancelled = any(e["event"] == "cancelled" for e in events)
     if LocalQueueEntry(point.folder).events_before() is not None:
-        return ("cancelled", "") if cancelled else ("queued", "after the points before it")
+        return ("cancelled", "") if cancelled else ("pending", "after the points before it")
     if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in events_since_start(events)}:
         return outcome(point), ""
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
@@ -197,8 +197,8 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
     for point in points:
         if isinstance(point.job, SlurmJob):
             ended = ENDED & {e["event"] for e in events_since_start(point.events())}
-            gave_up = state_between_places(point.events(), is_out=False)
-            point.state = gave_up[0] if gave_up else outcome(point) if ended or point.failure() else "unknown"
+            timed_out = state_between_places(point.events(), is_out=False)
+            point.state = timed_out[0] if timed_out else outcome(point) if ended or point.failure() else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
 
@@ -221,7 +221,7 @@ def outcome(point: RunStatus) -> str:
     if "finished" in names:
         return "finished"
     if ended is not None:
-        return "cancelled" if ended["event"] == "cancelled" else "budget"
+        return "cancelled" if ended["event"] == "cancelled" else "budget_exceeded"
     return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 

@@ -102,13 +102,13 @@ def test_a_wait_begins_anew_only_after_the_point_has_run(words: list[str], since
 
 OUT, RUNS = JobState("CANCELLED", "None"), JobState("RUNNING", "None")
 STATES = [
-    (["submitted", "moved"], OUT, ("queued", "on its way to p1")),
-    (["submitted", "moved"], None, ("queued", "on its way to p1")),
+    (["submitted", "moved"], OUT, ("pending", "on its way to p1")),
+    (["submitted", "moved"], None, ("pending", "on its way to p1")),
     (["submitted", "moved", "stayed"], OUT, ("failed", "CANCELLED")),
     (["submitted", "moved", "cancelled"], OUT, ("cancelled", "CANCELLED")),
     (["submitted", "moved", "started", "finished"], None, ("finished", "")),
     (["submitted", "moved", "submitted+"], RUNS, ("running", "")),
-    (["submitted", "gave_up"], OUT, ("gave up", "x")),
+    (["submitted", "gave_up"], OUT, ("placement_timeout", "x")),
     (["submitted", "gave_up", "started"], RUNS, ("running", "")),
     (["submitted", "gave_up", "submitted"], RUNS, ("running", "")),
 ]

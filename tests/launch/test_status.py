@@ -61,7 +61,7 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: list(tmp_path.glob("outputs/s/*/metrics/rank_00000.jsonl")), "the first step")
     told = {r["state"]: RunFolder(r["run_dir"]) for r in status(cwd=tmp_path)}
-    assert sorted(told) == ["queued", "running"]
+    assert sorted(told) == ["pending", "running"]
     for pid in ranks_of(descendants(process.pid)).values():
         os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
     text = run("launch.cancel", "outputs/s", "--now", cwd=tmp_path)
@@ -69,7 +69,7 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     assert process.wait(timeout=120) == 1
     ran = names(told["running"])
     assert "saved" not in ran[ran.index("cancelled") :]
-    assert names(told["queued"]) == ["cancelled"]
+    assert names(told["pending"]) == ["cancelled"]
     assert [r["state"] for r in status(cwd=tmp_path)] == ["cancelled", "cancelled"]
 
 
@@ -135,11 +135,11 @@ def test_slurms_words_are_put_into_ours() -> None:
 
     assert status("RUNNING") == JobStatus("running")
     assert status("COMPLETING") == JobStatus("running", "COMPLETING")
-    assert status("PENDING", "Resources") == JobStatus("queued", "Resources", reason="Resources")
+    assert status("PENDING", "Resources") == JobStatus("pending", "Resources", reason="Resources")
     assert status("PENDING", "Priority", "2026-01-02T03:04:05") == JobStatus(
-        "queued", "Priority, starts 2026-01-02T03:04:05", reason="Priority"
+        "pending", "Priority, starts 2026-01-02T03:04:05", reason="Priority"
     )
-    assert status("REQUEUED") == JobStatus("queued")
+    assert status("REQUEUED") == JobStatus("pending")
     assert status("COMPLETED") == JobStatus("over")
     assert status("NODE_FAIL") == JobStatus("over", "NODE_FAIL")
 
