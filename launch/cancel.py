@@ -26,7 +26,7 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     problem = poll(points)
     if problem is not None:
         raise problem
-    ours = [point for point in points if point.state in ("queued", "running")]
+    ours = [point for point in points if point.state in ("pending", "running")]
     for point in points:
         if point not in ours:
             why = f", {point.detail}" if point.detail else ""

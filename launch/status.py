@@ -31,7 +31,7 @@ WIDE = 1000
 
 def as_dict(point: RunStatus) -> dict[str, Any]:
     """What is known of a point; what is not is absent."""
-    failure = point.failure() if point.state in ("failed", "running", "queued") else None
+    failure = point.failure() if point.state in ("failed", "running", "pending") else None
     known = {
         "point": point.name,
         "run_dir": str(point.folder.path),
@@ -55,7 +55,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
 
 def waiting_s(point: RunStatus) -> float | None:
     """Seconds the point has waited where it is; None where it does not wait, or Slurm does not say."""
-    since = point.job_status.since if point.state == "queued" else None
+    since = point.job_status.since if point.state == "pending" else None
     return None if since is None else max(0.0, time.time() - since)
 
 

@@ -124,7 +124,7 @@ def refuse_running(plan: Plan) -> None:
 
     running = running_job(RunFolder(plan.run_dir).read_events())
     if running is not None:
-        waits = running.endswith("queued") and plan.placement.is_watched
+        waits = running.endswith("pending") and plan.placement.is_watched
         move = f"; where its launcher is gone, python -m launch.move {quote(plan.run_dir)} moves it on" if waits else ""
         raise ConfigError(
             f"{plan.run_dir} is being worked on by {running}",
@@ -179,7 +179,7 @@ def submit(points: Sequence[RunStatus], console: Console) -> None:
     Raises:
         SweepFailedError: sbatch refused. What it had taken before goes on.
     """
-    from launch.jobs.handles import Waiting
+    from launch.jobs.handles import LocalQueueEntry
     from launch.jobs.submit import record_submitted, shapes, submit_somewhere
 
     by_folder = {str(point.folder.path): point for point in points}
@@ -203,7 +203,7 @@ def submit(points: Sequence[RunStatus], console: Console) -> None:
             console.print(f"{point.name}: job {job.name}{at}", highlight=False, markup=False)
     for point in points:
         if point.job is None:
-            Waiting(point.folder).enter(point.events_before)
+            LocalQueueEntry(point.folder).enter(point.events_before)
 
 
 def sweep_folder(plans: Sequence[Plan]) -> Path:
@@ -266,7 +266,7 @@ def explain(point: RunStatus) -> str:
         return f"{head}; the first agent's last words ({log}):\n{lines}"
     if point.state == "failed":
         return f"{head}; nothing was recorded in {point.folder.path}"
-    if point.state == "gave up":
+    if point.state == "placement_timeout":
         return f"{head}; the same command submits it again"
     return head
 

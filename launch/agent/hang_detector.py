@@ -28,7 +28,7 @@ NEARLY = 0.8
 
 
 @dataclass(frozen=True)
-class Stuck:
+class StuckRank:
     """A rank that does not go on."""
 
     rank: int
@@ -71,7 +71,7 @@ class Watchdog:
         self._printed: dict[int, tuple[int, float]] = {}
         """Size of each rank's log, and when it last grew."""
 
-    def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[Stuck]:
+    def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
         """Those of ``ranks`` (rank: process id) that have been silent for ``share`` of their limit, longest first.
 
         After a pause of this process itself (``scontrol suspend`` stops all alike) every limit begins anew.
@@ -83,7 +83,7 @@ class Watchdog:
         found = [self._check(rank, pid, now, share) for rank, pid in ranks.items()]
         return sorted((stuck for stuck in found if stuck is not None), key=lambda stuck: stuck.since)
 
-    def _check(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check(self, rank: int, pid: int, now: float, share: float) -> StuckRank | None:
         last = heartbeat.read(self._folder / str(rank))
         if last is None:
             return self._check_start(rank, pid, now, share) or self._check_log(rank, pid, now, share)
@@ -98,13 +98,13 @@ class Watchdog:
             return _stuck(rank, last.pid, last.step, why, silent)
         return None
 
-    def _check_start(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check_start(self, rank: int, pid: int, now: float, share: float) -> StuckRank | None:
         silent = now - self._started
         if not self._must_attach or silent <= self._limits.startup_and_save_timeout_s * share:
             return None
-        return Stuck(rank, pid, None, f"not started after {silent:.0f} s", time.time() - silent, has_stacks=False)
+        return StuckRank(rank, pid, None, f"not started after {silent:.0f} s", time.time() - silent, has_stacks=False)
 
-    def _check_log(self, rank: int, pid: int, now: float, share: float) -> Stuck | None:
+    def _check_log(self, rank: int, pid: int, now: float, share: float) -> StuckRank | None:
         if self._silence_timeout_s is None or rank not in self._logs:
             return None
         size = _size(self._logs[rank])
@@ -116,14 +116,14 @@ class Watchdog:
         if silent <= self._silence_timeout_s * share:
             return None
         why = f"hung: nothing printed for {silent:.0f} s"
-        return Stuck(rank, pid, None, why, time.time() - silent, has_stacks=False)
+        return StuckRank(rank, pid, None, why, time.time() - silent, has_stacks=False)
 
     def _limit(self, last: RankHeartbeat) -> float:
         return self._limits.startup_and_save_timeout_s if last.phase in SLOW else self._limits.hang_timeout_s
 
 
-def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> Stuck:
-    return Stuck(rank, pid, step, why, time.time() - silent)
+def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> StuckRank:
+    return StuckRank(rank, pid, step, why, time.time() - silent)
 
 
 def stack_of(pid: int, log: Path) -> str:

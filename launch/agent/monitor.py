@@ -17,7 +17,7 @@ from launch.agent.agreement import Agreement
 from launch.agent.hang_detector import NEARLY, Watchdog, stack_of
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
-from launch.agent.outcome import enter_lost_nodes
+from launch.agent.outcome import record_lost_nodes
 from launch.agent.stop import OWNER, STOP_FILE, StopRequest
 from launch.config import Config
 from launch.runs import heartbeat
@@ -136,5 +136,5 @@ class Watch:
         if not self._node.is_head:
             return "the head node is lost" if self._group.head_is_lost() else None
         lost = self._group.find_silent(self._round)
-        enter_lost_nodes(self._folder, self._round.attempt, lost)
+        record_lost_nodes(self._folder, self._round.attempt, lost)
         return f"node {lost[0].host} is lost" if lost else None

@@ -27,13 +27,13 @@ from launch.agent.restart_policy import (
 from launch.agent.stop import STOP_FILE, StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
-from launch.runs.events import since_submission
+from launch.runs.events import events_since_submission
 from launch.runs.failures import failure_text, first_failure
 from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import AgentGroup, Lost, RendezvousRound
+    from launch.agent.rendezvous import AgentGroup, LostNode, RendezvousRound
 
 TAKE_OVER_S = 3.0
 UNRELIABLE = 2
@@ -62,7 +62,7 @@ def close_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     Raises:
         RunFailedError: the limits are used up.
     """
-    events = since_submission(folder.read_events())
+    events = events_since_submission(folder.read_events())
     ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     lost = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
     moved = any(e["event"] == "moved" for e in events)  # a preempted run that waited for long: another job goes on
@@ -82,7 +82,7 @@ def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
     """Decide what follows an attempt whose end, for ``cause``, is the last thing in the event log."""
     limits = config.resilience
     resumes = workload_of(config).contract(config, config.world_size).resumes
-    events = since_submission(folder.read_events())
+    events = events_since_submission(folder.read_events())
     return decide(events, cause, limits.max_restarts, limits.max_without_progress, resumes)
 
 
@@ -142,7 +142,7 @@ def cause_of_crash(
     lost = any(index in group.lost for index in rdzv.members)
     if not lost and (failure is None or failure.get("echo")):
         found = group.find_reason(rdzv)
-        enter_lost_nodes(folder, rdzv.attempt, found)
+        record_lost_nodes(folder, rdzv.attempt, found)
         lost = bool(found)
     return Cause.node_failed if lost else cause_of_failure(failure)
 
@@ -157,7 +157,7 @@ def apply_decision(
         RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
     """
     folder.record_event("attempt_ended", attempt=attempt, cause=cause, signal=signal)
-    events = since_submission(folder.read_events())
+    events = events_since_submission(folder.read_events())
     decision = decide_next(folder, config, cause)
     if decision.action is Action.requeue and cause is Cause.requested and not node.is_slurm:
         decision = Decision(Action.restart, f"{decision.reason}; there is no queue here")
@@ -178,8 +178,8 @@ def handle_missing_nodes(folder: RunFolder, node: Node, config: Config, group: A
     Raises:
         RunFailedError: the job cannot be requeued, or its limits are used up.
     """
-    known = {e["host"] for e in since_submission(folder.read_events()) if e["event"] == "node_lost"}
-    enter_lost_nodes(folder, None, [lost for lost in group.lost.values() if lost.host not in known])
+    known = {e["host"] for e in events_since_submission(folder.read_events()) if e["event"] == "node_lost"}
+    record_lost_nodes(folder, None, [lost for lost in group.lost.values() if lost.host not in known])
     apply_decision(
         folder, node, config, None, Cause.node_failed, f"{lost_text(group.lost.values())}: {why}", group=group
     )
@@ -192,7 +192,7 @@ def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str)
         RunFailedError: always where this node could do nothing more; the job's end is the head node's.
     """
     time.sleep(TAKE_OVER_S * (node.index - 1))  # those before this one come first
-    events = since_submission(folder.read_events())
+    events = events_since_submission(folder.read_events())
     attempt = max((e["attempt"] for e in events if e["event"] == "started"), default=None)
     settled = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     if (attempt in settled and attempt is not None) or not node.is_slurm:
@@ -207,7 +207,7 @@ def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str)
 
 def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
     """Hosts that failed more than once since the command was typed: lost, or with a rank that hung."""
-    guilty = [e for e in since_submission(events) if e["event"] == "node_lost" or e.get("hung")]
+    guilty = [e for e in events_since_submission(events) if e["event"] == "node_lost" or e.get("hung")]
     return sorted(host for host, count in Counter(e["host"] for e in guilty).items() if count >= UNRELIABLE)
 
 
@@ -222,7 +222,7 @@ def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> N
 
 def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
     """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals."""
-    events = since_submission(folder.read_events())
+    events = events_since_submission(folder.read_events())
     by_hand = any(e["event"] == "cancelled" for e in events)
     by_file = any(e["event"] == "stopped" and e.get("attempt") == attempt and e.get("file") for e in events)
     if by_hand or by_file or not node.is_slurm:
@@ -272,12 +272,12 @@ def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str
         folder.record_event("not_excluded", hosts=list(hosts), cause=str(error))
 
 
-def enter_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[Lost]) -> None:
+def record_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[LostNode]) -> None:
     """Write into the event log that nodes are lost, by name."""
     for one in lost:
         folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
 
 
-def lost_text(lost: Iterable[Lost]) -> str:
+def lost_text(lost: Iterable[LostNode]) -> str:
     """The lost nodes, for people."""
     return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)

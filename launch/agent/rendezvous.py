@@ -42,7 +42,7 @@ class RendezvousRound:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostNode:
     """A node of which nothing is heard any more."""
 
     index: int
@@ -69,7 +69,7 @@ class AgentGroup:
         self.heartbeat = heartbeat
         self.address = address
         """Address of this node, as the others reach it."""
-        self.lost: dict[int, Lost] = {}
+        self.lost: dict[int, LostNode] = {}
         """On the head node: those that take no more part in this job."""
         self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the round before
 
@@ -122,12 +122,12 @@ class AgentGroup:
         write_endpoint(self._folder, self._node, over=True, failure=failure)
         self.heartbeat.publish(over=True, failure=failure)
 
-    def find_silent(self, rdzv: RendezvousRound) -> list[Lost]:
+    def find_silent(self, rdzv: RendezvousRound) -> list[LostNode]:
         """Members of a round from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
         limit = self._limits.node_timeout_s
         return [self._lose(i, s, limit) for i in rdzv.members if i and (s := self._silence(i)) > limit]
 
-    def find_reason(self, rdzv: RendezvousRound) -> list[Lost]:
+    def find_reason(self, rdzv: RendezvousRound) -> list[LostNode]:
         """After a connection was lost: ask every other member for a heartbeat, and lose those that give none."""
         waiting = {index: self._said(index, "beat") for index in rdzv.members if index and index not in self.lost}
         limit = min(ECHO_S, self._limits.node_timeout_s)
@@ -193,10 +193,10 @@ class AgentGroup:
             return self._node.host
         return str(self.heartbeat.heard.get(index, {}).get("host") or self._node.host_of(index))
 
-    def _lose(self, index: int, silent: float, limit: float) -> Lost:
+    def _lose(self, index: int, silent: float, limit: float) -> LostNode:
         came = self.heartbeat.silence(index) is not None
         why = f"nothing heard for {silent:.0f} s" if came else f"did not show up in {limit:.0f} s"
-        self.lost[index] = Lost(index, self._host(index), why)
+        self.lost[index] = LostNode(index, self._host(index), why)
         return self.lost[index]
 
     # On the other nodes.

@@ -65,7 +65,7 @@ def settle(facts: Facts, request: Request) -> Placement:
     for index, (_, config) in enumerate(placement.configs(request.config)):
         errors = [finding for finding in check_at(facts, request, "", config) if finding.level is Level.error]
         if errors:
-            settled = settled.without(index, "; ".join(finding.found for finding in errors))
+            settled = settled.rule_out(index, "; ".join(finding.found for finding in errors))
     return settled
 
 
@@ -99,7 +99,7 @@ def settle_placements(plans: Sequence[Plan], configs: Sequence[Config], console:
     for request in requests_of([[plan] for plan in listed], by_folder, seen):
         placement = settle(seen, request)
         refuse_impossible(request.plan.point, placement)
-        settled[request.plan.run_dir] = request.plan.placed(placement)
+        settled[request.plan.run_dir] = request.plan.replace_placement(placement)
         for candidate in placement.candidates:
             if candidate.never:
                 skipped.setdefault(f"{candidate.name} is skipped: {candidate.never}", []).append(request.plan.point)

@@ -122,7 +122,7 @@ def run_on_cluster(
     largest = max(requests, key=lambda request: (request.plan.nodes, request.plan.world_size))
     settled = candidates.settle(seen, largest)
     if settled.possible:
-        largest = replace(largest, plan=largest.plan.placed(settled))
+        largest = replace(largest, plan=largest.plan.replace_placement(settled))
     try:
         results = on_cluster.measure(
             largest, Path(seen.output.path), wait_min, lambda line: console.print(line, highlight=False, markup=False)

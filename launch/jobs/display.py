@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from launch.jobs.failover import PlacementFailover
-from launch.jobs.handles import SlurmJob, Waiting
+from launch.jobs.handles import LocalQueueEntry, SlurmJob
 from launch.jobs.status import RunStatus, poll
 from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, start_local
@@ -84,7 +84,7 @@ class Display:
             )
             for point in points:
                 self._tasks[id(point)] = self._bars.add_task(
-                    point.name, total=point.max_steps, state="queued", progress=""
+                    point.name, total=point.max_steps, state="pending", progress=""
                 )
             self._bars.start()
 
@@ -157,7 +157,7 @@ def start_next_local(points: Sequence[RunStatus]) -> None:
     if any(p.job is not None for p in local):
         return
     for point in local:
-        Waiting(point.folder).leave()
+        LocalQueueEntry(point.folder).leave()
         if is_cancelled(point):
             point.state = "cancelled"
             continue

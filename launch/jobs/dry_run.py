@@ -35,7 +35,7 @@ def elsewhere(group: Sequence[Plan]) -> Iterator[str]:
     """The lines of the batch script that differ at the other candidates of a placement."""
     placement, first = group[0].placement, sbatch_text(group).splitlines()
     for index in placement.possible[1:]:
-        there = sbatch_text([plan.at(index) for plan in group]).splitlines()
+        there = sbatch_text([plan.choose_candidate(index) for plan in group]).splitlines()
         gone = [f"- {line}" for line in first if line not in there]
         new = [f"+ {line}" for line in there if line not in first]
         yield "\n".join([f"at {placement.candidates[index].name} it differs in:", *gone, *new])

@@ -24,7 +24,7 @@ from launch.jobs.handles import SlurmJob, ask_queue, job_of
 from launch.jobs.status import RunStatus, last_placed
 from launch.jobs.stop import Stop
 from launch.jobs.submit import record_submitted, shapes, submit_somewhere
-from launch.plan.placement import Candidate, Placement, Step, counts, decide, minutes, waiting_since
+from launch.plan.placement import Candidate, Placement, Step, decide, minutes, waiting_since, waits_for_room
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
 from launch.scheduler.client import JobState, SlurmBusyError, SlurmError
@@ -34,7 +34,7 @@ LEAVE_POLL_S = 0.5
 
 
 @dataclass
-class Pending:
+class PendingRun:
     """A point in the queue, or between two places."""
 
     point: RunStatus
@@ -90,9 +90,9 @@ class PlacementFailover:
                 return error
         return None
 
-    def _waiting(self, point: RunStatus, now: float) -> Pending | None:
+    def _waiting(self, point: RunStatus, now: float) -> PendingRun | None:
         """The point, where it waits and somebody has to move it or to give up."""
-        if not isinstance(point.job, SlurmJob) or point.state not in ("queued", "running"):
+        if not isinstance(point.job, SlurmJob) or point.state not in ("pending", "running"):
             return None
         plan, events = promised(point), point.events()
         if plan is None or not plan.placement.is_watched:
@@ -105,18 +105,18 @@ class PlacementFailover:
             last = last_placed(events)
             if last is None or last["event"] != "moved":  # somebody else has just moved it
                 return None
-            return Pending(point, plan, last["candidate"], now, last["waiting_since"])
+            return PendingRun(point, plan, last["candidate"], now, last["waiting_since"])
         if status.since is None:
             return None
-        if not counts(status.reason):
+        if not waits_for_room(status.reason):
             self._excused[point.job.name] = now
             return None
         excused = self._excused.get(point.job.name, 0.0)
         at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
         since = waiting_since(events, status.since)
-        return Pending(point, plan, at, max(status.since, excused), max(since, excused))
+        return PendingRun(point, plan, at, max(status.since, excused), max(since, excused))
 
-    def _take_out(self, due: Sequence[Pending], now: float) -> list[Pending]:
+    def _take_out(self, due: Sequence[PendingRun], now: float) -> list[PendingRun]:
         """Take points out of the queue; those that are on their way to another place, with that as theirs."""
         asked = [w for w in due if not w.is_between]
         for w in asked:
@@ -135,7 +135,7 @@ class PlacementFailover:
                 on_their_way.append(w)
         return on_their_way
 
-    def _note(self, w: Pending, step: Step, now: float) -> None:
+    def _note(self, w: PendingRun, step: Step, now: float) -> None:
         """Enter the move into the event log before Slurm hears of it: whoever comes after a crash then knows."""
         assert w.point.job is not None
         waited = f"{minutes(now - w.since_here)} in {w.place.name or 'the queue'}"
@@ -153,14 +153,14 @@ class PlacementFailover:
         w.point.folder.record_event("moved", **known, to=to, candidate=step.move_to, cause=waited)
         self._say(f"{w.name}: waited {waited}, moves to {to}")
 
-    def _submit(self, moving: Sequence[Pending]) -> None:
+    def _submit(self, moving: Sequence[PendingRun]) -> None:
         """Submit points to where they are on their way to, one job for each shape."""
         by_folder = {w.plan.run_dir: w for w in moving}
         for candidate in sorted({w.at for w in moving}):
             for group in shapes([w.plan for w in moving if w.at == candidate]):
                 self._submit_group([by_folder[plan.run_dir] for plan in group], candidate)
 
-    def _submit_group(self, group: Sequence[Pending], candidate: int) -> None:
+    def _submit_group(self, group: Sequence[PendingRun], candidate: int) -> None:
         """Submit points of one shape, to the first place from ``candidate`` on that sbatch does not refuse."""
         try:
             done = submit_somewhere([w.plan for w in group], candidate)
@@ -198,11 +198,11 @@ def promised(point: RunStatus) -> Plan | None:
     placement: Placement = plan.placement
     for event in point.events():
         if event["event"] == "refused":
-            placement = placement.without(event["candidate"], event["cause"])
+            placement = placement.rule_out(event["candidate"], event["cause"])
     lost = sorted({host for event in point.events() if event["event"] == "excluded" for host in event["hosts"]})
     if lost:
-        placement = placement.excluding(lost)
-    return plan.placed(placement) if placement.possible else None
+        placement = placement.exclude_hosts(lost)
+    return plan.replace_placement(placement) if placement.possible else None
 
 
 def is_watched(point: RunStatus) -> bool:
@@ -218,7 +218,7 @@ def note_that_it_stayed(point: RunStatus) -> None:
         point.folder.record_event("stayed", cause="it has started meanwhile, or Slurm did not take it out of the queue")
 
 
-def is_current(w: Pending) -> bool:
+def is_current(w: PendingRun) -> bool:
     """Whether nobody else has moved the point or cancelled it since it was looked at."""
     events = w.point.events()
     submitted = [job_of(e).name for e in events if e["event"] == "submitted"]

@@ -27,7 +27,7 @@ SECOND_SIGNAL_S = 0.5  # two signals that are pending at the same time count as 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """``queued``, ``running``, ``over``, or ``unknown`` where it cannot be told from here; and why."""
+    """``pending``, ``running``, ``over``, or ``unknown`` where it cannot be told from here; and why."""
 
     state: str
     detail: str = ""
@@ -102,11 +102,11 @@ class SlurmJob:
         reason = known.reason.replace("None", "")
         detail = ", ".join(part for part in (reason, starts) if part)
         pending = known.state == "PENDING"  # and not, say, waiting for its nodes to boot
-        return JobStatus("queued", detail, known.partition, known.submitted if pending else None, reason)
+        return JobStatus("pending", detail, known.partition, known.submitted if pending else None, reason)
 
     def stop(self, state: str) -> None:
         """A job that waits is taken out of the queue; the agents of one that runs turn SIGTERM into a save."""
-        if state == "queued":
+        if state == "pending":
             self.take_out()
         else:
             scheduler.signal_job(self.job_id, "TERM", self.cluster)
@@ -201,13 +201,13 @@ def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     job = job_of(submitted[-1])
     status = job.status(ask_queue([job]))
-    if status.state not in ("queued", "running"):
+    if status.state not in ("pending", "running"):
         return None
     kind = "process" if isinstance(job, LocalJob) else "job"
     return f"{kind} {job.name}, {status.state}"
 
 
-class Waiting:
+class LocalQueueEntry:
     """A local point that waits for the ones before it, noted in its folder while its launcher lives."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -223,7 +223,7 @@ class Waiting:
         """The point starts, or never will."""
         self._note.unlink(missing_ok=True)
 
-    def since(self) -> int | None:
+    def events_before(self) -> int | None:
         """The number of events that are history; None where the point does not wait, or its launcher is gone."""
         try:
             host, pid, start, events_before = self._note.read_text().split()

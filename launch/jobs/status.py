@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.jobs.handles import Job, JobStatus, SlurmJob, Waiting, ask_queue, job_of
+from launch.jobs.handles import Job, JobStatus, LocalQueueEntry, SlurmJob, ask_queue, job_of
 from launch.plan.plan import Plan
 from launch.runs.events import last_command
 from launch.runs.failures import first_failure
@@ -20,7 +20,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.scheduler.client import RETRIES, JobState, SlurmError
 
-OVER = ("finished", "failed", "stopped", "cancelled", "budget", "gave up")
+OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
 ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
 
 
@@ -39,8 +39,8 @@ class RunStatus:
     """Attempts there were before this submission: their records are history."""
     events_before: int = 0
     """Events there were before this submission."""
-    state: str = "queued"
-    """queued, running, one of OVER, ``not started``, or ``unknown``."""
+    state: str = "pending"
+    """pending, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
     """Why it waits, or how Slurm says it ended."""
     job_status: JobStatus = field(default_factory=lambda: JobStatus("unknown"))
@@ -89,7 +89,7 @@ def new_run_status(plan: Plan) -> RunStatus:
 def find_run_status(folder: RunFolder) -> RunStatus:
     """Status of the run of a folder since its last submission, or since the one that waits to be made."""
     plan, events = promised(folder), folder.read_events()
-    start = Waiting(folder).since()
+    start = LocalQueueEntry(folder).events_before()
     if start is None:
         start = last_command(events)
     point = RunStatus(
@@ -135,15 +135,15 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | No
 def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
     """Set state and detail from the queue and the event log."""
     if point.job is None:
-        point.state, point.detail = without_job(point)
+        point.state, point.detail = state_without_job(point)
     else:
         point.job_status = status = point.job.status(queue)
         point.state, point.detail = status.state, status.detail
         if status.state == "over":
             known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
-            point.state, point.detail = without_place(point.events(), out) or (outcome(point), status.detail)
-        if point.state == "budget":
+            point.state, point.detail = state_between_places(point.events(), out) or (outcome(point), status.detail)
+        if point.state == "budget_exceeded":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
 
 
@@ -161,13 +161,13 @@ def last_placed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def without_place(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, str] | None:
+def state_between_places(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, str] | None:
     """State and detail of a point whose launcher took it out of the queue, to put it elsewhere or for good."""
     last = last_placed(events)
     if last is not None and last["event"] == "gave_up":
-        return "gave up", str(last["cause"])
+        return "placement_timeout", str(last["cause"])
     if last is not None and last["event"] == "moved" and is_out and all(e["event"] != "cancelled" for e in events):
-        return "queued", f"on its way to {last['to']}"
+        return "pending", f"on its way to {last['to']}"
     return None
 
 
@@ -181,13 +181,13 @@ def adopt_job(point: RunStatus) -> None:
         point.job = newest
 
 
-def without_job(point: RunStatus) -> tuple[str, str]:
+def state_without_job(point: RunStatus) -> tuple[str, str]:
     """State and detail of a point that waits here, or of a run that nobody submitted, as with ``gpt.train``."""
     events = point.events()
     cancelled = any(e["event"] == "cancelled" for e in events)
-    if Waiting(point.folder).since() is not None:
-        return ("cancelled", "") if cancelled else ("queued", "after the points before it")
-    if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in since_last_start(events)}:
+    if LocalQueueEntry(point.folder).events_before() is not None:
+        return ("cancelled", "") if cancelled else ("pending", "after the points before it")
+    if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in events_since_start(events)}:
         return outcome(point), ""
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
 
@@ -196,14 +196,14 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
     """Set the states of Slurm's points without Slurm, as far as their event logs go."""
     for point in points:
         if isinstance(point.job, SlurmJob):
-            ended = ENDED & {e["event"] for e in since_last_start(point.events())}
-            gave_up = without_place(point.events(), is_out=False)
-            point.state = gave_up[0] if gave_up else outcome(point) if ended or point.failure() else "unknown"
+            ended = ENDED & {e["event"] for e in events_since_start(point.events())}
+            timed_out = state_between_places(point.events(), is_out=False)
+            point.state = timed_out[0] if timed_out else outcome(point) if ended or point.failure() else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
 
 
-def since_last_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+def events_since_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Events from the last ``started`` on."""
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
 
@@ -221,7 +221,7 @@ def outcome(point: RunStatus) -> str:
     if "finished" in names:
         return "finished"
     if ended is not None:
-        return "cancelled" if ended["event"] == "cancelled" else "budget"
+        return "cancelled" if ended["event"] == "cancelled" else "budget_exceeded"
     return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 

@@ -56,8 +56,8 @@ class Stop:
             if self._killed is not job:
                 job.kill()
                 self._killed = job
-        elif self.point.state == "queued":
-            job.stop("queued")  # again at every poll: it may have started at the same moment
+        elif self.point.state == "pending":
+            job.stop("pending")  # again at every poll: it may have started at the same moment
         elif self._asked is not job and not self._was_heard():
             job.stop("running")
             self._asked = job

@@ -27,7 +27,7 @@ from launch.agent.stop import OWNER
 from launch.jobs.handles import LocalJob, SlurmJob, submitit_folder
 from launch.plan.capacity import visible_gpus
 from launch.plan.code_copy import RUNS_FROM, running_from
-from launch.plan.placement import after, cluster_of
+from launch.plan.placement import cluster_of, next_candidate
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
 from launch.scheduler.client import BUSY, SlurmBusyError, SlurmError
@@ -123,7 +123,7 @@ def jobs_folder(plan: Plan) -> Path:
 
 
 @dataclass(frozen=True)
-class Submitted:
+class Submission:
     """The jobs of plans of one shape, and the candidate of their placement that took them."""
 
     candidate: int
@@ -132,7 +132,7 @@ class Submitted:
     """Candidates that sbatch refused before, and why."""
 
 
-def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submitted:
+def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
     """Submit plans of one shape to a candidate of their placement, or to the next that sbatch does not refuse.
 
     Raises:
@@ -142,13 +142,13 @@ def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submitted:
     placement, refused = plans[0].placement, dict[int, str]()
     while True:
         try:
-            return Submitted(candidate, submit_slurm([plan.at(candidate) for plan in plans]), refused)
+            return Submission(candidate, submit_slurm([plan.choose_candidate(candidate) for plan in plans]), refused)
         except SlurmBusyError:
             raise
         except SlurmError as error:
             refused[candidate] = refusal_text(error)
-            placement = placement.without(candidate, refused[candidate])
-            following = after(placement, candidate)
+            placement = placement.rule_out(candidate, refused[candidate])
+            following = next_candidate(placement, candidate)
             if following is None and len(refused) == 1:
                 raise
             if following is None:

@@ -79,7 +79,7 @@ class Placement:
         """Whether a point that waits needs somebody to move it, or to give up."""
         return len(self.possible) > 1 or self.give_up_after_min is not None
 
-    def excluding(self, hosts: Sequence[str]) -> Placement:
+    def exclude_hosts(self, hosts: Sequence[str]) -> Placement:
         """The same, kept away from hosts that failed in this run."""
         changed = []
         for one in self.candidates:
@@ -87,7 +87,7 @@ class Placement:
             changed.append(replace(one, slurm={**one.slurm, "exclude": excluded}))
         return replace(self, candidates=tuple(changed))
 
-    def without(self, index: int, why: str) -> Placement:
+    def rule_out(self, index: int, why: str) -> Placement:
         """The same, with a candidate that turned out to be none."""
         changed = [replace(c, never=why) if i == index else c for i, c in enumerate(self.candidates)]
         return replace(self, candidates=tuple(changed))
@@ -113,11 +113,11 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> Step:
     if placement.give_up_after_min is not None and all_s >= 60 * placement.give_up_after_min:
         return Step(give_up=True)
     if here_s >= 60 * placement.retry_interval_min:
-        return Step(move_to=after(placement, at))
+        return Step(move_to=next_candidate(placement, at))
     return Step()
 
 
-def after(placement: Placement, at: int) -> int | None:
+def next_candidate(placement: Placement, at: int) -> int | None:
     """The next possible candidate after ``at``, from the first again after the last; None where there is no other."""
     others = [index for index in placement.possible if index != at]
     return next((index for index in others if index > at), min(others, default=None))
@@ -136,7 +136,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
     return since_here if ran or not moves or not events[last].get("moved") else float(moves[-1]["waiting_since"])
 
 
-def counts(reason: str) -> bool:
+def waits_for_room(reason: str) -> bool:
     """Whether a pending job with this reason waits for what another place might have."""
     return reason not in NOT_WAITING_FOR_ROOM
 

@@ -91,16 +91,16 @@ class Plan:
         placement = Placement.from_dict(known["placement"])
         return cls(**{**own, "workload": workload, "promised": WorkloadPlan(**promised), "placement": placement})
 
-    def at(self, index: int) -> Plan:
+    def choose_candidate(self, index: int) -> Plan:
         """The same, submitted to a candidate of its placement."""
         return replace(self, slurm=self.placement.candidates[index].slurm)
 
-    def placed(self, placement: Placement) -> Plan:
+    def replace_placement(self, placement: Placement) -> Plan:
         """The same with another placement, submitted to its first candidate where the point could run."""
         assert placement.possible
         worst = worst_case(placement, self.nodes_asked, self.timeout_min)
         changed = replace(self, placement=placement, gpu_hours=worst.gpu_hours, cost=worst.cost)
-        return changed.at(placement.possible[0])
+        return changed.choose_candidate(placement.possible[0])
 
 
 def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Plan:

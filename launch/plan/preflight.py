@@ -75,7 +75,7 @@ def short_grace(plan: Plan, config: Config) -> Iterator[str]:
             )
 
 
-def evidence(plan: Plan) -> Measured | None:
+def evidence(plan: Plan) -> StopTime | None:
     """What was measured in the run's own folder, or else with the same model in other points of its sweep."""
     own = RunFolder(plan.run_dir)
     others = (RunFolder(path.parent) for path in sorted(own.path.parent.glob("*/plan.json")))
@@ -113,8 +113,8 @@ def cluster_limits() -> limits.Limits | None:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The longest of the last steps and saves of a run, seconds."""
+class StopTime:
+    """Time that a run needs to stop, by the longest of its last steps and saves, seconds."""
 
     save_s: float
     step_s: float
@@ -126,15 +126,15 @@ class Measured:
         return self.step_s + self.save_s
 
 
-def measure(folder: RunFolder) -> Measured | None:
+def measure(folder: RunFolder) -> StopTime | None:
     """What the event log and the step records say; None where no save was measured yet."""
     saves = [e["seconds"] for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
     if not saves:
         return None
     steps = [record["step_time_s"] for record in recent_records(folder.metrics(0))]
-    return Measured(max(saves[-RECENT:]), max(steps, default=0.0), folder.path)
+    return StopTime(max(saves[-RECENT:]), max(steps, default=0.0), folder.path)
 
 
-def slowest(measured: Iterable[Measured | None]) -> Measured | None:
+def slowest(measured: Iterable[StopTime | None]) -> StopTime | None:
     """The one that takes longest; None where nothing was measured."""
     return max((m for m in measured if m is not None), key=lambda m: m.stop_s, default=None)

@@ -26,7 +26,7 @@ SUFFIX = ".scaling"  # marks the event files that this report owns
 def charts(table: ScalingTable) -> dict[str, Curve]:
     """Name the charts: title -> curve and its quartiles. The axis that TensorBoard calls step counts the ranks."""
     per_s = f"scaling/{table.unit}_per_s"
-    if table.by_run_time:
+    if table.compares_run_times:
         return {"Run time in seconds": Curve("scaling/run_time_s"), "Efficiency": Curve("scaling/efficiency")}
     return {
         f"{table.unit.capitalize()} per second": Curve(per_s, f"{per_s}_low", f"{per_s}_high"),

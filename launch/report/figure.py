@@ -56,7 +56,7 @@ def _with_figures(table: ScalingTable) -> dict[str, list[Row]]:
     """Series -> its rows that have figures."""
     series: dict[str, list[Row]] = {}
     for row in table.rows:
-        if (row.run_time_s if table.by_run_time else row.step_time_s) is not None and row.ranks is not None:
+        if (row.run_time_s if table.compares_run_times else row.step_time_s) is not None and row.ranks is not None:
             series.setdefault(row.series, []).append(row)
     return series
 
@@ -65,12 +65,12 @@ def _panels(table: ScalingTable, series: SeriesRows) -> list[Callable[[Axes], No
     """Choose one or two panels: what was measured, and what follows from it."""
     rows = [row for of_series in series.values() for row in of_series]
     rates = partial(_draw_rates, series=series, unit=table.unit)
-    speedups = partial(_draw_speedups, series=series, of="run times" if table.by_run_time else "step times")
+    speedups = partial(_draw_speedups, series=series, of="run times" if table.compares_run_times else "step times")
     efficiency = partial(_draw_efficiency, series=series, unit=table.unit)
     # The smallest point's own 100 % is no finding.
     has_speedup = any(row.speedup not in (None, 1) for row in rows)
     has_efficiency = has_speedup and any(row.efficiency is not None and row.speedup != 1 for row in rows)
-    if table.by_run_time:
+    if table.compares_run_times:
         further = [efficiency] if has_efficiency else [speedups] if has_speedup else []
         return [partial(_draw_run_times, series=series), *further]
     first = [rates] if any(row.throughput is not None for row in rows) else [speedups] if has_speedup else []
@@ -86,7 +86,7 @@ def _draw_panels(figure: Figure, table: ScalingTable, series: SeriesRows) -> Non
     left = every[0]
     for axes in every:
         _style(axes, rows)
-    handles = _legend(series, table.by_run_time)
+    handles = _legend(series, table.compares_run_times)
     if len(series) <= MAX_LABELS:
         left.legend(handles=handles, loc="upper left", framealpha=0.9, edgecolor="none", fontsize=9)
     else:
@@ -215,14 +215,14 @@ def _spaced(ranks: Sequence[int]) -> list[int]:
     return kept
 
 
-def _legend(series: SeriesRows, by_run_time: bool) -> list[Line2D]:
+def _legend(series: SeriesRows, compares_run_times: bool) -> list[Line2D]:
     handles = [
         Line2D(
             [],
             [],
             linewidth=1.8,
             markerfacecolor=_color(index),
-            label=label or ("measured" if by_run_time else "measured, with quartiles"),
+            label=label or ("measured" if compares_run_times else "measured, with quartiles"),
             **_marker(index),
         )
         for index, label in enumerate(series)

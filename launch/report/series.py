@@ -79,7 +79,7 @@ CONDITIONS: dict[str, Callable[[Environment], str | None]] = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPoint:
     """A point and its figures; ``figures`` is None where too few steps are left."""
 
     point: Point
@@ -134,10 +134,10 @@ class Series:
     """Points that differ in size only, smallest first. ``label`` is what sets it apart, empty for the only one."""
 
     label: str
-    members: tuple[Measured, ...]
+    members: tuple[MeasuredPoint, ...]
 
     @property
-    def smallest(self) -> Measured | None:
+    def smallest(self) -> MeasuredPoint | None:
         """The smallest point that has figures; where none has, the smallest whose run time can be compared."""
         measured = [member for member in self.members if member.figures is not None]
         timed = [member for member in self.members if member.run_rate is not None]
@@ -168,7 +168,7 @@ def typed_number(overrides: Iterable[str], key: str) -> int | None:
     return int(value) if value is not None and value.isdigit() else None
 
 
-def with_labels(points: Sequence[Point]) -> list[Point]:
+def label_points(points: Sequence[Point]) -> list[Point]:
     """The points, each with the overrides that not all of them share, in the order in which they were typed.
 
     A folder's name holds all overrides, shared ones too, and is cut after a hundred letters or so: in a sweep with many
@@ -183,13 +183,13 @@ def with_labels(points: Sequence[Point]) -> list[Point]:
     return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
 
 
-def split(members: Sequence[Measured]) -> list[Series]:
+def split(members: Sequence[MeasuredPoint]) -> list[Series]:
     """Group points into series by their overrides other than their size, in order of appearance.
 
     Raises:
         ConfigError: points of one series were measured under different conditions.
     """
-    groups: dict[frozenset[str], list[Measured]] = {}
+    groups: dict[frozenset[str], list[MeasuredPoint]] = {}
     for member in members:
         groups.setdefault(_identity(member.point), []).append(member)
     common = frozenset.intersection(*groups) if groups else frozenset()
@@ -207,7 +207,7 @@ def _identity(point: Point) -> frozenset[str]:
     return frozenset(override for override in point.overrides if typed_key(override) not in ignored)
 
 
-def _by_size(member: Measured) -> tuple[float, float, str]:
+def _by_size(member: MeasuredPoint) -> tuple[float, float, str]:
     """Points whose size is not known come last."""
     ranks, nodes = (float("inf") if n is None else n for n in (member.ranks, member.nodes))
     return ranks, nodes, member.point.name
@@ -257,7 +257,7 @@ class Measurement:
     mfu_palm: float | None
 
 
-def after_warmup(steps: Sequence[Step]) -> list[Step]:
+def drop_warmup(steps: Sequence[Step]) -> list[Step]:
     """The steps that count: all but the first ``WARMUP_STEPS`` of each attempt."""
     first: dict[int, int] = {}
     for step in steps:
@@ -267,7 +267,7 @@ def after_warmup(steps: Sequence[Step]) -> list[Step]:
 
 def measure(steps: Sequence[Step]) -> Measurement | None:
     """Measure a point; None where fewer than ``MIN_STEPS`` steps are left after warm-up."""
-    used = after_warmup(steps)
+    used = drop_warmup(steps)
     if len(used) < MIN_STEPS:
         return None
     times = [step.time_s for step in used]

@@ -16,10 +16,10 @@ from launch.report.points import Point, State, find_points, neighbours, read_poi
 from launch.report.series import (
     MIN_STEPS,
     WARMUP_STEPS,
-    Measured,
+    MeasuredPoint,
     Measurement,
     Series,
-    after_warmup,
+    drop_warmup,
     measure,
     work_text,
 )
@@ -97,7 +97,7 @@ class ScalingTable:
         return max(Counter((row.scaling, row.series) for row in self.rows).values(), default=0) > 1
 
     @property
-    def by_run_time(self) -> bool:
+    def compares_run_times(self) -> bool:
         """Whether run times are all there is to show: no program recorded how long its steps take."""
         has_steps = any(row.step_time_s is not None for row in self.rows)
         return not self.is_gpt and not has_steps and any(row.run_time_s is not None for row in self.rows)
@@ -118,10 +118,10 @@ class ScalingTable:
         with_batch = f" with {batch}" if batch else ""
         if len(self.rows) == 1:
             return f"Summary of {self.name}{with_batch}"
-        if self.is_scaling and not (self.by_run_time and all(row.speedup is None for row in self.rows)):
+        if self.is_scaling and not (self.compares_run_times and all(row.speedup is None for row in self.rows)):
             kind_text = f"{kind.capitalize()} scaling" if kind else "Scaling"
             return f"{kind_text} of {self.name}{with_batch or ('' if kind else ', kind not known')}"
-        return f"{'Run times' if self.by_run_time else 'Points'} of {self.name}{with_batch}"
+        return f"{'Run times' if self.compares_run_times else 'Points'} of {self.name}{with_batch}"
 
 
 def build(folder: Path, points: Sequence[Path] | None = None) -> ScalingTable:
@@ -140,9 +140,11 @@ def tabulate(folder: Path, points: Sequence[Point]) -> ScalingTable:
     Raises:
         ConfigError: points that belong together are not comparable.
     """
-    points = series_of.with_labels(points)
+    points = series_of.label_points(points)
     beside = neighbours(points)
-    members = [Measured(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)]
+    members = [
+        MeasuredPoint(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)
+    ]
     found = series_of.split(members)
     return ScalingTable(
         folder=folder,
@@ -154,7 +156,7 @@ def tabulate(folder: Path, points: Sequence[Point]) -> ScalingTable:
     )
 
 
-def _row(series: Series, member: Measured) -> Row:
+def _row(series: Series, member: MeasuredPoint) -> Row:
     point, environment = member.point, member.point.environment
     return Row(
         point=point.name,
@@ -175,7 +177,7 @@ def _row(series: Series, member: Measured) -> Row:
     )
 
 
-def _figures(series: Series, member: Measured, figures: Measurement) -> dict[str, Any]:
+def _figures(series: Series, member: MeasuredPoint, figures: Measurement) -> dict[str, Any]:
     """The columns that need measured steps."""
     columns: dict[str, Any] = {
         "step_time_s": figures.step_time_s,
@@ -197,7 +199,7 @@ def _figures(series: Series, member: Measured, figures: Measurement) -> dict[str
     return columns | _against_smallest(series, member, figures)
 
 
-def _against_smallest(series: Series, member: Measured, figures: Measurement) -> dict[str, Any]:
+def _against_smallest(series: Series, member: MeasuredPoint, figures: Measurement) -> dict[str, Any]:
     """Speedup, and what is claimed of it: nothing for a point alone, no efficiency without the work of a step."""
     base = series.smallest
     assert base is not None and base.figures is not None and base.ranks and member.ranks
@@ -214,7 +216,7 @@ def _against_smallest(series: Series, member: Measured, figures: Measurement) ->
     }
 
 
-def _run_time_figures(series: Series, member: Measured) -> dict[str, Any]:
+def _run_time_figures(series: Series, member: MeasuredPoint) -> dict[str, Any]:
     """Speedup of a program that records no steps, where it was stated how much work each point did."""
     base = series.smallest
     if base is None or base.figures is not None or not series.compares:
@@ -270,7 +272,7 @@ def notes(found: Sequence[Series]) -> list[str]:
     return [note for note in candidates if note]
 
 
-def _steps_used(members: Sequence[Measured]) -> str:
+def _steps_used(members: Sequence[MeasuredPoint]) -> str:
     used = {m.point.title: m.figures.steps for m in members if m.figures is not None}
     if not used:
         return ""
@@ -326,11 +328,11 @@ def _changing_work(series: Series) -> str:
     )
 
 
-def _partly_recorded(members: Sequence[Measured]) -> str:
+def _partly_recorded(members: Sequence[MeasuredPoint]) -> str:
     """Says where throughput counts the work of some ranks only, since only these recorded it."""
     partly = []
     for member in members:
-        environment, steps = member.point.environment, after_warmup(member.point.steps)
+        environment, steps = member.point.environment, drop_warmup(member.point.steps)
         if environment is None or environment.work_per_step is not None or not steps or steps[-1].work is None:
             continue
         if steps[-1].recorded_by < environment.world_size:
@@ -343,7 +345,7 @@ def _partly_recorded(members: Sequence[Measured]) -> str:
     )
 
 
-def _run_times(members: Sequence[Measured]) -> str:
+def _run_times(members: Sequence[MeasuredPoint]) -> str:
     """Says what a run time is, for programs that record no steps."""
     if any(member.point.steps for member in members) or not any(member.point.run_time_s for member in members):
         return ""
@@ -372,7 +374,7 @@ def _smallest(series: Series) -> str:
     return f"{are.format(of)} against {base.point.title} ({ranks}){instead}."
 
 
-def _crowding(members: Sequence[Measured]) -> str:
+def _crowding(members: Sequence[MeasuredPoint]) -> str:
     crowded = []
     for member in members:
         if member.crowded:
@@ -392,9 +394,9 @@ def _crowded_base(series: Series) -> str:
     )
 
 
-def _too_few_steps(members: Sequence[Measured]) -> str:
+def _too_few_steps(members: Sequence[MeasuredPoint]) -> str:
     few = [
-        f"{m.point.title} ({len(after_warmup(m.point.steps))} of {len(m.point.steps)})"
+        f"{m.point.title} ({len(drop_warmup(m.point.steps))} of {len(m.point.steps)})"
         for m in members
         if m.figures is None and m.point.last_step is not None and (m.point.is_gpt or m.point.steps)
     ]
@@ -403,7 +405,7 @@ def _too_few_steps(members: Sequence[Measured]) -> str:
     return f"Too few steps for a figure, at least {MIN_STEPS} are needed after warm-up: {', '.join(few)}."
 
 
-def _state(member: Measured) -> str:
+def _state(member: MeasuredPoint) -> str:
     text = STATE_TEXTS.get(member.point.state)
     if text is None:
         return ""
@@ -411,7 +413,7 @@ def _state(member: Measured) -> str:
     return f"{member.point.title} {text}{at}; see {member.point.path}."
 
 
-def _mfu(members: Sequence[Measured]) -> str:
+def _mfu(members: Sequence[MeasuredPoint]) -> str:
     """MFU needs the peak rate of the device: without it there is none, rather than somebody else's."""
     gpt = [m for m in members if m.point.is_gpt]  # of other programs nobody expects it
     missing = [m.point.environment for m in gpt if m.figures is not None and m.figures.mfu_palm is None]

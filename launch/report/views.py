@@ -81,27 +81,27 @@ def columns(table: ScalingTable) -> list[Column]:
     has_rates = any(row.throughput is not None for row in rows)
     per_s = f"{table.unit}/s"
     found = [Column("point", lambda row: row.label, number=False)]
-    found += [state] if table.by_run_time else []
+    found += [state] if table.compares_run_times else []
     found += [Column("nodes", lambda row: _count(row.nodes)), Column("ranks", lambda row: _count(row.ranks))]
     if any(row.topology for row in rows):
         found.append(Column("topology", lambda row: row.topology or UNAVAILABLE, number=False))
     if has_rates or table.is_gpt:
         found.append(Column(per_s, lambda row: _rate_of(row, row.throughput, table)))
         found.append(Column(f"{per_s}\nper rank", lambda row: rate(row.throughput_per_rank)))
-    if not table.by_run_time:
+    if not table.compares_run_times:
         found.append(Column("step time", lambda row: seconds(row.step_time_s)))
         found.append(Column("spread", lambda row: seconds(row.step_time_s_spread)))
     else:
         found.append(Column("run time", lambda row: run_time(row.run_time_s)))
         found.append(Column("attempts", lambda row: _count(row.attempts)))
-    if table.is_scaling and (not table.by_run_time or any(row.speedup is not None for row in rows)):
+    if table.is_scaling and (not table.compares_run_times or any(row.speedup is not None for row in rows)):
         found.append(Column("speedup", lambda row: UNAVAILABLE if row.speedup is None else f"{row.speedup:.2f}"))
         found.append(Column("efficiency", _efficiency))
     if any(row.mfu_palm is not None for row in rows):
         found.append(Column("MFU", lambda row: percent(row.mfu_palm)))
     if any(row.loss is not None for row in rows) or table.is_gpt:
         found.append(Column("loss", lambda row: UNAVAILABLE if row.loss is None else f"{row.loss:.4f}"))
-    return found if table.by_run_time else [*found, state]
+    return found if table.compares_run_times else [*found, state]
 
 
 def _rate_of(row: Row, value: float | None, table: ScalingTable) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 Events = Sequence[dict[str, Any]]
 
 
-def since_submission(events: Events) -> list[dict[str, Any]]:
+def events_since_submission(events: Events) -> list[dict[str, Any]]:
     """The events since a person last typed the command: typing it again forgives what went before."""
     return list(events[last_command(events) :])
 

@@ -114,7 +114,7 @@ class JobState:
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
-def on(cluster: str | None) -> tuple[str, ...]:
+def cluster_option(cluster: str | None) -> tuple[str, ...]:
     """The option that has a command talk to another cluster, through slurmdbd; none for the local one."""
     return () if cluster is None else (f"--clusters={cluster}",)
 
@@ -132,7 +132,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
         return {}
     options = ("--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%N|%S|%P|%V")
     try:
-        text = run("squeue", *on(cluster), *options, "--jobs", ",".join(roots), retries=retries)
+        text = run("squeue", *cluster_option(cluster), *options, "--jobs", ",".join(roots), retries=retries)
     except SlurmError as error:
         if GONE in str(error).lower():
             return {}
@@ -148,7 +148,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
 def output_file(job_id: str, cluster: str | None = None) -> Path | None:
     """Where the batch script of a job prints, as scontrol knows it; None where the job is forgotten."""
     try:
-        text = run("scontrol", *on(cluster), "show", "job", job_id)
+        text = run("scontrol", *cluster_option(cluster), "show", "job", job_id)
     except SlurmError as error:
         if GONE in str(error).lower():
             return None
@@ -162,12 +162,12 @@ def signal_job(job_id: str, name: str, cluster: str | None = None) -> None:
 
     Never sent twice by itself: the second one would end ranks that are saving.
     """
-    unless_gone("scancel", *on(cluster), f"--signal={name}", job_id, retries=1)
+    unless_gone("scancel", *cluster_option(cluster), f"--signal={name}", job_id, retries=1)
 
 
 def cancel(job_id: str, cluster: str | None = None, *, only_waiting: bool = False) -> None:
     """Cancel one job, or one element of an array; with ``only_waiting`` not if it has started meanwhile."""
-    unless_gone("scancel", *on(cluster), *(["--state=PENDING"] if only_waiting else []), job_id)
+    unless_gone("scancel", *cluster_option(cluster), *(["--state=PENDING"] if only_waiting else []), job_id)
 
 
 def unless_gone(*command: str, retries: int = RETRIES) -> None:

@@ -108,7 +108,7 @@ class Limits:
 
 def read(cluster: str | None = None) -> Limits:
     """Ask the controller, or that of another cluster; SlurmError where it does not answer, or no such one is known."""
-    at = scheduler.on(cluster)
+    at = scheduler.cluster_option(cluster)
     # Once only: what comes after would keep trying where nobody answers.
     scheduler.run("scontrol", *at, "ping", timeout_s=10.0, retries=1)
     config = scheduler.run("scontrol", *at, "show", "config")

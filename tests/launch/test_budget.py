@@ -150,7 +150,7 @@ def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: 
     assert (first.checkpoints / f"step_{stopped:08d}" / "manifest.json").is_file()
     assert second.attempts() == [], "nothing is started that would have to stop at once"
     rows = json.loads(run("launch.status", "--json", "outputs", cwd=tmp_path))
-    assert {row["state"] for row in rows} == {"budget"}
+    assert {row["state"] for row in rows} == {"budget_exceeded"}
 
     process = start_fork("launch", "seed=1", *WORDS, "budget.gpu_hours=1000", cwd=tmp_path, log=tmp_path / "log2")
     wait_for(lambda: first.environment(2).exists() or process.poll() is not None, "the second attempt")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from launch.checks import candidates
 from launch.errors import ConfigError
 from launch.jobs.dry_run import elsewhere
-from launch.jobs.failover import Pending, claim, is_current, promised
+from launch.jobs.failover import PendingRun, claim, is_current, promised
 from launch.jobs.handles import JobStatus, SlurmJob
 from launch.jobs.status import RunStatus, adopt_job, find_run_status, update
 from launch.jobs.submit import record_submitted, sbatch_text, shapes
@@ -102,13 +102,13 @@ def test_a_wait_begins_anew_only_after_the_point_has_run(words: list[str], since
 
 OUT, RUNS = JobState("CANCELLED", "None"), JobState("RUNNING", "None")
 STATES = [
-    (["submitted", "moved"], OUT, ("queued", "on its way to p1")),
-    (["submitted", "moved"], None, ("queued", "on its way to p1")),
+    (["submitted", "moved"], OUT, ("pending", "on its way to p1")),
+    (["submitted", "moved"], None, ("pending", "on its way to p1")),
     (["submitted", "moved", "stayed"], OUT, ("failed", "CANCELLED")),
     (["submitted", "moved", "cancelled"], OUT, ("cancelled", "CANCELLED")),
     (["submitted", "moved", "started", "finished"], None, ("finished", "")),
     (["submitted", "moved", "submitted+"], RUNS, ("running", "")),
-    (["submitted", "gave_up"], OUT, ("gave up", "x")),
+    (["submitted", "gave_up"], OUT, ("placement_timeout", "x")),
     (["submitted", "gave_up", "started"], RUNS, ("running", "")),
     (["submitted", "gave_up", "submitted"], RUNS, ("running", "")),
 ]
@@ -136,12 +136,12 @@ def test_the_attempts_of_a_moved_run_are_no_history(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reason", ["JobHeldUser", "Dependency", "JobArrayTaskLimit", "BeginTime"])
 def test_what_the_user_waits_for_on_purpose_does_not_count(reason: str) -> None:
-    assert not placement.counts(reason)
+    assert not placement.waits_for_room(reason)
 
 
 @pytest.mark.parametrize("reason", ["", "Resources", "Priority", "PartitionTimeLimit", "ReqNodeNotAvail, May be down"])
 def test_every_other_reason_counts(reason: str) -> None:
-    assert placement.counts(reason)
+    assert placement.waits_for_room(reason)
 
 
 LISTED = (
@@ -161,7 +161,9 @@ def test_a_candidate_overrides_what_the_cluster_says() -> None:
         {"partition": None, "qos": "b", "gpus_per_node": None, "gres": "gpu:a100:4"},
     ]
     assert [(c.gpus, c.price_per_gpu_hour) for c in made.placement.candidates] == [(4, 1), (4, 1.5), (8, 1)]
-    assert (made.world_size, made.gpu_hours, made.cost) == (4, 8, 8), "the ranks are the run's; the worst place counts"
+    assert (made.world_size, made.gpu_hours, made.cost) == (4, 8, 8), (
+        "the ranks are the run's; the worst place waits_for_room"
+    )
     assert Plan.from_dict(made.as_dict()) == made
 
 
@@ -183,13 +185,13 @@ def test_the_event_log_knows_where_a_job_went_and_what_it_costs() -> None:
 
 def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
     made = plan(f"run_dir={tmp_path}/run", "cluster.placement=[{partition: low}, {cluster: b}]")
-    here, there = (sbatch_text([made.at(index)]) for index in (0, 1))
+    here, there = (sbatch_text([made.choose_candidate(index)]) for index in (0, 1))
     assert "--clusters" not in here and "#SBATCH --clusters=b\n" in there
     assert f"{tmp_path}/.submitit/%j" in here and f"{tmp_path}/.submitit/on-b/%j" in there
     folder = RunFolder(tmp_path / "run")
     record_submitted(made, "7")
     point = find_run_status(folder)
-    waiting = Pending(point, made, 0, 0.0, 0.0)
+    waiting = PendingRun(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
     record_submitted(made, "7", 1, moved=True)
     assert not is_current(waiting) and "slurm_cluster" not in folder.read_events()[0]
@@ -248,10 +250,10 @@ def test_a_candidate_that_could_never_run_is_skipped_with_the_reason(
     asking = request("cluster.timeout_min=60", *words, f"cluster.placement=[{candidate}, {{partition: low}}]")
     settled = candidates.settle(FACTS, asking)
     assert settled.possible == [1] and why in settled.candidates[0].never
-    assert asking.plan.placed(settled).slurm["partition"] == "low"
+    assert asking.plan.replace_placement(settled).slurm["partition"] == "low"
     candidates.refuse_impossible("p", settled)
     with pytest.raises(ConfigError) as refused:
-        candidates.refuse_impossible("p", settled.without(1, "too small"))
+        candidates.refuse_impossible("p", settled.rule_out(1, "too small"))
     assert why in refused.value.found and "partition=low: too small" in refused.value.found
 
 
@@ -292,7 +294,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     record_submitted(made, "7")
     point = find_run_status(folder)
     assert promised(point) == made
-    waiting = Pending(point, made, 0, 0.0, 0.0)
+    waiting = PendingRun(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
     ask = f"from launch.jobs.failover import *\nwith claim(RunFolder({str(tmp_path)!r})) as ours: print(ours)"
     with claim(folder) as ours:
@@ -305,9 +307,9 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     record_submitted(made, "8", 1, moved=True)
     assert not is_current(waiting), "another process has moved it"
     point = find_run_status(folder)
-    assert point.job is not None and point.job.job_id == "8" and is_current(Pending(point, made, 1, 0.0, 0.0))
+    assert point.job is not None and point.job.job_id == "8" and is_current(PendingRun(point, made, 1, 0.0, 0.0))
     folder.record_event("cancelled", job_id="8")
-    assert not is_current(Pending(point, made, 1, 0.0, 0.0))
+    assert not is_current(PendingRun(point, made, 1, 0.0, 0.0))
 
 
 def test_a_moved_run_keeps_away_from_hosts_that_failed_in_it(tmp_path: Path) -> None:
@@ -317,7 +319,9 @@ def test_a_moved_run_keeps_away_from_hosts_that_failed_in_it(tmp_path: Path) -> 
     record_submitted(made, "7")
     folder.record_event("excluded", hosts=["n1", "n2"])
     seen = promised(find_run_status(folder))
-    assert seen is not None and seen.at(1).slurm == made.at(1).slurm | {"exclude": "n9,n1,n2"}
+    assert seen is not None and seen.choose_candidate(1).slurm == made.choose_candidate(1).slurm | {
+        "exclude": "n9,n1,n2"
+    }
 
 
 def test_points_with_other_candidates_are_no_array() -> None:

@@ -20,7 +20,7 @@ from launch.agent.restart_policy import (
     decide,
 )
 from launch.config import RestartLimits
-from launch.runs.events import since_submission
+from launch.runs.events import events_since_submission
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobDetails
@@ -89,7 +89,7 @@ def test_progress_counts_the_attempts_since_the_last_one_that_saved(gains: list[
 
 def test_typing_the_command_again_forgives() -> None:
     events = [{"event": "submitted"}, *history(Cause.crashed), {"event": "submitted"}, {"event": "started"}]
-    assert since_submission(events) == events[-2:]
+    assert events_since_submission(events) == events[-2:]
 
 
 # What `scontrol show job` of Slurm 22.05 said when a task of the job got SIGTERM: JobState, PreemptTime, Restarts, and

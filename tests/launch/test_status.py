@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.jobs.handles import JobStatus, SlurmJob, Waiting
+from launch.jobs.handles import JobStatus, LocalQueueEntry, SlurmJob
 from launch.jobs.status import find_run_status, outcome
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -61,7 +61,7 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: list(tmp_path.glob("outputs/s/*/metrics/rank_00000.jsonl")), "the first step")
     told = {r["state"]: RunFolder(r["run_dir"]) for r in status(cwd=tmp_path)}
-    assert sorted(told) == ["queued", "running"]
+    assert sorted(told) == ["pending", "running"]
     for pid in ranks_of(descendants(process.pid)).values():
         os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
     text = run("launch.cancel", "outputs/s", "--now", cwd=tmp_path)
@@ -69,7 +69,7 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     assert process.wait(timeout=120) == 1
     ran = names(told["running"])
     assert "saved" not in ran[ran.index("cancelled") :]
-    assert names(told["queued"]) == ["cancelled"]
+    assert names(told["pending"]) == ["cancelled"]
     assert [r["state"] for r in status(cwd=tmp_path)] == ["cancelled", "cancelled"]
 
 
@@ -135,11 +135,11 @@ def test_slurms_words_are_put_into_ours() -> None:
 
     assert status("RUNNING") == JobStatus("running")
     assert status("COMPLETING") == JobStatus("running", "COMPLETING")
-    assert status("PENDING", "Resources") == JobStatus("queued", "Resources", reason="Resources")
+    assert status("PENDING", "Resources") == JobStatus("pending", "Resources", reason="Resources")
     assert status("PENDING", "Priority", "2026-01-02T03:04:05") == JobStatus(
-        "queued", "Priority, starts 2026-01-02T03:04:05", reason="Priority"
+        "pending", "Priority, starts 2026-01-02T03:04:05", reason="Priority"
     )
-    assert status("REQUEUED") == JobStatus("queued")
+    assert status("REQUEUED") == JobStatus("pending")
     assert status("COMPLETED") == JobStatus("over")
     assert status("NODE_FAIL") == JobStatus("over", "NODE_FAIL")
 
@@ -147,13 +147,13 @@ def test_slurms_words_are_put_into_ours() -> None:
 def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.record_event("submitted", cluster="local", job_id="1", host="elsewhere")
-    assert Waiting(folder).since() is None
-    Waiting(folder).enter(1)
-    assert Waiting(folder).since() == 1
+    assert LocalQueueEntry(folder).events_before() is None
+    LocalQueueEntry(folder).enter(1)
+    assert LocalQueueEntry(folder).events_before() == 1
     assert find_run_status(folder).job is None
     note = folder.path / ".launch" / "waiting"
     host, pid, born, count = note.read_text().split()
     note.write_text(f"{host} {pid} {int(born) + 1} {count}")  # another process under the same id
-    assert Waiting(folder).since() is None
+    assert LocalQueueEntry(folder).events_before() is None
     point = find_run_status(folder)
     assert point.job is not None and point.job.status({}).state == "unknown"

@@ -124,11 +124,11 @@ def test_a_job_that_waits_says_why_and_leaves_the_queue(sandbox: Cluster, tmp_pa
     run("launch", *words, held, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     folder = RunFolder(tmp_path / "run")
     (known,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"]))
-    assert (known["state"], known["detail"]) == ("queued", "JobHeldUser")
+    assert (known["state"], known["detail"]) == ("pending", "JobHeldUser")
     refused = run("launch.logs", "run", cwd=tmp_path, status=2, SLURM_CONF=sandbox.env["SLURM_CONF"])
-    assert "queued, JobHeldUser" in refused
+    assert "pending, JobHeldUser" in refused
     again = run("launch", *words, cwd=tmp_path, status=2, SLURM_CONF=sandbox.env["SLURM_CONF"])
-    assert f"is being worked on by job {submitted(folder)['job_id']}, queued" in again
+    assert f"is being worked on by job {submitted(folder)['job_id']}, pending" in again
     assert "run: cancelled" in run("launch.cancel", "run", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     assert queue(sandbox, submitted(folder)["job_id"]) == "CANCELLED"
     assert names(folder) == ["submitted", "cancelled"]

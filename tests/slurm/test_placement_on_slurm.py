@@ -70,10 +70,10 @@ def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
     words = [listed, "run_dir=run", "cluster.retry_interval_min=0.05", "cluster.give_up_after_min=0.15"]
     text = run("launch", *words, *WORDS, cwd=tmp_path, status=1, SLURM_CONF=conf)
     folder = RunFolder(tmp_path / "run")
-    assert "run gave up (" in text and "the same command submits it again" in text
+    assert "run placement_timeout (" in text and "the same command submits it again" in text
     assert [event["event"] for event in folder.read_events()][-1] == "gave_up" and of(folder, "moved")
     (seen,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=conf))
-    assert seen["state"] == "gave up" and "min in the queue" in seen["detail"]
+    assert seen["state"] == "placement_timeout" and "min in the queue" in seen["detail"]
     assert sandbox.slurm("squeue", "-h", "-o", "%i").split() == [no_gpus]
 
     # The moment in which a job starts: it was seen waiting, and runs when it is to be moved.
@@ -81,7 +81,7 @@ def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
     folder.record_event("submitted", cluster="slurm", job_id=no_gpus, candidate=0)
     point: RunStatus = find_run_status(folder)
     assert isinstance(point.job, SlurmJob) and point.job.job_id == no_gpus
-    point.state, point.job_status = "queued", JobStatus("queued", partition="low", since=1.0)
+    point.state, point.job_status = "pending", JobStatus("pending", partition="low", since=1.0)
     point.plan = None
     assert PlacementFailover(Console()).step([point]) is None
     assert [event["event"] for event in folder.read_events()][-2:] == ["gave_up", "stayed"]
