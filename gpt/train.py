@@ -150,7 +150,7 @@ def due(step: int, interval: int) -> bool:
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:
-    """Train with the other ranks of the environment. A failure is written to the ledger before it is raised."""
+    """Train with the other ranks of the environment. A failure is written to the event log before it is raised."""
     config = request.config
     set_determinism(config)
     with open_world(config.device, config.parallel.timeout_s) as world:

@@ -69,7 +69,7 @@ def rank_logs(point: RunStatus, rank: int, attempt: int) -> list[Log]:
 
 
 def node_of(point: RunStatus, rank: int) -> int:
-    """The node whose agent started a rank: ranks are not dealt out in the order of the nodes."""
+    """The node whose agent started a rank: ranks are not numbered in the order of the nodes."""
     for attempt in reversed(point.folder.attempts()):
         path = point.folder.environment(attempt)
         if path.is_file():

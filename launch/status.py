@@ -83,7 +83,7 @@ def speed_text(known: dict[str, Any]) -> str:
 
 
 def notes(known: dict[str, Any]) -> list[str]:
-    """Why a point waits, how Slurm says it ended, and where it failed."""
+    """Notes below the table: the reason a point waits, its end in Slurm's words, and its first failure."""
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
     where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""

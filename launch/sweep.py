@@ -250,7 +250,7 @@ def report(plans: Sequence[Plan], console: Console) -> None:
 
 
 def explain(point: RunStatus) -> str:
-    """Why a point did not finish, and where to read on."""
+    """Explain why a point did not finish, and name the log to read on."""
     from launch.jobs.handles import agent_logs
 
     failure = point.failure() if point.state == "failed" else None

@@ -45,7 +45,7 @@ LOOK_S = 1.0
 AGREEMENT_S = 10.0
 """Longest wait for the agents while they agree on a stop; less where the grace period is short."""
 SAVE_AGREEMENT_S = 60.0
-"""The same for a save. It has time, and a rank that gave up might miss a save that the others then wait in."""
+"""Longest wait for the agents while they agree on a save, which has time: a rank that does not wait might miss it."""
 PAUSES = (Phase.evaluating, Phase.saving)
 """Phases whose time is not part of a step."""
 
@@ -74,11 +74,11 @@ class Run:
         self.attempt = 1
         """Number of this start of the run, counted from 1."""
         self.checkpoint_dir: Path | None = None
-        """Where checkpoints belong; None where there is no run folder. Not created by itself."""
+        """Folder for checkpoints; None where there is no run folder. Not created by itself."""
         self.grace_s = grace_s
         """Seconds between a request to stop and the kill; None where it is not known."""
         self.under_agent = under_agent
-        """Whether an agent of the launcher started this rank, and watches it."""
+        """True where an agent of the launcher started this rank, and watches it."""
         self._heartbeat = heartbeat
         self._limit_s = min(AGREEMENT_S, (grace_s or 4 * AGREEMENT_S) / 4)
         self._runs: RunFolder | None = None
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
+        """True on rank 0, which writes what is written once."""
         return self.rank == 0
 
     @property
@@ -173,7 +173,7 @@ class Run:
     # What a step asks.
 
     def stop_requested(self) -> bool:
-        """Whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
+        """Tell whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
 
         To be called once a step by every rank. All ranks get True after the same number of calls, without a collective,
         where ``agrees`` holds. Costs about a microsecond; while the launcher's agents agree it waits for them, mostly
@@ -193,7 +193,7 @@ class Run:
         return answer
 
     def save_requested(self) -> bool:
-        """Whether to save now and go on: somebody made the file SAVE in the run folder. True once for each request.
+        """Tell whether to save now and go on: somebody made the file SAVE in the run folder. True once for each request.
 
         To be called once a step by every rank, under the same promise as ``stop_requested``. ``saved`` takes the file
         away.
@@ -207,7 +207,7 @@ class Run:
         return answer
 
     def is_current(self) -> bool:
-        """Whether no later attempt of the run has begun. Asks the filesystem; worth it right before a commit."""
+        """Tell whether this is still the newest attempt of the run. Asks the filesystem; worth it right before a commit."""
         return self._runs is None or max(self._runs.attempts(), default=0) <= self.attempt
 
     # What happened. Rank 0 writes it down.

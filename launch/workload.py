@@ -33,9 +33,9 @@ class PlanRequest:
     overrides: tuple[str, ...]
     """Arguments that were typed for this point, ``key=value``."""
     folder: RunFolder
-    """Where the run will be; it may hold an earlier attempt."""
+    """Folder of the run; it may hold an earlier attempt."""
     is_local: bool
-    """Whether the nodes are agents on this machine, and not Slurm's."""
+    """True where the nodes are agents on this machine, and not Slurm's."""
     nodes: int
     ranks_per_node: int
     cluster: ClusterConfig
@@ -43,7 +43,7 @@ class PlanRequest:
     local_gpus: int
     """GPUs of this machine that may be used."""
     local_gpu_name: str | None = None
-    """What the first GPU of this machine calls itself."""
+    """Name of the first GPU of this machine, as its driver tells it."""
 
     @property
     def world_size(self) -> int:
@@ -53,14 +53,14 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class WorkloadPlan:
-    """What a workload promises for a point. What it does not know is left out, never zero."""
+    """Promise of a workload for a point. A figure that is not known is left out, never zero."""
 
     rows: Mapping[str, str] = field(default_factory=dict)
     """Lines of the plan for people: a word and what follows it."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Longer passages below them: a word and its lines."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """The same for programs, as JSON has it: these keys of ``plan.json`` are the workload's."""
+    """Figures for programs, as JSON has them: these keys at the root of ``plan.json`` are the workload's."""
     settled: Mapping[str, Any] = field(default_factory=dict)
     """Dotted keys of the config that the command left open, and the values that were chosen for them."""
     max_steps: int | None = None
@@ -76,14 +76,14 @@ class WorkloadPlan:
     checkpoints_kept: int = 1
     """Checkpoints that lie in the run folder at most at the same time, the one being written included."""
     resumes: bool = True
-    """Whether a new start goes on from a checkpoint, so that an interrupted run may be requeued."""
+    """True where a new start resumes from a checkpoint, so that an interrupted run may be requeued."""
     uses_cpus: bool | None = None
-    """Whether the ranks compute on CPUs; None where that is not known."""
+    """True where the ranks compute on CPUs; None where that is not known."""
 
 
 @dataclass(frozen=True)
 class RankCommand:
-    """How a rank is started. All ranks of a run start alike; RANK and the like tell them apart."""
+    """Command of a rank. All ranks of a run start alike; RANK and the like tell them apart."""
 
     args: tuple[str, ...]
     """Program and arguments."""
@@ -97,30 +97,30 @@ class RankCommand:
 
 @dataclass(frozen=True)
 class RankContract:
-    """What a rank of a workload says of itself, and so what its agent may conclude."""
+    """Behavior of the ranks of a workload, by which their agent judges how they end and whether they hang."""
 
     records_events: bool = True
-    """Whether the ranks write ``started`` and how they ended into the event log through ``launch.worker``. Otherwise
+    """True where the ranks write ``started`` and how they ended into the event log through ``launch.worker``. Otherwise
     the agent does: exit status 0 is finished."""
     stop_signal: str = "SIGTERM"
     """Sent to the ranks to have them save and leave."""
     requeue_exit: int | None = None
     """Exit status that means: saved, put me back into the queue."""
     resumes: bool = True
-    """Whether a new start goes on from a checkpoint of the workload's own. Otherwise there is none."""
+    """True where a new start resumes from a checkpoint of the workload's own. Otherwise there is no second start."""
     silence_timeout_s: float | None = None
     """Seconds without a line in its log after which a rank without a heartbeat counts as hung; None: never."""
     progress: str | None = None
     """Regular expression that finds step records in the log of a rank."""
     unit: str | None = None
-    """What throughput counts: tokens, samples, images."""
+    """Unit of throughput: tokens, samples, images."""
     work_per_step: float | None = None
     """Units that all ranks together do in a step."""
     weak_scaling: bool = False
-    """Whether the work of a step grows with the number of ranks."""
+    """True where the work of a step grows with the number of ranks."""
     max_steps: int | None = None
     writes_curves: bool = False
-    """Whether the agent writes TensorBoard's files from the step records of rank 0."""
+    """True where the agent writes TensorBoard's files from the step records of rank 0."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class CodeTree:
     files: Callable[[Path], Iterable[tuple[str, Path]]]
     """Of a root, which may be that of a copy: names relative to it and paths, in order."""
     has_launcher: bool
-    """Whether the launcher itself lies in it, and runs from the copy too."""
+    """True where the launcher itself lies in it, and runs from the copy too."""
 
 
 class Workload(Protocol):
@@ -157,13 +157,13 @@ class Workload(Protocol):
         """
 
     def command(self, config: Any, folder: RunFolder, attempt: int) -> RankCommand:
-        """How the ranks of an attempt are started; called by the agent on each node."""
+        """Return the command of the ranks of an attempt; called by the agent on each node."""
 
     def contract(self, config: Any, world_size: int) -> RankContract:
-        """What the ranks say of themselves."""
+        """Return how the ranks behave."""
 
     def code(self, config: Any) -> CodeTree:
-        """The files that make a run what it is."""
+        """Return the files that make a run what it is."""
 
 
 @cache

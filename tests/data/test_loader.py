@@ -1,4 +1,4 @@
-"""Batches: right windows of the text, dealt out so that no rank count and no restart repeats or skips a sample."""
+"""Batches: right windows of the text, partitioned so that no rank count and no restart repeats or skips a sample."""
 
 from __future__ import annotations
 
