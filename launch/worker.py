@@ -193,7 +193,7 @@ class Run:
         return answer
 
     def save_requested(self) -> bool:
-        """Tell whether to save now and go on: somebody made the file SAVE in the run folder. True once for each request.
+        """Tell whether to save now and go on, as the file SAVE in the run folder asks. True once for each request.
 
         To be called once a step by every rank, under the same promise as ``stop_requested``. ``saved`` takes the file
         away.
@@ -207,7 +207,7 @@ class Run:
         return answer
 
     def is_current(self) -> bool:
-        """Tell whether this is still the newest attempt of the run. Asks the filesystem; worth it right before a commit."""
+        """Tell whether this is still the newest attempt. Asks the filesystem; worth it right before a commit."""
         return self._runs is None or max(self._runs.attempts(), default=0) <= self.attempt
 
     # What happened. Rank 0 writes it down.
