@@ -115,11 +115,12 @@ class ScriptOptions:
         split_args("script.args", self.args)
         split_args("script.resume_args", self.resume_args)
         if self.stop_signal not in STOP_SIGNALS:
-            why = {"SIGKILL": "cannot be caught", "SIGSTOP": "cannot be caught"}.get(self.stop_signal, "")
+            uncatchable = ", which cannot be caught" if self.stop_signal in ("SIGKILL", "SIGSTOP") else ""
+            likely = [] if uncatchable else closest(self.stop_signal, STOP_SIGNALS)
             raise ConfigError(
-                f"script.stop_signal={self.stop_signal}{f', which {why}' if why else ''}",
+                f"script.stop_signal={self.stop_signal}{uncatchable}",
                 f"one of {', '.join(STOP_SIGNALS)}",
-                f"script.stop_signal={(closest(self.stop_signal, STOP_SIGNALS) or STOP_SIGNALS)[0]}",
+                f"script.stop_signal={(likely or STOP_SIGNALS)[0]}",
             )
         if self.requeue_exit is not None:
             require_range("script.requeue_exit", self.requeue_exit, 1, 255)
