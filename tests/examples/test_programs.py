@@ -119,7 +119,7 @@ def test_a_copy_of_the_code_is_that_of_the_programs_repository(tmp_path: Path) -
     git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
-    run("launch", *LOCAL, "script.path=project/train.py", "snapshot=true", "run_dir=outputs/one/run", cwd=tmp_path)
+    run("launch", *LOCAL, "script.path=project/train.py", "copy_code=true", "run_dir=outputs/one/run", cwd=tmp_path)
     folder = RunFolder(tmp_path / "outputs" / "one" / "run")
     (copy,) = (tmp_path / "outputs" / "one" / ".code").iterdir()
     assert printed(folder) == f"{copy / 'theirs' / 'part.py'}\n"

@@ -59,7 +59,7 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_power(
     sandbox: Cluster, undisturbed: float, tmp_path: Path
 ) -> None:
     here = RunFolder(tmp_path / "run")
-    words = ["nodes=2", "spares=1", "resilience.node_timeout_s=5", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
+    words = ["nodes=2", "spare_nodes=1", "resilience.node_timeout_s=5", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
     process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
     wait_for(lambda: "step 100:" in printed(here) or process.poll() is not None, "a hundred steps")
     (members,) = [e for e in here.read_events() if e["event"] == "members"]
