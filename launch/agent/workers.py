@@ -6,6 +6,7 @@ shared by several starts, was seen to close with a dead node as a member.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -41,6 +42,8 @@ from launch.runs.records import recent_records
 from launch.workload import RankCommand, RankContract
 
 LAST_MESSAGES_S = 3.0
+LEFT = "left"
+"""Key in the store of a start: how many nodes have seen all their ranks leave in order."""
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """The line of a Python traceback that names the exception."""
 
@@ -127,6 +130,8 @@ class RankAgent(LocalElasticAgent):
         self._first_exit: float | None = None
         self.killed: set[int] = set()
         """Ranks that were ended from here: their end explains nothing."""
+        self.is_given_up = False
+        """Whether nothing is to be waited for any more: another node has failed, or is lost."""
         self.asks_for_requeue = False
         """Whether ranks have left with the exit status that means: saved, put me back into the queue."""
 
@@ -141,6 +146,20 @@ class RankAgent(LocalElasticAgent):
             left = {worker.global_rank: None for worker in worker_group.workers}
             return RunResult(state=WorkerState.SUCCEEDED, return_values=left)
         return super()._monitor_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        """Wait until the ranks of all other nodes have left, too, and look on meanwhile.
+
+        Elastic's own barrier gives up after five minutes, also where ranks of another node have failed or work on, and
+        says nothing: the run then counted as finished.
+        """
+        store, members = self._store, self._worker_group.group_world_size
+        assert store is not None
+        with contextlib.suppress(dist.DistError):  # the head node knows how it ended, and has closed its store
+            store.add(LEFT, 1)
+            while not self.is_given_up and store.add(LEFT, 0) < members:
+                self._on_poll(self)
+                time.sleep(POLL_S)
 
     def _exit_codes(self) -> list[int | None]:
         """Exit status of each rank of this node, None of one that runs; nothing before they are started."""
@@ -271,6 +290,9 @@ def run_ranks(
 
         def poll(agent: RankAgent) -> None:
             watch.poll(agent)
+            # After a request to stop nobody looks for lost nodes; ranks that outstay the grace period are killed.
+            latest = stop.since + config.resilience.grace_period_s + LAST_MESSAGES_S
+            agent.is_given_up = watch.kill_reason is not None or (stop.count > 0 and time.monotonic() > latest)
             progress.poll()
             if not contract.records_events:
                 environment.poll(workload.name, command, contract, workload.code(config))
@@ -286,11 +308,14 @@ def run_ranks(
             if not contract.records_events:  # a program of moments may be over before the first poll
                 environment.poll(workload.name, command, contract, workload.code(config))
     if result is None or not result.is_failed():
+        if watch.kill_reason is not None:  # nothing went wrong here, but elsewhere
+            return watch.kill_reason
         if not contract.records_events:
             record_end(folder, node, rdzv, stop, rank_agent.asks_for_requeue)
         return None
-    group.tell_failed(rdzv.number)
+    # First the event log: the head node reads the failure there as soon as it is told.
     enter_silent_failures(folder, rdzv.attempt, result, stop, rank_agent.killed, contract)
+    group.tell_failed(rdzv.number)
     return watch.kill_reason or "ranks failed on this node"
 
 

@@ -23,6 +23,7 @@ from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.explain import CONFIG_ERRORS, explain, free_keys
 from launch.runs.folder import RunFolder
+from launch.runs.identity import RunConfig
 from launch.runs.overrides import append_groups, typed_value
 from launch.runs.ranges import closest
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
@@ -97,8 +98,15 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
 @cache
 def schema_of(target: str) -> type[Config]:
     """The dataclass of a whole config: the keys of the launcher, and those of a workload at the root beside them."""
-    made = dataclasses.make_dataclass("Config", [], bases=(Config, load_workload(target).schema))
-    return cast(type[Config], made)
+    schema = load_workload(target).schema
+    # The base that comes first decides on a default: a workload's own default for a key of every run is said again.
+    inherited = {entry.name: entry.default for entry in dataclasses.fields(RunConfig)}
+    own = [
+        (entry.name, entry.type, dataclasses.field(default=entry.default))
+        for entry in dataclasses.fields(schema)
+        if entry.name in inherited and entry.default != inherited[entry.name]
+    ]
+    return cast(type[Config], dataclasses.make_dataclass("Config", own, bases=(Config, schema)))
 
 
 def workload_of(config: Config | DictConfig) -> Workload:

@@ -1,0 +1,130 @@
+"""The examples do what their first lines promise, on local agents."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.report import build
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import run, start, wait_for
+from tests.support.scripts import (
+    EXAMPLES,
+    LOCAL,
+    PROGRESS,
+    causes,
+    last_loss,
+    printed,
+    printed_loss,
+    rank_of_script,
+)  # fmt: skip
+
+STEPS = 1500
+
+
+def point(folder: Path, name: str, nodes: int) -> RunFolder:
+    """The run folder of a point."""
+    (found,) = (folder / "outputs" / name).glob(f"nodes={nodes},*")
+    return RunFolder(found)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """plain_ddp.py on one node and on two: the folder, and what the command printed."""
+    folder = tmp_path_factory.mktemp("plain")
+    options = [f"script.options.steps={STEPS}", f"script.max_steps={STEPS}", "script.resumes=true", PROGRESS]
+    program = ["script.work_per_step=64", f"script.path={EXAMPLES / 'plain_ddp.py'}"]
+    return folder, run("launch", "-m", "nodes=1,2", *LOCAL, *options, *program, cwd=folder)
+
+
+def test_plain_ddp_ends_in_a_scaling_table(plain: tuple[Path, str]) -> None:
+    folder, text = plain
+    assert "Strong scaling of plain_ddp with 64 samples per step" in text
+    table = build(folder / "outputs" / "plain_ddp")
+    assert [(row.nodes, row.ranks, row.state, row.last_step) for row in table.rows] == [
+        (1, 1, "finished", STEPS), (2, 2, "finished", STEPS),
+    ]  # fmt: skip
+    for row in table.rows:
+        assert row.nodes and row.step_time_s and row.throughput == pytest.approx(64 / row.step_time_s)
+        run_folder = point(folder, "plain_ddp", row.nodes)
+        assert row.loss == printed_loss(printed(run_folder), STEPS) == last_loss(run_folder)[1]
+
+
+def test_a_killed_rank_of_plain_ddp_is_started_again_and_the_loss_is_that_of_the_undisturbed_run(
+    plain: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    options = [f"script.options.steps={STEPS}", "script.resumes=true", PROGRESS, f"run_dir={folder.path}"]
+    process = start(
+        "launch", "nodes=2", *LOCAL, *options, f"script.path={EXAMPLES / 'plain_ddp.py'}",
+        cwd=tmp_path, log=tmp_path / "log",
+    )  # fmt: skip
+    wait_for(lambda: "step 100:" in printed(folder) or process.poll() is not None, "a hundred steps")
+    pid = rank_of_script(process.pid, "plain_ddp.py", rank=1)
+    assert pid is not None, (tmp_path / "log").read_text()
+    os.kill(pid, signal.SIGKILL)
+    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert causes(folder) == ["crashed", "finished"]
+    first = int(printed(folder, attempt=2).split(":")[0].removeprefix("step "))
+    assert first > 50, "from its own checkpoint"
+    undisturbed = point(plain[0], "plain_ddp", 2)
+    assert printed_loss(printed(folder, 2), STEPS) == printed_loss(printed(undisturbed), STEPS)
+
+
+@pytest.fixture(scope="module")
+def with_worker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """ddp_with_worker.py on one node and on two."""
+    folder = tmp_path_factory.mktemp("worker")
+    program = ["script.resumes=true", f"script.path={EXAMPLES / 'ddp_with_worker.py'}"]
+    options = ["script.options.steps=200", "script.max_steps=200"]
+    return folder, run("launch", "-m", "nodes=1,2", *LOCAL, *options, *program, cwd=folder)
+
+
+def test_records_of_the_worker_api_end_in_a_scaling_table(with_worker: tuple[Path, str]) -> None:
+    folder, text = with_worker
+    assert "Strong scaling of ddp_with_worker with 64 samples per step" in text
+    table = build(folder / "outputs" / "ddp_with_worker")
+    assert [(row.ranks, row.state, row.last_step) for row in table.rows] == [(1, "finished", 200), (2, "finished", 200)]
+    two = point(folder, "ddp_with_worker", 2)
+    assert [r["samples"] for r in read_records(two.metrics(1))] == [32] * 200
+    assert [e["step"] for e in two.read_events() if e["event"] == "saved"] == [50, 100, 150, 200]
+
+
+def test_a_stop_of_the_worker_example_loses_no_step(with_worker: tuple[Path, str], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    program = ["script.resumes=true", f"script.path={EXAMPLES / 'ddp_with_worker.py'}", f"run_dir={folder.path}"]
+    args = ["nodes=2", *LOCAL, *program, "script.options.steps=100000", "script.options.save-every=100000"]
+    process = start("launch", *args, cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "a step")
+    (folder.path / "STOP").touch()
+    process.wait(timeout=300)
+    saved = [e["step"] for e in folder.read_events() if e["event"] == "saved"]
+    assert len(saved) == 1 and saved[0] == read_records(folder.metrics(1))[-1]["step"]
+    assert causes(folder) == ["cancelled"] and not (folder.path / "STOP").exists()
+
+
+def test_deepspeed_trains_and_saves(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    options = ["script.options.stage=2", "script.options.steps=20", "script.options.save-every=10"]
+    program = [f"script.path={EXAMPLES / 'deepspeed_zero.py'}", f"run_dir={folder.path}", "script.resumes=true"]
+    run("launch", "nodes=2", *LOCAL, *options, *program, cwd=tmp_path)
+    assert causes(folder) == ["finished"]
+    assert [e["step"] for e in folder.read_events() if e["event"] == "saved"] == [10, 20]
+    losses = [r["loss"] for r in read_records(folder.metrics(1))]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert (folder.checkpoints / "latest").read_text() == "step_20"
+
+
+def test_a_trainer_of_transformers_tells_of_its_steps(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    folder = RunFolder(tmp_path / "run")
+    options = ["script.options.max_steps=12", "script.options.save_steps=6", f"run_dir={folder.path}"]
+    run("launch", "nodes=2", *LOCAL, *options, f"script.path={EXAMPLES / 'transformers_trainer.py'}", cwd=tmp_path)
+    assert causes(folder) == ["finished"]
+    assert [e["step"] for e in folder.read_events() if e["event"] == "saved"] == [6, 12]
+    records = read_records(folder.metrics(0))
+    assert [r["step"] for r in records] == list(range(1, 13)) and records[-1]["loss"] < records[0]["loss"]

@@ -1,0 +1,109 @@
+"""A workload of somebody else's package, and what is refused of scripts before anything starts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
+from launch.plan.plan import Plan, make_plan
+from launch.plan.text import plan_text
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import ROOT, run
+from tests.support.scripts import causes, write_script
+
+SCRIPT = ("workload=script", "script.path=train.py")
+
+
+def plan(*words: str) -> Plan:
+    """Plan a point for this machine; starts nothing."""
+    return make_plan(typed_config(compose_launch(words)), words, ClusterKind.local)
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "fix"),
+    [
+        (["workload=script"], "workload=script without a program", "script.path=train.py"),
+        (["workload=script", "script.path=trian.py"], "trian.py, which is no file", "train.py"),
+        ([*SCRIPT, "script.module=train"], "script.path and script.module", "script.path=train.py"),
+        (["workload=script", "script.module=no_such_module.train"], "no no_such_module", "script.workdir=PATH"),
+        (["workload=script", "script.command=[no-such-program]"], "no program no-such-program", "script.command="),
+        ([*SCRIPT, "script.workdir=nowhere"], "nowhere, which is no folder", "script.workdir=PATH"),
+        ([*SCRIPT, "script.python=python9"], "script.python=python9", "script.python=/"),
+        ([*SCRIPT, """script.args="--name 'a" """.strip()], "no closing quotation", "script.args="),
+        ([*SCRIPT, r"script.progress=loss (?P<loss>[\d.]+)"], "no group named step", "(?P<step>"),
+        ([*SCRIPT, r"script.progress=step (?P<step>\d+"], "which is no regular expression", "(?P<step>"),
+        ([*SCRIPT, r"script.progress=(?P<step>\d+) (?P<acc>\d+)"], "a group acc", "(?P<step>"),
+        ([*SCRIPT, "script.stop_signal=SIGKILL"], "SIGKILL, which cannot be caught", "script.stop_signal=SIG"),
+        ([*SCRIPT, "script.requeue_exit=0"], "script.requeue_exit=0", "script.requeue_exit=1"),
+        ([*SCRIPT, "script.resume_args=--resume"], "without script.resumes=true", "script.resumes=true"),
+        ([*SCRIPT, "script.unit=words"], "script.unit=words", "script.unit="),
+        ([*SCRIPT, "script.pth=train.py"], "unknown key script.pth", "script.path=VALUE"),
+        ([*SCRIPT, "optim.lr=1"], "unknown key optim", "=VALUE"),
+        (["workload=scirpt"], "workload=scirpt", "workload=script"),
+        (["workload._target_=nowhere.Workload"], "No module named 'nowhere'", "workload=script"),
+        (["workload._target_=launch.errors.Workload"], "no class Workload", "workload=script"),
+        (["workload._target_=launch.runs.folder.Folder"], "no class Folder", "workload=script"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_refused_in_three_parts(words: list[str], found: str, fix: str, empty_folder: Path) -> None:
+    write_script(empty_folder, "", "train.py")
+    with pytest.raises(ConfigError) as refusal:
+        plan(*words)
+    assert found in refusal.value.found
+    assert refusal.value.expected
+    assert fix in refusal.value.fix
+    assert [path.name for path in empty_folder.iterdir()] == ["train.py"]
+
+
+def test_the_plan_says_what_is_run_and_whether_it_is_started_again(empty_folder: Path) -> None:
+    write_script(empty_folder, "", "train.py")
+    words = ["nodes=2", *SCRIPT, """script.args='--out "${run_dir}/a b"'""", "script.options.lr=0.1"]
+    text = plan_text(plan(*words, "script.work_per_step=1024", "script.max_steps=5000"))
+    assert "train.py --out '${run_dir}/a b' --lr=0.1" in text
+    assert "1,024 samples a step" in text and "5,000" in text
+    assert "none: an interrupted script is not started again (script.resumes=true" in text
+    assert "from the script's own checkpoint" in plan_text(plan(*words, "script.resumes=true"))
+
+
+def test_options_are_written_as_the_program_reads_them(empty_folder: Path) -> None:
+    write_script(empty_folder, "", "train.py")
+    options = [
+        "script.options.lr=1e-3",
+        "script.options.layers=[1,2]",
+        "script.options.fast=''",
+        "script.options.a=null",
+    ]
+    text = plan_text(plan(*SCRIPT, *options))
+    assert "--lr=0.001 --layers=1,2 --fast" in text and "--a" not in text
+    text = plan_text(plan(*SCRIPT, "script.options.model.layers=4", "script.style=hydra"))
+    assert "model.layers=4" in text
+
+
+def blocks_of_the_docs() -> dict[str, str]:
+    """The files that docs/workloads.md shows: the text of each code block whose first line is a comment naming it."""
+    text = (ROOT / "docs" / "workloads.md").read_text()
+    return dict(re.findall(r"```python\n# (theirs/\w+\.py)\n(.*?)```", text, re.DOTALL))
+
+
+def test_a_workload_of_another_package_is_planned_and_run(tmp_path: Path) -> None:
+    files = blocks_of_the_docs()
+    assert sorted(files) == ["theirs/__init__.py", "theirs/count.py"]
+    (tmp_path / "theirs").mkdir()
+    for name, text in files.items():
+        write_script(tmp_path, text, name)
+    words = ["-m", "nodes=2", "cluster=local", "ranks_per_node=1", "workload._target_=theirs.Counter", "count_to=5"]
+    text = run("launch", *words, "launch.poll_s=1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    folder = RunFolder(tmp_path / "outputs" / "counter" / "count_to=5,nodes=2,ranks_per_node=1")
+    assert causes(folder) == ["finished"] and "nodes=2" in text
+    assert [[r["step"] for r in read_records(folder.metrics(rank))] for rank in (0, 1)] == [[1, 2, 3, 4, 5]] * 2
+    text = run("launch", *words, "fresh=true", "dry_run=true", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "2 ranks count to 5" in text
+    text = run("launch", *words[:-1], "count_to=0", cwd=tmp_path, PYTHONPATH=str(tmp_path), status=2)
+    assert "found: count_to=0" in text and "type next: count_to=10" in text

@@ -1,0 +1,73 @@
+"""A program that knows nothing of the launcher, interrupted on a real Slurm, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.faults import power_cut, preempt
+from tests.slurm.test_batch_script import run_batch_script
+from tests.support.commands import ON_SLURM, start, wait_for
+from tests.support.scripts import EXAMPLES, PROGRESS, causes, printed, printed_loss
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 3000
+SCRIPT = [
+    "workload=script", f"script.path={EXAMPLES / 'plain_ddp.py'}", f"script.options.steps={STEPS}",
+    f"script.max_steps={STEPS}", "script.work_per_step=64", "script.resumes=true", "ranks_per_node=1", PROGRESS,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The last loss of the plain batch script's run on two nodes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [*SCRIPT, f"run_dir={folder / 'run'}"]
+    assert run_batch_script(shared_sandbox, folder, *words) == "COMPLETED", (folder / "out").read_text()
+    text = (folder / "out").read_text()
+    assert "2 x 1 = 2 ranks on slurm" in text and "64 samples per step" in text
+    here = RunFolder(folder / "run")
+    assert causes(here) == ["finished"]
+    hosts = [rank["host"] for rank in json.loads(here.environment(1).read_text())["ranks"]]
+    assert len(set(hosts)) == 2
+    return printed_loss(printed(here), STEPS)
+
+
+def test_a_preempted_script_is_requeued_and_goes_on_from_its_own_checkpoint(
+    sandbox: Cluster, undisturbed: float, tmp_path: Path
+) -> None:
+    here = RunFolder(tmp_path / "run")
+    words = ["nodes=2", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
+    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
+    wait_for(lambda: "step 100:" in printed(here) or process.poll() is not None, "a hundred steps")
+    (job,) = [str(e["job_id"]) for e in here.read_events() if e["event"] == "submitted"]
+    preempt(sandbox, job)
+    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert causes(here) == ["preempted", "finished"]
+    assert int(printed(here, attempt=2).split(":")[0].removeprefix("step ")) > 100
+    assert printed_loss(printed(here, attempt=2), STEPS) == undisturbed
+    assert "samples/s" in (tmp_path / "log").read_text()
+
+
+def test_a_spare_takes_the_place_of_a_node_that_loses_power(
+    sandbox: Cluster, undisturbed: float, tmp_path: Path
+) -> None:
+    here = RunFolder(tmp_path / "run")
+    words = ["nodes=2", "spare_nodes=1", "resilience.node_timeout_s=5", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
+    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
+    wait_for(lambda: "step 100:" in printed(here) or process.poll() is not None, "a hundred steps")
+    (members,) = [e for e in here.read_events() if e["event"] == "members"]
+    power_cut(sandbox, members["hosts"][1])
+    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert causes(here) == ["node_failed", "finished"]
+    assert [e for e in here.read_events() if e["event"] == "requeued"] == [], "inside the same job"
+    ranks = json.loads(here.environment(2).read_text())["ranks"]
+    assert [rank["host"] for rank in ranks] == [members["hosts"][0], *members["spares"]]
+    assert printed_loss(printed(here, attempt=2), STEPS) == undisturbed
+    assert {r["attempt"] for r in read_records(here.metrics(0))} == {1, 2}
