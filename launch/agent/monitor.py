@@ -26,8 +26,8 @@ from launch.runs.heartbeat import HeartbeatFile
 from launch.workload import RankContract
 
 if TYPE_CHECKING:
+    from launch.agent.elastic import RankAgent
     from launch.agent.rendezvous import AgentGroup, RendezvousRound
-    from launch.agent.workers import RankAgent
 
 
 class Watch:
