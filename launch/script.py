@@ -79,8 +79,8 @@ class ScriptOptions:
     """Interpreter for path and module; null is the one that runs the launcher."""
     workdir: Optional[str] = None
     """Working directory of the ranks; null is where the command was typed."""
-    env: dict[str, str] = field(default_factory=dict)
-    """Variables of the environment that are set for the ranks."""
+    env: dict[str, Optional[str]] = field(default_factory=dict)
+    """Variables of the environment that are set for the ranks, or with null taken away, RANK and the like included."""
     resumes: bool = False
     """A new start goes on from the script's own checkpoint, so it may be restarted and requeued."""
     resume_args: Any = None
@@ -283,10 +283,13 @@ class ScriptWorkload:
                 return path
             return str(Path(copied) / Path(path).relative_to(root))
 
-        env = {key: fill(value) for key, value in script.env.items()}
+        env = {key: fill(value) for key, value in script.env.items() if value is not None}
         if copied is not None:
             env.setdefault("PYTHONPATH", os.pathsep.join(filter(None, (copied, os.environ.get("PYTHONPATH")))))
         args = self._args(config, attempt, place(script.path) if script.path else None)
+        hidden = [word for key, value in script.env.items() if value is None for word in ("-u", key)]
+        if hidden:  # by env(1): torch elastic sets RANK and the like last
+            args = ["env", *hidden, *args]
         assert script.workdir is not None
         return RankCommand(tuple(map(fill, args)), env=env, workdir=Path(place(script.workdir)))
 

@@ -196,7 +196,10 @@ def test_metrics_and_checkpoints_know_no_slurm() -> None:
             assert "SLURM_" not in code and "scontrol" not in code, name
 
 
-ON_THE_NODES = ("launch.agent.workers", "launch.agent.rendezvous", "launch.agent.heartbeat", "launch.doctor.links")
+ON_THE_NODES = tuple(
+    f"launch.{name}"
+    for name in ("agent.workers", "agent.elastic", "agent.rendezvous", "agent.heartbeat", "doctor.links")
+)
 
 
 def test_the_login_node_loads_no_torch() -> None:

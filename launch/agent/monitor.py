@@ -27,8 +27,8 @@ from launch.runs.heartbeat import HeartbeatFile
 from launch.workload import RankContract
 
 if TYPE_CHECKING:
+    from launch.agent.elastic import RankAgent
     from launch.agent.rendezvous import AgentGroup, RendezvousRound
-    from launch.agent.workers import RankAgent
 
 
 STOP_FILE_S = 1.0  # a look asks a shared filesystem

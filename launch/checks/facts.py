@@ -218,7 +218,7 @@ def expand_hosts(expression: str | None) -> frozenset[str]:
 
 def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], facts: Facts) -> list[Request]:
     """One request for each shape. ``configs`` holds the config of every plan, by run folder."""
-    from launch.jobs.submit import sbatch_text
+    from launch.jobs.sbatch import sbatch_text
 
     requests = []
     for group in groups:

@@ -18,10 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
@@ -30,12 +26,12 @@ from launch.checks.facts import Facts, Request
 from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
+from launch.config.sweep_points import sweep_points
 from launch.doctor import machine
 from launch.doctor.on_cluster import group_line, table
 from launch.errors import ConfigError, refusing
 from launch.jobs.submit import shapes
 from launch.plan.plan import Plan, make_plan
-from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.scheduler.client import SlurmError
 
 
@@ -54,23 +50,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wait-min", type=float, default=10.0, help="how long that job may wait in the queue (10)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
     return parser.parse_intermixed_args(argv)
-
-
-def points_of(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each point of a sweep, as Hydra's own sweeper splits them; ConfigError."""
-    try:
-        parser = OverridesParser.create()
-        typed = parser.parse_overrides(list(overrides))
-        fixed = [text for text, parsed in zip(overrides, typed, strict=True) if not parsed.is_sweep_override()]
-        compose_launch(fixed)  # registers the schema, and explains what is wrong
-        with initialize_config_module("configs", version_base="1.3"):
-            params = (
-                hydra_compose("config", overrides=fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
-            )
-        swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
-        return [list(point) for batch in BasicSweeper.split_arguments([*swept, *typed], None) for point in batch]
-    except CONFIG_ERRORS as error:
-        raise explain(error, Config) from error
 
 
 def configs_of(points: Sequence[Sequence[str]]) -> list[Config]:
@@ -138,7 +117,7 @@ def run_on_cluster(
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
     """Look, submit where asked to, and say what was found."""
-    of_machine, of_request, requests, seen = examine(points_of(given.overrides))
+    of_machine, of_request, requests, seen = examine(sweep_points(given.overrides))
     if not given.on_cluster:
         return [*of_machine, *of_request], None
     if findings.has_errors(of_request):

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from launch.config import Config
-from launch.jobs.submit import sbatch_text, shapes
+from launch.jobs.sbatch import sbatch_text
+from launch.jobs.submit import shapes
 from launch.plan.plan import Plan
 from launch.plan.text import plan_text, worst_case_text
 

@@ -22,6 +22,8 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 from launch.scheduler.client import JobState
 
+CONTROLLER = "submitit.local._local"
+"""Module that submitit starts as the controller of a local job, by which its process is known."""
 SECOND_SIGNAL_S = 0.5  # two signals that are pending at the same time count as one
 
 
@@ -169,7 +171,7 @@ class LocalJob:
 def is_local_job(pid: int) -> bool:
     """Whether process ``pid`` is a submitit controller that still runs."""
     try:
-        return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return CONTROLLER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

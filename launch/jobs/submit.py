@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,11 +18,11 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import _make_sbatch_string
 
 from launch.agent import main as agent
 from launch.agent.stop import OWNER
 from launch.jobs.handles import LocalJob, SlurmJob, submitit_folder
+from launch.jobs.sbatch import controller_process, jobs_folder
 from launch.plan.capacity import visible_gpus
 from launch.plan.code_copy import RUNS_FROM, running_from
 from launch.plan.placement import cluster_of, next_candidate
@@ -74,16 +72,6 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
     return list(groups.values())
 
 
-def sbatch_text(plans: Sequence[Plan]) -> str:
-    """The batch script that submitit writes for plans of one shape. Needs no Slurm."""
-    folder = jobs_folder(plans[0])
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    count = len(plans) if len(plans) > 1 else None
-    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **plans[0].slurm)
-    assert isinstance(text, str)
-    return text
-
-
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
     """Submit plans of one shape: a job array, or a plain job where there is one plan. In the plans' order.
 
@@ -115,11 +103,6 @@ def submit_calls(
     with clean_environment(), executor.batch() if len(arguments) > 1 else nullcontext():
         jobs = [executor.submit(function, argument) for argument in arguments]
     return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
-
-
-def jobs_folder(plan: Plan) -> Path:
-    """Where submitit keeps what belongs to a job, by its number."""
-    return submitit_folder(plan.run_dir, cluster_of(plan.slurm)) / "%j"
 
 
 @dataclass(frozen=True)
@@ -185,4 +168,4 @@ def start_local(plan: Plan) -> LocalJob:
             job: Any = executor.submit(agent.run, plan.run_dir)
     finally:
         signal.signal(signal.SIGINT, handler)
-    return LocalJob(job.job_id, os.uname().nodename, job._process)
+    return LocalJob(job.job_id, os.uname().nodename, controller_process(job))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from launch.scheduler.fields import parse_fields
+
 TIMEOUT_S = 30.0
 RETRIES = 3
 BUSY = ("socket timed out", "unable to contact", "resource temporarily unavailable", "zero bytes were transmitted")
@@ -250,6 +252,5 @@ def exclude(job_id: str, hosts: Iterable[str]) -> None:
 
 
 def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
-    """``scontrol show job`` as names and values. Raises SlurmError."""
-    text = run("scontrol", "show", "job", "--oneliner", job_id, retries=retries)
-    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+    """Ask for what ``scontrol show job`` tells, as names and values. Raises SlurmError."""
+    return parse_fields(run("scontrol", "show", "job", "--oneliner", job_id, retries=retries))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launch.scheduler import client as scheduler
+from launch.scheduler.fields import parse_fields
 
 NOTHING = ("", "(null)", "N/A", "NONE", "none")
 UNLIMITED = ("UNLIMITED", "INFINITE", "4294967295")
@@ -125,10 +126,10 @@ def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
 
 
 def records(text: str, key: str) -> Iterator[dict[str, str]]:
-    """The fields of each line that starts with ``key``. Values may hold blanks (OS, Reason), so a key ends a value."""
+    """Yield the fields of each line that starts with ``key``."""
     for line in text.splitlines():
         if line.startswith(f"{key}="):
-            yield dict(re.findall(r"(?:^|(?<=\s))([A-Z]\w*)=(.*?)(?=\s+[A-Z]\w*=|\s*$)", line))
+            yield parse_fields(line)
 
 
 def partition(fields: dict[str, str]) -> Partition:

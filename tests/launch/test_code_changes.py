@@ -14,7 +14,7 @@ import pytest
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
-from launch.jobs.submit import sbatch_text
+from launch.jobs.sbatch import sbatch_text
 from launch.plan import code_copy as snapshot
 from launch.plan.preflight import add_warnings
 from launch.plan.text import plan_text

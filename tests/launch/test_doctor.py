@@ -14,8 +14,9 @@ import pytest
 from launch.checks import facts
 from launch.checks.findings import Finding, Level
 from launch.config import ClusterKind, Config
+from launch.config.sweep_points import sweep_points
 from launch.doctor import machine
-from launch.doctor.__main__ import configs_of, main, points_of
+from launch.doctor.__main__ import configs_of, main
 from launch.runs import compose
 from tests.support.commands import ROOT, environment, run
 from tests.support.doctor_facts import FACTS, MACHINE, OUTPUT, request
@@ -141,8 +142,10 @@ def test_a_controller_that_does_not_answer() -> None:
 
 
 def test_sweeps_are_split_as_python_m_launch_splits_them() -> None:
-    assert points_of(["nodes=1,2", "seed=range(1,3)"]) == [[f"nodes={n}", f"seed={s}"] for n in (1, 2) for s in (1, 2)]
-    swept = configs_of(points_of(["+experiment=strong_scaling"]))
+    assert sweep_points(["nodes=1,2", "seed=range(1,3)"]) == [
+        [f"nodes={n}", f"seed={s}"] for n in (1, 2) for s in (1, 2)
+    ]
+    swept = configs_of(sweep_points(["+experiment=strong_scaling"]))
     assert [config.nodes for config in swept] == [1, 2, 4]
     assert all(isinstance(config, Config) for config in swept)
 

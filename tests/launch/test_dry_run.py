@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
-from launch.jobs.submit import sbatch_text, shapes
+from launch.jobs.sbatch import sbatch_text
+from launch.jobs.submit import shapes
 from launch.plan.plan import Plan, make_plan
 from tests.support.commands import run
 

@@ -18,8 +18,9 @@ from launch.errors import ConfigError
 from launch.jobs.dry_run import elsewhere
 from launch.jobs.failover import PendingRun, claim, is_current, promised
 from launch.jobs.handles import JobStatus, SlurmJob
+from launch.jobs.sbatch import sbatch_text
 from launch.jobs.status import RunStatus, adopt_job, find_run_status, update
-from launch.jobs.submit import record_submitted, sbatch_text, shapes
+from launch.jobs.submit import record_submitted, shapes
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
 from launch.plan.plan import Plan

@@ -15,7 +15,8 @@ import pytest
 from launch.checks import facts
 from launch.checks.findings import Level
 from launch.config import ClusterKind
-from launch.doctor.__main__ import examine, points_of
+from launch.config.sweep_points import sweep_points
+from launch.doctor.__main__ import examine
 from launch.scheduler import client as scheduler
 from slurm.sandbox import faults, packages
 from slurm.sandbox.cluster import Cluster
@@ -109,7 +110,7 @@ def test_what_is_an_error_slurm_does_not_run_and_the_rest_it_does(
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", strict.env["SLURM_CONF"])
     typed = ["cluster=slurm", f"output_dir={tmp_path}", *words.replace("n[2-3]", "'n[2-3]'").split()]
-    _, findings, (request,), _ = examine(points_of(typed))
+    _, findings, (request,), _ = examine(sweep_points(typed))
     errors = {finding.check for finding in findings if finding.level is Level.error}
     assert errors == ({check} if check else set()), findings
     assert slurm_runs(strict, request.batch_text, tmp_path / "job.sh") is (check is None)

@@ -10,7 +10,7 @@ from launch.checks.facts import Facts, Folder, Machine, Request
 from launch.checks.findings import Finding, Level
 from launch.config import ClusterKind
 from launch.doctor.__main__ import configs_of
-from launch.jobs.submit import sbatch_text
+from launch.jobs.sbatch import sbatch_text
 from launch.plan.plan import make_plan
 from launch.scheduler import limits
 

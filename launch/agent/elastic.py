@@ -1,0 +1,188 @@
+"""Torch elastic behind one door: the agent that starts and watches the ranks of a node, and all that it is handed.
+
+Owns the use of elastic's private parts, ``_monitor_workers`` and ``_pcontext``: elastic has no public way to ask
+something between two polls, or to signal the ranks. A test compares them with the installed version. Every round is a
+fresh rendezvous among nodes that the agent group has agreed on: elastic's own, shared by several starts, was seen to
+close with a dead node as a member. Must not know what a run is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server import WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+from launch.agent.heartbeat import POLL_S
+from launch.agent.rendezvous import RendezvousRound
+from launch.workload import RankContract
+
+LEFT = "left"
+"""Key in the store of a start: how many nodes have seen all their ranks leave in order."""
+LAST_MESSAGES_S = 3.0
+"""Time that ranks have after the first failure, to tell theirs."""
+
+
+class FixedRendezvous(RendezvousHandler):
+    """Elastic's rendezvous for agents that have agreed already on who takes part and where."""
+
+    def __init__(self, rdzv: RendezvousRound, index: int, timeout_s: float) -> None:
+        self._round = rdzv
+        self._place = rdzv.members.index(index)
+        self._store = dist.TCPStore(
+            rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """The place of this node among the members, and the store for the ranks."""
+        where = RendezvousStoreInfo(self._round.address, self._round.port)
+        store = dist.PrefixStore("agents", self._store)
+        return RendezvousInfo(store, self._place, len(self._round.members), where)
+
+    @property
+    def use_agent_store(self) -> bool:
+        """The ranks meet in the store too: no port is opened that could be taken."""
+        return True
+
+    def get_backend(self) -> str:
+        """Its name in elastic's logs."""
+        return "fixed"
+
+    def is_closed(self) -> bool:
+        """Never: it serves one round."""
+        return False
+
+    def set_closed(self) -> None:
+        """Nothing to close."""
+
+    def num_nodes_waiting(self) -> int:
+        """Nobody joins later."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """A name for this round."""
+        return f"attempt-{self._round.attempt}"
+
+    def shutdown(self) -> bool:
+        """The store belongs to the head node's agent group."""
+        return True
+
+
+class OneLogEach(LogsSpecs):
+    """The ranks write their logs themselves (see ``worker_command``); elastic only needs a place for error files."""
+
+    def __init__(self, errors: str) -> None:
+        super().__init__()
+        self._errors = errors
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """No redirection."""
+        nowhere = dict.fromkeys(envs, "")
+        files = {rank: f"{self._errors}/{rank}.json" for rank in envs}
+        return LogsDest(stdouts=nowhere, stderrs=nowhere, error_files=files)
+
+    @property
+    def root_log_dir(self) -> str:
+        """Where elastic may write."""
+        return self._errors
+
+
+class RankAgent(LocalElasticAgent):
+    """Elastic's agent, with a question of ours asked at every poll of the ranks."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: LogsSpecs,
+        on_poll: Callable[[RankAgent], None],
+        contract: RankContract,
+        grace_s: float,
+    ) -> None:
+        super().__init__(spec, logs)
+        self._on_poll = on_poll
+        self._requeue_exit = contract.requeue_exit
+        self._grace_s = grace_s
+        self._first_exit: float | None = None
+        self.killed: set[int] = set()
+        """Ranks that were ended from here: their end explains nothing."""
+        self.is_given_up = False
+        """Whether nothing is to be waited for any more: another node has failed, or is lost."""
+        self.asks_for_requeue = False
+        """Whether ranks have left with the exit status that means: saved, put me back into the queue."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._on_poll(self)
+        codes = self._exit_codes()
+        if self._wait_for_others(codes):
+            return RunResult(state=WorkerState.HEALTHY)
+        asking = self._requeue_exit
+        if asking is not None and asking in codes and all(code in (0, asking) for code in codes):
+            self.asks_for_requeue = True
+            left = {worker.global_rank: None for worker in worker_group.workers}
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=left)
+        return super()._monitor_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        """Wait until the ranks of all other nodes have left, too, and look on meanwhile.
+
+        Elastic's own barrier gives up after five minutes, also where ranks of another node have failed or work on, and
+        says nothing: the run then counted as finished.
+        """
+        store, members = self._store, self._worker_group.group_world_size
+        assert store is not None
+        with contextlib.suppress(dist.DistError):  # the head node knows how it ended, and has closed its store
+            store.add(LEFT, 1)
+            while not self.is_given_up and store.add(LEFT, 0) < members:
+                self._on_poll(self)
+                time.sleep(POLL_S)
+
+    def _exit_codes(self) -> list[int | None]:
+        """Exit status of each rank of this node, None of one that runs; nothing before they are started."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return []
+        return [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+
+    def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
+        """Whether a rank has failed, or left, and the others still have a moment to do what they have to.
+
+        Elastic would end them right away: the echo of a failure, which comes first, would hide the failure. Those
+        that are stuck with the lost rank are then killed, where elastic would wait for them for half a minute.
+        """
+        if None not in codes or not any(codes):
+            return False
+        if self._first_exit is None:
+            self._first_exit = time.monotonic()
+        left = {code for code in codes if code}
+        patience_s = self._grace_s if left == {self._requeue_exit} else LAST_MESSAGES_S  # others may save still
+        if time.monotonic() - self._first_exit < patience_s:
+            return True
+        self.send(signal.SIGKILL)
+        return False
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to every rank of this node that is still there."""
+        for rank, pid in self.ranks().items():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+            if number is signal.SIGKILL:
+                self.killed.add(rank)
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids of this node's ranks that have not been reaped, by rank."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return {}
+        workers = self._worker_group.workers
+        handlers = self._pcontext.subprocess_handlers
+        return {workers[i].global_rank: h.proc.pid for i, h in handlers.items() if h.proc.poll() is None}

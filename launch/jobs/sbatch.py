@@ -1,0 +1,45 @@
+"""Private parts of submitit behind one door: the batch script it would submit, and the process of a local job.
+
+submitit has no public way to see a script without submitting it. A test compares what is used here with the installed
+version; where it fails after an update, this is the file to change.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launch.jobs.handles import submitit_folder
+from launch.plan.placement import cluster_of
+from launch.plan.plan import Plan
+
+SUBMISSION = "submitit.core._submit"
+"""Module that submitit's batch scripts run on every node."""
+
+
+def sbatch_text(plans: Sequence[Plan]) -> str:
+    """The batch script that submitit writes for plans of one shape. Needs no Slurm."""
+    folder = jobs_folder(plans[0])
+    command = f"{shlex.quote(sys.executable)} -u -m {SUBMISSION} {shlex.quote(str(folder))}"
+    count = len(plans) if len(plans) > 1 else None
+    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **plans[0].slurm)
+    assert isinstance(text, str)
+    return text
+
+
+def jobs_folder(plan: Plan) -> Path:
+    """Folder of submitit's files of a job; ``%j`` in it stands for the job's number."""
+    return submitit_folder(plan.run_dir, cluster_of(plan.slurm)) / "%j"
+
+
+def controller_process(job: Any) -> subprocess.Popen[bytes]:
+    """The controller of a local job, which its parent has to wait for to see it end."""
+    process = job._process
+    assert isinstance(process, subprocess.Popen)
+    return process
