@@ -393,7 +393,9 @@ def code_files(script: str | None, root: Path) -> Iterator[tuple[str, Path]]:
     In a copy, which has no git, these are all files.
     """
     if (root / ORIGIN).is_file():
-        names = [str(path.relative_to(root)) for path in root.rglob("*") if path.name != ORIGIN]
+        # A program that runs from it leaves compiled files there.
+        paths = (path for path in root.rglob("*") if path.name != ORIGIN and "__pycache__" not in path.parts)
+        names = [str(path.relative_to(root)) for path in paths]
     else:
         names = git_names(root) or folder_names(root) or ([Path(script).name] if script else [])
     for name in sorted(set(names)):

@@ -11,6 +11,7 @@ import re
 import signal
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,9 +33,10 @@ from launch.config import Config
 from launch.config.compose import workload_of
 from launch.runs import heartbeat
 from launch.runs.failures import enter_failure
+from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
-from launch.workload import RankCommand, RankContract
+from launch.workload import CodeTree, RankCommand, RankContract
 
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """The line of a Python traceback that names the exception."""
@@ -96,6 +98,7 @@ def run_ranks(
     workload = workload_of(config)
     contract = workload.contract(config, config.world_size)
     command = workload.command(config, folder, rdzv.attempt)
+    tree = code_of_ranks(folder, workload.code(config))
     with TemporaryDirectory(prefix="launch-") as scratch:
         prepare_environment(node, config, group.address)
         describe_run(config, folder, rdzv.attempt, command, Path(scratch))
@@ -132,7 +135,7 @@ def run_ranks(
             agent.is_given_up = watch.kill_reason is not None or (stop.count > 0 and time.monotonic() > latest)
             progress.poll()
             if not contract.records_events:
-                environment.poll(workload.name, command, contract, workload.code(config))
+                environment.poll(workload.name, command, contract, tree)
 
         rank_agent = RankAgent(spec, OneLogEach(scratch), poll, contract, config.resilience.grace_period_s)
         try:
@@ -143,7 +146,7 @@ def run_ranks(
         finally:
             progress.close()
             if not contract.records_events:  # a program of moments may be over before the first poll
-                environment.poll(workload.name, command, contract, workload.code(config))
+                environment.poll(workload.name, command, contract, tree)
     if result is None or not result.is_failed():
         if watch.kill_reason is not None:  # nothing went wrong here, but elsewhere
             return watch.kill_reason
@@ -154,6 +157,12 @@ def run_ranks(
     enter_silent_failures(folder, rdzv.attempt, result, stop, rank_agent.killed, contract)
     group.tell_failed(rdzv.number)
     return watch.kill_reason or "ranks failed on this node"
+
+
+def code_of_ranks(folder: RunFolder, tree: CodeTree) -> CodeTree:
+    """The code that ranks run: the copy taken at submission where the run has one."""
+    copied = read_json(folder.plan).get("code")
+    return tree if copied is None or tree.has_launcher else replace(tree, root=Path(copied))
 
 
 def record_end(folder: RunFolder, node: Node, rdzv: RendezvousRound, stop: StopRequest, asks_for_requeue: bool) -> None:

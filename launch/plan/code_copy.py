@@ -50,13 +50,14 @@ def take(target: Path, tree: CodeTree) -> None:
         for name, path in tree.files(tree.root):
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, scratch / name)
+        # First, since it marks a copy: a program's files are told by git in its checkout, and are all files in a copy.
+        write_json(scratch / ORIGIN, {"root": str(tree.root), "git": code_state(tree.root)})
         if describe_code(scratch, tree.files)["sha256"] != code(tree)["sha256"]:
             raise ConfigError(
                 f"a file under {tree.root} that changed while it was copied",
                 "code that stays as it is",
                 "the command again",
             )
-        write_json(scratch / ORIGIN, {"root": str(tree.root), "git": code_state(tree.root)})
         scratch.chmod(0o755)
         try:
             scratch.rename(target)
