@@ -63,11 +63,11 @@ def test_what_is_printed_is_what_metrics_table_and_curves_say(tmp_path: Path) ->
 
 
 def test_a_program_that_says_nothing_ends_in_a_table_of_times(tmp_path: Path) -> None:
-    silent = "import time; time.sleep(1)"
-    text = run("launch", "nodes=2", *LOCAL, f"script.command=[{sys.executable},-c,'{silent}']", cwd=tmp_path)
-    (row,) = build(tmp_path / "outputs").rows
+    silent = f"script.command=[{sys.executable},-c,'import time; time.sleep(1)']"
+    text = run("launch", "nodes=2", *LOCAL, "name=python", silent, cwd=tmp_path)
+    (row,) = build(tmp_path / "outputs" / "python").rows
     assert (row.nodes, row.ranks, row.state, row.loss, row.last_step) == (2, 2, "finished", None, None)
-    assert "run time" in text and "step time" not in text
+    assert "run time" in text and "No step times were recorded" in text
 
 
 FAILING = """
@@ -124,6 +124,9 @@ def test_a_copy_of_the_code_is_that_of_the_programs_repository(tmp_path: Path) -
     (copy,) = (tmp_path / "outputs" / "one" / ".code").iterdir()
     assert printed(folder) == f"{copy / 'theirs' / 'part.py'}\n"
     copied = {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert {name for name in copied if name.endswith(".py")} == {"train.py", "theirs/part.py"}
+    assert {"train.py", "theirs/part.py", ".gitignore"} <= copied and "theirs/ignored.py" not in copied
+    assert not any(name.startswith("launch/") for name in copied)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert json.loads(folder.environment(1).read_text())["git"]["commit"] == commit
+    environment = json.loads(folder.environment(1).read_text())
+    assert environment["git"]["commit"] == commit
+    assert environment["code"]["root"] == str(copy) and environment["code"]["is_snapshot"]

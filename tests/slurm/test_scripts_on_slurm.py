@@ -13,7 +13,7 @@ from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import power_cut, preempt
 from tests.slurm.test_batch_script import run_batch_script
 from tests.support.commands import ON_SLURM, start, wait_for
-from tests.support.scripts import EXAMPLES, PROGRESS, causes, printed, printed_loss
+from tests.support.scripts import EXAMPLES, PROGRESS, causes, first_step, printed, printed_loss
 
 pytestmark = pytest.mark.slurm
 
@@ -50,7 +50,7 @@ def test_a_preempted_script_is_requeued_and_goes_on_from_its_own_checkpoint(
     preempt(sandbox, job)
     assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     assert causes(here) == ["preempted", "finished"]
-    assert int(printed(here, attempt=2).split(":")[0].removeprefix("step ")) > 100
+    assert first_step(printed(here, attempt=2)) > 100
     assert printed_loss(printed(here, attempt=2), STEPS) == undisturbed
     assert "samples/s" in (tmp_path / "log").read_text()
 

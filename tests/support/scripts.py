@@ -41,6 +41,13 @@ def printed_loss(text: str, step: int) -> float:
     return float(loss)
 
 
+def first_step(text: str) -> int:
+    """The first step that plain_ddp.py has printed; torch may print warnings before."""
+    found = re.search(r"^step (\d+):", text, re.MULTILINE)
+    assert found, text
+    return int(found[1])
+
+
 def rank_of_script(pid: int, script: str, rank: int) -> int | None:
     """Process id of a rank that runs ``script`` below process ``pid``."""
     for found in descendants(pid):
