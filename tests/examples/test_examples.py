@@ -64,7 +64,7 @@ def test_a_killed_rank_of_plain_ddp_is_started_again_and_the_loss_is_that_of_the
         "launch", "nodes=2", *LOCAL, *options, f"script.path={EXAMPLES / 'plain_ddp.py'}",
         cwd=tmp_path, log=tmp_path / "log",
     )  # fmt: skip
-    wait_for(lambda: "step 100:" in printed(folder) or process.poll() is not None, "a hundred steps")
+    wait_for(lambda: "step 101:" in printed(folder) or process.poll() is not None, "a hundred steps")
     pid = rank_of_script(process.pid, "plain_ddp.py", rank=1)
     assert pid is not None, (tmp_path / "log").read_text()
     os.kill(pid, signal.SIGKILL)

@@ -45,7 +45,7 @@ def test_a_preempted_script_is_requeued_and_goes_on_from_its_own_checkpoint(
     here = RunFolder(tmp_path / "run")
     words = ["nodes=2", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
     process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
-    wait_for(lambda: "step 100:" in printed(here) or process.poll() is not None, "a hundred steps")
+    wait_for(lambda: "step 101:" in printed(here) or process.poll() is not None, "a hundred steps")
     (job,) = [str(e["job_id"]) for e in here.read_events() if e["event"] == "submitted"]
     preempt(sandbox, job)
     assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
@@ -61,7 +61,7 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_power(
     here = RunFolder(tmp_path / "run")
     words = ["nodes=2", "spare_nodes=1", "resilience.node_timeout_s=5", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
     process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
-    wait_for(lambda: "step 100:" in printed(here) or process.poll() is not None, "a hundred steps")
+    wait_for(lambda: "step 101:" in printed(here) or process.poll() is not None, "a hundred steps")
     (members,) = [e for e in here.read_events() if e["event"] == "members"]
     power_cut(sandbox, members["hosts"][1])
     assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
