@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,31 @@ def test_options_are_written_as_the_program_reads_them(empty_folder: Path) -> No
     assert "--lr=0.001 --layers=1,2 --fast" in text and "--a" not in text
     text = plan_text(plan(*SCRIPT, "script.options.model.layers=4", "script.style=hydra"))
     assert "model.layers=4" in text
+
+
+def typed_commands() -> list[list[str]]:
+    """The overrides of every command that the examples and the page on scripts show."""
+    texts = [*(ROOT / "examples").glob("*.py"), ROOT / "examples" / "nanogpt.md", ROOT / "docs" / "scripts.md"]
+    whole = "\n".join(path.read_text() for path in sorted(texts)).replace("\\\n", " ")
+    found = re.findall(r"^ *(?:python -m launch|sbatch slurm/multi_node.sh) ((?:-m )?.*workload=script.*)", whole, re.M)
+    return [[word for word in shlex.split(line) if word != "-m"] for line in found]
+
+
+@pytest.mark.parametrize("words", typed_commands(), ids=" ".join)
+def test_commands_of_the_docs_are_planned(words: list[str], empty_folder: Path) -> None:
+    for name in ("train.py", "mypackage/train.py"):
+        (empty_folder / name).parent.mkdir(exist_ok=True)
+        write_script(empty_folder, "", name)
+    (empty_folder / "examples").symlink_to(ROOT / "examples")
+    words = [re.sub(r"^(nodes=\d+).*", r"\1", word) for word in words]  # of a sweep its first point
+    composed = typed_config(compose_launch(words))
+    kind = ClusterKind.slurm if "cluster=slurm" in words else ClusterKind.local
+    assert make_plan(composed, words, kind).nodes == (2 if "nodes=2" in words else 1)
+
+
+def test_all_examples_show_a_command() -> None:
+    shown = " ".join(word for words in typed_commands() for word in words)
+    assert all(f"script.path=examples/{path.name}" in shown for path in (ROOT / "examples").glob("*.py"))
 
 
 def blocks_of_the_docs() -> dict[str, str]:
