@@ -21,6 +21,7 @@ from submitit.core.utils import FailedJobError
 
 from launch.agent import main as agent
 from launch.agent.stop import OWNER
+from launch.config.compose import read_point, workload_of
 from launch.jobs.handles import LocalJob, SlurmJob, submitit_folder
 from launch.jobs.sbatch import controller_process, jobs_folder
 from launch.plan.capacity import visible_gpus
@@ -153,6 +154,14 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool
     RunFolder(plan.run_dir).record_event("submitted", **where, **place, **({"moved": True} if moved else {}))
 
 
+def code_of_agents(plan: Plan) -> Path | None:
+    """The copy of the code that the agents of a run are started from; None where it has none, or of a script only."""
+    if plan.code is None:
+        return None
+    config = read_point(RunFolder(plan.run_dir))
+    return Path(plan.code) if workload_of(config).code(config).has_launcher else None
+
+
 def start_local(plan: Plan) -> LocalJob:
     """Start the agents of a point here. They ignore the terminal's Ctrl-C, which is the launcher's to answer."""
     executor = submitit.LocalExecutor(folder=submitit_folder(plan.run_dir) / "%j", max_num_timeout=0)
@@ -164,7 +173,7 @@ def start_local(plan: Plan) -> LocalJob:
     os.environ[OWNER] = str(os.getpid())
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with clean_environment(), running_from(Path(plan.code) if plan.code else None):
+        with clean_environment(), running_from(code_of_agents(plan)):
             job: Any = executor.submit(agent.run, plan.run_dir)
     finally:
         signal.signal(signal.SIGINT, handler)
