@@ -84,7 +84,7 @@ class Plan:
         names = {field.name for field in dataclasses.fields(cls)}
         own = {key: value for key, value in known.items() if key in names}
         own |= {key: tuple(own.get(key, ())) for key in ("command_run_dirs", "warnings")}
-        facts = {key: value for key, value in known.items() if key not in names}
+        facts = {key: value for key, value in known.items() if key not in {*names, "max_steps"}}
         promised = {"max_steps": known.get("max_steps"), **own.get("promised", {}), "facts": facts}
         promised["notes"] = {label: tuple(lines) for label, lines in promised.get("notes", {}).items()}
         workload = own.get("workload", "")
