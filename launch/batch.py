@@ -27,7 +27,7 @@ from launch.runs.overrides import append_groups, typed_value
 
 
 def job_overrides(overrides: Sequence[str]) -> list[str]:
-    """What was typed, and what the allocation decides.
+    """Return the overrides as typed, with what the allocation decides.
 
     Raises:
         ConfigError: this is no Slurm job, or ``nodes`` contradicts it.

@@ -78,7 +78,7 @@ def node_of(point: RunStatus, rank: int) -> int:
 
 
 def agents(point: RunStatus, rank: int) -> list[Log]:
-    """What the agent of a rank printed, in all attempts of its job."""
+    """Find the logs of a rank's agent, in all attempts of its job."""
     if point.job is None:
         return []
     node = node_of(point, rank)

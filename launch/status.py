@@ -30,7 +30,7 @@ WIDE = 1000
 
 
 def as_dict(point: RunStatus) -> dict[str, Any]:
-    """What is known of a point; what is not is absent."""
+    """Return what is known of a run; what is not is absent."""
     failure = point.failure() if point.state in ("failed", "running", "pending") else None
     known = {
         "point": point.name,

@@ -1,4 +1,4 @@
-"""The road of a sweep: plan every point, refuse or show, submit, watch, report.
+"""The order of a sweep: plan every point, refuse or show, submit, watch, report.
 
 Owns the order of these steps and the exit status. One point is a sweep of one.
 """

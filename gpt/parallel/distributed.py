@@ -129,17 +129,36 @@ class World:
         return values
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 only; every rank gets its result, or raises its ConfigError."""
+        """Run ``action`` on rank 0 only; every rank gets its result, or raises where it failed.
+
+        Raises:
+            ConfigError: rank 0 raised it; raised on every rank.
+            FirstRankError: rank 0 raised something else; raised on the other ranks, so that none waits for it.
+        """
         outcome: list[Any] = [None]
+        failure: Exception | None = None
         if self.is_first:
             try:
                 outcome = [action()]
-            except ConfigError as error:
-                outcome = [error]
+            except Exception as error:
+                failure = error
+                # Not every exception can be pickled; a refusal can, and is the same on all ranks.
+                outcome = [error if isinstance(error, ConfigError) else FirstRankError(explain_failure(error))]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if isinstance(outcome[0], ConfigError):
+        if failure is not None:
+            raise failure
+        if isinstance(outcome[0], ConfigError | FirstRankError):
             raise outcome[0]
         return cast(T, outcome[0])
+
+
+class FirstRankError(RuntimeError):
+    """Failure of rank 0 in a step that it does for all ranks, as the others raise it."""
+
+
+def explain_failure(error: Exception) -> str:
+    """Say on the other ranks why rank 0 failed. ``rank 0 failed`` marks it as an echo of the failure of rank 0."""
+    return f"rank 0 failed: {type(error).__name__}: {error}"
 
 
 def ranks_from_env() -> tuple[int, int, int, int, int]:

@@ -37,7 +37,7 @@ class Report:
 
 @dataclass
 class Decision:
-    """What the head node has decided of one kind of request."""
+    """Decision of the head node about one kind of request."""
 
     ticket: int = 0
     at: int = 0
@@ -69,7 +69,7 @@ class Agreement:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether ranks may be waiting, so that the agents should talk quickly."""
+        """Tell whether ranks may be waiting, so that the agents should talk quickly."""
         return self._is_under_way
 
     def want_stop(self, number: int) -> None:
@@ -120,7 +120,7 @@ class Agreement:
             decided.ticket, decided.taken, decided.cause, decided.since = decided.at + 1, wish, wish, now
 
     def _may_follow(self, request: Request, decided: Decision, reports: Sequence[Report]) -> bool:
-        """Whether another request may come: never after a stop; after a save once every rank has had it."""
+        """Tell whether another request may come: never after a stop; after a save once every rank has had it."""
         all_there = len(reports) == len(self._members)
         return request is Request.save and all_there and min(r.least for r in reports) >= decided.at
 
@@ -140,6 +140,6 @@ class Agreement:
         self._is_under_way = under_way
 
     def _is_wanted(self, request: Request, at: int) -> bool:
-        """Whether this node waits for the first ticket of a stop; a save has time."""
+        """Tell whether this node waits for the first ticket of a stop; a save has time."""
         wishes = [self._stop_cause, *(file.wants(request) for file in self._ranks)]
         return request is Request.stop and at == 0 and max(wishes) > 0

@@ -44,37 +44,37 @@ class FixedRendezvous(RendezvousHandler):
         )
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The place of this node among the members, and the store for the ranks."""
+        """Return the place of this node among the members, and the store for the ranks."""
         where = RendezvousStoreInfo(self._round.address, self._round.port)
         store = dist.PrefixStore("agents", self._store)
         return RendezvousInfo(store, self._place, len(self._round.members), where)
 
     @property
     def use_agent_store(self) -> bool:
-        """The ranks meet in the store too: no port is opened that could be taken."""
+        """Have the ranks meet in the store too: no port is opened that could be taken."""
         return True
 
     def get_backend(self) -> str:
-        """Its name in elastic's logs."""
+        """Name this rendezvous in elastic's logs."""
         return "fixed"
 
     def is_closed(self) -> bool:
-        """Never: it serves one round."""
+        """Return False: it serves one round."""
         return False
 
     def set_closed(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
     def num_nodes_waiting(self) -> int:
-        """Nobody joins later."""
+        """Return 0: nobody joins later."""
         return 0
 
     def get_run_id(self) -> str:
-        """A name for this round."""
+        """Name this round."""
         return f"attempt-{self._round.attempt}"
 
     def shutdown(self) -> bool:
-        """The store belongs to the head node's agent group."""
+        """Do nothing: the store belongs to the head node's agent group."""
         return True
 
 
@@ -86,19 +86,19 @@ class OneLogEach(LogsSpecs):
         self._errors = errors
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """No redirection."""
+        """Redirect nothing."""
         nowhere = dict.fromkeys(envs, "")
         files = {rank: f"{self._errors}/{rank}.json" for rank in envs}
         return LogsDest(stdouts=nowhere, stderrs=nowhere, error_files=files)
 
     @property
     def root_log_dir(self) -> str:
-        """Where elastic may write."""
+        """Folder that elastic may write into."""
         return self._errors
 
 
 class RankAgent(LocalElasticAgent):
-    """Elastic's agent, with a question of ours asked at every poll of the ranks."""
+    """Elastic's agent, with a callback at every poll of the ranks."""
 
     def __init__(
         self,
@@ -116,9 +116,9 @@ class RankAgent(LocalElasticAgent):
         self.killed: set[int] = set()
         """Ranks that were ended from here: their end explains nothing."""
         self.is_given_up = False
-        """Whether nothing is to be waited for any more: another node has failed, or is lost."""
+        """True where nothing is to be waited for any more: another node has failed, or is lost."""
         self.asks_for_requeue = False
-        """Whether ranks have left with the exit status that means: saved, put me back into the queue."""
+        """True where ranks have left with the exit status that means: saved, put me back into the queue."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._on_poll(self)
@@ -153,7 +153,7 @@ class RankAgent(LocalElasticAgent):
         return [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
 
     def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
-        """Whether a rank has failed, or left, and the others still have a moment to do what they have to.
+        """Tell whether a rank has failed, or left, and the others still have a moment to do what they have to.
 
         Elastic would end them right away: the echo of a failure, which comes first, would hide the failure. Those
         that are stuck with the lost rank are then killed, where elastic would wait for them for half a minute.

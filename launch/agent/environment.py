@@ -1,4 +1,4 @@
-"""What an attempt runs on, written by the agents for workloads whose ranks do not tell it: ``environment.json``.
+"""Environment of an attempt, written by the agents for workloads whose ranks do not tell it: ``environment.json``.
 
 Each agent describes the ranks of its node in a file of its own, and the head node puts them together when all are
 there. Torch-free. Must not know what the ranks compute.

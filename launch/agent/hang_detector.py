@@ -1,4 +1,4 @@
-"""Finds ranks of this node that have stopped: frozen as a whole, or without progress.
+"""Hang detector: finds ranks of this node that have stopped, frozen as a whole, or without progress.
 
 Owns the limits' meaning and what is told about a rank that is stuck, its stack included. Torch-free. Must not know how
 ranks are started or ended.
@@ -39,7 +39,7 @@ class StuckRank:
     since: float
     """When it last showed progress, Unix time."""
     has_stacks: bool = True
-    """Whether it would answer to being asked for its stacks; SIGQUIT ends any other process, with a core file."""
+    """True where it would answer to being asked for its stacks; SIGQUIT ends any other process, with a core file."""
 
 
 class Watchdog:

@@ -30,7 +30,7 @@ Message = dict[str, Any]
 
 
 def heartbeat_key(index: int) -> str:
-    """Where the agent of node ``index`` writes."""
+    """Key under which the agent of node ``index`` writes."""
     return f"heartbeat/{index}"
 
 
@@ -74,7 +74,7 @@ class Conversation(Protocol):
 
     @property
     def is_under_way(self) -> bool:
-        """Whether an answer is urgent."""
+        """Tell whether an answer is urgent."""
 
     def turn(self, heard: Mapping[int, Message]) -> tuple[Message, Message]:
         """Work out what to say and, on the head node, what to add to the leader state."""
@@ -92,11 +92,11 @@ class Heartbeat:
         self.conversation: Conversation | None = None
         """Asked before every exchange, in the heartbeat thread."""
         self.heard: dict[int, Message] = {}
-        """What the others said last: on the head node of every agent, elsewhere the leader state as 0."""
+        """Last messages of the others: on the head node of every agent, elsewhere the leader state as 0."""
         self._when: dict[int, float] = {}
         self._asked = time.monotonic()
         self.hung_up = False
-        """Whether the head node's store is gone."""
+        """True where the head node's store is gone."""
         self._wake = threading.Event()
         self._sent = threading.Condition()
         self._rounds = 0
@@ -190,7 +190,7 @@ def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> None:
 
 
 def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any] | None:
-    """What the head node has written so far; None where there is nothing yet."""
+    """Read what the head node has written so far; None where there is nothing yet."""
     path = endpoint_file(folder, node)
     try:
         told = json.loads(path.read_text())

@@ -28,13 +28,13 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 
 BUDGET = "budget"
-"""What asks a run to stop, in place of the name of a signal."""
+"""Name of a request to stop that comes from the budget, in place of that of a signal."""
 LEAVE_S = 5.0
 """From the end of the ranks to the end of the job, about."""
 
 
 class Meter:
-    """Counts while it is open; does nothing on nodes other than the head node."""
+    """Meter of the allocation's use while it is open; on the head node alone."""
 
     def __init__(self, folder: RunFolder, node: Node, config: Config) -> None:
         self._folder = folder
@@ -67,7 +67,7 @@ class Meter:
         return self.poll_now()
 
     def poll_now(self) -> str | None:
-        """The same at once. A cap that is reached is entered into the event log."""
+        """Poll at once, whenever the last poll was. A cap that is reached is entered into the event log."""
         if self._node.index:
             return None
         self._polled = time.monotonic()
@@ -103,7 +103,7 @@ class Meter:
             self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
     def _allocation(self) -> dict[str, Any]:
-        """What is paid for, and since when."""
+        """Describe the allocation: nodes, GPUs, price, and since when it is paid for."""
         config, node = self._config, self._node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
         if node.is_slurm:

@@ -1,4 +1,4 @@
-"""What an agent looks at while its ranks run: requests to stop, ranks that are stuck, nodes that are lost.
+"""Monitoring of an agent's ranks while they run: requests to stop, ranks that are stuck, nodes that are lost.
 
 Owns the order in which these are asked and the event of each. Must not know how ranks are started, nor what
 follows their end.
@@ -35,7 +35,7 @@ STOP_FILE_S = 1.0  # a look asks a shared filesystem
 
 
 class Watch:
-    """What an agent looks at several times a second, besides the exit of its ranks."""
+    """Conditions that an agent polls several times a second, besides the exit of its ranks."""
 
     def __init__(
         self, folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound,
@@ -69,7 +69,7 @@ class Watch:
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
         self.kill_reason: str | None = None
-        """Why the ranks were ended from here."""
+        """Reason for which this agent ended its ranks; None where it did not."""
 
     def poll(self, agent: RankAgent) -> None:
         """Hand a request to stop on, and end the ranks where they outstay it, are stuck, or have lost their peers."""
@@ -94,7 +94,7 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _finds_stop_file(self) -> bool:
-        """Whether somebody has put a file STOP into the run folder of ranks that do not look for it themselves.
+        """Tell whether somebody has put a file STOP into the run folder of ranks that do not look for it themselves.
 
         Every agent looks, as a program that knows nothing of the launcher has only its own agent to tell it.
         """

@@ -1,4 +1,4 @@
-"""Which node of which job this process is: read from the variables of Slurm, of submitit's local executor, or neither.
+"""Identity of this node in its job: read from the variables of Slurm, of submitit's local executor, or neither.
 
 Owns those variables, so that no other module reads them.
 """
@@ -26,13 +26,13 @@ class Node:
     slurm_job: str = ""
     """Slurm's id of this job, ``A_a`` for an element of an array: the plain number can mean its siblings too."""
     restarts: int = 0
-    """How often Slurm has put this job back into the queue."""
+    """Number of times that Slurm has put this job back into the queue."""
     hosts: tuple[str, ...] = ()
     """Names of the job's nodes, in order, as Slurm knows them; empty elsewhere."""
 
     @property
     def is_head(self) -> bool:
-        """Whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
+        """Tell whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
         return self.index == 0
 
     @property

@@ -1,4 +1,4 @@
-"""What follows the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
+"""Handling of the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
 Owns applying what ``launch.agent.restart_policy`` decides, on the head node, or on another one where that is lost.
 Must not know how ranks are started or watched. Torch-free.

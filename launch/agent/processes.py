@@ -1,4 +1,4 @@
-"""What the kernel says of a process of this machine, in /proc/PID/stat. Torch-free.
+"""State of a process of this machine, from /proc/PID/stat. Torch-free.
 
 Owns the layout of that file. Must not know whose process it is, nor what is made of the answer.
 """
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, also where its parent has not asked after it yet."""
+    """Tell whether a process has ended, also where its parent has not asked after it yet."""
     fields = _fields(pid)
     return fields is None or fields[0] in "ZX"
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal (SIGSTOP), or by a debugger."""
+    """Tell whether a process was stopped by a signal (SIGSTOP), or by a debugger."""
     fields = _fields(pid)
     return fields is not None and fields[0] in "Tt"
 

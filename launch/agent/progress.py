@@ -101,7 +101,7 @@ class Progress:
         self._polled = 0.0
         self._cut = False
         self.matched = False
-        """Whether any line matched so far."""
+        """True where any line matched so far."""
 
     def poll(self) -> None:
         """Take in what was printed since the last poll, at most once a second."""
@@ -180,7 +180,7 @@ class _RankLog:
 
     @property
     def has_cut(self) -> bool:
-        """Whether a line was too long."""
+        """Tell whether a line was too long."""
         return self._reader.has_cut
 
     def new_lines(self) -> list[str] | None:

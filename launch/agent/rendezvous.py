@@ -21,7 +21,7 @@ from launch.config import Config
 from launch.runs.folder import RunFolder
 
 SPARE_WAIT_S = 10.0
-"""How long a round that has enough nodes waits for the rest of them."""
+"""Time that a round with enough nodes waits for the rest of them."""
 ECHO_S = 8.0
 """After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
 GOODBYE_S = 10.0
@@ -38,7 +38,7 @@ class RendezvousRound:
     """Indices of the nodes that take part; a node's place among them is its place among the ranks."""
     address: str
     port: int
-    """Where the ranks find each other: a fresh store on the head node."""
+    """Port of the ranks' store: a fresh one on the head node for each round."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class AgentGroup:
             self.heartbeat.publish(failed=number)
 
     def has_failed(self, number: int) -> bool:
-        """Whether ranks of another node have failed in round ``number``."""
+        """Tell whether ranks of another node have failed in round ``number``."""
         if not self._node.is_head:
             return self._said(0, "failed") >= number
         failed = any(self._said(index, "failed") >= number for index in self.heartbeat.heard)
@@ -139,7 +139,7 @@ class AgentGroup:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether there are enough nodes for another round."""
+        """Tell whether there are enough nodes for another round."""
         return self._node.count - len(self.lost) >= self._needed
 
     def _open_round(self, number: int, avoid: Sequence[str]) -> RendezvousRound:
@@ -216,7 +216,7 @@ class AgentGroup:
             time.sleep(POLL_S)
 
     def head_is_lost(self) -> bool:
-        """Whether the head node, which decides, has fallen silent."""
+        """Tell whether the head node, which decides, has fallen silent."""
         silent = self.heartbeat.silence(0)
         return self.heartbeat.hung_up or (silent is not None and silent > self._limits.node_timeout_s)
 

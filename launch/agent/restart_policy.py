@@ -1,4 +1,4 @@
-"""How an attempt ended -> restart in place, requeue, or stop. A pure function of the event log.
+"""Restart policy: restart in place, requeue or stop, by how an attempt ended. A pure function of the event log.
 
 Owns the causes, their limits and the rule of progress. Must not know how a restart or a requeue is done.
 """
@@ -19,7 +19,7 @@ SLACK_S = 1.0
 
 
 class Cause(StrEnum):
-    """Why an attempt ended. Each has a limit of its own, so that preemptions never eat up the limit of crashes."""
+    """Cause of an attempt's end. Each has a limit of its own, so that preemptions never eat up the limit of crashes."""
 
     finished = "finished"
     cancelled = "cancelled"
@@ -39,7 +39,7 @@ class Cause(StrEnum):
 
 
 class Action(StrEnum):
-    """What to do after an attempt."""
+    """Action after an attempt."""
 
     stop = "stop"
     restart = "restart"
@@ -49,7 +49,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens next, and why."""
+    """Action that follows an attempt, with its reason for people."""
 
     action: Action
     reason: str
@@ -90,7 +90,7 @@ def decide(
 
 
 def attempts_without_progress(events: Events) -> int:
-    """How many of the last attempts, one after another, ended without a checkpoint beyond the one they started from.
+    """Count the last attempts, one after another, that ended without a checkpoint beyond the one they started from.
 
     None where the run has never told of a checkpoint: nothing is known then of how far it came.
     """

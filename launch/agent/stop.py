@@ -29,7 +29,7 @@ class StopRequest:
         self.name = ""
         self.since = 0.0
         self.interruptible = False
-        """Whether to break out of a wait in which there are no ranks to ask."""
+        """True while a signal breaks out of a wait in which there are no ranks to ask."""
 
     def install(self) -> None:
         """Replace submitit's handlers, which would requeue from inside the handler and on rank 0 only."""

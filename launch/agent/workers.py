@@ -181,7 +181,7 @@ def record_end(folder: RunFolder, node: Node, rdzv: RendezvousRound, stop: StopR
 
 
 def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
-    """Whether rank 0 has written how an attempt ended, as a script does that uses ``launch.worker``."""
+    """Tell whether rank 0 has written how an attempt ended, as a script does that uses ``launch.worker``."""
     ends = ("finished", "stopped")
     return any(e["event"] in ends and e.get("attempt") == attempt for e in folder.read_events())
 

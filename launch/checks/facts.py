@@ -1,4 +1,4 @@
-"""What the checks look at, gathered once: this machine, the folders of the run, Slurm's limits, and what is asked for.
+"""Facts for the checks, gathered once: this machine, the folders of the run, Slurm's limits, and what is asked for.
 
 Owns every question to the outside. The checks are functions of these values alone, so recorded facts test them.
 """
@@ -40,7 +40,7 @@ class Folder:
     free_bytes: int = 0
     free_inodes: int = 0
     problem: str = ""
-    """Why nothing can be written there; empty where a file was written and removed."""
+    """Error of writing there; empty where a file was written and removed."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Machine:
     versions: dict[str, str]
     """Installed versions by distribution; a required one that is not there is absent."""
     requirements: tuple[str, ...]
-    """What our distribution asks for; empty where it is not installed."""
+    """Requirements of our distribution; empty where it is not installed."""
     programs: tuple[Folder, ...]
-    """Where the job's Python and our code lie, where that is a folder of the user's and not of the system."""
+    """Folders of the job's Python and of our code, where that is a folder of the user's and not of the system."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one shape of the sweep asks of Slurm: a job, or an array of ``len(points)`` elements."""
+    """Request of one shape of the sweep to Slurm: a job, or an array of ``len(points)`` elements."""
 
     config: Config
     plan: Plan
@@ -86,7 +86,7 @@ class Facts:
     machine: Machine
     output: Folder
     client: bool
-    """Whether Slurm's commands are installed here."""
+    """True where Slurm's commands are installed here."""
     limits: Limits | None
     """None where no controller answers."""
     slurm_problem: str = ""
@@ -115,7 +115,7 @@ def filesystem_in(mounts: str, path: str) -> str:
 
 
 def look_at_folder(path: Path) -> Folder:
-    """Where a folder lies, and whether a file can be written there. Leaves nothing behind."""
+    """Find the filesystem of a folder, and whether a file can be written there. Leaves nothing behind."""
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     space = os.statvfs(there)
     problem = ""
@@ -168,7 +168,7 @@ def group_name(number: int) -> str:
 
 
 def last_line(error: Exception) -> str:
-    """What an error says at its end."""
+    """Last line of an error."""
     return str(error).strip().splitlines()[-1]
 
 

@@ -1,4 +1,4 @@
-"""What a check has to say, and how it is shown.
+"""Findings of the checks, and how they are shown.
 
 Owns the three levels, the report and the exit status. Must not know what is checked.
 """
@@ -17,7 +17,7 @@ from launch.errors import ConfigError
 
 
 class Level(Enum):
-    """How bad it is: ``error`` breaks the run, ``warning`` may cost time or work, ``ok`` was looked at."""
+    """Severity of a finding: ``error`` breaks the run, ``warning`` may cost time or work, ``ok`` was looked at."""
 
     ok = "ok"
     warning = "warning"
@@ -25,7 +25,7 @@ class Level(Enum):
 
 
 PENDS = "Slurm would leave the job pending for good, or refuse it"
-"""Why a request that cannot be met is an error: with EnforcePartLimits=NO it is accepted all the same."""
+"""Consequence of a request that cannot be met: with EnforcePartLimits=NO it is accepted all the same."""
 STYLES = {Level.ok: "green", Level.warning: "yellow", Level.error: "bold red"}
 
 
@@ -66,13 +66,13 @@ def fail(check: str, found: str, why: str, fix: str) -> Finding:
 
 
 def refusal(check: str, error: ConfigError) -> Finding:
-    """What the launcher itself would refuse."""
+    """Finding for what the launcher itself would refuse."""
     why = f"python -m launch refuses it, so what it asks of Slurm was not looked at; expected: {error.expected}"
     return fail(check, error.found, why, error.fix)
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
-    """Whether any finding is an error."""
+    """Tell whether any finding is an error."""
     return any(finding.level is Level.error for finding in findings)
 
 
@@ -95,7 +95,7 @@ def show(findings: Iterable[Finding], console: Console) -> None:
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """How many of each level, in one line."""
+    """Count the findings of each level, in one line."""
     levels = [finding.level for finding in findings]
     errors, warnings = levels.count(Level.error), levels.count(Level.warning)
     return f"{errors} errors, {warnings} warnings, {levels.count(Level.ok)} ok"

@@ -39,7 +39,7 @@ Want = tuple[tuple[str, str, str, str], float, Callable[[NodeLimits], float]]
 
 
 def wants(limits: Limits, partition: Partition, request: Request) -> Iterator[Want]:
-    """What is asked of each node, one after the other."""
+    """Check what is asked of each node, one after the other."""
     cluster = request.config.cluster
     if cluster.gpus_per_node:
         text = ("cluster.gpus_per_node", str(cluster.gpus_per_node), "GPUs", "cluster.gpus_per_node={}")

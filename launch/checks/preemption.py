@@ -33,7 +33,7 @@ def check(limits: Limits, partition: Partition, request: Request) -> Iterator[Fi
 
 
 def check_requeue(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
-    """Whether the batch job may be requeued: JobRequeue of the cluster, or --requeue."""
+    """Tell whether the batch job may be requeued: JobRequeue of the cluster, or --requeue."""
     options = {str(key).replace("-", "_"): value for key, value in request.config.cluster.additional_parameters.items()}
     if options.get("no_requeue"):
         found, fix = "cluster.additional_parameters.no_requeue is set", "~cluster.additional_parameters.no_requeue"
@@ -47,7 +47,7 @@ def check_requeue(limits: Limits, partition: Partition, request: Request) -> Ite
 
 
 def check_grace(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
-    """Whether a preempted run has the time to save that it has before its time limit.
+    """Tell whether a preempted run has the time to save that it has before its time limit.
 
     Slurm 22.05 ends a preempted job GraceTime and then KillWait after it was told.
     """
@@ -63,7 +63,7 @@ def check_grace(limits: Limits, partition: Partition, request: Request) -> Itera
 
 
 def elsewhere(limits: Limits, partition: Partition, request: Request) -> str:
-    """What to type to lose less: checkpoints twice as often, or a large enough partition that is not preempted."""
+    """Propose what to type to lose less: checkpoints twice as often, or a large partition that is not preempted."""
     often = request.plan.promised.saves_more_often or "more frequent checkpoints"
     safe = [
         p.name

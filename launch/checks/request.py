@@ -49,7 +49,7 @@ def named_partitions(limits: Limits, request: Request) -> list[Partition]:
 
 
 def check_partition_names(limits: Limits, request: Request) -> Iterator[Finding]:
-    """Whether the partitions exist."""
+    """Tell whether the partitions exist."""
     there = [partition.name for partition in limits.partitions]
     names = asked_names(request)
     for name in names:
@@ -83,7 +83,7 @@ def check_partition(limits: Limits, partition: Partition, request: Request, fact
 
 
 def check_state(limits: Limits, partition: Partition) -> Iterator[Finding]:
-    """Whether the partition takes and starts jobs."""
+    """Tell whether the partition takes and starts jobs."""
     if partition.state == "UP":
         return
     others = [p.name for p in limits.partitions if p.state == "UP"]
@@ -194,7 +194,7 @@ def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
 
 
 def check_accounting(limits: Limits) -> Iterator[Finding]:
-    """Whether sacct knows anything. Nothing of ours needs it."""
+    """Tell whether sacct knows anything. Nothing of ours needs it."""
     kind = limits.config.get("AccountingStorageType", "")
     if kind.endswith("/none") or not kind:
         yield fine(

@@ -58,7 +58,7 @@ def configs_of(points: Sequence[Sequence[str]]) -> list[Config]:
 
 
 def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
-    """What can be said without submitting: of this machine, of the requests; and what that was made from."""
+    """Examine what can be told without submitting: of this machine, of the requests; and what that was made from."""
     configs = configs_of(points)
     first = configs[0]
     seen = facts.gather(first.cluster.kind, Path(first.output_dir), facts.clusters_named(configs))
@@ -78,7 +78,7 @@ def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Findin
 
 
 def own_addresses(host: str) -> tuple[str, ...]:
-    """What this machine's name resolves to."""
+    """Addresses that this machine's name resolves to."""
     try:
         return tuple(sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)}))
     except OSError:

@@ -1,4 +1,4 @@
-"""What one rank of the doctor's job measures: its device, an all-reduce over all ranks, and exchanges between nodes.
+"""Measurements of one rank of the doctor's job: its device, an all-reduce over all ranks, and exchanges between nodes.
 
     python -m launch.doctor.links RECORD        started by launch.doctor.probe with the file to write
 
@@ -29,7 +29,7 @@ PINGS = 20
 MOST_ROUNDS = 15
 """Each node is tried against so many others at most: all of them up to 16 nodes."""
 SLOW_S = 0.05
-"""Where an exchange of SMALL bytes takes longer, LARGE ones would take too long for what they tell."""
+"""Limit: where an exchange of SMALL bytes takes longer, LARGE ones would take too long for what they tell."""
 TIMEOUT = timedelta(seconds=150)
 
 
@@ -50,7 +50,7 @@ def finish(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long ``work`` takes."""
+    """Time ``work``."""
     finish(device)
     start = time.perf_counter()
     work()

@@ -54,7 +54,7 @@ PYTHONS = ((3, 11), (3, 12))
 
 
 def check_slurm(facts: Facts) -> Iterator[Finding]:
-    """Whether there is a Slurm to talk to."""
+    """Tell whether there is a Slurm to talk to."""
     if facts.limits is not None:
         version = facts.limits.config.get("SLURM_VERSION", "of unknown version")
         yield fine("slurm", f"cluster {facts.limits.config.get('ClusterName', '')}, Slurm {version}, answers")
@@ -181,7 +181,7 @@ def check_versions(facts: Facts) -> Iterator[Finding]:
 
 
 def sharing(folder: Folder) -> tuple[str, str]:
-    """Whether all nodes see a folder, by the type of its filesystem: yes, no or unsure; and why."""
+    """Tell whether all nodes see a folder, by the type of its filesystem: yes, no or unsure; and why."""
     if folder.filesystem in SHARED:
         return "yes", f"{folder.filesystem} is shared"
     if folder.filesystem in IN_MEMORY:
@@ -193,7 +193,7 @@ def sharing(folder: Folder) -> tuple[str, str]:
 
 
 def check_output_folder(facts: Facts) -> Iterator[Finding]:
-    """Whether output_dir, with the pickles of submitit and the logs in it, is one folder for all nodes."""
+    """Tell whether output_dir, with the pickles of submitit and the logs in it, is one folder for all nodes."""
     path = facts.output.path
     if facts.kind is ClusterKind.local:
         yield fine("shared folder", f"{path} on {facts.output.filesystem}, used on this machine only")
@@ -211,7 +211,7 @@ def check_output_folder(facts: Facts) -> Iterator[Finding]:
 
 
 def check_space(facts: Facts, requests: list[Request]) -> Iterator[Finding]:
-    """Whether output_dir can be written to, and holds the checkpoints that are kept."""
+    """Tell whether output_dir can be written to, and holds the checkpoints that are kept."""
     folder = facts.output
     if folder.problem:
         yield fail(
@@ -236,7 +236,7 @@ def check_space(facts: Facts, requests: list[Request]) -> Iterator[Finding]:
 
 
 def check_programs(facts: Facts) -> Iterator[Finding]:
-    """Whether the nodes find the Python and the code that the job names by path."""
+    """Tell whether the nodes find the Python and the code that the job names by path."""
     for folder in facts.machine.programs if facts.kind is ClusterKind.slurm else ():
         answer, found = sharing(folder)
         if answer == "yes":
@@ -247,7 +247,7 @@ def check_programs(facts: Facts) -> Iterator[Finding]:
 
 
 def check_host_name(facts: Facts, addresses: tuple[str, ...]) -> Iterator[Finding]:
-    """Whether this machine's name leads anywhere; ``addresses`` is what it resolves to."""
+    """Tell whether this machine's name leads anywhere; ``addresses`` is what it resolves to."""
     host = facts.machine.host
     if not addresses:
         why = "srun typed here, and torchrun, give the nodes this name to call back"

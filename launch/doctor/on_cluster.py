@@ -30,7 +30,7 @@ JOB_MIN = 5
 """Time limit of the job, minutes."""
 POLL_S = 1.0
 LATE_S = 5.0
-"""How long the login node looks for files that the nodes have written: NFS may show them late."""
+"""Time for which the login node looks for files that the nodes have written: NFS may show them late."""
 
 
 def measure(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def group_line(results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """What each rank is and measured."""
+    """Lines on each rank: its device and its measurements."""
     shown = Table(box=None, pad_edge=False)
     for title in (
         "rank",

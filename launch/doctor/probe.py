@@ -1,4 +1,4 @@
-"""What the doctor's job runs on every node: looks around, meets the other nodes, tries them, and starts the ranks.
+"""Probe of the doctor's job, on every node: looks around, meets the other nodes, tries them, and starts the ranks.
 
 Owns the node's own record, ``nodes/00000.json``. Takes the agents' road: their rendezvous, addresses and interfaces.
 Importing this module loads no torch: the login node submits ``run`` by name.
@@ -41,12 +41,12 @@ RANKS_S = 180
 CONNECT_S = 5.0
 PINGS = 8
 REQUEST = "request.json"
-"""What the job was made for, in its folder."""
+"""File of the request that the job was made for, in its folder."""
 CLOCK = struct.Struct("!d")
 
 
 def node_record(root: Path, index: int) -> Path:
-    """Where a node writes what it saw."""
+    """Path of a node's record."""
     return root / "nodes" / f"{index:05d}.json"
 
 
@@ -67,7 +67,7 @@ def run(root: str) -> None:
 
 
 def look_around(root: Path) -> dict[str, Any]:
-    """What can be seen without the other nodes."""
+    """Record what can be seen without the other nodes."""
     unlimited = resource.RLIM_INFINITY
     limits = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE, "memlock": resource.RLIMIT_MEMLOCK}
     soft = {name: resource.getrlimit(number)[0] for name, number in limits.items()}
@@ -208,7 +208,7 @@ def call(address: str) -> str:
 
 
 def clock_offset(address: str) -> tuple[float, float]:
-    """How far this clock is ahead of the one at ``address``, and how wrong that may be, in seconds.
+    """Measure how far this clock is ahead of the one at ``address``, and how wrong that may be, in seconds.
 
     Half the shortest round trip bounds the error (Cristian 1989).
     """
@@ -248,7 +248,7 @@ def start_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndp
 
 
 def rank_environment(rank: int, local: int, world: int, each: int, endpoint: RendezvousEndpoint) -> dict[str, str]:
-    """What a rank finds in its environment, as torchrun would set it, and the endpoint's store as its master."""
+    """Environment of a rank, as torchrun would set it, and the endpoint's store as its master."""
     numbers = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": each}
     master = {"MASTER_ADDR": str(endpoint.store.host), "MASTER_PORT": str(endpoint.store.port)}
     return {**os.environ, **{name: str(number) for name, number in numbers.items()}, **master}

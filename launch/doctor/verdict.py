@@ -1,4 +1,4 @@
-"""What is wrong with nodes and links, from the results of the doctor's job.
+"""Findings about nodes and links, from the results of the doctor's job.
 
 Pure functions over ``results.json``. A node is compared with the other nodes, so a cluster that is slow as a whole goes
 unnoticed here; the measured figures are shown beside the findings.
@@ -44,7 +44,7 @@ def host(results: Results, index: int) -> str:
 
 
 def check_job(results: Results) -> Iterator[Finding]:
-    """Whether the job ran at all."""
+    """Tell whether the job ran at all."""
     count, asked = len(results["nodes"]), results["asked"]["nodes"]
     if not results["started"]:
         found = f"job {results['job_id']} did not start: {results['state']}; it was cancelled"
@@ -66,7 +66,7 @@ def check_job(results: Results) -> Iterator[Finding]:
 
 
 def check_nodes(results: Results) -> Iterator[Finding]:
-    """What went wrong on a node, and whether all run the same software."""
+    """Find what went wrong on a node, and whether all run the same software."""
     for node in results["nodes"]:
         if node.get("error"):
             fix = f"cluster.exclude={node['host']}, once the log says why: cat {results['logs']}/*"
@@ -97,7 +97,7 @@ def check_nodes(results: Results) -> Iterator[Finding]:
 
 
 def check_folder(results: Results) -> Iterator[Finding]:
-    """Whether each node sees in the shared folder what the others wrote."""
+    """Tell whether each node sees in the shared folder what the others wrote."""
     complaints = []
     for node in results["nodes"]:
         if node.get("unseen"):
@@ -113,13 +113,13 @@ def check_folder(results: Results) -> Iterator[Finding]:
 
 
 def is_shared(results: Results) -> bool:
-    """Whether the job has shown that the folder is one and the same for this machine and all nodes."""
+    """Tell whether the job has shown that the folder is one and the same for this machine and all nodes."""
     findings = list(check_folder(results))
     return bool(findings) and not has_errors(findings)
 
 
 def check_ports(results: Results) -> Iterator[Finding]:
-    """Whether each node reaches a free port on each other."""
+    """Tell whether each node reaches a free port on each other."""
     closed = 0
     for node in results["nodes"]:
         for index, problem in sorted(node.get("ports", {}).items()):
@@ -138,7 +138,7 @@ def check_ports(results: Results) -> Iterator[Finding]:
 
 
 def check_names(results: Results) -> Iterator[Finding]:
-    """Whether the nodes' names lead to each other, and not to themselves."""
+    """Tell whether the nodes' names lead to each other, and not to themselves."""
     bad = 0
     for node in results["nodes"]:
         for name, address in node.get("names", {}).items():
@@ -154,7 +154,7 @@ def check_names(results: Results) -> Iterator[Finding]:
 
 
 def check_clocks(results: Results) -> Iterator[Finding]:
-    """Whether the clocks agree, within what the network lets one measure."""
+    """Tell whether the clocks agree, within what the network lets one measure."""
     offsets = {
         str(n["host"]): (n["clock_offset_s"], n["clock_error_s"]) for n in results["nodes"] if "clock_offset_s" in n
     }
@@ -173,7 +173,7 @@ def check_clocks(results: Results) -> Iterator[Finding]:
 
 
 def check_cpus(results: Results) -> Iterator[Finding]:
-    """Whether the agents may use the CPUs that were asked for."""
+    """Tell whether the agents may use the CPUs that were asked for."""
     asked = results["asked"]["cpus_per_task"]
     for node in results["nodes"] if asked else ():
         if node["cpus"] < asked:
@@ -187,7 +187,7 @@ def check_cpus(results: Results) -> Iterator[Finding]:
 
 
 def check_gpus(results: Results) -> Iterator[Finding]:
-    """Whether every rank has a GPU where GPUs were asked for, and one that is as fast as the others."""
+    """Tell whether every rank has a GPU where GPUs were asked for, and one that is as fast as the others."""
     ranks, asked = results["ranks"], results["asked"]["gpus_per_node"]
     for node in results["nodes"] if asked else ():
         seen = [rank["gpus_seen"] for rank in ranks if rank["node"] == node["index"]]

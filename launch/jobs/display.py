@@ -171,5 +171,5 @@ def start_next_local(points: Sequence[RunStatus]) -> None:
 
 
 def is_cancelled(point: RunStatus) -> bool:
-    """Whether somebody has cancelled the point since it was planned."""
+    """Tell whether somebody has cancelled the point since it was planned."""
     return any(e["event"] == "cancelled" for e in point.events())

@@ -1,4 +1,4 @@
-"""Takes a job that waits for too long out of the queue, and submits its run to the next candidate of its placement.
+"""Placement failover: a job that waits for too long is taken out of the queue, and its run submitted elsewhere.
 
 Everything it needs is in the run folder and in the queue, so that any process can go on with it, and a lock lets one at
 a time: the launcher that watches its points, or ``launch.move``. When a point moves, and where to, is
@@ -39,7 +39,7 @@ class PendingRun:
 
     point: RunStatus
     plan: Plan
-    """Its placement is without the candidates that sbatch has refused."""
+    """Plan of the run, its placement without the candidates that sbatch has refused."""
     at: int
     """The candidate it waits in, or is on its way to."""
     since_here: float
@@ -53,16 +53,16 @@ class PendingRun:
 
     @property
     def place(self) -> Candidate:
-        """Where it waits."""
+        """Candidate in which the run waits."""
         return self.plan.placement.candidates[self.at]
 
     @property
     def is_between(self) -> bool:
-        """Whether it was taken out of the queue and is not in it again."""
+        """Tell whether it was taken out of the queue and is not in it again."""
         return self.point.job_status.state == "over"
 
     def step(self, now: float) -> Step:
-        """What to do with it."""
+        """Decide whether it stays, moves, or is given up."""
         return decide(self.plan.placement, self.at, now - self.since_here, now - self.since)
 
 
@@ -206,7 +206,7 @@ def promised(point: RunStatus) -> Plan | None:
 
 
 def is_watched(point: RunStatus) -> bool:
-    """Whether the point needs somebody to move it, or to give up, while it waits."""
+    """Tell whether the point needs somebody to move it, or to give up, while it waits."""
     plan = promised(point)
     return plan is not None and plan.placement.is_watched
 
@@ -219,7 +219,7 @@ def note_that_it_stayed(point: RunStatus) -> None:
 
 
 def is_current(w: PendingRun) -> bool:
-    """Whether nobody else has moved the point or cancelled it since it was looked at."""
+    """Tell whether nobody else has moved the point or cancelled it since it was looked at."""
     events = w.point.events()
     submitted = [job_of(e).name for e in events if e["event"] == "submitted"]
     cancelled = any(e["event"] == "cancelled" for e in events)
@@ -228,7 +228,7 @@ def is_current(w: PendingRun) -> bool:
 
 @contextmanager
 def claim(folder: RunFolder) -> Iterator[bool]:
-    """Whether this process alone moves the point for now."""
+    """Tell whether this process alone moves the point for now."""
     path = folder.path / ".launch" / "moving"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -268,7 +268,7 @@ def wait_until_out(points: Sequence[RunStatus]) -> Mapping[str, JobState]:
 
 
 def is_out(point: RunStatus, queue: Mapping[str, JobState]) -> bool:
-    """Whether the job of a point was taken out of the queue, rather than having started."""
+    """Tell whether the job of a point was taken out of the queue, rather than having started."""
     assert point.job is not None
     known = queue.get(point.job.name)
     return known is None or known.state == "CANCELLED"

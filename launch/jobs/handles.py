@@ -1,4 +1,4 @@
-"""What becomes of a submitted point: a Slurm job, an element of a job array, or agents on this machine.
+"""Handles of submitted jobs: a Slurm job, an element of a job array, or agents on this machine.
 
 Owns asking a job how it is, asking it to leave, and ending it; by the job's id, so that any process can, not only the
 one that submitted it. Must not know how a job is submitted, nor what its event log says.
@@ -34,11 +34,11 @@ class JobStatus:
     state: str
     detail: str = ""
     partition: str = ""
-    """Where it waits."""
+    """Partition in which the job waits."""
     since: float | None = None
     """When it began to wait there, Unix seconds; None where nothing can take it out of the queue."""
     reason: str = ""
-    """Why it waits, as Slurm names the reason."""
+    """Reason for which the job waits, as Slurm names it."""
 
 
 class Job(Protocol):
@@ -48,11 +48,11 @@ class Job(Protocol):
 
     @property
     def name(self) -> str:
-        """What tells it from all others: its id, and the cluster that counts so where that is not the local one."""
+        """Name that no other job has: its id, and the cluster that counts so where that is not the local one."""
         ...
 
     def status(self, queue: Mapping[str, JobState]) -> JobStatus:
-        """How it is. ``queue`` is what squeue said of jobs by name, asked once for all of them."""
+        """Return its status. ``queue`` is what squeue said of jobs by name, asked once for all of them."""
         ...
 
     def stop(self, state: str) -> None:
@@ -65,7 +65,7 @@ class Job(Protocol):
 
 
 def submitit_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
-    """Where submitit keeps its pickles and the agents' logs: beside the points, on the shared filesystem.
+    """Folder of submitit's pickles and the agents' logs: beside the points, on the shared filesystem.
 
     Another cluster has a folder of its own, as its jobs may have the numbers of jobs here.
     """
@@ -73,7 +73,7 @@ def submitit_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
 
 
 def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
-    """What the agent of a node printed: standard output and standard error. They may not be there."""
+    """Paths of the standard output and error of a node's agent. They may not be there."""
     cluster = job.cluster if isinstance(job, SlurmJob) else None
     paths = JobPaths(submitit_folder(run_dir, cluster) / "%j", job.job_id, node)
     return [Path(paths.stdout), Path(paths.stderr)]
@@ -88,7 +88,7 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """Its id, as sbatch prints it."""
+        """Id of the job, as sbatch prints it"""
         return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
 
     def status(self, queue: Mapping[str, JobState]) -> JobStatus:
@@ -139,7 +139,7 @@ class LocalJob:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the controller runs."""
+        """Tell whether the controller runs."""
         return is_local_job(int(self.job_id)) if self._process is None else self._process.poll() is None
 
     def status(self, queue: Mapping[str, JobState]) -> JobStatus:
@@ -169,7 +169,7 @@ class LocalJob:
 
 
 def is_local_job(pid: int) -> bool:
-    """Whether process ``pid`` is a submitit controller that still runs."""
+    """Tell whether process ``pid`` is a submitit controller that still runs."""
     try:
         return CONTROLLER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -184,7 +184,7 @@ def job_of(event: Mapping[str, Any]) -> Job:
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
-    """What squeue says of those jobs that are Slurm's, by name, in one question to each cluster. Raises SlurmError."""
+    """Ask squeue for the states of Slurm's jobs by name, once for each cluster. Raises SlurmError."""
     by_cluster: dict[str | None, set[str]] = {}
     for job in jobs:
         if isinstance(job, SlurmJob):

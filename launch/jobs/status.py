@@ -42,9 +42,9 @@ class RunStatus:
     state: str = "pending"
     """pending, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
-    """Why it waits, or how Slurm says it ended."""
+    """Reason for which the run waits, or Slurm's state of its end."""
     job_status: JobStatus = field(default_factory=lambda: JobStatus("unknown"))
-    """What Slurm, or this machine, last said of its job."""
+    """Last known status of its job."""
     latest: dict[str, Any] = field(default_factory=dict)
     """The newest record of rank 0 since this submission."""
     eta_s: float | None = None
@@ -55,7 +55,7 @@ class RunStatus:
         return self.folder.point
 
     def events(self) -> list[dict[str, Any]]:
-        """What the event log says since this submission."""
+        """Read the events since this submission."""
         return self.folder.read_events()[self.events_before :]
 
     def attempts(self) -> list[int]:
@@ -64,7 +64,7 @@ class RunStatus:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen."""
+        """Tell whether nothing more will happen."""
         return self.state in OVER
 
     def failure(self, attempt: int | None = None) -> dict[str, Any] | None:
@@ -209,7 +209,7 @@ def events_since_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, A
 
 
 def outcome(point: RunStatus) -> str:
-    """How a point whose job is over ended: its event log says so, and silence is a failure."""
+    """State of a run whose job is over, by its event log; silence is a failure."""
     events = point.events()
     names = {e["event"] for e in events}
     ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)

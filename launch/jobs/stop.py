@@ -1,4 +1,8 @@
-"""TODO launch.jobs.stop."""
+"""Stop of submitted runs: ask them to save and leave, and end what has not left in time.
+
+Owns the one orderly stop there is, of ``launch.cancel`` and of Ctrl-C at the launcher: the cancel stands in the event
+log before any signal is sent, so that the end it brings about is never taken for a preemption.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class Stop:
         grace_s = read_config(point.folder, Config).resilience.grace_period_s + AGENT_S
         self.point = point
         self.error: SlurmError | None = None
-        """Why it cannot be ended."""
+        """Error for which the run cannot be ended."""
         self.kill_at = time.monotonic() + (0.0 if now else grace_s)
         self._now = now
         self._asked: Job | None = None
@@ -36,7 +40,7 @@ class Stop:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing left to do, or nothing that can be done."""
+        """Tell whether there is nothing left to do, or nothing that can be done."""
         return self.point.is_over or self.error is not None
 
     def mark(self) -> None:
@@ -63,7 +67,7 @@ class Stop:
             self._asked = job
 
     def _was_heard(self) -> bool:
-        """Whether the agents know already, where the answer to an earlier scancel was lost: a second one kills."""
+        """Tell whether the agents know already, where the answer to an earlier scancel was lost: a second one kills."""
         names = [e["event"] for e in self.point.events()]
         return "signalled" in names[names.index("cancelled") :]
 
@@ -112,7 +116,7 @@ def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
 
 
 def outcome_text(stop: Stop) -> str:
-    """What became of a point, for people."""
+    """Describe for people how a stopped run ended."""
     point = stop.point
     if stop.error is not None:
         return f"{point.name}: could not be ended: {stop.error}"

@@ -43,7 +43,7 @@ INHERITED_NAMES = (
     RUNS_FROM,
 )
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-"""What tells the client which cluster to talk to stays."""
+"""Variables that stay: by them the client knows which cluster to talk to."""
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
 
 
 def refusal_text(error: SlurmError) -> str:
-    """What sbatch complained of, without what submitit says around it."""
+    """Extract sbatch's complaint from submitit's error."""
     lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
     return lines[-1].removeprefix("sbatch: ") if lines else str(error)
 

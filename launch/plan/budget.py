@@ -1,4 +1,4 @@
-"""What a run has used of its budget, what it may use at worst, and when it has to stop. Pure functions of event logs.
+"""Budget of a run: its use so far, its worst case, and when it has to stop. Pure functions of event logs.
 
 An allocation is paid from the start of its job to the end, whatever the ranks do in it. The event log has
 ``agent_started`` and ``agent_ended`` for each one; one that was killed silently lasted until its last
@@ -42,7 +42,7 @@ def known_sum(a: float | None, b: float | None) -> float | None:
 
 
 def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> Use:
-    """What ``nodes`` nodes with ``gpus`` GPUs in all use in so many hours, at ``price`` for the hour of a GPU."""
+    """Use of ``nodes`` nodes with ``gpus`` GPUs in all in so many hours, at ``price`` for the hour of a GPU."""
     gpu_hours = None if not gpus else hours * gpus
     return Use(hours * nodes, gpu_hours, None if gpu_hours is None or price is None else gpu_hours * price)
 
@@ -57,7 +57,7 @@ class EventLog:
 
 @dataclass(frozen=True)
 class Rates:
-    """What an allocation is taken to use where its event log does not say it."""
+    """Rates of use and price, for allocations whose event log does not tell theirs."""
 
     gpus_per_node: int | None = None
     price_per_gpu_hour: float | None = None
@@ -66,7 +66,7 @@ class Rates:
 
 
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
-    """What the allocations of these runs have used until ``now``; with a ``now`` to come, what they will have used."""
+    """Sum what the allocations of these runs have used until ``now``, which may be in the future."""
     total = Use()
     for event_log in event_logs:
         for started, ended in allocations(event_log, now, rates.poll_s):
@@ -131,7 +131,7 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 
 
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
-    """Which cap ``expected`` reaches, with what to type to go on; None where it reaches none.
+    """Explain which cap ``expected`` reaches, with what to type to go on; None where it reaches none.
 
     ``expected`` is what will have been used by the time a run that is told to stop now has saved and left.
     """
@@ -167,12 +167,12 @@ def amount(value: float, *, up: bool = False) -> str:
 
 
 def heartbeat_file(folder: RunFolder) -> Path:
-    """The file whose time says when the agent of the head node was last seen."""
+    """Path of the file whose time tells when the agent of the head node was last seen."""
     return folder.path / ".launch" / "alive"
 
 
 def last_heartbeat(folder: RunFolder) -> float | None:
-    """When the agent of the head node was last seen, Unix seconds; None where none ever was."""
+    """Time when the agent of the head node was last seen, Unix seconds; None where none ever was."""
     try:
         return heartbeat_file(folder).stat().st_mtime
     except FileNotFoundError:
@@ -180,12 +180,12 @@ def last_heartbeat(folder: RunFolder) -> float | None:
 
 
 def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
-    """What the budget is reckoned from."""
+    """Read the event logs that a budget is reckoned from."""
     return [EventLog(folder.read_events(), last_heartbeat(folder)) for folder in folders]
 
 
 def rates_of(config: Config) -> Rates:
-    """What this command would be charged with where an event log does not say it."""
+    """Rates that this command is charged with where an event log does not tell them."""
     return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget.poll_s)
 
 

@@ -31,7 +31,7 @@ def local_gpus() -> int:
 
 
 def visible_gpus() -> list[int]:
-    """Their indices; those that CUDA_VISIBLE_DEVICES names in another way are left out."""
+    """Indices of the visible GPUs; those that CUDA_VISIBLE_DEVICES names in another way are left out."""
     named = _named_gpus()
     if named is not None:
         return [int(name) for name in named if name.isdigit()]
@@ -45,7 +45,7 @@ def _named_gpus() -> list[str] | None:
 
 
 def local_gpu_name() -> str | None:
-    """What the first GPU of this machine calls itself, asked of the driver's files."""
+    """Name of the first GPU of this machine, from the driver's files."""
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         for line in path.read_text().splitlines():
             if line.startswith("Model:"):

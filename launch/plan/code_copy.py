@@ -32,7 +32,7 @@ def code(tree: CodeTree) -> dict[str, Any]:
 
 
 def place(run_dir: str | Path, tree: CodeTree) -> Path:
-    """Where the copy for a run lies, whether it is there or not."""
+    """Path of the code copy of a run, whether it is there or not."""
     return Path(run_dir).parent / ".code" / str(code(tree)["sha256"])[:16]
 
 
@@ -69,7 +69,7 @@ def take(target: Path, tree: CodeTree) -> None:
 
 
 def variables(copy: Path) -> dict[str, str]:
-    """What a job's environment must hold to run from ``copy``.
+    """Environment with which a job runs from ``copy``.
 
     PYTHONSAFEPATH keeps ``python -m`` from looking into the current folder, which is the checkout, before PYTHONPATH.
     """
@@ -77,7 +77,7 @@ def variables(copy: Path) -> dict[str, str]:
 
 
 def shell_lines(copy: Path) -> list[str]:
-    """The same for a batch script; what PYTHONPATH held before comes after."""
+    """Shell lines with which a batch script runs from a copy; what PYTHONPATH held before comes after."""
     before = {"PYTHONPATH": "${PYTHONPATH:+:$PYTHONPATH}"}
     return [f"export {name}={shlex.quote(value)}{before.get(name, '')}" for name, value in variables(copy).items()]
 

@@ -1,4 +1,4 @@
-"""Where a point may be submitted, in which order, and when one that waits moves on.
+"""Placement of a point: its candidates in their order, and when a job that waits moves on.
 
 Owns the candidates of ``cluster.placement`` and the decision to stay, to move or to give up: pure functions of what was
 promised and of how long a point has waited. Must not know how a job is submitted or taken out of the queue, which is
@@ -35,17 +35,17 @@ class Candidate:
     """One place, and what is asked of Slurm there."""
 
     name: str
-    """What tells it apart, as the user typed it; empty where there is no list."""
+    """Name of the candidate, as the user typed it; empty where there is no list."""
     slurm: dict[str, Any]
     """The resources, as parameters of submitit's Slurm executor."""
     gpus: int | None = None
     """GPUs of the whole allocation there, where that is known."""
     price_per_gpu_hour: float | None = None
     never: str = ""
-    """Why the point could never run there; empty where it could."""
+    """Reason for which the point could never run there; empty where it could."""
 
     def as_event(self) -> dict[str, Any]:
-        """What the event log says of a submission to this place; what is not known is absent."""
+        """Fields of a ``submitted`` event for this place; what is not known is absent."""
         known = {
             "placement": self.name or None,
             "slurm_cluster": cluster_of(self.slurm),
@@ -76,11 +76,11 @@ class Placement:
 
     @property
     def is_watched(self) -> bool:
-        """Whether a point that waits needs somebody to move it, or to give up."""
+        """Tell whether a point that waits needs somebody to move it, or to give up."""
         return len(self.possible) > 1 or self.give_up_after_min is not None
 
     def exclude_hosts(self, hosts: Sequence[str]) -> Placement:
-        """The same, kept away from hosts that failed in this run."""
+        """Return this placement, kept away from hosts that failed in this run."""
         changed = []
         for one in self.candidates:
             excluded = ",".join(names for names in (one.slurm.get("exclude"), *hosts) if names)
@@ -88,14 +88,14 @@ class Placement:
         return replace(self, candidates=tuple(changed))
 
     def rule_out(self, index: int, why: str) -> Placement:
-        """The same, with a candidate that turned out to be none."""
+        """Return this placement with one candidate marked as impossible."""
         changed = [replace(c, never=why) if i == index else c for i, c in enumerate(self.candidates)]
         return replace(self, candidates=tuple(changed))
 
 
 @dataclass(frozen=True)
 class Step:
-    """What to do with a point that waits: stay (both None), move to a candidate, or give up."""
+    """Decision about a point that waits: stay (both None), move to a candidate, or give up."""
 
     move_to: int | None = None
     give_up: bool = False
@@ -137,7 +137,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
 
 
 def waits_for_room(reason: str) -> bool:
-    """Whether a pending job with this reason waits for what another place might have."""
+    """Tell whether a pending job with this reason waits for what another place might have."""
     return reason not in NOT_WAITING_FOR_ROOM
 
 
@@ -210,7 +210,7 @@ def place(config: Config, code: Path | None = None, resumes: bool = True) -> Pla
 
 
 def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> dict[str, Any]:
-    """What is asked of Slurm for this point, as parameters of submitit's Slurm executor. One task a node: the agent."""
+    """Resources asked of Slurm for this point, as parameters of submitit. One task a node: the agent."""
     cluster = config.cluster
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
@@ -247,7 +247,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
 
 
 def worst_case(placed: Placement, nodes: int, timeout_min: int) -> Use:
-    """What one start of the job uses at most: all nodes, to the time limit, where that is most."""
+    """Worst case of one start of the job: all nodes, to the time limit, where that is most."""
     hours = timeout_min / 60
     uses = [use_of(hours, nodes, c.gpus, c.price_per_gpu_hour) for c in placed.candidates if not c.never]
     gpu_hours = [use.gpu_hours for use in uses if use.gpu_hours is not None]

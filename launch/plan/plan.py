@@ -27,7 +27,7 @@ from launch.workload import PlanRequest, WorkloadPlan
 
 @dataclass(frozen=True)
 class Plan:
-    """What one point promises. GPU-hours and cost are the worst case of one start of the job, the whole time limit
+    """Plan of one point. GPU-hours and cost are the worst case of one start of the job, the whole time limit
     used: a requeued job starts anew, until ``budget`` or ``resilience.max_restarts`` end it."""
 
     point: str
@@ -46,17 +46,17 @@ class Plan:
     slurm: dict[str, Any]
     """The resources asked of Slurm, as submitit's parameters; points with the same ones share a job array."""
     placement: Placement
-    """Where else the point may go, and when it does; ``slurm`` is what is asked at one of its candidates."""
+    """Candidates that the point may go to, and when it does; ``slurm`` is what is asked at one of its candidates."""
     workload: str
     """Name of the kind of program."""
     promised: WorkloadPlan
-    """What the workload promises. Its facts stand at the root of ``plan.json``."""
+    """Promises of the workload. Its facts stand at the root of ``plan.json``."""
     command_run_dirs: tuple[str, ...] = ()
     """The run folders of all points of the command, which share its budget."""
     code: str | None = None
     """The copy of the code that the job runs from; None where it runs from where it was submitted."""
     warnings: tuple[str, ...] = ()
-    """What may go wrong, as far as earlier attempts tell."""
+    """Preflight warnings, from earlier attempts."""
 
     @property
     def nodes_asked(self) -> int:
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the workload promises, for programs."""
+        """Facts of the workload, for programs."""
         return self.promised.facts
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Plan:
         names = {field.name for field in dataclasses.fields(cls)}
         own = {key: value for key, value in known.items() if key in names}
         own |= {key: tuple(own.get(key, ())) for key in ("command_run_dirs", "warnings")}
-        facts = {key: value for key, value in known.items() if key not in names}
+        facts = {key: value for key, value in known.items() if key not in {*names, "max_steps"}}
         promised = {"max_steps": known.get("max_steps"), **own.get("promised", {}), "facts": facts}
         promised["notes"] = {label: tuple(lines) for label, lines in promised.get("notes", {}).items()}
         workload = own.get("workload", "")
@@ -92,11 +92,11 @@ class Plan:
         return cls(**{**own, "workload": workload, "promised": WorkloadPlan(**promised), "placement": placement})
 
     def choose_candidate(self, index: int) -> Plan:
-        """The same, submitted to a candidate of its placement."""
+        """Return this plan as submitted to a candidate of its placement."""
         return replace(self, slurm=self.placement.candidates[index].slurm)
 
     def replace_placement(self, placement: Placement) -> Plan:
-        """The same with another placement, submitted to its first candidate where the point could run."""
+        """Return this plan with another placement, submitted to its first candidate where the point could run."""
         assert placement.possible
         worst = worst_case(placement, self.nodes_asked, self.timeout_min)
         changed = replace(self, placement=placement, gpu_hours=worst.gpu_hours, cost=worst.cost)

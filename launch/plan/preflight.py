@@ -24,7 +24,7 @@ from launch.scheduler.client import SlurmError
 from launch.scheduler.limits import how_preempted
 
 MARGIN = 1.5
-"""What is proposed is so much longer than what was measured: the next save may be slower."""
+"""Factor of a proposed time over the measured one: the next save may be slower."""
 
 
 def add_warnings(plan: Plan, config: Config) -> Plan:
@@ -37,7 +37,7 @@ def add_warnings(plan: Plan, config: Config) -> Plan:
 
 
 def changed_code(plan: Plan, config: Config) -> Iterator[str]:
-    """Whether the next attempt would run something else than the last one did."""
+    """Tell whether the next attempt would run something else than the last one did."""
     folder = RunFolder(plan.run_dir)
     tree = workload_of(config).code(config)
     now = {"code": snapshot.code(tree), "git": code_state(tree.root), "software": library_versions()}
@@ -50,7 +50,7 @@ def changed_code(plan: Plan, config: Config) -> Iterator[str]:
 
 
 def short_grace(plan: Plan, config: Config) -> Iterator[str]:
-    """Whether the run would be killed before it has saved, by what its saves and steps have taken so far."""
+    """Tell whether the run would be killed before it has saved, by what its saves and steps have taken so far."""
     known = evidence(plan)
     if known is None:
         return
@@ -76,14 +76,14 @@ def short_grace(plan: Plan, config: Config) -> Iterator[str]:
 
 
 def evidence(plan: Plan) -> StopTime | None:
-    """What was measured in the run's own folder, or else with the same model in other points of its sweep."""
+    """Measured stop time of the run's own folder, or else with the same model in other points of its sweep."""
     own = RunFolder(plan.run_dir)
     others = (RunFolder(path.parent) for path in sorted(own.path.parent.glob("*/plan.json")))
     return measure(own) or slowest(measure(other) for other in others if has_same_model(other, plan))
 
 
 def has_same_model(folder: RunFolder, plan: Plan) -> bool:
-    """Whether a run's checkpoints are as large as the plan's."""
+    """Tell whether a run's checkpoints are as large as the plan's."""
     if not folder.events.is_file():
         return False
     there = json.loads(folder.plan.read_text()).get("promised") or {}
@@ -105,7 +105,7 @@ def preemption_graces(plan: Plan) -> Iterator[tuple[str, int]]:
 
 @cache
 def cluster_limits() -> limits.Limits | None:
-    """What the controller tells, asked once for all points; None where it does not answer."""
+    """Ask the controller for its limits, once for all points; None where it does not answer."""
     try:
         return limits.read()
     except SlurmError:
@@ -127,7 +127,7 @@ class StopTime:
 
 
 def measure(folder: RunFolder) -> StopTime | None:
-    """What the event log and the step records say; None where no save was measured yet."""
+    """Measure the stop time by the event log and the step records; None where no save was measured yet."""
     saves = [e["seconds"] for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
     if not saves:
         return None

@@ -35,12 +35,12 @@ def plan_text(plan: Plan) -> str:
 
 
 def worst_of(plans: Sequence[Plan]) -> Use:
-    """What one start of every point uses at most. Points without GPUs add no GPU-hours."""
+    """Worst case of one start of every point. Points without GPUs add no GPU-hours."""
     return sum((Use(plan.node_hours, plan.gpu_hours or 0.0, plan.cost or 0.0) for plan in plans), Use())
 
 
 def used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> Use:
-    """What the earlier attempts of these points have used."""
+    """Use of the earlier attempts of these points."""
     now = time.time()
     uses = (
         used(read_event_logs([RunFolder(plan.run_dir)]), now, rates_of(config))

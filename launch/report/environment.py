@@ -1,4 +1,4 @@
-"""What a run ran on: ``attempts/NNNN/environment.json`` as the report needs it.
+"""Environment of a run: ``attempts/NNNN/environment.json`` as the report needs it.
 
 Owns the reading of that file, the text for a topology, and the question whether ranks shared cores or a GPU. Every
 workload names the ranks; the GPT library also names its model and its batch. Must not know of step times.
@@ -17,7 +17,7 @@ from launch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where one rank ran: ``machine`` is the physical one (several nodes may lie on it)."""
+    """Place of one rank: ``machine`` is the physical one (several nodes may lie on it)."""
 
     node: int
     host: str
@@ -38,7 +38,7 @@ class Environment:
     workload: str = "gpt"
     weak_scaling: bool | None = None
     unit: str | None = None
-    """What throughput counts: tokens, samples, images."""
+    """Unit of the throughput: tokens, samples, images."""
     work_per_step: float | None = None
     """Units that all ranks together do in a step, where that was said beforehand."""
     max_steps: int | None = None
@@ -94,7 +94,7 @@ class Environment:
 
 
 def _shared(places: list[RankPlace]) -> list[str]:
-    """What the ranks of one machine had to share."""
+    """Cores and GPUs that the ranks of one machine had to share."""
     gpus = Counter(place.gpu or place.device for place in places if place.device != "cpu")
     phrases = [f"{ranks} ranks on one GPU" for ranks in dict.fromkeys(gpus.values()) if ranks > 1]
     on_cpu = [place for place in places if place.device == "cpu"]

@@ -22,7 +22,7 @@ from launch.runs.records import UNITS, fill_in_step_times, own_work, read_record
 
 
 class State(StrEnum):
-    """How far a point has come."""
+    """State of a point."""
 
     FINISHED = "finished"
     FAILED = "failed"
@@ -51,7 +51,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Point:
-    """What one run folder says. ``environment`` is that of the last attempt with steps, ``steps`` those made in it."""
+    """Point of a curve, from one run folder.
+
+    ``environment`` is that of the last attempt with steps, ``steps`` those made in it.
+    """
 
     path: Path
     overrides: tuple[str, ...]
@@ -66,16 +69,16 @@ class Point:
     presence: tuple[float, float] | None = None
     """When its processes were there, starting and ending as well; at least the span."""
     label: str = ""
-    """What sets it apart from the other points of a report, for people; empty where that is its name."""
+    """Label that sets it apart from the other points of a report, for people; empty where that is its name."""
     unit: str | None = None
-    """What its work counts: tokens, samples, images; None where nothing says."""
+    """Unit of its work: tokens, samples, images; None where nothing says."""
     run_time_s: float | None = None
-    """How long its ranks ran, from the start to the end of each attempt, added up; None while they still do."""
+    """Time that its ranks ran, from the start to the end of each attempt, added up; None while they still do."""
     attempts: int = 0
 
     @property
     def is_gpt(self) -> bool:
-        """Whether the GPT library made it, of which more is known than of other programs."""
+        """Tell whether the GPT library made it, of which more is known than of other programs."""
         return self.environment is not None and self.environment.workload == "gpt"
 
     @property
@@ -85,7 +88,7 @@ class Point:
 
     @property
     def title(self) -> str:
-        """What people are shown."""
+        """Name of the point for people."""
         return self.label or self.name
 
 
@@ -293,7 +296,7 @@ def _disturb(one: Point, other: Point) -> bool:
 
 
 def _share(one: Environment, other: Environment) -> bool:
-    """Whether both had ranks on one GPU, or together more threads on a machine than it has cores."""
+    """Tell whether both had ranks on one GPU, or together more threads on a machine than it has cores."""
     gpus = [{place.gpu for place in side.ranks if place.gpu is not None} for side in (one, other)]
     if gpus[0] & gpus[1]:
         return True

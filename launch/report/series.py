@@ -74,8 +74,7 @@ CONDITIONS: dict[str, Callable[[Environment], str | None]] = {
     "batch": _batch,
     "unit": lambda e: e.unit,
 }
-"""What must be the same for all measured points of a series; None where a point does not tell, and then not compared.
-"""
+"""Properties that all measured points of a series share; None, and not compared, where a point does not tell."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class MeasuredPoint:
 
     @property
     def crowded(self) -> bool | None:
-        """Whether ranks shared cores or a GPU; None where it is not known what they ran on."""
+        """Tell whether ranks shared cores or a GPU; None where it is not known what they ran on."""
         environment = self.point.environment
         return None if environment is None else bool(self.crowding())
 
@@ -152,13 +151,13 @@ class Series:
 
     @property
     def has_rates(self) -> bool:
-        """Whether the work of every measured point is known, in one unit, so that they compare by throughput."""
+        """Tell whether the work of every measured point is known, in one unit, so that they compare by throughput."""
         measured = [(m.figures.throughput, m.point.unit) for m in self.members if m.figures is not None]
         return all(rate is not None for rate, _ in measured) and len({unit for _, unit in measured}) == 1
 
     @property
     def compares(self) -> bool:
-        """Whether there is anything to compare: one point alone has no speedup."""
+        """Tell whether there is anything to compare: one point alone has no speedup."""
         return len(self.members) > 1
 
 

@@ -65,12 +65,12 @@ class Row:
     throughput_ideal: float | None = None
     """Of as many ranks as fast as those of the smallest point; None where these shared cores or a GPU."""
     unit: str | None = None
-    """What throughput counts: tokens, samples, images; None where nothing says."""
+    """Unit of the throughput: tokens, samples, images; None where nothing says."""
     run_time_s: float | None = None
-    """How long the ranks ran, start-up included, over all attempts."""
+    """Time that the ranks ran, start-up included, over all attempts."""
     attempts: int = 0
     label: str = ""
-    """What sets the point apart from the others of this table: the overrides that not all of them share."""
+    """Label that sets the point apart from the others of this table: the overrides that not all of them share."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +84,27 @@ class ScalingTable:
     conditions: str
     notes: tuple[str, ...]
     is_gpt: bool = True
-    """Whether the GPT library made every point whose workload is known."""
+    """True where the GPT library made every point whose workload is known."""
 
     @property
     def name(self) -> str:
-        """What the report is about."""
+        """Title of the report."""
         return self.folder.resolve().name
 
     @property
     def is_scaling(self) -> bool:
-        """Whether some series has several sizes; a single point, or one of each kind, scales nothing."""
+        """Tell whether some series has several sizes; a single point, or one of each kind, scales nothing."""
         return max(Counter((row.scaling, row.series) for row in self.rows).values(), default=0) > 1
 
     @property
     def compares_run_times(self) -> bool:
-        """Whether run times are all there is to show: no program recorded how long its steps take."""
+        """Tell whether run times are all there is to show: no program recorded how long its steps take."""
         has_steps = any(row.step_time_s is not None for row in self.rows)
         return not self.is_gpt and not has_steps and any(row.run_time_s is not None for row in self.rows)
 
     @property
     def unit(self) -> str:
-        """What throughput counts: tokens, samples, images; work where points differ, or nothing says."""
+        """Unit of the throughput: tokens, samples, images; work where points differ, or nothing says."""
         units = {row.unit for row in self.rows if row.throughput is not None}
         return (units.pop() if len(units) == 1 else None) or ("tokens" if self.is_gpt else "work")
 

@@ -1,4 +1,4 @@
-"""TODO launch.runs.events."""
+"""The event log since a person last asked for the run: what counts for restarts, limits and the queue. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Events = Sequence[dict[str, Any]]
 
 
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
-    """The events since a person last typed the command: typing it again forgives what went before."""
+    """Return the events since a person last typed the command: typing it again forgives what went before."""
     return list(events[last_command(events) :])
 
 

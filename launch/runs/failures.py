@@ -1,4 +1,4 @@
-"""How a rank tells the event log that it failed, so that the first failure can be found among its echoes.
+"""Failures of ranks in the event log, so that the first failure can be found among its echoes.
 
 When one rank dies, the others fail too, a moment later, with errors about a lost connection. Torch-free.
 """

@@ -31,12 +31,12 @@ class RunFolder:
 
     @property
     def overrides(self) -> Path:
-        """What was typed to get this point, a YAML list."""
+        """Overrides of this point, a YAML list."""
         return self.path / ".hydra" / "overrides.yaml"
 
     @property
     def plan(self) -> Path:
-        """What was promised before the start."""
+        """Plan of the run, as promised before its start."""
         return self.path / "plan.json"
 
     @property
@@ -74,11 +74,11 @@ class RunFolder:
         return self.path / "attempts" / f"{number:04d}"
 
     def environment(self, attempt: int) -> Path:
-        """What one attempt ran on: hosts, devices, software, commit."""
+        """Environment of one attempt: hosts, devices, software, commit."""
         return self.attempt(attempt) / "environment.json"
 
     def ds_config(self, attempt: int) -> Path:
-        """What one attempt started DeepSpeed with."""
+        """DeepSpeed config of one attempt."""
         return self.attempt(attempt) / "ds_config.json"
 
     def log(self, attempt: int, rank: int) -> Path:

@@ -146,7 +146,7 @@ class HeartbeatFile:
 
     @property
     def is_open(self) -> bool:
-        """Whether a rank has opened the file."""
+        """Tell whether a rank has opened the file."""
         return self._words[PID] != 0
 
     def calls(self, request: Request) -> int:

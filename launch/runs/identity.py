@@ -24,7 +24,7 @@ PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "require_same_code", "st
 
 @dataclass
 class RunConfig:
-    """What every run has, whatever it computes and whatever starts it."""
+    """Config that every run has, whatever it computes and whatever starts it."""
 
     name: str = "run"
     """Folder under output_dir that holds the points of one sweep."""
@@ -91,5 +91,5 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
 
 
 def may_change(key: str, resumable: Sequence[str]) -> bool:
-    """Whether ``key``, or a group that it is in, is among ``resumable``."""
+    """Tell whether ``key``, or a group that it is in, is among ``resumable``."""
     return any(f"{key}.".startswith(f"{allowed}.") for allowed in resumable)

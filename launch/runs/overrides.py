@@ -1,4 +1,4 @@
-"""What was typed to get a run: ``key=value`` overrides, in Hydra's grammar of overrides.
+"""Overrides of a run as they were typed: ``key=value``, in Hydra's grammar of overrides.
 
 Owns how a key or a value is found in them, and how they are read back from a run folder. Torch-free.
 """
@@ -16,14 +16,14 @@ from launch.runs.renamed import former_keys
 
 
 def typed_value(overrides: Iterable[str], key: str) -> str | None:
-    """What was typed for ``key``, the last override where it was typed twice; None where it was not."""
+    """Value typed for ``key``, of the last override where it was typed twice; None where it was not."""
     names = (key, *former_keys(key))
     values = [override.split("=", 1)[1] for override in overrides if "=" in override and typed_key(override) in names]
     return values[-1] if values else None
 
 
 def read_overrides(folder: RunFolder) -> tuple[str, ...]:
-    """What was typed to get the run of a folder; nothing where that was not kept."""
+    """Read the overrides of the run of a folder; nothing where that was not kept."""
     if not folder.overrides.is_file():
         return ()
     return tuple(str(override) for override in yaml.safe_load(folder.overrides.read_text()) or ())

@@ -1,4 +1,4 @@
-"""Which code an attempt runs, on which libraries, and what has changed since the attempt before.
+"""Provenance of an attempt: its code, its libraries, and what has changed since the attempt before.
 
 Owns the fingerprint of our packages' files and the comparison of two records. What counts is the text of the files: a
 commit that touches none of them is no change. Torch-free: the login node compares before it submits.
@@ -42,7 +42,7 @@ def source_files(root: Path) -> Iterator[tuple[str, Path]]:
 def describe_code(
     root: Path = ROOT, files_of: Callable[[Path], Iterable[tuple[str, Path]]] = source_files
 ) -> dict[str, Any]:
-    """Where the code lies, one digest of it, and one for each file.
+    """Folder of the code, one digest of it, and one for each file.
 
     Args:
         root: folder of the code, or of a copy.
@@ -76,7 +76,7 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
 
 
 def git(folder: Path, *args: str) -> bytes | None:
-    """What git prints, or None where there is no git or no checkout."""
+    """Run git; its output, or None where there is no git or no checkout."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -96,7 +96,7 @@ def library_versions() -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two attempts' ``environment.json``; what one of them does not say is left out."""
+    """List what differs between two attempts' ``environment.json``; what one of them does not say is left out."""
     return [*code_changes(before, now), *library_changes(before.get("software") or {}, now.get("software") or {})]
 
 
@@ -117,7 +117,7 @@ def code_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def how(before: str | None, now: str | None) -> str:
-    """What happened to a file."""
+    """Describe what happened to a file."""
     return "added" if before is None else "removed" if now is None else "changed"
 
 
@@ -133,7 +133,7 @@ def library_changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str
 
 
 def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
-    """What has changed since the attempt before ``attempt``, by default the last one, and that attempt's number."""
+    """Find what has changed since the attempt before ``attempt``, by default the last, and that attempt's number."""
     there = [n for n in folder.attempts() if (attempt is None or n < attempt) and folder.environment(n).is_file()]
     if not there:
         return None

@@ -27,7 +27,7 @@ RECENT = 20
 
 @dataclass
 class StepRecord:
-    """What one rank knows about one optimizer step. What is not known is None and absent from the file, never zero."""
+    """Record of one rank about one optimizer step. What is not known is None and absent from the file, never zero."""
 
     step: int
     """Steps are counted from 1: record s describes the update that made the weights of step s."""
@@ -51,16 +51,16 @@ class StepRecord:
     data_wait_s: float | None = None
     """Time the step waited for its samples."""
     expert_imbalance: float | None = None
-    """How far the busiest expert of any layer was above an even share, in such shares: 0 is even; with experts only."""
+    """Load of the busiest expert of any layer above an even share, in even shares; 0 is even; with experts only."""
     comm_s: float | None = None
     checkpoint_s: float | None = None
     """Time the checkpoint of this step held up training; only where one was written."""
     val_loss: float | None = None
     """Mean cross-entropy on the validation sequences after this step; only where it was evaluated."""
     val_bits_per_byte: float | None = None
-    """The same in bits per byte of text, which compares tokenizers; only where the text is known."""
+    """Loss in bits per byte of text, which compares tokenizers; only where the text is known."""
     tokens_per_s: float | None = None
-    """Of the whole run: tokens of the global batch over step_time_s."""
+    """Throughput of the whole run: tokens of the global batch over step_time_s."""
     tflops_per_s: float | None = None
     """Model TFLOP/s of this rank by the PaLM convention."""
     mfu_palm: float | None = None
@@ -81,7 +81,7 @@ class StepRecord:
 
 
 UNITS = ("tokens", "samples", "images")
-"""What throughput may count: a field of this name is a rank's own number in the step."""
+"""Units that throughput may count: a field of this name is a rank's own number in the step."""
 FLUSH_S = 0.25
 KEPT_LINES = 10_000
 """Records that wait for a filesystem that refuses them; older ones are dropped."""

@@ -35,7 +35,7 @@ def former_keys(key: str) -> list[str]:
 
 
 def is_former(key: str) -> bool:
-    """Whether ``key``, or all that is in it, has another name now."""
+    """Tell whether ``key``, or all that is in it, has another name now."""
     return key in FORMER or key == "cluster.links"
 
 

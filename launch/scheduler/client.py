@@ -23,7 +23,7 @@ RETRIES = 3
 BUSY = ("socket timed out", "unable to contact", "resource temporarily unavailable", "zero bytes were transmitted")
 
 GONE = "invalid job id"
-"""What Slurm says of a job that it has forgotten."""
+"""Part of Slurm's error about a job that it has forgotten."""
 
 
 class SlurmError(RuntimeError):
@@ -35,7 +35,7 @@ class SlurmBusyError(SlurmError):
 
 
 def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
-    """What a Slurm command prints.
+    """Run a Slurm command; its output.
 
     Raises:
         SlurmBusyError: it did not answer in time, ``retries`` times.
@@ -81,7 +81,7 @@ def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.Comp
 
 
 def controller_answers() -> bool:
-    """Whether sbatch is installed and a Slurm controller can be reached from here."""
+    """Tell whether sbatch is installed and a Slurm controller can be reached from here."""
     if shutil.which("sbatch") is None:
         return False
     try:
@@ -92,7 +92,7 @@ def controller_answers() -> bool:
 
 @dataclass(frozen=True)
 class JobState:
-    """What squeue says of a job. ``state`` is Slurm's name of it (PENDING, RUNNING, COMPLETED, ...)."""
+    """State of a job by squeue. ``state`` is Slurm's name of it (PENDING, RUNNING, COMPLETED, ...)."""
 
     state: str
     reason: str
@@ -106,13 +106,13 @@ class JobState:
 
     @property
     def is_over(self) -> bool:
-        """Whether the job will not run again by itself."""
+        """Tell whether the job will not run again by itself."""
         active = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
         return not self.is_waiting and self.state not in active
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the job has yet to start, or to start again."""
+        """Tell whether the job has yet to start, or to start again."""
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
@@ -148,7 +148,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
 
 
 def output_file(job_id: str, cluster: str | None = None) -> Path | None:
-    """Where the batch script of a job prints, as scontrol knows it; None where the job is forgotten."""
+    """Path of the output of a job's batch script, as scontrol knows it; None where the job is forgotten."""
     try:
         text = run("scontrol", *cluster_option(cluster), "show", "job", job_id)
     except SlurmError as error:
@@ -183,13 +183,13 @@ def unless_gone(*command: str, retries: int = RETRIES) -> None:
 
 @dataclass(frozen=True)
 class JobDetails:
-    """What the controller knows of one job while it exists. Times are Unix seconds; None where Slurm says none."""
+    """Details of one job by the controller, while it exists. Times are Unix seconds; None where Slurm says none."""
 
     state: str
     is_preempted: bool
-    """Whether Slurm has chosen it to make room for another job."""
+    """True where Slurm has chosen it to make room for another job."""
     restarts: int
-    """How often it was put back into the queue, this time included where that has just happened."""
+    """Number of times it was put back into the queue, this time included where that has just happened."""
     start_time: float | None
     end_time: float | None
     """When its time limit ends it, or when it ended."""

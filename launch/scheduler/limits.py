@@ -1,4 +1,4 @@
-"""What a Slurm cluster allows, as scontrol tells it: configuration, partitions, nodes.
+"""Limits of a Slurm cluster, as scontrol tells them: configuration, partitions, nodes.
 
 Owns the one parser of ``scontrol show config|partition|node --oneliner``. That form is read, and not ``--json``:
 scontrol knows no --json in 22.05 (tried on 22.05.8). Must not know what a run asks for.
@@ -60,10 +60,10 @@ class Partition:
     max_cpus_per_node: int | None
     max_memory_mb: int | None
     memory_per_cpu_mb: int | None
-    """What a job gets for each CPU where it asks for no memory."""
+    """Memory of a job for each CPU where it asks for none."""
     memory_per_node_mb: int | None
     is_exclusive: bool
-    """Whether jobs get whole nodes without asking."""
+    """True where jobs get whole nodes without asking."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class NodeLimits:
 
     @property
     def is_usable(self) -> bool:
-        """Whether jobs can start here, now or when it is free."""
+        """Tell whether jobs can start here, now or when it is free."""
         return not self.states & UNUSABLE
 
     def count(self, name: str, kind: str = "") -> int:
-        """How many generic resources of this name, and of this type where it is given."""
+        """Count the generic resources of this name, and of this type where it is given."""
         return sum(g.count for g in self.gres if g.name == name and kind in ("", g.type))
 
 
@@ -207,7 +207,7 @@ def minutes(text: str) -> float | None:
 
 
 def how_preempted(limits: Limits, partition: Partition) -> str:
-    """What happens to a preempted job of this partition as Slurm names it; OFF where nothing can preempt it."""
+    """Preempt mode of this partition, as Slurm names it; OFF where nothing can preempt it."""
     kind, mode = limits.config.get("PreemptType", "preempt/none"), partition.preempt_mode.upper()
     if kind.endswith("/none") or mode == "OFF":
         return "OFF"

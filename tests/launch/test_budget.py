@@ -141,7 +141,7 @@ def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: 
     second.record_event("agent_ended", job="x", ended_at=time.time())
     assert process.wait(timeout=120) == 1
     text = (tmp_path / "log").read_text()
-    assert text.count("budget (budget.gpu_hours=100 is used up: ") >= 2, text
+    assert text.count("budget_exceeded (budget.gpu_hours=100 is used up: ") >= 2, text
     assert "the same command with a higher budget.gpu_hours" in text
     events = first.read_events()
     assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["budget"]

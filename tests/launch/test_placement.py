@@ -162,9 +162,7 @@ def test_a_candidate_overrides_what_the_cluster_says() -> None:
         {"partition": None, "qos": "b", "gpus_per_node": None, "gres": "gpu:a100:4"},
     ]
     assert [(c.gpus, c.price_per_gpu_hour) for c in made.placement.candidates] == [(4, 1), (4, 1.5), (8, 1)]
-    assert (made.world_size, made.gpu_hours, made.cost) == (4, 8, 8), (
-        "the ranks are the run's; the worst place waits_for_room"
-    )
+    assert (made.world_size, made.gpu_hours, made.cost) == (4, 8, 8), "the ranks are the run's; the worst place counts"
     assert Plan.from_dict(made.as_dict()) == made
 
 
