@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose_launch, typed_config
-from launch.plan import preflight as forewarning
+from launch.plan import preflight
 from launch.plan.preflight import add_warnings, measure
 from launch.runs.files import append_json_line, write_json
 from launch.runs.folder import RunFolder
@@ -21,7 +21,7 @@ from tests.support.doctor_facts import CONFIG, NODES, PARTITIONS
 @pytest.fixture(autouse=True)
 def recorded_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor's recorded cluster: partition low, the default, has GraceTime=10, and KillWait is 5."""
-    monkeypatch.setattr(forewarning, "cluster_limits", lambda: limits.parse(CONFIG, PARTITIONS, NODES))
+    monkeypatch.setattr(preflight, "cluster_limits", lambda: limits.parse(CONFIG, PARTITIONS, NODES))
 
 
 def ran_before(folder: RunFolder, save_s: float, step_s: float) -> RunFolder:
@@ -86,7 +86,7 @@ def test_another_point_of_the_sweep_tells_where_the_model_is_the_same(tmp_path: 
 
 def test_no_controller_no_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    forewarning.cluster_limits.cache_clear()
+    preflight.cluster_limits.cache_clear()
 
     def silent(*words: str, **options: object) -> str:
         raise SlurmError("scontrol is not installed on this machine")
@@ -95,7 +95,7 @@ def test_no_controller_no_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     ran_before(RunFolder(tmp_path / "run"), save_s=14.0, step_s=2.0)
     assert warnings(f"run_dir={tmp_path / 'run'}") == ()
-    forewarning.cluster_limits.cache_clear()
+    preflight.cluster_limits.cache_clear()
 
 
 def test_the_dry_run_shows_it(tmp_path: Path) -> None:

@@ -66,7 +66,11 @@ def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
     check_parameters(LocalElasticAgent.__init__, ("spec", "logs_specs"), message("LocalElasticAgent.__init__"))
     loop = inspect.getsource(SimpleElasticAgent._invoke_run)
     assert "self._monitor_workers(" in loop, message("SimpleElasticAgent._invoke_run, which polls no more,")
-    for owner, attribute in ((LocalElasticAgent, "_pcontext"), (SimpleElasticAgent, "_worker_group")):
+    assert "self._exit_barrier()" in loop, message(
+        "SimpleElasticAgent._exit_barrier, by which nodes wait for each other,"
+    )
+    kept = ((LocalElasticAgent, "_pcontext"), (SimpleElasticAgent, "_worker_group"), (SimpleElasticAgent, "_store"))
+    for owner, attribute in kept:
         assert f"self.{attribute}" in inspect.getsource(owner.__init__), message(f"{owner.__name__}.{attribute}")
     handlers = inspect.getsource(SubprocessContext)
     assert "subprocess_handlers" in handlers, message("SubprocessContext.subprocess_handlers")
