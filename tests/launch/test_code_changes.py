@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch.config import Config
-from launch.config.compose import compose_launch, typed_config
+from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import ConfigError
 from launch.jobs.sbatch import sbatch_text
 from launch.plan import code_copy as snapshot
@@ -70,9 +70,10 @@ def test_libraries_count_and_what_the_login_node_cannot_know_does_not() -> None:
 
 
 def test_a_copy_is_the_code_and_knows_its_commit(tmp_path: Path) -> None:
-    target = tmp_path / "copy"
-    snapshot.take(target)
-    snapshot.take(target)
+    target, config = tmp_path / "copy", config_of(*TINY)
+    tree = workload_of(config).code(config)
+    snapshot.take(target, tree)
+    snapshot.take(target, tree)
     copied, original = describe_code(target), describe_code()
     assert (copied["sha256"], copied["files"]) == (original["sha256"], original["files"])
     assert copied["is_snapshot"] and not original["is_snapshot"]
