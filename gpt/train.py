@@ -127,6 +127,7 @@ def train(run: Run) -> str:
             )
             record.val_bits_per_byte = run.samples.val_bits_per_byte(record.val_loss, config.eval.sequences)
         if saves:
+            writers.keep(record)
             record.checkpoint_s = save(run)
         writers.write(record)
         profile.after(run.step)

@@ -29,6 +29,15 @@ from launch.runs.tensorboard import EventWriter
 class MetricWriter(Protocol):
     """Destination of step records, such as a file or a service."""
 
+    def keep(self, record: StepRecord) -> None:
+        """Put ``record`` on disk before its step is saved; ``write`` follows, with the time of the save.
+
+        No later attempt does a step again that a checkpoint holds: killed between the two, the run would lack it.
+        """
+        self._complete(record)
+        self._rank.record(**record.as_dict())
+        self._rank.flush()
+
     def write(self, record: StepRecord) -> None:
         """Write one record; records come in the order of their steps."""
 
@@ -71,6 +80,15 @@ class MetricWriters:
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         done = [record for record in earlier if record["step"] <= step]
         self.writers = open_writers(folder, config, step, done, layers) if world.is_first else []
+
+    def keep(self, record: StepRecord) -> None:
+        """Put ``record`` on disk before its step is saved; ``write`` follows, with the time of the save.
+
+        No later attempt does a step again that a checkpoint holds: killed between the two, the run would lack it.
+        """
+        self._complete(record)
+        self._rank.record(**record.as_dict())
+        self._rank.flush()
 
     def write(self, record: StepRecord) -> None:
         """Complete ``record`` with throughput and utilization, and write it."""

@@ -85,7 +85,8 @@ def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> Non
     )
     write_run(plan, composed, words)
     assert (
-        yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["micro_batch"] == plan.facts["micro_batch"]
+        yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["max_micro_batch"]
+        == plan.facts["micro_batch"]
     )
     again = plan_of(*words, "cluster.gpu_memory_gib=80")
     assert (again.run_dir, again.facts["micro_batch"], again.facts["parallel"]) == (

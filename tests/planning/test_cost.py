@@ -39,7 +39,7 @@ T, D, BLOCK, AROUND = 2 * 16, 32, 9280, 2 * 2048 + 32
 
 
 def config_of(accumulation: int = 1, data_ranks: int = 1, model: Any = MODEL, **parallel: Any) -> TrainConfig:
-    batch = {"global_batch": 2 * data_ranks * accumulation, "micro_batch": 2}
+    batch = {"global_batch": 2 * data_ranks * accumulation, "max_micro_batch": 2}
     optim = OptimConfig(max_steps=1, lr=1e-3, min_lr=0.0, warmup_steps=0, **batch)
     return TrainConfig(model=model, optim=optim, parallel=ParallelConfig(**{"strategy": Strategy.ddp, **parallel}))
 

@@ -206,7 +206,7 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
     tmp_path: Path, make_run: Any, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program that takes at least 50 ms for a step of 32 samples, and half of it in the second point."""
-    monkeypatch.setattr(progress, "LOOK_S", 0.0)
+    monkeypatch.setattr(progress, "POLL_S", 0.0)
     printed = program is PRINTS
     script = {"unit": "samples", "work_per_step": 32} if printed else {"unit": "tokens"}
     for ranks in (1, 2):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt import export
 from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
+from gpt.config.compose import RESUMABLE, compose_train
 from gpt.conversion.trained import load_model
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
@@ -111,4 +111,4 @@ def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_
     assert "already finished" in run("gpt.train", *words, cwd=tmp_path)
     config.init_from = None
     with pytest.raises(ConfigError, match="holds a run with init_from="):
-        refuse_other_run(RunFolder(new), config)
+        refuse_other_run(RunFolder(new), config, TrainConfig, RESUMABLE)
