@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch import worker
 from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -118,6 +121,28 @@ def test_deepspeed_trains_and_saves(tmp_path: Path) -> None:
     losses = [r["loss"] for r in read_records(folder.metrics(1))]
     assert len(losses) == 20 and losses[-1] < losses[0]
     assert (folder.checkpoints / "latest").read_text() == "step_20"
+
+
+def test_the_callback_of_the_trainer_tells_of_steps_and_obeys(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    callback_class = runpy.run_path(str(EXAMPLES / "transformers_trainer.py"))["LauncherCallback"]
+    folder = RunFolder(tmp_path / "run")
+    folder.create_attempt()
+    attached = worker.Run()
+    attached.open_folder(folder.path, attempt=1)
+    callback, state, control = callback_class(attached), SimpleNamespace(global_step=3), transformers.TrainerControl()
+    args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    assert not callback.on_step_end(args, state, control).should_save
+    callback.on_log(args, state, control, logs={"loss": 2.5, "learning_rate": 1e-3, "grad_norm": 0.5, "epoch": 1.0})
+    callback.on_log(args, state, control, logs={"train_loss": 2.5, "train_runtime": 1.0})
+    (folder.path / "STOP").touch()
+    wait_for(lambda: callback.on_step_end(args, state, control).should_training_stop, "the stop")
+    assert control.should_save
+    callback.on_save(args, state, control)
+    (record,) = read_records(folder.metrics(0))
+    assert (record["step"], record["loss"], record["lr"], record["samples"]) == (3, 2.5, 1e-3, 16)
+    assert [(e["event"], e["step"]) for e in folder.read_events()] == [("saved", 3)]
+    assert not (folder.path / "STOP").exists()
 
 
 def test_a_trainer_of_transformers_tells_of_its_steps(tmp_path: Path) -> None:
