@@ -29,15 +29,6 @@ from launch.runs.tensorboard import EventWriter
 class MetricWriter(Protocol):
     """Destination of step records, such as a file or a service."""
 
-    def keep(self, record: StepRecord) -> None:
-        """Put ``record`` on disk before its step is saved; ``write`` follows, with the time of the save.
-
-        No later attempt does a step again that a checkpoint holds: killed between the two, the run would lack it.
-        """
-        self._complete(record)
-        self._rank.record(**record.as_dict())
-        self._rank.flush()
-
     def write(self, record: StepRecord) -> None:
         """Write one record; records come in the order of their steps."""
 
