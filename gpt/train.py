@@ -146,7 +146,7 @@ def train(run: Run) -> str:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether ``interval`` steps have passed; 0 means never."""
+    """True where ``interval`` steps have passed; an interval of 0 is never due."""
     return interval > 0 and step % interval == 0
 
 

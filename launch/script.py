@@ -37,7 +37,7 @@ from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, Wo
 STOP_SIGNALS = ("SIGTERM", "SIGUSR2", "SIGINT", "SIGUSR1")
 """Signals that a program can catch, and that mean nothing else to torch's launcher or to Slurm."""
 VALUES = ("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name")
-"""What ``${...}`` in arguments may stand for."""
+"""Names that ``${...}`` in arguments may stand for."""
 PLACEHOLDER = re.compile(r"%\{(\w+)\}")
 CODE_SUFFIXES = (".py", ".yaml", ".yml", ".json", ".toml", ".cfg", ".sh", ".txt", ".md", ".ini")
 HIDDEN = ("__pycache__", "outputs", "node_modules", "wandb")
@@ -46,14 +46,14 @@ MAX_FILES = 5000
 
 
 class Style(Enum):
-    """How ``script.options`` are written: ``--key=value`` for argparse and the like, or ``key=value`` for Hydra."""
+    """Spelling of ``script.options``: ``--key=value`` for argparse and the like, or ``key=value`` for Hydra."""
 
     argparse = "argparse"
     hydra = "hydra"
 
 
 class Unit(Enum):
-    """What throughput counts."""
+    """Unit of throughput."""
 
     tokens = "tokens"
     samples = "samples"
@@ -233,7 +233,7 @@ class ScriptWorkload:
         make_absolute([(document.script, "workdir")])
 
     def plan(self, config: ScriptConfig, request: PlanRequest) -> WorkloadPlan:
-        """What is known of a program before it runs.
+        """Check that the program is there, and tell what is known of it before it runs.
 
         Raises:
             ConfigError: it cannot be started.
@@ -294,7 +294,7 @@ class ScriptWorkload:
         return RankCommand(tuple(map(fill, args)), env=env, workdir=Path(place(script.workdir)))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
-        """What the agent may conclude of ranks that need not know of it."""
+        """Return the behavior of ranks that need not know of their agent."""
         script = config.script
         return RankContract(
             records_events=False,

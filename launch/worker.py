@@ -106,7 +106,7 @@ class Run:
 
     @property
     def agrees(self) -> bool:
-        """Whether ``stop_requested`` and ``save_requested`` are the same on all ranks by themselves.
+        """True where ``stop_requested`` and ``save_requested`` are the same on all ranks by themselves.
 
         True under the launcher, whose agents agree, and for a single process. Under torchrun alone nobody but the ranks
         could: there a script combines their answers itself, as with an all-reduce of the maximum in every step.
@@ -411,7 +411,7 @@ def attach(handle_signals: bool = True) -> Run:
 
 
 def is_child() -> bool:
-    """Whether multiprocessing started this process, which then is no rank itself but one's helper."""
+    """True where multiprocessing started this process, which then is no rank but the helper of one."""
     module = sys.modules.get("multiprocessing.process")
     return module is not None and module.parent_process() is not None
 

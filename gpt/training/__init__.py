@@ -1,1 +1,1 @@
-"""What the training loop is made of: the run, its steps, evaluation, checkpoints, and stopping."""
+"""The parts of the training loop: the run, its steps, evaluation, checkpoints, and stopping."""

@@ -1,4 +1,4 @@
-"""What makes a run repeatable: seeds, and torch's deterministic mode.
+"""Reproducibility of a run: seeds, and torch's deterministic mode.
 
 Owns the settings of the process. The weights and the order of the samples follow from ``seed`` by themselves (see
 gpt/model/init.py and gpt/data/order.py); what is seeded here is dropout, and libraries that draw for themselves. Must
@@ -57,7 +57,7 @@ def set_determinism(config: TrainConfig) -> None:
 
 
 def state() -> dict[str, str | bool | None]:
-    """What of it is in force in this process, for the record."""
+    """Return the settings in force in this process, for the record."""
     return {
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),

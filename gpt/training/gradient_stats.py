@@ -1,4 +1,4 @@
-"""What is recorded of the gradients: their mean and standard deviation, and the norm of each layer's.
+"""Gradient statistics: their mean and standard deviation, and the norm of each layer's.
 
 Owns the sums, which are the same however the model is spread over ranks. Every rank sums its own part on its device;
 the sums travel with the loss, so there is no collective of their own and nobody waits for them. Must not know
@@ -21,7 +21,7 @@ from gpt.parallel.optimizer import sum_of_elements, sum_of_squares
 
 @dataclass(frozen=True)
 class GradientFigures:
-    """Of the gradients of a step before clipping, over all parameters."""
+    """Statistics of the gradients of a step before clipping, over all parameters."""
 
     mean: float
     std: float
@@ -57,7 +57,7 @@ class Gradients:
         return torch.stack([value.to(self._device) for value in (*squares, elements)])
 
     def figures(self, sums: list[float]) -> GradientFigures:
-        """What the sums of all ranks say."""
+        """Compute the statistics from the sums of all ranks."""
         *squares, total = sums
         mean = total / self._elements
         variance = max(0.0, sum(squares) / self._elements - mean**2)

@@ -75,7 +75,7 @@ def fingerprint(state: State) -> int:
 
 
 def record(verified: VerifiedSource) -> dict[str, Any]:
-    """What the weights are, in plain values."""
+    """Describe where the weights come from, in plain values."""
     source = verified.source
     chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
     return {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}

@@ -33,7 +33,7 @@ class StepProfile:
         self._profiler: profile | None = None
 
     def due(self, step: int) -> bool:
-        """Whether profiling begins or ends after ``step``. A run that resumes within the range takes the rest of it."""
+        """True where profiling begins or ends after ``step``; a run that resumes within the range takes the rest."""
         starts = self._profiler is None and self._first <= step + 1 <= self._last
         return self._wanted and (starts or (self._profiler is not None and step >= self._last))
 

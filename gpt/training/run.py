@@ -60,7 +60,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of the global batch."""
+        """Tokens of the global batch."""
         return self.batch.global_batch * self.config.model.block_size
 
     def evaluating(self) -> None:
@@ -132,7 +132,7 @@ def describe_attempt(run: Run) -> None:
 
 
 def set_up(run: Run) -> dict[str, Any]:
-    """What is trained and how, with the counts that follow from the config."""
+    """Describe model, batch and data, with the counts that follow from the config."""
     config, batch, ranks = run.config, run.batch, run.world.size
     model = config.model
     planned = memory.per_rank(config, run.dims, batch)

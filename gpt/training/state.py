@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and going on from one.
+"""The state of a run that a checkpoint holds, and resuming from one.
 
 Owns the state: model, optimizer, the random generators of every rank, and the position in the data, which is a number.
 The files themselves are ``gpt.checkpoint``'s.

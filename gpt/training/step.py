@@ -53,14 +53,14 @@ class QueuedStep:
     """A step that the device works on, or has finished."""
 
     record: StepRecord
-    """What is known without waiting; the rest is filled in by ``finish``."""
+    """Fields that are known without waiting; ``finish`` fills in the rest."""
     gradients: Gradients | None
     """Where this step measures them."""
     figures: AsyncMetrics
     tokens: int
-    """Of the global batch."""
+    """Tokens of the global batch."""
     with_experts: bool
-    """Whether the last figure is the experts' imbalance."""
+    """True where the last figure is the experts' imbalance."""
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
         """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).

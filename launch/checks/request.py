@@ -33,7 +33,7 @@ def check_request(facts: Facts, request: Request) -> list[Finding]:
 
 
 def soften(finding: Finding) -> Finding:
-    """The same, as a warning at most."""
+    """Return the finding as a warning at most."""
     return replace(finding, level=Level.warning) if finding.level is Level.error else finding
 
 

@@ -52,7 +52,7 @@ NOT_IN_POINT = (
 
 @dataclass
 class RestartLimits:
-    """How often a run starts again after each cause; null means as often as it takes."""
+    """Restart limits by cause; null means as often as it takes."""
 
     preempted: Optional[int] = None
     timed_out: Optional[int] = None
@@ -66,7 +66,7 @@ class RestartLimits:
 
 @dataclass
 class ResilienceConfig:
-    """What is done when a run is interrupted, and how long things may take before they count as failed."""
+    """Restarts, requeue, and the timeouts after which something counts as failed."""
 
     max_restarts: RestartLimits = field(default_factory=RestartLimits)
     max_without_progress: int = MISSING
@@ -85,7 +85,7 @@ class ResilienceConfig:
     hang_timeout_s: int = MISSING
     """Seconds without progress (a forward and backward pass, a round of an evaluation) after which a rank is hung."""
     startup_and_save_timeout_s: int = MISSING
-    """The same while a rank starts (data, compilation, loading) or writes a checkpoint, which give no sign between."""
+    """Seconds without progress while a rank starts (data, compilation, loading) or saves, without a sign between."""
     stop_grace_s: Optional[int] = None
     """Former name of grace_period_s."""
     frozen_timeout_s: Optional[int] = None
@@ -144,7 +144,7 @@ class BudgetConfig:
 
 @dataclass
 class LaunchConfig:
-    """What the command does after it has submitted."""
+    """Behavior of the command after it has submitted."""
 
     detach: bool = MISSING
     """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only.

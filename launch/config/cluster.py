@@ -50,7 +50,7 @@ class PlacementConfig:
     cluster: Optional[str] = None
     """Another cluster that this one's slurmdbd knows (sbatch --clusters); it must see the same folders."""
     price_per_gpu_hour: Optional[float] = None
-    """What a GPU costs there for an hour, in the site's currency."""
+    """Price of a GPU-hour there, in the site's currency."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class LinkConfig:
     """One kind of link, in one direction."""
 
     latency_us: float = 2.0
-    """What a message takes beside its bytes, microseconds."""
+    """Time of a message beside that of its bytes, microseconds."""
     bandwidth_gb_per_s: Optional[float] = None
     """10^9 bytes a second; null is what the vendor's own system with such GPUs has, else PCIe or 100 Gbit/s."""
 
@@ -126,7 +126,7 @@ class ClusterConfig:
     gpu_memory_gib: Optional[float] = None
     """Memory of one GPU, GiB; where it is said, a run that does not fit is refused."""
     gpu_name: Optional[str] = None
-    """What a GPU calls itself (nvidia-smi -L, or torch.cuda.get_device_name()), such as NVIDIA H100 80GB HBM3; by it
+    """Name of the GPUs (nvidia-smi -L, or torch.cuda.get_device_name()), such as NVIDIA H100 80GB HBM3; by it
     peak, memory and links are known (gpt/accounting/hardware.py)."""
     gpu_tflops: Optional[float] = None
     """Dense peak of one GPU in the precision of the run, TFLOP/s; null is what is known of gpu_name."""
@@ -142,12 +142,12 @@ class ClusterConfig:
     mem_gb: Optional[float] = None
     """Memory of each node, GB."""
     price_per_gpu_hour: Optional[float] = None
-    """What a GPU costs for an hour, in the site's currency."""
+    """Price of a GPU-hour, in the site's currency."""
     placement: list[PlacementConfig] = field(default_factory=list)
     """Where to try, in this order: a point that waits longer than retry_interval_min moves to the next candidate, round
     and round. What a candidate does not say is as above; with no candidate the run stays where ``cluster`` puts it."""
     retry_interval_min: float = 30.0
-    """How long a point waits in one place before it moves to the next, minutes, fractions allowed. It loses the
+    """Minutes that a point waits in one place before it moves to the next, fractions allowed. It loses the
     priority that its age has earned it there."""
     give_up_after_min: Optional[float] = None
     """A point that waits longer than this, minutes, over all places, is taken out of the queue; null: it waits on."""

@@ -105,7 +105,7 @@ def enter(state: State, slurm: Callable[..., str]) -> None:
 
 
 def is_known(state: State, slurm: Callable[..., str]) -> bool:
-    """Whether slurmdbd can tell others where the controller is; true where there is no slurmdbd."""
+    """True where slurmdbd can tell others where the controller is; true where there is no slurmdbd."""
     if state.accounting is None:
         return True
     words = ("show", "clusters", state.settings.cluster_name, "format=controlport")

@@ -22,7 +22,7 @@ from slurm.sandbox.state import State
 
 @dataclass(frozen=True)
 class SlurmState:
-    """What Slurm says of a node: its short word, with a * where it does not answer, and why it is out of service."""
+    """State of a node as Slurm tells it: its short word, with a * where it is silent, and why it is out of service."""
 
     word: str = "unknown"
     reason: str = ""
@@ -32,12 +32,12 @@ class SlurmState:
 
     @property
     def is_drained(self) -> bool:
-        """Whether it gets no more jobs until somebody resumes it."""
+        """True where it gets no more jobs until somebody resumes it."""
         return self.word.startswith(("drain", "drng"))
 
     @property
     def is_in_service(self) -> bool:
-        """Whether it answers and may have jobs."""
+        """True where it answers and may have jobs."""
         out = self.is_drained or self.word.startswith(("down", "fail", "inval", "unk"))
         return not out and not self.word.endswith("*")
 
@@ -56,7 +56,7 @@ class NodeStatus:
 
     @property
     def is_sound(self) -> bool:
-        """Whether there is nothing to heal, but for limits on its cable."""
+        """True where there is nothing to heal, but for limits on its cable."""
         return self.power and self.link and not self.frozen and self.slurm.is_in_service
 
 
@@ -76,12 +76,12 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What to add to an environment so that sbatch, squeue, srun and the like speak to this sandbox."""
+        """Variables to add to an environment so that sbatch, squeue, srun and the like speak to this sandbox."""
         return {"SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
 
     @property
     def option(self) -> str:
-        """What follows a command of the sandbox so that it means this one: `` --dir DIR``, nothing for the default."""
+        """Arguments of a command of the sandbox so that it means this one: `` --dir DIR``, nothing for the default."""
         return "" if self.directory == Cluster().directory else f" --dir {self.directory}"
 
     @property
@@ -184,7 +184,7 @@ class Cluster:
         wait_until(lambda: self._all_idle(names), timeout_s=timeout_s, what=self._nodes_in_words)
 
     def slurm_states(self) -> dict[str, SlurmState]:
-        """What Slurm says of each node; empty where no controller answers."""
+        """Return the state of each node; empty where no controller answers."""
         try:
             lines = self.slurm("sinfo", "--Node", "--noheader", "--format=%N %t %E").splitlines()
         except SandboxError:

@@ -53,7 +53,7 @@ def run(
 
 
 def succeeds(args: Sequence[str], *, timeout_s: float = 30.0) -> bool:
-    """Whether a program can be run and ends with status 0."""
+    """True where a program can be run and ends with status 0."""
     try:
         run(args, timeout_s=timeout_s)
     except SandboxError:

@@ -1,4 +1,4 @@
-"""What goes wrong on a cluster, done on purpose: power, cables, hangs, preemption.
+"""Faults of a cluster, injected on purpose: power, cables, hangs, preemption.
 
 Owns the faults and the refusal of those that one host cannot show. Must not know what runs on the cluster.
 """
@@ -29,7 +29,7 @@ def _open(cluster: Cluster, fault: str, name: str) -> State:
 
 
 def _open_running(cluster: Cluster, fault: str, name: str) -> State:
-    """The same, for a fault that needs the node to be switched on; ConfigError."""
+    """Return the node, for a fault that needs the node to be switched on; ConfigError."""
     state = _open(cluster, fault, name)
     if not node.is_on(state, name):
         raise ConfigError(f"{fault} {name}, which is off", "a node that is on", f"python -m slurm.sandbox heal {name}")

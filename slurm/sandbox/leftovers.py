@@ -57,7 +57,7 @@ def _identify(pid: int) -> processes.Process | None:
 
 
 def _is_ours(state: State, pid: int) -> bool:
-    """Whether a slurmd of this sandbox started a process: by our mark, or by what Slurm gives to tasks of a job.
+    """True where a slurmd of this sandbox started a process: by our mark, or by what Slurm gives to tasks of a job.
 
     A shell under salloc has SLURM_CONF and SLURM_JOB_ID too, but is on no node. slurmstepd writes its title over its
     environment, and is known by its log.

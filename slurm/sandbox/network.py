@@ -156,7 +156,7 @@ def set_link(state: State, node: str, *, up: bool) -> None:
 
 
 def link_is_up(state: State, node: str) -> bool:
-    """Whether a node's cable is there and connected."""
+    """True where a node's cable is there and connected."""
     path = Path("/sys/class/net") / cable(state, node) / "flags"
     try:
         return bool(int(path.read_text(), 16) & 1)

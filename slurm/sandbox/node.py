@@ -43,7 +43,7 @@ def switch_on(state: State, name: str) -> None:
 
 
 def is_on(state: State, name: str) -> bool:
-    """Whether a node's processes run (frozen or not)."""
+    """True where a node's processes run (frozen or not)."""
     return name in state.processes and state.processes[name].alive()
 
 
@@ -117,6 +117,6 @@ def announce(state: State, name: str) -> None:
 
 
 def is_frozen(state: State, name: str) -> bool:
-    """Whether process 1 of a node is stopped."""
+    """True where process 1 of a node is stopped."""
     first = process_one(state, name)
     return first is not None and processes.state_letter(first.pid) == "T"

@@ -1,4 +1,4 @@
-"""What the machine must have before anything is started: Debian's packages, and the rights for namespaces.
+"""Requirements of the machine, checked before anything is started: Debian's packages, and the rights for namespaces.
 
 Owns the list of programs and the packages they come in. Starts nothing that outlives the question.
 """

@@ -35,7 +35,7 @@ class Process:
     boot: str
 
     def alive(self) -> bool:
-        """Whether this very process still runs; one that is dead and not yet reaped does not."""
+        """True while this very process runs; one that is dead and not yet reaped does not."""
         return self.boot == boot_id() and _start_ticks(self.pid) == self.start_ticks
 
 
@@ -64,7 +64,7 @@ def state_letter(pid: int) -> str | None:
 
 
 def name(pid: int) -> str:
-    """What a process calls itself; empty where there is none such."""
+    """Name that a process gives itself; empty where there is none such."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
@@ -81,7 +81,7 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def open_files(pid: int) -> list[Path]:
-    """What a process holds open; empty where there is none such, or it is another user's."""
+    """Paths that a process holds open; empty where there is none such, or it is another user's."""
     found = []
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():

@@ -1,4 +1,4 @@
-"""What a user can ask of a sandbox, checked before anything is started.
+"""Settings of a sandbox, checked before anything is started.
 
 Owns the defaults and the words of the refusals. Must not know how any of it is built.
 """

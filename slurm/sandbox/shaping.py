@@ -1,4 +1,4 @@
-"""What slows a node's cable down: less bandwidth (tbf), packets lost (nftables), delay (netem, or a program of ours).
+"""Shaping of a node's cable: less bandwidth (tbf), packets lost (nftables), delay (netem, or a program of ours).
 
 Owns the words for tc and nft. Must not know Slurm. Delay and loss hold for each direction, so a round trip meets both.
 """
@@ -64,7 +64,7 @@ def _inside(state: State, node: str) -> list[str]:
 
 
 def _ends(state: State, node: str) -> Iterator[list[str]]:
-    """Both ends of a cable: the words that lead into its namespace, then the interface's name."""
+    """The two ends of a cable: the words that lead into its namespace, then the interface's name."""
     yield [cable(state, node)]
     yield [*_inside(state, node), "eth0"]
 
