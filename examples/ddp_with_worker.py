@@ -72,4 +72,5 @@ for step in range(done + 1, args.steps + 1):
         save(step)
     if stop:
         break
+del model  # it holds the process group, whose threads must end while Python is still there
 dist.destroy_process_group()

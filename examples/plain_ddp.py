@@ -52,4 +52,5 @@ for step in range(done + 1, args.steps + 1):
             state = {"step": step, "model": layers.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, newest.with_suffix(".tmp"))
             newest.with_suffix(".tmp").replace(newest)  # a kill in the middle leaves the one before whole
+del model  # it holds the process group, whose threads must end while Python is still there
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Every way of spreading a model over hosts: the same losses, and one scaling table."""
+"""Every parallelism in one sweep over hosts: the same losses, and one scaling table."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ pytestmark = pytest.mark.slurm
 TOPOLOGIES = ("ddp", "fsdp", "pp", "zero2", "ds_pp")
 
 
-def test_nodes_and_topologies_end_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["ranks_per_node=2", *ON_SLURM, "name=t", *TINY, "optim.max_steps=12", "eval.interval=0"]
-    words += ["checkpoint.interval=0"]
-    conf = sandbox.env["SLURM_CONF"]
-    run("launch", "nodes=1", "parallel=ddp", *words, cwd=tmp_path, SLURM_CONF=conf)
-    text = run("launch", "-m", "nodes=2", f"parallel={','.join(TOPOLOGIES)}", *words, cwd=tmp_path, SLURM_CONF=conf)
+def test_nodes_and_topologies_in_one_sweep_end_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
+    words = ["-m", "nodes=1,2", f"parallel={','.join(TOPOLOGIES)}", "ranks_per_node=2", *ON_SLURM, "name=t"]
+    steps = ["optim.max_steps=12", "eval.interval=0", "checkpoint.interval=0"]
+    text = run("launch", *words, *TINY, *steps, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
 
     outputs = tmp_path / "outputs" / "t"
     losses = {
         plan.parent.name: [record["loss"] for record in read_records(RunFolder(plan.parent).metrics(0))]
         for plan in outputs.glob("*/plan.json")
     }
-    assert len(losses) == 1 + len(TOPOLOGIES)
+    assert len(losses) == 2 * len(TOPOLOGIES)
     first = next(iter(losses.values()))
     assert len(first) == 12
     for name, found in losses.items():
@@ -45,7 +43,7 @@ def test_nodes_and_topologies_end_in_one_table(sandbox: Cluster, tmp_path: Path)
         "deepspeed_zero2 dp_replicate=4",
         "deepspeed_zero0 dp_replicate=2 pp=2",
     }
-    wanted = {"nodes=1,parallel=ddp", *(f"nodes=2,parallel={topology}" for topology in TOPOLOGIES)}
+    wanted = {f"nodes={nodes},parallel={topology}" for nodes in (1, 2) for topology in TOPOLOGIES}
     assert {row["label"] for row in rows} == wanted, "what tells the points apart is not cut off"
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
     assert text.count("finished") >= len(rows)
