@@ -127,8 +127,9 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     if is_local:
         refuse_local_spares(config)
     promised = workload.plan(config, request)
-    code = code_copy.place(folder.path, workload.code(config)) if config.copy_code else None
-    placed = place(config, code if workload.code(config).has_launcher else None, promised.resumes)
+    tree = workload.code(config)
+    code = code_copy.place(folder.path, tree) if config.copy_code else None
+    placed = place(config, code if tree.has_launcher else None, promised.resumes)
     worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
         point=folder.point,
