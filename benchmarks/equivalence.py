@@ -70,7 +70,7 @@ class Row:
 Line = tuple[Row, int, list[Column]]
 """Of a table: a topology, its ranks, and what is tried."""
 Cell = dict[str, Any] | str
-"""What a run learned, or why there is none."""
+"""Result of a run, or why there is none."""
 
 
 ROWS = (
@@ -128,7 +128,7 @@ ROWS = (
 
 
 def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell:
-    """What rank 0 sees of one run, or why there is none."""
+    """Result of one run on rank 0, or why there is none."""
     case = Case(f"{words} {column.words}", column.model, column.accumulation)
     try:
         learned = learn(start_case(rank, size, folder, case, [*SIZE, *PROPERTIES[case.model]]))

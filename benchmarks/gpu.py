@@ -78,7 +78,7 @@ class Entry:
 
 @dataclass
 class Result:
-    """How it ended, and what it measured; None where that is not known."""
+    """Outcome and measurement; None where that is not known."""
 
     entry: Entry
     outcome: str
@@ -221,13 +221,13 @@ def page(results: Sequence[Result], commands: str) -> str:
 
 
 def entries(ranks: int, only: Sequence[str]) -> list[Entry]:
-    """What is compared with the plain paths."""
+    """Entries that are compared with the plain paths."""
     every = [*KERNELS, *presets(ranks)]
     return [e for e in every if not only or any(e.name.startswith(word) for word in only)]
 
 
 def plain_paths(chosen: Sequence[Entry]) -> list[Entry]:
-    """What the chosen entries are compared with: one for each model."""
+    """Entries that the chosen ones are compared with: one for each model."""
     names = dict.fromkeys(entry.model for entry in chosen)
     return [Entry(f"plain {name}", PLAIN + ONE_BY_ONE * (name == "experts"), 0, name) for name in names]
 

@@ -41,7 +41,7 @@ Held = dict[str, list[int]]
 
 
 def words_of(strategy: str) -> list[str]:
-    """What is typed for a row."""
+    """Overrides of a row."""
     return [*SIZE, f"parallel={strategy}"]
 
 
@@ -57,14 +57,14 @@ def hold(rank: int, size: int, folder: Path, strategies: list[str]) -> dict[str,
 
 
 def planned(strategy: str, size: int) -> Memory:
-    """What the plan says of it."""
+    """Planned memory of a rank under a strategy."""
     config = to_schema(compose_train([*TINY, *words_of(strategy)]), TrainConfig)
     dims = check_parallel_dims(config, size)
     return per_rank(config, dims, split_batch(config.optim, dims.data_ranks))
 
 
 def measured(strategies: list[str], size: int, folder: Path) -> Held:
-    """What is held on the rank that holds most."""
+    """Bytes by kind on the rank that holds most, for each strategy."""
     held = run_distributed(hold, size, folder, strategies, timeout_s=1200)
     return {name: [max(rank[name][part] for rank in held) for part in range(3)] for name in strategies}
 

@@ -1,4 +1,4 @@
-"""What watching a run costs: steps with every record and view against steps with none, in turn, in one process.
+"""Cost of watching a run: steps with every record and view against steps with none, in turn, in one process.
 
     python benchmarks/monitoring.py                          # the README's model
     python benchmarks/monitoring.py model=gpt2_124m device=cuda
@@ -23,7 +23,7 @@ from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import open_world
 from gpt.train import build
 from gpt.training.gradient_stats import Gradients
-from gpt.training.request import agree_on_folder, parse_request
+from gpt.training.request import agree_on_folder, parse_arguments, parse_request
 from gpt.training.run import Run, open_attempt
 from gpt.training.step import QueuedStep, queue_step
 from launch import worker
@@ -62,7 +62,7 @@ def main() -> None:
     """Measure, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*sys.argv[1:], f"run_dir={folder}/run", f"optim.max_steps={2 * STEPS * (ROUNDS + 1)}"]
-        request = parse_request(words)
+        request = parse_request(parse_arguments(words))
         with open_world(request.config.device, request.config.parallel.timeout_s) as world:
             there = agree_on_folder(request, world)
             rank = worker.Run(world.rank, world.local_rank, world.size)

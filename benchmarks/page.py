@@ -1,4 +1,4 @@
-"""What the pages of benchmarks have in common: when, with what and from which commit, and where they are kept."""
+"""Common parts of the pages of benchmarks: when, with what and from which commit, and where they are kept."""
 
 from __future__ import annotations
 

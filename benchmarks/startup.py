@@ -1,4 +1,4 @@
-"""How long the login node's commands take to answer: `python benchmarks/startup.py`. Prints a Markdown table."""
+"""Time that the login node's commands take to answer: `python benchmarks/startup.py`. Prints a Markdown table."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ no torch and no GPU. Owns which runs are compared and how they are shown; the me
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import sys
@@ -22,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.metrics.comparison import Comparison, RunMetrics, compare, read_metrics
-from launch.errors import ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 
@@ -108,9 +107,9 @@ def write_csv(compared: Comparison, path: Path) -> None:
             writer.writerow([run.label, *metrics, *(values[i] for values in differing.values())])
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Build the parser of the command line."""
-    made = argparse.ArgumentParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
+    made = CommandParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
     made.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all runs"

@@ -9,7 +9,6 @@ Owns the command line and the metrics derived from the loss. Only reads the run 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -27,7 +26,7 @@ from gpt.model.loss import summed_loss
 from gpt.parallel.distributed import World, open_world
 from gpt.training.evaluation import mean_loss
 from gpt.training.run import prepare_tokens
-from launch.errors import ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ def report(found: Evaluation) -> str:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Build the parser of the command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="python -m gpt.evaluate",
         description="Loss, perplexity and bits per byte of a run on its validation split.",
     )

@@ -32,7 +32,7 @@ from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers.base import ABOUT, Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
-from launch.errors import ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.ranges import require_positive
@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
+    parser = CommandParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required")
     parser.add_argument("out", nargs="?", action=RenamedOption, new="--output", type=Path)

@@ -25,7 +25,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.model.sampling import Sampling, generate, make_generators
 from gpt.parallel.distributed import choose_device
-from launch.errors import ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
 
 UNFINISHED = "\ufffd"
 """Text that a tokenizer decodes from a character whose last bytes are still to come."""
@@ -138,9 +138,9 @@ def heading(index: int, prompts: Sequence[str]) -> str:
     return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Build the parser of the command line."""
-    made = argparse.ArgumentParser(prog="python -m gpt.generate", description="Let a trained model continue a text.")
+    made = CommandParser(prog="python -m gpt.generate", description="Let a trained model continue a text.")
     made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     made.add_argument(
         "-p", "--prompt", action="append", required=True, help="the beginning; several of them run as batches"

@@ -10,7 +10,6 @@ command. Owns the command line; the work is ``gpt.data.preprocessing.prepare``'s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_m
 from gpt.data.preprocessing import prepare as preparation
 from gpt.data.preprocessing.files import download_shakespeare
 from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, usable_cores
-from launch.errors import ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
 from launch.runs import compose
 
 
@@ -94,9 +93,9 @@ def _counts(tokens: int, num_bytes: int | None, documents: int | None) -> str:
     return ", ".join(parts)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Build the parser of the command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="python -m gpt.prepare",
         description="Turn a corpus into tokens, once, before training. Goes on where it was killed.",
     )

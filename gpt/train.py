@@ -10,13 +10,14 @@ Owns the loop. Knows its run folder, but neither Slurm nor who started it.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from launch.process import lasting_imports
 
@@ -25,7 +26,9 @@ with lasting_imports():
     from gpt.config import TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import Samples
+    from gpt.data.prefetch import BatchPrefetcher
     from gpt.metrics.writers import MetricWriters
+    from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT
     from gpt.model.init import initialize
     from gpt.parallel.compile import prepare_blocks
@@ -34,24 +37,29 @@ with lasting_imports():
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism
     from gpt.training.evaluation import mean_loss
+    from gpt.training.execution import settle_execution
+    from gpt.training.garbage import collect_together
     from gpt.training.gradient_stats import Gradients
     from gpt.training.init_from import load_initial
     from gpt.training.parallelize import parallelize
     from gpt.training.profiler import StepProfile
-    from gpt.training.request import Request, agree_on_folder, parse_request
+    from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
     from gpt.training.state import load, save
-    from gpt.training.step import QueuedStep, queue_step
+    from gpt.training.step import QueuedStep, Requests, queue_step
     from launch import worker
-    from launch.errors import ConfigError
+    from launch.errors import ConfigError, refusing
     from launch.process import die_with_parent
     from launch.runs.failures import record_failure
+    from launch.runs.files import deny_others_writing
     from launch.runs.folder import RunFolder
     from launch.runs.heartbeat import Phase
+    from launch.runs.unwritten import say
 
 
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, rank: worker.Run) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
+    config = settle_execution(config, folder, world)
     dims = check_parallel_dims(config, world.size)
     batch = split_batch(config.optim, dims.data_ranks)
     tokens = world.on_first(lambda: prepare_tokens(config))
@@ -66,6 +74,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
     prepare_blocks(model, config)
     engine = parallelize(model, config, world, dims, batch)
     kept = config.checkpoint
+    samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size)
     run = Run(
         config=config,
         folder=folder,
@@ -75,7 +84,8 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
         dims=dims,
         engine=engine,
         tokens=tokens,
-        samples=Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size),
+        samples=samples,
+        batches=BatchPrefetcher(samples, batch, dims.data_rank(world.rank), config.optim.max_steps, world.device),
         store=CheckpointStore(folder.checkpoints, kept.keep_last, kept.keep_every, world.control, engine.files),
         worker=rank,
         initialised_from=initialised_from,
@@ -86,63 +96,87 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
 
 def train(run: Run) -> str:
     """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
-    config, world, rank = run.config, run.world, run.worker
-    gradients = Gradients(config.model, world.device)
-    writers = MetricWriters(run.folder, world, rank, config, run.step, gradients.names, run.tokens_per_step)
-    profile = StepProfile(run.folder.attempt(run.attempt), config, world)
-    outcome = "finished"
-    queued: QueuedStep | None = None
+    gradients = Gradients(run.config.model, run.world.device)
+    writers = MetricWriters(
+        run.folder, run.world, run.worker, run.config, run.step, gradients.names, run.tokens_per_step
+    )
+    profile = StepProfile(run.folder.attempt(run.attempt), run.config, run.world)
     profile.after(run.step)
     run.engine.module.train()
+    try:
+        with collect_together(run.config.gc_interval) as collect:
+            outcome = do_steps(run, gradients, writers, profile, collect)
+    finally:
+        run.batches.close()
+    run.worker.phase(Phase.leaving, run.step)
+    profile.close()
+    if outcome == "stopped":
+        run.worker.stopped(run.step)
+    else:
+        run.worker.finished(run.step)
+    writers.close()
+    return outcome
+
+
+def do_steps(
+    run: Run, gradients: Gradients, writers: MetricWriters, profile: StepProfile, collect: Callable[[int], None]
+) -> str:
+    """Step, evaluate and save until there is nothing left to do, or somebody asks to stop."""
+    config = run.config
+    queued: QueuedStep | None = None
+    unasked: QueuedStep | None = None
+    """The step whose requests were not looked at yet. Apart from ``queued``, which a profile empties on one rank."""
     phase = Phase.starting  # the first step may compile
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
         step = queue_step(run, gradients if due(run.step + 1, config.logging.gradients_interval) else None, phase)
         phase = Phase.training
-        stop, save_now = rank.stop_requested(), rank.save_requested()
-        if not rank.agrees:  # no agent does it for the ranks
-            stop, save_now = world.any(stop, save_now)
+        collect(run.step)  # while the device works
         if queued is not None:  # read only now, so that the device is never idle between two steps
             record, clock = queued.finish(clock)
             writers.write(record)
-        queued = step
+        asked = step.requests if run.worker.agrees else Requests()
+        if unasked is not None:
+            asked |= unasked.requests_of_all()
+        queued = unasked = step
         last = run.step == config.optim.max_steps
         evaluates = last or due(run.step, config.eval.interval)
-        saves = last or stop or save_now or due(run.step, config.checkpoint.interval)
-        if not (evaluates or saves or profile.due(run.step)):
+        pauses = evaluates or bool(asked) or due(run.step, config.checkpoint.interval)
+        if not (pauses or profile.due(run.step)):
             continue
         record, clock = step.finish(clock)  # raises where the weights have become worthless, before they are saved
         queued = None
+        if pauses:
+            asked |= step.requests_of_all()
+            unasked = None
         if evaluates:
-            record.val_loss = mean_loss(
-                run.engine.module,
-                run.engine.loss,
-                run.samples,
-                world,
-                config.eval.sequences,
-                run.batch.micro,
-                run.dims.data_rank(world.rank),
-                run.dims.data_ranks,
-                run.evaluating,
-            )
-            record.val_bits_per_byte = run.samples.val_bits_per_byte(record.val_loss, config.eval.sequences)
-        if saves:
+            record.val_loss, record.val_bits_per_byte = evaluate(run)
+        if last or asked or due(run.step, config.checkpoint.interval):
             writers.keep(record)
             record.checkpoint_s = save(run)
         writers.write(record)
         profile.after(run.step)
         clock = time.perf_counter()
-        if stop and not last:
-            outcome = "stopped"
-            break
-    rank.phase(Phase.leaving, run.step)
-    profile.close()
-    if outcome == "stopped":
-        rank.stopped(run.step)
-    else:
-        rank.finished(run.step)
-    writers.close()
-    return outcome
+        if asked.stop and not last:
+            return "stopped"
+    return "finished"
+
+
+def evaluate(run: Run) -> tuple[float, float | None]:
+    """Return the validation loss in nats per token, and in bits per byte of text where that is known. Collective."""
+    sequences, engine, ranks = run.config.eval.sequences, run.engine, run.dims.data_ranks
+    loss = mean_loss(
+        engine.module,
+        engine.loss,
+        run.samples,
+        run.world,
+        sequences,
+        run.batch.micro,
+        run.dims.data_rank(run.world.rank),
+        ranks,
+        run.evaluating,
+    )
+    return loss, run.samples.val_bits_per_byte(loss, sequences)
 
 
 def due(step: int, interval: int) -> bool:
@@ -154,7 +188,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
     """Train with the other ranks of the environment. A failure is written to the event log before it is raised."""
     config = request.config
     set_determinism(config)
-    with open_world(config.device, config.parallel.timeout_s) as world:
+    with open_world(config.device, config.parallel.timeout_s) as world, prefer_fast_kernels(world.device):
         folder = agree_on_folder(request, world)
         attempt = open_attempt(folder, world, rank)
         run: Run | None = None
@@ -173,27 +207,38 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
             raise
 
 
+def leave_for_agent(error: BaseException) -> None:
+    """Leave the failure where torch elastic looks for it, on the node itself: the run folder's disk may be full."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    with contextlib.suppress(OSError):
+        get_error_handler().record_exception(error)
+
+
+@refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 finished (or, under an agent, stopped), 1 failed, 2 refused, 143 stopped by a signal."""
+    words = parse_arguments(sys.argv[1:] if argv is None else argv)  # first: --help leaves from here
+    deny_others_writing()
     rank = worker.attach()
     if not rank.under_agent and "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
     rank.phase(Phase.starting)
     faulthandler.register(signal.SIGQUIT)  # a rank that hangs is asked for its stacks, and writes them into its log
     try:
-        request = parse_request(sys.argv[1:] if argv is None else argv)
+        request = parse_request(words)
         fix_hash_seed(request.config)
         outcome = run_ranks(request, rank)
         rank.close()
     except ConfigError as error:
-        print(error, file=sys.stderr, flush=True)
+        leave_for_agent(error)
+        say(str(error))
         return 2
-    except BaseException:
+    except BaseException as error:
         # Ranks that wait for this one must see it go, and a communicator that was given up on cannot be closed.
-        traceback.print_exc()
+        leave_for_agent(error)
+        say("".join(traceback.format_exception(error)))
         rank.flush()
-        sys.stderr.flush()
-        sys.stdout.flush()
         os._exit(1)
     return 0 if outcome == "finished" or rank.under_agent else 143
 

@@ -14,19 +14,22 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gpt.accounting import flops, parameters
-from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
-from gpt.config import Device, ParallelConfig, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.accounting.hardware import GIGA, KNOWN, find, memory_bytes
+from gpt.config import Device, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute
 from gpt.conversion.source import check_init_from
-from gpt.data.corpus import check_fit, describe
+from gpt.data.corpus import Corpus, check_fit, describe
 from gpt.planning import memory
+from gpt.planning.advice import many_epochs, many_time_limits, slow_precision
 from gpt.planning.auto import ParallelChoice, choose_parallelism
+from gpt.planning.cost import estimate
+from gpt.planning.execution import assume_precision, choose_compile, choose_precision
 from gpt.planning.explain import table
-from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
+from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu
 from gpt.planning.memory import GIB, Memory
 from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from launch.errors import ConfigError
 from launch.process import hash_seed
 from launch.runs.folder import RunFolder
@@ -36,6 +39,9 @@ from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, Wo
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: weights and both of Adam's moments, in fp32."""
+
+PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pipeline")
+"""Modules that ranks import, however they are configured."""
 
 
 class GptWorkload:
@@ -57,10 +63,15 @@ class GptWorkload:
             ConfigError: ranks, batch, model and corpus do not go together, or the nodes cannot hold them.
         """
         check_init_from(config, request.folder)
+        gpu = gpu_name(request)
+        precision = choose_precision(config, request.folder, on_cpus(config, request), gpu)
+        config = assume_precision(config, precision)
         choice = choose_parallelism(
             config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
         )
         config = choice.apply(config)
+        if request.is_local:
+            require_deepspeed(config)
         dims = check_parallel_dims(config, request.world_size)
         batch = split_batch_over_nodes(config, dims, request)
         corpus = describe(config.data, config.data_cache)
@@ -70,14 +81,22 @@ class GptWorkload:
         counted = parameters.count(config.model)
         interval = config.checkpoint.interval
         often = interval // 2 if interval else config.optim.max_steps // 10
+        step_s = estimated_step_s(config, dims, batch, request)
         return WorkloadPlan(
-            rows=plan_rows(config, dims, batch, needed, str(corpus)),
+            rows=plan_rows(config, dims, batch, needed, str(corpus)) | execution_rows(config, precision, request),
             notes=plan_notes(choice),
             facts=plan_facts(config, dims, batch, needed, str(corpus), choice),
-            settled={"parallel": plain_values(config.parallel), "optim.max_micro_batch": choice.micro_batch},
+            settled={
+                "parallel": plain_values(config.parallel),
+                "optim.max_micro_batch": choice.micro_batch,
+                "precision": precision.name,
+            },
+            warnings=tuple(plan_warnings(config, batch, corpus, request, step_s)),
             max_steps=config.optim.max_steps,
             checkpoint_kind=f"{config.model.name} {counted.total}",
             checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,
+            step_kind=step_kind(config, dims, batch),
+            step_s=None if on_cpus(config, request) else step_s,  # the model assumes one rate for all CPUs
             saves=f"checkpoint.interval={interval}",
             saves_more_often=f"checkpoint.interval={max(1, often)}",
             checkpoints_kept=config.checkpoint.keep_last + 1,
@@ -87,7 +106,9 @@ class GptWorkload:
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
         """The training script, which reads everything else from the run folder."""
         args = (sys.executable, "-m", "gpt.train", "--run", str(folder.path))
-        return RankCommand(args, defaults={"PYTHONHASHSEED": hash_seed(config.seed)})
+        # Python reads the hash seed only at its start, which takes ranks that are executed (see fix_hash_seed).
+        defaults = {"PYTHONHASHSEED": hash_seed(config.seed)} if config.deterministic else {}
+        return RankCommand(args, defaults=defaults, preload=PRELOAD)
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
         """Ranks that tell everything themselves, through ``launch.worker``."""
@@ -124,11 +145,30 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
     }
 
 
+def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:
+    """Precision and compilation that the plan counts with, and where only the ranks can tell."""
+    name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
+    compiled = choose_compile(config, request.world_size, on_cpus(config, request))
+    return {"execution": f"{name}, compile {compiled.name}"}
+
+
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
-    """Why the model is parallelized so, where the command left that open, and what else there was."""
+    """Reason for which the model is parallelized so, where the command left that open, and what else there was."""
     if not choice.why:
         return {}
     return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
+
+
+def plan_warnings(
+    config: TrainConfig, batch: Batch, corpus: Corpus, request: PlanRequest, step_s: float | None
+) -> Iterator[str]:
+    """Yield what would work, and is hardly what somebody wants."""
+    name = gpu_name(request)
+    if name is not None and not on_cpus(config, request):
+        yield from slow_precision(name, config.precision)
+    yield from many_epochs(config, batch, corpus.train_tokens)
+    if step_s is not None and not request.is_local:
+        yield from many_time_limits(step_s * config.optim.max_steps, request.cluster.timeout_min)
 
 
 def plan_facts(
@@ -158,6 +198,25 @@ def plan_facts(
         "choices": [layout.as_dict() for layout in choice.best],
         "left_out": list(choice.left_out),
     }
+
+
+def step_kind(config: TrainConfig, dims: ParallelDims, batch: Batch) -> str:
+    """Return the settings that decide how long a step takes on given nodes, beside the data."""
+    counted = parameters.count(config.model)
+    size = f"{config.model.name} {counted.total} {batch.global_batch}x{config.model.block_size} micro {batch.micro}"
+    how = (config.device, config.precision, config.compile, config.recompute)
+    return " ".join([size, str(dims), *(choice.name for choice in how)])
+
+
+def estimated_step_s(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> float | None:
+    """Time of a step by the cost model of the layouts; None on this machine's CPUs, and where too little is known."""
+    if request.is_local and on_cpus(config, request):
+        return None
+    try:
+        machine = machine_of(config, request)
+    except ConfigError:  # too little is said of the nodes, which only parallel=auto has to know
+        return None
+    return estimate(config, dims, batch, machine).step_s
 
 
 def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
@@ -214,12 +273,15 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
         raise ConfigError(
             f"{total}, and {have / GIB:.2f} GiB {where}",
             "a run that fits",
-            ", or ".join([*smaller(config), "a smaller model"]),
+            ", or ".join([*smaller(config, request), "a smaller model"]),
         )
 
 
-def smaller(config: TrainConfig) -> Iterator[str]:
+def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
     """Suggest overrides that need less memory, the cheapest first."""
+    known = find(gpu_name(request) or "")
+    if config.precision is Precision.fp32 and not on_cpus(config, request) and (known is None or known.bf16):
+        yield "precision=bf16"
     if config.optim.max_micro_batch > 1:
         yield "optim.max_micro_batch=1"
     if config.recompute is Recompute.none:
@@ -256,13 +318,21 @@ def gpu_memory(request: PlanRequest) -> int | None:
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
         return int(cluster.gpu_memory_gib * GIB)
-    return None if cluster.gpu_name is None else memory_bytes(cluster.gpu_name)
+    name = known_gpu(cluster.gpu_name, cluster.gpu_memory_gib)
+    return None if name is None else memory_bytes(name)
+
+
+def gpu_name(request: PlanRequest) -> str | None:
+    """Return the whole name of the GPUs, as it is said of the nodes or seen on this machine; None where unknown."""
+    return known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
 
 
 def gpu_words(request: PlanRequest) -> str:
     """Where the memory of a GPU is known from."""
-    known = request.cluster.gpu_memory_gib is None
-    return f"cluster.gpu_name={request.cluster.gpu_name}" if known else "cluster.gpu_memory_gib"
+    cluster = request.cluster
+    if cluster.gpu_memory_gib is not None:
+        return "cluster.gpu_memory_gib"
+    return f"cluster.gpu_name: {known_gpu(cluster.gpu_name, None)}"
 
 
 def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
@@ -284,7 +354,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
     )
     if on_cpus(config, request):
         return cpus(cpu_memory(request), request.ranks_per_node, overrides)
-    name = cluster.gpu_name or (request.local_gpu_name)
+    name = gpu_name(request)
     found = gpus(name or "", config.precision, request.ranks_per_node, overrides)
     if found is None:
         raise ConfigError(

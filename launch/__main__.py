@@ -10,22 +10,24 @@ Hydra composes the points and hands them to ``hydra_plugins.launch_plugin``, whi
 from __future__ import annotations
 
 import atexit
+import difflib
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from launch import __version__
 from launch.config import Config
-from launch.config.compose import not_in_point, prepare_overrides, register, target_of
-from launch.errors import ConfigError
-from launch.runs.explain import CONFIG_ERRORS, explain
+from launch.config.compose import not_in_point, prepare_overrides, register, require_folder, target_of
+from launch.errors import ConfigError, refusing
+from launch.runs.explain import CONFIG_ERRORS, explain, schema_keys
+from launch.runs.files import deny_others_writing
 from launch.runs.overrides import point_name
 from launch.sweep import SweepFailedError, fail
 from launch.workload import load_workload
@@ -45,10 +47,56 @@ def sweep_dir(launcher: str, folder: str) -> str:
 
 CONFIG_DIR = ("--config-dir", "-cd")
 WITH_VALUE = (
-    *CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p", "--info", "-i",
+    *CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p",
     "--experimental-rerun",
 )  # fmt: skip
 """Flags of Hydra that are followed by a value."""
+ALONE = (
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--shell-completion", "-sc", "--info", "-i"),
+)
+"""Flags of Hydra that stand alone, or before a value that may be absent."""
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""Values of ``--info``."""
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into Hydra's flags with their values, and overrides. Hydra's own parser takes no flag between
+    overrides, and its refusals are a screen of usage.
+
+    Raises:
+        ConfigError: a flag that Hydra does not have, or one without its value.
+    """
+    flags: list[str] = []
+    typed: list[str] = []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        if not word.startswith("-"):
+            last = flags[-1:] if word in INFO else []
+            (flags if last in (["--info"], ["-i"]) else typed).append(word)
+        elif flag in ALONE:
+            flags += [flag, value] if equals else [flag]
+        elif flag in WITH_VALUE:
+            following = value if equals else next(words, None)
+            if following is None:
+                raise ConfigError(f"{flag} without a value", f"{flag} VALUE", "python -m launch --help")
+            flags += [flag, following]
+        else:
+            following = value or next(words, "")
+            raise unknown_flag(flag, following if following and not re.search("^-|=", following) else "VALUE")
+    return flags, typed
+
+
+def unknown_flag(flag: str, value: str) -> ConfigError:
+    """Refuse a flag that Hydra does not have: a key of the config that was typed like one, or none at all."""
+    name = flag.lstrip("-")
+    keys = {key.rsplit(".", 1)[-1]: key for key in sorted(schema_keys(Config), key=lambda key: -key.count("."))}
+    key = keys.get(name.replace("-", "_"))
+    flags = [known for known in (*ALONE, *WITH_VALUE) if known.startswith("--")]
+    likely = difflib.get_close_matches(flag.lstrip("-"), [known[2:] for known in flags], n=1, cutoff=0.7)
+    fix = f"{key}={value}" if key else f"--{likely[0]}" if likely else "python -m launch --help"
+    return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
 def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
@@ -57,14 +105,14 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     Returns:
         The arguments, completed, and the schema.
     """
-    config_dir = next((Path(b) for a, b in pairwise(argv) if a in CONFIG_DIR), None)
-    flags = {index for index, arg in enumerate(argv) if arg.startswith("-") or argv[index - 1] in WITH_VALUE}
-    typed = prepare_overrides([arg for index, arg in enumerate(argv) if index not in flags], config_dir)
+    flags, typed = split_flags(argv)
+    config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
+    typed = prepare_overrides(typed, config_dir)
     schema = register(typed, config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("point_name", lambda overrides: point_name(overrides, excluded), replace=True)
-    return [*(argv[index] for index in sorted(flags)), *typed], schema
+    return [*flags, *typed], schema
 
 
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
@@ -75,21 +123,20 @@ def run_point(composed: DictConfig) -> None:
     run_task(composed)
 
 
+@refusing
 def main() -> int:
     """Exit status: 0 all points finished, 1 one failed, 2 refused, 130 stopped by Ctrl-C."""
     if "--version" in sys.argv[1:]:
         print(f"gpt-launch {__version__}")
         return 0
+    deny_others_writing()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they become messages
     schema: type[Config] = Config
     try:
         sys.argv[1:], schema = prepare(sys.argv[1:])
         run_point()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except CONFIG_ERRORS as error:
-        print(explain(error, schema), file=sys.stderr)
+        print(explain(error, schema, sys.argv[1:]), file=sys.stderr)
         return 2
     except SweepFailedError as error:
         return fail(error)

@@ -18,11 +18,12 @@ from omegaconf import DictConfig
 from launch.agent import main as agent
 from launch.agent.node import Node
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError, refusing
-from launch.jobs.submit import record_submitted
+from launch.config.compose import compose_launch, require_folder, typed_config
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.plan import Plan, make_plan, write_run
+from launch.plan.submission import record_submitted
 from launch.plan.text import plan_text
+from launch.runs.files import deny_others_writing
 from launch.runs.overrides import append_groups, typed_value
 
 
@@ -57,10 +58,10 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     return args
 
 
-def make_run(overrides: Sequence[str]) -> Plan:
-    """Plan a run for the nodes of this job and write its folder."""
+def make_run(overrides: Sequence[str], config_dir: Path | None = None) -> Plan:
+    """Plan a run for the nodes of this job and write its folder; ``config_dir`` as for ``compose_launch``."""
     args = job_overrides(overrides)
-    composed = compose_launch(args)
+    composed = compose_launch(args, config_dir)
     config = typed_config(composed)
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
@@ -87,6 +88,7 @@ def run_task(composed: DictConfig) -> None:
     Raises:
         ConfigError: the launcher started another number of tasks than the run has nodes.
     """
+    deny_others_writing()
     config = typed_config(composed)
     refuse_snapshot(config)
     node = Node.from_env(None)
@@ -111,7 +113,13 @@ def run_task(composed: DictConfig) -> None:
 @refusing
 def main() -> int:
     """Print the run folder on standard output, the plan on standard error. Exit status 2 where refused."""
-    plan = make_run(sys.argv[1:])
+    deny_others_writing()
+    parser = CommandParser(prog="python -m launch.batch", description="Plan a run for the nodes of this Slurm job.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as you would give them to python -m launch")
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="as for python -m launch")
+    words = parser.parse_intermixed_args()
+    folder = None if words.config_dir is None else require_folder("--config-dir", words.config_dir)
+    plan = make_run(words.overrides, folder)
     print(plan_text(plan), file=sys.stderr)
     print(plan.run_dir)
     return 0

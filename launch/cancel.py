@@ -6,26 +6,28 @@ any signal is sent, so that the end it brings about is never taken for a preempt
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.errors import refusing
-from launch.jobs.status import find_run_status, poll
+from launch.errors import CommandParser, refusing
+from launch.jobs.adoption import adopt_found
+from launch.jobs.status import find_run_statuses, poll
 from launch.jobs.stop import outcome_text, stop_points
+from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     """Cancel the runs of run folders and sweep folders, and say what became of each. Whether all are over."""
-    points = [find_run_status(folder) for folder in find_runs(paths)]
+    points = find_run_statuses(find_runs(paths))
     problem = poll(points)
     if problem is not None:
         raise problem
+    adopt_found(points, by="launch.cancel")
     ours = [point for point in points if point.state in ("pending", "running")]
     for point in points:
         if point not in ours:
@@ -43,12 +45,19 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 nothing of the runs is left, 1 something could not be ended, 2 there is no such run."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.cancel", description="Have runs save a checkpoint and leave, and wait until they have."
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="a run folder, the label of a run, or a folder with runs in it",
+    )
     parser.add_argument("--now", action="store_true", help="end them at once, whether or not they have saved")
     args = parser.parse_args(arguments)
+    deny_others_writing()
     try:
         return 0 if cancel(args.paths, Console(soft_wrap=True), now=args.now) else 1
     except SlurmError as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import functools
+import shlex
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 P = ParamSpec("P")
 
@@ -31,7 +34,10 @@ class ConfigError(ValueError):
 
 
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
-    """Have the ``main`` of a command print a ConfigError on standard error and return 2, its exit status."""
+    """Have the ``main`` of a command print a ConfigError on standard error and return 2, its exit status.
+
+    A file that cannot be read or written, whatever of the command wanted it, is refused in the same way.
+    """
 
     @functools.wraps(main)
     def with_refusals(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -40,8 +46,45 @@ def refusing(main: Callable[P, int]) -> Callable[P, int]:
         except ConfigError as error:
             print(error, file=sys.stderr, flush=True)
             return 2
+        except OSError as error:
+            if error.filename is None or error.errno not in FILE_ERRORS:
+                raise
+            print(refuse_file(error), file=sys.stderr, flush=True)
+            return 2
 
     return with_refusals
+
+
+FILE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.EISDIR, errno.ENOTDIR),
+)
+"""Errors that tell of a file or its filesystem, and not of a mistake in this code."""
+
+
+def refuse_file(error: OSError) -> ConfigError:
+    """Return the refusal of a file that a command cannot do without."""
+    return ConfigError(
+        f"{error.filename}: {error.strerror}",
+        "a file that this user may read and write, on a filesystem that works and has room",
+        f"ls -ld {shlex.quote(str(error.filename))}, and the same command when that is so",
+    )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command's arguments that refuses in three parts; ``--help`` prints and leaves with status 0."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError: ``message``, the usage in one line, and the option that was probably meant."""
+        usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
+        head, _, unknown = message.partition("unrecognized arguments: ")
+        if head:
+            raise ConfigError(message, usage, f"{self.prog} --help")
+        known = {word: action for action in self._actions for word in action.option_strings}
+        likely = [match for word in unknown.split() for match in difflib.get_close_matches(word, known, n=1)]
+        value = f" {known[likely[0]].metavar or 'VALUE'}" if likely and known[likely[0]].nargs != 0 else ""
+        fix = f"{self.prog} ... {likely[0]}{value}" if likely else f"{self.prog} --help"
+        raise ConfigError(f"{unknown}, which {self.prog} does not take", usage, fix)
 
 
 class RenamedOption(argparse.Action):

@@ -6,16 +6,18 @@ Owns choosing the log and following it over the attempts of a run. Changes nothi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 
-from launch.errors import ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, refusing
+from launch.jobs.adoption import adopt_found
 from launch.jobs.handles import SlurmJob, agent_logs
-from launch.jobs.status import RunStatus, find_run_status, outcome, poll
-from launch.runs.find import find_runs
+from launch.jobs.status import RunStatus, find_run_statuses, outcome, poll
+from launch.runs.files import read_json
+from launch.runs.find import find_runs, labels_inside
 from launch.scheduler.client import SlurmError, output_file
 
 POLL_S = 0.5
@@ -50,11 +52,17 @@ def the_run(path: Path) -> RunStatus:
     """The one run in ``path``. Raises ConfigError where there are several, or none."""
     runs = find_runs([path])
     if len(runs) > 1:
-        names = ", ".join(run.point for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
+        labels = labels_inside({run.path.parent for run in runs})
+        names = ", ".join(labels[run.path] for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
         raise ConfigError(
-            f"{len(runs)} runs in {path}: {names}", "the folder of one", f"python -m launch.logs {runs[0].path}"
+            f"{len(runs)} runs in {path}: {names}",
+            "the folder of one",
+            f"python -m launch.logs {quote(str(runs[0].path))}",
         )
-    return find_run_status(runs[0])
+    point = find_run_statuses(runs)[0]
+    if point.job is None:
+        adopt_found([point])
+    return point
 
 
 def default_rank(point: RunStatus, attempt: int | None) -> int:
@@ -71,9 +79,9 @@ def rank_logs(point: RunStatus, rank: int, attempt: int) -> list[Log]:
 def node_of(point: RunStatus, rank: int) -> int:
     """The node whose agent started a rank: ranks are not numbered in the order of the nodes."""
     for attempt in reversed(point.folder.attempts()):
-        path = point.folder.environment(attempt)
-        if path.is_file():
-            return int(next((r["node"] for r in json.loads(path.read_text())["ranks"] if r["rank"] == rank), 0))
+        ranks = read_json(point.folder.environment(attempt)).get("ranks")
+        if isinstance(ranks, list):
+            return int(next((r["node"] for r in ranks if r.get("rank") == rank and "node" in r), 0))
     return 0
 
 
@@ -104,7 +112,7 @@ def missing(point: RunStatus, what: str) -> ConfigError:
     return ConfigError(
         f"no log of {what} in {point.folder.path} ({state}; attempts: {attempts})",
         "a rank that has printed something",
-        f"python -m launch.logs -f {point.folder.path}, which waits for it",
+        f"python -m launch.logs -f {quote(str(point.folder.path))}, which waits for it",
     )
 
 
@@ -153,10 +161,10 @@ def print_logs(args: argparse.Namespace) -> None:
         log.copy()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m launch.logs", description="Print what a rank of a run printed.")
-    made.add_argument("path", type=Path, metavar="PATH", help="a run folder")
+    made = CommandParser(prog="python -m launch.logs", description="Print what a rank of a run printed.")
+    made.add_argument("path", type=Path, metavar="PATH", help="a run folder, or the label of a run")
     made.add_argument("-f", "--follow", action="store_true", help="go on, over all attempts, until the run is over")
     made.add_argument("--rank", type=int, metavar="N", help="default: the rank that failed first, else rank 0")
     made.add_argument("--attempt", type=int, metavar="N", help="default: the newest")

@@ -6,19 +6,22 @@ Owns the command, and leaving it behind for runs that go on without their launch
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.errors import refusing
+from launch.errors import CommandParser, refusing
+from launch.jobs.adoption import adopt_found
 from launch.jobs.failover import PlacementFailover, is_watched, promised
-from launch.jobs.status import RunStatus, find_run_status, poll
+from launch.jobs.status import RunStatus, find_run_statuses, poll
+from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
+from launch.scheduler.client import SlurmError
 
 POLL_S = 1.0
 LONGEST_POLL_S = 60.0
@@ -26,7 +29,8 @@ LONGEST_POLL_S = 60.0
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
     """Move what waits until all runs are over."""
-    points = [point for folder in folders if is_watched(point := find_run_status(folder))]
+    points = list(filter(is_watched, find_run_statuses(folders)))
+    adopt_waiting(points)
     failover, said = PlacementFailover(console), False
     while True:
         problem = poll(points, retries=1)
@@ -41,6 +45,13 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
         time.sleep(poll_s(points))
 
 
+def adopt_waiting(points: Sequence[RunStatus]) -> None:
+    """Enter jobs that wait and that no event log names. Where Slurm does not answer, the first poll says so."""
+    with suppress(SlurmError):
+        if poll(points, retries=1) is None:
+            adopt_found(points, by="launch.move")
+
+
 def poll_s(points: Sequence[RunStatus]) -> float:
     """Seconds between two polls: a fraction of the shortest patience."""
     shortest = min((plan.placement.retry_interval_min for point in points if (plan := promised(point))), default=1.0)
@@ -50,13 +61,14 @@ def poll_s(points: Sequence[RunStatus]) -> float:
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 the runs are over, 2 there is no such run, 130 stopped by Ctrl-C: they stay where they are."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.move",
         description="Move runs that wait to the next candidate of their cluster.placement, until they are over. "
         "python -m launch does so itself while it watches; with launch.detach=true it leaves this command behind.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
     args = parser.parse_args(arguments)
+    deny_others_writing()
     try:
         move(find_runs(args.paths), Console(soft_wrap=True))
     except KeyboardInterrupt:

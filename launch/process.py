@@ -28,6 +28,11 @@ def lasting_imports() -> Iterator[None]:
             gc.enable()
 
 
+def set_default_threads() -> None:
+    """Give ranks one thread each, as torchrun does, where OMP_NUM_THREADS is not set; libraries read it when loaded."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def hash_seed(seed: int) -> str:
     """PYTHONHASHSEED for a run's seed; Python takes 32 bits."""
     return str(seed % 2**32)

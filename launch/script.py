@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.agent.progress import check_pattern
 from launch.errors import ConfigError
 from launch.runs.compose import make_absolute
-from launch.runs.files import read_json
+from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
 from launch.runs.identity import RunConfig
 from launch.runs.provenance import ORIGIN, git
@@ -258,12 +258,13 @@ class ScriptWorkload:
             facts={key: value for key, value in facts.items() if value is not None},
             max_steps=script.max_steps,
             checkpoint_kind=command,
+            step_kind=command,
             resumes=script.resumes,
         )
 
     def command(self, config: ScriptConfig, folder: RunFolder, attempt: int) -> RankCommand:
         """The program, from the copy of the code where the run has one."""
-        script, copied = config.script, read_json(folder.plan).get("code")
+        script, copied = config.script, read_plan(folder).get("code")
         root = self.code(config).root
         values = {
             "nodes": getattr(config, "nodes", ""),

@@ -5,7 +5,6 @@ Owns the table and the JSON. Needs no accounting, and works for local runs. Chan
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -17,12 +16,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.errors import refusing
+from launch.errors import CommandParser, refusing
+from launch.jobs.adoption import adopt_found
 from launch.jobs.display import duration
 from launch.jobs.handles import SlurmJob
-from launch.jobs.status import RunStatus, find_run_status, poll, update_from_event_log
-from launch.runs.find import find_runs
+from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
+from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS, throughput
+from launch.runs.unwritten import is_full
+from launch.scheduler.client import SlurmError
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 NUMBERS = COLUMNS[3:]
@@ -33,10 +35,13 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
     """Return what is known of a run; what is not is absent."""
     failure = point.failure() if point.state in ("failed", "running", "pending") else None
     known = {
-        "point": point.name,
+        "point": point.folder.point,
+        "label": point.name,
         "run_dir": str(point.folder.path),
         "state": point.state,
         "detail": point.detail or None,
+        "advice": point.advice or None,
+        "damage": point.damage or ("its filesystem has no room" if is_full(point.folder.path) else None),
         "partition": point.job_status.partition or None,
         "waiting_s": waiting_s(point),
         "job_id": None if point.job is None else point.job.job_id,
@@ -48,6 +53,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         **{f"{unit}_per_s": point.latest.get(f"{unit}_per_s") for unit in UNITS},
         "loss": point.latest.get("loss"),
         "eta_s": point.eta_s,
+        "not_restarted": point.why_not_restarted(),
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
     return {key: value for key, value in known.items() if value is not None}
@@ -64,7 +70,7 @@ def cells(known: dict[str, Any]) -> list[str]:
     total = f"/{known['max_steps']}" if "max_steps" in known else ""
     step = f"{known.get('step', 0)}{total}" if total or "step" in known else ""
     return [
-        known["point"],
+        known["label"],
         known["state"],
         known.get("job_id", "") + (f" on {known['slurm_cluster']}" if "slurm_cluster" in known else ""),
         str(known.get("nodes", "")),
@@ -83,18 +89,22 @@ def speed_text(known: dict[str, Any]) -> str:
 
 
 def notes(known: dict[str, Any]) -> list[str]:
-    """Notes below the table: the reason a point waits, its end in Slurm's words, and its first failure."""
+    """Notes below the table: the reason a point waits, what else would start it, its end, and its first failure."""
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
     where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []
+    lines += [known["advice"]] if "advice" in known else []
+    lines += [known["damage"]] if "damage" in known else []
     failure = known.get("failure")
     if failure is not None:
         step = f" after step {failure['step']}" if failure.get("step") is not None else ""
         lines.append(f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}")
         lines.append(f"log: {failure['log']}")
-    return [f"{known['point']}: {line}" for line in lines]
+    if "not_restarted" in known:
+        lines.append(f"not started again: {known['not_restarted']}")
+    return [f"{known['label']}: {line}" for line in lines]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -116,6 +126,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         sweeps.setdefault(Path(row["run_dir"]).parent, []).append(row)
     for folder, inside in sweeps.items():
         console.print(str(folder), highlight=False, markup=False, soft_wrap=True)
+        inside = sorted(inside, key=lambda row: natural(row["label"]))
         console.print(table(inside), highlight=False)
         for row in inside:
             for line in notes(row):
@@ -125,15 +136,19 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where Slurm did not answer and the table is from event logs alone, 2 where there is no run."""
-    parser = argparse.ArgumentParser(prog="python -m launch.status", description="Show how runs stand.")
+    parser = CommandParser(prog="python -m launch.status", description="Show how runs stand.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",
-        help="a run folder, or a folder with runs in it (default: outputs)",
+        help="a run folder, a folder with runs in it, or the label of a run (default: outputs)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
     args = parser.parse_args(arguments)
-    points = [find_run_status(folder) for folder in find_runs(args.paths)]
+    points = find_run_statuses(find_runs(args.paths))
     problem = poll(points)
+    try:
+        adopt_found(points)
+    except SlurmError as error:
+        problem = problem or error
     if problem is not None:
         update_from_event_log(points)
     rows = [as_dict(point) for point in points]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -15,20 +16,27 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from launch.config import ClusterKind, Config, LaunchConfig
+from launch.config import ClusterKind, LaunchConfig
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError
 from launch.jobs.stop import stop_on_ctrl_c
 from launch.plan import code_copy
+from launch.plan.alone import settle_exclusive
+from launch.plan.expected import add_expected
 from launch.plan.plan import Plan, make_plan, write_run
 from launch.plan.preflight import add_warnings
 from launch.plan.text import share_budget, worst_case_text
 from launch.runs.failures import failure_text
-from launch.runs.files import write_json
+from launch.runs.find import labels_for
 from launch.runs.folder import RunFolder
+from launch.runs.labels import sweep_overrides
+from launch.runs.sweeps import Sweep, record_sweep
+from launch.runs.unwritten import is_full
 from launch.scheduler import client as scheduler
+from launch.scheduler.limits import Limits
 
 if TYPE_CHECKING:
+    from launch.jobs.handles import SlurmJob
     from launch.jobs.status import RunStatus
 
 Composed = tuple[DictConfig, Sequence[str]]
@@ -51,36 +59,57 @@ def run_sweep(points: Sequence[Composed]) -> None:
     """
     console = Console(soft_wrap=True)
     kinds = choose_clusters([config for config, _ in points], console)
-    plans: list[Plan] = []
-    configs: list[Config] = []
-    for (composed, overrides), kind in zip(points, kinds, strict=True):
-        configs.append(typed_config(composed))
-        plans.append(make_plan(configs[-1], overrides, kind))
+    configs = [typed_config(composed) for composed, _ in points]
+    if whole := settle_exclusive([composed for composed, _ in points], configs, kinds):
+        console.print(whole, highlight=False, markup=False)
+    plans = [
+        make_plan(config, overrides, kind) for config, (_, overrides), kind in zip(configs, points, kinds, strict=True)
+    ]
     refuse_same_folder(plans)
-    if any(plan.cluster == "slurm" and config.cluster.placement for plan, config in zip(plans, configs, strict=True)):
-        from launch.checks.candidates import settle_placements
+    labels = labels_for([(Path(plan.run_dir), typed) for plan, (_, typed) in zip(plans, points, strict=True)])
+    plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
+    limits: Mapping[str | None, Limits] = {}
+    if configs[0].launch.check_limits and any(plan.cluster == "slurm" for plan in plans):
+        from launch.checks import candidates, facts
 
-        plans = settle_placements(plans, configs, console)
+        slurm = facts.ask_slurm(facts.clusters_named(configs))
+        plans, limits = candidates.look_before_submitting(slurm, plans, configs, console), slurm.known
     if points[0][0].launch.detach:
         refuse_local(plans)
-    plans = [add_warnings(plan, config) for plan, config in zip(share_budget(plans, configs), configs, strict=True)]
+    budgeted = share_budget(plans, configs)
+    plans = [add_warnings(add_expected(plan), config, limits) for plan, config in zip(budgeted, configs, strict=True)]
     if points[0][0].dry_run:
         from launch.jobs.dry_run import show_plans
 
         show_plans(plans, configs, console)
         return
-    for plan in plans:
+    for plan in unfinished(plans):
         refuse_running(plan)
-    console.print(worst_case_text(plans, configs), highlight=False, markup=False)
+    show_finished(plans, console)
+    if unfinished(plans):
+        console.print(worst_case_text(plans, configs), highlight=False, markup=False)
     show_warnings(plans, console)
-    for copy, tree in {
-        plan.code: workload_of(config).code(config) for plan, config in zip(plans, configs, strict=True)
-    }.items():
-        if copy is not None:
-            code_copy.take(Path(copy), tree)
-    for (composed, overrides), plan in zip(points, plans, strict=True):
+    for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
+        if plan.finished:
+            continue
+        if plan.code is not None:
+            code_copy.take(Path(plan.code), workload_of(config).code(config))
         write_run(plan, composed, overrides)
-    submit_and_watch(plans, console, configs[0].launch)
+    submit_and_watch(plans, console, configs[0].launch, sweep_overrides([overrides for _, overrides in points]))
+
+
+def unfinished(plans: Sequence[Plan]) -> list[Plan]:
+    """The points that have steps ahead of them: what is finished takes no nodes to say so."""
+    return [plan for plan in plans if not plan.finished]
+
+
+def show_finished(plans: Sequence[Plan], console: Console) -> None:
+    """Say which points are finished already, and how to run them again."""
+    names = [plan.title for plan in plans if plan.finished]
+    if names:
+        them = "it again in a new folder" if len(names) == 1 else "them again in new folders"
+        text = f"finished already, and not submitted: {', '.join(names)} (fresh=true runs {them})"
+        console.print(text, highlight=False, markup=False)
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
@@ -120,9 +149,9 @@ def refuse_local(plans: Sequence[Plan]) -> None:
 
 def refuse_running(plan: Plan) -> None:
     """Raise ConfigError where an earlier submission still works on the same folder."""
-    from launch.jobs.handles import running_job
+    from launch.jobs.adoption import running_job
 
-    running = running_job(RunFolder(plan.run_dir).read_events())
+    running = running_job(RunFolder(plan.run_dir))
     if running is not None:
         waits = running.endswith("pending") and plan.placement.is_watched
         move = f"; where its launcher is gone, python -m launch.move {quote(plan.run_dir)} moves it on" if waits else ""
@@ -136,29 +165,29 @@ def refuse_running(plan: Plan) -> None:
 def show_warnings(plans: Sequence[Plan], console: Console) -> None:
     """Print what the plans warn of; a warning that several points share once."""
     for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
-        names = [plan.point for plan in plans if warning in plan.warnings]
+        names = [plan.title for plan in plans if warning in plan.warnings]
         where = "" if len(names) == len(plans) else f"{', '.join(names)}: "
         console.print(f"warning: {where}{warning}", highlight=False, markup=False)
 
 
-def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig) -> None:
-    """Submit; then follow to the end and report, or say how to."""
+def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str]) -> None:
+    """Submit what is not finished; then follow to the end and report on all of it, or say how to."""
     from launch.jobs import display as watch
     from launch.jobs.status import new_run_status
 
-    points = [new_run_status(plan) for plan in plans]
-    submit(points, console)
-    write_json(sweep_folder(plans) / "sweep.json", {"points": [plan.point for plan in plans]})
-    if after.detach:
-        console.print(follow_up(plans), highlight=False, markup=False)
-        leave_failover(plans, console)
+    points = [new_run_status(plan) for plan in unfinished(plans)]
+    submit(points, console, sequential=after.sequential)
+    sweep = record_sweep(group_folder(plans), [plan.point for plan in plans], typed) if len(plans) > 1 else None
+    if after.detach and points:
+        console.print(follow_up(plans, sweep), highlight=False, markup=False)
+        leave_failover(unfinished(plans), console)
         return
     try:
         watch.watch(points, console, after.poll_s)
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
         raise SweepFailedError("stopped; the same command goes on from the last checkpoint", 130) from None
-    report(plans, console)
+    report(plans, sweep, console)
     show_progress_problems(points, console)
     failed = [point for point in points if point.state != "finished"]
     if failed:
@@ -173,23 +202,28 @@ def show_progress_problems(points: Sequence[RunStatus], console: Console) -> Non
             console.print(f"warning: {point.name}: {cause}", highlight=False, markup=False)
 
 
-def submit(points: Sequence[RunStatus], console: Console) -> None:
+def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
     """Submit what is for Slurm, one job for each shape; local points get in line.
 
     Raises:
         SweepFailedError: sbatch refused. What it had taken before goes on.
     """
     from launch.jobs.handles import LocalQueueEntry
-    from launch.jobs.submit import record_submitted, shapes, submit_somewhere
+    from launch.jobs.submit import explain_refusal, in_line, shapes, submit_somewhere
+    from launch.plan.submission import record_submitted
 
     by_folder = {str(point.folder.path): point for point in points}
+    before: list[SlurmJob] = []
     for group in shapes([point.plan for point in points if point.plan and point.plan.cluster == "slurm"]):
+        if sequential:
+            group = in_line(group, before)
         try:
             done = submit_somewhere(group, group[0].placement.possible[0])
         except scheduler.SlurmError as error:
             ids = ", ".join(point.job.name for point in points if point.job is not None)
             rest = f"\nalready submitted, and going on: {ids}" if ids else ""
-            raise SweepFailedError(f"{group[0].point}: {error}{rest}", 1) from error
+            raise SweepFailedError(f"{explain_refusal(group[0], error)}{rest}", 1) from error
+        before = done.jobs
         for plan, job in zip(group, done.jobs, strict=True):
             point = by_folder[plan.run_dir]
             point.job = job
@@ -206,16 +240,19 @@ def submit(points: Sequence[RunStatus], console: Console) -> None:
             LocalQueueEntry(point.folder).enter(point.events_before)
 
 
-def sweep_folder(plans: Sequence[Plan]) -> Path:
+def group_folder(plans: Sequence[Plan]) -> Path:
     """The folder that the points of a sweep lie in."""
     return Path(plans[0].run_dir).parent
 
 
-def follow_up(plans: Sequence[Plan]) -> str:
+def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
     """The commands for a sweep that goes on without its launcher."""
-    one, sweep = plans[0].run_dir, str(sweep_folder(plans))
-    whole = one if len(plans) == 1 else sweep
-    commands = [f"status {quote(whole)}", f"logs -f {quote(one)}", f"cancel {quote(whole)}", f"report {quote(sweep)}"]
+    one, whole = unfinished(plans)[0].run_dir, plans[0].run_dir if sweep is None else str(group_folder(plans))
+    number = "" if sweep is None else f" --sweep {sweep.number}"
+    commands = [
+        *(f"status {quote(whole)}", f"logs -f {quote(one)}", f"cancel {quote(whole)}"),
+        f"report {quote(whole)}{number}",
+    ]
     lines = [f"  python -m launch.{command}" for command in commands]
     return "\n".join(["the jobs go on without this command; to follow them:", *lines])
 
@@ -227,9 +264,9 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
     if not watched:
         return
-    log = sweep_folder(plans) / ".launch" / "move.log"
+    log = group_folder(plans) / ".launch" / "move.log"
     process = start_in_background(watched, log)
-    whole = plans[0].run_dir if len(plans) == 1 else str(sweep_folder(plans))
+    whole = plans[0].run_dir if len(plans) == 1 else str(group_folder(plans))
     text = (
         f"process {process.pid} on {os.uname().nodename} goes on in the background and moves what waits to its next "
         f"place (log: {log}).\nWithout it, say after a reboot, jobs wait where they are; to have them moved again:\n"
@@ -238,33 +275,41 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
     console.print(text, highlight=False, markup=False)
 
 
-def report(plans: Sequence[Plan], console: Console) -> None:
-    """Write and show the scaling table of these points."""
-    from launch import report as scaling
+def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console) -> None:
+    """Write and show the scaling table of these points, or the summary of the one there is."""
+    from launch.report import select, show_and_write, tabulate_selection
 
-    sweep = sweep_folder(plans)
-    table = scaling.build(sweep, [Path(plan.run_dir) for plan in plans])
-    scaling.show(table, console)
-    for path in scaling.write(table, sweep):
-        console.print(f"wrote {path}", highlight=False)
+    folder = Path(plans[0].run_dir) if sweep is None else group_folder(plans)
+    selection = select(folder) if sweep is None else select(folder, sweep.number)
+    try:
+        show_and_write(tabulate_selection(selection), console)
+    except OSError as error:  # what is shown is known; what the points came to is still to be told
+        later = f"python -m launch.report {quote(str(folder))}"
+        console.print(f"the report is not written: {error}; later: {later}", highlight=False, markup=False)
 
 
 def explain(point: RunStatus) -> str:
     """Explain why a point did not finish, and name the log to read on."""
     from launch.jobs.handles import agent_logs
+    from launch.jobs.status import is_silent
 
     failure = point.failure() if point.state == "failed" else None
     head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")
+    if point.state == "failed" and is_full(point.folder.path):
+        lacks = "has no room: its event log may lack the last events; make room there before the same command"
+        head = f"the filesystem of {point.folder.path} {lacks}\n{head}"
+    why = point.why_not_restarted()
+    last = f"\nnot started again: {why}" if why is not None else ""
     if failure is not None:
-        decided = [e["reason"] for e in point.events() if e["event"] == "decided" and e["action"] == "stop"]
-        last = f"\nnot started again: {decided[-1]}" if decided else ""
         return f"{head}: {failure_text(failure)}{last}"
+    if last:
+        return f"{head}{last}"
     logs = agent_logs(point.folder.path, point.job, 0)[::-1] if point.job is not None else []
     log = next((log for log in logs if log.is_file() and log.stat().st_size), None)
     if log is not None and point.state == "failed":
         lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         return f"{head}; the first agent's last words ({log}):\n{lines}"
-    if point.state == "failed":
+    if point.state == "failed" and not is_silent(point):
         return f"{head}; nothing was recorded in {point.folder.path}"
     if point.state == "placement_timeout":
         return f"{head}; the same command submits it again"

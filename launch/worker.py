@@ -35,7 +35,10 @@ from launch.process import die_with_parent
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import BEAT_S, ENVIRONMENT, FROM_FILE, HeartbeatFile, Phase, Request
 from launch.runs.records import RecordWriter
+from launch.runs.unwritten import keep_unwritten, say, write_unwritten
 
+STORE_PREFIX = "LAUNCH_STORE_PREFIX"
+"""Variable of an agent's ranks: a secret prefix, the same for all, for their keys in the store at MASTER_PORT."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """Signals that mean: save and leave. SIGUSR1 is left alone, NCCL uses it."""
 STACK_SIGNAL = signal.SIGQUIT
@@ -166,9 +169,10 @@ class Run:
         self._move(self._step if step is None else step, name)
 
     def flush(self) -> None:
-        """Write the records that are still queued before this returns."""
+        """Write the records that are still queued before this returns, and what a full filesystem did not take."""
         if self._writer is not None:
             self._writer.flush()
+        write_unwritten()
 
     # What a step asks.
 
@@ -215,7 +219,7 @@ class Run:
     def saved(self, step: int, seconds: float | None = None, **details: Any) -> None:
         """Record a checkpoint of ``step``, which took ``seconds``: from here the run can go on.
 
-        Restart limits and goodput count from it. Takes the files SAVE and STOP away where this save was what they asked
+        Restart limits count from it. Takes the files SAVE and STOP away where this save was what they asked
         for, so that the next start does not obey them again. On every rank it first writes the records that are
         queued: no later attempt will do these steps again.
         """
@@ -258,6 +262,7 @@ class Run:
         if self.folder is None:
             self.folder, self.checkpoint_dir = Path(folder), RunFolder(folder).checkpoints
             self._runs = RunFolder(folder)
+            keep_unwritten()
             if self.is_first:
                 threading.Thread(target=self._look_on, name="requests", daemon=True).start()
 
@@ -299,7 +304,7 @@ class Run:
     def _warn(self, text: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            print(f"launch.worker: {text} (told once)", file=sys.stderr, flush=True)
+            say(f"launch.worker: {text} (told once)")
 
     def _tell(self, event: str, step: int, details: Mapping[str, Any]) -> None:
         if self.is_first and self._runs is not None:
@@ -422,6 +427,7 @@ def make_run(environment: Mapping[str, str]) -> Run:
     folder = environment.get("LAUNCH_RUN_DIR")
     if folder is None or is_child():
         return Run(rank, local_rank, size)
+    parent = os.getppid()  # before the heartbeat, by which others see this rank: from then on its parent may end
     agent = environment.get("LAUNCH_AGENT_PID")
     grace = environment.get("LAUNCH_GRACE_S")
     heartbeat = open_heartbeat(environment.get(ENVIRONMENT), rank)
@@ -430,14 +436,14 @@ def make_run(environment: Mapping[str, str]) -> Run:
     checkpoints = environment.get("LAUNCH_CHECKPOINT_DIR")
     if checkpoints:
         run.checkpoint_dir = Path(checkpoints)
-    is_direct = agent is not None and os.getppid() == int(agent)
+    is_direct = agent is not None and parent == int(agent)
     if agent is not None and is_direct:
         die_with_parent(int(agent))
     if heartbeat is not None:
         register_stacks()
         # A wrapper between agent and rank, as a shell or `uv run`, would leave the rank behind when it is killed.
-        parent = None if is_direct else os.getppid()
-        threading.Thread(target=beat_on, args=(heartbeat, parent), name="heartbeat", daemon=True).start()
+        wrapper = None if is_direct else parent
+        threading.Thread(target=beat_on, args=(heartbeat, wrapper), name="heartbeat", daemon=True).start()
     return run
 
 
@@ -452,7 +458,7 @@ def open_heartbeat(folder: str | None, rank: int) -> HeartbeatFile | None:
     try:
         heartbeat = HeartbeatFile(Path(folder) / str(rank))
     except OSError as error:  # in a container that does not see the node's folder for temporary files
-        print(f"launch.worker: no heartbeat, stops are not agreed on: {error}", file=sys.stderr, flush=True)
+        say(f"launch.worker: no heartbeat, stops are not agreed on: {error}")
         return None
     heartbeat.open_for_rank()
     return heartbeat

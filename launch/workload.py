@@ -59,6 +59,8 @@ class WorkloadPlan:
     """Lines of the plan for people: a word and what follows it."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Longer passages below them: a word and its lines."""
+    warnings: tuple[str, ...] = ()
+    """Lines on what would work, and is hardly what somebody wants; shown in the plan and before a submission."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Figures for programs, as JSON has them: these keys at the root of ``plan.json`` are the workload's."""
     settled: Mapping[str, Any] = field(default_factory=dict)
@@ -69,6 +71,10 @@ class WorkloadPlan:
     """Runs with the same one have checkpoints of one size, so that a save of one tells how long the other's takes."""
     checkpoint_bytes: int | None = None
     """Size of one checkpoint."""
+    step_kind: str = ""
+    """Runs with the same one take as long for a step on the same nodes; empty where nothing tells."""
+    step_s: float | None = None
+    """Time of a step by a model of the workload, seconds; None where it has none for these nodes."""
     saves: str = ""
     """Override that says how often the run saves, for messages, such as ``checkpoint.interval=200``."""
     saves_more_often: str = ""
@@ -93,6 +99,9 @@ class RankCommand:
     """Variables that are set where the user has not set them."""
     workdir: Path | None = None
     """Working directory; None for the one the job was submitted from."""
+    preload: tuple[str, ...] = ()
+    """Modules that every rank imports. Where ``args`` is ``sys.executable, "-m", MODULE, ...`` each node imports them
+    once, and its ranks are forked. They must start no threads and no CUDA, and read none of ``env`` while imported."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
+if [ ! -f slurm/env.sh ]; then
+    printf 'found: no slurm/env.sh in %s\nexpected: sbatch in the folder of the checkout\ntype next: cd CHECKOUT && sbatch slurm/multi_node.sh ...\n' "$PWD" >&2
+    exit 2
+fi
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 
@@ -33,6 +37,13 @@ run_dir="$(python -m launch.batch "$@")"
 # A node whose ranks failed, or that is lost, must not take the others along: they end in order, or go on with a spare.
 status=0
 srun --kill-on-bad-exit=0 --no-kill --wait=0 python -m launch.agent "$run_dir" || status=$?
+
+# Where nobody wanted that end (srun was killed, or gave up for a node that rebooted) the job goes back into the queue.
+if [ "$status" -ne 0 ]; then
+    after="$status"
+    status=0
+    python -m launch.agent.after_step "$after" "$run_dir" || status=$?
+fi
 
 python -m launch.report "$run_dir" || true
 exit "$status"

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread a process, as ranks have it, and nothing outlives the test that started it.
+"""Fixtures of every test: one thread a process, as ranks have it, and nothing outlives the test that started it.
 
 And the order of the files, which the workers take from the front, and the mark of those tests that are quick.
 """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,34 @@ def test_every_command_is_tested_here() -> None:
     modules = tuple(f"python -m launch.{name}" for name in ("report", "doctor", "status", "logs", "cancel"))
     modules += tuple(f"python -m gpt.{name}" for name in TOOLS)
     assert [c for c in COMMANDS if not c.startswith((*known, *modules))] == []
+
+
+def named_commands(*paths: Path) -> set[str]:
+    """Modules of ours that texts name behind ``python -m``."""
+    texts = "\n".join(path.read_text() for path in paths)
+    return set(re.findall(r"python -m ((?:launch|gpt|slurm)(?:\.[a-z]\w*)?)\b", texts))
+
+
+def test_every_module_that_is_named_as_a_command_is_started_by_a_test() -> None:
+    rooms = (path for room in ("docs", "examples", "launch", "gpt", "slurm") for path in (ROOT / room).rglob("*"))
+    texts = [path for path in rooms if path.suffix in (".md", ".py", ".sh")]
+    commands = named_commands(ROOT / "README.md", ROOT / "configs" / "config.yaml", *texts)
+    assert len(commands) > 12
+    words = {f"gpt.{tool}" for tool in TOOLS}
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name != "test_structure.py":  # which names modules for another reason
+            words |= {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    scripts = [path for path in (ROOT / "slurm").glob("*.sh") if f"slurm/{path.name}" in words]
+    assert commands - words - named_commands(*scripts) == set()
+
+
+def test_the_installed_command_is_the_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((module, name),) = re.findall(r"^    gpt-launch = (\S+):(\w+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["gpt-launch", "--version"])
+    assert getattr(import_module(module), name)() == 0
+    assert capsys.readouterr().out.startswith("gpt-launch ")
 
 
 def test_the_two_set_up_lines_pin_and_end_in_the_main_job_and_the_tests() -> None:
@@ -102,7 +132,7 @@ def test_a_run_can_be_used(tool: str, trained: Path) -> None:
 
 
 def test_files_become_a_corpus(trained: Path) -> None:
-    lines = [json.dumps({"text": f"{n} bottles of beer on the wall, {n} bottles of beer"}) for n in range(2000)]
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "gpt").rglob("*.py"))]
     (trained / "FOLDER").mkdir()
     (trained / "FOLDER" / "a.jsonl").write_text("\n".join(lines))
     for command in commands("python -m gpt.prepare"):

@@ -198,7 +198,14 @@ def test_metrics_and_checkpoints_know_no_slurm() -> None:
 
 ON_THE_NODES = tuple(
     f"launch.{name}"
-    for name in ("agent.workers", "agent.elastic", "agent.rendezvous", "agent.heartbeat", "doctor.links")
+    for name in (
+        "agent.workers",
+        "agent.elastic",
+        "agent.rendezvous",
+        "agent.heartbeat",
+        "agent.signed_store",
+        "doctor.links",
+    )
 )
 
 
@@ -218,6 +225,27 @@ def test_the_login_node_loads_no_torch() -> None:
     assert {"launch.sweep", "gpt.planning.memory", "gpt.data.corpus"} <= seen
 
 
+UNPICKLING = {
+    *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list"),
+    *("recv_object_list", "loads", "Unpickler"),
+}
+
+
+def test_ranks_and_agents_unpickle_nothing_that_they_receive() -> None:
+    """torch's collectives of objects do; gpt.checkpoint.messages has ours. The unpicklers that are left read files."""
+    found = set()
+    for name, path in modules().items():
+        if not starts(name, "gpt", "launch"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in UNPICKLING and ast.unparse(node.value) != "json":
+                found.add((name, ast.unparse(node)))
+    assert found == {
+        ("gpt.conversion.inspect", "pickle.Unpickler"),
+        ("gpt.data.formats.prepared", "pickle.Unpickler"),
+    }
+
+
 def test_no_module_is_a_dead_end() -> None:
     """Every module is imported by another one or can be started."""
     every = modules()
@@ -225,7 +253,12 @@ def test_no_module_is_a_dead_end() -> None:
     packages = {name for name, path in every.items() if path.name == "__init__.py"}
     started = {name for name, path in every.items() if "__main__" in path.read_text()}
     # in configs/hydra/launcher/per_point.yaml and configs/workload/
-    named = {"hydra_plugins.launch_plugin.launcher", "gpt.workload", "launch.script"}
+    named = {
+        "hydra_plugins.launch_plugin.launcher",
+        "hydra_plugins.launch_plugin.sweeper",
+        "gpt.workload",
+        "launch.script",
+    }
     assert set(every) - used - packages - started - named == set()
 
 

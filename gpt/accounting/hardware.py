@@ -70,7 +70,13 @@ KNOWN = (
     *("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200"),
     *("NVIDIA L40S", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090"),
 )
-"""Names of these devices, for suggestions."""
+"""Names of these devices, for suggestions and for short names."""
+VENDOR_WORDS = ("nvidia", "tesla", "geforce", "rtx", "amd", "instinct", "oam")
+"""Words of a name that do not tell devices apart."""
+SXM = "sxm"
+"""Word for the form of a module that is no PCIe card: with it a chip's bare name is meant, where it has more forms."""
+IN_WORDS = {"NVIDIA H100 80GB HBM3": (SXM, "sxm5"), "NVIDIA H200": (SXM, "sxm5"), "NVIDIA B200": (SXM, "sxm6")}
+"""Words by which devices are called and that their names lack."""
 
 
 def find(device_name: str) -> Accelerator | None:
@@ -79,6 +85,30 @@ def find(device_name: str) -> Accelerator | None:
         if re.fullmatch(known.name, device_name.strip()):
             return known
     return None
+
+
+def words_of(name: str) -> list[str]:
+    """Split a name into its words in lower case, a size as ``80gb``, without those that tell no devices apart."""
+    spelled = re.sub(r"\b(\d{2,3})(?: ?(?:gib|gb|g))?\b", r"\1gb", re.sub(r"[\s_-]+", " ", name.lower()))
+    return [word for word in re.sub(r"\brtx(?=\d)", "rtx ", spelled).split() if word not in VENDOR_WORDS]
+
+
+def expand(short_name: str) -> list[str]:
+    """Return the devices that a short name such as ``H100``, ``A100-80GB`` or Slurm's ``nvidia_h100_80gb_hbm3`` means.
+
+    More than one where it leaves the memory open, none where it is unknown. The bare name of a chip means the SXM form.
+    Not for names that drivers report: those are matched whole.
+    """
+    if find(short_name):
+        return [short_name]
+    given, fitting = words_of(short_name), dict[str, set[str]]()
+    for name in KNOWN:
+        chip, *others = words_of(name)
+        words = {chip, *others, f"{(memory_bytes(name) or 0) / GIGA:.0f}gb", *IN_WORDS.get(name, ())}
+        words |= {SXM for word in others if word.startswith(SXM)}
+        if chip in given and words.issuperset(given):
+            fitting[name] = words
+    return [name for name, words in fitting.items() if SXM in words] or [*fitting]
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:

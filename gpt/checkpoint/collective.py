@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gpt.checkpoint import messages
+
 T = TypeVar("T")
 
 
@@ -20,19 +22,21 @@ class CheckpointError(RuntimeError):
 
 
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """Run ``action`` on every rank; every rank gets the results of all, by rank. Results are pickled.
+    """Run ``action`` on every rank; every rank gets the results of all, by rank.
+
+    Args:
+        action: what it returns is sent, as ``gpt.checkpoint.messages`` can.
+        group: gloo group of the ranks; None means the default group.
 
     Raises:
         CheckpointError: it raised on some rank; raised on every rank.
     """
-    outcome: tuple[T | None, str | None]
     cause: BaseException | None = None
     try:
-        outcome = (action(), None)
+        outcome = messages.encode((action(), None))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
-        outcome, cause = (None, _explain(error)), error
-    outcomes: list[tuple[T, str | None]] = [outcome] * dist.get_world_size(group)  # type: ignore[list-item]
-    dist.all_gather_object(outcomes, outcome, group=group)
+        outcome, cause = messages.encode((None, _explain(error))), error
+    outcomes = [messages.decode(message) for message in messages.gather_bytes(outcome, group)]
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
             raise CheckpointError(f"rank {rank}: {failure}") from cause

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from gpt.checkpoint import messages
 from gpt.checkpoint.deepspeed_files import open_as_tensors
 from gpt.checkpoint.manifest import TENSORS, Manifest
 
@@ -56,8 +57,7 @@ class TensorFiles:
             # Beside tensors a state holds settings of the optimizer, which a run of DeepSpeed does not write.
             wanted = state if saved.contents == TENSORS else select_tensors(state)
             # The stages of a pipeline want different tensors, so a rank alone cannot tell which are unused.
-            names: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(names, sorted(flatten_state_dict(wanted)[0]), group=group)
+            names = messages.all_gather(sorted(flatten_state_dict(wanted)[0]), group)
             planner = _ExactPlanner({name for of_rank in names for name in of_rank})
             dcp.load(wanted, storage_reader=dcp.FileSystemReader(tensors), planner=planner, process_group=group)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_first_rank
@@ -30,6 +31,9 @@ from gpt.checkpoint.manifest import (
     write_manifest,
 )
 from launch.errors import ConfigError
+from launch.runs.unwritten import NO_ROOM
+
+PROBE_BYTES = 1 << 16
 
 
 class OutdatedAttemptError(CheckpointError):
@@ -98,6 +102,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: it failed on some rank; on every rank. Nothing is committed, earlier ones are untouched.
+            ConfigError: it failed for want of room, or of a disk that works; on every rank.
             OutdatedAttemptError: ``may_commit`` said no; on every rank.
         """
         temporary = run_on_first_rank(lambda: folders.begin(self.folder, step), self.group)
@@ -108,11 +113,11 @@ class CheckpointStore:
             path = run_on_first_rank(lambda: _commit(temporary, manifest, may_commit), self.group)
             if path is None:
                 raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
-        except CheckpointError:
+        except CheckpointError as error:
             # A full disk is a likely cause, so the room is given back at once. All ranks have stopped writing.
             if dist.get_rank(self.group) == 0:
                 folders.remove(temporary)
-            raise
+            raise self._no_room(step, str(error)) or error from None
         run_on_first_rank(lambda: folders.retire(self.folder, self.keep_last, self.keep_every), self.group)
         return path
 
@@ -147,7 +152,11 @@ class CheckpointStore:
 
     def _write(self, folder: Path, step: int, state: Any, rank_state: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's part of the state and its own state; returns size and checksum of every file it wrote."""
-        files = self.format.write(folder, step, state, self.group)
+        try:
+            files = self.format.write(folder, step, state, self.group)
+        except (Exception, CheckpointException):
+            probe(folder, dist.get_rank(self.group))  # torch's writer says "unexpected pos" where a disk is full
+            raise
         path = folder / _rank_file(dist.get_rank(self.group))
         with path.open("w+b") as file:
             torch.save(rank_state, file)
@@ -157,11 +166,24 @@ class CheckpointStore:
             torch.load(file, weights_only=True)  # a state that could not be loaded later fails now
         return {file.relative_to(folder).as_posix(): sum_file(file) for file in (path, *files)}
 
+    def _no_room(self, step: int, failure: str) -> ConfigError | None:
+        """Return the refusal for a save that failed for want of room; None where it failed for another reason."""
+        why = next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in failure.splitlines()[0]), None)
+        if why is None:
+            return None
+        before = max(self.steps(), default=None)
+        return ConfigError(
+            f"the checkpoint of step {step} cannot be written into {self.folder}: {why}",
+            f"room for {self.keep_last + 1} checkpoints (checkpoint.keep_last={self.keep_last}, and the new one)",
+            f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same command, "
+            f"which {'begins anew' if before is None else f'goes on from step {before}'}",
+        )
+
     def _verify(self, path: Path) -> Manifest:
         """Check every file of a checkpoint, split over the ranks; raises DamagedError on all ranks or on none."""
-        manifest = run_on_first_rank(lambda: _manifest_or_damage(path), self.group)
-        if isinstance(manifest, DamagedError):
-            raise manifest
+        manifest, damage = run_on_first_rank(lambda: _manifest_or_damage(path), self.group)
+        if manifest is None:
+            raise DamagedError(damage)
         # Largest first, one for each rank in turn, so that the ranks read about as much.
         names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
         mine = names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
@@ -201,6 +223,16 @@ class CheckpointStore:
         )
 
 
+def probe(folder: Path, rank: int) -> None:
+    """Raise the OSError of a filesystem that does not take another block."""
+    path = folder / f".probe_{rank:05d}"
+    with path.open("wb") as file:
+        file.write(bytes(PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+
+
 def _commit(temporary: Path, manifest: Manifest, may_commit: Callable[[], bool]) -> Path | None:
     """Write the manifest and rename the folder; None where the attempt is outdated. On rank 0, after all writes."""
     for name, entry in manifest.files.items():
@@ -211,14 +243,15 @@ def _commit(temporary: Path, manifest: Manifest, may_commit: Callable[[], bool])
     return folders.commit(temporary, manifest.step) if may_commit() else None
 
 
-def _manifest_or_damage(path: Path) -> Manifest | DamagedError:
+def _manifest_or_damage(path: Path) -> tuple[Manifest | None, str]:
+    """Read a manifest; None and the damage where it has one."""
     try:
         manifest = read_manifest(path)
     except DamagedError as damage:
-        return damage
+        return None, str(damage)
     if manifest.step != folders.step_of(path):
-        return DamagedError(f"the manifest is of step {manifest.step}")
-    return manifest
+        return None, f"the manifest is of step {manifest.step}"
+    return manifest, ""
 
 
 def _rank_file(rank: int) -> str:

@@ -30,6 +30,7 @@ from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
 from gpt.config.train import (
+    LOSS_CHUNK,
     CheckpointConfig,
     CompileMode,
     Device,
@@ -42,6 +43,7 @@ from gpt.config.train import (
 
 __all__ = [
     "BYTE_VOCAB",
+    "LOSS_CHUNK",
     "Activation",
     "AttentionBackend",
     "CheckpointConfig",

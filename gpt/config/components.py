@@ -68,8 +68,9 @@ class Activation(Enum):
 class AttentionBackend(Enum):
     """Implementation of attention.
 
-    ``sdpa`` lets torch choose a fused kernel. ``flash`` takes the flash kernel (arXiv 2307.08691) where device, dtype
-    and shapes have one, and elsewhere torch's choice, with a notice when the run starts; see ``force_flash``.
+    ``sdpa`` lets torch choose a fused kernel; in training on Hopper GPUs and later, cuDNN's first. ``flash`` takes the
+    flash kernel (arXiv 2307.08691) where device, dtype and shapes have one, and elsewhere torch's choice, with a notice
+    when the run starts; see ``force_flash``.
     ``manual`` writes the formula out and is the reference.
     """
 

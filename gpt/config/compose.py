@@ -16,8 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from gpt.config import ParallelConfig, TrainConfig
 from launch.runs.compose import make_absolute, refuse_unknown
 from launch.runs.explain import CONFIG_ERRORS, explain
-from launch.runs.identity import PLACE_KEYS
-from launch.runs.overrides import append_groups
+from launch.runs.overrides import PLACE_KEYS, append_groups
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
@@ -38,7 +37,7 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
         try:
             config = compose("train_main", overrides=append_groups(overrides))
         except CONFIG_ERRORS as error:
-            raise explain(error, TrainConfig) from error
+            raise explain(error, TrainConfig, overrides) from error
     refuse_unknown(config, TrainConfig)
     tell_former_keys(adopt_former_keys(config))
     make_paths_absolute(config)
@@ -63,6 +62,9 @@ def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: 
     config.optim.max_micro_batch = micro_batch
 
 
-EXECUTION = ("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic")
+EXECUTION = (
+    *("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic"),
+    "gc_interval",
+)
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", *EXECUTION)
 """Keys that may change between the attempts of one run, since they do not change what is learned."""

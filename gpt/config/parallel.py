@@ -66,7 +66,12 @@ class ParallelConfig:
     replicas, whose gradients are averaged (HSDP): all-gathers stay inside a node where this is the number of its
     GPUs."""
     reshard_after_forward: bool = True
-    """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather)."""
+    """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather). The
+    last block, norm and output matrix are kept, since the backward pass begins with them."""
+    reduce_each_micro_batch: bool = False
+    """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not after the last one of a step only. A
+    rank then holds its shard of them, not all of them in fp32: 4 bytes a parameter less, for as many reduce-scatters as
+    micro-batches."""
     cpu_offload: bool = False
     """fsdp only: keep parameters, gradients and moments in the memory of the host, and step there; a GPU holds what it
     computes with. Slow: parameters are copied there in every forward and backward pass, and gradients back in every
@@ -119,6 +124,7 @@ class ParallelConfig:
                 "a strategy that gathers the model part by part as it computes",
                 "parallel=fsdp_offload, or parallel.cpu_offload=false",
             )
+        self._check_reduction()
         if self.dp_shard is None:
             return
         require_positive("parallel.dp_shard", self.dp_shard)
@@ -127,6 +133,22 @@ class ParallelConfig:
                 f"parallel.dp_shard={self.dp_shard} with parallel.strategy={self.strategy.name}",
                 "a strategy that shards the model",
                 f"parallel=hsdp parallel.dp_shard={self.dp_shard}, or no parallel.dp_shard",
+            )
+
+    def _check_reduction(self) -> None:
+        if not self.reduce_each_micro_batch:
+            return
+        if self.strategy not in (Strategy.fsdp, Strategy.auto):
+            raise ConfigError(
+                f"parallel.reduce_each_micro_batch=true with parallel.strategy={self.strategy.name}",
+                "a strategy that shards the gradients",
+                "parallel=fsdp, or parallel.reduce_each_micro_batch=false",
+            )
+        if self.pp > 1:
+            raise ConfigError(
+                f"parallel.reduce_each_micro_batch=true with parallel.pp={self.pp}",
+                "no pipeline, whose schedule reduces the gradients of a stage when it has worked on all micro-batches",
+                "parallel.reduce_each_micro_batch=false",
             )
 
     def _check_stages(self) -> None:

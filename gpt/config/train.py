@@ -89,8 +89,12 @@ class LoggingConfig:
 
 
 class Precision(Enum):
-    """Precision of the computation: ``bf16`` is bfloat16 over fp32 master weights, ``fp32`` is fp32 throughout."""
+    """Precision of the computation: ``bf16`` is bfloat16 over fp32 master weights, ``fp32`` is fp32 throughout.
 
+    ``auto`` is bf16 on GPUs that compute in it, fp32 elsewhere.
+    """
+
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -105,10 +109,16 @@ class Device(Enum):
 
 CompileMode = Enum(
     "CompileMode",
-    {"none": "none", "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"},
+    {
+        "auto": "auto",
+        "none": "none",
+        "default": "default",
+        "reduce-overhead": "reduce-overhead",
+        "max-autotune": "max-autotune",
+    },
 )
-"""Compilation: ``none``, or a mode of ``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs),
-``max-autotune`` (also tries kernels out; takes minutes)."""
+"""Compilation: ``auto`` is ``default`` on GPUs and ``none`` on CPUs; ``none``, or a mode of ``torch.compile``:
+``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also tries kernels out; takes minutes)."""
 
 
 class Recompute(Enum):
@@ -123,6 +133,11 @@ class Recompute(Enum):
     full = "full"
 
 
+LOSS_CHUNK = 2**23
+"""Logits of which the loss has fp32 copies at a time: 32 MiB, enough to keep a GPU busy, and less than the cache of one
+(an H100's L2 has 50 MB), so that passes over a chunk need not reach its memory."""
+
+
 @dataclass
 class TrainConfig(RunConfig):
     """Config of one training run, whatever starts it."""
@@ -134,15 +149,18 @@ class TrainConfig(RunConfig):
     model must be the same. Without effect once the run has a checkpoint of its own."""
     seed: int = 1337
     device: Device = Device.auto
-    precision: Precision = Precision.fp32
-    compile: CompileMode = CompileMode["none"]
-    """Compile every block with torch.compile; needs a C++ compiler on CPUs. Changes the last bits of the loss."""
+    precision: Precision = Precision.auto
+    compile: CompileMode = CompileMode["auto"]
+    """Compile every block and the loss with torch.compile; needs a C++ compiler on CPUs. Changes the last bits."""
     compile_dynamic: bool = False
     """Compile for any batch size at once: slower kernels, one compilation less where an evaluation ends in a part."""
     recompute: Recompute = Recompute.none
     """Less memory for activations, for up to a third more computing. Does not change the loss."""
     deterministic: bool = False
     """Refuse operations whose result depends on scheduling (torch.use_deterministic_algorithms); costs time on GPUs."""
+    gc_interval: int = 50
+    """Steps between collections of Python's garbage collector, on all ranks in the same step. Left to itself it runs at
+    any time, on each rank in another step, and all wait for it. 0 leaves it to itself."""
     profile: bool = False
     """Write a trace of some steps of rank 0, and a table of where their time went, into the folder of the attempt."""
     profile_from: int = 5
@@ -158,6 +176,11 @@ class TrainConfig(RunConfig):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
+    def compiles(self) -> bool:
+        """True where something is compiled; False also where ``compile=auto`` is still to be settled."""
+        return self.compile.name not in ("none", "auto")
+
+    @property
     def data_cache(self) -> Path:
         """Folder of the prepared corpora, with the default resolved."""
         return Path(self.data.cache_dir or Path(self.output_dir) / ".cache").expanduser().absolute()
@@ -169,6 +192,7 @@ class TrainConfig(RunConfig):
         for part in (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
             part.validate()
         require_range("seed", self.seed, 0, 2**63 - 1)
+        require_range("gc_interval", self.gc_interval, 0, float("inf"))
         require_positive("profile_from", self.profile_from)
         if self.profile and not self.profile_from <= self.profile_to <= self.optim.max_steps:
             last = self.optim.max_steps

@@ -10,6 +10,8 @@ Shapes: B sequences of a batch, T tokens of a sequence.
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Literal
 
@@ -20,6 +22,7 @@ import torch
 from gpt.data.corpus import num_windows
 from gpt.data.formats.prepared import TOKEN_BYTES, Tokens, TokenSource
 from gpt.data.formats.prepared import Split as SplitFiles
+from gpt.data.formats.token_file import Segment
 from gpt.data.order import max_samples, sample_position, sample_source
 from gpt.topology.batch import Batch
 from launch.errors import ConfigError
@@ -44,37 +47,76 @@ def train_indices(step: int, rank: int, batch: Batch) -> Indices:
 class Windows:
     """The samples of one split of one source: windows of T tokens that do not overlap and lie in one file each.
 
-    Tokens at the end of a file that fill no window are not used.
+    Tokens at the end of a file that fill no window are not used. A file is opened when a window of it is read first: a
+    corpus may have thousands, and every rank would open them all.
 
     Raises:
-        ConfigError: a file is missing or cut short on this machine.
+        ConfigError: the first file is missing or cut short on this machine.
     """
 
     def __init__(self, split: SplitFiles, block_size: int) -> None:
         self.block_size = block_size
-        self._tokens = []
-        for segment in split.segments:
-            if not segment.is_whole():
-                raise ConfigError(
-                    f"{segment.path} is missing or cut short on this machine",
-                    f"{segment.file_bytes} bytes, visible from every node",
-                    "data.cache_dir=FOLDER on a filesystem that all nodes share",
-                )
-            dtype = np.dtype(segment.dtype).newbyteorder("<")
-            # Mapped, not read: the kernel keeps the pages in use, once for all ranks of a node.
-            self._tokens.append(
-                np.memmap(segment.path, dtype=dtype, mode="r", offset=segment.offset, shape=(segment.tokens,))
-            )
-        self._first = np.cumsum([0, *(num_windows(len(tokens), block_size) for tokens in self._tokens)])
+        self._segments = split.segments
+        self._files: dict[int, TokenFile] = {}
+        self._first = np.cumsum([0, *(num_windows(segment.tokens, block_size) for segment in split.segments)])
+        for segment in split.segments[:1]:  # a folder that this node does not see is refused at the start
+            refuse_cut_file(segment)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def read(self, position: int) -> Indices:
-        """Read the window at ``position``, (T + 1,) with the last target, int64."""
+        """Read the window at ``position``, (T + 1,) with the last target, int64.
+
+        Raises:
+            ConfigError: its file is missing or cut short on this machine.
+        """
+        file, start = self._find(position)
+        return np.asarray(file.tokens[start : start + self.block_size + 1], dtype=np.int64)
+
+    def announce(self, position: int) -> None:
+        """Have the kernel read the window at ``position`` from the disk, without waiting for it."""
+        file, start = self._find(position)
+        file.announce(start, self.block_size + 1)
+
+    def _find(self, position: int) -> tuple[TokenFile, int]:
+        """Return the file of a window, and the first of its tokens there."""
         number = int(np.searchsorted(self._first, position, side="right")) - 1
-        start = (position - int(self._first[number])) * self.block_size
-        return np.asarray(self._tokens[number][start : start + self.block_size + 1], dtype=np.int64)
+        if number not in self._files:
+            self._files[number] = TokenFile(self._segments[number])
+        return self._files[number], (position - int(self._first[number])) * self.block_size
+
+
+class TokenFile:
+    """A stretch of a token file, mapped and not read: the kernel keeps the pages in use, once for all ranks of a node.
+
+    Raises:
+        ConfigError: the file is missing or cut short on this machine.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        refuse_cut_file(segment)
+        dtype = np.dtype(segment.dtype).newbyteorder("<")
+        with segment.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.tokens = np.frombuffer(self._map, dtype, segment.tokens, segment.offset)
+        self._offset, self._width = segment.offset, dtype.itemsize
+
+    def announce(self, start: int, tokens: int) -> None:
+        """Have the kernel read these tokens from the disk, without waiting for it (MADV_WILLNEED)."""
+        first = self._offset + start * self._width
+        page = first - first % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, page, first + tokens * self._width - page)
+
+
+def refuse_cut_file(segment: Segment) -> None:
+    """Raise ConfigError where a file is missing or cut short on this machine."""
+    if not segment.is_whole():
+        raise ConfigError(
+            f"{segment.path} is missing or cut short on this machine",
+            f"{segment.file_bytes} bytes, visible from every node",
+            "data.cache_dir=FOLDER on a filesystem that all nodes share",
+        )
 
 
 class Samples:
@@ -90,7 +132,7 @@ class Samples:
         vocab_size: limit that all ids must be below; None checks nothing.
 
     Raises:
-        ConfigError: a file cannot be seen whole from this machine.
+        ConfigError: the first file of a split cannot be seen whole from this machine.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int, vocab_size: int | None = None) -> None:
@@ -112,8 +154,33 @@ class Samples:
         Training indices count on through the epochs; validation indices are below ``num_val``.
 
         Raises:
-            ConfigError: an id is not below ``vocab_size``.
+            ConfigError: an id is not below ``vocab_size``, or a file is missing or cut short on this machine.
         """
+        ids_BT1 = self.read(split, indices)
+        return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+
+    def read(self, split: Split, indices: Indices) -> torch.Tensor:
+        """Read the ids of samples, (B, T + 1) int64 on the CPU: tokens, and behind them the last target.
+
+        Raises:
+            ConfigError: as ``batch``.
+        """
+        windows = self._windows(split, indices)
+        ids = np.stack([source.read(position) for source, position in windows])
+        self._check_ids(ids)
+        return torch.from_numpy(ids)
+
+    def announce(self, indices: Indices) -> None:
+        """Have the kernel read these training samples from the disk, without waiting for it.
+
+        Raises:
+            ConfigError: a file is missing or cut short on this machine.
+        """
+        for source, position in self._windows("train", indices):
+            source.announce(position)
+
+    def _windows(self, split: Split, indices: Indices) -> Iterator[tuple[Windows, int]]:
+        """Yield for each sample the windows of its source, and its position among them."""
         if split == "train":
             source, position = self._train_positions(indices)
             windows = self._train
@@ -121,10 +188,7 @@ class Samples:
             assert indices.min() >= 0 and indices.max() < self.num_val, "validation repeats no sample"
             source, position = sample_source(indices, self._weights)
             windows = self._val
-        ids = np.stack([windows[s].read(p) for s, p in zip(source.tolist(), position.tolist(), strict=True)])
-        self._check_ids(ids)
-        ids_BT1 = torch.from_numpy(ids)
-        return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+        return zip((windows[number] for number in source.tolist()), position.tolist(), strict=True)
 
     def _train_positions(self, indices: Indices) -> tuple[Indices, Indices]:
         """Source of each sample and the position of its window there, both (B,)."""

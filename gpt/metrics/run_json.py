@@ -6,16 +6,14 @@ interrupted, and tools that compare runs read it the same way. Torch-free.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from gpt.checkpoint import folders
-from launch.runs.files import write_json
+from launch.runs.damage import read_mapping
+from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records
 
@@ -57,7 +55,7 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run": {"name": folder.path.parent.name, "point": folder.point, "path": str(folder.path)},
-        "config": yaml.safe_load(folder.config.read_text()) if folder.config.is_file() else None,
+        "config": read_mapping(folder.config) if folder.config.exists() else None,
         "startup": read_startup(folder),
         "steps": records,
         "evaluations": [select_evaluation(record) for record in records if "val_loss" in record],
@@ -69,9 +67,9 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
 def read_startup(folder: RunFolder) -> dict[str, Any] | None:
     """Read the environment that the newest attempt recorded at its start; None where none came so far."""
     for attempt in reversed(folder.attempts()):
-        if folder.environment(attempt).is_file():
-            value: dict[str, Any] = json.loads(folder.environment(attempt).read_bytes())
-            return value
+        known = read_json(folder.environment(attempt))
+        if known:
+            return known
     return None
 
 

@@ -6,8 +6,8 @@ made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from gpt.accounting.flops import recomputed_flops_per_token, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
@@ -17,6 +17,7 @@ from gpt.metrics.console import Console
 from gpt.metrics.environment import describe_rank
 from gpt.metrics.run_json import RunJson
 from gpt.metrics.steps_csv import StepsCsv
+from gpt.metrics.view import MetricWriter, Records, View
 from gpt.metrics.wandb import WeightsAndBiases
 from gpt.parallel.distributed import World
 from launch import worker
@@ -24,16 +25,6 @@ from launch.runs.compose import plain_config
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records
 from launch.runs.tensorboard import EventWriter
-
-
-class MetricWriter(Protocol):
-    """Destination of step records, such as a file or a service."""
-
-    def write(self, record: StepRecord) -> None:
-        """Write one record; records come in the order of their steps."""
-
-    def close(self) -> None:
-        """Finish after the last record."""
 
 
 class MetricWriters:
@@ -115,17 +106,19 @@ class MetricWriters:
 
 
 def open_writers(
-    folder: RunFolder, config: TrainConfig, step: int, done: Sequence[dict[str, Any]], layers: Sequence[str]
+    folder: RunFolder, config: TrainConfig, step: int, done: Records, layers: Sequence[str]
 ) -> list[MetricWriter]:
-    """Open the writers that ``config.logging`` asks for, for a run that goes on after ``step``."""
+    """Open the views that ``config.logging`` asks for, for a run that goes on after ``step``."""
     logging = config.logging
-    writers: list[MetricWriter] = [Console(config.optim.max_steps, logging.console_interval_s)]
+    views: dict[str, Callable[[int, Records], MetricWriter]] = {
+        "console": lambda step, done: Console(config.optim.max_steps, logging.console_interval_s)
+    }
     if logging.tensorboard:
-        writers.append(EventWriter(folder.tensorboard, purge_step=step + 1 if step else None))
+        views["tensorboard"] = lambda step, done: EventWriter(folder.tensorboard, purge_step=step + 1 if step else None)
     if logging.csv:
-        writers.append(StepsCsv(folder.steps_csv, layers, done))
+        views["steps.csv"] = lambda step, done: StepsCsv(folder.steps_csv, layers, done)
     if logging.json:
-        writers.append(RunJson(folder))
+        views["run.json"] = lambda step, done: RunJson(folder)
     if logging.wandb:
-        writers.append(WeightsAndBiases(folder, logging.wandb_project, plain_config(config)))
-    return writers
+        views["wandb"] = lambda step, done: WeightsAndBiases(folder, logging.wandb_project, plain_config(config))
+    return [View(folder, name, opens, step, done) for name, opens in views.items()]

@@ -20,6 +20,7 @@ from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.config import TrainConfig
 from gpt.model.loss import cross_entropy, summed_loss
 from gpt.model.moe import set_auxiliary_scale
+from gpt.parallel.compile import compile_loss
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import build_optimizer, clip_gradients
 from gpt.topology.batch import Batch
@@ -90,6 +91,8 @@ class TorchEngine:
         self.module, self.trained = module, trained
         self.config, self.world, self.dims, self.batch = config, world, dims, batch
         self._sync_context, self._reduce_gradients = sync_context, reduce_gradients
+        if self.criterion is cross_entropy:
+            self.criterion = compile_loss(config)
         self.optimizer = build_optimizer(trained, config.optim)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
         # Tensor-parallel ranks route the same tokens and their gradients are summed; each context-parallel rank has the

@@ -1,4 +1,4 @@
-"""Activation checkpointing (recomputation) and torch.compile, block by block.
+"""Activation checkpointing (recomputation) and torch.compile, block by block, and of the loss.
 
 Applied to the model from outside, before it is parallelized: both replace ``forward`` of each block, so parameters keep
 their names, and hooks of FSDP or DDP stay outside of it. Must not know engines or ranks.
@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gpt.config import Recompute, TrainConfig
 from gpt.model.gpt import GPT
+from gpt.model.loss import cross_entropy
 
 aten = torch.ops.aten
 MATRIX_PRODUCTS = frozenset(
@@ -55,10 +57,22 @@ def recompute_block(block: nn.Module, config: TrainConfig) -> None:
 
 def compile_block(block: nn.Module, config: TrainConfig) -> None:
     """Compile a block as ``config.compile`` says."""
-    if config.compile.name != "none":
+    if config.compiles:
         # Shapes are fixed: by default torch would switch to slower dynamic kernels after the first evaluation.
         mode = None if config.compile.name == "default" else config.compile.name
         replace_forward(block, torch.compile(block.forward, mode=mode, dynamic=config.compile_dynamic))
+
+
+def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the summed cross-entropy of a run: compiled to one kernel for each pass where the blocks are compiled."""
+    if not config.compiles:
+        return cross_entropy
+    return torch.compile(plain_cross_entropy, dynamic=config.compile_dynamic)
+
+
+def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Compute what ``cross_entropy`` computes as torch writes it, whose fp32 copies a compiler fuses away."""
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.parallel.base import TorchEngine
 from gpt.parallel.distributed import World, build_mesh
-from gpt.parallel.dtensor import set_tensor
+from gpt.parallel.dtensor import all_gather_rows, set_tensor
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
@@ -99,13 +99,11 @@ class Zero1Engine(DDPEngine):
             if whole.grad is not None:
                 part.grad = shard_rows(whole.grad, self._mesh)
 
-    @torch.no_grad()
     def _all_gather_parameters(self, *_: Any) -> None:
-        """All-gather every parameter from its shards."""
-        for whole, part in self._pairs:
-            assert isinstance(part, DTensor)
-            whole.copy_(part.full_tensor())
-            part.grad = None
+        """All-gather the parameters, of which each rank has stepped its shard in place."""
+        all_gather_rows([whole.detach() for whole, _ in self._pairs], self._mesh.get_group())
+        for pair in self._pairs:
+            pair[1].grad = None
 
 
 def shard_rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:

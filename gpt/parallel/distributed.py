@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from gpt.checkpoint import messages
 from gpt.config import Device
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
+from launch.worker import STORE_PREFIX
 
 
 def build_mesh(dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
@@ -116,47 +118,42 @@ class World:
         dist.all_reduce(values, group=group)
         return values
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Combine flags by logical or over all ranks; on the control group, so no device is waited for."""
-        told = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
-        return [bool(flag) for flag in told.tolist()]
-
     def gather(self, value: T) -> list[T]:
-        """All-gather a value: the values of all ranks, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        """All-gather a value that ``gpt.checkpoint.messages`` can send: the values of all ranks, on every rank."""
+        return messages.all_gather(value, self.control)
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0 only; every rank gets its result, or raises where it failed.
+
+        Args:
+            action: what it returns is sent, as ``gpt.checkpoint.messages`` can.
 
         Raises:
             ConfigError: rank 0 raised it; raised on every rank.
             FirstRankError: rank 0 raised something else; raised on the other ranks, so that none waits for it.
         """
-        outcome: list[Any] = [None]
-        failure: Exception | None = None
+        message = b""
+        failure: BaseException | None = None
         if self.is_first:
             try:
-                outcome = [action()]
-            except Exception as error:
+                message = messages.encode((action(), None, None))
+            except BaseException as error:  # torch's CheckpointException is none of Exception, nor is SystemExit
                 failure = error
-                # Not every exception can be pickled; a refusal can, and is the same on all ranks.
-                outcome = [error if isinstance(error, ConfigError) else FirstRankError(explain_failure(error))]
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+                refusal = error if isinstance(error, ConfigError) else None
+                message = messages.encode((None, refusal, explain_failure(error)))
+        result, refusal, explanation = messages.decode(messages.broadcast(message, self.control))
         if failure is not None:
             raise failure
-        if isinstance(outcome[0], ConfigError | FirstRankError):
-            raise outcome[0]
-        return cast(T, outcome[0])
+        if explanation is not None:
+            raise refusal or FirstRankError(explanation)
+        return cast(T, result)
 
 
 class FirstRankError(RuntimeError):
     """Failure of rank 0 in a step that it does for all ranks, as the others raise it."""
 
 
-def explain_failure(error: Exception) -> str:
+def explain_failure(error: BaseException) -> str:
     """Say on the other ranks why rank 0 failed. ``rank 0 failed`` marks it as an echo of the failure of rank 0."""
     return f"rank 0 failed: {type(error).__name__}: {error}"
 
@@ -206,6 +203,21 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
     return torch.device("cuda", local_rank)
 
 
+def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
+    """Choose the store in which the ranks find each other; None leaves it to torch and its environment variables.
+
+    Under an agent the keys have a prefix that nobody else can tell: the store itself answers whoever reaches its port.
+    """
+    if size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    prefix = os.environ.get(STORE_PREFIX)
+    if prefix is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(prefix, store)
+
+
 @contextmanager
 def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
     """Join the other ranks for the length of a ``with`` block.
@@ -220,8 +232,7 @@ def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    alone = dist.HashStore() if size == 1 and "MASTER_ADDR" not in os.environ else None
-    dist.init_process_group(backend, store=alone, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=choose_store(size, timeout), rank=rank, world_size=size, timeout=timeout)
     # Groups do not inherit the timeout of the first one.
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield World(rank, size, local_rank, local_size, node, device, control)

@@ -27,7 +27,7 @@ from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts, find_mixtures, invert_order
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import local_tensor
-from gpt.parallel.fsdp import fsdp_shard_module
+from gpt.parallel.fsdp import fsdp_shard_modules
 from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import shard_dimension
 
@@ -57,9 +57,11 @@ def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: 
     FSDP2 all-gathers parameters when their module is called. Inside a block that would be in the middle of what is
     recomputed or compiled, where torch 2.13 refuses it; so the experts' module is called around the whole block.
     """
+    last = [*model.blocks][-1:]
     for block in model.blocks:
         for mixture in find_mixtures(block):
-            fsdp_shard_module(mixture.experts, mesh, config, shard_dimension(config.model, dims))
+            reshard = config.parallel.reshard_after_forward and block not in last
+            fsdp_shard_modules([mixture.experts], mesh, config, reshard, shard_dimension(config.model, dims))
             replace_forward(mixture.experts, block.forward)
             replace_forward(block, partial(call_module, mixture.experts))
 
@@ -129,7 +131,9 @@ def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_pla
     sent_PH = ends_E.long().diff(prepend=ends_E.new_zeros(1).long()).view(ranks, held)
     received_PH = all_to_all(sent_PH, [1] * ranks, [1] * ranks, group)
     sent, received = torch.stack([sent_PH.sum(1), received_PH.sum(1)]).tolist()
-    expert_S = torch.arange(held, device=device).repeat(ranks).repeat_interleave(received_PH.flatten())
+    expert_PH = torch.arange(held, device=device).repeat(ranks)
+    # The size is known here; without it the device would be waited for a second time.
+    expert_S = expert_PH.repeat_interleave(received_PH.flatten(), output_size=sum(received))
     ends_H = received_PH.sum(0).cumsum(0).to(torch.int32)
     return DispatchPlan(sent, received, expert_S.argsort(stable=True), ends_H)
 

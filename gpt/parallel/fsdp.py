@@ -6,34 +6,74 @@ With several replicas (HSDP), each one is sharded, and gradients are averaged be
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from gpt.config import Precision, TrainConfig
+from gpt.model.gpt import GPT
 
 
-def apply_fsdp(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: TrainConfig) -> None:
-    """Shard every parameter of ``model`` over ``mesh``; each of the ``blocks`` is all-gathered by itself."""
+def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
+    """Shard every parameter of ``model``, or a pipeline stage of one, over ``mesh``, in groups that are all-gathered
+    together.
+
+    After torchtitan (torchtitan/distributed/fsdp.py): the embedding, each block, and norm with output matrix. The last
+    block, norm and output matrix stay gathered between forward and backward pass, which begins with them; the embedding
+    needs no weight there. A tied matrix is used at both ends, so it stays gathered in between, in the group of the
+    model, which holds what is in no other.
+    """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    for module in (*blocks, model):
-        fsdp_shard_module(module, mesh, config)
+    reshard = config.parallel.reshard_after_forward
+    blocks = list(model.blocks)
+    tied = model.config.tie_embeddings
+    if not tied and hasattr(model, "token_embedding"):
+        entry = [module for module in (model.token_embedding, model.position) if module is not None]
+        fsdp_shard_modules(entry, mesh, config, reshard)
+        entry[0].set_unshard_in_backward(False)  # type: ignore[operator]
+    for block in blocks:
+        fsdp_shard_modules([block], mesh, config, reshard and block is not blocks[-1])
+    if not tied and hasattr(model, "head"):
+        fsdp_shard_modules([model.norm, model.head], mesh, config, reshard=False)
+    fsdp_shard_modules([model], mesh, config, reshard=False)
 
 
-def fsdp_shard_module(module: nn.Module, mesh: DeviceMesh, config: TrainConfig, dimension: int = 0) -> None:
-    """Shard the parameters of ``module`` that are not sharded yet along a dimension; they are all-gathered together."""
+def fsdp_shard_modules(
+    modules: Sequence[nn.Module], mesh: DeviceMesh, config: TrainConfig, reshard: bool, dimension: int = 0
+) -> None:
+    """Shard the parameters of modules that are not sharded yet along a dimension; they are all-gathered together.
+
+    Args:
+        modules: called one after another in a forward pass.
+        mesh: the ranks to shard over.
+        config: of the run.
+        reshard: free them after the forward pass, and all-gather them again for the backward pass.
+        dimension: along which to shard.
+    """
     bf16 = config.precision is Precision.bf16
     # Only copies from pinned memory overlap with computing on the GPU.
     host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     fully_shard(
-        module,
+        list(modules) if len(modules) > 1 else modules[0],
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
         offload_policy=host if config.parallel.cpu_offload else OffloadPolicy(),
-        reshard_after_forward=config.parallel.reshard_after_forward,
+        reshard_after_forward=reshard,
         shard_placement_fn=lambda _: Shard(dimension),
     )
+
+
+def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
+    """Have each of the groups of sharded modules, in the order of the forward pass, all-gather the one after it.
+
+    FSDP2 leaves that to the host, which runs ahead of the device; a host that waits inside a block does not.
+    """
+    for here, following in pairwise(groups):
+        assert isinstance(here[0], FSDPModule)
+        here[0].set_modules_to_forward_prefetch([module for module in following if isinstance(module, FSDPModule)])

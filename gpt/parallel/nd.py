@@ -16,12 +16,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
+from gpt.model.moe import find_mixtures
 from gpt.parallel.base import TorchEngine
 from gpt.parallel.context import SequenceShard, shard_sequences
 from gpt.parallel.distributed import World, build_mesh, expert_mesh, replica_mesh, shard_mesh
 from gpt.parallel.dtensor import all_reduce_in_buckets, clip_sharded_gradients, inverse_replicas, local_tensor
 from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, parallelize_experts
-from gpt.parallel.fsdp import apply_fsdp
+from gpt.parallel.fsdp import apply_fsdp, prefetch_forward
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients
 from gpt.parallel.vocab import vocabulary_loss
 from gpt.topology.batch import Batch
@@ -59,7 +60,9 @@ class NDEngine(TorchEngine):
                     fsdp_shard_experts(part, expert_fsdp_mesh, config, dims)
             fsdp_mesh = shard_mesh(self.mesh, world, timeout_s)
             for part in parts:
-                apply_fsdp(part, list(part.blocks), fsdp_mesh, config)
+                apply_fsdp(part, fsdp_mesh, config)
+                if dims.ep > 1:  # the dispatch of rows waits for the device
+                    prefetch_forward([[block, *(m.experts for m in find_mixtures(block))] for block in part.blocks])
         else:
             # Replicas all-reduce their gradients after the last micro-batch, without DistributedDataParallel: that
             # wants every parameter on one kind of mesh, and a pipeline schedule would end it for one stage while
@@ -105,7 +108,9 @@ class NDEngine(TorchEngine):
 
     def _sync_last(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
+            each = self.config.parallel.reduce_each_micro_batch
+            self.module.set_requires_gradient_sync(last or each)
+            self.module.set_requires_all_reduce(last)  # between replicas once, whatever a replica does inside
         return nullcontext()
 
     def clip(self, limit: float) -> Tensor:

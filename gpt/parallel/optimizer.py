@@ -63,19 +63,28 @@ def sum_of_squares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     Args:
         parts: shards, each with 1 over the number of its replicas. At least one.
     """
+    return torch.stack(shared_squares(parts)).sum()
+
+
+def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
+    """Return the sum of squares of each shard, times 1 over the number of its replicas; each () float64."""
     # float64 on the device: the squares of a whole model do not fit the digits of a float32.
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
-    return (norms.square() * share_tensor(parts)).sum()
+    return times(norms.square(), [share for _, share in parts])
 
 
 def sum_of_elements(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Return this rank's part of the sum of the elements of sharded gradients, () float64."""
-    return (torch.stack([part.sum() for part, _ in parts]).double() * share_tensor(parts)).sum()
+    sums = torch.stack([part.sum() for part, _ in parts]).double()
+    return torch.stack(times(sums, [share for _, share in parts])).sum()
 
 
-def share_tensor(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Return the inverse replica counts, (pairs,) float64, on the device of the shards."""
-    return torch.tensor([share for _, share in parts], dtype=torch.float64, device=parts[0][0].device)
+def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
+    """Multiply each of N values on a device by a number of the host; each product is ().
+
+    As arguments of the kernel: a tensor of the factors would be copied to the device, and the host would wait for it.
+    """
+    return tuple(torch._foreach_mul(values_N.unbind(), list(factors)))
 
 
 def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from gpt.model.loss import exponentials, write_softmax
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import distribute, local_tensor, reduce_partial
 
@@ -64,41 +66,53 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
     tokens = max(0, min(columns, vocab_size - first))
 
     def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        logits_NV = logits_BTV.float().flatten(0, 1)
-        if tokens < logits_NV.size(-1):
-            padding_V = torch.arange(logits_NV.size(-1), device=logits_NV.device) >= tokens
-            logits_NV = logits_NV.masked_fill(padding_V, -torch.inf)
-        summed_loss: Tensor = CrossEntropy.apply(logits_NV, targets_BT.flatten(), first, mesh.get_group())
+        logits_NV, targets_N = logits_BTV.flatten(0, 1), targets_BT.flatten()
+        summed_loss: Tensor = ShardedCrossEntropy.apply(logits_NV, targets_N, first, tokens, mesh.get_group())
         return summed_loss
 
     return loss
 
 
-class CrossEntropy(torch.autograd.Function):
+class ShardedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy, which all-reduces three numbers for each token instead of gathering the logits.
 
     torch's ``loss_parallel`` reduces four, is a process-wide context, and has to be open around the backward pass too,
-    which under a pipeline is called from elsewhere.
+    which under a pipeline is called from elsewhere. As in ``gpt.model.loss``, no fp32 logits are kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
-        """Return the loss, (), on every rank. ``first``: the token of this rank's first column."""
-        peak_N = logits_NV.amax(-1)
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, first: int, tokens: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        """Return the loss, (), on every rank, whose columns are ``tokens`` tokens from ``first`` on, then padding."""
+        here_N = (targets_N >= first) & (targets_N < first + tokens)
+        column_N = (targets_N - first).masked_fill(~here_N, 0)
+        if tokens:
+            own_peak_N, sum_N, distance_N = exponentials(logits_NV[:, :tokens], column_N)
+        else:  # padding alone
+            sum_N, distance_N = torch.zeros(2, len(logits_NV), device=logits_NV.device)
+            own_peak_N = torch.full_like(sum_N, -torch.inf)
+        peak_N = own_peak_N.clone()
         dist.all_reduce(peak_N, dist.ReduceOp.MAX, group=group)
-        shifted_NV = logits_NV - peak_N.unsqueeze(-1)
-        here_N = (targets_N >= first) & (targets_N < first + logits_NV.size(-1))
-        column_N1 = (targets_N - first).masked_fill(~here_N, 0).unsqueeze(-1)
-        target_N = shifted_NV.gather(-1, column_N1).squeeze(-1).masked_fill(~here_N, 0)
-        weight_NV = shifted_NV.exp_()
-        sums_2N = torch.stack((weight_NV.sum(-1), target_N))
+        further_N = own_peak_N - peak_N
+        sums_2N = torch.stack((sum_N * further_N.exp(), (distance_N + further_N).masked_fill(~here_N, 0)))
         dist.all_reduce(sums_2N, group=group)
-        total_N, target_N = sums_2N.unbind()
-        ctx.save_for_backward(weight_NV.div_(total_N.unsqueeze(-1)), here_N, column_N1)
-        return (total_N.log() - target_N).sum()
+        rest_N, target_N = sums_2N[0].log(), sums_2N[1]
+        ctx.tokens = tokens
+        ctx.save_for_backward(logits_NV, column_N, here_N, peak_N, rest_N, target_N)
+        return (rest_N - target_N).sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax_NV, here_N, column_N1 = ctx.saved_tensors
-        ones_N1 = here_N.unsqueeze(-1).type_as(softmax_NV)
-        return softmax_NV.scatter_add(-1, column_N1, -ones_N1).mul_(gradients[0]), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits_NV, column_N, here_N, peak_N, rest_N, target_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        grad_NV[:, ctx.tokens :] = 0
+        if ctx.tokens:
+            own = slice(None), slice(ctx.tokens)
+            write_softmax(grad_NV[own], logits_NV[own], peak_N, rest_N - gradient.log())
+            column_N1 = column_N.unsqueeze(-1)
+            of_target_N1 = (((target_N - rest_N).exp() - 1) * gradient).unsqueeze(-1).type_as(grad_NV)
+            kept_N1 = grad_NV.gather(-1, column_N1)
+            grad_NV.scatter_(-1, column_N1, torch.where(here_N.unsqueeze(-1), of_target_N1, kept_N1))
+        return grad_NV, None, None, None, None

@@ -69,19 +69,22 @@ def fsdp_s(
     """Return the exposed seconds per step of FSDP (arXiv 2304.11277, section 3).
 
     Parameters are all-gathered for every forward pass, and again for the backward pass where they were resharded;
-    gradients are reduce-scattered in the last backward pass, and all-reduced between replicas. The first all-gather of
-    a pass and the last reduce-scatter overlap with nothing.
+    gradients are reduce-scattered in the last backward pass, or in each, and in the last one all-reduced between
+    replicas. The first all-gather of a pass and the last reduce-scatter overlap with nothing.
     """
     width = BF16 if config.precision is Precision.bf16 else FP32
     rings, replicas = list(shard_groups(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
     ring = rings[0][1]
     gathers = sum(ring.all_gather(width * count) for count, ring in rings)
-    sums = sum(ring.all_gather(FP32 * count) for count, ring in rings) + replicas.all_reduce(FP32 * shards.stored())
+    scatters = sum(ring.all_gather(FP32 * count) for count, ring in rings)
+    sums = scatters + replicas.all_reduce(FP32 * shards.stored())
     block = elements(shards.block)
     first, last = ring.all_gather(width * (elements(shards.around) + block)), ring.all_gather(FP32 * block)
     again = gathers if config.parallel.reshard_after_forward else 0.0
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(0.0, again - BACKWARD * compute_s)
+    if config.parallel.reduce_each_micro_batch:
+        backward = max(last, again + scatters - BACKWARD * compute_s)
     closing = max(last, again + sums - BACKWARD * compute_s)
     return batch.accumulation * forward + (batch.accumulation - 1) * backward + closing
 
@@ -153,7 +156,7 @@ def hidden_width(config: TrainConfig) -> int:
 
 
 def num_forwards(config: TrainConfig) -> int:
-    """Count the forward passes of a block for one micro-batch: two where it is recomputed."""
+    """Number of forwards of a block for each micro-batch: two with recomputation."""
     return 1 if config.recompute is Recompute.none else 2
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.accounting.hardware import GIGA, TERA, find, memory_bytes, peak_flops
+from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
+from gpt.accounting.units import GIB
 from gpt.config import Precision
+from launch.errors import ConfigError
 
 ATTAINABLE = 0.5
 """Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
@@ -115,6 +117,33 @@ def gpus(name: str, precision: Precision, ranks_per_node: int, overrides: Machin
     room = None if overrides.host_memory is None else int(ROOM * overrides.host_memory)
     host = Host(PCIE_GB_PER_S * GIGA, HOST_GB_PER_S * GIGA / ranks_per_node, room)
     return Machine(name, peak * overrides.attainable, int(ROOM * memory), ranks_per_node, *rates, host)
+
+
+def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
+    """Return the whole name of the GPUs that are called ``name``, and have ``memory_gib`` where that is said.
+
+    A name that is in no table is returned as it is where the memory is said, since then what fits is known.
+
+    Raises:
+        ConfigError: without ``memory_gib`` the device is unknown, or comes with more than one memory.
+    """
+    meant = [] if name is None else expand(name)
+    if memory_gib is not None and meant:
+        return min(meant, key=lambda known: abs((memory_bytes(known) or 0) - memory_gib * GIB))
+    if name is None or memory_gib is not None or len(meant) == 1:
+        return meant[0] if meant else name
+    if meant:
+        sized = [f"cluster.gpu_name={name}-{(memory_bytes(known) or 0) / GIGA:.0f}GB" for known in meant]
+        raise ConfigError(
+            f"cluster.gpu_name={name}, which is one of {', '.join(meant)}",
+            "a name with the memory, by which a run that does not fit is refused",
+            ", or ".join(sized),
+        )
+    raise ConfigError(
+        f"cluster.gpu_name={name}, which is not known",
+        f"one of {', '.join(KNOWN)}, or a short name such as H100 or A100-80GB",
+        "cluster.gpu_memory_gib=N, the memory of one GPU, beside that name",
+    )
 
 
 def cpus(memory: int, ranks_per_node: int, overrides: MachineOverrides) -> Machine:

@@ -45,7 +45,7 @@ def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
             "a mixture of experts, whose experts can be sharded",
             "parallel.ep=1, or model=moe_200m",
         )
-    if config.recompute is Recompute.selective and config.compile.name != "none":
+    if config.recompute is Recompute.selective and config.compiles:
         raise ConfigError(
             f"parallel.ep={ep} with recompute=selective and compile={config.compile.name}",
             "one of the two, or recompute=full: selective recomputation does not see into compiled code",

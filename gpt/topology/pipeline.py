@@ -86,7 +86,7 @@ def check_split_backward(config: TrainConfig) -> None:
     """Refuse what does not go with a split backward pass, whose halves read saved activations at different times."""
     schedule = config.parallel.schedule.name
     text, why = "", ""
-    if config.compile.name != "none":
+    if config.compiles:
         text, why = (
             f"compile={config.compile.name}",
             "compile=none: compiled code has one backward pass, not two halves",

@@ -7,7 +7,9 @@ login node, and the ranks again before there is a run folder.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 
 from gpt.config import (
     CpMethod,
@@ -40,6 +42,27 @@ def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
     for check in (check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed):
         check(config, dims)
     return dims
+
+
+def require_deepspeed(config: TrainConfig) -> None:
+    """Raise ConfigError where a run on this machine needs DeepSpeed and this Python does not have it. Imports nothing.
+
+    Not for a login node: the nodes may have what it lacks.
+    """
+    if config.parallel.strategy is Strategy.deepspeed and not is_importable("deepspeed"):
+        raise ConfigError(
+            f"parallel.strategy=deepspeed, and no package deepspeed in {sys.executable}",
+            "DeepSpeed, which all but the strategies of that name does without",
+            "pip install -c constraints.txt deepspeed, or parallel=fsdp",
+        )
+
+
+def is_importable(package: str) -> bool:
+    """Tell whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
@@ -77,7 +100,7 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
             "no dropout: the noise of each block of keys would have to be drawn again in the backward pass",
             "parallel.cp_method=allgather, or model.dropout=0",
         )
-    if config.compile.name != "none" and config.recompute is Recompute.selective:
+    if config.compiles and config.recompute is Recompute.selective:
         raise ConfigError(
             f"parallel.cp={cp} with recompute=selective and compile={config.compile.name}",
             "one of the two, or recompute=full: selective recomputation does not see into compiled code",

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import torch
 
-from gpt.config import TrainConfig
+from gpt.config import CompileMode, TrainConfig
 from launch.process import hash_seed
 
 CUBLAS = ":4096:8"
@@ -50,7 +50,7 @@ def set_determinism(config: TrainConfig) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    if config.compile.name != "none":
+    if config.compiles or (config.compile is CompileMode["auto"] and torch.cuda.device_count()):
         from torch._inductor import config as inductor  # slow to import
 
         inductor.fallback_random = True

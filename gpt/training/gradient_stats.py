@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt.config import ModelConfig
 from gpt.model.gpt import GPT
-from gpt.parallel.optimizer import sum_of_elements, sum_of_squares
+from gpt.parallel.optimizer import shared_squares, sum_of_elements
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class Gradients:
         Args:
             parts: name, part of the gradient that this rank holds, one over the number of ranks that hold the same.
         """
-        layers: dict[str, list[tuple[Tensor, float]]] = {name: [] for name in self.names}
-        for name, part, share in parts:
-            layers[layer_of(name)].append((part, share))
-        nothing = torch.zeros((), dtype=torch.float64, device=self._device)
-        squares = [sum_of_squares(held) if held else nothing for held in layers.values()]
-        elements = sum_of_elements([pair for held in layers.values() for pair in held])
-        return torch.stack([value.to(self._device) for value in (*squares, elements)])
+        named = list(parts)
+        held = [(part, share) for _, part, share in named]
+        layers: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for (name, *_), squares in zip(named, shared_squares(held), strict=True):
+            layers[layer_of(name)].append(squares)
+        nothing = torch.zeros((), dtype=torch.float64, device=held[0][0].device)
+        sums = [torch.stack(squares).sum() if squares else nothing for squares in layers.values()]
+        return torch.stack([*sums, sum_of_elements(held)]).to(self._device)
 
     def figures(self, sums: list[float]) -> GradientFigures:
         """Compute the statistics from the sums of all ranks."""

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
-from gpt.config import TrainConfig
+from gpt.config import ParallelConfig, Precision, TrainConfig
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
 from gpt.data.corpus import check_fit, describe
 from gpt.parallel.distributed import World
 from gpt.planning.auto import ParallelChoice, choose_parallelism
+from gpt.planning.execution import choose_precision
 from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
 from gpt.topology.batch import split_batch
-from gpt.topology.rules import check_parallel_dims
-from launch.errors import ConfigError
+from gpt.topology.rules import check_parallel_dims, require_deepspeed
+from gpt.training.execution import has_bf16
+from launch.errors import CommandParser, ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
 from launch.runs.identity import choose_folder, refuse_other_run
+from launch.runs.proposals import with_checked_fix
 
 
 def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:
@@ -35,6 +39,16 @@ def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunF
         lines = [*table([choice.as_dict() for choice in choice.best]), *choice.left_out]
         print("\n".join([f"parallel.strategy=auto: {choice.why}", *(f"  {line}" for line in lines)]), flush=True)
     return choice
+
+
+def precision_on_device(config: TrainConfig, folder: RunFolder, world: World) -> Precision:
+    """Choose the precision for the device of this rank where the config leaves it open."""
+    on_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else None
+    chosen = choose_precision(config, folder, not on_gpu, name)
+    if chosen is not Precision.auto:
+        return chosen
+    return Precision.bf16 if has_bf16(world.device) else Precision.fp32
 
 
 def machine_of(config: TrainConfig, world: World) -> Machine:
@@ -68,45 +82,81 @@ class Request:
     overrides: Sequence[str] = ()
 
 
-def parse_request(argv: Sequence[str]) -> Request:
-    """Read ``--run FOLDER``, or overrides of ``configs/train.yaml``."""
-    parser = argparse.ArgumentParser(prog="python -m gpt.train", description="Train a GPT, or go on with a run.")
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line, without composing a config.
+
+    Raises:
+        ConfigError: an unknown option.
+        SystemExit: ``--help`` was printed.
+    """
+    parser = CommandParser(prog="python -m gpt.train", description="Train a GPT, or go on with a run.")
     parser.add_argument(
         "--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
-    words = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def parse_request(words: argparse.Namespace) -> Request:
+    """Read the config of ``--run FOLDER``, or compose that of the overrides.
+
+    Raises:
+        ConfigError: the config cannot work.
+    """
     if words.run:
         folder = RunFolder(Path(words.run).absolute())
         return Request(compose.read_config(folder, TrainConfig), folder)
     composed = compose_train(words.overrides)
     config = compose.to_schema(composed, TrainConfig)
-    config.validate()
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise with_checked_fix(error, words.overrides, validate_overrides) from error
     return Request(config, None, composed, words.overrides)
+
+
+def validate_overrides(overrides: Sequence[str]) -> TrainConfig:
+    """Return the config of overrides; ConfigError where it cannot work, whatever the number of ranks."""
+    config = compose.to_schema(compose_train(overrides), TrainConfig)
+    config.validate()
+    return config
 
 
 def agree_on_folder(request: Request, world: World) -> RunFolder:
     """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
 
-    def choose() -> tuple[RunFolder, ParallelChoice]:
+    def choose() -> tuple[Path, ParallelConfig, int, Precision]:
         assert request.composed is not None
         folder = choose_folder(request.config, request.overrides, NOT_IN_POINT)
-        choice = choose_on_device(request.config, request.overrides, folder, world)
-        config = choice.apply(request.config)
-        refuse_what_cannot_run(config, world.size)
-        refuse_other_run(folder, config, TrainConfig, RESUMABLE)
+        refuse_other_run(folder, request.config, TrainConfig, RESUMABLE)
+        config = replace(request.config, precision=precision_on_device(request.config, folder, world))
+        choice = choose_on_device(config, request.overrides, folder, world)
+        config = choice.apply(config)
+        try:
+            refuse_what_cannot_run(config, world.size)
+        except ConfigError as error:
+            check = partial(check_overrides, world_size=world.size)
+            raise with_checked_fix(error, request.overrides, check) from error
         settle_parallel(request.composed, vars(choice.parallel), choice.micro_batch)
+        request.composed.precision = config.precision
         compose.write_config(folder, request.composed, request.overrides)
-        return folder, choice
+        return folder.path, choice.parallel, choice.micro_batch, config.precision
 
     if request.folder is not None:
         return request.folder
-    folder, choice = world.on_first(choose)
-    request.config.parallel, request.config.optim.max_micro_batch = choice.parallel, choice.micro_batch
-    return folder
+    config = request.config
+    path, config.parallel, config.optim.max_micro_batch, config.precision = world.on_first(choose)
+    return RunFolder(path)
+
+
+def check_overrides(overrides: Sequence[str], world_size: int) -> None:
+    """Raise ConfigError where a run with these overrides cannot work on ``world_size`` ranks."""
+    refuse_what_cannot_run(validate_overrides(overrides), world_size)
 
 
 def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together."""
+    """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together, or a
+    library is missing."""
+    require_deepspeed(config)
     split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
     check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)

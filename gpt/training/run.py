@@ -20,6 +20,7 @@ from gpt.config import AttentionBackend, Precision, Strategy, TrainConfig
 from gpt.data.corpus import check_fit, describe, describe_tokens, prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples
+from gpt.data.prefetch import BatchPrefetcher
 from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.startup_summary import render_summary
 from gpt.model.attention import find_flash_obstacle
@@ -51,6 +52,8 @@ class Run:
     engine: Engine
     tokens: Tokens
     samples: Samples
+    batches: BatchPrefetcher
+    """The training batches of this rank, read ahead."""
     store: CheckpointStore
     worker: worker.Run
     initialised_from: dict[str, Any] | None = None
@@ -157,7 +160,7 @@ def set_up(run: Run) -> dict[str, Any]:
 
 
 def check_flash(config: TrainConfig, world: World) -> str | None:
-    """Why attention=flash will not use the flash kernel on some rank, or None where it will or is not asked for.
+    """Reason for which attention=flash will not use the flash kernel on some rank; None where it will, or is not asked.
 
     Collective, so that all ranks end the same way.
 

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.config import Ffn, OptimConfig
-from gpt.data.loader import train_indices
+from gpt.config import Ffn, OptimConfig, Precision, TrainConfig
 from gpt.metrics.environment import memory_gib
 from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
@@ -49,18 +48,38 @@ class AsyncMetrics:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """Requests to a run from outside, between two steps."""
+
+    stop: bool = False
+    save: bool = False
+
+    def __or__(self, other: Requests) -> Requests:
+        return Requests(self.stop or other.stop, self.save or other.save)
+
+    def __bool__(self) -> bool:
+        return self.stop or self.save
+
+
+@dataclass(frozen=True)
 class QueuedStep:
     """A step that the device works on, or has finished."""
 
     record: StepRecord
     """Fields that are known without waiting; ``finish`` fills in the rest."""
+    requests: Requests
+    """Requests to this rank. All ranks were asked the same where an agent sees to that; else ``requests_of_all``
+    tells what was asked of any."""
     gradients: Gradients | None
     """Where this step measures them."""
     figures: AsyncMetrics
     tokens: int
     """Tokens of the global batch."""
+    with_requests: bool
+    """True where the figures tell of the requests as well, summed over the ranks."""
     with_experts: bool
     """True where the last figure is the experts' imbalance."""
+    config: TrainConfig
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
         """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
@@ -69,35 +88,59 @@ class QueuedStep:
             FloatingPointError: loss or gradient norm is not a number, so the weights are none either.
         """
         (grad_norm, loss_sum, *sums), ended = self.figures.read()
+        sums = sums[2:] if self.with_requests else sums
         record = self.record
         if self.with_experts:
             record.expert_imbalance = sums.pop()
         record.loss, record.grad_norm, record.step_time_s = loss_sum / self.tokens, grad_norm, ended - since
         record.time = time.time()
         if not (math.isfinite(record.loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"the loss of step {record.step} is {record.loss}, with gradient norm {grad_norm} and lr {record.lr}"
-            )
+            raise FloatingPointError(divergence_text(record, self.config))
         if self.gradients is not None:
             found = self.gradients.figures(sums)
             record.grad_mean, record.grad_std = found.mean, found.std
             record.layer_grad_norms = found.layer_norms
         return record, ended
 
+    def requests_of_all(self) -> Requests:
+        """Wait for the step; what was asked of any rank before it ended."""
+        if not self.with_requests:
+            return self.requests
+        (_, _, stop, save, *_), _ = self.figures.read()
+        return Requests(stop > 0, save > 0)
+
+
+def divergence_text(record: StepRecord, config: TrainConfig) -> str:
+    """Say which step has diverged, what to change, and how to begin from the last checkpoint, whose numbers are sound.
+
+    None of the keys may change between the attempts of one run, so each of them means a new folder.
+    """
+    optim = config.optim
+    clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
+    exact = "precision=fp32, or " if config.precision is Precision.bf16 else ""
+    return (
+        f"found: the loss of step {record.step} is {record.loss}, with gradient norm {record.grad_norm} and "
+        f"lr {record.lr:g}\n"
+        "expected: finite numbers; the weights of this step are worthless, and are not saved\n"
+        f"type next: optim.lr={optim.lr / 3:.2g} optim.min_lr={optim.min_lr / 3:.2g}, or {clip}, or {exact}a longer "
+        "optim.warmup_steps, with fresh=true; init_from=RUN_FOLDER then begins with the weights of its last checkpoint"
+    )
+
 
 def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedStep:
     """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given."""
-    config, world, batch, engine = run.config, run.world, run.batch, run.engine
+    config, world, engine = run.config, run.world, run.engine
     step = run.step + 1
     lr = lr_at(config.optim, step)
-    indices = train_indices(step, run.dims.data_rank(world.rank), batch)
-    waited = time.perf_counter()
-    tokens_BT, targets_BT = run.samples.batch("train", indices)
-    waited = time.perf_counter() - waited
+    data = run.batches.take(step)
     reset_counts(engine.module)
-    loss_sum = engine.backward(tokens_BT, targets_BT, lambda: run.worker.phase(phase, step - 1))
+    loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
     measured = [] if gradients is None else [gradients.sums(engine.gradients())]
-    sums = torch.cat([loss_sum[None], *measured])
+    requests = Requests(run.worker.stop_requested(), run.worker.save_requested())
+    run.worker.phase(phase, step - 1)  # being asked looked like training, which is allowed less silence than a start
+    # Under torchrun alone nobody but the ranks can agree. As fills, since a tensor of the host would be waited for.
+    told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
+    sums = torch.cat([loss_sum[None], *told, *measured])
     grad_norm = engine.update(lr)
     imbalance = balance_experts(engine, world) if config.model.ffn is Ffn.moe else None
     run.step = step
@@ -109,13 +152,14 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
         lr=lr,
         grad_norm=math.nan,
         tokens=tokens * (world.rank + 1) // world.size - tokens * world.rank // world.size,
-        samples=(int(indices[0]), int(indices[-1])),
+        samples=(data.first, data.last),
         step_time_s=math.nan,
-        data_wait_s=waited,
+        data_wait_s=data.waited_s,
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     figures = [grad_norm.double()[None], world.all_reduce(sums), *([] if imbalance is None else [imbalance[None]])]
-    return QueuedStep(record, gradients, AsyncMetrics(torch.cat(figures)), tokens, imbalance is not None)
+    numbers = AsyncMetrics(torch.cat(figures))
+    return QueuedStep(record, requests, gradients, numbers, tokens, bool(told), imbalance is not None, config)
 
 
 def balance_experts(engine: Engine, world: World) -> Tensor:

@@ -46,7 +46,7 @@ class PerPointLauncher(Launcher):
 
 
 def done(overrides: Sequence[str]) -> JobReturn:
-    """What Hydra's sweeper wants back of a point that finished."""
+    """Result of a point that finished, as Hydra's sweeper wants it."""
     result = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
     result.return_value = None
     return result

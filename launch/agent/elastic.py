@@ -1,9 +1,9 @@
 """Torch elastic behind one door: the agent that starts and watches the ranks of a node, and all that it is handed.
 
-Owns the use of elastic's private parts, ``_monitor_workers`` and ``_pcontext``: elastic has no public way to ask
-something between two polls, or to signal the ranks. A test compares them with the installed version. Every round is a
-fresh rendezvous among nodes that the agent group has agreed on: elastic's own, shared by several starts, was seen to
-close with a dead node as a member. Must not know what a run is.
+Owns the use of elastic's private parts, ``_monitor_workers``, ``_pcontext`` and the handler of a process: elastic has
+no public way to ask something between two polls, to signal the ranks, or to be given processes. A test compares them
+with the installed version. Every round is a fresh rendezvous among nodes that the agent group has agreed on: elastic's
+own, shared by several starts, was seen to close with a dead node as a member. Must not know what a run is.
 """
 
 from __future__ import annotations
@@ -12,23 +12,32 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from subprocess import Popen
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing import api as elastic_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from launch.agent.fork_server import ForkedProcess
 from launch.agent.heartbeat import POLL_S
 from launch.agent.rendezvous import RendezvousRound
+from launch.agent.signed_store import SignedStore, derive
 from launch.workload import RankContract
 
-LEFT = "left"
-"""Key in the store of a start: how many nodes have seen all their ranks leave in order."""
+HERE = "here"
+"""Key in the store of a start: how many nodes are about to start their ranks."""
+VERDICT = "verdict"
+"""Key in it: what holds for all of them, ``GO`` or ``LEAVE``; the first to write it decides."""
+GO, LEAVE = "go", "leave"
 LAST_MESSAGES_S = 3.0
 """Time that ranks have after the first failure, to tell theirs."""
 
@@ -36,18 +45,54 @@ LAST_MESSAGES_S = 3.0
 class FixedRendezvous(RendezvousHandler):
     """Elastic's rendezvous for agents that have agreed already on who takes part and where."""
 
-    def __init__(self, rdzv: RendezvousRound, index: int, timeout_s: float) -> None:
+    def __init__(
+        self, rdzv: RendezvousRound, index: int, timeout_s: float, token: str, is_leaving: Callable[[], bool]
+    ) -> None:
         self._round = rdzv
+        self._token = token
+        self._timeout_s = timeout_s
+        self._is_leaving = is_leaving
         self._place = rdzv.members.index(index)
         self._store = dist.TCPStore(
             rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Return the place of this node among the members, and the store for the ranks."""
+        """Return the place of this node among the members, and the store for the ranks.
+
+        Raises:
+            InterruptedError: a node was told to leave before all had come here.
+            torch.distributed.DistStoreError: a node did not come.
+        """
+        self._meet()
         where = RendezvousStoreInfo(self._round.address, self._round.port)
-        store = dist.PrefixStore("agents", self._store)
+        store = dist.PrefixStore(derive(self._token, "elastic"), self._store)
         return RendezvousInfo(store, self._place, len(self._round.members), where)
+
+    def departures(self) -> Departures:
+        """Return the count of nodes whose ranks have left this round."""
+        return Departures(SignedStore(self._store, self._token, "departures"), self._place, len(self._round.members))
+
+    def _meet(self) -> None:
+        """Wait for the other nodes where a signal is heard: elastic's own waits, in C++, last as long as the timeout.
+
+        One verdict for all: a node that left while another went on would leave that one waiting.
+        """
+        store = dist.PrefixStore(derive(self._token, "rendezvous"), self._store)
+        deadline = time.monotonic() + self._timeout_s
+        count = store.add(HERE, 1)
+        while not store.check([VERDICT]):
+            if count >= len(self._round.members):
+                store.compare_set(VERDICT, "", GO)
+            elif self._is_leaving():
+                store.compare_set(VERDICT, "", LEAVE)
+            elif time.monotonic() > deadline:
+                raise dist.DistStoreError(f"{count} of {len(self._round.members)} nodes came in {self._timeout_s:g} s")
+            else:
+                time.sleep(POLL_S)
+            count = store.add(HERE, 0)
+        if store.get(VERDICT).decode() == LEAVE:
+            raise InterruptedError("told to leave before the ranks had started")
 
     @property
     def use_agent_store(self) -> bool:
@@ -78,6 +123,25 @@ class FixedRendezvous(RendezvousHandler):
         return True
 
 
+class Departures:
+    """The nodes of a round all of whose ranks have left in order, told in the round's store by signed messages."""
+
+    def __init__(self, store: SignedStore, place: int, count: int) -> None:
+        self._store = store
+        self._place = place
+        self._keys = [f"left/{index}" for index in range(count)]
+
+    def leave(self) -> None:
+        """Tell that the ranks of this node have left."""
+        self._store.set(self._keys[self._place], "left")
+
+    def is_complete(self) -> bool:
+        """Tell whether those of all nodes have. One node looks for all, and tells the others."""
+        if self._place == 0 and None not in self._store.read(self._keys):
+            self._store.set("left/all", "left")
+        return self._store.read(["left/all"]) == ["left"]
+
+
 class OneLogEach(LogsSpecs):
     """The ranks write their logs themselves (see ``worker_command``); elastic only needs a place for error files."""
 
@@ -86,9 +150,11 @@ class OneLogEach(LogsSpecs):
         self._errors = errors
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Redirect nothing."""
+        """Redirect nothing, and tell each rank where its failure is looked for (torch's @record, gpt.train)."""
         nowhere = dict.fromkeys(envs, "")
         files = {rank: f"{self._errors}/{rank}.json" for rank in envs}
+        for rank, path in files.items():
+            envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
         return LogsDest(stdouts=nowhere, stderrs=nowhere, error_files=files)
 
     @property
@@ -107,9 +173,24 @@ class RankAgent(LocalElasticAgent):
         on_poll: Callable[[RankAgent], None],
         contract: RankContract,
         grace_s: float,
+        departures: Departures,
+        fork: Callable[[Mapping[str, str]], ForkedProcess | None],
     ) -> None:
+        """Start nothing yet.
+
+        Args:
+            spec: program of a rank, and how many there are.
+            logs: where elastic may write.
+            on_poll: called at every poll.
+            contract: by which exit status ranks ask for the queue.
+            grace_s: how long ranks that do so wait for the others.
+            departures: tells whether the ranks of all nodes have left.
+            fork: gives the process of a rank with this environment; None where the program is to be executed.
+        """
         super().__init__(spec, logs)
+        self._departures = departures
         self._on_poll = on_poll
+        self._fork = fork
         self._requeue_exit = contract.requeue_exit
         self._grace_s = grace_s
         self._first_exit: float | None = None
@@ -119,6 +200,20 @@ class RankAgent(LocalElasticAgent):
         """True where nothing is to be waited for any more: another node has failed, or is lost."""
         self.asks_for_requeue = False
         """True where ranks have left with the exit status that means: saved, put me back into the queue."""
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """Start the ranks, by forks where there are some: elastic makes their handlers by a function of its module."""
+        fork, original = self._fork, elastic_processes.get_subprocess_handler
+
+        class Handler(SubprocessHandler):
+            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Popen[bytes] | ForkedProcess:  # type: ignore[override]
+                return fork(env) or super()._popen(args, env)
+
+        elastic_processes.get_subprocess_handler = Handler  # type: ignore[assignment]
+        try:
+            return super()._start_workers(worker_group)
+        finally:
+            elastic_processes.get_subprocess_handler = original
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._on_poll(self)
@@ -138,11 +233,9 @@ class RankAgent(LocalElasticAgent):
         Elastic's own barrier gives up after five minutes, also where ranks of another node have failed or work on, and
         says nothing: the run then counted as finished.
         """
-        store, members = self._store, self._worker_group.group_world_size
-        assert store is not None
         with contextlib.suppress(dist.DistError):  # the head node knows how it ended, and has closed its store
-            store.add(LEFT, 1)
-            while not self.is_given_up and store.add(LEFT, 0) < members:
+            self._departures.leave()
+            while not self.is_given_up and not self._departures.is_complete():
                 self._on_poll(self)
                 time.sleep(POLL_S)
 

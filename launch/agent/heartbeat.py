@@ -17,14 +17,15 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from launch.agent.clock import RunningClock
 from launch.agent.node import Node, address_towards
+from launch.agent.signed_store import SignedStore, new_token, open_store
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 
 INTERVAL_S = 0.5
 QUICK_S = 0.02
 """Between two exchanges while ranks wait for an agreement."""
-PAUSED_S = 5.0
 LEADER_STATE = "leader_state"
 Message = dict[str, Any]
 
@@ -41,12 +42,15 @@ class RendezvousEndpoint:
     store: dist.TCPStore
     address: str
     """Address of this node, as the others reach it."""
+    token: str
+    """Secret of this start of the job, by which its agents know each other's messages."""
 
 
 def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
     """Open the store on the head node and find it from the others, through the endpoint file in the run folder.
 
-    The head node takes a free port and tells it, so no port is fixed and none can be taken meanwhile.
+    The head node takes a free port of its address and tells it, so no port is fixed and none can be taken meanwhile.
+    The file also holds the job's token, and only its owner can read it.
 
     Args:
         timeout_s: how long to wait for the head node's endpoint file.
@@ -57,16 +61,13 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
     """
     timeout = timedelta(seconds=answer_s)
     if not node.is_head:
-        told = wait_for_endpoint(folder, node, timeout_s, lambda endpoint: "port" in endpoint)
+        told = wait_for_endpoint(folder, node, timeout_s, lambda endpoint: "token" in endpoint)
         store = dist.TCPStore(told["address"], told["port"], is_master=False, wait_for_workers=False, timeout=timeout)
-        return RendezvousEndpoint(store, address_towards(told["address"]))
-    address = node.own_address()
-    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-    for index in range(node.count):
-        store.set(heartbeat_key(index), "{}")
-    store.set(LEADER_STATE, "{}")
-    write_endpoint(folder, node, address=address, port=store.port)
-    return RendezvousEndpoint(store, address)
+        return RendezvousEndpoint(store, address_towards(told["address"]), told["token"])
+    address, token = node.own_address(), new_token()
+    store = open_store(address, timeout)
+    write_endpoint(folder, node, address=address, port=store.port, token=token)
+    return RendezvousEndpoint(store, address, token)
 
 
 class Conversation(Protocol):
@@ -83,7 +84,7 @@ class Conversation(Protocol):
 class Heartbeat:
     """One agent's heartbeat, and those it hears. Everything that is read here is what the thread heard last."""
 
-    def __init__(self, index: int, count: int, store: dist.TCPStore) -> None:
+    def __init__(self, index: int, count: int, store: SignedStore) -> None:
         self._index = index
         self._others = range(1, count) if index == 0 else range(1)
         self._store = store
@@ -94,9 +95,11 @@ class Heartbeat:
         self.heard: dict[int, Message] = {}
         """Last messages of the others: on the head node of every agent, elsewhere the leader state as 0."""
         self._when: dict[int, float] = {}
-        self._asked = time.monotonic()
+        self._clock = RunningClock()
         self.hung_up = False
         """True where the head node's store is gone."""
+        self.hung_up_because = ""
+        """Message of the store's client then."""
         self._wake = threading.Event()
         self._sent = threading.Condition()
         self._rounds = 0
@@ -126,53 +129,53 @@ class Heartbeat:
             return self._sent.wait_for(lambda: self._rounds >= goal or self.hung_up, timeout_s) and not self.hung_up
 
     def silence(self, index: int) -> float | None:
-        """Seconds since node ``index`` was last heard; None where it never was.
-
-        After a pause of this process itself (``scontrol suspend`` stops all alike) the count begins anew.
-        """
-        now = time.monotonic()
-        if now - self._asked > PAUSED_S:
-            self._when = dict.fromkeys(self._when, now)
-        self._asked = now
+        """Seconds since node ``index`` was last heard, without those in which this process was stopped; None: never."""
         when = self._when.get(index)
-        return None if when is None else now - when
+        return None if when is None else self._clock.now() - when
 
     def close(self) -> None:
         """Say no more."""
         self._over = True
         self._wake.set()
         self._thread.join(timeout=2 * INTERVAL_S)
+        self._clock.close()
 
     def _talk(self) -> None:
         try:
             while not self._over:
                 conversation = self.conversation
                 message, leader_state = conversation.turn(self.heard) if conversation is not None else ({}, {})
-                self._exchange(self._store, message, leader_state)
+                self._exchange(message, leader_state)
                 with self._sent:
                     self._rounds += 1
                     self._sent.notify_all()
                 is_urgent = conversation is not None and conversation.is_under_way
                 self._wake.wait(QUICK_S if is_urgent else INTERVAL_S)
                 self._wake.clear()
-        except RuntimeError:  # dist.DistError is one
+        except RuntimeError as error:  # dist.DistError is one
+            self.hung_up_because = str(error).partition("\n")[0]
             self.hung_up = True
             with self._sent:
                 self._sent.notify_all()
 
-    def _exchange(self, store: dist.TCPStore, message: Message, leader_state: Message) -> None:
+    @property
+    def foreign(self) -> str:
+        """Key of a message that was passed over, since no agent of this job wrote it; empty where there was none."""
+        return self._store.foreign
+
+    def _exchange(self, message: Message, leader_state: Message) -> None:
+        store = self._store
         store.set(heartbeat_key(self._index), json.dumps({**self._mine, **message, "beat": self._rounds}))
+        keys = [LEADER_STATE]
         if self._index == 0:
             store.set(LEADER_STATE, json.dumps({**self._leader_state, **leader_state, "beat": self._rounds}))
             keys = [heartbeat_key(index) for index in self._others]
-            answers = store.multi_get(keys) if keys else []
-        else:
-            answers = [store.get(LEADER_STATE)]
-        for index, answer in zip(self._others, answers, strict=True):
-            said = json.loads(answer)
-            if said and said.get("beat") != self.heard.get(index, {}).get("beat"):
-                self._when[index] = time.monotonic()
-            if said:
+            store.open_keys(keys)
+        for index, answer in zip(self._others, store.read(keys), strict=True):
+            said = json.loads(answer) if answer else {}
+            last = self.heard.get(index, {}).get("beat", -1)
+            if said and said["beat"] > last:  # a stranger can put an earlier one back, which is signed, too
+                self._when[index] = self._clock.now()
                 self.heard[index] = said
 
 
@@ -185,8 +188,8 @@ def endpoint_file(folder: RunFolder, node: Node) -> Path:
 
 
 def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> None:
-    """On the head node: add to the endpoint file."""
-    write_json(endpoint_file(folder, node), {**(read_endpoint(folder, node) or {}), **fields})
+    """On the head node: add to the endpoint file. It holds the job's token, so nobody else may read it."""
+    write_json(endpoint_file(folder, node), {**(read_endpoint(folder, node) or {}), **fields}, mode=0o600)
 
 
 def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any] | None:

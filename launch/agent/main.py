@@ -8,7 +8,6 @@ torch: the login node submits ``run`` by name.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -32,12 +31,16 @@ from launch.agent.restart_policy import Action, Cause, RunFailedError
 from launch.agent.stop import StopRequest
 from launch.config import Config
 from launch.config.compose import read_point
-from launch.errors import refusing
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.code_copy import refuse_other_code
-from launch.process import lasting_imports
+from launch.process import lasting_imports, set_default_threads
+from launch.runs.events import is_finished
+from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
+from launch.runs.unwritten import keep_unwritten
 
 if TYPE_CHECKING:
+    from launch.agent.fork_server import ForkServer
     from launch.agent.rendezvous import AgentGroup
 
 TOKEN = "LAUNCH_TOKEN"
@@ -48,32 +51,43 @@ def run(run_dir: str) -> None:
 
     Raises:
         RunFailedError: the run failed and does not start again.
+        ConfigError: it cannot start here, as where its folder has no room for another attempt.
     """
+    deny_others_writing()
     refuse_other_code()
     stop = StopRequest()
     stop.install()
     folder = RunFolder(run_dir)
+    if is_finished(folder.read_events()):  # a batch script that was submitted again, or a spare that comes late
+        print(f"finished already, and not started again: {run_dir} (fresh=true runs it in a new folder)", flush=True)
+        return
+    keep_unwritten()
     config = read_point(folder)
     node = Node.from_env(os.environ.get(TOKEN))
+    set_default_threads()  # before the libraries are loaded that ranks are forked with
     with lasting_imports():
         from launch.agent import rendezvous
-        from launch.agent import workers as ranks  # noqa: F401  # all agents alike, before they meet
+        from launch.agent import workers as ranks  # all agents alike, before they meet
 
     stop.interruptible = True
     failure: str | None = None
     try:
-        with Meter(folder, node, config) as meter, rendezvous.join(folder, node, config) as group:
+        with (
+            ranks.fork_server(folder, config) as server,
+            Meter(folder, node, config) as meter,
+            rendezvous.join(folder, node, config) as group,
+        ):
             try:
                 if node.is_head:
                     refuse_without_budget(meter)
                     close_lost_attempts(folder, node, config)
-                take_part(folder, node, config, group, stop, meter)
+                take_part(folder, node, config, group, stop, meter, server)
             except rendezvous.NodesMissingError as error:
                 handle_missing_nodes(folder, node, config, group, str(error))
             except rendezvous.HeadNodeLostError as error:
                 stop.interruptible = False
                 take_over_as_leader(folder, node, config, str(error))
-            except RunFailedError as error:
+            except (RunFailedError, ConfigError) as error:
                 failure = str(error)
                 raise
             finally:
@@ -82,11 +96,14 @@ def run(run_dir: str) -> None:
                     group.end(failure)
     except InterruptedError as error:
         handle_early_stop(folder, node, config, str(error))
+    finally:
+        os.umask(0o077)  # what follows is submitit's pickle of the result
 
 
 def take_part(
-    folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter
-) -> None:
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter,
+    server: ForkServer | None,
+) -> None:  # fmt: skip
     """Start the ranks again and again, as the head node decides; a spare waits for its turn."""
     from launch.agent import workers as ranks
 
@@ -100,8 +117,8 @@ def take_part(
             return
         if node.index not in rdzv.members:
             continue
-        problem = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter)
-        stop.interruptible = False
+        stop.interruptible = False  # the nodes leave together from here on
+        problem = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter, server)
         ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
             if handle_attempt_end(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
@@ -113,7 +130,7 @@ def take_part(
 @refusing
 def main() -> int:
     """Run the agent of this node. Exit status 1 where the run failed, 2 where there is no run."""
-    parser = argparse.ArgumentParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
+    parser = CommandParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
     try:
         run(str(Path(parser.parse_args().run_dir).absolute()))

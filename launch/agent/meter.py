@@ -6,11 +6,13 @@ an agent is killed silently. Runs on the head node alone. The arithmetic is ``la
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from types import TracebackType
 from typing import Any
 
+from launch.agent import processes
 from launch.agent.node import Node
 from launch.config import Config
 from launch.plan.budget import (
@@ -24,7 +26,9 @@ from launch.plan.budget import (
     used,
 )
 from launch.plan.preflight import measure
+from launch.plan.submission import is_recorded, record_found
 from launch.runs.folder import RunFolder
+from launch.runs.unwritten import write_unwritten
 from launch.scheduler import client as scheduler
 
 BUDGET = "budget"
@@ -41,12 +45,16 @@ class Meter:
         self._node = node
         self._config = config
         self._polled = 0.0
-        self._together = command_folders(folder)
+        self._together = command_folders(folder) if caps(config.budget) else [folder]
 
     def __enter__(self) -> Meter:
         if self._node.index == 0:
             self._settle()
-            self._folder.record_event("agent_started", **self._allocation())
+            self._enter_submission()
+            # By its number and start time the batch script knows the agent's process.
+            pid = os.getpid()
+            process = {"pid": pid, "pid_started": processes.start_time(pid)}
+            self._folder.record_event("agent_started", **self._allocation(), **process)
             self._give_heartbeat()
         return self
 
@@ -102,6 +110,11 @@ class Meter:
             ended_at = min(seen, time.time())
             self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
+    def _enter_submission(self) -> None:
+        """Enter the job into the event log where its launcher died before it could, or is slower than this agent."""
+        if self._node.is_slurm and not is_recorded(self._folder.read_events(), self._node.slurm_names):
+            record_found(self._folder, self._node.slurm_job, self._node.count, by="agent")
+
     def _allocation(self) -> dict[str, Any]:
         """Describe the allocation: nodes, GPUs, price, and since when it is paid for."""
         config, node = self._config, self._node
@@ -123,7 +136,9 @@ class Meter:
         return {**where, "allocated_at": begun, "limit_s": limit_s}
 
     def _give_heartbeat(self) -> None:
+        write_unwritten()
         file = heartbeat_file(self._folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        os.utime(file, (time.time(),) * 2)  # by this node's clock, as the event log is, and not by the file server's
+        with contextlib.suppress(OSError):  # a full disk; without heartbeats an allocation is reckoned by its events
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            os.utime(file, (time.time(),) * 2)  # by this node's clock, as the event log is, not by the file server's

@@ -31,6 +31,11 @@ class Node:
     """Names of the job's nodes, in order, as Slurm knows them; empty elsewhere."""
 
     @property
+    def slurm_names(self) -> tuple[str, ...]:
+        """Ids by which Slurm knows this job: an element of an array has a number of its own besides."""
+        return (self.slurm_job, self.job.split("-")[1]) if self.is_slurm else ()
+
+    @property
     def is_head(self) -> bool:
         """Tell whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
         return self.index == 0

@@ -1,7 +1,7 @@
 """Handling of the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
 Owns applying what ``launch.agent.restart_policy`` decides, on the head node, or on another one where that is lost.
-Must not know how ranks are started or watched. Torch-free.
+Must not know how ranks are started or watched, nor how the controller is asked. Torch-free.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
+from launch.agent.requeue import cause_of_stop, requeue, wait_for_controller
 from launch.agent.restart_policy import (
     LEAVES_THE_NODES,
     WANTED,
@@ -20,8 +21,9 @@ from launch.agent.restart_policy import (
     Cause,
     Decision,
     RunFailedError,
+    RunSettledError,
+    attempt_ends,
     cause_of_failure,
-    cause_of_signal,
     decide,
 )
 from launch.agent.stop import STOP_FILE, StopRequest
@@ -30,6 +32,7 @@ from launch.config.compose import workload_of
 from launch.runs.events import events_since_submission
 from launch.runs.failures import failure_text, first_failure
 from launch.runs.folder import RunFolder
+from launch.runs.records import recent_records
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ def handle_early_stop(folder: RunFolder, node: Node, config: Config, why: str) -
         folder.record_event("agent_stopped", node=node.index, cause=why)
         cause = cause_of_stop(folder, node, config, attempt=None)
         if cause in LEAVES_THE_NODES:
+            record_decision(folder, None, cause, Decision(Action.requeue, f"{cause} before the ranks had started"))
             requeue(folder, node, config, cause)
 
 
@@ -72,10 +76,30 @@ def close_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
     cause = Cause.preempted if told else Cause.node_failed
     saved = [e["step"] for e in events if e["event"] == "saved"]
     reason = f"killed before it could save; goes on from step {max(saved, default=0)}"
-    folder.record_event("attempt_ended", attempt=lost[-1], cause=cause, reason=reason)
+    before = [e["job"] for e in events if e["event"] == "agent_started" and e["job"] != node.job]
+    job = before[-1] if before else node.job
+    record_attempt_end(folder, job, lost[-1], cause, reason=reason)
     decision = decide_next(folder, config, cause)
     if decision.action is Action.stop:
+        record_decision(folder, lost[-1], cause, decision)
         raise RunFailedError(f"not started again: {decision.reason}")
+
+
+def record_attempt_end(folder: RunFolder, job: str, attempt: int | None, cause: Cause, **details: Any) -> None:
+    """Enter the end of an attempt, and the last step it made: None where it came to no step.
+
+    Args:
+        job: the start of the job that it belongs to.
+        attempt: None where the ranks had not started.
+    """
+    last = (recent_records(folder.metrics(0)) or [{}])[-1]
+    step = last["step"] if attempt is not None and last.get("attempt") == attempt else None
+    folder.record_event("attempt_ended", attempt=attempt, cause=cause, step=step, job=job, **details)
+
+
+def record_decision(folder: RunFolder, attempt: int | None, cause: Cause, decision: Decision) -> None:
+    """Enter what follows an attempt, and why."""
+    folder.record_event("decided", attempt=attempt, action=decision.action, cause=cause, reason=decision.reason)
 
 
 def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
@@ -113,6 +137,7 @@ def handle_attempt_end(
         RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
     """
     refuse_replaced(folder, node)
+    refuse_settled(folder, node, rdzv.attempt)
     failure = None
     cause = ended
     if ended is Cause.cancelled:
@@ -149,27 +174,47 @@ def cause_of_crash(
 
 def apply_decision(
     folder: RunFolder, node: Node, config: Config, attempt: int | None, cause: Cause, text: str, *,
-    signal: str | None = None, group: AgentGroup | None = None,
+    signal: str | None = None, group: AgentGroup | None = None, in_step: bool = True,
 ) -> Decision:  # fmt: skip
-    """Enter the end of an attempt, decide what follows, and do it. ``text`` says for people what went wrong.
+    """Enter the end of an attempt, decide what follows, and do it.
+
+    Args:
+        text: says for people what went wrong.
+        group: the agents, where they may start the ranks again in place.
+        in_step: False after the step has ended, where none can.
 
     Raises:
-        RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
+        RunFailedError: the run does not go on although it did not finish, and nobody asked for that; or another agent
+            has decided already.
     """
-    folder.record_event("attempt_ended", attempt=attempt, cause=cause, signal=signal)
+    refuse_settled(folder, node, attempt)
+    record_attempt_end(folder, node.job, attempt, cause, signal=signal, reason=None if in_step else text)
     events = events_since_submission(folder.read_events())
     decision = decide_next(folder, config, cause)
     if decision.action is Action.requeue and cause is Cause.requested and not node.is_slurm:
         decision = Decision(Action.restart, f"{decision.reason}; there is no queue here")
     if decision.action is Action.restart and (group is None or not group.can_go_on):
-        decision = Decision(Action.requeue, f"{decision.reason}; too few nodes are left to start again here")
-    folder.record_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
+        why = "too few nodes are left to start again here" if in_step else "its step has ended"
+        decision = Decision(Action.requeue, f"{decision.reason}; {why}")
+    record_decision(folder, attempt, cause, decision)
     if decision.action is Action.requeue:
-        exclude = set(unreliable_hosts(events)) | {e["host"] for e in events if e["event"] == "node_lost"}
-        requeue(folder, node, config, cause, sorted(exclude), text)
+        requeue(folder, node, config, cause, hosts_to_avoid(events), text)
     if decision.action is Action.stop and cause not in WANTED:
         raise RunFailedError(f"{text or f'the run was {cause}'}\nnot started again: {decision.reason}")
     return decision
+
+
+def refuse_settled(folder: RunFolder, node: Node, attempt: int | None) -> None:
+    """Raise RunSettledError where another agent, which took this one for lost, has entered the end of the attempt."""
+    for end in attempt_ends(events_since_submission(folder.read_events())):
+        if end.get("job") == node.job and end["attempt"] == attempt:
+            name = "this start of the job" if attempt is None else f"attempt {attempt}"
+            raise RunSettledError(f"another agent has entered the end of {name}, {end['cause']}, and decides")
+
+
+def hosts_to_avoid(events: Sequence[dict[str, Any]]) -> list[str]:
+    """Hosts that a requeued job must not come back to."""
+    return sorted({*unreliable_hosts(events), *(e["host"] for e in events if e["event"] == "node_lost")})
 
 
 def handle_missing_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
@@ -200,8 +245,11 @@ def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str)
     folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
     try:
         apply_decision(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
+    except RunSettledError:
+        raise
     except RunFailedError:
-        scheduler.cancel(node.slurm_job)  # nobody else would end what is left of the job
+        # Nobody else would end what is left of the job.
+        wait_for_controller(folder, lambda: scheduler.cancel(node.slurm_job))
         raise
 
 
@@ -218,58 +266,6 @@ def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> N
         folder.record_event("stopped", attempt=attempt, step=None, cause="ended before it could save", **asked)
     if stop.name == STOP_FILE:  # so that the next start does not obey it again
         (folder.path / STOP_FILE).unlink(missing_ok=True)
-
-
-def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
-    """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals."""
-    events = events_since_submission(folder.read_events())
-    by_hand = any(e["event"] == "cancelled" for e in events)
-    by_file = any(e["event"] == "stopped" and e.get("attempt") == attempt and e.get("file") for e in events)
-    if by_hand or by_file or not node.is_slurm:
-        return Cause.cancelled
-    return cause_of_signal(
-        scheduler.job_details(node.slurm_job), node.restarts, config.cluster.signal_delay_s, time.time()
-    )
-
-
-def requeue(
-    folder: RunFolder, node: Node, config: Config, cause: Cause, exclude: Sequence[str] = (), text: str = ""
-) -> None:
-    """Put this job, or this one element of its array, back into the queue, unless Slurm has done so already.
-
-    Args:
-        exclude: hosts it must not come back to.
-        text: what went wrong, for the error.
-    """
-    if not node.is_slurm or not config.resilience.requeue:
-        why = "there is no queue here" if not node.is_slurm else "resilience.requeue=false"
-        raise RunFailedError(f"{text or cause}\nnot started again: {cause}, and {why}")
-    if scheduler.job_details(node.slurm_job).restarts > node.restarts:
-        folder.record_event("requeued", job_id=node.slurm_job, by="slurm", cause=cause)
-    else:
-        # First the event log: Slurm may kill this process as soon as it has heard of the requeue.
-        folder.record_event("requeued", job_id=node.slurm_job, by="agent", cause=cause)
-        try:
-            scheduler.requeue(node.slurm_job)
-        except scheduler.SlurmError as error:
-            folder.record_event("requeue_failed", job_id=node.slurm_job, cause=str(error))
-            raise RunFailedError(f"{text or cause}\nSlurm did not requeue it: {error}") from error
-    if exclude:
-        keep_away(folder, node, config, exclude)
-
-
-def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str]) -> None:
-    """Have Slurm exclude hosts from the job that was just requeued, where it then still has nodes to run on."""
-    try:
-        left = scheduler.usable_nodes(node.slurm_job) - set(hosts)
-        if len(left) < config.nodes_asked:
-            why = f"only {len(left)} nodes of its partition would be left, and it needs {config.nodes_asked}"
-            folder.record_event("not_excluded", hosts=list(hosts), cause=why)
-            return
-        scheduler.exclude(node.slurm_job, hosts)
-        folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause="failed in this run")
-    except scheduler.SlurmError as error:
-        folder.record_event("not_excluded", hosts=list(hosts), cause=str(error))
 
 
 def record_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[LostNode]) -> None:

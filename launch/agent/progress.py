@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records, is_record, recent_records
+from launch.runs.unwritten import say
 
 if TYPE_CHECKING:
     from launch.runs.tensorboard import EventWriter
@@ -254,7 +255,11 @@ class _Curves:
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict) and is_record(record) and record["attempt"] == self._attempt:
-                    self._draw(record)
+                    try:
+                        self._draw(record)
+                    except OSError as error:  # a full disk: a new file is begun when there is room
+                        say(f"the curves of step {record['step']} are lost: {error}")
+                        self._writer = None
         return lines is not None
 
     def _draw(self, record: Mapping[str, Any]) -> None:
@@ -268,7 +273,8 @@ class _Curves:
     def close(self) -> None:
         """Write what is left."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 class _Lines:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
 from launch.agent.node import Node
 from launch.agent.restart_policy import RunFailedError
+from launch.agent.signed_store import SignedStore, open_store
 from launch.config import Config
+from launch.runs.damage import writing_into
 from launch.runs.folder import RunFolder
 
 SPARE_WAIT_S = 10.0
@@ -61,7 +63,9 @@ class NodesMissingError(RuntimeError):
 class AgentGroup:
     """The agents of one job, as the agent of this node sees them."""
 
-    def __init__(self, folder: RunFolder, node: Node, config: Config, heartbeat: Heartbeat, address: str) -> None:
+    def __init__(
+        self, folder: RunFolder, node: Node, config: Config, heartbeat: Heartbeat, address: str, token: str
+    ) -> None:
         self._folder = folder
         self._node = node
         self._needed = config.nodes
@@ -69,6 +73,9 @@ class AgentGroup:
         self.heartbeat = heartbeat
         self.address = address
         """Address of this node, as the others reach it."""
+        self.token = token
+        """Secret that the agents of this job share."""
+        self._foreign = ""
         self.lost: dict[int, LostNode] = {}
         """On the head node: those that take no more part in this job."""
         self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the round before
@@ -97,6 +104,7 @@ class AgentGroup:
 
     def has_failed(self, number: int) -> bool:
         """Tell whether ranks of another node have failed in round ``number``."""
+        self._record_foreign()
         if not self._node.is_head:
             return self._said(0, "failed") >= number
         failed = any(self._said(index, "failed") >= number for index in self.heartbeat.heard)
@@ -115,6 +123,14 @@ class AgentGroup:
                 time.sleep(POLL_S)
         self.heartbeat.close()
 
+    def _record_foreign(self) -> None:
+        """Enter into the event log, once, that somebody else writes into the agents' store."""
+        if self._foreign or not self.heartbeat.foreign:
+            return
+        self._foreign = self.heartbeat.foreign
+        cause = "a message in the agents' store that no agent of this job wrote was passed over"
+        self._folder.record_event("foreign_message", host=self._node.host, key=self._foreign, cause=cause)
+
     # On the head node.
 
     def end(self, failure: str | None = None) -> None:
@@ -125,7 +141,7 @@ class AgentGroup:
     def find_silent(self, rdzv: RendezvousRound) -> list[LostNode]:
         """Members of a round from which nothing was heard for ``resilience.node_timeout_s``; they are lost."""
         limit = self._limits.node_timeout_s
-        return [self._lose(i, s, limit) for i in rdzv.members if i and (s := self._silence(i)) > limit]
+        return [self._lose(i, self._silence_text(i)) for i in rdzv.members if i and self._silence(i) > limit]
 
     def find_reason(self, rdzv: RendezvousRound) -> list[LostNode]:
         """After a connection was lost: ask every other member for a heartbeat, and lose those that give none."""
@@ -135,7 +151,8 @@ class AgentGroup:
         while waiting and time.monotonic() < deadline:
             time.sleep(POLL_S)
             waiting = {i: beat for i, beat in waiting.items() if self._said(i, "beat") < beat + 2}
-        return [self._lose(index, self._silence(index), limit) for index in waiting]
+        asked = f"no answer in {limit:.0f} s after a connection between the ranks was lost"
+        return [self._lose(index, f"{asked}, {self._silence_text(index)}") for index in waiting]
 
     @property
     def can_go_on(self) -> bool:
@@ -148,9 +165,11 @@ class AgentGroup:
         order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
         members = tuple(sorted(order[: self._needed]))
         timeout = timedelta(seconds=self._limits.rendezvous_timeout_s)
-        store = dist.TCPStore(self.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = open_store(self.address, timeout)
         self._stores.append(store)
-        rdzv = RendezvousRound(number, self._folder.create_attempt(), members, self.address, store.port)
+        with writing_into(self._folder.path):
+            attempt = self._folder.create_attempt()
+        rdzv = RendezvousRound(number, attempt, members, self.address, store.port)
         self.heartbeat.publish(start=asdict(rdzv))
         if self._node.count > self._needed:
             hosts = {
@@ -170,11 +189,11 @@ class AgentGroup:
             if not absent or (len(ready) + 1 >= self._needed and waited > SPARE_WAIT_S):
                 return
             for index in absent:
-                silent = self._silence(index)
-                if silent > self._limits.node_timeout_s:
-                    self._lose(index, silent, self._limits.node_timeout_s)
+                came = self.heartbeat.silence(index) is not None
+                if self._silence(index) > self._limits.node_timeout_s:
+                    self._lose(index, self._silence_text(index))
                 elif waited > self._limits.rendezvous_timeout_s:
-                    self._lose(index, waited, self._limits.rendezvous_timeout_s)
+                    self._lose(index, f"{'not ready' if came else 'did not show up'} in {waited:.0f} s")
             time.sleep(POLL_S)
         raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._needed} are needed")
 
@@ -193,9 +212,10 @@ class AgentGroup:
             return self._node.host
         return str(self.heartbeat.heard.get(index, {}).get("host") or self._node.host_of(index))
 
-    def _lose(self, index: int, silent: float, limit: float) -> LostNode:
-        came = self.heartbeat.silence(index) is not None
-        why = f"nothing heard for {silent:.0f} s" if came else f"did not show up in {limit:.0f} s"
+    def _silence_text(self, index: int) -> str:
+        return f"nothing heard for {self._silence(index):.0f} s"
+
+    def _lose(self, index: int, why: str) -> LostNode:
         self.lost[index] = LostNode(index, self._host(index), why)
         return self.lost[index]
 
@@ -222,7 +242,10 @@ class AgentGroup:
 
     def _last_message(self) -> Message:
         """Return the endpoint file where it says that the head node left at the end of the run; else it is lost."""
-        why = "hung up" if self.heartbeat.hung_up else f"nothing heard for {self.heartbeat.silence(0) or 0:.0f} s"
+        why = self._silence_text(0)
+        if self.heartbeat.hung_up:
+            silent = f", {why}" if self._silence(0) >= 1 else ""
+            why = f"its connection ended ({self.heartbeat.hung_up_because}){silent}"
         deadline = time.monotonic() + OVER_S
         while time.monotonic() < deadline:
             told = read_endpoint(self._folder, self._node) or {}
@@ -247,8 +270,8 @@ def join(folder: RunFolder, node: Node, config: Config) -> Iterator[AgentGroup]:
     """
     limits = config.resilience
     endpoint = open_endpoint(folder, node, limits.rendezvous_timeout_s, limits.node_timeout_s)
-    heartbeat = Heartbeat(node.index, node.count, endpoint.store)
-    group = AgentGroup(folder, node, config, heartbeat, endpoint.address)
+    heartbeat = Heartbeat(node.index, node.count, SignedStore(endpoint.store, endpoint.token, "heartbeats"))
+    group = AgentGroup(folder, node, config, heartbeat, endpoint.address, endpoint.token)
     try:
         yield group
     finally:

@@ -30,12 +30,14 @@ class Cause(StrEnum):
     timed_out = "timed_out"
     node_failed = "node_failed"
     out_of_memory = "out_of_memory"
+    diverged = "diverged"
+    """A loss that is no finite number: the same data and weights give it again, unless a device has miscalculated."""
     crashed = "crashed"
     hung = "hung"
     requested = "requested"
     """By the ranks, which left with the exit status that means: saved, put me back into the queue."""
     refused = "refused"
-    """By the ranks, before the first step: what was asked for cannot work, and would be refused again."""
+    """By the ranks: what was asked for cannot work, as a rule before the first step, and would be refused again."""
 
 
 class Action(StrEnum):
@@ -59,6 +61,11 @@ WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
 """Causes after which the run is where it was meant to end: it does not start again, and nothing has failed."""
 LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out, Cause.requested)
 """Causes that take the allocation away, or give it back; only the queue brings nodes."""
+FROM_OUTSIDE = (Cause.preempted, Cause.node_failed)
+"""Causes that say nothing about the run where they come before its first step. A time limit that comes so early would
+come so again, and ranks that ask for the queue do it by themselves."""
+BATCH_SCRIPT_ENDED = ("NonZeroExitCode", "JobLaunchFailure", "RaisedSignal")
+"""Slurm's reasons of a job that ended because its batch script did. A job that somebody has cancelled has none."""
 
 
 def decide(
@@ -81,7 +88,7 @@ def decide(
     stuck = attempts_without_progress(events)
     if stuck >= without_progress:
         return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
-    seen = sum(e["event"] == "attempt_ended" and e["cause"] == cause for e in events)
+    seen = sum(end["cause"] == cause for end in attempt_ends(events))
     limit = getattr(limits, cause)
     if limit is not None and seen > limit:
         return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}")
@@ -89,42 +96,65 @@ def decide(
     return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}")
 
 
+def attempt_ends(events: Events) -> list[dict[str, Any]]:
+    """The ``attempt_ended`` of each attempt, oldest first; of several for one attempt the first holds.
+
+    A node that was cut off and comes back enters an end of its own beside that of the node which took over. A start of
+    the job that came to no attempt has one end too.
+    """
+    ends: dict[object, dict[str, Any]] = {}
+    for number, event in enumerate(events):
+        if event["event"] == "attempt_ended":
+            attempt = event.get("attempt")
+            start_of_job = event.get("job", f"event {number}")  # former logs do not name it
+            ends.setdefault(start_of_job if attempt is None else attempt, event)
+    return list(ends.values())
+
+
 def attempts_without_progress(events: Events) -> int:
     """Count the last attempts, one after another, that ended without a checkpoint beyond the one they started from.
 
-    None where the run has never told of a checkpoint: nothing is known then of how far it came.
+    None where the run has never told of a checkpoint: nothing is known then of how far it came. Attempts that were
+    interrupted from outside before their first step neither count nor forgive.
     """
     if not any(e["event"] == "saved" or (e["event"] == "started" and "from_step" in e) for e in events):
         return 0
     started = {e["attempt"]: e.get("from_step", -1) for e in events if e["event"] == "started"}
     saved = {e["attempt"]: e["step"] for e in events if e["event"] == "saved"}
     count = 0
-    for event in reversed([e for e in events if e["event"] == "attempt_ended"]):
-        attempt = event["attempt"]
+    for end in reversed(attempt_ends(events)):
+        attempt = end["attempt"]
         if saved.get(attempt, -1) > started.get(attempt, -1):
             break
-        count += 1
+        count += not is_blameless(end)
     return count
+
+
+def is_blameless(end: dict[str, Any]) -> bool:
+    """Tell whether an attempt was interrupted from outside before its first step, by its ``attempt_ended``."""
+    return end["cause"] in FROM_OUTSIDE and end.get("step", -1) is None
 
 
 def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
     """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals.
 
     While the job runs, a signal is Slurm's announcement. Once it is completing (seen on Slurm 22.05), a requeue has
-    raised its count of restarts, the time limit has used its time up, and what is left is a cancel, which must never
-    be taken for a preemption and brought back.
+    raised its count of restarts, the time limit has used its time up, a batch script that died has left its reason, and
+    what is left is a cancel, which must never be taken for a preemption and brought back.
 
     Args:
         job: what the controller says now.
         restarts: how often this job had been requeued when it started.
         signal_delay_s: lead of the signal before the time limit; sbatch may send it up to a minute early.
-        now: Unix time.
+        now: when the signal came, Unix time.
     """
     if job.state in ("RUNNING", "SUSPENDED"):
         near_the_limit = job.end_time is not None and now > job.end_time - signal_delay_s - EARLY_S
         return Cause.timed_out if near_the_limit and not job.is_preempted else Cause.preempted
     if job.restarts > restarts or job.state == "PENDING":
         return Cause.preempted
+    if job.reason.startswith(BATCH_SCRIPT_ENDED):
+        return Cause.node_failed
     if job.start_time is None or job.end_time is None or job.time_limit_s is None:
         return Cause.timed_out if job.state == "TIMEOUT" else Cause.cancelled
     used_up = job.end_time - job.start_time >= job.time_limit_s - SLACK_S
@@ -136,6 +166,8 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
     text = str(failure.get("cause", "")) if failure else ""
     if text.startswith(f"{ConfigError.__name__}: "):
         return Cause.refused
+    if text.startswith(f"{FloatingPointError.__name__}: "):
+        return Cause.diverged
     if "OutOfMemoryError" in text or "MemoryError" in text or "out of memory" in text.lower():
         return Cause.out_of_memory
     if failure is not None and failure.get("hung"):
@@ -145,3 +177,7 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
 
 class RunFailedError(RuntimeError):
     """A run whose ranks did not all finish."""
+
+
+class RunSettledError(RunFailedError):
+    """The end of an attempt that another agent has entered already, which then decides."""

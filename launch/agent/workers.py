@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,27 +25,31 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from launch.agent.elastic import LAST_MESSAGES_S, FixedRendezvous, OneLogEach, RankAgent
 from launch.agent.environment import EnvironmentRecord
+from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.heartbeat import POLL_S
 from launch.agent.meter import Meter
 from launch.agent.monitor import Watch
 from launch.agent.node import Node, interface_of
 from launch.agent.progress import Progress
 from launch.agent.rendezvous import AgentGroup, RendezvousRound
+from launch.agent.signed_store import derive
 from launch.agent.stop import STOP_FILE, StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
+from launch.process import set_default_threads
 from launch.runs import heartbeat
+from launch.runs.damage import read_plan
 from launch.runs.failures import enter_failure
-from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
+from launch.worker import STORE_PREFIX
 from launch.workload import CodeTree, RankCommand, RankContract
 
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """The line of a Python traceback that names the exception."""
 
 
-START_RANK = 'cd "$1" && log="$2/rank_$(printf %05d "$RANK").log" && shift 2 && exec "$@" >>"$log" 2>&1 </dev/null'
+START_RANK = 'cd -- "$1" && log="$2/rank_$(printf %05d "$RANK").log" && shift 2 && exec "$@" >>"$log" 2>&1 </dev/null'
 """A shell opens the log, so that what a program prints before it runs a line of its own is kept as well; exec leaves no
 shell behind, and the rank under the process id that elastic knows."""
 
@@ -53,10 +60,37 @@ def entrypoint(command: RankCommand, logs: Path) -> tuple[str, tuple[str, ...]]:
     return "/bin/sh", ("-c", START_RANK, "sh", workdir, str(logs), *command.args)
 
 
+@contextmanager
+def fork_server(folder: RunFolder, config: Config) -> Iterator[ForkServer | None]:
+    """Keep the fork server of this node for a ``with`` block; None where ranks are to be executed.
+
+    To be opened before there are threads. It imports while the agents meet, on a spare node as well.
+    """
+    workload = workload_of(config)
+    preload = workload.command(config, folder, max(folder.attempts(), default=0) + 1).preload
+    if not (config.resilience.fork_ranks and preload):
+        yield None
+        return
+    if threading.active_count() > 1:  # started by what a site adds to Python, as by sitecustomize
+        print("launch: ranks are executed, not forked: this agent has threads already", file=sys.stderr)
+        yield None
+        return
+    with ForkServer(preload, state_of(code_of_ranks(folder, workload.code(config)))) as server:
+        yield server
+
+
+def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
+    """Time of the last change in ns and size of every file of the code."""
+    stats = {name: path.stat() for name, path in tree.files(tree.root)}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+
+
 def prepare_environment(node: Node, config: Config, address: str) -> None:
-    """Set what all ranks inherit. torchrun's habit of one thread for each rank is kept, and can be overridden."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Set what all ranks inherit."""
+    set_default_threads()
     os.environ["PYTHONUNBUFFERED"] = "1"
+    # All nodes have the same ranks: elastic's agents need not write the sizes into a store that others can reach.
+    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
     # Elastic would kill the ranks on SIGTERM; ours asks them to save. A hang-up of the terminal stays its own.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     interface = interface_of(address)
@@ -70,7 +104,9 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node.index * each : (node.index + 1) * each])
 
 
-def describe_run(config: Config, folder: RunFolder, attempt: int, command: RankCommand, heartbeats: Path) -> None:
+def describe_run(
+    config: Config, folder: RunFolder, attempt: int, command: RankCommand, heartbeats: Path, prefix: str
+) -> None:
     """Set what ranks learn of their run, and what their workload wants in their environment."""
     for name, value in command.defaults.items():
         os.environ.setdefault(name, value)
@@ -81,19 +117,33 @@ def describe_run(config: Config, folder: RunFolder, attempt: int, command: RankC
         "LAUNCH_GRACE_S": config.resilience.grace_period_s,
         "LAUNCH_AGENT_PID": os.getpid(),
         heartbeat.ENVIRONMENT: heartbeats,
+        STORE_PREFIX: prefix,
     }
     os.environ |= {name: str(value) for name, value in {**told, **command.env}.items()}
 
 
 def run_ranks(
     folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, stop: StopRequest,
-    meter: Meter,
+    meter: Meter, server: ForkServer | None,
 ) -> str | None:  # fmt: skip
     """Start this node's ranks and watch them to their end.
+
+    Args:
+        folder: of the run.
+        node: this one.
+        config: of the run.
+        group: the agents.
+        rdzv: those that take part in this start.
+        stop: request that the ranks are told of.
+        meter: of the allocation.
+        server: forks the ranks; None where there is none. One whose code has changed since is not used.
 
     Returns:
         None where all left in order, what went wrong elsewhere. Ranks that could not tell the event log themselves
         (killed, stuck, dead before their code ran, or of a workload that does not) are entered here.
+
+    Raises:
+        InterruptedError: told to leave before the ranks of all nodes had started.
     """
     workload = workload_of(config)
     contract = workload.contract(config, config.world_size)
@@ -101,14 +151,17 @@ def run_ranks(
     tree = code_of_ranks(folder, workload.code(config))
     with TemporaryDirectory(prefix="launch-") as scratch:
         prepare_environment(node, config, group.address)
-        describe_run(config, folder, rdzv.attempt, command, Path(scratch))
+        prefix = derive(group.token, f"ranks of round {rdzv.number}")
+        describe_run(config, folder, rdzv.attempt, command, Path(scratch), prefix)
         program, args = entrypoint(command, folder.log(rdzv.attempt, 0).parent)
+        timeout_s = config.resilience.rendezvous_timeout_s
+        rendezvous = FixedRendezvous(rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0)
         spec = WorkerSpec(
             role="rank",
             local_world_size=config.ranks_on_node,
             entrypoint=program,
             args=args,
-            rdzv_handler=FixedRendezvous(rdzv, node.index, config.resilience.rendezvous_timeout_s),
+            rdzv_handler=rendezvous,
             max_restarts=0,
             monitor_interval=POLL_S,
             local_addr=group.address,
@@ -137,7 +190,19 @@ def run_ranks(
             if not contract.records_events:
                 environment.poll(workload.name, command, contract, tree)
 
-        rank_agent = RankAgent(spec, OneLogEach(scratch), poll, contract, config.resilience.grace_period_s)
+        workdir = str(command.workdir or Path.cwd())
+        forks = server if server is not None and server.code == state_of(tree) else None
+        if server is not None and forks is None:
+            print("launch: ranks are executed, not forked: the code has changed", file=sys.stderr)
+        if forks is not None:
+            forks.wait_ready(lambda: stop.count > 0)  # the first poll hands a stop on
+
+        def fork(env: Mapping[str, str]) -> ForkedProcess | None:
+            log = str(folder.log(rdzv.attempt, int(env["RANK"])))
+            return None if forks is None else forks.start(command.args, env, workdir, log)
+
+        grace_s = config.resilience.grace_period_s
+        rank_agent = RankAgent(spec, OneLogEach(scratch), poll, contract, grace_s, rendezvous.departures(), fork)
         try:
             result = rank_agent.run()
         except dist.DistError as error:  # the store is gone, and with it the head node
@@ -161,7 +226,7 @@ def run_ranks(
 
 def code_of_ranks(folder: RunFolder, tree: CodeTree) -> CodeTree:
     """The code that ranks run: the copy taken at submission where the run has one."""
-    copied = read_json(folder.plan).get("code")
+    copied = read_plan(folder).get("code")
     return tree if copied is None or tree.has_launcher else replace(tree, root=Path(copied))
 
 

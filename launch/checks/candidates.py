@@ -1,28 +1,30 @@
-"""Checks of the candidates of ``cluster.placement``: where a point could run, and why it could not elsewhere.
+"""Checks of what a command submits: where each point could run, and why it could not elsewhere.
 
-Applies the checks of ``launch.checks.request`` to each candidate: pure functions over Slurm's limits and a request, and
-one that asks for the limits where the launcher needs them.
+Applies the checks of ``launch.checks.request`` to every candidate of ``cluster.placement``, or to the one place there
+is without a list. Pure functions over Slurm's limits and a request; ``look_before_submitting`` prints what they find.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from launch.checks import request as asked
-from launch.checks.facts import Facts, Request, clusters_named, gather, requests_of
+from launch.checks.capacity import what_fits
+from launch.checks.facts import Request, SlurmFacts, requests_of
 from launch.checks.findings import Finding, Level, fail, has_errors
-from launch.config import ClusterKind, Config
+from launch.config import Config
 from launch.errors import ConfigError
+from launch.jobs.submit import shapes
 from launch.plan import placement
 from launch.plan.placement import Placement
 from launch.plan.plan import Plan
+from launch.scheduler.limits import Limits
 
 
-def check_requests(facts: Facts, requests: Sequence[Request]) -> list[Finding]:
+def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
     """All checks of all jobs, each at every candidate of its placement; what is said twice is said once."""
     found: list[Finding] = []
     for request in requests:
@@ -34,7 +36,7 @@ def check_requests(facts: Facts, requests: Sequence[Request]) -> list[Finding]:
     return list(dict.fromkeys(found))
 
 
-def check_at(facts: Facts, request: Request, name: str, config: Config) -> list[Finding]:
+def check_at(facts: SlurmFacts, request: Request, name: str, config: Config) -> list[Finding]:
     """All checks at one candidate, whose name goes with every complaint; no name where there is no list."""
     try:
         config.validate()
@@ -47,63 +49,102 @@ def check_at(facts: Facts, request: Request, name: str, config: Config) -> list[
     return [f if f.level is Level.ok else replace(f, found=f"at {name}: {f.found}") for f in findings]
 
 
-def check_on_its_cluster(facts: Facts, request: Request) -> list[Finding]:
-    """All checks against the limits of the cluster that the request goes to."""
+def check_on_its_cluster(facts: SlurmFacts, request: Request) -> list[Finding]:
+    """All checks against the limits of the cluster that the request goes to; none where no controller answers here."""
+    if facts.limits is None:
+        return []
     name = request.config.cluster.cluster
-    if name is None or facts.limits is None:
-        return asked.check_request(facts, request)
-    there = facts.others[name]
+    there = facts.at(name)
     if isinstance(there, str):
         fix = "sacctmgr show clusters lists those that this cluster's slurmdbd knows; cluster.cluster=null is this one"
         return [fail("cluster", f"cluster.cluster={name}, and {there}", "nothing can be submitted there", fix)]
-    return asked.check_request(replace(facts, limits=there), request)
+    return asked.check_request(there, request, facts.groups)
 
 
-def settle(facts: Facts, request: Request) -> Placement:
-    """The placement of a request, with the reason at each candidate where it could never run."""
+def errors_at(facts: SlurmFacts, request: Request) -> list[list[Finding]]:
+    """The errors of a request at each candidate."""
+    each = (check_at(facts, request, "", config) for _, config in placement.configs(request.config))
+    return [[finding for finding in findings if finding.level is Level.error] for findings in each]
+
+
+def settle(facts: SlurmFacts, request: Request) -> Placement:
+    """The placement of a request, with the reason at each candidate where it could never run.
+
+    Where no candidate is left, those stay whose errors are all in doubt: Slurm is then let to say.
+    """
+    errors = errors_at(facts, request)
+    some_fit = any(not found for found in errors)
     settled = request.plan.placement
-    for index, (_, config) in enumerate(placement.configs(request.config)):
-        errors = [finding for finding in check_at(facts, request, "", config) if finding.level is Level.error]
-        if errors:
-            settled = settled.rule_out(index, "; ".join(finding.found for finding in errors))
+    for index, found in enumerate(errors):
+        if found and (some_fit or not all(error.unless for error in found)):
+            settled = settled.rule_out(index, "; ".join(error.found for error in found))
     return settled
 
 
-def refuse_impossible(point: str, settled: Placement) -> None:
-    """Raise ConfigError where the point could run at no candidate."""
+def refuse_impossible(facts: SlurmFacts, request: Request, settled: Placement) -> None:
+    """Raise ConfigError where a job could start at no candidate."""
     if settled.possible:
         return
-    reasons = "".join(f"\n  {candidate.name}: {candidate.never}" for candidate in settled.candidates)
+    points = f"point {request.points[0]}" if len(request.points) == 1 else f"points {', '.join(request.points)}"
+    if request.config.cluster.placement:
+        reasons = "".join(f"\n  {candidate.name}: {candidate.never}" for candidate in settled.candidates)
+        raise ConfigError(
+            f"{points} could run at no candidate of cluster.placement:{reasons}",
+            "a candidate whose partition can run it",
+            "python -m launch.doctor, with the same arguments: it says for each what to ask for instead",
+        )
+    (errors,) = errors_at(facts, request)
+    found = "; ".join(error.found for error in errors)
+    fixes = " ".join(dict.fromkeys(error.fix for error in errors))
     raise ConfigError(
-        f"point {point} could run at no candidate of cluster.placement:{reasons}",
-        "a candidate whose partition can run it",
-        "python -m launch.doctor, with the same arguments: it says for each what to ask for instead",
+        f"{points}, which Slurm would never start: {found}",
+        fitting(facts, request.config),
+        f"{fixes}; where you know better, launch.check_limits=false submits it all the same",
     )
 
 
-def settle_placements(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> list[Plan]:
-    """Leave out the candidates of a placement where a point could never run, and say why.
+def fitting(facts: SlurmFacts, config: Config) -> str:
+    """Describe the resources for one job of the partitions that it could go to, or else of all of the cluster."""
+    there = facts.at(config.cluster.cluster)
+    if not isinstance(there, Limits):
+        return "a cluster that answers"
+    named = asked.partitions_of(there, config)
+    return "; ".join(what_fits(there, partition) for partition in named or there.partitions)
+
+
+def look_before_submitting(
+    facts: SlurmFacts, plans: Sequence[Plan], configs: Sequence[Config], console: Console
+) -> list[Plan]:
+    """Compare what is asked of Slurm with what it has: leave out candidates of a placement where a point could never
+    run, and say which and why.
 
     Raises:
-        ConfigError: there is none where it could.
+        ConfigError: a point could start nowhere.
     """
+    if facts.limits is None:
+        why = f"warning: {facts.slurm_problem}: what is asked of Slurm was not compared with what it has"
+        console.print(why, highlight=False, markup=False)
+        return list(plans)
     by_folder = {plan.run_dir: config for plan, config in zip(plans, configs, strict=True)}
-    listed = [plan for plan in plans if plan.cluster == "slurm" and by_folder[plan.run_dir].cluster.placement]
-    named = clusters_named(by_folder[plan.run_dir] for plan in listed)
-    seen = gather(ClusterKind.slurm, Path(listed[0].run_dir), named)
-    if seen.limits is None:
-        why = f"the limits of the partitions are not known ({seen.slurm_problem}): no candidate was looked at"
-        console.print(f"cluster.placement: {why}", highlight=False, markup=False)
-    settled: dict[str, Plan] = {}
-    skipped: dict[str, list[str]] = {}
-    for request in requests_of([[plan] for plan in listed], by_folder, seen):
-        placement = settle(seen, request)
-        refuse_impossible(request.plan.point, placement)
-        settled[request.plan.run_dir] = request.plan.replace_placement(placement)
-        for candidate in placement.candidates:
-            if candidate.never:
-                skipped.setdefault(f"{candidate.name} is skipped: {candidate.never}", []).append(request.plan.point)
-    for text, names in skipped.items():
-        whose = "" if len(names) == len(listed) else f" (for {', '.join(names)})"
-        console.print(f"cluster.placement: {text}{whose}", highlight=False, markup=False)
-    return [settled.get(plan.run_dir, plan) for plan in plans]
+    groups = shapes([plan for plan in plans if plan.cluster == "slurm"])
+    settled: dict[str, Placement] = {}
+    told: list[str] = []
+    for group, request in zip(groups, requests_of(groups, by_folder, facts), strict=True):
+        placed = settle(facts, request)
+        refuse_impossible(facts, request, placed)
+        settled |= {plan.run_dir: placed for plan in group}
+        told += [f"{text} (for {', '.join(request.points)})" for text in remarks(facts, request, placed)]
+    for text in dict.fromkeys(told):
+        console.print(text, highlight=False, markup=False)
+    return [plan.replace_placement(settled[plan.run_dir]) if plan.run_dir in settled else plan for plan in plans]
+
+
+def remarks(facts: SlurmFacts, request: Request, settled: Placement) -> Iterator[str]:
+    """Yield remarks on a request that is submitted: candidates that are skipped, and errors in doubt."""
+    for candidate, errors in zip(settled.candidates, errors_at(facts, request), strict=True):
+        if candidate.never:
+            yield f"cluster.placement: {candidate.name} is skipped: {candidate.never}"
+            continue
+        at = f"at {candidate.name}: " if candidate.name else ""
+        for error in errors:
+            yield f"warning: {at}{error.found}: {error.why}, unless {error.unless}; or type {error.fix}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import grp
 import os
-import pwd
 import resource
 import shutil
 import sys
@@ -48,8 +47,6 @@ class Machine:
     """The login node, and the Python that the job will run."""
 
     host: str
-    user: str
-    groups: tuple[str, ...]
     environment: dict[str, str]
     soft: dict[str, int]
     """Limits of this shell (nofile, core in bytes, memlock in bytes); -1 is unlimited."""
@@ -76,8 +73,33 @@ class Request:
     """Names of the nodes that cluster.exclude stands for."""
 
 
-@dataclass(frozen=True)
-class Facts:
+@dataclass(frozen=True, kw_only=True)
+class SlurmFacts:
+    """The limits that Slurm tells of itself, and whom it would let in: enough to check a request."""
+
+    limits: Limits | None
+    """None where no controller answers."""
+    slurm_problem: str = ""
+    others: dict[str, Limits | str] = field(default_factory=dict)
+    """The limits of other clusters that are asked for, by name; the reason where one is not known or not there."""
+    groups: tuple[str, ...] | None = None
+    """Unix groups of the user; None for root, whom every partition lets in."""
+
+    def at(self, cluster: str | None) -> Limits | str:
+        """The limits of a cluster, None being the local one; the reason where they are not known."""
+        if cluster is not None:
+            return self.others[cluster]
+        return self.slurm_problem if self.limits is None else self.limits
+
+    @property
+    def known(self) -> dict[str | None, Limits]:
+        """The limits that are known, by cluster."""
+        clusters: tuple[str | None, ...] = (None, *self.others)
+        return {name: there for name in clusters if isinstance(there := self.at(name), Limits)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts(SlurmFacts):
     """Everything the checks may look at."""
 
     kind: ClusterKind
@@ -87,11 +109,6 @@ class Facts:
     output: Folder
     client: bool
     """True where Slurm's commands are installed here."""
-    limits: Limits | None
-    """None where no controller answers."""
-    slurm_problem: str = ""
-    others: dict[str, Limits | str] = field(default_factory=dict)
-    """The limits of other clusters that are asked for, by name; the reason where one is not known or not there."""
 
 
 def filesystem_of(path: Path) -> str:
@@ -146,8 +163,6 @@ def look_at_machine() -> Machine:
     }
     return Machine(
         host=os.uname().nodename,
-        user=pwd.getpwuid(os.getuid()).pw_name,
-        groups=tuple(group_name(number) for number in os.getgroups()),
         environment=dict(os.environ),
         soft={name: soft for name, (soft, _) in pairs.items()},
         hard={name: hard for name, (_, hard) in pairs.items()},
@@ -188,24 +203,28 @@ def clusters_named(configs: Iterable[Config]) -> set[str]:
     return {name for name in named if name is not None}
 
 
+def ask_slurm(clusters: Iterable[str] = ()) -> SlurmFacts:
+    """Ask for the limits of this cluster and of ``clusters``, each controller once."""
+    groups = tuple(group_name(number) for number in os.getgroups()) if os.getuid() else None
+    try:
+        found = limits.read()
+    except scheduler.SlurmError as error:
+        return SlurmFacts(limits=None, slurm_problem=last_line(error), groups=groups)
+    others = {name: look_at_cluster(name) for name in sorted(clusters)}
+    return SlurmFacts(limits=found, others=others, groups=groups)
+
+
 def gather(kind: ClusterKind, output: Path, clusters: Iterable[str] = ()) -> Facts:
     """Look at everything. ``kind`` is what the config says, auto included; ``clusters`` are others than this one."""
-    found, problem = None, ""
-    if kind is not ClusterKind.local:
-        try:
-            found = limits.read()
-        except scheduler.SlurmError as error:
-            problem = last_line(error)
-    resolved = ClusterKind.slurm if kind is ClusterKind.slurm or found is not None else ClusterKind.local
+    slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm(clusters)
+    resolved = ClusterKind.slurm if kind is ClusterKind.slurm or slurm.limits is not None else ClusterKind.local
     return Facts(
+        **vars(slurm),
         kind=resolved,
         was_auto=kind is ClusterKind.auto,
         machine=look_at_machine(),
         output=look_at_folder(output),
         client=shutil.which("sbatch") is not None,
-        limits=found,
-        slurm_problem=problem,
-        others={name: look_at_cluster(name) for name in sorted(clusters)} if found is not None else {},
     )
 
 
@@ -216,7 +235,7 @@ def expand_hosts(expression: str | None) -> frozenset[str]:
     return frozenset(scheduler.run("scontrol", "show", "hostnames", expression).split())
 
 
-def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], facts: Facts) -> list[Request]:
+def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], facts: SlurmFacts) -> list[Request]:
     """One request for each shape. ``configs`` holds the config of every plan, by run folder."""
     from launch.jobs.sbatch import sbatch_text
 
@@ -224,6 +243,6 @@ def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], fa
     for group in groups:
         config = configs[group[0].run_dir]
         excluded = expand_hosts(config.cluster.exclude) if facts.limits is not None else frozenset()
-        points = tuple(plan.point for plan in group)
+        points = tuple(plan.title for plan in group)
         requests.append(Request(config, group[0], points, sbatch_text(group), excluded))
     return requests

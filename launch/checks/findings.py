@@ -6,7 +6,7 @@ Owns the three levels, the report and the exit status. Must not know what is che
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -38,6 +38,8 @@ class Finding:
         found: what is there, with its values.
         why: why it matters; empty where all is well.
         fix: the line to type; empty where all is well.
+        unless: what would have to be so for an error to be none, where that cannot be told from here; empty where
+            the error is certain.
     """
 
     level: Level
@@ -45,6 +47,7 @@ class Finding:
     found: str
     why: str = ""
     fix: str = ""
+    unless: str = ""
 
     def __post_init__(self) -> None:
         assert self.level is Level.ok or (self.why and self.fix), "a complaint says why, and what to type"
@@ -63,6 +66,11 @@ def warn(check: str, found: str, why: str, fix: str) -> Finding:
 def fail(check: str, found: str, why: str, fix: str) -> Finding:
     """Breaks the run."""
     return Finding(Level.error, check, found, why, fix)
+
+
+def doubt(finding: Finding, unless: str) -> Finding:
+    """Return the finding, an error no longer certain."""
+    return replace(finding, unless=unless) if finding.level is Level.error and not finding.unless else finding
 
 
 def refusal(check: str, error: ConfigError) -> Finding:
@@ -89,7 +97,8 @@ def show(findings: Iterable[Finding], console: Console) -> None:
         head.append(f"{finding.check}: {finding.found}")
         console.print(head)
         if finding.why:
-            console.print(Text(f"{'':8}why   {finding.why}", "dim"))
+            unless = f", unless {finding.unless}" if finding.unless else ""
+            console.print(Text(f"{'':8}why   {finding.why}{unless}", "dim"))
         if finding.fix:
             console.print(Text(f"{'':8}type  {finding.fix}"))
 

@@ -72,7 +72,7 @@ def check_defaults(limits: Limits, partition: Partition, request: Request) -> It
     """CPUs and memory that were not asked for, where the cluster's default is meant for jobs of one CPU."""
     cluster, ranks = request.config.cluster, request.config.ranks_on_node
     options = {str(key).replace("-", "_") for key in cluster.additional_parameters}
-    if partition.is_exclusive or "exclusive" in options:
+    if partition.is_exclusive or cluster.exclusive or "exclusive" in options:
         return
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit

@@ -12,24 +12,43 @@ from dataclasses import replace
 
 from launch.checks import nodes as resources
 from launch.checks import preemption
-from launch.checks.facts import Facts, Request
-from launch.checks.findings import PENDS, Finding, Level, fail, fine, has_errors, warn
+from launch.checks.facts import Request
+from launch.checks.findings import PENDS, Finding, Level, doubt, fail, fine, has_errors, warn
+from launch.config import Config
 from launch.runs.ranges import closest
-from launch.scheduler.limits import Limits, NodeLimits, Partition
+from launch.scheduler.limits import NOTHING, Limits, NodeLimits, Partition
 
 
-def check_request(facts: Facts, request: Request) -> list[Finding]:
-    """All checks of one job or array; nothing where no controller answers."""
-    limits = facts.limits
-    if limits is None:
-        return []
-    found, partitions = list(check_partition_names(limits, request)), named_partitions(limits, request)
-    each = [[*check_partition(limits, partition, request, facts)] for partition in partitions]
+def check_request(limits: Limits, request: Request, groups: Sequence[str] | None) -> list[Finding]:
+    """All checks of one job or array. ``groups`` are the Unix groups of the user; None for root, who passes."""
+    found, partitions = list(check_partition_names(limits, request)), partitions_of(limits, request.config)
+    each = [[*check_partition(limits, partition, request, groups)] for partition in partitions]
     some_fit = any(not has_errors(findings) for findings in each)
     for findings in each:
         # Of several partitions Slurm takes the first that can: one that cannot is no obstacle.
         found += [soften(finding) if some_fit else finding for finding in findings]
-    return [*found, *check_array(limits, request), *check_accounting(limits)]
+    found += check_array(limits, request)
+    return [*(with_doubts(limits, request, finding) for finding in found), *check_accounting(limits)]
+
+
+OPTIONS = (
+    "partition", "time", "time_min", "nodes", "nodelist", "cpus_per_task", "cpus_per_gpu", "mem", "mem_per_cpu",
+    "mem_per_gpu", "gpus", "gpus_per_node", "gpus_per_task", "gres", "constraint", "account", "qos", "exclude", "array",
+    "overcommit", "use_min_nodes", "reservation",
+)  # fmt: skip
+"""Options of sbatch that change what the checks compare, where they come by cluster.additional_parameters."""
+
+
+def with_doubts(limits: Limits, request: Request, finding: Finding) -> Finding:
+    """Return the finding with what could make it wrong: options and site plugins that the checks know nothing of."""
+    asked = {str(key).replace("-", "_") for key in request.config.cluster.additional_parameters}
+    others = sorted(asked & set(OPTIONS))
+    if others:
+        return doubt(finding, f"cluster.additional_parameters ({', '.join(others)}) makes it fit")
+    plugins = [limits.config.get(key, "") for key in ("JobSubmitPlugins", "CliFilterPlugins")]
+    if not asked_names(request.config) and any(plugin not in NOTHING for plugin in plugins):
+        return doubt(finding, "the site's submit plugin sends jobs that name no partition elsewhere")
+    return finding
 
 
 def soften(finding: Finding) -> Finding:
@@ -37,21 +56,21 @@ def soften(finding: Finding) -> Finding:
     return replace(finding, level=Level.warning) if finding.level is Level.error else finding
 
 
-def asked_names(request: Request) -> list[str]:
+def asked_names(config: Config) -> list[str]:
     """The partitions that were asked for by name; Slurm takes any of several."""
-    return [name.strip() for name in (request.config.cluster.partition or "").split(",") if name.strip()]
+    return [name.strip() for name in (config.cluster.partition or "").split(",") if name.strip()]
 
 
-def named_partitions(limits: Limits, request: Request) -> list[Partition]:
+def partitions_of(limits: Limits, config: Config) -> list[Partition]:
     """The partitions the job could go to: those named, or the default."""
-    names = asked_names(request)
+    names = asked_names(config)
     return [p for p in limits.partitions if (p.name in names if names else p.is_default)]
 
 
 def check_partition_names(limits: Limits, request: Request) -> Iterator[Finding]:
     """Tell whether the partitions exist."""
     there = [partition.name for partition in limits.partitions]
-    names = asked_names(request)
+    names = asked_names(request.config)
     for name in names:
         if name not in there:
             likely = closest(name, there) or there
@@ -64,15 +83,22 @@ def check_partition_names(limits: Limits, request: Request) -> Iterator[Finding]
         yield fail("partition", found, "sbatch refuses the job", f"cluster.partition={there[0] if there else 'NAME'}")
 
 
-def check_partition(limits: Limits, partition: Partition, request: Request, facts: Facts) -> Iterator[Finding]:
+def check_partition(
+    limits: Limits, partition: Partition, request: Request, groups: Sequence[str] | None
+) -> Iterator[Finding]:
     """Everything that depends on the partition, or a finding that all is fine."""
-    groups = facts.machine.groups if facts.machine.user != "root" else None
+    of_nodes = [
+        *check_nodes(limits, partition, request),
+        *resources.check_asked(limits, partition, request, eligible(limits, partition, request)),
+    ]
+    hidden = partition.total_nodes - len(limits.nodes_of(partition))
+    if hidden > 0:
+        of_nodes = [doubt(finding, f"{hidden} nodes that Slurm does not show have it") for finding in of_nodes]
     complaints = [
         *check_state(limits, partition),
         *check_access(limits, partition, request, groups),
-        *check_time(partition, request),
-        *check_nodes(limits, partition, request),
-        *resources.check_asked(limits, partition, request, eligible(limits, partition, request)),
+        *check_time(limits, partition, request),
+        *of_nodes,
         *resources.check_defaults(limits, partition, request),
     ]
     if not has_errors(complaints):
@@ -89,7 +115,8 @@ def check_state(limits: Limits, partition: Partition) -> Iterator[Finding]:
     others = [p.name for p in limits.partitions if p.state == "UP"]
     why = "jobs wait there until somebody brings it up" if partition.state == "DOWN" else "sbatch refuses the job"
     fix = f"cluster.partition={others[0]}" if others else f"scontrol show partition {partition.name}"
-    yield fail("partition", f"partition {partition.name} is {partition.state}", why, fix)
+    found = fail("partition", f"partition {partition.name} is {partition.state}", why, fix)
+    yield doubt(found, "somebody does") if partition.state == "DOWN" else found
 
 
 def check_access(
@@ -112,7 +139,10 @@ def check_access(
         elif allowed is not None and value not in allowed:
             found = f"cluster.{key}={value}, and partition {partition.name} takes {', '.join(allowed)} only"
             likely = closest(str(value), allowed) or allowed
-            yield fail(key, found, PENDS, f"cluster.{key}={likely[0]}")
+            wrong = fail(key, found, PENDS, f"cluster.{key}={likely[0]}")
+            # In newer releases the list of a partition holds for subaccounts too (slurm.conf, AllowAccounts).
+            has_parents = key == "account" and limits.has_accounting and limits.version >= (23, 2)
+            yield doubt(wrong, "it is a subaccount of one of them") if has_parents else wrong
         elif allowed is None and value is not None and value in (denied or ()):
             found = f"cluster.{key}={value}, which partition {partition.name} turns away"
             yield fail(key, found, PENDS, f"cluster.{key}=ANOTHER, or cluster.partition=ANOTHER")
@@ -123,12 +153,19 @@ def check_access(
         )
 
 
-def check_time(partition: Partition, request: Request) -> Iterator[Finding]:
+def unless_lifted(finding: Finding, flag: str, limits: Limits, partition: Partition, request: Request) -> Finding:
+    """Return an error about a limit of the partition, in doubt where the job's QOS may have the flag that lifts it."""
+    lifted = limits.may_be_lifted(flag, partition, request.config.cluster.qos)
+    return doubt(finding, f"its QOS has the flag {flag}") if lifted else finding
+
+
+def check_time(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
     """The time limit, and whether there is time for a save before it."""
     asked = request.config.cluster.timeout_min
     if partition.max_time_min is not None and asked > partition.max_time_min:
         found = f"cluster.timeout_min={asked}, and MaxTime of {partition.name} is {partition.max_time_min:g} min"
-        yield fail("time limit", found, PENDS, f"cluster.timeout_min={int(partition.max_time_min)}")
+        above = fail("time limit", found, PENDS, f"cluster.timeout_min={int(partition.max_time_min)}")
+        yield unless_lifted(above, "PartitionTimeLimit", limits, partition, request)
     lead, grace = request.config.cluster.signal_delay_s, request.config.resilience.grace_period_s
     if grace > lead:
         found = f"resilience.grace_period_s={grace} and cluster.signal_delay_s={lead}"
@@ -167,11 +204,14 @@ def check_nodes(limits: Limits, partition: Partition, request: Request) -> Itera
     if asked > most:
         limit = f"MaxNodes is {most}" if most < len(left) else f"it has {most} that fit cluster.exclude and constraint"
         fix = f"nodes={max(1, most - spares)}"
-        yield fail("nodes", f"{asked_text} in partition {partition.name}: {limit}", PENDS, fix)
+        above = fail("nodes", f"{asked_text} in partition {partition.name}: {limit}", PENDS, fix)
+        exist = asked <= len(left)
+        yield unless_lifted(above, "PartitionMaxNodes", limits, partition, request) if exist else above
         return
     if asked < partition.min_nodes:
         found = f"{asked_text}, and MinNodes of {partition.name} is {partition.min_nodes}"
-        yield fail("nodes", found, PENDS, f"nodes={partition.min_nodes - spares}")
+        below = fail("nodes", found, PENDS, f"nodes={partition.min_nodes - spares}")
+        yield unless_lifted(below, "PartitionMinNodes", limits, partition, request)
     broken = [node for node in left if not node.is_usable]
     if asked > len(left) - len(broken):
         shown = ", ".join(f"{node.name} {'+'.join(sorted(node.states))} {node.reason}".strip() for node in broken[:4])

@@ -6,14 +6,15 @@ in ``launch.config.compose``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Optional
 
 from omegaconf import MISSING
 
 from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
 from launch.errors import ConfigError
-from launch.runs.identity import PLACE_KEYS, RunConfig
+from launch.runs.identity import RunConfig
+from launch.runs.overrides import NOT_IN_POINT
 from launch.runs.ranges import require_positive, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
@@ -33,22 +34,6 @@ __all__ = [
     "WorkloadConfig",
 ]
 
-NOT_IN_POINT = (
-    *PLACE_KEYS,
-    "workload",
-    "spare_nodes",
-    "spares",
-    "cluster",
-    "resilience",
-    "budget",
-    "launch",
-    "dry_run",
-    "copy_code",
-    "snapshot",
-    "hydra",
-)
-"""Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
-
 
 @dataclass
 class RestartLimits:
@@ -60,6 +45,8 @@ class RestartLimits:
     """Left with the exit status that asks for the queue (script.requeue_exit)."""
     node_failed: Optional[int] = 10
     out_of_memory: Optional[int] = 1
+    diverged: Optional[int] = 1
+    """Ended by a FloatingPointError. Faulty hardware is cured by a restart, a learning rate is not: once tells them."""
     crashed: Optional[int] = 3
     hung: Optional[int] = 3
 
@@ -70,10 +57,17 @@ class ResilienceConfig:
 
     max_restarts: RestartLimits = field(default_factory=RestartLimits)
     max_without_progress: int = MISSING
-    """After so many attempts in a row that saved no new checkpoint the run stops."""
+    """After so many attempts in a row that saved no new checkpoint the run stops.
+
+    One that was preempted, or lost a node, before its first step does not count: that was not the run's fault."""
     requeue: bool = MISSING
     """On Slurm, put a run that was preempted or ran into its time limit back into the queue."""
 
+    fork_ranks: bool = True
+    """Import what the ranks import once on each node, and fork the ranks; false starts Python for each of them.
+
+    For workloads that name what to import, as gpt does (RankCommand.preload). Ranks are executed as ever where the code
+    has changed since the start of the job, or where Python needs another start (deterministic=true)."""
     rendezvous_timeout_s: int = MISSING
     """Seconds in which all agents of a run must have found each other."""
     grace_period_s: int = MISSING
@@ -99,10 +93,10 @@ class ResilienceConfig:
             require_positive(f"resilience.{key}", getattr(self, key))
         for key in ("node_timeout_s", "heartbeat_timeout_s", "hang_timeout_s"):
             require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
-        for key in ("preempted", "timed_out", "requested", "node_failed", "out_of_memory", "crashed", "hung"):
-            limit = getattr(self.max_restarts, key)
+        for entry in fields(self.max_restarts):
+            limit = getattr(self.max_restarts, entry.name)
             if limit is not None:
-                require_range(f"resilience.max_restarts.{key}", limit, 0, float("inf"))
+                require_range(f"resilience.max_restarts.{entry.name}", limit, 0, float("inf"))
 
 
 @dataclass
@@ -144,12 +138,18 @@ class BudgetConfig:
 
 @dataclass
 class LaunchConfig:
-    """Behavior of the command after it has submitted."""
+    """Behavior of the command before and after it submits."""
+
+    check_limits: bool = True
+    """Ask Slurm for its partitions and nodes, and refuse what could never start there. Slurm only."""
 
     detach: bool = MISSING
     """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only.
 
     Where they may have to be moved (cluster.placement), a process that does it stays behind on this machine."""
+    sequential: bool = MISSING
+    """Run the points of a sweep one after another, as they do on this machine; on Slurm by job dependencies
+    (sbatch --dependency=afterany)."""
     poll_s: float = MISSING
     """Seconds between two polls of Slurm's queue while the command follows its jobs, 0.5 to 3600."""
 
@@ -216,6 +216,12 @@ class Config(RunConfig):
         self.resilience.validate()
         self.budget.validate(self.cluster)
         self.launch.validate()
+        if self.launch.sequential and self.cluster.placement:
+            raise ConfigError(
+                "launch.sequential=true with cluster.placement",
+                "jobs that stay where they are: the next one would no longer wait for one that is submitted elsewhere",
+                "launch.sequential=false, or cluster.partition=NAME in place of cluster.placement",
+            )
         gpus = self.cluster.gpus_per_node
         if gpus and self.ranks_on_node > gpus:
             raise ConfigError(

@@ -119,6 +119,9 @@ class ClusterConfig:
     constraint: Optional[str] = None
     exclude: Optional[str] = None
     """Nodes not to use."""
+    exclusive: Optional[bool] = None
+    """Whole nodes, shared with no other job (sbatch --exclusive). null: for the points of a sweep over nodes or ranks,
+    which would otherwise run beside each other and measure that."""
     gres: Optional[str] = None
     """Generic resources of each node, where gpus_per_node does not say it."""
     gpus_per_node: Optional[int] = None
@@ -126,8 +129,8 @@ class ClusterConfig:
     gpu_memory_gib: Optional[float] = None
     """Memory of one GPU, GiB; where it is said, a run that does not fit is refused."""
     gpu_name: Optional[str] = None
-    """Name of the GPUs (nvidia-smi -L, or torch.cuda.get_device_name()), such as NVIDIA H100 80GB HBM3; by it
-    peak, memory and links are known (gpt/accounting/hardware.py)."""
+    """Name of the GPUs, as nvidia-smi -L prints it or short (H100, A100-80GB); by it peak, memory and links are known
+    (gpt/accounting/hardware.py)."""
     gpu_tflops: Optional[float] = None
     """Dense peak of one GPU in the precision of the run, TFLOP/s; null is what is known of gpu_name."""
     matmul_efficiency: float = 0.5

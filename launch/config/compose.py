@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -15,12 +16,14 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 
 import configs
 from launch.config import NOT_IN_POINT, Config
 from launch.errors import ConfigError
 from launch.runs import compose
+from launch.runs.damage import damaged
 from launch.runs.explain import CONFIG_ERRORS, explain, free_keys
 from launch.runs.folder import RunFolder
 from launch.runs.identity import RunConfig
@@ -32,6 +35,19 @@ from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 CONFIGS = Path(configs.__file__).parent
 CUSTOM = "custom"
 """Option of the group ``workload`` for a class that was typed as ``workload._target_``."""
+
+
+def require_folder(flag: str, path: str) -> Path:
+    """Folder of the user's own config files, given with ``flag``.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        expected = "a folder laid out as configs/ is, such as FOLDER/cluster/mysite.yaml"
+        raise ConfigError(f"{flag} {path}, which is no folder", expected, f"{flag} FOLDER")
+    return folder
 
 
 def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
@@ -121,15 +137,28 @@ def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[C
     return schema
 
 
-def compose_launch(overrides: Sequence[str]) -> DictConfig:
-    """Compose ``configs/config.yaml`` without a Hydra run."""
-    args = prepare_overrides(overrides)
-    schema = register(args)
-    with initialize_config_module("configs", version_base="1.3"):
+def compose_launch(
+    overrides: Sequence[str], config_dir: Path | None = None, *, return_hydra_config: bool = False
+) -> DictConfig:
+    """Compose ``configs/config.yaml`` without a Hydra run, or once more inside one: then its search path holds.
+
+    Args:
+        overrides: as typed.
+        config_dir: folder of the user's own config files, searched too.
+        return_hydra_config: with the keys of Hydra itself.
+
+    Raises:
+        ConfigError: an unknown key or option, or a value of the wrong type.
+    """
+    args = prepare_overrides(overrides, config_dir)
+    schema = register(args, config_dir)
+    searched = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]
+    inside = GlobalHydra.instance().is_initialized()
+    with nullcontext() if inside else initialize_config_module("configs", version_base="1.3"):
         try:
-            return hydra_compose("config", overrides=args)
+            return hydra_compose("config", [*args, *searched], return_hydra_config)
         except CONFIG_ERRORS as error:
-            raise explain(error, schema) from error
+            raise explain(error, schema, args) from error
 
 
 def typed_config(document: DictConfig) -> Config:
@@ -149,15 +178,20 @@ def read_point(folder: RunFolder) -> Config:
     """The config that a run folder was made with, with all keys of its workload.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder holds no run, or its config is damaged.
     """
-    compose.require_config(folder)
-    loaded = OmegaConf.load(folder.config)
-    assert isinstance(loaded, DictConfig)
-    named = loaded.get("workload")
-    if named is None:
+    loaded = compose.read_document(folder)
+    if "workload" not in loaded:
         loaded.workload = {"_target_": BEFORE_WORKLOADS}
-    return compose.to_schema(loaded, schema_of(loaded.workload._target_))
+    target = loaded.workload.get("_target_") if isinstance(loaded.workload, DictConfig) else None
+    if not isinstance(target, str):
+        raise damaged(folder.config, "it names no workload")
+    return compose.stored_as(folder, loaded, schema_of(target))
+
+
+def default_grace_period_s() -> float:
+    """Return resilience.grace_period_s of the default configuration, for a run whose own cannot be read."""
+    return float(yaml.safe_load((CONFIGS / "resilience" / "default.yaml").read_text())["grace_period_s"])
 
 
 def not_in_point(workload: Workload) -> tuple[str, ...]:

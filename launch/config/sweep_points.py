@@ -7,30 +7,35 @@ overrides; a test compares them with the installed version. Where it fails after
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launch.config import Config
-from launch.config.compose import compose_launch
+from launch.config.compose import compose_launch, prepare_overrides
 from launch.runs.explain import CONFIG_ERRORS, explain
 
 
-def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
+def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
     """Split the overrides of a sweep into those of each point, in the order in which Hydra would run them.
+
+    Args:
+        overrides: as typed.
+        config_dir: folder of the user's own config files, searched too.
 
     Raises:
         ConfigError: they cannot be parsed, or name no config.
     """
     try:
         parser = OverridesParser.create()
-        typed = parser.parse_overrides(list(overrides))
-        fixed = [text for text, parsed in zip(overrides, typed, strict=True) if not parsed.is_sweep_override()]
-        compose_launch(fixed)  # registers the schema, and explains what is wrong
-        with initialize_config_module("configs", version_base="1.3"):
-            params = compose("config", overrides=fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
+        parser.parse_overrides(list(overrides))  # refused in the words that were typed
+        prepared = prepare_overrides(overrides, config_dir)
+        typed = parser.parse_overrides(prepared)
+        fixed = [text for text, parsed in zip(prepared, typed, strict=True) if not parsed.is_sweep_override()]
+        composed = compose_launch(fixed, config_dir, return_hydra_config=True)
+        params = composed.hydra.sweeper.get("params") or {}
         swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
         return [list(point) for batch in BasicSweeper.split_arguments([*swept, *typed], None) for point in batch]
     except CONFIG_ERRORS as error:
-        raise explain(error, Config) from error
+        raise explain(error, Config, overrides) from error

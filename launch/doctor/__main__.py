@@ -25,24 +25,28 @@ from launch.checks import candidates, facts, findings
 from launch.checks.facts import Facts, Request
 from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, typed_config
+from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.config.sweep_points import sweep_points
-from launch.doctor import machine
+from launch.doctor import machine, on_cluster, verdict
 from launch.doctor.on_cluster import group_line, table
-from launch.errors import ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.jobs.submit import shapes
 from launch.plan.plan import Plan, make_plan
+from launch.runs.files import deny_others_writing
 from launch.scheduler.client import SlurmError
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.doctor", description="Look for what would break a run, without submitting it."
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as you would give them to python -m launch")
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="as for python -m launch; sweeps need no -m here either"
+    )
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="FOLDER", help="config files of your own, as for python -m launch"
     )
     parser.add_argument(
         "--on-cluster", action="store_true", help="submit a job of some minutes that measures the nodes"
@@ -52,14 +56,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def configs_of(points: Sequence[Sequence[str]]) -> list[Config]:
+def configs_of(points: Sequence[Sequence[str]], config_dir: Path | None = None) -> list[Config]:
     """The config of each point; ConfigError."""
-    return [typed_config(compose_launch(overrides)) for overrides in points]
+    return [typed_config(compose_launch(overrides, config_dir)) for overrides in points]
 
 
-def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
+def examine(
+    points: Sequence[Sequence[str]], config_dir: Path | None = None
+) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
     """Examine what can be told without submitting: of this machine, of the requests; and what that was made from."""
-    configs = configs_of(points)
+    configs = configs_of(points, config_dir)
     first = configs[0]
     seen = facts.gather(first.cluster.kind, Path(first.output_dir), facts.clusters_named(configs))
     plans: dict[str, tuple[Plan, Config]] = {}
@@ -74,7 +80,18 @@ def examine(points: Sequence[Sequence[str]]) -> tuple[list[Finding], list[Findin
     requests = facts.requests_of(groups, {path: config for path, (_, config) in plans.items()}, seen)
     if seen.kind is ClusterKind.slurm:
         of_request += candidates.check_requests(seen, requests)
-    return machine.check_machine(seen, first, requests, own_addresses(seen.machine.host)), of_request, requests, seen
+    of_machine = machine.check_machine(seen, first, requests, own_addresses(seen.machine.host))
+    if seen.kind is ClusterKind.slurm:
+        of_machine = settle_sharing(of_machine, on_cluster.earlier_results(Path(seen.output.path)))
+    return of_machine, of_request, requests, seen
+
+
+def settle_sharing(of_machine: list[Finding], results: dict[str, Any] | None) -> list[Finding]:
+    """Replace what the filesystems' types suggest of the folders by what nodes have seen of them, where they have."""
+    if results is None or not verdict.is_shared(results):
+        return of_machine
+    seen = findings.fine("shared folder", f"every node of job {results['job_id']} saw it and wrote there")
+    return [*(finding for finding in of_machine if finding.check not in ("shared folder", "program")), seen]
 
 
 def own_addresses(host: str) -> tuple[str, ...]:
@@ -93,8 +110,6 @@ def run_on_cluster(
     Raises:
         ConfigError: there is no cluster to submit to.
     """
-    from launch.doctor import on_cluster, verdict
-
     if seen.limits is None or not requests:
         expected = "a Slurm cluster that answers, and a run that can be planned"
         raise ConfigError("--on-cluster without a cluster", expected, "python -m launch.doctor, without --on-cluster")
@@ -117,7 +132,9 @@ def run_on_cluster(
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
     """Look, submit where asked to, and say what was found."""
-    of_machine, of_request, requests, seen = examine(sweep_points(given.overrides))
+    config_dir = None if given.config_dir is None else require_folder("--config-dir", given.config_dir)
+    points = sweep_points(given.overrides, config_dir)
+    of_machine, of_request, requests, seen = examine(points, config_dir)
     if not given.on_cluster:
         return [*of_machine, *of_request], None
     if findings.has_errors(of_request):
@@ -127,11 +144,8 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
         )
         return [*of_machine, *of_request, skipped], None
     measured, results = run_on_cluster(seen, requests, given.wait_min, console)
-    if results is not None:
-        from launch.doctor.verdict import is_shared
-
-        if is_shared(results):  # measured, so what the filesystems' types suggest is moot
-            of_machine = [finding for finding in of_machine if finding.check not in ("shared folder", "program")]
+    if results is not None and verdict.is_shared(results):
+        of_machine = [finding for finding in of_machine if finding.check not in ("shared folder", "program")]
     return [*of_machine, *of_request, *measured], results
 
 
@@ -140,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, or JSON alone on standard output."""
     given = arguments(argv)
     console = Console(soft_wrap=True, stderr=given.json)
+    deny_others_writing()
     try:
         found, results = diagnose(given, console)
     except KeyboardInterrupt:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -34,10 +33,8 @@ SHARED = (
     ),
     *("gfs2", "ocfs2", "fuse.glusterfs", "glusterfs", "fuse.juicefs", "fuse.quobyte", "fuse.daos", "fuse.moosefs"),
 )
-IN_MEMORY = ("tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs")
-"""Filesystems that every node, or every container, has for itself."""
-NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
-"""Folders that by convention are each node's own."""
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+"""Filesystems that every machine has for itself."""
 GIB = 2**30
 """A checkpoint: weights and two moments of Adam, 4 bytes each."""
 SBATCH_KEYS = {
@@ -181,15 +178,15 @@ def check_versions(facts: Facts) -> Iterator[Finding]:
 
 
 def sharing(folder: Folder) -> tuple[str, str]:
-    """Tell whether all nodes see a folder, by the type of its filesystem: yes, no or unsure; and why."""
+    """Tell whether all nodes see a folder, by the type of its filesystem: yes, no or unsure; and why.
+
+    Its name tells nothing: /tmp may be shared, and /home each node's own. The job of ``--on-cluster`` asks the nodes.
+    """
     if folder.filesystem in SHARED:
         return "yes", f"{folder.filesystem} is shared"
     if folder.filesystem in IN_MEMORY:
         return "no", f"{folder.filesystem} is each machine's own"
-    local = next((top for top in NODE_LOCAL if Path(folder.path).is_relative_to(top)), None)
-    if local is not None:
-        return "no", f"{local} on {folder.filesystem} is each machine's own"
-    return "unsure", f"{folder.filesystem} is a disk of this machine unless it is exported from here"
+    return "unsure", f"{folder.filesystem} is this machine's own unless it is exported, or the nodes are this machine"
 
 
 def check_output_folder(facts: Facts) -> Iterator[Finding]:
@@ -242,7 +239,7 @@ def check_programs(facts: Facts) -> Iterator[Finding]:
         if answer == "yes":
             yield fine("program", f"{folder.path}: {found}")
             continue
-        why = f"the job runs {facts.machine.executable} by its path on every node"
+        why = f"the job runs {facts.machine.executable} by its path on every node, and they may not have it"
         yield warn("program", f"{folder.path}: {found}", why, f"srun --nodes=1 ls {folder.path}")
 
 

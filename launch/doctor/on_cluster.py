@@ -7,6 +7,7 @@ the results is ``launch.doctor.verdict``'s to say.
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from launch.checks.findings import Finding, fail
 from launch.config import Config
 from launch.doctor import probe
 from launch.jobs.handles import SlurmJob, ask_queue
-from launch.jobs.submit import submit_calls
+from launch.jobs.submit import refusal_text, submit_calls
 from launch.runs import compose
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
+from launch.scheduler.client import SlurmError
 
 JOB_MIN = 5
 """Time limit of the job, minutes."""
@@ -52,6 +54,18 @@ def measure(request: Request, output: Path, wait_min: float, say: Callable[[str]
     results = collect(root, request, job.job_id, state, started)
     write_json(root / "results.json", results)
     return results
+
+
+def earlier_results(output: Path) -> dict[str, Any] | None:
+    """Results of the newest of these jobs that has run with the same ``output_dir``; None where there is none."""
+    for path in sorted(output.glob(".doctor/*/results.json"), reverse=True):
+        try:
+            results: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if results.get("nodes"):
+            return results
+    return None
 
 
 def make_folder(config: Config, output: Path) -> Path:
@@ -120,11 +134,8 @@ def collect(root: Path, request: Request, job_id: str, state: str, started: bool
 
 def refused(error: Exception) -> Finding:
     """sbatch refused the job."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    found = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else type(error).__name__)
-    return fail(
-        "job", found.strip(), "a run with the same resources would be refused too", "python -m launch dry_run=true ..."
-    )
+    why = "a run with the same resources would be refused too"
+    return fail("job", refusal_text(SlurmError(str(error))), why, "python -m launch dry_run=true ...")
 
 
 def group_line(results: dict[str, Any]) -> str:

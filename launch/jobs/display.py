@@ -16,7 +16,8 @@ from launch.jobs.failover import PlacementFailover
 from launch.jobs.handles import LocalQueueEntry, SlurmJob
 from launch.jobs.status import RunStatus, poll
 from launch.jobs.stop import Stop
-from launch.jobs.submit import record_submitted, start_local
+from launch.jobs.submit import start_local
+from launch.plan.submission import record_submitted
 from launch.runs.records import throughput
 from launch.scheduler.client import SlurmError
 
@@ -71,6 +72,7 @@ class Display:
         self._tasks: dict[int, TaskID] = {}
         self._shown: dict[int, tuple[str, int, float]] = {}
         self._told: set[tuple[int, int]] = set()
+        self._advice: dict[int, str] = {}
         self._problem = False
         self._bars: Progress | None = None
         if console.is_terminal:
@@ -91,6 +93,7 @@ class Display:
     def show(self, point: RunStatus) -> None:
         """Show ``point`` as it is now."""
         self._show_changes(point)
+        self._show_advice(point)
         step = int(point.latest.get("step", 0))
         if self._bars is not None:
             task, progress = self._tasks[id(point)], progress_text(point)
@@ -112,6 +115,13 @@ class Display:
                 self._told.add(key)
                 text = f"warning: {point.name}, attempt {event['attempt']}: {change}"
                 self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _show_advice(self, point: RunStatus) -> None:
+        """Say once for each reason that waiting will not start a point, and what will."""
+        text = point.advice
+        if text and text != self._advice.get(id(point)):
+            self._console.print(f"warning: {point.name}: {text}", highlight=False, markup=False, soft_wrap=True)
+        self._advice[id(point)] = text
 
     def show_problem(self, problem: SlurmError | None) -> None:
         """Say once that Slurm does not answer, and once that it does again."""

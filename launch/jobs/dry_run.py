@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from launch.config import Config
+from launch.jobs.handles import SlurmJob
 from launch.jobs.sbatch import sbatch_text
-from launch.jobs.submit import shapes
+from launch.jobs.submit import in_line, shapes
+from launch.plan.placement import cluster_of
 from launch.plan.plan import Plan
 from launch.plan.text import plan_text, worst_case_text
 
@@ -21,8 +23,10 @@ def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Consol
     for plan in plans:
         console.print(plan_text(plan), highlight=False, markup=False)
     console.print(worst_case_text(plans, configs), highlight=False, markup=False)
-    for group in shapes(plans):
-        names = ", ".join(plan.point for plan in group)
+    for number, group in enumerate(shapes([plan for plan in plans if not plan.finished])):
+        if configs[0].launch.sequential:
+            group = in_line(group, [SlurmJob("JOBID", cluster_of(group[0].slurm))] if number else [])
+        names = ", ".join(plan.title for plan in group)
         kind = f"job array of {len(group)}" if len(group) > 1 else "job"
         here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
         console.print(f"\nsbatch text of the {kind}{here}: {names}", highlight=False, markup=False)

@@ -8,7 +8,6 @@ a time: the launcher that watches its points, or ``launch.move``. When a point m
 from __future__ import annotations
 
 import fcntl
-import json
 import signal
 import subprocess
 import sys
@@ -23,9 +22,11 @@ from rich.console import Console
 from launch.jobs.handles import SlurmJob, ask_queue, job_of
 from launch.jobs.status import RunStatus, last_placed
 from launch.jobs.stop import Stop
-from launch.jobs.submit import record_submitted, shapes, submit_somewhere
+from launch.jobs.submit import shapes, submit_somewhere
 from launch.plan.placement import Candidate, Placement, Step, decide, minutes, waiting_since, waits_for_room
 from launch.plan.plan import Plan
+from launch.plan.submission import record_submitted
+from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
 from launch.scheduler.client import JobState, SlurmBusyError, SlurmError
 
@@ -188,10 +189,10 @@ class PlacementFailover:
 
 def promised(point: RunStatus) -> Plan | None:
     """The plan of a point, without candidates that sbatch has refused and hosts that failed in it; None where there is
-    none to move by."""
+    none to move by. Raises ConfigError where it is damaged."""
     plan = point.plan
     if plan is None:
-        known = json.loads(point.folder.plan.read_text()) if point.folder.plan.is_file() else {}
+        known = read_plan(point.folder)
         if "placement" not in known:
             return None
         plan = Plan.from_dict(known)

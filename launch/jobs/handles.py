@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from submitit.core.utils import JobPaths
 
 from launch.agent import processes
+from launch.plan.exposure import JOBS
 from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 from launch.scheduler.client import JobState
@@ -69,13 +70,17 @@ def submitit_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
 
     Another cluster has a folder of its own, as its jobs may have the numbers of jobs here.
     """
-    return Path(run_dir).parent / ".submitit" / (f"on-{cluster}" if cluster else "")
+    return Path(run_dir).parent / JOBS / (f"on-{cluster}" if cluster else "")
 
 
 def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
     """Paths of the standard output and error of a node's agent. They may not be there."""
     cluster = job.cluster if isinstance(job, SlurmJob) else None
-    paths = JobPaths(submitit_folder(run_dir, cluster) / "%j", job.job_id, node)
+    folder = submitit_folder(run_dir, cluster)
+    # Earlier versions had a folder for each local job, too.
+    layouts = [folder / "%j"] if isinstance(job, SlurmJob) else [folder, folder / "%j"]
+    possible = [JobPaths(layout, job.job_id, node) for layout in layouts]
+    paths = next((paths for paths in possible if paths.stdout.exists()), possible[0])
     return [Path(paths.stdout), Path(paths.stderr)]
 
 
@@ -90,6 +95,11 @@ class SlurmJob:
     def name(self) -> str:
         """Id of the job, as sbatch prints it"""
         return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
+
+    @property
+    def array_id(self) -> str:
+        """Id of the whole array where the job is an element of one"""
+        return self.job_id.split("_")[0]
 
     def status(self, queue: Mapping[str, JobState]) -> JobStatus:
         """Over, where the controller has forgotten it, some minutes after its end."""
@@ -196,19 +206,6 @@ def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> d
     }
 
 
-def running_job(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """The job that still works on a run folder, from its event log, or None."""
-    submitted = [e for e in events if e["event"] == "submitted"]
-    if not submitted:
-        return None
-    job = job_of(submitted[-1])
-    status = job.status(ask_queue([job]))
-    if status.state not in ("pending", "running"):
-        return None
-    kind = "process" if isinstance(job, LocalJob) else "job"
-    return f"{kind} {job.name}, {status.state}"
-
-
 class LocalQueueEntry:
     """A local point that waits for the ones before it, noted in its folder while its launcher lives."""
 
@@ -229,7 +226,7 @@ class LocalQueueEntry:
         """The number of events that are history; None where the point does not wait, or its launcher is gone."""
         try:
             host, pid, start, events_before = self._note.read_text().split()
-        except (FileNotFoundError, ValueError):
+            lives = host == os.uname().nodename and processes.start_time(int(pid)) == start
+            return int(events_before) if lives else None
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
             return None
-        lives = host == os.uname().nodename and processes.start_time(int(pid)) == start
-        return int(events_before) if lives else None

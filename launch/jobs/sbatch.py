@@ -1,4 +1,4 @@
-"""Private parts of submitit behind one door: the batch script it would submit, and the process of a local job.
+"""The batch script of a job, and private parts of submitit behind one door: its text, and the process of a local job.
 
 submitit has no public way to see a script without submitting it. A test compares what is used here with the installed
 version; where it fails after an update, this is the file to change.
@@ -21,6 +21,19 @@ from launch.plan.plan import Plan
 
 SUBMISSION = "submitit.core._submit"
 """Module that submitit's batch scripts run on every node."""
+AFTER_STEP = "launch.agent.after_step"
+"""Module that they run where srun has failed."""
+
+
+def batch_parameters(plan: Plan) -> dict[str, Any]:
+    """Parameters of submitit for a job: the plan's resources, and lines that look at the run where srun has failed.
+
+    A user's own ``set -e`` must not skip those, and a trap would take the place of a user's own.
+    """
+    python, folder = shlex.quote(sys.executable), shlex.quote(str(jobs_folder(plan)))
+    after = f'{python} -m {AFTER_STEP} "$status" {folder} --submitit'
+    setup = [*plan.slurm.get("setup", []), "set +e"]
+    return {**plan.slurm, "setup": setup, "teardown": ["status=$?", f'[ "$status" -eq 0 ] || exec {after}']}
 
 
 def sbatch_text(plans: Sequence[Plan]) -> str:
@@ -28,7 +41,7 @@ def sbatch_text(plans: Sequence[Plan]) -> str:
     folder = jobs_folder(plans[0])
     command = f"{shlex.quote(sys.executable)} -u -m {SUBMISSION} {shlex.quote(str(folder))}"
     count = len(plans) if len(plans) > 1 else None
-    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **plans[0].slurm)
+    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **batch_parameters(plans[0]))
     assert isinstance(text, str)
     return text
 

@@ -6,19 +6,24 @@ has forgotten a job, the event log decides. Changes nothing.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Any
 
-from launch.jobs.handles import Job, JobStatus, LocalQueueEntry, SlurmJob, ask_queue, job_of
+from launch.agent.restart_policy import WANTED, Action, Cause
+from launch.errors import ConfigError
+from launch.jobs.handles import Job, JobStatus, LocalQueueEntry, SlurmJob, agent_logs, ask_queue, job_of
 from launch.plan.plan import Plan
+from launch.runs.damage import read_plan
 from launch.runs.events import last_command
 from launch.runs.failures import first_failure
+from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.scheduler.client import RETRIES, JobState, SlurmError
+from launch.scheduler.reasons import advice
 
 OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
 ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
@@ -39,20 +44,26 @@ class RunStatus:
     """Attempts there were before this submission: their records are history."""
     events_before: int = 0
     """Events there were before this submission."""
+    found: Job | None = None
+    """Job that waits and that the event log does not name (``launch.jobs.adoption``)."""
     state: str = "pending"
     """pending, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
     """Reason for which the run waits, or Slurm's state of its end."""
+    damage: str = ""
+    """Damage of a file of the run folder that the status can do without."""
     job_status: JobStatus = field(default_factory=lambda: JobStatus("unknown"))
     """Last known status of its job."""
     latest: dict[str, Any] = field(default_factory=dict)
     """The newest record of rank 0 since this submission."""
     eta_s: float | None = None
+    label: str = ""
+    """Label that sets the point apart from those beside it; empty where its folder's name does."""
 
     @property
     def name(self) -> str:
-        """The name of the point."""
-        return self.folder.point
+        """Name of the point for people."""
+        return self.label or self.folder.point
 
     def events(self) -> list[dict[str, Any]]:
         """Read the events since this submission."""
@@ -66,6 +77,17 @@ class RunStatus:
     def is_over(self) -> bool:
         """Tell whether nothing more will happen."""
         return self.state in OVER
+
+    @property
+    def advice(self) -> str:
+        """Reason for which it waits, and what to type, where no waiting would start it; otherwise empty."""
+        if self.state != "pending" or not isinstance(self.job, SlurmJob):
+            return ""
+        return advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)), self.job.cluster)
+
+    def why_not_restarted(self) -> str | None:
+        """Reason for which a run does not start again; None where it goes on, or ended as it was meant to."""
+        return why_not_restarted(self.events())
 
     def failure(self, attempt: int | None = None) -> dict[str, Any] | None:
         """The first failure of an attempt; by default of the newest since this submission."""
@@ -83,12 +105,23 @@ def new_run_status(plan: Plan) -> RunStatus:
         plan=plan,
         attempts_before=max(folder.attempts(), default=0),
         events_before=len(folder.read_events()),
+        label=plan.label,
     )
+
+
+def find_run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
+    """Status of the runs of folders, each with its label among the runs that lie beside it."""
+    found = [find_run_status(folder) for folder in folders]
+    labels = labels_inside({point.folder.path.parent for point in found})
+    for point in found:
+        point.label = labels.get(point.folder.path, "")
+    return found
 
 
 def find_run_status(folder: RunFolder) -> RunStatus:
     """Status of the run of a folder since its last submission, or since the one that waits to be made."""
-    plan, events = promised(folder), folder.read_events()
+    events = folder.read_events()
+    plan, damage = promised(folder, events)
     start = LocalQueueEntry(folder).events_before()
     if start is None:
         start = last_command(events)
@@ -98,19 +131,25 @@ def find_run_status(folder: RunFolder) -> RunStatus:
         max_steps=plan.get("max_steps"),
         attempts_before=max((e["attempt"] for e in events[:start] if e.get("attempt") is not None), default=0),
         events_before=start,
+        damage=damage,
     )
     adopt_job(point)
     return point
 
 
-def promised(folder: RunFolder) -> dict[str, Any]:
-    """``plan.json``, or as much of it as the ranks of a run without one have told when they started."""
-    if folder.plan.is_file():
-        plan = json.loads(folder.plan.read_text())
-        assert isinstance(plan, dict)
-        return plan
-    started = [event for event in folder.read_events() if event["event"] == "started"]
-    return {"max_steps": started[-1].get("max_steps")} if started else {}
+def promised(folder: RunFolder, events: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Read ``plan.json``, or as much of it as the ranks have told at their start; and what is wrong with the file."""
+    damage = ""
+    try:
+        plan = read_plan(folder)
+        if plan:
+            return plan, ""
+    except ConfigError as error:
+        damage = error.found
+    known: dict[str, Any] = {}
+    for event in events:
+        known |= {key: event[key] for key in ("max_steps", "nodes") if event.get(key) is not None}
+    return known, damage
 
 
 def poll(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | None:
@@ -143,8 +182,29 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
             point.state, point.detail = state_between_places(point.events(), out) or (outcome(point), status.detail)
+            if point.state == "failed" and status.detail != "CANCELLED" and is_silent(point):
+                point.detail = ", ".join(part for part in (point.detail, silence_text(point)) if part)
         if point.state == "budget_exceeded":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
+
+
+def is_silent(point: RunStatus) -> bool:
+    """Tell whether the agents of a Slurm job left no word at all: neither an event nor a line of output."""
+    if not isinstance(point.job, SlurmJob):
+        return False
+    logs = agent_logs(point.folder.path, point.job, 0)
+    started = any(event["event"] == "agent_started" for event in point.events())
+    return not started and not any(log.is_file() and log.stat().st_size for log in logs)
+
+
+def silence_text(point: RunStatus) -> str:
+    """Explain why a job may have left no word, and what tells."""
+    path = point.folder.path
+    return (
+        f"its agents left no word: the nodes may not see {path}, or may not write there; "
+        f"srun --nodes={point.nodes or 1} ls -ld {quote(str(path))} tells, "
+        "and output_dir=FOLDER puts runs on a filesystem that all nodes mount"
+    )
 
 
 PLACED = ("submitted", "moved", "gave_up", "stayed")
@@ -175,6 +235,7 @@ def adopt_job(point: RunStatus) -> None:
     """Find the job of a point that some process has submitted, or moved."""
     submitted = [e for e in point.events() if e["event"] == "submitted"]
     if not submitted:
+        point.job = point.found or point.job
         return
     newest = job_of(submitted[-1])
     if point.job is None or (isinstance(point.job, SlurmJob) and newest.name != point.job.name):
@@ -203,6 +264,18 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
             point.eta_s = None
 
 
+def why_not_restarted(events: Sequence[dict[str, Any]]) -> str | None:
+    """The reason in the event log for which a run that was interrupted, or failed, stays so."""
+    last = next((e for e in reversed(events) if e["event"] in ("decided", "requeue_failed", "started")), None)
+    if last is None or last["event"] == "started":
+        return None
+    if last["event"] == "requeue_failed":
+        return str(last["cause"])
+    # A decision of a former release does not name the cause; that was then told by the ranks alone.
+    is_unwanted = last["action"] == Action.stop and last.get("cause", Cause.finished) not in WANTED
+    return str(last["reason"]) if is_unwanted else None
+
+
 def events_since_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Events from the last ``started`` on."""
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
@@ -222,6 +295,8 @@ def outcome(point: RunStatus) -> str:
         return "finished"
     if ended is not None:
         return "cancelled" if ended["event"] == "cancelled" else "budget_exceeded"
+    if why_not_restarted(events) is not None:
+        return "failed"
     return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from launch.config import Config
+from launch.config.compose import default_grace_period_s
+from launch.errors import ConfigError
 from launch.jobs.handles import Job, LocalJob
 from launch.jobs.status import RunStatus, poll, saved_step
 from launch.runs.compose import read_config
@@ -29,11 +31,13 @@ class Stop:
     """One point on its way out."""
 
     def __init__(self, point: RunStatus, *, now: bool = False) -> None:
-        grace_s = read_config(point.folder, Config).resilience.grace_period_s + AGENT_S
+        grace_s = grace_period_s(point) + AGENT_S
         self.point = point
         self.error: SlurmError | None = None
         """Error for which the run cannot be ended."""
         self.kill_at = time.monotonic() + (0.0 if now else grace_s)
+        self.unmarked = ""
+        """Reason for which the cancel does not stand in the event log."""
         self._now = now
         self._asked: Job | None = None
         self._killed: Job | None = None
@@ -48,7 +52,12 @@ class Stop:
         job_id = None if self.point.job is None else self.point.job.job_id
         if not any(e["event"] == "cancelled" and e["job_id"] == job_id for e in self.point.events()):
             who = f"{getpass.getuser()}@{os.uname().nodename}"
-            self.point.folder.record_event("cancelled", job_id=job_id, by=who, now=self._now)
+            try:
+                self.point.folder.record_event("cancelled", job_id=job_id, by=who, now=self._now)
+            except OSError as error:
+                # Without it the agents would take SIGTERM for a preemption. A job that scancel ends, Slurm calls so.
+                self.kill_at = min(self.kill_at, time.monotonic())
+                self.unmarked = f"{self.point.name}: ended without a save, as its event log cannot say why: {error}"
 
     def push(self) -> None:
         """Do what is next: ask once, and end what has not left in time. Raises SlurmError."""
@@ -72,11 +81,22 @@ class Stop:
         return "signalled" in names[names.index("cancelled") :]
 
 
+def grace_period_s(point: RunStatus) -> float:
+    """Seconds that the agents of a run give its ranks to save; the default's where its config is damaged or gone."""
+    try:
+        return read_config(point.folder, Config).resilience.grace_period_s
+    except ConfigError as error:
+        point.damage = point.damage or error.found
+        return default_grace_period_s()
+
+
 def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = False) -> list[Stop]:
     """Have the points save and leave, end what is left, and wait until they are over or cannot be ended."""
     stops = [Stop(point, now=now) for point in points if not point.is_over]
     for stop in stops:
         stop.mark()
+        if stop.unmarked:
+            console.print(stop.unmarked, highlight=False, markup=False)
     said = False
     while left := [stop for stop in stops if not stop.is_done]:
         busy = push_all(left) or poll([stop.point for stop in left], retries=1)

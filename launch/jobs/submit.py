@@ -6,12 +6,14 @@ its pickle holds only the path of the run folder, so that a requeued job reads e
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,18 @@ from submitit.core.utils import FailedJobError
 from launch.agent import main as agent
 from launch.agent.stop import OWNER
 from launch.config.compose import read_point, workload_of
+from launch.errors import ConfigError
 from launch.jobs.handles import LocalJob, SlurmJob, submitit_folder
-from launch.jobs.sbatch import controller_process, jobs_folder
+from launch.jobs.sbatch import batch_parameters, controller_process, jobs_folder
+from launch.plan.alone import wait_for
 from launch.plan.capacity import visible_gpus
 from launch.plan.code_copy import RUNS_FROM, running_from
 from launch.plan.placement import cluster_of, next_candidate
 from launch.plan.plan import Plan
+from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder
-from launch.scheduler.client import BUSY, SlurmBusyError, SlurmError
+from launch.runs.ranges import closest
+from launch.scheduler.client import BUSY, SlurmBusyError, SlurmError, cluster_option, run
 
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
 INHERITED_NAMES = (
@@ -73,6 +79,15 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
     return list(groups.values())
 
 
+def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
+    """Plans of one shape that run one after another, once the jobs of the shape before are over.
+
+    Slurm knows no dependency on jobs of another cluster: there the shapes run beside each other.
+    """
+    here = cluster_of(plans[0].slurm)
+    return [wait_for(plan, [job.array_id for job in before if job.cluster == here]) for plan in plans]
+
+
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
     """Submit plans of one shape: a job array, or a plain job where there is one plan. In the plans' order.
 
@@ -81,7 +96,9 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
         SlurmError: sbatch refused.
     """
     try:
-        return submit_calls(jobs_folder(plans[0]), plans[0].slurm, agent.run, [plan.run_dir for plan in plans])
+        return submit_calls(
+            jobs_folder(plans[0]), batch_parameters(plans[0]), agent.run, [plan.run_dir for plan in plans]
+        )
     except FailedJobError as error:
         busy = any(text in str(error).lower() for text in BUSY)
         raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
@@ -99,11 +116,20 @@ def submit_calls(
     Raises:
         submitit.core.utils.FailedJobError: sbatch refused.
     """
+    make_folder(folder.parent)
     executor = submitit.SlurmExecutor(folder=folder)
     executor.update_parameters(**resources)
-    with clean_environment(), executor.batch() if len(arguments) > 1 else nullcontext():
+    said = redirect_stderr(io.StringIO())  # submitit prints what its error says, too
+    with clean_environment(), said, executor.batch() if len(arguments) > 1 else nullcontext():
         jobs = [executor.submit(function, argument) for argument in arguments]
+    close_pickles(jobs)
     return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
+
+
+def close_pickles(jobs: Sequence[Any]) -> None:
+    """Let nobody else read what submitit's jobs load; others could never write there."""
+    for job in jobs:
+        job.paths.submitted_pickle.chmod(0o600)
 
 
 @dataclass(frozen=True)
@@ -142,16 +168,31 @@ def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
 
 
 def refusal_text(error: SlurmError) -> str:
-    """Extract sbatch's complaint from submitit's error."""
-    lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
-    return lines[-1].removeprefix("sbatch: ") if lines else str(error)
+    """Extract sbatch's complaints from submitit's error."""
+    found = re.findall(r"sbatch: error: (.+)", str(error))
+    return "; ".join(dict.fromkeys(line.strip() for line in found)) or str(error)
 
 
-def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False) -> None:
-    """Enter a submission into the event log; ``moved`` where the run waited elsewhere before."""
-    where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
-    place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
-    RunFolder(plan.run_dir).record_event("submitted", **where, **place, **({"moved": True} if moved else {}))
+def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
+    """Say what sbatch refused of a job: its own words, what there is, and what to type next."""
+    said = refusal_text(error)
+    found = f"point {plan.title}, and sbatch refuses its job: {said}"
+    wanted = re.search(r"invalid partition specified: (\S+)", said)
+    there = partition_names(plan) if wanted else []
+    if wanted and there:
+        likely = (closest(wanted[1], there) or there)[0]
+        return ConfigError(found, f"one of the partitions {', '.join(there)}", f"cluster.partition={likely}")
+    doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
+    return ConfigError(found, "resources that this cluster gives to you", doctor)
+
+
+def partition_names(plan: Plan) -> list[str]:
+    """Names of the partitions of the cluster that a plan goes to; none where sinfo does not answer."""
+    try:
+        listed = run("sinfo", *cluster_option(cluster_of(plan.slurm)), "--noheader", "--format=%R")
+    except SlurmError:
+        return []
+    return sorted({line.strip() for line in listed.splitlines() if line.strip() and "CLUSTER:" not in line})
 
 
 def code_of_agents(plan: Plan) -> Path | None:
@@ -164,7 +205,10 @@ def code_of_agents(plan: Plan) -> Path | None:
 
 def start_local(plan: Plan) -> LocalJob:
     """Start the agents of a point here. They ignore the terminal's Ctrl-C, which is the launcher's to answer."""
-    executor = submitit.LocalExecutor(folder=submitit_folder(plan.run_dir) / "%j", max_num_timeout=0)
+    folder = submitit_folder(plan.run_dir)
+    make_folder(folder)
+    # No folder for each job: submitit makes it when the controller runs already, which may look for it before.
+    executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0)
     gpus = visible_gpus()  # submitit hides all others
     executor.update_parameters(
         tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
@@ -175,6 +219,7 @@ def start_local(plan: Plan) -> LocalJob:
     try:
         with clean_environment(), running_from(code_of_agents(plan)):
             job: Any = executor.submit(agent.run, plan.run_dir)
+            close_pickles([job])
     finally:
         signal.signal(signal.SIGINT, handler)
     return LocalJob(job.job_id, os.uname().nodename, controller_process(job))

@@ -7,7 +7,6 @@ heartbeat. The caps are for all points of one command together, over all attempt
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from launch.config import BudgetConfig, Config
 from launch.errors import ConfigError
+from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
 
 SILENT_S = 300.0
@@ -175,7 +175,7 @@ def last_heartbeat(folder: RunFolder) -> float | None:
     """Time when the agent of the head node was last seen, Unix seconds; None where none ever was."""
     try:
         return heartbeat_file(folder).stat().st_mtime
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -190,9 +190,10 @@ def rates_of(config: Config) -> Rates:
 
 
 def command_folders(folder: RunFolder) -> list[RunFolder]:
-    """The run folders of all points of the command that a run belongs to: they share its budget."""
-    try:
-        paths = json.loads(folder.plan.read_text()).get("command_run_dirs")
-    except FileNotFoundError:
-        paths = None
+    """The run folders of all points of the command that a run belongs to: they share its budget.
+
+    Raises:
+        ConfigError: the plan, which names them, is damaged.
+    """
+    paths = read_plan(folder).get("command_run_dirs")
     return [RunFolder(path) for path in paths] if paths else [folder]

@@ -13,7 +13,7 @@ from launch.errors import ConfigError
 
 
 def refuse_local_spares(config: Config) -> None:
-    """Raise ConfigError where spares would be agents on the machine that they should stand in for."""
+    """Raise ConfigError where spare nodes are asked of this one machine."""
     if config.spare_nodes:
         raise ConfigError(
             f"spare_nodes={config.spare_nodes} with agents on this machine (cluster=local)",

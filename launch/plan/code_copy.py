@@ -7,9 +7,9 @@ shared by all that run it, requeued jobs included. The packages are found there 
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
+from launch.runs.damage import writing_into
 from launch.runs.files import write_json
 from launch.runs.provenance import ORIGIN, ROOT, code_state, describe_code
 from launch.workload import CodeTree
@@ -32,20 +33,33 @@ def code(tree: CodeTree) -> dict[str, Any]:
 
 
 def place(run_dir: str | Path, tree: CodeTree) -> Path:
-    """Path of the code copy of a run, whether it is there or not."""
-    return Path(run_dir).parent / ".code" / str(code(tree)["sha256"])[:16]
+    """Path of the code copy of a run, whether it is there or not.
+
+    Raises:
+        ConfigError: a process could not be started from there.
+    """
+    above = Path(run_dir).parent
+    if os.pathsep in str(above):
+        raise ConfigError(
+            f"copy_code=true and {above}, with a {os.pathsep} in it",
+            f"a path that PYTHONPATH can hold, where {os.pathsep} stands between two folders",
+            f"output_dir=FOLDER without {os.pathsep}, or copy_code=false",
+        )
+    return above / ".code" / str(code(tree)["sha256"])[:16]
 
 
 def take(target: Path, tree: CodeTree) -> None:
     """Copy the files of a tree to ``target``, unless they are there already.
 
     Raises:
-        ConfigError: a file changed meanwhile.
+        ConfigError: a file changed meanwhile, or there is no place for a copy.
     """
     if target.is_dir():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+    with writing_into(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.parent / f".new-{secrets.token_hex(8)}"
+        scratch.mkdir()
     try:
         for name, path in tree.files(tree.root):
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +72,6 @@ def take(target: Path, tree: CodeTree) -> None:
                 "code that stays as it is",
                 "the command again",
             )
-        scratch.chmod(0o755)
         try:
             scratch.rename(target)
         except OSError:

@@ -7,19 +7,20 @@ promised and of how long a point has waited. Must not know how a job is submitte
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.config import Config, PlacementConfig
+from launch.errors import ConfigError
 from launch.plan import code_copy as snapshot
 from launch.plan import placement
 from launch.plan.budget import Use, use_of
 from launch.scheduler.limits import gres
+from launch.scheduler.reasons import OWN_WISH
 
-NOT_WAITING_FOR_ROOM = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
-"""Reasons (squeue %r) that are the user's own wish, and that a move would only get around."""
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
 """Events that a point's event log may gain while it waits."""
 
@@ -138,7 +139,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
 
 def waits_for_room(reason: str) -> bool:
     """Tell whether a pending job with this reason waits for what another place might have."""
-    return reason not in NOT_WAITING_FOR_ROOM
+    return reason not in OWN_WISH
 
 
 def configs(config: Config) -> list[tuple[str, Config]]:
@@ -228,6 +229,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "exclude": cluster.exclude,
+        "exclusive": cluster.exclusive or None,
         "gres": cluster.gres,
         "gpus_per_node": cluster.gpus_per_node,
         "cpus_per_task": cluster.cpus_per_task,
@@ -243,7 +245,19 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
             **cluster.additional_parameters,
         },
     }
+    refuse_line_breaks(asked)
     return {key: value for key, value in asked.items() if value is not None}
+
+
+def refuse_line_breaks(asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a value would not stay on its ``#SBATCH`` line: what follows would run as shell."""
+    for key, value in {**asked, **asked["additional_parameters"]}.items():
+        if isinstance(value, str) and ("\n" in value or "\r" in value):
+            raise ConfigError(
+                f"cluster.{key}={value!r}",
+                "one line: it is a line of the batch script",
+                f"cluster.{key}={shlex.quote(' '.join(value.split()))}",
+            )
 
 
 def worst_case(placed: Placement, nodes: int, timeout_min: int) -> Use:

@@ -14,14 +14,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.config import ClusterKind, Config
-from launch.config.compose import not_in_point, workload_of
+from launch.config.compose import compose_launch, not_in_point, typed_config, workload_of
+from launch.errors import ConfigError
 from launch.plan import code_copy
 from launch.plan.capacity import local_gpu_name, local_gpus, refuse_local_spares
+from launch.plan.exposure import refuse_exposed
 from launch.plan.placement import Placement, place, worst_case
 from launch.runs import compose
+from launch.runs.damage import writing_into
+from launch.runs.events import is_finished
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.runs.identity import PLACE_KEYS, choose_folder, refuse_other_run
+from launch.runs.identity import choose_folder, refuse_other_run
+from launch.runs.overrides import PLACE_KEYS
+from launch.runs.proposals import with_checked_fix
 from launch.workload import PlanRequest, WorkloadPlan
 
 
@@ -56,7 +62,21 @@ class Plan:
     code: str | None = None
     """The copy of the code that the job runs from; None where it runs from where it was submitted."""
     warnings: tuple[str, ...] = ()
-    """Preflight warnings, from earlier attempts."""
+    """Those of the workload, and preflight warnings from earlier attempts."""
+    label: str = ""
+    """Label that sets the point apart from the others of its command, for people."""
+    finished: bool = False
+    """True where the run is finished already: nothing of it is submitted."""
+
+    expected_s: float | None = None
+    """Expected time of the next start, seconds; None where nothing is known of it."""
+    expected_by: str = ""
+    """Source of the expected time, for people."""
+
+    @property
+    def title(self) -> str:
+        """Name of the point for people."""
+        return self.label or self.point
 
     @property
     def nodes_asked(self) -> int:
@@ -86,6 +106,7 @@ class Plan:
         own |= {key: tuple(own.get(key, ())) for key in ("command_run_dirs", "warnings")}
         facts = {key: value for key, value in known.items() if key not in {*names, "max_steps"}}
         promised = {"max_steps": known.get("max_steps"), **own.get("promised", {}), "facts": facts}
+        promised["warnings"] = tuple(promised.get("warnings", ()))
         promised["notes"] = {label: tuple(lines) for label, lines in promised.get("notes", {}).items()}
         workload = own.get("workload", "")
         placement = Placement.from_dict(known["placement"])
@@ -107,11 +128,22 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
     """Plan one point for a cluster of ``kind`` (local or slurm).
 
     Raises:
-        ConfigError: the point cannot work.
+        ConfigError: the point cannot work; what it says to type next was planned, too.
     """
+    try:
+        return plan_point(config, overrides, kind)
+    except ConfigError as error:
+        raise with_checked_fix(
+            error, overrides, lambda words: plan_point(typed_config(compose_launch(words)), words, kind)
+        ) from error
+
+
+def plan_point(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Plan:
+    """Plan one point, as ``make_plan`` does; a refusal's fix is as it was first thought of."""
     config.validate()
     workload = workload_of(config)
     folder = choose_folder(config, overrides, not_in_point(workload))
+    refuse_exposed(folder.path)
     refuse_other_run(folder, config, workload.schema, (*PLACE_KEYS, *workload.resumable))
     is_local = kind is ClusterKind.local
     request = PlanRequest(
@@ -148,13 +180,20 @@ def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Pl
         workload=workload.name,
         promised=promised,
         code=None if code is None else str(code),
+        finished=is_finished(folder.read_events()),
+        warnings=promised.warnings,
     )
 
 
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Make the run folder: the config, in which nothing is left open, what was typed, and the plan."""
+    """Make the run folder: the config, in which nothing is left open, what was typed, and the plan.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     folder = RunFolder(plan.run_dir)
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)
     compose.write_config(folder, composed, overrides)
-    write_json(folder.plan, plan.as_dict())
+    with writing_into(folder.path):
+        write_json(folder.plan, plan.as_dict())

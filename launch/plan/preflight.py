@@ -5,35 +5,38 @@ Owns the warnings that ``dry_run`` and a submission show. What cannot work at al
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.plan import code_copy as snapshot
+from launch.plan.placement import cluster_of
 from launch.plan.plan import Plan
+from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import changed_since, code_state, library_versions, refuse_change
 from launch.runs.records import RECENT, recent_records
-from launch.scheduler import limits
-from launch.scheduler.client import SlurmError
-from launch.scheduler.limits import how_preempted
+from launch.scheduler.limits import Limits, how_preempted
 
 MARGIN = 1.5
 """Factor of a proposed time over the measured one: the next save may be slower."""
 
 
-def add_warnings(plan: Plan, config: Config) -> Plan:
+def add_warnings(plan: Plan, config: Config, limits: Mapping[str | None, Limits] | None = None) -> Plan:
     """Return the plan with its preflight warnings.
+
+    Args:
+        limits: those of the clusters it may go to, as far as they are known; by name, None being the local one.
 
     Raises:
         ConfigError: the code or a library has changed since the last attempt, and ``strict`` forbids that.
     """
-    return replace(plan, warnings=(*changed_code(plan, config), *short_grace(plan, config)))
+    return replace(
+        plan, warnings=(*plan.warnings, *changed_code(plan, config), *short_grace(plan, config, limits or {}))
+    )
 
 
 def changed_code(plan: Plan, config: Config) -> Iterator[str]:
@@ -49,7 +52,7 @@ def changed_code(plan: Plan, config: Config) -> Iterator[str]:
     yield f"changed since attempt {changed[0]}: {changed[1]} (require_same_code=true refuses that)"
 
 
-def short_grace(plan: Plan, config: Config) -> Iterator[str]:
+def short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[str]:
     """Tell whether the run would be killed before it has saved, by what its saves and steps have taken so far."""
     known = evidence(plan)
     if known is None:
@@ -67,7 +70,7 @@ def short_grace(plan: Plan, config: Config) -> Iterator[str]:
     if short:
         longer = " ".join(f"{key.split('=')[0]}={wish}" for key in short)
         yield f"{took}, and {' and '.join(short)}: told to stop, the run {lost}; type {longer}"
-    for name, left in preemption_graces(plan) if plan.cluster == "slurm" else ():
+    for name, left in preemption_graces(plan, limits) if plan.cluster == "slurm" else ():
         if known.stop_s > left:
             yield (
                 f"{took}, and partition {name} gives a preempted job {left} s (GraceTime and KillWait): it {lost}; "
@@ -86,30 +89,20 @@ def has_same_model(folder: RunFolder, plan: Plan) -> bool:
     """Tell whether a run's checkpoints are as large as the plan's."""
     if not folder.events.is_file():
         return False
-    there = json.loads(folder.plan.read_text()).get("promised") or {}
+    there = read_json(folder.plan).get("promised") or {}
     return bool(plan.promised.checkpoint_kind) and there.get("checkpoint_kind") == plan.promised.checkpoint_kind
 
 
-def preemption_graces(plan: Plan) -> Iterator[tuple[str, int]]:
+def preemption_graces(plan: Plan, limits: Mapping[str | None, Limits]) -> Iterator[tuple[str, int]]:
     """The partitions of the plan in which jobs are preempted, with the seconds that one has to leave."""
-    cluster = cluster_limits()
-    if cluster is None:
-        return
-    asked = {candidate.slurm.get("partition") for candidate in plan.placement.candidates}
-    for partition in cluster.partitions:
-        named = partition.name in asked or (None in asked and partition.is_default)
-        mode = how_preempted(cluster, partition)
-        if named and mode != "OFF" and "SUSPEND" not in mode:
-            yield partition.name, partition.grace_s + (cluster.number("KillWait") or 0)
-
-
-@cache
-def cluster_limits() -> limits.Limits | None:
-    """Ask the controller for its limits, once for all points; None where it does not answer."""
-    try:
-        return limits.read()
-    except SlurmError:
-        return None
+    for name, cluster in limits.items():
+        there = [c.slurm.get("partition") for c in plan.placement.candidates if cluster_of(c.slurm) == name]
+        asked = {partition for text in there for partition in (text.split(",") if text else [None])}
+        for partition in cluster.partitions:
+            named = partition.name in asked or (None in asked and partition.is_default)
+            mode = how_preempted(cluster, partition)
+            if named and mode != "OFF" and "SUSPEND" not in mode:
+                yield partition.name, partition.grace_s + (cluster.number("KillWait") or 0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ def measure(folder: RunFolder) -> StopTime | None:
     saves = [e["seconds"] for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
     if not saves:
         return None
-    steps = [record["step_time_s"] for record in recent_records(folder.metrics(0))]
+    steps = [record["step_time_s"] for record in recent_records(folder.metrics(0)) if "step_time_s" in record]
     return StopTime(max(saves[-RECENT:]), max(steps, default=0.0), folder.path)
 
 

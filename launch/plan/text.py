@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from launch.config import Config
 from launch.errors import ConfigError
-from launch.plan import placement
+from launch.plan import expected, placement
 from launch.plan.budget import Use, caps, rates_of, read_event_logs, refuse_above, use_text, used
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
@@ -19,15 +19,19 @@ def plan_text(plan: Plan) -> str:
     gpus = "" if plan.gpu_hours is not None else ", no GPUs asked for"
     ranks = "rank" if plan.world_size == 1 else "ranks"
     spares = f", and {plan.spares} spare" if plan.spares else ""
+    done = {"finished": "already: nothing is submitted; fresh=true runs it again in a new folder"}
     rows = {
+        **(done if plan.finished else {}),
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
         **plan.promised.rows,
         "worst case": f"{use_text(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
         f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
+        **({"expected": expected.point_text(plan)} if plan.expected_s is not None else {}),
         "folder": plan.run_dir,
     }
+    rows |= {"nodes are": "the run's alone (cluster.exclusive)"} if plan.slurm.get("exclusive") else {}
     rows |= {"code": plan.code} if plan.code else {}
-    lines = [f"point {plan.point}", *(f"  {key:<11} {value}" for key, value in rows.items())]
+    lines = [f"point {plan.title}", *(f"  {key:<11} {value}" for key, value in rows.items())]
     for label, passage in plan.promised.notes.items():
         lines += [f"  {label if number == 0 else '':<11} {line}" for number, line in enumerate(passage)]
     lines += [f"  {'warning':<11} {warning}" for warning in plan.warnings]
@@ -35,8 +39,9 @@ def plan_text(plan: Plan) -> str:
 
 
 def worst_of(plans: Sequence[Plan]) -> Use:
-    """Worst case of one start of every point. Points without GPUs add no GPU-hours."""
-    return sum((Use(plan.node_hours, plan.gpu_hours or 0.0, plan.cost or 0.0) for plan in plans), Use())
+    """Worst case of one start of every point that is not finished. Points without GPUs add no GPU-hours."""
+    ahead = [plan for plan in plans if not plan.finished]
+    return sum((Use(plan.node_hours, plan.gpu_hours or 0.0, plan.cost or 0.0) for plan in ahead), Use())
 
 
 def used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> Use:
@@ -63,7 +68,7 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
                 "one budget: its caps are for all points of a command together",
                 "one command for each, with its own budget.gpu_hours",
             )
-    if caps(first):
+    if caps(first) and not all(plan.finished for plan in plans):
         longest = max(config.cluster.timeout_min for config in configs)
         refuse_above(first, used_before(plans, configs), worst_of(plans), longest)
     return [replace(plan, command_run_dirs=tuple(other.run_dir for other in plans)) for plan in plans]
@@ -71,8 +76,11 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
 
 def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     """The worst case as a person reads it: of one start, what was used before, and what bounds the rest."""
-    head = "worst case" if len(plans) == 1 else f"worst case of all {len(plans)} points"
+    ahead = sum(not plan.finished for plan in plans)
+    every = f"all {ahead}" if ahead == len(plans) else f"the {ahead} other"
+    head = "worst case" if len(plans) == 1 else f"worst case of {every} point{'' if ahead == 1 else 's'}"
     text = f"{head}: {use_text(worst_of(plans))}"
+    text += "; ".join(["", known]) if (known := expected.total_text(plans)) else ""
     before = used_before(plans, configs)
     if before.node_hours:
         text += f"; used so far: {use_text(before)}"

@@ -5,8 +5,32 @@ Reads run folders only, and so can be made again at any time. Loads no torch. Mu
 
 from __future__ import annotations
 
-from launch.report.table import Row, ScalingTable, build
+from rich.console import Console
+
+from launch.report.selection import Selection, select
+from launch.report.table import Row, ScalingTable, build, tabulate_selection
 from launch.report.views import show
 from launch.report.write import write
 
-__all__ = ["Row", "ScalingTable", "build", "show", "write"]
+__all__ = [
+    "Row",
+    "ScalingTable",
+    "Selection",
+    "build",
+    "select",
+    "show",
+    "show_and_write",
+    "tabulate_selection",
+    "write",
+]
+
+
+def show_and_write(table: ScalingTable, console: Console) -> None:
+    """Show a report, write its files, and say where they are and what else there is to see."""
+    show(table, console)
+    for path in write(table):
+        console.print(f"wrote {path}", highlight=False, markup=False)
+    if table.selection.dashboard is not None:
+        console.print(f"dashboard: tensorboard --logdir {table.selection.folder}", highlight=False, markup=False)
+    for line in table.selection.others():
+        console.print(line, highlight=False, markup=False)

@@ -36,8 +36,8 @@ def charts(table: ScalingTable) -> dict[str, Curve]:
     }
 
 
-def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> list[Path]:
-    """Write the Scaling run and return its folder; a single point has none, and what an earlier report left goes.
+def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
+    """Write the Scaling run of several points and return its folder; what an earlier report left there goes.
 
     New files come whole, and before the old ones go; each makes TensorBoard forget the points of those before it. So
     whoever reads in between, or after a crash in between, sees the new report, and so does a running TensorBoard
@@ -46,8 +46,7 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> list[Path]
     root = folder / RUN
     old = list(root.rglob(f"events.out.tfevents.*{SUFFIX}"))
     with tempfile.TemporaryDirectory() as scratch:
-        if len(table.rows) > 1:
-            _write_events(table, png, Path(scratch))
+        _write_events(table, png, Path(scratch))
         for path in sorted(Path(scratch).rglob("events.out.tfevents.*")):
             write_atomically(root / path.relative_to(scratch), path.read_bytes())
     for path in old:
@@ -55,7 +54,7 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> list[Path]
     for left in sorted({path.parent for path in old}, reverse=True):
         if not any(left.iterdir()):
             left.rmdir()
-    return [root] if len(table.rows) > 1 else []
+    return root
 
 
 def _write_events(table: ScalingTable, png: bytes, root: Path) -> None:

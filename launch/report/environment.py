@@ -121,7 +121,7 @@ def read_environment(run: RunFolder, attempt: int) -> Environment | None:
     """The set-up of one attempt; None where its file is absent or not whole."""
     try:
         return _parse(json.loads(run.environment(attempt).read_text()))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from launch.report.table import Row, ScalingTable
+from launch.report.views import efficiency
 
 # Colours that the colour-blind tell apart (Okabe and Ito, Color Universal Design, 2008), without their yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -66,15 +67,15 @@ def _panels(table: ScalingTable, series: SeriesRows) -> list[Callable[[Axes], No
     rows = [row for of_series in series.values() for row in of_series]
     rates = partial(_draw_rates, series=series, unit=table.unit)
     speedups = partial(_draw_speedups, series=series, of="run times" if table.compares_run_times else "step times")
-    efficiency = partial(_draw_efficiency, series=series, unit=table.unit)
+    efficiencies = partial(_draw_efficiency, series=series, unit=table.unit)
     # The smallest point's own 100 % is no finding.
     has_speedup = any(row.speedup not in (None, 1) for row in rows)
     has_efficiency = has_speedup and any(row.efficiency is not None and row.speedup != 1 for row in rows)
     if table.compares_run_times:
-        further = [efficiency] if has_efficiency else [speedups] if has_speedup else []
+        further = [efficiencies] if has_efficiency else [speedups] if has_speedup else []
         return [partial(_draw_run_times, series=series), *further]
     first = [rates] if any(row.throughput is not None for row in rows) else [speedups] if has_speedup else []
-    return [*first, efficiency if has_efficiency else partial(_draw_step_times, series=series)]
+    return [*first, efficiencies if has_efficiency else partial(_draw_step_times, series=series)]
 
 
 def _draw_panels(figure: Figure, table: ScalingTable, series: SeriesRows) -> None:
@@ -136,19 +137,23 @@ def _draw_efficiency(axes: Axes, series: SeriesRows, unit: str) -> None:
     for index, rows in enumerate(series.values()):
         _plot(axes, index, [row for row in rows if row.efficiency is not None], _efficiency_band)
     axes.set_ylim(0, max(115, axes.get_ylim()[1]))
+    noisy = [row for rows in series.values() for row in rows if row.noisy and row.efficiency is not None]
+    for row in noisy if len(noisy) <= MAX_LABELS else []:
+        place = (row.ranks or 0, 100 * (row.efficiency or 0))
+        style = {**LABEL, "ha": "left"}
+        axes.annotate(efficiency(row), place, xytext=(8, -13), textcoords="offset points", bbox=LABEL_BOX, **style)
     unclaimed = {row.ranks for rows in series.values() for row in rows if row.efficiency is None}
     for ranks in sorted(rank for rank in unclaimed if rank is not None):
         axes.annotate("not claimed", (ranks, 3), rotation=90, bbox=LABEL_BOX, **LABEL)
 
 
 def _efficiency_band(row: Row) -> tuple[float, float, float]:
-    """Efficiency with the quartiles of the point's own rate, percent."""
+    """Efficiency with what the quartiles of both points leave of it, percent; of run times there are none."""
     assert row.efficiency
-    if row.throughput is None:
-        return (100 * row.efficiency,) * 3
-    assert row.throughput_low and row.throughput_high
-    scale = 100 * row.efficiency / row.throughput
-    return scale * row.throughput_low, scale * row.throughput, scale * row.throughput_high
+    middle = 100 * row.efficiency
+    if row.efficiency_low is None or row.efficiency_high is None:
+        return (middle,) * 3
+    return 100 * row.efficiency_low, middle, 100 * row.efficiency_high
 
 
 def _draw_step_times(axes: Axes, series: SeriesRows) -> None:

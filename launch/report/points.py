@@ -1,11 +1,10 @@
-"""The points of a report: which run folders belong to it, and what each of them says.
+"""The points of a report, each read from one run folder.
 
-Owns finding and reading. Must not know what is computed from the readings.
+Owns the reading. Must not know which run folders a report is about, nor what is computed from the readings.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError
 from launch.report.environment import Environment, read_environment
-from launch.runs.find import is_run, runs_inside
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 from launch.runs.records import UNITS, fill_in_step_times, own_work, read_records
@@ -90,36 +87,6 @@ class Point:
     def title(self) -> str:
         """Name of the point for people."""
         return self.label or self.name
-
-
-def find_points(folder: Path) -> list[Path]:
-    """The run folders a report of ``folder`` is about: itself, those of its ``sweep.json``, or all inside it.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}", "a folder with runs in it", _suggestion(folder.parent))
-    if is_run(folder):
-        return [folder]
-    sweep = folder / "sweep.json"
-    if sweep.exists():
-        found = [folder / name for name in json.loads(sweep.read_text())["points"]]
-    else:
-        found = runs_inside(folder, depth=1)
-    if not found:
-        expected = "a run folder, or a folder with runs in it (each has metrics/, attempts/ or plan.json)"
-        raise ConfigError(f"no run in {folder}", expected, _suggestion(folder))
-    return found
-
-
-def _suggestion(folder: Path) -> str:
-    """A command that works: for the newest folder with runs at or below ``folder``, or to make one."""
-    near = [folder, *folder.iterdir()] if folder.is_dir() else []
-    fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
-    if fitting:
-        return f"python -m launch.report {max(fitting, key=lambda path: path.stat().st_mtime)}"
-    return "python -m launch -m nodes=1,2"
 
 
 def read_point(path: Path) -> Point:

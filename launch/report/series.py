@@ -13,20 +13,12 @@ from dataclasses import dataclass, replace
 from launch.errors import ConfigError
 from launch.report.environment import Environment
 from launch.report.points import Point, State, Step
+from launch.runs.find import labels_inside
+from launch.runs.labels import point_labels, tells_apart
 from launch.runs.overrides import typed_key, typed_value
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
 """Overrides along which a series runs."""
-PLACE_KEYS = frozenset({"output_dir", "name", "run_dir", "fresh", "cluster", "dry_run"})
-"""Overrides that say where or when a point ran, not what it is."""
-MEASURING_KEYS = frozenset(
-    f"script.{key}"
-    for key in (
-        *("work_per_step", "unit", "max_steps", "progress", "tensorboard", "silence_timeout_s"),
-        *("stop_signal", "requeue_exit", "resumes", "resume_args"),
-    )
-)
-"""Overrides that say how a script is watched, or how large a point is; the program stays the same."""
 
 
 def _model(environment: Environment) -> str | None:
@@ -168,17 +160,11 @@ def typed_number(overrides: Iterable[str], key: str) -> int | None:
 
 
 def label_points(points: Sequence[Point]) -> list[Point]:
-    """The points, each with the overrides that not all of them share, in the order in which they were typed.
-
-    A folder's name holds all overrides, shared ones too, and is cut after a hundred letters or so: in a sweep with many
-    of them the names would differ in their hashes alone.
-    """
-    hidden = PLACE_KEYS | MEASURING_KEYS
-    typed = [[override for override in point.overrides if typed_key(override) not in hidden] for point in points]
-    common = set.intersection(*map(set, typed)) if typed else set()
-    labels = [",".join(override for override in of_point if override not in common) or "default" for of_point in typed]
-    if len(set(labels)) < max(len(points), 2):
-        return list(points)
+    """The points, each with its label among them; one alone with that among the runs that it lies beside."""
+    if len(points) == 1:
+        path = points[0].path.absolute()
+        return [replace(points[0], label=labels_inside([path.parent]).get(path, ""))]
+    labels = point_labels([(point.name, point.overrides) for point in points])
     return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
 
 
@@ -202,8 +188,8 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
 
 
 def _identity(point: Point) -> frozenset[str]:
-    ignored = SIZE_KEYS | PLACE_KEYS | MEASURING_KEYS
-    return frozenset(override for override in point.overrides if typed_key(override) not in ignored)
+    told = filter(tells_apart, point.overrides)
+    return frozenset(override for override in told if typed_key(override) not in SIZE_KEYS)
 
 
 def _by_size(member: MeasuredPoint) -> tuple[float, float, str]:
@@ -224,8 +210,8 @@ def _require_comparable(series: Series) -> None:
             here, there = condition(first.point.environment), condition(other.point.environment)
             if here is not None and there is not None and here != there:
                 raise ConfigError(
-                    f"different {name} in one scaling series: {first.point.name} has {here}, "
-                    f"{other.point.name} has {there}",
+                    f"different {name} in one scaling series: {first.point.title} has {here}, "
+                    f"{other.point.title} has {there}",
                     f"the same {name} for all points whose efficiency is compared",
                     f"{_again(other.point)}, so that it has {here}; or take {other.point.path} out of the folder",
                 )
@@ -239,6 +225,9 @@ def _again(point: Point) -> str:
 
 WARMUP_STEPS = 5
 """Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
+NOISY = 0.1
+"""Above this interquartile range, in medians, an efficiency is marked. It does not shrink with the number of steps, as
+a standard error would: what disturbs a machine lasts for many steps, so that they are no independent samples."""
 MIN_STEPS = 5
 """Fewer steps than this have no quartiles worth the name."""
 
@@ -254,6 +243,16 @@ class Measurement:
     throughput: float | None
     """Work per second, in the unit of the point; None where the work of a step is not known."""
     mfu_palm: float | None
+
+    @property
+    def spread_share(self) -> float:
+        """Interquartile range over the median: how much the steps differ, whatever their number and their outliers."""
+        return (self.high_s - self.low_s) / self.step_time_s if self.step_time_s else 0.0
+
+    @property
+    def is_noisy(self) -> bool:
+        """Tell whether the steps differ too much for an exact efficiency."""
+        return self.spread_share > NOISY
 
 
 def drop_warmup(steps: Sequence[Step]) -> list[Step]:

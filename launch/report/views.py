@@ -62,7 +62,10 @@ def percent(value: float | None) -> str:
     return f"{value * 100:.1f} %"
 
 
-def _efficiency(row: Row) -> str:
+def efficiency(row: Row) -> str:
+    """Efficiency in percent; one that is not exact is marked, and has no decimals."""
+    if row.noisy and row.efficiency is not None:
+        return f"~{100 * row.efficiency:.0f} %"
     return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
 
 
@@ -96,7 +99,7 @@ def columns(table: ScalingTable) -> list[Column]:
         found.append(Column("attempts", lambda row: _count(row.attempts)))
     if table.is_scaling and (not table.compares_run_times or any(row.speedup is not None for row in rows)):
         found.append(Column("speedup", lambda row: UNAVAILABLE if row.speedup is None else f"{row.speedup:.2f}"))
-        found.append(Column("efficiency", _efficiency))
+        found.append(Column("efficiency", efficiency))
     if any(row.mfu_palm is not None for row in rows):
         found.append(Column("MFU", lambda row: percent(row.mfu_palm)))
     if any(row.loss is not None for row in rows) or table.is_gpt:
@@ -126,9 +129,9 @@ def show(table: ScalingTable, console: Console) -> None:
         console.print(Segments(console.render(grid, console.options.update(width=width))), soft_wrap=True, end="")
         if dropped:
             left_out = ", ".join(dropped).replace("\n", " ")
-            console.print(Text(f"(too narrow for {left_out}: see scaling.md)"))
+            console.print(Text(f"(too narrow for {left_out}: see {table.selection.stem}.md)"))
     console.print()
-    for line in (table.conditions, *table.notes):
+    for line in filter(None, (table.conditions, table.selection.text, *table.notes)):
         console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
@@ -160,7 +163,7 @@ def markdown(table: ScalingTable) -> str:
         ]
         lines += [[_escape(column.cell(row)) for column in shown] for row in rows]
         blocks.append(f"# {heading}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    blocks.append(table.conditions)
+    blocks += filter(None, (table.conditions, table.selection.text))
     blocks.append("\n".join(f"- {note}" for note in table.notes))
     return "\n\n".join(blocks) + "\n"
 

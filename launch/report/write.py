@@ -12,21 +12,26 @@ from launch.report.table import ScalingTable
 from launch.report.views import csv_text, markdown
 from launch.runs.files import write_atomically
 
-FIGURE = "scaling.png"
 
+def write(table: ScalingTable) -> list[Path]:
+    """Write the report where it belongs; what an earlier one left there is replaced. Returns what was written.
 
-def write(table: ScalingTable, folder: Path) -> list[Path]:
-    """Write the report into ``folder``; what an earlier report left there is replaced. Returns what was written."""
+    A sweep's report is ``scaling.*`` beside its points, as long as no other sweep was typed, and in the folder of its
+    record for good; that of one run is ``summary.*`` in its folder, and that of all runs of a folder ``all_runs.*``.
+    """
     # matplotlib and tensorboard take a second to import, which neither --help nor a refusal should wait for.
     from launch.report.dashboard import write_dashboard
     from launch.report.figure import draw
 
-    png = draw(table)
+    selection, png = table.selection, draw(table)
+    figure = f"{selection.stem}.png"
     contents = {
-        "scaling.md": f"{markdown(table)}\n![Scaling of {table.name}]({FIGURE})\n".encode(),
-        "scaling.csv": csv_text(table).encode(),
-        FIGURE: png,
+        f"{selection.stem}.md": f"{markdown(table)}\n![{table.title}]({figure})\n".encode(),
+        f"{selection.stem}.csv": csv_text(table).encode(),
+        figure: png,
     }
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-    return [*(folder / name for name in contents), *write_dashboard(table, png, folder)]
+    for folder in selection.folders:
+        for name, content in contents.items():
+            write_atomically(folder / name, content)
+    written = [selection.folders[0] / name for name in contents] + selection.folders[1:]
+    return written if selection.dashboard is None else [*written, write_dashboard(table, png, selection.dashboard)]

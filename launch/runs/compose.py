@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
+from launch.runs.damage import UNREADABLE, damaged, unreadable, writing_into
 from launch.runs.explain import explain, free_keys, schema_keys, unknown_key
 from launch.runs.files import write_atomically
 from launch.runs.folder import RunFolder
@@ -28,7 +30,7 @@ def refuse_unknown(config: DictConfig, schema: type) -> None:
     free = {f"{key}." for key in free_keys(schema)}
     for key in dotted_keys(OmegaConf.to_container(config)):
         if key not in known and not any(key.startswith(prefix) for prefix in free):
-            raise unknown_key(key, schema)
+            raise unknown_key(key, schema, f"{key}={plain(OmegaConf.select(config, key))}")
 
 
 def make_absolute(nodes: Iterable[tuple[DictConfig, str]]) -> None:
@@ -46,6 +48,13 @@ def dotted_keys(value: Any, prefix: str = "") -> Iterator[str]:
             yield from dotted_keys(inner, f"{prefix}{key}.")
 
 
+@cache
+def structured(schema: type) -> DictConfig:
+    """The schema as OmegaConf takes it, made once: it takes as long as reading a config."""
+    made: DictConfig = OmegaConf.structured(schema)
+    return made
+
+
 def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
     """The plain dataclass that travels further. Keys of ``config`` that ``schema`` does not have are left out.
 
@@ -55,7 +64,7 @@ def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
     names = [field.name for field in dataclasses.fields(cast(Any, schema))]
     try:
         known = OmegaConf.masked_copy(config, [name for name in names if name in config])
-        merged = OmegaConf.merge(OmegaConf.structured(schema), known)
+        merged = OmegaConf.merge(structured(cast(Any, schema)), known)  # merge copies its first argument
         assert isinstance(merged, DictConfig)
         adopt_former_keys(merged)
         value = OmegaConf.to_object(merged)
@@ -69,24 +78,45 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
     """The config a run folder was made with.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder holds no run, or its config is damaged.
     """
-    require_config(folder)
-    loaded = OmegaConf.load(folder.config)
-    assert isinstance(loaded, DictConfig)
-    return to_schema(loaded, schema)
+    return stored_as(folder, read_document(folder), schema)
 
 
-def require_config(folder: RunFolder) -> None:
-    """Raise ConfigError where a folder holds no run."""
-    if not folder.config.is_file():
+def read_document(folder: RunFolder) -> DictConfig:
+    """Read ``.hydra/config.yaml`` as it lies there.
+
+    Raises:
+        ConfigError: the folder holds no run, or its config is damaged.
+    """
+    if not folder.config.exists():
         raise ConfigError(f"no {folder.config}", "the folder of a run", "python -m launch, to make one")
+    try:
+        document = OmegaConf.load(folder.config)  # by its own grammar, in which 1e-4 is a number
+    except (*UNREADABLE, OmegaConfBaseException) as error:
+        raise unreadable(folder.config, error) from error
+    if not isinstance(document, DictConfig) or not document:
+        raise damaged(folder.config, "it holds no keys")
+    return document
+
+
+def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> Schema:
+    """Read the document of a run folder as ``schema``. Raises ConfigError that names the file, not a key to type."""
+    try:
+        return to_schema(document, schema)
+    except ConfigError as error:
+        raise damaged(folder.config, error.found) from error
 
 
 def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]) -> None:
-    """Write Hydra's own files: ``.hydra/config.yaml`` with every value resolved, and ``.hydra/overrides.yaml``."""
-    write_atomically(folder.config, OmegaConf.to_yaml(config, resolve=True).encode())
-    write_atomically(folder.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))).encode())
+    """Write Hydra's own files: ``.hydra/config.yaml`` with every value resolved, and ``.hydra/overrides.yaml``.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    with writing_into(folder.path):
+        write_atomically(folder.config, OmegaConf.to_yaml(config, resolve=True).encode())
+        write_atomically(folder.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))).encode())
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

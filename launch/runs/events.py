@@ -14,5 +14,26 @@ def events_since_submission(events: Events) -> list[dict[str, Any]]:
 
 
 def last_command(events: Events) -> int:
-    """Index of the submission that a person last asked for; a move to another partition is none."""
-    return max((i for i, e in enumerate(events) if e["event"] == "submitted" and not e.get("moved")), default=0)
+    """Index of the submission that a person last asked for; a move to another partition is none.
+
+    Nor is a second entry of the same job: where its agent and its launcher did not see each other's.
+    """
+    last, before = 0, None
+    for index, event in enumerate(events):
+        if event["event"] == "submitted":
+            is_second = before is not None and "by" in {**event, **before} and event["job_id"] == before["job_id"]
+            if not event.get("moved") and not is_second:
+                last = index
+            before = event
+    return last
+
+
+def is_finished(events: Events) -> bool:
+    """Tell whether the newest attempt made the last step of the run: a new start would find nothing to do."""
+    numbers = [e["attempt"] for e in events if e.get("attempt") is not None]
+    newest = [e for e in events if numbers and e.get("attempt") == max(numbers)]
+    ends = [e["cause"] for e in newest if e["event"] == "attempt_ended"]
+    if ends or any(e["event"] == "agent_started" for e in events):
+        return bool(ends) and ends[-1] == "finished"
+    names = {e["event"] for e in newest}  # of ranks that no agent watched, as with gpt.train
+    return "finished" in names and "rank_failed" not in names

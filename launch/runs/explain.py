@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import get_args, get_type_hints
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import ConfigError
+from launch.runs.overrides import typed_key
 from launch.runs.ranges import closest
 from launch.runs.renamed import is_former
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
+LAUNCHER_KEYS = (
+    *("workload", "nodes", "ranks_per_node", "spare_nodes", "dry_run", "copy_code"),
+    *("launch", "cluster", "resilience", "budget"),
+)
+"""Keys that a config has only under the launcher, to tell who types them to a workload."""
 
 
 def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -36,8 +43,8 @@ def free_keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from free_keys(inner, f"{prefix}{field.name}.")
 
 
-def explain(error: BaseException, schema: type) -> ConfigError:
-    """Say what Hydra or OmegaConf refused: found, expected, and what to type next."""
+def explain(error: BaseException, schema: type, overrides: Sequence[str] = ()) -> ConfigError:
+    """Say what Hydra or OmegaConf refused of ``overrides``: found, expected, and what to type next."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
@@ -46,39 +53,102 @@ def explain(error: BaseException, schema: type) -> ConfigError:
     key = found_key.group(1) if found_key else ""
     first = str(error).strip().splitlines()[0]
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        likely = closest(choice, error.options) or sorted(error.options)
-        return ConfigError(f"{group}={choice}", f"one of {', '.join(sorted(error.options))}", f"{group}={likely[0]}")
+        return unknown_option(error.missing_cfg_file or "", error.options)
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
-        fix = f"'{key}=\"{value}\"'" if value else f"{key}=VALUE"
-        if value.startswith("["):
-            fix = f"""'{key}=[{",".join(f'"{word.strip()}"' for word in value.strip("[]").split(","))}]'"""
-        return ConfigError(
-            f"{error.override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or =", fix
-        )
+        return unreadable(error.override, schema)
     if "is not in struct" in text or "not in '" in text or "No match in the defaults list" in text:
-        of_list = unknown_in_list(text, schema)
-        return of_list or unknown_key(key or (re.findall(r"'([\w./+]+)'", text) or [first])[0], schema)
+        key = key or (re.findall(r"'([\w./+]+)'", text) or [first])[0]
+        typed = next((arg for arg in overrides if f"{typed_key(arg)}.".startswith(f"{key}.")), f"{key}=VALUE")
+        return unknown_in_list(text, schema) or unknown_key(key, schema, typed)
+    if several := re.search(r"Ambiguous value for argument '(.+)'", text):
+        fix = f"python -m launch -m {several.group(1)}"
+        return ConfigError(
+            f"{several.group(1)}, several values", "one value; python -m launch -m sweeps over several", fix
+        )
     if any(isinstance(e, MissingMandatoryValue) for e in chain):
         return ConfigError(f"no value for {key}", "a value", f"{key}=VALUE")
-    typed = re.search(r"override (\S+)", text)
-    return wrong_value(typed.group(1) if typed else first, key or "KEY", text)
+    refused = re.search(r"override (\S+)", text)
+    inner = [known for known in schema_keys(schema) if known.startswith(f"{key}.") and not is_former(known)]
+    if inner and refused:
+        return ConfigError(refused.group(1), f"a value for one of {', '.join(inner)}", f"{inner[0]}=VALUE")
+    return wrong_value(refused.group(1) if refused else first, key or "KEY", text)
+
+
+def unknown_option(path: str, options: Sequence[str]) -> ConfigError:
+    """Name the options of a group of config files that has no such one."""
+    group, _, choice = path.rpartition("/")
+    likely = closest(choice, options) or sorted(options)
+    fix = f"{group}={likely[0]}"
+    if group == "hydra/launcher" and choice in ("submitit_slurm", "submitit_local"):
+        fix = f"pip install hydra-submitit-launcher, or the same without {group}={choice}"
+    return ConfigError(f"{group}={choice}", f"one of {', '.join(sorted(options))}", fix)
+
+
+def unreadable(override: str, schema: type) -> ConfigError:
+    """Say how an argument is written that Hydra's grammar of overrides cannot read."""
+    key, equals, value = override.partition("=")
+    found, expected = f"{override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or ="
+    if not equals:
+        return ConfigError(found, "KEY=VALUE", complete(override, schema))
+    if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
+        return ConfigError(found, "one argument: the shell splits at blanks", f"'{key}=...', quoted as a whole")
+    if value.startswith("["):
+        return ConfigError(
+            found, expected, f"""'{key}=[{",".join(f'"{word.strip()}"' for word in value.strip("[]").split(","))}]'"""
+        )
+    plain = value.lstrip("=")
+    return ConfigError(
+        found, expected, f"{key}={plain}" if re.fullmatch(r"[\w./+-]+", plain) else f"'{key}=\"{value}\"'"
+    )
+
+
+def complete(word: str, schema: type) -> str:
+    """Propose what to type in place of a word without a value: a key, the group that has it as option, or nothing."""
+    keys = [known for known in schema_keys(schema) if not is_former(known)]
+    if word.isdecimal() and "nodes" in keys:
+        return f"nodes={word}"
+    groups = [group for group in option_groups(word) if group in keys]
+    meant = [word] if word in keys else closest(word, keys)
+    if groups or meant:
+        return f"{groups[0]}={word}" if groups and word not in keys else f"{meant[0]}=VALUE"
+    return f"the same without {word}"
+
+
+def option_groups(option: str) -> list[str]:
+    """Groups of config files that have an option of this name, of those that Hydra searches at the moment."""
+    running = GlobalHydra.instance()
+    if not running.is_initialized():
+        return []
+    loader = running.config_loader()
+    return [group for group in loader.list_groups("") if option in loader.get_group_options(group)]
 
 
 def wrong_value(found: str, key: str, text: str) -> ConfigError:
     """Say which values a key takes, from OmegaConf's validation message."""
     choices = re.search(r"expected one of \[([^]]+)\]", text)
     if choices:
-        return ConfigError(found, f"one of {choices.group(1)}", f"{key}={choices.group(1).split(',')[0]}")
+        options = choices.group(1).split(", ")
+        likely = (closest(found.partition("=")[2], options) or options)[0]
+        return ConfigError(found, f"one of {choices.group(1)}", f"{key}={likely}")
     kind = re.search(r"could not be converted to (\w+)", text)
     names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
     if kind:
         expected = names.get(kind.group(1), f"a value of type {kind.group(1)}")
         example = {"Integer": "1", "Float": "0.1", "Boolean": "true"}.get(kind.group(1), "VALUE")
+        example = in_unit_of(key, found.partition("=")[2]) or example
         return ConfigError(found, expected, f"{key}={example}")
     lines = [line for line in text.splitlines() if line.strip() and "$" not in line]
     return ConfigError(found, lines[-1] if lines else "a value that fits", f"{key}=VALUE with a value that fits")
+
+
+def in_unit_of(key: str, value: str) -> str | None:
+    """Convert a length of time such as ``1h`` to the unit that the name of a key ends with; None for anything else."""
+    units = {"s": 1, "min": 60, "m": 60, "h": 3600, "hours": 3600, "d": 86400}
+    told = re.fullmatch(r"(\d+)(s|min|m|h|d)", value)
+    unit = units.get(key.rpartition("_")[2])
+    if told is None or unit is None:
+        return None
+    return str(max(1, int(told.group(1)) * units[told.group(2)] // unit))
 
 
 def unknown_in_list(text: str, schema: type) -> ConfigError | None:
@@ -108,11 +178,24 @@ def list_elements(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
             yield from list_elements(inner, f"{prefix}{field.name}.")
 
 
-def unknown_key(key: str, schema: type) -> ConfigError:
-    """Name the keys that look like the one that does not exist."""
+def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
+    """Name the keys that look like the one that does not exist, of the override that was ``typed``."""
+    value = typed.partition("=")[2]
     keys = [known for known in schema_keys(schema) if not is_former(known)]
-    likely = closest(key, keys) or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    parent = key.rpartition(".")[0]
+    if key.split(".")[0] in LAUNCHER_KEYS and "nodes" not in keys:
+        return ConfigError(
+            f"{key}, a key of the launcher",
+            f"one of {', '.join(k for k in keys if '.' not in k)}: torchrun and gpt.train know no nodes",
+            f"python -m launch {typed}",
+        )
+    if key.partition(".")[0] == "script" and "script" not in keys and "nodes" in keys:
+        expected = "workload=script, which launches a program of your own"
+        return ConfigError(f"{key}, a key of another workload", expected, f"workload=script {typed}")
+    parent, _, leaf = key.rpartition(".")
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
-    suggestion = f"{likely[0]}=VALUE" if likely else f"{siblings[0]}=VALUE"
-    return ConfigError(f"unknown key {key}", f"one of {', '.join(siblings)}", suggestion)
+    groups = {k.rpartition(".")[0] for k in keys}
+    settable = {k.rpartition(".")[2]: k for k in siblings if k not in groups or "." not in k}
+    likely = [settable[name] for name in closest(leaf, settable)]
+    likely += [k for k in keys if k.rpartition(".")[2] == leaf] or [k for k in keys if leaf in k.rpartition(".")[2]]
+    fix = f"{likely[0]}={value}" if likely else f"the same without {typed}"
+    return ConfigError(f"unknown key {key}", f"one of {', '.join(siblings)}", fix)

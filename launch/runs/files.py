@@ -1,38 +1,69 @@
 """Files of a run folder: JSON that is replaced as a whole, and JSON lines that are appended.
 
-Owns what makes them safe against crashes and second writers. Standard library only. Must not know what they say.
+Owns what makes them safe against crashes, second writers and other users. Standard library only. Must not know what
+they say.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append ``value`` as one line. Several processes and hosts may append to the same file."""
-    append_json_lines(path, [value])
+def deny_others_writing() -> None:
+    """Have this process, and what it starts, make files and folders that only their owner can write to.
+
+    Whatever the umask was. Who may read them stays as it says. For the start of a command: a umask is the process's.
+    """
+    os.umask(os.umask(0o077) | 0o022)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that only its owner can write to, also where a default ACL of the one above says otherwise."""
+    path.mkdir(parents=True, exist_ok=True)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o022:
+        path.chmod(mode & ~0o022)
 
 
 def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """Append each of ``values`` as one line, all in one write.
+    """Append each of ``values`` as one line, all in one write. Several processes and hosts may append to one file.
 
     O_APPEND is not atomic on NFS, so the file is locked around the write. A line torn by a crash is closed first, so
     that it spoils itself only.
     """
+    data = b"".join(json.dumps(value).encode() + b"\n" for value in values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with path.open("ab+", buffering=0) as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         torn = b""
         if size:
             file.seek(size - 1)
             torn = b"" if file.read(1) == b"\n" else b"\n"
-        file.write(torn + b"".join(json.dumps(value).encode() + b"\n" for value in values))
+        append_whole(file.fileno(), torn + data)
+
+
+def append_whole(descriptor: int, data: bytes) -> None:
+    """Append all of ``data`` to a file that nobody else appends to meanwhile; nothing where a full disk takes a part.
+
+    A line that was left there and written again later would count twice.
+    """
+    size = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, size)
+        raise
 
 
 def open_to_append(path: Path) -> int:
@@ -49,7 +80,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the complete lines of a JSONL file; a line torn by a crash is passed over. No file: nothing."""
     try:
         lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:
         try:
@@ -60,26 +91,33 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that a reader, or a crash, sees either the old file or the whole new one."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write ``data`` so that a reader, or a crash, sees either the old file or the whole new one.
+
+    Args:
+        path: of the file; it has ``mode``, without what the umask takes away, from its first moment on.
+        data: all of it.
+        mode: 0o600 for what only the owner may read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # left behind by a killed process of the same number
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` atomically as indented JSON."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
+    """Write ``value`` atomically as indented JSON; ``mode`` as for ``write_atomically``."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode(), mode)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The dictionary in a file; empty where there is no such file, or something else in it."""
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,29 +1,36 @@
 """Finding run folders, for every command that is given paths: status, logs, cancel, move, report, compare.
 
-Owns the marks of a run folder and the order of several. Must not know what is in one.
+Owns the marks of a run folder, the order of several, and which run a label means. Must not know what is in one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
+from launch.runs.labels import point_labels
+from launch.runs.overrides import read_overrides
+from launch.runs.sweeps import read_sweeps
 
+OUTPUTS = Path("outputs")
+"""Where runs are looked for when nothing says where: ``output_dir`` by default."""
 DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Find the run folders that are, or lie in, ``paths``; each once, in the order of ``paths`` and of their names.
 
+    What is no path may be the label of a run, alone or behind the folder that the run lies in.
+
     Raises:
-        ConfigError: there is none in one of them.
+        ConfigError: there is none in one of them, or a label means several.
     """
     found: dict[Path, RunFolder] = {}
     for path in paths:
-        inside = runs_inside(path.absolute())
+        inside = runs_inside(path.absolute()) if path.exists() else runs_labelled(path)
         if not inside:
             raise ConfigError(
                 f"no run in {path}" if path.is_dir() else f"no folder {path}",
@@ -37,6 +44,61 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
     """List ``folder`` if it is a run's, else the run folders at most ``depth`` levels below, in natural order."""
     return sorted(_search(folder, depth), key=lambda path: natural(str(path)))
+
+
+def typed_for(run: Path) -> Sequence[str]:
+    """Return the overrides that were typed for a run; where that is damaged its folder, by which it then goes."""
+    try:
+        return read_overrides(RunFolder(run))
+    except ConfigError:
+        return (f"run_dir={run}",)
+
+
+def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
+    """The labels of runs among each other, by their folders."""
+    typed = [(run.name, typed_for(run)) for run in runs]
+    return dict(zip(runs, point_labels(typed), strict=True))
+
+
+def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
+    """The labels of runs that are about to be made, of folders and what was typed: among each other, and that of a run
+    alone among the runs that it will lie beside.
+    """
+    beside = (
+        [] if len(points) > 1 else [run for run in runs_inside(points[0][0].parent, depth=1) if run != points[0][0]]
+    )
+    runs = [*points, *((run, typed_for(run)) for run in beside)]
+    return point_labels([(run.name, typed) for run, typed in runs])[: len(points)]
+
+
+def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
+    """The labels of all runs of some folders, each among those it lies beside."""
+    return {run: label for group in groups for run, label in labels_of(runs_inside(group, depth=1)).items()}
+
+
+def runs_labelled(path: Path) -> list[Path]:
+    """The run that the end of ``path`` is the label of, among all of its folder or in its sweep; none where there is
+    none.
+
+    Raises:
+        ConfigError: several runs are called so.
+    """
+    above = next(folder for folder in path.parents if folder.is_dir())
+    label = str(path.relative_to(above))
+    alone = not path.is_absolute() and above == Path() and OUTPUTS.is_dir()
+    runs = runs_inside(OUTPUTS.absolute()) if alone else runs_inside(above.absolute(), depth=1)
+    called: dict[Path, None] = {}
+    for group in dict.fromkeys(run.parent for run in runs):
+        sweeps = [[group / name for name in sweep.points] for sweep in read_sweeps(group)]
+        for beside in (runs_inside(group, depth=1), *sweeps):
+            called |= dict.fromkeys(run for run, of_run in labels_of(beside).items() if of_run == label and is_run(run))
+    if len(called) > 1:
+        raise ConfigError(
+            f"{label}, as several runs are called: {', '.join(map(str, called))}",
+            "the label of one run; python -m launch.status prints labels that differ",
+            f"the folder: {next(reversed(called))}",
+        )
+    return list(called)
 
 
 def _search(folder: Path, depth: int) -> Iterator[Path]:

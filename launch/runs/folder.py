@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.runs.files import append_json_line, read_json_lines
+from launch.runs.files import read_json_lines
+from launch.runs.unwritten import append_lines, unwritten
 
 
 class RunFolder:
@@ -110,9 +111,17 @@ class RunFolder:
         return sorted(int(p.stem.removeprefix("rank_")) for p in (self.path / "metrics").glob("rank_*.jsonl"))
 
     def record_event(self, event: str, **details: Any) -> None:
-        """Append one event to the event log, with the time (Unix seconds)."""
-        append_json_line(self.events, {"time": time.time(), "event": event, **details})
+        """Append one event to the event log, with the time (Unix seconds).
+
+        An agent or a rank keeps it where the filesystem has no room for it (``launch.runs.unwritten``).
+        """
+        append_lines(self.events, [{"time": time.time(), "event": event, **details}])
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, oldest first."""
-        return list(read_json_lines(self.events))
+        """All events, oldest first, with those that this process could not write yet. Other lines are passed over."""
+        return [event for event in (*read_json_lines(self.events), *unwritten(self.events)) if is_event(event)]
+
+
+def is_event(value: dict[str, Any]) -> bool:
+    """Tell an event from a line that something else has left in the event log."""
+    return isinstance(value.get("event"), str) and isinstance(value.get("time"), int | float)

@@ -7,8 +7,10 @@ Which further keys name a run, or may change between its attempts, is handed in 
 # ruff: noqa: UP045
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,9 +19,6 @@ from launch.runs.compose import flatten, plain, read_config
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import point_name
 from launch.runs.renamed import in_former_spelling
-
-PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "require_same_code", "strict")
-"""Keys that say where the files of a run go, not what it computes: they neither name it nor bind its next attempt."""
 
 
 @dataclass
@@ -39,7 +38,36 @@ class RunConfig:
     """Former name of require_same_code."""
 
     def validate(self) -> None:
-        """Raise ConfigError for the first thing that cannot work; nothing here can be wrong by itself."""
+        """Raise ConfigError where ``name`` cannot be the name of a folder and of a job."""
+        refuse_name(self.name)
+
+
+UNUSABLE = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that cannot be in a run's path, nor in its name: to Slurm and submitit ``%j`` stands for the number of a
+job, and a backslash says that nothing does; a line break would end a line of the batch script."""
+
+
+def refuse_name(name: str) -> None:
+    """Raise ConfigError unless ``name`` can be one folder under output_dir, and the name of a job."""
+    usable = re.sub(r"^-+", "", UNUSABLE.sub("_", name).replace("/", "_"))
+    if name != usable or name in ("", ".", ".."):
+        raise ConfigError(
+            f"name={name!r}",
+            "the name of one folder under output_dir, and of the job: no slash, backslash, % or control character in "
+            "it, and no dash before it",
+            f"name={shlex.quote(usable.strip('._') or 'run')}",
+        )
+
+
+def refuse_path(path: Path) -> None:
+    """Raise ConfigError where the path of a run folder has characters that stand for something else in a job."""
+    found = UNUSABLE.search(str(path))
+    if found is not None:
+        raise ConfigError(
+            f"{found[0]!r} in the run's path {str(path)!r}",
+            "a path without %, backslash and control characters, which mean something else in a batch script",
+            "output_dir=FOLDER, or run_dir=FOLDER, with another path",
+        )
 
 
 def choose_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
@@ -47,12 +75,17 @@ def choose_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
 
     With ``fresh`` a new generation, ``<point>~2``, ``<point>~3``, ...; without it the newest there is, so that the
     same command goes on where the last one stopped.
+
+    Raises:
+        ConfigError: a job could not have such a path.
     """
-    above = Path(config.output_dir) / config.name
-    base = Path(config.run_dir or above / point_name(overrides, not_in_point)).expanduser().absolute()
+    above = Path(config.output_dir).expanduser() / config.name  # a ~ in the name is part of it
+    own = above / point_name(overrides, not_in_point)
+    base = (own if config.run_dir is None else Path(config.run_dir).expanduser()).absolute()
+    refuse_path(base)
     former = above / point_name(map(in_former_spelling, overrides), not_in_point)
     if config.run_dir is None and not base.exists() and former.is_dir():
-        base = former.expanduser().absolute()  # made by the same command, when its keys had other names
+        base = former.absolute()  # made by the same command, when its keys had other names
     generations = [1] if base.exists() else []
     generations += [
         int(p.name.rsplit("~", 1)[1]) for p in base.parent.glob(f"{glob_escape(base.name)}~*") if p.is_dir()
@@ -75,18 +108,36 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
         schema: dataclass whose fields are compared; ``config`` has them all.
         resumable: keys, or groups of keys, that may change between the attempts of one run.
     """
-    if not folder.config.is_file():
+    if not folder.config.exists():
+        refuse_lost_config(folder)
         return
     values = dataclasses.asdict(config)
     there = flatten(dataclasses.asdict(read_config(folder, schema)))
     here = flatten({field.name: values[field.name] for field in dataclasses.fields(schema)})
     changed = [key for key in here if here[key] != there.get(key) and not may_change(key, resumable)]
+    changed = [key for key in changed if not is_left_open(here[key])]
     if changed:
         key = changed[0]
         raise ConfigError(
             f"{folder.path} holds a run with {key}={plain(there.get(key))}, and now {key}={plain(here[key])}",
             "the same settings, to go on with that run",
             f"fresh=true, for a new folder beside it (or {key}={plain(there.get(key))}, to go on)",
+        )
+
+
+def is_left_open(value: Any) -> bool:
+    """Tell whether a key says ``auto``: a run goes on with what was chosen when it began."""
+    return isinstance(value, Enum) and value.name == "auto"
+
+
+def refuse_lost_config(folder: RunFolder) -> None:
+    """Raise ConfigError where a run has been in ``folder`` whose config is gone: its checkpoints may be another's."""
+    there = [path.name for path in (folder.path / "attempts", folder.checkpoints) if path.exists()]
+    if there:
+        raise ConfigError(
+            f"{folder.path} with {' and '.join(there)} of a run, but no {folder.config.relative_to(folder.path)}",
+            "the config of that run, to go on with it",
+            "fresh=true, for a new folder beside it; or the file from a backup",
         )
 
 

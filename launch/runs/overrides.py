@@ -1,6 +1,7 @@
 """Overrides of a run as they were typed: ``key=value``, in Hydra's grammar of overrides.
 
-Owns how a key or a value is found in them, and how they are read back from a run folder. Torch-free.
+Owns how a key or a value is found in them, which keys do not tell runs apart, and how overrides are read back from a
+run folder. Torch-free.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-import yaml
-
+from launch.errors import ConfigError
+from launch.runs.damage import damaged, read_strictly
 from launch.runs.folder import RunFolder
 from launch.runs.renamed import former_keys
 
@@ -23,17 +24,51 @@ def typed_value(overrides: Iterable[str], key: str) -> str | None:
 
 
 def read_overrides(folder: RunFolder) -> tuple[str, ...]:
-    """Read the overrides of the run of a folder; nothing where that was not kept."""
-    if not folder.overrides.is_file():
+    """Read the overrides of the run of a folder; nothing where that was not kept.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    if not folder.overrides.exists():
         return ()
-    return tuple(str(override) for override in yaml.safe_load(folder.overrides.read_text()) or ())
+    found = read_strictly(folder.overrides)
+    if not isinstance(found, list):  # of a run without overrides it is an empty list
+        raise damaged(folder.overrides, "it is empty" if not found else "it holds no list")
+    return tuple(str(override) for override in found)
 
 
 def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment",)) -> list[str]:
-    """Overrides in which groups outside the defaults list may be typed without a plus: ``experiment=weak_scaling``."""
-    named = tuple(f"{group}=" for group in groups)
-    return [f"+{arg}" if arg.startswith(named) else arg for arg in overrides]
+    """Overrides in which groups outside the defaults list may be typed without a plus: ``experiment=weak_scaling``.
 
+    Raises:
+        ConfigError: a value without a key, which Hydra answers with an error of its own.
+    """
+    named = tuple(f"{group}=" for group in groups)
+    args = [f"+{arg}" if arg.startswith(named) else arg for arg in overrides]
+    for arg in args:
+        if "=" in arg and not typed_key(arg):
+            raise ConfigError(f"{arg}, a value without a key", "KEY=VALUE", f"the same without {arg}")
+    return args
+
+
+PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "require_same_code", "strict")
+"""Keys that say where the files of a run go, not what it computes: they neither name it nor bind its next attempt."""
+
+NOT_IN_POINT = (
+    *PLACE_KEYS,
+    "workload",
+    "spare_nodes",
+    "spares",
+    "cluster",
+    "resilience",
+    "budget",
+    "launch",
+    "dry_run",
+    "copy_code",
+    "snapshot",
+    "hydra",
+)
+"""Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
 
 NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes
 

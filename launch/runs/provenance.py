@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
+from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 
 ROOT = Path(__file__).absolute().parents[2]
@@ -134,16 +135,17 @@ def library_changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str
 
 def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
     """Find what has changed since the attempt before ``attempt``, by default the last, and that attempt's number."""
-    there = [n for n in folder.attempts() if (attempt is None or n < attempt) and folder.environment(n).is_file()]
+    earlier = {n: read_json(folder.environment(n)) for n in folder.attempts() if attempt is None or n < attempt}
+    there = [number for number, known in earlier.items() if known]
     if not there:
         return None
-    texts = changes(json.loads(folder.environment(there[-1]).read_text()), now)
+    texts = changes(earlier[there[-1]], now)
     return (there[-1], "; ".join(texts)) if texts else None
 
 
 def refuse_change(folder: RunFolder, since: int, what: str) -> None:
     """Raise ConfigError, for ``require_same_code=true``."""
-    commit = (json.loads(folder.environment(since).read_text()).get("git") or {}).get("commit")
+    commit = (read_json(folder.environment(since)).get("git") or {}).get("commit")
     back = f"git checkout {commit[:12]}, " if commit else ""
     raise ConfigError(
         f"since attempt {since} of {folder.path}: {what}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.runs.files import append_json_lines, open_to_append, read_json_lines
+from launch.runs.files import append_whole, open_to_append, read_json_lines
+from launch.runs.unwritten import append_lines, say
 
 TAIL_BYTES = 16384
 RECENT = 20
@@ -52,7 +52,6 @@ class StepRecord:
     """Time the step waited for its samples."""
     expert_imbalance: float | None = None
     """Load of the busiest expert of any layer above an even share, in even shares; 0 is even; with experts only."""
-    comm_s: float | None = None
     checkpoint_s: float | None = None
     """Time the checkpoint of this step held up training; only where one was written."""
     val_loss: float | None = None
@@ -120,7 +119,7 @@ class RecordWriter:
                 self._give_back()
                 if not self._is_told:
                     self._is_told = True
-                    print(f"step records of {self._path} cannot be written: {error}", file=sys.stderr, flush=True)
+                    say(f"step records of {self._path} are kept in memory, as they cannot be written: {error}")
 
     def _write_on(self) -> None:
         while True:
@@ -134,10 +133,10 @@ class RecordWriter:
             return
         if self._file < 0:
             self._file = open_to_append(self._path)
-        data = b"".join(self._lines)
-        written = os.write(self._file, data)  # at once as a rule; a full disk may take a part
-        while written < len(data):
-            written += os.write(self._file, data[written:])
+        append_whole(self._file, b"".join(self._lines))
+        if self._is_told:
+            self._is_told = False
+            say(f"step records of {self._path} are written again, {len(self._lines)} at once")
         self._lines.clear()
 
     def _give_back(self) -> None:
@@ -156,7 +155,7 @@ def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
 
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records that hold ``step``, ``attempt``, ``time`` and what else is known to a rank's file, in one go."""
-    append_json_lines(path, records)
+    append_lines(path, records)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -215,12 +214,14 @@ def recent_records(path: Path) -> list[dict[str, Any]]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return []
     records = []
     for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:  # the first line may be cut, the last one may be half written
             continue
+        if isinstance(record, dict) and is_record(record):
+            records.append(record)
     return records[-RECENT:]

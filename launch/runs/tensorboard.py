@@ -34,7 +34,6 @@ TAGS = {
     "tokens_per_s": "speed/tokens_per_s",
     "step_time_s": "speed/step_time_s",
     "data_wait_s": "speed/data_wait_s",
-    "comm_s": "speed/comm_s",
     "checkpoint_s": "speed/checkpoint_s",
     "tflops_per_s": "efficiency/tflops_per_s",
     "mfu_palm": "efficiency/mfu_palm",

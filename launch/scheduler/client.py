@@ -20,7 +20,10 @@ from launch.scheduler.fields import parse_fields
 
 TIMEOUT_S = 30.0
 RETRIES = 3
-BUSY = ("socket timed out", "unable to contact", "resource temporarily unavailable", "zero bytes were transmitted")
+BUSY = (
+    *("socket timed out", "unable to contact", "resource temporarily unavailable", "zero bytes were transmitted"),
+    *("connection refused", "communication connection failure", "in standby mode", "connection timed out"),
+)
 
 GONE = "invalid job id"
 """Part of Slurm's error about a job that it has forgotten."""
@@ -194,6 +197,8 @@ class JobDetails:
     end_time: float | None
     """When its time limit ends it, or when it ended."""
     time_limit_s: float | None
+    reason: str = ""
+    """Reason for which it waits, or ended, as Slurm names it; ``None`` where it was cancelled."""
 
 
 def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
@@ -210,6 +215,7 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
         start_time=unix_time(fields.get("StartTime", "Unknown")),
         end_time=unix_time(fields.get("EndTime", "Unknown")),
         time_limit_s=seconds(fields.get("TimeLimit", "UNLIMITED")),
+        reason=fields.get("Reason", ""),
     )
 
 

@@ -1,4 +1,4 @@
-"""Limits of a Slurm cluster, as scontrol tells them: configuration, partitions, nodes.
+"""Limits of a Slurm cluster, as scontrol tells them: configuration, partitions, nodes; and the flags of its QOSes.
 
 Owns the one parser of ``scontrol show config|partition|node --oneliner``. That form is read, and not ``--json``:
 scontrol knows no --json in 22.05 (tried on 22.05.8). Must not know what a run asks for.
@@ -7,13 +7,17 @@ scontrol knows no --json in 22.05 (tried on 22.05.8). Must not know what a run a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from launch.scheduler import client as scheduler
 from launch.scheduler.fields import parse_fields
 
 NOTHING = ("", "(null)", "N/A", "NONE", "none")
+TIMEOUT_S = 10.0
+"""Time for one answer, seconds."""
+UNITS = " KMGTP"
+GRES_COUNT = re.compile(r"\d+[KMGTP]?", re.IGNORECASE)
 UNLIMITED = ("UNLIMITED", "INFINITE", "4294967295")
 UNUSABLE = {
     "DOWN",
@@ -64,6 +68,10 @@ class Partition:
     memory_per_node_mb: int | None
     is_exclusive: bool
     """True where jobs get whole nodes without asking."""
+    total_nodes: int = 0
+    """Nodes that belong to it, with those that Slurm does not show (PrivateData without ``cloud``)."""
+    qos: str | None = None
+    """QOS of the partition itself, whose limits and flags hold for every job in it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ class Limits:
     config: dict[str, str]
     partitions: tuple[Partition, ...]
     nodes: tuple[NodeLimits, ...]
+    qos_flags: Mapping[str, frozenset[str]] | None = field(default_factory=dict)
+    """Flags of each QOS by its name; None where slurmdbd, which knows them, does not answer."""
 
     def number(self, key: str) -> int | None:
         """A number of slurm.conf, without its unit; None where it is unlimited or not said."""
@@ -106,15 +116,48 @@ class Limits:
         """The nodes of a partition."""
         return [node for node in self.nodes if partition.name in node.partitions]
 
+    @property
+    def has_accounting(self) -> bool:
+        """Tell whether there is a slurmdbd, and with it accounts, associations and QOSes."""
+        return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
+
+    def may_be_lifted(self, flag: str, partition: Partition, qos: str | None) -> bool:
+        """Tell whether a QOS with this flag may lift a limit of the partition for a job; by its default where ``qos``
+        is None. With EnforcePartLimits no QOS does (slurm.conf)."""
+        if not self.has_accounting or self.config.get("EnforcePartLimits", "NO") not in ("NO", "0"):
+            return False
+        if self.qos_flags is None:
+            return True
+        names = [qos, partition.qos or ""] if qos else list(self.qos_flags)
+        return any(flag in self.qos_flags.get(name, ()) for name in names)
+
 
 def read(cluster: str | None = None) -> Limits:
-    """Ask the controller, or that of another cluster; SlurmError where it does not answer, or no such one is known."""
+    """Ask the controller, or that of another cluster; SlurmError where it does not answer, or no such one is known.
+
+    Each question is asked once, and for TIMEOUT_S: a submission waits for the answers, and can do without.
+    """
     at = scheduler.cluster_option(cluster)
-    # Once only: what comes after would keep trying where nobody answers.
-    scheduler.run("scontrol", *at, "ping", timeout_s=10.0, retries=1)
-    config = scheduler.run("scontrol", *at, "show", "config")
-    partitions = scheduler.run("scontrol", *at, "show", "partition", "--all", "--oneliner")
-    return parse(config, partitions, scheduler.run("scontrol", *at, "show", "node", "--all", "--oneliner"))
+
+    def ask(*words: str) -> str:
+        return scheduler.run("scontrol", *at, *words, timeout_s=TIMEOUT_S, retries=1)
+
+    ask("ping")  # fails at once where nobody listens
+    config = ask("show", "config")
+    partitions = ask("show", "partition", "--all", "--oneliner")
+    found = parse(config, partitions, ask("show", "node", "--all", "--oneliner"))
+    return replace(found, qos_flags=read_qos_flags()) if found.has_accounting else found
+
+
+def read_qos_flags() -> dict[str, frozenset[str]] | None:
+    """Ask slurmdbd for the flags of every QOS; None where it does not answer."""
+    words = ("--noheader", "--parsable2", "show", "qos", "format=Name,Flags")
+    try:
+        text = scheduler.run("sacctmgr", *words, timeout_s=TIMEOUT_S, retries=1)
+    except scheduler.SlurmError:
+        return None
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 1]
+    return {name: frozenset(flags.split(",")) for name, flags in rows}
 
 
 def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
@@ -154,6 +197,8 @@ def partition(fields: dict[str, str]) -> Partition:
         memory_per_cpu_mb=count(fields.get("DefMemPerCPU", "")),
         memory_per_node_mb=count(fields.get("DefMemPerNode", "")),
         is_exclusive=fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+        total_nodes=count(fields.get("TotalNodes", "")) or 0,
+        qos=None if fields.get("QoS", "N/A") in NOTHING else fields["QoS"],
     )
 
 
@@ -182,8 +227,9 @@ def gres(text: str) -> tuple[Gres, ...]:
     found = []
     for item in re.sub(r"\([^)]*\)", "", text).removeprefix("gres/").split(","):
         name, *rest = [part for part in item.strip().split(":") if part != "no_consume"]
-        number = rest.pop() if rest and rest[-1].isdigit() else "1"
-        found.append(Gres(name, rest[0] if rest else "", int(number)))
+        number = rest.pop() if rest and GRES_COUNT.fullmatch(rest[-1]) else "1"
+        unit = UNITS.index(number[-1].upper()) if not number[-1].isdigit() else 0
+        found.append(Gres(name, rest[0] if rest else "", int(number[:-1] if unit else number) * 1024**unit))
     return tuple(found)
 
 

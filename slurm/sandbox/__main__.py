@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.errors import ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 from slurm.sandbox import faults
 from slurm.sandbox.cluster import Cluster, NodeStatus
 from slurm.sandbox.commands import SandboxError
@@ -129,18 +129,18 @@ def _preempt(cluster: Cluster, options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m slurm.sandbox",
         description="A real Slurm cluster on this machine, and faults to try on it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = CommandParser(add_help=False)
     common.add_argument("--dir", type=Path, metavar="DIR", help=f"where the sandbox lies ({default_directory()})")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[Cluster, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(name: str, command: Callable[[Cluster, argparse.Namespace], int], text: str) -> CommandParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
         sub.set_defaults(command=command)
         return sub
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_up_options(up: argparse.ArgumentParser) -> None:
+def _add_up_options(up: CommandParser) -> None:
     up.add_argument("--nodes", type=int, default=DEFAULTS.nodes, help="number of nodes (%(default)s)")
     up.add_argument(
         "--cpus-per-node",

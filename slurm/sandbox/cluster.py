@@ -210,6 +210,18 @@ class Cluster:
             for name, at in state.nodes.items()
         ]
 
+    def stop_controller(self) -> None:
+        """End slurmctld, as an upgrade does: nodes and jobs go on, and nobody answers. Nothing where it is off."""
+        with records.locked(self.directory):
+            processes.end(records.require(self.directory).processes["slurmctld"], grace_s=10)
+
+    def start_controller(self) -> None:
+        """Start slurmctld again, from its saved state; nothing where it runs."""
+        with records.locked(self.directory):
+            state = records.require(self.directory)
+            if not state.processes["slurmctld"].alive():
+                _start_controller(state)
+
     def down(self) -> bool:
         """End everything the sandbox started and remove its directory; whether there was anything to end."""
         with records.locked(self.directory) as there:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from slurm.sandbox import network, processes
-from slurm.sandbox.commands import clean_environment, run, succeeds, wait_until
+from slurm.sandbox.commands import SandboxError, clean_environment, run, succeeds, wait_until
 from slurm.sandbox.state import State
 
 PROGRAM = Path(__file__).with_name("delay_line.py")
@@ -31,8 +31,16 @@ def insert(state: State, name: str, latency_ms: float) -> None:
     log.unlink(missing_ok=True)
     command = [sys.executable, str(PROGRAM), network.cable(state, name), ours, f"{latency_ms:g}"]
     record = partial(state.own, _owner(name))
-    processes.start(command, log=log, env=clean_environment(), record=record)
-    wait_until(lambda: "ready" in log.read_text(), timeout_s=30.0, what=f"the delay of {name}, see {log}")
+    line = processes.start(command, log=log, env=clean_environment(), record=record)
+
+    def is_ready() -> bool:
+        alive = line.alive()
+        said = log.read_text()
+        if not alive and "ready" not in said:
+            raise SandboxError(f"the delay of {name} ended as soon as it was started: {said}")
+        return "ready" in said
+
+    wait_until(is_ready, timeout_s=30.0, what=f"the delay of {name}, see {log}")
 
 
 def remove(state: State, name: str) -> None:

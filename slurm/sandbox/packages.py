@@ -59,7 +59,7 @@ def require(programs: dict[str, str]) -> None:
 
 
 def why_no_namespaces(probe_interface: str) -> str | None:
-    """Why nodes cannot be hosts of their own here, in the kernel's words; None where they can.
+    """Reason for which nodes cannot be hosts of their own here, in the kernel's words; None where they can.
 
     Tries both rights that are needed: new namespaces with mounts in them, and a bridge (``probe_interface``, removed
     again) in the network namespace that this process is in.

@@ -18,10 +18,12 @@ from pathlib import Path
 from slurm.sandbox.commands import SandboxError
 
 # The program runs only after its number was recorded: a caller that dies in between closes the pipe, and `read` fails.
-# The shell says its number as the mount of /proc that it sees has it, and exec keeps number and start time.
+# The shell says its number as the mount of /proc that it sees has it, and exec keeps number and start time. It says so
+# last, when the log is open: whoever has started a program may read its log at once.
 WAIT_FOR_GO = """
-read -r pid _ < /proc/self/stat; echo "$pid"
-exec >> "$1" 2>&1; shift
+read -r pid _ < /proc/self/stat
+exec 3>&1 >> "$1" 2>&1; shift
+echo "$pid" >&3; exec 3>&-
 read -r go && [ "$go" = go ] && exec "$@" < /dev/null
 """
 
@@ -122,8 +124,9 @@ def start(
 ) -> Process:
     """Start a program in a session of its own, not as a child of this one, with its output appended to ``log``.
 
-    ``inside`` is a prefix such as ``unshare --net``; ``record`` is called with the process in those namespaces before
-    the program itself runs, and the program never runs if it raises.
+    The log is there on return; SandboxError where it cannot be written. ``inside`` is a prefix such as
+    ``unshare --net``; ``record`` is called with the process in those namespaces before the program itself runs, and the
+    program never runs if it raises.
     """
     shell = ["setsid", "--fork", *inside, "sh", "-c", WAIT_FOR_GO, "sh", str(log), *command]
     with subprocess.Popen(

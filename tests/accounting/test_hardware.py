@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpt.accounting.flops import Flops
-from gpt.accounting.hardware import peak_flops
+from gpt.accounting.hardware import expand, peak_flops
 from gpt.accounting.mfu import utilization
 from gpt.config import Precision
 
@@ -65,6 +65,35 @@ UNKNOWN = (
     "cpu",
     "",
 )
+
+
+SHORT = {
+    "H100": ["NVIDIA H100 80GB HBM3"],
+    "nvidia_h100_80gb_hbm3": ["NVIDIA H100 80GB HBM3"],
+    "H100-SXM5-80GB": ["NVIDIA H100 80GB HBM3"],
+    "h100 pcie": ["NVIDIA H100 PCIe"],
+    "H100-94GB": ["NVIDIA H100 NVL"],
+    "A100": ["NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"],
+    "a100-80": ["NVIDIA A100-SXM4-80GB"],
+    "A100 80GB PCIe": ["NVIDIA A100 80GB PCIe"],
+    "V100-32GB": ["Tesla V100-SXM2-32GB"],
+    "rtx4090": ["NVIDIA GeForce RTX 4090"],
+    "mi300x": ["AMD Instinct MI300X"],
+    "H20": [],
+    "A100-64GB": [],
+    "80GB": [],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("name", [*SHORT])
+def test_short_names_mean_one_device_or_leave_the_memory_open(name: str) -> None:
+    assert expand(name) == SHORT[name]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_device_that_is_not_in_the_table_has_no_short_name(name: str) -> None:
+    assert expand(name) == []
 
 
 @pytest.mark.parametrize(("name", "tflops"), KNOWN_BF16.items())

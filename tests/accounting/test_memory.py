@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gpt.config import (
     AttentionBackend,
@@ -25,6 +27,8 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.model.gpt import GPT
+from gpt.model.loss import cross_entropy
+from gpt.parallel.fsdp import apply_fsdp
 from gpt.planning.memory import GIB, Memory, activation_bytes, cast_elements, parameter_shards, per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
@@ -41,6 +45,7 @@ def memory(
     precision: Precision = Precision.fp32,
     accumulation: int = 1,
     reshard: bool = True,
+    reduce_each: bool = False,
 ) -> Memory:
     optim = OptimConfig(
         max_steps=1,
@@ -50,7 +55,7 @@ def memory(
         min_lr=0.0,
         warmup_steps=0,
     )
-    parallel = ParallelConfig(strategy, reshard_after_forward=reshard)
+    parallel = ParallelConfig(strategy, reshard_after_forward=reshard, reduce_each_micro_batch=reduce_each)
     dims = parallel_dims(parallel, ranks)
     trained = TrainConfig(model=config, optim=optim, parallel=parallel, precision=precision)
     return per_rank(trained, dims, split_batch(optim, dims.data_ranks))
@@ -168,7 +173,7 @@ def peak_bytes(config: ModelConfig, precision: Precision) -> int:
         optimizer.zero_grad(set_to_none=False)  # as with ddp, whose gradients are views of lasting buckets
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
             logits_BTV = model(tokens_BT)
-        loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten())
+        loss = cross_entropy(logits_BTV, tokens_BT) / tokens_BT.numel()
         del logits_BTV
         loss.backward()
         optimizer.step()
@@ -185,18 +190,24 @@ def test_total_against_the_measured_peak(parts: dict, vocab_size: int, precision
     assert memory(config, precision=precision).total == pytest.approx(peak_bytes(config, precision), rel=0.03)
 
 
-def sharded_peaks(rank: int, world_size: int, config: ModelConfig) -> dict[tuple[Precision, bool], int]:
+def sharded_peaks(
+    rank: int, world_size: int, configs: dict[str, ModelConfig]
+) -> dict[tuple[str, Precision, bool], int]:
     """The most that one step on shards held at once, for each precision with and without resharding."""
-    return {(p, reshard): sharded_peak(config, p, reshard) for p in Precision for reshard in (True, False)}
+    return {
+        (name, p, reshard): sharded_peak(config, p, reshard)
+        for name, config in configs.items()
+        for p in Precision
+        for reshard in (True, False)
+    }
 
 
 def sharded_peak(config: ModelConfig, precision: Precision, reshard: bool) -> int:
     bf16 = precision is Precision.bf16
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     model, tokens_BT = GPT(config), random_tokens(config, MICRO)
-    for block in model.blocks:
-        fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=reshard)
+    parallel = ParallelConfig(Strategy.fsdp, reshard_after_forward=reshard)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    apply_fsdp(model, mesh, TrainConfig(model=config, parallel=parallel, precision=precision))
     optimizer = trained_one_step(model, tokens_BT)
     optimizer.zero_grad()
     tracker = FSDPMemTracker(model, optimizer)
@@ -204,18 +215,23 @@ def sharded_peak(config: ModelConfig, precision: Precision, reshard: bool) -> in
     with tracker:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits_BTV = model(tokens_BT)
-        F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten()).backward()
+        (cross_entropy(logits_BTV, tokens_BT) / tokens_BT.numel()).backward()
         optimizer.step()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
 def test_total_of_a_shard_bounds_the_measured_peak() -> None:
     # Not reached: gradients grow only while activations shrink, and the residual stream is bf16 on the CPU.
-    config = small(n_layer=4, n_embd=64, block_size=32, vocab_size=200)
-    first, _ = run_distributed(sharded_peaks, 2, config)
-    for (precision, reshard), measured in first.items():
-        claimed = memory(config, Strategy.fsdp, 2, precision, reshard=reshard).total
-        assert measured < claimed < 1.35 * measured, (precision, reshard)
+    sizes = {"n_layer": 4, "n_embd": 64, "block_size": 32}
+    models = {
+        "tied": small(**sizes, vocab_size=200),
+        "untied": small(**sizes, **LLAMA, vocab_size=200),
+        "large vocabulary": small(**sizes, **LLAMA, vocab_size=1500),
+    }
+    first, _ = run_distributed(sharded_peaks, 2, models)
+    for (name, precision, reshard), measured in first.items():
+        claimed = memory(models[name], Strategy.fsdp, 2, precision, reshard=reshard).total
+        assert measured < claimed < 1.35 * measured, (name, precision, reshard)
 
 
 def test_sharding_divides_the_states_and_adds_what_is_gathered() -> None:
@@ -237,6 +253,7 @@ def test_accumulation_over_shards_keeps_whole_gradients() -> None:
     block = sum(p.numel() for p in GPT(config).blocks[0].parameters())
     once, twice = (memory(config, Strategy.fsdp, 4, accumulation=a) for a in (1, 2))
     assert twice.total - once.total == 4 * (parameters - block)
+    assert memory(config, Strategy.fsdp, 4, accumulation=2, reduce_each=True) == once
     assert memory(config, accumulation=2) == memory(config)
 
 

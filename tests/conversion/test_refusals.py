@@ -1,4 +1,4 @@
-"""What cannot be exchanged is refused in three parts, before a job is submitted where that can be known."""
+"""Weights that cannot be exchanged are refused in three parts, before a job is submitted where that can be known."""
 
 from __future__ import annotations
 

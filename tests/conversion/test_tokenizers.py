@@ -1,4 +1,4 @@
-"""What is written for ``AutoTokenizer`` gives the ids of the run's own tokenizer; the tokenizers library judges."""
+"""The files written for ``AutoTokenizer`` give the ids of the run's own tokenizer; the tokenizers library judges."""
 
 from __future__ import annotations
 

@@ -220,7 +220,9 @@ def test_what_check_fit_accepts_has_the_samples_and_what_it_proposes_is_accepted
     try:
         check_fit(corpus, model_of(block_size), eval_sequences)
     except ConfigError as refusal:
-        key, _, value = refusal.fix.removeprefix("a longer text, or ").partition(" ")[0].partition("=")
+        key, _, value = (
+            refusal.fix.removeprefix("a longer text, or ").replace(",", " ").partition(" ")[0].partition("=")
+        )
         if key == "model.block_size" and min(corpus.train_tokens, corpus.val_tokens) >= 2:
             assert int(value) < block_size
             check_fit(corpus, model_of(int(value)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt.config import DataConfig, OptimConfig, Source, TokenizerKind
 from gpt.data.corpus import prepare
-from gpt.data.formats.prepared import Tokens
+from gpt.data.formats.prepared import Tokens, open_tokens
 from gpt.data.loader import Samples, train_indices
 from gpt.data.preprocessing.prepare import prepare as prepare_folder
 from gpt.data.preprocessing.spec import build_spec
@@ -91,6 +91,28 @@ def test_a_file_that_this_machine_does_not_see_whole_is_refused(text: tuple[byte
     tokens.sources[0].val.segments[0].path.write_bytes(b"short")
     with pytest.raises(ConfigError, match="cut short"):
         Samples(tokens, 16, 1)
+
+
+def open_files(folder: Path) -> set[str]:
+    """Names of the files of a folder that this process has open or mapped."""
+    mapped = (line.split(maxsplit=5)[5:] for line in Path("/proc/self/maps").read_text().splitlines())
+    return {Path(path[0].strip()).name for path in mapped if path and path[0].strip().startswith(f"{folder}/")}
+
+
+def test_a_shard_is_opened_when_it_is_first_read(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
+    config = DataConfig(source=Source.tokens, path=str(tmp_path / "*.bin"), val_fraction=0.1)
+    samples = Samples(open_tokens(config), block_size=100, seed=1)
+    assert open_files(tmp_path) == set()
+    windows = samples._train[0]
+    assert windows.read(10).tolist() == list(range(100, 201)), "the second window of the second file"
+    assert open_files(tmp_path) == {"b.bin"}
+    windows.announce(0)
+    assert open_files(tmp_path) == {"a.bin", "b.bin"}
+    (tmp_path / "c.bin").write_bytes(b"short")
+    with pytest.raises(ConfigError, match=r"c\.bin is missing or cut short"):
+        windows.read(20)
 
 
 def test_bits_per_byte_count_the_bytes_of_the_targets(tmp_path: Path) -> None:

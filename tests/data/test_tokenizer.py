@@ -177,3 +177,13 @@ def test_ids_wider_than_a_byte() -> None:
     tokenizer = CharTokenizer(chr(0x10000 + i) for i in range(70000))
     ids = tokenizer.encode(chr(0x10000 + 69999))
     assert ids.tolist() == [69999] and ids.dtype == np.uint32
+
+
+@pytest.mark.parametrize(("asked", "beyond"), [(300, "at least"), (10**6, "at most")])
+def test_the_size_that_sentencepiece_is_told_to_take_is_one_that_it_takes(asked: int, beyond: str) -> None:
+    lines = (TEXT + "".join(map(chr, range(0x370, 0x400)))).splitlines(keepends=True)
+    with pytest.raises(ConfigError) as refusal:
+        train_sentencepiece(iter(lines), asked)
+    key, size = refusal.value.fix.split("=")
+    assert key == "data.tokenizer_vocab_size" and f"{beyond} {size}" in refusal.value.expected
+    assert train_sentencepiece(iter(lines), int(size)).vocab_size == int(size)

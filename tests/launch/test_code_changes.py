@@ -18,6 +18,7 @@ from launch.jobs.sbatch import sbatch_text
 from launch.plan import code_copy as snapshot
 from launch.plan.preflight import add_warnings
 from launch.plan.text import plan_text
+from launch.runs.compose import write_config
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import PACKAGES, changes, code_state, describe_code
@@ -88,9 +89,10 @@ def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
         "code": {**code, "files": {**code["files"], "gpt/parallel/optimizer.py": "other"}},
         "git": {"commit": "a" * 40},
     }
+    words = [f"run_dir={folder.path}", *TINY]
+    write_config(folder, compose_launch(words), words)
     folder.create_attempt()
     write_json(folder.environment(1), old)
-    words = [f"run_dir={folder.path}", *TINY]
     text = plan_text(add_warnings(plan(*words), config_of(*words)))
     assert "warning     changed since attempt 1: gpt/parallel/optimizer.py changed (commit aaaaaaaaaaaa -> " in text
     with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, require_same_code=false"):
@@ -103,6 +105,7 @@ def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Pat
     there = {"cwd": tmp_path, "PYTHONPATH": str(checkout)}
     run("gpt.train", *words, **there)
     assert environment(folder, 1)["code"]["root"] == str(checkout)
+    folder.record_event("attempt_ended", attempt=1, cause="node_failed")  # so that there is something to go on with
     edit(checkout, "# changed\n")
     text = run("launch", *words, **there)
     assert text.count("changed since attempt 1: gpt/parallel/optimizer.py changed") == 1, text
@@ -132,7 +135,7 @@ def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_pat
         "launch", *every, f"run_dir={folder.path}", cwd=checkout, log=tmp_path / "log", PYTHONPATH=str(checkout)
     )
     wait_for(lambda: len(read_records(folder.metrics(0))) > 11 or process.poll() is not None, "a checkpoint")
-    edit(checkout, "raise RuntimeError('half an edit')\n" if words else "# changed\n")
+    edit(checkout, "raise RuntimeError('half an edit')\n" if words else "print('changed')\n")
     os.kill(ranks_of(descendants(process.pid))[0], signal.SIGKILL)
     status = process.wait(timeout=200)
     text = (tmp_path / "log").read_text()
@@ -145,6 +148,7 @@ def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_pat
     else:
         assert status == 1 and causes == ["crashed", "refused"], text
         assert "as require_same_code=true demands" in text and "Traceback" not in text
+        assert "changed" in folder.log(2, 0).read_text().split("\n"), "ranks run what they are said to run"
 
 
 def test_the_batch_script_names_the_copy_after_the_setup_of_the_site() -> None:

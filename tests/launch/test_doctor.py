@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +16,11 @@ from launch.checks import facts
 from launch.checks.findings import Finding, Level
 from launch.config import ClusterKind, Config
 from launch.config.sweep_points import sweep_points
-from launch.doctor import machine
-from launch.doctor.__main__ import configs_of, main
+from launch.doctor import machine, on_cluster
+from launch.doctor.__main__ import configs_of, main, settle_sharing
 from launch.runs import compose
+from tests.launch.test_doctor_verdict import all_rates
+from tests.launch.test_doctor_verdict import results as measured
 from tests.support.commands import ROOT, environment, run
 from tests.support.doctor_facts import FACTS, MACHINE, OUTPUT, request
 
@@ -54,12 +57,10 @@ def test_the_type_of_a_real_filesystem_is_the_one_that_stat_knows() -> None:
     [
         ("/home/ada/outputs", "nfs4", Level.ok),
         ("/tmp/outputs", "lustre", Level.ok),
-        ("/tmp/outputs", "ext4", Level.error),
-        ("/var/tmp", "xfs", Level.error),
+        ("/tmp/outputs", "ext4", Level.warning),
         ("/dev/shm/x", "tmpfs", Level.error),
-        ("/outputs", "overlay", Level.error),
+        ("/outputs", "overlay", Level.warning),
         ("/data/outputs", "xfs", Level.warning),
-        ("/tmpfiles", "ext4", Level.warning),
     ],
 )
 def test_a_folder_that_nodes_do_not_share_is_named(path: str, kind: str, level: Level) -> None:
@@ -67,6 +68,19 @@ def test_a_folder_that_nodes_do_not_share_is_named(path: str, kind: str, level: 
     assert [f.level for f in machine.check_output_folder(seen)] == [level]
     here = replace(seen, kind=ClusterKind.local)
     assert [f.level for f in machine.check_output_folder(here)] == [Level.ok]
+
+
+def test_the_nodes_word_on_a_folder_counts_more_than_its_filesystem(tmp_path: Path) -> None:
+    guessed = list(machine.check_output_folder(replace(FACTS, output=replace(OUTPUT, filesystem="tmpfs"))))
+    for number, results in enumerate((measured(all_rates(2), 2), {**measured(all_rates(2), 2), "nodes": []})):
+        folder = tmp_path / ".doctor" / f"2026010{number}-000000-a"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results))
+    earlier = on_cluster.earlier_results(tmp_path)
+    assert [f.level for f in settle_sharing(guessed, earlier)] == [Level.ok]
+    assert earlier is not None
+    earlier["nodes"][0]["unseen"] = [1]
+    assert settle_sharing(guessed, earlier) == guessed == settle_sharing(guessed, None)
 
 
 def test_space_is_compared_with_the_checkpoints() -> None:
@@ -148,6 +162,17 @@ def test_sweeps_are_split_as_python_m_launch_splits_them() -> None:
     swept = configs_of(sweep_points(["+experiment=strong_scaling"]))
     assert [config.nodes for config in swept] == [1, 2, 4]
     assert all(isinstance(config, Config) for config in swept)
+    assert [config.nodes for config in configs_of(sweep_points(["experiment=weak_scaling"]))] == [1, 2, 4]
+
+
+def test_the_site_file_may_lie_in_a_folder_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cluster").mkdir()
+    text = (ROOT / "configs" / "cluster" / "slurm.yaml").read_text()
+    (tmp_path / "cluster" / "mysite.yaml").write_text(re.sub("^partition:.*", "partition: ours", text, flags=re.M))
+    points = sweep_points(["cluster=mysite", "nodes=1,2"], tmp_path)
+    assert [config.cluster.partition for config in configs_of(points, tmp_path)] == ["ours", "ours"]
+    assert main(["--config-dir", str(tmp_path), "cluster=mysit"]) == 2 and "=mysite" in capsys.readouterr().err
+    assert main(["--config-dir", str(tmp_path / "no"), "nodes=2"]) == 2 and "no folder" in capsys.readouterr().err
 
 
 def test_it_runs_on_any_machine_loads_no_torch_and_writes_nothing(tmp_path: Path) -> None:
@@ -168,7 +193,7 @@ def test_the_report_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFi
     local = ("cluster=local", "device=cpu")
     text = run("launch.doctor", *local, "nodes=3", "optim.global_batch=8", cwd=tmp_path, status=1)
     assert "error" in text and "type  optim.global_batch=9" in text and "1 errors" in text
-    assert main(["nodse=3"]) == 2 and "type next: nodes=VALUE" in capsys.readouterr().err
+    assert main(["nodse=3"]) == 2 and "type next: nodes=3" in capsys.readouterr().err
     assert main([*local, "--on-cluster"]) == 2 and "without --on-cluster" in capsys.readouterr().err
 
 

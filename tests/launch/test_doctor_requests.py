@@ -1,4 +1,4 @@
-"""What a run asks of Slurm against a recorded cluster: what cannot run is named, and what to type repairs it."""
+"""Requests to Slurm against a recorded cluster: what cannot run is named, and what to type repairs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tests.support.doctor_facts import (
     CONFIG,
     FACTS,
     LIMITS,
-    MACHINE,
     NODE,
     NODES,
     PARTITIONS,
@@ -84,7 +83,7 @@ def test_a_request_that_fits_has_no_complaint_but_the_known_ones() -> None:
 def test_what_cannot_run_is_an_error_and_what_it_says_to_type_repairs_it(
     words: list[str], check: str, told: str
 ) -> None:
-    seen = replace(FACTS, machine=replace(MACHINE, groups=("staff",)))
+    seen = replace(FACTS, groups=("staff",))
     errors = [f for f in complaints(seen, *words) if f.level is Level.error]
     found = [f for f in errors if f.check == check and told in f.found]
     assert found, errors
@@ -104,7 +103,7 @@ def test_drained_nodes_are_named_with_their_reason() -> None:
 
 def test_excluded_nodes_do_not_count() -> None:
     asking = replace(request("nodes=2"), excluded=frozenset({"n1", "n2"}))
-    assert any(f.check == "nodes" and f.level is Level.error for f in asked.check_request(FACTS, asking))
+    assert any(f.check == "nodes" and f.level is Level.error for f in asked.check_request(LIMITS, asking, None))
 
 
 def test_of_several_partitions_one_that_fits_is_enough() -> None:
@@ -116,7 +115,7 @@ def test_of_several_partitions_one_that_fits_is_enough() -> None:
 def test_the_users_groups_are_looked_at_but_root_passes() -> None:
     words = ("cluster.partition=physics", "cluster.account=phys")
     assert [f.check for f in complaints(FACTS, *words) if f.level is Level.error] == ["group"]
-    assert not findings.has_errors(complaints(replace(FACTS, machine=replace(MACHINE, user="root")), *words))
+    assert not findings.has_errors(complaints(replace(FACTS, groups=None), *words))
 
 
 def test_an_array_may_have_as_many_elements_as_max_array_size() -> None:
@@ -146,3 +145,53 @@ def test_what_a_site_gives_by_default_is_compared_with_the_ranks() -> None:
     assert "1 CPU" in found["cpus"].why and "1000 MB" in found["memory"].found
     shared = complaints(FACTS, "cluster.gpus_per_node=4", "cluster.cpus_per_task=2")
     assert any(f.check == "cpus" and "2 for 4 ranks" in f.found for f in shared)
+
+
+def unless(seen: Facts, *words: str) -> list[str]:
+    """What would have to be so for the errors about a request to be none; empty where one is certain."""
+    return [f.unless for f in complaints(seen, *words) if f.level is Level.error]
+
+
+def with_limits(**changed: object) -> Facts:
+    """The recorded cluster with slurmdbd and these limits."""
+    config = {**LIMITS.config, "AccountingStorageType": "accounting_storage/slurmdbd"}
+    return replace(FACTS, limits=replace(LIMITS, **{"config": config, **changed}))
+
+
+LONG = ("cluster.partition=short", "cluster.timeout_min=60")
+MANY = ("cluster.partition=short", "cluster.timeout_min=30", "nodes=3")
+
+
+def test_limits_of_a_partition_are_certain_unless_a_qos_may_lift_them() -> None:
+    lifts = {"normal": frozenset({""}), "long": frozenset({"PartitionTimeLimit", "PartitionMaxNodes"})}
+    assert unless(FACTS, *LONG) == unless(FACTS, *MANY) == [""]
+    for words, flag in ((LONG, "PartitionTimeLimit"), (MANY, "PartitionMaxNodes")):
+        assert unless(with_limits(qos_flags={"normal": frozenset({""})}), *words) == [""]
+        assert unless(with_limits(qos_flags=lifts), *words) == [f"its QOS has the flag {flag}"], "by its default"
+        assert unless(with_limits(qos_flags=lifts), *words, "cluster.qos=normal") == [""]
+        assert unless(with_limits(qos_flags=lifts), *words, "cluster.qos=long") != [""]
+        assert unless(with_limits(qos_flags=None), *words) != [""], "slurmdbd does not say"
+    assert unless(with_limits(qos_flags=None), "nodes=4") == [""], "no QOS makes nodes"
+    config = {**with_limits().limits.config, "EnforcePartLimits": "ALL"}  # type: ignore[union-attr]
+    assert unless(with_limits(qos_flags=lifts, config=config), *LONG) == [""]
+
+
+def test_what_the_checks_cannot_see_puts_their_errors_in_doubt() -> None:
+    assert unless(FACTS, "nodes=8") == [""]
+    assert unless(FACTS, "cluster.partition=closed") == ["somebody does"]
+    hidden = limits.parse(CONFIG, PARTITIONS.replace("TotalNodes=3", "TotalNodes=64"), NODES)
+    for words in ("nodes=8", "cluster.cpus_per_task=99"):
+        assert unless(replace(FACTS, limits=hidden), words) == ["61 nodes that Slurm does not show have it"]
+    assert unless(with_config(JobSubmitPlugins="lua"), "nodes=8") != [""]
+    assert unless(with_config(JobSubmitPlugins="lua"), "nodes=8", "cluster.partition=low") == [""]
+    assert "(nodelist)" in unless(FACTS, "nodes=8", "++cluster.additional_parameters={nodelist: n1}")[0]
+    account = ("cluster.partition=physics", "cluster.account=sub")
+    assert unless(replace(FACTS, groups=None), *account) == [""]
+    assert unless(replace(with_limits(version=(24, 5)), groups=None), *account) == ["it is a subaccount of one of them"]
+
+
+def test_counts_of_generic_resources_may_have_units() -> None:
+    assert limits.gres("lustre:no_consume:4G,gpu:a100:2(S:0)") == (
+        limits.Gres("lustre", "", 4 * 1024**3),
+        limits.Gres("gpu", "a100", 2),
+    )

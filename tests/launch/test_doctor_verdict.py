@@ -1,4 +1,4 @@
-"""What the doctor says of measured nodes and links: who is slow or broken is named, and nobody else."""
+"""Findings of the doctor about measured nodes and links: who is slow or broken is named, and nobody else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launch.doctor import verdict
 
 
 def results(rates: dict[tuple[int, int], float], nodes: int) -> dict[str, Any]:
-    """What the job on ``nodes`` sound nodes writes, with these Gbit/s from node to node."""
+    """Results of a job on ``nodes`` sound nodes, with these Gbit/s from node to node."""
     limit = {"nofile": 65536, "core": 0, "memlock": -1}
     each = [
         {

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from omegaconf import DictConfig
 
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
+from launch.jobs.handles import SlurmJob
 from launch.jobs.sbatch import sbatch_text
-from launch.jobs.submit import shapes
+from launch.jobs.submit import in_line, shapes
+from launch.plan.alone import settle_exclusive
 from launch.plan.plan import Plan, make_plan
 from tests.support.commands import run
 
@@ -94,7 +98,40 @@ def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) 
     assert "worst case of all 2 points: 3 node-hours, 24 GPU-hours" in text
     assert text.count("#!/bin/bash") == 2
     assert text.count("#SBATCH --gpus-per-node=8") == 2
+    assert text.count("#SBATCH --exclusive") == 2 and "cluster.exclusive=false shares them" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def settled(*commands: str) -> tuple[list[bool | None], str]:
+    """What a sweep of these points asks of Slurm, and what it says about it."""
+    documents = [compose_launch(command.split()) for command in commands]
+    configs = [typed_config(document) for document in documents]
+    said = settle_exclusive(documents, configs, [config.cluster.kind for config in configs])
+    assert [document.cluster.get("exclusive") for document in documents] == [c.cluster.exclusive for c in configs]
+    return [config.cluster.exclusive for config in configs], said
+
+
+def test_points_of_a_scaling_sweep_ask_for_whole_nodes_unless_the_command_says_otherwise() -> None:
+    on = "cluster=slurm"
+    assert settled(f"{on} nodes=1", f"{on} nodes=2")[0] == [True, True]
+    assert settled(f"{on} ranks_per_node=1", f"{on} ranks_per_node=2")[0] == [True, True]
+    assert settled(f"{on} nodes=1 cluster.exclusive=false", f"{on} nodes=2") == ([False, True], ANY)
+    others = [(f"{on} nodes=2",), (f"{on} seed=1", f"{on} seed=2"), ("cluster=local nodes=1", "cluster=local nodes=2")]
+    for commands in others:
+        assert settled(*commands) == ([None] * len(commands), ""), commands
+
+
+def test_sequential_points_wait_for_those_before_them_with_one_sbatch_call_a_shape() -> None:
+    typed = "++cluster.additional_parameters={dependency: singleton}"
+    plans = [plan(f"nodes={nodes}", f"seed={seed}", typed) for nodes in (1, 2) for seed in (1, 2)]
+    first, second = shapes(plans)
+    asked = [directives(sbatch_text(in_line(group, jobs))) for group, jobs in (
+        (first, []), (second, [SlurmJob("7_0"), SlurmJob("7_1")]))]  # fmt: skip
+    assert [one["array"] for one in asked] == ["0-1%1"] * 2
+    assert [one["dependency"] for one in asked] == ["singleton", "singleton,afterany:7"]
+    assert in_line(second, [SlurmJob("7", "elsewhere")])[0].slurm["additional_parameters"]["dependency"] == "singleton"
+    with pytest.raises(ConfigError, match=r"launch\.sequential=true with cluster\.placement"):
+        plan("launch.sequential=true", "cluster.placement=[{partition: a}]")
 
 
 def test_it_works_where_there_is_no_slurm(tmp_path: Path) -> None:

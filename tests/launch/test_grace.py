@@ -1,40 +1,36 @@
-"""What the plan warns of where saving takes longer than a run is given when it is told to stop."""
+"""Warnings of a plan where saving takes longer than a run is given when it is told to stop."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from launch.config.compose import compose_launch, typed_config
-from launch.plan import preflight
 from launch.plan.preflight import add_warnings, measure
-from launch.runs.files import append_json_line, write_json
+from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
-from launch.scheduler import limits
-from launch.scheduler.client import SlurmError
+from launch.scheduler.limits import Limits
 from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY, run
-from tests.support.doctor_facts import CONFIG, NODES, PARTITIONS
+from tests.support.doctor_facts import LIMITS
 
-
-@pytest.fixture(autouse=True)
-def recorded_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The doctor's recorded cluster: partition low, the default, has GraceTime=10, and KillWait is 5."""
-    monkeypatch.setattr(preflight, "cluster_limits", lambda: limits.parse(CONFIG, PARTITIONS, NODES))
+# The doctor's recorded cluster: partition low, the default, has GraceTime=10, and KillWait is 5.
+RECORDED = {None: LIMITS}
 
 
 def ran_before(folder: RunFolder, save_s: float, step_s: float) -> RunFolder:
     """A run folder with some saves and steps, the last but one of each the slowest."""
     for number, (save, step) in enumerate(((save_s / 2, step_s / 3), (save_s, step_s), (save_s / 4, step_s / 2)), 1):
         folder.record_event("saved", attempt=1, step=number, seconds=save)
-        append_json_line(folder.metrics(0), {"step": number, "attempt": 1, "step_time_s": step})
+        append_json_lines(folder.metrics(0), [{"step": number, "attempt": 1, "step_time_s": step}])
     return folder
 
 
-def warnings(*words: str) -> tuple[str, ...]:
+def warnings(*words: str, known: Mapping[str | None, Limits] = RECORDED) -> tuple[str, ...]:
     config = typed_config(compose_launch(["cluster=slurm", *TINY, *words]))
-    return add_warnings(plan(*TINY, *words), config).warnings
+    return add_warnings(plan(*TINY, *words), config, known).warnings
 
 
 HERE = ("cluster.partition=short", "checkpoint.interval=7")  # a partition that is never preempted
@@ -84,18 +80,12 @@ def test_another_point_of_the_sweep_tells_where_the_model_is_the_same(tmp_path: 
     assert warnings(f"run_dir={tmp_path / 'own'}", *HERE) == (), "what the run itself has measured is better"
 
 
-def test_no_controller_no_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    preflight.cluster_limits.cache_clear()
-
-    def silent(*words: str, **options: object) -> str:
-        raise SlurmError("scontrol is not installed on this machine")
-
-    monkeypatch.setattr("launch.scheduler.client.run", silent)
-    monkeypatch.chdir(tmp_path)
+def test_the_partitions_of_each_cluster_are_its_own(tmp_path: Path) -> None:
     ran_before(RunFolder(tmp_path / "run"), save_s=14.0, step_s=2.0)
-    assert warnings(f"run_dir={tmp_path / 'run'}") == ()
-    preflight.cluster_limits.cache_clear()
+    here, there = f"run_dir={tmp_path / 'run'}", "cluster.cluster=b"
+    assert warnings(here, known={}) == () and warnings(here, there) == ()
+    assert len(warnings(here, there, known={"b": LIMITS})) == 1
+    assert len(warnings(here, "cluster.partition='short,low'")) == 1
 
 
 def test_the_dry_run_shows_it(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from launch.jobs.failover import PendingRun, claim, is_current, promised
 from launch.jobs.handles import JobStatus, SlurmJob
 from launch.jobs.sbatch import sbatch_text
 from launch.jobs.status import RunStatus, adopt_job, find_run_status, update
-from launch.jobs.submit import record_submitted, shapes
+from launch.jobs.submit import shapes
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
 from launch.plan.plan import Plan
+from launch.plan.submission import record_found, record_submitted
 from launch.plan.text import plan_text
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
@@ -182,6 +183,27 @@ def test_the_event_log_knows_where_a_job_went_and_what_it_costs() -> None:
     assert event == event | known | {"job_id": "7", "nodes": 2, "candidate": 1, "moved": True}
 
 
+def test_a_job_that_entered_itself_is_where_its_run_was_on_its_way_to(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    made = plan("nodes=2", "cluster.gpus_per_node=4", f"run_dir={folder.path}", LISTED)
+    write_json(folder.plan, made.as_dict())
+    record_submitted(made, "7")
+    folder.record_event("moved", job_id="7", candidate=1, to="partition=low")
+    record_found(folder, "8", 2, by="agent")
+    event = folder.read_events()[-1]
+    known = {"partition": "low", "gpus": 8, "price_per_gpu_hour": 1.5, "candidate": 1, "moved": True, "by": "agent"}
+    assert event == event | known | {"job_id": "8", "nodes": 2, "cluster": "slurm"}
+    record_submitted(made, "8", 1, moved=True)  # by its launcher, which was only slow
+    assert len(folder.read_events()) == 3
+
+    folder.plan.write_text("{")
+    record_found(folder, "9", 3, by="agent")
+    assert find_run_status(folder).events() == [folder.read_events()[-1]], "a new command, for which there is no plan"
+    folder.record_event("agent_started", job="slurm-9-0-0")
+    folder.record_event("submitted", cluster="slurm", job_id="9", nodes=3)  # neither has seen the other's entry
+    assert [e["event"] for e in find_run_status(folder).events()] == ["submitted", "agent_started", "submitted"]
+
+
 def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
     made = plan(f"run_dir={tmp_path}/run", "cluster.placement=[{partition: low}, {cluster: b}]")
     here, there = (sbatch_text([made.choose_candidate(index)]) for index in (0, 1))
@@ -220,7 +242,7 @@ def test_the_dry_run_shows_every_candidate() -> None:
     assert "1. partition=short" in text and "2. partition=low, 1.5 per GPU-hour" in text
     assert "to the next after 30 min in the queue, round and round; given up after 90 min" in text
     assert "at partition=low it differs in:\n- #SBATCH --partition=short\n+ #SBATCH --partition=low" in text
-    assert "no candidate was looked at" in text
+    assert "was not compared with what it has" in text
 
 
 IMPOSSIBLE = [
@@ -250,9 +272,9 @@ def test_a_candidate_that_could_never_run_is_skipped_with_the_reason(
     settled = candidates.settle(FACTS, asking)
     assert settled.possible == [1] and why in settled.candidates[0].never
     assert asking.plan.replace_placement(settled).slurm["partition"] == "low"
-    candidates.refuse_impossible("p", settled)
+    candidates.refuse_impossible(FACTS, asking, settled)
     with pytest.raises(ConfigError) as refused:
-        candidates.refuse_impossible("p", settled.rule_out(1, "too small"))
+        candidates.refuse_impossible(FACTS, asking, settled.rule_out(1, "too small"))
     assert why in refused.value.found and "partition=low: too small" in refused.value.found
 
 

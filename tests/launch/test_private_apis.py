@@ -5,19 +5,24 @@ A failure here after an update names the library and the module to look at, befo
 
 import importlib.util
 import inspect
+import os
+import re
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from launch.agent.after_step import run_dir_of
+from launch.agent.node import Node
 from launch.jobs import handles, sbatch
 
 TAKEN = ("command", "folder", "map_count", "job_name", "partition", "time", "nodes", "ntasks_per_node", "cpus_per_task")
 TAKEN += ("gpus_per_node", "qos", "setup", "mem", "signal_delay_s", "comment", "constraint", "exclude", "account")
-TAKEN += ("gres", "array_parallelism", "additional_parameters", "srun_args")
-"""What ``launch.plan.placement.slurm_resources`` may ask for, and what ``sbatch_text`` adds."""
+TAKEN += ("gres", "array_parallelism", "additional_parameters", "srun_args", "teardown")
+"""Parameters that ``launch.plan.placement.slurm_resources`` may ask for, and that ``launch.jobs.sbatch`` adds."""
 
 
 def changed(library: str, what: str, module: str) -> str:
@@ -53,10 +58,25 @@ def test_submitit_runs_the_same_modules_and_keeps_the_process_of_a_local_job() -
     assert "self._process" in source, changed("submitit", "LocalJob._process", "launch/jobs/sbatch.py")
 
 
+def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_path: Path) -> None:
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    folder, node = tmp_path / "%j", Node(0, 2, "slurm-9-0-0", is_slurm=True, slurm_job="7_1")
+    pickle = JobPaths(folder, "7_1").submitted_pickle
+    pickle.parent.mkdir()
+    DelayedSubmission(os.fspath, "the/run").dump(pickle)
+    assert run_dir_of(str(folder), node) == "the/run", changed(
+        "submitit", "its pickle of a job", "launch/agent/after_step.py"
+    )
+
+
 def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
+    import torch
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     def message(what: str) -> str:
         return changed("torch", what, "launch/agent/elastic.py")
@@ -74,6 +94,19 @@ def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
         assert f"self.{attribute}" in inspect.getsource(owner.__init__), message(f"{owner.__name__}.{attribute}")
     handlers = inspect.getsource(SubprocessContext)
     assert "subprocess_handlers" in handlers, message("SubprocessContext.subprocess_handlers")
+    assert "get_subprocess_handler(" in inspect.getsource(SubprocessContext._start), message(
+        "SubprocessContext._start, which makes a handler for each rank,"
+    )
+    made = ("entrypoint", "args", "env", "stdout", "stderr", "local_rank_id")
+    for maker in (api.get_subprocess_handler, SubprocessHandler.__init__):
+        check_parameters(maker, made, message(maker.__qualname__))
+    check_parameters(SubprocessHandler._popen, ("args", "env"), message("SubprocessHandler._popen"))
+    used = set(
+        re.findall(r"\bproc\.(\w+)", inspect.getsource(SubprocessContext) + inspect.getsource(SubprocessHandler))
+    )
+    lacking = used - {"pid", "poll", "wait", "send_signal"}
+    assert not lacking, message(f"the use of {lacking} of a process")
+    assert callable(torch.cuda._is_in_bad_fork), changed("torch", "cuda._is_in_bad_fork", "launch/agent/forked_rank.py")
     assert "global_rank" in inspect.signature(Worker.__init__).parameters, message("Worker.global_rank")
     assert "workers" in dir(WorkerGroup) or "workers" in WorkerGroup.__slots__, message("WorkerGroup.workers")
 

@@ -1,36 +1,55 @@
-"""What the login node refuses: in three parts, without torch, and without leaving anything behind."""
+"""Refusals of the login node: in three parts, without torch, and without leaving anything behind."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import OptimConfig, TrainConfig
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train
 from gpt.topology.batch import split_batch
-from launch.config import ClusterKind
+from launch.__main__ import ALONE, INFO, WITH_VALUE, split_flags
+from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
 from launch.runs.compose import to_schema
-from launch.runs.identity import choose_folder, refuse_other_run
+from launch.runs.explain import LAUNCHER_KEYS
+from launch.runs.identity import RunConfig, choose_folder, refuse_other_run
+from launch.runs.proposals import replace_typed, with_checked_fix
+from launch.runs.renamed import is_former
 from tests.support.commands import environment, run
 
 REFUSED = [
-    (["model.n_layr=3"], "unknown key model.n_layr", "model.n_layer=VALUE"),
-    (["+foo=1"], "unknown key foo", "=VALUE"),
-    (["node=2"], "unknown key node", "nodes=VALUE"),
+    (["model.n_layr=3"], "unknown key model.n_layr", "model.n_layer=3"),
+    (["+foo=1"], "unknown key foo", "the same without foo=1"),
+    (["node=2"], "unknown key node", "nodes=2"),
     (["model=gpt5"], "model=gpt5", "model=gpt2_124m"),
     (["optim.max_steps=many"], "optim.max_steps=many", "optim.max_steps=1"),
-    (["precision=fp8"], "precision=fp8", "precision=fp32"),
+    (["precision=fp8"], "precision=fp8", "precision=auto"),
+    (["precision=fp23"], "precision=fp23", "precision=fp32"),
     (["cluster=mars"], "cluster=mars", "cluster=auto"),
     (["nodes"], "nodes, which cannot be read", "nodes=VALUE"),
+    (["2"], "2, which cannot be read", "nodes=2"),
+    (["python"], "python, which cannot be read", "the same without python"),
+    (["fsdp"], "fsdp, which cannot be read", "parallel=fsdp"),
+    (["=2"], "=2, a value without a key", "the same without =2"),
+    (["nodes==2"], "nodes==2, which cannot be read", "nodes=2"),
+    (["max_steps=3"], "unknown key max_steps", "optim.max_steps=3"),
+    (["gpus=8"], "unknown key gpus", "cluster.gpus_per_node=8"),
+    (["optim.foo.bar=1"], "unknown key optim.foo", "the same without optim.foo.bar=1"),
+    (["nodes=2,3"], "nodes=2,3, several values", "python -m launch -m nodes=2,3"),
+    (["launch=3"], "launch=3", "launch.check_limits=VALUE"),
     (["cluster.exclude=n[3-4]"], "cluster.exclude=n[3-4], which cannot be read", "'cluster.exclude=\"n[3-4]\"'"),
     (["cluster.setup=[a b,c=d]"], "which cannot be read", """'cluster.setup=["a b","c=d"]'"""),
     (["nodes=0"], "nodes=0", "nodes=1"),
@@ -49,7 +68,26 @@ REFUSED = [
     (["optim.min_lr=1"], "optim.min_lr=1", "optim.min_lr="),
     (["cluster.gpus_per_node=2", "ranks_per_node=4"], "ranks_per_node=4 on nodes with cluster.gpus_per_node=2", "=2"),
     (["device=cuda", "nodes=64", "optim.global_batch=64"], "64 ranks on a machine with", "device=cpu"),
-    (["model=llama_1p3b", "nodes=64", "optim.global_batch=64", "device=cpu"], "64 ranks x ", "parallel=fsdp"),
+    (
+        # 16 replicas are far above what machines for tests have, and their shards far below.
+        [*("model.n_layer=24", "model.n_embd=1024", "model.n_head=16"), "nodes=16", "device=cpu"],
+        "16 ranks x ",
+        "parallel=fsdp",
+    ),
+    (["name='a\nrm -rf b'"], r"name='a\nrm -rf b'", "name='a_rm -rf b'"),
+    (["name=../../escape"], "name='../../escape'", "name=escape"),
+    (["name=a%jb"], "name='a%jb'", "name=a_jb"),
+    (["name='a/b'"], "name='a/b'", "name=a_b"),
+    (["name='--wrap'"], "name='--wrap'", "name=wrap"),
+    (["name='a\\b'"], r"name='a\\b'", "name=a_b"),
+    (["name=''"], "name=''", "name=run"),
+    (["name=.."], "name='..'", "name=run"),
+    (["name='a\u2028b'"], r"name='a\u2028b'", "name=a_b"),
+    (["output_dir='o%A'"], "'%' in the run's path", "output_dir=FOLDER"),
+    (["output_dir='o\nut'"], r"'\n' in the run's path", "output_dir=FOLDER"),
+    (["run_dir='o\tut'"], r"'\t' in the run's path", "run_dir=FOLDER"),
+    (["cluster.comment='a\nrm -rf b'"], r"cluster.comment='a\nrm -rf b'", "cluster.comment='a rm -rf b'"),
+    (["copy_code=true", "output_dir='a:b'"], "with a : in it", "output_dir=FOLDER without :"),
     (["cluster.timeout_min=1", "cluster.signal_delay_s=90"], "cluster.signal_delay_s=90", "cluster.signal_delay_s=0"),
 ]
 
@@ -64,6 +102,42 @@ def test_refused_in_three_parts(words: list[str], found: str, fix: str) -> None:
     assert fix in refusal.value.fix
 
 
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("parallel.tp=3 nodes=3", "parallel.tp=1 optim.global_batch=18"),
+        ("parallel.pp=8 nodes=8", "parallel.pp=4 optim.max_micro_batch=2"),
+        ("parallel=hsdp nodes=3", "parallel.dp_shard=3 optim.global_batch=18"),
+        ("parallel.dp_shard=3 nodes=4", "parallel=hsdp parallel.dp_shard=2, or no parallel.dp_shard"),
+        ("model.n_head=3 model.n_kv_head=3", "model.n_head=2 model.n_kv_head=2"),
+    ],
+)
+def test_a_proposal_is_completed_until_nothing_refuses_it(words: str, fix: str) -> None:
+    def plan(typed: list[str]) -> None:
+        make_plan(typed_config(compose_launch(typed)), typed, ClusterKind.local)
+
+    with pytest.raises(ConfigError) as refusal:
+        plan(words.split())
+    assert refusal.value.fix == fix
+    plan(replace_typed(words.split(), fix.split(", or ")[0].split()))
+
+
+def test_proposals_that_lead_nowhere_are_left_out_and_words_are_kept() -> None:
+    def check(overrides: Sequence[str]) -> None:
+        left = int(overrides[0].split("=")[1])
+        if left:
+            raise ConfigError(f"a={left}", "0", "a=0, or a=9" if left == 4 else f"a={left - 1 or 1}, or less")
+
+    def fix(left: int) -> str:
+        with pytest.raises(ConfigError) as refusal:
+            check([f"a={left}"])
+        return with_checked_fix(refusal.value, [f"a={left}"], check).fix
+
+    assert [fix(left) for left in (4, 5, 6, 2, 9)] == ["a=0", "a=0, or less", "a=0, or less", "less", "less"]
+    refused = ConfigError("b=1", "0", "a=1, or b=VALUE")
+    assert with_checked_fix(refused, ["a=2"], check) is refused  # the check knows nothing of it
+
+
 def test_the_command_refuses_with_status_2_and_writes_nothing(tmp_path: Path) -> None:
     text = run("launch", "-m", "nodes=2,3", cwd=tmp_path, status=2)
     assert text.splitlines()[-3:] == [
@@ -73,6 +147,30 @@ def test_the_command_refuses_with_status_2_and_writes_nothing(tmp_path: Path) ->
     ]
     assert "Traceback" not in text
     assert list(tmp_path.iterdir()) == []
+
+
+REFUSES = """#!/bin/sh
+echo "sbatch: error: invalid partition specified: hih" >&2
+echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
+exit 1
+"""
+
+
+def test_what_sbatch_refuses_is_said_once_and_in_three_parts(tmp_path: Path) -> None:
+    # As Slurm 22.05 prints it, by a controller that does not tell its limits.
+    (tmp_path / "bin").mkdir()
+    for name, text in {"sbatch": REFUSES, "sinfo": "#!/bin/sh\nprintf 'low\\nhigh\\nlow\\n'\n"}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    words = ["cluster=slurm", "cluster.partition=hih", "nodes=2"]
+    text = run("launch", *words, cwd=tmp_path, status=1, PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert text.splitlines()[-3:] == [
+        "found: point nodes=2, and sbatch refuses its job: invalid partition specified: hih; "
+        "Batch job submission failed: Invalid partition name specified",
+        "expected: one of the partitions high, low",
+        "type next: cluster.partition=high",
+    ]
+    assert text.count("invalid partition") == 1
 
 
 def test_points_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
@@ -107,9 +205,69 @@ def test_help_dry_run_and_refusal_load_no_torch(words: list[str], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+COMMANDS = ("gpt.train", "gpt.prepare", "gpt.generate", "gpt.evaluate", "gpt.export", "gpt.compare")
+COMMANDS += ("launch.status", "launch.logs", "launch.cancel", "launch.move", "launch.batch", "launch.agent.main")
+COMMANDS += ("launch.__main__", "launch.doctor.__main__", "launch.report.__main__", "slurm.sandbox.__main__")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_command_helps_and_refuses_a_flag_that_it_does_not_have(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = importlib.import_module(module)
+    needed = {"gpt.generate": ["x", "-p", "y"], "slurm.sandbox.__main__": ["status"]}.get(module, ["x"])
+    monkeypatch.setattr(sys, "argv", [module, *needed, "--xyz"])
+    assert command.main() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in said] == ["found", "expected", "type next"]
+    assert "--xyz" in said[0] and "python -m" in said[2]
+    if module != "launch.__main__":  # which Hydra helps
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            command.main()
+        assert "usage: python -m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--nodes=4"], "nodes=4"),
+        (["--nodes", "4"], "nodes=4"),
+        (["--gpus-per-node", "nodes=2"], "cluster.gpus_per_node=VALUE"),
+        (["--multrun", "nodes=1"], "--multirun"),
+        (["nodes=1", "--config-dir"], "python -m launch --help"),
+    ],
+    ids=str,
+)
+def test_a_flag_is_refused_with_the_key_that_was_meant(words: list[str], fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        split_flags(words)
+    assert refusal.value.fix == fix
+
+
+def test_the_flags_are_those_of_hydra() -> None:
+    actions = [action for action in get_args_parser()._actions if action.option_strings]
+    assert {flag for action in actions for flag in action.option_strings} == {*ALONE, *WITH_VALUE}
+    taken = {flag for action in actions if action.nargs is None for flag in action.option_strings}
+    assert taken == {*WITH_VALUE}
+    assert {choice for action in actions if action.dest == "info" for choice in action.choices or ()} == {*INFO}
+    words = ["nodes=1", "-m", "--config-dir=x", "seed=2", "-i", "defaults", "all"]
+    assert split_flags(words) == (["-m", "--config-dir", "x", "-i", "defaults"], ["nodes=1", "seed=2", "all"])
+
+
 def test_train_refuses_the_same_keys(tmp_path: Path) -> None:
     text = run("gpt.train", "optim.lrr=1", cwd=tmp_path, status=2)
-    assert "type next: optim.lr=VALUE" in text
+    assert "type next: optim.lr=1\n" in text
+    text = run("gpt.train", "parallel.tp=3", cwd=tmp_path, status=2)
+    assert "type next: parallel.tp=1\n" in text and list(tmp_path.iterdir()) == []
+
+
+def test_train_sends_the_keys_of_the_launcher_to_the_launcher() -> None:
+    with pytest.raises(ConfigError, match="a key of the launcher") as refusal:
+        compose_train(["seed=1", "cluster.partition=x"])
+    assert refusal.value.fix == "python -m launch cluster.partition=x"
+    own, every = ({field.name for field in dataclasses.fields(kind)} for kind in (Config, RunConfig))
+    assert {key for key in own - every if not is_former(key)} == {*LAUNCHER_KEYS}
 
 
 def test_half_an_environment_of_ranks_is_refused(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from launch.agent.restart_policy import (
     Action,
     Cause,
+    attempt_ends,
     attempts_without_progress,
     cause_of_failure,
     cause_of_signal,
     decide,
 )
 from launch.config import RestartLimits
+from launch.jobs.handles import agent_logs, job_of
 from launch.runs.events import events_since_submission
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -60,6 +62,8 @@ LIMITS = RestartLimits(crashed=2, hung=1, out_of_memory=0)
         ([Cause.crashed] * 2 + [Cause.preempted], Action.requeue),
         ([Cause.hung] * 2, Action.stop),
         ([Cause.out_of_memory], Action.stop),
+        ([Cause.diverged], Action.restart),
+        ([Cause.diverged] * 2, Action.stop),
         ([Cause.node_failed] * 10, Action.restart),
         ([Cause.node_failed] * 11, Action.stop),
     ],
@@ -74,6 +78,43 @@ def test_a_run_that_saves_nothing_new_stops_whatever_the_cause() -> None:
     assert decide(events[:4], Cause.preempted, RestartLimits(), 3).action is Action.requeue
     decision = decide(events, Cause.preempted, RestartLimits(), 3)
     assert decision.action is Action.stop and "3 attempts in a row saved nothing new" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("cause", "step", "stops"),
+    [
+        (Cause.preempted, None, False),  # told to leave before it could do anything
+        (Cause.node_failed, None, False),
+        (Cause.preempted, 25, True),  # made steps, and saved none of them
+        (Cause.timed_out, None, True),  # a time limit that is too short for its start
+        (Cause.requested, None, True),  # by itself
+        (Cause.crashed, None, True),
+    ],
+)
+def test_an_attempt_that_was_interrupted_before_its_first_step_counts_for_nothing(
+    cause: Cause, step: int | None, stops: bool
+) -> None:
+    events = [e for n in (1, 2, 3) for e in attempt(n, cause, from_step=20)]
+    events = [{**e, "step": step} if e["event"] == "attempt_ended" else e for e in events]
+    events.insert(0, {"event": "saved", "attempt": 0, "step": 20})
+    decision = decide(events, cause, RestartLimits(), 3)
+    assert (decision.action is Action.stop) is stops
+    # They forgive nothing either: two that were the run's own fault, with one of these between them, are two.
+    mixed = [*attempt(1, Cause.crashed, 20), *events[3:5], *attempt(3, Cause.crashed, 20)]
+    assert attempts_without_progress([{"event": "saved", "attempt": 0, "step": 20}, *mixed]) == 2 + stops
+
+
+def test_two_ends_of_one_attempt_are_one() -> None:
+    ends = history(*[Cause.node_failed] * 10)
+    twice = [e for e in ends for _ in range(2 if e["event"] == "attempt_ended" else 1)]
+    assert decide(twice, Cause.node_failed, RestartLimits(node_failed=10), 3).action is Action.restart
+    # The node that took over, then the one that was cut off and came back: the first holds.
+    incident = [*attempt(1, Cause.node_failed), {"event": "attempt_ended", "attempt": 1, "cause": Cause.preempted}]
+    assert [e["cause"] for e in attempt_ends(incident)] == [Cause.node_failed]
+    assert attempts_without_progress(incident) == 1
+    # Of starts of the job that came to no attempt each counts.
+    early = [{"event": "attempt_ended", "attempt": None, "job": f"slurm-7-{n}-0", "cause": "x"} for n in (0, 1, 1)]
+    assert len(attempt_ends(early)) == 2
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
@@ -113,8 +154,15 @@ def test_a_cancel_is_never_taken_for_a_preemption(
     assert cause_of_signal(job, restarts=0, signal_delay_s=30, now=1060.0) is cause
 
 
-def test_memory_is_told_from_other_crashes() -> None:
+@pytest.mark.parametrize("reason", ["NonZeroExitCode", "JobLaunchFailure"])  # as Slurm 22.05 calls it
+def test_a_batch_script_that_was_killed_is_no_cancel(reason: str) -> None:
+    job = JobDetails("COMPLETING", False, 0, 1000.0, 1002.0, 7200.0, reason)
+    assert cause_of_signal(job, restarts=0, signal_delay_s=30, now=1060.0) is Cause.node_failed
+
+
+def test_memory_and_divergence_are_told_from_other_crashes() -> None:
     assert cause_of_failure({"cause": "OutOfMemoryError: CUDA out of memory"}) is Cause.out_of_memory
+    assert cause_of_failure({"cause": "FloatingPointError: the loss of step 7 is nan"}) is Cause.diverged
     assert cause_of_failure({"cause": "killed by SIGKILL"}) is Cause.crashed
     assert cause_of_failure(None) is Cause.crashed
 
@@ -127,13 +175,15 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
     run("launch", "nodes=2", *LONG, f"run_dir={whole.path}", cwd=tmp_path)
     process = start_fork("launch", "nodes=2", *LONG, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(killed.metrics(1))) > 7 or process.poll() is not None, "the eighth step")
-    job = [e["job_id"] for e in killed.read_events() if e["event"] == "submitted"]
+    submitted = [e for e in killed.read_events() if e["event"] == "submitted"]
     os.kill(ranks_of(descendants(process.pid))[1], signal.SIGKILL)
     assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
     events = killed.read_events()
     assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "finished"]
-    assert [e["job_id"] for e in events if e["event"] == "submitted"] == job, "the same job went on"
+    assert [e for e in events if e["event"] == "submitted"] == submitted, "the same job went on"
     assert [e["event"] for e in events].count("recovered") == 1
+    for node in range(2):
+        assert all("executed" not in log.read_text() for log in agent_logs(killed.path, job_of(submitted[0]), node))
     losses = [[r["loss"] for r in read_records(folder.metrics(0))] for folder in (whole, killed)]
     assert losses[0] == losses[1]
 

@@ -1,8 +1,8 @@
-"""What Slurm prints is read as it is meant, also where users put ``Key=value`` into what they may choose."""
+"""Output of Slurm is read as it is meant, also where users put ``Key=value`` into what they may choose."""
 
 import pytest
 
-from launch.scheduler import client
+from launch.scheduler import client, limits, reasons
 from launch.scheduler.fields import parse_fields
 
 # As Slurm 22.05 prints it, shortened.
@@ -40,3 +40,44 @@ def test_values_with_blanks_end_at_the_next_key() -> None:
         "Partitions": "low,high",
         "Reason": "on fire [root@2026-01-02T03:04:05]",
     }
+
+
+# Codes of Slurm's page of job reason codes, and texts that slurmctld 22.05 puts in their place.
+STAYS = [
+    *("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "PartitionDown", "PartitionInactive"),
+    *("AssocMaxNodePerJobLimit", "AssocMaxWallDurationPerJobLimit", "AssocMaxGRESPerNode", "MaxMemPerLimit"),
+    *("QOSMaxCpuPerJobLimit", "QOSMaxGRESMinutesPerJob", "QOSMinGRES", "QOSMinCpuNotSatisfied", "BadConstraints"),
+    *("AccountNotAllowed", "QOSNotAllowed", "InvalidAccount", "InvalidQOS", "ReservationDeleted", "NodeDown"),
+    *("JobHeldUser", "JobHeldAdmin", "JobHoldMaxRequeue", "DependencyNeverSatisfied", "DeadLine"),
+    "ReqNodeNotAvail, UnavailableNodes:n[3-4]",
+    "ReqNodeNotAvail,_UnavailableNodes:n3",
+    "Job's account not known, so it can't use this partition (phys allows phys)",
+    "User's group not permitted to use this partition",
+    "launch failed requeued held",
+    "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",
+]
+PASSES = [
+    *("None", "Resources", "Priority", "Dependency", "BeginTime", "Licenses", "JobArrayTaskLimit", "Reservation"),
+    *("Cleaning", "Prolog", "Constraints", "AssocGrpCpuLimit", "AssocGrpGRESMinutes", "AssocMaxJobsLimit"),
+    *("QOSGrpNodeLimit", "QOSMaxCpuPerUserLimit", "QOSJobLimit", "QOSMaxJobsPerUserLimit", "MaxGRESPerAccount"),
+    *("", "ReqNodeNotAvail, May be reserved for other job", "ReqNodeNotAvail, Reserved for maintenance"),
+]
+
+
+def test_reasons_that_no_waiting_removes_come_with_what_to_type() -> None:
+    assert [reason for reason in STAYS if reasons.lasting_reason(reason) is None] == []
+    assert [reason for reason in PASSES if reasons.lasting_reason(reason) is not None] == []
+    text = reasons.advice("JobHeldUser", "12_3", "run", cluster="beta")
+    assert text.startswith("waiting does not change JobHeldUser: ") and "scontrol --clusters=beta release 12_3" in text
+    assert "python -m launch.cancel 'my run'" in reasons.advice("PartitionNodeLimit", "7", "'my run'")
+    assert reasons.advice("Resources", "7", "run") == ""
+    for entry in reasons.LASTING:
+        filled = entry.fix.format(job="7", run="run", cluster="")
+        assert "7" in filled or "run" in filled, entry
+
+
+def test_the_flags_of_every_qos_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "run", lambda *command, **options: "normal|\nlong|DenyOnLimit,PartitionTimeLimit\n")
+    known = limits.read_qos_flags()
+    assert known is not None and set(known) == {"normal", "long"}
+    assert "PartitionTimeLimit" in known["long"] and "PartitionTimeLimit" not in known["normal"]

@@ -20,7 +20,7 @@ from tests.support.commands import descendants, ranks_of, run, start, start_fork
 
 
 def status(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
-    """What ``launch.status --json`` says."""
+    """Output of ``launch.status --json``."""
     told = json.loads(run("launch.status", "--json", *map(str, paths), cwd=cwd))
     assert isinstance(told, list)
     return told
@@ -54,6 +54,7 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     assert told[-5:] == ["saved", "stopped", "attempt_ended", "decided", "agent_ended"] and told.count("stopped") == 1
     assert [r["state"] for r in status(folder.path, cwd=tmp_path)] == ["cancelled"]
     assert "nothing to cancel, cancelled" in run("launch.cancel", str(folder.path), cwd=tmp_path)
+    assert "nothing waits any more" in run("launch.move", str(folder.path), cwd=tmp_path)
 
 
 def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def test_records_say_what_is_known_and_leave_out_what_is_not(sweep: tuple[Path, 
     assert {k: record[k] for k in known} == known
     assert record["tokens_per_s"] == pytest.approx(8 * 32 / record["step_time_s"])
     assert record["checkpoint_s"] > 0 and "val_loss" in record
-    assert not {"mfu_palm", "hfu", "memory_allocated_gib", "comm_s"} & set(record), "unknown on this device"
+    assert not {"mfu_palm", "hfu", "memory_allocated_gib"} & set(record), "unknown on this device"
 
 
 def test_the_table_has_a_row_for_each_point(sweep: tuple[Path, str]) -> None:
@@ -106,14 +108,50 @@ def test_the_report_can_be_made_again(sweep: tuple[Path, str]) -> None:
     assert (outputs / "s" / "scaling.csv").read_text() == before
 
 
-def test_the_same_command_again_finds_the_work_done(sweep: tuple[Path, str]) -> None:
+def test_people_read_the_labels_of_points_whose_folders_differ_in_hashes(sweep: tuple[Path, str]) -> None:
+    """Progress, table and status say nodes=1, 2 and 4, and logs finds a run by that."""
+    outputs, text = sweep
+    names = [point(outputs, "s", nodes).point for nodes in (1, 2, 4)]
+    assert all(len(name) > 120 for name in names), "cut, and kept apart by their hashes"
+    for nodes in (1, 2, 4):
+        assert re.search(rf"^nodes={nodes} +finished +step {STEPS}/{STEPS}", text, re.MULTILINE), text
+    assert not re.search(r"-[0-9a-f]{8} +(pending|running|finished)", text)
+    rows = json.loads(run("launch.status", "--json", "outputs/s", cwd=outputs.parent))
+    assert {row["label"]: row["point"] for row in rows} == dict(zip(("nodes=1", "nodes=2", "nodes=4"), names))
+    for named in ("outputs/s/nodes=4", "nodes=4"):
+        assert f"step {STEPS}/{STEPS}" in run("launch.logs", named, cwd=outputs.parent)
+    assert "several runs are called: " in run("launch.logs", "nodes=2", cwd=outputs.parent, status=2)
+
+
+def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[Path, str], tmp_path: Path) -> None:
+    """A finished point starts no rank and logs no attempt; the table is shown again, the earlier sweep's as well."""
     outputs, _ = sweep
-    folder = point(outputs, "f", 2)
-    before = read_records(folder.metrics(0))
-    words = [*TINY, f"optim.max_steps={STEPS}", "name=f", "checkpoint.interval=4", "eval.interval=4"]
-    run("launch", "nodes=2", "parallel=fsdp", *words, cwd=outputs.parent)
-    assert read_records(folder.metrics(0)) == before
-    assert "already finished" in folder.log(2, 0).read_text()
+    shutil.copytree(outputs / "f", tmp_path / "outputs" / "f")
+    words = ["parallel=fsdp", *TINY, f"optim.max_steps={STEPS}", "name=f", "checkpoint.interval=4", "eval.interval=4"]
+    before = {path.name: path.read_bytes() for path in point(tmp_path / "outputs", "f", 2).path.glob("[a-z]*.*")}
+    again = run("launch", "-m", "nodes=1,2", *words, cwd=tmp_path)
+    assert "finished already, and not submitted: nodes=1, nodes=2" in again and "Strong scaling of f" in again
+    assert "worst case" not in again, "nothing is submitted"
+    for dry in (["nodes=2"], ["-m", "nodes=1,2"]):
+        assert "finished    already" in run("launch", *dry, *words, "dry_run=true", cwd=tmp_path)
+    more = run("launch", "-m", "nodes=2,4", *words, cwd=tmp_path)
+    assert "finished already, and not submitted: nodes=2" in more and "worst case of the 1 other point: 4" in more
+    assert re.search(r"^nodes=4 +finished", more, re.MULTILINE) and "sweep 1: nodes=1,2" in more
+    one = run("launch", "nodes=2", *words, cwd=tmp_path)
+    assert "Summary of " in one and "Scaling" not in one
+    finished = point(tmp_path / "outputs", "f", 2)
+    kept = {path.name: path.read_bytes() for path in finished.path.glob("[a-z]*.*")}
+    assert before.items() <= kept.items() and kept.keys() - before.keys() == {
+        "summary.md",
+        "summary.csv",
+        "summary.png",
+    }
+    rows = list(csv.DictReader((tmp_path / "outputs" / "f" / "scaling.csv").open()))
+    assert [row["nodes"] for row in rows] == ["2", "4"], "a run alone takes nothing from the sweep"
+    assert "Sweep 1: " in run("launch.report", "outputs/f", "--sweep", "1", cwd=tmp_path)
+    agent = run("launch.agent", str(finished.path), cwd=tmp_path)
+    assert "finished already, and not started again" in agent
+    assert finished.attempts() == [1] and len(finished.read_events()) == before["events.jsonl"].count(b"\n")
 
 
 @pytest.mark.parametrize("starter", ["python", "torchrun"])

@@ -112,7 +112,7 @@ def ranks(folder: Path, late: float = 0, limit: int = 100_000) -> list[subproces
 
 
 def answers(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    """What the ranks print at their end."""
+    """Last output of the ranks."""
     found = []
     for process in processes:
         out, _ = process.communicate(timeout=120)

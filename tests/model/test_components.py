@@ -11,11 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt.config import Activation, AttentionBackend, Ffn, Norm, NormPosition, Position, RopeScaling
-from gpt.model.attention import Attention, find_flash_obstacle, manual_attention, sdpa_attention
+from gpt.model.attention import (
+    Attention,
+    find_flash_obstacle,
+    flash_attention,
+    manual_attention,
+    prefer_fast_kernels,
+    sdpa_attention,
+)
 from gpt.model.block import Block, build_ffn
 from gpt.model.gpt import GPT
 from gpt.model.norm import build_norm
@@ -226,6 +234,26 @@ def test_normalized_queries_and_keys_do_not_feel_the_size_of_their_matrices(kv_h
 
 
 @pytest.mark.filterwarnings("ignore")  # torch says in warnings why it has no kernel
+@pytest.mark.filterwarnings("ignore")  # torch says in warnings why it has no kernel
+@pytest.mark.parametrize(("capability", "is_first"), [((8, 0), False), ((9, 0), True), ((10, 0), True)])
+def test_cudnn_computes_attention_first_where_it_is_the_fastest(
+    capability: tuple[int, int], is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = torch._C._get_sdp_priority_order()
+    with prefer_fast_kernels(torch.device("cuda:0")):
+        order = torch._C._get_sdp_priority_order()
+        if not is_first:
+            assert order == before
+        else:
+            names = [SDPBackend(number).name for number in order]
+            assert names[:4] == ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+        with pytest.raises(RuntimeError, match="No available kernel"):  # flash alone, where flash is forced
+            q_BHTC = torch.zeros(1, 1, 4, 8)
+            flash_attention(q_BHTC, q_BHTC, q_BHTC, 0.1, force=True)
+    assert torch._C._get_sdp_priority_order() == before
+
+
 def test_forced_flash_runs_where_it_can_and_says_why_where_not() -> None:
     here = torch.device("cpu")
     config = small(attention=AttentionBackend.flash, force_flash=True, n_kv_head=2)

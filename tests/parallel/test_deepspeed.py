@@ -82,7 +82,7 @@ OTHER_WAYS = {
     ],
 }
 AT_ONCE = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-"""What lets stage 3 keep small parameters: with zeros it gathers and releases every block."""
+"""Settings that let stage 3 keep small parameters: with zeros it gathers and releases every block."""
 
 
 def learn_otherwise(rank: int, size: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -147,7 +147,7 @@ def go_on(rank: int, size: int, folder: Path, pairs: list[tuple[str, str]]) -> d
 
 @dataclass(frozen=True)
 class Seen:
-    """What two ranks did, and where."""
+    """Outcome of two ranks, and their folder."""
 
     folder: Path
     learned: dict[tuple[int, str], dict[str, Any]]

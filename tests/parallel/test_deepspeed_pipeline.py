@@ -62,7 +62,7 @@ def hide_targets(run: Run) -> None:
 
 
 def learn_here(run: Run) -> dict[str, Any]:
-    """What ``learn`` tells; the figures of a further step; a loss of unevenly many tokens; an evaluation that does not
+    """Results of ``learn``; the figures of a further step; a loss of unevenly many tokens; an evaluation that does not
     divide by the micro-batch."""
     found = learn(run)
     record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
@@ -145,7 +145,7 @@ def go_on(rank: int, size: int, folder: Path, pairs: list[tuple[str, str]]) -> d
 
 @dataclass(frozen=True)
 class Seen:
-    """What two ranks did, and where."""
+    """Outcome of two ranks, and their folder."""
 
     folder: Path
     learned: list[dict[str, Any]]

@@ -18,6 +18,7 @@ STRATEGIES = {
     "hsdp": "parallel=hsdp parallel.dp_shard=2",
 }
 PASSES = dict(zip(MODELS, (1, 4, 4), strict=True))
+EACH = "parallel.reduce_each_micro_batch=true"
 CASES = {
     2: [
         Case(words, model, 5 - PASSES[model])
@@ -27,6 +28,8 @@ CASES = {
     ],
     4: [
         *(Case(STRATEGIES["hsdp"], model, PASSES[model]) for model in MODELS),
+        Case(f"{STRATEGIES['hsdp']} {EACH}", "untied, grouped queries", 4),
+        Case(f"{STRATEGIES['fsdp']} {EACH}", "tied", 4),
         *(Case(STRATEGIES[name], model, PASSES[model]) for name, model in zip(STRATEGIES, MODELS, strict=False)),
     ],
 }

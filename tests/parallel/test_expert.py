@@ -117,7 +117,7 @@ def test_a_checkpoint_goes_on_however_its_experts_lie(tmp_path: Path) -> None:
 
 
 def measure(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """What a run records beside the loss: gradient figures, imbalance, and an evaluation that does not go round."""
+    """Records of a run beside the loss: gradient figures, imbalance, and an evaluation that does not go round."""
     spread = ["parallel=ddp"] if size == 1 else FSDP.split()
     words = [*MODELS[SHARED], *spread, f"optim.max_micro_batch={BATCH // size}"]
     run = start(rank, size, folder, *words)

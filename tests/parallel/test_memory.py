@@ -1,4 +1,4 @@
-"""What the ranks of every kind of engine hold is what the plan says they will."""
+"""Memory that the ranks of every kind of engine hold is what the plan says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in the memory of the host learns the same, and is not counted on the device."""
+"""Offloaded state learns the same, and is not counted on the device."""
 
 from __future__ import annotations
 

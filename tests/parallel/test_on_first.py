@@ -1,4 +1,4 @@
-"""What rank 0 does for all: every rank gets the result, or the failure, and none is left waiting."""
+"""Work of rank 0 for all: every rank gets the result, or the failure, and none is left waiting."""
 
 import threading
 from pathlib import Path
@@ -25,14 +25,23 @@ def fail_unpicklably() -> str:
     raise ValueError("what no pickle can hold", threading.Lock())
 
 
+def leave() -> str:
+    raise SystemExit("no Exception, as CheckpointException of torch is none")
+
+
+def return_what_cannot_be_sent() -> object:
+    return threading.Lock()
+
+
 def outcomes(rank: int, world_size: int, folder: str) -> list[str]:
     """For each action of rank 0: what this rank got, or raised."""
     world = World(rank, world_size, rank, world_size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
     seen = []
-    for action in (lambda: "done", refuse, fail, fail_unpicklably):
+    actions = (lambda: "done", refuse, fail, fail_unpicklably, leave, return_what_cannot_be_sent)
+    for action in actions:
         try:
             seen.append(world.on_first(action))
-        except Exception as error:
+        except BaseException as error:
             seen.append(f"{type(error).__name__}: {error}".splitlines()[0])
             if action is fail:
                 dist.barrier()
@@ -49,8 +58,11 @@ def test_every_rank_hears_of_the_failure_of_the_first(tmp_path: Path) -> None:
     first, *others = run_distributed(outcomes, 3, str(tmp_path), timeout_s=120)
     refused = f"ConfigError: {str(ConfigError('a', 'b', 'c')).splitlines()[0]}"
     assert first[:3] == ["done", refused, "OSError: no space left"] and first[3].startswith("ValueError: ")
+    assert first[4].startswith("SystemExit: ") and first[5].startswith("TypeError: _thread.lock cannot be sent")
     for seen in others:
         assert seen[:3] == ["done", refused, "FirstRankError: rank 0 failed: OSError: no space left"]
         assert seen[3].startswith("FirstRankError: rank 0 failed: ValueError: ")
+        assert seen[4].startswith("FirstRankError: rank 0 failed: SystemExit: ")
+        assert seen[5] == f"FirstRankError: rank 0 failed: {first[5]}"
     failure = first_failure(RunFolder(tmp_path).read_events(), 1)
     assert failure is not None and (failure["rank"], failure["cause"]) == (0, "OSError: no space left")

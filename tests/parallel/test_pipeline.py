@@ -58,7 +58,7 @@ TABLES = {2: ON_2, 4: ON_4, 8: ON_8}
 
 
 def everything(run: Run) -> dict[str, Any]:
-    """What a run learns in its first steps, then the figures of one more, and an evaluation."""
+    """Weights and losses of a run's first steps, then the figures of one more, and an evaluation."""
     found = learn(run)
     record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
     found["figures"] = {

@@ -80,7 +80,7 @@ Action = tuple[str, int, int]
 
 
 def orders(schedule: Schedule, pp: int, micro_batches: int, held: int) -> dict[int, list[Action]]:
-    """What each rank does, in order, as torch plans it."""
+    """Actions of each rank, in order, as torch plans them."""
     if schedule is Schedule["1f1b"]:  # torch describes that of the last rank one off what it does
         found = {}
         for rank in range(pp):

@@ -71,7 +71,7 @@ CASES = {
 
 
 def figures(run: Run) -> dict[str, Any]:
-    """What a run learns, and what it then says of its gradients and of the validation split."""
+    """Weights and losses of a run, then its figures of gradients and of the validation split."""
     learned = learn(run)
     record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
     dims, engine = run.dims, run.engine
@@ -183,7 +183,7 @@ def test_bf16_agrees_and_dropout_goes_on_where_it_was(alone: dict[str, dict[str,
 
 
 def cut_model(rank: int, size: int) -> dict[str, Any]:
-    """What a rank holds and sends of a model without padding, in one forward and backward pass."""
+    """Memory and traffic of a rank for a model without padding, in one forward and backward pass."""
     config = small(**LLAMA, n_kv_head=2, n_layer=3, vocab_size=48, ffn_hidden=36)
     world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
     mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]

@@ -1,4 +1,4 @@
-"""What the planner may change so that a run fits: only where nothing fits otherwise, and never without a word."""
+"""The planner changes settings so that a run fits only where nothing fits otherwise, and says so."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def offloads(one: LayoutChoice) -> bool:
 def test_less_memory_takes_smaller_micro_batches_and_then_offload(engine: str) -> None:
     words = [f"parallel.engine={engine}", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
     seen = []
-    for gib in (40.0, 8.0, 4.0, 1.9, 1.7):
+    for gib in (40.0, 8.0, 4.0, 1.9, 1.35):
         try:
             found = chosen(gib, *words)
         except ConfigError:
@@ -89,8 +89,8 @@ def test_what_was_typed_of_offload_is_kept() -> None:
     found = chosen(72.0, "parallel.cpu_offload=true", *alone)
     assert all(one.parallel.cpu_offload and one.parallel.strategy is Strategy.fsdp for one in found.choices)
     with pytest.raises(ConfigError):
-        chosen(1.7, "parallel.cpu_offload=false", *alone)
-    assert all(offloads(one) for one in chosen(1.7, *alone).choices)
+        chosen(1.35, "parallel.cpu_offload=false", *alone)
+    assert all(offloads(one) for one in chosen(1.35, *alone).choices)
 
 
 def test_one_device_alone_can_offload() -> None:
@@ -140,22 +140,22 @@ def test_keys_of_another_engine_are_refused(words: list[str], found: str) -> Non
 
 
 def test_what_does_not_fit_is_counted() -> None:
-    found = chosen(8.0, *BATCH)
+    found = chosen(6.0, *BATCH)
     config = config_of(*BATCH)
     refused: list[ConfigError] = []
     valid = list(candidates(config, 8, 8, refused=refused))
     totals = [per_rank(replace(config, parallel=one.parallel), one.dims, one.batch).total for one in valid]
-    large = [total for total in totals if total > 8 * GIB]
+    large = [total for total in totals if total > 6 * GIB]
     text = "\n".join(found.left_out)
     assert len(found.choices) == len(totals) - len(large)
     assert f"left out: {len(large)} that do not fit" in text
-    assert f"{min(large) / GIB:.3g} of 8 GiB" in text
+    assert f"{min(large) / GIB:.3g} of 6 GiB" in text
     assert f"refused: {len(refused)} invalid layouts" in text
     shown = [int(line.split()[0]) for line in found.left_out if re.match(r" +\d+ like", line)]
     assert shown and sum(shown) <= len(refused)
 
 
-@pytest.mark.parametrize("gib", [6.0, 1.6])
+@pytest.mark.parametrize("gib", [4.5, 1.35])
 def test_recomputation_that_would_do_is_named(gib: float) -> None:
     alone = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
     without = chosen(gib, *alone)

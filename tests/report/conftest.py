@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.runs.files import append_json_line, write_json
+from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, append_records
 
@@ -35,7 +35,7 @@ class RunBuilder:
     machines: int = 1
     extra_rank: dict[str, Any] = field(default_factory=dict)
     script: dict[str, Any] | None = None
-    """What the environment of a script says besides its ranks; None for a run of the GPT library."""
+    """Further entries of a script's environment record, besides its ranks; None for a run of the GPT library."""
 
     @property
     def run(self) -> RunFolder:
@@ -69,7 +69,7 @@ class RunBuilder:
                     step_time_s=time_s + rank * rank_delay,
                     **known,
                 )
-                append_json_line(self.run.metrics(rank), record.as_dict())
+                append_json_lines(self.run.metrics(rank), [record.as_dict()])
         return self
 
     def records(self, times: list[float], ranks: int | None = None, attempt: int = 1, **fields: Any) -> RunBuilder:

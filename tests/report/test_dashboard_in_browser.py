@@ -56,7 +56,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory, make_run: Any) -> Path:
         with EventWriter(builder.run.tensorboard) as writer:
             for step in range(1, 11):
                 writer.scalar("train/loss", 6.0 / step, step)
-    write(build(folder), folder)
+    write(build(folder))
     return folder
 
 

@@ -1,11 +1,15 @@
-"""What a point is called in tables and notes: what sets it apart, which its folder's name may not show."""
+"""Labels of points in tables and notes: what sets a point apart, which its folder's name may not show."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from launch.report import build
+from launch.runs.labels import point_labels
 
 STEADY = [1.0] * 10
 
@@ -35,3 +39,16 @@ def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path, make_ru
         make_run(tmp_path / name, overrides=words).attempt().steps(1, STEADY)
     assert [row.label for row in build(tmp_path).rows] == ["a", "b"]
     assert [row.label for row in build(tmp_path / "a").rows] == ["a"]
+
+
+def test_a_label_keeps_its_generation_and_a_folder_that_was_typed_its_name() -> None:
+    runs = [("a-1", ["nodes=1", "seed=2", "cluster.partition=x"]), ("a-1~2", ["seed=2", "nodes=1", "fresh=true"])]
+    runs += [("b", ["seed=2", "nodes=2"]), ("here", ["seed=2", "nodes=4", "run_dir=/elsewhere/here"])]
+    assert point_labels(runs) == ["nodes=1", "nodes=1~2", "nodes=2", "here"]
+    assert point_labels([("one", ["nodes=1"])]) == ["one"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["nodes=1", "nodes=2", "fresh=true"]), st.sampled_from("ab")), max_size=6))
+def test_labels_always_differ(drawn: list[tuple[str, str]]) -> None:
+    runs = [(f"{text}~{index + 1}", [text, f"seed={seed}"]) for index, (text, seed) in enumerate(drawn)]
+    assert len(set(point_labels(runs))) == len(runs)

@@ -1,4 +1,4 @@
-"""What a report writes and shows, and that making it again replaces its own files and nothing else."""
+"""Files and text of a report; making it again replaces its own files and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.report import build, show, write
+from launch.report import build, select, show, write
+from launch.runs.sweeps import record_sweep
 from launch.runs.tensorboard import EventWriter, png_shape
 
 COLUMNS = (
@@ -42,7 +43,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_csv_has_the_promised_columns_and_empty_cells_for_what_is_not_known(sweep: Path) -> None:
-    write(build(sweep), sweep)
+    write(build(sweep))
     with (sweep / "scaling.csv").open() as file:
         reader = csv.DictReader(file)
         found = list(reader)
@@ -54,7 +55,7 @@ def test_csv_has_the_promised_columns_and_empty_cells_for_what_is_not_known(swee
 
 
 def test_markdown_and_terminal_show_the_same_cells(sweep: Path) -> None:
-    write(build(sweep), sweep)
+    write(build(sweep))
     text = (sweep / "scaling.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -97,13 +98,14 @@ def test_the_figure_is_drawn_in_every_situation(tmp_path: Path, make_run: Any, k
             builder = make_run(tmp_path / ",".join(words), ranks, ranks, words, cores=4, global_batch=27720).attempt()
             if kind != "none":
                 builder.steps(1, [1.0 / ranks] * 10)
-    write(build(tmp_path), tmp_path)
-    width, height, _ = png_shape((tmp_path / "scaling.png").read_bytes())
+    png = write(build(tmp_path))[2]
+    assert png.name == ("summary.png" if kind == "one" else "scaling.png")
+    width, height, _ = png_shape(png.read_bytes())
     assert width > 1000 and height > 500
 
 
 def test_the_scaling_run_holds_curves_over_ranks(sweep: Path) -> None:
-    write(build(sweep), sweep)
+    write(build(sweep))
     run = sweep / "Scaling"
     assert scalars(run, "scaling/tokens_per_s") == pytest.approx({1: 2048, 2: 3938.4615, 4: 6400})
     assert scalars(run / "ideal", "scaling/tokens_per_s") == pytest.approx({1: 2048, 2: 4096, 4: 8192})
@@ -120,7 +122,7 @@ def test_series_are_runs_with_the_same_tags(tmp_path: Path, make_run: Any) -> No
     for words in (("nodes=1",), ("nodes=1", "data.path=a b")):
         builder = make_run(tmp_path / words[-1].replace(" ", "_"), overrides=words)
         builder.attempt().steps(1, [1.0] * 10)
-    write(build(tmp_path), tmp_path)
+    write(build(tmp_path))
     runs = {path.parent for path in (tmp_path / "Scaling").rglob("events.out.tfevents.*")}
     series = [run for run in runs if run != tmp_path / "Scaling"]
     assert len(runs) == 3 and len(series) == 2, "a point alone has no ideal"
@@ -130,14 +132,14 @@ def test_series_are_runs_with_the_same_tags(tmp_path: Path, make_run: Any) -> No
 
 def test_made_again_it_replaces_its_own_files_only(sweep: Path) -> None:
     runs = snapshot(sweep)
-    write(build(sweep), sweep)
+    write(build(sweep))
     with EventWriter(sweep / "Scaling") as other:
         other.text("notes", "somebody else's")
     for name in ("scaling.txt", "Scaling/notes.txt"):
         (sweep / name).write_text("kept")
     first = snapshot(sweep)
     (sweep / "sweep.json").write_text('{"points": ["nodes=1", "nodes=2"]}')
-    write(build(sweep), sweep)
+    write(build(sweep))
     second = snapshot(sweep)
     assert runs.items() <= second.items()
     changed = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
@@ -152,12 +154,50 @@ def test_a_run_that_is_gone_leaves_no_empty_folder(tmp_path: Path, make_run: Any
         for nodes in (1, 2):
             words = (f"nodes={nodes}", f"parallel={strategy}")
             make_run(tmp_path / f"{strategy}{nodes}", nodes, nodes, words).attempt().steps(1, [1.0] * 10)
-    write(build(tmp_path), tmp_path)
-    write(build(tmp_path, [tmp_path / "ddp1", tmp_path / "ddp2"]), tmp_path)
+    write(build(tmp_path))
+    record_sweep(tmp_path, ["ddp1", "ddp2"], ["nodes=1,2"])
+    write(build(tmp_path))
     assert sorted(path.name for path in (tmp_path / "Scaling").iterdir() if path.is_dir()) == ["ideal"]
-    write(build(tmp_path, [tmp_path / "ddp1"]), tmp_path)
-    assert not (tmp_path / "Scaling").exists(), "one point scales nothing"
-    assert shown(tmp_path / "ddp1").startswith("\nSummary of ddp1 with a global batch of 16 sequences")
+
+
+def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Path) -> None:
+    write(build(sweep))
+    before = snapshot(sweep)
+    assert shown(sweep / "nodes=2").startswith("\nSummary of nodes=2 with a global batch of 16 sequences")
+    write(build(sweep / "nodes=2"))
+    new = {f"nodes=2/summary.{ending}" for ending in ("md", "csv", "png")}
+    assert snapshot(sweep).keys() - before.keys() == new and before.items() <= snapshot(sweep).items()
+    assert "efficiency" not in (sweep / "nodes=2" / "summary.md").read_text().lower()
+
+
+def test_a_later_sweep_leaves_the_earlier_one_its_table_and_says_what_to_type(sweep: Path) -> None:
+    """A report names its sweep; the folder of the record keeps each one, and the newest lies beside the points."""
+    record_sweep(sweep, ["nodes=1", "nodes=2"], ["nodes=1,2"])
+    assert command(sweep).returncode == 0
+    first = {name: (sweep / name).read_bytes() for name in ("scaling.md", "scaling.csv")}
+    assert record_sweep(sweep, ["nodes=2", "nodes=4"], ["nodes=2,4"]).number == 2
+    later = command(sweep).stdout
+    assert "Sweep 2: nodes=2,4 (2 points, typed " in later and "Sweep 2" in (sweep / "scaling.md").read_text()
+    assert "sweep 1: nodes=1,2 (2 points, typed " in later
+    assert f"python -m launch.report {sweep} --sweep 1" in later and "all 3 runs of the folder: " in later
+    now = (sweep / "scaling.csv").read_bytes()
+    (sweep / "sweeps" / "0001" / "scaling.csv").unlink()
+    assert "Sweep 1: nodes=1,2" in command(sweep, "--sweep", 1).stdout
+    assert {name: (sweep / "sweeps" / "0001" / name).read_bytes() for name in first} == first
+    assert (sweep / "scaling.csv").read_bytes() == now == (sweep / "sweeps" / "0002" / "scaling.csv").read_bytes()
+    command(sweep, "--all")
+    assert [row.point for row in build(sweep).rows] == ["nodes=2", "nodes=4"]
+    assert (sweep / "all_runs.csv").read_text().count("nodes=") == 6 and (sweep / "scaling.csv").read_bytes() == now
+    assert record_sweep(sweep, ["nodes=2", "nodes=1"], ["nodes=2,1"]).number == 1, "the same points are the same sweep"
+    assert [row.point for row in build(sweep).rows] == ["nodes=1", "nodes=2"]
+    refused = command(sweep, "--sweep", 7)
+    assert refused.returncode == 2 and "sweep 2: nodes=2,4" in refused.stderr
+
+
+def test_a_sweep_file_of_an_earlier_version_becomes_a_sweep_before_it_is_replaced(sweep: Path) -> None:
+    (sweep / "sweep.json").write_text('{"points": ["nodes=4", "nodes=1"]}')
+    assert record_sweep(sweep, ["nodes=1", "nodes=2"], ["nodes=1,2"]).number == 2
+    assert select(sweep, 1).runs == (sweep / "nodes=4", sweep / "nodes=1")
 
 
 def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:
@@ -171,7 +211,7 @@ def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Strong scaling of quick_test with a global batch of 16 sequences" in done.stdout
     for name in ("scaling.md", "scaling.csv", "scaling.png", "Scaling"):
-        assert f"written: {sweep / name}" in done.stdout and (sweep / name).exists()
+        assert f"wrote {sweep / name}" in done.stdout and (sweep / name).exists()
 
 
 def test_a_wrong_folder_is_refused_in_three_parts_without_a_traceback(tmp_path: Path) -> None:

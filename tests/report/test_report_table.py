@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +15,10 @@ from launch.errors import ConfigError
 from launch.report import Row, build
 from launch.report.environment import Environment, RankPlace
 from launch.report.points import Point, State, Step, read_point
+from launch.report.selection import Selection
 from launch.report.series import MIN_STEPS, WARMUP_STEPS, measure
 from launch.report.table import tabulate
+from launch.report.views import efficiency
 
 STEADY = [1.0] * 10
 
@@ -258,7 +261,6 @@ def test_a_sweep_file_names_the_points_in_their_order(sweep: Path) -> None:
     found = rows(sweep)
     assert list(found) == ["nodes=1", "nodes=2", "nodes=8"]
     assert found["nodes=8"].state == "no records"
-    assert [row.point for row in build(sweep, [sweep / "nodes=4"]).rows] == ["nodes=4"]
 
 
 def test_one_run_folder_is_a_report_of_that_run(sweep: Path) -> None:
@@ -297,7 +299,7 @@ def test_efficiency_is_speedup_over_ranks_whatever_the_order(
     measured: dict[int, list[float]], data: st.DataObject
 ) -> None:
     points = [in_memory(f"p{ranks}", ranks, step_times) for ranks, step_times in measured.items()]
-    table = tabulate(Path("sweep"), points)
+    table = tabulate(Selection(Path("sweep"), ()), points)
     assert [row.ranks for row in table.rows] == sorted(measured)
     rows: list[Any] = list(table.rows)
     base = rows[0]
@@ -309,14 +311,34 @@ def test_efficiency_is_speedup_over_ranks_whatever_the_order(
         assert row.efficiency == pytest.approx(row.throughput_per_rank / base.throughput_per_rank)
         assert row.efficiency == pytest.approx(row.throughput / row.throughput_ideal)
     shuffled = data.draw(st.permutations(points))
-    assert tabulate(Path("sweep"), shuffled).rows == table.rows
+    assert tabulate(Selection(Path("sweep"), ()), shuffled).rows == table.rows
+
+
+@pytest.mark.parametrize(("base", "other"), [(0.02, 0.02), (0.3, 0.02), (0.02, 0.3), (0.3, 0.3)])
+def test_an_efficiency_of_noisy_step_times_is_marked_and_says_how_far_off_it_may_be(base: float, other: float) -> None:
+    random = np.random.default_rng(7)
+    times = {1: 0.266 * random.lognormal(0, base, 40), 2: 0.2 * random.lognormal(0, other, 40)}
+    low, middle, high = (np.array([np.percentile(of, q) for of in times.values()]) for q in (25, 50, 75))
+    shares = (high - low) / middle
+    table = tabulate(Selection(Path("sweep"), ()), [in_memory(f"nodes={n}", n, list(of)) for n, of in times.items()])
+    one, two = table.rows
+    assert (one.noisy, two.noisy) == (False, bool(max(shares) > 0.1)), shares
+    found = (two.efficiency_low, two.efficiency, two.efficiency_high)
+    assert found == pytest.approx((low[0] / high[1] / 2, middle[0] / middle[1] / 2, high[0] / low[1] / 2))
+    assert two.efficiency is not None
+    exact = f"{100 * two.efficiency:.1f} %"
+    assert (efficiency(one), efficiency(two)) == ("100.0 %", f"~{100 * two.efficiency:.0f} %" if two.noisy else exact)
+    noted = [note for note in table.notes if note.startswith("~")]
+    assert len(noted) == two.noisy
+    for name, share in zip(("nodes=1", "nodes=2"), shares, strict=True):
+        assert (f"{name} ({100 * share:.0f} %)" in "".join(noted)) is bool(share > 0.1)
 
 
 @given(measured=st.dictionaries(st.integers(1, 64), times, min_size=2, max_size=4), factor=st.floats(0.01, 100))
 def test_a_machine_faster_throughout_has_the_same_efficiency(measured: dict[int, list[float]], factor: float) -> None:
     def efficiencies(scale: float) -> list[float | None]:
         points = [in_memory(f"p{n}", n, [scale * t for t in step_times]) for n, step_times in measured.items()]
-        return [row.efficiency for row in tabulate(Path("sweep"), points).rows]
+        return [row.efficiency for row in tabulate(Selection(Path("sweep"), ()), points).rows]
 
     assert efficiencies(factor) == pytest.approx(efficiencies(1.0))
 

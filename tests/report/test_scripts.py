@@ -119,7 +119,7 @@ def test_without_the_work_only_step_times_are_compared(tmp_path: Path, make_run:
     assert "efficiency" in titles(table) and not any("/s" in title for title in titles(table))
     assert text_of(table).count("not claimed") == 2
     assert any("Speedup is the ratio of step times" in note for note in table.notes)
-    write(table, tmp_path)
+    write(table)
     found = EventAccumulator(str(tmp_path / "Scaling")).Reload().Tags()["scalars"]
     assert sorted(found) == [
         f"scaling/{name}" for name in ("loss", "step_time_s", "step_time_s_high", "step_time_s_low")
@@ -140,7 +140,7 @@ def test_a_program_that_records_nothing_has_a_run_time(tmp_path: Path, make_run:
     assert "1 min 40 s" in text_of(table) and "Run times of " in text_of(table)
     [note] = [note for note in table.notes if "Run time is" in note]
     assert "No speedup or efficiency is claimed" in note
-    write(table, tmp_path)
+    write(table)
     assert scalars(tmp_path / "Scaling", "scaling/run_time_s") == {1: 100, 2: 90}
 
 
@@ -234,7 +234,7 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
 
 def test_every_view_names_the_unit(tmp_path: Path, make_run: Any) -> None:
     table = points(tmp_path, make_run, SAMPLES, {1: 2.0, 2: 1.0})
-    write(table, tmp_path)
+    write(table)
     header = next(csv.reader((tmp_path / "scaling.csv").open()))
     assert [name for name in header if "_per_s" in name] == [
         *("samples_per_s", "samples_per_s_per_rank", "samples_per_s_low", "samples_per_s_high", "samples_per_s_ideal")

@@ -1,4 +1,4 @@
-"""What is told of a rank's place and device without torch."""
+"""Place and device of a rank, told without torch."""
 
 from __future__ import annotations
 

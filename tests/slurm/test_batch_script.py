@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,50 +16,86 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
+from tests.support.storm import signal_job
 
 STEPS = 12
 WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0"]
 
 
-def typed(sandbox: Cluster, *words: str) -> str:
+def typed(sandbox: Cluster, *words: str, status: int = 0, **extra: str) -> str:
     """A command typed in the folder of the checkout, with this Python first on the PATH, as in an activated venv."""
-    path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment(PATH=path, **sandbox.env), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    env = environment(PATH=f"{Path(sys.executable).parent}:{environment()['PATH']}", **sandbox.env, **extra)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout if status == 0 else done.stderr
 
 
-def run_batch_script(sandbox: Cluster, folder: Path, *words: str) -> str:
-    """Submit the plain batch script and wait for its end; its state then. (sbatch --wait looks at 2, 10 and 42 s.)"""
-    job = typed(sandbox, "sbatch", "--parsable", f"--output={folder / 'out'}", "slurm/multi_node.sh", *words).strip()
+def wait_for_end(sandbox: Cluster, *jobs: str) -> list[str]:
+    """The last states of jobs, in their order. (sbatch --wait looks at 2, 10 and 42 s.)"""
 
-    def state() -> str:
-        return sandbox.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+    def states() -> list[str]:
+        rows = sandbox.slurm("squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i %T")
+        known = dict(row.split() for row in rows.splitlines())
+        return [known[job] for job in jobs]
 
-    wait_for(lambda: state() not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), "the end of the batch script")
-    return state()
+    going = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
+    wait_for(lambda: not going & set(states()), f"the end of the jobs {', '.join(jobs)}")
+    return states()
+
+
+def submit_batch_script(sandbox: Cluster, folder: Path, *words: str, **extra: str) -> str:
+    """Submit the plain batch script, which prints into ``folder/out``, with more for sbatch's environment; its job."""
+    command = ("sbatch", "--parsable", f"--output={folder / 'out'}", "slurm/multi_node.sh")
+    return typed(sandbox, *command, *words, **extra).strip()
 
 
 @pytest.mark.slurm
-def test_sbatch_takes_the_same_road(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["ranks_per_node=2", f"output_dir={tmp_path / 'outputs'}", *WORDS]
-    assert run_batch_script(sandbox, tmp_path, *words) == "COMPLETED", (tmp_path / "out").read_text()
-    printed = (tmp_path / "out").read_text()
-    assert "2 x 2 = 4 ranks on slurm" in printed and "Summary of" in printed
-    (plan,) = (tmp_path / "outputs" / "quick_test").glob("*/plan.json")
-    folder = RunFolder(plan.parent)
+def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbox: Cluster, tmp_path: Path) -> None:
+    words = ["ranks_per_node=2", f"output_dir={tmp_path / 'outputs'}", 'name="it\'s mine"', *WORDS]
+    there = {"NODES": "1 2", "SBATCH_OUTPUT": str(tmp_path / "%j.out")}
+    refused = typed(sandbox, "bash", "slurm/scaling.sh", "model.n_layr=2", *words, status=2, **there)
+    assert "type next: " in refused and "n_layr" in refused
+    refused = typed(sandbox, "bash", "slurm/scaling.sh", "nodes=3", *words, status=2, **there)
+    assert 'type next: NODES="1 3" bash slurm/scaling.sh' in refused
+    assert sandbox.slurm("squeue", "--noheader") == "", "a point that cannot work has no other submitted"
+
+    text = typed(sandbox, "bash", "slurm/scaling.sh", *words, **there)
+    jobs = re.findall(r"^\S+: job (\d+)", text, re.MULTILINE)
+    sweep = tmp_path / "outputs" / "it's mine"
+    assert len(jobs) == 3 and text.endswith(f"then {sweep}/scaling.md\n")
+    printed = {job: tmp_path / f"{job}.out" for job in jobs}
+
+    def of_two_nodes() -> RunFolder | None:
+        plans = {json.loads(path.read_text())["nodes"]: path for path in sweep.glob("*/plan.json")}
+        return RunFolder(plans[2].parent) if 2 in plans else None
+
+    def has_agents() -> bool:
+        found = of_two_nodes()
+        return found is not None and any(e["event"] == "agent_started" for e in found.read_events())
+
+    wait_for(has_agents, "the agents on two nodes")
+    signal_job(sandbox, jobs[1], "srun", "launch.agent", signal.SIGKILL)  # the agents go on without it
+    ended = wait_for_end(sandbox, *jobs)
+    assert ended == ["COMPLETED"] * 3, [path.read_text() for path in printed.values() if path.exists()]
+    run, report = printed[jobs[1]].read_text(), printed[jobs[2]].read_text()
+    assert "2 x 2 = 4 ranks on slurm" in run and "Summary of" in run
+    folder = of_two_nodes()
+    assert folder is not None
     ranks = json.loads(folder.environment(1).read_text())["ranks"]
     assert len(ranks) == 4 and len({r["host"] for r in ranks}) == 2
     assert read_records(folder.metrics(3))[-1]["step"] == STEPS
-    assert folder.read_events()[0]["event"] == "submitted"
+    events = [e["event"] for e in folder.read_events()]
+    assert events[0] == "submitted" and "srun_lost" in events and events.count("attempt_ended") == 1
+    assert "Strong scaling of it's mine" in report
+    with (sweep / "scaling.csv").open() as file:
+        assert [row["nodes"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
 @pytest.mark.slurm
 def test_a_contradiction_ends_the_batch_script_before_anything_runs(sandbox: Cluster, tmp_path: Path) -> None:
     words = ["nodes=3", f"output_dir={tmp_path / 'outputs'}"]
-    assert run_batch_script(sandbox, tmp_path, *words) == "FAILED"
+    job = submit_batch_script(sandbox, tmp_path, *words)
+    assert wait_for_end(sandbox, job) == ["FAILED"]
     assert "found: nodes=3 spare_nodes=0 in a job of 2 nodes" in (tmp_path / "out").read_text()
     assert not (tmp_path / "outputs").exists()
 

@@ -16,14 +16,14 @@ from tests.support.commands import ON_SLURM, TINY, start, wait_for
 # A disk that hangs, as one that many share does: fsync returns once the file is gone.
 HANGING_DISK = """
 import os, time
-if "RANK" in os.environ:
-    fsync = os.fsync
-    def slowly(descriptor):
-        fsync(descriptor)
-        while os.path.exists(os.environ["DISK_HANGS"]):
-            time.sleep(0.1)
-    os.fsync = slowly
+fsync = os.fsync
+def slowly(descriptor):
+    fsync(descriptor)
+    while "RANK" in os.environ and os.path.exists(os.environ["DISK_HANGS"]):
+        time.sleep(0.1)
+os.fsync = slowly
 """
+"""Asked at each call: a forked rank has what its agent imported."""
 
 
 @pytest.mark.slurm

@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
+from launch.jobs.submit import submit_slurm
+from launch.plan.plan import make_plan, write_run
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox import state as sandbox_state
@@ -22,6 +26,8 @@ from tests.support.commands import ON_SLURM, TINY, run, start, wait_for
 
 pytestmark = pytest.mark.slurm
 
+ODD = "it's $(touch pwned) `touch pwned`; a=b,c * # -x"
+AROUND = ("agent_ended", "agent_started")
 ENDLESS = ["optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
 
 
@@ -60,24 +66,37 @@ def steps(folder: RunFolder) -> int:
 
 
 def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["-m", "nodes=1,4", *ON_SLURM, "name=s", *TINY, "optim.max_steps=12"]
+    """Under a name that a shell, or Slurm's own reading of #SBATCH lines, could take for something else."""
+    words = ["-m", "nodes=1,4", *ON_SLURM, f'name="{ODD}"', *TINY, "optim.max_steps=12", "launch.sequential=true"]
     dry = run("launch", *words, "dry_run=true", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     scripts = [part.partition("\n")[2] for part in re.split(r"^sbatch text of the .*:", dry, flags=re.MULTILINE)[1:]]
     scripts[-1] = scripts[-1].partition("dry_run=true: nothing")[0]
 
     text = run("launch", *words, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
-    by_nodes = {submitted(folder)["nodes"]: (job, folder) for job, folder in runs(tmp_path / "outputs" / "s").items()}
+    by_nodes = {submitted(folder)["nodes"]: (job, folder) for job, folder in runs(tmp_path / "outputs" / ODD).items()}
     assert sorted(by_nodes) == [1, 4]
+    scripts[1] = scripts[1].replace("JOBID", by_nodes[1][0])
+    one, four = (by_nodes[nodes][1].read_events() for nodes in (1, 4))
+    ended, started = ([e["time"] for e in of if e["event"] == name] for of, name in zip((one, four), AROUND))
+    assert ended < started, "one point after another"
     for (nodes, (job, folder)), script in zip(sorted(by_nodes.items()), scripts, strict=True):
         assert re.search(rf"^\s*NumNodes={nodes} ", sandbox.slurm("scontrol", "show", "job", job), re.MULTILINE)
         assert sandbox.slurm("scontrol", "write", "batch_script", job, "-").strip() == script.strip()
+        assert "OverSubscribe=NO" in sandbox.slurm("scontrol", "show", "job", job), "whole nodes"
         hosts = {rank["host"] for rank in json.loads(folder.environment(1).read_text())["ranks"]}
         assert len(hosts) == nodes and hosts <= set(sandbox.nodes)
         assert "finished" in names(folder) and steps(folder) == 12
         assert queue(sandbox, job) == "COMPLETED"
-    assert "Strong scaling of s" in text
-    rows = (tmp_path / "outputs" / "s" / "scaling.csv").read_text().splitlines()
+        known = sandbox.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%j")
+        assert known.strip() == ODD
+    assert f"Strong scaling of {ODD}" in text and not list(tmp_path.rglob("pwned"))
+    rows = (tmp_path / "outputs" / ODD / "scaling.csv").read_text().splitlines()
     assert len(rows) == 3
+
+    submitted_before = sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%i")
+    again = run("launch", *words, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
+    assert "finished already, and not submitted: nodes=1, nodes=4" in again and f"Strong scaling of {ODD}" in again
+    assert sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%i") == submitted_before
 
 
 def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path: Path) -> None:
@@ -119,19 +138,97 @@ def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path:
 
 
 def test_a_job_that_waits_says_why_and_leaves_the_queue(sandbox: Cluster, tmp_path: Path) -> None:
+    conf = sandbox.env["SLURM_CONF"]
     words = ["nodes=1", "cluster=slurm", "run_dir=run", "launch.detach=true", *TINY]
     held = "++cluster.additional_parameters={hold: true}"
-    run("launch", *words, held, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
+    run("launch", *words, held, cwd=tmp_path, SLURM_CONF=conf)
     folder = RunFolder(tmp_path / "run")
-    (known,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"]))
+    (known,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=conf))
     assert (known["state"], known["detail"]) == ("pending", "JobHeldUser")
-    refused = run("launch.logs", "run", cwd=tmp_path, status=2, SLURM_CONF=sandbox.env["SLURM_CONF"])
+    assert f"scontrol release {submitted(folder)['job_id']}" in known["advice"]
+    refused = run("launch.logs", "run", cwd=tmp_path, status=2, SLURM_CONF=conf)
     assert "pending, JobHeldUser" in refused
-    again = run("launch", *words, cwd=tmp_path, status=2, SLURM_CONF=sandbox.env["SLURM_CONF"])
+    again = run("launch", *words, cwd=tmp_path, status=2, SLURM_CONF=conf)
     assert f"is being worked on by job {submitted(folder)['job_id']}, pending" in again
-    assert "run: cancelled" in run("launch.cancel", "run", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
+    assert "run: cancelled" in run("launch.cancel", "run", cwd=tmp_path, SLURM_CONF=conf)
     assert queue(sandbox, submitted(folder)["job_id"]) == "CANCELLED"
     assert names(folder) == ["submitted", "cancelled"]
+
+
+def test_what_could_never_start_is_refused_or_said_to_wait_for_ever(sandbox: Cluster, tmp_path: Path) -> None:
+    conf = sandbox.env["SLURM_CONF"]
+    many = ["-m", "nodes=1,8", "name=many", *ON_SLURM, *TINY]
+    before = sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%i")
+    text = run("launch", *many, "cluster.cpus_per_task=999", cwd=tmp_path, status=2, SLURM_CONF=conf)
+    assert "which Slurm would never start: cluster.cpus_per_task=999, and the best node of low" in text
+    assert "expected: partition low: at most 4 nodes without a time limit, each of up to 8 CPUs" in text
+    assert "type next: cluster.cpus_per_task=8;" in text
+    text = run("launch", *many, cwd=tmp_path, status=2, SLURM_CONF=conf)
+    assert "which Slurm would never start: nodes=8 in partition low: it has 4" in text and "type next: nodes=4;" in text
+    assert sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%i") == before
+    assert not (tmp_path / "outputs").exists()
+
+    # Slurm takes both all the same, and leaves them for the reasons that the table knows.
+    unchecked = ["launch.check_limits=false", *ON_SLURM, *TINY]
+    fat = ["run_dir=fat", "cluster.cpus_per_task=999", "launch.detach=true"]
+    run("launch", *fat, *unchecked, cwd=tmp_path, SLURM_CONF=conf)
+    log = tmp_path / "log"
+    process = start("launch", "nodes=8", "run_dir=wide", *unchecked, cwd=tmp_path, log=log, SLURM_CONF=conf)
+    said = "warning: wide: waiting does not change PartitionNodeLimit: "
+    wait_for(lambda: said in log.read_text() or process.poll() is not None, "the reason in the launcher's output")
+    cells = run("launch.status", "wide", "fat", cwd=tmp_path, SLURM_CONF=conf)
+    for point, reason in (("wide", "PartitionNodeLimit"), ("fat", "PartitionConfig")):
+        (line,) = [line for line in cells.splitlines() if line.startswith(f"{point}: waiting")]
+        assert reason in line and f"type python -m launch.cancel {tmp_path / point};" in line
+    run("launch.cancel", "wide", "fat", cwd=tmp_path, SLURM_CONF=conf)
+    assert process.wait(timeout=120) == 1 and log.read_text().count(said) == 1
+
+
+def test_a_job_whose_launcher_died_after_sbatch_is_the_runs_job(
+    sandbox: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting it is found by submitit's folder of it, running by what its agent has entered."""
+    conf = sandbox.env["SLURM_CONF"]
+
+    def ask(command: str, *more: str, status: int = 0) -> str:
+        return run(f"launch.{command}", *more, cwd=tmp_path, status=status, SLURM_CONF=conf)
+
+    def known() -> list[tuple[str, str]]:
+        return [(each["job_id"], each["state"]) for each in json.loads(ask("status", "--json", "run"))]
+
+    words = ["nodes=1", *ON_SLURM, "run_dir=run", "launch.detach=true", *TINY, *ENDLESS]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", conf)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = RunFolder(tmp_path / "run")
+
+    def submit_and_die(*more: str) -> str:
+        """What the launcher does up to the moment in which sbatch has answered."""
+        composed = compose_launch([*words, *more])
+        plan = make_plan(typed_config(composed), [*words, *more], ClusterKind.slurm)
+        write_run(plan, composed, [*words, *more])
+        return submit_slurm([plan])[0].job_id
+
+    waiting = submit_and_die("++cluster.additional_parameters={hold: true}")
+    assert known() == [(waiting, "pending")] and not folder.events.exists()
+    assert f"is being worked on by job {waiting}, pending" in run(
+        "launch", *words, cwd=tmp_path, status=2, SLURM_CONF=conf
+    )
+    assert "run: cancelled" in ask("cancel", "run")
+    assert queue(sandbox, waiting) == "CANCELLED" and names(folder) == ["submitted", "cancelled"]
+    assert known() == [(waiting, "cancelled")]
+
+    running = submit_and_die()
+    wait_for(lambda: steps(folder) > 2, "a few steps")
+    assert known() == [(running, "running")]
+    entered = submitted(folder)
+    assert (entered["job_id"], entered["by"], entered["nodes"]) == (running, "agent", 1)
+    assert "submitit" in ask("logs", "--agent", "run")
+    again = run("launch", *words, cwd=tmp_path, status=2, SLURM_CONF=conf)
+    assert f"is being worked on by job {running}, running" in again
+    assert "cancelled after step" in ask("cancel", "run")
+    assert_saved_and_cancelled(folder)
+    assert names(folder).count("submitted") == 2 and known() == [(running, "cancelled")]
 
 
 def test_watching_outlives_a_controller_that_does_not_answer_and_ctrl_c_saves(sandbox: Cluster, tmp_path: Path) -> None:

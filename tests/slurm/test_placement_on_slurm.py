@@ -13,6 +13,7 @@ from launch.jobs.failover import PlacementFailover
 from launch.jobs.handles import JobStatus, SlurmJob, ask_queue, job_of
 from launch.jobs.status import RunStatus, find_run_status
 from launch.runs.folder import RunFolder
+from launch.scheduler import limits
 from launch.scheduler.client import output_file
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, TINY, is_alive, run, wait_for
@@ -111,8 +112,12 @@ def test_a_point_that_waits_moves_to_another_cluster(
     assert here.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "CANCELLED"
     assert beta.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "COMPLETED"
 
-    # What status, logs and cancel ask and do, by the identity in the event log, of a job that runs there.
     monkeypatch.setenv("SLURM_CONF", conf)
+    here.slurm("sacctmgr", "--immediate", "add", "qos", "long", "flags=PartitionTimeLimit")
+    flags = limits.read().qos_flags
+    assert flags is not None and flags["long"] == {"PartitionTimeLimit"} and "PartitionTimeLimit" not in flags["normal"]
+
+    # What status, logs and cancel ask and do, by the identity in the event log, of a job that runs there.
     number = beta.slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap", "exec sleep 600").split(";")[0].strip()
     job = job_of({"cluster": "slurm", "job_id": number, "slurm_cluster": "beta"})
     assert isinstance(job, SlurmJob)

@@ -97,7 +97,7 @@ def transfer(sandbox: Cluster, server: str, client: str, count: int) -> str:
 
 
 def round_trip_ms(sandbox: Cluster, source: str, target: str) -> float:
-    """How long a refused connection takes between two nodes, the second time (the first asks for the address)."""
+    """Seconds that a refused connection takes between two nodes, the second time (the first asks for the address)."""
     address = require(sandbox.directory).nodes[target].address
     for _ in range(2):
         with on_node(sandbox, source, CONNECT, address) as attempt:

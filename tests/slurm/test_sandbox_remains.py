@@ -95,7 +95,7 @@ def test_down_leaves_nothing_and_two_sandboxes_share_nothing(sandbox: Cluster, p
 
 
 def kill_all(cluster: Cluster) -> None:
-    """What a crash does to a sandbox: every process gone at once, nobody to clean up."""
+    """Crash a sandbox: every process gone at once, nobody to clean up."""
     victims = processes_of(cluster)
     assert len(victims) > 4
     for pid in victims:
@@ -175,6 +175,20 @@ def test_nodes_on_one_host_run_jobs_and_refuse_what_they_cannot_show(slurm_insta
         cluster.slurm("sbatch", "--output=/dev/null", "--nodes=2", "--wrap", "setsid sleep 300 & srun sleep 300")
         wait_until(lambda: "R" in cluster.slurm("squeue", "-h", "-o", "%t"), timeout_s=30, what="the job to run")
     assert_nothing_left(cluster, set())
+
+
+def test_the_log_of_a_program_is_there_once_it_is_started(tmp_path: Path) -> None:
+    log, env = tmp_path / "log", dict(os.environ)
+    there: list[bool] = []
+
+    def record(process: processes.Process) -> None:
+        there.append(log.exists())
+
+    started = processes.start(["true"], log=log, env=env, record=record)
+    assert there == [True] and processes.wait_gone(started, 20)
+    with pytest.raises(SandboxError, match=r"did not start: .*nowhere/log"):
+        processes.start(["true"], log=tmp_path / "nowhere" / "log", env=env, record=record)
+    assert there == [True], "what cannot write its log does not run"
 
 
 def test_a_number_that_was_used_again_is_another_process() -> None:

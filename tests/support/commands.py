@@ -35,7 +35,7 @@ ON_SLURM = ("cluster=slurm", "launch.poll_s=1")
 
 
 FORKED = ("gpt", "launch", "benchmarks", "torch.distributed.run")
-"""How the names of those modules begin that ``run`` forks."""
+"""Beginnings of the names of modules that ``run`` forks."""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -102,7 +102,7 @@ def answer_ctrl_c() -> None:
 Process = subprocess.Popen[bytes] | ForkedProcess
 
 STARTED: list[Process] = []
-"""What ``start`` and ``start_fork`` have started. What is alive when its test ends is killed (tests/conftest.py)."""
+"""Processes of ``start`` and ``start_fork``. One that is alive when its test ends is killed (tests/conftest.py)."""
 
 
 def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""What tests cost: seconds of files, as measured, and what a test's code tells of the processes it may start.
+"""Cost of tests: seconds of files, as measured, and what a test's code tells of the processes it may start.
 
 Owns the order of the files and the mark ``quick``. Must not know what is tested.
 """
@@ -28,11 +28,13 @@ SECONDS = {
     "launch/test_auto.py": 15,
     "launch/test_budget.py": 25,
     "launch/test_code_changes.py": 35,
+    "launch/test_damaged_folders.py": 25,
     "launch/test_failures.py": 90,
     "launch/test_placement.py": 15,
     "launch/test_refusals.py": 15,
     "launch/test_requeue.py": 75,
     "launch/test_status.py": 20,
+    "launch/test_strangers.py": 20,
     "launch/test_sweep.py": 30,
     "launch/test_watchdog.py": 25,
     "model/test_components.py": 15,
@@ -49,10 +51,11 @@ SECONDS = {
     "parallel/test_stages.py": 15,
     "parallel/test_tensor.py": 180,
     "planning/test_choice.py": 20,
+    "runs/test_full_disk.py": 15,
     "slurm/test_doctor_on_slurm.py": 60,
     "slurm/test_grace_on_slurm.py": 40,
     "slurm/test_in_place_on_slurm.py": 100,
-    "slurm/test_launch_on_slurm.py": 100,
+    "slurm/test_launch_on_slurm.py": 120,
     "slurm/test_lost_nodes_on_slurm.py": 150,
     "slurm/test_placement_on_slurm.py": 80,
     "slurm/test_requeue_on_slurm.py": 180,
@@ -77,7 +80,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def seconds(path: Path) -> int:
-    """What a file of tests is known to take, 0 where that is not much."""
+    """Seconds that a file of tests is known to take, 0 where that is not much."""
     return SECONDS.get(path.relative_to(TESTS).as_posix(), 0)
 
 

@@ -40,7 +40,7 @@ class RankFailedError(AssertionError):
 
 @dataclass
 class _Answer:
-    """How the function ended on one rank; ``time`` puts failures of several ranks in order."""
+    """Outcome of the function on one rank; ``time`` puts failures of several ranks in order."""
 
     time: float
     value: Any = None

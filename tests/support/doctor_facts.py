@@ -69,8 +69,6 @@ NODES = "".join(
 LIMITS = limits.parse(CONFIG, PARTITIONS, NODES)
 MACHINE = Machine(
     host="login",
-    user="ada",
-    groups=("users",),
     environment={"HOME": "/home/ada"},
     soft={"nofile": 65536, "core": 0, "memlock": -1},
     hard={"nofile": 65536, "core": 0, "memlock": -1},
@@ -81,13 +79,21 @@ MACHINE = Machine(
     programs=(Folder("/home/ada/.venv", "/home/ada/.venv", "nfs4"),),
 )
 OUTPUT = Folder("/home/ada/outputs", "/home/ada", "nfs4", free_bytes=2**40, free_inodes=10**9)
-FACTS = Facts(ClusterKind.slurm, False, MACHINE, OUTPUT, True, LIMITS)
+FACTS = Facts(
+    kind=ClusterKind.slurm,
+    was_auto=False,
+    machine=MACHINE,
+    output=OUTPUT,
+    client=True,
+    limits=LIMITS,
+    groups=("users",),
+)
 CALM = ("cluster=slurm", "cluster.cpus_per_task=4", "cluster.mem_gb=16", "optim.global_batch=96")
 
 
 @cache
 def request(*words: str, count: int = 1) -> Request:
-    """What ``count`` points with these words ask for."""
+    """Request of ``count`` points with these words."""
     (config,) = configs_of([[*CALM, *words]])
     plan = make_plan(config, list(words), ClusterKind.slurm)
     points = tuple(f"{plan.point}-{index}" for index in range(count))
@@ -96,7 +102,9 @@ def request(*words: str, count: int = 1) -> Request:
 
 def complaints(seen: Facts, *words: str, count: int = 1) -> list[Finding]:
     """All warnings and errors about a request."""
-    return [f for f in asked.check_request(seen, request(*words, count=count)) if f.level is not Level.ok]
+    assert seen.limits is not None
+    found = asked.check_request(seen.limits, request(*words, count=count), seen.groups)
+    return [f for f in found if f.level is not Level.ok]
 
 
 def with_config(**changed: str) -> Facts:

@@ -3,7 +3,8 @@
 Of the nine seconds of a run of two ranks on one machine, eight are imports: of the launcher, its two agents and their
 ranks. Here one server process a test worker imports once, and each command is a fork of it that has run nothing: with
 a process id, a parent, a session, signals, a folder and an environment of its own, as if Python had just been started.
-What such a command starts with ``python -m`` is forked as well, and is its child. What cannot be forked (another
+What such a command starts with ``python -m`` is forked as well, and is its child; the ranks of a run their agent forks
+by itself (``launch.agent.fork_server``). What cannot be forked (another
 program, other paths to import from) is started as ever.
 
 Owns the processes between a test and its command. Must not know what is run. For tests that are about what commands
@@ -17,7 +18,6 @@ import ctypes
 import importlib
 import os
 import pickle
-import re
 import runpy
 import select
 import signal
@@ -43,8 +43,6 @@ READ_AT_START = ("PYTHON", "OMP_", "MKL_", "LD_")
 ANYWAY = ("PYTHONUNBUFFERED", "PYTHONHASHSEED")
 """Of those, the ones that may differ: nothing is buffered, and no result depends on the order of a set."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-OPEN_LOG = re.compile(r'(.*)exec "\$@" >>"\$log" 2>&1 </dev/null')
-"""The shell that opens the log of a rank and becomes the rank."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def _status_of(module: str) -> int:
 
 
 def _leave(status: int) -> NoReturn:
-    """What Python does at its end, up to where it would take itself apart."""
+    """Do what Python does at its end, up to where it would take itself apart."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -281,45 +279,36 @@ _STARTER: Starter | None = None
 def _execute_child(popen: subprocess.Popen[bytes], original: Any, *args: Any, **kwargs: Any) -> None:
     """Fork what ``Popen`` would start, where that comes to the same."""
     given = signature(original).bind(popen, *args, **kwargs).arguments
-    job, log = _job_of(given)
+    job = _job_of(given)
     if job is None or _STARTER is None or _STARTER.owner != os.getpid():
         return original(popen, *args, **kwargs)
-    if log is None:
-        pipes = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-        popen.pid = _STARTER.start(job, [fd if pipe == -1 else pipe for fd, pipe in enumerate(pipes)])
-    else:
-        with Path(log).open("ab") as file, Path(os.devnull).open() as nothing:
-            popen.pid = _STARTER.start(job, [nothing.fileno(), file.fileno(), file.fileno()])
+    pipes = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+    popen.pid = _STARTER.start(job, [fd if pipe == -1 else pipe for fd, pipe in enumerate(pipes)])
     popen._child_created = True  # type: ignore[attr-defined]
     ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
     popen._close_pipe_fds(*(given[name] for name in ends))  # type: ignore[attr-defined]
     return None
 
 
-def _job_of(given: Mapping[str, Any]) -> tuple[Job | None, str | None]:
-    """The job that a call of ``Popen`` asks for, if it can be forked, and the log that a shell would open for it."""
+def _job_of(given: Mapping[str, Any]) -> Job | None:
+    """The job that a call of ``Popen`` asks for, if it can be forked."""
     args = given["args"]
     if given["shell"] or given["preexec_fn"] or given["pass_fds"] or isinstance(args, str | bytes | os.PathLike):
-        return None, None
-    words, log = [os.fsdecode(word) for word in args], None
-    env = dict(os.environ if given["env"] is None else given["env"])
-    cwd = str(Path(os.fsdecode(given["cwd"] or ".")).absolute())
-    shell = OPEN_LOG.fullmatch(words[2]) if words[:2] == ["/bin/sh", "-c"] else None
-    if shell is not None:
-        shown = ["/bin/sh", "-c", f'{shell[1]}printf "%s\\0" "$PWD" "$log" "$@"', *words[3:]]
-        told = subprocess.run(shown, env=env, cwd=cwd, stdout=subprocess.PIPE, check=True)
-        cwd, log, *words = told.stdout.decode().split("\0")[:-1]
+        return None
+    words = [os.fsdecode(word) for word in args]
     options = words.index("-m") if words[0] == sys.executable and "-m" in words else 0
     if words[1:options] not in ([], ["-u"]) or not options:
-        return None, None
+        return None
     module, *rest = words[options + 1 :]
+    env = dict(os.environ if given["env"] is None else given["env"])
+    cwd = str(Path(os.fsdecode(given["cwd"] or ".")).absolute())
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     job = Job(module, tuple(rest), cwd, env, given["start_new_session"], ignored)
-    return (job, log) if job.can_be_forked() else (None, None)
+    return job if job.can_be_forked() else None
 
 
 class Names:
-    """What /proc says of this process: its command line and environment, in the memory that the kernel shows there."""
+    """Command line and environment of this process as /proc shows them, in the memory that the kernel reads there."""
 
     areas: tuple[tuple[int, int], ...] = ()
 

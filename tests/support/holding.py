@@ -1,4 +1,4 @@
-"""What a rank holds for training, in bytes, asked of the tensors that its engine has made."""
+"""Bytes that a rank holds for training, by the tensors that its engine has made."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Alive(TorchDispatchMode):
 
 
 def living_bytes(run: Run) -> int:
-    """What is there after a forward pass over a micro-batch, beside parameters and buffers.
+    """Bytes that are left after a forward pass over a micro-batch, beside parameters and buffers.
 
     That is what its backward pass needs, whether autograd or selective recomputation keeps it, and the logits.
     """

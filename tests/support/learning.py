@@ -1,4 +1,4 @@
-"""What a run computes in its first steps, brought together from all ranks, and what one process computes instead.
+"""Results of a run's first steps, brought together from all ranks, and those of one process to compare with.
 
 Everything is the training's own code (``gpt.train.build``, ``gpt.training.step``); the reference differs in that
 nothing is parallelized or accumulated. AdamW makes a whole step of a gradient however small, also where it is rounding
@@ -164,7 +164,7 @@ def norm_of_parts(run: Run) -> float:
 
 
 def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """What one process learns of each model, in one micro-batch a step; for ``run_distributed`` with one rank."""
+    """Results of one process for each model, in one micro-batch a step; for ``run_distributed`` with one rank."""
     words = ["parallel=ddp", f"optim.max_micro_batch={BATCH}"]
     return {name: learn(start(rank, size, folder / name, *words, *model)) for name, model in models.items()}
 
@@ -172,7 +172,7 @@ def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]
 def learn_cases(
     rank: int, size: int, folder: Path, cases: Sequence[Case], models: Mapping[str, list[str]]
 ) -> list[dict[str, Any]]:
-    """What the ranks learn of each case; for ``run_distributed``."""
+    """Results of the ranks for each case; for ``run_distributed``."""
     return [
         learn(start_case(rank, size, folder / str(number), case, models[case.model]))
         for number, case in enumerate(cases)

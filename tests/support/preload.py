@@ -1,4 +1,4 @@
-"""What ranks of a test import, in the server process that they are forked from: once, and never collected."""
+"""Imports of the ranks of a test, in the server process that they are forked from: once, and never collected."""
 
 from launch.process import lasting_imports
 

@@ -1,4 +1,4 @@
-"""What our commands import, in the server process that ``forking`` forks them from: once, and never collected.
+"""Imports of our commands, in the server process that ``forking`` forks them from: once, and never collected.
 
 All modules of gpt and launch but those that need what not every run has (deepspeed), and what those import only when
 they need it.

@@ -63,5 +63,5 @@ def rank_of_script(pid: int, script: str, rank: int) -> int | None:
 
 
 def causes(folder: RunFolder) -> list[str]:
-    """How the attempts of a run ended."""
+    """Outcomes of the attempts of a run."""
     return [str(e["cause"]) for e in folder.read_events() if e["event"] == "attempt_ended"]

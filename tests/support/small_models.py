@@ -63,7 +63,7 @@ def variants() -> list[ModelConfig]:
 
 
 def label(config: ModelConfig) -> str:
-    """What sets a variant apart, for the test's name."""
+    """Name of a variant by its settings, for the test's name."""
     parts = [config.norm.name, config.position.name, config.ffn.name, config.attention.name, f"kv{config.kv_heads}"]
     parts += [config.norm_position.name, *(["parallel"] if config.parallel_residual else [])]
     return "-".join([*parts, *(["qk"] if config.qk_norm else [])])

@@ -13,7 +13,7 @@ import yaml
 
 from gpt.compare import main
 from gpt.metrics.comparison import interpolate
-from launch.runs.files import append_json_line, write_json
+from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
 from tests.support.commands import environment
 
@@ -32,7 +32,7 @@ def a_run(path: Path, *, steps: int, batch: int, first: float, data: str = "d1",
         record: dict[str, Any] = {"step": step, "attempt": 1, "loss": loss, "step_time_s": 0.5, "tokens_per_s": 100.0}
         if step % 3 == 0:
             record |= {"val_loss": loss + 1, "time": 1.0}
-        append_json_line(folder.metrics(0), record)
+        append_json_lines(folder.metrics(0), [record])
     folder.record_event("finished")
 
 

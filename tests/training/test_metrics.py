@@ -1,9 +1,11 @@
-"""What a run records, and every view of it: against sums over the whole gradient, and across a crash and a resume."""
+"""Records of a run, and every view of them: against sums over the whole gradient, and across a crash and a resume."""
 
 from __future__ import annotations
 
 import csv
 import json
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt.config.train import is_installed
 from gpt.model.gpt import GPT
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.gradient_stats import Gradients
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.runs.tensorboard import record_scalars
 from tests.support.commands import TINY, run
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, small
@@ -70,7 +74,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run whose first attempt went on to step 6 without saving again, was lost, and was resumed from step 4."""
     folder = tmp_path_factory.mktemp("views")
     words = (*WORDS, "profile=true", "profile_from=2", "profile_to=3", f"run_dir={folder / 'run'}")
-    run("gpt.train", *words, cwd=folder)
+    words += (f"logging.wandb={str(is_installed('wandb')).lower()}",)
+    run("gpt.train", *words, cwd=folder, WANDB_MODE="offline")
     there = RunFolder(folder / "run")
     records = read_records(there.metrics(0))
     step_8 = there.checkpoints / "step_00000008"
@@ -78,7 +83,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     (there.metrics(0)).write_text("".join(json.dumps(r) + "\n" for r in records[:6]))
     with (there.path / "steps.csv").open("a") as file:
         file.write("7,1,torn")
-    run("gpt.train", *words, cwd=folder)
+    run("gpt.train", *words, cwd=folder, WANDB_MODE="offline")
     return there
 
 
@@ -100,6 +105,38 @@ def test_the_whole_run_is_in_one_file(resumed: RunFolder) -> None:
     summary = value["summary"]
     assert (summary["state"], summary["attempts"], summary["steps"]) == ("finished", 2, 8)
     assert summary["best_val_loss"] == min(e["val_loss"] for e in value["evaluations"])
+
+
+def offline_history(path: Path) -> dict[int, dict[str, float]]:
+    """The curves in a file that W&B keeps offline, step -> name -> value. It is a log of LevelDB with messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, found, begun = path.read_bytes(), {}, b""
+    at = 7  # a header of its own
+    while at + 7 <= len(data):
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])  # after four bytes of a checksum
+        begun += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if 32768 - at % 32768 < 7:  # too little left of a block for another piece
+            at += 32768 - at % 32768
+        if kind in (1, 4):  # a whole message, or the last piece of one
+            record, begun = Record.FromString(begun), b""
+            if record.HasField("history"):
+                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                found[record.history.step.num] = {name: json.loads(text) for name, text in items.items()}
+    return found
+
+
+def test_weights_and_biases_has_the_curves_of_every_attempt_under_one_run(resumed: RunFolder) -> None:
+    pytest.importorskip("wandb")
+    first, second = sorted(resumed.path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert first.name == second.name, "the id follows from the folder"
+    before, after = offline_history(first), offline_history(second)
+    assert list(before) == [*range(1, 9)] and list(after) == [*range(5, 9)]
+    records = {record["step"]: record for record in read_records(resumed.metrics(0))}
+    for step, curves in after.items():
+        known = record_scalars(records[step])
+        assert {name: curves[name] for name in known} == known
 
 
 def test_the_steps_asked_for_were_profiled_once(resumed: RunFolder) -> None:

@@ -260,10 +260,18 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
             minloglevel=2,
         )
     except RuntimeError as error:
-        limit = re.search(r"value <= (\d+)", str(error))
-        raise ConfigError(
-            f"data.tokenizer_vocab_size={vocab_size}, which SentencePiece cannot learn from this text ({error})",
-            "more text, or a smaller vocabulary",
-            f"data.tokenizer_vocab_size={limit.group(1) if limit else vocab_size // 4}",
-        ) from error
+        raise _vocabulary_error(vocab_size, str(error)) from error
     return SentencePieceTokenizer(model.getvalue())
+
+
+def _vocabulary_error(vocab_size: int, message: str) -> ConfigError:
+    """Refusal of a vocabulary that SentencePiece cannot learn, by the limit that its message names."""
+    most, least = re.search(r"value <= (\d+)", message), re.search(r"required_chars\. \d+ vs (\d+)", message)
+    found = f"data.tokenizer_vocab_size={vocab_size}, which SentencePiece cannot learn from this text"
+    if least:
+        expected = f"at least {least[1]}: 256 bytes, control pieces, and the characters of the text; pieces come on top"
+        return ConfigError(found, expected, f"data.tokenizer_vocab_size={least[1]}")
+    if most:
+        expected = f"at most {most[1]}, the pieces that the text has, or more text"
+        return ConfigError(found, expected, f"data.tokenizer_vocab_size={most[1]}")
+    return ConfigError(f"{found} ({message})", "a text that it can learn from", "another data.path")

@@ -63,7 +63,7 @@ class ZeroEngine:
         # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around it.
         replace_forward(module, partial(autocast_forward, module.forward, config, world.device))
         settings = ds_config(config, batch)
-        if self.stage == 3 and (config.compile.name != "none" or config.recompute is Recompute.selective):
+        if self.stage == 3 and (config.compiles or config.recompute is Recompute.selective):
             # The layers of a block are gathered together, not each by hooks inside the block: those can be neither
             # compiled nor recomputed selectively.
             deepspeed.utils.set_z3_leaf_modules(module, [Block])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from gpt.accounting.units import BF16, FP32, GIB
-from gpt.config import CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
+from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
 from gpt.planning.memory.activations import ParallelFactors, activation_bytes
 from gpt.planning.memory.shards import ParameterShards, cast_elements, elements, parameter_shards
 from gpt.planning.memory.states import states
@@ -14,6 +14,8 @@ from gpt.topology.deepspeed_config import BUCKET
 from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
+ENTRY = ("token_embedding.", "position.")
+"""Parameters before the blocks, which FSDP frees after their forward pass unless they are tied to the output matrix."""
 LIVE = 10**9
 """Elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
@@ -22,7 +24,7 @@ LIVE = 10**9
 class Memory:
     """Bytes of one rank around the start of the backward pass, where training needs most.
 
-    Within 3 % of what was measured with ddp on small models, with experts and recomputation too. But up to a tenth
+    Within 4 % of what was measured with ddp on small models, with experts and recomputation too. But up to a tenth
     above it with recomputation in bf16, which casts the matrices of a block again and keeps none; and up to a third
     with fsdp, where gradients grow only while activations shrink, and where the residual stream may be bf16 too.
     """
@@ -37,7 +39,7 @@ class Memory:
     activations: int
     """Saved by forward passes for backward passes."""
     logits: int
-    """Log-softmax of the logits, the loss's gradient with respect to it, and that with respect to the logits: fp32."""
+    """Logits, the gradient with respect to them, and in bf16 an fp32 copy of a chunk of them."""
 
     host: int = 0
     """Parameters, gradients and optimizer state in host memory instead; not in the total."""
@@ -119,19 +121,25 @@ def activations(
 
 
 def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
-    """Return the bytes of logits: three tensors of one micro-batch, and one of each other one in flight."""
+    """Return the bytes of logits: those of each micro-batch in flight, and what the loss makes of one of them.
+
+    Its gradient is as large, and made from a chunk in fp32 at a time, unless it is fp32 itself (gpt/model/loss.py).
+    """
     tokens = parallel_factors(config, dims).tokens(config.model, batch.micro)
     columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)
-    return (2 + in_flight) * FP32 * tokens * columns
+    if config.precision is Precision.fp32:
+        return (in_flight + 1) * FP32 * tokens * columns
+    return (in_flight + 1) * BF16 * tokens * columns + FP32 * min(tokens * columns, LOSS_CHUNK)
 
 
 def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: bool) -> int:
     """Return the bytes of weights beside the stored ones, and of unsharded gradients beside the sharded ones.
 
-    DDP in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. FSDP: parameters outside the
-    blocks stay all-gathered for the whole pass; of the blocks two are (one computes, the next is prefetched), or all of
-    them without resharding after the forward pass; one block's gradient is unsharded until its reduce-scatter. With
-    gradient accumulation nothing is reduced before the last micro-batch, so all gradients are unsharded, in fp32.
+    DDP in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. FSDP: norm and output matrix, or
+    the tied embedding, stay all-gathered for the whole pass; of the blocks two are (one computes, the next is
+    prefetched), or all of them, and the embedding, without resharding after the forward pass; the gradient of one block
+    or of the output matrix is unsharded until its reduce-scatter. With gradient accumulation nothing is reduced before
+    the last micro-batch, so all gradients are unsharded, in fp32, unless ``parallel.reduce_each_micro_batch`` says so.
     ZeRO-3 frees gathered parameters only where it holds more than ``LIVE`` elements, or needs them no more; ZeRO-1 and
     2 compute with the parameters that they hold. All three have a gradient bucket, in fp32 at most.
     """
@@ -142,10 +150,15 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
     if config.parallel.strategy is not Strategy.fsdp:
         return BF16 * cast_elements(shards) if bf16 else 0
     block, around = elements(shards.block), elements(shards.around)
-    width = BF16 if bf16 else FP32
-    gathered = min(2, shards.layers) if config.parallel.reshard_after_forward else shards.layers
-    whole = FP32 * (shards.layers * block + around) if accumulates else width * block
-    return width * (around + gathered * block) + whole
+    width, reshards = BF16 if bf16 else FP32, config.parallel.reshard_after_forward
+    gathered = min(2, shards.layers) if reshards else shards.layers
+    freed = (
+        [p for p in shards.around if p.name.startswith(ENTRY)] if reshards and not config.model.tie_embeddings else []
+    )
+    kept = around - elements(freed)
+    accumulates = accumulates and not config.parallel.reduce_each_micro_batch
+    whole = FP32 * shards.elements if accumulates else width * max(block, kept)
+    return width * (kept + gathered * block) + whole
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:

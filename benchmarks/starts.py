@@ -1,0 +1,99 @@
+"""Cost of ranks until they train, executed and forked: `python benchmarks/starts.py [RUNS]`. Prints Markdown tables.
+
+Starts of a local run of two ranks, and restarts in place after `kill -9` of a rank, by turns with and without
+`resilience.fork_ranks`; then, with strace, the files that are opened on a node of one rank and of eight.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import ROOT, TINY, descendants, environment, kill_all, ranks_of, start, wait_for
+
+LONG = (*TINY, "cluster=local", "nodes=1", "optim.max_steps=1000000", "eval.interval=0", "checkpoint.interval=10")
+
+
+def first_record(folder: RunFolder, attempt: int) -> dict[str, Any]:
+    """Wait for the first step of an attempt."""
+    found: list[dict[str, Any]] = []
+
+    def look() -> bool:
+        found[:] = [record for record in read_records(folder.metrics(0)) if record["attempt"] == attempt][:1]
+        return bool(found)
+
+    wait_for(look, f"the first step of attempt {attempt}")
+    return found[0]
+
+
+def processor_seconds(pids: list[int]) -> float:
+    """Processor time of processes so far."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(forked: bool) -> dict[str, float]:
+    """Seconds of one start and one restart in place: on the clock, and of the two ranks' processors."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = RunFolder(Path(name) / "run")
+        words = [*LONG, "ranks_per_node=2", f"resilience.fork_ranks={str(forked).lower()}", f"run_dir={folder.path}"]
+        began = time.time()
+        process = start("launch", *words, cwd=Path(name), log=Path(name) / "log")
+        try:
+            told = {"start": first_record(folder, 1)["time"] - began}
+            told["start, ranks' processors"] = processor_seconds(list(ranks_of(descendants(process.pid)).values()))
+            wait_for(lambda: len(read_records(folder.metrics(0))) > 11, "a checkpoint")
+            killed = time.time()
+            os.kill(ranks_of(descendants(process.pid))[1], signal.SIGKILL)
+            told["restart"] = first_record(folder, 2)["time"] - killed
+            told["restart, ranks' processors"] = processor_seconds(list(ranks_of(descendants(process.pid)).values()))
+        finally:
+            kill_all(process)
+    return told
+
+
+def opened(ranks: int, forked: bool) -> int:
+    """Files that the processes of one node open, or look for, in a run of two steps."""
+    with tempfile.TemporaryDirectory() as name:
+        words = [*TINY, "cluster=local", "nodes=1", f"ranks_per_node={ranks}", "optim.max_steps=2", "eval.interval=0"]
+        words += [f"resilience.fork_ranks={str(forked).lower()}", f"run_dir={name}/run", "optim.max_micro_batch=1"]
+        trace = ["strace", "-f", "-qq", "-e", "trace=openat", "-e", "signal=none", "-o", f"{name}/trace"]
+        command = [*trace, sys.executable, "-m", "launch", *words]
+        subprocess.run(command, cwd=name, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, check=True)
+        return len(re.findall(r"openat\(", (Path(name) / "trace").read_text()))
+
+
+def main() -> None:
+    """Measure both sides by turns, and print the medians."""
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    times: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    for _ in range(runs):
+        for forked in times:
+            times[forked].append(measure(forked))
+    print("| seconds, median (slowest) | executed | forked |\n|---|---|---|")
+    for what in times[True][0]:
+        cells = [[told[what] for told in times[forked]] for forked in (False, True)]
+        print(f"| {what} | " + " | ".join(f"{statistics.median(each):.2f} ({max(each):.2f})" for each in cells) + " |")
+    print("\n| files opened by a whole command | executed | forked |\n|---|---|---|", flush=True)
+    for ranks in (1, 8):
+        print(
+            f"| ranks_per_node={ranks} | " + " | ".join(f"{opened(ranks, f):,}" for f in (False, True)) + " |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Values that ranks send each other, as JSON in tensors: reading what came over the network runs no code.
+
+torch's own collectives of objects unpickle what they receive, which whoever gets between two ranks could turn into any
+program. Owns which values can be sent: plain ones, paths, tensors, and the dataclasses and enums of this project.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import enum
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch.errors import ConfigError
+
+PACKAGES = ("gpt", "launch")
+"""Packages whose dataclasses and enums can be sent."""
+
+
+def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """All-gather a value over a gloo group: the values of all ranks, by rank, on every rank. Collective.
+
+    Raises:
+        TypeError: the value is of a kind that cannot be sent; before anything is.
+    """
+    return [decode(message) for message in gather_bytes(encode(value), group)]
+
+
+def broadcast(message: bytes, group: dist.ProcessGroup | None) -> bytes:
+    """Send what rank 0 has encoded to all ranks of a gloo group; the others' ``message`` does not count. Collective."""
+    size = torch.tensor(len(message))
+    dist.broadcast(size, src=0, group=group)
+    sent = as_tensor(message.ljust(int(size), b" ")[: int(size)])
+    dist.broadcast(sent, src=0, group=group)
+    return sent.numpy().tobytes()
+
+
+def gather_bytes(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
+    """All-gather encoded messages, whose lengths may differ."""
+    ranks = dist.get_world_size(group)
+    sizes = [torch.zeros((), dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor(len(message)), group=group)
+    longest = max(int(size) for size in sizes)
+    received = [torch.empty(longest, dtype=torch.uint8) for _ in range(ranks)]
+    dist.all_gather(received, as_tensor(message.ljust(longest, b" ")), group=group)
+    return [padded[: int(size)].numpy().tobytes() for padded, size in zip(received, sizes, strict=True)]
+
+
+def as_tensor(message: bytes) -> torch.Tensor:
+    """Copy bytes into a tensor."""
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
+
+
+def encode(value: Any) -> bytes:
+    """Encode a value for ``decode``.
+
+    Raises:
+        TypeError: it is, or holds, something that cannot be sent.
+    """
+    return json.dumps(to_plain(value)).encode()
+
+
+def decode(message: bytes) -> Any:
+    """Return the value that ``encode`` was given: equal, and of the same types.
+
+    Raises:
+        ValueError: this is no message of ``encode``.
+    """
+    return from_plain(json.loads(message))
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a value into what JSON knows: lists as they are, all else that is no plain value as ``{kind: content}``."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [to_plain(entry) for entry in value]
+    if type(value) is tuple:
+        return {"tuple": [to_plain(entry) for entry in value]}
+    if type(value) is set:
+        return {"set": sorted(to_plain(entry) for entry in value)}
+    if isinstance(value, dict):
+        return {"dict": [[to_plain(key), to_plain(entry)] for key, entry in value.items()]}
+    if isinstance(value, Path):
+        return {"path": str(value)}
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"tensor": [dtype, list(value.shape), base64.b64encode(content).decode()]}
+    if isinstance(value, ConfigError):
+        return {"refusal": [value.found, value.expected, value.fix]}
+    if isinstance(value, enum.Enum) and is_ours(type(value)):
+        return {"enum": [name_of(type(value)), value.name]}
+    if dataclasses.is_dataclass(value) and is_ours(type(value)):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return {"dataclass": [name_of(type(value)), {name: to_plain(getattr(value, name)) for name in fields}]}
+    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be sent to other ranks")
+
+
+def from_plain(plain: Any) -> Any:
+    """Turn back what ``to_plain`` made."""
+    if isinstance(plain, list):
+        return [from_plain(entry) for entry in plain]
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, content),) = plain.items()
+    if kind not in READERS:
+        raise ValueError(f"{kind!r} is no kind of value that ranks send")
+    return READERS[kind](content)
+
+
+def read_tensor(content: list[Any]) -> torch.Tensor:
+    """Read a tensor, to the CPU."""
+    dtype, shape, data = content
+    found = getattr(torch, dtype)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{dtype!r} is no type of tensors")
+    flat = as_tensor(base64.b64decode(data)).view(found) if data else torch.empty(0, dtype=found)
+    return flat.reshape(shape)
+
+
+def read_dataclass(content: list[Any]) -> Any:
+    """Make a dataclass of this project."""
+    name, fields = content
+    return find_class(name, dataclasses.is_dataclass)(**{key: from_plain(value) for key, value in fields.items()})
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "tuple": lambda content: tuple(map(from_plain, content)),
+    "set": lambda content: set(map(from_plain, content)),
+    "dict": lambda content: {from_plain(key): from_plain(value) for key, value in content},
+    "path": Path,
+    "tensor": read_tensor,
+    "refusal": lambda content: ConfigError(*content),
+    "enum": lambda content: find_class(content[0], is_enum)[content[1]],
+    "dataclass": read_dataclass,
+}
+
+
+def is_ours(cls: type) -> bool:
+    """Tell whether a class is of this project."""
+    return cls.__module__.split(".")[0] in PACKAGES
+
+
+def is_enum(cls: Any) -> bool:
+    """Tell whether this is a class of enum members."""
+    return isinstance(cls, enum.EnumMeta)
+
+
+def name_of(cls: type) -> str:
+    """Name by which ``find_class`` finds a class."""
+    return f"{cls.__module__}:{cls.__name__}"
+
+
+def find_class(name: str, is_right: Callable[[Any], bool]) -> Any:
+    """Find a dataclass or enum of this project by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    module, _, own = name.partition(":")
+    if module.split(".")[0] in PACKAGES:
+        found = getattr(importlib.import_module(module), own, None)
+        if isinstance(found, type) and is_right(found):
+            return found
+    raise ValueError(f"{name!r} is no dataclass or enum of {' or '.join(PACKAGES)}")

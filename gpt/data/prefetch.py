@@ -1,0 +1,84 @@
+"""Training batches read ahead: while the device computes a step, a thread builds the batch of the next one.
+
+Owns the thread, and the one copy of a step to the device. A batch is a pure function of its step, so reading ahead
+leaves nothing to save and nothing to give back. Must not know what is computed with a batch.
+
+Shapes: B sequences of one rank in a step, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.data.loader import Samples, train_indices
+from gpt.topology.batch import Batch
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The tokens of one rank in one step."""
+
+    tokens: Tensor
+    """(B, T) int64, on the device."""
+    targets: Tensor
+    """(B, T): the tokens after them."""
+    first: int
+    """Index of the first sample."""
+    last: int
+    """Index of the last sample."""
+    waited_s: float
+    """Seconds that the training waited for the batch to be read."""
+
+
+class BatchPrefetcher:
+    """The batches of one rank, each built by a thread while the step before it is computed.
+
+    Args:
+        samples: where they are read.
+        batch: the split of the global batch.
+        data_rank: the part of each batch that this rank takes.
+        last_step: step after which nothing is read ahead.
+        device: where the batches are computed with. For a GPU they lie in pinned memory, and are copied without
+            waiting.
+    """
+
+    def __init__(self, samples: Samples, batch: Batch, data_rank: int, last_step: int, device: torch.device) -> None:
+        self._samples, self._batch, self._data_rank = samples, batch, data_rank
+        self._last_step, self._device = last_step, device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+
+    def take(self, step: int) -> StepBatch:
+        """Return the batch of a step, counted from 1, and begin with that of the next one.
+
+        Raises:
+            ConfigError: a token file is not whole, or holds an id that the model has no room for.
+        """
+        started = time.perf_counter()
+        ahead, self._ahead = self._ahead, None
+        ids = ahead[1] if ahead is not None and ahead[0] == step else self._thread.submit(self._build, step)
+        ids_BT1 = ids.result()
+        waited_s = time.perf_counter() - started
+        if step < self._last_step:
+            self._ahead = step + 1, self._thread.submit(self._build, step + 1)
+        # torch frees pinned memory for the next batch only when the copy out of it is done.
+        ids_BT1 = ids_BT1.to(self._device, non_blocking=True)
+        indices = train_indices(step, self._data_rank, self._batch)
+        tokens_BT, targets_BT = ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+        return StepBatch(tokens_BT, targets_BT, int(indices[0]), int(indices[-1]), waited_s)
+
+    def close(self) -> None:
+        """End the thread, without waiting for what it reads."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _build(self, step: int) -> Tensor:
+        """Read the ids of a step, (B, T + 1), and have the kernel fetch those of the next one meanwhile."""
+        if step < self._last_step:
+            self._samples.announce(train_indices(step + 1, self._data_rank, self._batch))
+        ids_BT1 = self._samples.read("train", train_indices(step, self._data_rank, self._batch))
+        return ids_BT1.pin_memory() if self._device.type == "cuda" else ids_BT1

@@ -1,0 +1,66 @@
+"""Warnings of a plan: what would work, and is hardly what somebody wants.
+
+Pure functions over figures; each yields a line for people, or nothing. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from gpt.accounting.hardware import find
+from gpt.config import Precision, TrainConfig
+from gpt.topology.batch import Batch
+
+MANY_EPOCHS = 100
+"""Passes over a corpus after which hardly anything is left to learn from it."""
+
+
+def slow_precision(device_name: str, precision: Precision) -> Iterator[str]:
+    """Warn of fp32 on a device whose matrix units take bf16, by the peaks of the two."""
+    known = find(device_name)
+    if precision is not Precision.fp32 or known is None or known.bf16 is None:
+        return
+    times = "many" if known.fp32 is None else f"about {known.bf16 / known.fp32:.0f}"
+    yield f"precision=fp32 on {device_name}, whose peak is {times} times higher in bf16: precision=bf16"
+
+
+def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:
+    """Warn of a run that goes more than a hundred times through its training tokens."""
+    a_step = batch.global_batch * config.model.block_size
+    total = a_step * config.optim.max_steps
+    if total <= MANY_EPOCHS * corpus_tokens:
+        return
+    epochs, fewer = total / corpus_tokens, max(1, MANY_EPOCHS * corpus_tokens // a_step)
+    yield (
+        f"{count_text(total)} tokens from a corpus of {count_text(corpus_tokens)}: {epochs:,.0f} epochs; "
+        f"a larger corpus (data=), or optim.max_steps={fewer} for {MANY_EPOCHS}"
+    )
+
+
+def many_time_limits(run_s: float, timeout_min: int) -> Iterator[str]:
+    """Warn of a run that is estimated to take longer than the time limit of its job."""
+    limits = math.ceil(run_s / (60 * timeout_min))
+    if limits < 2:
+        return
+    enough = 10 * math.ceil(1.1 * run_s / 600)
+    yield (
+        f"about {hours_text(run_s)} by the estimate of the planner, and cluster.timeout_min={timeout_min}: {limits} "
+        f"time limits, with a requeue after each; or cluster.timeout_min={enough} where the partition allows it"
+    )
+
+
+def count_text(number: int) -> str:
+    """Format a count in three figures: ``9.96 B``, ``7.55 M``."""
+    for unit, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)
+
+
+def hours_text(seconds: float) -> str:
+    """Format a duration in minutes, hours or days."""
+    for unit, name in ((86400, "days"), (3600, "h")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 60:.0f} min"

@@ -1,0 +1,64 @@
+"""``precision=auto`` and ``compile=auto``: what the devices of a run are best used with.
+
+Owns the rule, for the login node, which knows a device by its name at most, and for ranks, which have one. A run keeps
+the precision it began with. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gpt.accounting.hardware import find
+from gpt.config import CompileMode, Precision, TrainConfig
+from gpt.topology.rules import check_parallel_dims
+from launch.errors import ConfigError
+from launch.runs.compose import read_config
+from launch.runs.folder import RunFolder
+
+
+def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
+    """Choose the precision of a run: as typed, else as the run began, else bf16 on GPUs that compute in it.
+
+    Args:
+        config: of the run.
+        folder: of the run, where there may be one already.
+        on_cpus: whether its ranks compute on CPUs, which get fp32: few of them are faster in bf16.
+        gpu: name of the ranks' GPU; None where it is not known.
+
+    Returns:
+        ``auto`` where only the ranks can tell.
+    """
+    if config.precision is not Precision.auto:
+        return config.precision
+    before = read_config(folder, TrainConfig).precision if folder.config.is_file() else Precision.auto
+    if before is not Precision.auto:
+        return before
+    known = None if gpu is None else find(gpu)
+    if on_cpus or (known is not None and known.bf16 is None):
+        return Precision.fp32
+    return Precision.auto if known is None else Precision.bf16
+
+
+def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
+    """Return the config with the precision that a plan counts with: bf16 where only the ranks can tell.
+
+    Every GPU for data centers since 2020 has it.
+    """
+    return replace(config, precision=Precision.bf16 if chosen is Precision.auto else chosen)
+
+
+def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
+    """Choose the compilation of a run: as typed, else ``default`` on GPUs where the parallelism allows it.
+
+    On CPUs the compiler takes longer than most runs there.
+    """
+    if config.compile is not CompileMode["auto"]:
+        return config.compile
+    compiled = replace(config, compile=CompileMode["default"])
+    if on_cpus:
+        return CompileMode["none"]
+    try:
+        check_parallel_dims(compiled, world_size)
+    except ConfigError:
+        return CompileMode["none"]
+    return compiled.compile

@@ -1,0 +1,95 @@
+"""Jobs that sbatch has taken and that no event log names, as their launcher died in between: found and adopted.
+
+A job that runs has entered itself (``launch.plan.submission``). One that waits is known by submitit's folder of it,
+whose pickle names its run folder. One for which submitit did not get as far finds no pickle, and ends by itself after
+a minute. Owns finding them; status, logs, cancel, move and a second launch then treat them as the run's job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from submitit.core.utils import DelayedSubmission
+
+from launch.jobs.handles import LocalJob, SlurmJob, ask_queue, job_of, submitit_folder
+from launch.jobs.status import RunStatus, poll
+from launch.plan.submission import record_found
+from launch.runs.folder import RunFolder
+
+ACTIVE = ("pending", "running")
+
+
+def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
+    """Give points that no job works on, as far as they know, the job that waits for them; and bring them up to date.
+
+    Args:
+        points: after a poll.
+        by: command that enters the job into the event log, as it is going to act on it; None only looks.
+
+    Raises:
+        SlurmError: there may be such jobs, and Slurm does not answer.
+    """
+    found = []
+    for point in points:
+        job = None if point.state in ACTIVE else find_unrecorded(point.folder)
+        if job is None:
+            continue
+        point.found = job
+        point.events_before = len(point.folder.read_events())
+        point.attempts_before = max(point.folder.attempts(), default=0)
+        if by is not None:
+            record_found(point.folder, job.job_id, point.nodes or 1, by)
+        found.append(point)
+    if found:
+        poll(found)
+
+
+def running_job(folder: RunFolder) -> str | None:
+    """Name the job that still works on a run folder, or waits to; None where there is none. Raises SlurmError."""
+    submitted = [e for e in folder.read_events() if e["event"] == "submitted"]
+    for job in (job_of(submitted[-1]) if submitted else None, find_unrecorded(folder)):
+        if job is not None:
+            status = job.status(ask_queue([job]))
+            if status.state in ACTIVE:
+                return f"{'process' if isinstance(job, LocalJob) else 'job'} {job.name}, {status.state}"
+    return None
+
+
+def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
+    """Find the newest job in Slurm's queue that is for a run and that no event names. Raises SlurmError."""
+    events = folder.read_events()
+    known = {job_of(event).name for event in events if event["event"] == "submitted"}
+    jobs = {job.name: (job, pickle) for job, pickle in submitted_jobs(folder.path) if job.name not in known}
+    queue = ask_queue([job for job, _ in jobs.values()])
+    ours = [
+        job
+        for job, pickle in jobs.values()
+        if job.status(queue).state in ACTIVE and run_dir_of(pickle) == str(folder.path)
+    ]
+    return max(ours, key=lambda job: [int(number) for number in job.job_id.split("_")], default=None)
+
+
+def submitted_jobs(run_dir: Path) -> Iterator[tuple[SlurmJob, Path]]:
+    """Yield the Slurm jobs that submitit has submitted for the runs of a sweep, each with its pickle."""
+    local = submitit_folder(run_dir)
+    clusters = {None: local} | {path.name.removeprefix("on-"): path for path in local.glob("on-*")}
+    for cluster, folder in clusters.items():
+        for path in folder.glob("[0-9]*"):
+            pickle, array = path / f"{path.name}_submitted.pkl", path.name.split("_")[0]
+            if pickle.is_file() and is_batch_script(folder / array / f"{array}_submission.sh"):
+                yield SlurmJob(path.name, cluster), pickle
+
+
+def is_batch_script(path: Path) -> bool:
+    """Tell the script of a Slurm job from submitit's empty one of agents on this machine, named by a process."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def run_dir_of(pickle: Path) -> str | None:
+    """Read the run folder that a job of ours is for; None where the pickle is of something else, or not whole."""
+    try:
+        arguments = DelayedSubmission.load(pickle).args
+    except Exception:  # whatever unpickling raises
+        return None
+    return arguments[0] if arguments and isinstance(arguments[0], str) else None

@@ -1,0 +1,124 @@
+"""Selection of the runs that a report is about: one run, a sweep of a folder, or all runs in it.
+
+Owns the choice, the sentence that names it, what else there is to see, and where the files of the report belong. Must
+not know what is computed from the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from launch.errors import ConfigError
+from launch.runs.find import is_run, runs_inside
+from launch.runs.sweeps import CURRENT, Sweep, current_sweep, read_sweeps
+
+MAX_OTHERS = 8
+"""Other sweeps that are listed one by one."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Runs that a report is about, of ``folder``: that of a sweep's points, or of one run."""
+
+    folder: Path
+    runs: tuple[Path, ...]
+    sweep: Sweep | None = None
+    is_current: bool = True
+    """False for a sweep that another one has followed, and for all runs of a folder that has sweeps."""
+
+    @property
+    def stem(self) -> str:
+        """Name of the report's files, without their endings."""
+        if len(self.runs) == 1:
+            return "summary"
+        return "scaling" if self.is_current or self.sweep is not None else "all_runs"
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders that the report is written into: the current sweep's lies where the last report is looked for too."""
+        if len(self.runs) == 1:
+            return [self.runs[0]]
+        kept = None if self.sweep is None else self.sweep.folder(self.folder)
+        above = [self.folder] if self.is_current or kept is None else []
+        return [*above, *([] if kept is None else [kept])]
+
+    @property
+    def dashboard(self) -> Path | None:
+        """Folder whose Scaling run in TensorBoard shows this report; None where that shows another, or none."""
+        return self.folder if self.is_current and len(self.runs) > 1 else None
+
+    @property
+    def text(self) -> str:
+        """One sentence on what is shown of a folder with sweeps; empty where the heading says it."""
+        if self.sweep is not None:
+            shown = self.sweep.summary(read_sweeps(self.folder))
+            return f"{shown[:1].upper()}{shown[1:]} of {self.folder}."
+        return "" if self.is_current else f"All {len(self.runs)} runs of {self.folder}."
+
+    def others(self) -> list[str]:
+        """Lines for people on what else there is to see in the folder, with what to type."""
+        if is_run(self.folder):
+            return []
+        command = f"python -m launch.report {quote(str(self.folder))}"
+        every_sweep = read_sweeps(self.folder)
+        sweeps = [one for one in reversed(every_sweep) if self.sweep is None or one != self.sweep]
+        lines = [f"{one.summary(every_sweep)}: {command} --sweep {one.number}" for one in sweeps[:MAX_OTHERS]]
+        if len(sweeps) > MAX_OTHERS:
+            numbers = ", ".join(str(one.number) for one in sweeps[MAX_OTHERS:])
+            lines.append(f"sweeps {numbers}: {command} --sweep N")
+        every = len(set(runs_inside(self.folder, depth=1)) | set(self.runs))
+        if every > len(self.runs):
+            lines.append(f"all {every} runs of the folder: {command} --all")
+        return ["also here:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def select(folder: Path, number: int | None = None, *, every: bool = False) -> Selection:
+    """Choose the runs of a report of ``folder``.
+
+    They are the run itself; of a folder with runs the sweep that was typed last, the one with this ``number``, or with
+    ``every``, and where no sweep was typed, all of them.
+
+    Raises:
+        ConfigError: there is no such run, or no such sweep.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}", "a folder with runs in it", suggestion(folder.parent))
+    if is_run(folder) and number is None and not every:
+        return Selection(folder, (folder,))
+    current = current_sweep(folder)
+    sweep = current if number is None else numbered(folder, number)
+    if sweep is not None and not every:
+        return Selection(folder, paths(folder, sweep.points), sweep, is_current=sweep == current)
+    found = runs_inside(folder, depth=1)
+    if not found:
+        expected = "a run folder, or a folder with runs in it (each has metrics/, attempts/ or plan.json)"
+        raise ConfigError(f"no run in {folder}", expected, suggestion(folder))
+    return Selection(folder, tuple(found), is_current=current is None)
+
+
+def numbered(folder: Path, number: int) -> Sweep:
+    """The sweep with this number. Raises ConfigError where there is none."""
+    known = read_sweeps(folder)
+    for sweep in known:
+        if sweep.number == number:
+            return sweep
+    told = "; ".join(sweep.summary(known) for sweep in known) or f"no sweep (none is recorded in {folder / CURRENT})"
+    likely = f"--sweep {known[-1].number}" if known else "--all"
+    raise ConfigError(f"no sweep {number} in {folder}", told, f"python -m launch.report {quote(str(folder))} {likely}")
+
+
+def paths(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
+    """The run folders of points."""
+    return tuple(folder / name for name in names)
+
+
+def suggestion(folder: Path) -> str:
+    """A command that works: for the newest folder with runs at or below ``folder``, or to make one."""
+    near = [folder, *folder.iterdir()] if folder.is_dir() else []
+    fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
+    if fitting:
+        return f"python -m launch.report {max(fitting, key=lambda path: path.stat().st_mtime)}"
+    return "python -m launch -m nodes=1,2"

@@ -1,0 +1,108 @@
+"""Batches read ahead: the same ones, one step early, and an end of the thread however a run ends."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpt.data.loader import Samples, Windows, train_indices
+from gpt.data.prefetch import BatchPrefetcher
+from gpt.topology.batch import Batch
+from launch.errors import ConfigError
+from tests.data.test_loader import text  # noqa: F401
+
+BATCH = Batch(global_batch=8, ranks=2, per_rank=4, micro=2, accumulation=2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def samples(text: Any) -> Samples:  # noqa: F811
+    return Samples(text[1], block_size=16, seed=1)
+
+
+def batches_of(samples: Any, last_step: int = 100) -> BatchPrefetcher:
+    return BatchPrefetcher(samples, BATCH, 1, last_step, CPU)
+
+
+def test_batches_are_those_of_the_steps_in_whatever_order_they_are_taken(samples: Samples) -> None:
+    batches = batches_of(samples)
+    for step in (1, 2, 3, 70, 71, 2):  # as after a resume, and in a second epoch
+        taken = batches.take(step)
+        indices = train_indices(step, 1, BATCH)
+        tokens, targets = samples.batch("train", indices)
+        assert torch.equal(taken.tokens, tokens) and torch.equal(taken.targets, targets)
+        assert taken.tokens.is_contiguous() and taken.targets.is_contiguous()
+        assert (taken.first, taken.last) == (indices[0], indices[-1])
+    batches.close()
+
+
+def read_by(build: Callable[[int], None]) -> Any:
+    """Samples that call ``build`` with the step whose batch is read, in the thread that reads it."""
+
+    def read(split: str, indices: Any) -> torch.Tensor:
+        build(int(indices[0]) // BATCH.global_batch + 1)
+        return torch.from_numpy(indices)[:, None].repeat(1, 3)
+
+    return SimpleNamespace(read=read, announce=lambda indices: None)
+
+
+def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last() -> None:
+    read = {step: threading.Event() for step in (1, 2, 3, 4)}
+    batches = batches_of(read_by(lambda step: read[step].set()), last_step=3)
+    batches.take(1)
+    assert read[2].wait(60), "nobody has asked for it yet"
+    assert not read[3].is_set(), "one step ahead, not two"
+    batches.take(2)
+    batches.take(3)
+    batches.close()
+    assert not read[4].is_set()
+
+
+def test_a_failure_to_read_fails_the_step_that_it_belongs_to() -> None:
+    def fail(step: int) -> None:
+        if step == 3:
+            raise ConfigError("a file that is gone", "a file", "another folder")
+
+    batches = batches_of(read_by(fail))
+    batches.take(1)
+    batches.take(2)
+    with pytest.raises(ConfigError, match="a file that is gone"):
+        batches.take(3)
+    batches.close()
+
+
+def test_the_thread_ends_with_the_run(samples: Samples) -> None:
+    before = set(threading.enumerate())
+    batches = batches_of(samples)
+    batches.take(1)
+    (thread,) = set(threading.enumerate()) - before
+    batches.close()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_slow_reading_hides_behind_computing(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Windows.read
+
+    def read_slowly(windows: Windows, position: int) -> Any:
+        time.sleep(0.005)
+        return read(windows, position)
+
+    monkeypatch.setattr(Windows, "read", read_slowly)
+    batches = batches_of(samples)
+    waited = [batches.take(1).waited_s]
+    for step in range(2, 8):
+        time.sleep(0.1)  # the step that is computed
+        waited.append(batches.take(step).waited_s)
+    batches.close()
+    assert waited[0] >= 0.02, "the first one is waited for"
+    assert statistics.median(waited[1:]) < 0.002
+    assert np.all(np.array(waited) >= 0)

@@ -1,0 +1,185 @@
+"""Run folders that are not as they were written: every command names the file, or does without it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from shlex import quote
+
+import pytest
+from omegaconf import DictConfig
+
+from gpt.metrics.comparison import read_metrics
+from launch import cancel, logs, move, status
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError, refusing
+from launch.jobs import stop
+from launch.jobs.handles import CONTROLLER, SlurmJob
+from launch.jobs.status import find_run_status, update
+from launch.plan.plan import make_plan, write_run
+from launch.report import build
+from launch.runs.files import write_json
+from launch.runs.folder import RunFolder
+from launch.runs.records import append_records
+from launch.scheduler.client import JobState
+from launch.sweep import explain, run_sweep
+from tests.support.commands import TINY
+
+WORDS = [*TINY, "cluster=local", "optim.max_steps=9", "seed=3"]
+NEEDED = {
+    "config.yaml": {"launch", "compare"},
+    "plan.json": {"move"},
+    "overrides.yaml": {"report"},
+    "sweep.json": {"report"},
+    "events.jsonl": {"status", "logs", "agent", "cancel", "move", "launch", "report", "compare"},
+    "environment.json": set(),
+    "rank_00000.jsonl": {"report", "compare"},
+    "waiting": set(),
+}
+"""Name of a file -> the commands that may refuse it."""
+SLOWLY_READ = ("config.yaml", "plan.json", "events.jsonl", "environment.json")
+"""Files that the two commands read which compose or check a whole config."""
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(bytes(range(256))),
+    "another value": lambda path: path.write_text("[1, {}]\n"),
+    "missing": lambda path: path.unlink(),
+    "directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of one rank that made two steps, and a sweep of that one run."""
+    outputs = tmp_path_factory.mktemp("whole")
+    words = [*WORDS, f"run_dir={outputs / 'run'}"]
+    composed = compose_launch(words)
+    plan = make_plan(typed_config(composed), words, ClusterKind.local)
+    write_run(plan, composed, words)
+    folder = RunFolder(plan.run_dir)
+    write_json(folder.path.parent / "sweep.json", {"points": [folder.point]})
+    folder.create_attempt()
+    folder.log(1, 0).write_text("step 1\n")
+    write_json(folder.environment(1), {"ranks": [{"rank": 0, "node": 0, "host": "h", "device_name": "cpu"}]})
+    known = {"attempt": 1, "loss": 2.5, "tokens": 32, "samples": [0, 3], "step_time_s": 0.1}
+    append_records(folder.metrics(0), [{"step": step, "time": float(step), **known} for step in (1, 2)])
+    (folder.path / ".launch").mkdir()
+    (folder.path / ".launch" / "waiting").write_text("elsewhere 1 1 0")
+    return folder
+
+
+@pytest.fixture
+def folder(whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
+    """A copy of it, worked on by what looks like its controller: a process that ends at SIGTERM."""
+    monkeypatch.setattr(stop, "POLL_S", 0.01)
+    shutil.copytree(whole.path.parent, tmp_path / "sweep")
+    folder = RunFolder(tmp_path / "sweep" / "run")
+    controller = subprocess.Popen(["bash", "-c", f"exec -a {CONTROLLER} sleep 600"])
+    place = {"cluster": "local", "job_id": str(controller.pid), "host": os.uname().nodename, "nodes": 1}
+    folder.record_event("submitted", **place)
+    folder.record_event("agent_started", job="j", nodes=1, allocated_at=0.0)
+    folder.record_event("started", attempt=1, max_steps=9)
+    yield folder
+    controller.kill()
+    controller.wait()
+
+
+@cache
+def composed_once() -> DictConfig:
+    """The config of the command that launches the run again, without its place."""
+    return compose_launch([*WORDS, "dry_run=true"])
+
+
+def commands(folder: RunFolder) -> dict[str, Callable[[], object]]:
+    """The commands that read a run folder, without what they would start or draw; cancel last, as it ends the run."""
+    path, above = str(folder.path), folder.path.parent
+
+    def launch() -> None:
+        composed = deepcopy(composed_once())
+        composed.run_dir = path
+        run_sweep([(composed, [*WORDS, "dry_run=true"])])
+
+    return {
+        "status": lambda: status.main([path]),
+        "logs": lambda: logs.main([path]),
+        "agent": lambda: logs.node_of(find_run_status(folder), 0),
+        "move": lambda: move.is_watched(find_run_status(folder)),
+        "launch": launch,
+        "report": lambda: build(above),
+        "compare": lambda: read_metrics(folder, "a"),
+        "cancel": lambda: cancel.main([path]),
+    }
+
+
+def answer(command: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status of a command, and what it printed. Any other exception is a traceback for the user."""
+
+    def main() -> int:
+        done = command()
+        return done if type(done) is int else 0
+
+    capsys.readouterr()
+    return refusing(main)(), "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_damaged_file_is_named_or_done_without(
+    name: str, damage: str, folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = (path for path in folder.path.parent.rglob("*") if path.name == name)
+    DAMAGES[damage](path)
+    present = damage != "missing"
+    for command, call in commands(folder).items():
+        if command in ("launch", "cancel") and name not in SLOWLY_READ:
+            continue
+        ended, text = answer(call, capsys)
+        if (name, command) == ("config.yaml", "launch") or ((name, command) == ("plan.json", "move") and present):
+            assert ended == 2, f"{command} went on without {name}:\n{text}"
+        if ended == 2:
+            assert command in NEEDED[name], f"{command} does without {name}:\n{text}"
+            assert "found: " in text and "expected: " in text and "type next: " in text, f"{command}:\n{text}"
+            assert str(path) in text or str(path.relative_to(folder.path)) in text, f"{command}:\n{text}"
+        elif command == "cancel" and name != "events.jsonl":
+            assert "cancelled" in [e["event"] for e in folder.read_events()], text
+    told = name == "plan.json" and present
+    assert told == ("plan.json" in answer(lambda: status.main([str(folder.path)]), capsys)[1])
+
+
+def test_a_config_that_was_cut_off_is_no_key_to_type(folder: RunFolder) -> None:
+    text = folder.config.read_text()
+    folder.config.write_text(text[: text.index("n_layer")].rsplit("\n", 1)[0] + "\n")
+    with pytest.raises(ConfigError) as refusal:
+        commands(folder)["launch"]()
+    assert str(folder.config) in refusal.value.found and "model.n_layer" in refusal.value.found
+    assert "=VALUE" not in refusal.value.fix
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "out", Path("/proc/out")):
+        words = [*TINY, "cluster=local", f"output_dir={place}"]
+        with pytest.raises(ConfigError) as refusal:
+            run_sweep([(compose_launch(words), words)])
+        assert f"{place}" in refusal.value.found and "output_dir=FOLDER" in refusal.value.fix
+
+
+def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> None:
+    folder.events.write_text("")
+    folder.record_event("submitted", cluster="slurm", job_id="7", nodes=2)
+    point = find_run_status(folder)
+    update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
+    assert point.state == "failed"
+    text = explain(point)
+    assert f"FAILED, its agents left no word: the nodes may not see {folder.path}" in text
+    assert f"srun --nodes=1 ls -ld {quote(str(folder.path))} tells" in text
+    folder.record_event("agent_started", job="slurm-7-0-0", nodes=2, allocated_at=0.0)
+    update(point, {})
+    assert not point.detail

@@ -1,0 +1,57 @@
+"""Warnings of a plan: fp32 on GPUs with bf16, many epochs, and more than one time limit; silence elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpt.config import Precision
+from gpt.planning.advice import many_time_limits, slow_precision
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
+from launch.plan.plan import Plan, make_plan
+from launch.plan.text import plan_text
+
+GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "cluster.gpu_name=H100", "model=gpt2_124m", "optim=gpt2")
+
+
+def plan_of(*words: str) -> Plan:
+    return make_plan(typed_config(compose_launch(words)), words, ClusterKind.slurm)
+
+
+def test_the_first_run_of_a_newcomer_is_warned_of() -> None:
+    # 19,000 steps of 512 x 1024 tokens, of a corpus of 8 MiB of which nine tenths are for training.
+    plan = plan_of(*GPUS, "precision=fp32")
+    precision, epochs, limits = plan.warnings
+    assert "about 15 times higher in bf16: precision=bf16" in precision  # 989 / 67
+    assert "9.96 B tokens from a corpus of 7.55 M: 1,319 epochs" in epochs
+    assert " h by the estimate of the planner, and cluster.timeout_min=60: " in limits
+    assert all(warning in plan_text(plan) for warning in plan.warnings)
+    fewer = next(word for word in epochs.split() if word.startswith("optim.max_steps="))
+    longer = next(word for word in limits.split() if word.startswith("cluster.timeout_min=") and ":" not in word)
+    assert plan_of(*GPUS, fewer, longer).warnings == ()  # precision=auto is bf16 there
+    assert Plan.from_dict(plan.as_dict()) == plan
+
+
+def test_where_nothing_is_known_nothing_is_said() -> None:
+    assert plan_of("nodes=2", "cluster=slurm").warnings == ()
+    unknown = plan_of(*GPUS[:2], *GPUS[3:], "precision=fp32").warnings
+    assert not [warning for warning in unknown if "precision" in warning or "time limit" in warning]
+
+
+@pytest.mark.parametrize(("name", "times"), [("NVIDIA B200", "many"), ("NVIDIA A100-SXM4-40GB", "about 16")])
+def test_the_factor_of_bf16_is_that_of_the_peaks(name: str, times: str) -> None:
+    assert [times in warning for warning in slow_precision(name, Precision.fp32)] == [True]
+    assert [*slow_precision(name, Precision.bf16)] == []
+
+
+@pytest.mark.parametrize("name", ["Tesla V100-SXM2-16GB", "NVIDIA H20"])
+def test_a_device_without_bf16_or_of_unknown_peak_is_left_alone(name: str) -> None:
+    assert [*slow_precision(name, Precision.fp32)] == []
+
+
+def test_the_limit_that_is_proposed_is_enough() -> None:
+    assert [*many_time_limits(3600, 60)] == []
+    (told,) = many_time_limits(3601, 60)
+    assert "about 60 min" in told and ": 2 time limits" in told and "cluster.timeout_min=70 " in told
+    (told,) = many_time_limits(9.3 * 86400, 1440)
+    assert "about 9.3 days" in told and ": 10 time limits" in told and "cluster.timeout_min=14740 " in told

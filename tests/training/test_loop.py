@@ -1,0 +1,106 @@
+"""The loop over the steps: what it leaves out of them, and how ranks without an agent agree to save and to stop."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from gpt.train import train
+from launch.runs.records import read_records
+from launch.worker import Run as Rank
+from tests.support.distributed import run_distributed
+from tests.support.learning import start
+from tests.support.watching import Operations
+
+STEPS, INTERVAL = 200, 50
+SAVE_AT, STOP_AT = 120, 180
+WORDS = [
+    *(f"optim.max_steps={STEPS}", f"gc_interval={INTERVAL}", "eval.interval=0", "checkpoint.interval=0"),
+    *("model.n_layer=1", "optim.max_micro_batch=8", "logging.csv=false", "logging.json=false"),
+]
+
+
+class Asked(Rank):
+    """A rank under torchrun alone, of which one is asked something in the middle of a step."""
+
+    step = 0
+
+    def save_requested(self) -> bool:
+        self.step += 1
+        return self.rank == 1 and self.step == SAVE_AT
+
+    def stop_requested(self) -> bool:
+        return self.rank == 1 and self.step + 1 >= STOP_AT
+
+
+def groups_of(args: Any) -> list[str]:
+    """Names of the process groups among the arguments of a collective."""
+    return [
+        dist.ProcessGroup.unbox(a).group_name for a in args if "ProcessGroup" in str(getattr(a, "_type", lambda: "")())
+    ]
+
+
+def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Train until it is stopped; collections and messages between the processes by step."""
+    run = start(rank, size, folder, *WORDS)
+    run.worker = Asked(rank, rank, size)
+    run.worker.open_folder(run.folder.path, run.attempt)
+    collected: list[tuple[int, int]] = []
+    messages: list[int] = []
+    control = run.world.control.group_name
+
+    def on_collection(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append((run.step, info["generation"]))
+
+    def is_message(name: str, args: Any, kwargs: Any) -> bool:
+        if name.startswith("c10d.") and control in groups_of(args):
+            messages.append(run.step)
+        return False
+
+    gc.callbacks.append(on_collection)
+    try:
+        with Operations(is_message):
+            outcome = train(run)
+    finally:
+        gc.callbacks.remove(on_collection)
+    return {
+        "outcome": outcome,
+        "collected": collected,
+        "messages": messages,
+        "step": run.step,
+        "enabled": gc.isenabled(),
+        "saved": run.store.steps(),
+        "recorded": [record["step"] for record in read_records(run.folder.metrics(rank))],
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_distributed(watch, 2, tmp_path_factory.mktemp("loop") / "run")
+
+
+def test_garbage_is_collected_on_the_same_steps_by_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        during = [(step, generation) for step, generation in found["collected"] if 0 < step < SAVE_AT]
+        assert during == [(50, 1), (100, 1)]
+        assert (0, 2) in found["collected"], "what was left from building, all of it, once"
+        assert found["enabled"], "given back to Python"
+
+
+def test_steps_exchange_no_messages_between_the_processes(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert not [step for step in found["messages"] if step <= 100]
+        assert found["messages"], "those of saving are seen"
+
+
+def test_ranks_without_an_agent_obey_what_one_of_them_is_asked(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["outcome"] == "stopped"
+        assert STOP_AT <= found["step"] <= STOP_AT + 2
+        assert found["saved"] == [SAVE_AT + 1, found["step"]]
+        assert found["recorded"] == list(range(1, found["step"] + 1))
