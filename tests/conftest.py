@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from launch.runs import unwritten
 from tests.support.commands import STARTED, kill_all
 from tests.support.cost import is_quick, seconds
 
@@ -33,6 +34,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     from tests.support.schedule import WaitingBesideComputing
 
     return WaitingBesideComputing(config, log)
+
+
+@pytest.fixture(autouse=True)
+def keeps_nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin as a command does, which keeps no lines for later: a test before this one may have been a rank or an agent."""
+    monkeypatch.setattr(unwritten, "_keeps", False)
+    monkeypatch.setattr(unwritten, "_kept", {})
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,7 @@ def _general(state: State) -> dict[str, str]:
         # A step that could not report its end, as the cable was out, tries again after 60 s. If the node comes back
         # meanwhile and the step may not take so long, the node is drained for it ("Kill task failed").
         "UnkillableStepTimeout": "120",
-        "MinJobAge": "300",
+        "MinJobAge": "3600",  # a job stays known while whatever looks at it still runs, on a slow machine too
     }
 
 
