@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from launch.runs import unwritten
@@ -16,6 +17,11 @@ from tests.support.cost import is_quick, seconds
 
 # Before torch is imported. With two threads the last bits differed in 1 of 19 runs, and the workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in each run, so that a change is what decides. HYPOTHESIS_PROFILE=random draws others.
+hypothesis.settings.register_profile("same", derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile("random", print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
 @pytest.fixture(autouse=True)
 def keeps_nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin as a command does, which keeps no lines for later: a test before this one may have been a rank or an agent."""
+    """Begin as a command, which keeps no lines for later: a test before this one may have been a rank or an agent."""
     monkeypatch.setattr(unwritten, "_keeps", False)
     monkeypatch.setattr(unwritten, "_kept", {})
 

@@ -204,9 +204,11 @@ def expert_bytes(model: ModelConfig, sequences: int, width: int, factors: Parall
 
     With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
     """
-    rows = sequences * expert_rows(model) // factors.cp + (1 if model.capacity_factor else 0)
+    rows = sequences * expert_rows(model) // factors.cp
     orders = 2 * INT64 if factors.sends_rows else 0  # in which they are sorted by expert there, and back
-    return rows * (orders + width * (model.n_embd + inner_tensors(model) * -(-model.ffn_width // factors.tp)))
+    inner = inner_tensors(model) * -(-model.ffn_width // factors.tp)
+    left_over = width * model.n_embd if model.capacity_factor else 0  # one row, which no expert is given
+    return rows * (orders + width * (model.n_embd + inner)) + left_over
 
 
 def dropout_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
