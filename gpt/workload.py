@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from gpt.accounting import flops, parameters
 from gpt.accounting.hardware import GIGA, KNOWN, find, memory_bytes
+from gpt.checkpoint.verify import saved_checkpoints
 from gpt.config import Device, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute
 from gpt.conversion.source import check_init_from
@@ -35,6 +36,7 @@ from launch.process import hash_seed
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import ROOT, source_files
 from launch.runs.ranges import closest
+from launch.runs.saved import SavedCheckpoint
 from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan
 
 BYTES_PER_PARAMETER = 12
@@ -117,6 +119,10 @@ class GptWorkload:
     def code(self, config: TrainConfig) -> CodeTree:
         """The packages of this project."""
         return CodeTree(ROOT, source_files, has_launcher=True)
+
+    def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
+        """Yield the checkpoints of a run, newest first."""
+        return saved_checkpoints(folder.checkpoints)
 
 
 def plain_values(parallel: ParallelConfig) -> dict[str, Any]:

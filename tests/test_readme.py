@@ -29,7 +29,7 @@ def commands(start_word: str) -> list[str]:
 
 def test_every_command_is_tested_here() -> None:
     known = ("python3 -m venv", "python -m launch ", "python -m gpt.train", "torchrun", "tensorboard", "sbatch")
-    modules = tuple(f"python -m launch.{name}" for name in ("report", "doctor", "status", "logs", "cancel"))
+    modules = tuple(f"python -m launch.{name}" for name in ("report", "doctor", "status", "logs", "cancel", "verify"))
     modules += tuple(f"python -m gpt.{name}" for name in TOOLS)
     assert [c for c in COMMANDS if not c.startswith((*known, *modules))] == []
 
@@ -114,7 +114,7 @@ def test_the_report_is_made_of_what_was_trained(trained: Path) -> None:
     assert (trained / "outputs" / "quick_test" / "scaling.png").is_file()
 
 
-@pytest.mark.parametrize("module", ["status", "logs", "cancel"])
+@pytest.mark.parametrize("module", ["status", "logs", "cancel", "verify"])
 def test_a_run_that_is_over_can_be_looked_at(module: str, trained: Path) -> None:
     for command in commands(f"python -m launch.{module}"):
         there = next((trained / "outputs" / "launched").glob("*/plan.json")).parent

@@ -66,6 +66,7 @@ ROOMS = {
     "launch.status": ("launch.checks",),
     "launch.logs": ("launch.checks",),
     "launch.cancel": ("launch.checks",),
+    "launch.verify": ("launch.checks",),
     "launch.doctor": ("launch.checks",),
     "launch.__main__": ("launch.sweep", "launch.batch"),
     "hydra_plugins": ("launch.sweep",),
@@ -95,7 +96,20 @@ ROOMS = {
 ROOTS = {
     "gpt": {"__init__", "workload", *COMMANDS},
     "launch": {
-        *("__init__", "__main__", "status", "logs", "cancel", "move", "batch", "sweep", "workload", "script", "worker"),
+        *(
+            "__init__",
+            "__main__",
+            "status",
+            "logs",
+            "cancel",
+            "verify",
+            "move",
+            "batch",
+            "sweep",
+            "workload",
+            "script",
+            "worker",
+        ),
         *("errors", "process"),
     },
 }

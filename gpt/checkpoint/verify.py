@@ -1,0 +1,60 @@
+"""Checkpoints of a run as they lie on disk: which there are, and whether each is byte for byte what was saved.
+
+Owns the check from outside, by one process and while the run may go on. Changes nothing: what a run finds damaged when
+it loads, it sets aside itself. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gpt.checkpoint import folders
+from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, find_damage, read_manifest
+from launch.runs.saved import SavedCheckpoint
+
+
+def saved_checkpoints(folder: Path) -> Iterator[SavedCheckpoint]:
+    """Yield the checkpoints in a run's folder of checkpoints, newest first, then those that a load has set aside."""
+    for path in reversed(folders.list_committed(folder)):
+        yield checkpoint_at(path)
+    for path in folders.list_set_aside(folder):
+        yield SavedCheckpoint(path, None, 0, lambda told: ("set aside: a load found it damaged",))
+
+
+def checkpoint_at(path: Path) -> SavedCheckpoint:
+    """Describe the checkpoint in ``path``; nothing but its manifest is read before it is checked."""
+    step = folders.step_of(path)
+    try:
+        manifest = read_manifest(path)
+    except (DamagedError, RuntimeError) as error:
+        damage = str(error)
+        return SavedCheckpoint(path, step, 0, lambda told: damage_now(path, damage))
+    size = sum(entry.size for entry in manifest.files.values())
+    return SavedCheckpoint(path, step, size, lambda told: check(path, step, manifest, told))
+
+
+def check(path: Path, step: int, manifest: Manifest, told: Callable[[int], None]) -> tuple[str, ...] | None:
+    """Compare every file with the manifest.
+
+    Args:
+        path: folder of the checkpoint.
+        step: step in the folder's name.
+        manifest: content of the folder as it was saved.
+        told: called with the bytes that were read since the last call.
+
+    Returns:
+        What is damaged, nothing where all is whole; None where the run has deleted the checkpoint meanwhile.
+    """
+    wrong = [] if manifest.step == step else [f"{NAME} is that of step {manifest.step}"]
+    for name, entry in sorted(manifest.files.items()):
+        damage = find_damage(path / name, entry)
+        if damage is not None:
+            wrong.append(damage)
+        told(entry.size)
+    return damage_now(path, *wrong) if wrong else ()
+
+
+def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
+    """Return ``damage``; None where the checkpoint is no longer there, and so was being deleted."""
+    return damage if path.exists() else None

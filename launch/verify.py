@@ -1,0 +1,102 @@
+"""``python -m launch.verify PATH...``: whether every checkpoint of runs is byte for byte what was saved.
+
+Owns which checkpoints are read, the progress, and what is said of each. The workload knows what they are made of.
+Changes nothing, and may be asked while a run goes on. Torch-free.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch.config.compose import read_point, workload_of
+from launch.errors import CommandParser, refusing
+from launch.runs.find import find_runs, labels_inside
+from launch.runs.folder import RunFolder
+from launch.runs.saved import SavedCheckpoint
+
+
+def saved(folder: RunFolder) -> list[SavedCheckpoint] | None:
+    """Checkpoints of a run, newest first; None where its workload keeps no account of them.
+
+    Raises:
+        ConfigError: the config of the run is damaged.
+    """
+    listing = getattr(workload_of(read_point(folder)), "checkpoints", None)
+    return None if listing is None else list(listing(folder))
+
+
+def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str) -> tuple[int, int]:
+    """Check the checkpoints of a run and print a line for each. Returns how many are whole, and how many damaged."""
+    whole = broken = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=sum(each.size for each in checkpoints))
+        for each in checkpoints:
+            damage = each.find_damage(lambda size: progress.advance(task, size))
+            name = f"{title} {each.path.name}"
+            if damage is None:
+                progress.console.print(f"{name}: deleted meanwhile, as newer ones are kept", highlight=False)
+                continue
+            whole, broken = whole + (not damage), broken + bool(damage)
+            said = f"damaged: {'; '.join(damage)}" if damage else f"whole, {each.size / 2**20:,.1f} MiB"
+            progress.console.print(f"{name}: {said}", highlight=False, markup=False)
+    return whole, broken
+
+
+def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool) -> bool:
+    """Check the checkpoints of runs, and say of each run what it would go on from. Whether nothing is damaged."""
+    folders = list(folders)
+    labels = labels_inside({folder.path.parent for folder in folders})
+    sound = True
+    for folder in folders:
+        title = labels[folder.path]
+        found = saved(folder)
+        if found is None:
+            console.print(f"{title}: its checkpoints are its own program's, which says nothing of their content here")
+            continue
+        chosen = list(_newest(found)) if newest else found
+        whole, broken = verify(chosen, console, title)
+        sound = sound and not broken
+        console.print(f"{title}: {_summary(found, whole, broken)}", highlight=False, markup=False)
+    return sound
+
+
+def _newest(found: Sequence[SavedCheckpoint]) -> Iterator[SavedCheckpoint]:
+    yield from [each for each in found if each.step is not None][:1]
+
+
+def _summary(found: Sequence[SavedCheckpoint], whole: int, broken: int) -> str:
+    if not found:
+        return "no checkpoint yet"
+    text = f"{whole} whole, {broken} damaged"
+    if broken and not whole:
+        return f"{text}; a new start would be refused: restore one from a backup, or fresh=true begins anew"
+    return f"{text}; a new start passes over what is damaged" if broken else text
+
+
+@refusing
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 all is whole, 1 something is damaged, 2 there is no such run."""
+    parser = CommandParser(
+        prog="python -m launch.verify",
+        description="Read every checkpoint of runs and compare it with what was saved. Changes nothing.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="a run folder, the label of a run, or a folder with runs in it",
+    )
+    parser.add_argument("--newest", action="store_true", help="only the newest of each run, which it would go on from")
+    args = parser.parse_args(arguments)
+    return 0 if verify_runs(find_runs(args.paths), Console(soft_wrap=True), newest=args.newest) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
