@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.config.compose import read_point, workload_of
+from launch.config.compose import workload_of_run
 from launch.errors import CommandParser, refusing
 from launch.runs.find import find_runs, labels_inside
 from launch.runs.folder import RunFolder
@@ -26,7 +26,7 @@ def saved(folder: RunFolder) -> list[SavedCheckpoint] | None:
     Raises:
         ConfigError: the config of the run is damaged.
     """
-    listing = getattr(workload_of(read_point(folder)), "checkpoints", None)
+    listing = getattr(workload_of_run(folder), "checkpoints", None)
     return None if listing is None else list(listing(folder))
 
 

@@ -181,12 +181,25 @@ def read_point(folder: RunFolder) -> Config:
         ConfigError: the folder holds no run, or its config is damaged.
     """
     loaded = compose.read_document(folder)
+    return compose.stored_as(folder, loaded, schema_of(_target_in(folder, loaded)))
+
+
+def workload_of_run(folder: RunFolder) -> Workload:
+    """The workload of a run folder, also of one that ``gpt.train`` made without the launcher.
+
+    Raises:
+        ConfigError: the folder holds no run, or its config is damaged.
+    """
+    return load_workload(_target_in(folder, compose.read_document(folder)))
+
+
+def _target_in(folder: RunFolder, loaded: DictConfig) -> str:
     if "workload" not in loaded:
         loaded.workload = {"_target_": BEFORE_WORKLOADS}
     target = loaded.workload.get("_target_") if isinstance(loaded.workload, DictConfig) else None
     if not isinstance(target, str):
         raise damaged(folder.config, "it names no workload")
-    return compose.stored_as(folder, loaded, schema_of(target))
+    return target
 
 
 def default_grace_period_s() -> float:
