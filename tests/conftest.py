@@ -44,7 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
 @pytest.fixture(autouse=True)
 def keeps_nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin as a command, which keeps no lines for later: a test before this one may have been a rank or an agent."""
+    """Begin as a command does, which keeps no lines for later: the test before may have been a rank or an agent."""
     monkeypatch.setattr(unwritten, "_keeps", False)
     monkeypatch.setattr(unwritten, "_kept", {})
 

@@ -94,22 +94,9 @@ ROOMS = {
 """Room -> the rooms right below it. A module imports from its own room and from those below, however far down."""
 
 ROOTS = {
-    "gpt": {"__init__", "workload", *COMMANDS},
+    "gpt": {"__init__", *COMMANDS},
     "launch": {
-        *(
-            "__init__",
-            "__main__",
-            "status",
-            "logs",
-            "cancel",
-            "verify",
-            "move",
-            "batch",
-            "sweep",
-            "workload",
-            "script",
-            "worker",
-        ),
+        *("__init__", "__main__", "status", "logs", "cancel", "verify", "move", "batch", "sweep", "workload"),
         *("errors", "process"),
     },
 }

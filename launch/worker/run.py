@@ -1,27 +1,11 @@
-"""The public API of a rank: what a training script may say to the launcher, and hear from it.
+"""Line of one rank to the launcher: what it says of its steps, and when it hears that it is to save or to leave.
 
-    from launch import worker
-
-    run = worker.attach()
-    for step in range(first_step, steps):
-        ...
-        run.record(step, loss=loss, tokens=tokens)
-        if run.stop_requested():
-            save(run.checkpoint_dir, step)
-            run.saved(step)
-            break
-
-The same script runs without the launcher: ``attach`` then gives a stand-in that writes nothing. Standard library only;
-``gpt.train`` is the first user. docs/scripts.md tells it at length. Must not know what a script trains, nor with what.
+Standard library only. Must not know how a rank is found and attached (``launch.worker``).
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import faulthandler
-import numbers
-import os
 import signal
 import sys
 import threading
@@ -31,26 +15,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.process import die_with_parent
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import BEAT_S, ENVIRONMENT, FROM_FILE, HeartbeatFile, Phase, Request
+from launch.runs.heartbeat import FROM_FILE, HeartbeatFile, Phase, Request
 from launch.runs.records import RecordWriter
 from launch.runs.unwritten import keep_unwritten, say, write_unwritten
+from launch.worker.figures import StepTimes, plain_figure
+from launch.worker.requests import FolderRequests
 
-STORE_PREFIX = "LAUNCH_STORE_PREFIX"
-"""Variable of an agent's ranks: a secret prefix, the same for all, for their keys in the store at MASTER_PORT."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """Signals that mean: save and leave. SIGUSR1 is left alone, NCCL uses it."""
-STACK_SIGNAL = signal.SIGQUIT
-"""Signal by which an agent asks a rank that is stuck for the stacks of its threads."""
-LOOK_S = 1.0
-"""Between two looks into the run folder, which may be on a shared filesystem."""
 AGREEMENT_S = 10.0
 """Longest wait for the agents while they agree on a stop; less where the grace period is short."""
 SAVE_AGREEMENT_S = 60.0
 """Longest wait for the agents while they agree on a save, which has time: a rank that does not wait might miss it."""
-PAUSES = (Phase.evaluating, Phase.saving)
-"""Phases whose time is not part of a step."""
 
 
 class OutdatedAttemptError(RuntimeError):
@@ -88,17 +65,10 @@ class Run:
         self._writer: RecordWriter | None = None
         self._step = 0
         self._phase = Phase.starting
-        self._recorded: tuple[int, float] | None = None
-        self._pause: float | None = None
-        self._paused_s = 0.0
+        self._times = StepTimes()
         self._signal: signal.Signals | None = None
-        self._files = threading.Lock()
-        self._stop_file = False
-        self._save_file = False
-        self._saves_wanted = 0
-        self._saves_obeyed = 0
+        self._requests = FolderRequests(self._want, self.is_current, lambda: self._is_stopping)
         self._is_stopping = False
-        self._is_outdated = False
         self._has_ended = False
         self._has_warned = False
 
@@ -143,10 +113,10 @@ class Run:
             record: dict[str, Any] = {"step": step, "attempt": self.attempt}
             for name, value in figures.items():
                 self._add_figure(record, name, value)
-            if "step_time_s" not in figures and self._recorded is not None and step > self._recorded[0]:
-                record["step_time_s"] = (now - self._recorded[1] - self._paused_s) / (step - self._recorded[0])
+            step_time_s = self._times.take(step, now)
+            if "step_time_s" not in figures and step_time_s is not None:
+                record["step_time_s"] = step_time_s
             record.setdefault("time", time.time())
-            self._recorded, self._paused_s = (step, now), 0.0
             if self._writer is None:
                 self._writer = RecordWriter(self._runs.metrics(self.rank))
             self._writer.put(record)
@@ -186,10 +156,10 @@ class Run:
         Raises:
             OutdatedAttemptError: on rank 0, where a later attempt of the run has begun.
         """
-        if self._is_outdated:
+        if self._requests.is_outdated:
             raise OutdatedAttemptError(f"attempt {self.attempt} was replaced by a later one")
         if self._heartbeat is None:
-            answer = self._signal is not None or self._stop_file
+            answer = self._signal is not None or self._requests.stop_file
         else:
             self._move(self._step, Phase.training)
             answer = self._heartbeat.ask(Request.stop, self._limit_s)
@@ -203,11 +173,11 @@ class Run:
         away.
         """
         if self._heartbeat is None:
-            answer = self._saves_wanted > self._saves_obeyed
+            answer = self._requests.has_save
         else:
             answer = self._heartbeat.ask(Request.save, SAVE_AGREEMENT_S)
         if answer:
-            self._saves_obeyed = self._saves_wanted
+            self._requests.obey_save()
         return answer
 
     def is_current(self) -> bool:
@@ -264,7 +234,7 @@ class Run:
             self._runs = RunFolder(folder)
             keep_unwritten()
             if self.is_first:
-                threading.Thread(target=self._look_on, name="requests", daemon=True).start()
+                self._requests.watch(self.folder)
 
     def install_handlers(self) -> None:
         """Take the stop signals over from whoever handled them; only the main thread can."""
@@ -277,22 +247,19 @@ class Run:
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number)
+        self._want(Request.stop, number)
+
+    def _want(self, request: Request, value: int) -> None:
         if self._heartbeat is not None:
-            self._heartbeat.want(Request.stop, number)
+            self._heartbeat.want(request, value)
 
     def _move(self, step: int, phase: Phase) -> None:
         if phase is not self._phase:
-            self._change_phase(phase)
+            self._times.enter(phase)
+            self._phase = phase
         self._step = step
         if self._heartbeat is not None:
             self._heartbeat.move(step, phase)
-
-    def _change_phase(self, phase: Phase) -> None:
-        now = time.perf_counter()
-        if self._pause is not None:
-            self._paused_s += now - self._pause
-        self._pause = now if phase in PAUSES else None
-        self._phase = phase
 
     def _add_figure(self, record: dict[str, Any], name: str, value: object) -> None:
         try:
@@ -312,39 +279,13 @@ class Run:
 
     def _end(self, event: str, step: int, details: Mapping[str, Any]) -> None:
         self._has_ended = True
-        asked = {"signal": self.signal_name, "file": "STOP" if self._stop_file else None}
+        asked = {"signal": self.signal_name, "file": "STOP" if self._requests.stop_file else None}
         self._tell(event, step, {**asked, **details})
         self._clear_requests()
 
     def _clear_requests(self) -> None:
-        if self.folder is None or not self.is_first:
-            return
-        with self._files:  # else the thread might see a file that is about to go, and take it for a new request
-            if self._save_file and self._saves_obeyed == self._saves_wanted:
-                (self.folder / "SAVE").unlink(missing_ok=True)
-                self._save_file = False
-            if self._stop_file and self._is_stopping:
-                (self.folder / "STOP").unlink(missing_ok=True)
-
-    def _look_on(self) -> None:
-        """On rank 0: look into the run folder now and then, in a thread, since a shared filesystem may be slow."""
-        while not (self._is_stopping or self._is_outdated):
-            with contextlib.suppress(OSError), self._files:  # the next look may succeed
-                self._look()
-            time.sleep(LOOK_S)
-
-    def _look(self) -> None:
-        assert self.folder is not None
-        self._is_outdated = not self.is_current()
-        if not self._stop_file and (self.folder / "STOP").exists():
-            self._stop_file = True
-            if self._heartbeat is not None:
-                self._heartbeat.want(Request.stop, FROM_FILE)
-        if not self._save_file and (self.folder / "SAVE").exists():
-            self._save_file = True
-            self._saves_wanted += 1
-            if self._heartbeat is not None:
-                self._heartbeat.want(Request.save, self._saves_wanted)
+        if self.folder is not None and self.is_first:
+            self._requests.clear(self.folder)
 
     def _leave(self) -> None:
         """At the exit of the process: what a script need not say."""
@@ -367,113 +308,3 @@ class Run:
                 signal.signal(number, default)
         atexit.unregister(self._leave)
         self._heartbeat = self._runs = self._writer = self.folder = None
-
-
-def plain_figure(value: object) -> Any:
-    """Turn a figure into what JSON can hold.
-
-    Raises:
-        TypeError: it is neither a real number nor a list or mapping of such.
-    """
-    if isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain_figure(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_figure(each) for each in value]
-    if isinstance(value, numbers.Real):
-        return float(value)
-    item = getattr(value, "item", None)
-    if callable(item):
-        scalar = item()
-        if isinstance(scalar, (bool, int, float)):
-            return scalar
-    raise TypeError(f"{type(value).__name__} is no real number")
-
-
-_attached: Run | None = None
-
-
-def attach(handle_signals: bool = True) -> Run:
-    """Join the launcher as the rank that the environment names. A second call returns the same Run.
-
-    Without the launcher, and in a process that multiprocessing started, the Run is a stand-in: nothing is written, and
-    ``stop_requested`` answers by the signals of this process alone. To be called in the main thread, early: from here
-    on a request to stop is heard instead of ending the process.
-
-    Args:
-        handle_signals: take SIGTERM, SIGUSR2 and SIGINT as requests to stop. Without it the launcher is still heard,
-            but the signal that it sends besides is the script's own to handle.
-    """
-    global _attached
-    if _attached is None:
-        _attached = make_run(os.environ)
-        if handle_signals and not is_child():
-            _attached.install_handlers()
-        atexit.register(_attached._leave)
-        os.register_at_fork(after_in_child=_attached._let_go)
-    return _attached
-
-
-def is_child() -> bool:
-    """True where multiprocessing started this process, which then is no rank but the helper of one."""
-    module = sys.modules.get("multiprocessing.process")
-    return module is not None and module.parent_process() is not None
-
-
-def make_run(environment: Mapping[str, str]) -> Run:
-    """Make the Run of the rank that ``environment`` names, with its heartbeat where an agent keeps one."""
-    rank, local_rank, size = (int(environment.get(name, str(default))) for name, default in RANK_VARIABLES)
-    folder = environment.get("LAUNCH_RUN_DIR")
-    if folder is None or is_child():
-        return Run(rank, local_rank, size)
-    parent = os.getppid()  # before the heartbeat, by which others see this rank: from then on its parent may end
-    agent = environment.get("LAUNCH_AGENT_PID")
-    grace = environment.get("LAUNCH_GRACE_S")
-    heartbeat = open_heartbeat(environment.get(ENVIRONMENT), rank)
-    run = Run(rank, local_rank, size, float(grace) if grace else None, heartbeat, agent is not None)
-    run.open_folder(Path(folder), int(environment.get("LAUNCH_ATTEMPT", "1")))
-    checkpoints = environment.get("LAUNCH_CHECKPOINT_DIR")
-    if checkpoints:
-        run.checkpoint_dir = Path(checkpoints)
-    is_direct = agent is not None and parent == int(agent)
-    if agent is not None and is_direct:
-        die_with_parent(int(agent))
-    if heartbeat is not None:
-        register_stacks()
-        # A wrapper between agent and rank, as a shell or `uv run`, would leave the rank behind when it is killed.
-        wrapper = None if is_direct else parent
-        threading.Thread(target=beat_on, args=(heartbeat, wrapper), name="heartbeat", daemon=True).start()
-    return run
-
-
-RANK_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-"""Variables that torchrun sets too, with what a single process has."""
-
-
-def open_heartbeat(folder: str | None, rank: int) -> HeartbeatFile | None:
-    """Open the heartbeat file of a rank; None where no agent looks for it, or none can be made."""
-    if folder is None:
-        return None
-    try:
-        heartbeat = HeartbeatFile(Path(folder) / str(rank))
-    except OSError as error:  # in a container that does not see the node's folder for temporary files
-        say(f"launch.worker: no heartbeat, stops are not agreed on: {error}")
-        return None
-    heartbeat.open_for_rank()
-    return heartbeat
-
-
-def register_stacks() -> None:
-    """Write the stacks of all threads into the log when the agent asks for them, as it does of a rank that is stuck."""
-    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # standard error is no file
-        faulthandler.register(STACK_SIGNAL)
-
-
-def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
-    """Beat for as long as this process runs, and end it where its ``parent`` is gone."""
-    while True:
-        if parent is not None and os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        heartbeat.beat()
-        time.sleep(BEAT_S)

@@ -1,0 +1,115 @@
+"""The GPT of this project as the launcher sees it: its keys, the plan of a point, and the command of a rank.
+
+Owns what needs both sides: the config of a training run, and what is said of the nodes. Torch-free.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from gpt.accounting import parameters
+from gpt.checkpoint.verify import saved_checkpoints
+from gpt.config import TrainConfig
+from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute
+from gpt.conversion.source import check_init_from
+from gpt.data.corpus import check_fit, describe
+from gpt.planning import memory
+from gpt.planning.auto import choose_parallelism
+from gpt.planning.execution import assume_precision, choose_precision
+from gpt.topology.rules import check_parallel_dims, require_deepspeed
+from gpt.workload.nodes import estimated_step_s, gpu_name, machine_of, on_cpus
+from gpt.workload.refusals import refuse_what_does_not_fit, split_batch_over_nodes
+from gpt.workload.text import execution_rows, plain_values, plan_facts, plan_notes, plan_rows, plan_warnings, step_kind
+from launch.process import hash_seed
+from launch.runs.folder import RunFolder
+from launch.runs.provenance import ROOT, source_files
+from launch.runs.saved import SavedCheckpoint
+from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan
+
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: weights and both of Adam's moments, in fp32."""
+
+PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pipeline")
+"""Modules that ranks import, however they are configured."""
+
+
+class GptWorkload:
+    """``python -m gpt.train`` on every rank."""
+
+    name = "gpt"
+    schema = TrainConfig
+    not_in_point = NOT_IN_POINT
+    resumable = RESUMABLE
+
+    def make_paths_absolute(self, document: DictConfig) -> None:
+        """Take the paths that were typed relative to the folder they were typed in."""
+        make_paths_absolute(document)
+
+    def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
+        """Parallelism, batch, memory and corpus of a point.
+
+        Raises:
+            ConfigError: ranks, batch, model and corpus do not go together, or the nodes cannot hold them.
+        """
+        check_init_from(config, request.folder)
+        gpu = gpu_name(request)
+        precision = choose_precision(config, request.folder, on_cpus(config, request), gpu)
+        config = assume_precision(config, precision)
+        choice = choose_parallelism(
+            config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
+        )
+        config = choice.apply(config)
+        if request.is_local:
+            require_deepspeed(config)
+        dims = check_parallel_dims(config, request.world_size)
+        batch = split_batch_over_nodes(config, dims, request)
+        corpus = describe(config.data, config.data_cache)
+        check_fit(corpus, config.model, config.eval.sequences)
+        needed = memory.per_rank(config, dims, batch)
+        refuse_what_does_not_fit(config, needed, request)
+        counted = parameters.count(config.model)
+        interval = config.checkpoint.interval
+        often = interval // 2 if interval else config.optim.max_steps // 10
+        step_s = estimated_step_s(config, dims, batch, request)
+        return WorkloadPlan(
+            rows=plan_rows(config, dims, batch, needed, str(corpus)) | execution_rows(config, precision, request),
+            notes=plan_notes(choice),
+            facts=plan_facts(config, dims, batch, needed, str(corpus), choice),
+            settled={
+                "parallel": plain_values(config.parallel),
+                "optim.max_micro_batch": choice.micro_batch,
+                "precision": precision.name,
+            },
+            warnings=tuple(plan_warnings(config, batch, corpus, request, step_s)),
+            max_steps=config.optim.max_steps,
+            checkpoint_kind=f"{config.model.name} {counted.total}",
+            checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,
+            step_kind=step_kind(config, dims, batch),
+            step_s=None if on_cpus(config, request) else step_s,  # the model assumes one rate for all CPUs
+            saves=f"checkpoint.interval={interval}",
+            saves_more_often=f"checkpoint.interval={max(1, often)}",
+            checkpoints_kept=config.checkpoint.keep_last + 1,
+            uses_cpus=on_cpus(config, request),
+        )
+
+    def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
+        """The training script, which reads everything else from the run folder."""
+        args = (sys.executable, "-m", "gpt.train", "--run", str(folder.path))
+        # Python reads the hash seed only at its start, which takes ranks that are executed (see fix_hash_seed).
+        defaults = {"PYTHONHASHSEED": hash_seed(config.seed)} if config.deterministic else {}
+        return RankCommand(args, defaults=defaults, preload=PRELOAD)
+
+    def contract(self, config: TrainConfig, world_size: int) -> RankContract:
+        """Ranks that tell everything themselves, through ``launch.worker``."""
+        return RankContract(unit="tokens", max_steps=config.optim.max_steps)
+
+    def code(self, config: TrainConfig) -> CodeTree:
+        """The packages of this project."""
+        return CodeTree(ROOT, source_files, has_launcher=True)
+
+    def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
+        """Yield the checkpoints of a run, newest first."""
+        return saved_checkpoints(folder.checkpoints)

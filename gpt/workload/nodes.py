@@ -1,0 +1,111 @@
+"""Hardware of the nodes that a point asks for, as far as it is said or seen, and the time of a step on it.
+
+Torch-free. Must not know what is refused or printed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
+from gpt.config import Device, TrainConfig
+from gpt.planning.cost import estimate
+from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu
+from gpt.planning.memory import GIB
+from gpt.topology.batch import Batch
+from gpt.topology.dims import ParallelDims
+from launch.errors import ConfigError
+from launch.runs.ranges import closest
+from launch.workload import PlanRequest
+
+
+def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
+    """True where the ranks will compute on CPUs, as far as can be told from here."""
+    if config.device is not Device.auto:
+        return config.device is Device.cpu
+    if request.is_local:
+        return request.local_gpus == 0
+    return not (request.cluster.gpus_per_node or request.cluster.gpu_name or "gpu" in (request.cluster.gres or ""))
+
+
+def gpu_memory(request: PlanRequest) -> int | None:
+    """Bytes of one GPU, as far as they are said or known."""
+    cluster = request.cluster
+    if cluster.gpu_memory_gib is not None:
+        return int(cluster.gpu_memory_gib * GIB)
+    name = known_gpu(cluster.gpu_name, cluster.gpu_memory_gib)
+    return None if name is None else memory_bytes(name)
+
+
+def gpu_name(request: PlanRequest) -> str | None:
+    """Return the whole name of the GPUs, as it is said of the nodes or seen on this machine; None where unknown."""
+    return known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
+
+
+def gpu_words(request: PlanRequest) -> str:
+    """Where the memory of a GPU is known from."""
+    cluster = request.cluster
+    if cluster.gpu_memory_gib is not None:
+        return "cluster.gpu_memory_gib"
+    return f"cluster.gpu_name: {known_gpu(cluster.gpu_name, None)}"
+
+
+def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
+    """Return the hardware that the estimates assume of the nodes of a cluster.
+
+    Raises:
+        ConfigError: too little is said of them.
+    """
+    cluster, links = request.cluster, request.cluster.interconnect
+    overrides = MachineOverrides(
+        memory=gpu_memory(request),
+        peak_tflops=cluster.gpu_tflops,
+        attainable=cluster.matmul_efficiency,
+        inside_gb_per_s=links.intra_node.bandwidth_gb_per_s,
+        between_gb_per_s=links.inter_node.bandwidth_gb_per_s,
+        inside_latency_s=links.intra_node.latency_us / 1e6,
+        between_latency_s=links.inter_node.latency_us / 1e6,
+        host_memory=host_memory(request),
+    )
+    if on_cpus(config, request):
+        return cpus(cpu_memory(request), request.ranks_per_node, overrides)
+    name = gpu_name(request)
+    found = gpus(name or "", config.precision, request.ranks_per_node, overrides)
+    if found is None:
+        raise ConfigError(
+            f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "
+            f"precision={config.precision.name}",
+            "cluster.gpu_name, as nvidia-smi -L prints it; or cluster.gpu_tflops and cluster.gpu_memory_gib",
+            f"""'cluster.gpu_name="{(closest(name or "", KNOWN) or ["NVIDIA H100 80GB HBM3"])[0]}"'""",
+        )
+    return found if name else replace(found, device="a GPU")
+
+
+def host_memory(request: PlanRequest) -> int | None:
+    """Bytes of a node's memory that one rank may have; None where nobody said."""
+    if request.is_local:
+        return free_memory() // request.world_size
+    return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIGA) // request.ranks_per_node
+
+
+def cpu_memory(request: PlanRequest) -> int:
+    """Bytes that one rank on CPUs may have."""
+    found = host_memory(request)
+    if found is None:
+        raise ConfigError(
+            "parallel.strategy=auto on nodes of unknown memory",
+            "cluster.mem_gb, the memory of a node; or, on GPUs, cluster.gpu_name",
+            "cluster.mem_gb=64",
+        )
+    return found
+
+
+def estimated_step_s(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> float | None:
+    """Time of a step by the cost model of the layouts; None on this machine's CPUs, and where too little is known."""
+    if request.is_local and on_cpus(config, request):
+        return None
+    try:
+        machine = machine_of(config, request)
+    except ConfigError:  # too little is said of the nodes, which only parallel=auto has to know
+        return None
+    return estimate(config, dims, batch, machine).step_s

@@ -1,0 +1,100 @@
+"""Refusal of a point whose batch its ranks cannot share, or whose ranks its nodes cannot hold. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpt.accounting.hardware import find
+from gpt.config import Device, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.planning.hardware import free_memory
+from gpt.planning.memory import GIB, Memory
+from gpt.topology.batch import Batch, split_batch
+from gpt.topology.dims import ParallelDims
+from gpt.workload.nodes import gpu_memory, gpu_name, gpu_words, host_memory, on_cpus
+from launch.errors import ConfigError
+from launch.workload import PlanRequest
+
+
+def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
+    """Split the global batch, naming nodes and ranks where that does not go."""
+    total, ranks = config.optim.global_batch, dims.data_ranks
+    if not config.optim.weak_scaling and total % ranks:
+        found = (
+            f"nodes={request.nodes} x {request.ranks_per_node} ranks = {ranks} ranks, but optim.global_batch={total} "
+            f"is not a multiple of {ranks}"
+        )
+        fewer = nearest_divisor(total, ranks)
+        raise ConfigError(
+            found,
+            "the same number of sequences for every rank",
+            f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
+        )
+    return split_batch(config.optim, ranks)
+
+
+def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where the nodes, as far as they are known, cannot hold ranks that need ``needed`` each."""
+    if request.is_local:
+        refuse_too_few_gpus(config, request)
+    refuse_too_little_memory(config, needed, request)
+    refuse_too_little_host(config, needed, request)
+
+
+def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
+    """Raise ConfigError where local ranks would have to share GPUs, or there are none and cuda was asked for."""
+    gpus = request.local_gpus
+    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
+        return
+    if request.world_size > gpus:
+        raise ConfigError(
+            f"nodes={request.nodes} x {request.ranks_per_node} ranks = {request.world_size} ranks on a machine with "
+            f"{gpus} GPUs",
+            "a GPU for each rank",
+            "device=cpu" if gpus == 0 else f"nodes=1 ranks_per_node={gpus}, or device=cpu",
+        )
+
+
+def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where the memory that is known cannot hold the run."""
+    if on_cpus(config, request) and request.is_local:
+        have, ranks, where = free_memory(), request.world_size, "free on this machine"
+        wanted = needed.total + needed.host
+    elif (memory := gpu_memory(request)) is not None:
+        have, ranks, where, wanted = memory, 1, f"on a GPU ({gpu_words(request)})", needed.total
+    else:
+        return
+    if ranks * wanted > have:
+        each = f"{wanted / GIB:.2f} GiB"
+        total = f"{ranks} ranks x {each} = {ranks * wanted / GIB:.2f} GiB" if ranks > 1 else f"a rank of {each}"
+        raise ConfigError(
+            f"{total}, and {have / GIB:.2f} GiB {where}",
+            "a run that fits",
+            ", or ".join([*smaller(config, request), "a smaller model"]),
+        )
+
+
+def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
+    """Suggest overrides that need less memory, the cheapest first."""
+    known = find(gpu_name(request) or "")
+    if config.precision is Precision.fp32 and not on_cpus(config, request) and (known is None or known.bf16):
+        yield "precision=bf16"
+    if config.optim.max_micro_batch > 1:
+        yield "optim.max_micro_batch=1"
+    if config.recompute is Recompute.none:
+        yield "recompute=selective"
+    if config.parallel.strategy is Strategy.fsdp or config.parallel.zero_stage == 3:
+        yield "more nodes"
+    else:
+        yield "parallel=fsdp"
+
+
+def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where what GPUs leave to the memory of their node is more than that has, as far as is known."""
+    have = host_memory(request)
+    if on_cpus(config, request) or have is None or needed.host <= have:
+        return
+    raise ConfigError(
+        f"offload of {needed.host / GIB:.2f} GiB for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
+        "a node that holds what its GPUs leave to it",
+        "more nodes, no offload, or cluster.mem_gb=N where the nodes have more",
+    )

@@ -1,0 +1,110 @@
+"""Plan of a point in words for people and in facts for programs. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from gpt.accounting import flops, parameters
+from gpt.config import ParallelConfig, Precision, TrainConfig
+from gpt.data.corpus import Corpus
+from gpt.planning.advice import many_epochs, many_time_limits, slow_precision
+from gpt.planning.auto import ParallelChoice
+from gpt.planning.execution import choose_compile
+from gpt.planning.explain import table
+from gpt.planning.memory import GIB, Memory
+from gpt.topology.batch import Batch
+from gpt.topology.dims import ParallelDims
+from gpt.workload.nodes import gpu_name, on_cpus
+from launch.workload import PlanRequest
+
+
+def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
+    """The keys of ``parallel`` as JSON and YAML hold them."""
+    return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
+
+
+def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
+    """Lines of the plan for people."""
+    counted, steps = parameters.count(config.model), config.optim.max_steps
+    active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
+    gflop = flops.training_flops_per_token(config.model).palm / 1e9
+    tokens = batch.global_batch * config.model.block_size
+    shares = {key: value for key, value in asdict(needed).items() if key != "host" and value}
+    parts = ", ".join(f"{key} {value / GIB:.3f}" for key, value in shares.items())
+    host = f", and {needed.host / GIB:.3f} GiB of host memory" if needed.host else ""
+    return {
+        "topology": str(dims),
+        "model": f"{config.model.name}: {counted.total:,} parameters ({counted.non_embedding:,} without "
+        f"embeddings{active}), {gflop:.3g} GFLOP a token",
+        "batch": f"global batch {batch.global_batch} x {config.model.block_size} tokens = {batch.accumulation} "
+        f"micro-batch{'es' if batch.accumulation > 1 else ''} of {batch.micro} per rank",
+        "tokens": f"{tokens:,} a step, {tokens * steps:,} in {steps} steps",
+        "memory": f"{needed.total / GIB:.3f} GiB per rank ({parts}){host}",
+        "data": corpus,
+    }
+
+
+def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:
+    """Precision and compilation that the plan counts with, and where only the ranks can tell."""
+    name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
+    compiled = choose_compile(config, request.world_size, on_cpus(config, request))
+    return {"execution": f"{name}, compile {compiled.name}"}
+
+
+def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
+    """Reason for which the model is parallelized so, where the command left that open, and what else there was."""
+    if not choice.why:
+        return {}
+    return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
+
+
+def plan_warnings(
+    config: TrainConfig, batch: Batch, corpus: Corpus, request: PlanRequest, step_s: float | None
+) -> Iterator[str]:
+    """Yield what would work, and is hardly what somebody wants."""
+    name = gpu_name(request)
+    if name is not None and not on_cpus(config, request):
+        yield from slow_precision(name, config.precision)
+    yield from many_epochs(config, batch, corpus.train_tokens)
+    if step_s is not None and not request.is_local:
+        yield from many_time_limits(step_s * config.optim.max_steps, request.cluster.timeout_min)
+
+
+def plan_facts(
+    config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, choice: ParallelChoice
+) -> dict[str, Any]:
+    """The plan for programs."""
+    counted = parameters.count(config.model)
+    tokens = batch.global_batch * config.model.block_size
+    return {
+        "topology": dims.as_dict(),
+        "global_batch": batch.global_batch,
+        "micro_batch": batch.micro,
+        "accumulation": batch.accumulation,
+        "block_size": config.model.block_size,
+        "tokens_per_step": tokens,
+        "tokens_total": tokens * config.optim.max_steps,
+        "model": config.model.name,
+        "parameters": counted.total,
+        "parameters_non_embedding": counted.non_embedding,
+        "parameters_active": counted.active,  # what one token is computed with: of experts those it goes to
+        "flops_per_token": flops.training_flops_per_token(config.model).palm,
+        "memory_bytes": {**asdict(needed), "total": needed.total},
+        "parallel": plain_values(config.parallel),
+        "micro_batch_limit": choice.micro_batch,
+        "data": corpus,
+        "chosen": choice.why,
+        "choices": [layout.as_dict() for layout in choice.best],
+        "left_out": list(choice.left_out),
+    }
+
+
+def step_kind(config: TrainConfig, dims: ParallelDims, batch: Batch) -> str:
+    """Return the settings that decide how long a step takes on given nodes, beside the data."""
+    counted = parameters.count(config.model)
+    size = f"{config.model.name} {counted.total} {batch.global_batch}x{config.model.block_size} micro {batch.micro}"
+    how = (config.device, config.precision, config.compile, config.recompute)
+    return " ".join([size, str(dims), *(choice.name for choice in how)])

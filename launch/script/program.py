@@ -1,0 +1,52 @@
+"""Refusal of a script that cannot start, as far as the login node can tell. Torch-free."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from launch.errors import ConfigError
+from launch.runs.ranges import closest
+from launch.script.options import ScriptOptions
+
+
+def require_program(script: ScriptOptions) -> None:
+    """Raise ConfigError where the program is not there, as far as this machine can tell."""
+    if script.workdir is not None and not Path(script.workdir).is_dir():
+        raise ConfigError(f"script.workdir={script.workdir}, which is no folder", "a folder", "script.workdir=PATH")
+    if script.python is not None and shutil.which(script.python) is None:
+        raise ConfigError(
+            f"script.python={script.python}, which cannot be run", "an interpreter", f"script.python={sys.executable}"
+        )
+    if script.path is not None and not Path(script.path).is_file():
+        folder = Path(script.path).parent
+        there = [path.name for path in folder.glob("*.py")] if folder.is_dir() else []
+        likely = closest(Path(script.path).name, there) or sorted(there)[:3]
+        raise ConfigError(
+            f"script.path={script.path}, which is no file",
+            f"a script{', such as ' + ', '.join(likely) if likely else ''}",
+            f"script.path={folder / likely[0] if likely else 'train.py'}",
+        )
+    if script.module is not None and script.python is None:
+        top, workdir = script.module.partition(".")[0], Path(script.workdir or ".")
+        inside = (workdir / top).is_dir() or (workdir / f"{top}.py").is_file()
+        if not inside and importlib.util.find_spec(top) is None:
+            raise ConfigError(
+                f"script.module={script.module}, and there is no {top} in {workdir} nor among the installed packages",
+                "a module that python -m finds from script.workdir",
+                "script.workdir=PATH of the folder it lies in, or script.path=FILE",
+            )
+    if script.command is not None:
+        program = str(script.command[0])
+        found = shutil.which(program, path=os.pathsep.join([str(script.workdir), os.environ.get("PATH", "")]))
+        local = Path(script.workdir or ".") / program
+        if found is None and not os.access(local, os.X_OK):
+            raise ConfigError(
+                f"script.command={shlex.join(map(str, script.command))}, and no program {program}",
+                "a program on the PATH, or in script.workdir",
+                "'script.command=[./train,--fast]'",
+            )
