@@ -98,13 +98,18 @@ def settle(start: Start, agent: int, ignored: Collection[int]) -> None:
 
 
 def open_streams(log: str) -> None:
-    """Append to the log what is printed, by C code too, and read nothing. Unbuffered, as PYTHONUNBUFFERED has it."""
+    """Append to the log what is printed, by C code too, and read nothing."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     printed = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    for fd, source in enumerate((nothing, printed, printed)):
+    take_streams((nothing, printed, printed))
+
+
+def take_streams(sources: Sequence[int]) -> None:
+    """Make open files the three standard streams, and close them. Unbuffered, as PYTHONUNBUFFERED has it."""
+    for fd, source in enumerate(sources):
         os.dup2(source, fd)
-    os.close(nothing)
-    os.close(printed)
+    for source in {*sources} - {0, 1, 2}:
+        os.close(source)
     sys.stdin = sys.__stdin__ = text_stream(0, "stdin")  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = text_stream(1, "stdout")  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = text_stream(2, "stderr")  # type: ignore[misc]

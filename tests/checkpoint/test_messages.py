@@ -1,4 +1,4 @@
-"""What ranks send each other comes back as it was, and what somebody else sends runs nothing."""
+"""Messages between ranks: values come back as they were, and what somebody else sends runs nothing."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_run_that_is_not_started_again_has_failed_and_says_why(tmp_path: Path)
 
 
 def meet(members: int, leaving: list[bool]) -> list[str]:
-    """What nodes make of it that each is told to leave, or not, before the last of them has come."""
+    """Answers of nodes that are told to leave, or not, before the last of them has come."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     rdzv = RendezvousRound(0, 1, tuple(range(members)), "127.0.0.1", store.port)
 

@@ -148,7 +148,7 @@ def test_what_a_site_gives_by_default_is_compared_with_the_ranks() -> None:
 
 
 def unless(seen: Facts, *words: str) -> list[str]:
-    """What would have to be so for the errors about a request to be none; empty where one is certain."""
+    """Conditions under which the errors about a request would be none; empty where one is certain."""
     return [f.unless for f in complaints(seen, *words) if f.level is Level.error]
 
 

@@ -103,7 +103,7 @@ def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) 
 
 
 def settled(*commands: str) -> tuple[list[bool | None], str]:
-    """What a sweep of these points asks of Slurm, and what it says about it."""
+    """Return whether each point of a sweep asks Slurm for whole nodes, and what is said about it."""
     documents = [compose_launch(command.split()) for command in commands]
     configs = [typed_config(document) for document in documents]
     said = settle_exclusive(documents, configs, [config.cluster.kind for config in configs])

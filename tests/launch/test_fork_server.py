@@ -152,7 +152,7 @@ with ForkServer(("program",)) as server:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an agent saw of its ranks before it was killed, and what it printed."""
+    """Findings of an agent about its ranks before it was killed, and what it printed."""
     folder = tmp_path_factory.mktemp("fork server")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "threaded.py").write_text(

@@ -1,4 +1,4 @@
-"""What Slurm would never start is refused before it is submitted, with what fits; what is in doubt goes on."""
+"""Checks before submission: a job that Slurm would never start is refused, with what fits; a doubt goes on."""
 
 from __future__ import annotations
 

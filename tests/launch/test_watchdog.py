@@ -16,6 +16,7 @@ from launch.config import ResilienceConfig
 from launch.runs import heartbeat
 from launch.runs.failures import first_failure
 from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import HeartbeatFile, Phase
 from launch.runs.records import read_records
 from tests.support.commands import ROOT, TINY, descendants, environment, ranks_of, start_fork, wait_for
 
@@ -91,6 +92,39 @@ def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.M
         clock.ahead += 4
         found = dog.poll({0: os.getpid()})
     assert [(one.rank, one.step) for one in found] == [(0, None)] and "not started after" in found[0].why
+
+
+@pytest.mark.parametrize("silence", [None, 60])
+def test_a_rank_without_a_heartbeat_is_judged_by_its_log_alone(
+    silence: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, log = Clock(monkeypatch), tmp_path / "log"
+    dog = Watchdog(tmp_path, LIMITS, {0: log}, must_attach=False, silence_timeout_s=silence)
+    HeartbeatFile(tmp_path / "0")  # made by the agent: nobody has opened it
+    for _ in range(30):  # two minutes in which something is printed now and then
+        clock.ahead += 4
+        with log.open("a") as file:
+            file.write(".")
+        assert dog.poll({0: os.getpid()}) == []
+    for _ in range(20):
+        clock.ahead += 4
+        found = dog.poll({0: os.getpid()})
+    assert [one.why.startswith("hung: nothing printed for ") for one in found] == ([] if silence is None else [True])
+
+
+def test_a_rank_that_only_attached_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = HeartbeatFile(tmp_path / "0")
+    file.open_for_rank()
+    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
+    for _ in range(30):
+        clock.ahead += 4
+        assert dog.poll({0: os.getpid()}) == []
+    file.move(1, Phase.training)
+    for _ in range(30):
+        clock.ahead += 4
+        found = dog.poll({0: os.getpid()})
+    sign = heartbeat.read(tmp_path / "0")
+    assert found and sign is not None and (sign.step, sign.phase) == (1, Phase.training)
 
 
 def test_a_frozen_rank_is_named_with_its_stack_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What FSDP gathers, and when: counted on ranks of which only one is there."""
+"""Collectives of FSDP, in number and order: counted on ranks of which only one is there."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ WORDS = [*MODELS["untied, grouped queries"], "optim.max_micro_batch=2"]
 
 
 def offloaded(run: Any) -> bool:
-    """Whether fsdp was told to keep every parameter of a run on the host."""
+    """Tell whether fsdp was told to keep every parameter of a run on the host."""
     groups = [m._get_fsdp_state()._fsdp_param_group for m in run.engine.module.modules() if isinstance(m, FSDPModule)]
     return all(p.offload_to_cpu for group in groups if group is not None for p in group.fsdp_params)
 

@@ -55,7 +55,7 @@ def found(report: dict[str, Any], level: str) -> dict[str, str]:
 
 
 def slurm_runs(cluster: Cluster, batch_text: str, script: Path) -> bool:
-    """Whether Slurm runs a job of these resources: False where it refuses it, or leaves it for a reason that stays."""
+    """Tell whether Slurm runs such a job; not where it refuses it, or leaves it for a reason that stays."""
     asked = [line for line in batch_text.splitlines() if line.startswith("#SBATCH") and "put=" not in line]
     options = [line for line in asked if "--error" not in line]
     script.write_text("\n".join(["#!/bin/sh", *options, "#SBATCH --output=/dev/null", "#SBATCH --chdir=/", "true", ""]))
@@ -78,7 +78,7 @@ def slurm_runs(cluster: Cluster, batch_text: str, script: Path) -> bool:
 
 
 def is_stuck(row: str) -> bool:
-    """Whether a job pends for a reason that no waiting removes."""
+    """Tell whether a job pends for a reason that no waiting removes."""
     state, reason = row.split("|", 1)
     return state == "PENDING" and lasting_reason(reason) is not None
 

@@ -203,7 +203,7 @@ def test_a_job_whose_launcher_died_after_sbatch_is_the_runs_job(
     folder = RunFolder(tmp_path / "run")
 
     def submit_and_die(*more: str) -> str:
-        """What the launcher does up to the moment in which sbatch has answered."""
+        """Do as the launcher up to the moment in which sbatch has answered, and return the id of the job."""
         composed = compose_launch([*words, *more])
         plan = make_plan(typed_config(composed), [*words, *more], ClusterKind.slurm)
         write_run(plan, composed, [*words, *more])

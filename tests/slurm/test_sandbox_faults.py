@@ -125,7 +125,7 @@ def start_ticking(sandbox: Cluster, node: str, path: Path) -> str:
 
 
 def ticks(path: Path, *, within_s: float = 1.0) -> bool:
-    """Whether the file grows."""
+    """Tell whether the file grows."""
     size, deadline = path.stat().st_size, time.monotonic() + within_s
     while time.monotonic() < deadline:
         if path.stat().st_size > size:

@@ -17,7 +17,7 @@ from gpt.config.compose import compose_train
 from launch.runs.compose import to_schema
 
 VALUES = ("model.", "optim.", "parallel.", "eval.")
-"""Where a plain value is put into what was composed before; all else is composed."""
+"""Keys whose plain value is put into what was composed before; all else is composed."""
 ELSEWHERE = ("parallel.deepspeed_config", "model.name")
 """A path is made absolute, and the name of a model names the run."""
 

@@ -13,19 +13,16 @@ do; those that are about processes start real interpreters (``commands.start``).
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import importlib
 import os
 import pickle
-import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import traceback
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +30,8 @@ from functools import partialmethod
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
+
+from launch.agent import forked_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGE_BYTES = 1 << 17
@@ -57,7 +56,7 @@ class Job:
     ignores_ctrl_c: bool = False
 
     def can_be_forked(self, here: Mapping[str, str] = os.environ) -> bool:
-        """Whether it would import the same modules as this process, in the same way."""
+        """Tell whether it would import the same modules as this process, in the same way."""
         read = {k for k in {**here, **self.env} if k.startswith(READ_AT_START) and k not in ANYWAY}
         folder = Path(self.cwd)
         other_code = folder != ROOT and any((folder / name).exists() for name in ("gpt", "launch", "slurm", "configs"))
@@ -82,7 +81,7 @@ class Server:
         theirs.close()
 
     def takes(self, job: Job) -> bool:
-        """Whether a fork does the same as a start."""
+        """Tell whether a fork does the same as a start."""
         return job.can_be_forked(self._env)
 
     def start(self, job: Job, output: Path) -> ForkedProcess:
@@ -133,7 +132,6 @@ def serve(connection: int) -> None:
     import tests.support.preload_commands  # noqa: F401
 
     os.environ.pop("ROOM")
-    Names.learn()
     # What a command starts by itself is forked too; see ``Popen._execute_child`` for the parameters.
     subprocess.Popen._execute_child = partialmethod(_execute_child, subprocess.Popen._execute_child)  # type: ignore
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait
@@ -173,51 +171,23 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     if job.own_session:
         os.setsid()
     _STARTER = Starter(streams)
-    for fd, stream in enumerate(streams):
-        os.dup2(stream, fd)
-    for stream in set(streams) - {0, 1, 2}:
-        os.close(stream)
+    forked_rank.take_streams(streams)
     os.chdir(job.cwd)
     os.environ.clear()
     os.environ.update(job.env)
-    Names.write(job)
+    forked_rank.show_in_proc([sys.executable, "-m", job.module, *job.words], job.env)
     signal.signal(signal.SIGINT, signal.SIG_IGN if job.ignores_ctrl_c else signal.default_int_handler)
     sys.argv = ["-m", *job.words]
     sys.orig_argv = [sys.executable, "-m", job.module, *job.words]
     sys.path[0] = job.cwd
     sys.modules["__main__"] = types.ModuleType("__main__")
-    if not hasattr(sys.modules.get(job.module), "__path__"):
-        sys.modules.pop(job.module, None)  # runs as __main__ now, and not twice
+    forked_rank.forget(job.module)
     importlib.invalidate_caches()
-    _leave(_status_of(job.module))
-
-
-def _status_of(module: str) -> int:
-    try:
-        runpy._run_module_as_main(module)  # type: ignore[attr-defined]  # what python -m does
-    except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            return end.code or 0
-        print(end.code, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        return -signal.SIGINT
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-        return 1
-    return 0
-
-
-def _leave(status: int) -> NoReturn:
-    """Do what Python does at its end, up to where it would take itself apart."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    status = forked_rank.run_main(job.module)
+    status = forked_rank.leave() or status
     if status < 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
     os._exit(status & 0xFF)
 
 
@@ -305,25 +275,3 @@ def _job_of(given: Mapping[str, Any]) -> Job | None:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     job = Job(module, tuple(rest), cwd, env, given["start_new_session"], ignored)
     return job if job.can_be_forked() else None
-
-
-class Names:
-    """Command line and environment of this process as /proc shows them, in the memory that the kernel reads there."""
-
-    areas: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def learn(cls) -> None:
-        """Ask where they lie (proc(5), /proc/PID/stat, fields 48 to 51)."""
-        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
-        first, last, then, end = (int(field) for field in fields[45:49])
-        cls.areas = ((first, last), (then, end))
-
-    @classmethod
-    def write(cls, job: Job) -> None:
-        """Show a command's own, as far as there is room."""
-        words = [sys.executable, "-m", job.module, *job.words]
-        for (begin, end), entries in zip(cls.areas, (words, [f"{k}={v}" for k, v in job.env.items()]), strict=True):
-            text = "".join(f"{entry}\0" for entry in entries).encode()[: end - begin - 1]
-            ctypes.memset(begin, 0, end - begin)
-            ctypes.memmove(begin, text, len(text))

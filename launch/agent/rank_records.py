@@ -1,0 +1,156 @@
+"""Records that an agent keeps of the ranks of its node: steps that they print, where they run, and how they ended.
+
+Owns what is written in place of ranks that do not tell it themselves, which their contract says. Torch-free. Must not
+know how ranks are started and watched.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.agent.environment import EnvironmentRecord
+from launch.agent.node import Node
+from launch.agent.progress import Progress
+from launch.agent.stop import STOP_FILE, StopRequest
+from launch.config import Config
+from launch.runs.failures import enter_failure
+from launch.runs.folder import RunFolder
+from launch.runs.records import recent_records
+from launch.workload import CodeTree, RankCommand, RankContract
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from launch.agent.rendezvous import RendezvousRound
+
+LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
+"""The line of a Python traceback that names the exception."""
+
+
+class RankRecords:
+    """Records of this node's ranks in one round, from their start to their end."""
+
+    def __init__(
+        self, folder: RunFolder, node: Node, config: Config, rdzv: RendezvousRound, workload: str,
+        command: RankCommand, contract: RankContract, tree: CodeTree,
+    ) -> None:  # fmt: skip
+        """Keep the records of one round.
+
+        Args:
+            workload: its name.
+            command: that starts a rank.
+            contract: tells what the ranks record themselves.
+            tree: the code that they run.
+        """
+        self._folder = folder
+        self._node = node
+        self._config = config
+        self._round = rdzv
+        self._workload = workload
+        self._command = command
+        self._contract = contract
+        self._tree = tree
+        self._place = rdzv.members.index(node.index)
+        self._ranks = range(self._place * config.ranks_on_node, (self._place + 1) * config.ranks_on_node)
+        self._progress = Progress(
+            folder, rdzv.attempt, self._ranks, contract.progress, contract.unit, contract.work_per_step,
+            contract.writes_curves,
+        )  # fmt: skip
+        self._environment = EnvironmentRecord(folder, rdzv.attempt, self._place, len(rdzv.members))
+
+    def begin(self) -> None:
+        """Write what ranks that record their own events would: that they start, and on what."""
+        if self._contract.records_events:
+            return
+        self._environment.describe_node(self._ranks)
+        if self._place == 0:
+            self._folder.record_event(
+                "started",
+                attempt=self._round.attempt,
+                world_size=self._config.world_size,
+                max_steps=self._contract.max_steps,
+            )
+
+    def poll(self) -> None:
+        """Take in what the ranks have printed, and what the other nodes have written of theirs."""
+        self._progress.poll()
+        self._poll_environment()
+
+    def close(self) -> None:
+        """Take in the rest once the ranks have ended."""
+        self._progress.close()
+        self._poll_environment()  # a program of moments may be over before the first poll
+
+    def _poll_environment(self) -> None:
+        if not self._contract.records_events:
+            self._environment.poll(self._workload, self._command, self._contract, self._tree)
+
+    def record_end(self, stop: StopRequest, asks_for_requeue: bool) -> None:
+        """Write into the event log how ranks ended that do not tell it themselves, and left in order.
+
+        Every node whose ranks ask for the queue says so; whether all is finished, one node says for all.
+        """
+        if self._contract.records_events:
+            return
+        attempt = self._round.attempt
+        records = recent_records(self._folder.metrics(0))
+        step = records[-1]["step"] if records else None
+        if asks_for_requeue:
+            self._folder.record_event(
+                "stopped", attempt=attempt, step=step, node=self._node.index, asks_for_requeue=True
+            )
+        elif self._place == 0 and not has_told_its_end(self._folder, attempt):
+            event = "stopped" if stop.count else "finished"
+            asked = {"signal": stop.name or None, "file": STOP_FILE if stop.name == STOP_FILE else None}
+            self._folder.record_event(event, attempt=attempt, step=step, **asked)
+
+    def enter_silent_failures(self, result: RunResult, stop: StopRequest, ended_here: Collection[int]) -> None:
+        """Enter ranks that died silently into the event log, with their traceback or the end of their log.
+
+        Args:
+            result: of all ranks of this node.
+            stop: request that they were told of.
+            ended_here: ranks that this agent has ended itself.
+        """
+        attempt, contract = self._round.attempt, self._contract
+        events = self._folder.read_events()
+        told = {e["rank"] for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt}
+        for rank, failure in sorted(result.failures.items()):
+            # A program that is told to stop, and knows nothing of us, may end in any way.
+            stopped = stop.count and (failure.exitcode < 0 or not contract.records_events)
+            if rank in told or rank in ended_here or stopped or failure.exitcode == contract.requeue_exit:
+                continue
+            cause, trace = failure_message(failure, self._folder.log(attempt, rank))
+            enter_failure(self._folder, attempt, rank, cause=cause, trace=trace, step=None)
+
+
+def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
+    """Tell whether rank 0 has written how an attempt ended, as a script does that uses ``launch.worker``."""
+    ends = ("finished", "stopped")
+    return any(e["event"] in ends and e.get("attempt") == attempt for e in folder.read_events())
+
+
+def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
+    """Cause and traceback of a rank's failure: from the error file that torch's @record writes, or from its log."""
+    message = failure.error_file_data.get("message") if failure.error_file_data else None
+    if isinstance(message, dict) and message.get("message"):
+        return str(message["message"]), str((message.get("extraInfo") or {}).get("py_callstack") or tail(log))
+    number = -failure.exitcode
+    end = tail(log)
+    if number > 0:
+        return f"killed by {signal.Signals(number).name}", end
+    last = LAST_LINE.findall(end)
+    return (f"{last[-1]} (exit status {failure.exitcode})" if last else f"exit status {failure.exitcode}"), end
+
+
+def tail(log: Path, lines: int = 30) -> str:
+    """The last lines of a log; nothing where there is none."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        return ""
