@@ -18,9 +18,13 @@ from tests.support.cost import is_quick, seconds
 # Before torch is imported. With two threads the last bits differed in 1 of 19 runs, and the workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The same examples in each run, so that a change is what decides. HYPOTHESIS_PROFILE=random draws others.
-hypothesis.settings.register_profile("same", derandomize=True, database=None, print_blob=True)
-hypothesis.settings.register_profile("random", print_blob=True)
+# The same examples in each run, so that a change is what decides; HYPOTHESIS_PROFILE=random draws others. Neither looks
+# at the clock, which ranks of other tests share.
+UNTIMED = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], database=None, print_blob=True
+)
+hypothesis.settings.register_profile("same", UNTIMED, derandomize=True)
+hypothesis.settings.register_profile("random", UNTIMED)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
