@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from launch.process import lasting_imports
 
 with lasting_imports():
+    import torch
+
     from gpt.checkpoint import CheckpointStore
     from gpt.config import TrainConfig
     from gpt.data.corpus import keep_tokenizer
@@ -30,7 +32,6 @@ with lasting_imports():
     from gpt.metrics.writers import MetricWriters
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT
-    from gpt.model.init import initialize
     from gpt.parallel.compile import prepare_blocks
     from gpt.parallel.distributed import World, open_world
     from gpt.topology.batch import split_batch
@@ -40,7 +41,7 @@ with lasting_imports():
     from gpt.training.execution import settle_execution
     from gpt.training.garbage import collect_together
     from gpt.training.gradient_stats import Gradients
-    from gpt.training.init_from import load_initial
+    from gpt.training.init_from import first_weights
     from gpt.training.parallelize import parallelize
     from gpt.training.profiler import StepProfile
     from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
@@ -65,14 +66,14 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)
-    model = GPT(config.model)
-    initialize(model, config.seed)
-    initialised_from = load_initial(model, config, folder, world)
+    with torch.device("meta"):
+        model = GPT(config.model)
+    weights, initialised_from = first_weights(model, config, folder, world)
     without_flash = check_flash(config, world)
     if without_flash and world.is_first:
         print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
     prepare_blocks(model, config)
-    engine = parallelize(model, config, world, dims, batch)
+    engine = parallelize(model, weights, config, world, dims, batch)
     kept = config.checkpoint
     samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size)
     run = Run(

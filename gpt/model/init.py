@@ -2,22 +2,25 @@
 
 Every parameter is drawn from a generator of its own, seeded by the run's seed and the parameter's name, on the CPU. So
 its values depend on nothing else: not on the order of construction, not on the device, not on who holds which part of
-the model, and not on what other parameters there are.
+the model, and not on what other parameters there are. Where the model is sharded, gpt/parallel/materialize.py draws one
+parameter after another and keeps this rank's shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.config import ModelConfig
 from gpt.model.gpt import GPT
 
+Weights = Callable[[str, torch.Size], Tensor]
+"""Values of a whole parameter, or of a buffer that checkpoints hold, by its name and shape; fp32 on the CPU."""
 RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
 """Ends of the names of the matrices that write into the residual stream."""
 
@@ -34,32 +37,38 @@ def initialize(model: GPT, seed: int) -> None:
 
     Call before a strategy wraps or shards the model, since wrappers change the parameters' names.
     """
+    weights = initial_weights(model.config, seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
-        for name, buffer in model.named_buffers():
-            if name.endswith("balance_bias"):
-                buffer.zero_()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(weights(name, tensor.shape))
     model.reset_buffers()
 
 
+def initial_weights(config: ModelConfig, seed: int) -> Weights:
+    """Return the function that draws the tensors of a model by their names."""
+    return partial(initial_value, config=config, seed=seed)
+
+
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Draw one whole parameter, fp32 on the CPU.
+    """Draw one whole parameter, or the value of a buffer, fp32 on the CPU.
 
     Each expert is drawn by itself, so its values do not depend on how many there are. Rows that only fill up the
     vocabulary are 0, and the others are what they are without them.
     """
-    if name.endswith(".bias"):
+    if name.endswith("bias"):  # of a layer, or of the balance of experts
         return torch.zeros(shape, device="cpu")
     if len(shape) == 1:  # the gain of a norm
         return torch.ones(shape, device="cpu")
     std = initial_std(name, config)
+    whole = torch.zeros(shape, device="cpu")
     if len(shape) == 3:
-        return torch.stack([draw_normal(f"{name}.{expert}", shape[1:], std, seed) for expert in range(shape[0])])
-    if name in ("token_embedding.weight", "head.weight"):
-        rows = draw_normal(name, (config.vocab_size, *shape[1:]), std, seed)
-        return F.pad(rows, (0, 0, 0, shape[0] - config.vocab_size))
-    return draw_normal(name, shape, std, seed)
+        for expert in range(shape[0]):
+            fill_normal(whole[expert], f"{name}.{expert}", std, seed)
+        return whole
+    # In place: a copy with the padding would be as large again, and this is the largest tensor of many a model.
+    is_padded = name in ("token_embedding.weight", "head.weight")
+    fill_normal(whole[: config.vocab_size] if is_padded else whole, name, std, seed)
+    return whole
 
 
 def initial_std(name: str, config: ModelConfig) -> float:
@@ -70,10 +79,10 @@ def initial_std(name: str, config: ModelConfig) -> float:
     return config.init_std / math.sqrt(2 * config.n_layer) if scaled else config.init_std
 
 
-def draw_normal(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
-    """Draw normal values that follow from the run's seed and a name."""
+def fill_normal(values: Tensor, name: str, std: float, seed: int) -> None:
+    """Fill a contiguous tensor on the CPU with normal values that follow from the run's seed and a name."""
     generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
-    return torch.empty(tuple(shape), device="cpu").normal_(std=std, generator=generator)
+    values.normal_(std=std, generator=generator)
 
 
 def parameter_seed(name: str, seed: int) -> int:

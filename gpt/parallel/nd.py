@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from gpt.config import Strategy, TrainConfig
 from gpt.model.gpt import GPT
+from gpt.model.init import Weights
 from gpt.model.moe import find_mixtures
 from gpt.parallel.base import TorchEngine
 from gpt.parallel.context import SequenceShard, shard_sequences
@@ -23,6 +25,7 @@ from gpt.parallel.distributed import World, build_mesh, expert_mesh, replica_mes
 from gpt.parallel.dtensor import all_reduce_in_buckets, clip_sharded_gradients, inverse_replicas, local_tensor
 from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, parallelize_experts
 from gpt.parallel.fsdp import apply_fsdp, prefetch_forward
+from gpt.parallel.materialize import materialize
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients
 from gpt.parallel.vocab import vocabulary_loss
 from gpt.topology.batch import Batch
@@ -34,9 +37,12 @@ class NDEngine(TorchEngine):
     ranks.
 
     Context-parallel ranks each have a part of the gradient of a sequence, so for gradients they count as data ranks.
+    The model comes on the meta device, and gets its values after it was sharded.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
+    def __init__(
+        self, model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
+    ) -> None:
         timeout_s = config.parallel.timeout_s
         self.mesh = build_mesh(dims, world, timeout_s)
         self._sequence: SequenceShard | None = None
@@ -63,7 +69,9 @@ class NDEngine(TorchEngine):
                 apply_fsdp(part, fsdp_mesh, config)
                 if dims.ep > 1:  # the dispatch of rows waits for the device
                     prefetch_forward([[block, *(m.experts for m in find_mixtures(block))] for block in part.blocks])
-        else:
+        home = torch.device("cpu") if self._sharded and config.parallel.cpu_offload else None
+        materialize(parts, weights, world.device, home)
+        if not self._sharded:
             # Replicas all-reduce their gradients after the last micro-batch, without DistributedDataParallel: that
             # wants every parameter on one kind of mesh, and a pipeline schedule would end it for one stage while
             # another still computes.

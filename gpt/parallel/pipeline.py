@@ -30,6 +30,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from gpt.config import Precision, Schedule, Strategy, TrainConfig
 from gpt.model.gpt import GPT
+from gpt.model.init import Weights
 from gpt.model.loss import autocast, cross_entropy
 from gpt.model.stage import Stage
 from gpt.parallel.compile import replace_forward
@@ -78,7 +79,6 @@ class Pipeline:
         """The stages as one module with the parameter names of the model; to be stepped and stored, not called."""
         self.tied = TiedEmbedding(self)
         for stage in self.stages.values():
-            stage.to(world.device)
             replace_forward(stage, partial(self._run_stage, stage.forward, stage.last))
         self._on_micro_batch: Callable[[], None] = lambda: None
         self._objective: Criterion = cross_entropy
@@ -256,8 +256,10 @@ def reshard(stage: nn.Module) -> None:
 class PipelineEngine(NDEngine):
     """A model split into pipeline stages, to each of which the other kinds of parallelism are applied."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
-        super().__init__(model, config, world, dims, batch)
+    def __init__(
+        self, model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
+    ) -> None:
+        super().__init__(model, weights, config, world, dims, batch)
         self.layer_group = layer_mesh(self.mesh, world, config.parallel.timeout_s).get_group()
         self.optimizer.register_step_post_hook(lambda *_: self._pipeline.tied.copy_to_second())
 

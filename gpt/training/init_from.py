@@ -1,6 +1,6 @@
-"""The first weights of a run that does not draw them (``init_from``).
+"""The first weights of a run: drawn, or read from elsewhere (``init_from``).
 
-Owns that every rank has the same ones, or that all of them refuse. One rank reads the source through and chooses; then
+Owns that every rank has the same ones, or that all of them refuse. One rank reads a source through and chooses; then
 each reads for itself, since all see the same files. Must not know what is in the files.
 """
 
@@ -9,28 +9,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt.checkpoint import folders
 from gpt.config import TrainConfig
 from gpt.conversion.source import find_source, refuse_other_model
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
 from gpt.model.gpt import GPT
+from gpt.model.init import Weights, initial_weights
 from gpt.parallel.distributed import World
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
 
-def load_initial(model: GPT, config: TrainConfig, folder: RunFolder, world: World) -> dict[str, Any] | None:
-    """Put the weights of ``config.init_from`` into ``model``, which is whole and on the CPU; collective.
+def first_weights(
+    model: GPT, config: TrainConfig, folder: RunFolder, world: World
+) -> tuple[Weights, dict[str, Any] | None]:
+    """Choose the weights that a run begins with; collective.
+
+    Args:
+        model: whole, maybe on the meta device.
+        config: of the run.
+        folder: of the run; where it holds a checkpoint, nothing is drawn or read that would be replaced at once.
+        world: all ranks.
 
     Returns:
-        What they are, for the records; None where none are asked for, or the run goes on from its own checkpoint.
+        The weights, and what they were read from, for the records; None where they were not.
 
     Raises:
         ConfigError: on every rank, where any of them cannot use the source.
     """
-    if config.init_from is None or world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
-        return None
+    if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
+        return zeros, None
+    if config.init_from is None:
+        return initial_weights(config.model, config.seed), None
     verified = world.on_first(lambda: look(config))
     outcome = attempt(verified, model)
     answers = world.gather(outcome if isinstance(outcome, ConfigError) else fingerprint(outcome))
@@ -43,8 +55,13 @@ def load_initial(model: GPT, config: TrainConfig, folder: RunFolder, world: Worl
             "one folder that all nodes share",
             "init_from=FOLDER on a shared filesystem",
         )
-    model.load_state_dict(outcome)
-    return record(verified)
+    state = outcome
+    return lambda name, shape: state[name], record(verified)
+
+
+def zeros(name: str, shape: torch.Size) -> Tensor:
+    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all of them."""
+    return torch.zeros(()).expand(shape)
 
 
 def look(config: TrainConfig) -> VerifiedSource:

@@ -12,10 +12,10 @@ from gpt.config.compose import compose_train
 from gpt.conversion.hf_folder import write_torch_file
 from gpt.conversion.state_dict import State, VerifiedSource, read_source
 from gpt.model.gpt import GPT
-from gpt.model.init import initialize
+from gpt.model.init import Weights, initialize
 from gpt.parallel.distributed import World
 from gpt.training import init_from as initial
-from gpt.training.init_from import load_initial
+from gpt.training.init_from import first_weights, zeros
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
@@ -38,13 +38,16 @@ def starts(rank: int, world_size: int, file: str) -> list[tuple[str, bool]]:
     answers = []
     for reader in (read_source, unreadable, different):
         initial.read_source = reader if rank == 1 else read_source
-        model = GPT(config.model)
-        initialize(model, seed=1)
+        weights: Weights = zeros
+        with torch.device("meta"):
+            model = GPT(config.model)
         try:
-            told = str(load_initial(model, config, RunFolder(Path(file).parent / "run"), world))
+            weights, source = first_weights(model, config, RunFolder(Path(file).parent / "run"), world)
+            told = str(source)
         except ConfigError as error:
             told = error.found
-        answers.append((told, all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())))
+        given = [weights(name, tensor.shape) for name, tensor in model.state_dict().items()]
+        answers.append((told, all(map(torch.equal, given, expected.values()))))
     return answers
 
 

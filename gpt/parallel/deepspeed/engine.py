@@ -84,7 +84,7 @@ class ZeroEngine:
 
     def prepare_module(self, model: GPT) -> nn.Module:
         """Return the module that DeepSpeed is given."""
-        return model.to(self.world.device)
+        return model
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         return accumulate(self.batch, self.world.device, tokens_BT, targets_BT, on_micro_batch, self._forward_backward)
