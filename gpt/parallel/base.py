@@ -74,7 +74,7 @@ class TorchEngine:
     """Summed loss of logits and targets."""
     loss_weight: float = 1.0
     """1, or 0 where another rank computes and reports the loss of the same tokens."""
-    files: Format = TensorFiles()
+    files: Format
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class TorchEngine:
         self._sync_context, self._reduce_gradients = sync_context, reduce_gradients
         if self.criterion is cross_entropy:
             self.criterion = compile_loss(config)
+        self.files = TensorFiles()
         self.optimizer = build_optimizer(trained, config.optim)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
         # Tensor-parallel ranks route the same tokens and their gradients are summed; each context-parallel rank has the
