@@ -68,19 +68,17 @@ class MetricWriters:
 
         No later attempt does a step again that a checkpoint holds: killed between the two, the run would lack it.
         """
-        self._complete(record)
-        self._rank.record(**record.as_dict())
+        self._record(record)
         self._rank.flush()
 
     def write(self, record: StepRecord) -> None:
         """Complete ``record`` with throughput and utilization, and write it."""
-        self._complete(record)
-        self._rank.record(**record.as_dict())
+        self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
         # run.json is made from the records on disk after an evaluation. And a step that is in a checkpoint is not done
         # again after a crash, which must not take its record along.
-        if record.val_loss is not None or record.checkpoint_s is not None:
+        if record.checkpoint_s is not None or (record.val_loss is not None and self._world.is_first):
             self._rank.flush()
         for writer in self.writers:
             writer.write(record)
@@ -90,6 +88,10 @@ class MetricWriters:
         self._rank.flush()
         for writer in self.writers:
             writer.close()
+
+    def _record(self, record: StepRecord) -> None:
+        self._complete(record)
+        self._rank.record(**(record.as_dict() if self._world.is_first else record.own()))
 
     def _complete(self, record: StepRecord) -> None:
         record.tokens_per_s = self._tokens / record.step_time_s

@@ -7,6 +7,7 @@ they say.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,9 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""Errors of a filesystem, or of its server, that has no locks."""
 
 
 def deny_others_writing() -> None:
@@ -35,13 +39,18 @@ def make_folder(path: Path) -> None:
 def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Append each of ``values`` as one line, all in one write. Several processes and hosts may append to one file.
 
-    O_APPEND is not atomic on NFS, so the file is locked around the write. A line torn by a crash is closed first, so
-    that it spoils itself only.
+    O_APPEND is not atomic on NFS, so the file is locked around the write; where the filesystem has no locks, as Lustre
+    mounted without ``flock``, O_APPEND alone must do. A line torn by a crash is closed first, so that it spoils itself
+    only.
     """
     data = b"".join(json.dumps(value).encode() + b"\n" for value in values)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         size = file.seek(0, os.SEEK_END)
         torn = b""
         if size:

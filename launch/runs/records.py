@@ -1,5 +1,7 @@
 """Step records: one line per step and rank in ``metrics/rank_*.jsonl``. They are the truth; every other view follows.
 
+Rank 0 of a GPT tells of the whole run, the others of themselves alone (``OF_THE_RUN``); in older runs each told all.
+
 Owns the record, its writer and its reader. A program that is not the GPT library records what it knows of a step: of
 these fields any, and others. Torch-free. Must not know who shows the records.
 """
@@ -78,10 +80,30 @@ class StepRecord:
         """The known fields."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
+    def own(self) -> dict[str, Any]:
+        """The known fields that differ between ranks: the record of a rank above 0, half as long as that of rank 0."""
+        return {name: value for name, value in self.as_dict().items() if name not in OF_THE_RUN}
+
+
+OF_THE_RUN = frozenset(
+    {
+        *("loss", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
+        *("val_loss", "val_bits_per_byte", "tokens_per_s", "tflops_per_s", "mfu_causal", "hfu"),
+        *("memory_allocated_gib", "memory_reserved_gib"),
+    }
+)
+"""Fields that only rank 0 writes: figures of the whole run, those that follow from ``step_time_s``, and memory beside
+its peak. With a thousand ranks, every other byte of the records would repeat them."""
+
 
 UNITS = ("tokens", "samples", "images")
 """Units that throughput may count: a field of this name is a rank's own number in the step."""
-FLUSH_S = 0.25
+FIRST_S = 0.25
+"""Until the first record is written; each wait is twice as long as the one before."""
+FOLLOWED_S = 5.0
+"""Longest wait on rank 0, whose records the launcher shows; so much of them a killed rank loses at most."""
+LONGEST_S = 10.0
+"""Longest wait on the other ranks, of which there may be thousands on one filesystem."""
 KEPT_LINES = 10_000
 """Records that wait for a filesystem that refuses them; older ones are dropped."""
 
@@ -90,10 +112,16 @@ class RecordWriter:
     """Appends the records of one rank to its file, in a thread of its own: a slow filesystem holds up no step.
 
     The file is opened once. It is not locked: a rank is its only writer, and not every filesystem has locks.
+
+    Args:
+        path: the rank's file.
+        longest_s: longest time for which records are gathered before they are written together; what a killed process
+            loses. The first records come sooner: a run that has just begun is looked at.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, longest_s: float = FOLLOWED_S) -> None:
         self._path = path
+        self._longest_s = longest_s
         self._queue: deque[dict[str, Any]] = deque()
         self._lines: deque[bytes] = deque(maxlen=KEPT_LINES)
         self._filled = threading.Event()
@@ -122,9 +150,11 @@ class RecordWriter:
                     say(f"step records of {self._path} are kept in memory, as they cannot be written: {error}")
 
     def _write_on(self) -> None:
+        wait_s = FIRST_S
         while True:
             self._filled.wait()
-            time.sleep(FLUSH_S)  # what comes meanwhile goes along
+            time.sleep(min(wait_s, self._longest_s))  # what comes meanwhile goes along
+            wait_s = min(2 * wait_s, self._longest_s)
             self._filled.clear()  # before the queue is emptied: a record that comes now wakes this thread again
             self.flush()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import FROM_FILE, HeartbeatFile, Phase, Request
-from launch.runs.records import RecordWriter
+from launch.runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
 from launch.runs.unwritten import keep_unwritten, say, write_unwritten
 from launch.worker.figures import StepTimes, plain_figure
 from launch.worker.requests import FolderRequests
@@ -97,7 +97,7 @@ class Run:
     # What a step says.
 
     def record(self, step: int, **figures: object) -> None:
-        """Add a step record, to be written within a second by a thread. Never blocks, never raises.
+        """Add a step record, to be written within ten seconds by a thread. Never blocks, never raises.
 
         ``time``, ``attempt`` and ``step_time_s`` are filled in where they are not given; the last is the time since the
         record before, without evaluations and saves, divided by the steps between the two. A figure is a real number,
@@ -118,7 +118,7 @@ class Run:
                 record["step_time_s"] = step_time_s
             record.setdefault("time", time.time())
             if self._writer is None:
-                self._writer = RecordWriter(self._runs.metrics(self.rank))
+                self._writer = RecordWriter(self._runs.metrics(self.rank), FOLLOWED_S if self.is_first else LONGEST_S)
             self._writer.put(record)
         except Exception as error:  # a figure must not end a training
             self._warn(f"a record of step {step!r} was dropped: {error!r}")

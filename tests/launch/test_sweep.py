@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch.runs.folder import RunFolder
-from launch.runs.records import read_records
+from launch.runs.records import OF_THE_RUN, read_records
 from tests.support.commands import TINY, run
 
 STEPS = 8
@@ -81,12 +81,13 @@ def test_the_run_folder_holds_what_is_promised(sweep: tuple[Path, str]) -> None:
 
 def test_records_say_what_is_known_and_leave_out_what_is_not(sweep: tuple[Path, str]) -> None:
     outputs, _ = sweep
-    record = read_records(point(outputs, "s", 2).metrics(1))[3]
+    first, record = (read_records(point(outputs, "s", 2).metrics(rank))[3] for rank in range(2))
     known: dict[str, Any] = {"step": 4, "attempt": 1, "tokens": 4 * 32, "samples": [3 * 8 + 4, 3 * 8 + 7]}
     assert {k: record[k] for k in known} == known
-    assert record["tokens_per_s"] == pytest.approx(8 * 32 / record["step_time_s"])
-    assert record["checkpoint_s"] > 0 and "val_loss" in record
-    assert not {"mfu_palm", "hfu", "memory_allocated_gib"} & set(record), "unknown on this device"
+    assert first["tokens_per_s"] == pytest.approx(8 * 32 / first["step_time_s"])
+    assert record["checkpoint_s"] > 0 and "val_loss" in first
+    assert not {"mfu_palm", "hfu", "memory_allocated_gib"} & set(first), "unknown on this device"
+    assert not set(record) & OF_THE_RUN and set(record) >= {"time", "step_time_s", "data_wait_s", "memory_peak_gib"}
 
 
 def test_the_table_has_a_row_for_each_point(sweep: tuple[Path, str]) -> None:

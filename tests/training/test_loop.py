@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -37,6 +40,11 @@ class Asked(Rank):
         return self.rank == 1 and self.step + 1 >= STOP_AT
 
 
+def no_locks(*args: Any) -> None:
+    """Lock a file as Lustre does where it is mounted without ``flock``."""
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
 def groups_of(args: Any) -> list[str]:
     """Names of the process groups among the arguments of a collective."""
     return [
@@ -45,7 +53,7 @@ def groups_of(args: Any) -> list[str]:
 
 
 def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Train until it is stopped; collections and messages between the processes by step."""
+    """Train until it is stopped, on a filesystem without locks; collections and messages between processes by step."""
     run = start(rank, size, folder, *WORDS)
     run.worker = Asked(rank, rank, size)
     run.worker.open_folder(run.folder.path, run.attempt)
@@ -64,7 +72,7 @@ def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
     gc.callbacks.append(on_collection)
     try:
-        with Operations(is_message):
+        with mock.patch.object(fcntl, "lockf", no_locks), Operations(is_message):
             outcome = train(run)
     finally:
         gc.callbacks.remove(on_collection)
@@ -76,6 +84,7 @@ def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
         "enabled": gc.isenabled(),
         "saved": run.store.steps(),
         "recorded": [record["step"] for record in read_records(run.folder.metrics(rank))],
+        "events": [event["event"] for event in run.folder.read_events()],
     }
 
 
@@ -104,3 +113,4 @@ def test_ranks_without_an_agent_obey_what_one_of_them_is_asked(ranks: list[dict[
         assert STOP_AT <= found["step"] <= STOP_AT + 2
         assert found["saved"] == [SAVE_AT + 1, found["step"]]
         assert found["recorded"] == list(range(1, found["step"] + 1))
+        assert found["events"][-1] == "stopped" and found["events"].count("saved") == 2
