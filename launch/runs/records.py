@@ -102,7 +102,7 @@ FIRST_S = 0.25
 """Until the first record is written; each wait is twice as long as the one before."""
 FOLLOWED_S = 5.0
 """Longest wait on rank 0, whose records the launcher shows; so much of them a killed rank loses at most."""
-LONGEST_S = 10.0
+LONGEST_S = 8.0
 """Longest wait on the other ranks, of which there may be thousands on one filesystem."""
 KEPT_LINES = 10_000
 """Records that wait for a filesystem that refuses them; older ones are dropped."""

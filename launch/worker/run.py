@@ -97,7 +97,7 @@ class Run:
     # What a step says.
 
     def record(self, step: int, **figures: object) -> None:
-        """Add a step record, to be written within ten seconds by a thread. Never blocks, never raises.
+        """Add a step record, to be written within eight seconds by a thread. Never blocks, never raises.
 
         ``time``, ``attempt`` and ``step_time_s`` are filled in where they are not given; the last is the time since the
         record before, without evaluations and saves, divided by the steps between the two. A figure is a real number,
