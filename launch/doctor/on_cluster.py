@@ -23,6 +23,7 @@ from launch.config import Config
 from launch.doctor import probe
 from launch.jobs.handles import SlurmJob, ask_queue
 from launch.jobs.submit import refusal_text, submit_calls
+from launch.plan.exposure import JOBS
 from launch.runs import compose
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
@@ -84,7 +85,7 @@ def submit(request: Request, root: Path) -> SlurmJob:
     """Submit the job with the resources of the run, all but its time."""
     limit = min(JOB_MIN, request.config.cluster.timeout_min)
     resources = {**request.plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
-    (job,) = submit_calls(root / ".submitit" / "%j", resources, probe.run, [str(root)])
+    (job,) = submit_calls(root / JOBS, resources, probe.run, [str(root)])
     return job
 
 
@@ -125,7 +126,7 @@ def collect(root: Path, request: Request, job_id: str, state: str, started: bool
         "cpus_per_task": request.config.cluster.cpus_per_task,
         "gpus_per_node": None if request.plan.promised.uses_cpus else request.config.cluster.gpus_per_node,
     }
-    logs = str(root / ".submitit" / job_id)
+    logs = str(root / JOBS)
     return {
         **{"job_id": job_id, "state": state, "started": started, "folder": str(root), "logs": logs},
         **{"asked": asked, "nodes": nodes, "ranks": ranks},

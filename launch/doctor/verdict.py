@@ -55,12 +55,17 @@ def check_job(results: Results) -> Iterator[Finding]:
         )
         why = "the nodes do not see that folder, or cannot run this Python or this code"
         yield fail(
-            "job", found, why, f"cat {results['logs']}/*; then output_dir=PATH on a filesystem that all nodes mount"
+            "job",
+            found,
+            why,
+            f"cat {results['logs']}/*_log.*; then output_dir=PATH on a filesystem that all nodes mount",
         )
     elif count < asked:
         there = ", ".join(str(node["host"]) for node in results["nodes"])
         why = "the others do not see the folder, or cannot run this Python or this code"
-        yield fail("job", f"{count} of {asked} nodes wrote their record: {there}", why, f"cat {results['logs']}/*")
+        yield fail(
+            "job", f"{count} of {asked} nodes wrote their record: {there}", why, f"cat {results['logs']}/*_log.*"
+        )
     else:
         yield fine("job", f"job {results['job_id']} ran on {', '.join(str(node['host']) for node in results['nodes'])}")
 
@@ -69,7 +74,7 @@ def check_nodes(results: Results) -> Iterator[Finding]:
     """Find what went wrong on a node, and whether all run the same software."""
     for node in results["nodes"]:
         if node.get("error"):
-            fix = f"cluster.exclude={node['host']}, once the log says why: cat {results['logs']}/*"
+            fix = f"cluster.exclude={node['host']}, once the log says why: cat {results['logs']}/*_log.*"
             yield fail("node", f"{node['host']}: {node['error']}", "a run would fail there in the same way", fix)
     skipped = [str(node["skipped"]) for node in results["nodes"] if "skipped" in node]
     if skipped:

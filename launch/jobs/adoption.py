@@ -1,7 +1,7 @@
 """Jobs that sbatch has taken and that no event log names, as their launcher died in between: found and adopted.
 
-A job that runs has entered itself (``launch.plan.submission``). One that waits is known by submitit's folder of it,
-whose pickle names its run folder. One for which submitit did not get as far finds no pickle, and ends by itself after
+A job that runs has entered itself (``launch.plan.submission``). One that waits is known by submitit's pickle of it,
+which names its run folder. One for which submitit did not get as far finds no pickle, and ends by itself after
 a minute. Owns finding them; status, logs, cancel, move and a second launch then treat them as the run's job.
 """
 
@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from submitit.core.utils import DelayedSubmission
+from submitit.core.utils import DelayedSubmission, JobPaths
 
-from launch.jobs.handles import LocalJob, SlurmJob, ask_queue, job_of, submitit_folder
+from launch.jobs.handles import LocalJob, SlurmJob, ask_queue, job_of, slurm_layouts, submitit_folder
 from launch.jobs.status import RunStatus, poll
+from launch.plan.exposure import ELSEWHERE
 from launch.plan.submission import record_found
 from launch.runs.folder import RunFolder
 
 ACTIVE = ("pending", "running")
+SUBMITTED = "_submitted.pkl"
+"""End of the name of submitit's pickle of a job, after the job's id."""
 
 
 def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
@@ -72,13 +75,13 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
 
 def submitted_jobs(run_dir: Path) -> Iterator[tuple[SlurmJob, Path]]:
     """Yield the Slurm jobs that submitit has submitted for the runs of a sweep, each with its pickle."""
-    local = submitit_folder(run_dir)
-    clusters = {None: local} | {path.name.removeprefix("on-"): path for path in local.glob("on-*")}
-    for cluster, folder in clusters.items():
-        for path in folder.glob("[0-9]*"):
-            pickle, array = path / f"{path.name}_submitted.pkl", path.name.split("_")[0]
-            if pickle.is_file() and is_batch_script(folder / array / f"{array}_submission.sh"):
-                yield SlurmJob(path.name, cluster), pickle
+    elsewhere = (path.name.removeprefix(ELSEWHERE) for path in submitit_folder(run_dir).glob(f"{ELSEWHERE}*"))
+    for cluster in (None, *elsewhere):
+        for layout in slurm_layouts(run_dir, cluster):
+            for pickle in layout.parent.glob(f"{layout.name.replace('%j', '[0-9]*')}/[0-9]*{SUBMITTED}"):
+                job = SlurmJob(pickle.name.removesuffix(SUBMITTED), cluster)
+                if is_batch_script(JobPaths(layout, job.array_id).submission_file):
+                    yield job, pickle
 
 
 def is_batch_script(path: Path) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from submitit.core.utils import JobPaths
 
 from launch.agent import processes
-from launch.plan.exposure import JOBS
+from launch.plan.exposure import ELSEWHERE, JOBS, SLURM_JOBS
 from launch.runs.folder import RunFolder
 from launch.scheduler import client as scheduler
 from launch.scheduler.client import JobState
@@ -65,20 +65,30 @@ class Job(Protocol):
         ...
 
 
-def submitit_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
-    """Folder of submitit's pickles and the agents' logs: beside the points, on the shared filesystem.
+def submitit_folder(run_dir: str | Path) -> Path:
+    """Folder of submitit's pickles and the agents' logs: beside the points, on the shared filesystem."""
+    return Path(run_dir).parent / JOBS
 
-    Another cluster has a folder of its own, as its jobs may have the numbers of jobs here.
+
+def slurm_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
+    """Folder of submitit's pickles and the agents' logs of Slurm jobs; ``cluster`` names another than the local one.
+
+    One for all jobs of a sweep, and not one for each: submitit would make that only when sbatch has answered, by when
+    the job may have started, and Slurm fails a job without a word whose log it cannot open.
     """
-    return Path(run_dir).parent / JOBS / (f"on-{cluster}" if cluster else "")
+    return submitit_folder(run_dir) / (f"{ELSEWHERE}{cluster}" if cluster else SLURM_JOBS)
+
+
+def slurm_layouts(run_dir: str | Path, cluster: str | None = None) -> tuple[Path, Path]:
+    """Folders of submitit's files of Slurm jobs, in this version and in earlier ones; ``%j`` is the number of a job."""
+    earlier = slurm_folder(run_dir, cluster) if cluster else submitit_folder(run_dir)
+    return slurm_folder(run_dir, cluster), earlier / "%j"
 
 
 def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
     """Paths of the standard output and error of a node's agent. They may not be there."""
-    cluster = job.cluster if isinstance(job, SlurmJob) else None
-    folder = submitit_folder(run_dir, cluster)
-    # Earlier versions had a folder for each local job, too.
-    layouts = [folder / "%j"] if isinstance(job, SlurmJob) else [folder, folder / "%j"]
+    folder = submitit_folder(run_dir)  # earlier versions had a folder in it for each job
+    layouts = slurm_layouts(run_dir, job.cluster) if isinstance(job, SlurmJob) else (folder, folder / "%j")
     possible = [JobPaths(layout, job.job_id, node) for layout in layouts]
     paths = next((paths for paths in possible if paths.stdout.exists()), possible[0])
     return [Path(paths.stdout), Path(paths.stderr)]

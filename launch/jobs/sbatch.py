@@ -15,7 +15,7 @@ from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launch.jobs.handles import submitit_folder
+from launch.jobs.handles import slurm_folder
 from launch.plan.placement import cluster_of
 from launch.plan.plan import Plan
 
@@ -47,8 +47,8 @@ def sbatch_text(plans: Sequence[Plan]) -> str:
 
 
 def jobs_folder(plan: Plan) -> Path:
-    """Folder of submitit's files of a job; ``%j`` in it stands for the job's number."""
-    return submitit_folder(plan.run_dir, cluster_of(plan.slurm)) / "%j"
+    """Folder of submitit's files of a job."""
+    return slurm_folder(plan.run_dir, cluster_of(plan.slurm))
 
 
 def controller_process(job: Any) -> subprocess.Popen[bytes]:

@@ -110,13 +110,14 @@ def submit_calls(
     """Submit calls of a function of one argument, on every node: a job array, or a plain job where there is one call.
 
     Args:
-        folder: where submitit keeps what belongs to a job; ``%j`` in it stands for the job's number.
+        folder: where submitit keeps what belongs to the jobs; made before sbatch is asked, as a job may start at once.
         resources: what each job asks for, as parameters of submitit's Slurm executor.
 
     Raises:
         submitit.core.utils.FailedJobError: sbatch refused.
     """
     make_folder(folder.parent)
+    make_folder(folder)
     executor = submitit.SlurmExecutor(folder=folder)
     executor.update_parameters(**resources)
     said = redirect_stderr(io.StringIO())  # submitit prints what its error says, too

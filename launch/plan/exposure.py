@@ -14,6 +14,10 @@ from launch.errors import ConfigError
 
 JOBS = ".submitit"
 """Folder beside the points with submitit's pickles and the agents' logs."""
+SLURM_JOBS = "slurm"
+"""Folder in it for those of Slurm's jobs, whose numbers may be those of processes here."""
+ELSEWHERE = "on-"
+"""Beginning of the folder in it for those of another cluster's jobs, before the name of the cluster."""
 
 
 def refuse_exposed(run_dir: Path) -> None:
@@ -22,8 +26,10 @@ def refuse_exposed(run_dir: Path) -> None:
     Pickles are code, so nobody else may write beside them, the group included. In the folder of the run, and the one
     above, a group may share its work; a sticky bit (as /tmp has it) keeps what is there from being replaced.
     """
-    for folder, bits in ((run_dir.parent / JOBS, stat.S_IWGRP | stat.S_IWOTH), (run_dir, stat.S_IWOTH)):
-        refuse_writable(folder, bits)
+    jobs = run_dir.parent / JOBS
+    for folder in (jobs, jobs / SLURM_JOBS, *jobs.glob(f"{ELSEWHERE}*")):
+        refuse_writable(folder, stat.S_IWGRP | stat.S_IWOTH)
+    refuse_writable(run_dir, stat.S_IWOTH)
     refuse_writable(run_dir.parent, stat.S_IWOTH, unless=stat.S_ISVTX)
 
 

@@ -61,7 +61,7 @@ def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
             )
         ]
     )
-    folder = tmp_path / "outputs" / "my run" / ".submitit" / "%j"
+    folder = tmp_path / "outputs" / "my run" / ".submitit" / "slurm"
     assert directives(text) == {
         "account": "abc",
         "cpus-per-task": "64",

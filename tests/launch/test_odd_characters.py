@@ -27,7 +27,7 @@ def test_names_and_paths_in_a_batch_script(monkeypatch: pytest.MonkeyPatch, tmp_
     assert Path(made.run_dir).parent == folder
     text = sbatch_text([made])
     assert {directives(text)[name] for name in ("job-name", "comment")} == {shlex.quote(ODD)}
-    assert directives(text)["output"] == shlex.quote(f"{folder}/.submitit/%j/%j_0_log.out")
+    assert directives(text)["output"] == shlex.quote(f"{folder}/.submitit/slurm/%j_0_log.out")
     told = r"""srun() { printf '%s\0' "$PYTHONPATH" "$@"; }"""
     done = subprocess.run(
         ["bash", "-c", f"{told}\n{text}"],
@@ -41,11 +41,11 @@ def test_names_and_paths_in_a_batch_script(monkeypatch: pytest.MonkeyPatch, tmp_
     assert path == made.code and Path(path).parent == folder / ".code"
     assert args[1:5] == [
         "--output",
-        f"{folder}/.submitit/%j/%j_%t_log.out",
+        f"{folder}/.submitit/slurm/%j_%t_log.out",
         "--error",
-        f"{folder}/.submitit/%j/%j_%t_log.err",
+        f"{folder}/.submitit/slurm/%j_%t_log.err",
     ]
-    assert args[5:6] == [ODD] and args[-1] == str(folder / ".submitit" / "%j")
+    assert args[5:6] == [ODD] and args[-1] == str(folder / ".submitit" / "slurm")
     assert list(tmp_path.iterdir()) == []
 
 

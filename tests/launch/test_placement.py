@@ -208,7 +208,7 @@ def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
     made = plan(f"run_dir={tmp_path}/run", "cluster.placement=[{partition: low}, {cluster: b}]")
     here, there = (sbatch_text([made.choose_candidate(index)]) for index in (0, 1))
     assert "--clusters" not in here and "#SBATCH --clusters=b\n" in there
-    assert f"{tmp_path}/.submitit/%j" in here and f"{tmp_path}/.submitit/on-b/%j" in there
+    assert f"{tmp_path}/.submitit/slurm/%j" in here and f"{tmp_path}/.submitit/on-b/%j" in there
     folder = RunFolder(tmp_path / "run")
     record_submitted(made, "7")
     point = find_run_status(folder)

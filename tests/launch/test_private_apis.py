@@ -61,9 +61,8 @@ def test_submitit_runs_the_same_modules_and_keeps_the_process_of_a_local_job() -
 def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_path: Path) -> None:
     from submitit.core.utils import DelayedSubmission, JobPaths
 
-    folder, node = tmp_path / "%j", Node(0, 2, "slurm-9-0-0", is_slurm=True, slurm_job="7_1")
+    folder, node = tmp_path, Node(0, 2, "slurm-9-0-0", is_slurm=True, slurm_job="7_1")
     pickle = JobPaths(folder, "7_1").submitted_pickle
-    pickle.parent.mkdir()
     DelayedSubmission(os.fspath, "the/run").dump(pickle)
     assert run_dir_of(str(folder), node) == "the/run", changed(
         "submitit", "its pickle of a job", "launch/agent/after_step.py"
