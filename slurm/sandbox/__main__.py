@@ -103,10 +103,12 @@ def _status_line(entry: NodeStatus) -> str:
     return f"{entry.name:6} {address:22} {power:6} {link:5} {processes:10} {entry.slurm}"
 
 
-def _node_fault(fault: Callable[[Cluster, str], None]) -> Callable[[Cluster, argparse.Namespace], int]:
+def _node_fault(fault: Callable[[Cluster, str], str]) -> Callable[[Cluster, argparse.Namespace], int]:
     def command(cluster: Cluster, options: argparse.Namespace) -> int:
         for name in options.node or cluster.nodes:
-            fault(cluster, name)
+            print(fault(cluster, name), flush=True)
+        if fault is not faults.heal:
+            print(f"to undo it: python -m slurm.sandbox heal {' '.join(options.node)}{cluster.option}")
         return 0
 
     return command
@@ -114,13 +116,9 @@ def _node_fault(fault: Callable[[Cluster, str], None]) -> Callable[[Cluster, arg
 
 def _link(cluster: Cluster, options: argparse.Namespace) -> int:
     for name in options.node:
-        faults.link(
-            cluster,
-            name,
-            bandwidth_mbit=options.bandwidth_mbit,
-            loss_percent=options.loss_percent,
-            latency_ms=options.latency_ms,
-        )
+        limits = (options.bandwidth_mbit, options.loss_percent, options.latency_ms)
+        done = faults.link(cluster, name, bandwidth_mbit=limits[0], loss_percent=limits[1], latency_ms=limits[2])
+        print(done, flush=True)
     return 0
 
 

@@ -36,24 +36,30 @@ def _open_running(cluster: Cluster, fault: str, name: str) -> State:
     return state
 
 
-def power_cut(cluster: Cluster, name: str) -> None:
-    """End a node within an instant, silently: its cable is dead before its processes are, so no peer is told."""
+def power_cut(cluster: Cluster, name: str) -> str:
+    """End a node within an instant, silently: its cable is dead before its processes are, so no peer is told.
+
+    Returns what was done, in words, as the other faults do.
+    """
     with records.locked(cluster.directory):
         state = _open_running(cluster, "power-cut", name)
         network.set_link(state, name, up=False)
         node.switch_off(state, name)
+    return f"{name} has no power"
 
 
-def cut_link(cluster: Cluster, name: str) -> None:
+def cut_link(cluster: Cluster, name: str) -> str:
     """Pull a node's cable; everything on it runs on."""
     with records.locked(cluster.directory):
         network.set_link(_open_running(cluster, "cut-link", name), name, up=False)
+    return f"{name} has no link, and its processes run on"
 
 
-def freeze(cluster: Cluster, name: str) -> None:
+def freeze(cluster: Cluster, name: str) -> str:
     """Stop every process of a node; its kernel still acknowledges what arrives."""
     with records.locked(cluster.directory):
         node.set_frozen(_open_running(cluster, "freeze", name), name, frozen=True)
+    return f"the processes of {name} are stopped, and its link is up"
 
 
 def link(
@@ -63,7 +69,7 @@ def link(
     bandwidth_mbit: float | None = None,
     loss_percent: float | None = None,
     latency_ms: float | None = None,
-) -> None:
+) -> str:
     """Limit a node's cable, in each direction: megabits a second, percent of packets lost, milliseconds of delay.
 
     What is None is unlimited.
@@ -71,24 +77,33 @@ def link(
     with records.locked(cluster.directory):
         state = _open_running(cluster, "link", name)
         shaping.shape(state, name, bandwidth_mbit=bandwidth_mbit, loss_percent=loss_percent, latency_ms=latency_ms)
+    limits = ((bandwidth_mbit, "Mbit/s"), (loss_percent, "% lost"), (latency_ms, "ms of delay"))
+    given = ", ".join(f"{value:g} {unit}" for value, unit in limits if value is not None)
+    return f"the link of {name}, each direction: {given or 'no limits'}"
 
 
-def heal(cluster: Cluster, name: str) -> None:
+def heal(cluster: Cluster, name: str) -> str:
     """Undo what happened to a node: switch it on, or else continue its processes and free its cable; then resume it.
 
     Slurm drains a node by itself too, such as one on which it could not end a step, and leaves it to an operator.
     """
+    done = []
     with records.locked(cluster.directory):
         state = _open(cluster, "heal", name)
         if not node.is_on(state, name):
             node.switch_on(state, name)
+            done.append("switched on")
         elif state.mode == "namespaces":
+            done += [] if network.link_is_up(state, name) else ["link up again"]
+            done += ["processes go on"] if node.is_frozen(state, name) else []
             network.set_link(state, name, up=True)
             shaping.shape(state, name)
             node.set_frozen(state, name, frozen=False)
             node.announce(state, name)
     if cluster.slurm_states().get(name, SlurmState()).is_drained:
         cluster.slurm("scontrol", "update", f"NodeName={name}", "State=UNDRAIN")
+        done.append("drained no more")
+    return f"{name}: {', '.join(done) or 'nothing to heal; its link has no limits'}"
 
 
 def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:

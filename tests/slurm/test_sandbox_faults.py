@@ -12,6 +12,7 @@ import pytest
 
 from launch.errors import ConfigError
 from slurm.sandbox import faults, packages, processes
+from slurm.sandbox.__main__ import main
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError, wait_until
 from slurm.sandbox.state import require
@@ -168,6 +169,22 @@ def test_a_frozen_node_stops_and_goes_on(sandbox: Cluster, tmp_path: Path) -> No
     assert status(sandbox, "n4") == (True, True, False)
     assert ticks(tmp_path / "ticks", within_s=10)
     sandbox.slurm("scancel", job)
+
+
+def test_the_command_line_says_what_it_did(sandbox: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> list[str]:
+        assert main([*words, "--dir", str(sandbox.directory)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    undo = f"to undo it: python -m slurm.sandbox heal n3{sandbox.option}"
+    assert said("power-cut", "n3") == ["n3 has no power", undo]
+    assert said("freeze", "n4")[0] == "the processes of n4 are stopped, and its link is up"
+    assert said("cut-link", "n2")[0] == "n2 has no link, and its processes run on"
+    assert said("link", "n1", "--latency-ms", "5") == ["the link of n1, each direction: 5 ms of delay"]
+    sandbox.slurm("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=a test")
+    sound = "n1: nothing to heal; its link has no limits"
+    assert said("heal") == [sound, "n2: link up again, drained no more", "n3: switched on", "n4: processes go on"]
+    assert said("heal", "n1") == [sound]
 
 
 def test_a_drained_node_is_named_with_the_reason_and_resumed(sandbox: Cluster) -> None:
