@@ -37,6 +37,8 @@ from tests.support.weights import differing, read_weights
 STEPS = 250
 WORDS = (f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1")
 SPARE = ("spare_nodes=1", "resilience.node_timeout_s=5")
+SLOW_START = ("resilience.fork_ranks=false",)
+"""Ranks that import for seconds, so that they can be preempted before their first step."""
 END_S = 900.0
 
 
@@ -83,7 +85,7 @@ CASES: dict[str, Case] = {
     "srun killed, which ends the step": ((), partial(kill_srun, alone=True)),
     "srun killed with its helper, and the step goes on": ((), partial(kill_srun, alone=False)),
     **{f"controller away for {s} s": ((), partial(stop_controller, seconds=s)) for s in (20, 75, 300)},
-    "three preemptions before the first step": ((), preempt_early),
+    "three preemptions before the first step": (SLOW_START, preempt_early),
 }
 
 
