@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
-    """Have one worker wait while the others compute."""
+    """Have two workers wait while the others compute."""
     if config.getoption("dist") != "loadfile":
         return None
     from tests.support.schedule import WaitingBesideComputing

@@ -17,6 +17,7 @@ PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
 COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare")
 
 
+@cache
 def modules() -> dict[str, Path]:
     """All modules of the project by dotted name."""
     found = {}
@@ -28,9 +29,15 @@ def modules() -> dict[str, Path]:
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    """Syntax tree of a module."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path, top_level_only: bool = False) -> frozenset[str]:
     """Dotted names that a module imports, at its top or anywhere; names that are submodules are completed."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     blocks = [statement.body for statement in tree.body if isinstance(statement, ast.With)]
     nodes = [*tree.body, *itertools.chain(*blocks)] if top_level_only else list(ast.walk(tree))
     names = set()
@@ -113,11 +120,12 @@ def below(room: str) -> frozenset[str]:
     return frozenset(itertools.chain.from_iterable({lower, *below(lower)} for lower in ROOMS[room]))
 
 
-def targets(path: Path, runtime_only: bool = False) -> set[str]:
+@cache
+def targets(path: Path, runtime_only: bool = False) -> frozenset[str]:
     """Modules of the project that a module imports, anywhere in it."""
     every = modules()
     found = set()
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     skipped = set()
     if runtime_only:
         blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
@@ -130,7 +138,7 @@ def targets(path: Path, runtime_only: bool = False) -> set[str]:
             found |= {name if name in every else node.module for name in names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name for name in found if name in every}
+    return frozenset(name for name in found if name in every)
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -238,7 +246,7 @@ def test_ranks_and_agents_unpickle_nothing_that_they_receive() -> None:
     for name, path in modules().items():
         if not starts(name, "gpt", "launch"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute) and node.attr in UNPICKLING and ast.unparse(node.value) != "json":
                 found.add((name, ast.unparse(node)))
     assert found == {

@@ -14,7 +14,7 @@ from launch import worker
 from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import run, start, wait_for
+from tests.support.commands import run, start_fork, wait_for
 from tests.support.scripts import (
     EXAMPLES,
     LOCAL,
@@ -63,7 +63,7 @@ def test_a_killed_rank_of_plain_ddp_is_started_again_and_the_loss_is_that_of_the
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     options = [f"script.options.steps={STEPS}", "script.resumes=true", PROGRESS, f"run_dir={folder.path}"]
-    process = start(
+    process = start_fork(
         "launch", "nodes=2", *LOCAL, *options, f"script.path={EXAMPLES / 'plain_ddp.py'}",
         cwd=tmp_path, log=tmp_path / "log",
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_stop_of_the_worker_example_loses_no_step(with_worker: tuple[Path, str
     folder = RunFolder(tmp_path / "run")
     program = ["script.resumes=true", f"script.path={EXAMPLES / 'ddp_with_worker.py'}", f"run_dir={folder.path}"]
     args = ["nodes=2", *LOCAL, *program, "script.options.steps=100000", "script.options.save-every=100000"]
-    process = start("launch", *args, cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", *args, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "a step")
     (folder.path / "STOP").touch()
     process.wait(timeout=300)

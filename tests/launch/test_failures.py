@@ -110,7 +110,7 @@ def start_long_run(
 
 
 def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path, "resilience.max_restarts.crashed=0")
+    process, _, family = start_long_run(tmp_path, "resilience.max_restarts.crashed=0", begin=start_fork)
     os.kill(ranks_of(family)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 1
     text = (tmp_path / "log").read_text()
@@ -132,7 +132,7 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path)
+    process, _, family = start_long_run(tmp_path, begin=start_fork)
     for pid in ranks_of(family).values():
         os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
     os.kill(process.pid, signal.SIGINT)
@@ -149,7 +149,7 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None
 
 
 def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path, "resilience.rendezvous_timeout_s=10")
+    process, _, family = start_long_run(tmp_path, "resilience.rendezvous_timeout_s=10", begin=start_fork)
     agents = [pid for pid in family if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(agents) == 2
     os.kill(agents[1], signal.SIGKILL)

@@ -26,7 +26,7 @@ from launch.runs.events import events_since_submission
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobDetails
-from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start, start_fork, wait_for
+from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start_fork, wait_for
 
 Events = list[dict[str, Any]]
 
@@ -210,7 +210,7 @@ def test_the_files_save_and_stop_do_what_they_say(tmp_path: Path) -> None:
 def test_an_attempt_that_was_replaced_can_commit_nothing(tmp_path: Path) -> None:
     words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
     folder = RunFolder(tmp_path / "run")
-    process = start("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
     process.send_signal(signal.SIGSTOP)  # cut off, as a node behind a dead link is
     assert folder.create_attempt() == 2

@@ -16,7 +16,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
 from tests.launch.test_failures import LONG, start_long_run
-from tests.support.commands import descendants, ranks_of, run, start, start_fork, wait_for
+from tests.support.commands import descendants, ranks_of, run, start_fork, wait_for
 
 
 def status(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     assert seen["step"] > 0 and seen["tokens_per_s"] > 0 and seen["eta_s"] > 0 and "failure" not in seen
     assert "running" in run("launch.status", str(folder.path), cwd=tmp_path)
 
-    following = start("launch.logs", "-f", str(folder.path), cwd=tmp_path, log=tmp_path / "followed")
+    following = start_fork("launch.logs", "-f", str(folder.path), cwd=tmp_path, log=tmp_path / "followed")
     wait_for(lambda: "from step 0 of" in (tmp_path / "followed").read_text(), "the log of rank 0")
     text = run("launch.cancel", str(folder.path), cwd=tmp_path)
     step = read_records(folder.metrics(0))[-1]["step"]

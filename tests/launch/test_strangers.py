@@ -23,7 +23,7 @@ from launch.plan.exposure import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import TINY, descendants, ranks_of, run, start, wait_for
+from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
 TIMEOUT = timedelta(seconds=30)
 LOOPBACK = "0100007F"
@@ -98,7 +98,7 @@ def test_strangers_change_nothing_in_a_run_and_cannot_write_into_its_folder(tmp_
     out = tmp_path / "out put"
     named = [f'name="{quoted}"', f"output_dir='{out}'"]
     local = ["nodes=2", "ranks_per_node=1", "cluster=local"]
-    launcher = start("launch", *local, *words, *named, cwd=tmp_path, log=tmp_path / "log")
+    launcher = start_fork("launch", *local, *words, *named, cwd=tmp_path, log=tmp_path / "log")
 
     def rank_1_trains() -> bool:
         assert launcher.poll() is None, (tmp_path / "log").read_text()
@@ -126,8 +126,7 @@ def test_strangers_change_nothing_in_a_run_and_cannot_write_into_its_folder(tmp_
 
     wait_for(is_noticed, "the event of a foreign message")
     os.kill(paused, signal.SIGCONT)
-    launcher.wait()
-    assert launcher.returncode == 0, (tmp_path / "log").read_text()
+    assert launcher.wait() == 0, (tmp_path / "log").read_text()
     events = [event["event"] for event in folder.read_events()]
     assert events.count("foreign_message") in (1, 2)  # once for each agent that saw one
     assert events.count("started") == 1 and "rank_failed" not in events and "node_lost" not in events

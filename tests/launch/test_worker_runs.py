@@ -8,13 +8,13 @@ from pathlib import Path
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import ROOT, TINY, descendants, ranks_of, start, wait_for
+from tests.support.commands import ROOT, TINY, descendants, ranks_of, start_fork, wait_for
 
 
 def test_a_signal_to_one_rank_of_two_nodes_stops_all_at_the_same_step(tmp_path: Path) -> None:
     words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
     folder = RunFolder(tmp_path / "run")
-    process = start("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 4 or process.poll() is not None, "the fifth step")
     os.kill(ranks_of(descendants(process.pid))[1], signal.SIGTERM)
     assert process.wait(timeout=120) == 1, "a run that was stopped has not finished"
@@ -41,7 +41,7 @@ def test_the_example_of_the_docs_stops_at_one_step_and_goes_on_from_there(tmp_pa
     folder = RunFolder(tmp_path / "run")
     words = ["workload=script", f"script.path={script}", "script.resumes=true", "nodes=2", "ranks_per_node=1"]
     words += ["cluster=local", f"run_dir={folder.path}"]
-    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", PYTHONPATH=str(ROOT))
+    process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 4 or process.poll() is not None, "the fifth step")
     assert process.poll() is None, (tmp_path / "log").read_text()
     (folder.path / "STOP").touch()
@@ -55,6 +55,6 @@ def test_the_example_of_the_docs_stops_at_one_step_and_goes_on_from_there(tmp_pa
     assert [e["step"] for e in events if e["event"] == "saved"][-1] == step
 
     example(script, step + 3)
-    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", PYTHONPATH=str(ROOT))
+    process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     assert [r["attempt"] for r in read_records(folder.metrics(0))[-4:]] == [1, 2, 2, 2]

@@ -8,7 +8,7 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import TINY, descendants, kill_all, ranks_of, run, start, wait_for
+from tests.support.commands import TINY, descendants, kill_all, ranks_of, run, start_fork, wait_for
 from tests.support.weights import differing, read_weights
 
 STEPS = 60
@@ -24,7 +24,7 @@ def test_kill_9_and_the_same_command_end_in_the_same_weights(
     run("launch", *words, f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
 
     killed = RunFolder(tmp_path / "killed")
-    process = start("launch", *words, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", *words, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(
         lambda: any(r["step"] >= 10 for r in read_records(killed.metrics(0))) or process.poll() is not None, "step 10"
     )
@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_strategy(tmp_pat
     words = [*TINY, "eval.interval=0", "checkpoint.interval=4", "optim.max_steps=12"]
     run("gpt.train", *words, f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
     moved = RunFolder(tmp_path / "moved")
-    process = start("gpt.train", *words, f"run_dir={moved.path}", cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("gpt.train", *words, f"run_dir={moved.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: (moved.checkpoints / "step_00000004").is_dir() or process.poll() is not None, "a checkpoint")
     kill_all(process)
     assert len(read_records(moved.metrics(0))) < 12, "the kill must fall into the run"

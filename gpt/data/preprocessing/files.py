@@ -14,6 +14,7 @@ import sysconfig
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from gpt.data.formats.token_file import glob_files
@@ -131,8 +132,9 @@ def file_kind(path: Path) -> str:
     return "text"
 
 
+@cache
 def stdlib_files() -> tuple[CorpusFile, ...]:
-    """List the source files of the running Python's own library, ordered by relative path."""
+    """List the source files of the running Python's own library, ordered by relative path; looked up once a process."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, CorpusFile] = {}
     for folder, subfolders, names in os.walk(root):
