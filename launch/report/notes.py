@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launch.report.points import State
+from launch.report.readings import WARMUP_STEPS
 from launch.report.series import (
     MIN_STEPS,
     NOISY,
-    WARMUP_STEPS,
     MeasuredPoint,
     Series,
     drop_warmup,

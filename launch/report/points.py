@@ -6,16 +6,16 @@ Owns the reading. Must not know which run folders a report is about, nor what is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from launch.report.environment import Environment, read_environment
+from launch.report.readings import RankTimes, Step
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
-from launch.runs.records import UNITS, fill_in_step_times, own_work, read_records
 
 
 class State(StrEnum):
@@ -30,20 +30,6 @@ class State(StrEnum):
 
 ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": State.STOPPED}
 """Event -> state of the point after it."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step over all ranks: the time of the slowest rank, the work of all of them."""
-
-    step: int
-    attempt: int
-    time_s: float
-    work: float | None
-    """In the unit of the point; None where neither the ranks nor the set-up tell."""
-    mfu_palm: float | None
-    recorded_by: int = 1
-    """Ranks whose own work was added up."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,8 @@ class Point:
     run_time_s: float | None = None
     """Time that its ranks ran, from the start to the end of each attempt, added up; None while they still do."""
     attempts: int = 0
+    rank_times: RankTimes | None = None
+    """Times of each rank beside those of the others; None where fewer than two recorded the same steps."""
 
     @property
     def is_gpt(self) -> bool:
@@ -91,46 +79,33 @@ class Point:
 
 def read_point(path: Path) -> Point:
     """Read one run folder; one that is empty or does not exist is a point without records."""
+    from launch.report.steps import read_steps  # numpy, which a launch that only prints a plan should not wait for
+
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}
-    files = {rank: fill_in_step_times(read_records(run.metrics(rank))) for rank in run.metric_ranks()}
-    by_rank = {rank: {record["step"]: record for record in records} for rank, records in files.items() if records}
-    first = by_rank[min(by_rank)] if by_rank else {}
-    # An attempt that recorded no step, such as a run that was found finished, says nothing of how the steps were made.
-    stepped = {record["attempt"] for record in first.values()} & set(known)
+    reading = read_steps(run, known)
+    stepped = reading.attempt_times or {}
     environment = known[max(stepped or known)] if known else None
-    last_step = max(first, default=None)
     events = run.read_events()
     last_attempt = max(setups, default=0)
-    span = _span(first.values(), max(stepped)) if stepped else _started_and_ended(events, last_attempt)
-    unit = _unit(by_rank, environment)
+    span = stepped[max(stepped)] if stepped else _started_and_ended(events, last_attempt)
+    has_records = reading.last_step is not None or _runs_without(events, environment)
     return Point(
         path=path,
         overrides=read_overrides(run),
-        state=_state(events, last_attempt, has_records=last_step is not None or _runs_without(events, environment)),
+        state=_state(events, last_attempt, has_records=has_records),
         environment=environment,
-        steps=tuple(_whole_steps(by_rank, known, environment, unit)),
-        last_step=last_step,
-        loss=None if last_step is None else first[last_step].get("loss"),
+        steps=reading.steps,
+        last_step=reading.last_step,
+        loss=reading.loss,
         span=span,
         presence=span and _presence(events, span),
-        unit=unit,
+        unit=reading.unit if reading.last_step is not None or environment is None else environment.unit,
         run_time_s=_run_time(events),
         attempts=len(setups),
+        rank_times=reading.rank_times,
     )
-
-
-def _unit(by_rank: Mapping[int, Mapping[int, dict[str, Any]]], environment: Environment | None) -> str | None:
-    """The stated unit, unless the records have no number of it, but of another one: a script may leave it unsaid."""
-    stated = None if environment is None else environment.unit
-    if environment is not None and environment.work_per_step is not None:
-        return stated
-    last = [records[max(records)] for records in by_rank.values()]
-    for unit in (*([] if stated is None else [stated]), *UNITS):
-        if last and all(unit in record and own_work(record, unit) is not None for record in last):
-            return unit
-    return stated
 
 
 def _runs_without(events: Sequence[dict[str, Any]], environment: Environment | None) -> bool:
@@ -166,12 +141,6 @@ def _started_and_ended(events: Sequence[dict[str, Any]], attempt: int) -> tuple[
     return None if end is None else (start, end)
 
 
-def _span(records: Iterable[dict[str, Any]], attempt: int) -> tuple[float, float]:
-    """Times of the first and the last record of an attempt."""
-    times = [record["time"] for record in records if record["attempt"] == attempt]
-    return min(times), max(times)
-
-
 def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tuple[float, float]:
     """From the start of the agent, or where there was none of the ranks, to their end, around ``span``."""
     before = {event["event"]: event["time"] for event in events if event["time"] <= span[0]}
@@ -188,63 +157,6 @@ def _state(event_log: Sequence[dict[str, Any]], last: int, has_records: bool) ->
     if events:
         return ENDS[events[-1]["event"]]
     return State.RUNNING if has_records else State.NO_RECORDS
-
-
-def _whole_steps(
-    by_rank: Mapping[int, Mapping[int, dict[str, Any]]],
-    setups: Mapping[int, Environment],
-    wanted: Environment | None,
-    unit: str | None,
-) -> list[Step]:
-    """Steps that every rank that should record them did record, in attempts with the wanted set-up.
-
-    These are all ranks of a GPT run; elsewhere those that recorded anything in that attempt, often rank 0 alone.
-    """
-    recording: dict[int, set[int]] = defaultdict(set)
-    for rank, of_rank in by_rank.items():
-        for record in of_rank.values():
-            recording[record["attempt"]].add(rank)
-    steps = []
-    for number in sorted({step for records in by_rank.values() for step in records}):
-        records = [of_rank[number] for of_rank in by_rank.values() if number in of_rank]
-        attempt = max(record["attempt"] for record in records)
-        records = [record for record in records if record["attempt"] == attempt]
-        setup = setups.get(attempt)
-        if setup is None or wanted is None or not setup.same_setup(wanted):
-            continue
-        expected = setup.world_size if setup.workload == "gpt" else len(recording[attempt])
-        if len(records) == expected and all("step_time_s" in record for record in records):
-            steps.append(_merge(number, attempt, records, setup, unit))
-    return steps
-
-
-def _merge(number: int, attempt: int, records: list[dict[str, Any]], setup: Environment, unit: str | None) -> Step:
-    known_mfu = [record["mfu_palm"] for record in records if record.get("mfu_palm") is not None]
-    time_s = max(record["step_time_s"] for record in records)
-    return Step(
-        step=number,
-        attempt=attempt,
-        time_s=time_s,
-        work=_work(records, time_s, setup, unit),
-        mfu_palm=sum(known_mfu) / len(known_mfu) if len(known_mfu) == len(records) else None,
-        recorded_by=len(records),
-    )
-
-
-def _work(records: Sequence[dict[str, Any]], time_s: float, setup: Environment, unit: str | None) -> float | None:
-    """Work of one step over all ranks: what all of them recorded as their own, else what was stated beforehand.
-
-    Where only some ranks record, what was stated goes first, because the others worked too.
-    """
-    own = [work for record in records if (work := own_work(record, unit)) is not None]
-    if len(own) == setup.world_size:
-        return sum(own)
-    if setup.work_per_step is not None:
-        return setup.work_per_step
-    if own and len(own) == len(records):
-        return sum(own)
-    per_s = records[0].get(f"{unit}_per_s")  # of the whole run, as the rank that says it has worked it out
-    return None if per_s is None else per_s * time_s
 
 
 def neighbours(points: Sequence[Point]) -> list[list[str]]:

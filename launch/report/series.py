@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from launch.errors import ConfigError
 from launch.report.environment import Environment
-from launch.report.points import Point, State, Step
+from launch.report.points import Point, State
+from launch.report.readings import WARMUP_STEPS, Step
 from launch.runs.find import labels_inside
 from launch.runs.labels import point_labels, tells_apart
 from launch.runs.overrides import typed_key, typed_value
@@ -223,8 +224,6 @@ def _again(point: Point) -> str:
     return " ".join(["python -m launch", *typed, "fresh=true"])
 
 
-WARMUP_STEPS = 5
-"""Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
 NOISY = 0.1
 """Above this interquartile range, in medians, an efficiency is marked. It does not shrink with the number of steps, as
 a standard error would: what disturbs a machine lasts for many steps, so that they are no independent samples."""

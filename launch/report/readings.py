@@ -1,0 +1,73 @@
+"""What a report takes from the step records of one run: its steps, and the times of its ranks.
+
+Plain values, so that a command which only shows figures loads no numpy. Must not know how they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+WARMUP_STEPS = 5
+"""Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over all ranks: the time of the slowest rank, the work of all of them."""
+
+    step: int
+    attempt: int
+    time_s: float
+    work: float | None
+    """In the unit of the point; None where neither the ranks nor the set-up tell."""
+    mfu_palm: float | None
+    recorded_by: int = 1
+    """Ranks whose own work was added up."""
+
+
+@dataclass(frozen=True)
+class RankTime:
+    """Times of one rank, means over the steps after warm-up, in seconds."""
+
+    rank: int
+    own_s: float
+    """Its step time, less what it says it waited in collectives (``comm_s``)."""
+    excess_s: float
+    """``own_s`` above the median of the other ranks; below it where negative."""
+    data_wait_s: float | None
+    wait_excess_s: float | None
+    """``data_wait_s`` above the median of the other ranks."""
+    is_slow: bool = False
+    """True where it takes longer than the others beyond their spread, and does so throughout the run."""
+    waits_long: bool = False
+    """True where it waits longer for its data than the others, in the same sense."""
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Times of all ranks of a run that recorded steps."""
+
+    ranks: tuple[RankTime, ...]
+    windows: tuple[tuple[int, int], ...]
+    """First and last step of each window of the run."""
+    excess_s: tuple[tuple[float, ...], ...]
+    """[ranks, windows]: mean of a rank's own time in a window above the median of all ranks there."""
+    is_net: bool = False
+    """True where waiting in collectives was recorded and is taken off."""
+
+
+@dataclass(frozen=True)
+class StepReading:
+    """Everything that a report takes from the step records of a run."""
+
+    steps: tuple[Step, ...] = ()
+    """In order, of attempts with the set-up of the last one."""
+    rank_times: RankTimes | None = None
+    unit: str | None = None
+    """Unit of the work, as the set-up states it or the records show it; None where nothing says."""
+    last_step: int | None = None
+    loss: float | None = None
+    """Training loss of the last step."""
+    attempt_times: Mapping[int, tuple[float, float]] | None = None
+    """Attempt -> times of its first and its last record that count, by the first rank."""

@@ -1,0 +1,259 @@
+"""Step records of all ranks of a run, reduced while they are read, one rank's file at a time.
+
+Owns which records make a step, and what is kept of them: of each step the slowest rank, the work and the MFU, and of
+each rank its mean times by window of the run. Memory grows with the steps and with the ranks, not with their product.
+Must not know what a report says of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from launch.report.environment import Environment
+from launch.report.rank_times import OwnTimes
+from launch.report.readings import Step, StepReading
+from launch.runs.columns import Flags, Floats, Integers, RecordColumns, read_columns
+from launch.runs.folder import RunFolder
+from launch.runs.records import UNITS, own_work
+
+READERS = 2
+"""Files that are read at once: while one is looked at, the next one comes from the filesystem."""
+TIME, DATA_WAIT, COMMUNICATION = "step_time_s", "data_wait_s", "comm_s"
+
+
+def read_steps(run: RunFolder, setups: Mapping[int, Environment]) -> StepReading:
+    """Read and reduce the step records of a run, whose attempts have these set-ups."""
+    is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
+    stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
+    units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))
+    # What the GPT library never records need not be looked for in its files.
+    fields = (TIME, DATA_WAIT, *units, *(() if is_gpt else ("work", COMMUNICATION)), "mfu_palm")
+    reduction: _Reduction | None = None
+    for columns in _read_ranks(run, fields):
+        reduction = reduction or _Reduction(columns[1], setups, units)
+        reduction.add(*columns)
+    return StepReading() if reduction is None else reduction.reading()
+
+
+def _read_ranks(run: RunFolder, fields: tuple[str, ...]) -> Iterator[tuple[int, RecordColumns]]:
+    """Yield the records of each rank that has some, by rank; a few files are read ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead: deque[tuple[int, Future[RecordColumns | None]]] = deque()
+        ranks = iter(run.metric_ranks())
+        is_first = True
+        while True:
+            for rank in ranks:
+                ahead.append((rank, pool.submit(_read_rank, run, rank, fields, is_first)))
+                if is_first or len(ahead) > READERS:
+                    break
+            if not ahead:
+                return
+            rank, found = ahead.popleft()
+            columns = found.result()
+            if columns is not None:
+                is_first = False
+                yield rank, columns
+
+
+def _read_rank(run: RunFolder, rank: int, fields: tuple[str, ...], is_first: bool) -> RecordColumns | None:
+    """Read what is needed of one rank; what only some programs need, or one rank, is read where it is."""
+    columns = read_columns(run.metrics(rank), (*fields, "time") if is_first else fields)
+    if columns is None:
+        return None
+    extra = ["time"] if _is_filled_in(columns).any() else []
+    if not any(columns.known[name].all() for name in fields if name in columns.known and name in (*UNITS, "work")):
+        extra += [name for name in columns.last if name.endswith("_per_s")]  # the rate of the whole run
+    return read_columns(run.metrics(rank), (*fields, "time", *extra)) if extra else columns
+
+
+def _is_filled_in(columns: RecordColumns) -> Flags:
+    """Tell the records without a step time that follow another one of their attempt."""
+    follows = np.append(False, np.diff(columns.attempts) == 0)
+    return ~columns.known[TIME] & follows
+
+
+def _step_times(columns: RecordColumns) -> tuple[Flags, Floats]:
+    """Step times, known and their values; as ``records.fill_in_step_times`` where a record names none."""
+    known, values = columns.known[TIME], columns.values[TIME]
+    missing = np.flatnonzero(_is_filled_in(columns))
+    if not len(missing):
+        return known, values
+    known, values = known.copy(), values.copy()
+    time = np.where(columns.known["time"], columns.values["time"], 0.0)
+    seconds = time[missing] - time[missing - 1]
+    filled = (seconds > 0) & columns.known["time"][missing - 1]
+    at = missing[filled]
+    known[at], values[at] = True, seconds[filled] / np.diff(columns.steps)[at - 1]
+    return known, values
+
+
+def _own_work(columns: RecordColumns, unit: str | None) -> tuple[Flags, Floats]:
+    """A rank's own number of ``unit`` in each record, as ``records.own_work``."""
+    known, values = np.zeros(len(columns), np.bool_), np.full(len(columns), np.nan)
+    for name in (*{"images": ("images", "samples"), None: ()}.get(unit, (unit,)), "work"):
+        if name in columns.known:
+            found = columns.known[str(name)] & ~known
+            known, values = known | found, np.where(found, columns.values[str(name)], values)
+    return known, values
+
+
+class _Sums:
+    """Per step, a sum over ranks in their order, and how many it is of."""
+
+    def __init__(self, size: int) -> None:
+        self.sum, self.count = np.zeros(size), np.zeros(size, np.int64)
+
+    def add(self, at: Integers, known: Flags, values: Floats) -> None:
+        """Add the known values of one rank at these steps."""
+        self.sum[at[known]] += values[known]
+        self.count[at[known]] += 1
+
+
+class _Reduction:
+    """Steps over all ranks, as far as the ranks have been added; the first one says which attempts count."""
+
+    def __init__(self, first: RecordColumns, setups: Mapping[int, Environment], units: Sequence[str]) -> None:
+        self._first, self._setups = first, setups
+        # An attempt that recorded no step, such as a run that was found finished, says nothing of how they were made.
+        stepped = set(first.attempts.tolist()) & set(setups)
+        self._wanted = setups[max(stepped or setups)] if setups else None
+        self._stepped = stepped
+        self._counting = [
+            attempt for attempt, setup in setups.items() if self._wanted is not None and setup.same_setup(self._wanted)
+        ]
+        self._units: dict[str | None, bool] = dict.fromkeys((*units, None), True)
+        """Unit -> whether the last record of every rank so far counts it."""
+        self._recording: Counter[int] = Counter()
+        self._own_times = OwnTimes(first, np.isin(first.attempts, self._counting))
+        self._allocate(first.steps)
+
+    def _allocate(self, steps: Integers) -> None:
+        size = len(steps)
+        self._steps, self._attempts = steps, np.zeros(size, np.int64)
+        self._records, self._timed = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self._times = np.full(size, -np.inf)
+        self._mfu = _Sums(size)
+        self._works = {unit: _Sums(size) for unit in self._units}
+        self._rates = {unit: np.full(size, np.nan) for unit in self._units}
+
+    def add(self, rank: int, columns: RecordColumns) -> None:
+        """Add the records of the next rank."""
+        at = self._places(columns.steps)
+        for attempt in np.unique(columns.attempts).tolist():
+            self._recording[attempt] += 1
+        self._begin_again(at[columns.attempts > self._attempts[at]])
+        self._attempts[at] = np.maximum(self._attempts[at], columns.attempts)
+        counts = columns.attempts == self._attempts[at]
+        at = at[counts]
+        known, times = _step_times(columns)
+        self._own_times.add(rank, columns, known, times)
+        self._timed[at] += known[counts]
+        self._times[at] = np.fmax(self._times[at], np.where(known, times, np.nan)[counts])
+        self._mfu.add(at, columns.known["mfu_palm"][counts], columns.values["mfu_palm"][counts])
+        is_first = self._records[at] == 0
+        for unit in self._units:
+            work = _own_work(columns, unit)
+            if work[0].any():
+                self._works[unit].add(at, work[0][counts], work[1][counts])
+            if f"{unit}_per_s" in columns.values:
+                self._rates[unit][at[is_first]] = columns.values[f"{unit}_per_s"][counts][is_first]
+            self._units[unit] &= unit in columns.last and own_work(columns.last, unit) is not None
+        self._records[at] += 1
+
+    def _places(self, steps: Integers) -> Integers:
+        """Where these steps are among all; those that no rank before had are made room for."""
+        if len(steps) == len(self._steps) and (steps == self._steps).all():
+            return np.arange(len(steps))
+        if not np.isin(steps, self._steps).all():
+            self._make_room(np.union1d(self._steps, steps))
+        places: Integers = np.searchsorted(self._steps, steps)
+        return places
+
+    def _make_room(self, steps: Integers) -> None:
+        before = self._steps, self._attempts, self._records, self._timed, self._times, self._rates
+        sums = [self._mfu, *self._works.values()]
+        at = np.searchsorted(steps, self._steps)
+        self._allocate(steps)
+        self._attempts[at], self._records[at], self._timed[at], self._times[at] = before[1:5]
+        for unit, rates in before[5].items():
+            self._rates[unit][at] = rates
+        for new, old in zip((self._mfu, *self._works.values()), sums, strict=True):
+            new.sum[at], new.count[at] = old.sum, old.count
+
+    def _begin_again(self, at: Integers) -> None:
+        """Forget what earlier attempts said of steps that were done again."""
+        self._records[at] = self._timed[at] = 0
+        self._times[at] = -np.inf
+        for sums in (self._mfu, *self._works.values()):
+            sums.sum[at], sums.count[at] = 0.0, 0
+        for rates in self._rates.values():
+            rates[at] = np.nan
+
+    def reading(self) -> StepReading:
+        """Return what is known when all ranks were added."""
+        first, unit = self._first, self._unit()
+        times = {}
+        for attempt in sorted(self._stepped):
+            of_attempt = first.values["time"][first.attempts == attempt]
+            times[attempt] = (float(of_attempt.min()), float(of_attempt.max()))
+        return StepReading(
+            steps=tuple(sorted(self._whole_steps(unit), key=lambda step: step.step)),
+            rank_times=self._own_times.result(),
+            unit=unit,
+            last_step=int(first.steps[-1]),
+            loss=first.last.get("loss"),
+            attempt_times=times,
+        )
+
+    def _unit(self) -> str | None:
+        """The stated unit, unless the records have no number of it, but of another one: it may be left unsaid."""
+        stated = None if self._wanted is None else self._wanted.unit
+        if self._wanted is not None and self._wanted.work_per_step is not None:
+            return stated
+        for unit in (*([] if stated is None else [stated]), *UNITS):
+            if self._units.get(unit):
+                return unit
+        return stated
+
+    def _whole_steps(self, unit: str | None) -> Iterator[Step]:
+        """Steps that every rank that should record them did record, in attempts with the wanted set-up.
+
+        These are all ranks of a GPT run; elsewhere those that recorded anything in that attempt, often rank 0 alone.
+        """
+        works, rates = self._works.get(unit), self._rates.get(unit)
+        assert works is not None and rates is not None
+        for attempt in self._counting:
+            setup = self._setups[attempt]
+            expected = setup.world_size if setup.workload == "gpt" else self._recording[attempt]
+            whole = (self._attempts == attempt) & (self._records == expected) & (self._timed == expected)
+            for at in np.flatnonzero(whole).tolist():
+                time_s, mfu = float(self._times[at]), int(self._mfu.count[at])
+                yield Step(
+                    step=int(self._steps[at]),
+                    attempt=attempt,
+                    time_s=time_s,
+                    work=_work(works, at, expected, setup, float(rates[at]) * time_s),
+                    # Ranks above the first may leave it out of their records.
+                    mfu_palm=float(self._mfu.sum[at]) / mfu if mfu else None,
+                    recorded_by=expected,
+                )
+
+
+def _work(own: _Sums, at: int, recorded: int, setup: Environment, by_rate: float) -> float | None:
+    """Work of one step over all ranks: what all of them recorded as their own, else what was stated beforehand.
+
+    Where only some ranks record, what was stated goes first, because the others worked too. What is left is the rate
+    of the whole run, as the rank that says it has worked it out.
+    """
+    count = int(own.count[at])
+    if count == setup.world_size:
+        return float(own.sum[at])
+    if setup.work_per_step is not None:
+        return setup.work_per_step
+    if count and count == recorded:
+        return float(own.sum[at])
+    return None if np.isnan(by_rate) else by_rate
