@@ -20,13 +20,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from launch.report.run_figure import draw_run
+from launch.report.style import COLORS, GREY
 from launch.report.table import Row, ScalingTable
 from launch.report.views import efficiency
 
-# Colours that the colour-blind tell apart (Okabe and Ito, Color Universal Design, 2008), without their yellow.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-GREY = "#595959"
 IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.3, "zorder": 1}
 LABEL: dict[str, Any] = {"fontsize": 8, "color": GREY, "ha": "center", "va": "bottom"}
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -44,7 +43,9 @@ def draw(table: ScalingTable) -> bytes:
     figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
     conditions = "\n".join(textwrap.wrap(table.conditions, 160))
     figure.supxlabel(conditions, fontsize=8, color=GREY, x=0.01, ha="left")
-    if series:
+    if len(table.rows) == 1 and table.details:
+        draw_run(figure, table.details[0])
+    elif series:
         _draw_panels(figure, table, series)
     else:
         figure.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)

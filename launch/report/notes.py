@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launch.report.details import straggler_notes
 from launch.report.points import State
 from launch.report.readings import WARMUP_STEPS
 from launch.report.series import (
@@ -36,6 +37,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     candidates = [_steps_used(members), *map(_smallest, found), *map(_no_rates, found), *map(_changing_work, found)]
     candidates += [_partly_recorded(members), _run_times(members), _crowding(members), *map(_crowded_base, found)]
     candidates += (_noise(series, rows) for series in found)
+    candidates += [note for member in members for note in straggler_notes(member)]
     candidates += [_too_few_steps(members), *map(_state, members), _mfu(members)]
     return [note for note in candidates if note]
 

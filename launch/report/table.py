@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report import series as series_of
+from launch.report.details import RunDetail, detail
 from launch.report.notes import notes
 from launch.report.points import Point, neighbours, read_point
 from launch.report.selection import Selection, select
@@ -85,6 +86,8 @@ class ScalingTable:
     notes: tuple[str, ...]
     is_gpt: bool = True
     """True where the GPT library made every point whose workload is known."""
+    details: tuple[RunDetail, ...] = ()
+    """Of the measured points, in the order of the rows: step times and ranks."""
 
     @property
     def name(self) -> str:
@@ -166,6 +169,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         batches=_batches(found),
         conditions=_conditions(found),
         notes=tuple(notes(found, rows)),
+        details=tuple(one for series in found for member in series.members if (one := detail(member)) is not None),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
 

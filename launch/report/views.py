@@ -19,6 +19,7 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
+from launch.report.details import RunDetail
 from launch.report.table import Row, ScalingTable
 
 UNAVAILABLE = "unavailable"
@@ -165,7 +166,31 @@ def markdown(table: ScalingTable) -> str:
         blocks.append(f"# {heading}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     blocks += filter(None, (table.conditions, table.selection.text))
     blocks.append("\n".join(f"- {note}" for note in table.notes))
+    if len(table.rows) == 1:
+        blocks += [block for found in table.details for block in _detail_blocks(found)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _detail_blocks(found: RunDetail) -> list[str]:
+    """Describe one run at length: how its step times are distributed, and its slowest ranks."""
+    marks = [("", *(name for name, _ in found.percentiles_s)), ("---:",) * (len(found.percentiles_s) + 1)]
+    marks.append(("step time", *(seconds(value) for _, value in found.percentiles_s)))
+    blocks = ["## Distribution of step times\n\n" + _lines(marks)]
+    if found.slowest:
+        waits = any(row.time.data_wait_s is not None for row in found.slowest)
+        head = ["rank", "host", "own time", "above the median of the others", "of the step time"]
+        cells = [[*head, "data wait"] if waits else head]
+        cells.append(["---:", ":---", *["---:"] * (len(cells[0]) - 2)])
+        for row in found.slowest:
+            shown = [str(row.time.rank), row.host or UNAVAILABLE, seconds(row.time.own_s)]
+            shown += [f"{1000 * row.time.excess_s:.3g} ms", percent(row.share)]
+            cells.append([*shown, seconds(row.time.data_wait_s)] if waits else shown)
+        blocks.append("## Slowest ranks\n\n" + _lines(cells))
+    return blocks
+
+
+def _lines(cells: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(map(_escape, row))} |" for row in cells)
 
 
 def _escape(cell: str) -> str:

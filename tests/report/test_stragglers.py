@@ -1,0 +1,139 @@
+"""Slow ranks: named where the records bear it out, with what they cost in closed form, and passed over where not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.report import ScalingTable, build, write
+from launch.report.readings import RankTimes
+from launch.report.views import markdown
+from launch.runs.records import append_records
+from launch.runs.tensorboard import png_shape
+
+RANKS, STEPS = 24, 47
+BASE_S = 0.5
+Times = Callable[[int, int], dict[str, float]]
+
+
+def run_of(folder: Path, make_run: Any, times: Times, ranks: int = RANKS, **builder: Any) -> ScalingTable:
+    """A run whose rank r records ``times(step, r)`` in each step; its report."""
+    built = make_run(folder, ranks, max(ranks // 8, 1), ("nodes=3",), global_batch=ranks, **builder).attempt()
+    for rank in range(ranks):
+        fixed = {"attempt": 1, "tokens": 128, "loss": 1.0}
+        records = [{"step": s, **fixed, **times(s, rank), "time": 1e9 + s} for s in range(1, STEPS + 1)]
+        append_records(built.run.metrics(rank), records)
+    built.event("finished", attempt=1)
+    return build(folder)
+
+
+def known_times(step: int, rank: int) -> float:
+    return BASE_S + 0.001 * (step % 7) + 0.0001 * (rank % 5)
+
+
+def about_ranks(table: ScalingTable) -> list[str]:
+    return [note for note in table.notes if "rank 17" in note or "other ranks" in note]
+
+
+def times_of(table: ScalingTable) -> RankTimes:
+    found = table.details[0].rank_times
+    assert found is not None
+    return found
+
+
+def test_a_slow_rank_is_named_with_its_host_and_what_it_costs(tmp_path: Path, make_run: Any) -> None:
+    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": known_times(s, r) + 0.03 * (r == 17)})
+    assert about_ranks(table) == [
+        f"At {table.rows[0].label}, slower than the other ranks throughout the run: rank 17 on n3 by 30 ms, 5.6 % of "
+        "the step time. In each step all ranks wait for the slowest."
+    ]
+    slowest = table.details[0].slowest[0]
+    assert (slowest.time.rank, slowest.host) == (17, "n3")
+    # Of the 23 others the median is 0.2 ms above the base, as is rank 17 without its delay.
+    assert slowest.time.excess_s == pytest.approx(0.03, abs=1e-12)
+    assert slowest.share == pytest.approx(0.03 / float(np.median([known_times(s, 17) + 0.03 for s in range(6, 48)])))
+    assert "| 17 | n3 | 533 ms | 30 ms | 5.6 % |" in markdown(table)
+
+
+def test_times_of_the_ranks_are_those_of_plain_numpy(tmp_path: Path, make_run: Any) -> None:
+    chance = random.Random(1)
+    every = {(s, r): chance.uniform(0.4, 0.6) for s in range(1, STEPS + 1) for r in range(RANKS)}
+    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": every[s, r]})
+    times = np.array([[every[s, r] for s in range(6, STEPS + 1)] for r in range(RANKS)])
+    others = [np.median(np.delete(times.mean(axis=1), r)) for r in range(RANKS)]
+    found = times_of(table)
+    assert [rank.own_s for rank in found.ranks] == pytest.approx(times.mean(axis=1))
+    assert [rank.excess_s for rank in found.ranks] == pytest.approx(times.mean(axis=1) - others)
+    assert len(found.windows) == STEPS - 5  # fewer steps than windows: one each
+    assert np.array(found.excess_s) == pytest.approx(times - np.median(times, axis=0))
+    marks = dict(table.details[0].percentiles_s)
+    longest = times.max(axis=0)
+    assert [marks["shortest"], marks["longest"]] == [longest.min(), longest.max()]
+    assert [marks[f"{p} %"] for p in (5, 50, 99)] == pytest.approx(np.percentile(longest, [5, 50, 99]))
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param(lambda s, r: {"step_time_s": known_times(s, 0)}, id="all alike"),
+        pytest.param(lambda s, r: {"step_time_s": known_times(s, r) + 0.005 * (r == 17)}, id="1 % only"),
+        pytest.param(lambda s, r: {"step_time_s": known_times(s, r) + 2.0 * (r == 17 and s == 30)}, id="one step only"),
+        pytest.param(lambda s, r: {"step_time_s": known_times(s, r) + 0.01 * (r % 12)}, id="others spread as much"),
+    ],
+)
+def test_no_rank_is_named_where_the_spread_does_not_bear_it_out(tmp_path: Path, make_run: Any, times: Times) -> None:
+    assert not about_ranks(run_of(tmp_path, make_run, times))
+
+
+def test_noise_names_nobody(tmp_path: Path, make_run: Any) -> None:
+    named = 0
+    for seed in range(5):
+        chance = np.random.default_rng(seed)
+        drawn = chance.normal(BASE_S, 0.05, (STEPS + 1, RANKS))
+
+        def times(step: int, rank: int, drawn: Any = drawn) -> dict[str, float]:
+            return {"step_time_s": float(drawn[step, rank])}
+
+        named += bool(about_ranks(run_of(tmp_path / str(seed), make_run, times)))
+    assert named == 0
+
+
+def test_waiting_in_collectives_is_taken_off_where_a_script_records_it(tmp_path: Path, make_run: Any) -> None:
+    # All end a step together: rank 17 computes 30 ms longer, and the others wait for it as long.
+    def times(step: int, rank: int) -> dict[str, float]:
+        return {"step_time_s": known_times(step, 0) + 0.03, "comm_s": 0.01 + 0.03 * (rank != 17)}
+
+    table = run_of(tmp_path, make_run, times, script={"unit": "tokens"})
+    assert times_of(table).is_net
+    assert "rank 17 on n3 by 30 ms, 5.6 % of the step time" in about_ranks(table)[0]
+
+
+def test_a_wait_for_data_on_one_rank_is_told_though_all_end_together(tmp_path: Path, make_run: Any) -> None:
+    def times(step: int, rank: int) -> dict[str, float]:
+        return {"step_time_s": known_times(step, 0) + 0.03, "data_wait_s": 0.001 + 0.03 * (rank == 17)}
+
+    table = run_of(tmp_path, make_run, times)
+    told = about_ranks(table)
+    assert len(told) == 1
+    assert "longer waits for data than on the other ranks: rank 17 on n3 by 30 ms, 5.6 %" in told[0]
+    assert [rank.rank for rank in times_of(table).ranks if rank.waits_long] == [17]
+
+
+def test_one_of_two_ranks_can_be_slow(tmp_path: Path, make_run: Any) -> None:
+    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": 0.5 + 0.1 * (r == 1)}, ranks=2)
+    assert [rank.is_slow for rank in times_of(table).ranks] == [False, True]
+
+
+def test_a_rank_alone_has_no_table_and_no_heat_map(tmp_path: Path, make_run: Any) -> None:
+    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": known_times(s, r)}, ranks=1)
+    assert table.details[0].rank_times is None
+    text = markdown(table)
+    assert "Slowest ranks" not in text
+    assert "## Distribution of step times" in text
+    picture = next(path for path in write(table) if path.suffix == ".png")
+    assert png_shape(picture.read_bytes())[:2] == (1650, 780)
