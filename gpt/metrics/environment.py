@@ -1,7 +1,7 @@
 """Environment of one attempt: device and memory of each rank, and versions of the software.
 
 Owns the entries of ``attempts/NNNN/environment.json`` that need torch. Records no variable of the environment: some
-hold secrets.
+hold secrets (``launch.runs.rank_environment`` names those that are told).
 """
 
 from __future__ import annotations

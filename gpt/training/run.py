@@ -37,6 +37,7 @@ from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 from launch.runs.provenance import changed_since, code_state, describe_code, refuse_change
+from launch.runs.rank_environment import describe_environment
 
 
 @dataclass
@@ -114,6 +115,7 @@ def describe_attempt(run: Run) -> None:
         "data_sources": run.tokens.as_dict(),
         **set_up(run),
         "ranks": ranks,
+        "environment": describe_environment(),
         "peak_flops_per_s": peak_flops(ranks[0]["device_name"], run.config.precision),
         "software": software(),
         "git": code_state(),

@@ -14,6 +14,7 @@ from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.hosts import describe_rank, driver_version
 from launch.runs.provenance import code_state, describe_code, library_versions
+from launch.runs.rank_environment import describe_environment
 from launch.workload import CodeTree, RankCommand, RankContract
 
 
@@ -55,6 +56,7 @@ class EnvironmentRecord:
             "command": list(command.args),
             "world_size": len(ranks),
             "ranks": ranks,
+            "environment": describe_environment(),
             "software": library_versions() | ({"nvidia-driver": driver} if driver else {}),
             "git": code_state(tree.root),
             "code": describe_code(tree.root, tree.files),

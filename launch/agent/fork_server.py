@@ -39,7 +39,7 @@ FORK_S = 60.0
 """Longest wait for one rank; it takes some milliseconds."""
 EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
 """Beginnings of variables that Python and its libraries read at their start, when it is too late to set them."""
-LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_")
+LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
 """Beginnings of those that are read later, or are obeyed by a forked rank anyway."""
 OUTLIVED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that reach a whole job or terminal; the server leaves with its agent."""

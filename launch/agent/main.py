@@ -37,6 +37,7 @@ from launch.process import lasting_imports, set_default_threads
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
+from launch.runs.rank_environment import raise_open_files, set_defaults
 from launch.runs.unwritten import keep_unwritten
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def run(run_dir: str) -> None:
     keep_unwritten()
     config = read_point(folder)
     node = Node.from_env(os.environ.get(TOKEN))
+    raise_open_files()
     set_default_threads()  # before the libraries are loaded that ranks are forked with
+    set_defaults()
     with lasting_imports():
         from launch.agent import rendezvous
         from launch.agent import workers as ranks  # all agents alike, before they meet

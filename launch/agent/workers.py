@@ -36,6 +36,7 @@ from launch.process import set_default_threads
 from launch.runs import heartbeat
 from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
+from launch.runs.rank_environment import set_defaults, set_dump_file
 from launch.worker import STORE_PREFIX
 from launch.workload import CodeTree, RankCommand
 
@@ -98,6 +99,8 @@ def describe_run(
     config: Config, folder: RunFolder, attempt: int, command: RankCommand, heartbeats: Path, prefix: str
 ) -> None:
     """Set what ranks learn of their run, and what their workload wants in their environment."""
+    set_defaults(typed=command.env)
+    set_dump_file(folder.path, folder.attempt(attempt), typed=command.env)
     for name, value in command.defaults.items():
         os.environ.setdefault(name, value)
     told = {

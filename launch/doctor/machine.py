@@ -14,6 +14,7 @@ from launch.checks.facts import DISTRIBUTION, Facts, Folder, Request
 from launch.checks.findings import Finding, fail, fine, warn
 from launch.config import ClusterKind, Config
 from launch.jobs.submit import INHERITED, INHERITED_NAMES, KEPT
+from launch.runs.rank_environment import reachable_files
 
 SHARED = (
     *(
@@ -108,13 +109,15 @@ def check_limits(facts: Facts) -> Iterator[Finding]:
         if facts.kind is ClusterKind.local
         else "Slurm hands it on (PropagateResourceLimits) and the ranks run"
     )
-    if 0 <= soft["nofile"] < FEW_FILES:
-        most = hard["nofile"] if 0 <= hard["nofile"] < 65536 else 65536
+    most = reachable_files(hard["nofile"])
+    if most < FEW_FILES:
         why = f"{where} into 'Too many open files': every connection, data file and log of a rank is one"
-        fix = f"ulimit -n {most}" if most > soft["nofile"] else "ask the site for a higher hard limit (ulimit -Hn)"
-        yield warn("open files", f"ulimit -n is {soft['nofile']}", why, fix)
+        fix = "ask the site for a higher hard limit: agents raise the soft one to it by themselves"
+        yield warn("open files", f"ulimit -Hn is {most}", why, fix)
     else:
-        yield fine("open files", f"ulimit -n is {'unlimited' if soft['nofile'] < 0 else soft['nofile']}")
+        told = "unlimited" if soft["nofile"] < 0 else soft["nofile"]
+        raised = f", which agents raise to {most} for their ranks" if 0 <= soft["nofile"] < most else ""
+        yield fine("open files", f"ulimit -n is {told}{raised}")
     if soft["core"] < 0:
         why = "a crash writes one core dump for each rank, each as large as its memory, into the folder it runs in"
         yield warn("core dumps", "ulimit -c is unlimited", why, "ulimit -c 0")

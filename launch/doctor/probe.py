@@ -29,6 +29,7 @@ from launch.config import Config
 from launch.runs.compose import read_config
 from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
+from launch.runs.rank_environment import reachable_files
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def look_around(root: Path) -> dict[str, Any]:
     unlimited = resource.RLIM_INFINITY
     limits = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE, "memlock": resource.RLIMIT_MEMLOCK}
     soft = {name: resource.getrlimit(number)[0] for name, number in limits.items()}
+    soft["nofile"] = reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # what an agent has there
     return {
         "host": socket.gethostname(),
         "cpus": len(os.sched_getaffinity(0)),

@@ -95,9 +95,9 @@ def check_nodes(results: Results) -> Iterator[Finding]:
     if few:
         yield warn(
             "open files",
-            f"ulimit -n is below 4096 on {', '.join(few)}",
-            "'Too many open files'",
-            "ulimit -n 65536, before submitting",
+            f"ulimit -Hn is below 4096 on {', '.join(few)}",
+            "'Too many open files'; agents raise the soft limit to the hard one, and no further",
+            "ask the site for a higher hard limit there (LimitNOFILE of slurmd)",
         )
 
 

@@ -155,3 +155,4 @@ def test_the_environment_is_recorded(resumed: RunFolder) -> None:
         assert told["from_step"] == 4 * (attempt - 1)
         assert told["reproducibility"]["seed"] == 1337 and not told["reproducibility"]["deterministic_algorithms"]
         assert told["counts"]["total"] == told["parameters"]
+        assert told["environment"]["OMP_NUM_THREADS"] == "1" and told["environment"]["open_files"] > 0
