@@ -20,8 +20,9 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launch.agent import processes
+from launch.agent.avoided_hosts import hosts_to_avoid
 from launch.agent.node import Node
-from launch.agent.outcome import apply_decision, hosts_to_avoid
+from launch.agent.outcome import apply_decision
 from launch.agent.requeue import cause_of_stop, requeue, wait_for_controller
 from launch.agent.restart_policy import WANTED, Action, Cause, RunFailedError
 from launch.config import Config

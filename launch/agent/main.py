@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.agent.avoided_hosts import unreliable_hosts
 from launch.agent.meter import Meter
 from launch.agent.node import Node
 from launch.agent.outcome import (
@@ -25,7 +26,6 @@ from launch.agent.outcome import (
     refuse_replaced,
     refuse_without_budget,
     take_over_as_leader,
-    unreliable_hosts,
 )
 from launch.agent.restart_policy import Action, Cause, RunFailedError
 from launch.agent.stop import StopRequest
@@ -114,7 +114,7 @@ def take_part(
         stop.interruptible = True
         if node.is_head:
             refuse_replaced(folder, node)
-        avoid = unreliable_hosts(folder.read_events()) if node.is_head else ()
+        avoid = unreliable_hosts(folder.read_events()) if node.is_head else {}
         rdzv = group.next_round(number, avoid)
         if rdzv is None:
             return

@@ -6,11 +6,12 @@ Must not know how ranks are started or watched, nor how the controller is asked.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from launch.agent.avoided_hosts import hosts_to_avoid
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
 from launch.agent.requeue import cause_of_stop, requeue, wait_for_controller
@@ -32,6 +33,7 @@ from launch.config.compose import workload_of
 from launch.runs.events import events_since_submission
 from launch.runs.failures import failure_text, first_failure
 from launch.runs.folder import RunFolder
+from launch.runs.rank_environment import DUMP_FILE, dumped_ranks
 from launch.runs.records import recent_records
 from launch.scheduler import client as scheduler
 
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from launch.agent.rendezvous import AgentGroup, LostNode, RendezvousRound
 
 TAKE_OVER_S = 3.0
-UNRELIABLE = 2
-"""After so many failures of its own a host is avoided."""
 
 
 def refuse_without_budget(meter: Meter) -> None:
@@ -107,7 +107,9 @@ def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
     limits = config.resilience
     resumes = workload_of(config).contract(config, config.world_size).resumes
     events = events_since_submission(folder.read_events())
-    return decide(events, cause, limits.max_restarts, limits.max_without_progress, resumes)
+    return decide(
+        events, cause, limits.max_restarts, limits.max_without_progress, resumes, forgive_after_s=limits.forgive_after_s
+    )
 
 
 def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
@@ -145,6 +147,7 @@ def handle_attempt_end(
         cause = Cause.budget if stop.name == BUDGET else cause_of_stop(folder, node, config, rdzv.attempt)
     elif ended is Cause.crashed:
         failure = first_failure(folder.read_events(), rdzv.attempt)
+        record_dumps(folder, rdzv.attempt)
         cause = cause_of_crash(folder, group, rdzv, failure)
     text = lost_text(group.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
     return apply_decision(folder, node, config, rdzv.attempt, cause, text, signal=stop.name or None, group=group)
@@ -212,11 +215,6 @@ def refuse_settled(folder: RunFolder, node: Node, attempt: int | None) -> None:
             raise RunSettledError(f"another agent has entered the end of {name}, {end['cause']}, and decides")
 
 
-def hosts_to_avoid(events: Sequence[dict[str, Any]]) -> list[str]:
-    """Hosts that a requeued job must not come back to."""
-    return sorted({*unreliable_hosts(events), *(e["host"] for e in events if e["event"] == "node_lost")})
-
-
 def handle_missing_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
     """On the head node: there are too few nodes left for a round.
 
@@ -253,12 +251,6 @@ def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str)
         raise
 
 
-def unreliable_hosts(events: Sequence[dict[str, Any]]) -> list[str]:
-    """Hosts that failed more than once since the command was typed: lost, or with a rank that hung."""
-    guilty = [e for e in events_since_submission(events) if e["event"] == "node_lost" or e.get("hung")]
-    return sorted(host for host, count in Counter(e["host"] for e in guilty).items() if count >= UNRELIABLE)
-
-
 def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
     """Say in the event log where the ranks were ended before they could save."""
     if not any(e["event"] == "stopped" and e.get("attempt") == attempt for e in folder.read_events()):
@@ -266,6 +258,14 @@ def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> N
         folder.record_event("stopped", attempt=attempt, step=None, cause="ended before it could save", **asked)
     if stop.name == STOP_FILE:  # so that the next start does not obey it again
         (folder.path / STOP_FILE).unlink(missing_ok=True)
+
+
+def record_dumps(folder: RunFolder, attempt: int) -> None:
+    """Name in the event log the ranks whose flight recorder has written its last collectives, and how to read them."""
+    ranks = dumped_ranks(folder.attempt(attempt))
+    if ranks:
+        how = f"torchfrtrace --prefix {DUMP_FILE.value} {shlex.quote(str(folder.attempt(attempt)))}"
+        folder.record_event("flight_recorder", attempt=attempt, ranks=ranks, cause=f"a collective timed out: {how}")
 
 
 def record_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[LostNode]) -> None:

@@ -7,13 +7,14 @@ than a run needs, the rest are spares and wait. Must not know how ranks are star
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from launch.agent.avoided_hosts import NO_HOSTS, reasons
 from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
 from launch.agent.node import Node
 from launch.agent.restart_policy import RunFailedError
@@ -82,11 +83,11 @@ class AgentGroup:
 
     # On every node.
 
-    def next_round(self, number: int, avoid: Sequence[str] = ()) -> RendezvousRound | None:
+    def next_round(self, number: int, avoid: Mapping[str, str] = NO_HOSTS) -> RendezvousRound | None:
         """Agree on round ``number``, counted from 0. None where the run is over.
 
         Args:
-            avoid: hosts that take part only where there are no others (head node).
+            avoid: hosts that take part only where there are no others, each with the reason (head node).
 
         Raises:
             NodesMissingError: on the head node, where too few nodes are left.
@@ -159,7 +160,7 @@ class AgentGroup:
         """Tell whether there are enough nodes for another round."""
         return self._node.count - len(self.lost) >= self._needed
 
-    def _open_round(self, number: int, avoid: Sequence[str]) -> RendezvousRound:
+    def _open_round(self, number: int, avoid: Mapping[str, str]) -> RendezvousRound:
         self._gather(number)
         here = [0, *(index for index, message in self._present() if message.get("ready", -1) >= number)]
         order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
@@ -177,6 +178,11 @@ class AgentGroup:
                 "spares": [self._host(i) for i in here if i not in members],
             }
             self._folder.record_event("members", attempt=rdzv.attempt, **hosts)
+        there = {self._host(index): index in members for index in here}
+        for event, takes_part in (("avoided", False), ("not_avoided", True)):
+            named = {host: why for host, why in avoid.items() if there.get(host) is takes_part}
+            if named:
+                self._folder.record_event(event, attempt=rdzv.attempt, hosts=list(named), cause=reasons(named))
         return rdzv
 
     def _gather(self, number: int) -> None:

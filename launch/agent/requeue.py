@@ -7,9 +7,10 @@ wait. Must not know what is decided. Torch-free.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from launch.agent.avoided_hosts import NO_HOSTS, reasons
 from launch.agent.node import Node
 from launch.agent.restart_policy import Cause, RunFailedError, cause_of_signal
 from launch.config import Config
@@ -68,12 +69,17 @@ def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | 
 
 
 def requeue(
-    folder: RunFolder, node: Node, config: Config, cause: Cause, exclude: Sequence[str] = (), text: str = ""
+    folder: RunFolder,
+    node: Node,
+    config: Config,
+    cause: Cause,
+    exclude: Mapping[str, str] = NO_HOSTS,
+    text: str = "",
 ) -> None:
     """Put this job, or this one element of its array, back into the queue, unless Slurm has done so already.
 
     Args:
-        exclude: hosts it must not come back to.
+        exclude: hosts it must not come back to, each with the reason.
         text: what went wrong, for the error.
 
     Raises:
@@ -109,14 +115,14 @@ def failed_to_requeue(folder: RunFolder, node: Node, text: str, why: str) -> Run
     return RunFailedError(f"{text}\nnot started again: {why}")
 
 
-def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str]) -> None:
+def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Mapping[str, str]) -> None:
     """Have Slurm exclude hosts from the job that was just requeued, where it then still has nodes to run on."""
 
     def exclude() -> str | None:
         left = scheduler.usable_nodes(node.slurm_job) - set(hosts)
         if len(left) < config.nodes_asked:
             return f"only {len(left)} nodes of its partition would be left, and it needs {config.nodes_asked}"
-        scheduler.exclude(node.slurm_job, hosts)
+        scheduler.exclude(node.slurm_job, list(hosts))
         return None
 
     try:
@@ -124,6 +130,6 @@ def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Sequence[str
     except scheduler.SlurmError as error:
         why_not = str(error)
     if why_not is None:
-        folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause="failed in this run")
+        folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause=reasons(hosts))
     else:
-        folder.record_event("not_excluded", hosts=list(hosts), cause=why_not)
+        folder.record_event("not_excluded", hosts=list(hosts), cause=f"{why_not} ({reasons(hosts)})")

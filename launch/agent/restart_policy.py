@@ -69,8 +69,9 @@ BATCH_SCRIPT_ENDED = ("NonZeroExitCode", "JobLaunchFailure", "RaisedSignal")
 
 
 def decide(
-    events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True
-) -> Decision:
+    events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True, *,
+    forgive_after_s: float | None = None,
+) -> Decision:  # fmt: skip
     """Decide what follows the attempt that just ended for ``cause``.
 
     Args:
@@ -78,6 +79,7 @@ def decide(
         limits: how often each cause may come.
         without_progress: after so many attempts in a row that saved nothing new the run stops.
         resumes: whether a new start goes on from a checkpoint; without one it would begin anew, and is not made.
+        forgive_after_s: seconds after which a failure no longer counts, if a newer checkpoint was saved; None: never.
     """
     if cause in WANTED:
         return Decision(Action.stop, str(cause))
@@ -88,12 +90,28 @@ def decide(
     stuck = attempts_without_progress(events)
     if stuck >= without_progress:
         return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
-    seen = sum(end["cause"] == cause for end in attempt_ends(events))
+    ends = [end for end in attempt_ends(events) if end["cause"] == cause]
+    seen = sum(not is_forgiven(end, events, forgive_after_s) for end in ends)
+    forgiven = f"; {len(ends) - seen} before newer checkpoints are forgiven" if seen < len(ends) else ""
     limit = getattr(limits, cause)
     if limit is not None and seen > limit:
-        return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}")
+        return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}{forgiven}")
     action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart
-    return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}")
+    return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}{forgiven}")
+
+
+def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | None) -> bool:
+    """Tell whether the end of an attempt counts no longer: the run has saved a newer checkpoint since, some time ago.
+
+    A checkpoint alone would let a run fail for ever right after each; the time alone one that waits in the queue.
+    """
+    if forgive_after_s is None:
+        return False
+    place = next(number for number, event in enumerate(events) if event is end)
+    steps = [(number, event["step"]) for number, event in enumerate(events) if event["event"] == "saved"]
+    before = max((step for number, step in steps if number < place), default=-1)
+    has_progressed = any(number > place and step > before for number, step in steps)
+    return has_progressed and events[-1]["time"] - end["time"] >= forgive_after_s
 
 
 def attempt_ends(events: Events) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass
 class RestartLimits:
-    """Restart limits by cause; null means as often as it takes."""
+    """Restart limits by cause; null means as often as it takes. Failures are forgiven (resilience.forgive_after_s)."""
 
     preempted: Optional[int] = None
     timed_out: Optional[int] = None
@@ -60,6 +60,11 @@ class ResilienceConfig:
     """After so many attempts in a row that saved no new checkpoint the run stops.
 
     One that was preempted, or lost a node, before its first step does not count: that was not the run's fault."""
+    forgive_after_s: Optional[float] = 3600.0
+    """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint since.
+
+    So a limit bounds how often a cause comes in an hour, and not in a run of weeks. null: failures count until the
+    command is typed again."""
     requeue: bool = MISSING
     """On Slurm, put a run that was preempted or ran into its time limit back into the queue."""
 
@@ -93,6 +98,8 @@ class ResilienceConfig:
             require_positive(f"resilience.{key}", getattr(self, key))
         for key in ("node_timeout_s", "heartbeat_timeout_s", "hang_timeout_s"):
             require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
+        if self.forgive_after_s is not None:
+            require_range("resilience.forgive_after_s", self.forgive_after_s, 0, float("inf"))
         for entry in fields(self.max_restarts):
             limit = getattr(self.max_restarts, entry.name)
             if limit is not None:

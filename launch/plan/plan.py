@@ -34,7 +34,8 @@ from launch.workload import PlanRequest, WorkloadPlan
 @dataclass(frozen=True)
 class Plan:
     """Plan of one point. GPU-hours and cost are the worst case of one start of the job, the whole time limit
-    used: a requeued job starts anew, until ``budget`` or ``resilience.max_restarts`` end it."""
+    used: a requeued job starts anew, until ``budget`` ends it, or more failures than ``resilience.max_restarts`` allows
+    between two checkpoints, or in ``resilience.forgive_after_s``."""
 
     point: str
     run_dir: str

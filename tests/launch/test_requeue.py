@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.agent.avoided_hosts import hosts_to_avoid, unreliable_hosts
 from launch.agent.restart_policy import (
     Action,
     Cause,
@@ -102,6 +103,74 @@ def test_an_attempt_that_was_interrupted_before_its_first_step_counts_for_nothin
     # They forgive nothing either: two that were the run's own fault, with one of these between them, are two.
     mixed = [*attempt(1, Cause.crashed, 20), *events[3:5], *attempt(3, Cause.crashed, 20)]
     assert attempts_without_progress([{"event": "saved", "attempt": 0, "step": 20}, *mixed]) == 2 + stops
+
+
+def timed(events: Events, hours: float) -> Events:
+    """Give events times, so that each attempt lasts so many hours."""
+    return [{**event, "time": 3600 * hours * event["attempt"]} for event in events]
+
+
+@pytest.mark.parametrize(
+    ("causes", "hours", "forgive_after_s", "stops"),
+    [
+        ([Cause.crashed] * 100, 2, 3600, False),  # weeks, with a new checkpoint between any two
+        ([Cause.crashed] * 100, 2, None, True),
+        ([Cause.crashed] * 3, 2, 4 * 3600 + 1, True),
+        ([Cause.crashed] * 3, 2, 4 * 3600, False),  # the first counts no longer
+        ([Cause.crashed] * 3, 0.1, 3600, True),  # too many in an hour, although each has saved
+        ([Cause.crashed] * 2 + [Cause.preempted] * 50 + [Cause.crashed], 0.01, 3600, True),
+        ([Cause.crashed] * 2 + [Cause.preempted] * 50 + [Cause.crashed], 1, 3600, False),
+    ],
+)
+def test_failures_are_forgiven_after_progress(
+    causes: list[Cause], hours: float, forgive_after_s: float | None, stops: bool
+) -> None:
+    events = timed(history(*causes), hours)
+    decision = decide(events, causes[-1], LIMITS, 3, forgive_after_s=forgive_after_s)
+    assert (decision.action is Action.stop) is stops, decision
+    assert ("are forgiven" in decision.reason) is (not stops)
+
+
+def test_time_alone_forgives_nothing() -> None:
+    """A job that waits for a day in the queue, or does old steps again, has not progressed."""
+    first = [*attempt(1, Cause.crashed, 0, 20), *attempt(2, Cause.crashed, 20), *attempt(3, Cause.crashed, 10, 20)]
+    assert decide(timed(first, 24), Cause.crashed, LIMITS, 9, forgive_after_s=60).action is Action.stop
+    newer = [*first[:-2], {"event": "saved", "attempt": 3, "step": 21}, first[-1]]
+    decision = decide(timed(newer, 24), Cause.crashed, LIMITS, 9, forgive_after_s=60)
+    assert decision.action is Action.restart and decision.reason == (
+        "crashed, 1 of 2; 2 before newer checkpoints are forgiven"
+    )
+
+
+def failed(number: int, host: str, cause: Cause = Cause.crashed, **more: Any) -> Events:
+    """An attempt whose rank 5, on ``host``, has failed first."""
+    told = {"event": "rank_failed", "attempt": number, "rank": 5, "host": host, "cause": "why", "time": 1.0, **more}
+    echo = {**told, "rank": 0, "host": "echo", "cause": "connection reset by peer", "echo": True, "time": 0.5}
+    *before, end = attempt(number, cause)
+    return [*before, echo, told, end]
+
+
+def lost(number: int | None, host: str) -> Events:
+    """A node that was lost in an attempt."""
+    return [{"event": "node_lost", "attempt": number, "host": host}]
+
+
+def test_a_host_that_failed_in_two_attempts_is_avoided_with_the_reason() -> None:
+    events = [*failed(1, "n1"), *lost(2, "n1"), *lost(2, "n1"), *failed(2, "n2", Cause.node_failed, echo=True)]
+    assert unreliable_hosts(events) == {"n1": "lost in attempt 2; rank 5 failed first in attempt 1: why"}
+    assert (
+        unreliable_hosts([{"event": "submitted", "job_id": "1"}, *events, {"event": "submitted", "job_id": "2"}]) == {}
+    )
+    # Two ranks that hung at the same time are one failure, and an echo is none.
+    hung = [*failed(1, "n1", Cause.hung, hung=True, since=3.0), *failed(1, "n1", hung=True, rank=6)[:-1]]
+    assert unreliable_hosts(hung) == {}
+    assert [*unreliable_hosts([*hung, *failed(2, "n1")])] == ["n1"]
+    # What is run is no fault of the host it runs on.
+    for cause in (Cause.out_of_memory, Cause.diverged, Cause.refused, Cause.preempted):
+        assert unreliable_hosts([*failed(1, "n1", cause), *failed(2, "n1", cause)]) == {}
+    # A node that was lost once is no place to come back to at once, but takes part again where it is there.
+    assert unreliable_hosts(lost(None, "n3")) == {}
+    assert hosts_to_avoid([*lost(None, "n3"), *failed(4, "n4")]) == {"n3": "lost before the ranks started"}
 
 
 def test_two_ends_of_one_attempt_are_one() -> None:

@@ -1,0 +1,61 @@
+"""Hosts that a run avoids, and why: a pure function of the event log. Torch-free.
+
+Owns what counts as a failure of a host. Must not know how a host is left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from launch.agent.restart_policy import Cause, attempt_ends
+from launch.runs.events import Events, events_since_submission
+from launch.runs.failures import first_failure
+
+NO_HOSTS: Mapping[str, str] = MappingProxyType({})
+UNRELIABLE = 2
+"""After so many failures a host is avoided: one may be chance, or the run's own."""
+OF_A_HOST = (Cause.crashed, Cause.hung, Cause.node_failed)
+"""Causes that a host may have brought about. A loss that is no number, memory that is too small and a refusal come from
+what is run, wherever it is run."""
+
+
+def unreliable_hosts(events: Events) -> dict[str, str]:
+    """Hosts that have failed in more than one attempt since the command was typed, each with its failures in words."""
+    failures = {host: told for host, told in failures_of_hosts(events).items() if len(told) >= UNRELIABLE}
+    return {host: "; ".join(told) for host, told in sorted(failures.items())}
+
+
+def hosts_to_avoid(events: Events) -> dict[str, str]:
+    """Hosts that a requeued job must not come back to: the unreliable ones, and any that was lost."""
+    now = events_since_submission(events)
+    lost = {str(e["host"]) for e in now if e["event"] == "node_lost"}
+    told = failures_of_hosts(events)
+    return {host: "; ".join(told[host]) for host in sorted(lost | {*unreliable_hosts(events)})}
+
+
+def failures_of_hosts(events: Events) -> dict[str, list[str]]:
+    """Failures of each host since the command was typed, at most one for an attempt, in the order of the attempts.
+
+    A host has failed where it was lost, or where the rank that failed first in an attempt ran there. An error about a
+    lost peer says nothing about the host that noticed it.
+    """
+    now = events_since_submission(events)
+    failures: dict[str, dict[object, str]] = defaultdict(dict)
+    for number, event in enumerate(now):
+        if event["event"] == "node_lost":
+            attempt = event.get("attempt")
+            when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
+            failures[event["host"]].setdefault(number if attempt is None else attempt, f"lost {when}")
+    for end in attempt_ends(now):
+        first = first_failure(now, end["attempt"]) if end["cause"] in OF_A_HOST else None
+        if first is not None and not first.get("echo"):
+            told = f"rank {first['rank']} failed first in attempt {end['attempt']}: {first['cause']}"
+            failures[first["host"]].setdefault(end["attempt"], told)
+    return {host: list(by_attempt.values()) for host, by_attempt in failures.items()}
+
+
+def reasons(hosts: Mapping[str, str]) -> str:
+    """Why hosts are avoided, for the event log."""
+    return " | ".join(f"{host}: {why}" for host, why in sorted(hosts.items()))

@@ -1,0 +1,50 @@
+"""Rendezvous of agents: who takes part in a round, where a host is to be avoided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from launch.agent.node import Node
+from launch.agent.rendezvous import RendezvousRound, join
+from launch.config import Config
+from launch.runs.folder import RunFolder
+
+HOSTS = ("n0", "n1", "n2")
+
+
+@pytest.mark.parametrize(
+    ("avoid", "members", "told"),
+    [
+        ({}, (0, 1), None),
+        ({"n1": "lost in attempt 2"}, (0, 2), ("avoided", ["n1"], "n1: lost in attempt 2")),
+        # The head node decides, and cannot be left out; nor can more than there are spares.
+        ({"n0": "hung twice"}, (0, 1), ("not_avoided", ["n0"], "n0: hung twice")),
+        ({"n2": "why", "n1": "because"}, (0, 1), ("avoided", ["n2"], "n2: why")),
+    ],
+)
+def test_a_spare_takes_the_place_of_a_host_to_avoid(
+    tmp_path: Path, avoid: Mapping[str, str], members: tuple[int, ...], told: tuple[str, list[str], str] | None
+) -> None:
+    config = Config(nodes=2, spare_nodes=1)
+    for key in ("rendezvous_timeout_s", "node_timeout_s"):
+        setattr(config.resilience, key, 240)
+    folder = RunFolder(tmp_path)
+
+    def agent(index: int) -> RendezvousRound | None:
+        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
+        with join(folder, node, config) as group:
+            rdzv = group.next_round(0, avoid)
+            if node.is_head:
+                group.end()
+            return rdzv
+
+    with ThreadPoolExecutor(len(HOSTS)) as agents:
+        rounds = list(agents.map(agent, range(len(HOSTS))))
+    assert {rdzv.members for rdzv in rounds if rdzv is not None} == {members}
+    events = folder.read_events()
+    first = next((e for e in events if e["event"] in ("avoided", "not_avoided")), None)
+    assert told == (None if first is None else (first["event"], first["hosts"], first["cause"]))
