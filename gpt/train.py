@@ -48,6 +48,7 @@ with lasting_imports():
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
     from gpt.training.state import load, save
     from gpt.training.step import QueuedStep, Requests, queue_step
+    from gpt.training.timeouts import StepTimeouts
     from launch import worker
     from launch.errors import ConfigError, refusing
     from launch.process import die_with_parent
@@ -128,6 +129,7 @@ def do_steps(
     unasked: QueuedStep | None = None
     """The step whose requests were not looked at yet. Apart from ``queued``, which a profile empties on one rank."""
     phase = Phase.starting  # the first step may compile
+    timeouts = StepTimeouts(run.world, config.parallel)
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
         step = queue_step(run, gradients if due(run.step + 1, config.logging.gradients_interval) else None, phase)
@@ -135,6 +137,7 @@ def do_steps(
         collect(run.step)  # while the device works
         if queued is not None:  # read only now, so that the device is never idle between two steps
             record, clock = queued.finish(clock)
+            timeouts.after(record.step_time_s)
             writers.write(record)
         asked = step.requests if run.worker.agrees else Requests()
         if unasked is not None:
@@ -147,6 +150,7 @@ def do_steps(
             continue
         record, clock = step.finish(clock)  # raises where the weights have become worthless, before they are saved
         queued = None
+        timeouts.after(record.step_time_s)
         if pauses:
             asked |= step.requests_of_all()
             unasked = None

@@ -36,6 +36,7 @@ from launch.scheduler import client as scheduler
 from launch.scheduler.limits import Limits
 
 if TYPE_CHECKING:
+    from launch.checks.facts import SlurmFacts
     from launch.jobs.handles import SlurmJob
     from launch.jobs.status import RunStatus
 
@@ -62,6 +63,13 @@ def run_sweep(points: Sequence[Composed]) -> None:
     configs = [typed_config(composed) for composed, _ in points]
     if whole := settle_exclusive([composed for composed, _ in points], configs, kinds):
         console.print(whole, highlight=False, markup=False)
+    slurm: SlurmFacts | None = None
+    if configs[0].launch.check_limits and ClusterKind.slurm in kinds:
+        from launch.checks import cpus, facts
+
+        slurm = facts.ask_slurm(facts.clusters_named(configs))
+        for line in cpus.settle_cpus([composed for composed, _ in points], configs, kinds, slurm):
+            console.print(line, highlight=False, markup=False)
     plans = [
         make_plan(config, overrides, kind) for config, (_, overrides), kind in zip(configs, points, kinds, strict=True)
     ]
@@ -69,10 +77,9 @@ def run_sweep(points: Sequence[Composed]) -> None:
     labels = labels_for([(Path(plan.run_dir), typed) for plan, (_, typed) in zip(plans, points, strict=True)])
     plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
     limits: Mapping[str | None, Limits] = {}
-    if configs[0].launch.check_limits and any(plan.cluster == "slurm" for plan in plans):
-        from launch.checks import candidates, facts
+    if slurm is not None:
+        from launch.checks import candidates
 
-        slurm = facts.ask_slurm(facts.clusters_named(configs))
         plans, limits = candidates.look_before_submitting(slurm, plans, configs, console), slurm.known
     if points[0][0].launch.detach:
         refuse_local(plans)

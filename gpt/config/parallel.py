@@ -9,7 +9,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from launch.errors import ConfigError
-from launch.runs.ranges import require_positive
+from launch.runs.ranges import require_positive, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
@@ -109,7 +109,11 @@ class ParallelConfig:
     """deepspeed only: a JSON file of DeepSpeed's own settings to add (bucket sizes, overlap, ...). One that contradicts
     this configuration is refused."""
     timeout_s: int = 600
-    """Seconds after which a collective that does not complete fails the run."""
+    """Seconds after which a collective that does not complete fails the run, until the first steps are made: those
+    load, compile and connect."""
+    step_timeout_s: Optional[int] = None
+    """Seconds after which a collective of training fails once the first steps are made. null: 20 times the slowest of
+    them, at least 100 and at most timeout_s. Messages between saves and evaluations keep timeout_s."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range, or belongs to another strategy."""
@@ -117,6 +121,8 @@ class ParallelConfig:
         check_zero(self)
         for key in ("tp", "pp", "cp", "ep", "timeout_s"):
             require_positive(f"parallel.{key}", getattr(self, key))
+        if self.step_timeout_s is not None:
+            require_range("parallel.step_timeout_s", self.step_timeout_s, 1, self.timeout_s)
         self._check_stages()
         if self.cpu_offload and self.strategy not in (Strategy.fsdp, Strategy.auto):
             raise ConfigError(

@@ -7,7 +7,7 @@ group, which torch does not take over from the default group.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gpt.checkpoint import messages
@@ -84,6 +85,13 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: i
 def layer_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
     """Return the mesh of the ranks that hold the same layers: those at the same place of their pipelines."""
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name != "pp"], world, timeout_s)
+
+
+def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:
+    """Set the timeout of the collectives to come in the process groups of this rank, whoever made them."""
+    for group in list(c10d._world.pg_map):
+        if group not in without:
+            c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 T = TypeVar("T")

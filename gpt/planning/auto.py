@@ -32,6 +32,8 @@ from launch.runs.overrides import read_overrides, typed_key, typed_value
 NO_DIFFERENCE = 1.03
 """Estimates within this ratio count as equal: then the plainer layout is preferred."""
 
+TIMEOUTS = ("timeout_s", "step_timeout_s")
+"""Keys of ``parallel`` that are no part of a layout."""
 
 SHOWN = 5
 """Layouts that a plan shows."""
@@ -171,7 +173,7 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
     """Return the keys of ``parallel`` that were typed, without the strategy; and ``optim.max_micro_batch``."""
     keys = {typed_key(arg) for arg in overrides}
     ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
-    return ours - {"strategy", "timeout_s"} | keys & {MICRO_BATCH}
+    return ours - {"strategy", *TIMEOUTS} | keys & {MICRO_BATCH}
 
 
 def earlier_choice(
@@ -181,7 +183,7 @@ def earlier_choice(
     if not folder.config.is_file():
         return None
     before = read_config(folder, TrainConfig)
-    earlier = replace(before.parallel, timeout_s=config.parallel.timeout_s)
+    earlier = replace(before.parallel, **{key: getattr(config.parallel, key) for key in TIMEOUTS})
     if earlier.strategy is Strategy.auto:  # written before the choice, by another kind of launcher
         return None
     if any(getattr(earlier, key) != getattr(config.parallel, key) for key in {*fixed} - {MICRO_BATCH}):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from launch.checks.facts import Request
 from launch.checks.findings import PENDS, Finding, fail, warn
+from launch.config import ClusterConfig
 from launch.scheduler.limits import Gres, Limits, NodeLimits, Partition, gres
 
 
@@ -68,16 +69,32 @@ def plural(ranks: int) -> str:
     return f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
 
 
-def check_defaults(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
-    """CPUs and memory that were not asked for, where the cluster's default is meant for jobs of one CPU."""
-    cluster, ranks = request.config.cluster, request.config.ranks_on_node
-    options = {str(key).replace("-", "_") for key in cluster.additional_parameters}
-    if partition.is_exclusive or cluster.exclusive or "exclusive" in options:
-        return
+def typed_options(cluster: ClusterConfig) -> set[str]:
+    """Options of sbatch among cluster.additional_parameters, however they are spelled."""
+    return {str(key).replace("-", "_") for key in cluster.additional_parameters}
+
+
+def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
+    """Tell whether a job has its nodes, and all of their CPUs, to itself."""
+    return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
+
+
+def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
+    """Tell whether Slurm would give the one task of a node, the agent with all ranks, a single CPU."""
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit
     for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
-    if cluster.cpus_per_task is None and by_core and not options & {"cpus_per_gpu", "ntasks_per_node"} and not for_gpus:
+    is_open = cluster.cpus_per_task is None and not typed_options(cluster) & {"cpus_per_gpu", "ntasks_per_node"}
+    return is_open and by_core and not for_gpus and not gives_whole_nodes(partition, cluster)
+
+
+def check_defaults(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
+    """CPUs and memory that were not asked for, where the cluster's default is meant for jobs of one CPU."""
+    cluster, ranks = request.config.cluster, request.config.ranks_on_node
+    options = typed_options(cluster)
+    if gives_whole_nodes(partition, cluster):
+        return
+    if is_given_one_cpu(limits, partition, cluster):
         why = f"Slurm gives the one task of a node 1 CPU, for {plural(ranks)} with their data and communication threads"
         yield warn("cpus", "cluster.cpus_per_task is not set", why, f"cluster.cpus_per_task={4 * ranks}")
     elif cluster.cpus_per_task is not None and cluster.cpus_per_task < ranks:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from launch.checks import candidates, facts, findings
+from launch.checks import candidates, cpus, facts, findings
 from launch.checks.facts import Facts, Request
 from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
@@ -71,6 +71,9 @@ def examine(
     plans: dict[str, tuple[Plan, Config]] = {}
     of_request: list[Finding] = []
     for overrides, config in zip(points, configs, strict=True):
+        if seen.kind is ClusterKind.slurm and (settled := cpus.cpus_for(config, seen)) is not None:
+            config.cluster.cpus_per_task, why = settled
+            of_request.append(findings.fine("cpus", f"cluster.cpus_per_task={settled[0]}: {why}"))
         try:
             plan = make_plan(config, list(overrides), seen.kind)
             plans[plan.run_dir] = (plan, config)

@@ -10,10 +10,12 @@ import pytest
 from rich.console import Console
 
 from launch.checks.candidates import look_before_submitting
+from launch.checks.cpus import settle_cpus
 from launch.checks.facts import SlurmFacts
-from launch.config import Config
+from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
+from launch.plan.placement import place
 from launch.plan.plan import Plan
 from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY, run
@@ -34,6 +36,45 @@ def look(*points: tuple[str, ...], seen: SlurmFacts = SEEN) -> tuple[list[Plan],
 def test_a_request_that_fits_passes_without_a_word() -> None:
     plans, text = look(("nodes=1",), ("nodes=2", "cluster.cpus_per_task=8", "cluster.mem_gb=200"))
     assert [plan.nodes for plan in plans] == [1, 2] and text == ""
+
+
+def settled(*words: str, seen: SlurmFacts = SEEN) -> tuple[Config, str]:
+    """The config of a point after its CPUs were settled, and what was said."""
+    document = compose_launch(["cluster=slurm", *TINY, *words])
+    config = typed_config(document)
+    told = settle_cpus([document] * 2, [config, typed_config(document)], [ClusterKind.slurm, ClusterKind.local], seen)
+    assert document.cluster.cpus_per_task == config.cluster.cpus_per_task, "the run folder has it as well"
+    return config, "".join(told)
+
+
+@pytest.mark.parametrize(
+    ("words", "cpus", "told"),
+    [
+        ((), 4, "4 for each of 1 rank on a node"),
+        (("ranks_per_node=2",), 8, "4 for each of 2 ranks on a node"),
+        (("cluster.gpus_per_node=4",), 8, "all of n1 in low, for 4 ranks"),
+        (("ranks_per_node=3", "cluster.placement=[{partition: low},{partition: short}]"), 8, "all of n1 in low, for"),
+        # Said by the user or the site, or not known: left as it is.
+        (("cluster.cpus_per_task=2",), 2, ""),
+        (("cluster.exclusive=true",), None, ""),
+        (("+cluster.additional_parameters.cpus_per_gpu=8",), None, ""),
+        (("cluster.partition=nowhere",), None, ""),
+    ],
+)
+def test_a_node_has_the_cpus_that_its_ranks_need(words: tuple[str, ...], cpus: int | None, told: str) -> None:
+    config, text = settled(*words)
+    assert config.cluster.cpus_per_task == cpus
+    assert text.startswith(f"cluster.cpus_per_task={cpus}: {told}") if told else text == ""
+    if told:
+        asked = place(config).candidates[0].slurm
+        assert asked["cpus_per_task"] == cpus and f"--cpus-per-task={cpus}" in asked["srun_args"]
+
+
+def test_a_site_that_gives_cpus_by_gpu_or_does_not_answer_is_left_alone() -> None:
+    by_gpu = replace(LIMITS, config={**LIMITS.config, "JobDefaults": "DefCpuPerGPU=8"})
+    whole = replace(LIMITS, config={**LIMITS.config, "SelectTypeParameters": "NONE"})
+    for seen in (SlurmFacts(limits=None, slurm_problem="away"), *(SlurmFacts(limits=one) for one in (by_gpu, whole))):
+        assert settled(seen=seen)[0].cluster.cpus_per_task is None
 
 
 REFUSED = [

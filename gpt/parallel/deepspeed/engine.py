@@ -17,14 +17,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 
 from gpt.checkpoint.formats import Format, TensorFiles
@@ -37,7 +35,7 @@ from gpt.parallel.base import accumulate
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
-from gpt.parallel.distributed import World
+from gpt.parallel.distributed import World, set_timeouts
 from gpt.parallel.dtensor import clip_sharded_gradients
 from gpt.parallel.optimizer import build_optimizer
 from gpt.topology.batch import Batch
@@ -207,9 +205,3 @@ def load_deepspeed(world: World) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.groups.mpu = None  # left behind where this process has had a pipeline before
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
-
-
-def set_timeouts(timeout_s: int) -> None:
-    """Set the timeout of the process groups that DeepSpeed made with torch's default."""
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
