@@ -17,7 +17,7 @@ from launch.agent.node import Node
 from launch.agent.progress import Progress
 from launch.agent.stop import STOP_FILE, StopRequest
 from launch.config import Config
-from launch.runs.failures import enter_failure
+from launch.runs.failures import enter_failure, failure_kind, same_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.workload import CodeTree, RankCommand, RankContract
@@ -120,13 +120,19 @@ class RankRecords:
         attempt, contract = self._round.attempt, self._contract
         events = self._folder.read_events()
         told = {e["rank"] for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt}
+        kinds: dict[str, int] = {}
         for rank, failure in sorted(result.failures.items()):
             # A program that is told to stop, and knows nothing of us, may end in any way.
             stopped = stop.count and (failure.exitcode < 0 or not contract.records_events)
             if rank in told or rank in ended_here or stopped or failure.exitcode == contract.requeue_exit:
                 continue
             cause, trace = failure_message(failure, self._folder.log(attempt, rank))
-            enter_failure(self._folder, attempt, rank, cause=cause, trace=trace, step=None)
+            same = kinds.setdefault(failure_kind(cause, trace), rank)
+            if same == rank:
+                enter_failure(self._folder, attempt, rank, cause=cause, trace=trace, step=None)
+            else:
+                told_by = same_text(same)
+                enter_failure(self._folder, attempt, rank, cause=cause, trace=told_by, step=None, same_as=same)
 
 
 def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
