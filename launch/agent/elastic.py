@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from subprocess import Popen
 from typing import Any
@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from launch.agent import numa
 from launch.agent.fork_server import ForkedProcess
 from launch.agent.heartbeat import POLL_S
 from launch.agent.rendezvous import RendezvousRound
@@ -175,6 +176,7 @@ class RankAgent(LocalElasticAgent):
         grace_s: float,
         departures: Departures,
         fork: Callable[[Mapping[str, str]], ForkedProcess | None],
+        cpus: Sequence[Collection[int]] | None = None,
     ) -> None:
         """Start nothing yet.
 
@@ -186,11 +188,13 @@ class RankAgent(LocalElasticAgent):
             grace_s: how long ranks that do so wait for the others.
             departures: tells whether the ranks of all nodes have left.
             fork: gives the process of a rank with this environment; None where the program is to be executed.
+            cpus: to which each rank is bound, by local rank; None binds none.
         """
         super().__init__(spec, logs)
         self._departures = departures
         self._on_poll = on_poll
         self._fork = fork
+        self._cpus = cpus
         self._requeue_exit = contract.requeue_exit
         self._grace_s = grace_s
         self._first_exit: float | None = None
@@ -203,11 +207,17 @@ class RankAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """Start the ranks, by forks where there are some: elastic makes their handlers by a function of its module."""
-        fork, original = self._fork, elastic_processes.get_subprocess_handler
+        fork, original, cpus = self._fork, elastic_processes.get_subprocess_handler, self._cpus
 
         class Handler(SubprocessHandler):
             def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Popen[bytes] | ForkedProcess:  # type: ignore[override]
-                return fork(env) or super()._popen(args, env)
+                if cpus is not None:
+                    env[numa.VARIABLE] = ",".join(map(str, sorted(cpus[int(env["LOCAL_RANK"])])))
+                forked = fork(env)
+                if forked is not None:
+                    return forked
+                with numa.bound(numa.told_cpus(env)):
+                    return super()._popen(args, env)
 
         elastic_processes.get_subprocess_handler = Handler  # type: ignore[assignment]
         try:

@@ -7,7 +7,7 @@ there. Torch-free. Must not know what the ranks compute.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from launch.runs.files import read_json, write_json
@@ -35,9 +35,16 @@ class EnvironmentRecord:
         self._nodes = nodes
         self._is_written = False
 
-    def describe_node(self, ranks: Sequence[int]) -> None:
-        """Write down what the ranks of this node run on, in the order of their local ranks."""
+    def describe_node(self, ranks: Sequence[int], cpus: Sequence[Collection[int]] | None = None) -> None:
+        """Write down what the ranks of this node run on, in the order of their local ranks.
+
+        Args:
+            ranks: of this node.
+            cpus: to which each is bound; None where they run on all that this agent has.
+        """
         entries = [describe_rank(rank, local, self._place) for local, rank in enumerate(ranks)]
+        for local, bound in enumerate(cpus or ()):
+            entries[local]["cores"] = len(bound)
         write_json(self._part(self._place), {"ranks": entries})
 
     def poll(self, workload: str, command: RankCommand, contract: RankContract, tree: CodeTree) -> None:

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launch.agent.numa import told_cpus
 from launch.process import die_with_parent
 
 ALWAYS_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -85,6 +86,8 @@ def settle(start: Start, agent: int, ignored: Collection[int]) -> None:
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(start.env)
+    if cpus := told_cpus(start.env):
+        os.sched_setaffinity(0, cpus)
     reset_signals(ignored)
     sys.orig_argv = [sys.executable, "-m", start.module, *start.words]
     sys.argv = ["-m", *start.words]  # runpy puts the path of the module there

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,11 +63,15 @@ class RankRecords:
         )  # fmt: skip
         self._environment = EnvironmentRecord(folder, rdzv.attempt, self._place, len(rdzv.members))
 
-    def begin(self) -> None:
-        """Write what ranks that record their own events would: that they start, and on what."""
+    def begin(self, cpus: Sequence[Collection[int]] | None = None) -> None:
+        """Write what ranks that record their own events would: that they start, and on what.
+
+        Args:
+            cpus: to which each rank is bound, by local rank; None where none is.
+        """
         if self._contract.records_events:
             return
-        self._environment.describe_node(self._ranks)
+        self._environment.describe_node(self._ranks, cpus)
         if self._place == 0:
             self._folder.record_event(
                 "started",

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server import WorkerSpec
 
+from launch.agent import numa
 from launch.agent.elastic import LAST_MESSAGES_S, FixedRendezvous, OneLogEach, RankAgent
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.heartbeat import POLL_S
@@ -36,6 +37,7 @@ from launch.process import set_default_threads
 from launch.runs import heartbeat
 from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
+from launch.runs.hosts import visible_gpus
 from launch.runs.rank_environment import set_defaults, set_dump_file
 from launch.worker import STORE_PREFIX
 from launch.workload import CodeTree, RankCommand
@@ -151,7 +153,9 @@ def run_ranks(
         timeout_s = config.resilience.rendezvous_timeout_s
         rendezvous = FixedRendezvous(rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0)
         watch = Watch(folder, node, config, group, rdzv, stop, meter, Path(scratch), contract)
-        records.begin()
+        near = numa.cpus_of_ranks(config.ranks_on_node, visible_gpus(), os.sched_getaffinity(0))
+        cpus = near if config.cluster.bind_cpus else None
+        records.begin(cpus)
         rank_agent = RankAgent(
             worker_spec(folder, config, rdzv, rendezvous, group.address, command),
             OneLogEach(scratch),
@@ -160,6 +164,7 @@ def run_ranks(
             grace_s,
             rendezvous.departures(),
             fork_of(server_for(server, tree, stop), folder, rdzv.attempt, command),
+            cpus,
         )
         try:
             result = rank_agent.run()

@@ -143,6 +143,8 @@ class ClusterConfig:
     cpus_per_task: Optional[int] = None
     """CPUs of each node for all of its ranks: there is one task, the agent, on a node. null: 4 for each rank, at most
     what every node of the partition has; where nodes are whole, or the site gives CPUs by GPU, what Slurm gives."""
+    bind_cpus: bool = True
+    """Bind each rank to the CPUs of the job that are near its GPU (its NUMA node), where they are known and enough."""
     mem_gb: Optional[float] = None
     """Memory of each node, GB."""
     price_per_gpu_hour: Optional[float] = None

@@ -73,11 +73,13 @@ def driver_version(path: Path = DRIVER / "version") -> str | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. ``index`` is its number for CUDA in this job; ``uuid`` is None where that cannot be told for sure."""
+    """One GPU. ``index`` is its number for CUDA in this job; what cannot be told for sure is None."""
 
     index: str
     name: str
     uuid: str | None
+    bus: str | None = None
+    """Its address on the PCI bus, as Linux writes it."""
 
 
 def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ) -> list[Gpu]:
@@ -97,7 +99,8 @@ def _read_gpu(index: str, path: Path) -> Gpu:
     told = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
     uuid = told.get("GPU UUID", "")
     # The driver writes question marks until the GPU is first used.
-    return Gpu(index, told.get("Model", "GPU"), uuid if uuid.startswith("GPU-") and "?" not in uuid else None)
+    known = uuid if uuid.startswith("GPU-") and "?" not in uuid else None
+    return Gpu(index, told.get("Model", "GPU"), known, path.parent.name.lower())
 
 
 def _counts_as_listed(there: list[Gpu], visible: int, environ: Mapping[str, str]) -> bool:
