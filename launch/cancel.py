@@ -24,7 +24,7 @@ from launch.scheduler.client import SlurmError
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     """Cancel the runs of run folders and sweep folders, and say what became of each. Whether all are over."""
     points = find_run_statuses(find_runs(paths))
-    problem = poll(points)
+    problem = poll(points, trust_log=True)
     if problem is not None:
         raise problem
     adopt_found(points, by="launch.cancel")

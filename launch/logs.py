@@ -106,7 +106,7 @@ def newest(point: RunStatus, rank: int, wanted: int | None) -> int | None:
 
 def missing(point: RunStatus, what: str) -> ConfigError:
     """There is no log yet, or never was."""
-    poll([point])
+    poll([point], trust_log=True)
     state = point.state + (f", {point.detail}" if point.detail else "")
     attempts = ", ".join(str(n) for n in point.folder.attempts()) or "none"
     return ConfigError(
@@ -122,7 +122,7 @@ def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) ->
     asked_at, unknown = 0.0, False
     while True:
         if time.monotonic() - asked_at >= (SLURM_POLL_S if isinstance(point.job, SlurmJob) else POLL_S):
-            unknown = poll([point], retries=1) is not None
+            unknown = poll([point], retries=1, trust_log=True) is not None
             asked_at = time.monotonic()
         # Where Slurm does not answer, only a run that made its last step is known not to start again.
         over = point.is_over or (unknown and outcome(point) == "finished")

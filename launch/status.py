@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
     args = parser.parse_args(arguments)
     points = find_run_statuses(find_runs(args.paths))
-    problem = poll(points)
+    problem = poll(points, trust_log=True)
     try:
         adopt_found(points)
     except SlurmError as error:

@@ -8,6 +8,7 @@ a minute. Owns finding them; status, logs, cancel, move and a second launch then
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission, JobPaths
@@ -64,12 +65,10 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
     events = folder.read_events()
     known = {job_of(event).name for event in events if event["event"] == "submitted"}
     jobs = {job.name: (job, pickle) for job, pickle in submitted_jobs(folder.path) if job.name not in known}
-    queue = ask_queue([job for job, _ in jobs.values()])
-    ours = [
-        job
-        for job, pickle in jobs.values()
-        if job.status(queue).state in ACTIVE and run_dir_of(pickle) == str(folder.path)
-    ]
+    # Whose job it is stands in its pickle: Slurm is asked about this run's jobs alone, and mostly there is none.
+    own = [job for job, pickle in jobs.values() if run_dir_of(pickle) == str(folder.path)]
+    queue = ask_queue(own)
+    ours = [job for job in own if job.status(queue).state in ACTIVE]
     return max(ours, key=lambda job: [int(number) for number in job.job_id.split("_")], default=None)
 
 
@@ -89,6 +88,7 @@ def is_batch_script(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
+@cache  # one never changes, and every point of a sweep asks about those of all
 def run_dir_of(pickle: Path) -> str | None:
     """Read the run folder that a job of ours is for; None where the pickle is of something else, or not whole."""
     try:

@@ -25,6 +25,8 @@ from launch.runs.records import recent_records
 from launch.scheduler.client import RETRIES, JobState, SlurmError
 from launch.scheduler.reasons import advice
 
+DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
+"""Events of which the last one tells whether an agent works on the run, or is going to."""
 OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
 ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
 
@@ -152,20 +154,26 @@ def promised(folder: RunFolder, events: Sequence[Mapping[str, Any]]) -> tuple[di
     return known, damage
 
 
-def poll(points: Sequence[RunStatus], retries: int = RETRIES) -> SlurmError | None:
-    """Bring the points up to date, with one question to Slurm for all of them; ``retries`` 1 for who asks again anyway.
+def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool = False) -> SlurmError | None:
+    """Bring the points up to date, with one question to Slurm for all of them.
+
+    Args:
+        retries: 1 for who asks again anyway.
+        trust_log: leave out of the question what ended by its event log, which tells more than a queue that forgets:
+            for who looks at runs, and not for who waits until their jobs are gone.
 
     Returns:
-        Why Slurm did not answer, or None. The points of its jobs then keep the state they had.
+        Why Slurm did not answer, or None. The points that it was asked about then keep the state they had.
     """
     for point in points:
         adopt_job(point)
+    settled = {id(point) for point in points if trust_log and has_ended(point)}
     try:
-        queue, problem = ask_queue((point.job for point in points), retries), None
+        queue, problem = ask_queue((point.job for point in points if id(point) not in settled), retries), None
     except SlurmError as error:
         queue, problem = {}, error
     for point in points:
-        if problem is None or not isinstance(point.job, SlurmJob):
+        if problem is None or not isinstance(point.job, SlurmJob) or id(point) in settled:
             update(point, queue)
         read_steps(point)  # after the outcome: a run that is over has made its last step
     return problem
@@ -186,6 +194,15 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
                 point.detail = ", ".join(part for part in (point.detail, silence_text(point)) if part)
         if point.state == "budget_exceeded":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
+
+
+def has_ended(point: RunStatus) -> bool:
+    """Tell whether the event log says that nothing more will happen: the agent decided to stop, and has left since."""
+    last = next((e for e in reversed(point.events()) if e["event"] in DECISIVE), None)
+    if last is None or last["event"] != "agent_ended" or last.get("cause") == "killed":
+        return False
+    decisions = [e for e in events_since_start(point.events()) if e["event"] in ("decided", "requeue_failed")]
+    return bool(decisions) and (decisions[-1]["event"] == "requeue_failed" or decisions[-1]["action"] == Action.stop)
 
 
 def is_silent(point: RunStatus) -> bool:
@@ -256,7 +273,7 @@ def state_without_job(point: RunStatus) -> tuple[str, str]:
 def update_from_event_log(points: Sequence[RunStatus]) -> None:
     """Set the states of Slurm's points without Slurm, as far as their event logs go."""
     for point in points:
-        if isinstance(point.job, SlurmJob):
+        if isinstance(point.job, SlurmJob) and not has_ended(point):
             ended = ENDED & {e["event"] for e in events_since_start(point.events())}
             timed_out = state_between_places(point.events(), is_out=False)
             point.state = timed_out[0] if timed_out else outcome(point) if ended or point.failure() else "unknown"

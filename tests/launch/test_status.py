@@ -130,6 +130,43 @@ def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(
     assert outcome(point) == state
 
 
+AGENT: list[dict[str, Any]] = [
+    {"event": "submitted", "cluster": "slurm", "job_id": "7"},
+    {"event": "agent_started", "job": "7.0", "nodes": 1, "allocated_at": 1.0},
+    {"event": "started", "attempt": 1},
+]
+LEFT: dict[str, Any] = {"event": "agent_ended", "job": "7.0", "ended_at": 2.0}
+
+
+def decided(action: str, cause: str = "crashed") -> dict[str, Any]:
+    return {"event": "decided", "attempt": 1, "action": action, "cause": cause, "reason": "why"}
+
+
+ENDS: list[tuple[list[dict[str, Any]], bool]] = [
+    ([*AGENT, {"event": "finished", "attempt": 1}, decided("stop", "finished"), LEFT], True),
+    ([*AGENT, FAILURE, decided("stop"), LEFT], True),
+    ([*AGENT, FAILURE, {"event": "requeue_failed", "cause": "no queue"}, LEFT], True),
+    ([*AGENT, {"event": "finished", "attempt": 1}, decided("stop", "finished")], False),
+    ([*AGENT, FAILURE, decided("requeue"), LEFT], False),
+    ([*AGENT, FAILURE, decided("stop"), LEFT, {"event": "submitted", "cluster": "slurm", "job_id": "8"}], False),
+    ([*AGENT, FAILURE, decided("restart"), {"event": "started", "attempt": 2}, LEFT], False),
+    ([*AGENT, decided("stop"), {**LEFT, "cause": "killed"}], False),
+]
+
+
+@pytest.mark.parametrize(("event_log", "ended"), ENDS, ids=["-".join(e["event"] for e in x) for x, _ in ENDS])
+def test_slurm_is_not_asked_about_runs_whose_event_log_tells_their_end(
+    event_log: list[dict[str, Any]], ended: bool, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "attempts").mkdir(parents=True)
+    for event in event_log:
+        folder.record_event(**event)
+    # Where no command of Slurm is found, a question is answered with a problem, and the status is 1.
+    text = run("launch.status", str(folder.path), cwd=tmp_path, status=0 if ended else 1, PATH=str(tmp_path))
+    assert ("states of Slurm jobs are what their event logs say" in text) is not ended
+
+
 def test_slurms_words_are_put_into_ours() -> None:
     def status(state: str, reason: str = "None", start: str = "") -> JobStatus:
         return SlurmJob("7_1").status({"7_1": JobState(state, reason, "", start), "7_2": JobState("RUNNING", "None")})
