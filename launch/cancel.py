@@ -15,7 +15,7 @@ from rich.console import Console
 from launch.errors import CommandParser, refusing
 from launch.jobs.adoption import adopt_found
 from launch.jobs.status import find_run_statuses, poll
-from launch.jobs.stop import outcome_text, stop_points
+from launch.jobs.stop import leaving_text, outcome_text, stop_points
 from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.scheduler.client import SlurmError
@@ -35,7 +35,8 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
             console.print(f"{point.name}: nothing to cancel, {point.state}{why}", highlight=False, markup=False)
     if ours and not now:
         names = ", ".join(point.name for point in ours)
-        console.print(f"{names}: asked to save and leave; --now would not wait for that", highlight=False, markup=False)
+        text = f"{names}: {leaving_text(ours)}; --now would not wait for that"
+        console.print(text, highlight=False, markup=False)
     stops = stop_points(ours, console, now=now)
     for stop in stops:
         console.print(outcome_text(stop), highlight=False, markup=False)

@@ -19,7 +19,7 @@ from rich.console import Console
 from launch.config import ClusterKind, LaunchConfig
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError
-from launch.jobs.stop import stop_on_ctrl_c
+from launch.jobs.stop import next_start_text, stop_on_ctrl_c
 from launch.plan import code_copy
 from launch.plan.alone import settle_exclusive
 from launch.plan.expected import add_expected
@@ -193,7 +193,7 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
         watch.watch(points, console, after.poll_s)
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
-        raise SweepFailedError("stopped; the same command goes on from the last checkpoint", 130) from None
+        raise SweepFailedError(f"stopped; {next_start_text(points)}", 130) from None
     report(plans, sweep, console)
     show_progress_problems(points, console)
     failed = [point for point in points if point.state != "finished"]

@@ -64,6 +64,10 @@ LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out, Cause.requested)
 FROM_OUTSIDE = (Cause.preempted, Cause.node_failed)
 """Causes that say nothing about the run where they come before its first step. A time limit that comes so early would
 come so again, and ranks that ask for the queue do it by themselves."""
+NO_CHECKPOINT = (
+    "the program is not said to have checkpoints, so it would run again from its first step "
+    "(script.resumes=true where it looks for its own checkpoint when it starts)"
+)
 BATCH_SCRIPT_ENDED = ("NonZeroExitCode", "JobLaunchFailure", "RaisedSignal")
 """Slurm's reasons of a job that ended because its batch script did. A job that somebody has cancelled has none."""
 
@@ -78,7 +82,7 @@ def decide(
         events: the event log, the ``attempt_ended`` of this attempt included.
         limits: how often each cause may come.
         without_progress: after so many attempts in a row that saved nothing new the run stops.
-        resumes: whether a new start goes on from a checkpoint; without one it would begin anew, and is not made.
+        resumes: whether a new start goes on from a checkpoint; without one no new start is made.
         forgive_after_s: seconds after which a failure no longer counts, if a newer checkpoint was saved; None: never.
     """
     if cause in WANTED:
@@ -86,7 +90,7 @@ def decide(
     if cause is Cause.refused:
         return Decision(Action.stop, "it would be refused again")
     if not resumes:
-        return Decision(Action.stop, "a new start would begin anew: script.resumes=true says that it does not")
+        return Decision(Action.stop, NO_CHECKPOINT)
     stuck = attempts_without_progress(events)
     if stuck >= without_progress:
         return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")

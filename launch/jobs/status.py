@@ -61,6 +61,8 @@ class RunStatus:
     eta_s: float | None = None
     label: str = ""
     """Label that sets the point apart from those beside it; empty where its folder's name does."""
+    resumes: bool = True
+    """False of a program that has no checkpoint to save or to go on from."""
 
     @property
     def name(self) -> str:
@@ -108,6 +110,7 @@ def new_run_status(plan: Plan) -> RunStatus:
         attempts_before=max(folder.attempts(), default=0),
         events_before=len(folder.read_events()),
         label=plan.label,
+        resumes=plan.promised.resumes,
     )
 
 
@@ -134,6 +137,7 @@ def find_run_status(folder: RunFolder) -> RunStatus:
         attempts_before=max((e["attempt"] for e in events[:start] if e.get("attempt") is not None), default=0),
         events_before=start,
         damage=damage,
+        resumes=(plan.get("promised") or {}).get("resumes", True),
     )
     adopt_job(point)
     return point

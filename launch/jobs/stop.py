@@ -126,13 +126,37 @@ def push_all(stops: Sequence[Stop]) -> SlurmError | None:
 
 def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
     """The orderly stop at the first Ctrl-C; the second ends the runs at once."""
-    console.print("stopping: the runs save a checkpoint and leave; Ctrl-C again ends them now", highlight=False)
+    text = leaving_text([point for point in points if not point.is_over])
+    console.print(f"stopping: {text}; Ctrl-C again ends them now", highlight=False, markup=False)
     try:
         stops = stop_points(points, console)
     except KeyboardInterrupt:
         stops = stop_points(points, console, now=True)
     for stop in stops:
         console.print(outcome_text(stop), highlight=False, markup=False)
+
+
+def leaving_text(points: Sequence[RunStatus]) -> str:
+    """Describe for people what running programs are told, and what is saved: a checkpoint where they have one."""
+    resuming = [point.name for point in points if point.resumes]
+    others = [point.name for point in points if not point.resumes]
+    saves = "save a checkpoint and leave"
+    lose = "told to leave, and go on from no checkpoint: only what they write themselves is kept (script.resumes=false)"
+    if not others:
+        return f"the runs {saves}"
+    if not resuming:
+        return f"the runs are {lose}"
+    return f"{', '.join(resuming)} {saves}; {', '.join(others)} are {lose}"
+
+
+def next_start_text(points: Sequence[RunStatus]) -> str:
+    """Say what the same command would do with stopped runs."""
+    fresh = [point.name for point in points if not point.resumes]
+    if not fresh:
+        return "the same command goes on from the last checkpoint"
+    those = "" if len(fresh) == len(points) else f" of {', '.join(fresh)}"
+    rest = "" if not those else ", and goes on from the last checkpoint of the others"
+    return f"the same command runs the program{those} from its beginning{rest}"
 
 
 def outcome_text(stop: Stop) -> str:
@@ -143,6 +167,6 @@ def outcome_text(stop: Stop) -> str:
     step = point.latest.get("step")
     head = f"{point.name}: {point.state}" + (f" after step {step}" if step else "")
     saved = saved_step(point.folder.read_events())
-    if point.state == "finished" or (saved is None and not step):
+    if point.state == "finished" or not point.resumes or (saved is None and not step):
         return head
     return f"{head}; {'nothing was saved' if saved is None else f'the last checkpoint is of step {saved}'}"

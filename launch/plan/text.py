@@ -79,7 +79,9 @@ def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     ahead = sum(not plan.finished for plan in plans)
     every = f"all {ahead}" if ahead == len(plans) else f"the {ahead} other"
     head = "worst case" if len(plans) == 1 else f"worst case of {every} point{'' if ahead == 1 else 's'}"
-    text = f"{head}: {use_text(worst_of(plans))}"
+    limits = {plan.timeout_min for plan in plans if not plan.finished}
+    limit = f" of {limits.pop()} min" if len(limits) == 1 else ""
+    text = f"{head}: {use_text(worst_of(plans))} (every node to its time limit{limit})"
     text += "; ".join(["", known]) if (known := expected.total_text(plans)) else ""
     before = used_before(plans, configs)
     if before.node_hours:
@@ -88,4 +90,15 @@ def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     if cap:
         return f"{text}; at most {' and '.join(cap)} over all attempts"
     requeues = configs[0].resilience.requeue and any(plan.cluster == "slurm" for plan in plans)
-    return f"{text}, and as much again for each requeue (budget.gpu_hours=N is a cap over all)" if requeues else text
+    return f"{text}; {requeue_text(plans)}" if requeues else text
+
+
+def requeue_text(plans: Sequence[Plan]) -> str:
+    """Say what a requeue can add to the worst case: the time limit of one job begins again, not that of all."""
+    ahead = [plan for plan in plans if not plan.finished and plan.cluster == "slurm"]
+    largest = max(ahead, key=lambda plan: (plan.node_hours, plan.gpu_hours or 0.0))
+    once = use_text(worst_of([largest]))
+    each = f"each requeue (preemption, time limit, lost node) begins the time limit again: up to {once} more"
+    of = f" for {largest.title}" if len(ahead) > 1 else ""
+    cap = "budget.gpu_hours=N caps it all" if largest.gpu_hours else "resilience.requeue=false allows none"
+    return f"{each}{of} ({cap})"

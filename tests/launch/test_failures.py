@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.jobs.status import RunStatus
+from launch.jobs.stop import leaving_text, next_start_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import TINY, Process, descendants, is_alive, ranks_of, run, start, start_fork, wait_for
@@ -129,6 +131,28 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     saved = [e["step"] for e in events if e["event"] == "saved"][-1]
     assert read_records(folder.metrics(0))[-1]["step"] == saved
     assert "the same command goes on from the last checkpoint" in (tmp_path / "log").read_text()
+
+
+def test_ctrl_c_promises_a_script_no_checkpoint_that_it_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "wait.py").write_text("import signal\nopen('began', 'w').close()\nsignal.pause()\n")
+    words = ["workload=script", "script.path=wait.py", "cluster=local"]
+    process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: (tmp_path / "began").exists() or process.poll() is not None, "the script")
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    text = (tmp_path / "log").read_text()
+    assert "stopping: the runs are told to leave, and go on from no checkpoint" in text
+    assert "stopped; the same command runs the program from its beginning" in text
+    assert "save a checkpoint" not in text and "last checkpoint" not in text
+
+
+def test_what_is_told_of_a_stop_names_the_runs_that_have_no_checkpoint() -> None:
+    saves = RunStatus(RunFolder("a"), label="nodes=1")
+    loses = RunStatus(RunFolder("b"), label="nodes=2", resumes=False)
+    assert leaving_text([saves]) == "the runs save a checkpoint and leave"
+    assert leaving_text([saves, loses]).startswith("nodes=1 save a checkpoint and leave; nodes=2 are told to leave")
+    assert next_start_text([saves]) == "the same command goes on from the last checkpoint"
+    assert "of nodes=2 from its beginning" in next_start_text([saves, loses])
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:

@@ -204,6 +204,12 @@ def test_typing_the_command_again_forgives() -> None:
 
 # What `scontrol show job` of Slurm 22.05 said when a task of the job got SIGTERM: JobState, PreemptTime, Restarts, and
 # seconds since the start of StartTime and EndTime.
+def test_a_program_without_checkpoints_is_told_why_it_is_not_started_again() -> None:
+    decision = decide(history(Cause.crashed), Cause.crashed, RestartLimits(), 3, resumes=False)
+    assert decision.action is Action.stop
+    assert "would run again from its first step (script.resumes=true where it looks" in decision.reason
+
+
 @pytest.mark.parametrize(
     ("state", "preempted", "restarts", "end", "cause"),
     [
