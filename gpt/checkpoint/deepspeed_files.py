@@ -31,6 +31,8 @@ from torch import Tensor
 from gpt.checkpoint import folders
 from gpt.checkpoint.collective import run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.manifest import DEEPSPEED, TENSORS, Manifest
+from gpt.config.checks import is_importable
+from launch.errors import ConfigError
 
 MODEL_FILE = "model.pt"
 LOOSE_FILES = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
@@ -54,6 +56,7 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
         yield folder
         return
     assert saved.contents["kind"] == DEEPSPEED, saved.contents
+    require_deepspeed(folder)
     scratch = run_on_first_rank(lambda: folders.begin_conversion(folder), group)
     yield run_on_first_rank(lambda: convert(folder, saved, scratch), group)
     run_on_all_ranks(lambda: None, group)  # each has read what it wants; after a failure the sweep removes it
@@ -74,6 +77,16 @@ def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
     state = {"model": model, "optimizer": {"state": moments}}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tensors), no_dist=True)
     return tensors
+
+
+def require_deepspeed(folder: Path) -> None:
+    """Raise ConfigError where this Python has no DeepSpeed, which alone reads the files in ``folder``."""
+    if not is_importable("deepspeed"):
+        raise ConfigError(
+            f"{folder}, a checkpoint in files of DeepSpeed's own, and no package deepspeed in {sys.executable}",
+            "DeepSpeed, which is needed to read what it has saved",
+            "pip install -c constraints.txt deepspeed, and the same command again",
+        )
 
 
 def to_universal(original: Path, out: Path) -> Path:
@@ -107,7 +120,12 @@ def read_whole(universal: Path, name: str, key: str) -> Tensor:
 
 
 def read_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that only reads there."""
+    """Read the weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that only reads there.
+
+    Raises:
+        ConfigError: there is no DeepSpeed.
+    """
+    require_deepspeed(folder)
     if saved.contents.get("pp", 1) > 1:
         return read_stages(folder, saved)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

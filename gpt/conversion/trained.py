@@ -119,7 +119,7 @@ def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | s
     """Build the model of ``config`` with the weights of a checkpoint, in eval mode on ``device``.
 
     Raises:
-        ConfigError: the checkpoint is of another model.
+        ConfigError: the checkpoint is of another model, or can be read with DeepSpeed only, which is not installed.
     """
     with torch.device("meta"):
         model = GPT(config.model)
@@ -134,6 +134,8 @@ def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | s
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's, that one process loads: it does
             dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError, CheckpointException) as error:
         raise ConfigError(
             f"{checkpoint} cannot be loaded into the model of its run ({str(error).strip().splitlines()[-1]})",

@@ -7,7 +7,6 @@ login node, and the ranks again before there is a run folder.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 
@@ -22,7 +21,7 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.config.checks import divisors
+from gpt.config.checks import divisors, is_importable
 from gpt.config.model_rules import GROUPED_MULTIPLE
 from gpt.topology.batch import split_batch
 from gpt.topology.deepspeed_config import ds_config
@@ -55,14 +54,6 @@ def require_deepspeed(config: TrainConfig) -> None:
             "DeepSpeed, which all but the strategies of that name does without",
             "pip install -c constraints.txt deepspeed, or parallel=fsdp",
         )
-
-
-def is_importable(package: str) -> bool:
-    """Tell whether a package can be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ImportError:
-        return False
 
 
 def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:

@@ -5,7 +5,7 @@ Pure functions over Slurm's limits.
 
 from __future__ import annotations
 
-from launch.checks.nodes import gres_text
+from launch.checks.nodes import MB_IN_GB, gres_text, memory_text
 from launch.scheduler.limits import Limits, NodeLimits, Partition
 
 
@@ -23,6 +23,6 @@ def what_fits(limits: Limits, partition: Partition) -> str:
 def of_each(nodes: list[NodeLimits], partition: Partition) -> str:
     """CPUs, memory and generic resources of the best node."""
     cpus = min(max(node.cpus for node in nodes), partition.max_cpus_per_node or 2**31)
-    memory = min(max(node.memory_mb for node in nodes), partition.max_memory_mb or 2**62) / 1000
+    memory = min(max(node.memory_mb for node in nodes), partition.max_memory_mb or 2**62) / MB_IN_GB
     kinds = sorted({gres_text(part) for node in nodes for part in node.gres})
-    return ", ".join([f"up to {cpus} CPUs", f"{memory:g} GB", *(kinds or ["no generic resources"])])
+    return ", ".join([f"up to {cpus} CPUs", f"{memory_text(memory)} of memory", *(kinds or ["no generic resources"])])

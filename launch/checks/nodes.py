@@ -25,7 +25,7 @@ def check_asked(
         if asked > most:
             kinds = sorted({gres_text(g) for node in nodes for g in node.gres}) or ["no generic resources"]
             there = f" (nodes have {', '.join(kinds)})" if most == 0 else ""
-            found = f"{key[0]}={key[1]}, and the best node of {partition.name} has {most:g} {key[2]}{there}"
+            found = f"{key[0]}={key[1]}, and the best node of {partition.name} has {key[2](most)}{there}"
             yield fail("resources", found, PENDS, key[3].format(int(most)) if most else f"{key[0]}=null")
         else:
             fits.append(lambda node, have=have, asked=asked: have(node) >= asked)  # type: ignore[misc]
@@ -35,28 +35,44 @@ def check_asked(
         yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - request.config.spare_nodes)}")
 
 
-Want = tuple[tuple[str, str, str, str], float, Callable[[NodeLimits], float]]
-"""(key, value, unit, how to ask for less), how much, and how much of it a node gives."""
+WantText = tuple[str, str, Callable[[float], str], str]
+"""Key, value, an amount for people, and how to ask for less."""
+Want = tuple[WantText, float, Callable[[NodeLimits], float]]
+"""Words, how much is asked for, and how much of it a node gives."""
 
 
 def wants(limits: Limits, partition: Partition, request: Request) -> Iterator[Want]:
     """Check what is asked of each node, one after the other."""
     cluster = request.config.cluster
+    text: WantText
     if cluster.gpus_per_node:
-        text = ("cluster.gpus_per_node", str(cluster.gpus_per_node), "GPUs", "cluster.gpus_per_node={}")
+        text = ("cluster.gpus_per_node", str(cluster.gpus_per_node), "{:g} GPUs".format, "cluster.gpus_per_node={}")
         yield text, cluster.gpus_per_node, lambda node: node.count("gpu")
     for part in gres(cluster.gres or ""):
-        text = ("cluster.gres", gres_text(part), f"of {part.name}", f"cluster.gres={gres_text(part, '{}')}")
+        text = (
+            "cluster.gres",
+            gres_text(part),
+            f"{{:g}} of {part.name}".format,
+            f"cluster.gres={gres_text(part, '{}')}",
+        )
         yield text, part.count, lambda node, part=part: node.count(part.name, part.type)  # type: ignore[misc]
     if cluster.cpus_per_task:
         most = partition.max_cpus_per_node or 2**31
-        text = ("cluster.cpus_per_task", str(cluster.cpus_per_task), "CPUs", "cluster.cpus_per_task={}")
+        text = ("cluster.cpus_per_task", str(cluster.cpus_per_task), "{:g} CPUs".format, "cluster.cpus_per_task={}")
         yield text, cluster.cpus_per_task, lambda node: min(node.cpus, most)
     if cluster.mem_gb:
-        # Slurm's MB are 1024 KiB, on both sides of the comparison.
         room = partition.max_memory_mb or limits.number("MaxMemPerNode") or 2**62
-        text = ("cluster.mem_gb", f"{cluster.mem_gb:g}", "GB", "cluster.mem_gb={}")
-        yield text, cluster.mem_gb, lambda node: min(node.memory_mb, room) / 1000
+        text = ("cluster.mem_gb", f"{cluster.mem_gb:g}", memory_text, "cluster.mem_gb={}")
+        yield text, cluster.mem_gb, lambda node: min(node.memory_mb, room) / MB_IN_GB
+
+
+MB_IN_GB = 1000
+"""Slurm's MB in one of cluster.mem_gb, as placement asks for it. Slurm's MB are 1024 KiB."""
+
+
+def memory_text(gb: float) -> str:
+    """Memory in units of cluster.mem_gb for people, in GiB as every other message: 262.144 is 256 GiB."""
+    return f"{gb * MB_IN_GB / 1024:.4g} GiB"
 
 
 def gres_text(part: Gres, number: str | None = None) -> str:
@@ -111,5 +127,8 @@ def check_defaults(limits: Limits, partition: Partition, request: Request) -> It
         share = per_node or (per_cpu or 0) * (cluster.cpus_per_task or 1)
         why = "a job that asks for no memory gets the site's default, and is killed when it uses more"
         yield warn(
-            "memory", f"cluster.mem_gb is not set: each node gives {share} MB", why, f"cluster.mem_gb={16 * ranks}"
+            "memory",
+            f"cluster.mem_gb is not set: each node gives {memory_text(share / MB_IN_GB)}",
+            why,
+            f"cluster.mem_gb={16 * ranks}",
         )

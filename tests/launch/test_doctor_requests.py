@@ -74,7 +74,7 @@ def test_a_request_that_fits_has_no_complaint_but_the_known_ones() -> None:
         (["cluster.gres=gpu:a100:8"], "resources", "has 4 of gpu"),
         (["cluster.gres=gpu:h100:1"], "resources", "nodes have gpu:2, gpu:a100:4"),
         (["cluster.cpus_per_task=9"], "resources", "8 CPUs"),
-        (["cluster.mem_gb=300"], "resources", "262.144 GB"),
+        (["cluster.mem_gb=300"], "resources", "the best node of low has 256 GiB"),
         (["cluster.constraint=fsat"], "constraint", "no node of low has fsat"),
         (["cluster.gpus_per_node=4", "nodes=4"], "nodes", "it has 3"),
         (["cluster.constraint=new", "nodes=2"], "nodes", "it has 1"),
@@ -142,7 +142,7 @@ def test_what_a_site_gives_by_default_is_compared_with_the_ranks() -> None:
         f.check: f
         for f in complaints(FACTS, "cluster.partition=small", "cluster.cpus_per_task=null", "cluster.mem_gb=null")
     }
-    assert "1 CPU" in found["cpus"].why and "1000 MB" in found["memory"].found
+    assert "1 CPU" in found["cpus"].why and "0.9766 GiB" in found["memory"].found
     shared = complaints(FACTS, "cluster.gpus_per_node=4", "cluster.cpus_per_task=2")
     assert any(f.check == "cpus" and "2 for 4 ranks" in f.found for f in shared)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.commands import ROOT, TINY, environment
+from tests.support.commands import ROOT, TINY, environment, run
 
 WITHOUT = """
 import importlib.abc, os, runpy, sys
@@ -21,7 +21,7 @@ class Missing(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Missing())
 # Hydra looks for its plugins in the folders of this package, whatever the importers say.
 hydra_plugins.__path__ = [folder for folder in hydra_plugins.__path__ if "site-packages" not in folder]
-import gpt.train, launch.__main__, launch.report.__main__, launch.status
+import gpt.generate, gpt.train, launch.__main__, launch.report.__main__, launch.status
 
 for line in sys.argv[1:]:
     print(f"$ {line}", flush=True)
@@ -44,6 +44,8 @@ LINES = {
     "launch.report.__main__ outputs/quick_test": "finished",
     "launch.__main__ parallel=zero2 cluster=local": "no package deepspeed",
     f"{TRAIN} parallel=zero2": "type next: pip install -c constraints.txt deepspeed, or parallel=fsdp",
+    "gpt.generate zero -p x": "type next: pip install -c constraints.txt deepspeed, and the same command again",
+    f"{TRAIN} run_dir=zero parallel=fsdp": "a checkpoint in files of DeepSpeed's own",
     "launch.__main__ hydra/launcher=submitit_slurm": "type next: pip install hydra-submitit-launcher",
 }
 """Commands in the order in which they are typed, and what they say."""
@@ -52,9 +54,11 @@ LINES = {
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Output of each of the commands, forked from one process without those libraries."""
+    cwd = tmp_path_factory.mktemp("without")
+    run("gpt.train", *TINY, "optim.max_steps=2", "run_dir=zero", "parallel=zero2", cwd=cwd)  # with DeepSpeed
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, *LINES],
-        cwd=tmp_path_factory.mktemp("without"),
+        cwd=cwd,
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

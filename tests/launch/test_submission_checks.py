@@ -92,7 +92,7 @@ def test_what_could_never_start_is_refused_with_what_fits(words: list[str], foun
         look(("nodes=1", "seed=3"), tuple(words))
     assert found in refused.value.found and fix in refused.value.fix
     assert "launch.check_limits=false" in refused.value.fix
-    low = "partition low: at most 3 nodes for 1440 min, each of up to 8 CPUs, 262.144 GB, gpu:2, gpu:a100:4"
+    low = "partition low: at most 3 nodes for 1440 min, each of up to 8 CPUs, 256 GiB of memory, gpu:2, gpu:a100:4"
     short = "partition short: at most 2 nodes for 30 min, each of up to 8 CPUs"
     assert (short if words == ["cluster.partition=short"] else low) in refused.value.expected
 
