@@ -22,7 +22,7 @@ from rich.text import Text
 
 from gpt.metrics.comparison import Comparison, RunMetrics, compare, read_metrics
 from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
-from launch.runs.find import find_runs
+from launch.runs.find import find_runs, labels_inside, labels_of
 from launch.runs.folder import RunFolder
 
 
@@ -65,9 +65,15 @@ def runs_to_compare(paths: Sequence[Path]) -> list[Path]:
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Label each run by the part of its path that sets it apart."""
+    """Label each run by what was typed for it, as every other command does, behind the folder that sets it apart."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
-    return [str(run.relative_to(common)) for run in runs]
+    groups: dict[Path, list[Path]] = {}
+    for run in runs:
+        groups.setdefault(run.parent, []).append(run)
+    labels: dict[Path, str] = {}
+    for group, inside in groups.items():
+        labels |= labels_of(inside) if len(inside) > 1 else labels_inside([group])
+    return [str(run.parent.relative_to(common) / labels[run]) for run in runs]
 
 
 def show(compared: Comparison, console: Console) -> None:

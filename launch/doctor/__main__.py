@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -33,7 +35,11 @@ from launch.errors import CommandParser, ConfigError, refusing
 from launch.jobs.submit import shapes
 from launch.plan.plan import Plan, make_plan
 from launch.runs.files import deny_others_writing
+from launch.runs.find import labels_for
 from launch.scheduler.client import SlurmError
+
+COMMAND = re.compile(r"(python -m launch\b.* )\.\.\.$")
+"""Command to type that takes the same arguments."""
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,7 +74,7 @@ def examine(
     configs = configs_of(points, config_dir)
     first = configs[0]
     seen = facts.gather(first.cluster.kind, Path(first.output_dir), facts.clusters_named(configs))
-    plans: dict[str, tuple[Plan, Config]] = {}
+    plans: dict[str, tuple[Plan, Config, Sequence[str]]] = {}
     of_request: list[Finding] = []
     for overrides, config in zip(points, configs, strict=True):
         if seen.kind is ClusterKind.slurm and (settled := cpus.cpus_for(config, seen)) is not None:
@@ -76,11 +82,14 @@ def examine(
             of_request.append(findings.fine("cpus", f"cluster.cpus_per_task={settled[0]}: {why}"))
         try:
             plan = make_plan(config, list(overrides), seen.kind)
-            plans[plan.run_dir] = (plan, config)
+            plans[plan.run_dir] = (plan, config, overrides)
         except ConfigError as error:
             of_request.append(findings.refusal(" ".join(["plan", *overrides]), error))
-    groups = shapes([plan for plan, _ in plans.values()])
-    requests = facts.requests_of(groups, {path: config for path, (_, config) in plans.items()}, seen)
+    named = [list(overrides) for _, _, overrides in plans.values()]
+    labels = labels_for([(Path(path), typed) for path, typed in zip(plans, named, strict=True)]) if plans else []
+    shown = [replace(plan, label=label) for (plan, _, _), label in zip(plans.values(), labels, strict=True)]
+    groups = shapes(shown)
+    requests = facts.requests_of(groups, {path: config for path, (_, config, _) in plans.items()}, seen)
     if seen.kind is ClusterKind.slurm:
         of_request += candidates.check_requests(seen, requests)
     of_machine = machine.check_machine(seen, first, requests, own_addresses(seen.machine.host))
@@ -95,6 +104,18 @@ def settle_sharing(of_machine: list[Finding], results: dict[str, Any] | None) ->
         return of_machine
     seen = findings.fine("shared folder", f"every node of job {results['job_id']} saw it and wrote there")
     return [*(finding for finding in of_machine if finding.check not in ("shared folder", "program")), seen]
+
+
+def complete(found: Sequence[Finding], given: argparse.Namespace) -> list[Finding]:
+    """Put the arguments of this command where a command to type ends with three dots, so that it can be pasted."""
+    folder = [] if given.config_dir is None else ["--config-dir", given.config_dir]
+    words = shlex.join([*(["-m"] if given.multirun else []), *given.overrides, *folder])
+    return [replace(one, fix=COMMAND.sub(rf"\1{_literal(words)}", one.fix).rstrip()) for one in found]
+
+
+def _literal(text: str) -> str:
+    """Return the text as a replacement of ``re.sub``, in which a backslash would mean something."""
+    return text.replace("\\", r"\\")
 
 
 def own_addresses(host: str) -> tuple[str, ...]:
@@ -162,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, results = diagnose(given, console)
     except KeyboardInterrupt:
         return 130
+    found = complete(found, given)
     status = int(findings.has_errors(found))
     if given.json:
         print(json.dumps({"status": status, "findings": findings.as_json(found), "on_cluster": results}, indent=2))

@@ -165,7 +165,7 @@ def label_points(points: Sequence[Point]) -> list[Point]:
     if len(points) == 1:
         path = points[0].path.absolute()
         return [replace(points[0], label=labels_inside([path.parent]).get(path, ""))]
-    labels = point_labels([(point.name, point.overrides) for point in points])
+    labels = point_labels([(point.path, point.overrides) for point in points])
     return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
 
 

@@ -56,7 +56,7 @@ def typed_for(run: Path) -> Sequence[str]:
 
 def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
     """The labels of runs among each other, by their folders."""
-    typed = [(run.name, typed_for(run)) for run in runs]
+    typed = [(run, typed_for(run)) for run in runs]
     return dict(zip(runs, point_labels(typed), strict=True))
 
 
@@ -68,7 +68,7 @@ def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
         [] if len(points) > 1 else [run for run in runs_inside(points[0][0].parent, depth=1) if run != points[0][0]]
     )
     runs = [*points, *((run, typed_for(run)) for run in beside)]
-    return point_labels([(run.name, typed) for run, typed in runs])[: len(points)]
+    return point_labels(runs)[: len(points)]
 
 
 def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:

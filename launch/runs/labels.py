@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from launch.runs.overrides import NOT_IN_POINT, typed_key, typed_value
+from launch.runs.overrides import NOT_IN_POINT, NOTHING_TYPED, typed_key, typed_value
 
 MEASURING_KEYS = tuple(
     f"script.{key}"
@@ -28,31 +29,40 @@ def tells_apart(override: str) -> bool:
     return not any(f"{key}.".startswith(f"{other}.") for other in (*NOT_IN_POINT, *MEASURING_KEYS))
 
 
-def point_labels(runs: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
     """Label each of some runs by the overrides that not all of them share, in the order in which they were typed.
 
     Args:
-        runs: for each the name of its folder, and what was typed for it.
+        runs: for each its folder, and what was typed for it.
 
     Returns:
         Labels that differ. A run alone, one whose folder was typed, and one that nothing typed sets apart is called by
-        its folder's name; a later generation of a run that is labelled too keeps its number: ``nodes=2~3``.
+        its folder's name; a run alone for which nothing was typed by that of the folder above, which is its ``name``. A
+        later generation of a run that is labelled too keeps its number: ``nodes=2~3``.
     """
+    names = [path.name for path, _ in runs]
     typed = [list(filter(tells_apart, overrides)) for _, overrides in runs]
     common = set.intersection(*map(set, typed)) if typed else set()
     if len(runs) < 2:
-        return [name for name, _ in runs]
+        return [alone(path, overrides) for path, overrides in runs]
     labels = []
-    for of_run, (name, overrides) in zip(typed, runs, strict=True):
+    for of_run, (path, overrides) in zip(typed, runs, strict=True):
         own = ",".join(override for override in of_run if override not in common)
-        labels.append(name if typed_value(overrides, "run_dir") else own or "default")
+        labels.append(path.name if typed_value(overrides, "run_dir") else own or NOTHING_TYPED)
     counts = Counter(labels)
     labels = [
-        label + generation(name) if counts[label] > 1 else label for label, (name, _) in zip(labels, runs, strict=True)
+        label + generation(name) if counts[label] > 1 else label for label, name in zip(labels, names, strict=True)
     ]
     counts = Counter(labels)
-    labels = [name if counts[label] > 1 else label for label, (name, _) in zip(labels, runs, strict=True)]
-    return labels if len(set(labels)) == len(labels) else [name for name, _ in runs]
+    labels = [name if counts[label] > 1 else label for label, name in zip(labels, names, strict=True)]
+    return labels if len(set(labels)) == len(labels) else names
+
+
+def alone(path: Path, overrides: Sequence[str]) -> str:
+    """Return the label of a run with no other beside it."""
+    number = generation(path.name)
+    is_unnamed = path.name.removesuffix(number) == NOTHING_TYPED and typed_value(overrides, "run_dir") is None
+    return path.parent.name + number if is_unnamed and path.parent.name else path.name
 
 
 def generation(name: str) -> str:

@@ -70,6 +70,8 @@ NOT_IN_POINT = (
 )
 """Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
 
+NOTHING_TYPED = "default"
+"""Name of the folder of a run for which nothing was typed."""
 NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes
 
 
@@ -92,7 +94,7 @@ def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
         parents = {".".join(key.split(".")[: i + 1]) for i in range(len(key.split(".")))}
         if not parents & excluded:
             kept.append(override)
-    exact = ",".join(sorted(kept)) or "default"
+    exact = ",".join(sorted(kept)) or NOTHING_TYPED
     name = re.sub(r"[^A-Za-z0-9_=.,+~-]", "_", exact)
     if name == exact and len(name) <= NAME_LIMIT and not name.startswith("."):
         return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from launch.checks import facts
+from launch.checks import facts, findings
 from launch.checks.findings import Finding, Level
 from launch.config import ClusterKind, Config
 from launch.config.sweep_points import sweep_points
 from launch.doctor import machine, on_cluster
-from launch.doctor.__main__ import configs_of, main, settle_sharing
+from launch.doctor.__main__ import arguments, complete, configs_of, examine, main, settle_sharing
 from launch.runs import compose
 from tests.launch.test_doctor_verdict import all_rates
 from tests.launch.test_doctor_verdict import results as measured
@@ -197,6 +198,22 @@ def test_the_report_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFi
     assert "error" in text and "type  optim.global_batch=9" in text and "1 errors" in text
     assert main(["nodse=3"]) == 2 and "type next: nodes=3" in capsys.readouterr().err
     assert main([*local, "--on-cluster"]) == 2 and "without --on-cluster" in capsys.readouterr().err
+
+
+def test_what_it_says_to_type_can_be_pasted(tmp_path: Path) -> None:
+    given = arguments(["-m", "nodes=1,2", 'cluster.exclude="n[3-4]"', "--config-dir", str(tmp_path)])
+    measure = findings.warn("links", "x", "y", "python -m launch.doctor --on-cluster ...")
+    words = findings.warn("links", "x", "y", "wait for it ...")
+    typed = f"python -m launch.doctor --on-cluster -m nodes=1,2 'cluster.exclude=\"n[3-4]\"' --config-dir {tmp_path}"
+    assert [one.fix for one in complete([measure, words], given)] == [typed, "wait for it ..."]
+    again = arguments(shlex.split(typed)[3:])
+    assert again.on_cluster and (again.overrides, again.config_dir) == (given.overrides, given.config_dir)
+    assert complete([measure], arguments([]))[0].fix == "python -m launch.doctor --on-cluster"
+
+
+def test_its_requests_are_called_by_the_labels_of_their_points() -> None:
+    _, _, requests, _ = examine([["nodes=1", "seed=7", "cluster=slurm"], ["nodes=2", "seed=7", "cluster=slurm"]])
+    assert sorted(point for request in requests for point in request.points) == ["nodes=1", "nodes=2"]
 
 
 def test_what_the_doctor_composes_is_what_a_run_composes() -> None:

@@ -44,11 +44,24 @@ def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path, make_ru
 def test_a_label_keeps_its_generation_and_a_folder_that_was_typed_its_name() -> None:
     runs = [("a-1", ["nodes=1", "seed=2", "cluster.partition=x"]), ("a-1~2", ["seed=2", "nodes=1", "fresh=true"])]
     runs += [("b", ["seed=2", "nodes=2"]), ("here", ["seed=2", "nodes=4", "run_dir=/elsewhere/here"])]
-    assert point_labels(runs) == ["nodes=1", "nodes=1~2", "nodes=2", "here"]
-    assert point_labels([("one", ["nodes=1"])]) == ["one"]
+    assert point_labels([(Path("s", name), typed) for name, typed in runs]) == [
+        "nodes=1",
+        "nodes=1~2",
+        "nodes=2",
+        "here",
+    ]
+    assert point_labels([(Path("s/one"), ["nodes=1"])]) == ["one"]
+
+
+def test_a_run_alone_for_which_nothing_was_typed_is_called_by_its_name() -> None:
+    assert point_labels([(Path("outputs/quick_test/default"), ["cluster=local"])]) == ["quick_test"]
+    assert point_labels([(Path("outputs/quick_test/default~2"), ["fresh=true"])]) == ["quick_test~2"]
+    assert point_labels([(Path("mine/default"), ["run_dir=mine/default"])]) == ["default"]
+    beside = [(Path("outputs/quick_test/default"), []), (Path("outputs/quick_test/nodes=2"), ["nodes=2"])]
+    assert point_labels(beside) == ["default", "nodes=2"]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["nodes=1", "nodes=2", "fresh=true"]), st.sampled_from("ab")), max_size=6))
 def test_labels_always_differ(drawn: list[tuple[str, str]]) -> None:
-    runs = [(f"{text}~{index + 1}", [text, f"seed={seed}"]) for index, (text, seed) in enumerate(drawn)]
+    runs = [(Path(f"{text}~{index + 1}"), [text, f"seed={seed}"]) for index, (text, seed) in enumerate(drawn)]
     assert len(set(point_labels(runs))) == len(runs)

@@ -62,6 +62,14 @@ def test_losses_at_equal_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ].keys()
 
 
+def test_runs_are_called_by_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for group, name, typed in (("s", "cut-1f", "lr=1"), ("s", "cut-2e", "lr=2"), ("t", "default", "cluster=local")):
+        a_run(tmp_path / group / name, steps=4, batch=1, first=5.0)
+        RunFolder(tmp_path / group / name).overrides.write_text(yaml.safe_dump(["seed=3", typed]))
+    rows, text = compared(tmp_path, capsys)
+    assert [*rows] == ["s/lr=1", "s/lr=2", "t/t"] and "cut-" not in text
+
+
 def test_what_cannot_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_run(tmp_path / "one", steps=4, batch=1, first=5.0)
     a_run(tmp_path / "two", steps=4, batch=1, first=5.0, data="d2")
