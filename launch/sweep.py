@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from launch.config import ClusterKind, LaunchConfig
+from launch.config import ClusterKind, Config, LaunchConfig
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError
 from launch.jobs.stop import next_start_text, stop_on_ctrl_c
@@ -70,9 +70,7 @@ def run_sweep(points: Sequence[Composed]) -> None:
         slurm = facts.ask_slurm(facts.clusters_named(configs))
         for line in cpus.settle_cpus([composed for composed, _ in points], configs, kinds, slurm):
             console.print(line, highlight=False, markup=False)
-    plans = [
-        make_plan(config, overrides, kind) for config, (_, overrides), kind in zip(configs, points, kinds, strict=True)
-    ]
+    plans = plan_points(configs, [overrides for _, overrides in points], kinds)
     refuse_same_folder(plans)
     labels = labels_for([(Path(plan.run_dir), typed) for plan, (_, typed) in zip(plans, points, strict=True)])
     plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
@@ -105,6 +103,28 @@ def run_sweep(points: Sequence[Composed]) -> None:
     submit_and_watch(plans, console, configs[0].launch, sweep_overrides([overrides for _, overrides in points]))
 
 
+def plan_points(configs: Sequence[Config], typed: Sequence[Sequence[str]], kinds: Sequence[ClusterKind]) -> list[Plan]:
+    """Plan all points of a command.
+
+    Raises:
+        ConfigError: one cannot work; where a cluster does not have its nodes, that is said first.
+    """
+    sizes = [config.world_size for config in configs]
+    try:
+        return [
+            make_plan(config, overrides, kind, sizes)
+            for config, overrides, kind in zip(configs, typed, kinds, strict=True)
+        ]
+    except ConfigError:
+        on_slurm = [config for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm]
+        if on_slurm and configs[0].launch.check_limits:
+            from launch.checks import candidates, facts
+
+            # What would repair the point is of no use where it could never be given its nodes.
+            candidates.refuse_missing_nodes(facts.ask_slurm(facts.clusters_named(on_slurm)), on_slurm)
+        raise
+
+
 def unfinished(plans: Sequence[Plan]) -> list[Plan]:
     """The points that have steps ahead of them: what is finished takes no nodes to say so."""
     return [plan for plan in plans if not plan.finished]
@@ -112,11 +132,20 @@ def unfinished(plans: Sequence[Plan]) -> list[Plan]:
 
 def show_finished(plans: Sequence[Plan], console: Console) -> None:
     """Say which points are finished already, and how to run them again."""
-    names = [plan.title for plan in plans if plan.finished]
+    finished = [plan for plan in plans if plan.finished]
+    names = [plan.title + ran_elsewhere(plan) for plan in finished]
     if names:
         them = "it again in a new folder" if len(names) == 1 else "them again in new folders"
         text = f"finished already, and not submitted: {', '.join(names)} (fresh=true runs {them})"
         console.print(text, highlight=False, markup=False)
+
+
+def ran_elsewhere(plan: Plan) -> str:
+    """Say where a finished point ran, if it was not on the cluster that this command is for."""
+    ran = next(
+        (e["cluster"] for e in reversed(RunFolder(plan.run_dir).read_events()) if e["event"] == "submitted"), None
+    )
+    return "" if ran in (None, plan.cluster) else f" (on {ran}, and so not compared with points on {plan.cluster})"
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:

@@ -16,6 +16,7 @@ from launch.report.series import (
     NOISY,
     MeasuredPoint,
     Series,
+    clusters_of,
     drop_warmup,
     work_text,
 )
@@ -34,7 +35,13 @@ STATE_TEXTS = {
 def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     """Make the sentences that belong below the table of these series, which has these rows."""
     members = [member for series in found for member in series.members]
-    candidates = [_steps_used(members), *map(_smallest, found), *map(_no_rates, found), *map(_changing_work, found)]
+    candidates = [
+        _steps_used(members),
+        _clusters(members),
+        *map(_smallest, found),
+        *map(_no_rates, found),
+        *map(_changing_work, found),
+    ]
     candidates += [_partly_recorded(members), _run_times(members), _crowding(members), *map(_crowded_base, found)]
     candidates += (_noise(series, rows) for series in found)
     candidates += [note for member in members for note in straggler_notes(member)]
@@ -142,6 +149,18 @@ def _smallest(series: Series) -> str:
     ranks = "1 rank" if base.ranks == 1 else f"{base.ranks} ranks"
     are = "Speedup and efficiency{} are" if series.has_rates else "Speedup{} is"
     return f"{are.format(of)} against {base.point.title} ({ranks}){instead}."
+
+
+def _clusters(members: Sequence[MeasuredPoint]) -> str:
+    """Says that points of different clusters are not measured against each other, and how to have them all on one."""
+    found = clusters_of(members)
+    if len(found) < 2:
+        return ""
+    where = "; ".join(f"{', '.join(names)} on {cluster}" for cluster, names in found.items())
+    return (
+        f"The points ran on different clusters ({where}) and are compared only with others there. The same command "
+        "with name=NAME, or fresh=true, runs them all on one."
+    )
 
 
 def _noise(series: Series, rows: Sequence[Row]) -> str:

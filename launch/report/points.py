@@ -60,6 +60,8 @@ class Point:
     attempts: int = 0
     rank_times: RankTimes | None = None
     """Times of each rank beside those of the others; None where fewer than two recorded the same steps."""
+    cluster: str | None = None
+    """Kind of cluster it was submitted to, local or slurm, with the name of another one; None where nobody did."""
 
     @property
     def is_gpt(self) -> bool:
@@ -105,7 +107,16 @@ def read_point(path: Path) -> Point:
         run_time_s=_run_time(events),
         attempts=len(setups),
         rank_times=reading.rank_times,
+        cluster=_cluster(events),
     )
+
+
+def _cluster(events: Sequence[dict[str, Any]]) -> str | None:
+    """The cluster of the last submission."""
+    last = next((event for event in reversed(events) if event.get("event") == "submitted"), None)
+    if last is None or "cluster" not in last:
+        return None
+    return f"{last['cluster']} {last['slurm_cluster']}" if last.get("slurm_cluster") else str(last["cluster"])
 
 
 def _runs_without(events: Sequence[dict[str, Any]], environment: Environment | None) -> bool:

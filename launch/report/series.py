@@ -170,14 +170,19 @@ def label_points(points: Sequence[Point]) -> list[Point]:
 
 
 def split(members: Sequence[MeasuredPoint]) -> list[Series]:
-    """Group points into series by their overrides other than their size, in order of appearance.
+    """Group points into series by their overrides other than their size, and by their cluster, in order of appearance.
+
+    The processes of one machine say nothing of how nodes scale, nor one cluster of another: none is measured against
+    them.
 
     Raises:
         ConfigError: points of one series were measured under different conditions.
     """
     groups: dict[frozenset[str], list[MeasuredPoint]] = {}
+    several = len(clusters_of(members)) > 1
     for member in members:
-        groups.setdefault(_identity(member.point), []).append(member)
+        where = {f"cluster={member.point.cluster}"} if several and member.point.cluster else set()
+        groups.setdefault(_identity(member.point) | where, []).append(member)
     common = frozenset.intersection(*groups) if groups else frozenset()
     found = []
     for identity, group in groups.items():
@@ -185,6 +190,15 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
         found.append(Series(label, tuple(sorted(group, key=_by_size))))
     for series in found:
         _require_comparable(series)
+    return found
+
+
+def clusters_of(members: Sequence[MeasuredPoint]) -> dict[str, list[str]]:
+    """The points that ran on each cluster, as far as that is known."""
+    found: dict[str, list[str]] = {}
+    for member in members:
+        if member.point.cluster is not None:
+            found.setdefault(member.point.cluster, []).append(member.point.title)
     return found
 
 

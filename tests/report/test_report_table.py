@@ -204,6 +204,28 @@ def test_two_series_have_their_own_smallest_points(tmp_path: Path, make_run: Any
     assert [row.efficiency for row in table.rows] == pytest.approx([1, 1 / 1.2, 1, 1 / 1.2])
 
 
+def test_points_of_different_clusters_are_not_measured_against_each_other(tmp_path: Path, make_run: Any) -> None:
+    for nodes, cluster, time_s in ((1, "local", 8.0), (2, "slurm", 2.0), (4, "slurm", 1.0)):
+        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), machines=nodes)
+        builder.attempt().steps(1, [time_s] * 10).event("submitted", cluster=cluster, job_id="7")
+    make_run(tmp_path / "nodes=8", 8, 8, ("nodes=8",)).attempt()  # of which nobody has entered where it runs
+    table = build(tmp_path)
+    rows = {row.point: row for row in table.rows}
+    assert (rows["nodes=1"].series, rows["nodes=4"].series) == ("cluster=local", "cluster=slurm")
+    assert rows["nodes=1"].speedup is None and rows["nodes=2"].speedup == pytest.approx(1)
+    assert (rows["nodes=4"].speedup, rows["nodes=4"].efficiency) == pytest.approx((2, 1))
+    assert any("nodes=1 on local; nodes=2, nodes=4 on slurm" in note for note in table.notes)
+
+
+def test_another_cluster_is_another_one_and_unknown_places_separate_nothing(tmp_path: Path, make_run: Any) -> None:
+    for nodes, other in ((1, {}), (2, {"slurm_cluster": "far"})):
+        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), machines=nodes)
+        builder.attempt().steps(1, STEADY).event("submitted", cluster="slurm", job_id="7", **other)
+    assert [row.series for row in build(tmp_path).rows] == ["cluster=slurm", "cluster=slurm far"]
+    (tmp_path / "nodes=2" / "events.jsonl").unlink()
+    assert [row.series for row in build(tmp_path).rows] == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("other", "what"),
     [
