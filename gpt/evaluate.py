@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from gpt.checkpoint.folders import step_of
 from gpt.checkpoint.manifest import read_manifest
 from gpt.config import Device
@@ -47,7 +49,15 @@ class Evaluation:
     """Loss in bits per byte of text, comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
 
 
-def evaluate(path: Path, world: World, step: int | None, sequences: int | None, batch: int | None) -> Evaluation:
+def evaluate(
+    path: Path,
+    world: World,
+    step: int | None,
+    sequences: int | None,
+    batch: int | None,
+    *,
+    shows_progress: bool = False,
+) -> Evaluation:
     """Evaluate the checkpoint of a run on the first ``sequences`` of its validation split, by default the whole of it.
 
     Args:
@@ -56,6 +66,7 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
         step: the checkpoint of this step; None takes the newest.
         sequences: number of sequences; None takes all.
         batch: sequences of a forward pass; None takes ``optim.max_micro_batch`` of the run.
+        shows_progress: whether rank 0 draws a bar on standard error.
 
     Raises:
         ConfigError: there is no such run, checkpoint or corpus, or it has not so many sequences.
@@ -78,16 +89,20 @@ def evaluate(path: Path, world: World, step: int | None, sequences: int | None, 
             f"--sequences {wanted}", f"1 to {samples.num_val}, all there are", f"--sequences {samples.num_val}"
         )
     model = read_weights(config, checkpoint, world.device)
-    loss = mean_loss(
-        model,
-        partial(summed_loss, model, config, device=world.device),
-        samples,
-        world,
-        wanted,
-        batch or config.optim.max_micro_batch,
-        world.rank,
-        world.size,
-    )
+    batch = batch or config.optim.max_micro_batch
+    rounds = math.ceil(math.ceil(wanted / world.size) / batch)
+    with tqdm(desc="evaluate", total=rounds, unit="batch", disable=not (shows_progress and world.is_first)) as bar:
+        loss = mean_loss(
+            model,
+            partial(summed_loss, model, config, device=world.device),
+            samples,
+            world,
+            wanted,
+            batch,
+            world.rank,
+            world.size,
+            on_round=bar.update,
+        )
     num_tokens = wanted * config.model.block_size
     num_bytes = samples.val_bytes(wanted)
     return Evaluation(
@@ -135,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 where it was refused."""
     args = parser().parse_args(argv)
     with open_world(Device[args.device], timeout_s=600) as world:
-        found = evaluate(args.run, world, args.step, args.sequences, args.batch)
+        found = evaluate(args.run, world, args.step, args.sequences, args.batch, shows_progress=not args.json)
         if world.is_first:
             print(json.dumps(asdict(found)) if args.json else report(found))
     return 0

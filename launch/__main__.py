@@ -13,18 +13,21 @@ import atexit
 import difflib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from launch import __version__
 from launch.config import Config
-from launch.config.compose import not_in_point, prepare_overrides, register, require_folder, target_of
+from launch.config.compose import not_in_point, prepare_overrides, register, require_folder, target_of, typed_form
+from launch.config.sweep_points import sweep_points
 from launch.errors import ConfigError, refusing
 from launch.runs.explain import CONFIG_ERRORS, explain, schema_keys
 from launch.runs.files import deny_others_writing
@@ -56,6 +59,10 @@ ALONE = (
     *("--shell-completion", "-sc", "--info", "-i"),
 )
 """Flags of Hydra that stand alone, or before a value that may be absent."""
+SWEEP = ("--multirun", "-m")
+HELP = ("--help", "-h", "--hydra-help")
+SHOWING = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--run", "-r")
+"""Flags that Hydra takes only one of, -m included."""
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Values of ``--info``."""
 
@@ -88,6 +95,23 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, typed
 
 
+def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -> tuple[list[str], list[str]]:
+    """Return flags and overrides that Hydra takes together: it shows help, or a config, of one run and not of a sweep.
+
+    Raises:
+        ConfigError: something else than help is to be shown of a sweep.
+    """
+    showing = next((flag for flag in flags if flag in (*HELP, *SHOWING)), None)
+    if showing is None or not set(flags) & set(SWEEP):
+        return flags, typed
+    flags = [flag for flag in flags if flag not in SWEEP]
+    first = [typed_form(override) for override in sweep_points(typed, config_dir)[0]]
+    if showing in HELP:
+        return flags, first
+    command = shlex.join(["python", "-m", "launch", *first, *flags])
+    raise ConfigError(f"{showing} of a sweep (-m)", f"{showing} of one run: here of the first of its points", command)
+
+
 def unknown_flag(flag: str, value: str) -> ConfigError:
     """Refuse a flag that Hydra does not have: a key of the config that was typed like one, or none at all."""
     name = flag.lstrip("-")
@@ -107,6 +131,7 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     """
     flags, typed = split_flags(argv)
     config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
+    flags, typed = without_sweep(flags, typed, config_dir)
     typed = prepare_overrides(typed, config_dir)
     schema = register(typed, config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))

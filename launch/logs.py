@@ -65,6 +65,20 @@ def the_run(path: Path) -> RunStatus:
     return point
 
 
+def refuse_absent_rank(point: RunStatus, rank: int) -> None:
+    """Raise ConfigError for a rank that the run does not have, as far as its plan or an attempt tells their number."""
+    size = read_json(point.folder.plan).get("world_size")
+    for attempt in point.folder.attempts():
+        ranks = read_json(point.folder.environment(attempt)).get("ranks")
+        size = max(size or 0, len(ranks)) if isinstance(ranks, list) else size
+    if isinstance(size, int) and not 0 <= rank < size:
+        raise ConfigError(
+            f"--rank {rank} of a run with {size} rank{'' if size == 1 else 's'}",
+            "0" if size == 1 else f"0 to {size - 1}",
+            f"python -m launch.logs {quote(str(point.folder.path))} --rank {min(max(rank, 0), size - 1)}",
+        )
+
+
 def default_rank(point: RunStatus, attempt: int | None) -> int:
     """The rank that failed first in the attempt (or in the newest), else rank 0."""
     failure = point.failure(attempt)
@@ -143,6 +157,7 @@ def print_logs(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     point = the_run(args.path)
     rank = default_rank(point, args.attempt) if args.rank is None else args.rank
+    refuse_absent_rank(point, rank)
     of_agent = agents(point, rank) if args.agent else []
 
     def find() -> list[Log]:

@@ -44,6 +44,8 @@ class PlanRequest:
     """GPUs of this machine that may be used."""
     local_gpu_name: str | None = None
     """Name of the first GPU of this machine, as its driver tells it."""
+    sweep_sizes: tuple[int, ...] = ()
+    """Numbers of ranks of all points of the command, as far as the launcher knows: advice has to suit them all."""
 
     @property
     def world_size(self) -> int:

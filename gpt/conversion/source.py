@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -25,6 +26,8 @@ from launch.runs import compose
 from launch.runs.folder import RunFolder
 
 HF_CONFIG = "config.json"
+OUR_WORKLOAD = "gpt.workload.GptWorkload"
+"""Name by which the launcher finds this library."""
 PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn")
 
 
@@ -76,6 +79,25 @@ def find_source(init_from: str) -> WeightSource:
     )
 
 
+def read_run(folder: RunFolder) -> TrainConfig:
+    """Read the config of a run of ``gpt.train``.
+
+    Raises:
+        ConfigError: it is the run of another program, which has no model of ours, or its config is damaged.
+    """
+    try:
+        return compose.read_config(folder, TrainConfig)
+    except ConfigError:
+        kind = OmegaConf.select(compose.read_document(folder), "workload._target_")
+        if kind is None or kind == OUR_WORKLOAD:
+            raise
+        raise ConfigError(
+            f"{folder.path}, a run of another program ({kind.rpartition('.')[2]})",
+            "a run of gpt.train, which alone has a model that this command knows",
+            f"python -m launch.logs {quote(str(folder.path))}, which prints what that program has printed",
+        ) from None
+
+
 def inspect_run(path: Path, step: int | None) -> WeightSource:
     """Inspect a run as a source of weights.
 
@@ -83,7 +105,7 @@ def inspect_run(path: Path, step: int | None) -> WeightSource:
         ConfigError: it has not saved yet, or not at ``step``.
     """
     folder = RunFolder(path)
-    config = compose.read_config(folder, TrainConfig)
+    config = read_run(folder)
     steps = folders.steps(folder.checkpoints)
     if not steps or (step is not None and step not in steps):
         raise ConfigError(

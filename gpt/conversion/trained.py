@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gpt.checkpoint import deepspeed_files, folders
 from gpt.checkpoint.manifest import DEEPSPEED, DamagedError, Manifest, find_damage, read_manifest
 from gpt.config import TrainConfig
+from gpt.conversion.source import read_run
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
-from launch.runs import compose
 from launch.runs.find import runs_inside
 from launch.runs.folder import RunFolder
 
@@ -51,7 +51,8 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
     """Open the run folder at ``path`` and read the config it was made with.
 
     Raises:
-        ConfigError: there is none; names the runs below ``path`` where it is the folder of a sweep.
+        ConfigError: there is none, or one of another program; names the runs below ``path`` where it is the folder of
+            a sweep.
     """
     folder = RunFolder(Path(path).expanduser().absolute())
     if not folder.config.is_file():
@@ -66,7 +67,7 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
             "the folder of one run, which has .hydra/config.yaml",
             str(inside[-1]) if inside else "python -m gpt.train, to make one (it prints its folder first)",
         )
-    return folder, compose.read_config(folder, TrainConfig)
+    return folder, read_run(folder)
 
 
 def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:

@@ -28,7 +28,7 @@ def mean_loss(
     batch: int,
     data_rank: int,
     data_ranks: int,
-    on_round: Callable[[], None] = lambda: None,
+    on_round: Callable[[], object] = lambda: None,
 ) -> float:
     """Mean cross-entropy, nats per token, over the first validation sequences; the same ones for any number of ranks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from gpt.accounting.hardware import find
@@ -23,11 +24,16 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
             f"nodes={request.nodes} x {request.ranks_per_node} ranks = {ranks} ranks, but optim.global_batch={total} "
             f"is not a multiple of {ranks}"
         )
+        # Of model-parallel ranks several share a sequence; what every point of the sweep can split has to be a multiple
+        # of each point's data-parallel ranks.
+        together = request.world_size // ranks
+        every = math.lcm(ranks, *(size // together for size in request.sweep_sizes if size % together == 0))
+        points = " of every point" if every != ranks else ""
         fewer = nearest_divisor(total, ranks)
         raise ConfigError(
             found,
-            "the same number of sequences for every rank",
-            f"optim.global_batch={-(-total // ranks) * ranks}, or {fewer} ranks in all",
+            f"the same number of sequences for every rank{points}",
+            f"optim.global_batch={-(-total // every) * every}, or {fewer} ranks in all",
         )
     return split_batch(config.optim, ranks)
 

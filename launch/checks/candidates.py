@@ -81,6 +81,33 @@ def settle(facts: SlurmFacts, request: Request) -> Placement:
     return settled
 
 
+def refuse_missing_nodes(facts: SlurmFacts, configs: Sequence[Config]) -> None:
+    """Raise ConfigError where a point asks for more nodes than any partition has that it could go to.
+
+    Needs no plan of the points, unlike the other checks; says nothing where an option or a plugin of the site decides.
+    """
+    for config in sorted(configs, key=lambda config: -config.nodes_asked):
+        most = max((most_nodes(facts, candidate) for _, candidate in placement.configs(config)), default=float("inf"))
+        if config.nodes_asked > most:
+            spares = f" and spare_nodes={config.spare_nodes}" if config.spare_nodes else ""
+            raise ConfigError(
+                f"nodes={config.nodes}{spares}, and {int(most)} nodes at most in a partition that the job could go to",
+                fitting(facts, config),
+                f"{asked.fewer_nodes(config, int(most))}; where you know better, launch.check_limits=false",
+            )
+
+
+def most_nodes(facts: SlurmFacts, config: Config) -> float:
+    """The most nodes that a partition has which a job could go to; infinite where that cannot be told."""
+    there = facts.at(config.cluster.cluster) if facts.limits is not None else ""
+    if isinstance(there, str) or asked.is_sent_elsewhere(there, config):
+        return float("inf")
+    of_each = [
+        max(len(there.nodes_of(partition)), partition.total_nodes) for partition in asked.partitions_of(there, config)
+    ]
+    return max(of_each, default=float("inf"))
+
+
 def refuse_impossible(facts: SlurmFacts, request: Request, settled: Placement) -> None:
     """Raise ConfigError where a job could start at no candidate."""
     if settled.possible:
@@ -129,7 +156,9 @@ def look_before_submitting(
     groups = shapes([plan for plan in plans if plan.cluster == "slurm"])
     settled: dict[str, Placement] = {}
     told: list[str] = []
-    for group, request in zip(groups, requests_of(groups, by_folder, facts), strict=True):
+    requests = zip(groups, requests_of(groups, by_folder, facts), strict=True)
+    # The largest first: advice that suits it suits the others.
+    for group, request in sorted(requests, key=lambda one: -one[1].config.nodes_asked):
         placed = settle(facts, request)
         refuse_impossible(facts, request, placed)
         settled |= {plan.run_dir: placed for plan in group}

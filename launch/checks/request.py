@@ -41,14 +41,27 @@ OPTIONS = (
 
 def with_doubts(limits: Limits, request: Request, finding: Finding) -> Finding:
     """Return the finding with what could make it wrong: options and site plugins that the checks know nothing of."""
-    asked = {str(key).replace("-", "_") for key in request.config.cluster.additional_parameters}
+    why = is_sent_elsewhere(limits, request.config)
+    return doubt(finding, why) if why else finding
+
+
+def is_sent_elsewhere(limits: Limits, config: Config) -> str:
+    """Return the reason for which a job may ask for something else, or go elsewhere, than its keys say; or nothing."""
+    asked = {str(key).replace("-", "_") for key in config.cluster.additional_parameters}
     others = sorted(asked & set(OPTIONS))
     if others:
-        return doubt(finding, f"cluster.additional_parameters ({', '.join(others)}) makes it fit")
+        return f"cluster.additional_parameters ({', '.join(others)}) makes it fit"
     plugins = [limits.config.get(key, "") for key in ("JobSubmitPlugins", "CliFilterPlugins")]
-    if not asked_names(request.config) and any(plugin not in NOTHING for plugin in plugins):
-        return doubt(finding, "the site's submit plugin sends jobs that name no partition elsewhere")
-    return finding
+    if not asked_names(config) and any(plugin not in NOTHING for plugin in plugins):
+        return "the site's submit plugin sends jobs that name no partition elsewhere"
+    return ""
+
+
+def fewer_nodes(config: Config, most: int) -> str:
+    """Return what to type for at most so many nodes: fewer spares where the nodes themselves fit, else fewer nodes."""
+    if config.spare_nodes and config.nodes <= most:
+        return f"spare_nodes={most - config.nodes}"
+    return f"nodes={max(1, most - config.spare_nodes)}" if most > config.spare_nodes else f"nodes={most} spare_nodes=0"
 
 
 def soften(finding: Finding) -> Finding:
@@ -203,7 +216,7 @@ def check_nodes(limits: Limits, partition: Partition, request: Request) -> Itera
     most = min(len(left), len(left) if partition.max_nodes is None else partition.max_nodes)
     if asked > most:
         limit = f"MaxNodes is {most}" if most < len(left) else f"it has {most} that fit cluster.exclude and constraint"
-        fix = f"nodes={max(1, most - spares)}"
+        fix = fewer_nodes(request.config, most)
         above = fail("nodes", f"{asked_text} in partition {partition.name}: {limit}", PENDS, fix)
         exist = asked <= len(left)
         yield unless_lifted(above, "PartitionMaxNodes", limits, partition, request) if exist else above
@@ -216,7 +229,7 @@ def check_nodes(limits: Limits, partition: Partition, request: Request) -> Itera
     if asked > len(left) - len(broken):
         shown = ", ".join(f"{node.name} {'+'.join(sorted(node.states))} {node.reason}".strip() for node in broken[:4])
         found = f"{asked_text}, and {len(left) - len(broken)} of {len(left)} in {partition.name} work: {shown}"
-        fix = f"nodes={max(1, len(left) - len(broken) - spares)}"
+        fix = fewer_nodes(request.config, max(1, len(left) - len(broken)))
         yield warn("nodes", found, "the job waits until they are back", fix)
 
 

@@ -81,7 +81,7 @@ def examine(
             config.cluster.cpus_per_task, why = settled
             of_request.append(findings.fine("cpus", f"cluster.cpus_per_task={settled[0]}: {why}"))
         try:
-            plan = make_plan(config, list(overrides), seen.kind)
+            plan = make_plan(config, list(overrides), seen.kind, [one.world_size for one in configs])
             plans[plan.run_dir] = (plan, config, overrides)
         except ConfigError as error:
             of_request.append(findings.refusal(" ".join(["plan", *overrides]), error))

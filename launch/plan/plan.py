@@ -125,21 +125,24 @@ class Plan:
         return changed.choose_candidate(placement.possible[0])
 
 
-def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Plan:
+def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind, sweep_sizes: Sequence[int] = ()) -> Plan:
     """Plan one point for a cluster of ``kind`` (local or slurm).
+
+    Args:
+        sweep_sizes: numbers of ranks of all points of its command.
 
     Raises:
         ConfigError: the point cannot work; what it says to type next was planned, too.
     """
     try:
-        return plan_point(config, overrides, kind)
+        return plan_point(config, overrides, kind, sweep_sizes)
     except ConfigError as error:
         raise with_checked_fix(
-            error, overrides, lambda words: plan_point(typed_config(compose_launch(words)), words, kind)
+            error, overrides, lambda words: plan_point(typed_config(compose_launch(words)), words, kind, sweep_sizes)
         ) from error
 
 
-def plan_point(config: Config, overrides: Sequence[str], kind: ClusterKind) -> Plan:
+def plan_point(config: Config, overrides: Sequence[str], kind: ClusterKind, sweep_sizes: Sequence[int] = ()) -> Plan:
     """Plan one point, as ``make_plan`` does; a refusal's fix is as it was first thought of."""
     config.validate()
     workload = workload_of(config)
@@ -156,6 +159,7 @@ def plan_point(config: Config, overrides: Sequence[str], kind: ClusterKind) -> P
         cluster=config.cluster,
         local_gpus=local_gpus() if is_local else 0,
         local_gpu_name=local_gpu_name() if is_local else None,
+        sweep_sizes=tuple(sweep_sizes),
     )
     if is_local:
         refuse_local_spares(config)

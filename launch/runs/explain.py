@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 from hydra.core.global_hydra import GlobalHydra
@@ -88,6 +90,9 @@ def unreadable(override: str, schema: type) -> ConfigError:
     """Say how an argument is written that Hydra's grammar of overrides cannot read."""
     key, equals, value = override.partition("=")
     found, expected = f"{override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or ="
+    if not equals and is_path(override, schema):
+        expected = "KEY=VALUE; a run that is there has commands of its own"
+        return ConfigError(f"{override}, a path without a key", expected, complete_path(override, schema))
     if not equals:
         return ConfigError(found, "KEY=VALUE", complete(override, schema))
     if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
@@ -100,6 +105,18 @@ def unreadable(override: str, schema: type) -> ConfigError:
     return ConfigError(
         found, expected, f"{key}={plain}" if re.fullmatch(r"[\w./+-]+", plain) else f"'{key}=\"{value}\"'"
     )
+
+
+def is_path(word: str, schema: type) -> bool:
+    """Tell a word that was meant as a file or a folder from a mistyped key."""
+    return "/" in word or word.endswith(".py") or (Path(word).exists() and word not in schema_keys(schema))
+
+
+def complete_path(word: str, schema: type) -> str:
+    """Propose what to type in place of a path: the command that looks at runs, or the key that takes it."""
+    if word.endswith(".py") and "nodes" in schema_keys(schema):
+        return f"workload=script script.path={shlex.quote(word)}"
+    return f"python -m launch.status {shlex.quote(word)}, or output_dir={shlex.quote(word)}"
 
 
 def complete(word: str, schema: type) -> str:
@@ -178,6 +195,12 @@ def list_elements(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
             yield from list_elements(inner, f"{prefix}{field.name}.")
 
 
+def below(group: str, rest: str, schema: type) -> str:
+    """Return a key that was found in place of a mistyped group, with what was typed below that where it is a key."""
+    is_key = group in free_keys(schema) or f"{group}{rest}" in schema_keys(schema)
+    return f"{group}{rest}" if is_key else group
+
+
 def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
     """Name the keys that look like the one that does not exist, of the override that was ``typed``."""
     value = typed.partition("=")[2]
@@ -194,8 +217,9 @@ def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
     groups = {k.rpartition(".")[0] for k in keys}
-    settable = {k.rpartition(".")[2]: k for k in siblings if k not in groups or "." not in k}
+    rest = typed_key(typed)[len(key) :]
+    settable = {k.rpartition(".")[2]: k for k in siblings if k not in groups or "." not in k or f"{k}{rest}" in keys}
     likely = [settable[name] for name in closest(leaf, settable)]
     likely += [k for k in keys if k.rpartition(".")[2] == leaf] or [k for k in keys if leaf in k.rpartition(".")[2]]
-    fix = f"{likely[0]}={value}" if likely else f"the same without {typed}"
+    fix = f"{below(likely[0], rest, schema)}={value}" if likely else f"the same without {typed}"
     return ConfigError(f"unknown key {key}", f"one of {', '.join(siblings)}", fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from gpt.config import OptimConfig, TrainConfig
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train
 from gpt.topology.batch import split_batch
-from launch.__main__ import ALONE, INFO, WITH_VALUE, split_flags
+from launch.__main__ import ALONE, INFO, WITH_VALUE, prepare, split_flags
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
@@ -44,6 +45,14 @@ REFUSED = [
     (["python"], "python, which cannot be read", "the same without python"),
     (["fsdp"], "fsdp, which cannot be read", "parallel=fsdp"),
     (["=2"], "=2, a value without a key", "the same without =2"),
+    (["outputs/x"], "outputs/x, a path without a key", "python -m launch.status outputs/x"),
+    (["train.py"], "train.py, a path without a key", "workload=script script.path=train.py"),
+    (
+        ["workload=script", "script.path=x.py", "script.option.lr=3"],
+        "unknown key script.option",
+        "script.options.lr=3",
+    ),
+    (["resilience.max_restart.hung=1"], "unknown key resilience.max_restart", "resilience.max_restarts.hung=1"),
     (["nodes==2"], "nodes==2, which cannot be read", "nodes=2"),
     (["max_steps=3"], "unknown key max_steps", "optim.max_steps=3"),
     (["gpus=8"], "unknown key gpus", "cluster.gpus_per_node=8"),
@@ -120,6 +129,33 @@ def test_a_proposal_is_completed_until_nothing_refuses_it(words: str, fix: str) 
         plan(words.split())
     assert refusal.value.fix == fix
     plan(replace_typed(words.split(), fix.split(", or ")[0].split()))
+
+
+def test_the_advice_of_one_point_suits_every_point_of_its_sweep(tmp_path: Path) -> None:
+    words = ["-m", "nodes=2,3,5", "optim.global_batch=8", "cluster=local", "device=cpu", "dry_run=true"]
+    text = run("launch", *words, cwd=tmp_path, status=2)
+    assert "nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=8" in text
+    assert "type next: optim.global_batch=30, or" in text
+    run("launch", *replace_typed(words, ["optim.global_batch=30"]), cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["-m", "nodes=2,4", "seed=3", "--cfg", "job"], ["nodes=2", "seed=3", "--cfg", "job"]),
+        (["--info", "defaults", "-m", "nodes=2,4"], ["nodes=2", "--info", "defaults"]),
+    ],
+)
+def test_hydra_shows_one_run_and_no_sweep(words: list[str], fix: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        prepare(words)
+    typed = shlex.split(refused.value.fix)
+    assert typed == ["python", "-m", "launch", *fix]
+    assert sorted(prepare(typed[3:])[0]) == sorted(fix)
+
+
+def test_help_is_shown_of_a_sweep_too() -> None:
+    assert prepare(["-m", "nodes=2,4", "--help"])[0] == ["--help", "nodes=2"]
 
 
 def test_proposals_that_lead_nowhere_are_left_out_and_words_are_kept() -> None:

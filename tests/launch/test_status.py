@@ -94,6 +94,17 @@ def test_refused_in_words(words: list[str], said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_rank_that_the_run_does_not_have_is_refused_with_one_that_it_has(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create_attempt()
+    folder.environment(1).write_text(json.dumps({"ranks": [{"rank": rank, "node": 0} for rank in range(4)]}))
+    folder.log(1, 3).write_text("hello of the last rank")
+    text = run("launch.logs", str(folder.path), "--rank", "7", cwd=tmp_path, status=2)
+    assert "found: --rank 7 of a run with 4 ranks\nexpected: 0 to 3\n" in text
+    typed = text.split("type next: python -m ")[1].split()
+    assert "hello of the last rank" in run(typed[0], *typed[1:], cwd=tmp_path)
+
+
 START: list[dict[str, Any]] = [
     {"event": "submitted", "cluster": "slurm", "job_id": "7"},
     {"event": "started", "attempt": 1},

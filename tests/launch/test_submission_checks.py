@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.checks.candidates import look_before_submitting
+from launch.checks.candidates import look_before_submitting, refuse_missing_nodes
 from launch.checks.cpus import settle_cpus
 from launch.checks.facts import SlurmFacts
 from launch.config import ClusterKind, Config
@@ -95,6 +95,34 @@ def test_what_could_never_start_is_refused_with_what_fits(words: list[str], foun
     low = "partition low: at most 3 nodes for 1440 min, each of up to 8 CPUs, 256 GiB of memory, gpu:2, gpu:a100:4"
     short = "partition short: at most 2 nodes for 30 min, each of up to 8 CPUs"
     assert (short if words == ["cluster.partition=short"] else low) in refused.value.expected
+
+
+def test_spares_are_given_up_before_nodes_and_the_advice_suits_the_largest_point() -> None:
+    for points, fix in (
+        ((("nodes=2", "spare_nodes=3"),), "spare_nodes=1;"),
+        ((("nodes=1", "spare_nodes=3"), ("nodes=3", "spare_nodes=3", "optim.global_batch=12")), "spare_nodes=0;"),
+        ((("nodes=8", "spare_nodes=1"),), "nodes=2;"),
+        ((("nodes=1",), ("nodes=8",)), "nodes=3;"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            look(*points)
+        assert refused.value.fix.startswith(fix), (points, refused.value.fix)
+
+
+def test_nodes_that_no_partition_has_are_refused_before_what_the_program_would_refuse() -> None:
+    def configs(*words: str) -> list[Config]:
+        return [typed_config(compose_launch(["cluster=slurm", *words]))]
+
+    with pytest.raises(ConfigError) as refused:
+        refuse_missing_nodes(SEEN, configs("nodes=9"))  # 9 does not divide the batch of the default either
+    assert "nodes=9, and 3 nodes at most" in refused.value.found and refused.value.fix.startswith("nodes=3;")
+    for words in (
+        ("nodes=3",),
+        ("nodes=9", "cluster.partition=nope"),
+        ("nodes=9", "+cluster.additional_parameters.nodelist=x"),
+    ):
+        refuse_missing_nodes(SEEN, configs(*words))
+    refuse_missing_nodes(SlurmFacts(limits=None), configs("nodes=9"))
 
 
 def test_an_array_that_is_too_large_is_refused_before_it_is_made() -> None:

@@ -45,5 +45,6 @@ def test_the_sequences_of_training_give_the_loss_that_training_recorded(trained:
     recorded = read_records(RunFolder(trained).metrics(0))[-1]["val_loss"]
     text = run("gpt.evaluate", str(trained), "--sequences", "6", cwd=trained.parent)
     assert f"loss {recorded:.4f} nats per token" in text
+    assert "evaluate: 100%" in text, "minutes of a large split are not spent in silence"
     assert plain_loss(trained, 6)[0] == pytest.approx(recorded, rel=1e-5)
     assert "--sequences 624" in run("gpt.evaluate", str(trained), "--sequences", "999", cwd=trained, status=2)

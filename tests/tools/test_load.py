@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt.conversion.source import find_source
 from gpt.conversion.trained import load_model
 from launch.errors import ConfigError
 from tests.support.weights import read_weights
@@ -53,3 +54,18 @@ def test_what_is_not_a_run_with_a_checkpoint_is_refused(trained: Path, tmp_path:
     shutil.copytree(trained / ".hydra", tmp_path / "new" / ".hydra")
     with pytest.raises(ConfigError, match="no checkpoint in"):
         load_model(tmp_path / "new")
+
+
+def test_the_run_of_another_program_is_no_damaged_run_of_ours(tmp_path: Path) -> None:
+    config = tmp_path / "run" / ".hydra" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("workload: {_target_: launch.script.ScriptWorkload}\nscript: {path: train.py}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_model(tmp_path / "run")
+    assert refused.value.found == f"{tmp_path / 'run'}, a run of another program (ScriptWorkload)"
+    assert refused.value.fix.startswith(f"python -m launch.logs {tmp_path / 'run'}")
+    with pytest.raises(ConfigError, match="a run of another program"):
+        find_source(str(tmp_path / "run"))
+    config.write_text("workload: {_target_: gpt.workload.GptWorkload}\nmodel: {}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_model(tmp_path / "run")
