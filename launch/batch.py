@@ -1,6 +1,8 @@
 """Entering a run from inside a job: the batch script's, or one that a stock Hydra launcher started.
 
-    python -m launch.batch KEY=VALUE ...       in a batch script: plans for the nodes of the job, prints the run folder
+    python -m launch.batch KEY=VALUE ...                 in a batch script: plans for its nodes, prints the run folder
+    python -m launch.batch --nodes 2 KEY=VALUE ...       before sbatch: the same for a job of two nodes
+    python -m launch.batch --submitted FOLDER JOB        after sbatch: the run waits for this job, as status then shows
 
 Owns making a run folder where nobody submitted for us. The agents then take the same road as everywhere.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -20,26 +22,32 @@ from launch.agent.node import Node
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.jobs.adoption import refuse_running
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.submission import record_submitted
+from launch.plan.submission import is_recorded, record_found, record_submitted
 from launch.plan.text import plan_text
 from launch.runs.files import deny_others_writing
+from launch.runs.folder import RunFolder
 from launch.runs.overrides import append_groups, typed_value
 
 
-def job_overrides(overrides: Sequence[str]) -> list[str]:
+def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]:
     """Return the overrides as typed, with what the allocation decides.
+
+    Args:
+        overrides: as typed.
+        job: Slurm's variables of the job, by their names.
 
     Raises:
         ConfigError: this is no Slurm job, or ``nodes`` contradicts it.
     """
-    nodes = os.environ.get("SLURM_JOB_NUM_NODES")
+    nodes = job.get("SLURM_JOB_NUM_NODES")
     if nodes is None:
         raise ConfigError(
             "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
         )
     args = append_groups(overrides)
-    if "SLURM_RESTART_COUNT" in os.environ:  # the requeued job goes on in the folder that its first start made
+    if "SLURM_RESTART_COUNT" in job:  # the requeued job goes on in the folder that its first start made
         args = [arg for arg in args if arg.lstrip("+") != "fresh=true"]
     spares = typed_value(args, "spare_nodes") or "0"
     used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
@@ -52,23 +60,41 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
             "as many nodes in all",
             f"sbatch --nodes={int(typed) + int(spares) if (typed + spares).isdigit() else typed} ...",
         )
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    gpus = job.get("SLURM_GPUS_ON_NODE")
     if gpus and typed_value(args, "cluster.gpus_per_node") is None:
         args.append(f"cluster.gpus_per_node={gpus}")
     return args
 
 
-def make_run(overrides: Sequence[str], config_dir: Path | None = None) -> Plan:
-    """Plan a run for the nodes of this job and write its folder; ``config_dir`` as for ``compose_launch``."""
-    args = job_overrides(overrides)
+def make_run(
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    job: Mapping[str, str] = os.environ,
+    *,
+    ahead: bool = False,
+) -> Plan:
+    """Plan a run for the nodes of a job and write its folder.
+
+    Args:
+        overrides: as typed.
+        config_dir: as for ``compose_launch``.
+        job: Slurm's variables of the job, by default of the one that this process is in.
+        ahead: whether the job is yet to be submitted.
+
+    Raises:
+        ConfigError: it cannot work, or a job works on the same run.
+    """
+    args = job_overrides(overrides, job)
     composed = compose_launch(args, config_dir)
     config = typed_config(composed)
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
     plan = make_plan(config, args, ClusterKind.slurm)
+    if ahead:
+        refuse_running(plan)
     write_run(plan, composed, args)
-    if "SLURM_RESTART_COUNT" not in os.environ:
-        record_submitted(plan, os.environ["SLURM_JOB_ID"])
+    if not ahead and "SLURM_RESTART_COUNT" not in job:
+        record_submitted(plan, job["SLURM_JOB_ID"])
     return plan
 
 
@@ -112,15 +138,29 @@ def run_task(composed: DictConfig) -> None:
 
 @refusing
 def main() -> int:
-    """Print the run folder on standard output, the plan on standard error. Exit status 2 where refused."""
+    """Print the run folder on standard output, the plan inside a job on standard error. Exit status 2 where refused."""
     deny_others_writing()
     parser = CommandParser(prog="python -m launch.batch", description="Plan a run for the nodes of this Slurm job.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as you would give them to python -m launch")
     parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="as for python -m launch")
+    parser.add_argument("--nodes", metavar="N", help="of a job that is yet to be submitted, in place of this one")
+    parser.add_argument("--gpus-per-node", metavar="N", help="of that job; default: none")
+    parser.add_argument(
+        "--submitted", nargs=2, action="append", metavar=("FOLDER", "JOB"), help="enter a job that waits into its run"
+    )
     words = parser.parse_intermixed_args()
+    if words.submitted:
+        for run_dir, job_id in words.submitted:
+            if not is_recorded(RunFolder(run_dir).read_events(), [job_id]):  # one that started at once was faster
+                record_found(RunFolder(run_dir), job_id, 1, by="launch.batch")
+        return 0
     folder = None if words.config_dir is None else require_folder("--config-dir", words.config_dir)
-    plan = make_run(words.overrides, folder)
-    print(plan_text(plan), file=sys.stderr)
+    if words.nodes is not None:
+        job = {"SLURM_JOB_NUM_NODES": words.nodes, "SLURM_GPUS_ON_NODE": words.gpus_per_node or ""}
+        plan = make_run(words.overrides, folder, job, ahead=True)
+    else:
+        plan = make_run(words.overrides, folder)
+        print(plan_text(plan), file=sys.stderr)
     print(plan.run_dir)
     return 0
 

@@ -88,6 +88,8 @@ def run_sweep(points: Sequence[Composed]) -> None:
 
         show_plans(plans, configs, console)
         return
+    from launch.jobs.adoption import refuse_running
+
     for plan in unfinished(plans):
         refuse_running(plan)
     show_finished(plans, console)
@@ -180,21 +182,6 @@ def refuse_local(plans: Sequence[Plan]) -> None:
             "launch.detach=true with agents on this machine (cluster=local)",
             "a Slurm cluster: a local run ends with its launcher, so that it cannot be forgotten",
             "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
-        )
-
-
-def refuse_running(plan: Plan) -> None:
-    """Raise ConfigError where an earlier submission still works on the same folder."""
-    from launch.jobs.adoption import running_job
-
-    running = running_job(RunFolder(plan.run_dir))
-    if running is not None:
-        waits = running.endswith("pending") and plan.placement.is_watched
-        move = f"; where its launcher is gone, python -m launch.move {quote(plan.run_dir)} moves it on" if waits else ""
-        raise ConfigError(
-            f"{plan.run_dir} is being worked on by {running}",
-            "one job for a run folder",
-            f"wait for it or cancel it; fresh=true makes a new folder{move}",
         )
 
 

@@ -5,7 +5,8 @@
 #     NODES="1 2 4 8" SBATCH_PARTITION=gpu bash slurm/scaling.sh name=my_sweep model=gpt2_124m
 #
 # sbatch reads options from SBATCH_* variables (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, ...).
-# Every point is planned before the first is submitted: where one cannot work, none is.
+# Every point is planned, and Slurm asked about it, before the first is submitted: where one cannot work, none is.
+# `python -m launch.status` shows the points while they wait, and `python -m launch.cancel` takes them away.
 # `python -m launch -m nodes=1,2,4` does the same and watches the jobs as well.
 
 set -euo pipefail
@@ -23,11 +24,22 @@ for word in "$@"; do
     esac
 done
 
+# Nothing is submitted where Slurm would never start one of them: it would wait for good.
+for nodes in "${sizes[@]}"; do
+    if [ "${CHECK_LIMITS:-yes}" = yes ] && ! said="$(sbatch --test-only --nodes="$nodes" slurm/multi_node.sh 2>&1)"; then
+        printf 'found: nodes=%s, and Slurm: %s\nexpected: what one job may have here (sinfo -o "%%P %%D nodes %%c CPUs %%m MB %%G %%l")\n' \
+            "$nodes" "$(tail -n 1 <<< "$said")" >&2
+        printf 'type next: NODES="1 2" bash slurm/scaling.sh ..., or fewer GPUs or CPUs in slurm/multi_node.sh; %s\n' \
+            "CHECK_LIMITS=no submits it all the same" >&2
+        exit 2
+    fi
+done
+
 # The number of ranks decides what can work: GPUs of a node, as the jobs will be given them.
 gpus="${SBATCH_GPUS_PER_NODE:-$(sed -n 's/^#SBATCH --gpus-per-node=\([^ ]*\).*/\1/p' slurm/multi_node.sh)}"
 
-# In a subshell, whose modules and variables sbatch must not hand on. What Slurm has is not compared with what cluster.*
-# asks for: these jobs ask by SBATCH_* and by the lines of multi_node.sh.
+# In a subshell, whose modules and variables sbatch must not hand on. The jobs ask by SBATCH_* and by the lines of
+# multi_node.sh, and not by cluster.*: sbatch itself has compared that with what Slurm has.
 plan="$(
     # shellcheck source=slurm/env.sh
     source slurm/env.sh
@@ -42,12 +54,33 @@ if [ "$(grep -c '^point ' <<< "$plan")" != "${#sizes[@]}" ]; then
 fi
 folder="$(dirname "$(sed -n 's/^  folder  *//p' <<< "$plan" | head -n 1)")"
 
-jobs=()
+# The run folders are made now, so that status and cancel know the runs while they wait. A job goes on in its folder.
+run_dirs=()
 for nodes in "${sizes[@]}"; do
-    job="$(sbatch --parsable --nodes="$nodes" slurm/multi_node.sh "${words[@]}")"
-    echo "nodes=$nodes: job $job"
-    jobs+=("${job%%;*}")  # of a federation sbatch says the cluster too
+    run_dirs+=("$(
+        # shellcheck source=slurm/env.sh
+        source slurm/env.sh
+        python -m launch.batch --nodes "$nodes" ${gpus:+--gpus-per-node "${gpus##*:}"} "${words[@]}"
+    )")
 done
+again=()
+for word in "${words[@]}"; do
+    [ "$word" = fresh=true ] || again+=("$word")
+done
+
+jobs=()
+entered=()
+for index in "${!sizes[@]}"; do
+    job="$(sbatch --parsable --nodes="${sizes[$index]}" slurm/multi_node.sh "${again[@]}")"
+    echo "nodes=${sizes[$index]}: job $job"
+    jobs+=("${job%%;*}")  # of a federation sbatch says the cluster too
+    entered+=(--submitted "${run_dirs[$index]}" "${job%%;*}")
+done
+(
+    # shellcheck source=slurm/env.sh
+    source slurm/env.sh
+    python -m launch.batch "${entered[@]}"
+)
 
 # sbatch --wrap would run in /bin/sh, which need not understand env.sh.
 after="$(IFS=:; echo "${jobs[*]}")"

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from shlex import quote
 
 from submitit.core.utils import DelayedSubmission, JobPaths
 
+from launch.errors import ConfigError
 from launch.jobs.handles import LocalJob, SlurmJob, ask_queue, job_of, slurm_layouts, submitit_folder
 from launch.jobs.status import RunStatus, poll
 from launch.plan.exposure import ELSEWHERE
+from launch.plan.plan import Plan
 from launch.plan.submission import record_found
 from launch.runs.folder import RunFolder
 
@@ -58,6 +61,19 @@ def running_job(folder: RunFolder) -> str | None:
             if status.state in ACTIVE:
                 return f"{'process' if isinstance(job, LocalJob) else 'job'} {job.name}, {status.state}"
     return None
+
+
+def refuse_running(plan: Plan) -> None:
+    """Raise ConfigError where an earlier submission still works on the same folder."""
+    running = running_job(RunFolder(plan.run_dir))
+    if running is not None:
+        waits = running.endswith("pending") and plan.placement.is_watched
+        move = f"; where its launcher is gone, python -m launch.move {quote(plan.run_dir)} moves it on" if waits else ""
+        raise ConfigError(
+            f"{plan.run_dir} is being worked on by {running}",
+            "one job for a run folder",
+            f"wait for it or cancel it; fresh=true makes a new folder{move}",
+        )
 
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:

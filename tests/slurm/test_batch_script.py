@@ -59,7 +59,7 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
     assert 'type next: NODES="1 3" bash slurm/scaling.sh' in refused
     assert sandbox.slurm("squeue", "--noheader") == "", "a point that cannot work has no other submitted"
 
-    text = typed(sandbox, "bash", "slurm/scaling.sh", *words, **there)
+    text = typed(sandbox, "bash", "slurm/scaling.sh", *words, "fresh=true", **there)
     jobs = re.findall(r"^\S+: job (\d+)", text, re.MULTILINE)
     sweep = tmp_path / "outputs" / "it's mine"
     assert len(jobs) == 3 and text.endswith(f"then {sweep}/scaling.md\n")
@@ -86,9 +86,37 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
     assert read_records(folder.metrics(3))[-1]["step"] == STEPS
     events = [e["event"] for e in folder.read_events()]
     assert events[0] == "submitted" and "srun_lost" in events and events.count("attempt_ended") == 1
+    assert len(list(sweep.glob("*/plan.json"))) == 2, "each job went on in the folder that was made for it"
     assert "Strong scaling of it's mine" in report
     with (sweep / "scaling.csv").open() as file:
         assert [row["nodes"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+@pytest.mark.slurm
+def test_points_of_batch_scripts_that_wait_are_known_and_can_be_cancelled(sandbox: Cluster, tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path / 'outputs'}", "name=s", *WORDS]
+    there = {"NODES": "1 2", "SBATCH_OUTPUT": str(tmp_path / "%j.out")}
+    refused = typed(sandbox, "bash", "slurm/scaling.sh", *words, status=2, **{**there, "NODES": "1 9"})
+    assert "found: nodes=9, and Slurm: " in refused and "Requested node configuration is not available" in refused
+    assert "type next: " in refused and sandbox.slurm("squeue", "--noheader") == ""
+    assert not (tmp_path / "outputs" / "s").exists()
+
+    blocker = ("sbatch", "--parsable", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 600")
+    occupied = typed(sandbox, *blocker).strip()
+    text = typed(sandbox, "bash", "slurm/scaling.sh", *words, **there)
+    jobs = re.findall(r"^nodes=\d: job (\d+)", text, re.MULTILINE)
+    told = json.loads(run("launch.status", "--json", str(tmp_path / "outputs"), cwd=tmp_path, **sandbox.env))
+    assert {point["job_id"]: (point["state"], point["nodes"]) for point in told} == {
+        jobs[0]: ("pending", 1),
+        jobs[1]: ("pending", 2),
+    }
+    again = typed(sandbox, "bash", "slurm/scaling.sh", *words, status=2, **there)
+    assert f"is being worked on by job {jobs[0]}, pending" in again
+    said = run("launch.cancel", str(tmp_path / "outputs" / "s"), cwd=tmp_path, **sandbox.env)
+    assert said.count(": cancelled") == 2
+    waiting = sandbox.slurm("squeue", "--noheader", "--format=%i").split()
+    assert not {*jobs} & {*waiting}
+    sandbox.slurm("scancel", occupied)
 
 
 @pytest.mark.slurm
