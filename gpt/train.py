@@ -36,7 +36,7 @@ with lasting_imports():
     from gpt.parallel.distributed import World, open_world
     from gpt.topology.batch import split_batch
     from gpt.topology.rules import check_parallel_dims
-    from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism
+    from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
     from gpt.training.evaluation import mean_loss
     from gpt.training.execution import settle_execution
     from gpt.training.garbage import collect_together
@@ -62,6 +62,7 @@ with lasting_imports():
 def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, rank: worker.Run) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
+    set_matmul_precision(config)
     dims = check_parallel_dims(config, world.size)
     batch = split_batch(config.optim, dims.data_ranks)
     tokens = world.on_first(lambda: prepare_tokens(config))

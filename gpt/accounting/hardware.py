@@ -23,49 +23,63 @@ class Accelerator:
     bf16: float | None
     """Dense peak, TFLOP/s."""
     fp32: float | None
-    """Dense peak, TFLOP/s, of the ordinary fp32 units, not of TF32, which is off by default in torch."""
+    """Dense peak, TFLOP/s, of the ordinary fp32 units, not of TF32."""
     memory_gb: float
     """10^9 bytes; the size in a device's name takes precedence."""
     link_gb_per_s: float
     """Bandwidth to the others of its node, one direction, 10^9 bytes a second: NVLink, Infinity Fabric, else PCIe."""
     network_gb_per_s: float | None
     """Its share of the network adapters in the vendor's own system, 10^9 bytes a second; None where there is none."""
+    tf32: float | None = None
+    """Dense peak, TFLOP/s, of fp32 products whose factors are rounded to TF32 (10 bits of mantissa)."""
+    fp16: float | None = None
+    """Dense peak, TFLOP/s, accumulated in fp32, where it is not that of bf16."""
+
+    def peak(self, precision: Precision, tf32: bool = False) -> float | None:
+        """Return the dense peak in a precision, TFLOP/s; ``tf32`` allows TF32 in fp32, where the device has it."""
+        if precision is Precision.bf16:
+            return self.bf16
+        if precision is Precision.fp16:
+            return self.bf16 if self.fp16 is None else self.fp16
+        return self.tf32 if tf32 and self.tf32 is not None else self.fp32
 
 
 # Names are matched whole. "NVIDIA H20", "NVIDIA A10G", "NVIDIA L40", "NVIDIA H200 NVL", a laptop's chip of the same
 # number, and a slice of a device ("NVIDIA A100-SXM4-40GB MIG 1g.5gb") are other devices. Links are half of what data
 # sheets give, which is both directions together.
 ACCELERATORS = (
-    # Data sheets of the vendors. NVIDIA V100 (2020); its tensor cores know fp16 (125 TFLOP/s), not bf16. DGX-1: four
-    # adapters of 100 Gbit/s for eight GPUs.
-    Accelerator(r"(Tesla|NVIDIA) V100-SXM2-(16|32)GB", None, 15.7, 16, 150, 6.25),
-    Accelerator(r"(Tesla|NVIDIA) V100-PCIE-(16|32)GB", None, 14, 16, 16, None),
-    # NVIDIA A100 (2021): the same peaks for SXM4 and PCIe. DGX A100: 200 Gbit/s for each GPU.
-    Accelerator(r"(NVIDIA )?A100-SXM4-(40|80)GB", 312, 19.5, 40, 300, 25),
-    Accelerator(r"(NVIDIA )?A100-PCI[Ee]-(40|80)GB", 312, 19.5, 40, 32, None),
-    Accelerator(r"NVIDIA A100 80GB PCIe", 312, 19.5, 80, 32, None),
-    # NVIDIA H100 (2023 and 2024): 1979, 1513 and 1671 TFLOP/s with sparsity. DGX H100: 400 Gbit/s for each GPU. Of the
-    # PCIe forms only two are joined by a bridge.
-    Accelerator(r"NVIDIA H100 80GB HBM3", 989, 67, 80, 450, 50),
-    Accelerator(r"NVIDIA H100 PCIe", 756, 51, 80, 64, None),
-    Accelerator(r"NVIDIA H100 NVL", 835, 60, 94, 64, None),
-    # NVIDIA H200 (2024), the SXM form.
-    Accelerator(r"NVIDIA H200", 989, 67, 141, 450, 50),
-    # NVIDIA HGX B200 and GB200 NVL72 (2024): 4500 and, for each of the two GPUs, 5000 with sparsity.
-    Accelerator(r"NVIDIA B200", 2250, None, 180, 900, 50),
-    Accelerator(r"NVIDIA GB200", 2500, None, 186, 900, 50),
-    # NVIDIA L40S (2023): 733 with sparsity, the data sheet also giving the dense figure.
-    Accelerator(r"NVIDIA L40S", 362, 91.6, 48, 32, None),
-    # AMD Instinct MI300X (2023): seven links of 128 GB/s.
+    # Data sheets of the vendors. NVIDIA V100 (2020) and T4 (2019); their tensor cores know fp16, neither bf16 nor TF32.
+    # DGX-1: four adapters of 100 Gbit/s for eight GPUs.
+    Accelerator(r"(Tesla|NVIDIA) V100-SXM2-(16|32)GB", None, 15.7, 16, 150, 6.25, fp16=125),
+    Accelerator(r"(Tesla|NVIDIA) V100-PCIE-(16|32)GB", None, 14, 16, 16, None, fp16=112),
+    Accelerator(r"(Tesla|NVIDIA) T4", None, 8.1, 16, 16, None, fp16=65),
+    # NVIDIA A100 (2021): the same peaks for SXM4 and PCIe. DGX A100: 200 Gbit/s for each GPU. Of this and the next
+    # generations TF32 has half the peak of bf16.
+    Accelerator(r"(NVIDIA )?A100-SXM4-(40|80)GB", 312, 19.5, 40, 300, 25, tf32=156),
+    Accelerator(r"(NVIDIA )?A100-PCI[Ee]-(40|80)GB", 312, 19.5, 40, 32, None, tf32=156),
+    Accelerator(r"NVIDIA A100 80GB PCIe", 312, 19.5, 80, 32, None, tf32=156),
+    # NVIDIA H100 (2023 and 2024): 1979, 1513 and 1671 TFLOP/s with sparsity, in TF32 989, 756 and 835. DGX H100: 400
+    # Gbit/s for each GPU. Of the PCIe forms only two are joined by a bridge.
+    Accelerator(r"NVIDIA H100 80GB HBM3", 989, 67, 80, 450, 50, tf32=494.5),
+    Accelerator(r"NVIDIA H100 PCIe", 756, 51, 80, 64, None, tf32=378),
+    Accelerator(r"NVIDIA H100 NVL", 835, 60, 94, 64, None, tf32=417.5),
+    # NVIDIA H200 (2024), the SXM form; TF32 989 with sparsity.
+    Accelerator(r"NVIDIA H200", 989, 67, 141, 450, 50, tf32=494.5),
+    # NVIDIA HGX B200 and GB200 NVL72 (2024): 4500 and, for each of the two GPUs, 5000 with sparsity; TF32 half of it.
+    Accelerator(r"NVIDIA B200", 2250, None, 180, 900, 50, tf32=1125),
+    Accelerator(r"NVIDIA GB200", 2500, None, 186, 900, 50, tf32=1250),
+    # NVIDIA L40S (2023): 733 with sparsity, in TF32 366; the data sheet also gives the dense figures.
+    Accelerator(r"NVIDIA L40S", 362, 91.6, 48, 32, None, tf32=183),
+    # AMD Instinct MI300X (2023): seven links of 128 GB/s. Its TF32 is off in torch, unless HIPBLASLT_ALLOW_TF32 is set.
     Accelerator(r"AMD Instinct MI300X( OAM)?", 1307, 163.4, 192, 448, 50),
     # NVIDIA white papers of the GA102 (appendix A) and AD102 architectures: products accumulated in fp32.
-    Accelerator(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 32, None),
-    Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None),
+    Accelerator(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 32, None, tf32=35.6),
+    Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None, tf32=82.6),
 )
 
 
 KNOWN = (
-    *("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"),
+    *("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB", "Tesla T4"),
     *("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
     *("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200"),
     *("NVIDIA L40S", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090"),
@@ -111,14 +125,14 @@ def expand(short_name: str) -> list[str]:
     return [name for name, words in fitting.items() if SXM in words] or [*fitting]
 
 
-def peak_flops(device_name: str, precision: Precision) -> float | None:
+def peak_flops(device_name: str, precision: Precision, tf32: bool = False) -> float | None:
     """Return the dense peak of a device in FLOP/s; None where it is unknown.
 
     ``device_name`` is what ``torch.cuda.get_device_name()`` gives. With ``fp32`` the peak is that of true fp32
-    products, torch's default; it says nothing about a run that allows TF32.
+    products, or with ``tf32`` that of TF32 where the device has it.
     """
     known = find(device_name)
-    tflops = None if known is None else known.bf16 if precision is Precision.bf16 else known.fp32
+    tflops = None if known is None else known.peak(precision, tf32)
     return None if tflops is None else tflops * TERA
 
 

@@ -59,12 +59,13 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
         f"step {record.step}/{max_steps}",
         f"loss {record.loss:.4f}",
         f"lr {record.lr:.2e}",
-        f"grad_norm {record.grad_norm:.3f}",
+        "skipped" if record.grad_norm is None else f"grad_norm {record.grad_norm:.3f}",
         f"{record.step_time_s * 1000:.0f} ms",
         f"{record.tokens_per_s or 0:,.0f} tokens/s",
     ]
     if record.mfu_palm is not None:
-        parts.append(f"MFU {record.mfu_palm:.1%}")
+        of_bf16 = "" if record.mfu_bf16 in (None, record.mfu_palm) else f" ({record.mfu_bf16:.1%} of the bf16 peak)"
+        parts.append(f"MFU {record.mfu_palm:.1%}{of_bf16}")
     if record.memory_peak_gib is not None:
         parts.append(f"{record.memory_peak_gib:.2f} GiB")
     if record.step < max_steps:

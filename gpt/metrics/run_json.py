@@ -98,12 +98,15 @@ def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequ
     if not records:
         return found
     found["loss"] = records[-1]["loss"]
+    if "skipped_steps" in records[-1]:
+        found["skipped_steps"] = records[-1]["skipped_steps"]
     evaluated = [record for record in records if "val_loss" in record]
     if evaluated:
         best = min(evaluated, key=lambda record: record["val_loss"])
         found |= {"val_loss": evaluated[-1]["val_loss"]}
         found |= {"best_val_loss": best["val_loss"], "best_val_step": best["step"]}
-    for name in ("step_time_s", "tokens_per_s", "tflops_per_s", "mfu_palm", "mfu_causal", "hfu", "data_wait_s"):
+    shares = ("mfu_palm", "mfu_bf16", "mfu_causal", "hfu")
+    for name in ("step_time_s", "tokens_per_s", "tflops_per_s", *shares, "data_wait_s"):
         values = [record[name] for record in select_steady(records) if name in record]
         if values:
             found[name] = statistics.median(values)

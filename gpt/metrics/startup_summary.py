@@ -108,7 +108,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     saves = f"every {config.checkpoint.interval} steps" if config.checkpoint.interval else "at the end"
     evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
     execution = [
-        f"{config.precision.name}",
+        f"{config.precision.name}{' in TF32' if config.tf32 else ''}",
         f"compile {config.compile.name}{' dynamic' if config.compile_dynamic else ''}",
         f"recompute {config.recompute.name}",
         *(["deterministic"] if config.deterministic else []),
@@ -157,9 +157,8 @@ def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     if peak is None:  # a guessed peak would make a wrong MFU
         rows["peak"] = f"of this device in {config.precision.name} unknown, so MFU is unavailable"
         return rows
-    rows["peak"] = (
-        f"{peak / 1e12:,.4g} TFLOP/s a rank, dense {config.precision.name}; {ranks * peak / 1e12:,.4g} in all"
-    )
+    product = "tf32" if config.tf32 else config.precision.name
+    rows["peak"] = f"{peak / 1e12:,.4g} TFLOP/s a rank, dense {product}; {ranks * peak / 1e12:,.4g} in all"
     rows["upper bound"] = (
         f"{ranks * peak / flops:,.0f} tokens/s, {step / (ranks * peak) * 1000:,.3g} ms a step, at 100 % of the peak; "
         f"at an MFU of 40 % {0.4 * ranks * peak / flops:,.0f} tokens/s"

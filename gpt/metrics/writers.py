@@ -12,7 +12,7 @@ from typing import Any
 from gpt.accounting.flops import recomputed_flops_per_token, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.accounting.mfu import utilization
-from gpt.config import TrainConfig
+from gpt.config import Precision, TrainConfig
 from gpt.metrics.console import Console
 from gpt.metrics.environment import describe_rank
 from gpt.metrics.run_json import RunJson
@@ -55,7 +55,9 @@ class MetricWriters:
         self._world = world
         self._flops = training_flops_per_token(config.model)
         self._recomputed = recomputed_flops_per_token(config.model, config.recompute)
-        self._peak = peak_flops(describe_rank(world)["device_name"], config.precision)
+        device = describe_rank(world)["device_name"]
+        self._peak = peak_flops(device, config.precision, bool(config.tf32))
+        self._bf16_peak = peak_flops(device, Precision.bf16)
         self._folder = folder
         # Records of steps after the checkpoint were lost with the crash: those steps are done again.
         earlier = read_records(folder.metrics(0)) if rank.attempt > 1 and world.is_first else []
@@ -99,6 +101,7 @@ class MetricWriters:
         used = utilization(self._flops, tokens_per_s, self._peak, self._recomputed)
         record.tflops_per_s = used.tflops_per_s
         record.mfu_palm, record.mfu_causal, record.hfu = used.mfu_palm, used.mfu_causal, used.hfu
+        record.mfu_bf16 = utilization(self._flops, tokens_per_s, self._bf16_peak).mfu_palm
 
     def _recovered(self, record: StepRecord, lost: dict[str, Any]) -> None:
         """Record in the event log how long an interruption took, from the last step before it to the first new one."""

@@ -15,13 +15,17 @@ from torch.autograd.function import once_differentiable
 
 from gpt.config import LOSS_CHUNK, Precision, TrainConfig
 
+COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+"""Type of matrix products, and of what is between them."""
+
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Context of the forward pass: bf16 matrix products over fp32 weights where ``config.precision`` is bf16.
+    """Context of the forward pass: matrix products in 16 bits over fp32 weights where ``config.precision`` says so.
 
-    Under fsdp the gathered weights are bf16 already; autocast then still decides for the loss and the norms.
+    Under fsdp the gathered weights have 16 bits already; autocast then still decides for the loss and the norms.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision is Precision.bf16)
+    half = config.precision.is_half
+    return torch.autocast(device.type, COMPUTE_DTYPES[config.precision] if half else None, enabled=half)
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(config.n_expert) if by_bias else None)
         self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)
         self.auxiliary_scale: float | None = None
+        self.loss_scale: Tensor | None = None
         self.mean_over_parts: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -133,7 +134,8 @@ class MixtureOfExperts(nn.Module):
         balance_B = (frequency_BE * scores_BTE.mean(1)).sum(-1)
         z_B = logits_BTE.logsumexp(-1).square().mean(1)
         scale = 1 / len(logits_BTE) if self.auxiliary_scale is None else self.auxiliary_scale
-        return scale * (config.balance_weight * balance_B + config.z_coefficient * z_B).sum()
+        loss = scale * (config.balance_weight * balance_B + config.z_coefficient * z_B).sum()
+        return loss if self.loss_scale is None else loss * self.loss_scale
 
 
 def replicate_tokens(x_BTD: Tensor, chosen_BTK: Tensor) -> Tensor:
@@ -151,14 +153,15 @@ def find_mixtures(module: nn.Module) -> list[MixtureOfExperts]:
     return [m for m in module.modules() if isinstance(m, MixtureOfExperts)]
 
 
-def set_auxiliary_scale(module: nn.Module, per_sequence: float) -> None:
+def set_auxiliary_scale(module: nn.Module, per_sequence: float, loss_scale: Tensor | None = None) -> None:
     """Set the factor of the losses of routing, for each sequence and layer.
 
     To be in proportion to the mean of the other loss over a step's sequences, it is ``1 / sequences``, times the factor
-    of that loss. By default they are averaged over the sequences of each micro-batch.
+    of that loss. By default they are averaged over the sequences of each micro-batch. ``loss_scale``, (), is a further
+    factor, read in each forward pass.
     """
     for mixture in find_mixtures(module):
-        mixture.auxiliary_scale = per_sequence
+        mixture.auxiliary_scale, mixture.loss_scale = per_sequence, loss_scale
 
 
 def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Tensor]) -> None:

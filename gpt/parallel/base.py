@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 
 from gpt.checkpoint.formats import Format, TensorFiles
-from gpt.config import TrainConfig
+from gpt.config import Precision, TrainConfig
 from gpt.model.loss import cross_entropy, summed_loss
 from gpt.model.moe import set_auxiliary_scale
 from gpt.parallel.compile import compile_loss
 from gpt.parallel.distributed import World
+from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.loss_scale import DynamicLossScale
 from gpt.parallel.optimizer import build_optimizer, clip_gradients
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
@@ -94,11 +96,13 @@ class TorchEngine:
         if self.criterion is cross_entropy:
             self.criterion = compile_loss(config)
         self.files = TensorFiles()
-        self.optimizer = build_optimizer(trained, config.optim)
+        self.loss_scale = DynamicLossScale(world.device) if config.precision is Precision.fp16 else None
+        self.optimizer = build_optimizer(trained, config.optim, fused=self.loss_scale is not None)
         self.scale = averaged / (batch.global_batch * config.model.block_size)
         # Tensor-parallel ranks route the same tokens and their gradients are summed; each context-parallel rank has the
         # mean over its own tokens.
-        set_auxiliary_scale(module, averaged / (batch.global_batch * dims.tp * dims.cp))
+        per_sequence = averaged / (batch.global_batch * dims.tp * dims.cp)
+        set_auxiliary_scale(module, per_sequence, None if self.loss_scale is None else self.loss_scale.scale)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
@@ -106,12 +110,23 @@ class TorchEngine:
             self.batch, self.world.device, tokens_BT, targets_BT, on_micro_batch, self._forward_backward
         )
         self._reduce_gradients()
+        self.unscale_gradients()
         return loss_sum * self.loss_weight
+
+    @property
+    def gradient_factor(self) -> float | Tensor:
+        """Factor of the summed loss of a micro-batch in its backward pass: ``scale`` times the loss scale."""
+        return self.scale if self.loss_scale is None else self.scale * self.loss_scale.scale
+
+    def unscale_gradients(self) -> None:
+        """Undo the loss scale in the gradients of all micro-batches."""
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(local_tensor(p.grad) for p in self.module.parameters() if p.grad is not None)
 
     def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
         with self._sync_context(last):
             loss = self._micro_batch_loss(tokens_BT, targets_BT)
-            (loss * self.scale).backward()
+            (loss * self.gradient_factor).backward()
         return loss.detach()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -130,7 +145,8 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self.clip(self.config.optim.grad_clip)
-        self.optimizer.step()
+        with nullcontext() if self.loss_scale is None else self.loss_scale.skipping(self.optimizer, norm):
+            self.optimizer.step()
         return norm
 
     def clip(self, limit: float) -> Tensor:

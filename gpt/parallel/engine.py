@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt.checkpoint.formats import Format
+from gpt.parallel.loss_scale import LossScale
 
 
 class Engine(Protocol):
@@ -27,6 +28,11 @@ class Engine(Protocol):
     """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
     files: Format
     """The checkpoint format that stores what ``state()`` returns."""
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """The loss scale of fp16; None in other precisions."""
+        ...
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         """Run forward and backward over all micro-batches, leaving the gradients of the mean loss over the global
@@ -43,7 +49,10 @@ class Engine(Protocol):
         ...
 
     def update(self, lr: float) -> Tensor:
-        """Clip the gradients and step the optimizer; return the global gradient norm, (), without a device sync."""
+        """Clip the gradients and step the optimizer; return the global gradient norm, (), without a device sync.
+
+        With a loss scale, a norm that is not finite means that the step was skipped.
+        """
         ...
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from gpt.config import Precision, TrainConfig
+from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
+from gpt.model.loss import COMPUTE_DTYPES
 
 
 def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
@@ -56,13 +57,15 @@ def fsdp_shard_modules(
         reshard: free them after the forward pass, and all-gather them again for the backward pass.
         dimension: along which to shard.
     """
-    bf16 = config.precision is Precision.bf16
+    half = config.precision.is_half
     # Only copies from pinned memory overlap with computing on the GPU.
     host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     fully_shard(
         list(modules) if len(modules) > 1 else modules[0],
         mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
+        mp_policy=MixedPrecisionPolicy(COMPUTE_DTYPES[config.precision], torch.float32)
+        if half
+        else MixedPrecisionPolicy(),
         offload_policy=host if config.parallel.cpu_offload else OffloadPolicy(),
         reshard_after_forward=reshard,
         shard_placement_fn=lambda _: Shard(dimension),

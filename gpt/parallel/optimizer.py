@@ -28,14 +28,19 @@ class AdamW(torch.optim.AdamW):
         return loss
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW) -> torch.optim.AdamW:
-    """Build AdamW over the parameters of ``module``, with weight decay for matrices and none for biases and norms."""
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW, fused: bool = False
+) -> torch.optim.AdamW:
+    """Build AdamW over the parameters of ``module``, with weight decay for matrices and none for biases and norms.
+
+    ``fused`` asks for torch's fused step on the host as well, where it is not the default.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type == "cuda" for p in parameters)
+    fused = fused or all(p.device.type == "cuda" for p in parameters)
     return kind(
         [g for g in groups if g["params"]],
         lr=config.lr,

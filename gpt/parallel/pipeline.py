@@ -28,10 +28,10 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from gpt.config import Precision, Schedule, Strategy, TrainConfig
+from gpt.config import Schedule, Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.model.init import Weights
-from gpt.model.loss import autocast, cross_entropy
+from gpt.model.loss import COMPUTE_DTYPES, autocast, cross_entropy
 from gpt.model.stage import Stage
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World, layer_mesh
@@ -88,7 +88,7 @@ class Pipeline:
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor,
-        scale: float,
+        scale: float | Tensor,
         criterion: Criterion,
         on_micro_batch: Callable[[], None],
     ) -> Tensor:
@@ -152,10 +152,10 @@ class Pipeline:
         """Return a tensor like those sent between stages: hidden states (B, T, D), or this rank's shard of them along
         T.
 
-        Residual stream and norms are fp32 under autocast; FSDP computes with bf16 weights, and casts inputs.
+        Residual stream and norms are fp32 under autocast; FSDP computes with weights of 16 bits, and casts inputs.
         """
         slices = self._config.parallel.tp if self._config.parallel.sequence_parallel else 1
-        dtype = torch.bfloat16 if self.sharded and self._config.precision is Precision.bf16 else torch.float32
+        dtype = COMPUTE_DTYPES[self._config.precision] if self.sharded else torch.float32
         return torch.empty(sequences, self._time // slices, self._config.model.n_embd, dtype=dtype, device=device)
 
     def _build_schedule(self) -> Any:
@@ -182,7 +182,7 @@ class Pipeline:
         if tokens:
             return torch.empty(shape, dtype=torch.long, device=meta)
         if logits:
-            dtype = torch.bfloat16 if self._config.precision is Precision.bf16 else torch.float32
+            dtype = COMPUTE_DTYPES[self._config.precision]
             columns = model.padded_vocab // (parallel.tp if parallel.loss_parallel else 1)
             return torch.empty(*shape, columns, dtype=dtype, device=meta)[..., : model.vocab_size]
         return self._hidden(self._batch.micro, meta).requires_grad_()
@@ -271,9 +271,10 @@ class PipelineEngine(NDEngine):
         # The schedule runs all micro-batches, in an order of its own.
         self.module.zero_grad(set_to_none=True)
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
-        loss_sum = self._pipeline.step(*own, self.scale, self.criterion, on_micro_batch)
+        loss_sum = self._pipeline.step(*own, self.gradient_factor, self.criterion, on_micro_batch)
         self._reduce_gradients()
         self._pipeline.tied.sum_gradients()
+        self.unscale_gradients()
         return loss_sum * self.loss_weight
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

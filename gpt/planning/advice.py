@@ -16,13 +16,18 @@ MANY_EPOCHS = 100
 """Passes over a corpus after which hardly anything is left to learn from it."""
 
 
-def slow_precision(device_name: str, precision: Precision) -> Iterator[str]:
-    """Warn of fp32 on a device whose matrix units take bf16, by the peaks of the two."""
+def slow_precision(device_name: str, precision: Precision, tf32: bool = False) -> Iterator[str]:
+    """Warn of fp32, true or by TF32, on a device whose matrix units take bf16 or fp16, by the peaks of the two."""
     known = find(device_name)
-    if precision is not Precision.fp32 or known is None or known.bf16 is None:
+    if precision is not Precision.fp32 or known is None:
         return
-    times = "many" if known.fp32 is None else f"about {known.bf16 / known.fp32:.0f}"
-    yield f"precision=fp32 on {device_name}, whose peak is {times} times higher in bf16: precision=bf16"
+    half = Precision.fp16 if known.bf16 is None else Precision.bf16
+    ours, theirs = known.peak(precision, tf32), known.peak(half)
+    if theirs is None:
+        return
+    times = "many" if ours is None else f"about {theirs / ours:.0f}"
+    name = "precision=fp32 in TF32" if tf32 and known.tf32 is not None else "precision=fp32"
+    yield f"{name} on {device_name}, whose peak is {times} times higher in {half.name}: precision={half.name}"
 
 
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:

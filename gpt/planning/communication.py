@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpt.accounting.flops import expert_rows, forward_flops
-from gpt.config import CpMethod, Ffn, ParallelConfig, Precision, Recompute, Strategy, TrainConfig
+from gpt.config import CpMethod, Ffn, ParallelConfig, Recompute, Strategy, TrainConfig
 from gpt.planning.collectives import Group, group, strided_group
 from gpt.planning.hardware import Host, Machine
 from gpt.planning.memory import BF16, FP32, ParameterShards, elements
@@ -72,7 +72,7 @@ def fsdp_s(
     gradients are reduce-scattered in the last backward pass, or in each, and in the last one all-reduced between
     replicas. The first all-gather of a pass and the last reduce-scatter overlap with nothing.
     """
-    width = BF16 if config.precision is Precision.bf16 else FP32
+    width = BF16 if config.precision.is_half else FP32
     rings, replicas = list(shard_groups(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
     ring = rings[0][1]
     gathers = sum(ring.all_gather(width * count) for count, ring in rings)
@@ -110,7 +110,7 @@ def offload_s(
     parallel, fsdp = config.parallel, config.parallel.cpu_offload
     part = shards.stored() if fsdp else -(-shards.elements // dims.data_ranks)
     # fsdp copies the fp32 weights and casts them there; DeepSpeed has bf16 ones beside the masters.
-    width = BF16 if config.precision is Precision.bf16 and not fsdp else FP32
+    width = BF16 if config.precision.is_half and not fsdp else FP32
     brought = width * part / host.link_bytes_per_s
     waits = 0.0
     if fsdp or parallel.offload_parameters:
@@ -147,7 +147,7 @@ def tokens_per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> in
 
 def product_width(config: TrainConfig) -> int:
     """Return the bytes of an element of a matrix product's result."""
-    return BF16 if config.precision is Precision.bf16 else FP32
+    return BF16 if config.precision.is_half else FP32
 
 
 def hidden_width(config: TrainConfig) -> int:
@@ -219,7 +219,7 @@ def pipeline_s(config: TrainConfig, dims: ParallelDims, batch: Batch, num_stages
 
 def deepspeed_s(config: TrainConfig, batch: Batch, shards: ParameterShards, ring: Group, compute_s: float) -> float:
     """Return the exposed seconds per step of ZeRO's gradient and parameter communication in DeepSpeed."""
-    stage, width = config.parallel.zero_stage, BF16 if config.precision is Precision.bf16 else FP32
+    stage, width = config.parallel.zero_stage, BF16 if config.precision.is_half else FP32
     sums, gathers = ring.all_gather(FP32 * shards.elements), ring.all_gather(width * shards.elements)
     if stage == 0:
         return 2 * sums

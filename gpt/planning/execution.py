@@ -1,4 +1,4 @@
-"""``precision=auto`` and ``compile=auto``: what the devices of a run are best used with.
+"""``precision=auto``, ``tf32=null`` and ``compile=auto``: what the devices of a run are best used with.
 
 Owns the rule, for the login node, which knows a device by its name at most, and for ranks, which have one. A run keeps
 the precision it began with. Torch-free.
@@ -17,7 +17,8 @@ from launch.runs.folder import RunFolder
 
 
 def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
-    """Choose the precision of a run: as typed, else as the run began, else bf16 on GPUs that compute in it.
+    """Choose the precision of a run: as typed, else as the run began, else bf16 on GPUs that compute in it, fp16 on
+    those with matrix units for that only.
 
     Args:
         config: of the run.
@@ -34,9 +35,11 @@ def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu:
     if before is not Precision.auto:
         return before
     known = None if gpu is None else find(gpu)
-    if on_cpus or (known is not None and known.bf16 is None):
+    if on_cpus:
         return Precision.fp32
-    return Precision.auto if known is None else Precision.bf16
+    if known is None:
+        return Precision.auto
+    return Precision.fp16 if known.bf16 is None else Precision.bf16
 
 
 def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
@@ -45,6 +48,19 @@ def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
     Every GPU for data centers since 2020 has it.
     """
     return replace(config, precision=Precision.bf16 if chosen is Precision.auto else chosen)
+
+
+def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
+    """Tell whether fp32 products of a run are rounded to TF32: as typed, else on GPUs unless it is deterministic.
+
+    Raises:
+        ConfigError: TF32 is asked for on CPUs.
+    """
+    if on_cpus and config.tf32:
+        raise ConfigError("tf32=true on CPUs", "GPUs, whose matrix units compute in it", "device=cuda, or tf32=null")
+    if on_cpus or config.precision is not Precision.fp32:
+        return False
+    return not config.deterministic if config.tf32 is None else config.tf32
 
 
 def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:

@@ -97,7 +97,9 @@ class MachineOverrides:
     between_latency_s: float = INTER_NODE_LATENCY_S
 
 
-def gpus(name: str, precision: Precision, ranks_per_node: int, overrides: MachineOverrides) -> Machine | None:
+def gpus(
+    name: str, precision: Precision, ranks_per_node: int, overrides: MachineOverrides, tf32: bool = False
+) -> Machine | None:
     """Return the machine of GPU nodes; None where their peak or memory is unknown.
 
     Args:
@@ -105,9 +107,10 @@ def gpus(name: str, precision: Precision, ranks_per_node: int, overrides: Machin
         precision: of the run.
         ranks_per_node: devices of a node that are used.
         overrides: figures that replace those of the table, or that it lacks.
+        tf32: count with TF32 in fp32, where the device has it.
     """
     known = find(name)
-    peak = peak_flops(name, precision) if overrides.peak_tflops is None else overrides.peak_tflops * TERA
+    peak = peak_flops(name, precision, tf32) if overrides.peak_tflops is None else overrides.peak_tflops * TERA
     memory = memory_bytes(name) if overrides.memory is None else overrides.memory
     if peak is None or memory is None:
         return None

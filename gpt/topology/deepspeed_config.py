@@ -59,9 +59,9 @@ def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         "zero_optimization": zero,
     }
     if casts_weights(config):
-        # bf16 weights over fp32 master weights; gradients are accumulated and reduced in fp32, by default in bf16.
+        # 16-bit weights over fp32 master weights; gradients are accumulated and reduced in fp32, by default in 16 bits.
         made |= {
-            "bf16": {"enabled": True},
+            config.precision.name: {"enabled": True} | (LOSS_SCALE if config.precision is Precision.fp16 else {}),
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }
@@ -72,17 +72,18 @@ def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 def casts_weights(config: TrainConfig) -> bool:
-    """True where DeepSpeed holds bf16 weights over fp32 master weights.
+    """True where DeepSpeed holds 16-bit weights over fp32 master weights, and in fp16 the loss scale.
 
     Not in ZeRO-0, where it would step Adam twice in the first step: there weights are fp32 and autocast casts them, as
     with DDP.
     """
-    return config.precision is Precision.bf16 and bool(config.parallel.zero_stage)
+    return config.precision.is_half and bool(config.parallel.zero_stage)
 
 
 def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that decide how DeepSpeed shards its checkpoints, and what they hold."""
-    return {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
+    found = {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
+    return found | ({"fp16": settings["fp16"]} if "fp16" in settings else {})
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
     ``{}`` in an override stands for the value in the file.
     """
     optim, parallel = config.optim, config.parallel
-    bf16, offloads = config.precision is Precision.bf16, "parallel.offload_{}=true"
+    precision, offloads = config.precision, "parallel.offload_{}=true"
     accumulation_fix = f"optim.max_micro_batch of {batch.per_rank} sequences divided by {{}}"
     found: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch.global_batch, "optim.global_batch={}"),
@@ -139,8 +140,8 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
         "zero_optimization.zero_hpz_partition_size": (1, "parallel=hsdp parallel.dp_shard={}"),
         "zero_optimization.mics_shard_size": (-1, "parallel=hsdp parallel.dp_shard={}"),
         "zero_force_ds_cpu_optimizer": (False, "no zero_force_ds_cpu_optimizer"),
-        "bf16.enabled": (bf16, f"precision={'fp32' if bf16 else 'bf16'}"),
-        "fp16.enabled": (False, "precision=bf16"),
+        "bf16.enabled": (precision is Precision.bf16, other_precision(precision, Precision.bf16)),
+        "fp16.enabled": (precision is Precision.fp16, other_precision(precision, Precision.fp16)),
         "amp.enabled": (False, "precision=bf16"),
         "torch_autocast.enabled": (False, "precision=bf16"),
         "optimizer.type": ("AdamW", "AdamW, the only one here"),
@@ -157,6 +158,11 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
         ours = "logging.csv=true" if monitor == "csv_monitor" else f"logging.{monitor}=true"
         found[f"{monitor}.enabled"] = (False, ours if monitor != "comet" else "logging.wandb=true")
     return found
+
+
+def other_precision(ours: Precision, section: Precision) -> str:
+    """Return the override for a file that turns ``section`` on where it is not ours, or off where it is."""
+    return f"precision={'fp32' if ours is section else section.name}"
 
 
 OWNED_SECTIONS = {
@@ -243,6 +249,10 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
 
+
+LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
+"""DeepSpeed's dynamic loss scale (``"loss_scale": 0``), which changes as that of the other engines does
+(gpt/parallel/loss_scale.py): by default it would forgive the first overflow."""
 
 BUCKET = 500_000_000
 """Elements in a bucket of gradients that DeepSpeed reduces at once: its default (reduce_bucket_size)."""

@@ -16,6 +16,7 @@ from gpt.config import (
     Ffn,
     ModelConfig,
     NormPosition,
+    Precision,
     Recompute,
     Schedule,
     Strategy,
@@ -38,7 +39,10 @@ def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
         ConfigError: the degrees do not divide the ranks, or the model cannot be parallelized so.
     """
     dims = parallel_dims(config.parallel, world_size)
-    for check in (check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed):
+    for check in (
+        *(check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed),
+        check_loss_scale,
+    ):
         check(config, dims)
     return dims
 
@@ -65,6 +69,17 @@ def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
             f"parallel.strategy=zero1 with {text}",
             "zero1 with data parallelism only: it shards the optimizer state of a model that every rank replicates",
             f"parallel.strategy=fsdp parallel.reshard_after_forward=false {text}",
+        )
+
+
+def check_loss_scale(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError where DeepSpeed cannot skip a step of fp16."""
+    if config.precision is Precision.fp16 and config.parallel.zero_stage == 3 and config.model.ffn is Ffn.moe:
+        raise ConfigError(
+            "precision=fp16 with parallel.zero_stage=3 and model.ffn=moe",
+            "another stage: after a step that overflows, DeepSpeed 0.19 no longer knows in which order its stage 3 "
+            "gathers the router's weights",
+            "parallel.zero_stage=2, or parallel=fsdp",
         )
 
 

@@ -56,6 +56,14 @@ def set_determinism(config: TrainConfig) -> None:
         inductor.fallback_random = True
 
 
+def set_matmul_precision(config: TrainConfig) -> None:
+    """Allow TF32 in fp32 products where the settled config says so. Before anything is compiled.
+
+    By the older of torch's two ways, which torch 2.11 to 2.13 all know, and their compiler reads.
+    """
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+
+
 def state() -> dict[str, str | bool | None]:
     """Return the settings in force in this process, for the record."""
     return {

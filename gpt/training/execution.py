@@ -1,4 +1,4 @@
-"""Precision and compilation of the ranks, where the config leaves them to the devices.
+"""Precision, TF32 and compilation of the ranks, where the config leaves them to the devices.
 
 Owns what only ranks can tell: the devices that all of them have, and what an earlier attempt computed in. The rule is
 gpt/planning/execution.py's.
@@ -12,31 +12,42 @@ import torch
 
 from gpt.config import Precision, TrainConfig
 from gpt.parallel.distributed import World
-from gpt.planning.execution import choose_compile
+from gpt.planning.execution import choose_compile, choose_tf32
 from launch.errors import ConfigError
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:
-    """Return the config with ``precision`` and ``compile`` filled in, the same on all ranks. Collective.
+    """Return the config with ``precision``, ``tf32`` and ``compile`` filled in, the same on all ranks. Collective.
 
     Raises:
-        ConfigError: the run was begun in bf16, and some of these devices do not compute in it.
+        ConfigError: the run was begun in bf16, and some of these devices do not compute in it; or TF32 is asked for
+            where there is none.
     """
     precision = config.precision
     if precision is Precision.auto:
         precision = settle_precision(folder, world)
     on_cpus = world.device.type != "cuda"
-    return replace(config, precision=precision, compile=choose_compile(config, world.size, on_cpus))
+    config = replace(config, precision=precision)
+    tf32 = choose_tf32(config, on_cpus) and all(world.gather(has_tf32(world.device)))
+    if config.tf32 and not tf32:
+        name = torch.cuda.get_device_name(world.device)
+        raise ConfigError(
+            f"tf32=true on {name}, which has no TF32",
+            "GPUs of compute capability 8.0 or more on all ranks",
+            "precision=fp16, or tf32=null",
+        )
+    return replace(config, tf32=tf32, compile=choose_compile(config, world.size, on_cpus))
 
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
-    """Choose the precision that earlier attempts computed in, else bf16 where the devices of all ranks have it."""
+    """Choose the precision that earlier attempts computed in, else the best one that the devices of all ranks have."""
     before = world.on_first(lambda: earlier_precision(folder))
-    lacking = [name for name in world.gather(None if has_bf16(world.device) else str(world.device)) if name is not None]
+    best = world.gather(best_precision(world.device).name)
     if before is None:
-        return Precision.fp32 if lacking else Precision.bf16
+        return next(p for p in (Precision.fp32, Precision.fp16, Precision.bf16) if p.name in best)
+    lacking = [name for name in best if name != Precision.bf16.name]
     if before == Precision.bf16.name and lacking and world.device.type == "cuda":
         raise ConfigError(
             f"a run begun in bf16, and {len(lacking)} of {world.size} ranks on GPUs that do not compute in it",
@@ -46,9 +57,25 @@ def settle_precision(folder: RunFolder, world: World) -> Precision:
     return Precision[before]
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Tell whether a device computes in bf16 faster than in fp32; CPUs are not counted among those."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+VOLTA = (7, 0)
+"""Compute capability from which GPUs have matrix units, first for fp16 only (V100, T4)."""
+AMPERE = (8, 0)
+"""Compute capability from which they know bf16 and TF32."""
+
+
+def best_precision(device: torch.device) -> Precision:
+    """Return the precision in which a device computes fastest; fp32 for CPUs, few of which are faster in bf16."""
+    if device.type != "cuda":
+        return Precision.fp32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Precision.bf16
+    return Precision.fp16 if torch.cuda.get_device_capability(device) >= VOLTA else Precision.fp32
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Tell whether a device computes in TF32 where torch is allowed to."""
+    on_cuda = device.type == "cuda" and torch.version.hip is None
+    return on_cuda and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 def earlier_precision(folder: RunFolder) -> str | None:

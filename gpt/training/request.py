@@ -19,12 +19,12 @@ from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train, settle_pa
 from gpt.data.corpus import check_fit, describe
 from gpt.parallel.distributed import World
 from gpt.planning.auto import ParallelChoice, choose_parallelism
-from gpt.planning.execution import choose_precision
+from gpt.planning.execution import choose_precision, choose_tf32
 from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
 from gpt.topology.batch import split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
-from gpt.training.execution import has_bf16
+from gpt.training.execution import best_precision
 from launch.errors import CommandParser, ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
@@ -48,7 +48,7 @@ def precision_on_device(config: TrainConfig, folder: RunFolder, world: World) ->
     chosen = choose_precision(config, folder, not on_gpu, name)
     if chosen is not Precision.auto:
         return chosen
-    return Precision.bf16 if has_bf16(world.device) else Precision.fp32
+    return best_precision(world.device)
 
 
 def machine_of(config: TrainConfig, world: World) -> Machine:
@@ -61,7 +61,8 @@ def machine_of(config: TrainConfig, world: World) -> Machine:
         return cpus(free_memory() // world.local_size, world.local_size, MachineOverrides())
     seen = torch.cuda.get_device_properties(world.device)
     stated = MachineOverrides(memory=seen.total_memory, host_memory=free_memory() // world.local_size)
-    found = gpus(seen.name, config.precision, world.local_size, stated)
+    tf32 = choose_tf32(config, on_cpus=False)
+    found = gpus(seen.name, config.precision, world.local_size, stated, tf32)
     if found is None:
         raise ConfigError(
             f"parallel.strategy=auto on a {seen.name} in precision={config.precision.name}, whose peak is not known",

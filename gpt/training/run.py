@@ -10,13 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from gpt.accounting.flops import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
 from gpt.checkpoint import CheckpointStore
-from gpt.config import AttentionBackend, Precision, Strategy, TrainConfig
+from gpt.config import AttentionBackend, Strategy, TrainConfig
 from gpt.data.corpus import check_fit, describe, describe_tokens, prepare
 from gpt.data.formats.prepared import Tokens
 from gpt.data.loader import Samples
@@ -24,6 +22,7 @@ from gpt.data.prefetch import BatchPrefetcher
 from gpt.metrics.environment import describe_rank, software
 from gpt.metrics.startup_summary import render_summary
 from gpt.model.attention import find_flash_obstacle
+from gpt.model.loss import COMPUTE_DTYPES
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
@@ -116,7 +115,7 @@ def describe_attempt(run: Run) -> None:
         **set_up(run),
         "ranks": ranks,
         "environment": describe_environment(),
-        "peak_flops_per_s": peak_flops(ranks[0]["device_name"], run.config.precision),
+        "peak_flops_per_s": peak_flops(ranks[0]["device_name"], run.config.precision, bool(run.config.tf32)),
         "software": software(),
         "git": code_state(),
         "code": describe_code(),
@@ -150,6 +149,7 @@ def set_up(run: Run) -> dict[str, Any]:
         "weak_scaling": config.optim.weak_scaling,
         "block_size": model.block_size,
         "precision": config.precision.name,
+        "tf32": bool(config.tf32),
         "model": model.name,
         "parameters": count(model).total,
         "counts": count(model).as_dict(),
@@ -171,8 +171,7 @@ def check_flash(config: TrainConfig, world: World) -> str | None:
     """
     if config.model.attention is not AttentionBackend.flash:
         return None
-    dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-    reasons = world.gather(find_flash_obstacle(config.model, world.device, dtype))
+    reasons = world.gather(find_flash_obstacle(config.model, world.device, COMPUTE_DTYPES[config.precision]))
     reason = next((r for r in reasons if r is not None), None)
     if reason is not None and config.model.force_flash:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """The state of a run that a checkpoint holds, and resuming from one.
 
-Owns the state: model, optimizer, the random generators of every rank, and the position in the data, which is a number.
+Owns the state: model, optimizer, loss scale, the random generators of every rank, and the position in the data, which
+is a number.
 The files themselves are ``gpt.checkpoint``'s.
 """
 
@@ -30,6 +31,8 @@ def save(run: Run) -> float:
         "world_size": run.world.size,
         "config": compose.plain_config(run.config),
     }
+    if run.engine.loss_scale is not None:
+        meta["loss_scale"] = run.engine.loss_scale.state()
     run.store.save(run.step, run.engine.state(), rng_state(run.world), meta, run.worker.is_current)
     seconds = time.perf_counter() - started
     run.worker.saved(run.step, seconds)
@@ -60,6 +63,8 @@ def load(run: Run) -> None:
             "fresh=true, to start over with this corpus in a new folder",
         )
     run.engine.load(state)
+    if run.engine.loss_scale is not None:
+        run.engine.loss_scale.load(loaded.meta["loss_scale"])
     if loaded.rank_state is not None:
         set_rng_state(run.world, loaded.rank_state)
     run.step = loaded.step

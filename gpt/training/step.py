@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.config import Ffn, OptimConfig, Precision, TrainConfig
+from gpt.config import Ffn, OptimConfig, TrainConfig
 from gpt.metrics.environment import memory_gib
 from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
+from gpt.parallel.loss_scale import MINIMUM
 from gpt.training.gradient_stats import Gradients
 from gpt.training.run import Run
 from launch.runs.heartbeat import Phase
@@ -78,25 +79,34 @@ class QueuedStep:
     with_requests: bool
     """True where the figures tell of the requests as well, summed over the ranks."""
     with_experts: bool
-    """True where the last figure is the experts' imbalance."""
+    """True where the figures tell of the experts' imbalance."""
+    with_loss_scale: bool
+    """True where the last two figures are the loss scale and the number of skipped steps."""
     config: TrainConfig
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
         """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
 
         Raises:
-            FloatingPointError: loss or gradient norm is not a number, so the weights are none either.
+            FloatingPointError: loss or gradient norm is not a number, so the weights are none either; with a loss scale
+                the step was skipped, unless it is the loss, or the scale is at its least.
         """
         (grad_norm, loss_sum, *sums), ended = self.figures.read()
         sums = sums[2:] if self.with_requests else sums
         record = self.record
+        if self.with_loss_scale:
+            *sums, record.loss_scale, skipped = sums
+            record.skipped_steps = int(skipped)
         if self.with_experts:
             record.expert_imbalance = sums.pop()
         record.loss, record.grad_norm, record.step_time_s = loss_sum / self.tokens, grad_norm, ended - since
         record.time = time.time()
-        if not (math.isfinite(record.loss) and math.isfinite(grad_norm)):
+        is_finite = math.isfinite(grad_norm)
+        if not math.isfinite(record.loss) or not (is_finite or may_skip(record.loss_scale)):
             raise FloatingPointError(divergence_text(record, self.config))
-        if self.gradients is not None:
+        if not is_finite:
+            record.grad_norm = None
+        elif self.gradients is not None:
             found = self.gradients.figures(sums)
             record.grad_mean, record.grad_std = found.mean, found.std
             record.layer_grad_norms = found.layer_norms
@@ -110,6 +120,11 @@ class QueuedStep:
         return Requests(stop > 0, save > 0)
 
 
+def may_skip(loss_scale: float | None) -> bool:
+    """Tell whether gradients may overflow at a loss scale: at the least one it is not the scale that makes them."""
+    return loss_scale is not None and loss_scale > MINIMUM
+
+
 def divergence_text(record: StepRecord, config: TrainConfig) -> str:
     """Say which step has diverged, what to change, and how to begin from the last checkpoint, whose numbers are sound.
 
@@ -117,7 +132,7 @@ def divergence_text(record: StepRecord, config: TrainConfig) -> str:
     """
     optim = config.optim
     clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
-    exact = "precision=fp32, or " if config.precision is Precision.bf16 else ""
+    exact = "precision=fp32, or " if config.precision.is_half else ""
     return (
         f"found: the loss of step {record.step} is {record.loss}, with gradient norm {record.grad_norm} and "
         f"lr {record.lr:g}\n"
@@ -144,6 +159,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     grad_norm = engine.update(lr)
     imbalance = balance_experts(engine, world) if config.model.ffn is Ffn.moe else None
     run.step = step
+    scale = [] if engine.loss_scale is None else [engine.loss_scale.figures()]
     tokens = run.tokens_per_step
     record = StepRecord(
         step=step,
@@ -157,9 +173,10 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
         data_wait_s=data.waited_s,
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
-    figures = [grad_norm.double()[None], world.all_reduce(sums), *([] if imbalance is None else [imbalance[None]])]
-    numbers = AsyncMetrics(torch.cat(figures))
-    return QueuedStep(record, requests, gradients, numbers, tokens, bool(told), imbalance is not None, config)
+    uneven = [] if imbalance is None else [imbalance[None]]
+    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], world.all_reduce(sums), *uneven, *scale]))
+    parts = bool(told), bool(uneven), bool(scale)
+    return QueuedStep(record, requests, gradients, numbers, tokens, *parts, config)
 
 
 def balance_experts(engine: Engine, world: World) -> Tensor:

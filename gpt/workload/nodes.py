@@ -10,6 +10,7 @@ from dataclasses import replace
 from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
 from gpt.config import Device, TrainConfig
 from gpt.planning.cost import estimate
+from gpt.planning.execution import choose_tf32
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu
 from gpt.planning.memory import GIB
 from gpt.topology.batch import Batch
@@ -70,7 +71,8 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
     if on_cpus(config, request):
         return cpus(cpu_memory(request), request.ranks_per_node, overrides)
     name = gpu_name(request)
-    found = gpus(name or "", config.precision, request.ranks_per_node, overrides)
+    tf32 = choose_tf32(config, on_cpus=False)
+    found = gpus(name or "", config.precision, request.ranks_per_node, overrides, tf32)
     if found is None:
         raise ConfigError(
             f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "

@@ -82,8 +82,8 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
 def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
     """Suggest overrides that need less memory, the cheapest first."""
     known = find(gpu_name(request) or "")
-    if config.precision is Precision.fp32 and not on_cpus(config, request) and (known is None or known.bf16):
-        yield "precision=bf16"
+    if config.precision is Precision.fp32 and not on_cpus(config, request):
+        yield "precision=bf16" if known is None or known.bf16 else "precision=fp16"
     if config.optim.max_micro_batch > 1:
         yield "optim.max_micro_batch=1"
     if config.recompute is Recompute.none:

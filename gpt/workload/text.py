@@ -8,11 +8,12 @@ from enum import Enum
 from typing import Any
 
 from gpt.accounting import flops, parameters
+from gpt.accounting.hardware import find
 from gpt.config import ParallelConfig, Precision, TrainConfig
 from gpt.data.corpus import Corpus
 from gpt.planning.advice import many_epochs, many_time_limits, slow_precision
 from gpt.planning.auto import ParallelChoice
-from gpt.planning.execution import choose_compile
+from gpt.planning.execution import choose_compile, choose_tf32
 from gpt.planning.explain import table
 from gpt.planning.memory import GIB, Memory
 from gpt.topology.batch import Batch
@@ -51,7 +52,10 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
     """Precision and compilation that the plan counts with, and where only the ranks can tell."""
     name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
     compiled = choose_compile(config, request.world_size, on_cpus(config, request))
-    return {"execution": f"{name}, compile {compiled.name}"}
+    known = find(gpu_name(request) or "")
+    has_tf32 = known is None or known.tf32 is not None
+    tf32 = " in TF32" if choose_tf32(config, on_cpus(config, request)) and has_tf32 else ""
+    return {"execution": f"{name}{tf32}, compile {compiled.name}"}
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
@@ -67,7 +71,7 @@ def plan_warnings(
     """Yield what would work, and is hardly what somebody wants."""
     name = gpu_name(request)
     if name is not None and not on_cpus(config, request):
-        yield from slow_precision(name, config.precision)
+        yield from slow_precision(name, config.precision, choose_tf32(config, on_cpus=False))
     yield from many_epochs(config, batch, corpus.train_tokens)
     if step_s is not None and not request.is_local:
         yield from many_time_limits(step_s * config.optim.max_steps, request.cluster.timeout_min)

@@ -37,8 +37,8 @@ class StepRecord:
     loss: float
     """Mean cross-entropy over the global batch, nats per token; the same on every rank."""
     lr: float
-    grad_norm: float
-    """Global gradient norm before clipping."""
+    grad_norm: float | None
+    """Global gradient norm before clipping; None where the gradients overflowed in fp16, and the step was skipped."""
     tokens: int
     """This rank's share of the tokens of this step: over all ranks each counts once, also where several work on it."""
     samples: tuple[int, int]
@@ -50,6 +50,10 @@ class StepRecord:
     grad_std: float | None = None
     layer_grad_norms: dict[str, float] | None = None
     """Gradient norm by layer: ``blocks.0`` and so on, and what is outside the blocks."""
+    loss_scale: float | None = None
+    """Factor of the loss in the backward pass of this step; in fp16 only."""
+    skipped_steps: int | None = None
+    """Steps up to this one that changed no weights, since their gradients overflowed in fp16."""
     data_wait_s: float | None = None
     """Time the step waited for its samples."""
     expert_imbalance: float | None = None
@@ -65,6 +69,9 @@ class StepRecord:
     tflops_per_s: float | None = None
     """Model TFLOP/s of this rank by the PaLM convention."""
     mfu_palm: float | None = None
+    """Share of the device's peak in the precision of the run, by the PaLM convention."""
+    mfu_bf16: float | None = None
+    """The same share of its peak in bf16, whatever the precision: of two precisions this compares."""
     mfu_causal: float | None = None
     hfu: float | None = None
     memory_allocated_gib: float | None = None

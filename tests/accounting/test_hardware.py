@@ -57,7 +57,6 @@ UNKNOWN = (
     "RTX 4090 Laptop GPU",
     "NVIDIA RTX 4000 Ada Generation",
     "Quadro RTX 8000",
-    "Tesla T4",
     "AMD Instinct MI300A",
     "AMD Instinct MI325X",
     "AMD Instinct MI250X",
@@ -110,6 +109,35 @@ def test_known_fp32(name: str, tflops: float) -> None:
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_devices_borrow_no_peak(name: str, precision: Precision) -> None:
     assert peak_flops(name, precision) is None
+
+
+KNOWN_TF32 = {
+    "NVIDIA A100-SXM4-80GB": 156,
+    "NVIDIA H100 80GB HBM3": 494.5,
+    "NVIDIA H100 PCIe": 378,
+    "NVIDIA H100 NVL": 417.5,
+    "NVIDIA H200": 494.5,
+    "NVIDIA L40S": 183,
+    "NVIDIA GeForce RTX 3090": 35.6,
+}
+KNOWN_FP16 = {
+    "Tesla V100-SXM2-32GB": 125,
+    "Tesla V100-PCIE-16GB": 112,
+    "Tesla T4": 65,
+    "NVIDIA A100-SXM4-40GB": 312,
+}
+
+
+@pytest.mark.parametrize(("name", "tflops"), KNOWN_TF32.items())
+def test_known_tf32(name: str, tflops: float) -> None:
+    assert peak_flops(name, Precision.fp32, tf32=True) == tflops * 1e12
+    assert peak_flops(name, Precision.bf16, tf32=True) == peak_flops(name, Precision.bf16)
+
+
+@pytest.mark.parametrize(("name", "tflops"), KNOWN_FP16.items())
+def test_known_fp16(name: str, tflops: float) -> None:
+    assert peak_flops(name, Precision.fp16) == tflops * 1e12
+    assert name.startswith("NVIDIA") or peak_flops(name, Precision.fp32, tf32=True) == peak_flops(name, Precision.fp32)
 
 
 def test_no_peak_where_the_device_or_the_vendor_has_none() -> None:

@@ -31,7 +31,7 @@ REFUSED = {
     "zero_hpz_partition_size": (2, "parallel=hsdp parallel.dp_shard=2"),
     "mics_shard_size": (2, "parallel=hsdp parallel.dp_shard=2"),
     "bf16": ({"enabled": True}, "precision=bf16"),
-    "fp16": ({"enabled": True}, "precision=bf16"),
+    "fp16": ({"enabled": True}, "precision=fp16"),
     "optimizer": ({"type": "Lamb"}, "AdamW"),
     "scheduler": ({"type": "WarmupLR"}, "optim.warmup_steps"),
     "activation_checkpointing": ({"partition_activations": True}, "recompute=full"),

@@ -20,7 +20,7 @@ def plan_of(*words: str) -> Plan:
 
 def test_the_first_run_of_a_newcomer_is_warned_of() -> None:
     # 19,000 steps of 512 x 1024 tokens, of a corpus of 8 MiB of which nine tenths are for training.
-    plan = plan_of(*GPUS, "precision=fp32")
+    plan = plan_of(*GPUS, "precision=fp32", "tf32=false")
     precision, epochs, limits = plan.warnings
     assert "about 15 times higher in bf16: precision=bf16" in precision  # 989 / 67
     assert "9.96 B tokens from a corpus of 7.55 M: 1,319 epochs" in epochs
@@ -38,15 +38,29 @@ def test_where_nothing_is_known_nothing_is_said() -> None:
     assert not [warning for warning in unknown if "precision" in warning or "time limit" in warning]
 
 
+def test_the_plan_counts_with_tf32_and_names_it() -> None:
+    plan = plan_of(*GPUS, "precision=fp32")
+    assert "precision=fp32 in TF32 on NVIDIA H100 80GB HBM3" in plan.warnings[0]  # 989 / 494.5
+    assert "about 2 times higher in bf16: precision=bf16" in plan.warnings[0]
+    assert "fp32 in TF32, compile default" in plan_text(plan)
+    assert "fp32, compile default" in plan_text(plan_of(*GPUS, "precision=fp32", "deterministic=true"))
+    old = plan_of(*(word.replace("H100", "V100-32GB") for word in GPUS))
+    assert "fp16, compile default" in plan_text(old)
+
+
 @pytest.mark.parametrize(("name", "times"), [("NVIDIA B200", "many"), ("NVIDIA A100-SXM4-40GB", "about 16")])
 def test_the_factor_of_bf16_is_that_of_the_peaks(name: str, times: str) -> None:
     assert [times in warning for warning in slow_precision(name, Precision.fp32)] == [True]
     assert [*slow_precision(name, Precision.bf16)] == []
 
 
-@pytest.mark.parametrize("name", ["Tesla V100-SXM2-16GB", "NVIDIA H20"])
-def test_a_device_without_bf16_or_of_unknown_peak_is_left_alone(name: str) -> None:
-    assert [*slow_precision(name, Precision.fp32)] == []
+def test_an_older_device_is_proposed_fp16() -> None:
+    (told,) = slow_precision("Tesla V100-SXM2-16GB", Precision.fp32, tf32=True)  # of which it has none
+    assert told.startswith("precision=fp32 on") and "about 8 times higher in fp16: precision=fp16" in told  # 125 / 15.7
+
+
+def test_a_device_of_unknown_peak_is_left_alone() -> None:
+    assert [*slow_precision("NVIDIA H20", Precision.fp32)] == []
 
 
 def test_the_limit_that_is_proposed_is_enough() -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from gpt.config import CompileMode, Precision
-from gpt.planning.execution import choose_compile, choose_precision
+from gpt.planning.execution import choose_compile, choose_precision, choose_tf32
+from gpt.topology.rules import check_parallel_dims
+from launch.errors import ConfigError
 from launch.runs.compose import write_config
 from launch.runs.folder import RunFolder
 from tests.support.composing import config_from
@@ -19,7 +21,8 @@ H100, V100 = "NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-32GB"
     ("words", "on_cpus", "gpu", "chosen"),
     [
         ([], False, H100, "bf16"),
-        ([], False, V100, "fp32"),
+        ([], False, V100, "fp16"),
+        ([], False, "Tesla T4", "fp16"),
         ([], False, None, "auto"),
         ([], False, "NVIDIA GeForce RTX 9999", "auto"),
         ([], True, None, "fp32"),
@@ -31,7 +34,7 @@ def test_precision(words: list[str], on_cpus: bool, gpu: str | None, chosen: str
     assert choose_precision(config_from(words), RunFolder(tmp_path), on_cpus, gpu) is Precision[chosen]
 
 
-@pytest.mark.parametrize("began", ["fp32", "bf16"])
+@pytest.mark.parametrize("began", ["fp32", "bf16", "fp16"])
 def test_a_run_keeps_the_precision_it_began_with(began: str, tmp_path: Path) -> None:
     from gpt.config.compose import compose_train
 
@@ -53,3 +56,33 @@ def test_a_run_keeps_the_precision_it_began_with(began: str, tmp_path: Path) -> 
 )
 def test_compilation(words: list[str], ranks: int, on_cpus: bool, chosen: str) -> None:
     assert choose_compile(config_from(words), ranks, on_cpus) is CompileMode[chosen]
+
+
+@pytest.mark.parametrize(
+    ("words", "on_cpus", "allowed"),
+    [
+        (["precision=fp32"], False, True),
+        (["precision=fp32"], True, False),
+        (["precision=fp32", "deterministic=true"], False, False),
+        (["precision=fp32", "deterministic=true", "tf32=true"], False, True),
+        (["precision=fp32", "tf32=false"], False, False),
+        (["precision=bf16"], False, False),
+        (["precision=fp16"], False, False),
+    ],
+)
+def test_tf32(words: list[str], on_cpus: bool, allowed: bool) -> None:
+    assert choose_tf32(config_from(words), on_cpus) is allowed
+
+
+def test_tf32_where_it_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tf32=true on CPUs"):
+        choose_tf32(config_from(["precision=fp32", "tf32=true"]), on_cpus=True)
+    with pytest.raises(ConfigError, match="tf32=true with precision=bf16"):
+        config_from(["precision=bf16", "tf32=true"]).validate()
+
+
+def test_stage_3_of_deepspeed_with_experts_skips_no_step_of_fp16() -> None:
+    words = ["parallel=zero3", "precision=fp16", "model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2"]
+    with pytest.raises(ConfigError, match=r"parallel\.zero_stage=2"):
+        check_parallel_dims(config_from(words), 1)
+    check_parallel_dims(config_from([*words[:1], *words[2:], "precision=bf16"]), 1)

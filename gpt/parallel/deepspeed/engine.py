@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt.checkpoint.formats import Format, TensorFiles
-from gpt.config import Recompute, TrainConfig
+from gpt.config import Precision, Recompute, TrainConfig
 from gpt.model.block import Block
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast, cross_entropy
@@ -37,6 +38,7 @@ from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.parallel.dtensor import clip_sharded_gradients
+from gpt.parallel.loss_scale import DynamicLossScale, LossScale
 from gpt.parallel.optimizer import build_optimizer
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
@@ -54,9 +56,14 @@ class ZeroEngine:
         self.config, self.world, self.dims, self.batch = config, world, dims, batch
         self.stage = config.parallel.zero_stage or 0
         self.scale = dims.data_ranks / (batch.global_batch * config.model.block_size)
-        set_auxiliary_scale(model, dims.data_ranks / batch.global_batch)
+        fp16, casts = config.precision is Precision.fp16, casts_weights(config)
+        # In ZeRO-0 the weights are fp32, and DeepSpeed knows of no loss scale.
+        self._dynamic = DynamicLossScale(world.device) if fp16 and not casts else None
+        self._auxiliary = torch.ones((), device=world.device) if fp16 and casts else None
+        """Copy of DeepSpeed's loss scale for the losses of routing, which enter the gradient by themselves."""
+        factor = self._auxiliary if self._dynamic is None else self._dynamic.scale
+        set_auxiliary_scale(model, dims.data_ranks / batch.global_batch, factor)
         module = self.module = self.prepare_module(model)
-        casts = casts_weights(config)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
         # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around it.
         replace_forward(module, partial(autocast_forward, module.forward, config, world.device))
@@ -68,7 +75,7 @@ class ZeroEngine:
         with redirect_stdout(io.StringIO()):  # it prints how much memory there is, again and again
             self.ds, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW),
+                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW, fused=self._dynamic is not None),
                 config=deepcopy(settings),  # it adds to what it is given
                 dist_init_required=False,
             )
@@ -79,17 +86,39 @@ class ZeroEngine:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
             self.shards.set_masters(first.__getitem__)
             self.shards.update_from_masters()
+        self.loss_scale: LossScale | None = self._dynamic
+        if self._auxiliary is not None:
+            self.loss_scale = ZeroLossScale(self.ds, self._auxiliary)
 
     def prepare_module(self, model: GPT) -> nn.Module:
         """Return the module that DeepSpeed is given."""
         return model
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        return accumulate(self.batch, self.world.device, tokens_BT, targets_BT, on_micro_batch, self._forward_backward)
+        self.read_loss_scale()
+        micro_batches = tokens_BT, targets_BT, on_micro_batch, self._forward_backward
+        loss_sum = accumulate(self.batch, self.world.device, *micro_batches)
+        self.unscale_gradients()
+        return loss_sum
+
+    @property
+    def gradient_factor(self) -> float | Tensor:
+        """Factor of the summed loss of a micro-batch in its backward pass, without DeepSpeed's own loss scale."""
+        return self.scale if self._dynamic is None else self.scale * self._dynamic.scale
+
+    def read_loss_scale(self) -> None:
+        """Take over DeepSpeed's loss scale for the losses of routing."""
+        if self._auxiliary is not None:
+            self._auxiliary.fill_(self.ds.optimizer.loss_scale)
+
+    def unscale_gradients(self) -> None:
+        """Undo our loss scale in the gradients of all micro-batches; DeepSpeed's is undone in its step."""
+        if self._dynamic is not None:
+            self._dynamic.unscale(p.grad for p in self.module.parameters() if p.grad is not None)
 
     def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
         loss = self.loss(tokens_BT, targets_BT)
-        self.ds.backward(loss * self.scale, scale_wrt_gas=False)
+        self.ds.backward(loss * self.gradient_factor, scale_wrt_gas=False)
         if not last:
             self.ds.step()  # counts the micro-batch; only the last one of a step, in ``update``, changes the weights
         return loss.detach()
@@ -105,7 +134,13 @@ class ZeroEngine:
         norm = None
         if self.stage == 0:
             norm = clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
+        if self._dynamic is not None and norm is not None:
+            with self._dynamic.skipping(self.ds.basic_optimizer, norm):
+                self.step_optimizer()
+            return norm
         self.step_optimizer()
+        if self._auxiliary is not None and self.ds.optimizer.overflow:
+            return self._auxiliary.new_full((), math.inf)  # DeepSpeed tells the norm of the step before
         return torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm, device=self.world.device)
 
     def step_optimizer(self) -> None:
@@ -113,10 +148,12 @@ class ZeroEngine:
         self.ds.step()
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
+        share = 1 / self.world.size if self.stage == 0 else 1.0
         for name, parameter in self.module.named_parameters():
             part = local_gradient(parameter)
             if part is not None:
-                yield name, part.to(self.world.device), 1 / self.world.size if self.stage == 0 else 1.0
+                part = part.to(self.world.device)
+                yield name, part if self._auxiliary is None else part.float() / self._auxiliary, share
 
     def state(self) -> Any:
         """Return the engine itself, stored in DeepSpeed's files; in stage 0 model and optimizer state, as DDP does."""
@@ -183,6 +220,30 @@ class ZeroEngine:
     def whole_name(self, name: str) -> str:
         """Return the name in the whole model of a parameter or buffer of ``module``."""
         return name
+
+
+class ZeroLossScale:
+    """The loss scale that DeepSpeed keeps on the host, where it waits for the overflow of each step.
+
+    ``used``, (), holds the scale of the last step.
+    """
+
+    def __init__(self, ds: Any, used: Tensor) -> None:
+        self._ds, self._used = ds, used
+
+    def figures(self) -> Tensor:
+        skipped = torch.full_like(self._used, self._ds.skipped_steps, dtype=torch.float64)
+        return torch.stack([self._used.double(), skipped])
+
+    def state(self) -> dict[str, float]:
+        scaler = self._ds.optimizer.loss_scaler  # another object once DeepSpeed has read a checkpoint
+        steps = scaler.cur_iter - 1 - scaler.last_overflow_iter
+        return {"scale": scaler.cur_scale, "steps": steps, "skipped": self._ds.skipped_steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        scaler = self._ds.optimizer.loss_scaler
+        scaler.cur_scale, self._ds.skipped_steps = state["scale"], int(state["skipped"])
+        scaler.cur_iter, scaler.last_overflow_iter = int(state["steps"]), -1
 
 
 def autocast_forward(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:

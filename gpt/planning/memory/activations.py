@@ -77,7 +77,7 @@ def activation_bytes(
     Where blocks are recomputed, each saves its input, and with ``selective`` the results of its matrix products.
     """
     tokens = factors.tokens(model, sequences)
-    width = BF16 if precision is Precision.bf16 else FP32
+    width = BF16 if precision.is_half else FP32
     embedding = INT64 + dropout_bytes(model, FP32, factors)
     norm = norm_bytes(model, factors=factors) if model.norm_position is NormPosition.pre else 0
     block = block_bytes(model, sequences, width, factors)

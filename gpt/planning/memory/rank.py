@@ -143,7 +143,7 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
     ZeRO-3 frees gathered parameters only where it holds more than ``LIVE`` elements, or needs them no more; ZeRO-1 and
     2 compute with the parameters that they hold. All three have a gradient bucket, in fp32 at most.
     """
-    bf16 = config.precision is Precision.bf16
+    bf16 = config.precision.is_half
     if config.parallel.zero_stage:
         gathered = min(shards.elements, LIVE) if config.parallel.zero_stage == 3 else 0
         return (BF16 if bf16 else FP32) * gathered + FP32 * min(shards.elements, BUCKET)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpt.accounting.units import BF16, FP32
-from gpt.config import Precision, Strategy, TrainConfig
+from gpt.config import Strategy, TrainConfig
 from gpt.planning.memory.shards import ParameterShards
 from gpt.topology.dims import ParallelDims
 
@@ -44,7 +44,7 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
 
 def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
     """Return the state under ZeRO-1 and 2: sharded masters and moments, in ZeRO-2 gradients too."""
-    parallel, bf16 = config.parallel, config.precision is Precision.bf16
+    parallel, bf16 = config.parallel, config.precision.is_half
     groups = [rounded_up(size, ALIGNMENT * ranks) for size in group_sizes(shards)]
     flat, counts = sum(groups), FP32 * len(groups)
     masters_and_moments = 3 * FP32 * flat // ranks
@@ -57,7 +57,7 @@ def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) ->
 
 def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
     """Return the state under ZeRO-3: everything sharded, parameter by parameter; small ones also stay gathered."""
-    parallel, width = config.parallel, BF16 if config.precision is Precision.bf16 else FP32
+    parallel, width = config.parallel, BF16 if config.precision.is_half else FP32
     part = sum(count * -(-size // ranks) for size, count in sizes(shards))
     # One rank alone frees nothing, though it has its shard of everything too.
     whole = sum(count * size for size, count in sizes(shards) if size <= PERSISTENT or ranks == 1)
