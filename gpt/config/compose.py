@@ -64,7 +64,7 @@ def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: 
 
 EXECUTION = (
     *("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic"),
-    "gc_interval",
+    *("compile_fullgraph", "gc_interval"),
 )
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", *EXECUTION)
 """Keys that may change between the attempts of one run, since they do not change what is learned."""

@@ -165,6 +165,8 @@ class TrainConfig(RunConfig):
     """Compile every block and the loss with torch.compile; needs a C++ compiler on CPUs. Changes the last bits."""
     compile_dynamic: bool = False
     """Compile for any batch size at once: slower kernels, one compilation less where an evaluation ends in a part."""
+    compile_fullgraph: bool = False
+    """End the run where torch.compile cannot compile a block whole, instead of running the rest of it eagerly."""
     recompute: Recompute = Recompute.none
     """Less memory for activations, for up to a third more computing. Does not change the loss."""
     deterministic: bool = False

@@ -109,7 +109,8 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
     execution = [
         f"{config.precision.name}{' in TF32' if config.tf32 else ''}",
-        f"compile {config.compile.name}{' dynamic' if config.compile_dynamic else ''}",
+        f"compile {config.compile.name}{' dynamic' if config.compile_dynamic else ''}"
+        f"{' fullgraph' if config.compile_fullgraph else ''}",
         f"recompute {config.recompute.name}",
         *(["deterministic"] if config.deterministic else []),
     ]
@@ -121,6 +122,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
         f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.grad_clip:g}",
         **({"first weights": first["path"]} if first else {}),
         "execution": ", ".join(execution),
+        **({"warning": "; ".join(record["warnings"])} if record.get("warnings") else {}),
         "data": f"{record['data']}, sha256 {record['data_sha256'][:12]}; seed {config.seed}",
         "evaluation": f"{evaluates}, {config.eval.sequences} sequences; checkpoint {saves}",
     }

@@ -30,6 +30,25 @@ def slow_precision(device_name: str, precision: Precision, tf32: bool = False) -
     yield f"{name} on {device_name}, whose peak is {times} times higher in {half.name}: precision={half.name}"
 
 
+def eager_tensor_parallel(config: TrainConfig) -> Iterator[str]:
+    """Warn of tensor parallelism on GPUs whose blocks are not compiled; ``compile`` is settled."""
+    if config.parallel.tp > 1 and not config.compiles:
+        yield (
+            f"parallel.tp={config.parallel.tp} with compile={config.compile.name}: without the compiler each operation "
+            "on a sharded matrix goes through Python, which takes longer than the GPU computes: compile=default"
+        )
+
+
+def execution_warnings(config: TrainConfig, device_name: str | None) -> Iterator[str]:
+    """Warn of an execution that leaves GPUs idle; precision, TF32 and compilation of ``config`` are settled.
+
+    ``device_name`` is None where it is not known.
+    """
+    if device_name is not None:
+        yield from slow_precision(device_name, config.precision, bool(config.tf32))
+    yield from eager_tensor_parallel(config)
+
+
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:
     """Warn of a run that goes more than a hundred times through its training tokens."""
     a_step = batch.global_batch * config.model.block_size

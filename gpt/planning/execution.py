@@ -67,9 +67,22 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
     """Choose the compilation of a run: as typed, else ``default`` on GPUs where the parallelism allows it.
 
     On CPUs the compiler takes longer than most runs there.
+
+    Raises:
+        ConfigError: whole graphs are asked for, and nothing is compiled.
     """
-    if config.compile is not CompileMode["auto"]:
-        return config.compile
+    chosen = config.compile if config.compile is not CompileMode["auto"] else best_compile(config, world_size, on_cpus)
+    if config.compile_fullgraph and chosen is CompileMode["none"]:
+        raise ConfigError(
+            f"compile_fullgraph=true with compile={config.compile.name}, by which nothing is compiled here",
+            "a compilation mode, since only the compiler makes graphs",
+            "compile=default, or compile_fullgraph=false",
+        )
+    return chosen
+
+
+def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
+    """Return the compilation that ``auto`` stands for."""
     compiled = replace(config, compile=CompileMode["default"])
     if on_cpus:
         return CompileMode["none"]

@@ -26,6 +26,7 @@ from gpt.model.loss import COMPUTE_DTYPES
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
+from gpt.planning.advice import execution_warnings
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import ParallelDims
@@ -106,6 +107,7 @@ def describe_attempt(run: Run) -> None:
     ranks = run.world.gather(describe_rank(run.world))
     if not run.world.is_first:
         return
+    on_gpus = run.world.device.type == "cuda"
     record = {
         "attempt": run.attempt,
         "time": time.time(),
@@ -119,6 +121,7 @@ def describe_attempt(run: Run) -> None:
         "software": software(),
         "git": code_state(),
         "code": describe_code(),
+        "warnings": [*execution_warnings(run.config, ranks[0]["device_name"])] if on_gpus else [],
         "reproducibility": {"seed": run.config.seed, **reproducibility.state()},
     }
     write_json(run.folder.environment(run.attempt), record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
@@ -11,7 +11,7 @@ from gpt.accounting import flops, parameters
 from gpt.accounting.hardware import find
 from gpt.config import ParallelConfig, Precision, TrainConfig
 from gpt.data.corpus import Corpus
-from gpt.planning.advice import many_epochs, many_time_limits, slow_precision
+from gpt.planning.advice import execution_warnings, many_epochs, many_time_limits
 from gpt.planning.auto import ParallelChoice
 from gpt.planning.execution import choose_compile, choose_tf32
 from gpt.planning.explain import table
@@ -69,9 +69,10 @@ def plan_warnings(
     config: TrainConfig, batch: Batch, corpus: Corpus, request: PlanRequest, step_s: float | None
 ) -> Iterator[str]:
     """Yield what would work, and is hardly what somebody wants."""
-    name = gpu_name(request)
-    if name is not None and not on_cpus(config, request):
-        yield from slow_precision(name, config.precision, choose_tf32(config, on_cpus=False))
+    if not on_cpus(config, request):
+        compiled = choose_compile(config, request.world_size, on_cpus=False)
+        settled = replace(config, tf32=choose_tf32(config, on_cpus=False), compile=compiled)
+        yield from execution_warnings(settled, gpu_name(request))
     yield from many_epochs(config, batch, corpus.train_tokens)
     if step_s is not None and not request.is_local:
         yield from many_time_limits(step_s * config.optim.max_steps, request.cluster.timeout_min)

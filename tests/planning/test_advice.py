@@ -48,6 +48,14 @@ def test_the_plan_counts_with_tf32_and_names_it() -> None:
     assert "fp16, compile default" in plan_text(old)
 
 
+def test_tensor_parallelism_on_gpus_that_is_not_compiled_is_warned_of() -> None:
+    words = (*GPUS, "model.n_head=16", "model.n_embd=1024", "parallel=tp")
+    (told,) = [warning for warning in plan_of(*words, "compile=none").warnings if "tp=" in warning]
+    assert told.startswith("parallel.tp=2 with compile=none: ") and told.endswith(": compile=default")
+    for further in ((), ("compile=none", "parallel=fsdp"), ("compile=none", "device=cpu")):
+        assert not [warning for warning in plan_of(*words, *further).warnings if "tp=" in warning], further
+
+
 @pytest.mark.parametrize(("name", "times"), [("NVIDIA B200", "many"), ("NVIDIA A100-SXM4-40GB", "about 16")])
 def test_the_factor_of_bf16_is_that_of_the_peaks(name: str, times: str) -> None:
     assert [times in warning for warning in slow_precision(name, Precision.fp32)] == [True]

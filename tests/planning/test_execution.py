@@ -58,6 +58,14 @@ def test_compilation(words: list[str], ranks: int, on_cpus: bool, chosen: str) -
     assert choose_compile(config_from(words), ranks, on_cpus) is CompileMode[chosen]
 
 
+@pytest.mark.parametrize(("words", "on_cpus"), [([], True), (["compile=none"], False), (["compile=none"], True)])
+def test_whole_graphs_where_nothing_is_compiled_are_refused(words: list[str], on_cpus: bool) -> None:
+    with pytest.raises(ConfigError, match="compile_fullgraph=true with compile="):
+        choose_compile(config_from([*words, "compile_fullgraph=true"]), 1, on_cpus)
+    compiled = config_from(["compile=default", "compile_fullgraph=true"])
+    assert choose_compile(compiled, 1, on_cpus) is CompileMode["default"]
+
+
 @pytest.mark.parametrize(
     ("words", "on_cpus", "allowed"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from gpt.config import (
 )
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
-from gpt.parallel.compile import compile_loss, prepare_blocks
+from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
 from gpt.planning.memory import per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import parallel_dims
@@ -178,3 +179,17 @@ def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, reco
     claimed = per_rank(config, parallel_dims(config.parallel, 1), split_batch(optim, 1))
     # With full recomputation the most is needed inside a block that is recomputed, a little above the plan.
     assert claimed.total == pytest.approx(peak_bytes(model, recompute), rel=0.04)
+
+
+def test_a_block_that_cannot_be_compiled_whole_ends_a_run_that_asks_for_that() -> None:
+    class Breaking(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return 2 * x
+
+    for whole in (False, True):
+        block = Breaking()
+        config = TrainConfig(compile=CompileMode["default"], compile_fullgraph=whole, model=small())
+        compile_block(block, config)
+        with pytest.raises(torch._dynamo.exc.Unsupported) if whole else nullcontext():
+            assert torch.equal(block(torch.ones(2)), torch.full((2,), 2.0))
