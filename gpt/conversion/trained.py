@@ -22,7 +22,7 @@ from gpt.config import TrainConfig
 from gpt.conversion.source import read_run
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
-from launch.runs.find import runs_inside
+from launch.runs.find import runs_inside, runs_labelled
 from launch.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -48,13 +48,16 @@ def load_model(
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
-    """Open the run folder at ``path`` and read the config it was made with.
+    """Open the run folder at ``path``, or of the run with that label, and read the config it was made with.
 
     Raises:
         ConfigError: there is none, or one of another program; names the runs below ``path`` where it is the folder of
             a sweep.
     """
-    folder = RunFolder(Path(path).expanduser().absolute())
+    given = Path(path).expanduser()
+    if not given.exists():  # it may be the label of a run, as for every command of the launcher
+        given = next(iter(runs_labelled(given)), given)
+    folder = RunFolder(given.absolute())
     if not folder.config.is_file():
         inside = [run for run in runs_inside(folder.path) if run != folder.path]
         found = (

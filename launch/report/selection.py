@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 
 from launch.errors import ConfigError
-from launch.runs.find import is_run, runs_inside
+from launch.runs.find import OUTPUTS, is_run, runs_inside
 from launch.runs.sweeps import CURRENT, Sweep, current_sweep, read_sweeps
 
 MAX_OTHERS = 8
@@ -117,7 +117,7 @@ def paths(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
 
 def suggestion(folder: Path) -> str:
     """A command that works: for the newest folder with runs at or below ``folder``, or to make one."""
-    near = [folder, *folder.iterdir()] if folder.is_dir() else []
+    near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if fitting:
         return f"python -m launch.report {max(fitting, key=lambda path: path.stat().st_mtime)}"

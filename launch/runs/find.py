@@ -35,10 +35,19 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             raise ConfigError(
                 f"no run in {path}" if path.is_dir() else f"no folder {path}",
                 "a run folder, or a folder with runs in it",
-                "python -m launch -m nodes=1,2, to make some in outputs/",
+                suggestion(path),
             )
         found |= {folder: RunFolder(folder) for folder in inside}
     return list(found.values())
+
+
+def suggestion(path: Path) -> str:
+    """Propose what to type in place of a path without runs: the same below ``outputs``, a list of runs, or a run."""
+    if not path.is_absolute() and path.parts[:1] != OUTPUTS.parts and runs_inside(OUTPUTS.absolute() / path):
+        return f"{OUTPUTS / path}, which is there"
+    if runs_inside(OUTPUTS.absolute()):
+        return f"python -m launch.status {OUTPUTS}, which lists the runs that are there"
+    return "python -m launch -m nodes=1,2, to make some in outputs/"
 
 
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
@@ -114,7 +123,9 @@ def _search(folder: Path, depth: int) -> Iterator[Path]:
 
 def is_run(folder: Path) -> bool:
     """Tell the folder of one run from others."""
-    return any((folder / name).exists() for name in ("metrics", "attempts", "plan.json"))
+    if any((folder / name).exists() for name in ("attempts", "plan.json")):
+        return True
+    return any((folder / "metrics").glob("rank_*.jsonl"))  # other folders are called metrics too: that of gpt/ is
 
 
 def natural(name: str) -> list[tuple[int, str]]:

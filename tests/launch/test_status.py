@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from launch.errors import ConfigError
 from launch.jobs.handles import JobStatus, LocalQueueEntry, SlurmJob
 from launch.jobs.status import find_run_status, outcome
+from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
@@ -92,6 +94,19 @@ def test_refused_in_words(words: list[str], said: str, tmp_path: Path) -> None:
     text = run(words[0], *words[1:], cwd=tmp_path, status=2)
     assert said in text and "Traceback" not in text
     assert not (tmp_path / "outputs").exists()
+
+
+def test_where_runs_are_is_said_to_whom_looks_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert suggestion(Path("s")).startswith("python -m launch -m nodes=1,2")
+    (tmp_path / "gpt" / "metrics").mkdir(parents=True)  # as in the checkout
+    RunFolder(tmp_path / "outputs" / "s" / "default").create_attempt()
+    assert [run.path for run in find_runs([Path()])] == [tmp_path / "outputs" / "s" / "default"]
+    for word, fix in (("s/t", "python -m launch.status outputs,"), ("t", "python -m launch.status outputs,")):
+        with pytest.raises(ConfigError) as refused:
+            find_runs([Path(word)])
+        assert refused.value.fix.startswith(fix)
+    assert suggestion(Path("s")) == "outputs/s, which is there"
 
 
 def test_a_rank_that_the_run_does_not_have_is_refused_with_one_that_it_has(tmp_path: Path) -> None:

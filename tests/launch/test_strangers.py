@@ -194,7 +194,7 @@ def test_files_can_be_written_by_their_owner_only_whatever_the_umask(tmp_path: P
     open_to_all = tmp_path / "shared"
     open_to_all.mkdir()
     write_json(tmp_path / "note.json", {"token": "x"}, mode=0o600)
-    for umask, readable in ((0o000, 0o644), (0o007, 0o640), (0o077, 0o600)):
+    for umask, readable in ((0o000, 0o644), (0o002, 0o644), (0o007, 0o640), (0o077, 0o600)):
         os.umask(umask)
         deny_others_writing()
         write_json(tmp_path / "plan.json", {})

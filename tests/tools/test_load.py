@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gpt.conversion.source import find_source
-from gpt.conversion.trained import load_model
+from gpt.conversion.trained import load_model, open_run
 from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
 from tests.support.weights import read_weights
 
 
@@ -69,3 +70,13 @@ def test_the_run_of_another_program_is_no_damaged_run_of_ours(tmp_path: Path) ->
     config.write_text("workload: {_target_: gpt.workload.GptWorkload}\nmodel: {}\n")
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         load_model(tmp_path / "run")
+
+
+def test_a_label_is_as_good_as_a_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for point, typed in (("cut-1", "seed=1"), ("cut-2", "seed=2")):
+        shutil.copytree(trained / ".hydra", tmp_path / "outputs" / "s" / point / ".hydra")
+        RunFolder(tmp_path / "outputs" / "s" / point).create_attempt()
+        (tmp_path / "outputs" / "s" / point / ".hydra" / "overrides.yaml").write_text(f"[{typed}]")
+    monkeypatch.chdir(tmp_path)
+    assert open_run("seed=2")[0].path == tmp_path / "outputs" / "s" / "cut-2"
+    assert open_run("outputs/s/seed=1")[0].path == tmp_path / "outputs" / "s" / "cut-1"
