@@ -18,7 +18,7 @@ from rich.table import Table
 
 from launch.errors import CommandParser, refusing
 from launch.jobs.adoption import adopt_found
-from launch.jobs.display import duration
+from launch.jobs.display import duration, quiet_text
 from launch.jobs.handles import SlurmJob
 from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
 from launch.runs.find import find_runs, natural
@@ -53,6 +53,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         **{f"{unit}_per_s": point.latest.get(f"{unit}_per_s") for unit in UNITS},
         "loss": point.latest.get("loss"),
         "eta_s": point.eta_s,
+        "quiet_s": point.quiet_s,
         "not_restarted": point.why_not_restarted(),
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
@@ -97,6 +98,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     lines = [f"{known['state']}{where}{why}"] if where or why else []
     lines += [known["advice"]] if "advice" in known else []
     lines += [known["damage"]] if "damage" in known else []
+    lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
     failure = known.get("failure")
     if failure is not None:
         step = f" after step {failure['step']}" if failure.get("step") is not None else ""

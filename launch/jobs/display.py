@@ -44,9 +44,16 @@ def progress_text(point: RunStatus) -> str:
         known.append(f"{speed[0]:>9,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s")
     if point.latest.get("loss") is not None:
         known.append(f"loss {point.latest['loss']:.4f}")
-    if point.eta_s and not point.is_over:
+    if point.quiet_s is not None:
+        known.append(quiet_text(point.quiet_s))
+    elif point.eta_s and not point.is_over:
         known.append(f"ETA {duration(point.eta_s)}")
     return "  ".join(known)
+
+
+def quiet_text(seconds: float) -> str:
+    """What a run may be doing that made no step for so long, while its agents are not sure yet."""
+    return f"no step for {seconds:.0f} s: an evaluation, a checkpoint, a hang, or a lost node"
 
 
 def step_text(point: RunStatus) -> str:
@@ -101,8 +108,9 @@ class Display:
             return
         state, last_step, at = self._shown.get(id(point), ("", -1, 0.0))
         moved = step != last_step and time.monotonic() - at >= PLAIN_LINE_S
-        if state_text(point) != state or moved:
-            self._shown[id(point)] = (state_text(point), step, time.monotonic())
+        seen = f"{state_text(point)}{' without steps' if point.quiet_s is not None else ''}"
+        if seen != state or moved:
+            self._shown[id(point)] = (seen, step, time.monotonic())
             self._console.print(plain_line(point), highlight=False, soft_wrap=True)
 
     def _show_changes(self, point: RunStatus) -> None:

@@ -7,6 +7,7 @@ has forgotten a job, the event log decides. Changes nothing.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from shlex import quote
@@ -29,6 +30,9 @@ DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent
 """Events of which the last one tells whether an agent works on the run, or is going to."""
 OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
 ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
+QUIET_S, QUIET_STEPS = 15.0, 10
+"""Time without a step, in seconds and in steps, after which a status says so; the agents need longer to be sure of a
+lost node (``resilience.node_timeout_s``)."""
 
 
 @dataclass
@@ -59,6 +63,8 @@ class RunStatus:
     latest: dict[str, Any] = field(default_factory=dict)
     """The newest record of rank 0 since this submission."""
     eta_s: float | None = None
+    quiet_s: float | None = None
+    """Seconds since the newest step of a running attempt, where that is far more than a step takes; otherwise None."""
     label: str = ""
     """Label that sets the point apart from those beside it; empty where its folder's name does."""
     resumes: bool = True
@@ -228,6 +234,8 @@ def silence_text(point: RunStatus) -> str:
     )
 
 
+TOLD = ("attempt_ended", "started", "finished", "stopped")
+"""Events after which nobody expects a further step of the attempt."""
 PLACED = ("submitted", "moved", "gave_up", "stayed")
 """Events that say where a point waits: the last of them holds."""
 
@@ -323,15 +331,25 @@ def outcome(point: RunStatus) -> str:
 
 def read_steps(point: RunStatus) -> None:
     """Read the newest steps, and from their times when the rest of a running point will be done."""
-    point.eta_s = None
+    point.eta_s = point.quiet_s = None
     records = recent_records(point.folder.metrics(0))
     new = [record for record in records if record["attempt"] > point.attempts_before]
     if new:
         point.latest = new[-1]
-        if point.max_steps is not None and point.state == "running":
-            times = [record["step_time_s"] for record in new if record.get("step_time_s") is not None]
-            left = point.max_steps - point.latest["step"]
-            point.eta_s = left * statistics.median(times) if times else None
+        times = [record["step_time_s"] for record in new if record.get("step_time_s") is not None]
+        if times and point.state == "running":
+            usual = statistics.median(times)
+            point.quiet_s = time_without_step(point, usual)
+            point.eta_s = None if point.max_steps is None else (point.max_steps - point.latest["step"]) * usual
+
+
+def time_without_step(point: RunStatus, usual: float) -> float | None:
+    """Seconds since the newest step, where steps take ``usual`` seconds and should have been made; otherwise None."""
+    quiet = time.time() - point.latest["time"]
+    if quiet < max(QUIET_S, QUIET_STEPS * usual):
+        return None
+    told = any(e["event"] in TOLD and e["time"] > point.latest["time"] for e in point.events())
+    return None if told else quiet
 
 
 def saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:

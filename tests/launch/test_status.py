@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.errors import ConfigError
+from launch.jobs.display import plain_line
 from launch.jobs.handles import JobStatus, LocalQueueEntry, SlurmJob
-from launch.jobs.status import find_run_status, outcome
+from launch.jobs.status import RunStatus, find_run_status, outcome, read_steps
+from launch.runs.files import append_json_lines
 from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
+from launch.status import as_dict, notes
 from tests.launch.test_failures import LONG, start_long_run
 from tests.support.commands import descendants, ranks_of, run, start_fork, wait_for
 
@@ -57,6 +61,33 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     assert [r["state"] for r in status(folder.path, cwd=tmp_path)] == ["cancelled"]
     assert "nothing to cancel, cancelled" in run("launch.cancel", str(folder.path), cwd=tmp_path)
     assert "nothing waits any more" in run("launch.move", str(folder.path), cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ago", "step_s", "told", "is_quiet"),
+    [
+        (40.0, 0.2, None, True),
+        (5.0, 0.2, None, False),  # too soon to say
+        (40.0, 10.0, None, False),  # steps take long
+        (40.0, 0.2, "attempt_ended", False),  # the agents know more
+    ],
+)
+def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
+    ago: float, step_s: float, told: str | None, is_quiet: bool, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    last = time.time() - ago
+    steps = [{"step": n, "attempt": 1, "time": last - (3 - n) * step_s, "step_time_s": step_s} for n in (1, 2, 3)]
+    append_json_lines(folder.metrics(0), steps)
+    append_json_lines(folder.events, [{"event": "started", "attempt": 1, "time": last - 60}])
+    if told is not None:
+        folder.record_event(told, attempt=1)
+    point = RunStatus(folder, state="running", max_steps=100)
+    read_steps(point)
+    text = "no step for 4"
+    assert (point.quiet_s is not None) is is_quiet
+    assert (text in plain_line(point)) is is_quiet and ("ETA" in plain_line(point)) is not is_quiet
+    assert any(text in note for note in notes(as_dict(point))) is is_quiet
 
 
 def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path) -> None:
