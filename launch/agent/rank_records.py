@@ -145,6 +145,14 @@ def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
     return any(e["event"] in ends and e.get("attempt") == attempt for e in folder.read_events())
 
 
+TERMINATED = "terminate called without an active exception"
+"""The last words of a process whose C++ threads are ended for them, as Python's end does to threads that want it."""
+THREADS_LEFT = (
+    "; where its work was done, threads of its process group were alive when Python ended: let go of the model, and "
+    "call torch.distributed.destroy_process_group(), at the end of the script"
+)
+
+
 def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
     """Cause and traceback of a rank's failure: from the error file that torch's @record writes, or from its log."""
     message = failure.error_file_data.get("message") if failure.error_file_data else None
@@ -153,7 +161,8 @@ def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
     number = -failure.exitcode
     end = tail(log)
     if number > 0:
-        return f"killed by {signal.Signals(number).name}", end
+        hint = THREADS_LEFT if number == signal.SIGABRT and end.rstrip().endswith(TERMINATED) else ""
+        return f"killed by {signal.Signals(number).name}{hint}", end
     last = LAST_LINE.findall(end)
     return (f"{last[-1]} (exit status {failure.exitcode})" if last else f"exit status {failure.exitcode}"), end
 

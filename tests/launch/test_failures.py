@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from launch.agent.rank_records import failure_message
 from launch.jobs.status import RunStatus
 from launch.jobs.stop import leaving_text, next_start_text
 from launch.runs.folder import RunFolder
@@ -201,3 +203,14 @@ def test_a_loss_that_diverges_again_after_one_restart_stops_the_run(tmp_path: Pa
     assert len({e["step"] for e in events if e["event"] == "rank_failed"}) == 1, "the same step"
     assert "FloatingPointError: found: the loss of step" in text and "type next: optim.lr=3.3e+29" in text
     assert "diverged 2 times, and resilience.max_restarts.diverged=1" in text
+
+
+def test_a_process_that_aborts_as_python_ends_is_told_what_to_do(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("step 60: loss 0.5\nterminate called without an active exception\n")
+    aborted = ProcessFailure(0, 1, -signal.SIGABRT, "/dev/null")
+    cause, trace = failure_message(aborted, log)
+    assert cause.startswith("killed by SIGABRT; ") and "torch.distributed.destroy_process_group()" in cause
+    assert trace.startswith("step 60")
+    log.write_text("terminate called without an active exception\nsaving\n")
+    assert failure_message(aborted, log)[0] == "killed by SIGABRT", "it went on after that"
