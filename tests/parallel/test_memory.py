@@ -17,8 +17,6 @@ from tests.support.holding import held_bytes, living_bytes
 from tests.support.learning import BATCH, MODELS, compose, start_composed, step
 
 WORDS = ["model.n_head=4", "optim.max_micro_batch=2"]
-HALVES = "optim.max_micro_batch=4"
-"""In what is held after a step, micro-batches do not count; a pipeline of two stages has at least two."""
 LAYERS = "model.n_layer=4"
 """For pipelines, some of which have two stages on each of two ranks."""
 LAYOUTS = {
@@ -62,7 +60,7 @@ Cases = dict[tuple[str, ...], TrainConfig]
 
 def config_of(name: str, model: str) -> TrainConfig:
     layers = [LAYERS] if "pp" in name.split() else []
-    return compose(*WORDS, HALVES, *layers, *LAYOUTS[name].split(), *MODELS[model])
+    return compose(*WORDS, *layers, *LAYOUTS[name].split(), *MODELS[model])
 
 
 def hold(rank: int, size: int, folder: Path, cases: Cases) -> dict[tuple[str, ...], tuple[int, int, int]]:
