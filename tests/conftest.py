@@ -6,6 +6,7 @@ And the order of the files, which the workers take from the front, and the mark 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -15,6 +16,9 @@ from launch.runs import unwritten
 from tests.support.commands import STARTED, kill_all
 from tests.support.cost import is_quick, seconds
 
+# Where containers set this, every interpreter that a test starts would compile all of this project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Before torch is imported. With two threads the last bits differed in 1 of 19 runs, and the workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

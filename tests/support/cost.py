@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -86,8 +87,12 @@ def is_quick(item: pytest.Item) -> bool:
     if not isinstance(item, pytest.Function) or seconds(item.path) or item.path.parent.name == WAITS:
         return False
     fixtures = [found.func for every in item._fixtureinfo.name2fixturedefs.values() for found in every]
-    seen: set[object] = set()
-    return not any(_starts(function, seen) for function in (item.function, *fixtures))
+    return not any(_starts_anything(function) for function in (item.function, *fixtures))
+
+
+@cache
+def _starts_anything(function: Callable[..., Any]) -> bool:
+    return _starts(function, set())
 
 
 def _starts(function: Callable[..., Any], seen: set[object]) -> bool:
