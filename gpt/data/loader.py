@@ -30,6 +30,8 @@ from launch.errors import ConfigError
 Split = Literal["train", "val"]
 Indices = npt.NDArray[np.int64]
 
+MOST_OPEN = 128
+"""Files of a split that a rank keeps open. The kernel keeps the pages of those that were closed, too."""
 SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # an odd constant (Knuth's MMIX multiplier): sources of one size differ in order
 
 
@@ -47,8 +49,8 @@ def train_indices(step: int, rank: int, batch: Batch) -> Indices:
 class Windows:
     """The samples of one split of one source: windows of T tokens that do not overlap and lie in one file each.
 
-    Tokens at the end of a file that fill no window are not used. A file is opened when a window of it is read first: a
-    corpus may have thousands, and every rank would open them all.
+    Tokens at the end of a file that fill no window are not used. A file is opened when a window of it is read, and
+    those that were read last stay open: a corpus may have thousands, and each takes a descriptor of every rank.
 
     Raises:
         ConfigError: the first file is missing or cut short on this machine.
@@ -82,9 +84,11 @@ class Windows:
     def _find(self, position: int) -> tuple[TokenFile, int]:
         """Return the file of a window, and the first of its tokens there."""
         number = int(np.searchsorted(self._first, position, side="right")) - 1
-        if number not in self._files:
-            self._files[number] = TokenFile(self._segments[number])
-        return self._files[number], (position - int(self._first[number])) * self.block_size
+        file = self._files.pop(number, None) or TokenFile(self._segments[number])
+        self._files[number] = file  # the one that was read last comes last
+        if len(self._files) > MOST_OPEN:
+            del self._files[next(iter(self._files))]
+        return file, (position - int(self._first[number])) * self.block_size
 
 
 class TokenFile:

@@ -19,7 +19,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
 
 ECHO = re.compile(
-    r"closed by peer|reset by peer|broken pipe|connection refused|recv.*timed? ?out|DistBackendError|NCCL|"
+    r"closed by peer|reset by peer|connect timeout|broken pipe|connection refused|recv.*timed? ?out|DistBackendError|NCCL|"
     r"socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|rank .* failed",
     re.IGNORECASE,
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpt.config import DataConfig, OptimConfig, Source, TokenizerKind
 from gpt.data.corpus import prepare
 from gpt.data.formats.prepared import Tokens, open_tokens
-from gpt.data.loader import Samples, train_indices
+from gpt.data.loader import MOST_OPEN, Samples, train_indices
 from gpt.data.preprocessing.prepare import prepare as prepare_folder
 from gpt.data.preprocessing.spec import build_spec
 from gpt.topology.batch import Batch, split_batch
@@ -113,6 +113,23 @@ def test_a_shard_is_opened_when_it_is_first_read(tmp_path: Path) -> None:
     (tmp_path / "c.bin").write_bytes(b"short")
     with pytest.raises(ConfigError, match=r"c\.bin is missing or cut short"):
         windows.read(20)
+
+
+def test_a_corpus_of_more_files_than_descriptors_is_read(tmp_path: Path) -> None:
+    count = MOST_OPEN + 20
+    for number in range(count):
+        np.full(24, number, dtype=np.uint16).tofile(tmp_path / f"{number:03}.bin")
+    config = DataConfig(source=Source.tokens, path=str(tmp_path / "*.bin"), val_fraction=0.05)
+    windows = Samples(open_tokens(config), block_size=20, seed=1)._train[0]
+    assert len(windows) > MOST_OPEN
+    for _ in range(2):  # in the second round every file is opened again
+        assert [windows.read(position)[0] for position in range(len(windows))] == list(range(len(windows)))
+        last = {f"{number:03}.bin" for number in range(len(windows) - MOST_OPEN, len(windows))}
+        assert open_files(tmp_path) == last
+    windows.read(len(windows) - MOST_OPEN)
+    windows.read(0)  # in the place of the one that was not read for longest
+    assert f"{len(windows) - MOST_OPEN:03}.bin" in open_files(tmp_path)
+    assert f"{len(windows) - MOST_OPEN + 1:03}.bin" not in open_files(tmp_path)
 
 
 def test_bits_per_byte_count_the_bytes_of_the_targets(tmp_path: Path) -> None:
