@@ -19,8 +19,8 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
 
 ECHO = re.compile(
-    r"closed by peer|reset by peer|connect timeout|broken pipe|connection refused|recv.*timed? ?out|DistBackendError|NCCL|"
-    r"socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|rank .* failed",
+    r"closed by peer|reset by peer|broken pipe|connection refused|connect timeout|recv.*timed? ?out|DistBackendError|"
+    r"NCCL|socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|rank .* failed",
     re.IGNORECASE,
 )
 
