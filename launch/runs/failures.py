@@ -20,7 +20,8 @@ from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
 
 ECHO = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|connect timeout|recv.*timed? ?out|DistBackendError|"
-    r"NCCL|socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|rank .* failed",
+    r"NCCL|socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|"
+    r"rank .* failed",
     re.IGNORECASE,
 )
 
