@@ -24,8 +24,8 @@ from launch.worker import Run
 from tests.support.commands import ROOT, TINY, environment
 
 STEPS = 1000
-RECORDED_S = 26.0
-"""Just before a rank above 0 would write again: the waits of its writer begin with a quarter second and double."""
+RECORDED_S = 23.5
+"""Just before a rank above 0 writes again: the waits of its writer begin with a quarter second and double, up to 8."""
 HANG_S = 5.0
 BASE_S, SLOW_S = 0.5, 0.03
 SEQUENCES, TOKENS, PER_NODE = 8, 2048, 8
@@ -76,6 +76,8 @@ def lost_by_a_kill() -> tuple[str, bool]:
         with log.open("w") as out:
             env = environment(PYTHONPATH=str(ROOT))
             process = subprocess.Popen([sys.executable, "-c", RECORDING, f"{name}/run"], stdout=out, env=env)
+            while not log.stat().st_size and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(RECORDED_S)
             process.kill()
             process.wait()

@@ -22,6 +22,5 @@ def test_a_row_that_fails_is_not_reached() -> None:
 
 
 def test_the_command_for_gpus_stands_in_the_readme() -> None:
-    assert re.search(
-        rf"python -m launch -m nodes=\S+ {' '.join(map(re.escape, GPUS))}", (ROOT / "README.md").read_text()
-    )
+    words = " ".join(map(re.escape, GPUS))
+    assert re.search(rf"python -m launch -m nodes=\S+ {words}", (ROOT / "README.md").read_text())
