@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launch.config import BudgetConfig, Config
 from launch.errors import ConfigError
 from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
+
+if TYPE_CHECKING:  # which a report, that reckons too, need not load with Hydra
+    from launch.config import BudgetConfig, Config
 
 SILENT_S = 300.0
 """An allocation that gave no heartbeat for so long, or for ten polls, is over."""

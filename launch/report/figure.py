@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from launch.report.run_figure import draw_run
 from launch.report.style import COLORS, GREY
 from launch.report.table import Row, ScalingTable
+from launch.report.time_figure import draw_times, height
 from launch.report.views import efficiency
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -36,19 +37,26 @@ SeriesRows = Mapping[str, Sequence[Row]]
 
 def draw(table: ScalingTable) -> bytes:
     """Draw the figure and return it as PNG."""
-    figure = Figure(figsize=(11.0, 5.2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    timed = [row for row in table.rows if row.goodput is not None]
+    inches = height(timed) if timed else 0.0
+    figure = Figure(figsize=(11.0, 5.2 + inches), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     FigureCanvasAgg(figure)
     series = _with_figures(table)
     heading = "\n".join(heading for heading, _ in table.sections())
     figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
     conditions = "\n".join(textwrap.wrap(table.conditions, 160))
     figure.supxlabel(conditions, fontsize=8, color=GREY, x=0.01, ha="left")
+    above: FigureBase = figure
+    if timed:
+        panes: Any = figure.subfigures(2, 1, height_ratios=(5.2, inches))
+        above, below = panes
+        draw_times(below, timed)
     if len(table.rows) == 1 and table.details:
-        draw_run(figure, table.details[0])
+        draw_run(above, table.details[0])
     elif series:
-        _draw_panels(figure, table, series)
+        _draw_panels(above, table, series)
     else:
-        figure.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
+        above.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
@@ -79,7 +87,7 @@ def _panels(table: ScalingTable, series: SeriesRows) -> list[Callable[[Axes], No
     return [*first, efficiencies if has_efficiency else partial(_draw_step_times, series=series)]
 
 
-def _draw_panels(figure: Figure, table: ScalingTable, series: SeriesRows) -> None:
+def _draw_panels(figure: FigureBase, table: ScalingTable, series: SeriesRows) -> None:
     panels = _panels(table, series)
     rows = [row for of_series in series.values() for row in of_series]
     every = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.environment import Environment, read_environment
+from launch.report.goodput import Goodput, measure_goodput
 from launch.report.readings import RankTimes, Step
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
@@ -58,6 +59,8 @@ class Point:
     run_time_s: float | None = None
     """Time that its ranks ran, from the start to the end of each attempt, added up; None while they still do."""
     attempts: int = 0
+    goodput: Goodput | None = None
+    """Where its time went; None where no agent entered what was allocated."""
     rank_times: RankTimes | None = None
     """Times of each rank beside those of the others; None where fewer than two recorded the same steps."""
     cluster: str | None = None
@@ -108,6 +111,7 @@ def read_point(path: Path) -> Point:
         attempts=len(setups),
         rank_times=reading.rank_times,
         cluster=_cluster(events),
+        goodput=measure_goodput(run, events),
     )
 
 

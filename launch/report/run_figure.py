@@ -6,7 +6,7 @@ Owns the drawing. Must not compute figures.
 from __future__ import annotations
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 from launch.report.details import RunDetail
 from launch.report.rank_times import LEAST_SHARE
@@ -18,7 +18,7 @@ NAMED_RANKS = 4
 """Slow ranks whose rows get a label: more would cover each other."""
 
 
-def draw_run(figure: Figure, found: RunDetail) -> None:
+def draw_run(figure: FigureBase, found: RunDetail) -> None:
     """Draw the panels of one run: the distribution of step times and, with several ranks, the heat map."""
     if found.rank_times is None:
         axes = figure.subplots(1, 2)
@@ -52,7 +52,7 @@ def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
     _style(axes)
 
 
-def _draw_heat_map(figure: Figure, axes: Axes, found: RunDetail, times: RankTimes) -> None:
+def _draw_heat_map(figure: FigureBase, axes: Axes, found: RunDetail, times: RankTimes) -> None:
     """Ranks from top to bottom, the run from left to right; the color is the time above the median of all ranks."""
     axes.set_title("Own time of each rank above the median of all", fontsize=11)
     axes.set_xlabel("step")

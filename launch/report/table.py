@@ -72,6 +72,36 @@ class Row:
     noisy: bool | None = None
     """True where the step times of the point, or of the smallest one, differ too much for an exact efficiency; None
     where none is claimed."""
+    goodput: float | None = None
+    """Share of the allocated time in steps that count."""
+    gpu_hours: float | None = None
+    """Of all allocations, from the start of each to its end."""
+    cost: float | None = None
+    """In the currency of cluster.price_per_gpu_hour."""
+    cost_per_billion: float | None = None
+    """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
+    waiting_s: float | None = None
+    """Waiting for nodes, from the submission or the end of the allocation before. This and the next eight add up to
+    the time from the submission to the end; one that is zero is None."""
+    start_s: float | None = None
+    """From the allocation to the first step."""
+    steps_s: float | None = None
+    """In steps that count."""
+    lost_s: float | None = None
+    """In steps that were lost with their attempt and done again."""
+    saves_s: float | None = None
+    evaluations_s: float | None = None
+    restarts_s: float | None = None
+    """From the last step of an attempt to the first of the next, and the starts of later allocations."""
+    shutdown_s: float | None = None
+    """From the last step, or its save, to the end of the allocation."""
+    other_s: float | None = None
+    """Between steps, for a reason that no record tells."""
+
+    def part_s(self, part: str) -> float | None:
+        """Seconds of one of ``goodput.PARTS``."""
+        value: float | None = getattr(self, f"{part}_s")
+        return value
 
 
 @dataclass(frozen=True)
@@ -191,8 +221,27 @@ def _row(series: Series, member: MeasuredPoint) -> Row:
         run_time_s=point.run_time_s,
         attempts=point.attempts,
         label=point.title,
+        **_time_figures(point),
         **(_run_time_figures(series, member) if member.figures is None else _figures(series, member, member.figures)),
     )
+
+
+def _time_figures(point: Point) -> dict[str, Any]:
+    """Where the time went, and what that cost."""
+    found = point.goodput
+    if found is None:
+        return {}
+    works = [step.work for step in point.steps if step.work is not None]
+    # A billion tokens cost what the whole run did, over all of its work: half of the steps would make it dear.
+    is_whole = bool(works) and len(works) == point.last_step
+    dear = found.cost is not None and is_whole and found.cost / (sum(works) / 1e9)
+    return {
+        "goodput": found.goodput,
+        "gpu_hours": found.gpu_hours,
+        "cost": found.cost,
+        "cost_per_billion": dear or None,
+        **{f"{part}_s": value for part, value in found.seconds.items()},
+    }
 
 
 def _figures(series: Series, member: MeasuredPoint, figures: Measurement) -> dict[str, Any]:

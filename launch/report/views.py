@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.report.details import RunDetail
+from launch.report.goodput import PARTS
 from launch.report.table import Row, ScalingTable
 
 UNAVAILABLE = "unavailable"
@@ -166,9 +167,38 @@ def markdown(table: ScalingTable) -> str:
         blocks.append(f"# {heading}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     blocks += filter(None, (table.conditions, table.selection.text))
     blocks.append("\n".join(f"- {note}" for note in table.notes))
+    blocks += filter(None, [_times_table(table)])
     if len(table.rows) == 1:
         blocks += [block for found in table.details for block in _detail_blocks(found)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _times_table(table: ScalingTable) -> str:
+    """Tell where the time of the points went, and what it cost, as a table; empty where nothing is known of it."""
+    rows = [row for row in table.rows if row.goodput is not None]
+    if not rows:
+        return ""
+    parts = [part for part in PARTS if any(row.part_s(part) for row in rows)]
+    cells = [["point", *(PARTS[part] for part in parts), "in all", "goodput"], [":---", *["---:"] * (len(parts) + 2)]]
+    money = {
+        "gpu_hours": "GPU-hours",
+        "cost": "cost",
+        "cost_per_billion": f"cost of a billion {table.unit}",
+    }
+    money = {name: title for name, title in money.items() if any(getattr(row, name) is not None for row in rows)}
+    cells[0] += money.values()
+    cells[1] += ["---:"] * len(money)
+    for row in rows:
+        total = sum(row.part_s(part) or 0.0 for part in parts)
+        spent = [row.part_s(part) or 0.0 for part in parts]
+        shares = [f"{run_time(value)} ({100 * value / total:.1f} %)" for value in spent]
+        amounts = [_amount(getattr(row, name)) for name in money]
+        cells.append([row.label or row.point, *shares, run_time(total), percent(row.goodput), *amounts])
+    return "## Where the time went\n\n" + _lines(cells)
+
+
+def _amount(value: float | None) -> str:
+    return UNAVAILABLE if value is None else f"{value:,.2f}"
 
 
 def _detail_blocks(found: RunDetail) -> list[str]:

@@ -45,11 +45,11 @@ class RecordColumns:
         return len(self.steps)
 
 
-def read_columns(path: Path, fields: Sequence[str]) -> RecordColumns | None:
+def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns | None:
     """Read the numbers of ``fields`` from the records of one rank; None where there is no record.
 
     The same records count as for ``records.read_records``: lines torn by a crash are passed over, and of a step that
-    was done again the record of the later attempt counts.
+    was done again the record of the later attempt counts; with ``every`` all are there, as the file has them.
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
     parts, offset = [], 0
@@ -63,8 +63,8 @@ def read_columns(path: Path, fields: Sequence[str]) -> RecordColumns | None:
     values = np.concatenate([part.values for part in parts])
     known = np.concatenate([part.known for part in parts])
     starts = np.concatenate([part.starts for part in parts])
-    if not (np.diff(values[:, 0]) > 0).all():
-        kept = _latest(values[:, 0], values[:, 1])
+    if not every and not (np.diff(values[:, 0]) > 0).all():
+        kept = latest_records(values[:, 0], values[:, 1])
         values, known, starts = values[kept], known[kept], starts[kept]
     with path.open("rb") as file:
         file.seek(int(starts[-1]))
@@ -78,7 +78,7 @@ def read_columns(path: Path, fields: Sequence[str]) -> RecordColumns | None:
     )
 
 
-def _latest(steps: Floats, attempts: Floats) -> Integers:
+def latest_records(steps: Floats, attempts: Floats) -> Integers:
     """Indices of the records that count, by step: of the latest attempt, and of its lines the last."""
     order = np.lexsort((np.arange(len(steps)), attempts, steps))
     is_last: Integers = order[np.append(np.diff(steps[order]) > 0, True)]
