@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 
 class PerPointLauncher(Launcher):
@@ -29,19 +29,14 @@ class PerPointLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose, submit, watch and report the points. Raises where one does not finish."""
         from launch.config.compose import typed_form
+        from launch.config.sweep_points import compose_points
         from launch.sweep import run_sweep
 
         assert self.context is not None and self.config is not None
         setup_globals()
-        points = []
-        for overrides in job_overrides:
-            composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-            typed = [
-                typed_form(text) for text in filter_overrides([str(text) for text in composed.hydra.overrides.task])
-            ]
-            composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-            points.append((composed, typed))
-        run_sweep(points)
+        composed = compose_points(self.context.config_loader, self.config, job_overrides)
+        typed = [[typed_form(text) for text in filter_overrides(list(map(str, point)))] for point in job_overrides]
+        run_sweep(list(zip(composed, typed, strict=True)))
         return [done(overrides) for overrides in job_overrides]
 
 

@@ -63,6 +63,11 @@ def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
     """
     names = [field.name for field in dataclasses.fields(cast(Any, schema))]
     try:
+        if OmegaConf.get_type(config) is schema and set(map(str, config)) <= set(names):
+            # Composed over this schema: its values have their types already, and a merge would copy them all twice.
+            composed = OmegaConf.to_object(config)
+            assert isinstance(composed, schema)
+            return composed
         known = OmegaConf.masked_copy(config, [name for name in names if name in config])
         merged = OmegaConf.merge(structured(cast(Any, schema)), known)  # merge copies its first argument
         assert isinstance(merged, DictConfig)
