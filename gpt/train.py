@@ -34,7 +34,7 @@ with lasting_imports():
     from gpt.model.gpt import GPT
     from gpt.parallel.compile import prepare_blocks
     from gpt.parallel.distributed import World, open_world
-    from gpt.topology.batch import split_batch
+    from gpt.topology.batch import settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
     from gpt.training.evaluation import mean_loss
@@ -65,6 +65,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
     set_matmul_precision(config)
     dims = check_parallel_dims(config, world.size)
     batch = split_batch(config.optim, dims.data_ranks)
+    config = settle_steps(config, batch)
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)
@@ -202,7 +203,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
             world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
             run = build(config, folder, world, attempt, rank)
             describe_attempt(run)
-            if run.step >= config.optim.max_steps:
+            if run.step >= run.config.optim.max_steps:
                 if world.is_first:
                     print(f"already finished: {folder.path} has all {run.step} steps", flush=True)
                 rank.finished(run.step)

@@ -14,9 +14,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from gpt.config import ParallelConfig, TrainConfig
+from launch.errors import ConfigError
 from launch.runs.compose import make_absolute, refuse_unknown
 from launch.runs.explain import CONFIG_ERRORS, explain
-from launch.runs.overrides import PLACE_KEYS, append_groups
+from launch.runs.overrides import PLACE_KEYS, append_groups, typed_value
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
@@ -41,7 +42,19 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     refuse_unknown(config, TrainConfig)
     tell_former_keys(adopt_former_keys(config))
     make_paths_absolute(config)
+    refuse_two_lengths(config.optim.max_tokens, overrides)
     return config
+
+
+def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> None:
+    """Raise ConfigError where a number of steps is typed for a run whose length is given in tokens."""
+    steps = typed_value(overrides, "optim.max_steps")
+    if max_tokens is not None and steps is not None:
+        raise ConfigError(
+            f"optim.max_steps={steps} with optim.max_tokens={max_tokens:g}",
+            "one of the two: the number of steps follows from the tokens and the global batch",
+            f"optim.max_tokens={max_tokens:g}, or optim.max_steps={steps} optim.max_tokens=null",
+        )
 
 
 def make_paths_absolute(config: DictConfig) -> None:

@@ -19,7 +19,9 @@ class OptimConfig:
     """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then a cosine to ``min_lr``."""
 
     max_steps: int = MISSING
-    """Number of optimizer steps."""
+    """Number of optimizer steps; without effect where ``max_tokens`` is given."""
+    max_tokens: Optional[float] = None
+    """Tokens to train on, instead of a number of steps: as many steps of the global batch as that takes."""
     global_batch: int = MISSING
     """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
     max_micro_batch: int = MISSING
@@ -45,6 +47,8 @@ class OptimConfig:
         """Raise ConfigError where a number is out of its range."""
         for key in ("max_steps", "global_batch", "max_micro_batch", "lr"):
             require_positive(f"optim.{key}", getattr(self, key))
+        if self.max_tokens is not None:
+            require_range("optim.max_tokens", self.max_tokens, 1.0, 1e18)
         for key in ("min_lr", "warmup_steps", "weight_decay", "grad_clip"):
             require_range(f"optim.{key}", getattr(self, key), 0.0, float("inf"))
         require_range("optim.beta1", self.beta1, 0.0, 0.9999999)

@@ -213,8 +213,8 @@ class TrainConfig(RunConfig):
             )
         require_range("gc_interval", self.gc_interval, 0, float("inf"))
         require_positive("profile_from", self.profile_from)
-        if self.profile and not self.profile_from <= self.profile_to <= self.optim.max_steps:
-            last = self.optim.max_steps
+        last = self.optim.max_steps if self.optim.max_tokens is None else self.profile_to
+        if self.profile and not self.profile_from <= self.profile_to <= last:
             raise ConfigError(
                 f"profile_from={self.profile_from} profile_to={self.profile_to} in a run of {last} steps",
                 "profile_from <= profile_to <= optim.max_steps",

@@ -55,10 +55,13 @@ def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterat
     total = a_step * config.optim.max_steps
     if total <= MANY_EPOCHS * corpus_tokens:
         return
-    epochs, fewer = total / corpus_tokens, max(1, MANY_EPOCHS * corpus_tokens // a_step)
+    epochs, most = total / corpus_tokens, MANY_EPOCHS * corpus_tokens
+    fewer = (
+        f"optim.max_steps={max(1, most // a_step)}" if config.optim.max_tokens is None else f"optim.max_tokens={most}"
+    )
     yield (
         f"{count_text(total)} tokens from a corpus of {count_text(corpus_tokens)}: {epochs:,.0f} epochs; "
-        f"a larger corpus (data=), or optim.max_steps={fewer} for {MANY_EPOCHS}"
+        f"a larger corpus (data=), or {fewer} for {MANY_EPOCHS}"
     )
 
 

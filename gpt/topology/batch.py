@@ -5,9 +5,10 @@ Torch-free. The planner and the training loop call the same function, so the pla
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-from gpt.config import OptimConfig, nearest_divisor
+from gpt.config import OptimConfig, TrainConfig, nearest_divisor
 from launch.errors import ConfigError
 
 
@@ -45,3 +46,12 @@ def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
     per_rank = total // data_ranks
     micro = max(d for d in range(1, min(optim.max_micro_batch, per_rank) + 1) if per_rank % d == 0)
     return Batch(total, data_ranks, per_rank, micro, per_rank // micro)
+
+
+def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
+    """Return the config with the number of steps that ``optim.max_tokens`` takes, where that is given."""
+    optim = config.optim
+    if optim.max_tokens is None:
+        return config
+    steps = math.ceil(optim.max_tokens / (batch.global_batch * config.model.block_size))
+    return replace(config, optim=replace(optim, max_steps=steps))

@@ -13,12 +13,13 @@ from omegaconf import DictConfig
 from gpt.accounting import parameters
 from gpt.checkpoint.verify import saved_checkpoints
 from gpt.config import TrainConfig
-from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute
+from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
 from gpt.planning.auto import choose_parallelism
 from gpt.planning.execution import assume_precision, choose_precision
+from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.workload.nodes import estimated_step_s, gpu_name, machine_of, on_cpus
 from gpt.workload.refusals import refuse_what_does_not_fit, split_batch_over_nodes
@@ -55,6 +56,7 @@ class GptWorkload:
             ConfigError: ranks, batch, model and corpus do not go together, or the nodes cannot hold them.
         """
         check_init_from(config, request.folder)
+        refuse_two_lengths(config.optim.max_tokens, request.overrides)
         gpu = gpu_name(request)
         precision = choose_precision(config, request.folder, on_cpus(config, request), gpu)
         config = assume_precision(config, precision)
@@ -66,6 +68,7 @@ class GptWorkload:
             require_deepspeed(config)
         dims = check_parallel_dims(config, request.world_size)
         batch = split_batch_over_nodes(config, dims, request)
+        config = settle_steps(config, batch)
         corpus = describe(config.data, config.data_cache)
         check_fit(corpus, config.model, config.eval.sequences)
         needed = memory.per_rank(config, dims, batch)
@@ -104,6 +107,9 @@ class GptWorkload:
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
         """Ranks that tell everything themselves, through ``launch.worker``."""
+        if config.optim.max_tokens is not None:
+            batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
+            config = settle_steps(config, batch)
         return RankContract(unit="tokens", max_steps=config.optim.max_steps)
 
     def code(self, config: TrainConfig) -> CodeTree:

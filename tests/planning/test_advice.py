@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from gpt.config import Precision
+from gpt.config.compose import compose_train
 from gpt.planning.advice import many_time_limits, slow_precision
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
 from launch.plan.text import plan_text
 
@@ -30,6 +32,27 @@ def test_the_first_run_of_a_newcomer_is_warned_of() -> None:
     longer = next(word for word in limits.split() if word.startswith("cluster.timeout_min=") and ":" not in word)
     assert plan_of(*GPUS, fewer, longer).warnings == ()  # precision=auto is bf16 there
     assert Plan.from_dict(plan.as_dict()) == plan
+
+
+def test_a_budget_of_tokens_is_as_many_steps_as_it_takes() -> None:
+    plan = plan_of(*GPUS, "optim.max_tokens=300e9")
+    assert plan.max_steps == 572_205  # 300e9 / (512 x 1024), and the rest of a step
+    assert "524,288 a step, 300,000,215,040 in 572205 steps" in plan_text(plan)
+    (epochs,) = [warning for warning in plan.warnings if "epochs" in warning]
+    assert "optim.max_tokens=755" in epochs and "max_steps" not in epochs
+    # With the batch per rank, more ranks take fewer steps.
+    per_rank = ("optim.max_tokens=1e9", "optim.global_batch=16", "optim.weak_scaling=true")
+    assert [plan_of(*GPUS, *per_rank, f"nodes={n}").max_steps for n in (1, 2)] == [7630, 3815]
+    assert plan_of(*GPUS, "optim.max_tokens=1").max_steps == 1
+
+
+@pytest.mark.parametrize("words", [("optim.max_tokens=1e9", "optim.max_steps=10")])
+def test_steps_and_tokens_at_once_are_refused(words: tuple[str, ...]) -> None:
+    for ask in (lambda: plan_of(*GPUS, *words), lambda: compose_train(words)):
+        with pytest.raises(ConfigError, match=r"optim\.max_steps=10 with optim\.max_tokens=1e") as refusal:
+            ask()
+        assert "optim.max_steps=10 optim.max_tokens=null" in str(refusal.value)
+    assert plan_of(*GPUS, "optim.max_steps=10", "optim.max_tokens=null").max_steps == 10
 
 
 def test_where_nothing_is_known_nothing_is_said() -> None:

@@ -92,3 +92,15 @@ def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:
         losses[precision] = [r["loss"] for r in read_records(RunFolder(folder).metrics(0))]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
     assert losses["bf16"] != losses["fp32"]
+
+
+def test_a_budget_of_tokens_ends_the_run_and_its_schedule(tmp_path: Path) -> None:
+    given = [word for word in WORDS if not word.startswith("optim.max_steps")]
+    tokens = to_schema(compose_train(given), TrainConfig)
+    a_step = tokens.optim.global_batch * tokens.model.block_size
+    words = (*given, f"optim.max_tokens={3.5 * a_step:g}", f"run_dir={tmp_path / 'run'}")
+    for _ in range(2):  # the second time it is there already
+        run("gpt.train", *words, cwd=tmp_path)
+    records = read_records(RunFolder(tmp_path / "run").metrics(0))
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert records[-1]["lr"] == pytest.approx(3e-4), "the cosine has come to its end"
