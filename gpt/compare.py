@@ -45,6 +45,7 @@ COLUMNS = (
     Column("best val loss", "best_val_loss", lambda run: run.best_val_loss, "{:.4f}"),
     Column("tokens/s", "tokens_per_s", lambda run: run.tokens_per_s, "{:,.0f}"),
     Column("MFU", "mfu_palm", lambda run: run.mfu_palm, "{:.1%}"),
+    Column("MFU of bf16 peak", "mfu_bf16", lambda run: run.mfu_bf16, "{:.1%}"),
     Column("peak GiB", "memory_peak_gib", lambda run: run.memory_peak_gib, "{:.2f}"),
     Column("ranks", "ranks", lambda run: run.ranks, "{}"),
     Column("device", "device", lambda run: run.device, "{}"),

@@ -38,6 +38,7 @@ class RunMetrics:
     best_val_loss: float | None
     tokens_per_s: float | None
     mfu_palm: float | None
+    mfu_bf16: float | None
     memory_peak_gib: float | None
     ranks: int | None
     device: str | None
@@ -81,6 +82,7 @@ def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
         best_val_loss=summary.get("best_val_loss"),
         tokens_per_s=summary.get("tokens_per_s"),
         mfu_palm=summary.get("mfu_palm"),
+        mfu_bf16=summary.get("mfu_bf16"),
         memory_peak_gib=summary.get("memory_peak_gib"),
         ranks=start.get("world_size"),
         device=" and ".join(sorted(devices)) or None,

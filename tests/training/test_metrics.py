@@ -15,13 +15,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.config.train import is_installed
+from gpt.metrics import writers
+from gpt.metrics.console import console_line
 from gpt.model.gpt import GPT
+from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.gradient_stats import Gradients
 from launch.runs.folder import RunFolder
-from launch.runs.records import read_records
+from launch.runs.records import StepRecord, read_records
 from launch.runs.tensorboard import record_scalars
+from launch.worker import Run as Rank
 from tests.support.commands import TINY, run
+from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, small
 
@@ -156,3 +161,20 @@ def test_the_environment_is_recorded(resumed: RunFolder) -> None:
         assert told["reproducibility"]["seed"] == 1337 and not told["reproducibility"]["deterministic_algorithms"]
         assert told["counts"]["total"] == told["parameters"]
         assert told["environment"]["OMP_NUM_THREADS"] == "1" and told["environment"]["open_files"] > 0
+
+
+def test_the_share_of_the_bf16_peak_stands_beside_that_of_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "describe_rank", lambda world: {"device_name": "NVIDIA H100 80GB HBM3"})
+    world = World(1, 2, 1, 2, 0, torch.device("cpu"), None)
+    lines = {}
+    for words in (["precision=fp32"], ["precision=fp32", "tf32=true"], ["precision=bf16"]):
+        told = writers.MetricWriters(RunFolder(tmp_path), world, Rank(), config_from(words), 0, [], 10**6)
+        record = StepRecord(1, 1, 2.0, 1e-3, 1.0, 10, (0, 1), step_time_s=0.5)
+        told.write(record)
+        assert record.mfu_palm is not None and record.mfu_bf16 is not None
+        lines[record.mfu_bf16 / record.mfu_palm] = console_line(record, 1, 0.5)
+    ratios = sorted(lines)
+    assert ratios == pytest.approx([67 / 989, 494.5 / 989, 1.0])
+    assert ["of the bf16 peak" in lines[ratio] for ratio in ratios] == [True, True, False]
