@@ -41,6 +41,7 @@ with lasting_imports():
     from gpt.training.execution import settle_execution
     from gpt.training.garbage import collect_together
     from gpt.training.gradient_stats import Gradients
+    from gpt.training.host_memory import keep_freed_memory
     from gpt.training.init_from import first_weights
     from gpt.training.parallelize import parallelize
     from gpt.training.profiler import StepProfile
@@ -63,6 +64,8 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
     set_matmul_precision(config)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     dims = check_parallel_dims(config, world.size)
     batch = split_batch(config.optim, dims.data_ranks)
     config = settle_steps(config, batch)

@@ -18,6 +18,9 @@ from gpt.config import LOSS_CHUNK, Precision, TrainConfig
 COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 """Type of matrix products, and of what is between them."""
 
+CACHED_LOGITS = 2**17
+"""Logits of a chunk for each thread of a CPU: half a megabyte, in second-level caches of one or two."""
+
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
     """Context of the forward pass: matrix products in 16 bits over fp32 weights where ``config.precision`` says so.
@@ -29,35 +32,42 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32; computed in fp32.
-
-    To be multiplied by positive numbers only, since the gradient is scaled inside its exponential.
-    """
+    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32; computed in fp32."""
     summed_loss: Tensor = CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())
     return summed_loss
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy that keeps two numbers for each token, and copies ``LOSS_CHUNK`` logits at a time to fp32.
+    """Summed cross-entropy that keeps nothing but the logits, and has a chunk of them in fp32 at a time.
 
-    What torch puts together keeps the log-softmax of all logits in fp32, and makes two gradients of that size.
+    What torch puts together keeps the log-softmax of all logits in fp32, and makes two gradients of that size. Computed
+    in each pass again, chunk by chunk, the softmax costs its exponentials, and not the memory's time.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        peak_N, sum_N, target_N = exponentials(logits_NV, targets_N)
-        rest_N = sum_N.log()
-        ctx.save_for_backward(logits_NV, targets_N, peak_N, rest_N, target_N)
-        return (rest_N - target_N).sum()
+        chunks = zip(in_chunks(logits_NV), in_chunks(targets_N, logits_NV), strict=True)
+        ctx.save_for_backward(logits_NV, targets_N)
+        found = [
+            logits_RV.log_softmax(-1, dtype=torch.float32).gather(-1, targets_R.unsqueeze(-1))
+            for logits_RV, targets_R in chunks
+        ]
+        return -torch.cat(found).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits_NV, targets_N, peak_N, rest_N, target_N = ctx.saved_tensors
+        logits_NV, targets_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
-        write_softmax(grad_NV, logits_NV, peak_N, rest_N - gradient.log())
-        of_target_N = ((target_N - rest_N).exp() - 1) * gradient
-        grad_NV.scatter_(-1, targets_N.unsqueeze(-1), of_target_N.unsqueeze(-1).type_as(grad_NV))
+        columns_N1 = targets_N.unsqueeze(-1)
+        minus_N1 = gradient.neg().expand(columns_N1.shape)
+        parts = [in_chunks(x, logits_NV) for x in (grad_NV, logits_NV, columns_N1, minus_N1)]
+        for grad_RV, logits_RV, column_R1, minus_R1 in zip(*parts, strict=True):
+            own = grad_RV.dtype == torch.float32
+            softmax_RV = torch.softmax(logits_RV, -1, dtype=torch.float32, out=grad_RV if own else None)
+            softmax_RV.mul_(gradient).scatter_add_(-1, column_R1, minus_R1)
+            if not own:
+                grad_RV.copy_(softmax_RV)
         return grad_NV, None
 
 
@@ -65,7 +75,7 @@ def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, 
     """Return what a softmax is made of: the largest logit of each row, the sum of the exponentials of the others'
     distance to it, and the distance of one column; each (N,) fp32."""
     found = []
-    for logits_RV, columns_R in zip(in_chunks(logits_NV), in_chunks(columns_N, logits_NV.size(1)), strict=True):
+    for logits_RV, columns_R in zip(in_chunks(logits_NV), in_chunks(columns_N, logits_NV), strict=True):
         peak_R1 = logits_RV.amax(-1, keepdim=True).float()
         shifted_RV = logits_RV - peak_R1
         column_R = shifted_RV.gather(-1, columns_R.unsqueeze(-1)).squeeze(-1)
@@ -76,8 +86,7 @@ def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, 
 
 def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Tensor) -> None:
     """Write exp(logits - peak - rest), computed in fp32, into ``out_NV``."""
-    width = logits_NV.size(1)
-    rows = in_chunks(peak_N.unsqueeze(-1), width), in_chunks(rest_N.unsqueeze(-1), width)
+    rows = in_chunks(peak_N.unsqueeze(-1), logits_NV), in_chunks(rest_N.unsqueeze(-1), logits_NV)
     for out_RV, logits_RV, peak_R1, rest_R1 in zip(in_chunks(out_NV), in_chunks(logits_NV), *rows, strict=True):
         if out_RV.dtype == peak_R1.dtype:
             torch.sub(logits_RV, peak_R1, out=out_RV).sub_(rest_R1).exp_()
@@ -85,9 +94,15 @@ def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Ten
             torch.exp(logits_RV - (peak_R1 + rest_R1), out=out_RV)
 
 
-def in_chunks(x: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
-    """Split rows, of ``width`` elements (by default those of ``x``), into chunks of about ``LOSS_CHUNK`` elements."""
-    return x.split(max(1, LOSS_CHUNK // max(1, x.size(1) if width is None else width)))
+def in_chunks(x: Tensor, logits_NV: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Split the rows of ``x``, by default logits themselves, into chunks for ``chunk_elements`` logits each."""
+    logits_NV = x if logits_NV is None else logits_NV
+    return x.split(max(1, chunk_elements(logits_NV.device) // max(1, logits_NV.size(1))))
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Return how many logits are in fp32 at a time: on a CPU what stays in the caches of its cores."""
+    return LOSS_CHUNK if device.type != "cpu" else min(LOSS_CHUNK, CACHED_LOGITS * torch.get_num_threads())
 
 
 def summed_loss(

@@ -7,10 +7,12 @@ cache (gpt/model/kv_cache.py) holds its beginning, or ``set_positions`` has set 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gpt.config import ModelConfig, RopeScaling
 
@@ -63,11 +65,35 @@ class Rope(nn.Module):
     def forward(self, x_BTHC: Tensor, start: int = 0) -> Tensor:
         tokens = slice(start, start + x_BTHC.size(1))
         rows = tokens if self.positions_T is None else self.positions_T[tokens]
-        cos, sin = self.cos[rows, None], self.sin[rows, None]
-        first, second = x_BTHC.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        # The tables are fp32, which would promote bf16 queries and keys, while the values stay bf16.
+        # The tables are fp32, which promotes bf16 queries and keys, while the values stay bf16.
+        turned: Tensor = Rotation.apply(x_BTHC, self.cos[rows, None], self.sin[rows, None])
         return turned.type_as(x_BTHC)
+
+
+class Rotation(torch.autograd.Function):
+    """Rotation of each pair of channels, whose gradient is turned back by the same angles.
+
+    Torch's own derivative of the formula has twice its operations, each a pass over memory where nothing is compiled.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+        ctx.dtype = x_BTHC.dtype
+        ctx.save_for_backward(cos_T1P, sin_T1P)
+        return rotate(x_BTHC, cos_T1P, sin_T1P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BTHC: Tensor) -> tuple[Tensor, None, None]:
+        cos_T1P, sin_T1P = ctx.saved_tensors
+        return rotate(gradient_BTHC, cos_T1P, -sin_T1P).to(ctx.dtype), None, None
+
+
+def rotate(x_BTHC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    """Turn channels c and c + C/2 by the angle of pair c, (B, T, H, C); P = C/2 pairs."""
+    first, second = x_BTHC.chunk(2, dim=-1)
+    cos_T1C, sin_T1C = torch.cat((cos_T1P, cos_T1P), -1), torch.cat((-sin_T1P, sin_T1P), -1)
+    return torch.addcmul(torch.cat((second, first), -1) * sin_T1C, x_BTHC, cos_T1C)
 
 
 def set_positions(module: nn.Module, positions_T: Tensor) -> None:

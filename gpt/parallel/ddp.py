@@ -27,7 +27,10 @@ from gpt.topology.dims import ParallelDims
 
 
 class DDPEngine(TorchEngine):
-    """DistributedDataParallel: a replica on every rank; ``trained`` where the optimizer is to step something else."""
+    """DistributedDataParallel: a replica on every rank; ``trained`` where the optimizer is to step something else.
+
+    A single rank calls the model itself.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,9 @@ class DDPEngine(TorchEngine):
         batch: Batch,
         trained: nn.Module | None = None,
     ) -> None:
+        if world.size == 1:  # nobody to average with, so nothing to copy into buckets
+            super().__init__(model, trained or model, config, world, dims, batch, averaged=1)
+            return
         devices = [world.device] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; 2.11 knows no other name. The buffers are constants.

@@ -40,7 +40,7 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = fused or all(p.device.type == "cuda" for p in parameters)
+    fused = fused or all(p.device.type in ("cuda", "cpu") for p in parameters)
     return kind(
         [g for g in groups if g["params"]],
         lr=config.lr,

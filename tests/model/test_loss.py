@@ -51,6 +51,21 @@ def test_loss_and_gradient_are_those_of_torch(
     assert (grad - expected_grad).norm() <= (1e-6 if dtype is torch.float32 else 1e-4) * expected_grad.norm()
 
 
+def test_the_loss_may_be_multiplied_by_any_number() -> None:
+    logits_BTV = torch.randn(B, T, V, generator=torch.Generator().manual_seed(0))
+    for scale in (-0.5, 0.0):
+        (_, grad), (_, expected) = (computed(f, logits_BTV, scale) for f in (cross_entropy, torchs))
+        torch.testing.assert_close(grad, expected, rtol=2e-6, atol=1e-9)
+
+
+def test_on_a_cpu_a_chunk_stays_in_the_caches_of_its_cores() -> None:
+    # Beside the logits and their gradient, nothing is larger than a chunk.
+    whole = torch.zeros(1, 2 * loss.CACHED_LOGITS * torch.get_num_threads() // V, V, requires_grad=True)
+    with Traffic(whole.numel()) as seen:
+        cross_entropy(whole, torch.zeros(whole.shape[:2], dtype=torch.long)).backward()
+    assert seen.made == whole.nbytes and 0 < seen.largest_but_whole <= loss.chunk_elements(whole.device)
+
+
 class Traffic(TorchDispatchMode):
     """Bytes that operations on tensors of all logits read, write and allocate; what is in chunks is not in these."""
 
@@ -59,7 +74,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, logits: int) -> None:
         super().__init__()
         self.logits, self.moved, self.made = logits, 0, 0
-        self.largest_fp32 = 0
+        self.largest_fp32, self.largest_but_whole = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -67,6 +82,9 @@ class Traffic(TorchDispatchMode):
         if not any(name in str(func) for name in self.VIEWS):
             self.moved += sum(x.nbytes for x in (*ins, *outs) if x.numel() >= self.logits)
             self.made += sum(x.nbytes for x in outs if x.numel() >= self.logits)
+            self.largest_but_whole = max(
+                [self.largest_but_whole, *(x.numel() for x in outs if x.numel() < self.logits)]
+            )
             self.largest_fp32 = max([self.largest_fp32, *(x.numel() for x in outs if x.dtype == torch.float32)])
         return out
 

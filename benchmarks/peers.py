@@ -1,0 +1,355 @@
+"""Step time of our training loop against nanoGPT, transformers and litgpt, in turn, on one machine.
+
+    python -m benchmarks.peers --nanogpt PATH --litgpt PATH     # every shape, eager and compiled, 1 and 2 threads
+    python -m benchmarks.peers --shapes llama --modes eager     # against transformers alone
+    python -m benchmarks.peers --layers 2 --width 256 --batch 2 --fused --write     # smaller, all fused; keep the table
+
+Each contestant lives in a process of its own, and they take turns of ``--steps`` steps, in another order in each of
+``--rounds`` rounds; the others sleep meanwhile. Ours is the whole step of ``gpt.train``: batches, figures, records and
+all. A peer's is forward, backward, clipping and AdamW on batches that lie ready. Same tokens, same shapes, the same
+number of parameters, fp32 on CPUs and bf16 on GPUs. AdamW is fused where a peer's own training script fuses it
+(transformers always, nanoGPT and litgpt on GPUs only), with ``--fused`` everywhere.
+
+The ratio is the peer's time over ours in the same round, its median over the rounds: above 1, ours is faster. That of
+processor time says more where other programs use the machine. A library that was not given, or cannot be imported, is
+left out, and the page says so. Exit status 0, or 1 where a contestant failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.page import stamp
+from benchmarks.peer_models import KINDS, Shape, build_step
+
+ROOT = Path(__file__).parents[1]
+OURS = "ours"
+SIZES = {
+    "layers": ("blocks of the model", 6),
+    "width": ("of its hidden states", 384),
+    "heads": ("of attention", 6),
+    "block": ("tokens of a sequence", 256),
+    "vocab": ("size of the vocabulary", 8192),
+    "batch": ("sequences of a step", 8),
+}
+START_S = 900
+"""Longest start of a contestant; a mixture whose graph breaks at each expert compiles for minutes."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison: a shape, eager or compiled, and a number of threads."""
+
+    shape: Shape
+    mode: str
+    threads: int
+    fused: bool
+    device: str
+
+    def fuses(self, name: str) -> bool:
+        """Tell whether a peer takes the fused AdamW: as its own training script does, unless all shall."""
+        return self.fused or self.device == "cuda" or name == "transformers"
+
+
+@dataclass
+class Contestant:
+    """One process that steps when it is told to."""
+
+    name: str
+    process: subprocess.Popen[str]
+    parameters: int = 0
+    failure: str = ""
+    wall: list[float] = field(default_factory=list)
+    """Seconds of a step, by round."""
+    cpu: list[float] = field(default_factory=list)
+    """Processor seconds of a step, by round."""
+
+    def answer(self) -> dict[str, Any]:
+        """Read its next answer; none where it has failed."""
+        assert self.process.stdout is not None
+        told: dict[str, Any] = json.loads(self.process.stdout.readline() or '{"failure": "ended without a word"}')
+        self.failure = told.get("failure", "")
+        return {} if self.failure else told
+
+    def turn(self, steps: int) -> tuple[float, float] | None:
+        """Have it step ``steps`` times; wall and processor seconds of one step."""
+        assert self.process.stdin is not None
+        print(steps, file=self.process.stdin, flush=True)
+        told = self.answer()
+        return (told["wall"], told["cpu"]) if told else None
+
+
+# --- inside a contestant's process ---
+
+
+def our_step(shape: Shape, compiled: bool, device: str, folder: Path) -> tuple[Callable[[], float], int]:
+    """Build our run; returns one turn of its loop, as gpt/train.py makes it, and the number of parameters."""
+    from gpt.metrics.writers import MetricWriters
+    from gpt.parallel.distributed import open_world
+    from gpt.train import build
+    from gpt.training.gradient_stats import Gradients
+    from gpt.training.request import agree_on_folder, parse_arguments, parse_request
+    from gpt.training.run import open_attempt
+    from gpt.training.step import QueuedStep, queue_step
+    from launch import worker
+    from launch.runs.heartbeat import Phase
+
+    words = [*shape.words(), f"run_dir={folder}/run", "optim.max_steps=1000000", f"device={device}"]
+    words += [f"compile={'default' if compiled else 'none'}", "optim.lr=6e-4", "optim.min_lr=6e-4"]
+    request = parse_request(parse_arguments(words))
+    config = request.config
+    world = contextlib.ExitStack().enter_context(open_world(config.device, config.parallel.timeout_s))
+    there = agree_on_folder(request, world)
+    rank = worker.Run(world.rank, world.local_rank, world.size)
+    run = build(config, there, world, open_attempt(there, world, rank), rank)
+    gradients = Gradients(config.model, world.device)
+    writers = MetricWriters(there, world, rank, config, 0, gradients.names, run.tokens_per_step)
+    queued: list[QueuedStep] = []
+    run.engine.module.train()
+
+    def step() -> float:
+        measures = (run.step + 1) % config.logging.gradients_interval == 0
+        queued.append(queue_step(run, gradients if measures else None, Phase.training))
+        if len(queued) < 2:
+            return float("nan")
+        record, _ = queued.pop(0).finish(0.0)
+        writers.write(record)
+        return record.loss
+
+    return step, sum(p.numel() for p in run.engine.module.parameters())
+
+
+def peer_step(
+    name: str, shape: Shape, checkout: Path | None, compiled: bool, fused: bool, device: str, folder: Path
+) -> tuple[Callable[[], float], int]:
+    """Build a peer; returns one step on the next of a few batches that lie ready, and the number of parameters."""
+    from gpt.config import TrainConfig
+    from gpt.config.compose import compose_train
+    from gpt.data.corpus import prepare
+    from gpt.data.loader import Samples
+    from launch.runs.compose import to_schema
+
+    config = to_schema(compose_train(shape.words()), TrainConfig)
+    samples = Samples(prepare(config.data, config.data_cache), shape.block, config.seed)
+    batches = [
+        [x.to(device) for x in samples.batch("train", range(i * shape.batch, (i + 1) * shape.batch))] for i in range(16)
+    ]
+    one = build_step(name, shape, checkout, compiled, fused, device)
+    turns = iter(range(1 << 60))
+    losses: list[torch.Tensor] = []
+
+    def step() -> float:
+        tokens_BT, targets_BT = batches[next(turns) % len(batches)]
+        losses.append(one(tokens_BT, targets_BT))
+        return losses.pop(0).item() if len(losses) > 1 else float("nan")  # read one step late, as ours is
+
+    return step, sum(p.numel() for p in one.model.parameters())
+
+
+def serve(words: argparse.Namespace) -> None:
+    """Build the contestant, then step as often as each line of the input says."""
+    talk = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is not part of the conversation
+    torch.set_num_threads(words.one_thread_count)
+    shape = Shape(**json.loads(words.shape))
+    compiled = words.mode == "compiled"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if words.serve == OURS:
+                step, parameters = our_step(shape, compiled, words.device, Path(folder))
+            else:
+                checkout = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt}.get(words.serve)
+                step, parameters = peer_step(
+                    words.serve, shape, checkout, compiled, words.fused, words.device, Path(folder)
+                )
+            losses = [step() for _ in range(4)]  # warm: kernels are chosen, graphs compiled, buckets settled
+            print(json.dumps({"parameters": parameters, "loss": losses[-1]}), file=talk, flush=True)
+            for line in sys.stdin:
+                wall, cpu = time.perf_counter(), time.process_time()
+                for _ in range(int(line)):
+                    step()
+                if words.device == "cuda":
+                    torch.cuda.synchronize()
+                spent = time.perf_counter() - wall, time.process_time() - cpu
+                print(json.dumps({"wall": spent[0] / int(line), "cpu": spent[1] / int(line)}), file=talk, flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            print(json.dumps({"failure": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}), file=talk)
+            talk.flush()
+    os._exit(0)  # process group and threads of ours are given up as they are
+
+
+# --- the referee ---
+
+
+@contextlib.contextmanager
+def opened(name: str, setting: Setting, words: argparse.Namespace) -> Iterator[Contestant]:
+    """Start a contestant, and end it in the end."""
+    arguments = ["--serve", name, "--shape", json.dumps(vars(setting.shape)), "--mode", setting.mode]
+    arguments += ["--one-thread-count", str(setting.threads), "--device", setting.device]
+    arguments += ["--fused"] * setting.fuses(name)
+    for option in ("nanogpt", "litgpt"):
+        if getattr(words, option) is not None:
+            arguments += [f"--{option}", str(getattr(words, option).absolute())]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": python_path()}
+    log = None if words.verbose else subprocess.DEVNULL
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.peers", *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+    )
+    try:
+        yield Contestant(name, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def python_path() -> str:
+    """The module path of a contestant: this checkout first, then what this process was given."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def compare(setting: Setting, names: Sequence[str], words: argparse.Namespace) -> list[Contestant]:
+    """Let the contestants take turns; those that cannot be built stay away."""
+    with contextlib.ExitStack() as stack:
+        everybody = [stack.enter_context(opened(name, setting, words)) for name in names]
+        for one in everybody:
+            one.parameters = one.answer().get("parameters", 0)
+        there = [one for one in everybody if not one.failure]
+        if len({one.parameters for one in there}) > 1:
+            sys.exit(f"not the same model: { ({one.name: one.parameters for one in there}) } parameters")
+        for turn in range(words.rounds):
+            shift = turn % max(1, len(there))
+            for one in [*there[shift:], *there[:shift]]:
+                measured = one.turn(words.steps)
+                if measured is not None:
+                    one.wall.append(measured[0])
+                    one.cpu.append(measured[1])
+            there = [one for one in there if not one.failure]
+    return everybody
+
+
+def rows(setting: Setting, found: Sequence[Contestant]) -> list[str]:
+    """Lines of the table for one comparison."""
+    ours = found[0]
+    lines = []
+    for one in found:
+        who = one.name if one.name == OURS else f"{one.name}{', fused AdamW' * setting.fuses(one.name)}"
+        cells = [setting.shape.kind, setting.mode, str(setting.threads), who]
+        if one.failure or ours.failure or not one.wall:
+            lines.append(f"| {' | '.join(cells)} | {one.failure or 'no figures'} | | | | |")
+            continue
+        times = [statistics.median(one.wall), min(one.wall), statistics.median(one.cpu)]
+        pairs = [] if one is ours else [(one.wall, ours.wall), (one.cpu, ours.cpu)]
+        cells += [f"{1e3 * seconds:.1f}" for seconds in times]
+        cells += [f"{ratio(theirs, mine):.3f}" for theirs, mine in pairs] or ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Median over the rounds of their time over ours."""
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=False))
+
+
+def contestants(kind: str, words: argparse.Namespace) -> list[str]:
+    """Ours first, then every library that has the shape and was given."""
+    given = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt, "transformers": Path()}
+    return [OURS, *(name for name, kinds in KINDS.items() if kind in kinds and given[name] is not None)]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of it; else left out")
+    parser.add_argument(
+        "--litgpt", type=Path, metavar="PATH", help="a checkout of Lightning-AI/litgpt; left out without"
+    )
+    parser.add_argument("--shapes", default="gpt2,llama,mixture", metavar="NAME,NAME")
+    parser.add_argument("--modes", default="eager,compiled", metavar="NAME,NAME")
+    parser.add_argument("--threads", default="1,2", metavar="N,N")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=1, help="of a turn")
+    parser.add_argument("--fused", action="store_true", help="fused AdamW for every peer")
+    for size, (what, _) in SIZES.items():
+        parser.add_argument(f"--{size}", type=int, metavar="N", help=what)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/peers.md")
+    parser.add_argument("--verbose", action="store_true", help="show what contestants print")
+    for hidden in ("--serve", "--shape", "--mode"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--one-thread-count", type=int, default=1, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Compare, and print the table."""
+    words = parse()
+    if words.serve:
+        serve(words)
+    load = os.getloadavg()[0]
+    head = "shape | mode | threads | contestant | step, ms | best, ms | processor, ms | ratio | of processor time"
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    print("\n".join(lines), flush=True)
+    missing = [f"{name} was not given" for name in ("nanoGPT", "litgpt") if getattr(words, name.lower()) is None]
+    sizes = {size: getattr(words, size) or usual for size, (_, usual) in SIZES.items()}
+    failed = False
+    for kind in words.shapes.split(","):
+        for mode in words.modes.split(","):
+            for threads in map(int, words.threads.split(",")):
+                shape = Shape(kind, **sizes)
+                setting = Setting(shape, mode, threads, words.fused, words.device)
+                found = compare(setting, contestants(kind, words), words)
+                failed = failed or any(one.failure for one in found)
+                added = rows(setting, found)
+                print("\n".join(added), flush=True)
+                lines += added
+    notes = [f"load average {load:.1f} to {os.getloadavg()[0]:.1f}", f"{os.cpu_count()} cores of {processor()}"]
+    about = f"{', '.join(f'{size} {value}' for size, value in sizes.items())}; {stamp(', '.join(notes))}"
+    about = f"{about} {'; '.join(missing)}".strip()
+    print(f"\n{about}")
+    if words.write:
+        write(about, lines)
+    return int(failed)
+
+
+def processor() -> str:
+    """Name of the processor, where the kernel tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def write(about: str, lines: Sequence[str]) -> None:
+    """Write the page beside this script."""
+    said = (__doc__ or "").split("\n\n")
+    typed = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
+    text = "\n\n".join(["# Our step beside those of others", f"`{typed}`", *said[2:], about, "\n".join(lines)])
+    Path(__file__).with_suffix(".md").write_text(text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
