@@ -71,6 +71,9 @@ class _Record:
 
 def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
     """Divide the time of a run; None where no agent entered what was allocated."""
+    agents = [event for event in events if event["event"] == "agent_started"]
+    if not all({"job", "nodes", "allocated_at"} <= event.keys() for event in agents):
+        return None  # entered by another hand, or cut: half of the time would be none of the run's
     log, rates = EventLog(list(events), last_heartbeat(run)), Rates()
     found = allocations(log, clock.time(), rates.poll_s)
     if not found:
