@@ -33,7 +33,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Build AdamW over the parameters of ``module``, with weight decay for matrices and none for biases and norms.
 
-    ``fused`` asks for torch's fused step on the host as well, where it is not the default.
+    ``fused`` asks for the fused step on devices other than GPUs and CPUs too, where it is not the default.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
