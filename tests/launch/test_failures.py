@@ -99,7 +99,7 @@ def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -
     assert folder.log(1, 0).read_text() in run("launch.logs", name, "--rank", "0", "--attempt", "1", cwd=there)
     assert "RunFailed" in run("launch.logs", name, "--rank", "1", "--agent", cwd=there)
     text = run("launch.logs", name, "--rank", "7", cwd=there, status=2)
-    assert "found: no log of rank 7" in text and "attempts: 1, 2)" in text
+    assert "found: --rank 7 of a run with 2 ranks" in text and "expected: 0 to 1" in text
 
 
 def start_long_run(
