@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group, which its functions would keep to Python's end
 from torch.nn.parallel import DistributedDataParallel
 
 from launch import worker
@@ -72,5 +73,5 @@ for step in range(done + 1, args.steps + 1):
         save(step)
     if stop:
         break
-del model  # it holds the process group, whose threads must end while Python is still there
+del model  # it holds the process group too, whose threads must end while Python is still there
 dist.destroy_process_group()

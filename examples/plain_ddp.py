@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group, which its functions would keep to Python's end
 from torch.nn.parallel import DistributedDataParallel
 
 parser = argparse.ArgumentParser()
@@ -52,5 +53,5 @@ for step in range(done + 1, args.steps + 1):
             state = {"step": step, "model": layers.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, newest.with_suffix(".tmp"))
             newest.with_suffix(".tmp").replace(newest)  # a kill in the middle leaves the one before whole
-del model  # it holds the process group, whose threads must end while Python is still there
+del model  # it holds the process group too, whose threads must end while Python is still there
 dist.destroy_process_group()

@@ -148,8 +148,8 @@ def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
 TERMINATED = "terminate called without an active exception"
 """The last words of a process whose C++ threads are ended for them, as Python's end does to threads that want it."""
 THREADS_LEFT = (
-    "; where its work was done, threads of its process group were alive when Python ended: let go of the model, and "
-    "call torch.distributed.destroy_process_group(), at the end of the script"
+    "; where its work was done, threads of its process group were alive when Python ended: import torch.distributed.nn "
+    "at the top of the script; del model, and torch.distributed.destroy_process_group(), at its end"
 )
 
 

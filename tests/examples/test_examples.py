@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from launch import worker
 from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import run, start_fork, wait_for
+from tests.support.commands import environment, run, start_fork, wait_for
 from tests.support.scripts import (
     EXAMPLES,
     LOCAL,
@@ -154,3 +156,25 @@ def test_a_trainer_of_transformers_tells_of_its_steps(tmp_path: Path) -> None:
     assert [e["step"] for e in folder.read_events() if e["event"] == "saved"] == [6, 12]
     records = read_records(folder.metrics(0))
     assert [r["step"] for r in records] == list(range(1, 13)) and records[-1]["loss"] < records[0]["loss"]
+
+
+@pytest.mark.parametrize("name", ["plain_ddp.py", "ddp_with_worker.py"])
+def test_no_thread_of_its_process_group_outlives_an_example(name: str, tmp_path: Path) -> None:
+    """One that did could abort the process while Python ends, after the last step."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    code = f"""
+import glob, runpy, sys
+sys.argv = ["{name}", "--steps=2"]
+runpy.run_path({str(EXAMPLES / name)!r}, run_name="__main__")
+left = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
+assert not [thread for thread in left if "gloo" in thread], left
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(**alone),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr

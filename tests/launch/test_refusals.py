@@ -178,7 +178,7 @@ def test_the_command_refuses_with_status_2_and_writes_nothing(tmp_path: Path) ->
     text = run("launch", "-m", "nodes=2,3", cwd=tmp_path, status=2)
     assert text.splitlines()[-3:] == [
         "found: nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a multiple of 3",
-        "expected: the same number of sequences for every rank",
+        "expected: the same number of sequences for every rank of every point",
         "type next: optim.global_batch=18, or 2 ranks in all",
     ]
     assert "Traceback" not in text

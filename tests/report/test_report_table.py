@@ -291,8 +291,11 @@ def test_one_run_folder_is_a_report_of_that_run(sweep: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["absent", "empty"])
-def test_a_folder_without_runs_is_refused_with_one_that_has_some(sweep: Path, wrong: str) -> None:
+def test_a_folder_without_runs_is_refused_with_one_that_has_some(
+    sweep: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (sweep.parent / "empty").mkdir()
+    monkeypatch.chdir(sweep.parent)  # a checkout in which runs were made would be pointed at
     with pytest.raises(ConfigError) as refusal:
         build(sweep.parent / wrong)
     assert str(sweep.parent / wrong) in refusal.value.found
