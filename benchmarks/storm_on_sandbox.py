@@ -15,6 +15,7 @@ disturbed, tensor by tensor. Exit status 1 where a run does not finish, or a bit
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,7 @@ def weather(folder: Path, name: str, whole: dict[str, torch.Tensor]) -> Row:
         finally:
             if storm.process.poll() is None:
                 storm.process.kill()
+            shutil.copytree(folder / "sandbox" / "log", folder / "slurm_logs")  # the sandbox takes its own along
     restarts = ", ".join(e["cause"] for e in storm.of("attempt_ended") if e["cause"] != "finished") or "none"
     if outcome == "finished" and not differing(whole, read_weights(storm.folder.path, STEPS, folder)):
         same = "yes"
@@ -126,7 +128,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the table into benchmarks/")
     args = parser.parse_args()
     names = chosen_cases(args.only)
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.at_once) as pool:
+    scratch = tempfile.mkdtemp()
+    with ThreadPoolExecutor(args.at_once) as pool:
         place = Path(scratch) / "whole"
         place.mkdir()
         run("launch", *TINY, "nodes=2", *WORDS, "cluster=local", f"run_dir={place / 'run'}", cwd=place)
@@ -148,7 +151,12 @@ def main() -> int:
         machine = f"two cores, {side}, Slurm 22.05.8 in network namespaces"
         text = f"{stamp(machine)}\n\n" + "\n".join(lines)
         keep(Path(__file__), "A storm of faults, on a Slurm sandbox", __doc__, text)
-    return 0 if all(row[1] == "finished" and row[3] == "yes" for row in rows) else 1
+    good = all(row[1] == "finished" and row[3] == "yes" for row in rows)
+    if good:
+        shutil.rmtree(scratch)
+    else:
+        print(f"event logs, and the logs of Slurm's daemons, are kept in {scratch}")
+    return 0 if good else 1
 
 
 def chosen_cases(words: str) -> list[str]:
