@@ -1,4 +1,4 @@
-"""What grows with the number of ranks, and what a step waits for: measured here, without many machines or a GPU.
+"""Growth with the number of ranks, and waits in a step: measured here, without many machines or a GPU.
 
     python benchmarks/scale.py                # all rows, about a quarter of an hour on two quiet cores
     python benchmarks/scale.py --only A6,A9   # some

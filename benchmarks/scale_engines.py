@@ -102,7 +102,7 @@ def loss_traffic() -> tuple[str, bool]:
 
 
 def watched_loop() -> dict[str, Any]:
-    """What a run of 200 steps of two ranks showed, of which one is asked to save and to stop."""
+    """Findings of a run of 200 steps of two ranks, of which one is asked to save and to stop."""
     with tempfile.TemporaryDirectory() as folder:
         return dict(run_distributed(loop.watch, 2, Path(folder) / "run")[0])
 

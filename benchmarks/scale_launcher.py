@@ -76,7 +76,7 @@ def open_files() -> tuple[str, bool]:
 
 
 def dry_run(folder: str, *words: str) -> str:
-    """What a dry run prints."""
+    """Return the text that a dry run prints."""
     command = [sys.executable, "-m", "launch", "-m", *words, "dry_run=true"]
     env = environment(PYTHONPATH=str(ROOT))
     ended = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -188,7 +188,7 @@ def host_of(rank: int) -> str:
 
 
 def report(folder: Path) -> tuple[str, float, float]:
-    """What `python -m launch.report` writes and prints of a run folder, its CPU seconds, and its peak memory in MB."""
+    """Output of `python -m launch.report` on a run folder, its CPU seconds, and its peak memory in MB."""
     with tempfile.TemporaryFile() as out:
         env = environment(PYTHONPATH=str(ROOT), COLUMNS="250")
         command = [sys.executable, "-m", "launch.report", str(folder)]

@@ -52,7 +52,7 @@ def progress_text(point: RunStatus) -> str:
 
 
 def quiet_text(seconds: float) -> str:
-    """What a run may be doing that made no step for so long, while its agents are not sure yet."""
+    """Possible reasons why a run makes no step for long, until its agents are sure of one."""
     return f"no step for {seconds:.0f} s: an evaluation, a checkpoint, a hang, or a lost node"
 
 

@@ -26,12 +26,12 @@ class RankRow:
     time: RankTime
     host: str | None
     share: float
-    """What it takes longer than the median of the other ranks, as a share of the median step time."""
+    """Excess over the median of the other ranks, as a share of the median step time."""
 
 
 @dataclass(frozen=True)
 class RunDetail:
-    """What there is to say of one measured run besides its row."""
+    """Return the passages about one measured run that its row has no room for."""
 
     label: str
     step_time_s: float

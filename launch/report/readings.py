@@ -1,4 +1,4 @@
-"""What a report takes from the step records of one run: its steps, and the times of its ranks.
+"""Figures that a report takes from the step records of one run: its steps, and the times of its ranks.
 
 Plain values, so that a command which only shows figures loads no numpy. Must not know how they are read.
 """

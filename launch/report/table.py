@@ -117,7 +117,7 @@ class ScalingTable:
     is_gpt: bool = True
     """True where the GPT library made every point whose workload is known."""
     details: tuple[RunDetail, ...] = ()
-    """Of the measured points, in the order of the rows: step times and ranks."""
+    """Step times and ranks of the measured points, in the order of the rows."""
 
     @property
     def name(self) -> str:

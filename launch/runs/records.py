@@ -71,7 +71,7 @@ class StepRecord:
     mfu_palm: float | None = None
     """Share of the device's peak in the precision of the run, by the PaLM convention."""
     mfu_bf16: float | None = None
-    """The same share of its peak in bf16, whatever the precision: of two precisions this compares."""
+    """Share of the peak in bf16, whatever the precision, so that runs in two precisions compare."""
     mfu_causal: float | None = None
     hfu: float | None = None
     memory_allocated_gib: float | None = None

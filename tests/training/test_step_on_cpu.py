@@ -1,4 +1,4 @@
-"""What a step on a CPU costs nothing for: freed memory comes back, AdamW is fused, one rank averages with nobody."""
+"""Costs that a step on a CPU is spared: freed memory comes back, AdamW is fused, one rank averages with nobody."""
 
 from __future__ import annotations
 
