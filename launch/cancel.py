@@ -17,7 +17,7 @@ from launch.jobs.adoption import adopt_found
 from launch.jobs.status import find_run_statuses, poll
 from launch.jobs.stop import leaving_text, outcome_text, stop_points
 from launch.runs.files import deny_others_writing
-from launch.runs.find import find_runs
+from launch.runs.find import add_paths, find_runs
 from launch.scheduler.client import SlurmError
 
 
@@ -49,13 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m launch.cancel", description="Have runs save a checkpoint and leave, and wait until they have."
     )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="a run folder, the label of a run, or a folder with runs in it",
-    )
+    add_paths(parser)
     parser.add_argument("--now", action="store_true", help="end them at once, whether or not they have saved")
     args = parser.parse_args(arguments)
     deny_others_writing()

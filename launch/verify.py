@@ -7,15 +7,14 @@ Changes nothing, and may be asked while a run goes on. Torch-free.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.config.compose import workload_of_run
 from launch.errors import CommandParser, refusing
-from launch.runs.find import find_runs, labels_inside
+from launch.runs.find import add_paths, find_runs, labels_inside
 from launch.runs.folder import RunFolder
 from launch.runs.saved import SavedCheckpoint
 
@@ -59,15 +58,11 @@ def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool)
         if found is None:
             console.print(f"{title}: its checkpoints are its own program's, which says nothing of their content here")
             continue
-        chosen = list(_newest(found)) if newest else found
+        chosen = [each for each in found if each.step is not None][:1] if newest else found
         whole, broken = verify(chosen, console, title)
         sound = sound and not broken
         console.print(f"{title}: {_summary(found, whole, broken)}", highlight=False, markup=False)
     return sound
-
-
-def _newest(found: Sequence[SavedCheckpoint]) -> Iterator[SavedCheckpoint]:
-    yield from [each for each in found if each.step is not None][:1]
 
 
 def _summary(found: Sequence[SavedCheckpoint], whole: int, broken: int) -> str:
@@ -86,13 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m launch.verify",
         description="Read every checkpoint of runs and compare it with what was saved. Changes nothing.",
     )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="a run folder, the label of a run, or a folder with runs in it",
-    )
+    add_paths(parser)
     parser.add_argument("--newest", action="store_true", help="only the newest of each run, which it would go on from")
     args = parser.parse_args(arguments)
     return 0 if verify_runs(find_runs(args.paths), Console(soft_wrap=True), newest=args.newest) else 1

@@ -37,7 +37,7 @@ class Stop:
         """Error for which the run cannot be ended."""
         self.kill_at = time.monotonic() + (0.0 if now else grace_s)
         self.unmarked = ""
-        """Reason for which the cancel does not stand in the event log."""
+        """Reason for which the event log lacks the cancel."""
         self._now = now
         self._asked: Job | None = None
         self._killed: Job | None = None

@@ -6,6 +6,7 @@ Owns the marks of a run folder, the order of several, and which run a label mean
 from __future__ import annotations
 
 import re
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from launch.runs.sweeps import read_sweeps
 OUTPUTS = Path("outputs")
 """Where runs are looked for when nothing says where: ``output_dir`` by default."""
 DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
+
+
+def add_paths(parser: ArgumentParser) -> None:
+    """Add the argument ``paths`` of a command that takes one run or several, as ``find_runs`` reads them."""
+    what = "a run folder, the label of a run, or a folder with runs in it"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=what)
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:

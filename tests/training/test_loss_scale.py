@@ -131,7 +131,7 @@ def learn(rank: int, size: int, folder: Path, names: list[str]) -> dict[str, dic
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
-    """The same steps were skipped; the rest agrees to the digits of fp16."""
+    """Check that the same steps were skipped, and that the rest agrees to the digits of fp16."""
     assert found["norms"] == [None if n is None else pytest.approx(n, rel=0.02) for n in expected["norms"]], name
     assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3), name
     for parameter, weight in expected["weights"].items():
