@@ -23,7 +23,13 @@ RETRIES = 3
 BUSY = (
     *("socket timed out", "unable to contact", "resource temporarily unavailable", "zero bytes were transmitted"),
     *("connection refused", "communication connection failure", "in standby mode", "connection timed out"),
+    # What a command prints whose connection ends halfway, as when the controller stops or has only just started.
+    *("connection reset", "broken pipe", "message receive failure", "message send failure", "unexpected message"),
+    *("communication shutdown failure", "communication send failure", "communication receive failure"),
+    # The network, or munge, is being restarted.
+    *("no route to host", "network is unreachable", "failed to connect to authentication agent"),
 )
+"""Parts of Slurm's errors after which the same command may succeed, in lower case."""
 
 GONE = "invalid job id"
 """Part of Slurm's error about a job that it has forgotten."""

@@ -60,6 +60,11 @@ class NodeStatus:
         return self.power and self.link and not self.frozen and self.slurm.is_in_service
 
 
+SAVE_S = 120.0
+"""Time that slurmctld has to save its state where it is asked to end: on a busy machine it takes more than seconds, and
+one that is killed meanwhile may have forgotten its latest jobs."""
+
+
 class Cluster:
     """A sandbox in a directory; started with up(), or found again where another process started it."""
 
@@ -213,7 +218,7 @@ class Cluster:
     def stop_controller(self) -> None:
         """End slurmctld, as an upgrade does: nodes and jobs go on, and nobody answers. Nothing where it is off."""
         with records.locked(self.directory):
-            processes.end(records.require(self.directory).processes["slurmctld"], grace_s=10)
+            processes.end(records.require(self.directory).processes["slurmctld"], grace_s=SAVE_S)
 
     def start_controller(self) -> None:
         """Start slurmctld again, from its saved state; nothing where it runs."""

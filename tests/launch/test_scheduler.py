@@ -1,5 +1,7 @@
 """Output of Slurm is read as it is meant, also where users put ``Key=value`` into what they may choose."""
 
+from pathlib import Path
+
 import pytest
 
 from launch.scheduler import client, limits, reasons
@@ -81,3 +83,26 @@ def test_the_flags_of_every_qos_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
     known = limits.read_qos_flags()
     assert known is not None and set(known) == {"normal", "long"}
     assert "PartitionTimeLimit" in known["long"] and "PartitionTimeLimit" not in known["normal"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slurm_load_jobs error: Unable to contact slurm controller (receive failure)",
+        "slurm_load_jobs error: Connection reset by peer",
+        "slurm_load_jobs error: Message receive failure",
+        "scontrol: error: Slurm backup controller in standby mode",
+    ],
+)
+def test_a_controller_that_has_only_just_started_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    command = tmp_path / "scontrol"
+    command.write_text(
+        f'#!/bin/sh\nif [ -e "{tmp_path}/asked" ]; then echo answer; else\n'
+        f'touch "{tmp_path}/asked"; echo "{line}" >&2; exit 1; fi\n'
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    assert client.run("scontrol", "show", "job", "7").strip() == "answer"
