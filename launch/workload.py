@@ -46,6 +46,10 @@ class PlanRequest:
     """Name of the first GPU of this machine, as its driver tells it."""
     sweep_sizes: tuple[int, ...] = ()
     """Numbers of ranks of all points of the command, as far as the launcher knows: advice has to suit them all."""
+    rate_factor: float = 1.0
+    """Factor on the compute rate of a cost model, fitted to measured steps by ``launch.project``."""
+    link_factor: float = 1.0
+    """Factor on the bandwidth of all links of a cost model, and its inverse on their latency; fitted likewise."""
 
     @property
     def world_size(self) -> int:
@@ -87,6 +91,22 @@ class WorkloadPlan:
     """True where a new start resumes from a checkpoint, so that an interrupted run may be requeued."""
     uses_cpus: bool | None = None
     """True where the ranks compute on CPUs; None where that is not known."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Time of an optimizer step by a workload's cost model, by cause: seconds of the rank that sets the pace."""
+
+    compute_s: float
+    bubble_s: float = 0.0
+    """Pipeline bubble."""
+    communication_s: Mapping[str, float] = field(default_factory=dict)
+    """Exposed communication, by what the workload tells apart, such as the axes of a device mesh."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the whole step."""
+        return self.compute_s + self.bubble_s + sum(self.communication_s.values())
 
 
 @dataclass(frozen=True)
@@ -146,7 +166,12 @@ class CodeTree:
 
 
 class Workload(Protocol):
-    """A kind of program that the launcher can launch."""
+    """A kind of program that the launcher can launch.
+
+    One with a cost model also has ``step_time(config, request) -> StepTime | None``, by which ``launch.project``
+    extrapolates measured steps to other sizes. ``request.cluster`` says what the nodes are, ``rate_factor`` and
+    ``link_factor`` by how much they differ from that; what cannot work raises ConfigError.
+    """
 
     name: str
     schema: type

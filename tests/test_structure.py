@@ -67,6 +67,7 @@ ROOMS = {
     "launch.checks": ("launch.jobs",),
     "launch.script": ("launch.checks",),
     "launch.report": ("launch.checks",),
+    "launch.project": ("launch.report",),
     "launch.sweep": ("launch.report",),
     "launch.batch": ("launch.checks",),
     "launch.move": ("launch.checks",),

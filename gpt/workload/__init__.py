@@ -21,14 +21,14 @@ from gpt.planning.auto import choose_parallelism
 from gpt.planning.execution import assume_precision, choose_precision
 from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
-from gpt.workload.nodes import estimated_step_s, gpu_name, machine_of, on_cpus
+from gpt.workload.nodes import estimated_step, gpu_name, machine_of, on_cpus
 from gpt.workload.refusals import refuse_what_does_not_fit, split_batch_over_nodes
 from gpt.workload.text import execution_rows, plain_values, plan_facts, plan_notes, plan_rows, plan_warnings, step_kind
 from launch.process import hash_seed
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import ROOT, source_files
 from launch.runs.saved import SavedCheckpoint
-from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan
+from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, StepTime, WorkloadPlan
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: weights and both of Adam's moments, in fp32."""
@@ -76,7 +76,8 @@ class GptWorkload:
         counted = parameters.count(config.model)
         interval = config.checkpoint.interval
         often = interval // 2 if interval else config.optim.max_steps // 10
-        step_s = estimated_step_s(config, dims, batch, request)
+        step = estimated_step(config, dims, batch, request)
+        step_s = None if step is None else step.step_s
         return WorkloadPlan(
             rows=plan_rows(config, dims, batch, needed, str(corpus)) | execution_rows(config, precision, request),
             notes=plan_notes(choice),
@@ -97,6 +98,17 @@ class GptWorkload:
             checkpoints_kept=config.checkpoint.keep_last + 1,
             uses_cpus=on_cpus(config, request),
         )
+
+    def step_time(self, config: TrainConfig, request: PlanRequest) -> StepTime | None:
+        """Time of a step on nodes as ``request.cluster`` describes them; None where it says too little.
+
+        Raises:
+            ConfigError: ranks, batch and model do not go together.
+        """
+        precision = choose_precision(config, request.folder, on_cpus(config, request), gpu_name(request))
+        config = assume_precision(config, precision)
+        dims = check_parallel_dims(config, request.world_size)
+        return estimated_step(config, dims, split_batch_over_nodes(config, dims, request), request)
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
         """The training script, which reads everything else from the run folder."""

@@ -11,13 +11,13 @@ from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
 from gpt.config import Device, TrainConfig
 from gpt.planning.cost import estimate
 from gpt.planning.execution import choose_tf32
-from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu
+from gpt.planning.hardware import Link, Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu
 from gpt.planning.memory import GIB
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 from launch.runs.ranges import closest
-from launch.workload import PlanRequest
+from launch.workload import PlanRequest, StepTime
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
@@ -69,7 +69,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
         host_memory=host_memory(request),
     )
     if on_cpus(config, request):
-        return cpus(cpu_memory(request), request.ranks_per_node, overrides)
+        return calibrate(cpus(cpu_memory(request), request.ranks_per_node, overrides), request)
     name = gpu_name(request)
     tf32 = choose_tf32(config, on_cpus=False)
     found = gpus(name or "", config.precision, request.ranks_per_node, overrides, tf32)
@@ -80,7 +80,19 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
             "cluster.gpu_name, as nvidia-smi -L prints it; or cluster.gpu_tflops and cluster.gpu_memory_gib",
             f"""'cluster.gpu_name="{(closest(name or "", KNOWN) or ["NVIDIA H100 80GB HBM3"])[0]}"'""",
         )
-    return found if name else replace(found, device="a GPU")
+    return calibrate(found if name else replace(found, device="a GPU"), request)
+
+
+def calibrate(machine: Machine, request: PlanRequest) -> Machine:
+    """Return a machine that computes and sends faster or slower by the factors of a request."""
+    if request.rate_factor == request.link_factor == 1:
+        return machine
+    faster = [
+        Link(link.latency_s / request.link_factor, link.bytes_per_s * request.link_factor)
+        for link in (machine.intra_node, machine.inter_node)
+    ]
+    rate = machine.flops_per_s * request.rate_factor
+    return replace(machine, flops_per_s=rate, intra_node=faster[0], inter_node=faster[1])
 
 
 def host_memory(request: PlanRequest) -> int | None:
@@ -102,7 +114,7 @@ def cpu_memory(request: PlanRequest) -> int:
     return found
 
 
-def estimated_step_s(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> float | None:
+def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> StepTime | None:
     """Time of a step by the cost model of the layouts; None on this machine's CPUs, and where too little is known."""
     if request.is_local and on_cpus(config, request):
         return None
@@ -110,4 +122,5 @@ def estimated_step_s(config: TrainConfig, dims: ParallelDims, batch: Batch, requ
         machine = machine_of(config, request)
     except ConfigError:  # too little is said of the nodes, which only parallel=auto has to know
         return None
-    return estimate(config, dims, batch, machine).step_s
+    found = estimate(config, dims, batch, machine)
+    return StepTime(found.compute_s, found.bubble_s, found.communication_s)

@@ -1,0 +1,76 @@
+"""``python -m launch.project SWEEP --nodes 8,16,...,4096``: what a sweep would be at sizes that were not run.
+
+Predicts the largest measured point from the smaller ones, prints the error, then extrapolates. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.errors import CommandParser, ConfigError, refusing
+from launch.project.projection import project
+from launch.project.sizes import parse_sizes
+from launch.project.sweep_points import read_network, read_sweep
+from launch.project.views import csv_text, json_text, markdown, show
+from launch.report.selection import Selection, select
+from launch.runs.files import deny_others_writing, write_atomically
+from launch.runs.find import runs_labelled
+
+STEM = "projection"
+
+
+@refusing
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Project a sweep; returns the exit status: 0, or 2 where it cannot be projected."""
+    parser = CommandParser(
+        prog="python -m launch.project",
+        description="What a measured sweep would be at sizes that were not run: step time, throughput, efficiency, "
+        "memory, and with --mtbf-hours goodput. The largest measured point is predicted first, and the error printed.",
+    )
+    parser.add_argument("folder", type=Path, metavar="SWEEP", help="a folder with the runs of a sweep over nodes")
+    parser.add_argument("--nodes", required=True, metavar="LIST", help="sizes: 8,16,32, or 8,16,...,4096")
+    parser.add_argument("--sweep", type=int, metavar="N", help="an earlier sweep of the folder")
+    parser.add_argument("--gpu", metavar="NAME", help="other GPUs than those of the sweep, such as H100")
+    parser.add_argument(
+        "--network", type=Path, metavar="FILE", help="links as measured: the keys of cluster.interconnect, in YAML"
+    )
+    parser.add_argument("--mtbf-hours", type=float, metavar="H", help="mean time between failures of one node")
+    typed = parser.parse_args(arguments)
+    sizes = parse_sizes(typed.nodes)
+    if typed.mtbf_hours is not None and typed.mtbf_hours <= 0:
+        raise ConfigError(f"--mtbf-hours {typed.mtbf_hours:g}", "hours, more than none", "--mtbf-hours 20000")
+    deny_others_writing()
+    folder = typed.folder if typed.folder.exists() else next(iter(runs_labelled(typed.folder)), typed.folder)
+    selection = select(folder, typed.sweep)
+    network = None if typed.network is None else read_network(typed.network)
+    found = project(read_sweep(selection, network), sizes, typed.mtbf_hours, typed.gpu)
+    console = Console(soft_wrap=True)
+    show(found, console)
+    from launch.project.figure import draw  # matplotlib takes a second, which no refusal should wait for
+
+    contents = {
+        "md": f"{markdown(found)}\n![projection]({STEM}.png)\n".encode(),
+        "csv": csv_text(found).encode(),
+        "json": json_text(found).encode(),
+        "png": draw(found),
+    }
+    for path in write(selection, contents):
+        console.print(f"wrote {path}", highlight=False, markup=False)
+    return 0
+
+
+def write(selection: Selection, contents: dict[str, bytes]) -> list[Path]:
+    """Write the files beside those of the sweep's report, and return their paths."""
+    folder = selection.folders[-1]
+    paths = {folder / f"{STEM}.{ending}": content for ending, content in contents.items()}
+    for path, content in paths.items():
+        write_atomically(path, content)
+    return list(paths)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Projections of a sweep: fits against closed forms, the held-out point, failures, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt.planning.hardware import CPU_FLOPS_PER_S
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
+from launch.plan.plan import make_plan, write_run
+from launch.project.__main__ import main
+from launch.project.failures import Failures
+from launch.project.models import Measured, fit_costs, fit_trend
+from launch.project.search import minimum, root
+from launch.project.sizes import parse_sizes
+from launch.workload import StepTime
+from tests.report.conftest import RunBuilder
+
+MODEL = ("data=synthetic", "name=project", "eval.interval=0", "optim.max_steps=40")
+
+
+@pytest.mark.parametrize(
+    "text, sizes",
+    [
+        ("8", [8]),
+        ("8,16,32", [8, 16, 32]),
+        ("8,16,...,100", [8, 16, 32, 64, 100]),
+        ("8,...,64", [8, 16, 32, 64]),
+        ("2,5,...,11", [2, 5, 8, 11]),
+        ("3,9,...,81,2", [2, 3, 9, 27, 81]),
+    ],
+)
+def test_sizes_are_a_list_or_go_on(text: str, sizes: list[int]) -> None:
+    assert parse_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "0", "x", "...,8", "8,...", "8,16,...,16", "1,2,...,x", "-1", "4,5,...,4000"])
+def test_what_is_no_list_of_sizes_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="type next: --nodes 8,16"):
+        parse_sizes(text)
+
+
+def test_searches_find_roots_and_minima_known_in_closed_form() -> None:
+    assert root(lambda x: 2 - x * x, 1e-3, 1e3) == pytest.approx(math.sqrt(2), rel=1e-12)
+    assert root(lambda x: 2 - x, 3.0, 9.0) == 3.0  # falls below zero before the interval begins
+    assert root(lambda x: 2 - x, 1e-3, 1.0) == 1.0
+    assert minimum(lambda x: 3 * x + 12 / x, 1e-3, 1e3) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_the_interval_between_saves_loses_least() -> None:
+    """Against a search over intervals of the same loss: each save, and half an interval and a restart a failure."""
+    failures = Failures(mtbf_node_h=1000.0, save_s=12.0, restart_s=90.0)
+    mtbf = 3600 * 1000.0 / 500
+    assert failures.interval_s(500) == pytest.approx(math.sqrt(2 * 12 * mtbf))
+
+    def lost(interval: float) -> float:
+        return 12 / interval + (interval / 2 + 90) / mtbf
+
+    best = minimum(lost, 1.0, mtbf)
+    assert failures.interval_s(500) == pytest.approx(best, rel=1e-3)
+    assert 1 - failures.goodput(500) == pytest.approx(lost(best), rel=0.02)  # a save is part of its own interval
+    assert Failures(1000.0, 12.0, 90.0).goodput(10**6) == 0.0
+    assert Failures(1000.0, 0.0, 90.0).goodput(500) == pytest.approx(1 - 90 / mtbf)
+
+
+def points(seconds: Callable[[int], float], *sizes: int) -> list[Measured]:
+    """Points that took just so long."""
+    return [Measured(n, n, seconds(n), seconds(n), seconds(n)) for n in sizes]
+
+
+@pytest.mark.parametrize("smallest", [1, 2])
+def test_rate_and_links_are_found_again(smallest: int) -> None:
+    """Alpha and beta of a ring and a rate that the model does not know; half of the all-reduce is hidden."""
+
+    def costs(nodes: int, rate: float, links: float) -> StepTime:
+        compute = 8.0 / nodes / rate
+        ring = 2 * (nodes - 1) * (1e-3 / links + 4e9 / nodes / (1e9 * links))
+        return StepTime(compute, communication_s={"dp": max(0.1 * ring, ring - compute / 2)})
+
+    def true(nodes: int) -> float:
+        return costs(nodes, 0.37, 2.9).step_s
+
+    model = fit_costs(points(true, smallest, 4, 8), costs)
+    assert (model.rate, model.links) == pytest.approx((0.37, 2.9), rel=1e-3)
+    for nodes in (16, 512):
+        assert model.seconds(nodes) == pytest.approx(true(nodes), rel=1e-3)
+        assert sum(model.parts(nodes).values()) == pytest.approx(model.seconds(nodes))
+    given = fit_costs(points(true, smallest, 4), lambda n, rate, _: costs(n, rate, 2.9), links_are_given=True)
+    assert given.rate == pytest.approx(0.37, rel=1e-6)
+
+
+def test_a_trend_is_found_again_and_has_no_negative_term() -> None:
+    def amdahl(ranks: int) -> float:
+        return 0.2 + 1.8 / ranks
+
+    assert fit_trend(points(amdahl, 1, 2), is_weak=False).weights == pytest.approx((1.8, 0.2, 0.0))
+
+    def tree(ranks: int) -> float:
+        return 0.5 + 1.5 / ranks + 0.01 * math.log2(ranks)
+
+    assert fit_trend(points(tree, 1, 2, 8, 32), is_weak=False).weights == pytest.approx((1.5, 0.5, 0.01))
+    assert fit_trend(points(lambda n: 1 + 0.1 * math.log2(n), 1, 2, 4), is_weak=True).weights == pytest.approx(
+        (0.0, 1.0, 0.1)
+    )
+    better_than_ideal = fit_trend(points(lambda n: n**-1.2, 1, 2, 4), is_weak=False)
+    assert min(better_than_ideal.weights) >= 0.0
+
+
+def ddp_step_s(config_tokens: int, ranks: int, flops: float, elements: int, rate: float, links: float) -> float:
+    """A step of DDP by hand: compute, and of the ring what the last backward pass does not hide, a bucket at least.
+
+    Loopback or 10 Gbit/s, 5 us a message; buckets of 25 MiB; a model smaller than one is a bucket by itself.
+    """
+    compute = config_tokens / ranks * flops / (CPU_FLOPS_PER_S * rate)
+    steps = 2 * (ranks - 1)
+    ring = steps * (5e-6 / links + 4 * elements / ranks / (1e9 * links))
+    bucket = steps * (5e-6 / links + min(4 * elements, 25 * 2**20) / ranks / (1e9 * links))
+    return compute + max(bucket, ring - 2 / 3 * compute)
+
+
+@pytest.fixture
+def gpt_sweep(tmp_path: Path, make_run: type[RunBuilder]) -> Path:
+    """Runs on 1, 2 and 4 nodes of a cluster, each step as long as ``ddp_step_s`` has it at rate 0.1 and links 0.01."""
+    folder = tmp_path / "project"
+    for nodes in (1, 2, 4):
+        words = [*MODEL, f"nodes={nodes}", f"run_dir={folder / f'n{nodes}'}"]
+        composed = compose_launch(words)
+        plan = make_plan(typed_config(composed), words, ClusterKind.local)
+        write_run(plan, composed, words)
+        facts = plan.promised.facts
+        seconds = ddp_step_s(
+            facts["tokens_per_step"], nodes, facts["flops_per_token"], facts["parameters"], rate=0.1, links=0.01
+        )
+        builder = make_run(folder / f"n{nodes}", nodes, nodes, (f"nodes={nodes}", *MODEL), machines=nodes)
+        builder.attempt().steps(1, [seconds] * 12).event("finished", attempt=1)
+    return folder
+
+
+def rows_of(folder: Path) -> dict[int, dict[str, str]]:
+    """The rows of ``projection.csv`` by nodes."""
+    with (folder / "projection.csv").open() as file:
+        return {int(row["nodes"]): row for row in csv.DictReader(file)}
+
+
+def test_a_sweep_of_the_gpt_is_projected(gpt_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(gpt_sweep), "--nodes", "8,16,32", "--mtbf-hours", "5000"]) == 0
+    text = capsys.readouterr().out
+    assert "held out: 4 nodes, predicted from nodes=1, 2" in text
+    assert "no goodput: nodes=4 made no save" in text
+    assert "refused: nodes=32" in text and "optim.global_batch=16 is not a multiple of 32" in text
+    rows = rows_of(gpt_sweep)
+    assert [row["is_measured"] for row in rows.values()] == ["True"] * 3 + ["False"] * 3
+    known = json.loads((gpt_sweep / "n4" / "plan.json").read_text())
+    for nodes in (8, 16):
+        expected = ddp_step_s(
+            known["tokens_per_step"], nodes, known["flops_per_token"], known["parameters"], rate=0.1, links=0.01
+        )
+        row = rows[nodes]
+        # The cost model counts attention by what the kernel computes, a little less than the FLOPs of the plan.
+        assert float(row["step_s"]) == pytest.approx(expected, rel=0.02)
+        assert float(row["low_s"]) <= float(row["step_s"]) <= float(row["high_s"])
+        assert float(row["throughput"]) == pytest.approx(known["tokens_per_step"] / float(row["step_s"]))
+        first = float(rows[1]["step_s"])
+        assert float(row["efficiency"]) == pytest.approx(first / (nodes * float(row["step_s"])))
+    assert rows[32]["step_s"] == ""
+    document = json.loads((gpt_sweep / "projection.json").read_text())
+    assert abs(document["held_out"]["error"]) < 0.02
+    parts = document["rows"][3]["parts"]
+    assert sum(parts.values()) == pytest.approx(document["rows"][3]["step_s"])
+    assert (gpt_sweep / "projection.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 8 | 8 |" in (gpt_sweep / "projection.md").read_text()
+
+
+def test_goodput_falls_with_the_nodes(gpt_sweep: Path, make_run: type[RunBuilder]) -> None:
+    run = make_run(gpt_sweep / "n4")
+    run.event("agent_started", job="j", nodes=4, gpus=None, price_per_gpu_hour=None, allocated_at=1e9, limit_s=1e4)
+    run.event("saved", attempt=1, step=5, seconds=3.0).event("agent_ended", job="j", ended_at=1e9 + 100)
+    assert main([str(gpt_sweep), "--nodes", "8,16", "--mtbf-hours", "50"]) == 0
+    rows = rows_of(gpt_sweep)
+    goodput = [float(rows[nodes]["goodput"]) for nodes in (4, 8, 16)]
+    assert 1 > goodput[0] > goodput[1] > goodput[2] > 0
+
+
+def test_links_from_a_file_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    links = tmp_path / "links.yaml"
+    slow = "{latency_us: 500, bandwidth_gb_per_s: 0.01}"
+    links.write_text(f"intra_node: {slow}\ninter_node: {slow}\n")
+    assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 0
+    assert "links as given" in capsys.readouterr().out
+    assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02
+
+
+def test_the_times_of_a_script_make_a_trend(tmp_path: Path, make_run: type[RunBuilder]) -> None:
+    folder = tmp_path / "mine"
+    script = tmp_path / "train.py"
+    script.write_text("")
+    for nodes in (1, 2, 4):
+        path = folder / f"n{nodes}"
+        words = ["workload=script", f"script.path={script}", f"nodes={nodes}", f"run_dir={path}"]
+        composed = compose_launch(words)
+        write_run(make_plan(typed_config(composed), words, ClusterKind.local), composed, words)
+        known = {"unit": "samples", "work_per_step": 64}
+        builder = make_run(path, nodes, nodes, (f"nodes={nodes}",), script=known, machines=nodes)
+        builder.attempt().records([0.3 + 1.2 / nodes] * 12, step_time_s=0.3 + 1.2 / nodes).ran(20)
+    assert main([str(folder), "--nodes", "8,...,64"]) == 0
+    rows = rows_of(folder)
+    for nodes in (8, 16, 32, 64):
+        assert float(rows[nodes]["step_s"]) == pytest.approx(0.3 + 1.2 / nodes, rel=1e-6)
+        assert float(rows[nodes]["throughput"]) == pytest.approx(64 / (0.3 + 1.2 / nodes), rel=1e-6)
+
+
+def test_what_cannot_be_projected_is_refused(
+    gpt_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "links.yaml").write_text("between: 3\n")
+    for words, said in {
+        (str(gpt_sweep / "n1"), "--nodes", "8"): "step times of nodes=1",
+        (str(gpt_sweep), "--nodes", "8", "--gpu", "H100"): "--gpu H100 for a sweep on AMD EPYC 7763",
+        (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "links.yaml")): "Key 'between'",
+        (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "none.yaml")): "No such file",
+        (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "0"): "--mtbf-hours 0",
+        (str(tmp_path / "nowhere"), "--nodes", "8"): "no folder",
+    }.items():
+        assert main(list(words)) == 2
+        refusal = capsys.readouterr().err
+        assert said in refusal and refusal.count("\n") >= 2 and "type next: " in refusal, refusal
+    assert not (gpt_sweep / "projection.csv").exists()
