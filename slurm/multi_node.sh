@@ -17,6 +17,8 @@
 ##SBATCH --account=myproject       # change and remove one #: who pays
 #SBATCH --time=01:00:00            # change: the time limit
 #SBATCH --signal=USR2@120          # change: seconds before the limit at which the run saves and leaves
+##SBATCH --mail-user=me@site.edu   # change and remove one #: who gets mail about this job
+##SBATCH --mail-type=BEGIN,END,FAIL,REQUEUE  # remove one # with the line above: what about
 #SBATCH --output=slurm-%j.out      # change: where this script and the agents write
 ##SBATCH --no-kill                 # remove one # to type spare_nodes=1: a lost node must not end the job, a spare replaces it
 #SBATCH --requeue                  # keep: a preempted job, or one whose node dies, goes back into the queue

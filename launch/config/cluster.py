@@ -102,6 +102,13 @@ class LinksConfig:
     between_us: Optional[float] = None
 
 
+MAIL_TYPES = (
+    *("NONE", "ALL", "BEGIN", "END", "FAIL", "REQUEUE", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS"),
+    *("TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"),
+)
+"""What sbatch(1) of Slurm 22.05 takes for --mail-type."""
+
+
 @dataclass
 class ClusterConfig:
     """Where the nodes come from. All but ``kind`` and the times is for Slurm."""
@@ -158,6 +165,10 @@ class ClusterConfig:
     give_up_after_min: Optional[float] = None
     """A point that waits longer than this, minutes, over all places, is taken out of the queue; null: it waits on."""
     comment: Optional[str] = None
+    mail_user: Optional[str] = None
+    """Who gets mail from Slurm about the jobs of a run (sbatch --mail-user); null: nobody."""
+    mail_type: str = "BEGIN,END,FAIL,REQUEUE"
+    """What mail_user hears of, as sbatch --mail-type has it; ARRAY_TASKS: of each point of a sweep by itself."""
     array_parallelism: int = 256
     """Most elements of a job array that run at the same time."""
     setup: list[str] = field(default_factory=list)
@@ -177,8 +188,19 @@ class ClusterConfig:
                 require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
         require_range("cluster.matmul_efficiency", self.matmul_efficiency, 0.01, 1)
         self.interconnect.validate()
+        self.validate_mail()
         self.validate_cluster()
         self.validate_placement()
+
+    def validate_mail(self) -> None:
+        """Raise ConfigError where Slurm has no mail of this type: sbatch would say so only when it is asked."""
+        unknown = [word for word in self.mail_type.split(",") if word.strip().upper() not in MAIL_TYPES]
+        if unknown:
+            raise ConfigError(
+                f"cluster.mail_type={self.mail_type}, with {', '.join(map(repr, unknown))} in it",
+                f"some of {', '.join(MAIL_TYPES)}",
+                "'cluster.mail_type=\"END,FAIL,REQUEUE\"'",
+            )
 
     def validate_cluster(self) -> None:
         """Raise ConfigError where it is not one cluster that a job goes to."""

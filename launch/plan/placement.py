@@ -242,6 +242,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
             "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
             **({"no_kill": True} if config.spare_nodes else {}),
             **({"clusters": cluster.cluster} if cluster.cluster else {}),
+            **({"mail_user": cluster.mail_user, "mail_type": cluster.mail_type} if cluster.mail_user else {}),
             **cluster.additional_parameters,
         },
     }
