@@ -8,7 +8,8 @@ overrides; a test compares them with the installed version. Where it fails after
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -60,10 +61,15 @@ def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[S
     """
     parser = OverridesParser.create()
     shared: dict[tuple[str, ...], DictConfig] = {}
+
+    @cache  # to list the files of a group Hydra copies its whole search path, and all points have the same keys
+    def is_group(key: str) -> bool:
+        return bool(loader.get_group_options(key))
+
     for point in points:
         texts = [str(text) for text in point]
         parsed = parser.parse_overrides(texts)
-        values = [override for override in parsed if _is_value(loader, override)]
+        values = [override for override in parsed if _is_value(override, is_group)]
         chosen = tuple(text for text, override in zip(texts, parsed, strict=True) if override not in values)
         if chosen not in shared:
             shared[chosen] = _without_hydra(loader.load_sweep_config(command, list(chosen)))
@@ -75,12 +81,11 @@ def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[S
         yield composed
 
 
-def _is_value(loader: ConfigLoader, override: Override) -> bool:
+def _is_value(override: Override, is_group: Callable[[str], bool]) -> bool:
     """Tell whether an override sets a value, and so takes no part in the choice of files."""
-    key = override.key_or_group
     if override.package is not None or override.is_delete() or override.is_hydra_override():
         return False
-    return not loader.get_group_options(key)
+    return not is_group(override.key_or_group)
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from launch.config import Config
 from launch.config.compose import workload_of
@@ -20,6 +22,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.provenance import changed_since, code_state, library_versions, refuse_change
 from launch.runs.records import RECENT, recent_records
 from launch.scheduler.limits import Limits, how_preempted
+from launch.workload import CodeTree
 
 MARGIN = 1.5
 """Factor of a proposed time over the measured one: the next save may be slower."""
@@ -42,14 +45,18 @@ def add_warnings(plan: Plan, config: Config, limits: Mapping[str | None, Limits]
 def changed_code(plan: Plan, config: Config) -> Iterator[str]:
     """Tell whether the next attempt would run something else than the last one did."""
     folder = RunFolder(plan.run_dir)
-    tree = workload_of(config).code(config)
-    now = {"code": snapshot.code(tree), "git": code_state(tree.root), "software": library_versions()}
-    changed = changed_since(folder, now) if folder.attempts() else None
+    changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
     if changed is None:
         return
     if config.require_same_code:
         refuse_change(folder, *changed)
     yield f"changed since attempt {changed[0]}: {changed[1]} (require_same_code=true refuses that)"
+
+
+@cache
+def _current(tree: CodeTree) -> dict[str, Any]:
+    """The code and libraries that an attempt would run with, looked at once for all points of a command."""
+    return {"code": snapshot.code(tree), "git": code_state(tree.root), "software": library_versions()}
 
 
 def short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[str]:
