@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,6 +20,7 @@ from omegaconf import DictConfig
 
 from launch.agent import main as agent
 from launch.agent.node import Node
+from launch.checks import facts, gpus
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
@@ -89,6 +91,7 @@ def make_run(
     config = typed_config(composed)
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
+    refuse_idle_gpus(config, job)
     plan = make_plan(config, args, ClusterKind.slurm)
     if ahead:
         refuse_running(plan)
@@ -96,6 +99,15 @@ def make_run(
     if not ahead and "SLURM_RESTART_COUNT" not in job:
         record_submitted(plan, job["SLURM_JOB_ID"])
     return plan
+
+
+def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
+    """Raise ConfigError where the job asks for no GPUs, and every node of its partition has some."""
+    partition = job.get("SLURM_JOB_PARTITION") or job.get("SBATCH_PARTITION")
+    if not config.launch.check_limits or gpus.says_gpus(config) or gpus.built_for_cpus(facts.torch_version()):
+        return
+    cluster = replace(config.cluster, partition=partition, cluster=None, constraint=None)
+    gpus.refuse_without_gpus(replace(config, cluster=cluster), facts.ask_slurm())
 
 
 def refuse_snapshot(config: Config) -> None:
@@ -157,6 +169,7 @@ def main() -> int:
     folder = None if words.config_dir is None else require_folder("--config-dir", words.config_dir)
     if words.nodes is not None:
         job = {"SLURM_JOB_NUM_NODES": words.nodes, "SLURM_GPUS_ON_NODE": words.gpus_per_node or ""}
+        job |= {name: os.environ[name] for name in ("SBATCH_PARTITION",) if name in os.environ}
         plan = make_run(words.overrides, folder, job, ahead=True)
     else:
         plan = make_run(words.overrides, folder)

@@ -65,12 +65,14 @@ def run_sweep(points: Sequence[Composed]) -> None:
         console.print(whole, highlight=False, markup=False)
     slurm: SlurmFacts | None = None
     if configs[0].launch.check_limits and ClusterKind.slurm in kinds:
-        from launch.checks import cpus, facts
+        from launch.checks import cpus, facts, gpus
 
         slurm = facts.ask_slurm(facts.clusters_named(configs))
-        for line in cpus.settle_cpus([composed for composed, _ in points], configs, kinds, slurm):
+        documents = [composed for composed, _ in points]
+        told = gpus.settle_gpus(documents, configs, kinds, slurm)  # before the CPUs, which go by the ranks of a node
+        for line in [*told, *cpus.settle_cpus(documents, configs, kinds, slurm)]:
             console.print(line, highlight=False, markup=False)
-    plans = plan_points(configs, [overrides for _, overrides in points], kinds)
+    plans = plan_points(configs, [overrides for _, overrides in points], kinds, slurm)
     refuse_same_folder(plans)
     labels = labels_for([(Path(plan.run_dir), typed) for plan, (_, typed) in zip(plans, points, strict=True)])
     plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
@@ -105,8 +107,16 @@ def run_sweep(points: Sequence[Composed]) -> None:
     submit_and_watch(plans, console, configs[0].launch, sweep_overrides([overrides for _, overrides in points]))
 
 
-def plan_points(configs: Sequence[Config], typed: Sequence[Sequence[str]], kinds: Sequence[ClusterKind]) -> list[Plan]:
+def plan_points(
+    configs: Sequence[Config],
+    typed: Sequence[Sequence[str]],
+    kinds: Sequence[ClusterKind],
+    slurm: SlurmFacts | None = None,
+) -> list[Plan]:
     """Plan all points of a command.
+
+    Args:
+        slurm: what Slurm tells of itself; None where it was not asked.
 
     Raises:
         ConfigError: one cannot work; where a cluster does not have its nodes, that is said first.
@@ -114,17 +124,26 @@ def plan_points(configs: Sequence[Config], typed: Sequence[Sequence[str]], kinds
     sizes = [config.world_size for config in configs]
     try:
         return [
-            make_plan(config, overrides, kind, sizes)
+            make_plan(config, overrides, kind, sizes, gpu_type_at(config, kind, slurm))
             for config, overrides, kind in zip(configs, typed, kinds, strict=True)
         ]
     except ConfigError:
-        on_slurm = [config for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm]
-        if on_slurm and configs[0].launch.check_limits:
-            from launch.checks import candidates, facts
+        if slurm is not None:
+            from launch.checks import candidates
 
+            on_slurm = [config for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm]
             # What would repair the point is of no use where it could never be given its nodes.
-            candidates.refuse_missing_nodes(facts.ask_slurm(facts.clusters_named(on_slurm)), on_slurm)
+            candidates.refuse_missing_nodes(slurm, on_slurm)
         raise
+
+
+def gpu_type_at(config: Config, kind: ClusterKind, slurm: SlurmFacts | None) -> str | None:
+    """Type of the GPUs where a point may go, as Slurm names it; None where nobody tells."""
+    if slurm is None or kind is not ClusterKind.slurm:
+        return None
+    from launch.checks import gpus
+
+    return gpus.gpu_type(config, slurm)
 
 
 def unfinished(plans: Sequence[Plan]) -> list[Plan]:

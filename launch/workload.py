@@ -44,6 +44,8 @@ class PlanRequest:
     """GPUs of this machine that may be used."""
     local_gpu_name: str | None = None
     """Name of the first GPU of this machine, as its driver tells it."""
+    gpu_type: str | None = None
+    """Type of the nodes' GPUs as Slurm's Gres name it (``a100``): it tells the chip, and seldom its memory."""
     sweep_sizes: tuple[int, ...] = ()
     """Numbers of ranks of all points of the command, as far as the launcher knows: advice has to suit them all."""
     rate_factor: float = 1.0

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from gpt.accounting import parameters
 from gpt.checkpoint.verify import saved_checkpoints
-from gpt.config import TrainConfig
+from gpt.config import Device, TrainConfig
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
@@ -48,6 +48,10 @@ class GptWorkload:
     def make_paths_absolute(self, document: DictConfig) -> None:
         """Take the paths that were typed relative to the folder they were typed in."""
         make_paths_absolute(document)
+
+    def computes_on_cpus(self, config: TrainConfig) -> bool:
+        """Tell whether no GPUs are to be used, wherever the run happens."""
+        return config.device is Device.cpu
 
     def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
         """Parallelism, batch, memory and corpus of a point.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gpt.accounting.hardware import GIGA, KNOWN, memory_bytes
+from gpt.accounting.hardware import GIGA, KNOWN, expand, memory_bytes
 from gpt.config import Device, TrainConfig
 from gpt.planning.cost import estimate
 from gpt.planning.execution import choose_tf32
@@ -39,8 +39,11 @@ def gpu_memory(request: PlanRequest) -> int | None:
 
 
 def gpu_name(request: PlanRequest) -> str | None:
-    """Return the whole name of the GPUs, as it is said of the nodes or seen on this machine; None where unknown."""
-    return known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
+    """Return the whole name of the GPUs, as it is said of the nodes, seen on this machine or told by Slurm; None where
+    unknown. Of several devices of one type it is the one with the least memory: their peaks are the same."""
+    said = known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
+    told = expand(request.gpu_type) if said is None and request.gpu_type is not None else []
+    return said or min(told, key=lambda name: memory_bytes(name) or 0, default=None)
 
 
 def gpu_words(request: PlanRequest) -> str:

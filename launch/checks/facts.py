@@ -84,6 +84,8 @@ class SlurmFacts:
     """The limits of other clusters that are asked for, by name; the reason where one is not known or not there."""
     groups: tuple[str, ...] | None = None
     """Unix groups of the user; None for root, whom every partition lets in."""
+    torch: str = ""
+    """Version of the torch that the job will import, which tells what it was built for; empty where there is none."""
 
     def at(self, cluster: str | None) -> Limits | str:
         """The limits of a cluster, None being the local one; the reason where they are not known."""
@@ -211,7 +213,15 @@ def ask_slurm(clusters: Iterable[str] = ()) -> SlurmFacts:
     except scheduler.SlurmError as error:
         return SlurmFacts(limits=None, slurm_problem=last_line(error), groups=groups)
     others = {name: look_at_cluster(name) for name in sorted(clusters)}
-    return SlurmFacts(limits=found, others=others, groups=groups)
+    return SlurmFacts(limits=found, others=others, groups=groups, torch=torch_version())
+
+
+def torch_version() -> str:
+    """Version of the installed torch, without importing it; empty where there is none."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def gather(kind: ClusterKind, output: Path, clusters: Iterable[str] = ()) -> Facts:

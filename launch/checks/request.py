@@ -188,14 +188,18 @@ def check_time(limits: Limits, partition: Partition, request: Request) -> Iterat
 
 def eligible(limits: Limits, partition: Partition, request: Request) -> list[NodeLimits]:
     """The nodes of a partition that are not excluded and have the features asked for, usable or not."""
-    wanted = features(request)
     nodes = limits.nodes_of(partition)
-    return [node for node in nodes if node.name not in request.excluded and wanted <= node.features]
+    return [node for node in nodes if node.name not in request.excluded and has_features(node, request.config)]
 
 
-def features(request: Request) -> frozenset[str]:
+def has_features(node: NodeLimits, config: Config) -> bool:
+    """Tell whether a node has the features that are asked for."""
+    return features(config) <= node.features
+
+
+def features(config: Config) -> frozenset[str]:
     """The features every node must have. Only plain names joined by & are understood; the rest is left to Slurm."""
-    text = request.config.cluster.constraint or ""
+    text = config.cluster.constraint or ""
     return frozenset(text.split("&")) if re.fullmatch(r"[\w.-]+(&[\w.-]+)*", text) else frozenset()
 
 
@@ -203,7 +207,7 @@ def check_nodes(limits: Limits, partition: Partition, request: Request) -> Itera
     """The number of nodes: the partition's limits, those there are, and those that work."""
     asked, spares, there = request.config.nodes_asked, request.config.spare_nodes, limits.nodes_of(partition)
     asked_text = f"nodes={request.config.nodes}" + (f" and spare_nodes={spares}" if spares else "")
-    missing = features(request) - frozenset().union(*(node.features for node in there))
+    missing = features(request.config) - frozenset().union(*(node.features for node in there))
     for feature in sorted(missing):
         known = sorted(frozenset().union(*(node.features for node in there)))
         found = f"cluster.constraint={request.config.cluster.constraint}, and no node of {partition.name} has {feature}"

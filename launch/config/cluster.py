@@ -132,7 +132,8 @@ class ClusterConfig:
     gres: Optional[str] = None
     """Generic resources of each node, where gpus_per_node does not say it."""
     gpus_per_node: Optional[int] = None
-    """GPUs of each node; one rank is started on each of them unless ranks_per_node says otherwise."""
+    """GPUs of each node; one rank is started on each of them unless ranks_per_node says otherwise. null: those that
+    every node of the partition has, where Slurm tells; 0: none, and ranks that compute on CPUs."""
     gpu_memory_gib: Optional[float] = None
     """Memory of one GPU, GiB; where it is said, a run that does not fit is refused."""
     gpu_name: Optional[str] = None

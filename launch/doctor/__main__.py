@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from launch.checks import candidates, cpus, facts, findings
+from launch.checks import candidates, cpus, facts, findings, gpus
 from launch.checks.facts import Facts, Request
 from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
@@ -77,11 +77,10 @@ def examine(
     plans: dict[str, tuple[Plan, Config, Sequence[str]]] = {}
     of_request: list[Finding] = []
     for overrides, config in zip(points, configs, strict=True):
-        if seen.kind is ClusterKind.slurm and (settled := cpus.cpus_for(config, seen)) is not None:
-            config.cluster.cpus_per_task, why = settled
-            of_request.append(findings.fine("cpus", f"cluster.cpus_per_task={settled[0]}: {why}"))
         try:
-            plan = make_plan(config, list(overrides), seen.kind, [one.world_size for one in configs])
+            of_request += settle_resources(config, seen)
+            sizes = [one.world_size for one in configs]
+            plan = make_plan(config, list(overrides), seen.kind, sizes, gpus.gpu_type(config, seen))
             plans[plan.run_dir] = (plan, config, overrides)
         except ConfigError as error:
             of_request.append(findings.refusal(" ".join(["plan", *overrides]), error))
@@ -96,6 +95,24 @@ def examine(
     if seen.kind is ClusterKind.slurm:
         of_machine = settle_sharing(of_machine, on_cluster.earlier_results(Path(seen.output.path)))
     return of_machine, of_request, requests, seen
+
+
+def settle_resources(config: Config, seen: Facts) -> list[Finding]:
+    """Ask for the GPUs and CPUs that the launcher would ask for, and say so.
+
+    Raises:
+        ConfigError: the launcher would refuse to choose.
+    """
+    if seen.kind is not ClusterKind.slurm:
+        return []
+    found = []
+    number, finding = gpus.choose_gpus(config, seen)
+    config.cluster.gpus_per_node = config.cluster.gpus_per_node if number is None else number
+    found += [] if finding is None else [finding]
+    if (settled := cpus.cpus_for(config, seen)) is not None:
+        config.cluster.cpus_per_task, why = settled
+        found.append(findings.fine("cpus", f"cluster.cpus_per_task={settled[0]}: {why}"))
+    return found
 
 
 def settle_sharing(of_machine: list[Finding], results: dict[str, Any] | None) -> list[Finding]:

@@ -231,7 +231,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
         "exclude": cluster.exclude,
         "exclusive": cluster.exclusive or None,
         "gres": cluster.gres,
-        "gpus_per_node": cluster.gpus_per_node,
+        "gpus_per_node": cluster.gpus_per_node or None,  # 0 is a word to the launcher: ask for none
         "cpus_per_task": cluster.cpus_per_task,
         "mem": f"{round(cluster.mem_gb * 1000)}MB" if cluster.mem_gb else None,
         "comment": cluster.comment,

@@ -125,24 +125,42 @@ class Plan:
         return changed.choose_candidate(placement.possible[0])
 
 
-def make_plan(config: Config, overrides: Sequence[str], kind: ClusterKind, sweep_sizes: Sequence[int] = ()) -> Plan:
+def make_plan(
+    config: Config,
+    overrides: Sequence[str],
+    kind: ClusterKind,
+    sweep_sizes: Sequence[int] = (),
+    gpu_type: str | None = None,
+) -> Plan:
     """Plan one point for a cluster of ``kind`` (local or slurm).
 
     Args:
         sweep_sizes: numbers of ranks of all points of its command.
+        gpu_type: of the GPUs where it may go, as Slurm names it; None where it is not known.
 
     Raises:
         ConfigError: the point cannot work; what it says to type next was planned, too.
     """
+
+    def plan_words(words: Sequence[str]) -> Plan:
+        # What was settled by Slurm's facts, the number of ranks among it, holds for a proposal as well.
+        gpus = config.cluster.gpus_per_node
+        settled = [] if gpus is None else [f"cluster.gpus_per_node={gpus}"]
+        return plan_point(typed_config(compose_launch([*settled, *words])), words, kind, sweep_sizes, gpu_type)
+
     try:
-        return plan_point(config, overrides, kind, sweep_sizes)
+        return plan_point(config, overrides, kind, sweep_sizes, gpu_type)
     except ConfigError as error:
-        raise with_checked_fix(
-            error, overrides, lambda words: plan_point(typed_config(compose_launch(words)), words, kind, sweep_sizes)
-        ) from error
+        raise with_checked_fix(error, overrides, plan_words) from error
 
 
-def plan_point(config: Config, overrides: Sequence[str], kind: ClusterKind, sweep_sizes: Sequence[int] = ()) -> Plan:
+def plan_point(
+    config: Config,
+    overrides: Sequence[str],
+    kind: ClusterKind,
+    sweep_sizes: Sequence[int] = (),
+    gpu_type: str | None = None,
+) -> Plan:
     """Plan one point, as ``make_plan`` does; a refusal's fix is as it was first thought of."""
     config.validate()
     workload = workload_of(config)
@@ -159,6 +177,7 @@ def plan_point(config: Config, overrides: Sequence[str], kind: ClusterKind, swee
         cluster=config.cluster,
         local_gpus=local_gpus() if is_local else 0,
         local_gpu_name=local_gpu_name() if is_local else None,
+        gpu_type=gpu_type,
         sweep_sizes=tuple(sweep_sizes),
     )
     if is_local:

@@ -1,0 +1,174 @@
+"""GPUs that a job asks for where nothing says how many: those that every node has where it may go, by Slurm's facts.
+
+Slurm gives a job that asks for no GPUs none, and a program that finds none computes on CPUs, many times slower. Owns
+that default. Asks nobody: the facts are handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, OmegaConf
+
+from launch.checks.facts import SlurmFacts
+from launch.checks.findings import Finding, Level, fine, warn
+from launch.checks.nodes import typed_options
+from launch.checks.request import has_features, is_sent_elsewhere, partitions_of
+from launch.config import ClusterKind, Config
+from launch.config.compose import workload_of
+from launch.errors import ConfigError
+from launch.plan.placement import configs as configs_at
+from launch.scheduler.limits import Limits, NodeLimits, gres
+
+GPU_OPTIONS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "gres", "G"}
+"""Options of sbatch that ask for GPUs, or that say there are none to be asked for."""
+NONE_WANTED = "cluster.gpus_per_node=0 computes on CPUs"
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs of the nodes that a job could go to.
+
+    Attributes:
+        where: names of the partitions.
+        least: GPUs of the node that has fewest.
+        most: GPUs of the node that has most.
+        type: as the nodes' Gres name it; None where they name none, or several.
+    """
+
+    where: str
+    least: int
+    most: int
+    type: str | None
+
+
+def settle_gpus(
+    documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], facts: SlurmFacts
+) -> list[str]:
+    """Have each point on Slurm ask for the GPUs that every node has where it may go, where nothing says how many.
+
+    Args:
+        documents: the composed config of each point, which its run folder will hold.
+        configs: the same, typed; both are changed.
+        kinds: the cluster of each point, settled.
+        facts: what Slurm tells of itself. Where it tells nothing of a place, that point is left as it is.
+
+    Returns:
+        What was decided and by what, for people; each line once.
+
+    Raises:
+        ConfigError: more ranks are asked for on a node than its GPUs, and nothing says which of the two is meant.
+    """
+    told: list[str] = []
+    for document, config, kind in zip(documents, configs, kinds, strict=True):
+        if kind is not ClusterKind.slurm:
+            continue
+        number, finding = choose_gpus(config, facts)
+        if number is not None:
+            config.cluster.gpus_per_node = number
+            OmegaConf.update(document, "cluster.gpus_per_node", number)
+        if finding is not None:
+            told.append(line_of(finding))
+    return list(dict.fromkeys(told))
+
+
+def line_of(finding: Finding) -> str:
+    """What was found, in one line; a warning with its reason and what to type."""
+    return (
+        finding.found if finding.level is Level.ok else f"warning: {finding.found}: {finding.why}; type {finding.fix}"
+    )
+
+
+def choose_gpus(config: Config, facts: SlurmFacts) -> tuple[int | None, Finding | None]:
+    """GPUs of each node to ask for, None where the config stays as it is; and what to say of that, if anything.
+
+    Raises:
+        ConfigError: more ranks are asked for on a node than its GPUs, and nothing says which of the two is meant.
+    """
+    if says_gpus(config) or computes_on_cpus(config) or (there := gpus_there(config, facts)) is None:
+        return None, None
+    where, kind = there.where, f" ({there.type})" if there.type else ""
+    if built_for_cpus(facts.torch):
+        found = f"torch {facts.torch} is built for CPUs, and nodes of {where} have GPUs{kind}"
+        fix = f"pip install torch for your CUDA, or cluster.gpus_per_node={there.most}, or 0 for CPUs"
+        return None, warn("gpus", found, "no GPUs are asked for, which its ranks could not use", fix)
+    if there.least == 0:
+        found = f"some nodes of {where} have up to {there.most} GPUs{kind}, and cluster.gpus_per_node is not set"
+        fix = f"cluster.gpus_per_node={there.most} for those, or cluster.gpus_per_node=0"
+        return None, warn("gpus", found, "no GPUs are asked for, and the ranks compute on CPUs", fix)
+    ranks = config.ranks_per_node
+    if ranks is not None and ranks > there.least:
+        raise ConfigError(
+            f"ranks_per_node={ranks} on nodes of {where} with {there.least} GPUs{kind}, and no cluster.gpus_per_node",
+            "one rank for each GPU, or ranks that compute on CPUs",
+            f"ranks_per_node={there.least}, or cluster.gpus_per_node=0",
+        )
+    number = ranks or there.least
+    has = f"every node of {where} has {there.least}{kind}; {NONE_WANTED}"
+    return number, fine("gpus", f"cluster.gpus_per_node={number}: {has}")
+
+
+def refuse_without_gpus(config: Config, facts: SlurmFacts) -> None:
+    """Raise ConfigError where a batch script of the user's asks for no GPUs on nodes that all have some.
+
+    Args:
+        config: of the run; ``cluster.gpus_per_node`` is what the job has been given.
+        facts: those of Slurm.
+    """
+    number, _ = choose_gpus(config, facts)
+    if number is not None:
+        raise ConfigError(
+            f"a job without GPUs, on nodes that all have {number} or more",
+            "GPUs that the job asks for, one rank on each: without them the ranks compute on CPUs",
+            f"sbatch --gpus-per-node={number} ..., as before; or cluster.gpus_per_node=0, for CPUs",
+        )
+
+
+def built_for_cpus(torch: str) -> bool:
+    """Tell whether a torch of this version was built without any kind of GPU."""
+    return torch.endswith("+cpu")
+
+
+def says_gpus(config: Config) -> bool:
+    """Tell whether the config says how many GPUs there are to be, none included, here or at a candidate."""
+    return any(
+        there.cluster.gpus_per_node is not None
+        or any(part.name == "gpu" for part in gres(there.cluster.gres or ""))
+        or bool(typed_options(there.cluster) & GPU_OPTIONS)
+        for _, there in configs_at(config)
+    )
+
+
+def computes_on_cpus(config: Config) -> bool:
+    """Tell whether the config has the workload compute on CPUs; a workload that cannot tell may use GPUs."""
+    tells = getattr(workload_of(config), "computes_on_cpus", None)
+    return bool(tells is not None and tells(config))
+
+
+def gpu_type(config: Config, facts: SlurmFacts) -> str | None:
+    """Type of the GPUs where a point may go, as Slurm's Gres name it; None where it is not known, or not one."""
+    there = gpus_there(config, facts)
+    return None if there is None else there.type
+
+
+def gpus_there(config: Config, facts: SlurmFacts) -> Gpus | None:
+    """GPUs of the nodes that a point may go to; None where no node has one, or Slurm does not tell of a place."""
+    names, nodes = dict[str, None](), list[NodeLimits]()
+    for _, there in configs_at(config):
+        limits = facts.at(there.cluster.cluster)
+        if not isinstance(limits, Limits) or is_sent_elsewhere(limits, there):
+            return None
+        for partition in partitions_of(limits, there):
+            names[partition.name] = None
+            nodes += [node for node in limits.nodes_of(partition) if has_features(node, there)]
+    counts = [node.count("gpu") for node in nodes]
+    if not any(counts):
+        return None
+    types = {kind for node in nodes for kind in types_of(node)}
+    return Gpus(", ".join(names), min(counts), max(counts), types.pop() or None if len(types) == 1 else None)
+
+
+def types_of(node: NodeLimits) -> Iterator[str]:
+    """Yield the types of a node's GPUs; an empty one where the site gives none."""
+    yield from (part.type for part in node.gres if part.name == "gpu")
