@@ -14,9 +14,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from gpt.checkpoint.folders import step_of
@@ -91,17 +91,26 @@ def evaluate(
     model = read_weights(config, checkpoint, world.device)
     batch = batch or config.optim.max_micro_batch
     rounds = math.ceil(math.ceil(wanted / world.size) / batch)
-    with tqdm(desc="evaluate", total=rounds, unit="batch", disable=not (shows_progress and world.is_first)) as bar:
+    shown = shows_progress and world.is_first
+    # A line for each batch that took long, or every half second: the time that is left is known after the first.
+    with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=0.5, disable=not shown) as bar:
+
+        def counted_loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+            summed = summed_loss(model, config, tokens_BT, targets_BT, device=world.device)
+            if shown:
+                summed.item()  # waits for a GPU, so that what is counted is done
+                bar.update()
+            return summed
+
         loss = mean_loss(
             model,
-            partial(summed_loss, model, config, device=world.device),
+            counted_loss,
             samples,
             world,
             wanted,
             batch,
             world.rank,
             world.size,
-            on_round=bar.update,
         )
     num_tokens = wanted * config.model.block_size
     num_bytes = samples.val_bytes(wanted)

@@ -123,12 +123,27 @@ def unknown_flag(flag: str, value: str) -> ConfigError:
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
+COMMANDS = ("status", "logs", "cancel", "report", "verify", "doctor", "move", "batch")
+"""Commands beside this one, each a module of its own."""
+
+
+def refuse_command(argv: Sequence[str]) -> None:
+    """Raise ConfigError where another command was typed as the first word of this one."""
+    if argv and argv[0] in COMMANDS:
+        raise ConfigError(
+            f"python -m launch {argv[0]}",
+            f"KEY=VALUE; the other commands are launch.{', launch.'.join(COMMANDS)}",
+            shlex.join(["python", "-m", f"launch.{argv[0]}", *argv[1:]]),
+        )
+
+
 def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     """Tell Hydra the schema of what was typed, and the two functions that ``configs/config.yaml`` uses.
 
     Returns:
         The arguments, completed, and the schema.
     """
+    refuse_command(argv)
     flags, typed = split_flags(argv)
     config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
     flags, typed = without_sweep(flags, typed, config_dir)

@@ -54,6 +54,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "loss": point.latest.get("loss"),
         "eta_s": point.eta_s,
         "quiet_s": point.quiet_s,
+        "step_age_s": point.stale_s,
         "not_restarted": point.why_not_restarted(),
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
@@ -84,9 +85,12 @@ def cells(known: dict[str, Any]) -> list[str]:
 
 
 def speed_text(known: dict[str, Any]) -> str:
-    """Throughput with its unit."""
+    """Throughput with its unit, and its age where no step has followed."""
     speed = throughput(known)
-    return "" if speed is None else f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s"
+    if speed is None:
+        return ""
+    age = f" {duration(known['step_age_s'])} ago" if "step_age_s" in known else ""
+    return f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s{age}"
 
 
 def notes(known: dict[str, Any]) -> list[str]:

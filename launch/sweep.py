@@ -26,12 +26,10 @@ from launch.plan.expected import add_expected
 from launch.plan.plan import Plan, make_plan, write_run
 from launch.plan.preflight import add_warnings
 from launch.plan.text import share_budget, worst_case_text
-from launch.runs.failures import failure_text
 from launch.runs.find import labels_for
 from launch.runs.folder import RunFolder
 from launch.runs.labels import sweep_overrides
 from launch.runs.sweeps import Sweep, record_sweep
-from launch.runs.unwritten import is_full
 from launch.scheduler import client as scheduler
 from launch.scheduler.limits import Limits
 
@@ -49,6 +47,10 @@ class SweepFailedError(RuntimeError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class NothingSubmittedError(SweepFailedError):
+    """sbatch has refused, so that a run folder without a submission is of no use to anybody."""
 
 
 def run_sweep(points: Sequence[Composed]) -> None:
@@ -90,6 +92,8 @@ def run_sweep(points: Sequence[Composed]) -> None:
 
         show_plans(plans, configs, console)
         return
+    if slurm is not None and unfinished(plans):
+        candidates.refuse_without_controller(slurm)
     from launch.jobs.adoption import refuse_running
 
     for plan in unfinished(plans):
@@ -98,13 +102,20 @@ def run_sweep(points: Sequence[Composed]) -> None:
     if unfinished(plans):
         console.print(worst_case_text(plans, configs), highlight=False, markup=False)
     show_warnings(plans, console)
+    made = [plan.run_dir for plan in plans if not Path(plan.run_dir).exists()]
     for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
         if plan.finished:
             continue
         if plan.code is not None:
             code_copy.take(Path(plan.code), workload_of(config).code(config))
         write_run(plan, composed, overrides)
-    submit_and_watch(plans, console, configs[0].launch, sweep_overrides([overrides for _, overrides in points]))
+    try:
+        submit_and_watch(plans, console, configs[0].launch, sweep_overrides([overrides for _, overrides in points]))
+    except NothingSubmittedError:
+        from launch.jobs.submit import remove_unused
+
+        remove_unused(made)
+        raise
 
 
 def plan_points(
@@ -215,6 +226,7 @@ def show_warnings(plans: Sequence[Plan], console: Console) -> None:
 def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str]) -> None:
     """Submit what is not finished; then follow to the end and report on all of it, or say how to."""
     from launch.jobs import display as watch
+    from launch.jobs.endings import explain, show_progress_problems
     from launch.jobs.status import new_run_status
 
     points = [new_run_status(plan) for plan in unfinished(plans)]
@@ -236,22 +248,15 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
         raise SweepFailedError("\n\n".join(explain(point) for point in failed), 1)
 
 
-def show_progress_problems(points: Sequence[RunStatus], console: Console) -> None:
-    """Say where ``script.progress`` did not find what it was meant to."""
-    for point in points:
-        causes = [event["cause"] for event in point.events() if event["event"].startswith("progress_")]
-        for cause in dict.fromkeys(causes):
-            console.print(f"warning: {point.name}: {cause}", highlight=False, markup=False)
-
-
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
     """Submit what is for Slurm, one job for each shape; local points get in line.
 
     Raises:
-        SweepFailedError: sbatch refused. What it had taken before goes on.
+        NothingSubmittedError: sbatch refused. What it had taken before goes on.
+        SweepFailedError: it did not answer in time, and may have taken the job.
     """
     from launch.jobs.handles import LocalQueueEntry
-    from launch.jobs.submit import explain_refusal, in_line, shapes, submit_somewhere
+    from launch.jobs.submit import explain_refusal, in_line, may_have_taken, shapes, submit_somewhere
     from launch.plan.submission import record_submitted
 
     by_folder = {str(point.folder.path): point for point in points}
@@ -264,7 +269,9 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
         except scheduler.SlurmError as error:
             ids = ", ".join(point.job.name for point in points if point.job is not None)
             rest = f"\nalready submitted, and going on: {ids}" if ids else ""
-            raise SweepFailedError(f"{explain_refusal(group[0], error)}{rest}", 1) from error
+            # A controller that is only busy may have taken the job all the same, and it needs its folder.
+            kind = SweepFailedError if may_have_taken(error) else NothingSubmittedError
+            raise kind(f"{explain_refusal(group[0], error)}{rest}", 1) from error
         before = done.jobs
         for plan, job in zip(group, done.jobs, strict=True):
             point = by_folder[plan.run_dir]
@@ -328,34 +335,6 @@ def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console) -> None
     except OSError as error:  # what is shown is known; what the points came to is still to be told
         later = f"python -m launch.report {quote(str(folder))}"
         console.print(f"the report is not written: {error}; later: {later}", highlight=False, markup=False)
-
-
-def explain(point: RunStatus) -> str:
-    """Explain why a point did not finish, and name the log to read on."""
-    from launch.jobs.handles import agent_logs
-    from launch.jobs.status import is_silent
-
-    failure = point.failure() if point.state == "failed" else None
-    head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")
-    if point.state == "failed" and is_full(point.folder.path):
-        lacks = "has no room: its event log may lack the last events; make room there before the same command"
-        head = f"the filesystem of {point.folder.path} {lacks}\n{head}"
-    why = point.why_not_restarted()
-    last = f"\nnot started again: {why}" if why is not None else ""
-    if failure is not None:
-        return f"{head}: {failure_text(failure)}{last}"
-    if last:
-        return f"{head}{last}"
-    logs = agent_logs(point.folder.path, point.job, 0)[::-1] if point.job is not None else []
-    log = next((log for log in logs if log.is_file() and log.stat().st_size), None)
-    if log is not None and point.state == "failed":
-        lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        return f"{head}; the first agent's last words ({log}):\n{lines}"
-    if point.state == "failed" and not is_silent(point):
-        return f"{head}; nothing was recorded in {point.folder.path}"
-    if point.state == "placement_timeout":
-        return f"{head}; the same command submits it again"
-    return head
 
 
 def fail(error: SweepFailedError) -> int:

@@ -52,11 +52,15 @@ if [ "$(grep -c '^point ' <<< "$plan")" != "${#sizes[@]}" ]; then
         "${sizes[*]}" "python -m launch -m nodes=..., which sweeps over more" >&2
     exit 2
 fi
+# Points that are finished already take no nodes to say so: the plan marks them, in the order of the sizes.
+mapfile -t finished < <(awk '/^point /{n++; done[n]="no"} /^  finished /{done[n]="yes"} END{for (i=1; i<=n; i++) print done[i]}' <<< "$plan")
 folder="$(dirname "$(sed -n 's/^  folder  *//p' <<< "$plan" | head -n 1)")"
 
 # The run folders are made now, so that status and cancel know the runs while they wait. A job goes on in its folder.
 run_dirs=()
-for nodes in "${sizes[@]}"; do
+for index in "${!sizes[@]}"; do
+    [ "${finished[$index]}" = yes ] && { run_dirs+=(""); continue; }
+    nodes="${sizes[$index]}"
     run_dirs+=("$(
         # shellcheck source=slurm/env.sh
         source slurm/env.sh
@@ -71,11 +75,20 @@ done
 jobs=()
 entered=()
 for index in "${!sizes[@]}"; do
+    if [ "${finished[$index]}" = yes ]; then
+        echo "nodes=${sizes[$index]}: finished already, and not submitted (fresh=true runs it again in a new folder)"
+        continue
+    fi
     job="$(sbatch --parsable --nodes="${sizes[$index]}" slurm/multi_node.sh "${again[@]}")"
     echo "nodes=${sizes[$index]}: job $job"
     jobs+=("${job%%;*}")  # of a federation sbatch says the cluster too
     entered+=(--submitted "${run_dirs[$index]}" "${job%%;*}")
 done
+if [ "${#jobs[@]}" = 0 ]; then
+    # shellcheck source=slurm/env.sh
+    source slurm/env.sh
+    exec python -m launch.report "$folder"
+fi
 (
     # shellcheck source=slurm/env.sh
     source slurm/env.sh

@@ -17,6 +17,7 @@ from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig
 from launch.errors import ConfigError
 from launch.runs.identity import RunConfig
+from launch.runs.provenance import install_command
 from launch.runs.ranges import require_positive, require_range
 
 
@@ -80,7 +81,7 @@ class LoggingConfig:
             raise ConfigError(
                 "logging.wandb=true, and the package wandb is not installed",
                 "the extra of that name",
-                "pip install '.[wandb]', or logging.wandb=false",
+                f"{install_command('wandb')}, or logging.wandb=false",
             )
 
 

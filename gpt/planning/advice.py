@@ -61,7 +61,7 @@ def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterat
     )
     yield (
         f"{count_text(total)} tokens from a corpus of {count_text(corpus_tokens)}: {epochs:,.0f} epochs; "
-        f"a larger corpus (data=), or {fewer} for {MANY_EPOCHS}"
+        f"a larger corpus (data=), or {fewer} for {MANY_EPOCHS} epochs"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gpt.accounting.hardware import GIGA, KNOWN, expand, memory_bytes
+from gpt.accounting.hardware import KNOWN, expand, memory_bytes
 from gpt.config import Device, TrainConfig
 from gpt.planning.cost import estimate
 from gpt.planning.execution import choose_tf32
@@ -102,7 +102,7 @@ def host_memory(request: PlanRequest) -> int | None:
     """Bytes of a node's memory that one rank may have; None where nobody said."""
     if request.is_local:
         return free_memory() // request.world_size
-    return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIGA) // request.ranks_per_node
+    return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIB) // request.ranks_per_node
 
 
 def cpu_memory(request: PlanRequest) -> int:

@@ -139,6 +139,16 @@ def fitting(facts: SlurmFacts, config: Config) -> str:
     return "; ".join(what_fits(there, partition) for partition in named or there.partitions)
 
 
+def refuse_without_controller(facts: SlurmFacts) -> None:
+    """Raise ConfigError where no controller answers that could take a job."""
+    if facts.is_away:
+        raise ConfigError(
+            f"cluster=slurm, and {facts.slurm_problem}",
+            "a Slurm controller that answers: nothing was submitted, and nothing written",
+            "the same command when scontrol ping says UP; cluster=local to run here; dry_run=true only plans",
+        )
+
+
 def look_before_submitting(
     facts: SlurmFacts, plans: Sequence[Plan], configs: Sequence[Config], console: Console
 ) -> list[Plan]:

@@ -80,6 +80,8 @@ class SlurmFacts:
     limits: Limits | None
     """None where no controller answers."""
     slurm_problem: str = ""
+    is_away: bool = False
+    """True where that is for want of a controller, so that nothing can be submitted."""
     others: dict[str, Limits | str] = field(default_factory=dict)
     """The limits of other clusters that are asked for, by name; the reason where one is not known or not there."""
     groups: tuple[str, ...] | None = None
@@ -211,7 +213,8 @@ def ask_slurm(clusters: Iterable[str] = ()) -> SlurmFacts:
     try:
         found = limits.read()
     except scheduler.SlurmError as error:
-        return SlurmFacts(limits=None, slurm_problem=last_line(error), groups=groups)
+        is_away = isinstance(error, limits.NoControllerError)
+        return SlurmFacts(limits=None, slurm_problem=last_line(error), is_away=is_away, groups=groups)
     others = {name: look_at_cluster(name) for name in sorted(clusters)}
     return SlurmFacts(limits=found, others=others, groups=groups, torch=torch_version())
 

@@ -66,13 +66,13 @@ def wants(limits: Limits, partition: Partition, request: Request) -> Iterator[Wa
         yield text, cluster.mem_gb, lambda node: min(node.memory_mb, room) / MB_IN_GB
 
 
-MB_IN_GB = 1000
-"""Slurm's MB in one of cluster.mem_gb, as placement asks for it. Slurm's MB are 1024 KiB."""
+MB_IN_GB = 1024
+"""Slurm's MB, which are MiB, in one of cluster.mem_gb."""
 
 
 def memory_text(gb: float) -> str:
-    """Memory in units of cluster.mem_gb for people, in GiB as every other message: 262.144 is 256 GiB."""
-    return f"{gb * MB_IN_GB / 1024:.4g} GiB"
+    """Memory in units of cluster.mem_gb for people, in GiB as every other message."""
+    return f"{gb:.4g} GiB"
 
 
 def gres_text(part: Gres, number: str | None = None) -> str:

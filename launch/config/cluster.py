@@ -154,7 +154,7 @@ class ClusterConfig:
     bind_cpus: bool = True
     """Bind each rank to the CPUs of the job that are near its GPU (its NUMA node), where they are known and enough."""
     mem_gb: Optional[float] = None
-    """Memory of each node, GB."""
+    """Memory of each node, as sbatch --mem=NG asks for it: Slurm's GB are GiB (2^30 bytes)."""
     price_per_gpu_hour: Optional[float] = None
     """Price of a GPU-hour, in the site's currency."""
     placement: list[PlacementConfig] = field(default_factory=list)

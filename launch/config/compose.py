@@ -6,6 +6,7 @@ Owns which schema a config has. Torch-free.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -24,15 +25,17 @@ from launch.config import NOT_IN_POINT, Config
 from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.damage import damaged
-from launch.runs.explain import CONFIG_ERRORS, explain, free_keys
+from launch.runs.explain import CONFIG_ERRORS, explain, free_keys, schema_keys
 from launch.runs.folder import RunFolder
 from launch.runs.identity import RunConfig
-from launch.runs.overrides import append_groups, typed_value
+from launch.runs.overrides import append_groups, typed_key, typed_value
 from launch.runs.ranges import closest
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
+SCRIPT = "script"
+"""Option of the group ``workload`` for a program of the user's own, and the group of its keys."""
 CUSTOM = "custom"
 """Option of the group ``workload`` for a class that was typed as ``workload._target_``."""
 
@@ -61,6 +64,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
     if typed_value(args, "workload._target_") is not None and typed_value(args, "workload") is None:
         args.append(f"workload={CUSTOM}")
     workload = load_workload(target_of(args, config_dir))
+    refuse_script_keys(args, workload)
     free = tuple(f"{key}." for key in free_keys(workload.schema))
     raw: Sequence[str] = getattr(workload, "raw_keys", ())
     prepared = []
@@ -73,6 +77,28 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
             arg = f"++{arg}"
         prepared.append(arg)
     return prepared
+
+
+def refuse_script_keys(overrides: Sequence[str], workload: Workload) -> None:
+    """Raise ConfigError where keys of a script are typed without ``workload=script``; proposes keys that it has."""
+    typed = [arg for arg in overrides if typed_key(arg).partition(".")[0] == SCRIPT]
+    if not typed or SCRIPT in schema_keys(workload.schema):
+        return
+    schema = schema_of(target_of([f"workload={SCRIPT}"]))
+    known, free = list(schema_keys(schema)), tuple(f"{key}." for key in free_keys(schema))
+    meant = []
+    for arg in typed:
+        key, equals, value = arg.lstrip("+").partition("=")
+        parts = key.split(".")
+        group = f"{SCRIPT}.{parts[1]}" if len(parts) > 1 else ""
+        if key not in known and not key.startswith(free) and (alike := closest(group, known)):
+            key = ".".join([alike[0], *parts[2:]])
+        meant.append(f"{key}{equals}{value}")
+    raise ConfigError(
+        f"{', '.join(typed)}, of another workload than {workload.name}",
+        "workload=script, which launches a program of your own",
+        shlex.join([f"workload={SCRIPT}", *meant]),
+    )
 
 
 def typed_form(override: str) -> str:

@@ -24,6 +24,7 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError
 
 from launch.checks import candidates, cpus, facts, findings, gpus
+from launch.checks import request as asked
 from launch.checks.facts import Facts, Request
 from launch.checks.findings import Finding
 from launch.config import ClusterKind, Config
@@ -37,6 +38,7 @@ from launch.plan.plan import Plan, make_plan
 from launch.runs.files import deny_others_writing
 from launch.runs.find import labels_for
 from launch.scheduler.client import SlurmError
+from launch.scheduler.limits import Limits
 
 COMMAND = re.compile(r"(python -m launch\b.* )\.\.\.$")
 """Command to type that takes the same arguments."""
@@ -92,8 +94,9 @@ def examine(
     if seen.kind is ClusterKind.slurm:
         of_request += candidates.check_requests(seen, requests)
     of_machine = machine.check_machine(seen, first, requests, own_addresses(seen.machine.host))
-    if seen.kind is ClusterKind.slurm:
-        of_machine = settle_sharing(of_machine, on_cluster.earlier_results(Path(seen.output.path)))
+    if seen.limits is not None and seen.kind is ClusterKind.slurm:
+        earlier = on_cluster.earlier_results(Path(seen.output.path), on_cluster.name_of(seen.limits))
+        of_machine = settle_sharing(of_machine, earlier)
     return of_machine, of_request, requests, seen
 
 
@@ -160,7 +163,11 @@ def run_on_cluster(
         largest = replace(largest, plan=largest.plan.replace_placement(settled))
     try:
         results = on_cluster.measure(
-            largest, Path(seen.output.path), wait_min, lambda line: console.print(line, highlight=False, markup=False)
+            largest,
+            on_cluster.ClusterOfJob(on_cluster.name_of(seen.limits), left_over(seen, largest)),
+            Path(seen.output.path),
+            wait_min,
+            lambda line: console.print(line, highlight=False, markup=False),
         )
     except (SlurmError, FailedJobError) as error:
         return [on_cluster.refused(error)], None
@@ -169,6 +176,18 @@ def run_on_cluster(
         console.print(group_line(results), highlight=False)
     console.print(f"wrote {results['folder']}/results.json", highlight=False, markup=False)
     return verdict.check_results(results), results
+
+
+def left_over(seen: Facts, request: Request) -> int | None:
+    """Nodes that work beyond those that a request asks for, where it could go; None where Slurm does not tell."""
+    there = seen.at(request.config.cluster.cluster)
+    if not isinstance(there, Limits):
+        return None
+    of_each = [
+        sum(node.is_usable for node in asked.eligible(there, partition, request))
+        for partition in asked.partitions_of(there, request.config)
+    ]
+    return max(0, max(of_each) - request.config.nodes_asked) if of_each else None
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
@@ -187,6 +206,8 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
     measured, results = run_on_cluster(seen, requests, given.wait_min, console)
     if results is not None and verdict.is_shared(results):
         of_machine = [finding for finding in of_machine if finding.check not in ("shared folder", "program")]
+    if results is not None and results["nodes"]:  # what this very command would tell has been told
+        of_machine = [finding for finding in of_machine if "--on-cluster" not in finding.fix]
     return [*of_machine, *of_request, *measured], results
 
 

@@ -12,7 +12,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ SMALL = MIB
 PINGS = 20
 MOST_ROUNDS = 15
 """Each node is tried against so many others at most: all of them up to 16 nodes."""
+PASSES = 3
+"""Measurements of each link, seconds apart: on a machine that others use, one alone tells of its neighbors."""
 SLOW_S = 0.05
 """Limit: where an exchange of SMALL bytes takes longer, LARGE ones would take too long for what they tell."""
 TIMEOUT = timedelta(seconds=150)
@@ -128,7 +130,7 @@ def exchange_with(peer: int, device: torch.device) -> dict[str, float]:
     size = SMALL
     if took < SLOW_S:
         size = LARGE
-        took = min(agree(timed(LARGE), peer, device) for _ in range(3))
+        took = min(agree(timed(LARGE), peer, device) for _ in range(2))
     return {"latency_us": 1e6 * statistics.median(pings), "bandwidth_gbit": 8 * size / took / 1e9, "bytes": size}
 
 
@@ -145,15 +147,27 @@ def together(device: torch.device) -> None:
 
 
 def exchanges(rank: int, nodes: int, each: int, device: torch.device) -> list[dict[str, float]]:
-    """This rank against the rank of the same local number on the other nodes, round by round."""
+    """This rank against the rank of the same local number on the other nodes, round by round, PASSES times."""
     node, local = divmod(rank, each)
-    found = []
-    for pairs in schedule(nodes)[:MOST_ROUNDS]:
+    measured: dict[int, list[dict[str, float]]] = {}
+    for pairs in schedule(nodes)[:MOST_ROUNDS] * PASSES:
         together(device)
         partner = next((a + b - node for a, b in pairs if node in (a, b)), None)
         if partner is not None:
-            found.append({"node": partner, **exchange_with(partner * each + local, device)})
-    return found
+            measured.setdefault(partner, []).append(exchange_with(partner * each + local, device))
+    return [{"node": partner, **merge(passes)} for partner, passes in measured.items()]
+
+
+def merge(passes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The measurements of one link as one: the median of its bandwidth with its range, and its least latency."""
+    rates = [one["bandwidth_gbit"] for one in passes]
+    return {
+        "latency_us": min(one["latency_us"] for one in passes),
+        "bandwidth_gbit": statistics.median(rates),
+        "low_gbit": min(rates),
+        "high_gbit": max(rates),
+        "bytes": min(one["bytes"] for one in passes),
+    }
 
 
 def measure(path: Path) -> None:

@@ -28,6 +28,27 @@ from launch.runs import compose
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.scheduler.client import SlurmError
+from launch.scheduler.limits import Limits
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterOfJob:
+    """The cluster that the job runs on.
+
+    Attributes:
+        name: its name and that of its controller, by which it is known again.
+        left_over: nodes that the job could have had beside those it asks for; None where Slurm does not tell.
+    """
+
+    name: str
+    left_over: int | None
+
+
+def name_of(limits: Limits) -> str:
+    """Name of a cluster and of its controller, by which it is known again."""
+    hosts = (value for key, value in sorted(limits.config.items()) if key.startswith("SlurmctldHost"))
+    return " ".join([limits.config.get("ClusterName", ""), *hosts]).strip()
+
 
 JOB_MIN = 5
 """Time limit of the job, minutes."""
@@ -36,7 +57,9 @@ LATE_S = 5.0
 """Time for which the login node looks for files that the nodes have written: NFS may show them late."""
 
 
-def measure(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    request: Request, cluster: ClusterOfJob, output: Path, wait_min: float, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Submit the job for the nodes of ``request``, wait for its end, and return (and write) what was measured.
 
     Raises:
@@ -52,19 +75,25 @@ def measure(request: Request, output: Path, wait_min: float, say: Callable[[str]
     except BaseException:
         job.kill()
         raise
-    results = collect(root, request, job.job_id, state, started)
+    results = collect(root, request, cluster, job.job_id, state, started)
     write_json(root / "results.json", results)
     return results
 
 
-def earlier_results(output: Path) -> dict[str, Any] | None:
-    """Results of the newest of these jobs that has run with the same ``output_dir``; None where there is none."""
+KEPT_S = 30 * 24 * 3600.0
+"""Age of results that still tell something of a cluster, seconds."""
+
+
+def earlier_results(output: Path, cluster: str) -> dict[str, Any] | None:
+    """Results of the newest of these jobs that has run with the same ``output_dir`` on the same cluster lately; None
+    where there is none. ``cluster`` is what ``name_of`` calls it."""
     for path in sorted(output.glob(".doctor/*/results.json"), reverse=True):
         try:
             results: dict[str, Any] = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        if results.get("nodes"):
+        is_recent = time.time() - results.get("time_s", 0.0) < KEPT_S
+        if results.get("nodes") and results.get("cluster") == cluster and is_recent:
             return results
     return None
 
@@ -113,7 +142,9 @@ def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[st
         time.sleep(POLL_S)
 
 
-def collect(root: Path, request: Request, job_id: str, state: str, started: bool) -> dict[str, Any]:
+def collect(
+    root: Path, request: Request, cluster: ClusterOfJob, job_id: str, state: str, started: bool
+) -> dict[str, Any]:
     """Everything the nodes wrote, with what was asked of them."""
     deadline = time.monotonic() + (LATE_S if started else 0)
     nodes, ranks = probe.read_records(root)
@@ -124,12 +155,13 @@ def collect(root: Path, request: Request, job_id: str, state: str, started: bool
         "nodes": request.config.nodes,
         "ranks_per_node": request.config.ranks_on_node,
         "cpus_per_task": request.config.cluster.cpus_per_task,
+        "left_over": cluster.left_over,
         "gpus_per_node": None if request.plan.promised.uses_cpus else request.config.cluster.gpus_per_node,
     }
     logs = str(root / JOBS)
     return {
         **{"job_id": job_id, "state": state, "started": started, "folder": str(root), "logs": logs},
-        **{"asked": asked, "nodes": nodes, "ranks": ranks},
+        **{"asked": asked, "nodes": nodes, "ranks": ranks, "cluster": cluster.name, "time_s": time.time()},
     }
 
 

@@ -40,8 +40,9 @@ def state_text(point: RunStatus) -> str:
 def progress_text(point: RunStatus) -> str:
     """Throughput, loss and ETA of a point, as far as they are known."""
     known = []
+    old = f" {duration(point.stale_s)} ago" if point.stale_s is not None else ""
     if (speed := throughput(point.latest)) is not None:
-        known.append(f"{speed[0]:>9,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s")
+        known.append(f"{speed[0]:>9,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s{old}")
     if point.latest.get("loss") is not None:
         known.append(f"loss {point.latest['loss']:.4f}")
     if point.quiet_s is not None:

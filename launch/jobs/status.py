@@ -34,6 +34,10 @@ QUIET_S, QUIET_STEPS = 15.0, 10
 """Time without a step, in seconds and in steps, after which a status says so; the agents need longer to be sure of a
 lost node (``resilience.node_timeout_s``)."""
 
+STALE_S, STALE_STEPS = 5.0, 4
+"""Time since the newest step, in seconds and in steps, after which its throughput is shown with its age, and no end of
+the run is foretold: steps are recorded at once, and a restart takes longer."""
+
 
 @dataclass
 class RunStatus:
@@ -65,6 +69,9 @@ class RunStatus:
     eta_s: float | None = None
     quiet_s: float | None = None
     """Seconds since the newest step of a running attempt, where that is far more than a step takes; otherwise None."""
+    stale_s: float | None = None
+    """Seconds since the newest step of a running point, where the next one should have been made: what was measured
+    until then says nothing of now; otherwise None."""
     label: str = ""
     """Label that sets the point apart from those beside it; empty where its folder's name does."""
     resumes: bool = True
@@ -200,6 +207,8 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
             point.state, point.detail = state_between_places(point.events(), out) or (outcome(point), status.detail)
+            if point.detail.lower() == point.state:  # Slurm's word for the same
+                point.detail = ""
             if point.state == "failed" and status.detail != "CANCELLED" and is_silent(point):
                 point.detail = ", ".join(part for part in (point.detail, silence_text(point)) if part)
         if point.state == "budget_exceeded":
@@ -331,7 +340,7 @@ def outcome(point: RunStatus) -> str:
 
 def read_steps(point: RunStatus) -> None:
     """Read the newest steps, and from their times when the rest of a running point will be done."""
-    point.eta_s = point.quiet_s = None
+    point.eta_s = point.quiet_s = point.stale_s = None
     records = recent_records(point.folder.metrics(0))
     new = [record for record in records if record["attempt"] > point.attempts_before]
     if new:
@@ -339,8 +348,11 @@ def read_steps(point: RunStatus) -> None:
         times = [record["step_time_s"] for record in new if record.get("step_time_s") is not None]
         if times and point.state == "running":
             usual = statistics.median(times)
+            age = time.time() - point.latest["time"]
+            point.stale_s = age if age > max(STALE_S, STALE_STEPS * usual) else None
             point.quiet_s = time_without_step(point, usual)
-            point.eta_s = None if point.max_steps is None else (point.max_steps - point.latest["step"]) * usual
+            if point.max_steps is not None and point.stale_s is None:
+                point.eta_s = (point.max_steps - point.latest["step"]) * usual
 
 
 def time_without_step(point: RunStatus, usual: float) -> float | None:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,12 +31,13 @@ from launch.jobs.sbatch import batch_parameters, controller_process, jobs_folder
 from launch.plan.alone import wait_for
 from launch.plan.capacity import visible_gpus
 from launch.plan.code_copy import RUNS_FROM, running_from
+from launch.plan.exposure import JOBS
 from launch.plan.placement import cluster_of, next_candidate
 from launch.plan.plan import Plan
 from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder
 from launch.runs.ranges import closest
-from launch.scheduler.client import BUSY, SlurmBusyError, SlurmError, cluster_option, run
+from launch.scheduler.client import BUSY, SlurmBusyError, SlurmError, cluster_option, missing_configuration, run
 
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
 INHERITED_NAMES = (
@@ -95,6 +97,8 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
         SlurmBusyError: the controller did not answer.
         SlurmError: sbatch refused.
     """
+    if gone := missing_configuration():  # sbatch would look for it for ten seconds
+        raise SlurmError(gone)
     try:
         return submit_calls(
             jobs_folder(plans[0]), batch_parameters(plans[0]), agent.run, [plan.run_dir for plan in plans]
@@ -174,9 +178,36 @@ def refusal_text(error: SlurmError) -> str:
     return "; ".join(dict.fromkeys(line.strip() for line in found)) or str(error)
 
 
+def remove_unused(run_dirs: Sequence[str]) -> None:
+    """Remove run folders that this command has made and that no job was submitted for, and what lies around them."""
+    for run_dir in run_dirs:
+        if not any(event["event"] == "submitted" for event in RunFolder(run_dir).read_events()):
+            shutil.rmtree(run_dir, ignore_errors=True)
+    for group in {Path(run_dir).parent for run_dir in run_dirs}:
+        if group.is_dir() and {path.name for path in group.iterdir()} <= {JOBS}:
+            shutil.rmtree(group, ignore_errors=True)
+
+
+UNREACHED = ("unable to contact slurm controller (connect failure)", "connection refused")
+"""Parts of sbatch's errors where it has not spoken to any controller."""
+
+
+def may_have_taken(error: SlurmError) -> bool:
+    """Tell whether Slurm may have taken a job although sbatch failed: its answer was late."""
+    is_unreached = any(text in str(error).lower() for text in UNREACHED)
+    return isinstance(error, SlurmBusyError) and not is_unreached
+
+
 def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
     """Say what sbatch refused of a job: its own words, what there is, and what to type next."""
     said = refusal_text(error)
+    if isinstance(error, SlurmBusyError) or missing_configuration():
+        return ConfigError(
+            f"point {plan.title}, and no Slurm controller takes its job: {missing_configuration() or said}",
+            "a controller that answers",
+            "the same command when scontrol ping says UP; python -m launch.status first, which finds a job that was "
+            "taken although the answer was late; cluster=local runs it here",
+        )
     found = f"point {plan.title}, and sbatch refuses its job: {said}"
     wanted = re.search(r"invalid partition specified: (\S+)", said)
     there = partition_names(plan) if wanted else []

@@ -150,12 +150,18 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
 
 def use_text(use: Use) -> str:
     """``12 node-hours, 96 GPU-hours, cost 240``, as far as it is known."""
-    parts = [f"{amount(use.node_hours)} node-hours"]
+    parts = [hours_text(use.node_hours, "node")]
     if use.gpu_hours:
-        parts.append(f"{amount(use.gpu_hours)} GPU-hours")
+        parts.append(hours_text(use.gpu_hours, "GPU"))
     if use.cost:
         parts.append(f"cost {amount(use.cost)}")
     return ", ".join(parts)
+
+
+def hours_text(value: float, what: str) -> str:
+    """``1 node-hour``, ``96 GPU-hours``."""
+    number = amount(value)
+    return f"{number} {what}-hour{'' if number == '1' else 's'}"
 
 
 def amount(value: float, *, up: bool = False) -> str:

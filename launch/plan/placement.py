@@ -233,7 +233,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
         "gres": cluster.gres,
         "gpus_per_node": cluster.gpus_per_node or None,  # 0 is a word to the launcher: ask for none
         "cpus_per_task": cluster.cpus_per_task,
-        "mem": f"{round(cluster.mem_gb * 1000)}MB" if cluster.mem_gb else None,
+        "mem": f"{round(cluster.mem_gb * 1024)}MB" if cluster.mem_gb else None,
         "comment": cluster.comment,
         "array_parallelism": cluster.array_parallelism,
         "setup": [*cluster.setup, *(snapshot.shell_lines(code) if code else [])] or None,

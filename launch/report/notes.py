@@ -28,7 +28,10 @@ STATE_TEXTS = {
     State.FAILED: "failed",
     State.STOPPED: "was stopped before its last step",
     State.RUNNING: "has not ended: it runs still, or was killed",
+    State.CANCELLED: "was cancelled",
+    State.BUDGET_EXCEEDED: "was stopped at the cap of its budget",
     State.NO_RECORDS: "has no records",
+    State.NOT_STARTED: "has not started",
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from launch.report.environment import Environment, read_environment
 from launch.report.goodput import Goodput, measure_goodput
 from launch.report.readings import RankTimes, Step
+from launch.runs.events import last_command
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 
@@ -25,12 +26,17 @@ class State(StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
+    CANCELLED = "cancelled"
+    BUDGET_EXCEEDED = "budget_exceeded"
     RUNNING = "running"
     NO_RECORDS = "no records"
+    NOT_STARTED = "not started"
 
 
 ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": State.STOPPED}
 """Event -> state of the point after it."""
+REASONS = {"cancelled": State.CANCELLED, "budget_reached": State.BUDGET_EXCEEDED}
+"""Event -> state of a point that was stopped for it, in the words of ``launch.status``."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +172,20 @@ def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tu
 def _state(event_log: Sequence[dict[str, Any]], last: int, has_records: bool) -> State:
     """State by the ends that the event log knows of the last attempt; one without an attempt belongs to any."""
     events = [e for e in event_log if e.get("event") in ENDS and e.get("attempt", last) >= last]
+    told = [e for e in event_log[last_command(event_log) :] if e.get("event") in REASONS]
+    failures = [e["time"] for e in events if e["event"] == "rank_failed" and "time" in e]
+    # What fails after a cancel, or at the cap, failed because of it; what finished all the same has finished.
+    because = not failures or (told and min(failures) >= told[0].get("time", 0.0))
+    if told and because and not any(e["event"] == "finished" for e in events):
+        return REASONS[told[0]["event"]]
     # A rank that failed fails the attempt, whatever the others wrote after it.
     if any(e["event"] == "rank_failed" and e.get("attempt") is not None for e in events):
         return State.FAILED
     if events:
         return ENDS[events[-1]["event"]]
-    return State.RUNNING if has_records else State.NO_RECORDS
+    if has_records:
+        return State.RUNNING
+    return State.NO_RECORDS if last else State.NOT_STARTED
 
 
 def neighbours(points: Sequence[Point]) -> list[list[str]]:

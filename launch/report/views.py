@@ -106,6 +106,8 @@ def columns(table: ScalingTable) -> list[Column]:
         found.append(Column("MFU", lambda row: percent(row.mfu_palm)))
     if any(row.loss is not None for row in rows) or table.is_gpt:
         found.append(Column("loss", lambda row: UNAVAILABLE if row.loss is None else f"{row.loss:.4f}"))
+    # A column without a single figure tells nothing; why there are none stands in the notes.
+    found = [column for column in found if any(column.cell(row) != UNAVAILABLE for row in rows)]
     return found if table.compares_run_times else [*found, state]
 
 

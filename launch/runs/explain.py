@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -211,9 +212,6 @@ def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
             f"one of {', '.join(k for k in keys if '.' not in k)}: torchrun and gpt.train know no nodes",
             f"python -m launch {typed}",
         )
-    if key.partition(".")[0] == "script" and "script" not in keys and "nodes" in keys:
-        expected = "workload=script, which launches a program of your own"
-        return ConfigError(f"{key}, a key of another workload", expected, f"workload=script {typed}")
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
     groups = {k.rpartition(".")[0] for k in keys}
@@ -222,4 +220,18 @@ def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
     likely = [settable[name] for name in closest(leaf, settable)]
     likely += [k for k in keys if k.rpartition(".")[2] == leaf] or [k for k in keys if leaf in k.rpartition(".")[2]]
     fix = f"{below(likely[0], rest, schema)}={value}" if likely else f"the same without {typed}"
-    return ConfigError(f"unknown key {key}", f"one of {', '.join(siblings)}", fix)
+    return ConfigError(f"unknown key {key}", some_of(siblings, leaf, likely), fix)
+
+
+MOST_NAMES = 12
+"""Names that a refusal lists."""
+
+
+def some_of(names: Sequence[str], meant: str, first: Sequence[str] = ()) -> str:
+    """List names for people: ``first``, then those most like what was ``meant``, and not more than one can take in."""
+    alike = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, name.rpartition(".")[2], meant).ratio())
+    shown = list(dict.fromkeys([*(name for name in first if name in names), *alike]))[:MOST_NAMES]
+    left = len(names) - len(shown)
+    if left:
+        return f"a key such as {', '.join(shown)} ({left} more, listed in configs/)"
+    return f"one of {', '.join(name for name in names)}"

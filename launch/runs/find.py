@@ -6,6 +6,8 @@ Owns the marks of a run folder, the order of several, and which run a label mean
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -112,9 +114,20 @@ def runs_labelled(path: Path) -> list[Path]:
         raise ConfigError(
             f"{label}, as several runs are called: {', '.join(map(str, called))}",
             "the label of one run; python -m launch.status prints labels that differ",
-            f"the folder: {next(reversed(called))}",
+            command_with(str(path), next(reversed(called))),
         )
     return list(called)
+
+
+def command_with(word: str, folder: Path) -> str:
+    """The command that runs in this process, with a folder in place of a word that was typed; just the folder where it
+    was not started by ``python -m``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    short = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    if spec is None or word not in sys.argv[1:]:
+        return shlex.quote(str(short))
+    module = spec.name.removesuffix(".__main__")
+    return shlex.join(["python", "-m", module, *(str(short) if arg == word else arg for arg in sys.argv[1:])])
 
 
 def _search(folder: Path, depth: int) -> Iterator[Path]:

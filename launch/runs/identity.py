@@ -17,7 +17,7 @@ from typing import Any, Optional
 from launch.errors import ConfigError
 from launch.runs.compose import flatten, plain, read_config
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import point_name
+from launch.runs.overrides import former_point_name, point_name
 from launch.runs.renamed import in_former_spelling
 
 
@@ -83,8 +83,12 @@ def choose_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
     own = above / point_name(overrides, not_in_point)
     base = (own if config.run_dir is None else Path(config.run_dir).expanduser()).absolute()
     refuse_path(base)
-    former = above / point_name(map(in_former_spelling, overrides), not_in_point)
-    if config.run_dir is None and not base.exists() and former.is_dir():
+    formers = (
+        above / point_name(map(in_former_spelling, overrides), not_in_point),
+        above / former_point_name(overrides, not_in_point),
+    )
+    former = next((folder for folder in formers if folder.is_dir()), None)
+    if config.run_dir is None and not base.exists() and former is not None:
         base = former.absolute()  # made by the same command, when its keys had other names
     generations = [1] if base.exists() else []
     generations += [

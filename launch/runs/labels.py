@@ -47,7 +47,7 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
         return [alone(path, overrides) for path, overrides in runs]
     labels = []
     for of_run, (path, overrides) in zip(typed, runs, strict=True):
-        own = ",".join(override for override in of_run if override not in common)
+        own = ",".join(override.lstrip("+") for override in of_run if override not in common)
         labels.append(path.name if typed_value(overrides, "run_dir") else own or NOTHING_TYPED)
     counts = Counter(labels)
     labels = [

@@ -80,6 +80,11 @@ def typed_key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
+def former_point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
+    """Name that ``point_name`` gave a point while the plus signs before its keys entered it."""
+    return _name(_kept(overrides, exclude))
+
+
 def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
     """Name of a point from what was typed: the same overrides in any order give the same name.
 
@@ -87,6 +92,12 @@ def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
     a run happens, not what it is. Characters that do not belong in a folder name are replaced and the exact text is
     then kept apart by a hash.
     """
+    # How Hydra is told of a key, with a plus or without, says nothing of the run.
+    return _name(override.lstrip("+") for override in _kept(overrides, exclude))
+
+
+def _kept(overrides: Iterable[str], exclude: Iterable[str]) -> list[str]:
+    """The overrides that tell runs apart."""
     excluded = set(exclude)
     kept = []
     for override in overrides:
@@ -94,6 +105,10 @@ def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
         parents = {".".join(key.split(".")[: i + 1]) for i in range(len(key.split(".")))}
         if not parents & excluded:
             kept.append(override)
+    return kept
+
+
+def _name(kept: Iterable[str]) -> str:
     exact = ",".join(sorted(kept)) or NOTHING_TYPED
     name = re.sub(r"[^A-Za-z0-9_=.,+~-]", "_", exact)
     if name == exact and len(name) <= NAME_LIMIT and not name.startswith("."):

@@ -36,7 +36,7 @@ def with_checked_fix(error: ConfigError, overrides: Sequence[str], check: Check)
     kept = [alternative for alternative in dict.fromkeys(settled) if alternative and alternative in by_words.values()]
     if not kept:
         return ConfigError(
-            error.found, error.expected, f"{error.fix.split(SEPARATOR)[0]}, and more (refused by itself)"
+            error.found, error.expected, f"{error.fix.split(SEPARATOR)[0]}, and what the next refusal then asks for"
         )
     return ConfigError(error.found, error.expected, SEPARATOR.join(kept))
 

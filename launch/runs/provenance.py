@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -57,6 +58,19 @@ def describe_code(
 def digest(content: bytes) -> str:
     """The first half of a SHA-256, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+def install_command(extra: str, root: Path = ROOT) -> str:
+    """Return the command that installs an optional extra of this project beside what is there.
+
+    Args:
+        extra: its name in pyproject.toml.
+        root: folder that the packages lie in: a checkout, or site-packages.
+    """
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'gpt-launch[{extra}]'"
+    place = "." if root == Path.cwd() else str(root)
+    return f"pip install -e {shlex.quote(f'{place}[{extra}]')}"
 
 
 def code_state(root: Path = ROOT) -> dict[str, str]:

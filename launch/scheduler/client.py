@@ -52,6 +52,8 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
     """
     if shutil.which(command[0]) is None:
         raise SlurmError(f"{command[0]} is not installed on this machine")
+    if gone := missing_configuration():
+        raise SlurmError(gone)
     problem = ""
     for attempt in range(retries):
         if attempt:
@@ -67,6 +69,17 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
         if not any(text in problem.lower() for text in BUSY):
             raise SlurmError(f"{' '.join(command)}: {problem}")
     raise SlurmBusyError(f"{' '.join(command)}: {problem}")
+
+
+def missing_configuration() -> str:
+    """Say that the file is gone by which Slurm's commands find their cluster; nothing where it is there, or not named.
+
+    They would look for it for ten seconds each.
+    """
+    named = os.environ.get("SLURM_CONF")
+    if not named or Path(named).is_file():
+        return ""
+    return f"SLURM_CONF={named}, and there is no such file: unset SLURM_CONF, or export it with the cluster's own"
 
 
 def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:

@@ -132,6 +132,10 @@ class Limits:
         return any(flag in self.qos_flags.get(name, ()) for name in names)
 
 
+class NoControllerError(scheduler.SlurmError):
+    """No controller answers: nothing can be submitted."""
+
+
 def read(cluster: str | None = None) -> Limits:
     """Ask the controller, or that of another cluster; SlurmError where it does not answer, or no such one is known.
 
@@ -142,7 +146,10 @@ def read(cluster: str | None = None) -> Limits:
     def ask(*words: str) -> str:
         return scheduler.run("scontrol", *at, *words, timeout_s=TIMEOUT_S, retries=1)
 
-    ask("ping")  # fails at once where nobody listens
+    try:
+        ask("ping")  # fails at once where nobody listens
+    except scheduler.SlurmError as error:
+        raise NoControllerError(str(error)) from error
     config = ask("show", "config")
     partitions = ask("show", "partition", "--all", "--oneliner")
     found = parse(config, partitions, ask("show", "node", "--all", "--oneliner"))

@@ -133,9 +133,10 @@ class Cluster:
             return
         if old.started and old.processes["slurmctld"].alive():
             raise ConfigError(
-                found=f"a sandbox is up in {self.directory}",
-                expected="one sandbox in a directory",
-                fix=f"python -m slurm.sandbox down --dir {self.directory}",
+                found=f"a sandbox is up in {self.directory} already, with {len(old.nodes)} nodes",
+                expected="to use that one, or another directory for a second",
+                fix=f"export SLURM_CONF={old.slurm_conf}, which uses it; or python -m slurm.sandbox down{self.option}, "
+                "and up again",
             )
         leftovers.clear(old)
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,12 @@ def _open(cluster: Cluster, fault: str, name: str) -> State:
             fix="python -m slurm.sandbox down, then up as root where namespaces are allowed",
         )
     if name not in state.nodes:
-        raise ConfigError(f"{fault} {name}", f"one of {' '.join(state.nodes)}", f"{fault} {next(iter(state.nodes))}")
+        names = ", ".join(state.nodes)
+        raise ConfigError(
+            f"{fault} {name}, and there is no such node",
+            f"one of {names}",
+            f"python -m slurm.sandbox {fault} NODE{cluster.option}, with one of {names}",
+        )
     return state
 
 

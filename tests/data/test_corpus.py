@@ -157,11 +157,12 @@ def test_paths_that_lead_to_no_text_are_refused_with_what_to_type(tmp_path: Path
     os.mkfifo(tmp_path / "pipe")
     for path, found, fix in (
         (tmp_path / "shakespear.txt", "there is no", f"data.path={tmp_path / 'shakespeare.txt'}"),
-        (tmp_path / "nowhere" / "file", "there is no", "data.path=FILE"),
+        (tmp_path / "nowhere" / "file", "there is no", f"ls {tmp_path}, and data.path="),
+        ("FILE", "there is no", f"ls {Path.cwd()}, and data.path="),  # the README's word, typed as it stands there
         (tmp_path, "is a folder", f"data.path={tmp_path / 'shakespeare.txt'}"),
         (tmp_path / "shakespeare.txt" / "file", "cannot be read", "chmod"),
         (tmp_path / "pipe", "not a regular file", "data.path="),
-        (tmp_path / "empty", "is empty", "data=text data.path=FILE"),
+        (tmp_path / "empty", "is empty", f"ls {tmp_path}, and data.path="),
         ("~no such user/file", "cannot be read", "chmod"),
     ):
         with pytest.raises(ConfigError) as refusal:

@@ -119,7 +119,7 @@ def test_the_worst_case_is_shown_with_what_was_used(tmp_path: Path) -> None:
     folder.record_event("agent_ended", job="a", ended_at=1800.0)
     text = run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", cwd=tmp_path)
     limit = "(every node to its time limit of 60 min)"
-    assert f"worst case: 2 node-hours, 16 GPU-hours, cost 32 {limit}; used so far: 1 node-hours, 8 GPU-hours" in text
+    assert f"worst case: 2 node-hours, 16 GPU-hours, cost 32 {limit}; used so far: 1 node-hour, 8 GPU-hours" in text
     assert "each requeue (preemption, time limit, lost node) begins the time limit again: up to 2 node-hours" in text
     assert "16 GPU-hours, cost 32 more (budget.gpu_hours=N caps it all)" in text
     text = run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", "budget.cost=44", cwd=tmp_path)

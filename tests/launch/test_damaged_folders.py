@@ -20,6 +20,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError, refusing
 from launch.jobs import stop
+from launch.jobs.endings import explain
 from launch.jobs.handles import CONTROLLER, SlurmJob
 from launch.jobs.status import find_run_status, update
 from launch.plan.plan import make_plan, write_run
@@ -28,7 +29,7 @@ from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
 from launch.scheduler.client import JobState
-from launch.sweep import explain, run_sweep
+from launch.sweep import run_sweep
 from tests.support.commands import TINY
 
 WORDS = [*TINY, "cluster=local", "optim.max_steps=9", "seed=3"]
@@ -178,7 +179,7 @@ def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> N
     update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
     assert point.state == "failed"
     text = explain(point)
-    assert f"FAILED, its agents left no word: the nodes may not see {folder.path}" in text
+    assert f"run failed (its agents left no word: the nodes may not see {folder.path}" in text
     assert f"srun --nodes=1 ls -ld {quote(str(folder.path))} tells" in text
     folder.record_event("agent_started", job="slurm-7-0-0", nodes=2, allocated_at=0.0)
     update(point, {})

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,13 @@ def test_a_folder_that_nodes_do_not_share_is_named(path: str, kind: str, level: 
 
 def test_the_nodes_word_on_a_folder_counts_more_than_its_filesystem(tmp_path: Path) -> None:
     guessed = list(machine.check_output_folder(replace(FACTS, output=replace(OUTPUT, filesystem="tmpfs"))))
-    for number, results in enumerate((measured(all_rates(2), 2), {**measured(all_rates(2), 2), "nodes": []})):
+    whole = {**measured(all_rates(2), 2), "cluster": "sandbox ctl", "time_s": time.time()}
+    for number, results in enumerate((whole, {**whole, "nodes": []})):
         folder = tmp_path / ".doctor" / f"2026010{number}-000000-a"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(results))
-    earlier = on_cluster.earlier_results(tmp_path)
+    earlier = on_cluster.earlier_results(tmp_path, "sandbox ctl")
+    assert on_cluster.earlier_results(tmp_path, "another ctl") is None  # of a cluster that is gone
     assert [f.level for f in settle_sharing(guessed, earlier)] == [Level.ok]
     assert earlier is not None
     earlier["nodes"][0]["unseen"] = [1]

@@ -69,7 +69,7 @@ def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
         "exclude": "'n[3-4]'",
         "gpus-per-node": "8",
         "job-name": "'my run'",
-        "mem": "500000MB",
+        "mem": "512000MB",
         "nodes": "4",
         "ntasks-per-node": "1",
         "open-mode": "append",

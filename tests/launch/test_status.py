@@ -20,7 +20,7 @@ from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobState
-from launch.status import as_dict, notes
+from launch.status import as_dict, notes, speed_text
 from tests.launch.test_failures import LONG, start_long_run
 from tests.support.commands import descendants, ranks_of, run, start_fork, wait_for
 
@@ -64,20 +64,22 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("ago", "step_s", "told", "is_quiet"),
+    ("ago", "step_s", "told", "is_quiet", "age"),
     [
-        (40.0, 0.2, None, True),
-        (5.0, 0.2, None, False),  # too soon to say
-        (40.0, 10.0, None, False),  # steps take long
-        (40.0, 0.2, "attempt_ended", False),  # the agents know more
+        (40.0, 0.2, None, True, 40),
+        (8.0, 0.2, None, False, 8),  # too soon to say why, and not too soon to say that a rate is old
+        (1.0, 0.2, None, False, None),
+        (40.0, 20.0, None, False, None),  # steps take long
+        (40.0, 0.2, "attempt_ended", False, 40),  # the agents know more
     ],
 )
 def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
-    ago: float, step_s: float, told: str | None, is_quiet: bool, tmp_path: Path
+    ago: float, step_s: float, told: str | None, is_quiet: bool, age: int | None, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
     last = time.time() - ago
     steps = [{"step": n, "attempt": 1, "time": last - (3 - n) * step_s, "step_time_s": step_s} for n in (1, 2, 3)]
+    steps[-1]["tokens_per_s"] = 1234.0
     append_json_lines(folder.metrics(0), steps)
     append_json_lines(folder.events, [{"event": "started", "attempt": 1, "time": last - 60}])
     if told is not None:
@@ -86,7 +88,13 @@ def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
     read_steps(point)
     text = "no step for 4"
     assert (point.quiet_s is not None) is is_quiet
-    assert (text in plain_line(point)) is is_quiet and ("ETA" in plain_line(point)) is not is_quiet
+    assert (text in plain_line(point)) is is_quiet and ("ETA" in plain_line(point)) is (age is None)
+    # A rate that no step has followed says how old it is: of a node without power nobody knows for half a minute.
+    known = as_dict(point)
+    assert ("eta_s" in known) is (age is None)
+    old = f"{speed_text(known)} {plain_line(point)}"
+    assert old.count("1,234 tokens/s") == 2 and old.count(" ago") == (0 if age is None else 2)
+    assert age is None or any(f"0:{age + late:02d} ago" in speed_text(known) for late in range(10))
     assert any(text in note for note in notes(as_dict(point))) is is_quiet
 
 

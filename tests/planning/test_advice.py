@@ -39,7 +39,7 @@ def test_a_budget_of_tokens_is_as_many_steps_as_it_takes() -> None:
     assert plan.max_steps == 572_205  # 300e9 / (512 x 1024), and the rest of a step
     assert "524,288 a step, 300,000,215,040 in 572205 steps" in plan_text(plan)
     (epochs,) = [warning for warning in plan.warnings if "epochs" in warning]
-    assert "optim.max_tokens=754974800 for 100" in epochs and "max_steps" not in epochs
+    assert "optim.max_tokens=754974800 for 100 epochs" in epochs and "max_steps" not in epochs
     # With the batch per rank, more ranks take fewer steps.
     per_rank = ("optim.max_tokens=1e9", "optim.global_batch=16", "optim.weak_scaling=true")
     assert [plan_of(*GPUS, *per_rank, f"nodes={n}").max_steps for n in (1, 2)] == [7630, 3815]

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.report import build, select, show, write
+from launch.report import build, select, show, views, write
 from launch.runs.sweeps import record_sweep
 from launch.runs.tensorboard import EventWriter, png_shape
 
@@ -83,10 +83,21 @@ def test_a_terminal_never_gets_a_folded_number(sweep: Path, width: int) -> None:
 
 
 def test_unknown_figures_are_unavailable_never_zero(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path, overrides=("nodes=1",)).attempt()
+    make_run(tmp_path / "nodes=1", overrides=("nodes=1",)).attempt()
+    make_run(tmp_path / "nodes=2", 2, 2, ("nodes=2",)).attempt().steps(1, [1.0] * 20)
     text = shown(tmp_path)
-    [row] = [line for line in text.splitlines() if " ddp " in line]
-    assert row.split().count("unavailable") == 5 and " 0" not in row
+    [row] = [line for line in text.splitlines() if line.startswith("nodes=1 ") and " ddp " in line]
+    assert row.split().count("unavailable") == 7 and " 0" not in row
+
+
+def test_a_run_of_too_few_steps_has_one_sentence_and_no_empty_columns(tmp_path: Path, make_run: Any) -> None:
+    make_run(tmp_path, overrides=("nodes=1",)).attempt().steps(1, [1.0] * 6).event("finished", attempt=1)
+    text, terminal = views.markdown(build(tmp_path)), shown(tmp_path)
+    for told in (text, terminal):
+        assert told.count("Too few steps for a figure") == 1 and "unavailable" not in told
+    assert [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")] == [
+        *("point", "nodes", "ranks", "topology", "loss", "state")
+    ]
 
 
 @pytest.mark.parametrize("kind", ["one", "two series", "twelve", "none"])

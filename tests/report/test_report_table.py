@@ -177,6 +177,12 @@ def test_a_point_without_figures_keeps_its_row_and_its_state(tmp_path: Path, mak
         ([("rank_failed", 1), ("finished", 2)], State.FINISHED),
         ([("rank_failed", 2), ("stopped", 2)], State.FAILED),
         ([("finished", 1)], State.RUNNING),
+        ([("cancelled", 2), ("stopped", 2)], State.CANCELLED),
+        ([("cancelled", 2), ("rank_failed", 2)], State.CANCELLED),
+        ([("rank_failed", 2), ("cancelled", 2)], State.FAILED),
+        ([("cancelled", 2), ("finished", 2)], State.FINISHED),
+        ([("budget_reached", 2), ("stopped", 2)], State.BUDGET_EXCEEDED),
+        ([("cancelled", 1), ("submitted", 0), ("stopped", 2)], State.STOPPED),
     ],
 )
 def test_the_state_is_that_of_the_last_attempt(
@@ -283,7 +289,7 @@ def test_a_sweep_file_names_the_points_in_their_order(sweep: Path) -> None:
     (sweep / "sweep.json").write_text('{"points": ["nodes=2", "nodes=1", "nodes=8"]}')
     found = rows(sweep)
     assert list(found) == ["nodes=1", "nodes=2", "nodes=8"]
-    assert found["nodes=8"].state == "no records"
+    assert found["nodes=8"].state == "not started"  # as launch.status calls it
 
 
 def test_one_run_folder_is_a_report_of_that_run(sweep: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import stat
 import sys
 import sysconfig
@@ -70,18 +71,21 @@ def text_file(path: str) -> CorpusFile:
     except (OSError, RuntimeError) as error:  # expanduser raises RuntimeError for an unknown ~user
         raise unreadable_file_error(Path(path), error) from error
     if not status.st_size:
-        raise ConfigError(f"{text} is empty", "a file with text in it", "data=text data.path=FILE")
+        raise ConfigError(f"{text} is empty", "a file with text in it", _suggestion(text.parent, text.name))
     return CorpusFile(text, status.st_size, status.st_mtime_ns)
 
 
 def _suggestion(folder: Path, name: str = "") -> str:
     """Override to type instead of a path that leads to no text: a file beside it, where one looks right."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name != name)
     except OSError:
         names = []
     likely = closest(name, names) if name else [n for n in names if n.endswith(".txt")]
-    return f"data.path={folder / likely[0]}" if likely else "data.path=FILE"
+    if likely:
+        return f"data.path={shlex.quote(str(folder / likely[0]))}"
+    there = next((above for above in (folder, *folder.parents) if above.is_dir()), folder)
+    return f"ls {shlex.quote(str(there))}, and data.path= with a text that is there; or data=stdlib, which needs none"
 
 
 def unreadable_file_error(path: Path, error: Exception) -> ConfigError:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from gpt.config.data import TokenizerKind
 from gpt.data.tokenizers.base import Ids, Tokenizer
 from launch.errors import ConfigError
+from launch.runs.provenance import install_command
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 """Names that tokenizers give to the token that ends a document, in the order in which they are tried."""
@@ -38,7 +39,7 @@ def import_library(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"the library {name} is not installed ({error})", "the extra 'data'", "pip install 'gpt-launch[data]'"
+            f"the library {name} is not installed ({error})", "the extra 'data'", install_command("data")
         ) from error
 
 

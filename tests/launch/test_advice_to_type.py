@@ -1,0 +1,91 @@
+"""What a refusal or a plan proposes is short, can be typed as it stands, and is not what was typed already."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import COMMANDS, refuse_command
+from launch.config.compose import compose_launch
+from launch.errors import ConfigError
+from launch.plan.budget import Use, use_text
+from launch.runs.explain import MOST_NAMES
+from launch.runs.identity import RunConfig, choose_folder
+from launch.runs.labels import point_labels
+from launch.runs.overrides import NOT_IN_POINT, point_name
+from launch.runs.provenance import ROOT, install_command
+from tests.support.commands import ROOT as CHECKOUT
+from tests.support.commands import TIMEOUT_S, environment
+
+
+def refusal_of(*words: str) -> ConfigError:
+    with pytest.raises(ConfigError) as refusal:
+        compose_launch(words)
+    return refusal.value
+
+
+def test_an_extra_is_installed_from_where_the_project_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shlex.split(install_command("data", tmp_path)) == ["pip", "install", "gpt-launch[data]"]  # from a wheel
+    monkeypatch.chdir(ROOT)
+    assert install_command("data") == "pip install -e '.[data]'"
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(install_command("data"))[-1] == f"{ROOT}[data]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_command_typed_behind_this_one_is_named_whole(command: str) -> None:
+    assert (CHECKOUT / "launch" / f"{command}.py").is_file() or (CHECKOUT / "launch" / command).is_dir()
+    with pytest.raises(ConfigError) as refusal:
+        refuse_command([command, "-f", "outputs/a b"])
+    assert refusal.value.fix == f"python -m launch.{command} -f 'outputs/a b'"
+    refuse_command([f"{command}=1"])
+
+
+def test_a_mistyped_key_has_its_likeness_first_and_a_dozen_names_at_most() -> None:
+    refusal = refusal_of("cluster.gpus_per_nod=8")
+    assert refusal.fix == "cluster.gpus_per_node=8"
+    listed = refusal.expected.partition(" (")[0].removeprefix("a key such as ").split(", ")
+    assert listed[0] == "cluster.gpus_per_node" and len(listed) == MOST_NAMES
+    more = int(refusal.expected.partition("(")[2].split()[0])
+    assert more > MOST_NAMES and refusal.expected.endswith(" more, listed in configs/)")
+
+
+def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
+    refusal = refusal_of("script.option.lr=3")
+    assert refusal.fix == "workload=script script.options.lr=3"
+    assert refusal_of("script.path=a.py", "script.step=2").fix.startswith("workload=script script.path=a.py script.")
+    config = compose_launch([*shlex.split(refusal.fix), "script.path=setup.cfg"])
+    assert config.script.options.lr == 3
+
+
+def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None:
+    words = ["+experiment=weak_scaling", "nodes=2", "++script.options.lr=3"]
+    assert point_name(words, NOT_IN_POINT) == "experiment=weak_scaling,nodes=2,script.options.lr=3"
+    runs = [(tmp_path / "a", ["+experiment=weak_scaling"]), (tmp_path / "b", [])]
+    assert point_labels(runs) == ["experiment=weak_scaling", "default"]
+    # A run that an earlier version has named with it goes on where it is.
+    config = RunConfig(output_dir=str(tmp_path), name="sweep")
+    assert choose_folder(config, words[:1], NOT_IN_POINT).path == tmp_path / "sweep" / "experiment=weak_scaling"
+    before = tmp_path / "sweep" / "+experiment=weak_scaling"
+    before.mkdir(parents=True)
+    assert choose_folder(config, words[:1], NOT_IN_POINT).path == before
+
+
+def test_one_hour_is_one() -> None:
+    assert use_text(Use(1.0, 1.0, 2.5)) == "1 node-hour, 1 GPU-hour, cost 2.5"
+    assert use_text(Use(1.5, 0, None)) == "1.5 node-hours"
+
+
+def test_a_label_of_several_runs_is_answered_by_a_command_that_can_be_pasted(tmp_path: Path) -> None:
+    for experiment in ("one", "two"):
+        for point in ("nodes=1", "nodes=2"):
+            (tmp_path / "outputs" / experiment / point / "attempts").mkdir(parents=True)
+    # A process of its own: the command it proposes is the one that was typed.
+    command = [sys.executable, "-m", "launch.logs", "--agent", "nodes=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S)
+    assert done.returncode == 2 and "as several runs are called" in done.stderr
+    assert "type next: python -m launch.logs --agent outputs/two/nodes=2\n" in done.stderr
