@@ -82,6 +82,8 @@ def run_sweep(points: Sequence[Composed]) -> None:
     if slurm is not None:
         from launch.checks import candidates
 
+        if unfinished(plans) and not points[0][0].dry_run:
+            candidates.refuse_without_controller(slurm)
         plans, limits = candidates.look_before_submitting(slurm, plans, configs, console), slurm.known
     if points[0][0].launch.detach:
         refuse_local(plans)
@@ -92,8 +94,6 @@ def run_sweep(points: Sequence[Composed]) -> None:
 
         show_plans(plans, configs, console)
         return
-    if slurm is not None and unfinished(plans):
-        candidates.refuse_without_controller(slurm)
     from launch.jobs.adoption import refuse_running
 
     for plan in unfinished(plans):

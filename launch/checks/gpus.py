@@ -91,7 +91,9 @@ def choose_gpus(config: Config, facts: SlurmFacts) -> tuple[int | None, Finding 
     where, kind = there.where, f" ({there.type})" if there.type else ""
     if built_for_cpus(facts.torch):
         found = f"torch {facts.torch} is built for CPUs, and nodes of {where} have GPUs{kind}"
-        fix = f"pip install torch for your CUDA, or cluster.gpus_per_node={there.most}, or 0 for CPUs"
+        fix = (
+            f"cluster.gpus_per_node=0, for CPUs; or install torch for your CUDA; or cluster.gpus_per_node={there.most}"
+        )
         return None, warn("gpus", found, "no GPUs are asked for, which its ranks could not use", fix)
     if there.least == 0:
         found = f"some nodes of {where} have up to {there.most} GPUs{kind}, and cluster.gpus_per_node is not set"

@@ -97,7 +97,7 @@ def examine(
     if seen.limits is not None and seen.kind is ClusterKind.slurm:
         earlier = on_cluster.earlier_results(Path(seen.output.path), on_cluster.name_of(seen.limits))
         of_machine = settle_sharing(of_machine, earlier)
-    return of_machine, of_request, requests, seen
+    return of_machine, list(dict.fromkeys(of_request)), requests, seen  # what holds for several points is said once
 
 
 def settle_resources(config: Config, seen: Facts) -> list[Finding]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -238,6 +239,9 @@ def check_space(facts: Facts, requests: list[Request]) -> Iterator[Finding]:
 def check_programs(facts: Facts) -> Iterator[Finding]:
     """Tell whether the nodes find the Python and the code that the job names by path."""
     for folder in facts.machine.programs if facts.kind is ClusterKind.slurm else ():
+        above = [other for other in facts.machine.programs if Path(other.path) in Path(folder.path).parents]
+        if any(other.filesystem == folder.filesystem for other in above):
+            continue  # an environment in the checkout: said of that
         answer, found = sharing(folder)
         if answer == "yes":
             yield fine("program", f"{folder.path}: {found}")

@@ -203,17 +203,21 @@ def check_clocks(results: Results) -> Iterator[Finding]:
 
 
 def check_cpus(results: Results) -> Iterator[Finding]:
-    """Tell whether the agents may use the CPUs that were asked for."""
+    """Tell whether the agents may use the CPUs that were asked for; nodes of one kind together."""
     asked = results["asked"]["cpus_per_task"]
+    alike: dict[tuple[int, bool], list[str]] = {}
     for node in results["nodes"] if asked else ():
         if node["cpus"] < asked:
-            found = f"the agent on {node['host']} may use {node['cpus']} CPUs, and cluster.cpus_per_task={asked}"
-            if node["cpus"] == node["cpus_of_machine"]:
-                why = "all its ranks share them; the node has no more, whatever slurm.conf says of it"
-                yield warn("cpus", found, why, f"cluster.cpus_per_task={node['cpus']}")
-                continue
-            why = "all its ranks share them; srun does not take --cpus-per-task over from sbatch since 22.05"
-            yield fail("cpus", found, why, f"""'cluster.srun_args=["--cpus-per-task={asked}"]'""")
+            alike.setdefault((node["cpus"], node["cpus"] == node["cpus_of_machine"]), []).append(str(node["host"]))
+    for (cpus, are_all), hosts in alike.items():
+        agents = "the agent on" if len(hosts) == 1 else "each of the agents on"
+        found = f"{agents} {', '.join(hosts)} may use {cpus} CPUs, and cluster.cpus_per_task={asked}"
+        if are_all:
+            why = "all its ranks share them; the node has no more, whatever slurm.conf says of it"
+            yield warn("cpus", found, why, f"cluster.cpus_per_task={cpus}")
+            continue
+        why = "all its ranks share them; srun does not take --cpus-per-task over from sbatch since 22.05"
+        yield fail("cpus", found, why, f"""'cluster.srun_args=["--cpus-per-task={asked}"]'""")
 
 
 def check_gpus(results: Results) -> Iterator[Finding]:

@@ -65,7 +65,8 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
             continue
         if done.returncode == 0:
             return done.stdout
-        problem = done.stderr.strip() or f"exit status {done.returncode}"
+        # scontrol ping says on standard output which controllers are down.
+        problem = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
         if not any(text in problem.lower() for text in BUSY):
             raise SlurmError(f"{' '.join(command)}: {problem}")
     raise SlurmBusyError(f"{' '.join(command)}: {problem}")

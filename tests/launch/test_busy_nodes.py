@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from launch.checks.facts import Facts
+from launch.checks import facts
+from launch.checks.facts import Facts, Folder
 from launch.checks.findings import Level, warn
 from launch.config.compose import compose_launch, typed_config
 from launch.doctor import __main__ as command
-from launch.doctor import on_cluster, verdict
+from launch.doctor import machine, on_cluster, verdict
 from launch.doctor.links import PASSES, merge
 from tests.launch.test_doctor_verdict import all_rates, bad, results
 from tests.support.doctor_facts import FACTS, LIMITS, request
@@ -112,3 +113,26 @@ def test_gpus_that_the_launcher_would_ask_for_are_in_the_request() -> None:
     (gpus, cpus) = command.settle_resources(config, replace(FACTS, torch="2.13.0"))
     assert config.cluster.gpus_per_node == 2 and gpus.level is Level.ok and "every node of low has 2" in gpus.found
     assert cpus.check == "cpus" and config.cluster.cpus_per_task == 8
+
+
+def test_a_warning_is_said_once_for_all_points_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = Folder("/home/ada/code/.venv", "/home/ada/code/.venv", "ext4")
+    code = Folder("/home/ada/code", "/home/ada/code", "ext4")
+    elsewhere = replace(inner, filesystem="overlay")
+    for programs, said in (((code, inner), ["/home/ada/code"]), ((code, elsewhere), [code.path, elsewhere.path])):
+        seen = replace(FACTS, machine=replace(FACTS.machine, programs=programs))
+        assert [found.found.partition(":")[0] for found in machine.check_programs(seen)] == said
+    monkeypatch.setattr(facts, "gather", lambda *_: replace(FACTS, torch="2.13.0+cpu"))
+    points = [["cluster=slurm", f"nodes={nodes}", f"output_dir={tmp_path}"] for nodes in (1, 2)]
+    _, found, requests, _ = command.examine(points)
+    assert len(requests) == 2 and len(set(found)) == len(found)
+    assert [one.level for one in found if one.check in ("gpus", "cpus")] == [Level.warning, Level.ok]
+
+
+def test_nodes_with_too_few_cpus_are_named_together() -> None:
+    measured = results(all_rates(4), 4)
+    for index, cpus in ((0, 2), (2, 2), (3, 4)):
+        measured["nodes"][index] |= {"cpus": cpus, "cpus_of_machine": 2}
+    few, fewer = bad(measured)
+    assert few.found.startswith("each of the agents on n1, n3 may use 2 CPUs") and few.level is Level.warning
+    assert fewer.found.startswith("the agent on n4 may use 4 CPUs") and fewer.level is Level.error

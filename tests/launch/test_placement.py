@@ -107,7 +107,7 @@ STATES = [
     (["submitted", "moved"], OUT, ("pending", "on its way to p1")),
     (["submitted", "moved"], None, ("pending", "on its way to p1")),
     (["submitted", "moved", "stayed"], OUT, ("failed", "CANCELLED")),
-    (["submitted", "moved", "cancelled"], OUT, ("cancelled", "CANCELLED")),
+    (["submitted", "moved", "cancelled"], OUT, ("cancelled", "")),
     (["submitted", "moved", "started", "finished"], None, ("finished", "")),
     (["submitted", "moved", "submitted+"], RUNS, ("running", "")),
     (["submitted", "gave_up"], OUT, ("placement_timeout", "x")),

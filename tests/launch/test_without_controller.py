@@ -26,6 +26,8 @@ def test_a_configuration_that_is_gone_is_named_without_a_question(
         client.run("true")
     assert not isinstance(error.value, SlurmBusyError), "nothing that waiting would mend"
     conf.touch()
+    with pytest.raises(SlurmError, match="is DOWN"):  # as scontrol ping says it: on standard output, with status 1
+        client.run("sh", "-c", "echo 'Slurmctld(primary) at ctl is DOWN'; exit 1")
     assert client.run("true") == "" and client.missing_configuration() == ""
     monkeypatch.setenv("SLURM_CONF", "")
     assert client.missing_configuration() == ""

@@ -90,6 +90,9 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
     assert "Strong scaling of it's mine" in report
     with (sweep / "scaling.csv").open() as file:
         assert [row["nodes"] for row in csv.DictReader(file)] == ["1", "2"]
+    again = typed(sandbox, "bash", "slurm/scaling.sh", *words, **there)
+    assert again.count("finished already, and not submitted") == 2 and "Strong scaling of it's mine" in again
+    assert sandbox.slurm("squeue", "--noheader") == ""
 
 
 @pytest.mark.slurm
