@@ -123,7 +123,7 @@ def unknown_flag(flag: str, value: str) -> ConfigError:
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
-COMMANDS = ("status", "logs", "cancel", "report", "verify", "doctor", "move", "batch")
+COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "batch")
 """Commands beside this one, each a module of its own."""
 
 

@@ -192,10 +192,14 @@ exit 1
 """
 
 
+LISTS = "#!/bin/sh\nprintf 'low\\nhigh\\nlow\\n'\n"
+
+
 def test_what_sbatch_refuses_is_said_once_and_in_three_parts(tmp_path: Path) -> None:
     # As Slurm 22.05 prints it, by a controller that does not tell its limits.
     (tmp_path / "bin").mkdir()
-    for name, text in {"sbatch": REFUSES, "sinfo": "#!/bin/sh\nprintf 'low\\nhigh\\nlow\\n'\n"}.items():
+    answers = '#!/bin/sh\n[ "$1" = ping ]\n'
+    for name, text in {"sbatch": REFUSES, "scontrol": answers, "sinfo": LISTS}.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     words = ["cluster=slurm", "cluster.partition=hih", "nodes=2"]
@@ -207,6 +211,7 @@ def test_what_sbatch_refuses_is_said_once_and_in_three_parts(tmp_path: Path) -> 
         "type next: cluster.partition=high",
     ]
     assert text.count("invalid partition") == 1
+    assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()], "no run that never started"
 
 
 def test_points_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
