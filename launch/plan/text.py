@@ -77,6 +77,8 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
 def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     """The worst case as a person reads it: of one start, what was used before, and what bounds the rest."""
     ahead = sum(not plan.finished for plan in plans)
+    if not ahead:
+        return "worst case: nothing is left to run"
     every = f"all {ahead}" if ahead == len(plans) else f"the {ahead} other"
     head = "worst case" if len(plans) == 1 else f"worst case of {every} point{'' if ahead == 1 else 's'}"
     limits = {plan.timeout_min for plan in plans if not plan.finished}
@@ -89,7 +91,7 @@ def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     cap = [f"budget.{key}={value:g}" for key, value in caps(configs[0].budget).items()]
     if cap:
         return f"{text}; at most {' and '.join(cap)} over all attempts"
-    requeues = configs[0].resilience.requeue and any(plan.cluster == "slurm" for plan in plans)
+    requeues = configs[0].resilience.requeue and any(plan.cluster == "slurm" and not plan.finished for plan in plans)
     return f"{text}; {requeue_text(plans)}" if requeues else text
 
 

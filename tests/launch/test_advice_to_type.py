@@ -5,14 +5,18 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.__main__ import COMMANDS, refuse_command
-from launch.config.compose import compose_launch
+from launch.config import ClusterKind
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.budget import Use, use_text
+from launch.plan.plan import make_plan
+from launch.plan.text import worst_case_text
 from launch.runs.explain import MOST_NAMES
 from launch.runs.identity import RunConfig, choose_folder
 from launch.runs.labels import point_labels
@@ -89,3 +93,10 @@ def test_a_label_of_several_runs_is_answered_by_a_command_that_can_be_pasted(tmp
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S)
     assert done.returncode == 2 and "as several runs are called" in done.stderr
     assert "type next: python -m launch.logs --agent outputs/two/nodes=2\n" in done.stderr
+
+
+def test_a_plan_of_finished_points_has_no_worst_case() -> None:
+    config = typed_config(compose_launch(["cluster=slurm"]))
+    done = replace(make_plan(config, [], ClusterKind.slurm), finished=True)
+    assert worst_case_text([done, done], [config, config]) == "worst case: nothing is left to run"
+    assert "1 node-hour" in worst_case_text([done, replace(done, finished=False)], [config, config])
