@@ -101,7 +101,7 @@ def weather(folder: Path, name: str, whole: dict[str, torch.Tensor]) -> Row:
     with Cluster(folder / "sandbox") as sandbox:
         sandbox.up(timeout_s=180.0)
         try:
-            storm = StormyRun(sandbox, folder, *WORDS, *words)
+            storm = StormyRun(sandbox, folder, *TINY, *WORDS, *words)
         except AssertionError as error:
             return name, f"not submitted: {str(error)[:300]}", restarts, same, f"{time.monotonic() - began:.0f}"
         try:

@@ -22,13 +22,13 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox import state as sandbox_state
 from slurm.sandbox.cluster import Cluster
-from tests.support.commands import ON_SLURM, TINY, run, start, wait_for
+from tests.support.commands import ON_SLURM, TINY, run, start, start_fork, wait_for
+from tests.support.counting import COUNTING, checkpoint, options
 
 pytestmark = pytest.mark.slurm
 
 ODD = "it's $(touch pwned) `touch pwned`; a=b,c * # -x"
 AROUND = ("agent_ended", "agent_started")
-ENDLESS = ["optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
 
 
 def runs(outputs: Path) -> dict[str, RunFolder]:
@@ -58,7 +58,7 @@ def assert_saved_and_cancelled(folder: RunFolder) -> None:
     before, after = events[: (cut := [e["event"] for e in events].index("cancelled"))], events[cut:]
     assert not {"signalled", "stopped", "rank_failed"} & {e["event"] for e in before}
     assert [e["step"] for e in after if e["event"] == "saved"] == [steps(folder)]
-    assert [e.get("step") for e in after if e["event"] == "stopped"] == [steps(folder)]
+    assert [e.get("step") for e in after if e["event"] == "stopped"] == [steps(folder)] == [checkpoint(folder)["step"]]
 
 
 def steps(folder: RunFolder) -> int:
@@ -67,7 +67,7 @@ def steps(folder: RunFolder) -> int:
 
 def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
     """Under a name that a shell, or Slurm's own reading of #SBATCH lines, could take for something else."""
-    words = ["-m", "nodes=1,4", *ON_SLURM, f'name="{ODD}"', *TINY, "optim.max_steps=12", "launch.sequential=true"]
+    words = ["-m", "nodes=1,4", *ON_SLURM, f'name="{ODD}"', *COUNTING, *options(steps=12), "launch.sequential=true"]
     dry = run("launch", *words, "dry_run=true", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     scripts = [part.partition("\n")[2] for part in re.split(r"^sbatch text of the .*:", dry, flags=re.MULTILINE)[1:]]
     scripts[-1] = scripts[-1].partition("dry_run=true: nothing")[0]
@@ -106,10 +106,9 @@ def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path:
     def states() -> dict[str, str]:
         return {known["job_id"]: known["state"] for known in json.loads(ask("status", "--json"))}
 
-    words = ["-m", "nodes=1", "optim.max_steps=100000,30", "cluster=slurm", "name=a", "launch.detach=true", *TINY]
-    text = run(
-        "launch", *words, "eval.interval=0", "checkpoint.interval=0", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"]
-    )
+    points = options(steps="1000000,30")
+    words = ["-m", "nodes=1", *points, "cluster=slurm", "name=a", "launch.detach=true", *COUNTING]
+    text = run("launch", *words, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     array = next(iter(runs(tmp_path / "outputs" / "a"))).split("_")[0]
     assert f"job {array}_0" in text and "python -m launch.status" in text
     endless, short = (runs(tmp_path / "outputs" / "a")[f"{array}_{i}"] for i in (0, 1))
@@ -119,10 +118,10 @@ def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path:
     assert states()[f"{array}_0"] == "running"
     followed = tmp_path / "followed"
     conf = sandbox.env["SLURM_CONF"]
-    following = start("launch.logs", "-f", str(endless.path), cwd=tmp_path, log=followed, SLURM_CONF=conf)
-    wait_for(lambda: "attempt 1, from step 0" in followed.read_text(), "the log of the first attempt")
+    following = start_fork("launch.logs", "-f", str(endless.path), cwd=tmp_path, log=followed, SLURM_CONF=conf)
+    wait_for(lambda: "goes on from step 0" in followed.read_text(), "the log of the first attempt")
     sandbox.slurm("scontrol", "requeue", f"{array}_0")
-    wait_for(lambda: "attempt 2, from step" in followed.read_text(), "the log of the second attempt")
+    wait_for(lambda: re.search("goes on from step [1-9]", followed.read_text()), "the log of the second attempt")
     wait_for(lambda: read_records(endless.metrics(0))[-1]["attempt"] == 2, "its first step")
     text = ask("cancel", str(endless.path))
     assert f"cancelled after step {steps(endless)}; the last checkpoint is of step {steps(endless)}" in text
@@ -130,7 +129,7 @@ def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path:
     assert queue(sandbox, f"{array}_0") == "COMPLETED"
     assert following.wait(timeout=60) == 0
 
-    assert ask("logs", "-f", str(short.path)).count("step 30/30") == 1
+    assert ask("logs", "-f", str(short.path)).count("counted 30 steps") == 1
     assert states() == {f"{array}_0": "cancelled", f"{array}_1": "finished"}
     assert "cancelled" not in names(short) and steps(short) == 30
     assert "submitit" in ask("logs", "--agent", str(short.path))
@@ -139,7 +138,7 @@ def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path:
 
 def test_a_job_that_waits_says_why_and_leaves_the_queue(sandbox: Cluster, tmp_path: Path) -> None:
     conf = sandbox.env["SLURM_CONF"]
-    words = ["nodes=1", "cluster=slurm", "run_dir=run", "launch.detach=true", *TINY]
+    words = ["nodes=1", "cluster=slurm", "run_dir=run", "launch.detach=true", *COUNTING]
     held = "++cluster.additional_parameters={hold: true}"
     run("launch", *words, held, cwd=tmp_path, SLURM_CONF=conf)
     folder = RunFolder(tmp_path / "run")
@@ -174,7 +173,7 @@ def test_what_could_never_start_is_refused_or_said_to_wait_for_ever(sandbox: Clu
     fat = ["run_dir=fat", "cluster.cpus_per_task=999", "launch.detach=true"]
     run("launch", *fat, *unchecked, cwd=tmp_path, SLURM_CONF=conf)
     log = tmp_path / "log"
-    process = start("launch", "nodes=8", "run_dir=wide", *unchecked, cwd=tmp_path, log=log, SLURM_CONF=conf)
+    process = start_fork("launch", "nodes=8", "run_dir=wide", *unchecked, cwd=tmp_path, log=log, SLURM_CONF=conf)
     said = "warning: wide: waiting does not change PartitionNodeLimit: "
     wait_for(lambda: said in log.read_text() or process.poll() is not None, "the reason in the launcher's output")
     cells = run("launch.status", "wide", "fat", cwd=tmp_path, SLURM_CONF=conf)
@@ -197,7 +196,7 @@ def test_a_job_whose_launcher_died_after_sbatch_is_the_runs_job(
     def known() -> list[tuple[str, str]]:
         return [(each["job_id"], each["state"]) for each in json.loads(ask("status", "--json", "run"))]
 
-    words = ["nodes=1", *ON_SLURM, "run_dir=run", "launch.detach=true", *TINY, *ENDLESS]
+    words = ["nodes=1", *ON_SLURM, "run_dir=run", "launch.detach=true", *COUNTING]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -233,7 +232,7 @@ def test_a_job_whose_launcher_died_after_sbatch_is_the_runs_job(
 
 
 def test_watching_outlives_a_controller_that_does_not_answer_and_ctrl_c_saves(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["nodes=1", *ON_SLURM, "run_dir=run", *TINY, *ENDLESS]
+    words = ["nodes=1", *ON_SLURM, "run_dir=run", *COUNTING]
     log, folder = tmp_path / "log", RunFolder(tmp_path / "run")
     process = start("launch", *words, cwd=tmp_path, log=log, SLURM_CONF=sandbox.env["SLURM_CONF"])
     wait_for(lambda: steps(folder) > 2, "a few steps")

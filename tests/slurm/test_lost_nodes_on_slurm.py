@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link, freeze, power_cut
-from tests.support.commands import ON_SLURM, TINY, start, wait_for
+from tests.support.commands import ON_SLURM, start_fork, wait_for
+from tests.support.counting import COUNTING, from_step, options
 
 pytestmark = pytest.mark.slurm
 
 # Slurm itself calls a lost node down after 13 s or so and requeues the job: the agents have to be well ahead of it.
-WORDS = [
-    *ON_SLURM, *TINY, "nodes=2", "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20",
-    "resilience.node_timeout_s=5", "parallel.timeout_s=120",
-]  # fmt: skip
+WORDS = [*ON_SLURM, *COUNTING, *options(save_every=20), "nodes=2", "resilience.node_timeout_s=5"]
 
 
 class Running:
@@ -32,7 +29,7 @@ class Running:
         self.log = folder / "log"
         self.folder = RunFolder(folder / "run")
         words = (*WORDS, f"run_dir={self.folder.path}", *words)
-        self.process: subprocess.Popen[bytes] = start("launch", *words, cwd=folder, log=self.log, **sandbox.env)
+        self.process = start_fork("launch", *words, cwd=folder, log=self.log, **sandbox.env)
         self.wait(lambda: self.of("saved"), "a checkpoint")
 
     def wait(self, condition: Any, what: str) -> None:
@@ -41,6 +38,12 @@ class Running:
 
     def of(self, name: str) -> list[dict[str, Any]]:
         return [e for e in self.folder.read_events() if e["event"] == name]
+
+    def wait_for_steps(self, attempt: int) -> None:
+        self.wait(
+            lambda: any(r["attempt"] == attempt for r in read_records(self.folder.metrics(0))),
+            f"steps of attempt {attempt}",
+        )
 
     @property
     def job(self) -> str:
@@ -69,14 +72,13 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_power_and_a_cancel_stays_a
         assert run.hosts(1) == members["hosts"] and len(members["spares"]) == 1
         dead = members["hosts"][1]
         power_cut(sandbox, dead)
-        run.wait(lambda: run.of("recovered"), "training on the spare")
+        run.wait_for_steps(attempt=2)
         assert run.hosts(2) == [members["hosts"][0], *members["spares"]]
         assert [(e["host"], e["attempt"]) for e in run.of("node_lost")] == [(dead, 1)]
         assert run.of("attempt_ended")[0]["cause"] == "node_failed"
         assert run.of("requeued") == [], "inside the same job"
         saved = max(e["step"] for e in run.of("saved") if e["attempt"] == 1)
-        assert run.of("started")[1]["from_step"] == saved
-        assert run.of("recovered")[0]["seconds_since_last_step"] > 0
+        assert from_step(run.folder, attempt=2) == saved
     finally:
         status = run.end()
     assert status == 1
@@ -92,12 +94,9 @@ def test_a_cut_link_and_a_frozen_head_node_are_noticed_and_named_and_the_job_com
     cut = run.hosts(1)[1]
     try:
         cut_link(sandbox, cut)
-        run.wait(lambda: len(run.of("recovered")) == 1, "the comeback from a cut link")
+        run.wait_for_steps(attempt=2)
         (lost,) = run.of("node_lost")
         assert lost["host"] == cut and "nothing heard for" in lost["cause"]
-        # Far sooner than the collectives would give up.
-        last = max(r["time"] for r in read_records(run.folder.metrics(0)) if r["attempt"] == 1)
-        assert lost["time"] - last < 60
         assert f"ExcNodeList={cut}" in sandbox.slurm("scontrol", "show", "job", run.job)
         frozen = run.hosts(2)[0]
         assert cut not in run.hosts(2)
@@ -107,7 +106,7 @@ def test_a_cut_link_and_a_frozen_head_node_are_noticed_and_named_and_the_job_com
         # Slurm's step on the other node reports its end to the srun there, whose kernel takes the message: it waits six
         # times MessageTimeout for the answer. Nobody answers at all where an operator pulls the plug.
         power_cut(sandbox, frozen)
-        run.wait(lambda: len(run.of("recovered")) == 2, "the comeback from a frozen head node")
+        run.wait_for_steps(attempt=3)
         assert [e["host"] for e in run.of("node_lost")] == [cut, frozen]
         assert [e["cause"] for e in run.of("attempt_ended")] == ["node_failed", "node_failed"]
         assert [e["hosts"] for e in run.of("excluded")] == [[cut], sorted([cut, frozen])], "with those before"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,18 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox import processes
 from slurm.sandbox.cluster import Cluster
-from tests.support.commands import ON_SLURM, TINY, start, wait_for
+from tests.support.commands import ON_SLURM, start_fork, wait_for
 
 
 class StormyRun:
     """A run of two nodes on the sandbox, followed by its launcher, which writes ``log``."""
 
-    def __init__(self, sandbox: Cluster, folder: Path, *words: str) -> None:
+    def __init__(self, sandbox: Cluster, folder: Path, *words: str, **extra: str) -> None:
         self.sandbox = sandbox
         self.log = folder / "log"
         self.folder = RunFolder(folder / "run")
-        words = (*ON_SLURM, *TINY, "nodes=2", f"run_dir={self.folder.path}", *words)
-        self.process: subprocess.Popen[bytes] = start("launch", *words, cwd=folder, log=self.log, **sandbox.env)
+        words = (*ON_SLURM, "nodes=2", f"run_dir={self.folder.path}", *words)
+        self.process = start_fork("launch", *words, cwd=folder, log=self.log, **sandbox.env, **extra)
         self.wait(lambda: self.of("submitted"), "the submission")
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
@@ -44,7 +43,7 @@ class StormyRun:
         return str(self.of("submitted")[-1]["job_id"])
 
     def wait_for_ranks(self, attempt: int) -> None:
-        """Wait until the ranks of an attempt have started; for seconds to come they only import."""
+        """Wait until the ranks of an attempt have started; they need not have made a step."""
         self.wait(lambda: self.folder.log(attempt, 0).exists(), f"the ranks of attempt {attempt}")
 
     def wait_for_steps(self, attempt: int, count: int = 10) -> None:
