@@ -192,7 +192,12 @@ class Run:
         Restart limits count from it. Takes the files SAVE and STOP away where this save was what they asked
         for, so that the next start does not obey them again. On every rank it first writes the records that are
         queued: no later attempt will do these steps again.
+
+        Raises:
+            OutdatedAttemptError: on rank 0, where a later attempt of the run has begun, whose checkpoints count.
         """
+        if self.is_first and not self.is_current():
+            raise OutdatedAttemptError(f"attempt {self.attempt} was replaced by a later one")
         self.flush()
         if self._phase is Phase.saving:
             self._move(max(step, self._step), Phase.training)

@@ -16,12 +16,13 @@ from launch.runs.folder import RunFolder
 from launch.scheduler import limits
 from launch.scheduler.client import output_file
 from slurm.sandbox.cluster import Cluster
-from tests.support.commands import ON_SLURM, TINY, is_alive, run, wait_for
+from tests.support.commands import ON_SLURM, is_alive, run, wait_for
+from tests.support.counting import COUNTING, options
 
 pytestmark = pytest.mark.slurm
 
 NO_ROOM = "{partition: low, gres: 'gpu:2'}"
-WORDS = [*ON_SLURM, "optim.max_steps=5", "eval.interval=0", "checkpoint.interval=0", *TINY]
+WORDS = [*ON_SLURM, *COUNTING, *options(steps=5)]
 
 
 @pytest.fixture
@@ -41,7 +42,8 @@ def test_detached_points_move_to_where_there_is_room(sandbox: Cluster, no_gpus: 
     conf = sandbox.env["SLURM_CONF"]
     places = [NO_ROOM, "{partition: low, gres: 'gpu:9'}", "{partition: high, price_per_gpu_hour: 2}"]
     listed = f"cluster.placement=[{', '.join(places)}]"
-    words = ["-m", "seed=1,2", "name=s", listed, "cluster.retry_interval_min=0.05", "launch.detach=true"]
+    words = ["-m", *options(step_s="0.01,0.02"), "name=s", listed, "cluster.retry_interval_min=0.05"]
+    words += ["launch.detach=true"]
     text = run("launch", *words, *WORDS, cwd=tmp_path, SLURM_CONF=conf)
     said = "partition=low gres=gpu:9 is skipped: cluster.gres=gpu:9, and the best node of low has 2 of gpu"
     assert said in text

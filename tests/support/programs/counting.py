@@ -48,13 +48,26 @@ step, total = read()["step"], read()["sum"]
 print(f"goes on from step {step}", flush=True)
 
 
+def place(rank: int) -> Path:
+    """File in which a rank of this attempt says at which step it has come to save."""
+    return newest.with_name(f"{run.attempt}.{rank}")
+
+
+def steps_of_all() -> list[int]:
+    """Return the steps at which the ranks have come to save."""
+    return [int(place(rank).read_text() or 0) if place(rank).exists() else 0 for rank in range(run.world_size)]
+
+
 def save() -> None:
-    """Write the sum on rank 0, and say so on every rank."""
+    """Write the sum on rank 0 once all have come, as to a collective, and say so on every rank."""
     run.phase("saving", step)
+    newest.parent.mkdir(parents=True, exist_ok=True)
+    place(run.rank).write_text(str(step))
+    while run.is_first and min(steps_of_all()) < step:
+        time.sleep(0.01)
     while is_there(args.hang):
         time.sleep(0.1)
     if run.is_first:
-        newest.parent.mkdir(parents=True, exist_ok=True)
         written = newest.with_name(f"{run.attempt}.tmp")
         written.write_text(json.dumps({"step": step, "sum": total, "attempt": run.attempt}))
         if run.is_current():
