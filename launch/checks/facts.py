@@ -12,9 +12,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 import launch
 from launch.config import ClusterKind, Config
@@ -54,7 +57,7 @@ class Machine:
     python: tuple[int, int]
     executable: str
     versions: dict[str, str]
-    """Installed versions by distribution; a required one that is not there is absent."""
+    """Installed versions of torch and of what is required, by distribution; one that is not there is absent."""
     requirements: tuple[str, ...]
     """Requirements of our distribution; empty where it is not installed."""
     programs: tuple[Folder, ...]
@@ -159,7 +162,10 @@ def look_at_machine() -> Machine:
         required = tuple(metadata.distribution(DISTRIBUTION).requires or ())
     except metadata.PackageNotFoundError:
         required = ()
-    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    found: dict[str, str] = {}
+    for name in {"torch", *(Requirement(text).name for text in required)}:  # and not the files of all there are
+        with suppress(metadata.PackageNotFoundError):
+            found[name.lower()] = metadata.version(name)
     pairs = {name: resource.getrlimit(number) for name, number in RLIMITS.items()}
     places = {
         Path(launch.__file__).resolve().parents[1],

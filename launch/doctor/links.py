@@ -17,10 +17,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
+from launch.process import lasting_imports
 from launch.runs.files import write_json
+
+with lasting_imports():
+    import torch
+    import torch.distributed as dist
 
 MIB = 2**20
 LARGE = 16 * MIB

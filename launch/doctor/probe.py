@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from launch.agent.node import Node
 from launch.checks.facts import filesystem_of
 from launch.config import Config
+from launch.process import lasting_imports
 from launch.runs.compose import read_config
 from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
@@ -102,8 +103,9 @@ def resolve(hosts: list[str]) -> dict[str, str]:
 
 def visit(folder: RunFolder, node: Node, config: Config, record: dict[str, Any]) -> None:
     """Meet the other nodes, look for their files, call at their ports, and start this node's ranks."""
-    from launch.agent import heartbeat
-    from launch.agent import workers as ranks
+    with lasting_imports():
+        from launch.agent import heartbeat
+        from launch.agent import workers as ranks
 
     endpoint = heartbeat.open_endpoint(folder, node, ARRIVAL_S, ARRIVAL_S)
     record["address"] = endpoint.address

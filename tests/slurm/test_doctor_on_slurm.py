@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError
 from slurm.sandbox.settings import Settings
 from slurm.sandbox.state import require
-from tests.support.commands import ROOT, environment, wait_for
+from tests.support.commands import run, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -40,12 +39,10 @@ def strict(namespaces: None) -> Iterator[Cluster]:
 
 def doctor(cluster: Cluster, cwd: Path, *words: str, status: int) -> dict[str, Any]:
     """``python -m launch.doctor --json`` as a user of this cluster."""
-    command = [sys.executable, "-m", "launch.doctor", "--json", *words]
-    env = environment(PYTHONPATH=str(ROOT), **cluster.env)
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, f"exit status {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    report = json.loads(done.stdout)
-    assert isinstance(report, dict) and report["status"] == status
+    text = run("launch.doctor", "--json", *words, cwd=cwd, status=status, **cluster.env)
+    progress, begin, rest = text.partition("{\n")
+    report = json.loads(begin + rest)
+    assert isinstance(report, dict) and report["status"] == status and '"' not in progress
     return report
 
 
