@@ -67,17 +67,17 @@ def steps(folder: RunFolder) -> int:
 
 def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
     """Under a name that a shell, or Slurm's own reading of #SBATCH lines, could take for something else."""
-    words = ["-m", "nodes=1,4", *ON_SLURM, f'name="{ODD}"', *COUNTING, *options(steps=12), "launch.sequential=true"]
+    words = ["-m", "nodes=1,2", *ON_SLURM, f'name="{ODD}"', *COUNTING, *options(steps=12), "launch.sequential=true"]
     dry = run("launch", *words, "dry_run=true", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     scripts = [part.partition("\n")[2] for part in re.split(r"^sbatch text of the .*:", dry, flags=re.MULTILINE)[1:]]
     scripts[-1] = scripts[-1].partition("dry_run=true: nothing")[0]
 
     text = run("launch", *words, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     by_nodes = {submitted(folder)["nodes"]: (job, folder) for job, folder in runs(tmp_path / "outputs" / ODD).items()}
-    assert sorted(by_nodes) == [1, 4]
+    assert sorted(by_nodes) == [1, 2]
     scripts[1] = scripts[1].replace("JOBID", by_nodes[1][0])
-    one, four = (by_nodes[nodes][1].read_events() for nodes in (1, 4))
-    ended, started = ([e["time"] for e in of if e["event"] == name] for of, name in zip((one, four), AROUND))
+    one, two = (by_nodes[nodes][1].read_events() for nodes in (1, 2))
+    ended, started = ([e["time"] for e in of if e["event"] == name] for of, name in zip((one, two), AROUND))
     assert ended < started, "one point after another"
     for (nodes, (job, folder)), script in zip(sorted(by_nodes.items()), scripts, strict=True):
         assert re.search(rf"^\s*NumNodes={nodes} ", sandbox.slurm("scontrol", "show", "job", job), re.MULTILINE)
@@ -95,7 +95,7 @@ def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox:
 
     submitted_before = sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%i")
     again = run("launch", *words, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
-    assert "finished already, and not submitted: nodes=1, nodes=4" in again and f"Strong scaling of {ODD}" in again
+    assert "finished already, and not submitted: nodes=1, nodes=2" in again and f"Strong scaling of {ODD}" in again
     assert sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%i") == submitted_before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,110 +13,101 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import heal, power_cut, preempt
-from tests.support.commands import ON_SLURM, TINY, start, wait_for
+from tests.support.commands import TINY, start_fork
+from tests.support.counting import COUNTING, checkpoint, from_step, options
+from tests.support.paced import paced
 from tests.support.storm import StormyRun
 from tests.support.weights import differing, read_weights
 
-STEPS = 360
-WORDS = [*TINY, "nodes=2", f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1"]
+pytestmark = pytest.mark.slurm
 
-
-def submit(sandbox: Cluster, folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], RunFolder, str]:
-    """Start a run on the sandbox and wait for its tenth step; gives the launcher, the run folder and the job."""
-    here = RunFolder(folder / "run")
-    words = (*WORDS, *ON_SLURM, f"run_dir={here.path}", *words)
-    process = start("launch", *words, cwd=folder, log=folder / "log", **sandbox.env)
-    wait_for_steps(process, here, attempt=1)
-    return process, here, str(next(e["job_id"] for e in here.read_events() if e["event"] == "submitted"))
-
-
-def wait_for_steps(process: subprocess.Popen[bytes], here: RunFolder, attempt: int) -> None:
-    """Wait for the tenth step of an attempt."""
-
-    def steps() -> int:
-        return sum(record["attempt"] == attempt for record in read_records(here.metrics(0)))
-
-    wait_for(lambda: steps() >= 10 or process.poll() is not None, f"the tenth step of attempt {attempt}")
-    assert process.poll() is None, (here.read_events(), (here.path.parent / "log").read_text())
+STEPS = 120
+WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=15", "model.dropout=0.1"]
 
 
 def of(events: list[dict[str, Any]], name: str, key: str) -> list[Any]:
     return [e[key] for e in events if e["event"] == name]
 
 
-@pytest.mark.slurm
-def test_a_run_interrupted_in_every_way_ends_in_the_same_weights(sandbox: Cluster, tmp_path: Path) -> None:
-    # The same run, uninterrupted, computes while this one waits for Slurm.
-    whole, log = RunFolder(tmp_path / "whole"), tmp_path / "log of the whole"
-    alone = start("launch", *WORDS, "cluster=local", f"run_dir={whole.path}", cwd=tmp_path, log=log)
-    # Ranks that import for seconds, so that they can be interrupted before their first step.
-    storm = StormyRun(sandbox, tmp_path, *WORDS, "resilience.fork_ranks=false")
+def test_a_program_interrupted_in_every_way_counts_each_step_once(sandbox: Cluster, tmp_path: Path) -> None:
+    begin, hurry, steps = tmp_path / "begin", tmp_path / "hurry", 5000
+    begin.touch()
+    words = [*COUNTING, *options(steps=steps, begin=begin, hurry=hurry), "cluster.signal_delay_s=50"]
+    storm = StormyRun(sandbox, tmp_path, *words)
     here, job = storm.folder, storm.job
+    storm.wait_for_steps(attempt=1)
+    begin.unlink()  # the ranks of the next attempts make no step
+    # Slurm counts in minutes, and of the first one less is left than the 50 s before its end that the run is to have.
+    sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    storm.wait(lambda: storm.of("requeued"), "the end of its time")
+    sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     # Three times before the first step, which by default must not count as three attempts without progress.
-    storm.wait_for_ranks(1)
-    sandbox.slurm("scontrol", "requeue", job)
     storm.wait_for_ranks(2)
-    sandbox.slurm("scancel", "--signal=TERM", job)
+    sandbox.slurm("scontrol", "requeue", job)
     storm.wait_for_ranks(3)
+    sandbox.slurm("scancel", "--signal=TERM", job)
+    storm.wait_for_ranks(4)
     preempt(sandbox, job, seconds=1)
+    storm.wait_for_ranks(5)
+    begin.touch()
     # A node that is back before Slurm calls it down: srun gives up, and ends the step.
-    storm.wait_for_steps(attempt=4)
+    storm.wait_for_steps(attempt=5)
     rebooting = storm.hosts()[1]
     power_cut(sandbox, rebooting)
     time.sleep(3)
     heal(sandbox, rebooting)
     # srun is killed: the agents go on without it.
-    storm.wait_for_steps(attempt=5)
+    storm.wait_for_steps(attempt=6)
     storm.kill_srun()
     storm.wait(lambda: storm.of("srun_lost"), "the batch script to look")
     preempt(sandbox, job, seconds=1)
+    storm.wait(lambda: len(storm.of("requeued")) == 6, "the way back into the queue")
+    hurry.touch()
     assert storm.process.wait(timeout=300) == 0, (here.read_events(), storm.log.read_text())
     events = here.read_events()
-    causes = ["preempted"] * 3 + ["node_failed", "preempted", "finished"]
+    causes = ["timed_out", *["preempted"] * 3, "node_failed", "preempted", "finished"]
     assert of(events, "attempt_ended", "cause") == causes
-    assert of(events, "attempt_ended", "step")[:3] == [None] * 3
-    assert of(events, "requeued", "job_id") == [job] * 5
-    saved, started = of(events, "stopped", "step")[-1:], of(events, "started", "from_step")
-    assert started == [0, 0, *saved], "it went on from the step at which it saved"
-    assert alone.wait(timeout=300) == 0, log.read_text()
-    assert differing(read_weights(whole.path, STEPS, tmp_path), read_weights(here.path, STEPS, tmp_path)) == []
-    last = {(rank, r["step"]): r["samples"] for rank in here.metric_ranks() for r in read_records(here.metrics(rank))}
-    used = [sample for first, final in last.values() for sample in range(first, final + 1)]
-    assert sorted(used) == list(range(8 * STEPS)), "no sample repeated, none skipped"
+    assert of(events, "attempt_ended", "step")[1:4] == [None] * 3
+    assert of(events, "requeued", "job_id") == [job] * 6
+    saved = {e["attempt"]: e["step"] for e in events if e["event"] == "stopped" and e["step"]}
+    assert set(saved) == {1, 6}, "in time, where it was asked to leave"
+    # The node that rebooted asked nobody: what was done since the save before is done again.
+    goes_on = [0, None, None, None, saved[1], saved[1], saved[6]]
+    assert [from_step(here, attempt) for attempt in range(1, 8)] == goes_on
+    assert checkpoint(here)["step"] == steps
 
 
-@pytest.mark.slurm
-def test_the_time_limit_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
-    process, here, job = submit(sandbox, tmp_path, "optim.max_steps=100000", "cluster.signal_delay_s=50")
-    # Slurm counts in minutes, and of the first one less is left than the 50 s before its end that the run is to have.
-    sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    wait_for(lambda: of(here.read_events(), "requeued", "job_id") or process.poll() is not None, "the end of its time")
-    sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    wait_for(lambda: len(of(here.read_events(), "recovered", "step")) > 0 or process.poll() is not None, "the comeback")
-    sandbox.slurm("scancel", job)
-    assert process.wait(timeout=300) == 1
-    events = here.read_events()
-    assert of(events, "recovered", "step"), (events, (tmp_path / "log").read_text())
-    assert of(events, "attempt_ended", "cause") == ["timed_out", "cancelled"]
-    assert of(events, "requeued", "job_id") == [job]
-    saved = next(i for i, e in enumerate(events) if e["event"] == "stopped")
-    assert of(events[saved:], "started", "from_step")[0] == events[saved]["step"]
-
-
-@pytest.mark.slurm
-def test_a_node_that_loses_power_is_survived(sandbox: Cluster, tmp_path: Path) -> None:
-    process, here, job = submit(sandbox, tmp_path, "optim.max_steps=100000", "parallel.timeout_s=60")
-    wait_for(lambda: of(here.read_events(), "saved", "step") or process.poll() is not None, "a checkpoint")
-    ranks = json.loads(here.environment(1).read_text())["ranks"]
+def test_a_training_that_is_preempted_and_loses_a_node_ends_in_the_same_weights(
+    sandbox: Cluster, tmp_path: Path
+) -> None:
+    # The same run, uninterrupted, computes while this one waits for Slurm.
+    whole, log = RunFolder(tmp_path / "whole"), tmp_path / "log of the whole"
+    undisturbed = [*WORDS, "nodes=2", "cluster=local", f"run_dir={whole.path}"]
+    alone = start_fork("launch", *undisturbed, cwd=tmp_path, log=log)
+    slowly, hurry = paced(tmp_path)
+    storm = StormyRun(sandbox, tmp_path, *WORDS, *slowly, "parallel.timeout_s=60")
+    here = storm.folder
+    storm.wait_for_steps(attempt=1)
+    preempt(sandbox, storm.job, seconds=1)
+    storm.wait(lambda: any(e["attempt"] == 2 for e in storm.of("saved")), "a checkpoint of the second attempt")
+    ranks = json.loads(here.environment(2).read_text())["ranks"]
     dead = ranks[-1]["host"]
     power_cut(sandbox, dead)
-    try:
-        wait_for(lambda: of(here.read_events(), "recovered", "step") or process.poll() is not None, "the comeback")
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        newest = max(here.attempts())
-        assert dead not in {r["host"] for r in json.loads(here.environment(newest).read_text())["ranks"]}
-        saved_before = max(e["step"] for e in here.read_events() if e["event"] == "saved" and e["attempt"] < newest)
-        assert of(here.read_events(), "started", "from_step")[-1] == saved_before
-    finally:
-        sandbox.slurm("scancel", job)
-    assert process.wait(timeout=300) == 1
+    storm.wait(lambda: len(storm.of("agent_started")) == 3, "the comeback without it")
+    hurry.touch()
+    assert storm.process.wait(timeout=300) == 0, (here.read_events(), storm.log.read_text())
+    events = here.read_events()
+    # Slurm puts the job back when it misses the node, unless the agents did before.
+    first, second, last = of(events, "attempt_ended", "cause")
+    assert (first, last) == ("preempted", "finished") and second in ("preempted", "node_failed")
+    assert dead not in {rank["host"] for rank in json.loads(here.environment(3).read_text())["ranks"]}
+    (stopped,) = of(events, "stopped", "step")
+    before = max(e["step"] for e in events if e["event"] == "saved" and e["attempt"] == 2)
+    assert of(events, "started", "from_step") == [0, stopped, before], "from the steps at which it saved"
+    assert all(seconds > 0 for seconds in of(events, "recovered", "seconds_since_last_step"))
+    assert of(events, "recovered", "attempt") == [2, 3]
+    assert alone.wait(timeout=300) == 0, log.read_text()
+    assert differing(read_weights(whole.path, STEPS, tmp_path), read_weights(here.path, STEPS, tmp_path)) == []
+    done = {(rank, r["step"]): r["samples"] for rank in here.metric_ranks() for r in read_records(here.metrics(rank))}
+    used = [sample for first, final in done.values() for sample in range(first, final + 1)]
+    assert sorted(used) == list(range(8 * STEPS)), "no sample repeated, none skipped"

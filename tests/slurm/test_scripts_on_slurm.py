@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -13,74 +12,57 @@ from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import power_cut, preempt
 from tests.slurm.test_batch_script import submit_batch_script, wait_for_end
-from tests.support.commands import ON_SLURM, start, wait_for
 from tests.support.scripts import EXAMPLES, PROGRESS, causes, first_step, printed, printed_loss
+from tests.support.storm import StormyRun
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 3000
+STEPS = 300
 SCRIPT = [
     "workload=script", f"script.path={EXAMPLES / 'plain_ddp.py'}", f"script.options.steps={STEPS}",
     f"script.max_steps={STEPS}", "script.work_per_step=64", "script.resumes=true", "ranks_per_node=1", PROGRESS,
 ]  # fmt: skip
+SLOW_TERMINAL = """
+import builtins, os, time
+plainly = builtins.print
+def slowly(*words, **options):
+    plainly(*words, **options)
+    if not os.path.exists(os.environ["HURRY"]):
+        time.sleep(0.2)
+builtins.print = slowly
+"""
+"""Has the unchanged example wait after each line, so that faults find it before it is done."""
 
 
-class Undisturbed:
-    """The plain batch script's run on two nodes, beside which others are disturbed on the other two."""
-
-    def __init__(self, sandbox: Cluster, folder: Path) -> None:
-        self.sandbox, self.here, self.out = sandbox, RunFolder(folder / "run"), folder / "out"
-        # Nobody else on its nodes: who preempts another run there would preempt it too.
-        words = (*SCRIPT, f"run_dir={self.here.path}")
-        self.job = submit_batch_script(sandbox, folder, *words, SBATCH_EXCLUSIVE="exclusive")
-
-    @cached_property
-    def loss(self) -> float:
-        """The last loss, once it has ended."""
-        assert wait_for_end(self.sandbox, self.job) == ["COMPLETED"], self.out.read_text()
-        text = self.out.read_text()
-        assert "2 x 1 = 2 ranks on slurm" in text and "64 samples per step" in text
-        assert causes(self.here) == ["finished"]
-        hosts = [rank["host"] for rank in json.loads(self.here.environment(1).read_text())["ranks"]]
-        assert len(set(hosts)) == 2
-        return printed_loss(printed(self.here), STEPS)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared_sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The run that every other is compared with; it may still be going on."""
-    return Undisturbed(shared_sandbox, tmp_path_factory.mktemp("undisturbed"))
-
-
-def test_a_preempted_script_is_requeued_and_goes_on_from_its_own_checkpoint(
-    sandbox: Cluster, undisturbed: Undisturbed, tmp_path: Path
+def test_a_plain_script_is_requeued_after_preemption_and_goes_on_with_a_spare_after_a_power_cut(
+    sandbox: Cluster, tmp_path: Path
 ) -> None:
-    here = RunFolder(tmp_path / "run")
-    words = ["nodes=2", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
-    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
-    wait_for(lambda: "step 101:" in printed(here) or process.poll() is not None, "a hundred steps")
-    (job,) = [str(e["job_id"]) for e in here.read_events() if e["event"] == "submitted"]
-    preempt(sandbox, job)
-    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
-    assert causes(here) == ["preempted", "finished"]
-    assert first_step(printed(here, attempt=2)) > 100
-    assert printed_loss(printed(here, attempt=2), STEPS) == undisturbed.loss
-    assert "samples/s" in (tmp_path / "log").read_text()
+    # Undisturbed, by the plain batch script.
+    whole, out = RunFolder(tmp_path / "whole"), tmp_path / "out"
+    alone = submit_batch_script(sandbox, tmp_path, *SCRIPT, f"run_dir={whole.path}")
+    assert wait_for_end(sandbox, alone) == ["COMPLETED"], out.read_text()
+    assert "2 x 1 = 2 ranks on slurm" in out.read_text() and "64 samples per step" in out.read_text()
+    assert causes(whole) == ["finished"]
+    assert len({rank["host"] for rank in json.loads(whole.environment(1).read_text())["ranks"]}) == 2
 
-
-def test_a_spare_takes_the_place_of_a_node_that_loses_power(
-    sandbox: Cluster, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    here = RunFolder(tmp_path / "run")
-    words = ["nodes=2", "spare_nodes=1", "resilience.node_timeout_s=5", *ON_SLURM, *SCRIPT, f"run_dir={here.path}"]
-    process = start("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
-    wait_for(lambda: "step 101:" in printed(here) or process.poll() is not None, "a hundred steps")
-    (members,) = [e for e in here.read_events() if e["event"] == "members"]
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TERMINAL)
+    hurry = tmp_path / "hurry"
+    slowly = [f"script.env.PYTHONPATH={tmp_path}", f"script.env.HURRY={hurry}"]
+    storm = StormyRun(sandbox, tmp_path, *SCRIPT, *slowly, "spare_nodes=1", "resilience.node_timeout_s=5")
+    here = storm.folder
+    storm.wait(lambda: "step 51:" in printed(here), "its first checkpoint")
+    preempt(sandbox, storm.job)
+    storm.wait(lambda: "step 101:" in printed(here, attempt=2), "the next checkpoint")
+    members = storm.of("members")[-1]
     power_cut(sandbox, members["hosts"][1])
-    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
-    assert causes(here) == ["node_failed", "finished"]
-    assert [e for e in here.read_events() if e["event"] == "requeued"] == [], "inside the same job"
-    ranks = json.loads(here.environment(2).read_text())["ranks"]
+    storm.wait(lambda: printed(here, attempt=3), "the spare")
+    hurry.touch()
+    assert storm.process.wait(timeout=300) == 0, storm.log.read_text()
+    assert causes(here) == ["preempted", "node_failed", "finished"]
+    assert len(storm.of("requeued")) == 1, "for the preemption; the spare comes inside the same job"
+    ranks = json.loads(here.environment(3).read_text())["ranks"]
     assert [rank["host"] for rank in ranks] == [members["hosts"][0], *members["spares"]]
-    assert printed_loss(printed(here, attempt=2), STEPS) == undisturbed.loss
-    assert {r["attempt"] for r in read_records(here.metrics(0))} == {1, 2}
+    assert first_step(printed(here, attempt=2)) > 50 and first_step(printed(here, attempt=3)) > 100
+    assert printed_loss(printed(here, attempt=3), STEPS) == printed_loss(printed(whole), STEPS)
+    assert "samples/s" in storm.log.read_text()
+    assert {r["attempt"] for r in read_records(here.metrics(0))} == {1, 2, 3}
