@@ -16,6 +16,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
+from tests.support.counting import COUNTING, options
 from tests.support.storm import signal_job
 
 STEPS = 12
@@ -51,10 +52,11 @@ def submit_batch_script(sandbox: Cluster, folder: Path, *words: str, **extra: st
 
 @pytest.mark.slurm
 def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbox: Cluster, tmp_path: Path) -> None:
-    words = ["ranks_per_node=2", f"output_dir={tmp_path / 'outputs'}", 'name="it\'s mine"', *WORDS]
+    words = [*COUNTING, "ranks_per_node=2", f"output_dir={tmp_path / 'outputs'}", 'name="it\'s mine"']
+    words += options(steps=STEPS)
     there = {"NODES": "1 2", "SBATCH_OUTPUT": str(tmp_path / "%j.out")}
-    refused = typed(sandbox, "bash", "slurm/scaling.sh", "model.n_layr=2", *words, status=2, **there)
-    assert "type next: " in refused and "n_layr" in refused
+    refused = typed(sandbox, "bash", "slurm/scaling.sh", "script.resume=true", *words, status=2, **there)
+    assert "type next: " in refused and "script.resume" in refused
     refused = typed(sandbox, "bash", "slurm/scaling.sh", "nodes=3", *words, status=2, **there)
     assert 'type next: NODES="1 3" bash slurm/scaling.sh' in refused
     assert sandbox.slurm("squeue", "--noheader") == "", "a point that cannot work has no other submitted"
@@ -97,7 +99,7 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
 
 @pytest.mark.slurm
 def test_points_of_batch_scripts_that_wait_are_known_and_can_be_cancelled(sandbox: Cluster, tmp_path: Path) -> None:
-    words = [f"output_dir={tmp_path / 'outputs'}", "name=s", *WORDS]
+    words = [f"output_dir={tmp_path / 'outputs'}", "name=s", *COUNTING]
     there = {"NODES": "1 2", "SBATCH_OUTPUT": str(tmp_path / "%j.out")}
     refused = typed(sandbox, "bash", "slurm/scaling.sh", *words, status=2, **{**there, "NODES": "1 9"})
     assert "found: nodes=9, and Slurm: " in refused and "Requested node configuration is not available" in refused
