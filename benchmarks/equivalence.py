@@ -29,6 +29,7 @@ from tests.support.distributed import RankFailedError, run_distributed
 from tests.support.learning import MODELS, Case, learn, learn_alone, start_case
 
 TOLERANCE = 1e-5
+STEPS = 5
 FAILED = "failed"
 SIZE = ("model.n_layer=4", "model.n_head=8", "model.n_embd=64")
 PROPERTIES = {
@@ -131,7 +132,7 @@ def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell
     """Result of one run on rank 0, or why there is none."""
     case = Case(f"{words} {column.words}", column.model, column.accumulation)
     try:
-        learned = learn(start_case(rank, size, folder, case, [*SIZE, *PROPERTIES[case.model]]))
+        learned = learn(start_case(rank, size, folder, case, [*SIZE, *PROPERTIES[case.model]]), STEPS)
     except ConfigError as error:
         return f"{error.found}; expected {error.expected}"
     return learned if rank == 0 else {}
@@ -190,7 +191,7 @@ def tables(rows: Sequence[Row]) -> tuple[str, bool]:
     """Both tables of some rows, and whether they hold."""
     with tempfile.TemporaryDirectory() as place:
         models = {name: [*SIZE, *words] for name, words in PROPERTIES.items()}
-        alone = run_distributed(learn_alone, 1, Path(place) / "alone" / "runs", models)[0]
+        alone = run_distributed(learn_alone, 1, Path(place) / "alone" / "runs", models, STEPS)[0]
     spread: list[Line] = [(row, size, COLUMNS) for row in rows for size in row.ranks]
     executed: list[Line] = [
         (row, row.ranks[0], [Column(words, model_of(row), 4, words) for words in EXECUTIONS])

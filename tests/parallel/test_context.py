@@ -14,13 +14,11 @@ import torch.distributed as dist
 from gpt.config import TrainConfig
 from gpt.parallel.context import SequenceShard
 from gpt.topology.rules import check_parallel_dims
-from gpt.training.evaluation import mean_loss
-from gpt.training.run import Run
 from gpt.training.state import save
 from launch.errors import ConfigError
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, TINY, Case, assert_all_same, learn_alone, learn_cases, start, step
+from tests.support.learning import MODELS, TINY, Case, assert_all_same, evaluated, learn_alone, learn_cases, start, step
 
 METHODS = ("allgather", "ring")
 OTHERS = {
@@ -80,20 +78,6 @@ def test_every_token_is_taken_once_and_every_rank_has_the_same_work(
     assert len(set(work)) == 1
 
 
-def validation_loss(run: Run) -> float:
-    dims = run.dims
-    return mean_loss(
-        run.engine.module,
-        run.engine.loss,
-        run.samples,
-        run.world,
-        5,
-        2,
-        dims.data_rank(run.world.rank),
-        dims.data_ranks,
-    )
-
-
 def go_on(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Evaluation, recomputation and checkpoints of runs that share sequences, and of one that does not."""
     words = [*MODELS["untied, grouped queries"], "optim.max_micro_batch=8"]
@@ -107,7 +91,7 @@ def go_on(rank: int, size: int, folder: Path) -> dict[str, Any]:
     for saved, kind in kinds.items():
         there = folder / saved
         run = start(rank, size, there, *kind, *words)
-        found["evaluated"][saved] = validation_loss(run)
+        found["evaluated"][saved] = evaluated(run)
         steps = [step(run) for _ in range(2)]
         save(run)
         to_come = [step(run) for _ in range(2)]

@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 
-from gpt.training.evaluation import mean_loss
-from gpt.training.gradient_stats import Gradients
-from gpt.training.run import Run
 from gpt.training.state import save
-from gpt.training.step import queue_step
-from launch.runs.heartbeat import Phase
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, assert_same, learn, start, step
+from tests.support.learning import MODELS, assert_same, evaluated, learn, start, step
 
 Words = list[str]
 BASE = {
@@ -29,67 +24,43 @@ BASE = {
 EVAL = ["eval.sequences=7"]
 
 
-def pipeline(schedule: str, *words: str, pp: int = 2) -> Words:
-    return [f"parallel.pp={pp}", f"parallel.schedule={schedule}", *words]
+def pipeline(schedule: str, *words: str, pp: int = 2, micro: int = 4) -> Words:
+    return [f"parallel.pp={pp}", f"parallel.schedule={schedule}", f"optim.max_micro_batch={micro}", *words]
 
 
-KEPT = ("parallel=fsdp", "parallel.reshard_after_forward=false")
+FSDP = ("parallel=fsdp", "optim.max_micro_batch=2")
+KEPT = (*FSDP, "parallel.reshard_after_forward=false")
 V_SHAPED = ("zbv", "dualpipev")
 ON_2: list[tuple[str, Words]] = [
-    *(("tied", pipeline(schedule)) for schedule in ("gpipe", "1f1b", "interleaved", *V_SHAPED)),
+    *(("tied", pipeline(schedule)) for schedule in ("gpipe", "interleaved", *V_SHAPED)),
     ("untied, grouped queries", pipeline("zbv")),
-    ("tied", pipeline("1f1b", "optim.max_micro_batch=1")),
+    ("tied", pipeline("1f1b", micro=2)),
     ("biased experts", pipeline("zbv")),
     ("biased experts", pipeline("1f1b", "recompute=full")),
     ("biased experts", pipeline("interleaved", "recompute=selective")),
 ]
 ON_4: list[tuple[str, Words]] = [
-    ("tied", pipeline("1f1b")),
+    ("tied", pipeline("1f1b", micro=2)),
     ("large vocabulary", pipeline("1f1b", pp=4)),
-    ("untied, grouped queries", pipeline("interleaved", "parallel=fsdp")),
+    ("untied, grouped queries", pipeline("interleaved", *FSDP)),
     ("tied", pipeline("zbv", *KEPT)),
-    ("biased experts", pipeline("dualpipev", *KEPT)),
     ("tied", pipeline("zbv", "parallel=tp")),
     ("biased experts", pipeline("interleaved", "parallel=tp", "recompute=full")),
-    ("biased experts", pipeline("zbv", *KEPT, "parallel.ep=2")),
+    ("biased experts", pipeline("dualpipev", *KEPT, "parallel.ep=2")),
 ]
-ON_8: list[tuple[str, Words]] = [("tied", ["parallel=3d"])]
+ON_8: list[tuple[str, Words]] = [("tied", ["parallel=3d", "optim.max_micro_batch=2"])]
+"""Four micro-batches a step, and eight in one case."""
 TABLES = {2: ON_2, 4: ON_4, 8: ON_8}
-
-
-def everything(run: Run) -> dict[str, Any]:
-    """Weights and losses of a run's first steps, then the figures of one more, and an evaluation."""
-    found = learn(run)
-    record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
-    found["figures"] = {
-        "loss": record.loss,
-        "norm": record.grad_norm,
-        "mean": record.grad_mean,
-        "std": record.grad_std,
-        "imbalance": record.expert_imbalance or 0.0,
-        **(record.layer_grad_norms or {}),
-    }
-    found["evaluated"] = evaluated(run)
-    return found
-
-
-def evaluated(run: Run) -> float:
-    place, ranks = run.dims.data_rank(run.world.rank), run.dims.data_ranks
-    number = run.config.eval.sequences
-    return mean_loss(run.engine.module, run.engine.loss, run.samples, run.world, number, run.batch.micro, place, ranks)
 
 
 def learn_table(rank: int, size: int, folder: Path, table: list[tuple[str, Words]]) -> list[dict[str, Any]]:
     found = []
     for i, (model, words) in enumerate(table):
-        micro = (
-            [] if any("micro_batch" in word for word in words) else [f"optim.max_micro_batch={4 if size == 2 else 2}"]
-        )
-        run = start(rank, size, folder / str(i), *EVAL, *BASE[model], *micro, *words)
-        mine = everything(run)
-        again = evaluated(run)  # and the step after it is not disturbed
-        assert again == mine["evaluated"]
-        mine["after"] = step(run)
+        run = start(rank, size, folder / str(i), *EVAL, *BASE[model], *words)
+        mine = learn(run)
+        mine["evaluated"] = evaluated(run)
+        assert evaluated(run) == mine["evaluated"]
+        mine["after"] = step(run)  # not disturbed by that
         found.append(mine)
     return found if rank == 0 else []
 
@@ -119,7 +90,6 @@ def test_a_pipeline_learns_what_one_process_learns(
         expected = reference[model]
         try:
             assert_same(found, expected)
-            assert found["figures"] == pytest.approx(expected["figures"], rel=2e-5, abs=1e-9)
             assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-6)
             assert found["after"] == pytest.approx(expected["after"], rel=2e-5)
         except AssertionError as error:
@@ -147,16 +117,15 @@ CROSSINGS = {
 def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """Save under each, go on under another: the losses of the steps after, and those that were to come."""
     found = {}
-    words = [*BASE["tied"], "optim.max_micro_batch=4"]
+    words = BASE["tied"]
     for saved, resumed in CROSSINGS.items():
         there = folder / saved.replace(", ", "_")
         run = start(rank, size, there, *CROSSED[saved], *words)
-        for _ in range(2):
-            step(run)
+        step(run)
         save(run)
         to_come = [step(run)[0] for _ in range(2)]
         again = start(rank, size, there, *CROSSED[resumed], *words)
-        assert again.step == 2
+        assert again.step == 1
         found[saved, resumed] = ([step(again)[0] for _ in range(2)], to_come)
     return found
 
@@ -170,7 +139,7 @@ def test_a_checkpoint_goes_from_each_pipeline_to_another_and_to_none_and_back(tm
 
 def noisy(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """With dropout: a resumed run against the uninterrupted one. In bf16: what is learned. And the signs of life."""
-    words = [*BASE["tied"], "optim.max_micro_batch=2", "model.dropout=0.2"]
+    words = [*BASE["tied"], "model.dropout=0.2"]
     found: dict[str, Any] = {}
     for name in ("pp", "interleaved", "zbv, fsdp"):
         there = folder / name.replace(", ", "_")
@@ -182,7 +151,7 @@ def noisy(rank: int, size: int, folder: Path) -> dict[str, Any]:
         found[name] = (to_come, [step(again) for _ in range(2)])
     for name, spread_so in {"ddp": ["parallel=ddp"], "pp": CROSSED["pp"], "fsdp": CROSSED["zbv, fsdp"]}.items():
         run = start(rank, size, folder / f"bf16{name}", *spread_so, *words, "model.dropout=0", "precision=bf16")
-        found[f"bf16 {name}"] = [step(run)[0] for _ in range(3)]
+        found[f"bf16 {name}"] = [step(run)[0] for _ in range(2)]
     calls: list[None] = []
     batch = run.samples.batch("train", list(range(run.batch.per_rank)))
     run.engine.backward(*batch, lambda: calls.append(None))

@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import sum_of_squares
 from gpt.topology.dims import parallel_dims
 from gpt.train import build
+from gpt.training.evaluation import mean_loss
+from gpt.training.gradient_stats import Gradients
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder
@@ -31,9 +34,8 @@ from launch.runs.heartbeat import Phase
 from launch.worker import Run as Rank
 from tests.support.composing import config_from
 
-STEPS = 3
-"""The second one has what the first left in the optimizer; by the third, biases, which begin at zero, are large beside
-the rounding of a gradient."""
+STEPS = 2
+"""The second one has what the first left in the optimizer and in the engine, as DDP's regrouped gradients."""
 BATCH = 16
 TINY = [
     *("model.n_layer=2", "model.n_embd=32", "model.n_head=4", "model.block_size=16", "data.max_bytes=60000"),
@@ -108,6 +110,20 @@ def step(run: Run) -> tuple[float, float]:
     return record.loss, record.grad_norm
 
 
+def step_with_figures(run: Run) -> tuple[float, float, dict[str, float]]:
+    """Loss, gradient norm and the other figures of the next step: of gradients, by layer too, and of experts."""
+    record, _ = queue_step(run, Gradients(run.config.model, run.world.device), Phase.training).finish(0.0)
+    assert record.grad_mean is not None and record.grad_std is not None and record.layer_grad_norms is not None
+    figures = {"mean": record.grad_mean, "std": record.grad_std, "imbalance": record.expert_imbalance or 0.0}
+    return record.loss, record.grad_norm, {**figures, **record.layer_grad_norms}
+
+
+def evaluated(run: Run, sequences: int = 7, batch: int = 2) -> float:
+    """Loss of the first validation sequences, as many as neither ranks nor passes divide."""
+    place, ranks = run.dims.data_rank(run.world.rank), run.dims.data_ranks
+    return mean_loss(run.engine.module, run.engine.loss, run.samples, run.world, sequences, batch, place, ranks)
+
+
 def whole(run: Run, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of all ranks brought together from their parts, by their plain names; rank 0 of a pair is believed."""
     mine = {
@@ -121,15 +137,17 @@ def whole(run: Run, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def learn(run: Run, steps: int = STEPS) -> dict[str, Any]:
-    """Losses, gradient norms, the first step's gradients, and the weights after the last one."""
+    """Losses, gradient norms, the first step's gradients, and the figures of the last one and the weights after it."""
     if run.config.parallel.strategy is Strategy.deepspeed:
         return _learn_zero(run, steps)
     seen = [step(run)]
     parameters = dict(run.engine.module.named_parameters())
     gradients = whole(run, {name: p.grad for name, p in parameters.items() if p.grad is not None})
-    seen += [step(run) for _ in range(steps - 1)]
-    losses, norms = zip(*seen, strict=True)
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": whole(run, parameters)}
+    seen += [step(run) for _ in range(steps - 2)]
+    *last, figures = step_with_figures(run)
+    losses, norms = zip(*seen, last, strict=True)
+    weights = whole(run, parameters)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "figures": figures, "weights": weights}
 
 
 def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
@@ -148,7 +166,9 @@ def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
         return update(lr)
 
     run.engine.update = look  # type: ignore[method-assign]
-    found["losses"], found["norms"] = zip(*[step(run) for _ in range(steps)], strict=True)
+    seen = [step(run) for _ in range(steps - 1)]
+    *last, found["figures"] = step_with_figures(run)
+    found["losses"], found["norms"] = zip(*seen, last, strict=True)
     run.engine.update = update  # type: ignore[method-assign]
     assert found["norm of the parts"] == pytest.approx(found["norms"][0], rel=1e-5)
     clipped = min(1.0, run.config.optim.grad_clip / (found["norms"][0] + 1e-6))
@@ -165,26 +185,40 @@ def norm_of_parts(run: Run) -> float:
     return run.world.all_reduce(sum_of_squares(parts)).sqrt().item()
 
 
-def learn_alone(rank: int, size: int, folder: Path, models: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+def learn_alone(
+    rank: int, size: int, folder: Path, models: Mapping[str, list[str]], steps: int = STEPS
+) -> dict[str, dict[str, Any]]:
     """Results of one process for each model, in one micro-batch a step; for ``run_distributed`` with one rank."""
     words = ["parallel=ddp", f"optim.max_micro_batch={BATCH}"]
-    return {name: learn(start(rank, size, folder / name, *words, *model)) for name, model in models.items()}
+    found = {}
+    for name, model in models.items():
+        run = start(rank, size, folder / name, *words, *model)
+        found[name] = learn(run, steps) | {"val": evaluated(run)}
+    return found
 
 
 def learn_cases(
     rank: int, size: int, folder: Path, cases: Sequence[Case], models: Mapping[str, list[str]]
 ) -> list[dict[str, Any]]:
     """Results of the ranks for each case; for ``run_distributed``."""
-    return [
-        learn(start_case(rank, size, folder / str(number), case, models[case.model]))
-        for number, case in enumerate(cases)
-    ]
+    found = []
+    # What the compiler sees is what is asked here, not the code that it makes in half a minute.
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        for number, case in enumerate(cases):
+            run = start_case(rank, size, folder / str(number), case, models[case.model])
+            learned = learn(run)
+            if not run.config.compiles:  # another graph, in as many seconds as that of the training
+                learned["val"] = evaluated(run)
+            found.append(learned)
+    return found if rank == 0 else []
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
-    """Losses and norms of every step, every gradient of the first and every weight after the last agree."""
+    """Losses and norms, every gradient of the first step, figures of the last one and every weight after it agree."""
     assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
     assert found["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+    rounding = tolerance * expected["figures"]["std"]  # of the mean, which is small beside what it is the mean of
+    assert found["figures"] == pytest.approx(expected["figures"], rel=2 * tolerance, abs=rounding)
     for what in ("gradients", "weights"):
         assert found[what].keys() == expected[what].keys()
         for name, tensor in expected[what].items():
@@ -200,6 +234,8 @@ def assert_all_same(
     for case, learned in zip(cases, found, strict=True):
         try:
             assert_same(learned, alone[case.model])
+            if "val" in learned:
+                assert learned["val"] == pytest.approx(alone[case.model]["val"], rel=1e-5)
         except AssertionError as error:
             wrong.append(f"{case}: {error}")
     assert not wrong, "\n".join(wrong)
