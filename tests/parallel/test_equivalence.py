@@ -51,12 +51,14 @@ def test_losses_gradients_and_weights_are_those_of_one_process(
 
 CROSSED = {"ddp": "fsdp", "fsdp": "zero1", "zero1": "hsdp", "hsdp": "ddp"}
 """Each strategy, and the other one under which its checkpoint goes on: a ring, so that each is saved and resumed."""
+EXACT = ("zero1", "hsdp")
+"""Go on under themselves too, bit for bit; as ddp and fsdp do after ``kill -9`` (tests/training/test_resume.py)."""
 BIASED = (*MODELS["experts"], "model.expert_balance=bias", "model.balance_bias_rate=0.05")
 """Its biases are buffers: no gradient moves them, and a checkpoint holds them."""
 
 
 def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
-    """Save under each strategy, go on under it and another: the losses of the steps after, and those to come."""
+    """Save under each strategy, go on under another, some under the same: the losses after that, and those to come."""
     found = {}
     words = [*MODELS["untied, grouped queries"], *BIASED, "optim.max_micro_batch=2"]
     for saved, other in CROSSED.items():
@@ -65,16 +67,16 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
         step(run)
         save(run)
         to_come = [step(run)[0] for _ in range(2)]
-        for resumed in (saved, other):
+        for resumed in (saved, other) if saved in EXACT else (other,):
             again = start(rank, size, there, *STRATEGIES[resumed].split(), *words)
             assert again.step == 1
             found[saved, resumed] = ([step(again)[0] for _ in range(2)], to_come)
     return found
 
 
-def test_a_checkpoint_of_each_strategy_goes_on_under_it_and_under_another(tmp_path: Path) -> None:
+def test_a_checkpoint_of_each_strategy_goes_on_under_another(tmp_path: Path) -> None:
     found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
-    assert len(found) == 2 * len(CROSSED)
+    assert found.keys() == {*CROSSED.items(), *((name, name) for name in EXACT)}
     for pair, (losses, to_come) in found.items():
         assert losses == pytest.approx(to_come, rel=1e-6), pair
         if pair[0] == pair[1]:
