@@ -76,8 +76,7 @@ OTHER_WAYS = {
     "bf16": [["precision=bf16", *words_of(stage)] for stage in STAGES],
     "tied": [
         ["parallel=zero3_offload"],
-        [*words_of(2), "compile=default", "recompute=selective"],
-        [*words_of(3), "recompute=selective", "parallel.deepspeed_config={}"],
+        [*words_of(2), "recompute=selective"],
         [*words_of(3), "compile=default", "recompute=full", "parallel.deepspeed_config={}"],
     ],
 }
