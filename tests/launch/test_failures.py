@@ -20,10 +20,11 @@ from tests.support.commands import TINY, Process, descendants, is_alive, ranks_o
 
 LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
 
-# What a mistake in somebody's training code looks like from outside: one rank raises in the middle of the run.
+# What a mistake in somebody's training code looks like from outside: a rank raises in the middle of the run, rank 0 in
+# the first attempt and rank 1 in the second.
 SABOTAGE = """
 import os
-if "SABOTAGED_RANK" in os.environ:  # also where ranks are forked from a process that is none
+if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that is none
     import importlib.machinery, sys
 
     class Saboteur:
@@ -37,7 +38,7 @@ if "SABOTAGED_RANK" in os.environ:  # also where ranks are forked from a process
         def sabotage(self, module):
             lr_at = module.lr_at
             def sabotaged(config, step):
-                if step == 3 and os.environ["RANK"] == os.environ["SABOTAGED_RANK"]:
+                if step == 3 and int(os.environ["LAUNCH_ATTEMPT"]) == int(os.environ["RANK"]) + 1:
                     raise ZeroDivisionError("the data of step 3 has no tokens")
                 return lr_at(config, step)
             module.lr_at = sabotaged
@@ -46,25 +47,24 @@ if "SABOTAGED_RANK" in os.environ:  # also where ranks are forked from a process
 """
 
 
-def run_sabotaged(folder: Path, rank: int, *words: str) -> tuple[str, RunFolder]:
+@pytest.fixture(scope="module")
+def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
     """A run of two ranks of which one raises in its third step; what the launcher printed, and the run folder."""
+    folder = tmp_path_factory.mktemp("sabotaged")
     (folder / "sitecustomize.py").write_text(SABOTAGE)
     path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ("nodes=2", *TINY, "optim.max_steps=9", f"run_dir={folder / 'run'}", *words)
-    text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGED_RANK=str(rank))
+    words = ("nodes=2", *TINY, "optim.max_steps=9", f"run_dir={folder / 'run'}", "resilience.max_without_progress=2")
+    text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGE="1")
     return text, RunFolder(folder / "run")
 
 
-@pytest.fixture(scope="module")
-def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
-    """A run whose second rank raises, and raises again in the second attempt."""
-    return run_sabotaged(tmp_path_factory.mktemp("sabotaged"), 1, "resilience.max_without_progress=2")
-
-
-def test_an_exception_on_the_first_rank_fails_the_run_with_its_traceback(tmp_path: Path) -> None:
-    text, folder = run_sabotaged(tmp_path, 0, "resilience.max_restarts.crashed=0")
-    assert_named(text, folder, rank=0, attempt=1)
-    assert folder.attempts() == [1]
+def test_an_exception_on_the_first_rank_is_named_with_its_traceback(sabotaged: tuple[str, RunFolder]) -> None:
+    folder = sabotaged[1]
+    failed = next(e for e in folder.read_events() if e["event"] == "rank_failed" and not e.get("echo"))
+    assert (failed["attempt"], failed["rank"], failed["step"]) == (1, 0, 2)
+    assert failed["cause"] == "ZeroDivisionError: the data of step 3 has no tokens"
+    log = folder.log(1, 0).read_text()
+    assert "Traceback (most recent call last)" in log and "ZeroDivisionError" in log and "queue_step" in log
 
 
 def test_an_exception_on_another_rank_fails_the_run_with_its_traceback(sabotaged: tuple[str, RunFolder]) -> None:
@@ -114,16 +114,19 @@ def start_long_run(
 
 
 def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path, "resilience.max_restarts.crashed=0", begin=start_fork)
+    process, folder, family = start_long_run(tmp_path, "resilience.max_restarts.crashed=0", begin=start_fork)
     os.kill(ranks_of(family)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 1
     text = (tmp_path / "log").read_text()
     assert "rank 1 on" in text and "failed first: killed by SIGKILL" in text
+    assert folder.attempts() == [1]
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
 
 
-def test_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_second_command_is_refused_and_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     process, folder, family = start_long_run(tmp_path)
+    text = run("launch", "nodes=2", *LONG, f"run_dir={folder.path}", cwd=tmp_path, status=2)
+    assert "is being worked on by process" in text
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
     assert process.wait(timeout=120) == 130
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
@@ -180,16 +183,6 @@ def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
     assert len(agents) == 2
     os.kill(agents[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 1
-    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
-
-
-def test_a_folder_that_is_worked_on_is_refused_to_a_second_command(tmp_path: Path) -> None:
-    process, folder, family = start_long_run(tmp_path, begin=start_fork)
-    text = run("launch", "nodes=2", *LONG, f"run_dir={folder.path}", cwd=tmp_path, status=2)
-    assert "is being worked on by process" in text
-    assert len(read_records(folder.metrics(0))) >= 2
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) == 130
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
 
 
