@@ -125,7 +125,7 @@ def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_pat
     folder = RunFolder(tmp_path / "outputs" / "run")
     every = [
         *TINY,
-        "optim.max_steps=150",
+        "optim.max_steps=80",
         "eval.interval=0",
         "checkpoint.interval=10",
         "require_same_code=true",
