@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from launch.report.row import Row
 from launch.report.selection import Selection, select
-from launch.report.table import Row, ScalingTable, build, tabulate_selection
+from launch.report.table import ScalingTable, build, tabulate_selection
 from launch.report.views import show
 from launch.report.write import write
 

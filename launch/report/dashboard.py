@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from launch.report.table import Row, ScalingTable
+from launch.report.row import Row
+from launch.report.table import ScalingTable
 from launch.report.views import markdown
 from launch.runs.files import write_atomically
 from launch.runs.overrides import point_name

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
@@ -20,9 +21,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from launch.report.row import Row
 from launch.report.run_figure import draw_run
 from launch.report.style import COLORS, GREY
-from launch.report.table import Row, ScalingTable
+from launch.report.table import ScalingTable
 from launch.report.time_figure import draw_times, height
 from launch.report.views import efficiency
 
@@ -35,8 +37,8 @@ MAX_LABELS = 4  # more labels at points than this cover each other; the legend e
 SeriesRows = Mapping[str, Sequence[Row]]
 
 
-def draw(table: ScalingTable) -> bytes:
-    """Draw the figure and return it as PNG."""
+def draw(table: ScalingTable) -> dict[str, bytes]:
+    """Draw the figure and return it as ``png`` and as ``svg``; the same table gives the same bytes."""
     timed = [row for row in table.rows if row.goodput is not None]
     inches = height(timed) if timed else 0.0
     figure = Figure(figsize=(11.0, 5.2 + inches), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
@@ -57,8 +59,14 @@ def draw(table: ScalingTable) -> bytes:
         _draw_panels(above, table, series)
     else:
         above.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
+    return {"png": _saved(figure, "png", Software=None), "svg": _saved(figure, "svg", Date=None, Creator=None)}
+
+
+def _saved(figure: Figure, kind: str, **metadata: None) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    # Else identifiers inside the SVG are random; and text stays text, which a reader can search.
+    with rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):
+        figure.savefig(file, format=kind, metadata=metadata)
     return file.getvalue()
 
 

@@ -22,7 +22,7 @@ from launch.report.series import (
 )
 
 if TYPE_CHECKING:
-    from launch.report.table import Row
+    from launch.report.row import Row
 
 STATE_TEXTS = {
     State.FAILED: "failed",

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from launch.report.readings import WARMUP_STEPS, RankTime, RankTimes
+from launch.report.readings import LEAST_SHARE, WARMUP_STEPS, RankTime, RankTimes
 from launch.runs.columns import Flags, Floats, RecordColumns
 
 WINDOWS = 60
 """Windows of the run over which the times of each rank are averaged."""
 LEAST_WINDOWS = 4
 """Of at least this many steps each window has one: nothing is called persistent that was seen in fewer."""
-LEAST_SHARE = 0.02
-"""Share of the step time below which nobody is called slow: a clock read at another moment makes as much."""
 BEYOND_SPREAD = 3.0
 """Interquartile ranges of the other ranks by which a slow one lies above their median."""
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 WARMUP_STEPS = 5
 """Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
+LEAST_SHARE = 0.02
+"""Share of the step time below which nobody is called slow: a clock read at another moment makes as much."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Step:
     mfu_palm: float | None
     recorded_by: int = 1
     """Ranks whose own work was added up."""
+    phases: Mapping[str, float] | None = None
+    """Phase -> seconds of it in ``time_s``, on the rank with the longest own time: see ``losses``; they add up to it.
+    None where the ranks did not all say the same."""
 
 
 @dataclass(frozen=True)

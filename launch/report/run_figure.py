@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 
 from launch.report.details import RunDetail
-from launch.report.rank_times import LEAST_SHARE
-from launch.report.readings import RankTimes
+from launch.report.readings import LEAST_SHARE, RankTimes
 from launch.report.style import COLORS, GREY
 
 BINS = 40

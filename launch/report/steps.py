@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from launch.report.environment import Environment
+from launch.report.losses import RECORDED, REST, STRAGGLERS
 from launch.report.rank_times import OwnTimes
 from launch.report.readings import Step, StepReading
 from launch.runs.columns import Flags, Floats, Integers, RecordColumns, read_columns
@@ -22,7 +23,7 @@ from launch.runs.records import UNITS, own_work
 
 READERS = 2
 """Files that are read at once: while one is looked at, the next one comes from the filesystem."""
-TIME, DATA_WAIT, COMMUNICATION = "step_time_s", "data_wait_s", "comm_s"
+TIME = "step_time_s"
 
 
 def read_steps(run: RunFolder, setups: Mapping[int, Environment]) -> StepReading:
@@ -31,7 +32,7 @@ def read_steps(run: RunFolder, setups: Mapping[int, Environment]) -> StepReading
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
     units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))
     # What the GPT library never records need not be looked for in its files.
-    fields = (TIME, DATA_WAIT, *units, *(() if is_gpt else ("work", COMMUNICATION)), "mfu_palm")
+    fields = (TIME, *RECORDED.values(), *units, *(() if is_gpt else ("work",)), "mfu_palm")
     reduction: _Reduction | None = None
     for columns in _read_ranks(run, fields):
         reduction = reduction or _Reduction(columns[1], setups, units)
@@ -113,6 +114,60 @@ class _Sums:
         self.count[at[known]] += 1
 
 
+class _Critical:
+    """Per step, the phases of the rank with the longest own time, and what the others work less on average.
+
+    Own is what a rank does by itself: its step time less its waits in collectives, where it says these.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.own = np.full(size, -np.inf)
+        self.work = np.full(size, np.nan)
+        self.total_work = np.zeros(size)
+        self.phases = np.full((len(RECORDED), size), np.nan)
+        self.told = np.zeros((len(RECORDED), size), np.int64)
+        """Ranks that recorded the phase."""
+
+    def add(self, at: Integers, times: Floats, columns: Sequence[tuple[Flags, Floats]]) -> None:
+        """Add the step times of one rank at these steps, NaN where it knows none, and its phases."""
+        own, work = times, times
+        for index, (known, values) in enumerate(columns):
+            if not known.any():
+                continue
+            self.told[index, at] += known
+            work = work - np.where(known, values, 0.0)
+            if index == 0:  # communication comes first
+                own = work
+        self.total_work[at] += work
+        longest = own > self.own[at]
+        to = at[longest]
+        self.own[to], self.work[to] = own[longest], work[longest]
+        for index, (_, values) in enumerate(columns):
+            self.phases[index, to] = values[longest]
+
+    def forget(self, at: Integers) -> None:
+        """Forget what earlier attempts said of these steps."""
+        self.own[at], self.total_work[at], self.told[:, at] = -np.inf, 0.0, 0
+
+    def keep(self, old: _Critical, at: Integers) -> None:
+        """Take over what is known, with room made for steps that no rank had before."""
+        self.own[at], self.work[at], self.total_work[at] = old.own, old.work, old.total_work
+        self.phases[:, at], self.told[:, at] = old.phases, old.told
+
+    def of_step(self, at: int, time_s: float, ranks: int) -> dict[str, float] | None:
+        """Divide the time of a step; None where only some of the ranks recorded a phase."""
+        told = {phase: int(self.told[index, at]) for index, phase in enumerate(RECORDED)}
+        if any(number not in (0, ranks) for number in told.values()):
+            return None
+        known = {phase: float(self.phases[i, at]) for i, (phase, number) in enumerate(told.items()) if number}
+        # What the critical rank waits for the others is what is left of the step beside its own time.
+        known |= {phase: time_s - float(self.own[at]) for phase in known if phase == next(iter(RECORDED))}
+        # Ranks that wait for each other end a step together: only what they waited tells them apart.
+        mean = float(self.total_work[at]) / ranks
+        late = {STRAGGLERS: float(self.work[at]) - mean} if ranks > 1 and next(iter(RECORDED)) in known else {}
+        return {**known, **late, REST: time_s - sum(known.values()) - sum(late.values())}
+
+
 class _Reduction:
     """Steps over all ranks, as far as the ranks have been added; the first one says which attempts count."""
 
@@ -137,6 +192,7 @@ class _Reduction:
         self._records, self._timed = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self._times = np.full(size, -np.inf)
         self._mfu = _Sums(size)
+        self._critical = _Critical(size)
         self._works = {unit: _Sums(size) for unit in self._units}
         self._rates = {unit: np.full(size, np.nan) for unit in self._units}
 
@@ -152,7 +208,10 @@ class _Reduction:
         known, times = _step_times(columns)
         self._own_times.add(rank, columns, known, times)
         self._timed[at] += known[counts]
-        self._times[at] = np.fmax(self._times[at], np.where(known, times, np.nan)[counts])
+        times = np.where(known, times, np.nan)[counts]
+        self._times[at] = np.fmax(self._times[at], times)
+        told = [(columns.known[name][counts], columns.values[name][counts]) for name in RECORDED.values()]
+        self._critical.add(at, times, told)
         self._mfu.add(at, columns.known["mfu_palm"][counts], columns.values["mfu_palm"][counts])
         is_first = self._records[at] == 0
         for unit in self._units:
@@ -175,7 +234,7 @@ class _Reduction:
 
     def _make_room(self, steps: Integers) -> None:
         before = self._steps, self._attempts, self._records, self._timed, self._times, self._rates
-        sums = [self._mfu, *self._works.values()]
+        sums, critical = [self._mfu, *self._works.values()], self._critical
         at = np.searchsorted(steps, self._steps)
         self._allocate(steps)
         self._attempts[at], self._records[at], self._timed[at], self._times[at] = before[1:5]
@@ -183,11 +242,13 @@ class _Reduction:
             self._rates[unit][at] = rates
         for new, old in zip((self._mfu, *self._works.values()), sums, strict=True):
             new.sum[at], new.count[at] = old.sum, old.count
+        self._critical.keep(critical, at)
 
     def _begin_again(self, at: Integers) -> None:
         """Forget what earlier attempts said of steps that were done again."""
         self._records[at] = self._timed[at] = 0
         self._times[at] = -np.inf
+        self._critical.forget(at)
         for sums in (self._mfu, *self._works.values()):
             sums.sum[at], sums.count[at] = 0.0, 0
         for rates in self._rates.values():
@@ -240,6 +301,7 @@ class _Reduction:
                     # Ranks above the first may leave it out of their records.
                     mfu_palm=float(self._mfu.sum[at]) / mfu if mfu else None,
                     recorded_by=expected,
+                    phases=self._critical.of_step(at, time_s, expected),
                 )
 
 

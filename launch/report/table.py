@@ -1,107 +1,25 @@
 """The scaling table: one row a point, and plainly what the figures do and do not say.
 
-Owns the rows, the claim of efficiency and where none is made. Must not know how a table is shown or drawn.
+Owns what is in the rows, the claim of efficiency and where none is made. Must not know how a table is shown or drawn.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.report import series as series_of
 from launch.report.details import RunDetail, detail
+from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
+from launch.report.losses import lost, phase_shares
 from launch.report.notes import notes
 from launch.report.points import Point, neighbours, read_point
+from launch.report.row import Row
 from launch.report.selection import Selection, select
-from launch.report.series import MeasuredPoint, Measurement, Series, measure
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One point. The fields are the columns of ``scaling.csv``, in this order; None is what is not known or claimed."""
-
-    point: str
-    nodes: int | None
-    ranks: int | None
-    topology: str | None
-    throughput: float | None = None
-    """Work per second in ``unit``; its columns in ``scaling.csv`` are named for it: tokens_per_s, samples_per_s."""
-    throughput_per_rank: float | None = None
-    step_time_s: float | None = None
-    """Median over the steps after warm-up, of the slowest rank."""
-    step_time_s_spread: float | None = None
-    """Interquartile range."""
-    speedup: float | None = None
-    """Throughput over that of the smallest point of the series: a measured ratio. Where the work of a step is not
-    known, the ratio of step times; where there are no steps, and the same work was stated, that of run times."""
-    efficiency: float | None = None
-    """speedup over the ratio of ranks; None where ranks of either point shared cores or a GPU."""
-    mfu_palm: float | None = None
-    oversubscribed: bool | None
-    state: str
-    series: str
-    scaling: str | None
-    loss: float | None
-    """Training loss of the last step, nats per token in the GPT library."""
-    last_step: int | None
-    steps_measured: int = 0
-    step_time_s_low: float | None = None
-    """First quartile."""
-    step_time_s_high: float | None = None
-    """Third quartile."""
-    throughput_low: float | None = None
-    """At the third quartile of the step time."""
-    throughput_high: float | None = None
-    """At the first quartile of the step time."""
-    throughput_ideal: float | None = None
-    """Of as many ranks as fast as those of the smallest point; None where these shared cores or a GPU."""
-    unit: str | None = None
-    """Unit of the throughput: tokens, samples, images; None where nothing says."""
-    run_time_s: float | None = None
-    """Time that the ranks ran, start-up included, over all attempts."""
-    attempts: int = 0
-    label: str = ""
-    """Label that sets the point apart from the others of this table: the overrides that not all of them share."""
-    efficiency_low: float | None = None
-    """By the third quartile of the point's step times and the first of those of the smallest point."""
-    efficiency_high: float | None = None
-    """By the first quartile of the point's step times and the third of those of the smallest point."""
-    noisy: bool | None = None
-    """True where the step times of the point, or of the smallest one, differ too much for an exact efficiency; None
-    where none is claimed."""
-    goodput: float | None = None
-    """Share of the allocated time in steps that count."""
-    gpu_hours: float | None = None
-    """Of all allocations, from the start of each to its end."""
-    cost: float | None = None
-    """In the currency of cluster.price_per_gpu_hour."""
-    cost_per_billion: float | None = None
-    """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
-    waiting_s: float | None = None
-    """Waiting for nodes, from the submission or the end of the allocation before. This and the next eight add up to
-    the time from the submission to the end; one that is zero is None."""
-    start_s: float | None = None
-    """From the allocation to the first step."""
-    steps_s: float | None = None
-    """In steps that count."""
-    lost_s: float | None = None
-    """In steps that were lost with their attempt and done again."""
-    saves_s: float | None = None
-    evaluations_s: float | None = None
-    restarts_s: float | None = None
-    """From the last step of an attempt to the first of the next, and the starts of later allocations."""
-    shutdown_s: float | None = None
-    """From the last step, or its save, to the end of the allocation."""
-    other_s: float | None = None
-    """Between steps, for a reason that no record tells."""
-
-    def part_s(self, part: str) -> float | None:
-        """Seconds of one of ``goodput.PARTS``."""
-        value: float | None = getattr(self, f"{part}_s")
-        return value
+from launch.report.series import MeasuredPoint, Measurement, Series, drop_warmup, measure
 
 
 @dataclass(frozen=True)
@@ -118,6 +36,8 @@ class ScalingTable:
     """True where the GPT library made every point whose workload is known."""
     details: tuple[RunDetail, ...] = ()
     """Step times and ranks of the measured points, in the order of the rows."""
+    laws: tuple[Law, ...] = ()
+    repeats: tuple[Repeats, ...] = ()
 
     @property
     def name(self) -> str:
@@ -192,16 +112,30 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         MeasuredPoint(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)
     ]
     found = series_of.split(members)
-    rows = tuple(_row(series, member) for series in found for member in series.members)
+    findings = [find(series) for series in found]
+    rows = tuple(
+        _with_interval(_row(series, member), finding)
+        for series, finding in zip(found, findings, strict=True)
+        for member in series.members
+    )
+    titles = {member.point.name: member.point.title for member in members}
+    told = [law_notes(finding, titles, series.label) for series, finding in zip(found, findings, strict=True)]
     return ScalingTable(
         selection=selection,
         rows=rows,
         batches=_batches(found),
         conditions=_conditions(found),
-        notes=tuple(notes(found, rows)),
+        notes=(*notes(found, rows), *(note for of_series in told for note in of_series)),
         details=tuple(one for series in found for member in series.members if (one := detail(member)) is not None),
+        laws=tuple(finding.law for finding in findings if finding.law is not None),
+        repeats=tuple(size for finding in findings for size in finding.repeats),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
+
+
+def _with_interval(row: Row, finding: SeriesFindings) -> Row:
+    low, high = finding.intervals.get(row.point, (None, None))
+    return replace(row, efficiency_ci_low=low, efficiency_ci_high=high)
 
 
 def _row(series: Series, member: MeasuredPoint) -> Row:
@@ -276,11 +210,21 @@ def _against_smallest(series: Series, member: MeasuredPoint, figures: Measuremen
         return {"speedup": base.figures.step_time_s / figures.step_time_s}
     assert figures.throughput is not None and base.figures.throughput is not None
     ideal = base.figures.throughput * (member.ranks / base.ranks)
-    return {
+    ratios = {
         "throughput_ideal": None if base.crowded else ideal,
         "speedup": figures.throughput / base.figures.throughput,
-        **({} if base.crowded or member.crowded else _efficiency(member is base, figures, base.figures, ideal)),
     }
+    if base.crowded or member.crowded:
+        return ratios
+    losses = {} if member is base else _losses(member, base, figures.throughput / ideal)
+    return ratios | _efficiency(member is base, figures, base.figures, ideal) | losses
+
+
+def _losses(member: MeasuredPoint, base: MeasuredPoint, efficiency: float) -> dict[str, Any]:
+    """Divide the lost efficiency of a point among the phases of its steps."""
+    here, there = (phase_shares(drop_warmup(one.point.steps)) for one in (member, base))
+    parts = lost(here, there, efficiency, alone=base.ranks == 1)
+    return {f"lost_to_{phase}": share for phase, share in parts.items()}
 
 
 def _efficiency(is_base: bool, figures: Measurement, base: Measurement, ideal: float) -> dict[str, Any]:

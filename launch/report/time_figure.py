@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from matplotlib.figure import FigureBase
 
 from launch.report.goodput import PARTS
+from launch.report.row import Row
 from launch.report.style import COLORS, GREY
-from launch.report.table import Row
 
 PART_COLORS = {
     "waiting": "#CCCCCC",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,9 @@ from rich.text import Text
 
 from launch.report.details import RunDetail
 from launch.report.goodput import PARTS
-from launch.report.table import Row, ScalingTable
+from launch.report.losses import LOSSES
+from launch.report.row import Row
+from launch.report.table import ScalingTable
 
 UNAVAILABLE = "unavailable"
 NOT_CLAIMED = "not claimed"
@@ -169,37 +172,72 @@ def markdown(table: ScalingTable) -> str:
         blocks.append(f"# {heading}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     blocks += filter(None, (table.conditions, table.selection.text))
     blocks.append("\n".join(f"- {note}" for note in table.notes))
-    blocks += filter(None, [_times_table(table)])
+    blocks += filter(None, [_losses_table(table), _times_table(table)])
     if len(table.rows) == 1:
         blocks += [block for found in table.details for block in _detail_blocks(found)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _times_table(table: ScalingTable) -> str:
-    """Tell where the time of the points went, and what it cost, as a table; empty where nothing is known of it."""
+def times_cells(table: ScalingTable) -> list[list[str]]:
+    """Tell where the time of the points went, and what it cost, with a head; empty where nothing is known of it."""
     rows = [row for row in table.rows if row.goodput is not None]
     if not rows:
-        return ""
+        return []
     parts = [part for part in PARTS if any(row.part_s(part) for row in rows)]
-    cells = [["point", *(PARTS[part] for part in parts), "in all", "goodput"], [":---", *["---:"] * (len(parts) + 2)]]
     money = {
         "gpu_hours": "GPU-hours",
         "cost": "cost",
         "cost_per_billion": f"cost of a billion {table.unit}",
     }
     money = {name: title for name, title in money.items() if any(getattr(row, name) is not None for row in rows)}
-    cells[0] += money.values()
-    cells[1] += ["---:"] * len(money)
+    cells = [["point", *(PARTS[part] for part in parts), "in all", "goodput", *money.values()]]
     for row in rows:
-        total = sum(row.part_s(part) or 0.0 for part in parts)
         spent = [row.part_s(part) or 0.0 for part in parts]
-        shares = [f"{run_time(value)} ({100 * value / total:.1f} %)" for value in spent]
-        amounts = [_amount(getattr(row, name)) for name in money]
+        total = sum(spent)
+        texts = percentages([value / total for value in spent])
+        shares = [f"{run_time(value)} ({text} %)" for value, text in zip(spent, texts, strict=True)]
+        amounts = [amount(getattr(row, name)) for name in money]
         cells.append([row.label or row.point, *shares, run_time(total), percent(row.goodput), *amounts])
-    return "## Where the time went\n\n" + _lines(cells)
+    return cells
 
 
-def _amount(value: float | None) -> str:
+def _times_table(table: ScalingTable) -> str:
+    """Write the times of the points as a table; empty where nothing is known of them."""
+    cells = times_cells(table)
+    if not cells:
+        return ""
+    return "## Where the time went\n\n" + _lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]])
+
+
+def _losses_table(table: ScalingTable) -> str:
+    """Write what efficiency was lost to as a table; empty where nothing is known of it."""
+    rows = [row for row in table.rows if row.lost_to()]
+    if not rows:
+        return ""
+    phases = [phase for phase in LOSSES if any(phase in row.lost_to() for row in rows)]
+    cells = [["point", *(LOSSES[phase] for phase in phases), "efficiency"], [":---", *["---:"] * (len(phases) + 1)]]
+    for row in rows:
+        parts = row.lost_to()
+        texts = dict(zip([*parts, ""], percentages([*parts.values(), row.efficiency or 0.0]), strict=True))
+        cells.append([row.label, *(f"{texts[p]} %" if p in texts else UNAVAILABLE for p in phases), f"{texts['']} %"])
+    return "## What efficiency was lost to\n\n" + _lines(cells)
+
+
+def percentages(shares: Sequence[float]) -> list[str]:
+    """Round shares to tenths of a percent so that they add up to their rounded sum: 100.0 where that is 1.
+
+    Those whose digits behind are largest are rounded up (largest remainder method).
+    """
+    tenths = [1000 * share for share in shares]
+    below = [math.floor(value) for value in tenths]
+    order = sorted(range(len(tenths)), key=lambda index: below[index] - tenths[index])
+    for index in order[: round(sum(tenths)) - sum(below)]:
+        below[index] += 1
+    return [f"{value / 10:.1f}" for value in below]
+
+
+def amount(value: float | None) -> str:
+    """A sum of money, or hours, with two decimals."""
     return UNAVAILABLE if value is None else f"{value:,.2f}"
 
 

@@ -1,4 +1,4 @@
-"""The files of a report: Markdown, CSV, figure, and the Scaling run for TensorBoard.
+"""The files of a report: Markdown, CSV, figures, JSON, one HTML page, and the Scaling run for TensorBoard.
 
 Owns which files belong to the report, and that making it again replaces these and nothing else. Must not compute
 figures.
@@ -6,8 +6,13 @@ figures.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from pathlib import Path
+from typing import Any
 
+from launch.report.page import page
 from launch.report.table import ScalingTable
 from launch.report.views import csv_text, markdown
 from launch.runs.files import write_atomically
@@ -23,15 +28,48 @@ def write(table: ScalingTable) -> list[Path]:
     from launch.report.dashboard import write_dashboard
     from launch.report.figure import draw
 
-    selection, png = table.selection, draw(table)
+    selection, pictures = table.selection, draw(table)
     figure = f"{selection.stem}.png"
     contents = {
         f"{selection.stem}.md": f"{markdown(table)}\n![{table.title}]({figure})\n".encode(),
         f"{selection.stem}.csv": csv_text(table).encode(),
-        figure: png,
+        figure: pictures["png"],
+        f"{selection.stem}.svg": pictures["svg"],
+        f"{selection.stem}.json": json_text(table).encode(),
+        f"{selection.stem}.html": page(table).encode(),
     }
     for folder in selection.folders:
         for name, content in contents.items():
             write_atomically(folder / name, content)
     written = [selection.folders[0] / name for name in contents] + selection.folders[1:]
-    return written if selection.dashboard is None else [*written, write_dashboard(table, png, selection.dashboard)]
+    if selection.dashboard is None:
+        return written
+    return [*written, write_dashboard(table, pictures["png"], selection.dashboard)]
+
+
+def json_text(table: ScalingTable) -> str:
+    """Write the whole report with all digits: rows, notes, and of each measured point its step times and ranks.
+
+    What is not known, or not claimed, is null; so is a number that is none, such as the loss of a run that diverged.
+    """
+    content = {
+        "title": table.title,
+        "headings": [heading for heading, _ in table.sections()],
+        "conditions": table.conditions,
+        "unit": table.unit,
+        "notes": table.notes,
+        "rows": [dataclasses.asdict(row) for row in table.rows],
+        "laws": [dataclasses.asdict(law) for law in table.laws],
+        "repeats": [dataclasses.asdict(size) for size in table.repeats],
+        "details": [dataclasses.asdict(found) for found in table.details],
+    }
+    return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
 
 from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, append_records
+
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --no-proxy-server --window-size=1400,1000"
+)
 
 
 @dataclass
@@ -61,13 +71,12 @@ class RunBuilder:
                 record = StepRecord(
                     step=step,
                     attempt=attempt,
-                    loss=6.0 / step,
                     lr=1e-3,
                     grad_norm=1.0,
                     tokens=per_rank * self.block_size,
                     samples=(start, start + per_rank - 1),
                     step_time_s=time_s + rank * rank_delay,
-                    **known,
+                    **{"loss": 6.0 / step, **known},
                 )
                 append_json_lines(self.run.metrics(rank), [record.as_dict()])
         return self
@@ -165,3 +174,18 @@ def sweep(tmp_path: Path) -> Path:
         spread = [median * factor for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
         builder.attempt().steps(1, [10 * median] * 5 + spread).event("finished", attempt=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium, started once."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium or chromedriver on this machine: apt-get install chromium chromium-driver")
+    options = Options()
+    options.binary_location = chromium
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()

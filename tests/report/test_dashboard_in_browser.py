@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -16,19 +15,12 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException, TimeoutException
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
 from launch.report import build, write
 from launch.runs.tensorboard import EventWriter
 
 PATIENCE_S = 120
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --no-proxy-server --window-size=1400,1000"
-)
-
 # TensorBoard is built of web components: what they show lies in shadow roots, which ordinary searches do not enter.
 WALK = """
 function walk(node, wanted) {
@@ -93,20 +85,6 @@ def until(what: str, found: Callable[[], Any]) -> Any:
     nothing: Any = None
     wait = WebDriverWait(nothing, PATIENCE_S, 0.25, ignored_exceptions=[JavascriptException])
     return wait.until(lambda _: found(), f"waited for {what}")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium or chromedriver on this machine: apt-get install chromium chromium-driver")
-    options = Options()
-    options.binary_location = chromium
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
 
 
 def open_tab(browser: webdriver.Chrome, address: str, tab: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -21,6 +23,8 @@ COLUMNS = (
     *("point", "nodes", "ranks", "topology", "tokens_per_s", "tokens_per_s_per_rank", "step_time_s"),
     *("step_time_s_spread", "speedup", "efficiency", "mfu_palm", "oversubscribed"),
 )
+
+FILES = {f"scaling.{ending}" for ending in ("md", "csv", "png", "svg", "json", "html")}
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -100,6 +104,32 @@ def test_a_run_of_too_few_steps_has_one_sentence_and_no_empty_columns(tmp_path: 
     ]
 
 
+def test_json_has_every_figure_and_no_number_that_is_none(sweep: Path, make_run: Any) -> None:
+    diverged = make_run(sweep / "nodes=8", 8, 8, ("nodes=8",), cores=64).attempt()
+    diverged.steps(1, [0.2] * 12)
+    diverged.steps(13, [0.2], loss=float("nan"))
+    write(build(sweep))
+    text = (sweep / "scaling.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)
+    table = build(sweep)
+    assert [row["step_time_s"] for row in found["rows"]] == [row.step_time_s for row in table.rows]
+    assert [row["loss"] is None for row in found["rows"]] == [False, False, False, True]
+    assert found["notes"] == list(table.notes) and found["unit"] == "tokens"
+    assert found["details"][0]["step_times_s"] == list(table.details[0].step_times_s)
+    assert {row["label"]: row["efficiency"] for row in found["rows"]} == {
+        row.label: row.efficiency for row in table.rows
+    }
+
+
+def test_the_svg_is_a_drawing_with_text_that_can_be_searched_and_the_same_each_time(sweep: Path) -> None:
+    write(build(sweep))
+    first = (sweep / "scaling.svg").read_bytes()
+    words = " ".join(text.text or "" for text in ElementTree.fromstring(first).iter("{http://www.w3.org/2000/svg}text"))
+    assert "Strong scaling of quick_test" in words and "Throughput" in words
+    write(build(sweep))
+    assert (sweep / "scaling.svg").read_bytes() == first
+
+
 @pytest.mark.parametrize("kind", ["one", "two series", "twelve", "none"])
 def test_the_figure_is_drawn_in_every_situation(tmp_path: Path, make_run: Any, kind: str) -> None:
     sizes = {"one": [1], "two series": [1, 2], "twelve": list(range(1, 13)), "none": [1, 2]}[kind]
@@ -155,7 +185,7 @@ def test_made_again_it_replaces_its_own_files_only(sweep: Path) -> None:
     assert runs.items() <= second.items()
     changed = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     events = {name for name in changed if name.startswith("Scaling/") and name.endswith(".scaling")}
-    assert changed == {"scaling.md", "scaling.csv", "scaling.png", "sweep.json", *events}
+    assert changed == {*FILES, "sweep.json", *events}
     assert [len(list((sweep / "Scaling").rglob("*.scaling"))), second["Scaling/notes.txt"]] == [2, b"kept"]
     assert list(scalars(sweep / "Scaling", "scaling/loss")) == [1, 2]
 
@@ -176,7 +206,7 @@ def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Pat
     before = snapshot(sweep)
     assert shown(sweep / "nodes=2").startswith("\nSummary of nodes=2 with a global batch of 16 sequences")
     write(build(sweep / "nodes=2"))
-    new = {f"nodes=2/summary.{ending}" for ending in ("md", "csv", "png")}
+    new = {f"nodes=2/summary{Path(name).suffix}" for name in FILES}
     assert snapshot(sweep).keys() - before.keys() == new and before.items() <= snapshot(sweep).items()
     assert "efficiency" not in (sweep / "nodes=2" / "summary.md").read_text().lower()
 
@@ -221,7 +251,7 @@ def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Strong scaling of quick_test with a global batch of 16 sequences" in done.stdout
-    for name in ("scaling.md", "scaling.csv", "scaling.png", "Scaling"):
+    for name in (*FILES, "Scaling"):
         assert f"wrote {sweep / name}" in done.stdout and (sweep / name).exists()
 
 

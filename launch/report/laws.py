@@ -1,0 +1,188 @@
+"""What the points of a series say together: intervals of their efficiencies, repeats of one size, and scaling laws.
+
+Owns which points that is claimed of, and the sentences. The arithmetic is that of ``intervals``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launch.report.series import MeasuredPoint, Series, drop_warmup
+
+if TYPE_CHECKING:
+    from launch.report.intervals import Medians
+
+LEAST_SIZES = 3
+"""A law of one parameter that is fitted to fewer sizes is no finding."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law that was fitted to a series: Amdahl's for strong, Gustafson's for weak scaling."""
+
+    series: str
+    name: str
+    serial_share: float
+    low: float
+    high: float
+    """Ends of its 95 % interval."""
+    largest_error: float
+    """Largest distance of a measured speedup from the law's, as a share of the law's."""
+    base: str
+    """Label of the smallest point."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Several runs of one size in a series, and the efficiency by the mean of their step times."""
+
+    ranks: int
+    count: int
+    efficiency: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SeriesFindings:
+    """Findings on one series: of each point its interval, and what its points say together."""
+
+    intervals: Mapping[str, tuple[float, float]]
+    """Name of a point -> 95 % interval of its efficiency."""
+    repeats: tuple[Repeats, ...]
+    law: Law | None
+
+
+def find(series: Series) -> SeriesFindings:
+    """Find what the points of a series say; nothing where no efficiency is claimed."""
+    base = series.smallest
+    members = _claimed(series, base)
+    if base is None or base.figures is None or len(members) < 2:
+        return SeriesFindings({}, (), None)
+    from launch.report import intervals as by  # numpy: see launch.report.points
+
+    drawn = {member.point.name: by.Medians([_times(member)], at) for at, member in enumerate(members)}
+    found = {}
+    for member in members:
+        if member is not base:
+            own, of_base = drawn[member.point.name], drawn[base.point.name]
+            found[member.point.name] = by.ratio(_efficiency(member, base), own, of_base)
+    sizes = _by_size(members)
+    return SeriesFindings(found, _repeats(sizes, base, len(members)), _law(series, sizes, base))
+
+
+def _claimed(series: Series, base: MeasuredPoint | None) -> list[MeasuredPoint]:
+    """The points whose efficiency is claimed, in the order of the series."""
+    if base is None or base.crowded or not series.compares or not series.has_rates:
+        return []
+    return [member for member in series.members if member.figures is not None and not member.crowded]
+
+
+def _times(member: MeasuredPoint) -> list[float]:
+    return [step.time_s for step in drop_warmup(member.point.steps)]
+
+
+def _efficiency(member: MeasuredPoint, base: MeasuredPoint) -> float:
+    assert member.figures is not None and base.figures is not None and member.ranks and base.ranks
+    assert member.figures.throughput is not None and base.figures.throughput is not None
+    return member.figures.throughput / base.figures.throughput * base.ranks / member.ranks
+
+
+def _by_size(members: Sequence[MeasuredPoint]) -> dict[int, list[MeasuredPoint]]:
+    sizes: dict[int, list[MeasuredPoint]] = defaultdict(list)
+    for member in members:
+        sizes[member.ranks or 0].append(member)
+    return dict(sizes)
+
+
+def _medians(runs: Sequence[MeasuredPoint], index: int) -> Medians:
+    from launch.report.intervals import Medians
+
+    return Medians([_times(run) for run in runs], index)
+
+
+def _mean_efficiency(runs: Sequence[MeasuredPoint], base: Sequence[MeasuredPoint]) -> float:
+    """Efficiency of a size by the mean step time of its runs, and of those of the smallest size."""
+    assert all(run.figures is not None for run in (*runs, *base))
+    here = sum(run.figures.step_time_s for run in runs if run.figures) / len(runs)
+    there = sum(run.figures.step_time_s for run in base if run.figures) / len(base)
+    one, smallest = runs[0], base[0]
+    assert one.figures is not None and smallest.figures is not None
+    scale = (one.figures.step_time_s / here) * (there / smallest.figures.step_time_s)
+    return _efficiency(one, smallest) * scale
+
+
+def _repeats(sizes: Mapping[int, Sequence[MeasuredPoint]], base: MeasuredPoint, index: int) -> tuple[Repeats, ...]:
+    from launch.report import intervals as by
+
+    smallest = sizes[base.ranks or 0]
+    of_base, found = _medians(smallest, index), []
+    for at, (ranks, runs) in enumerate(sizes.items(), start=index + 1):
+        if len(runs) > 1 and runs is not smallest:
+            efficiency = _mean_efficiency(runs, smallest)
+            ends = by.ratio(efficiency, _medians(runs, at), of_base)
+            found.append(Repeats(ranks, len(runs), efficiency, *ends))
+    return tuple(found)
+
+
+def _law(series: Series, sizes: Mapping[int, Sequence[MeasuredPoint]], base: MeasuredPoint) -> Law | None:
+    """Fit the law of the kind of scaling to all sizes above the smallest."""
+    import numpy as np
+
+    from launch.report import intervals as by
+
+    if len(sizes) < LEAST_SIZES or series.scaling is None or base.ranks is None:
+        return None
+    smallest = sizes[base.ranks]
+    drawn = {ranks: _medians(runs, ranks) for ranks, runs in sizes.items()}
+    above = [ranks for ranks in sizes if ranks != base.ranks]
+    relative = np.array(above) / base.ranks
+    speedups = relative * np.array([_mean_efficiency(sizes[ranks], smallest) for ranks in above])
+    of_base = drawn[base.ranks]
+    strays = [of_base.replicates / of_base.value * drawn[n].value / drawn[n].replicates for n in above]
+    fit = by.gustafson if series.scaling == "weak" else by.amdahl
+    share = float(fit(relative, speedups))
+    replicates = fit(relative, speedups * np.stack(strays, axis=-1))
+    ends = by.interval(share, replicates, max(one.widening for one in drawn.values()))
+    by_law = relative - share * (relative - 1) if series.scaling == "weak" else 1 / (share + (1 - share) / relative)
+    error = float(np.max(np.abs(speedups / by_law - 1)))
+    name = "Gustafson" if series.scaling == "weak" else "Amdahl"
+    return Law(series.label, name, share, *ends, largest_error=error, base=base.point.title)
+
+
+def law_notes(found: SeriesFindings, titles: Mapping[str, str], label: str) -> list[str]:
+    """Say what was found of one series; ``titles`` are those of its points, by name."""
+    told = []
+    of = f" of {label}" if label else ""
+    if found.intervals:
+        ends = ", ".join(f"{titles[name]} {_ends(*pair)}" for name, pair in found.intervals.items())
+        told.append(
+            f"95 % intervals of efficiency{of}, by a block bootstrap over the steps of both points: {ends}. They tell "
+            "of these runs; another run may lie elsewhere."
+        )
+    for size in found.repeats:
+        told.append(
+            f"{size.count} runs of {size.ranks} ranks{of} have together an efficiency of {100 * size.efficiency:.1f} % "
+            f"(95 % interval {_ends(size.low, size.high)}, over steps and runs)."
+        )
+    if found.law is not None:
+        told.append(_law_text(found.law, of))
+    return told
+
+
+def _ends(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _law_text(law: Law, of: str) -> str:
+    limit = ""
+    if law.name == "Amdahl" and law.low > 0:
+        limit = f" By it, no number of ranks is more than {1 / law.serial_share:.3g} times as fast as {law.base}."
+    return (
+        f"{law.name}'s law fits the speedups{of} with a serial share of {100 * law.serial_share:.2f} % (95 % interval "
+        f"{100 * law.low:.2f} to {100 * law.high:.2f} %); no measured speedup is farther from it than "
+        f"{100 * law.largest_error:.1f} %.{limit}"
+    )

@@ -1,0 +1,114 @@
+"""One row of the scaling table: what is known and what is claimed of one point.
+
+Owns the names, which are the columns of ``scaling.csv``. Must not compute figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.report.losses import LOSSES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One point. The fields are the columns of ``scaling.csv``, in this order; None is what is not known or claimed."""
+
+    point: str
+    nodes: int | None
+    ranks: int | None
+    topology: str | None
+    throughput: float | None = None
+    """Work per second in ``unit``; its columns in ``scaling.csv`` are named for it: tokens_per_s, samples_per_s."""
+    throughput_per_rank: float | None = None
+    step_time_s: float | None = None
+    """Median over the steps after warm-up, of the slowest rank."""
+    step_time_s_spread: float | None = None
+    """Interquartile range."""
+    speedup: float | None = None
+    """Throughput over that of the smallest point of the series: a measured ratio. Where the work of a step is not
+    known, the ratio of step times; where there are no steps, and the same work was stated, that of run times."""
+    efficiency: float | None = None
+    """speedup over the ratio of ranks; None where ranks of either point shared cores or a GPU."""
+    mfu_palm: float | None = None
+    oversubscribed: bool | None
+    state: str
+    series: str
+    scaling: str | None
+    loss: float | None
+    """Training loss of the last step, nats per token in the GPT library."""
+    last_step: int | None
+    steps_measured: int = 0
+    step_time_s_low: float | None = None
+    """First quartile."""
+    step_time_s_high: float | None = None
+    """Third quartile."""
+    throughput_low: float | None = None
+    """At the third quartile of the step time."""
+    throughput_high: float | None = None
+    """At the first quartile of the step time."""
+    throughput_ideal: float | None = None
+    """Of as many ranks as fast as those of the smallest point; None where these shared cores or a GPU."""
+    unit: str | None = None
+    """Unit of the throughput: tokens, samples, images; None where nothing says."""
+    run_time_s: float | None = None
+    """Time that the ranks ran, start-up included, over all attempts."""
+    attempts: int = 0
+    label: str = ""
+    """Label that sets the point apart from the others of this table: the overrides that not all of them share."""
+    efficiency_low: float | None = None
+    """By the third quartile of the point's step times and the first of those of the smallest point."""
+    efficiency_high: float | None = None
+    """By the first quartile of the point's step times and the third of those of the smallest point."""
+    noisy: bool | None = None
+    """True where the step times of the point, or of the smallest one, differ too much for an exact efficiency; None
+    where none is claimed."""
+    efficiency_ci_low: float | None = None
+    """95 % interval of the efficiency, by a block bootstrap over the steps of both points: see ``intervals``."""
+    efficiency_ci_high: float | None = None
+    goodput: float | None = None
+    """Share of the allocated time in steps that count."""
+    gpu_hours: float | None = None
+    """Of all allocations, from the start of each to its end."""
+    cost: float | None = None
+    """In the currency of cluster.price_per_gpu_hour."""
+    cost_per_billion: float | None = None
+    """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
+    waiting_s: float | None = None
+    """Waiting for nodes, from the submission or the end of the allocation before. This and the next eight add up to
+    the time from the submission to the end; one that is zero is None."""
+    start_s: float | None = None
+    """From the allocation to the first step."""
+    steps_s: float | None = None
+    """In steps that count."""
+    lost_s: float | None = None
+    """In steps that were lost with their attempt and done again."""
+    saves_s: float | None = None
+    evaluations_s: float | None = None
+    restarts_s: float | None = None
+    """From the last step of an attempt to the first of the next, and the starts of later allocations."""
+    shutdown_s: float | None = None
+    """From the last step, or its save, to the end of the allocation."""
+    other_s: float | None = None
+    """Between steps, for a reason that no record tells."""
+
+    lost_to_communication: float | None = None
+    """Efficiency that was lost to communication which no work hides, as a share; negative where it takes less of the
+    step than at the smallest point. This and the next five add up to 1 - efficiency; a phase that was not recorded at
+    both points is None and lies in the last one."""
+    lost_to_stragglers: float | None = None
+    """To the slowest rank of each step, above the mean of the ranks."""
+    lost_to_data: float | None = None
+    lost_to_bubble: float | None = None
+    lost_to_optimizer: float | None = None
+    lost_to_computation: float | None = None
+
+    def lost_to(self) -> dict[str, float]:
+        """Return the lost efficiency by phase, of ``losses.LOSSES`` those that are known."""
+        parts = {phase: getattr(self, f"lost_to_{phase}") for phase in LOSSES}
+        return {phase: share for phase, share in parts.items() if share is not None}
+
+    def part_s(self, part: str) -> float | None:
+        """Seconds of one of ``goodput.PARTS``."""
+        value: float | None = getattr(self, f"{part}_s")
+        return value

@@ -1,0 +1,120 @@
+"""Intervals of efficiency hold the truth as often as they say, and the laws find the share that was put in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.report import build
+from launch.report.intervals import Medians, amdahl, block_length, gustafson, ratio, student
+
+
+def alike(chance: np.random.Generator, steps: int, median: float, spread: float, rho: float) -> np.ndarray:
+    """Step times of which each is like the one before: an autoregressive series around its median."""
+    noise = chance.normal(size=steps + 40)
+    times = np.zeros(steps + 40)
+    for at in range(1, len(times)):
+        times[at] = rho * times[at - 1] + noise[at] * np.sqrt(1 - rho * rho)
+    return median + spread * times[40:]
+
+
+def test_the_interval_holds_the_true_efficiency_in_95_of_100_seeds() -> None:
+    held, widths = 0, []
+    for seed in range(100):
+        chance = np.random.default_rng(seed)
+        base, point = alike(chance, 80, 1.0, 0.02, 0.6), alike(chance, 80, 0.3, 0.01, 0.6)
+        efficiency = float(np.median(base) / np.median(point)) / 4
+        low, high = ratio(efficiency, Medians([point.tolist()], 1), Medians([base.tolist()], 0))
+        held += low <= 1 / 0.3 / 4 <= high
+        widths.append(high - low)
+    assert held >= 95
+    # Not by being wide: the median of as many steps that are alike strays by so much.
+    every = [np.median(alike(np.random.default_rng(seed), 80, 1.0, 0.02, 0.6)) for seed in range(300)]
+    relative = np.hypot(np.std(every), np.std(every) * 0.01 / 0.02 / 0.3)
+    assert np.mean(widths) < 1.6 * 2 * 1.96 * relative / 0.3 / 4
+
+
+def test_steps_that_are_alike_are_drawn_together_and_repeats_count_as_one_each() -> None:
+    chance = np.random.default_rng(1)
+    lengths = [block_length(alike(chance, 400, 1.0, 0.1, rho)) for rho in (0.0, 0.5, 0.9)]
+    assert lengths[0] <= 3 < lengths[1] < lengths[2]
+    assert block_length(np.ones(50)) == 1
+    runs = [(1.0 + 0.05 * shift + 0.001 * chance.normal(size=50)).tolist() for shift in (-1, 0, 1)]
+    one, several = Medians(runs[:1], 0), Medians(runs, 0)
+    assert several.value == pytest.approx(np.mean([np.median(run) for run in runs]))
+    assert several.replicates.std() > 10 * one.replicates.std(), "the spread between runs counts"
+    assert several.widening > one.widening, "three runs say less of it than fifty steps do of theirs"
+
+
+def test_quantiles_are_those_of_students_distribution() -> None:
+    known = {1: 12.706, 2: 4.303, 5: 2.571, 10: 2.228, 30: 2.042, 1000: 1.962}  # any table of it
+    assert {freedom: round(student(freedom), 3) for freedom in known} == pytest.approx(known, abs=0.012)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.013, 0.2])
+def test_each_law_finds_the_serial_share_that_was_put_in(share: float) -> None:
+    sizes = np.array([2.0, 4, 8, 32])
+    strong, weak = 1 / (share + (1 - share) / sizes), sizes - share * (sizes - 1)
+    assert amdahl(sizes, strong) == pytest.approx(share, abs=1e-15)
+    assert gustafson(sizes, weak) == pytest.approx(share, abs=1e-15)
+    # By the normal equations of a linear fit.
+    uneven = strong * np.array([1.0, 0.98, 1.02, 0.99])
+    solved = np.linalg.lstsq((1 - 1 / sizes)[:, None], 1 / uneven - 1 / sizes, rcond=None)[0][0]
+    assert amdahl(sizes, uneven) == pytest.approx(solved)
+    assert amdahl(sizes, np.stack([uneven, strong])) == pytest.approx([solved, share])
+
+
+def sweep_of(folder: Path, make_run: Any, weak: bool, share: float, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> list[str]:
+    """A sweep that follows a law but for noise; the notes of its report."""
+    chance = np.random.default_rng(5)
+    for ranks in sizes:
+        step_s = ranks / (ranks - share * (ranks - 1)) if weak else share + (1 - share) / ranks
+        batch = 8 * ranks if weak else 64
+        built = make_run(
+            folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), global_batch=batch, weak_scaling=weak
+        )
+        built.attempt().steps(1, (step_s * chance.normal(1, 0.005, 45)).tolist()).event("finished", attempt=1)
+    table = build(folder)
+    for row in table.rows[1:]:
+        expected = (
+            1 / (share * row.ranks + 1 - share) if not weak else (row.ranks - share * (row.ranks - 1)) / row.ranks
+        )
+        assert row.efficiency_ci_low is not None and row.efficiency_ci_high is not None
+        assert row.efficiency_ci_low < (row.efficiency or 0) < row.efficiency_ci_high
+        assert row.efficiency_ci_low - 0.004 < expected < row.efficiency_ci_high + 0.004
+    assert table.rows[0].efficiency_ci_low is None, "it is compared with itself"
+    assert [(row.efficiency_ci_low, row.efficiency_ci_high) for row in build(folder).rows] == [
+        (row.efficiency_ci_low, row.efficiency_ci_high) for row in table.rows
+    ], "the same each time"
+    return list(table.notes)
+
+
+@pytest.mark.parametrize(("weak", "law", "other"), [(False, "Amdahl", "Gustafson"), (True, "Gustafson", "Amdahl")])
+def test_strong_and_weak_scaling_have_laws_of_their_own(
+    tmp_path: Path, make_run: Any, weak: bool, law: str, other: str
+) -> None:
+    notes = sweep_of(tmp_path, make_run, weak, 0.05)
+    [told] = [note for note in notes if law in note]
+    assert not any(other in note for note in notes)
+    share = float(told.split("serial share of ")[1].split(" %")[0])
+    low, high = told.split("95 % interval ")[1].split(" %")[0].split(" to ")
+    assert share == pytest.approx(5.0, abs=0.5) and float(low) <= share <= float(high)
+    assert float(low) - 0.15 <= 5.0 <= float(high) + 0.15
+
+
+def test_two_sizes_have_no_law(tmp_path: Path, make_run: Any) -> None:
+    notes = sweep_of(tmp_path, make_run, False, 0.05, (1, 4))
+    assert not any("serial share" in note for note in notes)
+    assert any(note.startswith("95 % intervals of efficiency") and "nodes=4" in note for note in notes)
+
+
+def test_repeats_of_a_size_are_told_with_the_spread_between_them(tmp_path: Path, make_run: Any) -> None:
+    for name, ranks, step_s in (("a", 1, 1.0), ("b", 4, 0.30), ("c", 4, 0.33)):
+        built = make_run(tmp_path / name, ranks, ranks, (f"nodes={ranks}",)).attempt()
+        built.steps(1, [step_s * factor for factor in (1.0, 1.01, 0.99)] * 10).event("finished", attempt=1)
+    [told] = [note for note in build(tmp_path).notes if "2 runs of 4 ranks" in note]
+    mean = 100 * np.mean([1 / 0.30, 1 / 0.33]) / 4
+    assert f"{1 / np.mean([0.30, 0.33]) / 4 * 100:.1f} %" in told and abs(mean - 79.5) < 1
