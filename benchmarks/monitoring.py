@@ -18,16 +18,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from gpt.metrics.environment import memory_gib
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import open_world
 from gpt.train import build
 from gpt.training.gradient_stats import Gradients
+from gpt.training.phases import Phases
 from gpt.training.request import agree_on_folder, parse_arguments, parse_request
 from gpt.training.run import Run, open_attempt
 from gpt.training.step import QueuedStep, queue_step
 from launch import worker
 from launch.runs.heartbeat import Phase
+from launch.runs.records import StepRecord
 
 STEPS = 10
 ROUNDS = 12
@@ -95,6 +99,7 @@ def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, f
     actions: dict[str, Callable[[], object]] = {
         "gradients by layer, every tenth step": lambda: gradients.sums(run.engine.gradients()),
         "memory": lambda: memory_gib(run.world.device),
+        "phases": lambda: time_phases(run),
         "rank_00000.jsonl": lambda: run.worker.record(**record.as_dict()),
     }
     for writer in writers.writers:
@@ -106,6 +111,16 @@ def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, f
             action()
         costs[name] = (time.process_time() - started) / ALONE / (STEPS if name.startswith("gradients") else 1)
     return costs
+
+
+def time_phases(run: Run) -> None:
+    """Mark the phases of a step, and read them, as often as a step does."""
+    phases = Phases(run.world.device, run.engine)
+    for name in ("data", "gradients", "reduced", "updated", "summed"):
+        phases.mark(name)
+    if run.world.device.type == "cuda":
+        torch.cuda.synchronize()  # a step's figures are read when it is done
+    phases.fill_in(StepRecord(1, 1, 0.0, 0.0, 0.0, 0, (0, 0), 1.0))
 
 
 def size_mb(folder: Path) -> float:

@@ -32,6 +32,8 @@ class DDPEngine(TorchEngine):
     A single rank calls the model itself.
     """
 
+    reduces_at_the_end = True
+
     def __init__(
         self,
         model: GPT,
@@ -43,6 +45,7 @@ class DDPEngine(TorchEngine):
     ) -> None:
         if world.size == 1:  # nobody to average with, so nothing to copy into buckets
             super().__init__(model, trained or model, config, world, dims, batch, averaged=1)
+            self.reduces_at_the_end = False
             return
         devices = [world.device] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
@@ -78,6 +81,8 @@ class DDPEngine(TorchEngine):
 
 class Zero1Engine(DDPEngine):
     """ZeRO-1: DDP with the optimizer state sharded, each rank stepping its shard of every parameter."""
+
+    reduces_at_the_end = False  # the optimizer all-gathers the parameters
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)

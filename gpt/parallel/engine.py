@@ -28,6 +28,11 @@ class Engine(Protocol):
     """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
     files: Format
     """The checkpoint format that stores what ``state()`` returns."""
+    reduces_at_the_end: bool
+    """True where ranks wait for each other in nothing but the reduction that ends ``backward``."""
+    on_gradients: Callable[[], None]
+    """Called when the backward passes have computed their gradients, before the rest of the reduction is waited for;
+    only where ``reduces_at_the_end``."""
 
     @property
     def loss_scale(self) -> LossScale | None:

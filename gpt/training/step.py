@@ -24,6 +24,7 @@ from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.parallel.loss_scale import MINIMUM
 from gpt.training.gradient_stats import Gradients
+from gpt.training.phases import Phases
 from gpt.training.run import Run
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
@@ -83,6 +84,7 @@ class QueuedStep:
     with_loss_scale: bool
     """True where the last two figures are the loss scale and the number of skipped steps."""
     config: TrainConfig
+    phases: Phases
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
         """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
@@ -94,6 +96,7 @@ class QueuedStep:
         (grad_norm, loss_sum, *sums), ended = self.figures.read()
         sums = sums[2:] if self.with_requests else sums
         record = self.record
+        self.phases.fill_in(record)
         if self.with_loss_scale:
             *sums, record.loss_scale, skipped = sums
             record.skipped_steps = int(skipped)
@@ -148,8 +151,11 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     step = run.step + 1
     lr = lr_at(config.optim, step)
     data = run.batches.take(step)
+    phases = Phases(world.device, engine)
+    phases.mark("data")
     reset_counts(engine.module)
     loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
+    phases.mark("reduced")
     measured = [] if gradients is None else [gradients.sums(engine.gradients())]
     requests = Requests(run.worker.stop_requested(), run.worker.save_requested())
     run.worker.phase(phase, step - 1)  # being asked looked like training, which is allowed less silence than a start
@@ -157,6 +163,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
     sums = torch.cat([loss_sum[None], *told, *measured])
     grad_norm = engine.update(lr)
+    phases.mark("updated")
     imbalance = balance_experts(engine, world) if config.model.ffn is Ffn.moe else None
     run.step = step
     scale = [] if engine.loss_scale is None else [engine.loss_scale.figures()]
@@ -174,9 +181,11 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     uneven = [] if imbalance is None else [imbalance[None]]
-    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], world.all_reduce(sums), *uneven, *scale]))
+    total = world.all_reduce(sums)
+    phases.mark("summed")
+    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], total, *uneven, *scale]))
     parts = bool(told), bool(uneven), bool(scale)
-    return QueuedStep(record, requests, gradients, numbers, tokens, *parts, config)
+    return QueuedStep(record, requests, gradients, numbers, tokens, *parts, config, phases)
 
 
 def balance_experts(engine: Engine, world: World) -> Tensor:

@@ -56,6 +56,13 @@ class StepRecord:
     """Steps up to this one that changed no weights, since their gradients overflowed in fp16."""
     data_wait_s: float | None = None
     """Time the step waited for its samples."""
+    forward_backward_s: float | None = None
+    """Time of the forward and backward passes, without ``comm_s`` where that is known. This and the next two are by
+    the clock of the device where it is a GPU."""
+    comm_s: float | None = None
+    """Time in which the rank waited for others and nothing was computed: exposed communication."""
+    optimizer_s: float | None = None
+    """Time of clipping and of the optimizer."""
     expert_imbalance: float | None = None
     """Load of the busiest expert of any layer above an even share, in even shares; 0 is even; with experts only."""
     checkpoint_s: float | None = None

@@ -121,7 +121,8 @@ def histogram(values: Sequence[float], marks: Sequence[tuple[str, float]], bins:
         at, stroke = number(x(value)), color(1 + index)
         parts.append(element("line", x1=at, x2=at, y1=TOP, y2=number(y(0)), stroke=stroke, stroke_width=2))
         side = ("end", -5) if x(value) > WIDTH / 2 else ("start", 5)
-        place: Attributes = {"x": number(x(value) + side[1]), "y": number(TOP + 11 + 15 * index), "text_anchor": side[0]}
+        place: Attributes = {"x": number(x(value) + side[1]), "y": number(TOP + 11 + 15 * index)}
+        place["text_anchor"] = side[0]
         parts.append(element("text", escape(name), **place, fill=stroke, font_weight="600", **HALO))
     parts += [_below(x(value), f"{value:.6g}") for value in ticks(low, high, False)]
     return svg("".join(parts) + _names("seconds", "steps"), "Distribution of step times")
@@ -167,7 +168,8 @@ def _series(marks: Sequence[Mark], stroke: str, x: Scale, y: Scale) -> str:
         ends = {"y1": number(y(mark.low)), "y2": number(y(mark.high))} if mark.low > 0 or not y.log else {}
         parts.append(element("line", x1=at, x2=at, stroke=stroke, stroke_width=1.5, **ends) if ends else "")
         fill = "var(--card)" if mark.hollow else stroke
-        dot: Attributes = {"cx": at, "cy": number(y(mark.value)), "r": 5, "stroke": stroke, "stroke_width": 2, "fill": fill}
+        dot: Attributes = {"cx": at, "cy": number(y(mark.value)), "r": 5, "fill": fill}
+        dot |= {"stroke": stroke, "stroke_width": 2}
         parts.append(element("circle", element("title", escape(mark.text)), **dot))
     return "".join(parts)
 
