@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from launch.errors import CommandParser, refusing
 from launch.report import select, show_and_write, tabulate_selection
+from launch.report.watch import WATCH_S, watch
 from launch.runs.files import deny_others_writing
 from launch.runs.find import runs_labelled
 
@@ -28,12 +31,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", type=int, metavar="N", help="an earlier sweep of the folder")
     which.add_argument("--all", action="store_true", help="all runs of the folder, of whatever command")
+    parser.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=WATCH_S,
+        metavar="SECONDS",
+        help=f"make it again every so many seconds ({WATCH_S:g}) until all runs have ended, or Ctrl-C; the HTML page, "
+        "open in a browser, follows",
+    )
     typed = parser.parse_args(arguments)
     deny_others_writing()
     folder = typed.folder if typed.folder.exists() else next(iter(runs_labelled(typed.folder)), typed.folder)
-    table = tabulate_selection(select(folder, typed.sweep, every=typed.all))
-    show_and_write(table, Console(soft_wrap=True))
+    console = Console(soft_wrap=True)
+    if typed.watch is not None:
+        watch(lambda: tabulate_selection(select(folder, typed.sweep, every=typed.all)), typed.watch, console)
+        return 0
+    show_and_write(tabulate_selection(select(folder, typed.sweep, every=typed.all)), console)
     return 0
+
+
+def _seconds(text: str) -> float:
+    """Read an interval that is longer than nothing."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, and not seconds above 0, such as --watch {WATCH_S:g}")
+    return value
 
 
 if __name__ == "__main__":

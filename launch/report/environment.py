@@ -6,6 +6,7 @@ workload names the ranks; the GPT library also names its model and its batch. Mu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections import Counter, defaultdict
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.runs.folder import RunFolder
+
+NO_CHANGES = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ class Environment:
     parameters: int | None = None
     torch: str | None = None
     commit: str | None = None
+    changes: str | None = None
+    """Digest of what was changed since that commit; None where nothing was, or nobody looked."""
+
+    @property
+    def code(self) -> str | None:
+        """The code it ran: a commit, and what was changed since."""
+        if self.commit is None:
+            return None
+        return self.commit[:12] + ("" if self.changes is None else f" with changes {self.changes[:8]}")
 
     @property
     def world_size(self) -> int:
@@ -146,7 +158,13 @@ def _parse(content: dict[str, Any]) -> Environment:
         parameters=content.get("parameters"),
         torch=(content.get("software") or {}).get("torch"),
         commit=(content.get("git") or {}).get("commit"),
+        changes=_changes((content.get("git") or {}).get("diff_sha256")),
     )
+
+
+def _changes(digest: str | None) -> str | None:
+    """The digest of a difference; None where there was none."""
+    return None if digest in (None, "", NO_CHANGES) else digest
 
 
 def _place(rank: dict[str, Any]) -> RankPlace:

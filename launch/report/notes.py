@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launch.report.advice import low_mfu
 from launch.report.details import straggler_notes
 from launch.report.points import State
 from launch.report.readings import WARMUP_STEPS
@@ -18,6 +19,7 @@ from launch.report.series import (
     Series,
     clusters_of,
     drop_warmup,
+    made_with,
     work_text,
 )
 
@@ -41,6 +43,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     candidates = [
         _steps_used(members),
         _clusters(members),
+        *_made_with(found),
         *map(_smallest, found),
         *map(_no_rates, found),
         *map(_changing_work, found),
@@ -48,7 +51,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     candidates += [_partly_recorded(members), _run_times(members), _crowding(members), *map(_crowded_base, found)]
     candidates += (_noise(series, rows) for series in found)
     candidates += [note for member in members for note in straggler_notes(member)]
-    candidates += [_too_few_steps(members), *map(_state, members), _mfu(members)]
+    candidates += [_too_few_steps(members), *map(_state, members), _mfu(members), *low_mfu(members)]
     return [note for note in candidates if note]
 
 
@@ -164,6 +167,20 @@ def _clusters(members: Sequence[MeasuredPoint]) -> str:
         f"The points ran on different clusters ({where}) and are compared only with others there. The same command "
         "with name=NAME, or fresh=true, runs them all on one."
     )
+
+
+def _made_with(found: Sequence[Series]) -> list[str]:
+    """Say that points made with other software or code are not measured against each other."""
+    told = []
+    for name, values in made_with([member for series in found for member in series.members]).items():
+        if len(values) < 2 or not any(set(values) & set(series.label.split(",")) for series in found):
+            continue
+        where = "; ".join(f"{', '.join(titles)} with {value}" for value, titles in values.items())
+        told.append(
+            f"The points were made with different {name} ({where}) and are compared only with others of the same. The "
+            "same command with fresh=true makes them all again."
+        )
+    return told
 
 
 def _noise(series: Series, rows: Sequence[Row]) -> str:

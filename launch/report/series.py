@@ -70,6 +70,14 @@ CONDITIONS: dict[str, Callable[[Environment], str | None]] = {
 """Properties that all measured points of a series share; None, and not compared, where a point does not tell."""
 
 
+MADE_WITH: dict[str, Callable[[Environment], str | None]] = {
+    "software": lambda e: None if e.torch is None else f"torch {e.torch}",
+    "code": lambda e: e.code and f"commit {e.code}",
+}
+"""Properties that a point takes from the day on which it was made, rather than from what was typed: points that differ
+in one are told apart, and compared with others of their kind only."""
+
+
 @dataclass(frozen=True)
 class MeasuredPoint:
     """A point and its figures; ``figures`` is None where too few steps are left."""
@@ -173,7 +181,7 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
     """Group points into series by their overrides other than their size, and by their cluster, in order of appearance.
 
     The processes of one machine say nothing of how nodes scale, nor one cluster of another: none is measured against
-    them.
+    them. Nor are points that were made with other software or code.
 
     Raises:
         ConfigError: points of one series were measured under different conditions.
@@ -183,6 +191,9 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
     for member in members:
         where = {f"cluster={member.point.cluster}"} if several and member.point.cluster else set()
         groups.setdefault(_identity(member.point) | where, []).append(member)
+    groups = {
+        identity | apart: group for identity, mixed in groups.items() for apart, group in _made_alike(mixed).items()
+    }
     common = frozenset.intersection(*groups) if groups else frozenset()
     found = []
     for identity, group in groups.items():
@@ -190,6 +201,34 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
         found.append(Series(label, tuple(sorted(group, key=_by_size))))
     for series in found:
         _require_comparable(series)
+    return found
+
+
+def _made_alike(members: Sequence[MeasuredPoint]) -> dict[frozenset[str], list[MeasuredPoint]]:
+    """Group points that were made with the same software and code; what sets groups apart is in their keys.
+
+    A point that does not tell belongs to the first group: there is nothing to tell it apart by.
+    """
+    several = {name: list(found) for name, found in made_with(members).items() if len(found) > 1}
+    groups: dict[frozenset[str], list[MeasuredPoint]] = {}
+    for member in members:
+        environment = member.point.environment
+        told = {name: environment and MADE_WITH[name](environment) for name in several}
+        groups.setdefault(frozenset(told[name] or found[0] for name, found in several.items()), []).append(member)
+    return groups
+
+
+def made_with(members: Sequence[MeasuredPoint]) -> dict[str, dict[str, list[str]]]:
+    """Property of ``MADE_WITH`` -> its values among measured points -> their titles."""
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in MADE_WITH}
+    for member in members:
+        environment = member.point.environment
+        if environment is None or (member.figures is None and member.run_rate is None):
+            continue
+        for name, property_of in MADE_WITH.items():
+            value = property_of(environment)
+            if value is not None:
+                found[name].setdefault(value, []).append(member.point.title)
     return found
 
 

@@ -18,9 +18,10 @@ from launch.report.views import csv_text, markdown
 from launch.runs.files import write_atomically
 
 
-def write(table: ScalingTable) -> list[Path]:
+def write(table: ScalingTable, reload_s: float | None = None) -> list[Path]:
     """Write the report where it belongs; what an earlier one left there is replaced. Returns what was written.
 
+    With ``reload_s`` a browser that shows the page loads it again after so many seconds.
     A sweep's report is ``scaling.*`` beside its points, as long as no other sweep was typed, and in the folder of its
     record for good; that of one run is ``summary.*`` in its folder, and that of all runs of a folder ``all_runs.*``.
     """
@@ -36,7 +37,7 @@ def write(table: ScalingTable) -> list[Path]:
         figure: pictures["png"],
         f"{selection.stem}.svg": pictures["svg"],
         f"{selection.stem}.json": json_text(table).encode(),
-        f"{selection.stem}.html": page(table).encode(),
+        f"{selection.stem}.html": page(table, reload_s).encode(),
     }
     for folder in selection.folders:
         for name, content in contents.items():
