@@ -156,10 +156,13 @@ def _read_first_rank(run: RunFolder) -> list[_Record]:
             break
     if columns is None:
         return []
-    latest = set(latest_records(columns.values["step"], columns.values["attempt"]).tolist())
+    steps, attempts = columns.values["step"], columns.values["attempt"]
+    latest = set(latest_records(steps, attempts).tolist())
+    # A step that is saved is recorded before its save and once more after it, with what that took: one step.
+    last_line = {(attempt, step): index for index, (attempt, step) in enumerate(zip(attempts, steps, strict=True))}
     found = []
     for index in range(len(columns)):
-        if not columns.known["time"][index]:
+        if not columns.known["time"][index] or last_line[attempts[index], steps[index]] != index:
             continue
         ended = float(columns.values["time"][index])
         took = float(columns.values["step_time_s"][index]) if columns.known["step_time_s"][index] else 0.0

@@ -132,3 +132,17 @@ def test_without_an_agent_nothing_is_said_of_time_and_cost(tmp_path: Path, make_
     assert table.rows[0].goodput is None
     assert table.rows[0].cost is None
     assert "Where the time went" not in markdown(table)
+
+
+def test_a_step_that_is_recorded_before_and_after_its_save_is_one_step(tmp_path: Path, make_run: Any) -> None:
+    built = make_run(tmp_path, 1, 1, ("nodes=1",)).attempt()
+    begun = {"job": "1", "nodes": 1, "gpus": 1, "price_per_gpu_hour": PRICE, "limit_s": 3600.0}
+    built.event("agent_started", time=T0 + 1, node=0, allocated_at=T0, **begun)
+    built.event("started", attempt=1, time=T0 + 2, world_size=1)
+    records = [{"step": s, "attempt": 1, "step_time_s": 1.0, "time": T0 + 10 + s} for s in range(1, 9)]
+    saved = {**records[3], "checkpoint_s": 0.0}
+    append_records(built.run.metrics(0), [*records[:4], saved, *records[4:]])
+    built.event("finished", attempt=1, time=T0 + 18)
+    built.event("agent_ended", node=0, job="1", time=T0 + 20, ended_at=T0 + 20)
+    [row] = build(tmp_path).rows
+    assert (row.steps_s, row.lost_s, row.start_s, row.shutdown_s) == (8.0, None, 10.0, 2.0)

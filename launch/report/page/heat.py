@@ -97,7 +97,7 @@ def _key(limit: float, tall: float) -> str:
         parts.append(element("rect", x=LEFT + 84 + wide * index, y=y, width=wide, height=12, fill=fill))
     text = {"y": number(y + 10), "class_": "axis"}
     parts.append(element("text", f"−{limit:.3g} ms", x=LEFT + 78, text_anchor="end", **text))  # noqa: RUF001
-    parts.append(element("text", f"+{limit:.3g} ms, above the median of all ranks", x=LEFT + 90 + 6 * wide, **text))
+    parts.append(element("text", f"+{limit:.3g} ms, above the median", x=LEFT + 90 + 6 * wide, **text))
     return "".join(parts)
 
 
