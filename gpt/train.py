@@ -37,6 +37,7 @@ with lasting_imports():
     from gpt.topology.batch import settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
+    from gpt.training.divergence import BadSteps, DivergenceGuard
     from gpt.training.evaluation import mean_loss
     from gpt.training.execution import settle_execution
     from gpt.training.garbage import collect_together
@@ -45,7 +46,9 @@ with lasting_imports():
     from gpt.training.init_from import first_weights
     from gpt.training.parallelize import parallelize
     from gpt.training.profiler import StepProfile
+    from gpt.training.replica_check import ReplicaGuard
     from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
+    from gpt.training.rollback import go_back, judge_step
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
     from gpt.training.state import load, save
     from gpt.training.step import QueuedStep, Requests, queue_step
@@ -57,6 +60,7 @@ with lasting_imports():
     from launch.runs.files import deny_others_writing
     from launch.runs.folder import RunFolder
     from launch.runs.heartbeat import Phase
+    from launch.runs.records import StepRecord
     from launch.runs.unwritten import say
 
 
@@ -94,6 +98,7 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
         samples=samples,
         batches=BatchPrefetcher(samples, batch, dims.data_rank(world.rank), config.optim.max_steps, world.device),
         store=CheckpointStore(folder.checkpoints, kept.keep_last, kept.keep_every, world.control, engine.files),
+        guard=DivergenceGuard(config.divergence),
         worker=rank,
         initialised_from=initialised_from,
     )
@@ -133,8 +138,11 @@ def do_steps(
     queued: QueuedStep | None = None
     unasked: QueuedStep | None = None
     """The step whose requests were not looked at yet. Apart from ``queued``, which a profile empties on one rank."""
+    left = Requests()
+    """Requests to steps that the run went back from."""
     phase = Phase.starting  # the first step may compile
     timeouts = StepTimeouts(run.world, config.parallel)
+    replicas = ReplicaGuard(run)
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
         step = queue_step(run, gradients if due(run.step + 1, config.logging.gradients_interval) else None, phase)
@@ -143,25 +151,42 @@ def do_steps(
         if queued is not None:  # read only now, so that the device is never idle between two steps
             record, clock = queued.finish(clock)
             timeouts.after(record.step_time_s)
+            bad = judge_step(run, record)
             writers.write(record)
-        asked = step.requests if run.worker.agrees else Requests()
+            if bad is not None:
+                left = step.requests_of_all() | (Requests() if unasked is None else unasked.requests_of_all())
+                go_back(run, writers, bad)
+                queued, unasked, clock = None, None, time.perf_counter()
+                continue
+        asked = left | (step.requests if run.worker.agrees else Requests())
+        left = Requests()
         if unasked is not None:
             asked |= unasked.requests_of_all()
         queued = unasked = step
         last = run.step == config.optim.max_steps
         evaluates = last or due(run.step, config.eval.interval)
-        pauses = evaluates or bool(asked) or due(run.step, config.checkpoint.interval)
+        compares = due(run.step, config.divergence.replica_check_interval)
+        pauses = evaluates or compares or bool(asked) or due(run.step, config.checkpoint.interval)
         if not (pauses or profile.due(run.step)):
             continue
-        record, clock = step.finish(clock)  # raises where the weights have become worthless, before they are saved
+        record, clock = step.finish(clock)
         queued = None
         timeouts.after(record.step_time_s)
+        bad = judge_step(run, record) or (run.guard.judge_end() if last else None)
         if pauses:
             asked |= step.requests_of_all()
             unasked = None
-        if evaluates:
-            record.val_loss, record.val_bits_per_byte = evaluate(run)
-        if last or asked or due(run.step, config.checkpoint.interval):
+        if evaluates and bad is None:
+            bad = evaluate(run, record)
+        if bad is not None:  # the weights may have become worthless, and are not saved
+            writers.write(record)
+            go_back(run, writers, bad)
+            left, clock = asked, time.perf_counter()
+            continue
+        saves = run.guard.may_save and (last or asked or due(run.step, config.checkpoint.interval))
+        if saves or compares:
+            replicas.check()
+        if saves:
             writers.keep(record)
             record.checkpoint_s = save(run)
         writers.write(record)
@@ -172,8 +197,11 @@ def do_steps(
     return "finished"
 
 
-def evaluate(run: Run) -> tuple[float, float | None]:
-    """Return the validation loss in nats per token, and in bits per byte of text where that is known. Collective."""
+def evaluate(run: Run, record: StepRecord) -> BadSteps | None:
+    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text where that is known.
+
+    Collective. Returns the steps to go back for where it is not finite.
+    """
     sequences, engine, ranks = run.config.eval.sequences, run.engine, run.dims.data_ranks
     loss = mean_loss(
         engine.module,
@@ -186,7 +214,10 @@ def evaluate(run: Run) -> tuple[float, float | None]:
         ranks,
         run.evaluating,
     )
-    return loss, run.samples.val_bits_per_byte(loss, sequences)
+    bad = run.guard.judge_evaluation(record.step, loss)
+    if bad is None:
+        record.val_loss, record.val_bits_per_byte = loss, run.samples.val_bits_per_byte(loss, sequences)
+    return bad
 
 
 def due(step: int, interval: int) -> bool:

@@ -33,6 +33,10 @@ class ConfigError(ValueError):
         return type(self), (self.found, self.expected, self.fix)
 
 
+class RepeatedFailureError(RuntimeError):
+    """A failure that came again each time the program went back and tried anew by itself: it is not started again."""
+
+
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
     """Have the ``main`` of a command print a ConfigError on standard error and return 2, its exit status.
 

@@ -106,6 +106,15 @@ def retire(folder: Path, keep_last: int, keep_every: int) -> None:
             remove(doomed)
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run goes back, and will save those steps again."""
+    for path in list_committed(folder):
+        if step_of(path) > step:
+            doomed = folder / f".deleting_{path.name}_{secrets.token_hex(4)}"
+            path.rename(doomed)
+            remove(doomed)
+
+
 def sweep(folder: Path) -> None:
     """Remove the temporary folders that killed saves, deletions and conversions left behind."""
     for path in _entries(folder):

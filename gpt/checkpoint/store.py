@@ -121,6 +121,10 @@ class CheckpointStore:
         run_on_first_rank(lambda: folders.retire(self.folder, self.keep_last, self.keep_every), self.group)
         return path
 
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after ``step``, to which the run goes back."""
+        run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
+
     def load(self, state: Any) -> LoadedCheckpoint | None:
         """Fill ``state`` from the newest checkpoint that is whole; None where there never was one.
 

@@ -26,6 +26,7 @@ from gpt.config.data import (
     TokenizerKind,
     WeightedPath,
 )
+from gpt.config.divergence import DivergenceConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
@@ -51,6 +52,7 @@ __all__ = [
     "CpMethod",
     "DataConfig",
     "Device",
+    "DivergenceConfig",
     "EngineKind",
     "EvalConfig",
     "ExpertBalance",

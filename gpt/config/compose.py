@@ -79,5 +79,5 @@ EXECUTION = (
     *("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic"),
     *("compile_fullgraph", "gc_interval"),
 )
-RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", *EXECUTION)
+RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", "divergence", *EXECUTION)
 """Keys that may change between the attempts of one run, since they do not change what is learned."""

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 
 from gpt.config import model_rules
 from gpt.config.data import DataConfig
+from gpt.config.divergence import DivergenceConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig
@@ -187,6 +188,7 @@ class TrainConfig(RunConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
@@ -203,7 +205,8 @@ class TrainConfig(RunConfig):
         """Raise ConfigError for the first thing that cannot work; needs no other information than the config."""
         super().validate()
         model_rules.check(self.model)
-        for part in (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.logging):
+        parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
+        for part in parts:
             part.validate()
         require_range("seed", self.seed, 0, 2**63 - 1)
         if self.tf32 and self.precision.is_half:

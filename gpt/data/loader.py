@@ -35,14 +35,15 @@ MOST_OPEN = 128
 SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # an odd constant (Knuth's MMIX multiplier): sources of one size differ in order
 
 
-def train_indices(step: int, rank: int, batch: Batch) -> Indices:
-    """Sample indices of one data-parallel rank in one optimizer step, (per_rank,).
+def train_indices(number: int, rank: int, batch: Batch) -> Indices:
+    """Sample indices of one data-parallel rank in one global batch, (per_rank,).
 
-    Steps are counted from 1, samples and ranks from 0: step s uses samples ``(s - 1) * global_batch`` up to, but not
-    including, ``s * global_batch``, split over the ranks as contiguous slices. Micro-batches split a slice further.
+    Batches are counted from 1, samples and ranks from 0: batch b has samples ``(b - 1) * global_batch`` up to, but not
+    including, ``b * global_batch``, split over the ranks as contiguous slices. Micro-batches split a slice further. It
+    is the batch of step b, unless batches were passed over.
     """
-    assert step >= 1 and 0 <= rank < batch.ranks, f"step {step}, rank {rank} of {batch.ranks}"
-    first = (step - 1) * batch.global_batch + rank * batch.per_rank
+    assert number >= 1 and 0 <= rank < batch.ranks, f"batch {number}, rank {rank} of {batch.ranks}"
+    first = (number - 1) * batch.global_batch + rank * batch.per_rank
     return np.arange(first, first + batch.per_rank, dtype=np.int64)
 
 

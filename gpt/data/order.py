@@ -15,7 +15,8 @@ Changing anything here changes the order of runs that are under way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +132,39 @@ def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Batches that a run passes over: ranges of their numbers, counted from 1, ascending and with a gap between two."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+    """First and last of each."""
+
+    @classmethod
+    def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:
+        """Take ranges as JSON holds them."""
+        return cls(tuple((first, last) for first, last in ranges))
+
+    def batch_of(self, step: int) -> int:
+        """Return the number of the batch of a step, both counted from 1: batches passed over are left out."""
+        number = step
+        for first, last in self.ranges:
+            if first > number:
+                break
+            number += last - first + 1
+        return number
+
+    def including(self, batches: Iterable[int]) -> PassedOver:
+        """Return these ranges with further batches."""
+        numbers = sorted({*batches, *(number for first, last in self.ranges for number in range(first, last + 1))})
+        ranges: list[tuple[int, int]] = []
+        for number in numbers:
+            if ranges and number == ranges[-1][1] + 1:
+                ranges[-1] = ranges[-1][0], number
+            else:
+                ranges.append((number, number))
+        return PassedOver(tuple(ranges))
 
 
 def _share(n: Integers, weight: int, total: int) -> Integers:

@@ -1,7 +1,8 @@
 """Training batches read ahead: while the device computes a step, a thread builds the batch of the next one.
 
-Owns the thread, and the one copy of a step to the device. A batch is a pure function of its step, so reading ahead
-leaves nothing to save and nothing to give back. Must not know what is computed with a batch.
+Owns the thread, and the one copy of a step to the device. A batch is a pure function of its step and of the batches
+that are passed over, so reading ahead leaves nothing to save and nothing to give back. Must not know what is computed
+with a batch.
 
 Shapes: B sequences of one rank in a step, T tokens of a sequence.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gpt.data.loader import Samples, train_indices
+from gpt.data.order import PassedOver
 from gpt.topology.batch import Batch
 
 
@@ -52,6 +54,9 @@ class BatchPrefetcher:
         self._last_step, self._device = last_step, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Tensor]] | None = None
+        """Number of a batch, and its ids."""
+        self.passed_over = PassedOver()
+        """Batches that no step uses; may be replaced between two steps."""
 
     def take(self, step: int) -> StepBatch:
         """Return the batch of a step, counted from 1, and begin with that of the next one.
@@ -61,14 +66,17 @@ class BatchPrefetcher:
         """
         started = time.perf_counter()
         ahead, self._ahead = self._ahead, None
-        ids = ahead[1] if ahead is not None and ahead[0] == step else self._thread.submit(self._build, step)
+        number, following = self.passed_over.batch_of(step), self.passed_over.batch_of(step + 1)
+        later = following if step < self._last_step else None
+        ids = ahead[1] if ahead is not None and ahead[0] == number else self._submit(number, later)
         ids_BT1 = ids.result()
         waited_s = time.perf_counter() - started
-        if step < self._last_step:
-            self._ahead = step + 1, self._thread.submit(self._build, step + 1)
+        if later is not None:
+            after = self.passed_over.batch_of(step + 2) if step + 1 < self._last_step else None
+            self._ahead = later, self._submit(later, after)
         # torch frees pinned memory for the next batch only when the copy out of it is done.
         ids_BT1 = ids_BT1.to(self._device, non_blocking=True)
-        indices = train_indices(step, self._data_rank, self._batch)
+        indices = train_indices(number, self._data_rank, self._batch)
         tokens_BT, targets_BT = ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
         return StepBatch(tokens_BT, targets_BT, int(indices[0]), int(indices[-1]), waited_s)
 
@@ -76,9 +84,12 @@ class BatchPrefetcher:
         """End the thread, without waiting for what it reads."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _build(self, step: int) -> Tensor:
-        """Read the ids of a step, (B, T + 1), and have the kernel fetch those of the next one meanwhile."""
-        if step < self._last_step:
-            self._samples.announce(train_indices(step + 1, self._data_rank, self._batch))
-        ids_BT1 = self._samples.read("train", train_indices(step, self._data_rank, self._batch))
+    def _submit(self, number: int, following: int | None) -> Future[Tensor]:
+        return self._thread.submit(self._build, number, following)
+
+    def _build(self, number: int, following: int | None) -> Tensor:
+        """Read the ids of a batch, (B, T + 1), and have the kernel fetch those of the ``following`` one meanwhile."""
+        if following is not None:
+            self._samples.announce(train_indices(following, self._data_rank, self._batch))
+        ids_BT1 = self._samples.read("train", train_indices(number, self._data_rank, self._batch))
         return ids_BT1.pin_memory() if self._device.type == "cuda" else ids_BT1

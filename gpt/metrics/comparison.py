@@ -77,7 +77,7 @@ def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
         parameters=start.get("parameters"),
         steps=summary["steps"],
         tokens=summary["steps"] * per_step,
-        losses=[(record["step"] * per_step, record["loss"]) for record in run["steps"]],
+        losses=[(record["step"] * per_step, record["loss"]) for record in run["steps"] if "loss" in record],
         val_losses=[(e["step"] * per_step, e["val_loss"]) for e in run["evaluations"]],
         best_val_loss=summary.get("best_val_loss"),
         tokens_per_s=summary.get("tokens_per_s"),

@@ -57,7 +57,7 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
     """Format one record as a line of text; ``pace_s`` is the expected time of a step, seconds."""
     parts = [
         f"step {record.step}/{max_steps}",
-        f"loss {record.loss:.4f}",
+        "loss not finite" if record.loss is None else f"loss {record.loss:.4f}",
         f"lr {record.lr:.2e}",
         "skipped" if record.grad_norm is None else f"grad_norm {record.grad_norm:.3f}",
         f"{record.step_time_s * 1000:.0f} ms",

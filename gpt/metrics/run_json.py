@@ -97,7 +97,8 @@ def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequ
     }
     if not records:
         return found
-    found["loss"] = records[-1]["loss"]
+    if "loss" in records[-1]:
+        found["loss"] = records[-1]["loss"]
     if "skipped_steps" in records[-1]:
         found["skipped_steps"] = records[-1]["skipped_steps"]
     evaluated = [record for record in records if "val_loss" in record]

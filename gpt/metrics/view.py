@@ -92,7 +92,7 @@ class View:
         writer = self._open(self._since, [record for record in records if record["step"] <= self._since])
         for missed in records:
             if self._since < missed["step"] and (before is None or missed["step"] < before):
-                writer.write(StepRecord(**missed))
+                writer.write(StepRecord(**{"loss": None, "grad_norm": None} | missed))
         return writer
 
     def _give_up(self, error: OSError) -> None:

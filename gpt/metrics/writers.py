@@ -62,8 +62,8 @@ class MetricWriters:
         # Records of steps after the checkpoint were lost with the crash: those steps are done again.
         earlier = read_records(folder.metrics(0)) if rank.attempt > 1 and world.is_first else []
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
-        done = [record for record in earlier if record["step"] <= step]
-        self.writers = open_writers(folder, config, step, done, layers) if world.is_first else []
+        self._open = lambda step, done: open_writers(folder, config, step, done, layers) if world.is_first else []
+        self.writers: list[MetricWriter] = self._open(step, [r for r in earlier if r["step"] <= step])
 
     def keep(self, record: StepRecord) -> None:
         """Put ``record`` on disk before its step is saved; ``write`` follows, with the time of the save.
@@ -84,6 +84,12 @@ class MetricWriters:
             self._rank.flush()
         for writer in self.writers:
             writer.write(record)
+
+    def go_back(self, step: int) -> None:
+        """Go on after ``step``, to which the run has gone back: the views lose what came later, as after a crash."""
+        self.close()
+        done = [r for r in read_records(self._folder.metrics(0)) if r["step"] <= step] if self.writers else []
+        self.writers = self._open(step, done)
 
     def close(self) -> None:
         """Close the writers, after the last record and after the event that tells how the attempt ended."""

@@ -24,7 +24,7 @@ from gpt.parallel.compile import compile_loss
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.loss_scale import DynamicLossScale
-from gpt.parallel.optimizer import build_optimizer, clip_gradients
+from gpt.parallel.optimizer import build_optimizer, clip_gradients, skipping
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
@@ -152,17 +152,16 @@ class TorchEngine:
         """Return this rank's tokens, or targets, of each sequence: all of them without context parallelism."""
         return x_BT
 
-    def update(self, lr: float) -> Tensor:
+    def clip(self) -> Tensor:
+        return clip_gradients(self.module, self.config.optim.grad_clip)
+
+    def update(self, lr: float, skip: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = self.clip(self.config.optim.grad_clip)
-        with nullcontext() if self.loss_scale is None else self.loss_scale.skipping(self.optimizer, norm):
+        with skipping(self.optimizer, skip):
             self.optimizer.step()
-        return norm
-
-    def clip(self, limit: float) -> Tensor:
-        """Clip the gradients to a global norm of ``limit`` (0: leave them); return the norm they had, ()."""
-        return clip_gradients(self.module, limit)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skip)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, parameter in self.module.named_parameters():

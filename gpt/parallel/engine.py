@@ -53,10 +53,19 @@ class Engine(Protocol):
         """
         ...
 
-    def update(self, lr: float) -> Tensor:
-        """Clip the gradients and step the optimizer; return the global gradient norm, (), without a device sync.
+    def clip(self) -> Tensor | None:
+        """Clip the gradients to ``optim.grad_clip``; return the global norm they had, (), without a device sync.
 
-        With a loss scale, a norm that is not finite means that the step was skipped.
+        None where the optimizer clips in ``update``.
+        """
+        ...
+
+    def update(self, lr: float, skip: Tensor) -> Tensor | None:
+        """Step the optimizer; where ``skip``, a bool () that is the same on all ranks, is true, change nothing.
+
+        Returns:
+            The global gradient norm, (), where ``clip`` told none: not finite where the optimizer has skipped the step
+            by itself, on all ranks. Else None.
         """
         ...
 

@@ -1,15 +1,13 @@
 """Dynamic loss scale of fp16 (arXiv 1710.03740, section 3.2): small gradients survive, steps that overflow are skipped.
 
-Owns the scale, when it changes, and the count of skipped steps. A step overflows where the global gradient norm is not
-finite. The norm is the same on every rank, however the model is sharded, so the ranks agree without a collective of
-their own; and all of it stays on the device, which nobody waits for. The arithmetic is that of torch.amp.GradScaler,
-which looks at the gradients of one rank only.
+Owns the scale, and when it changes. A step overflows where the ranks have agreed to skip it, as they do in any
+precision (gpt/training/step.py); all of it stays on the device, which nobody waits for. The arithmetic is that of
+torch.amp.GradScaler, which looks at the gradients of one rank only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -27,8 +25,8 @@ MINIMUM = 1.0
 class LossScale(Protocol):
     """The loss scale of an engine, as the training loop sees it."""
 
-    def figures(self) -> Tensor:
-        """Return the scale of the step just queued, and the steps skipped so far, (2,) float64 on the device."""
+    def used(self) -> Tensor:
+        """Return the scale of the step just queued, () float64 on the device."""
         ...
 
     def state(self) -> dict[str, float]:
@@ -48,7 +46,6 @@ class DynamicLossScale:
         """Factor of the loss, () fp32; always the same tensor."""
         self._used = self.scale.clone()
         self._steps = torch.zeros((), dtype=torch.int32, device=device)
-        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
 
     def unscale(self, gradients: Iterable[Tensor]) -> None:
         """Divide gradients, this rank's shards of them, by the scale, in place."""
@@ -59,36 +56,18 @@ class DynamicLossScale:
         for device, shards in by_device.items():
             torch._foreach_mul_(shards, inverse.to(device))
 
-    @contextmanager
-    def skipping(self, optimizer: torch.optim.AdamW, norm: Tensor) -> Iterator[None]:
-        """Have a step of the fused ``optimizer`` change nothing where the global gradient ``norm``, (), is not finite;
-        adapt the scale afterwards."""
-        overflows = norm.isfinite().logical_not().to(self.scale)
-        # The fused step obeys this on the device, and does not count a step that it skips. Offloaded parameters are
-        # stepped by the host, which waits here: torch would read the flag while it is still being copied.
-        optimizer.found_inf = overflows.to(first_parameter(optimizer).device)  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            del optimizer.found_inf  # type: ignore[attr-defined]
+    def update(self, overflows: Tensor) -> None:
+        """Adapt the scale after a step that was skipped where ``overflows``, a bool (), is true."""
         self._used.copy_(self.scale)
-        self._skipped += overflows
-        torch._amp_update_scale_(self.scale, self._steps, overflows, GROWTH, BACKOFF, GROWTH_INTERVAL)
+        torch._amp_update_scale_(self.scale, self._steps, overflows.to(self.scale), GROWTH, BACKOFF, GROWTH_INTERVAL)
         self.scale.clamp_(min=MINIMUM)
 
-    def figures(self) -> Tensor:
-        return torch.stack([self._used.double(), self._skipped])
+    def used(self) -> Tensor:
+        return self._used.double()
 
     def state(self) -> dict[str, float]:
-        return {"scale": self.scale.item(), "steps": self._steps.item(), "skipped": self._skipped.item()}
+        return {"scale": self.scale.item(), "steps": self._steps.item()}
 
     def load(self, state: dict[str, float]) -> None:
         self.scale.fill_(state["scale"])
         self._steps.fill_(int(state["steps"]))
-        self._skipped.fill_(state["skipped"])
-
-
-def first_parameter(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return a parameter of an optimizer, whose parameters are all on one device."""
-    found: Tensor = optimizer.param_groups[0]["params"][0]
-    return found

@@ -121,8 +121,8 @@ class NDEngine(TorchEngine):
             self.module.set_requires_all_reduce(last)  # between replicas once, whatever a replica does inside
         return nullcontext()
 
-    def clip(self, limit: float) -> Tensor:
-        return clip_sharded_gradients(self.gradients(), limit, self.world)
+    def clip(self) -> Tensor:
+        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, parameter in self.module.named_parameters():

@@ -1,8 +1,9 @@
-"""AdamW (arXiv 1711.05101), and clipping and norms of gradients of which each rank holds a shard."""
+"""AdamW (arXiv 1711.05101) and its steps that are skipped; clipping and norms of gradients in shards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,26 @@ def build_optimizer(
         eps=config.eps,
         fused=fused,
     )
+
+
+@contextmanager
+def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> Iterator[None]:
+    """Have a step of the fused ``optimizer`` change nothing, and not count, where ``skip``, a bool (), is true.
+
+    The fused kernel looks at it on the device. Offloaded parameters are stepped by the host, which waits here: torch
+    would read the flag while it is still being copied.
+    """
+    optimizer.found_inf = skip.float().to(first_parameter(optimizer).device)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def first_parameter(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return a parameter of an optimizer, whose parameters are all on one device."""
+    found: Tensor = optimizer.param_groups[0]["params"][0]
+    return found
 
 
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:

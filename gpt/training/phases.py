@@ -44,12 +44,13 @@ class Phases:
 
     def fill_in(self, record: StepRecord) -> None:
         """Write the times of the phases into the record; the device has finished the step."""
-        record.optimizer_s = self._between("reduced", "updated")
+        # The sum of the figures lies between clipping and update, which wait for it.
+        record.optimizer_s = self._between("reduced", "clipped") + self._between("summed", "updated")
         if not self._tells_communication:
             record.forward_backward_s = self._between("data", "reduced")
             return
         record.forward_backward_s = self._between("data", "gradients")
-        record.comm_s = self._between("gradients", "reduced") + self._between("updated", "summed")
+        record.comm_s = self._between("gradients", "reduced") + self._between("clipped", "summed")
 
     def _between(self, begin: str, end: str) -> float:
         """Seconds from one moment to another."""

@@ -31,6 +31,7 @@ from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import ParallelDims
 from gpt.training import determinism as reproducibility
+from gpt.training.divergence import DivergenceGuard
 from launch import worker
 from launch.errors import ConfigError
 from launch.runs.files import write_json
@@ -56,6 +57,8 @@ class Run:
     batches: BatchPrefetcher
     """The training batches of this rank, read ahead."""
     store: CheckpointStore
+    guard: DivergenceGuard
+    """The judge of the steps."""
     worker: worker.Run
     initialised_from: dict[str, Any] | None = None
     """Where this attempt took its first weights from; None where it drew them, or went on from a checkpoint."""

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from gpt.checkpoint import LoadedCheckpoint
+from gpt.data.order import PassedOver
 from gpt.parallel.distributed import World
+from gpt.training.divergence import last_rollback
 from gpt.training.run import Run
 from launch.errors import ConfigError
 from launch.runs import compose
@@ -31,6 +34,7 @@ def save(run: Run) -> float:
         "world_size": run.world.size,
         "config": compose.plain_config(run.config),
     }
+    meta |= divergence_state(run)
     if run.engine.loss_scale is not None:
         meta["loss_scale"] = run.engine.loss_scale.state()
     run.store.save(run.step, run.engine.state(), rng_state(run.world), meta, run.worker.is_current)
@@ -68,6 +72,24 @@ def load(run: Run) -> None:
     if loaded.rank_state is not None:
         set_rng_state(run.world, loaded.rank_state)
     run.step = loaded.step
+    load_divergence(run, loaded)
+
+
+def divergence_state(run: Run) -> dict[str, Any]:
+    """Return what a checkpoint tells of steps that were skipped and of batches that were passed over, as plain JSON."""
+    passed_over = [list(batches) for batches in run.batches.passed_over.ranges]
+    return {"divergence": run.guard.state(run.step), "passed_over": passed_over}
+
+
+def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
+    """Take over what a checkpoint tells, and the event log of roll-backs to it, which came after it was saved."""
+    meta = loaded.meta
+    former = {"skipped_steps": meta.get("loss_scale", {}).get("skipped", 0)}
+    run.guard.load(former | meta.get("divergence", {}))
+    event = run.world.on_first(lambda: last_rollback(run.folder.read_events(), loaded.step))
+    run.batches.passed_over = PassedOver.of(meta.get("passed_over", []) if event is None else event["passed_over"])
+    if event is not None:
+        run.guard.gone_back(event["last"], event["rollbacks"])
 
 
 def rng_state(world: World) -> dict[str, Any]:

@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.config import Ffn, OptimConfig, TrainConfig
+from gpt.config import Ffn, OptimConfig
 from gpt.metrics.environment import memory_gib
 from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
-from gpt.parallel.loss_scale import MINIMUM
 from gpt.training.gradient_stats import Gradients
 from gpt.training.phases import Phases
 from gpt.training.run import Run
@@ -82,34 +81,27 @@ class QueuedStep:
     with_experts: bool
     """True where the figures tell of the experts' imbalance."""
     with_loss_scale: bool
-    """True where the last two figures are the loss scale and the number of skipped steps."""
-    config: TrainConfig
+    """True where the last figure is the loss scale."""
     phases: Phases
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
         """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
 
-        Raises:
-            FloatingPointError: loss or gradient norm is not a number, so the weights are none either; with a loss scale
-                the step was skipped, unless it is the loss, or the scale is at its least.
+        Where loss or gradients were not finite on some rank, the step was skipped on all, and they are None.
         """
-        (grad_norm, loss_sum, *sums), ended = self.figures.read()
+        (grad_norm, loss_sum, unsound, *sums), ended = self.figures.read()
         sums = sums[2:] if self.with_requests else sums
         record = self.record
         self.phases.fill_in(record)
         if self.with_loss_scale:
-            *sums, record.loss_scale, skipped = sums
-            record.skipped_steps = int(skipped)
+            *sums, record.loss_scale = sums
         if self.with_experts:
             record.expert_imbalance = sums.pop()
-        record.loss, record.grad_norm, record.step_time_s = loss_sum / self.tokens, grad_norm, ended - since
-        record.time = time.time()
-        is_finite = math.isfinite(grad_norm)
-        if not math.isfinite(record.loss) or not (is_finite or may_skip(record.loss_scale)):
-            raise FloatingPointError(divergence_text(record, self.config))
-        if not is_finite:
-            record.grad_norm = None
-        elif self.gradients is not None:
+        is_sound = math.isfinite(grad_norm) and not unsound
+        record.loss = loss_sum / self.tokens if math.isfinite(loss_sum) else None
+        record.grad_norm = grad_norm if is_sound else None
+        record.step_time_s, record.time = ended - since, time.time()
+        if is_sound and self.gradients is not None:
             found = self.gradients.figures(sums)
             record.grad_mean, record.grad_std = found.mean, found.std
             record.layer_grad_norms = found.layer_norms
@@ -119,30 +111,8 @@ class QueuedStep:
         """Wait for the step; what was asked of any rank before it ended."""
         if not self.with_requests:
             return self.requests
-        (_, _, stop, save, *_), _ = self.figures.read()
+        (_, _, _, stop, save, *_), _ = self.figures.read()
         return Requests(stop > 0, save > 0)
-
-
-def may_skip(loss_scale: float | None) -> bool:
-    """Tell whether gradients may overflow at a loss scale: at the least one it is not the scale that makes them."""
-    return loss_scale is not None and loss_scale > MINIMUM
-
-
-def divergence_text(record: StepRecord, config: TrainConfig) -> str:
-    """Say which step has diverged, what to change, and how to begin from the last checkpoint, whose numbers are sound.
-
-    None of the keys may change between the attempts of one run, so each of them means a new folder.
-    """
-    optim = config.optim
-    clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
-    exact = "precision=fp32, or " if config.precision.is_half else ""
-    return (
-        f"found: the loss of step {record.step} is {record.loss}, with gradient norm {record.grad_norm} and "
-        f"lr {record.lr:g}\n"
-        "expected: finite numbers; the weights of this step are worthless, and are not saved\n"
-        f"type next: optim.lr={optim.lr / 3:.2g} optim.min_lr={optim.min_lr / 3:.2g}, or {clip}, or {exact}a longer "
-        "optim.warmup_steps, with fresh=true; init_from=RUN_FOLDER then begins with the weights of its last checkpoint"
-    )
 
 
 def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedStep:
@@ -161,12 +131,21 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     run.worker.phase(phase, step - 1)  # being asked looked like training, which is allowed less silence than a start
     # Under torchrun alone nobody but the ranks can agree. As fills, since a tensor of the host would be waited for.
     told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
-    sums = torch.cat([loss_sum[None], *told, *measured])
-    grad_norm = engine.update(lr)
+    # Before the update, so that all ranks skip it or none, also where one replica alone has computed something else;
+    # and on the device, so that none waits for it.
+    norm = engine.clip()
+    unsound = loss_sum.new_zeros(()) if norm is None else norm.isfinite().logical_not().to(loss_sum)
+    phases.mark("clipped")
+    sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *measured]))
+    phases.mark("summed")
+    skip = sums[0].isfinite().logical_not() | (sums[1] > 0)
+    own_norm = engine.update(lr, skip)
     phases.mark("updated")
-    imbalance = balance_experts(engine, world) if config.model.ffn is Ffn.moe else None
+    grad_norm = norm if own_norm is None else own_norm
+    assert grad_norm is not None
+    imbalance = balance_experts(engine, world, skip | grad_norm.isfinite().logical_not()) if is_mixture(run) else None
     run.step = step
-    scale = [] if engine.loss_scale is None else [engine.loss_scale.figures()]
+    scale = [] if engine.loss_scale is None else [engine.loss_scale.used()[None]]
     tokens = run.tokens_per_step
     record = StepRecord(
         step=step,
@@ -181,25 +160,30 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     uneven = [] if imbalance is None else [imbalance[None]]
-    total = world.all_reduce(sums)
-    phases.mark("summed")
-    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], total, *uneven, *scale]))
+    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], sums, *uneven, *scale]))
     parts = bool(told), bool(uneven), bool(scale)
-    return QueuedStep(record, requests, gradients, numbers, tokens, *parts, config, phases)
+    return QueuedStep(record, requests, gradients, numbers, tokens, *parts, phases)
 
 
-def balance_experts(engine: Engine, world: World) -> Tensor:
+def is_mixture(run: Run) -> bool:
+    """True for a model with a mixture of experts."""
+    return run.config.model.ffn is Ffn.moe
+
+
+def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
     """Move the experts' biases by the tokens of this step, over all ranks; waits for no device.
 
-    Collective. Returns how uneven the tokens were, () float64: the most that any expert was chosen beyond its even
-    share, in units of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices
-    all count the same tokens, so that every count is as many times too high; only their ratios matter.
+    Collective. Where ``skip``, a bool (), is true they stay: even counts move none.
+
+    Returns how uneven the tokens were, () float64: the most that any expert was chosen beyond its even share, in units
+    of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices all count the
+    same tokens, so that every count is as many times too high; only their ratios matter.
     """
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)
     if mine_LE is not None:  # a stage of a pipeline may hold nothing but the output matrix
         counts_LE = world.all_reduce(mine_LE.double(), engine.layer_group)
-        move_balance_bias(engine.module, counts_LE)
+        move_balance_bias(engine.module, counts_LE * skip.logical_not())
         most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
     if engine.layer_group is not None:  # others hold the other layers
         dist.all_reduce(most, op=dist.ReduceOp.MAX)

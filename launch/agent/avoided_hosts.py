@@ -16,15 +16,23 @@ from launch.runs.failures import first_failure
 NO_HOSTS: Mapping[str, str] = MappingProxyType({})
 UNRELIABLE = 2
 """After so many failures a host is avoided: one may be chance, or the run's own."""
+DRIFT = "replicas_differ"
+"""Event of a run whose replicas of the parameters were not the same."""
 OF_A_HOST = (Cause.crashed, Cause.hung, Cause.node_failed)
 """Causes that a host may have brought about. A loss that is no number, memory that is too small and a refusal come from
 what is run, wherever it is run."""
 
 
 def unreliable_hosts(events: Events) -> dict[str, str]:
-    """Hosts that have failed in more than one attempt since the command was typed, each with its failures in words."""
-    failures = {host: told for host, told in failures_of_hosts(events).items() if len(told) >= UNRELIABLE}
-    return {host: "; ".join(told) for host, told in sorted(failures.items())}
+    """Hosts that have failed in more than one attempt since the command was typed, each with its failures in words.
+
+    One that has changed parameters, as a majority of the replicas tells, is unreliable at once: that is no chance.
+    """
+    certain = {
+        host for e in events_since_submission(events) if e["event"] == DRIFT and e["certain"] for host in e["hosts"]
+    }
+    failures = failures_of_hosts(events).items()
+    return {host: "; ".join(told) for host, told in sorted(failures) if len(told) >= UNRELIABLE or host in certain}
 
 
 def hosts_to_avoid(events: Events) -> dict[str, str]:
@@ -39,7 +47,8 @@ def failures_of_hosts(events: Events) -> dict[str, list[str]]:
     """Failures of each host since the command was typed, at most one for an attempt, in the order of the attempts.
 
     A host has failed where it was lost, or where the rank that failed first in an attempt ran there. An error about a
-    lost peer says nothing about the host that noticed it.
+    lost peer says nothing about the host that noticed it. Where replicas of the parameters differed, all ranks fail,
+    and the hosts are those of the replicas.
     """
     now = events_since_submission(events)
     failures: dict[str, dict[object, str]] = defaultdict(dict)
@@ -48,8 +57,14 @@ def failures_of_hosts(events: Events) -> dict[str, list[str]]:
             attempt = event.get("attempt")
             when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
             failures[event["host"]].setdefault(number if attempt is None else attempt, f"lost {when}")
+    drifts = [event for event in now if event["event"] == DRIFT]
+    for event in drifts:
+        for host in event["hosts"]:
+            failures[host].setdefault(event["attempt"], f"in attempt {event['attempt']}: {event['cause']}")
+    told_otherwise = {event["attempt"] for event in drifts}
     for end in attempt_ends(now):
-        first = first_failure(now, end["attempt"]) if end["cause"] in OF_A_HOST else None
+        is_of_host = end["cause"] in OF_A_HOST and end["attempt"] not in told_otherwise
+        first = first_failure(now, end["attempt"]) if is_of_host else None
         if first is not None and not first.get("echo"):
             told = f"rank {first['rank']} failed first in attempt {end['attempt']}: {first['cause']}"
             failures[first["host"]].setdefault(end["attempt"], told)

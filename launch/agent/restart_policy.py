@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from launch.config import RestartLimits
-from launch.errors import ConfigError
+from launch.errors import ConfigError, RepeatedFailureError
 from launch.runs.events import Events
 from launch.scheduler.client import JobDetails
 
@@ -36,6 +36,8 @@ class Cause(StrEnum):
     hung = "hung"
     requested = "requested"
     """By the ranks, which left with the exit status that means: saved, put me back into the queue."""
+    repeated = "repeated"
+    """By the ranks, which have gone back and tried again by themselves as often as they were allowed to."""
     refused = "refused"
     """By the ranks: what was asked for cannot work, as a rule before the first step, and would be refused again."""
 
@@ -89,6 +91,8 @@ def decide(
         return Decision(Action.stop, str(cause))
     if cause is Cause.refused:
         return Decision(Action.stop, "it would be refused again")
+    if cause is Cause.repeated:
+        return Decision(Action.stop, "the ranks have tried again by themselves, and it came again")
     if not resumes:
         return Decision(Action.stop, NO_CHECKPOINT)
     stuck = attempts_without_progress(events)
@@ -188,6 +192,8 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
     text = str(failure.get("cause", "")) if failure else ""
     if text.startswith(f"{ConfigError.__name__}: "):
         return Cause.refused
+    if text.startswith(f"{RepeatedFailureError.__name__}: "):
+        return Cause.repeated
     if text.startswith(f"{FloatingPointError.__name__}: "):
         return Cause.diverged
     if "OutOfMemoryError" in text or "MemoryError" in text or "out of memory" in text.lower():

@@ -34,11 +34,12 @@ class StepRecord:
     step: int
     """Steps are counted from 1: record s describes the update that made the weights of step s."""
     attempt: int
-    loss: float
-    """Mean cross-entropy over the global batch, nats per token; the same on every rank."""
+    loss: float | None
+    """Mean cross-entropy over the global batch, nats per token; the same on every rank. None where it is not finite,
+    and the step was skipped."""
     lr: float
     grad_norm: float | None
-    """Global gradient norm before clipping; None where the gradients overflowed in fp16, and the step was skipped."""
+    """Global gradient norm before clipping; None where the gradients were not finite, and the step was skipped."""
     tokens: int
     """This rank's share of the tokens of this step: over all ranks each counts once, also where several work on it."""
     samples: tuple[int, int]
@@ -53,7 +54,8 @@ class StepRecord:
     loss_scale: float | None = None
     """Factor of the loss in the backward pass of this step; in fp16 only."""
     skipped_steps: int | None = None
-    """Steps up to this one that changed no weights, since their gradients overflowed in fp16."""
+    """Steps up to this one that changed no weights, since loss or gradients were not finite; with a loss scale always,
+    else from the first one on."""
     data_wait_s: float | None = None
     """Time the step waited for its samples."""
     forward_backward_s: float | None = None

@@ -38,6 +38,8 @@ if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that 
         def sabotage(self, module):
             lr_at = module.lr_at
             def sabotaged(config, step):
+                if step == 3 and "SABOTAGED_LR" in os.environ:
+                    return float(os.environ["SABOTAGED_LR"]) if os.environ["RANK"] == "1" else lr_at(config, step)
                 if step == 3 and int(os.environ["LAUNCH_ATTEMPT"]) == int(os.environ["RANK"]) + 1:
                     raise ZeroDivisionError("the data of step 3 has no tokens")
                 return lr_at(config, step)
@@ -50,11 +52,15 @@ if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that 
 @pytest.fixture(scope="module")
 def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
     """A run of two ranks of which one raises in its third step; what the launcher printed, and the run folder."""
-    folder = tmp_path_factory.mktemp("sabotaged")
+    return run_sabotaged(tmp_path_factory.mktemp("sabotaged"), "resilience.max_without_progress=2")
+
+
+def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, RunFolder]:
+    """A run of two ranks with a mistake in its code; with SABOTAGED_LR rank 1 takes that for the learning rate."""
     (folder / "sitecustomize.py").write_text(SABOTAGE)
     path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ("nodes=2", *TINY, "optim.max_steps=9", f"run_dir={folder / 'run'}", "resilience.max_without_progress=2")
-    text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGE="1")
+    words = ("nodes=2", *TINY, "optim.max_steps=9", f"run_dir={folder / 'run'}", *words)
+    text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGE="1", **environment)
     return text, RunFolder(folder / "run")
 
 
@@ -194,8 +200,21 @@ def test_a_loss_that_diverges_again_after_one_restart_stops_the_run(tmp_path: Pa
     events = folder.read_events()
     assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["diverged", "diverged"]
     assert len({e["step"] for e in events if e["event"] == "rank_failed"}) == 1, "the same step"
-    assert "FloatingPointError: found: the loss of step" in text and "type next: optim.lr=3.3e+29" in text
+    assert "FloatingPointError: found: steps 2 to 9: a loss or gradients that are not finite" in text
+    assert "no checkpoint to go back to" in text and "type next: optim.lr=3.3e+29" in text
     assert "diverged 2 times, and resilience.max_restarts.diverged=1" in text
+
+
+def test_a_run_that_goes_back_in_vain_is_not_started_again(tmp_path: Path) -> None:
+    """The weights of one rank become worthless in step 3, right before they are saved, and do so each time."""
+    words = ("checkpoint.interval=1", "checkpoint.keep_last=3", "divergence.max_skipped_steps=2", "eval.interval=0")
+    text, folder = run_sabotaged(tmp_path, *words, SABOTAGED_LR="nan")
+    events = folder.read_events()
+    assert [(e["step"], e["first"]) for e in events if e["event"] == "rolled_back"] == [(2, 4)] * 2
+    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["repeated"] and folder.attempts() == [1]
+    assert "RepeatedFailureError: found: steps 4 to 5: 2 steps in a row" in text
+    assert "batches 8 to 9 (samples 56 to 71)" in text and "gone back 2 times" in text
+    assert "not started again: the ranks have tried again by themselves" in text
 
 
 def test_a_process_that_aborts_as_python_ends_is_told_what_to_do(tmp_path: Path) -> None:

@@ -168,6 +168,13 @@ def test_a_host_that_failed_in_two_attempts_is_avoided_with_the_reason() -> None
     # What is run is no fault of the host it runs on.
     for cause in (Cause.out_of_memory, Cause.diverged, Cause.refused, Cause.preempted):
         assert unreliable_hosts([*failed(1, "n1", cause), *failed(2, "n1", cause)]) == {}
+    # A majority of replicas tells for certain whose parameters are wrong; of two, each may be the one.
+    drift = {"event": "replicas_differ", "attempt": 1, "hosts": ["n4"], "certain": True, "cause": "rank 7 on n4"}
+    told = [*failed(1, "n1")[:-1], drift, failed(1, "n1")[-1]]
+    assert unreliable_hosts(told) == {"n4": "in attempt 1: rank 7 on n4"}, "and not where the first rank failed of it"
+    of_two = [{**event, "hosts": ["n1", "n4"], "certain": False} if event is drift else event for event in told]
+    assert unreliable_hosts(of_two) == {}
+    assert [*unreliable_hosts([*of_two, *failed(2, "n4")])] == ["n4"]
     # A node that was lost once is no place to come back to at once, but takes part again where it is there.
     assert unreliable_hosts(lost(None, "n3")) == {}
     assert hosts_to_avoid([*lost(None, "n3"), *failed(4, "n4")]) == {"n3": "lost before the ranks started"}
@@ -238,6 +245,8 @@ def test_a_batch_script_that_was_killed_is_no_cancel(reason: str) -> None:
 def test_memory_and_divergence_are_told_from_other_crashes() -> None:
     assert cause_of_failure({"cause": "OutOfMemoryError: CUDA out of memory"}) is Cause.out_of_memory
     assert cause_of_failure({"cause": "FloatingPointError: the loss of step 7 is nan"}) is Cause.diverged
+    assert cause_of_failure({"cause": "RepeatedFailureError: found: the loss of step 7"}) is Cause.repeated
+    assert decide(attempt(1, Cause.repeated, 0, 20), Cause.repeated, LIMITS, 9).action is Action.stop
     assert cause_of_failure({"cause": "killed by SIGKILL"}) is Cause.crashed
     assert cause_of_failure(None) is Cause.crashed
 

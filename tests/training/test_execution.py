@@ -120,9 +120,13 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     words = (*TINY, "optim.max_steps=6", "checkpoint.interval=3", "optim.warmup_steps=0", "optim.lr=1e35")
     text = run("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path, status=1)
-    assert "FloatingPointError: found: the loss of step 2 is" in text and "gradient norm nan" in text
-    assert not folder.checkpoints.exists()
-    assert read_records(folder.metrics(0))[-1]["step"] == 1
+    assert "FloatingPointError: found: steps 2 to 6: a loss or gradients" in text and "no checkpoint" in text
+    assert "batches 2 to 6 (samples 8 to 47)" in text and "type next: optim.lr=" in text
+    assert not folder.checkpoints.exists(), "none while steps are skipped"
+    records = read_records(folder.metrics(0))
+    assert [("grad_norm" in r, r.get("skipped_steps")) for r in records[:3]] == [(True, None), (False, 1), (False, 2)]
+    skipped = [e for e in folder.read_events() if e["event"] == "step_skipped"]
+    assert [e["step"] for e in skipped] == [2, 3, 4, 5, 6] and skipped[0]["samples"] == [[8, 15]]
 
 
 MANUAL = {"attention": AttentionBackend.manual}  # torch's counter knows no attention kernel of the CPU

@@ -39,7 +39,7 @@ from gpt.parallel.deepspeed.shards import Shards, local_gradient
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.parallel.dtensor import clip_sharded_gradients
 from gpt.parallel.loss_scale import DynamicLossScale, LossScale
-from gpt.parallel.optimizer import build_optimizer
+from gpt.parallel.optimizer import build_optimizer, skipping
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
 from gpt.topology.dims import ParallelDims
@@ -130,20 +130,26 @@ class ZeroEngine:
         logits_BTV = self.ds(tokens_BT.to(device, non_blocking=True))
         return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
 
-    def update(self, lr: float) -> Tensor:
+    def clip(self) -> Tensor | None:
+        if self.stage:
+            return None
+        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
+
+    def update(self, lr: float, skip: Tensor) -> Tensor | None:
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
         if self.stage == 0:
-            norm = clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
-        if self._dynamic is not None and norm is not None:
-            with self._dynamic.skipping(self.ds.basic_optimizer, norm):
+            with skipping(self.ds.basic_optimizer, skip):
                 self.step_optimizer()
-            return norm
+            if self._dynamic is not None:
+                self._dynamic.update(skip)
+            return None
+        # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank, as they are where
+        # the loss is not. It waits for the device to find that out, in every step.
         self.step_optimizer()
-        if self._auxiliary is not None and self.ds.optimizer.overflow:
-            return self._auxiliary.new_full((), math.inf)  # DeepSpeed tells the norm of the step before
-        return torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm, device=self.world.device)
+        if self.ds.optimizer.overflow:
+            return skip.new_full((), math.inf, dtype=torch.float64)  # DeepSpeed may tell the norm of the step before
+        return torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)
 
     def step_optimizer(self) -> None:
         """Step DeepSpeed's optimizer."""
@@ -233,18 +239,17 @@ class ZeroLossScale:
     def __init__(self, ds: Any, used: Tensor) -> None:
         self._ds, self._used = ds, used
 
-    def figures(self) -> Tensor:
-        skipped = torch.full_like(self._used, self._ds.skipped_steps, dtype=torch.float64)
-        return torch.stack([self._used.double(), skipped])
+    def used(self) -> Tensor:
+        return self._used.double()
 
     def state(self) -> dict[str, float]:
         scaler = self._ds.optimizer.loss_scaler  # another object once DeepSpeed has read a checkpoint
         steps = scaler.cur_iter - 1 - scaler.last_overflow_iter
-        return {"scale": scaler.cur_scale, "steps": steps, "skipped": self._ds.skipped_steps}
+        return {"scale": scaler.cur_scale, "steps": steps}
 
     def load(self, state: dict[str, float]) -> None:
         scaler = self._ds.optimizer.loss_scaler
-        scaler.cur_scale, self._ds.skipped_steps = state["scale"], int(state["skipped"])
+        scaler.cur_scale = state["scale"]
         scaler.cur_iter, scaler.last_overflow_iter = int(state["steps"]), -1
 
 

@@ -1,0 +1,163 @@
+"""Steps whose numbers went wrong: their count, and when a run has to go back.
+
+Owns that judgement. It is a pure function of the figures of the steps, which are the same on all ranks: they decide
+alike without asking each other. Must not know how a step is skipped, nor how a run goes back.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpt.config import DivergenceConfig, TrainConfig
+from gpt.parallel.loss_scale import MINIMUM
+from launch.runs.events import Events
+from launch.runs.records import StepRecord
+
+
+@dataclass(frozen=True)
+class BadSteps:
+    """Steps after which a run goes back, to begin again without their batches."""
+
+    first: int
+    last: int
+    cause: str
+    """What was wrong with them, for people."""
+
+
+class DivergenceGuard:
+    """Judge of the steps of a run, in their order; each is judged once."""
+
+    def __init__(self, config: DivergenceConfig) -> None:
+        self._config = config
+        self.skipped = 0
+        """Steps so far that changed no weights."""
+        self.rollbacks = 0
+        """Roll-backs since the run has last saved a checkpoint beyond the steps that it failed at."""
+        self._failed_at = 0
+        self._bad: list[int] = []
+        """Steps in a row, up to the last one, whose loss or gradients were not finite."""
+        self._losses: deque[float] = deque(maxlen=config.spike_window)
+
+    def judge(self, record: StepRecord) -> BadSteps | None:
+        """Count a step where it was skipped; return the steps to go back for, None where the run goes on."""
+        is_skipped = record.loss is None or record.grad_norm is None
+        self.skipped += is_skipped
+        if self.skipped or record.loss_scale is not None:
+            record.skipped_steps = self.skipped
+        if is_bad(record):
+            self._bad.append(record.step)
+            if len(self._bad) < self._config.max_skipped_steps:
+                return None
+            return self._bad_steps(f"{len(self._bad)} steps in a row with a loss or gradients that are not finite")
+        if not is_skipped:
+            self._bad.clear()
+        return self._judge_spike(record)
+
+    def judge_evaluation(self, step: int, val_loss: float) -> BadSteps | None:
+        """Return the steps to go back for where the validation loss after ``step`` is not finite; None where it is."""
+        if math.isfinite(val_loss):
+            return None
+        self._bad = self._bad or [step]
+        return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
+
+    def judge_end(self) -> BadSteps | None:
+        """Return the steps to go back for where the run would end with skipped ones, so with doubtful weights."""
+        return (
+            self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
+        )
+
+    @property
+    def may_save(self) -> bool:
+        """False while steps are skipped: the weights may be why, and their checkpoint would push out a good one."""
+        return not self._bad
+
+    def gone_back(self, failed_at: int, rollbacks: int) -> None:
+        """Note that the run has gone back from step ``failed_at``, for the ``rollbacks``-th time."""
+        self._failed_at, self.rollbacks = failed_at, rollbacks
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return the state for the checkpoint of a step, as plain JSON; a checkpoint beyond the failure forgives it."""
+        if step > self._failed_at:
+            self.rollbacks = 0
+        losses = list(self._losses) if self._config.spike_sigmas is not None else []
+        return {
+            "skipped_steps": self.skipped,
+            "rollbacks": self.rollbacks,
+            "failed_at": self._failed_at,
+            "losses": losses,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; one of a former version lacks what it did not know."""
+        self.skipped, self.rollbacks = state["skipped_steps"], state.get("rollbacks", 0)
+        self._failed_at = state.get("failed_at", 0)
+        self._bad = []
+        self._losses = deque(state.get("losses", []), maxlen=self._config.spike_window)
+
+    def _bad_steps(self, cause: str) -> BadSteps:
+        return BadSteps(self._bad[0], self._bad[-1], cause)
+
+    def _judge_spike(self, record: StepRecord) -> BadSteps | None:
+        limit, before = self._config.spike_sigmas, self._losses
+        if limit is None or record.loss is None:
+            return None
+        if len(before) == self._config.spike_window:
+            mean, sigma = statistics.fmean(before), statistics.pstdev(before)
+            if record.loss > mean + limit * sigma:
+                cause = f"a loss of {record.loss:.4f}, beyond {mean:.4f} + {limit:g} x {sigma:.4f}"
+                return BadSteps(record.step, record.step, f"{cause} (mean and deviation of {len(before)} steps)")
+        before.append(record.loss)
+        return None
+
+
+def is_bad(record: StepRecord) -> bool:
+    """Tell whether the numbers of a step went wrong, beyond an overflow that the loss scale of fp16 provides for."""
+    return record.loss is None or (record.grad_norm is None and not may_overflow(record.loss_scale))
+
+
+def may_overflow(loss_scale: float | None) -> bool:
+    """Tell whether gradients may overflow at a loss scale: at the least one it is not the scale that makes them."""
+    return loss_scale is not None and loss_scale > MINIMUM
+
+
+def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
+    """Return the step of the checkpoint to go back to, of those at ``steps``; None where there is none.
+
+    Good for certain is one whose weights have given a finite loss, in the step after it. Where there is none, it is the
+    one right before the first bad step.
+    """
+    proven = [step for step in steps if step < first_bad - 1]
+    return max(proven or (step for step in steps if step < first_bad), default=None)
+
+
+def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
+    """Return the newest ``rolled_back`` to the checkpoint of ``step`` since that was saved; None where there is none.
+
+    What it says was passed over holds from there on, also for an attempt that begins there because this one was killed.
+    """
+    found = None
+    for event in events:
+        if event["event"] == "saved" and event["step"] == step:
+            found = None
+        elif event["event"] == "rolled_back" and event["step"] == step:
+            found = event
+    return found
+
+
+def remedy(config: TrainConfig) -> str:
+    """Say what to change in a run that diverges, and how to begin from its last checkpoint.
+
+    None of the keys may change between the attempts of one run, so each of them means a new folder.
+    """
+    optim = config.optim
+    clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
+    exact = "precision=fp32, or " if config.precision.is_half else ""
+    return (
+        f"type next: optim.lr={optim.lr / 3:.2g} optim.min_lr={optim.min_lr / 3:.2g}, or {clip}, or {exact}a longer "
+        "optim.warmup_steps, with fresh=true; init_from=RUN_FOLDER then begins with the weights of its last checkpoint"
+    )
