@@ -55,6 +55,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "eta_s": point.eta_s,
         "quiet_s": point.quiet_s,
         "step_age_s": point.stale_s,
+        "sick_nodes": point.sick_nodes() or None,
         "not_restarted": point.why_not_restarted(),
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
@@ -103,6 +104,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     lines += [known["advice"]] if "advice" in known else []
     lines += [known["damage"]] if "damage" in known else []
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
+    lines += [f"node {one['host']} is sick and was left out: {one['cause']}" for one in known.get("sick_nodes", ())]
     failure = known.get("failure")
     if failure is not None:
         step = f" after step {failure['step']}" if failure.get("step") is not None else ""

@@ -36,11 +36,13 @@ def unreliable_hosts(events: Events) -> dict[str, str]:
 
 
 def hosts_to_avoid(events: Events) -> dict[str, str]:
-    """Hosts that a requeued job must not come back to: the unreliable ones, and any that was lost."""
+    """Hosts that a requeued job must not come back to: the unreliable ones, and any that was lost or found sick."""
     now = events_since_submission(events)
     lost = {str(e["host"]) for e in now if e["event"] == "node_lost"}
     told = failures_of_hosts(events)
-    return {host: "; ".join(told[host]) for host in sorted(lost | {*unreliable_hosts(events)})}
+    avoid = {host: "; ".join(told[host]) for host in sorted(lost | {*unreliable_hosts(events)})}
+    sick = {str(e["host"]): f"sick: {e['cause']}" for e in now if e["event"] == "node_sick"}
+    return avoid | {host: "; ".join(filter(None, (avoid.get(host), why))) for host, why in sick.items()}
 
 
 def failures_of_hosts(events: Events) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ from launch.agent.outcome import (
     handle_attempt_end,
     handle_early_stop,
     handle_missing_nodes,
+    handle_sick_nodes,
     observed_end,
     refuse_replaced,
     refuse_without_budget,
@@ -87,6 +88,8 @@ def run(run_dir: str) -> None:
                 take_part(folder, node, config, group, stop, meter, server)
             except rendezvous.NodesMissingError as error:
                 handle_missing_nodes(folder, node, config, group, str(error))
+            except rendezvous.SickNodesError as error:
+                handle_sick_nodes(folder, node, config, error.sick)
             except rendezvous.HeadNodeLostError as error:
                 stop.interruptible = False
                 take_over_as_leader(folder, node, config, str(error))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.agent.avoided_hosts import hosts_to_avoid
+from launch.agent.health import describe
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
 from launch.agent.requeue import cause_of_stop, requeue, wait_for_controller
@@ -30,6 +31,7 @@ from launch.agent.restart_policy import (
 from launch.agent.stop import STOP_FILE, StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
+from launch.errors import ConfigError
 from launch.runs.events import events_since_submission
 from launch.runs.failures import failure_text, first_failure
 from launch.runs.folder import RunFolder
@@ -38,7 +40,7 @@ from launch.runs.records import recent_records
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import AgentGroup, LostNode, RendezvousRound
+    from launch.agent.rendezvous import AgentGroup, LostNode, RendezvousRound, SickNode
 
 TAKE_OVER_S = 3.0
 
@@ -226,6 +228,28 @@ def handle_missing_nodes(folder: RunFolder, node: Node, config: Config, group: A
     apply_decision(
         folder, node, config, None, Cause.node_failed, f"{lost_text(group.lost.values())}: {why}", group=group
     )
+
+
+def handle_sick_nodes(folder: RunFolder, node: Node, config: Config, sick: Sequence[SickNode]) -> None:
+    """On the head node: too few of the nodes are healthy for a start. The queue may have others.
+
+    Raises:
+        RunFailedError: it has none, all nodes are sick alike, or its limits are used up.
+    """
+    for one in sick:
+        cause = describe(one.faults)
+        folder.record_event("node_sick", attempt=None, node=one.index, host=one.host, cause=cause)
+    hosts = ",".join(sorted({one.host for one in sick}))
+    leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if node.is_slurm else ""
+    refusal = ConfigError(
+        "; ".join(f"node {one.host} is sick: {describe(one.faults)}" for one in sick),
+        f"{config.nodes} healthy nodes, the first of the job among them",
+        f"{leave}resilience.health_check.enabled=false starts the ranks all the same",
+    )
+    folder.record_event("start_refused", cause=str(refusal))
+    # What every node finds is the check's own fault, or that of a filesystem they share: so would other nodes.
+    is_everywhere = len(sick) == node.count > 1 or all(fault.is_shared for one in sick for fault in one.faults)
+    apply_decision(folder, node, config, None, Cause.refused if is_everywhere else Cause.node_failed, str(refusal))
 
 
 def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str) -> None:

@@ -7,7 +7,7 @@ than a run needs, the rest are spares and wait. Must not know how ranks are star
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from launch.agent.avoided_hosts import NO_HOSTS, reasons
+from launch.agent.health import Fault, HealthCheck, describe
 from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
 from launch.agent.node import Node
 from launch.agent.restart_policy import RunFailedError
@@ -25,6 +26,8 @@ from launch.runs.folder import RunFolder
 
 SPARE_WAIT_S = 10.0
 """Time that a round with enough nodes waits for the rest of them."""
+SPARE_CHECK_S = 60.0
+"""Between two health checks of a spare that waits for its turn."""
 ECHO_S = 8.0
 """After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
 GOODBYE_S = 10.0
@@ -61,6 +64,23 @@ class NodesMissingError(RuntimeError):
     """There are not enough nodes left for a round."""
 
 
+@dataclass(frozen=True)
+class SickNode:
+    """A node that does not take part in a start, with what was found on it."""
+
+    index: int
+    host: str
+    faults: tuple[Fault, ...]
+
+
+class SickNodesError(RuntimeError):
+    """All nodes that are left are here, and too few of them are healthy, or the head node, which decides, is not."""
+
+    def __init__(self, sick: tuple[SickNode, ...]) -> None:
+        super().__init__("; ".join(f"{one.host}: {describe(one.faults)}" for one in sick))
+        self.sick = sick
+
+
 class AgentGroup:
     """The agents of one job, as the agent of this node sees them."""
 
@@ -77,6 +97,8 @@ class AgentGroup:
         self.token = token
         """Secret that the agents of this job share."""
         self._foreign = ""
+        self._health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
+        self._sick: dict[int, SickNode] = {}
         self.lost: dict[int, LostNode] = {}
         """On the head node: those that take no more part in this job."""
         self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the round before
@@ -86,16 +108,26 @@ class AgentGroup:
     def next_round(self, number: int, avoid: Mapping[str, str] = NO_HOSTS) -> RendezvousRound | None:
         """Agree on round ``number``, counted from 0. None where the run is over.
 
+        Every node checks its health first, and tells what it found; a sick one takes no part.
+
         Args:
             avoid: hosts that take part only where there are no others, each with the reason (head node).
 
         Raises:
             NodesMissingError: on the head node, where too few nodes are left.
+            SickNodesError: on the head node, where too few of them are healthy.
             HeadNodeLostError: elsewhere, where the head node is lost.
             RunFailedError: elsewhere, where the run has failed and does not start again.
         """
-        self.heartbeat.say(host=self._node.host, ready=number)
+        faults = self._health.examine()
+        self._tell_health(number, faults)
+        if self._node.is_head:
+            self._note_sick(0, faults)
         return self._open_round(number, avoid) if self._node.is_head else self._await_round(number)
+
+    def _tell_health(self, number: int, faults: Sequence[Fault]) -> None:
+        """Come to round ``number``, as healthy or as sick."""
+        self.heartbeat.say(host=self._node.host, ready=number, faults=[asdict(fault) for fault in faults])
 
     def tell_failed(self, number: int) -> None:
         """Let the others end their ranks of round ``number`` now rather than at the timeout of a collective."""
@@ -161,8 +193,8 @@ class AgentGroup:
         return self._node.count - len(self.lost) >= self._needed
 
     def _open_round(self, number: int, avoid: Mapping[str, str]) -> RendezvousRound:
-        self._gather(number)
-        here = [0, *(index for index, message in self._present() if message.get("ready", -1) >= number)]
+        here = self._gather(number)
+        sick = list(self._sick.values())
         order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
         members = tuple(sorted(order[: self._needed]))
         timeout = timedelta(seconds=self._limits.rendezvous_timeout_s)
@@ -178,6 +210,9 @@ class AgentGroup:
                 "spares": [self._host(i) for i in here if i not in members],
             }
             self._folder.record_event("members", attempt=rdzv.attempt, **hosts)
+        for one in sick:
+            cause = describe(one.faults)
+            self._folder.record_event("node_sick", attempt=attempt, node=one.index, host=one.host, cause=cause)
         there = {self._host(index): index in members for index in here}
         for event, takes_part in (("avoided", False), ("not_avoided", True)):
             named = {host: why for host, why in avoid.items() if there.get(host) is takes_part}
@@ -185,15 +220,19 @@ class AgentGroup:
                 self._folder.record_event(event, attempt=rdzv.attempt, hosts=list(named), cause=reasons(named))
         return rdzv
 
-    def _gather(self, number: int) -> None:
-        """Wait for the nodes: for all that are left, a while longer than needed for spares."""
+    def _gather(self, number: int) -> list[int]:
+        """Wait for the nodes: for all that are left, a while longer than needed for spares; return the healthy ones."""
         began = time.monotonic()
         while self.can_go_on:
-            ready = {index for index, message in self._present() if message.get("ready", -1) >= number}
+            ready = self._ready(number)
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
-            if not absent or (len(ready) + 1 >= self._needed and waited > SPARE_WAIT_S):
-                return
+            healthy = {0, *ready} - self._sick.keys()
+            is_enough = 0 in healthy and len(healthy) >= self._needed
+            if is_enough and (not absent or waited > SPARE_WAIT_S):
+                return sorted(healthy)
+            if not absent:
+                raise SickNodesError(tuple(self._sick[index] for index in sorted(self._sick)))
             for index in absent:
                 came = self.heartbeat.silence(index) is not None
                 if self._silence(index) > self._limits.node_timeout_s:
@@ -202,6 +241,20 @@ class AgentGroup:
                     self._lose(index, f"{'not ready' if came else 'did not show up'} in {waited:.0f} s")
             time.sleep(POLL_S)
         raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._needed} are needed")
+
+    def _ready(self, number: int) -> set[int]:
+        """The other nodes that have come to this round, healthy or not; notes what those that are not have found."""
+        ready = {index: message for index, message in self._present() if message.get("ready", -1) >= number}
+        for index, message in ready.items():
+            self._note_sick(index, [Fault(**fault) for fault in message.get("faults", ())])
+        for index in self._sick.keys() - {0, *ready}:
+            del self._sick[index]
+        return set(ready)
+
+    def _note_sick(self, index: int, faults: Sequence[Fault]) -> None:
+        self._sick.pop(index, None)
+        if faults:
+            self._sick[index] = SickNode(index, self._host(index), tuple(faults))
 
     def _present(self) -> Iterator[tuple[int, Message]]:
         """The other nodes that were heard and are not lost."""
@@ -228,7 +281,11 @@ class AgentGroup:
     # On the other nodes.
 
     def _await_round(self, number: int) -> RendezvousRound | None:
+        checked = time.monotonic()
         while True:
+            if time.monotonic() - checked > SPARE_CHECK_S:  # a spare may wait for days
+                self._tell_health(number, self._health.examine())
+                checked = time.monotonic()
             leader_state = self.heartbeat.heard.get(0, {})
             if leader_state.get("over"):
                 raise_failure(leader_state)

@@ -6,8 +6,9 @@ in ``launch.config.compose``.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field, fields
-from typing import Optional
+from typing import Any, Optional
 
 from omegaconf import MISSING
 
@@ -26,6 +27,7 @@ __all__ = [
     "ClusterConfig",
     "ClusterKind",
     "Config",
+    "HealthCheckConfig",
     "InterconnectConfig",
     "LaunchConfig",
     "PlacementConfig",
@@ -52,10 +54,57 @@ class RestartLimits:
 
 
 @dataclass
+class HealthCheckConfig:
+    """Checks that each agent makes of its node before every start of the ranks; a sick node is left to a spare.
+
+    GPUs are checked where NVIDIA's driver is, links that were up at the first start of the job must be up at the next.
+    """
+
+    enabled: bool = True
+    """False starts the ranks unchecked."""
+    min_free_mib: float = 4.0
+    """Room below which the filesystem of the run folder, of the temporary folder or of /dev/shm counts as full."""
+    links: list[str] = field(default_factory=list)
+    """Network interfaces and InfiniBand adapters that must be up at every start, such as [ib0,mlx5_0]."""
+    command: Any = None
+    """The site's own check: a program and its arguments, as a string that is split as a shell would, or as a list. Exit
+    status 0 means healthy; else its last line is the reason."""
+    timeout_s: float = 60.0
+    """Seconds after which a check that has not come back means a sick node; the command has as many for itself."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range, or the command is none."""
+        require_range("resilience.health_check.min_free_mib", self.min_free_mib, 0, float("inf"))
+        require_range("resilience.health_check.timeout_s", self.timeout_s, 0.1, 3600)
+        if self.command is not None and not self.words:
+            raise ConfigError(
+                f"resilience.health_check.command={self.command!r}",
+                "a program and its arguments",
+                "'resilience.health_check.command=\"/opt/site/check_node --quick\"', or null for none",
+            )
+
+    @property
+    def words(self) -> list[str]:
+        """Program and arguments of the command; none where there is no command.
+
+        Raises:
+            ConfigError: its quotes are not closed.
+        """
+        if not isinstance(self.command, str):
+            return [str(word) for word in self.command or ()]
+        try:
+            return shlex.split(self.command)
+        except ValueError as error:
+            found = f"resilience.health_check.command={self.command}: {error}"
+            raise ConfigError(found, "quotes that are closed", "a list: '[/opt/site/check_node,--quick]'") from error
+
+
+@dataclass
 class ResilienceConfig:
     """Restarts, requeue, and the timeouts after which something counts as failed."""
 
     max_restarts: RestartLimits = field(default_factory=RestartLimits)
+    health_check: HealthCheckConfig = field(default_factory=HealthCheckConfig)
     max_without_progress: int = MISSING
     """After so many attempts in a row that saved no new checkpoint the run stops.
 
@@ -100,6 +149,7 @@ class ResilienceConfig:
             require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
         if self.forgive_after_s is not None:
             require_range("resilience.forgive_after_s", self.forgive_after_s, 0, float("inf"))
+        self.health_check.validate()
         for entry in fields(self.max_restarts):
             limit = getattr(self.max_restarts, entry.name)
             if limit is not None:

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.agent.health import HealthCheck
 from launch.agent.node import Node
 from launch.checks.facts import filesystem_of
 from launch.config import Config
@@ -60,6 +61,8 @@ def run(root: str) -> None:
     config = read_config(folder, Config)
     node = Node.from_env(None)
     record: dict[str, Any] = {"index": node.index, "time_s": time.time(), **look_around(folder.path)}
+    health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
+    record["faults"] = [str(fault) for fault in health.examine()]
     try:
         record["names"] = resolve(job_hosts())
         visit(folder, node, config, record)

@@ -34,7 +34,13 @@ def check_results(results: Results) -> list[Finding]:
     found = list(check_job(results))
     if not results["nodes"]:
         return found
-    found += [*check_nodes(results), *check_folder(results), *check_ports(results), *check_names(results)]
+    found += [
+        *check_nodes(results),
+        *check_health(results),
+        *check_folder(results),
+        *check_ports(results),
+        *check_names(results),
+    ]
     found += [*check_clocks(results), *check_cpus(results), *check_gpus(results)]
     if any("links" in rank for rank in results["ranks"]):
         found += [*check_bandwidth(results), *check_latency(results)]
@@ -124,6 +130,14 @@ def check_nodes(results: Results) -> Iterator[Finding]:
             "'Too many open files'; agents raise the soft limit to the hard one, and no further",
             "ask the site for a higher hard limit there (LimitNOFILE of slurmd)",
         )
+
+
+def check_health(results: Results) -> Iterator[Finding]:
+    """Tell which nodes the agents of a run would find sick before its start, by the same checks."""
+    for node in results["nodes"]:
+        for found in node.get("faults", ()):
+            why = "a start leaves such a node out, and is refused where no spare takes its place"
+            yield fail("health", f"{node['host']}: {found}", why, f"cluster.exclude={node['host']}")
 
 
 def check_folder(results: Results) -> Iterator[Finding]:

@@ -29,6 +29,9 @@ def explain(point: RunStatus) -> str:
         head = f"the filesystem of {point.folder.path} {lacks}\n{head}"
     why = point.why_not_restarted()
     last = f"\nnot started again: {why}" if why is not None else ""
+    refusal = point.start_refusal()
+    if refusal is not None:  # of a start after the attempt that failed
+        return f"{head}:\n{refusal}{last}"
     if failure is not None:
         return f"{head}: {failure_text(failure)}{last}"
     if last:

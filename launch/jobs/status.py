@@ -106,6 +106,18 @@ class RunStatus:
         """Reason for which a run does not start again; None where it goes on, or ended as it was meant to."""
         return why_not_restarted(self.events())
 
+    def sick_nodes(self) -> list[dict[str, Any]]:
+        """Nodes that the newest start has left out, or that have kept it from beginning: host and cause of each."""
+        newest = max(self.attempts(), default=0)
+        told = [e for e in self.events() if e["event"] == "node_sick"]
+        now = [e for e in events_since_start(self.events()) if e in told]  # of a start that did not begin, where any
+        return [{"host": e["host"], "cause": e["cause"]} for e in now or told if e in now or e["attempt"] == newest]
+
+    def start_refusal(self) -> str | None:
+        """Why the newest start of the ranks was refused, in three parts; None where it was not."""
+        told = [e["cause"] for e in events_since_start(self.events()) if e["event"] == "start_refused"]
+        return told[-1] if told else None
+
     def failure(self, attempt: int | None = None) -> dict[str, Any] | None:
         """The first failure of an attempt; by default of the newest since this submission."""
         attempt = attempt or max(self.attempts(), default=None)

@@ -1,0 +1,203 @@
+"""Health before a start: what each check finds, and that a sick node is left to a spare or the start refused."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.agent.avoided_hosts import hosts_to_avoid
+from launch.agent.gpu_health import GpuError, GpuReading, describe_faults, read_by_smi, short_bus
+from launch.agent.health import Fault, HealthCheck, full_disks, is_link_up, links, run_command
+from launch.agent.node import Node
+from launch.agent.rendezvous import RendezvousRound, SickNodesError, join
+from launch.config import Config, HealthCheckConfig
+from launch.doctor import verdict
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from tests.support.commands import run
+from tests.support.scripts import LOCAL, write_script
+
+A, B = "0000:3b:00.0", "0000:d8:00.0"
+
+
+SLOW = f"GPU {B}: its clocks are lowered (hardware slowdown, too hot)"
+FEW = "1 GPUs answer, and cluster.gpus_per_node=2"
+
+
+@pytest.mark.parametrize(
+    ("now", "expected", "found"),
+    [
+        ([GpuReading(A, 5), GpuReading(B, 0)], 2, []),
+        ([GpuReading(A, 7), GpuReading(B)], None, [f"GPU {A}: 2 uncorrected memory errors since the first start"]),
+        ([GpuReading(A, 5, 0x05 | 0x20), GpuReading(B, 0, 0x48)], 2, [SLOW]),
+        ([GpuReading(A, 5, xids=(79,)), GpuReading(B)], 2, [f"GPU {A}: Xid 79 since the first start"]),
+        ([GpuReading(A, problem="lost"), GpuReading(B)], 2, [f"GPU {A}: lost", FEW]),
+    ],
+)
+def test_gpus_are_compared_with_themselves_at_the_first_start(
+    now: list[GpuReading], expected: int | None, found: list[str]
+) -> None:
+    assert list(describe_faults(now, [GpuReading(A, 5), GpuReading(B, 0)], expected)) == found
+
+
+def test_nvidia_smi_is_read_where_its_library_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read_by_smi(5) == [], "not installed"
+    lines = ["00000000:3B:00.0, 3, 0x0000000000000004", "00000000:D8:00.0, [N/A], Not Active"]
+    for text, status in (("\n".join(lines), 0), ("Unable to determine the device handle: GPU is lost.", 15)):
+        program.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+        program.chmod(0o755)
+        if status == 0:
+            assert read_by_smi(5) == [GpuReading(A, 3, 4), GpuReading(B)]
+        else:
+            with pytest.raises(GpuError, match=r"status 15: Unable .* GPU is lost"):
+                read_by_smi(5)
+    assert short_bus("00000000:3B:00.0") == A
+
+
+def test_links_are_physical_interfaces_and_active_ports(tmp_path: Path) -> None:
+    for name, carrier, physical in (("eth0", "1", True), ("ib0", "0", True), ("docker0", "1", False)):
+        (tmp_path / "net" / name).mkdir(parents=True)
+        (tmp_path / "net" / name / "carrier").write_text(f"{carrier}\n")
+        if physical:
+            (tmp_path / "net" / name / "device").mkdir()
+    for port, state in (("1", "4: ACTIVE"), ("2", "1: DOWN")):
+        (tmp_path / "infiniband" / "mlx5_0" / "ports" / port).mkdir(parents=True)
+        (tmp_path / "infiniband" / "mlx5_0" / "ports" / port / "state").write_text(f"{state}\n")
+    assert links(tmp_path) == {"eth0": True, "ib0": False, "mlx5_0/1": True, "mlx5_0/2": False}
+    up = [name for name in ("eth0", "ib0", "docker0", "mlx5_0", "mlx5_0/2", "eth9") if is_link_up(name, tmp_path)]
+    assert up == ["eth0", "docker0", "mlx5_0"]
+    assert is_link_up("lo") == (Path("/sys/class/net/lo/carrier").read_text() == "1\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("exit 0", []),
+        ("echo fan 3 is dead; echo; exit 4", ["sh left with status 4: fan 3 is dead"]),
+        ("kill -9 $$", ["sh left with signal 9"]),
+        ("sleep 1000 & wait", ["sh gave no answer in 0.5 s"]),
+    ],
+)
+def test_the_command_of_the_site(script: str, found: list[str]) -> None:
+    assert run_command(["sh", "-c", script], 0.5 if "sleep" in script else 60) == found
+
+
+def test_what_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize / 2**20
+    assert list(full_disks([tmp_path], free / 2)) == []
+    (found,) = full_disks([tmp_path], 2 * free)
+    assert found.startswith(f"{tmp_path} has {free:.0f}"[: len(str(tmp_path)) + 6])
+    (fault,) = HealthCheck(tmp_path / "gone", HealthCheckConfig(), None).examine()
+    assert fault.part == "run folder" and fault.is_shared and "No such file" in fault.found
+    limits = HealthCheckConfig(command="no-such-program-here --quick", links=["no_such_link"])
+    faults = HealthCheck(tmp_path, limits, 8).examine()  # without a driver there are no GPUs to miss
+    assert [fault.part for fault in faults] == ["link", "command"] and "cannot be run: No such file" in faults[1].found
+    limits.enabled = False
+    assert HealthCheck(tmp_path / "gone", limits, None).examine() == []
+
+
+def test_a_check_that_hangs_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(GpuError, match=r"no answer in 0\.2 s"):
+        read_by_smi(0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"command": "check 'it"}, "quotes that are closed"),
+        ({"command": []}, "a program"),
+        ({"command": ""}, "a program"),
+        ({"timeout_s": 0}, "0.1"),
+        ({"min_free_mib": -1}, "0"),
+    ],
+)
+def test_a_check_that_cannot_be_made_is_refused(words: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        HealthCheckConfig(**words).validate()
+    assert expected in refusal.value.expected and refusal.value.found.startswith("resilience.health_check.")
+    assert HealthCheckConfig(command="a 'b c'").words == ["a", "b c"]
+
+
+HOSTS = ("n0", "n1", "n2")
+
+
+@pytest.mark.parametrize(
+    ("sick", "members"),
+    [({}, (0, 1)), ({1: "fan"}, (0, 2)), ({2: "fan"}, (0, 1)), ({1: "fan", 2: "heat"}, None), ({0: "fan"}, None)],
+)
+def test_a_spare_takes_the_place_of_a_sick_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sick: Mapping[int, str], members: tuple[int, ...] | None
+) -> None:
+    config = Config(nodes=2, spare_nodes=1)
+    for key in ("rendezvous_timeout_s", "node_timeout_s"):
+        setattr(config.resilience, key, 240)
+    config.resilience.health_check.enabled = False  # the findings are given here
+    folder = RunFolder(tmp_path)
+
+    def agent(index: int) -> RendezvousRound | SickNodesError | None:
+        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
+        with join(folder, node, config) as group:
+            faults = [Fault("command", sick[index])] if index in sick else []
+            monkeypatch.setattr(group._health, "examine", lambda: faults)
+            try:
+                return group.next_round(0)
+            except SickNodesError as error:
+                return error
+            finally:
+                if node.is_head:
+                    group.end()
+
+    with ThreadPoolExecutor(len(HOSTS)) as agents:
+        rounds = list(agents.map(agent, range(len(HOSTS))))
+    told = {(e["node"], e["host"], e["cause"]) for e in folder.read_events() if e["event"] == "node_sick"}
+    if members is None:
+        (error,) = [found for found in rounds if isinstance(found, SickNodesError)]
+        assert error is rounds[0] and {one.index: str(one.faults[0]) for one in error.sick} == sick
+    else:
+        assert {found.members for found in rounds if isinstance(found, RendezvousRound)} == {members}
+        assert told == {(index, HOSTS[index], why) for index, why in sick.items()}
+
+
+def test_the_doctor_names_nodes_that_a_start_would_leave_out() -> None:
+    measured = {"nodes": [{"host": "n1", "faults": []}, {"host": "n2", "faults": ["the fan is dead"]}]}
+    (finding,) = verdict.check_health(measured)
+    assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"
+
+
+def test_a_requeued_job_does_not_come_back_to_a_sick_node() -> None:
+    events = [
+        {"event": "submitted", "time": 0.0},
+        {"event": "node_sick", "time": 1.0, "attempt": None, "node": 1, "host": "n1", "cause": "fan"},
+    ]
+    assert hosts_to_avoid(events) == {"n1": "sick: fan"}
+
+
+def test_a_node_that_falls_sick_between_two_starts_is_named_and_refused(tmp_path: Path) -> None:
+    """The rank breaks its node and dies; there is neither a spare nor a queue here."""
+    mark = tmp_path / "fan is dead"
+    script = write_script(tmp_path, f"import os, pathlib\npathlib.Path({str(mark)!r}).touch()\nos._exit(1)\n")
+    checking = f"import os, sys\nsys.exit('the fan is dead' if os.path.exists({str(mark)!r}) else 0)\n"
+    check = write_script(tmp_path, checking, "check.py")
+    words = [*LOCAL, "nodes=1", f"script.path={script}", "script.resumes=true", f"run_dir={tmp_path / 'run'}"]
+    command = f"resilience.health_check.command=[{sys.executable},{check}]"
+    text = run("launch", *words, command, cwd=tmp_path, status=1)
+    events = RunFolder(tmp_path / "run").read_events()
+    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "node_failed"]
+    (told,) = [e for e in events if e["event"] == "node_sick"]
+    assert told["cause"] == f"{sys.executable} left with status 1: the fan is dead"
+    for part in ("is sick: ", "expected: 1 healthy nodes", "type next: resilience.health_check.enabled=false"):
+        assert part in text
+    status = run("launch.status", str(tmp_path / "run"), cwd=tmp_path)
+    assert "is sick and was left out" in status and "the fan is dead" in status
