@@ -68,6 +68,7 @@ ROOMS = {
     "launch.script": ("launch.checks",),
     "launch.report": ("launch.checks",),
     "launch.project": ("launch.report",),
+    "launch.storm": ("launch.report",),
     "launch.sweep": ("launch.report",),
     "launch.batch": ("launch.checks",),
     "launch.move": ("launch.checks",),

@@ -127,6 +127,18 @@ def _preempt(cluster: Cluster, options: argparse.Namespace) -> int:
     return 0
 
 
+def _stop_controller(cluster: Cluster, options: argparse.Namespace) -> int:
+    cluster.stop_controller()
+    print(f"slurmctld is stopped; to start it: python -m slurm.sandbox start-controller{cluster.option}")
+    return 0
+
+
+def _start_controller(cluster: Cluster, options: argparse.Namespace) -> int:
+    cluster.start_controller()
+    print("slurmctld runs")
+    return 0
+
+
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m slurm.sandbox",
@@ -159,6 +171,8 @@ def _parser() -> CommandParser:
     link.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="megabits a second")
     link.add_argument("--loss-percent", type=float, metavar="PERCENT", help="packets that get lost")
     link.add_argument("--latency-ms", type=float, metavar="MS", help="delay of a packet; a round trip takes two")
+    add("stop-controller", _stop_controller, "end slurmctld; nodes and jobs go on, and nobody answers")
+    add("start-controller", _start_controller, "start slurmctld again, from its saved state")
     preempt = add("preempt", _preempt, "submit a job that preempts a running one, and print its id")
     preempt.add_argument("job", help="the id of a running job")
     preempt.add_argument("--seconds", type=int, default=5, help="how long the new job keeps the nodes (%(default)s)")

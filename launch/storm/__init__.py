@@ -1,0 +1,1 @@
+"""The chaos drill: one run under seeded faults, compared with a quiet one. Imports neither the sandbox nor torch."""

@@ -1,0 +1,252 @@
+"""The faults themselves: signals, damaged files, a full disk, Slurm's commands, and the sandbox by its command line.
+
+Owns how each kind is brought about, and how a process on another node is reached: by srun inside the run's own job.
+Must not know when a fault comes, nor what follows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from launch.storm import processes
+from launch.storm.schedule import KINDS, PlannedFault
+from launch.storm.verdict import checkpoints, files_of
+
+SRUN_S = 300.0
+FILLER = "filler"
+BLOCK = 4096
+
+
+class FaultError(RuntimeError):
+    """A fault that could not be brought about."""
+
+
+@dataclass
+class Site:
+    """A run, and where it is."""
+
+    folder: RunFolder
+    is_slurm: bool = False
+    sandbox: Path | None = None
+    """Directory of the sandbox it runs on: its processes are this machine's."""
+    disk: Path | None = None
+    """Filesystem of the drill's own that the run writes into."""
+    is_over: Callable[[], bool] = lambda: False
+    """Tells whether the run has ended, so that nothing is waited for any more."""
+    struck: float | None = None
+    """Unix time of the first blow of the fault that is being brought about."""
+
+    def strike(self) -> None:
+        """Note that the next thing that is done hurts."""
+        self.struck = self.struck or time.time()
+
+    @property
+    def job(self) -> str:
+        """Slurm's id of the run's job."""
+        return str([e for e in self.folder.read_events() if e["event"] == "submitted"][-1]["job_id"])
+
+    def host_of(self, rank: int) -> str:
+        """Node of a rank in the newest attempt that has told where its ranks are."""
+        for attempt in reversed(self.folder.attempts()):
+            with suppress(OSError, ValueError):
+                ranks = json.loads(self.folder.environment(attempt).read_text())["ranks"]
+                return str(next(entry["host"] for entry in ranks if entry["rank"] == rank))
+        raise FaultError("no attempt has told where its ranks are")
+
+    def send(self, number: signal.Signals, what: str, rank: int, *, in_save: bool = False) -> str:
+        """Signal a rank, or its agent, wherever it is; returns what was done.
+
+        Raises:
+            FaultError: there is no such process.
+        """
+        if self.is_slurm and self.sandbox is None:
+            self._signal_by_srun(self.host_of(rank), number, what, str(rank), in_save=in_save)
+            return f"{number.name} to the {what} of rank {rank} by srun"
+        pid = processes.find(self.folder.path, what, rank, self.is_over)
+        if pid is None or (in_save and not processes.wait_for_save(self.folder.path, self.is_over)):
+            raise FaultError(f"no {what} {rank} to signal")
+        if in_save:  # the rank may be another process by now
+            pid = processes.find(self.folder.path, what, rank, self.is_over)
+        self.strike()
+        if pid is None or not processes.send(pid, number):
+            raise FaultError(f"{what} {rank} had ended")
+        return f"{number.name} to process {pid}"
+
+    def _signal_by_srun(self, host: str, number: signal.Signals, what: str, which: str, *, in_save: bool) -> None:
+        place = ["--overlap", f"--jobid={self.job}", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
+        program = [sys.executable, "-m", "launch.storm.processes", str(self.folder.path), number.name, what, which]
+        self.strike()
+        run_command(["srun", *place, *program, *(["--in-save"] if in_save else [])])
+
+    def kill_srun(self) -> str:
+        """Kill the srun of the batch script, with the helper that would end the step."""
+        if self.sandbox is None:
+            self._signal_by_srun(self.host_of(0), signal.SIGKILL, "srun", self.job, in_save=False)
+            return "srun of the batch script killed, by srun"
+        self.strike()
+        done = [pid for pid in processes.sruns_of(self.job) if processes.send(pid, signal.SIGKILL)]
+        if not done:
+            raise FaultError(f"no srun of job {self.job}")
+        return f"SIGKILL to {', '.join(map(str, done))}"
+
+    def ask_sandbox(self, *words: str) -> str:
+        """Do one command of the sandbox's command line; returns what it said."""
+        self.strike()
+        return run_command([sys.executable, "-m", "slurm.sandbox", *words, "--dir", str(self.sandbox)])
+
+
+def run_command(words: list[str]) -> str:
+    """Run a command to its end; returns what it printed.
+
+    Raises:
+        FaultError: it failed.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SRUN_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise FaultError(f"{' '.join(words)}: no answer in {SRUN_S:g} s") from error
+    if done.returncode:
+        raise FaultError(f"{' '.join(words)}: {(done.stdout + done.stderr).strip()[-300:]}")
+    return done.stdout.strip().partition("\n")[0]
+
+
+def inject(fault: PlannedFault, site: Site) -> str:
+    """Bring a fault about, and undo what lasts for some seconds; returns what was done.
+
+    Raises:
+        FaultError: it could not be.
+    """
+    site.struck = None
+    return FAULTS[fault.kind](fault, site)
+
+
+def _signal(number: signal.Signals, what: str) -> Callable[[PlannedFault, Site], str]:
+    return lambda fault, site: site.send(number, what, fault.rank)
+
+
+def _stop_agent(fault: PlannedFault, site: Site) -> str:
+    done = site.send(signal.SIGSTOP, "agent", fault.rank)
+    time.sleep(fault.seconds)
+    with suppress(FaultError):  # its node may have been given up meanwhile
+        site.send(signal.SIGCONT, "agent", fault.rank)
+    return done
+
+
+def _kill_in_save(fault: PlannedFault, site: Site) -> str:
+    return site.send(signal.SIGKILL, "rank", fault.rank, in_save=True)
+
+
+def _damage(fault: PlannedFault, site: Site) -> str:
+    """Spoil the newest checkpoint and kill a rank, so that the next start meets it."""
+    draw = random.Random(fault.salt)
+    newest = checkpoints(site.folder)[0]
+    files = [path for path in files_of(newest) if path.stat().st_size]
+    if not files:
+        raise FaultError(f"{newest} has no file to damage")
+    if fault.kind == "truncate":
+        path = max(files, key=lambda path: path.stat().st_size)
+        size = path.stat().st_size // 2
+        with path.open("r+b") as file:
+            file.truncate(size)
+        done = f"{newest.name}/{path.name} cut to {size} bytes"
+    else:
+        path = draw.choice(files)
+        at = draw.randrange(8 * path.stat().st_size)
+        with path.open("r+b") as file:
+            file.seek(at // 8)
+            byte = file.read(1)[0] ^ (1 << at % 8)
+            file.seek(at // 8)
+            file.write(bytes([byte]))
+        done = f"bit {at} of {newest.name}/{path.name} flipped"
+    return f"{done}; {site.send(signal.SIGKILL, 'rank', fault.rank)}"
+
+
+def _full_disk(fault: PlannedFault, site: Site) -> str:
+    assert site.disk is not None
+    filler = site.disk / FILLER
+    site.strike()
+    try:
+        with suppress(OSError), filler.open("ab", buffering=0) as file:
+            while file.write(bytes(BLOCK)):
+                pass
+        size = filler.stat().st_size
+        time.sleep(fault.seconds)
+    finally:
+        filler.unlink(missing_ok=True)
+    return f"{size / 2**20:.1f} MiB taken for {fault.seconds:g} s"
+
+
+def _requeue(fault: PlannedFault, site: Site) -> str:
+    site.strike()
+    run_command(["scontrol", "requeue", site.job])
+    return f"scontrol requeue {site.job}"
+
+
+def _node_fault(command: str) -> Callable[[PlannedFault, Site], str]:
+    def inject_and_heal(fault: PlannedFault, site: Site) -> str:
+        host = site.host_of(fault.rank)
+        try:
+            done = site.ask_sandbox(command, host)
+            time.sleep(fault.seconds)
+        finally:
+            site.ask_sandbox("heal", host)
+        return f"{done}, for {fault.seconds:g} s"
+
+    return inject_and_heal
+
+
+def _stop_controller(fault: PlannedFault, site: Site) -> str:
+    done = site.ask_sandbox("stop-controller")
+    try:
+        with suppress(FaultError):
+            site.send(signal.SIGTERM, "agent", 0)  # which then asks who sent it, and gets no answer
+        time.sleep(fault.seconds)
+    finally:
+        site.ask_sandbox("start-controller")
+    return f"{done}, for {fault.seconds:g} s"
+
+
+FAULTS: dict[str, Callable[[PlannedFault, Site], str]] = {
+    "sigkill_rank": _signal(signal.SIGKILL, "rank"),
+    "sigterm_rank": _signal(signal.SIGTERM, "rank"),
+    "sigstop_rank": _signal(signal.SIGSTOP, "rank"),
+    "sigkill_agent": _signal(signal.SIGKILL, "agent"),
+    "sigstop_agent": _stop_agent,
+    "kill_in_save": _kill_in_save,
+    "truncate": _damage,
+    "flip_bit": _damage,
+    "full_disk": _full_disk,
+    "requeue": _requeue,
+    "kill_srun": lambda fault, site: site.kill_srun(),
+    "preempt": lambda fault, site: site.ask_sandbox("preempt", site.job, "--seconds", "1"),
+    "power_cut": _node_fault("power-cut"),
+    "cut_link": _node_fault("cut-link"),
+    "stop_controller": _stop_controller,
+}
+assert FAULTS.keys() == KINDS.keys()
+
+
+def require_own(path: Path, what: str) -> Path:
+    """Return a folder that is this user's.
+
+    Raises:
+        ConfigError: it is not there, or somebody else's.
+    """
+    if not path.exists() or path.stat().st_uid != os.getuid():
+        why = "another user's" if path.exists() else "not there"
+        raise ConfigError(
+            f"{path}, which is {why}", f"{what} of your own: a drill touches nothing else", f"ls -ld {path}"
+        )
+    return path

@@ -1,0 +1,140 @@
+"""The chaos drill: a run under faults of many kinds ends as a quiet one, and nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from launch.storm import processes, verdict
+from launch.storm.faults import require_own
+from launch.storm.schedule import DISK, KINDS, SANDBOX, SLURM, choose_kinds, make_schedule
+from tests.support.commands import ROOT, run
+from tests.support.scripts import LOCAL
+
+LOCAL_KINDS = [kind.name for kind in KINDS.values() if not kind.needs]
+PROGRAM = ROOT / "tests" / "support" / "checkpointing.py"
+
+
+def words(steps: int, step_s: float) -> list[str]:
+    program = [f"script.path={PROGRAM}", f"script.args='{steps} 20 {step_s}'", "script.resumes=true", "nodes=2"]
+    timeouts = ["resilience.heartbeat_timeout_s=5", "resilience.node_timeout_s=30"]
+    return [*LOCAL, *program, *timeouts, f"script.env.PYTHONPATH={ROOT}", "launch.poll_s=0.5"]
+
+
+def test_a_run_under_a_storm_ends_as_a_quiet_one(tmp_path: Path) -> None:
+    out = tmp_path / "drill"
+    options = ["--faults", str(len(LOCAL_KINDS)), "--seed", "3", "--output", str(out), "--most-steps", "10"]
+    text = run("launch.storm", *options, *words(3000, 0.004), cwd=tmp_path)
+    found = json.loads((out / "verdict.json").read_text())
+    assert found["passed"] and found["wrong"] == [] and "passed: as the quiet run, bit for bit" in text
+    assert sorted(fault["kind"] for fault in found["faults"]) == sorted(LOCAL_KINDS)
+    assert found["attempts"] > 5 and 0 < found["goodput"] < 1 and 0 <= found["predicted"]["goodput"] < 1
+    assert {cost["road"] for cost in found["recoveries"]} >= {"in place", "typed again"}
+    for cost in found["recoveries"]:
+        parts = [cost[part] for part in ("noticed_s", "started_s", "first_step_s", "again_s")]
+        assert cost["road"] == "undisturbed" or sum(parts) == pytest.approx(cost["total_s"])
+    # What differs is found, whatever it is.
+    quiet, stormy = RunFolder(out / "quiet"), RunFolder(out / "stormy")
+    last = verdict.checkpoints(stormy)[0]
+    (last / "rank_1.json").write_text("other")
+    assert list(verdict.differing_state(quiet, stormy)) == [f"{last.name}/rank_1.json differs"]
+    metrics = stormy.metrics(1)
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join(line for line in lines if json.loads(line)["step"] != 7) + "\n")
+    assert list(verdict.differing_steps(quiet, stormy)) == ["rank 1: steps [7] are missing"]
+
+
+def test_the_same_seed_plans_the_same_faults_and_all_kinds_equally_often() -> None:
+    kinds = choose_kinds([], [])
+    assert kinds == LOCAL_KINDS and len(choose_kinds([], [SLURM, SANDBOX, DISK])) == len(KINDS) >= 10
+    plan = make_schedule(7, 2 * len(kinds) + 1, kinds, 4, 9)
+    assert (
+        plan == make_schedule(7, 2 * len(kinds) + 1, kinds, 4, 9) != make_schedule(8, 2 * len(kinds) + 1, kinds, 4, 9)
+    )
+    assert plan[:3] == make_schedule(7, 3, kinds, 4, 9)
+    assert {name: sum(fault.kind == name for fault in plan[:-1]) for name in kinds} == dict.fromkeys(kinds, 2)
+    assert {fault.rank for fault in plan} <= set(range(4)) and all(1 <= fault.after_steps <= 9 for fault in plan)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fix"), [("power_cut", "a sandbox"), ("requeue", "Slurm"), ("sigkil", "--kinds sigkill")]
+)
+def test_a_kind_that_cannot_be_had_is_refused(asked: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        choose_kinds([asked], [DISK])
+    assert fix in refusal.value.fix and "full_disk" in refusal.value.expected
+
+
+def test_a_drill_that_is_refused_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "run" / "attempts").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for options, found in (
+        (["--output", "full", *words(20, 0)], "which holds files"),
+        (["--quiet", "run", *words(20, 0)], "which has not finished"),
+        (["--sandbox", "nowhere", *words(20, 0)], "which is not there"),
+    ):
+        text = run("launch.storm", *options, cwd=tmp_path, status=2)
+        assert found in text and "type next: " in text
+    text = run("launch.storm", "--dry-run", "--faults", "3", "--seed", "1", *words(20, 0), cwd=tmp_path)
+    planned = make_schedule(1, 3, LOCAL_KINDS, 2, 20)
+    assert [line.split(";")[0] for line in text.splitlines()] == [f"{f.number}. {f.kind}: {f.text}" for f in planned]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+def test_processes_of_other_users_and_of_other_runs_are_not_found(tmp_path: Path) -> None:
+    env = {"LAUNCH_RUN_DIR": str(tmp_path), "RANK": "0"}
+    sleep = ["sleep", "1000"]
+    stranger = subprocess.Popen(sleep, env=env, user=65534, start_new_session=True)
+    other = subprocess.Popen(sleep, env={**env, "LAUNCH_RUN_DIR": f"{tmp_path}2"}, start_new_session=True)
+    own = subprocess.Popen(sleep, env={**env, "RANK": "1"}, start_new_session=True)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 65534, -1)
+    with pytest.raises(ConfigError, match="another user's"):
+        require_own(theirs, "a sandbox")
+    try:
+        assert processes.ranks_of(tmp_path) == {1: own.pid}
+        command = [sys.executable, "-m", "launch.storm.processes", str(tmp_path), "SIGKILL", "rank", "1"]
+        assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True).returncode == 0
+        assert own.wait(60) == -signal.SIGKILL
+        assert stranger.poll() is None and other.poll() is None and processes.of_run(tmp_path) == {}
+    finally:
+        for process in (stranger, other, own):
+            process.kill()
+            process.wait()
+
+
+def test_goodput_by_young_and_daly() -> None:
+    """Against a sum over one interval between faults, step by step, and against the interval that it calls the best."""
+    told = verdict.predict(save_s=2.0, interval_s=60.0, restart_s=10.0, between_faults_s=3600.0)
+    cycles = (3600 - 10 - 31) / 62
+    assert told.goodput == pytest.approx(cycles * 60 / 3600) and told.best_interval_s == pytest.approx(120.0)
+    nearby = [verdict.predict(2.0, seconds, 10.0, 3600.0).goodput for seconds in (60.0, 119.0, 240.0)]
+    assert max(nearby) == nearby[1]
+
+
+def test_what_a_fault_cost_is_made_of() -> None:
+    def step(at: float, number: int, attempt: int) -> dict[str, float]:
+        return {"time": at, "step": number, "attempt": attempt}
+
+    records = [step(1, 1, 1), step(2, 2, 1), step(3, 3, 1), step(9, 3, 2), step(10, 4, 2), step(20, 5, 2)]
+    events = [
+        {"event": "started", "time": 0.5},
+        {"event": "attempt_ended", "time": 4.0, "cause": "crashed"},
+        {"event": "started", "time": 7.0},
+    ]
+    faults = [{"kind": "sigkill_rank", "time": 3.5}, {"kind": "sigstop_agent", "time": 12.0}]
+    first, second = verdict.recoveries(faults, events, records)
+    assert first == verdict.Recovery("sigkill_rank", "in place", 6.5, 0.5, 3.0, 2.0, 1.0)
+    assert second == verdict.Recovery("sigstop_agent", "undisturbed", 8.0)

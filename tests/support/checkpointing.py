@@ -1,0 +1,76 @@
+"""A program with checkpoints, of the standard library and ``launch.worker`` alone: a chain of sums, step by step.
+
+Each rank saves its state into ``step_N/rank_K.json`` under the sum of its content, and goes on when all ranks have. A
+start goes on from the newest step whose files are all whole. Arguments: steps, steps between two saves, seconds a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from launch import worker
+
+
+def file_of(folder: Path, step: int, rank: int) -> Path:
+    return folder / f"step_{step:06d}" / f"rank_{rank}.json"
+
+
+def save(folder: Path, step: int, rank: int, state: str) -> None:
+    path = file_of(folder, step, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"step": step, "state": state})
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w") as file:
+        file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load(path: Path) -> str | None:
+    """The state in a file; None where it is not there, or damaged."""
+    try:
+        text, told = path.read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    return json.loads(text)["state"] if hashlib.sha256(text.encode()).hexdigest() == told else None
+
+
+def main() -> None:
+    steps, interval, step_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    run = worker.attach()
+    folder = run.checkpoint_dir
+    assert folder is not None
+    step, state = 0, str(run.rank)
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        number = int(path.name.removeprefix("step_"))
+        found = [load(file_of(folder, number, rank)) for rank in range(run.world_size)]
+        own = found[run.rank]
+        if own is not None and None not in found:
+            step, state = number, own
+            break
+    while step < steps:
+        time.sleep(step_s)
+        step += 1
+        state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
+        run.record(step, loss=int(state[:8], 16) / 2**32, samples=1)
+        is_leaving = run.stop_requested()
+        if is_leaving or step % interval == 0 or step == steps:
+            run.phase("saving", step)
+            began = time.perf_counter()
+            save(folder, step, run.rank, state)
+            while not all(file_of(folder, step, rank).exists() for rank in range(run.world_size)):
+                time.sleep(0.002)
+            run.saved(step, time.perf_counter() - began)
+        if is_leaving:
+            return
+    run.finished(step)
+
+
+if __name__ == "__main__":
+    main()
