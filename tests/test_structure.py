@@ -257,6 +257,54 @@ def test_ranks_and_agents_unpickle_nothing_that_they_receive() -> None:
     }
 
 
+RUNS_CODE = {
+    ("gpt.conversion.inspect", "ShapeUnpickler"): "refuses every class and function but torch's of tensors",
+    ("gpt.data.formats.prepared", "_PlainUnpickler"): "refuses every class and function",
+    (
+        "gpt.checkpoint.deepspeed_files",
+        "torch.load",
+    ): "DeepSpeed's own optimizer states, in a folder only the user writes",
+    ("gpt.parallel.deepspeed.checkpoint", "torch.load"): "the same, each checked against the manifest's sums before",
+    ("launch.jobs.adoption", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
+    ("launch.agent.after_step", "DelayedSubmission.load"): "the pickle that the job itself is made of",
+}
+"""Where something is loaded in a way that could run code of who wrote it, and why that is nobody else."""
+
+
+def loads_code(call: ast.Call) -> bool:
+    """Tell whether a call loads what may run code: pickle and its like, yaml and torch without their safe loaders."""
+    name = ast.unparse(call.func)
+    module, _, last = name.rpartition(".")
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    if name.endswith("Unpickler") or name in ("eval", "exec", "shelve.open", "DelayedSubmission.load"):
+        return True
+    if module in ("pickle", "cloudpickle", "dill", "marshal", "joblib"):
+        return last in ("load", "loads")
+    if module == "yaml":
+        return last in ("load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all")
+    if name == "torch.load":
+        return given.get("weights_only") != "True"
+    return module in ("np", "numpy") and last == "load" and given.get("allow_pickle", "False") != "False"
+
+
+def test_nothing_is_loaded_that_could_run_code_of_others() -> None:
+    found = {
+        (name, ast.unparse(node.func))
+        for name, path in modules().items()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and loads_code(node)
+    }
+    assert found == set(RUNS_CODE)
+    for text, expected in (
+        ("yaml.load(file, Loader=yaml.Loader)", True), ("yaml.safe_load(text)", False), ("torch.load(path)", True),
+        ("torch.load(path, weights_only=True)", False), ("torch.load(path, weights_only=flag)", True),
+        ("pickle.loads(data)", True), ("json.loads(data)", False), ("np.load(path)", False),
+        ("np.load(path, allow_pickle=True)", True),
+    ):  # fmt: skip
+        (call,) = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+        assert loads_code(call) is expected, text
+
+
 def test_no_module_is_a_dead_end() -> None:
     """Every module is imported by another one or can be started."""
     every = modules()

@@ -7,6 +7,8 @@ a minute. Owns finding them; status, logs, cancel, move and a second launch then
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -106,9 +108,17 @@ def is_batch_script(path: Path) -> bool:
 
 @cache  # one never changes, and every point of a sweep asks about those of all
 def run_dir_of(pickle: Path) -> str | None:
-    """Read the run folder that a job of ours is for; None where the pickle is of something else, or not whole."""
+    """Read the run folder that a job of ours is for; None where the pickle is of something else, or not whole.
+
+    A pickle that others could have written is not opened: it would run their code. Their runs can be looked at.
+    """
     try:
-        arguments = DelayedSubmission.load(pickle).args
+        with pickle.open("rb") as file:
+            told = os.fstat(file.fileno())
+            if told.st_uid != os.getuid() or told.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None
+            # By its descriptor, as in a folder of others another file may have taken its place.
+            arguments = DelayedSubmission.load(f"/proc/self/fd/{file.fileno()}").args
     except Exception:  # whatever unpickling raises
         return None
     return arguments[0] if arguments and isinstance(arguments[0], str) else None

@@ -96,7 +96,11 @@ class Site:
             self._signal_by_srun(self.host_of(0), signal.SIGKILL, "srun", self.job, in_save=False)
             return "srun of the batch script killed, by srun"
         self.strike()
-        done = [pid for pid in processes.sruns_of(self.job) if processes.send(pid, signal.SIGKILL)]
+        done = [
+            pid
+            for pid in processes.of_job(self.job, "srun", os.environ.get("SLURM_CONF"))
+            if processes.send(pid, signal.SIGKILL)
+        ]
         if not done:
             raise FaultError(f"no srun of job {self.job}")
         return f"SIGKILL to {', '.join(map(str, done))}"

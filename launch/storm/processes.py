@@ -18,6 +18,8 @@ from launch.errors import CommandParser, ConfigError, refusing
 from launch.jobs.sbatch import SUBMISSION
 from launch.runs.folder import RunFolder
 
+AGENTS = (SUBMISSION, "launch.agent")
+"""Modules that agents are started as: by submitit, and by a plain batch script."""
 PATIENCE_S = 120.0
 """A process that is to be signalled may just be starting."""
 QUICK_S = 0.001
@@ -61,23 +63,30 @@ def ranks_of(run_dir: Path) -> dict[int, int]:
 
 
 def agent_of(pid: int) -> int | None:
-    """Agent that a rank runs under: the nearest process above it that submitit has started."""
+    """Agent that a rank runs under: the nearest process above it that is one."""
     there = own_processes()
     while pid in there:
-        if SUBMISSION in there[pid][0]:
+        if any(module in there[pid][0] for module in AGENTS):
             return pid
         pid = there[pid][2]
     return None
 
 
-def sruns_of(job: str) -> list[int]:
-    """The srun of a job's batch script and the helper that it forks, the helper first: it would end the step."""
-    found = [
-        pid
-        for pid, (words, variables, _) in own_processes().items()
-        if Path(words[0]).name == "srun" and SUBMISSION in words and variables.get("SLURM_JOB_ID") == job
-    ]
-    return sorted(found, reverse=True)
+def of_job(job: str, program: str, conf: str | None) -> list[int]:
+    """Processes of a Slurm job on this host that start agents, or are some: those named ``program``, children first.
+
+    Args:
+        job: Slurm's id of it.
+        program: beginning of the program's name: ``srun``, or ``python`` for agents.
+        conf: file by which the job knows its cluster: another one has the same ids.
+    """
+    found = {
+        pid: parent
+        for pid, (words, variables, parent) in own_processes().items()
+        if Path(words[0]).name.startswith(program) and any(module in words for module in AGENTS)
+        if variables.get("SLURM_JOB_ID") == job and variables.get("SLURM_CONF") == conf
+    }
+    return sorted(found, key=lambda pid: found[pid] not in found)  # a child that outlives its parent may act on it
 
 
 def send(pid: int, number: signal.Signals) -> bool:
@@ -136,7 +145,7 @@ def main() -> int:
     args = parser.parse_args()
     number = signal.Signals[args.signal]
     if args.what == "srun":
-        reached = [send(pid, number) for pid in sruns_of(args.which)]
+        reached = [send(pid, number) for pid in of_job(args.which, "srun", os.environ.get("SLURM_CONF"))]
         return 0 if any(reached) else 1
     if not args.which.isdigit():
         raise ConfigError(f"rank {args.which}", "the number of a rank", f"{args.what} 0")

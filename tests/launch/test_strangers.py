@@ -19,6 +19,7 @@ import torch.distributed as dist
 from launch.agent.heartbeat import LEADER_STATE, Heartbeat, heartbeat_key
 from launch.agent.signed_store import SignedStore, open_store
 from launch.errors import ConfigError
+from launch.jobs.adoption import run_dir_of
 from launch.plan.exposure import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
 from launch.runs.folder import RunFolder
@@ -233,3 +234,32 @@ def test_a_folder_that_others_can_change_is_refused(
     assert f"{mode:04o}" in refusal.value.found and refusal.value.fix.startswith(f"chmod -R go-w '{tmp_path}/my sweep")
     os.system(refusal.value.fix.split(",")[0])
     refuse_exposed(tmp_path / "my sweep" / "run")
+
+
+class Trap:
+    """Something that runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self._command,)
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "runs"),
+    [(0o600, None, True), (0o644, None, True), (0o620, None, False), (0o602, None, False), (0o644, 65534, False)],
+)
+def test_a_pickle_that_others_could_have_written_is_not_opened(
+    mode: int, owner: int | None, runs: bool, tmp_path: Path
+) -> None:
+    """As launch.status finds them in the folder of somebody else's runs; one's own would run, which shows the trap."""
+    path, pwned = tmp_path / "7_submitted.pkl", tmp_path / "pwned"
+    path.write_bytes(pickle.dumps(Trap(f"touch {pwned}")))
+    path.chmod(mode)
+    if owner is not None:
+        if os.getuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(path, owner, -1)
+    assert run_dir_of(path) is None
+    assert pwned.exists() is runs

@@ -14,10 +14,10 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.storm import processes
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
 from tests.support.counting import COUNTING, options
-from tests.support.storm import signal_job
 
 STEPS = 12
 WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0"]
@@ -76,7 +76,8 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
         return found is not None and any(e["event"] == "agent_started" for e in found.read_events())
 
     wait_for(has_agents, "the agents on two nodes")
-    signal_job(sandbox, jobs[1], "srun", "launch.agent", signal.SIGKILL)  # the agents go on without it
+    for pid in processes.of_job(jobs[1], "srun", sandbox.env["SLURM_CONF"]):  # the agents go on without it
+        processes.send(pid, signal.SIGKILL)
     ended = wait_for_end(sandbox, *jobs)
     assert ended == ["COMPLETED"] * 3, [path.read_text() for path in printed.values() if path.exists()]
     run, report = printed[jobs[1]].read_text(), printed[jobs[2]].read_text()

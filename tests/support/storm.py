@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.jobs.sbatch import SUBMISSION
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from slurm.sandbox import processes
+from launch.storm import processes
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, start_fork, wait_for
 
@@ -65,28 +62,16 @@ class StormyRun:
         ``alone`` leaves the process that srun forks to look after it, and that ends the step then; without it the step
         goes on, and nobody waits for it.
         """
-        signal_job(self.sandbox, self.job, "srun", SUBMISSION, signal.SIGKILL, only_parent=alone)
+        found = self._processes("srun")
+        for pid in found[-1:] if alone else found:
+            processes.send(pid, signal.SIGKILL)
 
     def tell_agents_to_leave(self) -> None:
         """Send SIGTERM to the agents as slurmstepd does, for which nobody has to reach the controller."""
-        signal_job(self.sandbox, self.job, "python", SUBMISSION, signal.SIGTERM)
+        for pid in self._processes("python"):
+            processes.send(pid, signal.SIGTERM)
 
-
-def signal_job(
-    sandbox: Cluster, job: str, program: str, module: str, number: signal.Signals, *, only_parent: bool = False
-) -> None:
-    """Signal the processes of a job, on whatever node, that ``program`` is and that name a Python ``module``."""
-    mine = {"SLURM_JOB_ID": job, "SLURM_CONF": sandbox.env["SLURM_CONF"]}
-    found = []
-    for pid in processes.all_pids():
-        with contextlib.suppress(OSError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            is_program = Path(command[0].decode()).name.startswith(program) and module.encode() in command
-            if is_program and processes.environment(pid).items() >= mine.items():
-                found.append(pid)
-    assert found, f"no {program} of job {job}"
-    children = [pid for parent in found for pid in processes.children(parent) if pid in found]
-    parents = [pid for pid in found if pid not in children]
-    for pid in parents if only_parent else [*children, *parents]:  # a child that outlives its parent may act on it
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+    def _processes(self, program: str) -> list[int]:
+        found = processes.of_job(self.job, program, self.sandbox.env["SLURM_CONF"])
+        assert found, f"no {program} of job {self.job}"
+        return found
