@@ -1,5 +1,9 @@
 """Cost of ranks until they train, executed and forked: `python benchmarks/starts.py [RUNS]`. Prints Markdown tables.
 
+`python benchmarks/starts.py --roads [RUNS]` (as root) prints what a fault costs, from it to the first step that had not
+been made before, in place, on a spare node and through the queue, and what that time is made of; on a Slurm sandbox of
+four nodes whose SlurmdTimeout is 20 s, by a drill of ``launch.storm``.
+
 Starts of a local run of two ranks, and restarts in place after `kill -9` of a rank, by turns with and without
 `resilience.fork_ranks`; then, with strace, the files that are opened on a node of one rank and of eight.
 """
@@ -17,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.storm_on_sandbox import drill
+from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import ROOT, TINY, descendants, environment, kill_all, ranks_of, start, wait_for
@@ -76,8 +82,35 @@ def opened(ranks: int, forked: bool) -> int:
         return len(re.findall(r"openat\(", (Path(name) / "trace").read_text()))
 
 
+ROADS = {"in place": "in place", "spare": "spare node", "requeue": "requeue"}
+PARTS = {
+    "total_s": "to a new step",
+    "noticed_s": "until noticed",
+    "started_s": "until the ranks started",
+    "first_step_s": "to their first step",
+    "again_s": "steps done again",
+}
+
+
+def roads(runs: int) -> int:
+    """Print what a fault costs by the road on which the run goes on; exit status 1 where it did not come through."""
+    status, folder = drill(3 * runs, seed=1, kinds="sigkill_rank,power_cut,requeue")
+    found = read_json(folder / "drill" / "verdict.json")["recoveries"]
+    print(f"| seconds, median (slowest) | faults | {' | '.join(PARTS.values())} |\n|{'---|' * (len(PARTS) + 2)}")
+    for road, name in ROADS.items():
+        costs = [cost for cost in found if cost["road"] == road]
+        cells = [[cost[part] for cost in costs] for part in PARTS]
+        if costs:
+            told = " | ".join(f"{statistics.median(each):.2f} ({max(each):.2f})" for each in cells)
+            print(f"| {name} | {len(costs)} | {told} |")
+    return status
+
+
 def main() -> None:
     """Measure both sides by turns, and print the medians."""
+    if "--roads" in sys.argv:
+        sys.argv.remove("--roads")
+        sys.exit(roads(int(sys.argv[1]) if len(sys.argv) > 1 else 5))
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     times: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(runs):

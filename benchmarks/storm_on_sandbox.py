@@ -131,7 +131,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the table into benchmarks/")
     args = parser.parse_args()
     if args.drill:
-        return drill(args.drill, args.seed)
+        status, folder = drill(args.drill, args.seed)
+        print(f"verdict, event logs, and the logs of Slurm's daemons are in {folder}")
+        return status
     names = chosen_cases(args.only)
     scratch = tempfile.mkdtemp()
     with ThreadPoolExecutor(args.at_once) as pool:
@@ -164,20 +166,24 @@ def main() -> int:
     return 0 if good else 1
 
 
-def drill(faults: int, seed: int) -> int:
-    """One run under ``faults`` faults of all kinds that a sandbox has; exit status of ``launch.storm``."""
+def drill(faults: int, seed: int, kinds: str = "") -> tuple[int, Path]:
+    """One run under ``faults`` faults, of all kinds that a sandbox has or of some.
+
+    Returns:
+        Exit status of ``launch.storm``, and the folder with its verdict, event logs and the logs of Slurm's daemons.
+    """
     scratch = Path(tempfile.mkdtemp())
-    # Faults come a second or so apart from each other's recovery, and a sandbox step of this run takes milliseconds.
-    words = (*ON_SLURM, *TINY, *SPARE, "nodes=2", f"optim.max_steps={100 * faults}", "eval.interval=0")
+    words = (*ON_SLURM, *TINY, *SPARE, "nodes=2", f"optim.max_steps={150 * faults}", "eval.interval=0")
     words += ("checkpoint.interval=25", "checkpoint.keep_last=4", "model.dropout=0.1")
+    words += ("resilience.heartbeat_timeout_s=10",)
     with Cluster(scratch / "sandbox") as sandbox:
         sandbox.up(timeout_s=180.0)
         options = ["--faults", str(faults), "--seed", str(seed), "--sandbox", str(sandbox.directory)]
+        options += ["--kinds", kinds] if kinds else []
         command = [sys.executable, "-m", "launch.storm", *options, "--output", str(scratch / "drill"), *words]
         status = subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=False).returncode
         shutil.copytree(sandbox.directory / "log", scratch / "slurm_logs")  # the sandbox takes its own along
-    print(f"verdict, event logs, and the logs of Slurm's daemons are in {scratch}")
-    return status
+    return status, scratch
 
 
 def chosen_cases(words: str) -> list[str]:

@@ -28,6 +28,7 @@ SPARE_WAIT_S = 10.0
 """Time that a round with enough nodes waits for the rest of them."""
 SPARE_CHECK_S = 60.0
 """Between two health checks of a spare that waits for its turn."""
+ROOM_POLL_S = 2.0
 ECHO_S = 8.0
 """After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
 GOODBYE_S = 10.0
@@ -119,11 +120,20 @@ class AgentGroup:
             HeadNodeLostError: elsewhere, where the head node is lost.
             RunFailedError: elsewhere, where the run has failed and does not start again.
         """
-        faults = self._health.examine()
+        faults = self._examine(number)
         self._tell_health(number, faults)
         if self._node.is_head:
             self._note_sick(0, faults)
         return self._open_round(number, avoid) if self._node.is_head else self._await_round(number)
+
+    def _examine(self, number: int) -> list[Fault]:
+        """Check this node; a full filesystem that all share is waited for, as runs go on when there is room again."""
+        deadline = time.monotonic() + (self._limits.rendezvous_timeout_s / 2 if number else 0)
+        faults = self._health.examine()
+        while faults and all(fault.is_shared for fault in faults) and time.monotonic() < deadline:
+            time.sleep(ROOM_POLL_S)
+            faults = self._health.examine()
+        return faults
 
     def _tell_health(self, number: int, faults: Sequence[Fault]) -> None:
         """Come to round ``number``, as healthy or as sick."""

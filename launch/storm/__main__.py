@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 the run came through, 1 it did not, 2 the drill was refused."""
     args = _parser().parse_args(arguments)
     deny_others_writing()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends its run and its disk, too
     console = Console(soft_wrap=True, highlight=False, markup=False)
     words, quiet = _words_and_quiet(args.words, args.quiet)
     if args.sandbox is not None:
@@ -149,7 +151,8 @@ def _disk(out: Path, mib: int | None) -> Iterator[Path | None]:
     try:
         yield disk
     finally:
-        shutil.copytree(disk / "stormy", out / "stormy", symlinks=True, dirs_exist_ok=True)
+        if (disk / "stormy").exists():
+            shutil.copytree(disk / "stormy", out / "stormy", symlinks=True)
         subprocess.run(["umount", "--lazy", str(disk)], check=False)
 
 

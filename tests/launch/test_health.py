@@ -170,6 +170,22 @@ def test_a_spare_takes_the_place_of_a_sick_node(
         assert told == {(index, HOSTS[index], why) for index, why in sick.items()}
 
 
+def test_a_full_filesystem_of_all_nodes_is_waited_for_except_at_the_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(nodes=1)
+    for key in ("rendezvous_timeout_s", "node_timeout_s"):
+        setattr(config.resilience, key, 240)
+    found = iter([[Fault("run folder", "full")], [Fault("run folder", "full")], [Fault("run folder", "full")], []])
+    with join(RunFolder(tmp_path), Node(0, 1, "job", is_slurm=False, hosts=("n0",)), config) as group:
+        monkeypatch.setattr(group._health, "examine", lambda: next(found))
+        monkeypatch.setattr("launch.agent.rendezvous.ROOM_POLL_S", 0.0)
+        with pytest.raises(SickNodesError):
+            group.next_round(0)
+        assert group.next_round(1) is not None and next(found, None) is None
+        group.end()
+
+
 def test_the_doctor_names_nodes_that_a_start_would_leave_out() -> None:
     measured = {"nodes": [{"host": "n1", "faults": []}, {"host": "n2", "faults": ["the fan is dead"]}]}
     (finding,) = verdict.check_health(measured)
