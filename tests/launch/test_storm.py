@@ -16,7 +16,7 @@ from launch.runs.folder import RunFolder
 from launch.storm import processes, verdict
 from launch.storm.faults import require_own
 from launch.storm.schedule import DISK, KINDS, SANDBOX, SLURM, choose_kinds, make_schedule
-from tests.support.commands import ROOT, run
+from tests.support.commands import ROOT, run, start_fork
 from tests.support.scripts import LOCAL
 
 LOCAL_KINDS = [kind.name for kind in KINDS.values() if not kind.needs]
@@ -25,14 +25,17 @@ PROGRAM = ROOT / "tests" / "support" / "checkpointing.py"
 
 def words(steps: int, step_s: float) -> list[str]:
     program = [f"script.path={PROGRAM}", f"script.args='{steps} 20 {step_s}'", "script.resumes=true", "nodes=2"]
-    timeouts = ["resilience.heartbeat_timeout_s=5", "resilience.node_timeout_s=30"]
+    timeouts = ["resilience.heartbeat_timeout_s=5", "resilience.node_timeout_s=10"]
     return [*LOCAL, *program, *timeouts, f"script.env.PYTHONPATH={ROOT}", "launch.poll_s=0.5"]
 
 
 def test_a_run_under_a_storm_ends_as_a_quiet_one(tmp_path: Path) -> None:
     out = tmp_path / "drill"
     options = ["--faults", str(len(LOCAL_KINDS)), "--seed", "3", "--output", str(out), "--most-steps", "10"]
-    text = run("launch.storm", *options, *words(3000, 0.004), cwd=tmp_path)
+    log = tmp_path / "log"
+    drill = start_fork("launch.storm", *options, *words(3000, 0.004), cwd=tmp_path, log=log)
+    assert drill.wait(timeout=900) == 0, log.read_text()  # a dozen starts of a run, one after another
+    text = log.read_text()
     found = json.loads((out / "verdict.json").read_text())
     assert found["passed"] and found["wrong"] == [] and "passed: as the quiet run, bit for bit" in text
     assert sorted(fault["kind"] for fault in found["faults"]) == sorted(LOCAL_KINDS)
