@@ -25,6 +25,7 @@ with lasting_imports():
     import torch
 
     from gpt.checkpoint import CheckpointStore
+    from gpt.checkpoint.writer import Writer, open_writer
     from gpt.config import TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import Samples
@@ -50,7 +51,8 @@ with lasting_imports():
     from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
     from gpt.training.rollback import go_back, judge_step
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
-    from gpt.training.state import load, save
+    from gpt.training.saving import Saving
+    from gpt.training.state import load
     from gpt.training.step import QueuedStep, Requests, queue_step
     from gpt.training.timeouts import StepTimeouts
     from launch import worker
@@ -64,7 +66,14 @@ with lasting_imports():
     from launch.runs.unwritten import say
 
 
-def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, rank: worker.Run) -> Run:
+def build(
+    config: TrainConfig,
+    folder: RunFolder,
+    world: World,
+    attempt: int,
+    rank: worker.Run,
+    writer: Writer | None = None,
+) -> Run:
     """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
     set_matmul_precision(config)
@@ -97,8 +106,17 @@ def build(config: TrainConfig, folder: RunFolder, world: World, attempt: int, ra
         tokens=tokens,
         samples=samples,
         batches=BatchPrefetcher(samples, batch, dims.data_rank(world.rank), config.optim.max_steps, world.device),
-        store=CheckpointStore(folder.checkpoints, kept.keep_last, kept.keep_every, world.control, engine.files),
         guard=DivergenceGuard(config.divergence),
+        store=CheckpointStore(
+            folder.checkpoints,
+            kept.keep_last,
+            kept.keep_every,
+            world.control,
+            engine.files,
+            keep_best=kept.keep_best,
+            writer=writer,
+            give_up_after_s=60 * kept.give_up_after_min,
+        ),
         worker=rank,
         initialised_from=initialised_from,
     )
@@ -143,9 +161,11 @@ def do_steps(
     phase = Phase.starting  # the first step may compile
     timeouts = StepTimeouts(run.world, config.parallel)
     replicas = ReplicaGuard(run)
+    saving = Saving(run)
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
-        step = queue_step(run, gradients if due(run.step + 1, config.logging.gradients_interval) else None, phase)
+        measured = gradients if due(run.step + 1, config.logging.gradients_interval) else None
+        step = queue_step(run, measured, phase, saving.ballot())
         phase = Phase.training
         collect(run.step)  # while the device works
         if queued is not None:  # read only now, so that the device is never idle between two steps
@@ -155,6 +175,7 @@ def do_steps(
             writers.write(record)
             if bad is not None:
                 left = step.requests_of_all() | (Requests() if unasked is None else unasked.requests_of_all())
+                saving.settle()
                 go_back(run, writers, bad)
                 queued, unasked, clock = None, None, time.perf_counter()
                 continue
@@ -162,11 +183,13 @@ def do_steps(
         left = Requests()
         if unasked is not None:
             asked |= unasked.requests_of_all()
+            saving.hear(unasked.ballot, unasked.ballots_of_all())
         queued = unasked = step
         last = run.step == config.optim.max_steps
         evaluates = last or due(run.step, config.eval.interval)
         compares = due(run.step, config.divergence.replica_check_interval)
-        pauses = evaluates or compares or bool(asked) or due(run.step, config.checkpoint.interval)
+        saves = last or bool(asked) or saving.is_due(run.step)
+        pauses = evaluates or compares or saves
         if not (pauses or profile.due(run.step)):
             continue
         record, clock = step.finish(clock)
@@ -175,24 +198,27 @@ def do_steps(
         bad = judge_step(run, record) or (run.guard.judge_end() if last else None)
         if pauses:
             asked |= step.requests_of_all()
+            saving.hear(step.ballot, step.ballots_of_all())
             unasked = None
         if evaluates and bad is None:
             bad = evaluate(run, record)
         if bad is not None:  # the weights may have become worthless, and are not saved
             writers.write(record)
+            saving.settle()
             go_back(run, writers, bad)
             left, clock = asked, time.perf_counter()
             continue
-        saves = run.guard.may_save and (last or asked or due(run.step, config.checkpoint.interval))
+        saves = run.guard.may_save and (saves or bool(asked))
         if saves or compares:
             replicas.check()
         if saves:
             writers.keep(record)
-            record.checkpoint_s = save(run)
+            record.checkpoint_s = saving.save(record.val_loss, is_last=last, is_stop=asked.stop)
         writers.write(record)
         profile.after(run.step)
         clock = time.perf_counter()
         if asked.stop and not last:
+            saving.settle()
             return "stopped"
     return "finished"
 
@@ -229,13 +255,17 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
     """Train with the other ranks of the environment. A failure is written to the event log before it is raised."""
     config = request.config
     set_determinism(config)
-    with open_world(config.device, config.parallel.timeout_s) as world, prefer_fast_kernels(world.device):
+    with (
+        open_writer(config.checkpoint.asynchronous) as writer,  # forked off while there are no devices, and few threads
+        open_world(config.device, config.parallel.timeout_s) as world,
+        prefer_fast_kernels(world.device),
+    ):
         folder = agree_on_folder(request, world)
         attempt = open_attempt(folder, world, rank)
         run: Run | None = None
         try:
             world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
-            run = build(config, folder, world, attempt, rank)
+            run = build(config, folder, world, attempt, rank, writer)
             describe_attempt(run)
             if run.step >= run.config.optim.max_steps:
                 if world.is_first:

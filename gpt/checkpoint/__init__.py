@@ -1,7 +1,8 @@
 """Checkpoints: saved whole or not at all, verified before they are believed, loadable on any number of ranks.
 
 ``manifest`` lists the files of a checkpoint, ``folders`` names, commits and deletes its folder, ``collective`` has all
-ranks succeed or fail together, ``formats`` and ``deepspeed_files`` write and read the state, and ``store`` joins these.
+ranks succeed or fail together, ``formats`` and ``deepspeed_files`` say what is written and read, ``saving`` has each
+rank's ``writer`` do the ``jobs`` of a save, and ``store`` joins these.
 Must not know the model, the loop or the launcher.
 """
 

@@ -35,7 +35,7 @@ def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -
     try:
         outcome = messages.encode((action(), None))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
-        outcome, cause = messages.encode((None, _explain(error))), error
+        outcome, cause = messages.encode((None, explain(error))), error
     outcomes = [messages.decode(message) for message in messages.gather_bytes(outcome, group)]
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
@@ -50,7 +50,7 @@ def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) 
     return results[0]  # type: ignore[return-value]
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """Format an error as one line, with its traceback below."""
     cause = error
     # DCP wraps the errors of all ranks; the first one's own line says more than the wrapper's.

@@ -13,6 +13,7 @@ Must not know what is in the folders, beyond the manifest.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 import shutil
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 COMMITTED = re.compile(r"step_(\d{8,})")
 SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
+VALIDATION_LOSS = "val_loss"
+"""Key in a manifest's ``meta`` of the loss that was measured in the step of the save."""
 LEFT_OVER = re.compile(r"\.(saving|deleting|converting)_step_\d{8,}_[0-9a-f]{8}")
 
 
@@ -49,20 +52,30 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def begin(folder: Path, step: int) -> Path:
-    """Make an empty folder to write a checkpoint into, after removing what killed saves left behind.
+def temporary_for(folder: Path, step: int, token: str) -> Path:
+    """Name the folder that a checkpoint is written into; all its writers know the ``token``, 8 hexadecimal digits."""
+    return folder / f".saving_{final_for(folder, step).name}_{token}"
+
+
+def begin(temporary: Path, step: int) -> None:
+    """Make the folder to write a checkpoint into, after removing what killed saves left behind.
 
     Raises:
         FileExistsError: the step has its checkpoint already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    final = _final(folder, step)
-    if (final / manifest.NAME).is_file():
+    folder = temporary.parent
+    sweep(folder, keep=temporary)
+    final = final_for(folder, step)
+    if is_committed(folder, step):
         raise FileExistsError(f"{final} is there already; a step is saved once")
     if final.exists():
         set_aside(final, f"{manifest.NAME} is missing")
-    return _temporary(folder, "saving", final.name)
+    temporary.mkdir(parents=True, exist_ok=True)  # writers of other ranks may have begun
+
+
+def is_committed(folder: Path, step: int) -> bool:
+    """Tell whether a step has its checkpoint."""
+    return (final_for(folder, step) / manifest.NAME).is_file()
 
 
 def begin_conversion(path: Path) -> Path:
@@ -72,9 +85,12 @@ def begin_conversion(path: Path) -> Path:
 
 def commit(temporary: Path, step: int) -> Path:
     """Give a finished folder, manifest included, its final name; returns it."""
-    final = _final(temporary.parent, step)
+    final = final_for(temporary.parent, step)
     temporary.rename(final)
-    manifest.sync_folder(final.parent)
+    try:
+        manifest.sync_folder(final.parent)
+    except OSError as error:  # it is there all the same, and a second try would find that the step has its checkpoint
+        log.warning("%s may not outlive a power cut: %s", final, error)
     return final
 
 
@@ -91,12 +107,23 @@ def set_aside(path: Path, why: str) -> None:
     log.warning("checkpoint %s is damaged (%s): set aside as %s", path, why, name)
 
 
-def retire(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all checkpoints but the newest ``keep_last`` and those at multiples of ``keep_every`` (0: none)."""
-    for step in steps(folder)[:-keep_last]:
-        if keep_every and step % keep_every == 0:
+def retire(folder: Path, keep_last: int, keep_every: int, keep_best: int = 0) -> None:
+    """Delete all checkpoints but those that are kept.
+
+    Args:
+        folder: folder of the checkpoints.
+        keep_last: number of the newest to keep.
+        keep_every: steps that are multiples of this are kept for good; 0 keeps none.
+        keep_best: number of those to keep whose validation loss is the lowest.
+    """
+    saved = steps(folder)
+    kept = {*saved[-keep_last:], *(step for step in saved if keep_every and step % keep_every == 0)}
+    if keep_best:
+        kept |= set(_best(folder, saved, keep_best))
+    for step in saved:
+        if step in kept:
             continue
-        final = _final(folder, step)
+        final = final_for(folder, step)
         doomed = folder / f".deleting_{final.name}_{secrets.token_hex(4)}"
         try:
             final.rename(doomed)  # first the name goes: a half-deleted folder is never taken for a checkpoint
@@ -115,10 +142,23 @@ def discard_after(folder: Path, step: int) -> None:
             remove(doomed)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary folders that killed saves, deletions and conversions left behind."""
+def _best(folder: Path, saved: list[int], number: int) -> list[int]:
+    """Return the steps with the lowest validation loss, of those that were evaluated; of equal ones the newest."""
+    losses = []
+    for step in saved:
+        try:
+            loss = manifest.read_manifest(final_for(folder, step)).meta.get(VALIDATION_LOSS)
+        except (manifest.DamagedError, OSError, RuntimeError):
+            continue  # no load takes it either
+        if isinstance(loss, float) and math.isfinite(loss):
+            losses.append((loss, -step))
+    return [-step for _, step in sorted(losses)[:number]]
+
+
+def sweep(folder: Path, keep: Path | None = None) -> None:
+    """Remove the temporary folders that killed saves, deletions and conversions left behind, but for ``keep``."""
     for path in _entries(folder):
-        if LEFT_OVER.fullmatch(path.name):
+        if LEFT_OVER.fullmatch(path.name) and path != keep:
             remove(path)
 
 
@@ -139,7 +179,8 @@ def _temporary(folder: Path, what: str, name: str) -> Path:
     return temporary
 
 
-def _final(folder: Path, step: int) -> Path:
+def final_for(folder: Path, step: int) -> Path:
+    """Name the folder of a checkpoint that is complete."""
     return folder / f"step_{step:08d}"
 
 

@@ -1,14 +1,11 @@
 """Collective saving and loading of a run's state, in one folder for each step.
 
-Owns the protocol: a format writes the state (``formats``); each rank adds a small file for its own state; each rank
-sums its own files and rank 0 writes the manifest; everything is synced to disk, and one rename commits. Must not know
-what the state means, nor when to save.
+Owns loading, and what is kept: the newest checkpoint that is whole is found, checked by all ranks together, and read.
+Saving is by ``saving``. Must not know what the state means, nor when to save.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +13,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.formats import Format, TensorFiles
-from gpt.checkpoint.manifest import (
-    DamagedError,
-    FileSum,
-    Manifest,
-    find_damage,
-    read_manifest,
-    sum_file,
-    write_manifest,
-)
+from gpt.checkpoint.jobs import Retention
+from gpt.checkpoint.manifest import DamagedError, Manifest, find_damage, read_manifest
+from gpt.checkpoint.saving import OutdatedAttemptError, Saved, Saves, rank_file
+from gpt.checkpoint.writer import InlineWriter, Writer
 from launch.errors import ConfigError
-from launch.runs.unwritten import NO_ROOM
 
-PROBE_BYTES = 1 << 16
+__all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAttemptError"]
 
 
-class OutdatedAttemptError(CheckpointError):
-    """Refusal of a save by an attempt that no longer owns the run; nothing was committed."""
+def always() -> bool:
+    """Allow every commit."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,9 @@ class CheckpointStore:
         keep_every: steps that are multiples of this are kept for good; 0 keeps none.
         group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
         fmt: format of the state on disk; by default whole tensors.
+        keep_best: number of checkpoints to keep whose validation loss is the lowest.
+        writer: who writes this rank's part; by default this process, at once.
+        give_up_after_s: seconds from the first failed write after which another one is raised; 0 raises the first.
     """
 
     def __init__(
@@ -71,13 +65,17 @@ class CheckpointStore:
         keep_every: int,
         group: dist.ProcessGroup | None = None,
         fmt: Format | None = None,
+        *,
+        keep_best: int = 0,
+        writer: Writer | None = None,
+        give_up_after_s: float = 0.0,
     ) -> None:
-        assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)
+        assert keep_last >= 1 and keep_every >= 0 and keep_best >= 0, (keep_last, keep_every, keep_best)
         self.format: Format = fmt or TensorFiles()
         self.folder = folder
-        self.keep_last = keep_last
-        self.keep_every = keep_every
         self.group = group
+        keeps = Retention(keep_last, keep_every, keep_best)
+        self.saves = Saves(folder, keeps, group, self.format, writer or InlineWriter(), give_up_after_s)
 
     def steps(self) -> list[int]:
         """List the steps that have a checkpoint, ascending."""
@@ -89,37 +87,27 @@ class CheckpointStore:
         state: Any,
         rank_state: dict[str, Any],
         meta: dict[str, Any],
-        may_commit: Callable[[], bool] = lambda: True,
+        may_commit: Callable[[], bool] = always,
     ) -> Path:
-        """Write the checkpoint of a step, then delete those that are no longer kept.
+        """Write the checkpoint of a step and wait for it; those that are no longer kept are deleted.
 
         Args:
+            step: number of the step; it has no checkpoint yet.
             state: what the format takes; by default tensors and DTensors in nested dicts, as get_state_dict of
                 torch.distributed.checkpoint gives them.
             rank_state: this rank's own, tensors and plain Python values.
             meta: plain JSON; rank 0's is kept.
-            may_commit: called on rank 0 just before the commit; False commits nothing.
+            may_commit: called on rank 0 just before the commit; False commits nothing. Picklable, for a writer process.
 
         Raises:
             CheckpointError: it failed on some rank; on every rank. Nothing is committed, earlier ones are untouched.
             ConfigError: it failed for want of room, or of a disk that works; on every rank.
             OutdatedAttemptError: ``may_commit`` said no; on every rank.
         """
-        temporary = run_on_first_rank(lambda: folders.begin(self.folder, step), self.group)
-        try:
-            sums = run_on_all_ranks(lambda: self._write(temporary, step, state, rank_state), self.group)
-            files = {name: entry for own in sums for name, entry in sorted(own.items())}
-            manifest = Manifest(step, len(sums), time.time(), meta, files, self.format.describe())
-            path = run_on_first_rank(lambda: _commit(temporary, manifest, may_commit), self.group)
-            if path is None:
-                raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
-        except CheckpointError as error:
-            # A full disk is a likely cause, so the room is given back at once. All ranks have stopped writing.
-            if dist.get_rank(self.group) == 0:
-                folders.remove(temporary)
-            raise self._no_room(step, str(error)) or error from None
-        run_on_first_rank(lambda: folders.retire(self.folder, self.keep_last, self.keep_every), self.group)
-        return path
+        self.saves.start(step, state, rank_state, meta, may_commit)
+        while not isinstance(found := self.saves.finish(), Saved):
+            assert found is not None
+        return found.path
 
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints of steps after ``step``, to which the run goes back."""
@@ -153,35 +141,6 @@ class CheckpointStore:
                 "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
             )
         return None
-
-    def _write(self, folder: Path, step: int, state: Any, rank_state: dict[str, Any]) -> dict[str, FileSum]:
-        """Write this rank's part of the state and its own state; returns size and checksum of every file it wrote."""
-        try:
-            files = self.format.write(folder, step, state, self.group)
-        except (Exception, CheckpointException):
-            probe(folder, dist.get_rank(self.group))  # torch's writer says "unexpected pos" where a disk is full
-            raise
-        path = folder / _rank_file(dist.get_rank(self.group))
-        with path.open("w+b") as file:
-            torch.save(rank_state, file)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            torch.load(file, weights_only=True)  # a state that could not be loaded later fails now
-        return {file.relative_to(folder).as_posix(): sum_file(file) for file in (path, *files)}
-
-    def _no_room(self, step: int, failure: str) -> ConfigError | None:
-        """Return the refusal for a save that failed for want of room; None where it failed for another reason."""
-        why = next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in failure.splitlines()[0]), None)
-        if why is None:
-            return None
-        before = max(self.steps(), default=None)
-        return ConfigError(
-            f"the checkpoint of step {step} cannot be written into {self.folder}: {why}",
-            f"room for {self.keep_last + 1} checkpoints (checkpoint.keep_last={self.keep_last}, and the new one)",
-            f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same command, "
-            f"which {'begins anew' if before is None else f'goes on from step {before}'}",
-        )
 
     def _verify(self, path: Path) -> Manifest:
         """Check every file of a checkpoint, split over the ranks; raises DamagedError on all ranks or on none."""
@@ -217,7 +176,7 @@ class CheckpointStore:
             ) from error
         rank_state: list[dict[str, Any]] = []
         if manifest.world_size == dist.get_world_size(self.group):
-            own = path / _rank_file(dist.get_rank(self.group))
+            own = path / rank_file(dist.get_rank(self.group))
             # Through a list: what an action returns is sent to all ranks.
             run_on_all_ranks(
                 lambda: rank_state.append(torch.load(own, map_location="cpu", weights_only=True)), self.group
@@ -225,26 +184,6 @@ class CheckpointStore:
         return LoadedCheckpoint(
             manifest.step, manifest.meta, manifest.world_size, rank_state[0] if rank_state else None, tuple(damaged)
         )
-
-
-def probe(folder: Path, rank: int) -> None:
-    """Raise the OSError of a filesystem that does not take another block."""
-    path = folder / f".probe_{rank:05d}"
-    with path.open("wb") as file:
-        file.write(bytes(PROBE_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-    path.unlink()
-
-
-def _commit(temporary: Path, manifest: Manifest, may_commit: Callable[[], bool]) -> Path | None:
-    """Write the manifest and rename the folder; None where the attempt is outdated. On rank 0, after all writes."""
-    for name, entry in manifest.files.items():
-        path = temporary / name
-        if not path.is_file() or path.stat().st_size != entry.size:
-            raise FileNotFoundError(f"{path}, written by another rank, is not seen by rank 0: is the folder shared?")
-    write_manifest(temporary, manifest)
-    return folders.commit(temporary, manifest.step) if may_commit() else None
 
 
 def _manifest_or_damage(path: Path) -> tuple[Manifest | None, str]:
@@ -256,7 +195,3 @@ def _manifest_or_damage(path: Path) -> tuple[Manifest | None, str]:
     if manifest.step != folders.step_of(path):
         return None, f"the manifest is of step {manifest.step}"
     return manifest, ""
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"

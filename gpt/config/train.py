@@ -11,6 +11,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from gpt.config import model_rules
+from gpt.config.checkpoint import CheckpointConfig
 from gpt.config.data import DataConfig
 from gpt.config.divergence import DivergenceConfig
 from gpt.config.model import ModelConfig
@@ -35,24 +36,6 @@ class EvalConfig:
         """Raise ConfigError where a number is out of its range."""
         require_range("eval.interval", self.interval, 0, float("inf"))
         require_positive("eval.sequences", self.sequences)
-
-
-@dataclass
-class CheckpointConfig:
-    """Schedule of the checkpoints, and their deletion."""
-
-    interval: int = MISSING
-    """Steps between checkpoints; 0 saves at the end and when interrupted only."""
-    keep_last: int = MISSING
-    """Number of the newest checkpoints to keep."""
-    keep_every: int = 0
-    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none for good."""
-
-    def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
-        require_range("checkpoint.interval", self.interval, 0, float("inf"))
-        require_positive("checkpoint.keep_last", self.keep_last)
-        require_range("checkpoint.keep_every", self.keep_every, 0, float("inf"))
 
 
 @dataclass

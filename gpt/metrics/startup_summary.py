@@ -105,7 +105,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     steps = f"{record['from_step']} done of {optim.max_steps:,}" if record["from_step"] else f"{optim.max_steps:,}"
     count = record["accumulation"]
     per_rank = f"{count} {'micro-batch' if count == 1 else 'micro-batches'} of {record['micro_batch']}"
-    saves = f"every {config.checkpoint.interval} steps" if config.checkpoint.interval else "at the end"
+    saves = str(config.checkpoint.every())
     evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
     execution = [
         f"{config.precision.name}{' in TF32' if config.tf32 else ''}",

@@ -8,24 +8,45 @@ The files themselves are ``gpt.checkpoint``'s.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
-from gpt.checkpoint import LoadedCheckpoint
+from gpt.checkpoint import CheckpointError, LoadedCheckpoint
+from gpt.checkpoint.folders import VALIDATION_LOSS
+from gpt.checkpoint.saving import FailedWrite
 from gpt.data.order import PassedOver
 from gpt.parallel.distributed import World
 from gpt.training.divergence import last_rollback
 from gpt.training.run import Run
 from launch.errors import ConfigError
 from launch.runs import compose
+from launch.runs.folder import is_newest_attempt
 from launch.runs.heartbeat import Phase
 
 
 def save(run: Run) -> float:
-    """Write a checkpoint of the step just done. Returns the seconds it held up training."""
-    run.worker.phase(Phase.saving, run.step)
+    """Write a checkpoint of the step just done, and wait for it. Returns the seconds that took."""
     started = time.perf_counter()
+    begin_save(run, None)
+    found = run.store.saves.finish()
+    if isinstance(found, FailedWrite):
+        run.store.saves.give_up()
+        raise CheckpointError(found.cause)
+    seconds = time.perf_counter() - started
+    run.worker.saved(run.step, seconds)
+    return seconds
+
+
+def begin_save(run: Run, val_loss: float | None) -> None:
+    """Take over the state after the step just done, and begin to write it.
+
+    Args:
+        run: the run, none of whose saves is in flight, unless it is failing.
+        val_loss: validation loss of the step, nats per token, where it was evaluated.
+    """
+    run.worker.phase(Phase.saving, run.step)
     meta = {
         "attempt": run.attempt,
         "samples": run.step * run.batch.global_batch,
@@ -37,10 +58,11 @@ def save(run: Run) -> float:
     meta |= divergence_state(run)
     if run.engine.loss_scale is not None:
         meta["loss_scale"] = run.engine.loss_scale.state()
-    run.store.save(run.step, run.engine.state(), rng_state(run.world), meta, run.worker.is_current)
-    seconds = time.perf_counter() - started
-    run.worker.saved(run.step, seconds)
-    return seconds
+    if val_loss is not None:
+        meta[VALIDATION_LOSS] = val_loss
+    # The fence goes to the writer's process, and so without the run.
+    may_commit = partial(is_newest_attempt, run.folder, run.attempt)
+    run.store.saves.start(run.step, run.engine.state(), rng_state(run.world), meta, may_commit)
 
 
 def load(run: Run) -> None:

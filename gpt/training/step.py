@@ -22,6 +22,7 @@ from gpt.metrics.environment import memory_gib
 from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
+from gpt.training.ballot import NO_BALLOT, Ballot
 from gpt.training.gradient_stats import Gradients
 from gpt.training.phases import Phases
 from gpt.training.run import Run
@@ -78,6 +79,8 @@ class QueuedStep:
     """Tokens of the global batch."""
     with_requests: bool
     """True where the figures tell of the requests as well, summed over the ranks."""
+    ballot: Ballot
+    """What this rank tells of saves; the figures hold the sums over the ranks, behind the requests."""
     with_experts: bool
     """True where the figures tell of the experts' imbalance."""
     with_loss_scale: bool
@@ -90,7 +93,7 @@ class QueuedStep:
         Where loss or gradients were not finite on some rank, the step was skipped on all, and they are None.
         """
         (grad_norm, loss_sum, unsound, *sums), ended = self.figures.read()
-        sums = sums[2:] if self.with_requests else sums
+        sums = sums[2 * self.with_requests + len(self.ballot.figures) :]
         record = self.record
         self.phases.fill_in(record)
         if self.with_loss_scale:
@@ -114,8 +117,16 @@ class QueuedStep:
         (_, _, _, stop, save, *_), _ = self.figures.read()
         return Requests(stop > 0, save > 0)
 
+    def ballots_of_all(self) -> list[float]:
+        """Wait for the step; the ballots of all ranks, summed."""
+        if not self.ballot.figures:
+            return []
+        (_, _, _, *sums), _ = self.figures.read()
+        first = 2 * self.with_requests
+        return sums[first : first + len(self.ballot.figures)]
 
-def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedStep:
+
+def queue_step(run: Run, gradients: Gradients | None, phase: Phase, ballot: Ballot = NO_BALLOT) -> QueuedStep:
     """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given."""
     config, world, engine = run.config, run.world, run.engine
     step = run.step + 1
@@ -131,12 +142,13 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     run.worker.phase(phase, step - 1)  # being asked looked like training, which is allowed less silence than a start
     # Under torchrun alone nobody but the ranks can agree. As fills, since a tensor of the host would be waited for.
     told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
+    votes = [loss_sum.new_full((1,), figure) for figure in ballot.figures]
     # Before the update, so that all ranks skip it or none, also where one replica alone has computed something else;
     # and on the device, so that none waits for it.
     norm = engine.clip()
     unsound = loss_sum.new_zeros(()) if norm is None else norm.isfinite().logical_not().to(loss_sum)
     phases.mark("clipped")
-    sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *measured]))
+    sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *votes, *measured]))
     phases.mark("summed")
     skip = sums[0].isfinite().logical_not() | (sums[1] > 0)
     own_norm = engine.update(lr, skip)
@@ -161,7 +173,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase) -> QueuedSte
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     uneven = [] if imbalance is None else [imbalance[None]]
     numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], sums, *uneven, *scale]))
-    parts = bool(told), bool(uneven), bool(scale)
+    parts = bool(told), ballot, bool(uneven), bool(scale)
     return QueuedStep(record, requests, gradients, numbers, tokens, *parts, phases)
 
 

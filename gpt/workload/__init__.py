@@ -78,8 +78,6 @@ class GptWorkload:
         needed = memory.per_rank(config, dims, batch)
         refuse_what_does_not_fit(config, needed, request)
         counted = parameters.count(config.model)
-        interval = config.checkpoint.interval
-        often = interval // 2 if interval else config.optim.max_steps // 10
         step = estimated_step(config, dims, batch, request)
         step_s = None if step is None else step.step_s
         return WorkloadPlan(
@@ -97,8 +95,8 @@ class GptWorkload:
             checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,
             step_kind=step_kind(config, dims, batch),
             step_s=None if on_cpus(config, request) else step_s,  # the model assumes one rate for all CPUs
-            saves=f"checkpoint.interval={interval}",
-            saves_more_often=f"checkpoint.interval={max(1, often)}",
+            saves=f"checkpoint.interval={config.checkpoint.interval}",
+            saves_more_often=f"checkpoint.interval={saves_more_often(config)}",
             checkpoints_kept=config.checkpoint.keep_last + 1,
             uses_cpus=on_cpus(config, request),
         )
@@ -135,3 +133,11 @@ class GptWorkload:
     def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
         """Yield the checkpoints of a run, newest first."""
         return saved_checkpoints(folder.checkpoints)
+
+
+def saves_more_often(config: TrainConfig) -> str:
+    """Return a ``checkpoint.interval`` of half the length."""
+    every = config.checkpoint.every()
+    if every.minutes is not None:
+        return f"{every.minutes / 2:g}min"
+    return str(max(1, every.steps // 2 if every.steps else config.optim.max_steps // 10))

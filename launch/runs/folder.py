@@ -125,3 +125,8 @@ class RunFolder:
 def is_event(value: dict[str, Any]) -> bool:
     """Tell an event from a line that something else has left in the event log."""
     return isinstance(value.get("event"), str) and isinstance(value.get("time"), int | float)
+
+
+def is_newest_attempt(folder: RunFolder, attempt: int) -> bool:
+    """Tell whether no later attempt of a run than ``attempt`` has begun. Asks the filesystem."""
+    return max(folder.attempts(), default=0) <= attempt

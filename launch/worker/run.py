@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, is_newest_attempt
 from launch.runs.heartbeat import FROM_FILE, HeartbeatFile, Phase, Request
 from launch.runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
 from launch.runs.unwritten import keep_unwritten, say, write_unwritten
@@ -182,7 +182,7 @@ class Run:
 
     def is_current(self) -> bool:
         """Tell whether this is still the newest attempt. Asks the filesystem; worth it right before a commit."""
-        return self._runs is None or max(self._runs.attempts(), default=0) <= self.attempt
+        return self._runs is None or is_newest_attempt(self._runs, self.attempt)
 
     # What happened. Rank 0 writes it down.
 

@@ -111,7 +111,7 @@ def die_while_tensors_are_written() -> Any:
 
 
 def die_before_the_manifest() -> Any:
-    return mock.patch("gpt.checkpoint.store.write_manifest", die)
+    return mock.patch("gpt.checkpoint.jobs.write_manifest", die)
 
 
 def die_in_the_manifest() -> Any:
@@ -153,6 +153,7 @@ def load_and_save(rank: int, world_size: int, folders: list[Path]) -> list[tuple
         after_load = sorted(path.name for path in folder.iterdir())
         dist.barrier()
         store.save(3, state, {}, {})
+        dist.barrier()  # rank 0 has deleted before it gets here
         found.append((loaded.step, after_load, sorted(path.name for path in folder.iterdir())))
     return found
 

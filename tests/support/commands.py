@@ -186,5 +186,5 @@ def ranks_of(pids: Sequence[int]) -> dict[int, int]:
             continue
         rank = [v for v in variables if v.startswith(b"RANK=")]
         if b"gpt.train" in words and rank:
-            ranks[int(rank[0].split(b"=")[1])] = pid
+            ranks.setdefault(int(rank[0].split(b"=")[1]), pid)  # parents come first, and a rank forks its writer
     return ranks

@@ -6,7 +6,7 @@ from another strategy, each rank takes its shards of whole tensors (gpt/checkpoi
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils._pytree import tree_map_only
 
 from gpt.checkpoint.collective import run_on_all_ranks
 from gpt.checkpoint.deepspeed_files import LOOSE_FILES, MODEL_FILE, deepspeed_tag, open_as_tensors
-from gpt.checkpoint.manifest import DEEPSPEED, Manifest, sync_folder
+from gpt.checkpoint.manifest import DEEPSPEED, Manifest
+from gpt.checkpoint.part import Part
 
 if TYPE_CHECKING:
     from gpt.parallel.deepspeed.engine import ZeroEngine
@@ -38,15 +40,20 @@ class ZeroFiles:
     def describe(self) -> dict[str, Any]:
         return {"kind": DEEPSPEED, **self.settings}
 
-    def write(self, folder: Path, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> list[Path]:
-        writer = Writer()
-        state.ds.checkpoint_engine.save = writer.save
-        state.ds.save_checkpoint(str(folder), deepspeed_tag(step))
-        tensor_info = state.tensor_info()
-        if dist.get_rank(group) == 0:
-            writer.save(tensor_info, str(folder / MODEL_FILE))
-            writer.paths += [path for name in LOOSE_FILES if (path := folder / name).exists()]
-        return writer.finish()
+    def collect(self, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> Part:
+        # DeepSpeed goes through its files in an order with barriers, here without one file in the run folder: what it
+        # would write is taken instead, and what it writes by itself goes to a folder of this node.
+        with tempfile.TemporaryDirectory(prefix="deepspeed_") as scratch:
+            collector = Collector(Path(scratch))
+            state.ds.checkpoint_engine.save = collector.save
+            state.ds.save_checkpoint(scratch, deepspeed_tag(step))
+            tensor_info = state.tensor_info()
+            if dist.get_rank(group) == 0:
+                collector.files[MODEL_FILE] = tensor_info
+                for name in LOOSE_FILES:
+                    if (path := Path(scratch) / name).exists():
+                        collector.files[name] = path.read_bytes()
+        return Part(dist.get_rank(group), files=collector.files)
 
     def read(self, folder: Path, saved: Manifest, state: ZeroEngine, group: dist.ProcessGroup | None) -> None:
         if saved.contents == self.describe() and saved.world_size == dist.get_world_size(group):
@@ -62,35 +69,18 @@ class ZeroFiles:
             state.shards.update_from_masters()
 
 
-class Writer:
-    """Writer of DeepSpeed's files, which are synced to disk and listed.
+class Collector:
+    """Collector of what DeepSpeed would write under ``folder``."""
 
-    DeepSpeed's ranks wait for each other between their files, so a failure is raised only after all of them.
-    """
-
-    def __init__(self) -> None:
-        self.paths: list[Path] = []
-        self._failure: Exception | None = None
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Any] = {}
+        self._folder = folder
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, as DeepSpeed's checkpoint engine does."""
-        try:
-            with Path(path).open("wb") as file:
-                torch.save(state_dict, file)
-        except Exception as error:
-            self._failure = self._failure or error
-        self.paths.append(Path(path))
-
-    def finish(self) -> list[Path]:
-        """Sync the files to disk and list them; raise what failed."""
-        if self._failure is not None:
-            raise self._failure
-        for path in self.paths:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        for parent in {path.parent for path in self.paths}:
-            sync_folder(parent)
-        return self.paths
+        """Take the content of one file, as DeepSpeed's checkpoint engine does to write it."""
+        # As tensors of their own: DeepSpeed may take the memory of its parameters away again before they are copied.
+        taken = tree_map_only(Tensor, Tensor.detach, state_dict)
+        self.files[Path(path).relative_to(self._folder).as_posix()] = taken
 
 
 class Reader:

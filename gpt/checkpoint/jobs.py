@@ -1,0 +1,128 @@
+"""Steps of a save that touch the disk, each by one process and at its own time: write, commit, clean up, delete.
+
+Owns the order of what happens in the folder of a checkpoint. A job is made by the rank and done by its writer, in the
+background or at once. Must not know how the ranks agree on when which job is due.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpt.checkpoint import folders
+from gpt.checkpoint.manifest import Manifest, write_manifest
+from gpt.checkpoint.part import Part, Report, report_name, write_index, write_part
+from gpt.checkpoint.plans import WritePlan
+from gpt.checkpoint.staging import SharedMemory, StagedPart
+
+
+@dataclass
+class Memory:
+    """What a writer holds between jobs: the memory that parts are staged in, and the newest plan."""
+
+    staged: SharedMemory | None = None
+    plan: WritePlan | None = None
+
+
+class Job(Protocol):
+    """Interface of a job; picklable where it is done by another process."""
+
+    def run(self, memory: Memory) -> Any:
+        """Do the job."""
+        ...
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Checkpoints that are kept."""
+
+    last: int
+    """Number of the newest."""
+    every: int = 0
+    """Steps that are multiples of this are kept for good; 0 keeps none."""
+    best: int = 0
+    """Number of those with the lowest validation loss, as far as it was measured in the step of the save."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """Write the part of one rank into a temporary folder."""
+
+    temporary: Path
+    step: int
+    part: Part | StagedPart
+    is_first: bool
+
+    def run(self, memory: Memory) -> None:
+        """Make the folder, after what killed saves have left is gone, and write."""
+        if self.is_first:
+            folders.begin(self.temporary, self.step)
+        else:
+            self.temporary.mkdir(parents=True, exist_ok=True)
+        part = self.part
+        if isinstance(part, StagedPart):
+            assert memory.staged is not None
+            part = part.load(memory.staged, memory.plan)
+        write_part(part, self.temporary)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Give a folder that all ranks have written its index, its manifest and its name; on rank 0."""
+
+    temporary: Path
+    step: int
+    world_size: int
+    meta: dict[str, Any]
+    contents: dict[str, Any]
+    may_commit: Callable[[], bool]
+
+    def run(self, memory: Memory) -> Path | None:
+        """Return the committed folder; None where the attempt is outdated."""
+        reports = [Report.decode((self.temporary / report_name(rank)).read_bytes()) for rank in range(self.world_size)]
+        files = {name: entry for report in reports for name, entry in sorted(report.files.items())}
+        for name, entry in files.items():
+            path = self.temporary / name
+            if not path.is_file() or path.stat().st_size != entry.size:
+                raise FileNotFoundError(
+                    f"{path}, written by another rank, is not seen by rank 0: is the folder shared?"
+                )
+        if memory.plan is not None and memory.plan.metadata is not None and any(report.items for report in reports):
+            files |= write_index(memory.plan.metadata, [report.items for report in reports], self.temporary)
+        for rank in range(self.world_size):
+            (self.temporary / report_name(rank)).unlink()
+        manifest = Manifest(self.step, self.world_size, time.time(), self.meta, files, self.contents)
+        write_manifest(self.temporary, manifest)
+        return folders.commit(self.temporary, self.step) if self.may_commit() else None
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Remove the folder of a save that failed; on rank 0, when no rank writes there any more."""
+
+    temporary: Path
+    keeps: Retention
+    frees: bool
+    """Delete the checkpoint that the failed one was to replace as well, unless it is the last: the disk is full."""
+
+    def run(self, memory: Memory) -> None:
+        """Remove, and free what retention allows."""
+        folders.remove(self.temporary)
+        if self.frees:
+            spared = max(1, self.keeps.last - 1)
+            folders.retire(self.temporary.parent, spared, self.keeps.every, self.keeps.best)
+
+
+@dataclass(frozen=True)
+class Retire:
+    """Delete the checkpoints that are no longer kept; on rank 0, after a commit."""
+
+    folder: Path
+    keeps: Retention
+
+    def run(self, memory: Memory) -> None:
+        """Delete."""
+        folders.retire(self.folder, self.keeps.last, self.keeps.every, self.keeps.best)

@@ -1,0 +1,349 @@
+"""Saves of a run, of which one at most is in flight: staged while all ranks wait, written and committed beside them.
+
+Owns the protocol. Each rank's writer writes its files and a report into one temporary folder. When all have, the writer
+of rank 0 makes the manifest of their reports and renames the folder, which is the commit. Whether all have is no
+message of its own: each rank hands out its ``Vote``, somebody sums them over the ranks, as the training loop does with
+its figures, and ``count`` is called with the sums, in the same order on every rank. ``finish`` waits instead. A write
+that fails is tried again, into another folder and from the same copy. Must not know what the state means, nor when to
+save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gpt.checkpoint import folders, messages
+from gpt.checkpoint.collective import CheckpointError, explain
+from gpt.checkpoint.formats import Format
+from gpt.checkpoint.jobs import Commit, Remove, Retention, Retire, Write
+from gpt.checkpoint.part import Part
+from gpt.checkpoint.staging import StagedPart
+from gpt.checkpoint.writer import Result, Writer
+from launch.errors import ConfigError
+from launch.runs.unwritten import NO_ROOM
+
+RETRY_S = 5.0
+"""Time from the first failed write to the next; then twice as long each time."""
+LONGEST_RETRY_S = 300.0
+HURRIED_RETRY_S = 1.0
+"""The same while training waits for the save, or has to end."""
+
+
+class OutdatedAttemptError(CheckpointError):
+    """Refusal of a save by an attempt that no longer owns the run; nothing was committed."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed."""
+
+    step: int
+    path: Path
+    write_s: float
+    """Seconds from the beginning of the save to its commit, of which training waited for the first part only."""
+
+
+@dataclass(frozen=True)
+class FailedWrite:
+    """A write that failed, and is tried again."""
+
+    step: int
+    cause: str
+    failures: int
+    """Number of failed writes since the last checkpoint."""
+    has_room: bool
+    """False where the disk was full, over its quota or broken."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One rank's word on the save in flight; the sums over all ranks are what ``Saves.count`` takes."""
+
+    phase: int
+    """Number of the phase that it is about, the same on all ranks; 0: no save is in flight."""
+    done: int = 0
+    failed: int = 0
+
+
+class Phase(Enum):
+    """Phase of a save in flight."""
+
+    write = "write"
+    commit = "commit"
+
+
+@dataclass
+class InFlight:
+    """The save in flight, as one rank knows it."""
+
+    step: int
+    meta: dict[str, Any]
+    may_commit: Callable[[], bool]
+    started: float
+    part: Part | StagedPart | None
+    """None where it could not be collected on this rank, so that each try fails."""
+    temporary: Path
+    phase: Phase = Phase.write
+    result: Result | None = None
+
+
+class Saves:
+    """The saves of one run.
+
+    Args:
+        folder: the folder of the checkpoints; every rank sees it.
+        keeps: checkpoints that are kept.
+        group: gloo group of all ranks, for the control messages.
+        fmt: format of the state on disk.
+        writer: who writes this rank's part.
+        give_up_after_s: seconds from the first failed write after which another one is raised; 0 raises the first.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keeps: Retention,
+        group: dist.ProcessGroup | None,
+        fmt: Format,
+        writer: Writer,
+        give_up_after_s: float,
+    ) -> None:
+        self.folder = folder
+        self.keeps = keeps
+        self.group = group
+        self.format = fmt
+        self.writer = writer
+        self.give_up_after_s = give_up_after_s
+        self.failures = 0
+        self._failing_since = 0.0
+        self._retry_at = 0.0
+        self._phases = 0
+        self._names = 0
+        self._token: str | None = None
+        self._pending: InFlight | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """True while a save is in flight; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def is_failing(self) -> bool:
+        """True while the save in flight has failed before, and a newer state may take its place; as above."""
+        return self._pending is not None and self.failures > 0 and self._pending.phase is Phase.write
+
+    def start(
+        self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any], may_commit: Callable[[], bool]
+    ) -> None:
+        """Take a state over, and begin to write it. Collective. None may be in flight, unless it is failing.
+
+        Raises:
+            CheckpointError: the state cannot be planned; on every rank.
+        """
+        assert self._pending is None or self.is_failing
+        if self._token is None:
+            self._token = str(messages.all_gather(secrets.token_hex(8), self.group)[0])
+        started = time.monotonic()
+        part: Part | StagedPart | None = None
+        failure: str | None = None
+        try:
+            collected = self.format.collect(step, state, self.group)
+            collected.files[rank_file(dist.get_rank(self.group))] = encode_rank_state(rank_state)
+            part = self.writer.stage(collected)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the others must hear of it where they hear of writes
+            failure = explain(error)
+        self._pending = InFlight(step, meta, may_commit, started, part, self._name(step))
+        self._begin(Phase.write)
+        if part is None:
+            self._pending.result = Result(failure=failure)
+        else:
+            self._write(max(0.0, self._retry_at - time.monotonic()))
+
+    def vote(self) -> Vote:
+        """Return this rank's word on the save in flight. Waits for nothing."""
+        pending = self._pending
+        if pending is None:
+            return Vote(0)
+        if pending.result is None and self._takes_part():
+            pending.result = self.writer.poll()
+        if pending.result is None or not self._takes_part():
+            return Vote(self._phases)
+        has_failed = self._failure(pending) is not None
+        return Vote(self._phases, done=int(not has_failed), failed=int(has_failed))
+
+    def count(self, phase: int, done: float, failed: float) -> Saved | FailedWrite | None:
+        """Take in the votes of all ranks, summed. On every rank with the same sums, in the same order.
+
+        Returns:
+            What has become of the save, once; None while that is open.
+
+        Raises:
+            CheckpointError: it failed, and not for the first time, for too long; on every rank.
+            ConfigError: likewise, for want of room or of a disk that works.
+            OutdatedAttemptError: ``may_commit`` said no; on every rank.
+        """
+        pending = self._pending
+        if pending is None or phase != self._phases:
+            return None  # of a phase that has ended since
+        voters = dist.get_world_size(self.group) if pending.phase is Phase.write else 1
+        if done + failed < voters:
+            return None  # as long as somebody writes there, the folder stays
+        return self._end_phase(pending, bool(failed), hurries=False)
+
+    def finish(self, hurries: bool = True) -> Saved | FailedWrite | None:
+        """Wait for the save in flight, as ``count`` does without waiting. Collective; call again after a failure.
+
+        Args:
+            hurries: try again at once after a failure, not later each time.
+        """
+        while (pending := self._pending) is not None:
+            if pending.result is None and self._takes_part():
+                pending.result = self.writer.wait()
+            has_failed = self._failure(pending) is not None
+            found = self._end_phase(pending, any(messages.all_gather(has_failed, self.group)), hurries)
+            if found is not None:
+                return found
+        return None
+
+    def give_up(self) -> None:
+        """Forget the save in flight; the checkpoint before it stays the newest. On every rank."""
+        if self._pending is not None and dist.get_rank(self.group) == 0:
+            # A rank that still writes may make the folder anew: then the next save removes it.
+            self.writer.submit(Remove(self._pending.temporary, self.keeps, frees=False))
+        self._pending = None
+
+    def _end_phase(self, pending: InFlight, has_failed: bool, hurries: bool) -> Saved | FailedWrite | None:
+        is_first = dist.get_rank(self.group) == 0
+        if has_failed:
+            return self._fail(pending, hurries)
+        if pending.phase is Phase.write:
+            self._begin(Phase.commit)
+            if is_first:
+                contents = self.format.describe()
+                ranks = dist.get_world_size(self.group)
+                commit = Commit(pending.temporary, pending.step, ranks, pending.meta, contents, pending.may_commit)
+                self.writer.submit(commit)
+            return None
+        self._pending = None
+        self.failures, self._retry_at = 0, 0.0
+        ended = time.monotonic() if pending.result is None else pending.result.ended
+        if is_first:
+            self.writer.submit(Retire(self.folder, self.keeps))
+        path = folders.final_for(self.folder, pending.step)
+        return Saved(pending.step, path, ended - pending.started)
+
+    def _fail(self, pending: InFlight, hurries: bool) -> FailedWrite:
+        """Gather what has failed, and try again or raise it. Collective, where all ranks know of a failure."""
+        now = time.monotonic()
+        if not self.failures:
+            self._failing_since = now
+        self.failures += 1
+        own = self._failure(pending)
+        told = messages.all_gather((own, now - self._failing_since), self.group)
+        rank, cause = next((rank, text) for rank, (text, _) in enumerate(told) if text is not None)
+        cause = f"rank {rank}: {cause}"
+        has_room = room_error(cause) is None
+        is_outdated = OUTDATED in cause
+        is_over = is_outdated or told[0][1] >= self.give_up_after_s  # rank 0's clock decides
+        if dist.get_rank(self.group) == 0:
+            self.writer.submit(Remove(pending.temporary, self.keeps, frees=not has_room and not is_over))
+        if is_over:
+            if dist.get_rank(self.group) == 0:
+                self.writer.wait()
+            self._pending = None
+            self._raise(pending.step, cause, is_outdated)
+        delay = HURRIED_RETRY_S if hurries else min(LONGEST_RETRY_S, RETRY_S * 2 ** (self.failures - 1))
+        self._retry_at = now + delay
+        pending.temporary = self._name(pending.step)
+        self._begin(Phase.write)
+        if pending.part is None:
+            pending.result = Result(failure=own)
+        else:
+            self._write(delay)
+        return FailedWrite(pending.step, cause, self.failures, has_room)
+
+    def _raise(self, step: int, cause: str, is_outdated: bool) -> None:
+        if is_outdated:
+            raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
+        why = room_error(cause)
+        if why is None:
+            raise CheckpointError(cause)
+        before = max(folders.steps(self.folder), default=None)
+        raise ConfigError(
+            f"the checkpoint of step {step} cannot be written into {self.folder}: {why}",
+            f"room for {self.keeps.last + 1} checkpoints (checkpoint.keep_last={self.keeps.last}, and the new one)",
+            f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same command, "
+            f"which {'begins anew' if before is None else f'goes on from step {before}'}",
+        )
+
+    def _begin(self, phase: Phase) -> None:
+        assert self._pending is not None
+        self._phases += 1
+        self._pending.phase, self._pending.result = phase, None
+
+    def _write(self, delay_s: float) -> None:
+        pending = self._pending
+        assert pending is not None and pending.part is not None
+        is_first = dist.get_rank(self.group) == 0
+        self.writer.submit(Write(pending.temporary, pending.step, pending.part, is_first), delay_s)
+
+    def _failure(self, pending: InFlight) -> str | None:
+        """Return what has failed on this rank; the rename is the commit, whatever comes after it."""
+        result = pending.result
+        if result is None or pending.phase is Phase.write:
+            return None if result is None else result.failure
+        if result.failure is None:
+            return OUTDATED if result.value is None else None
+        return None if folders.is_committed(self.folder, pending.step) else result.failure
+
+    def _takes_part(self) -> bool:
+        """True where this rank has something to do in the phase."""
+        assert self._pending is not None
+        return self._pending.phase is Phase.write or dist.get_rank(self.group) == 0
+
+    def _name(self, step: int) -> Path:
+        """Name a folder that no process has written into, the same on all ranks."""
+        self._names += 1
+        token = hashlib.sha256(f"{self._token} {self._names}".encode()).hexdigest()[:8]
+        return folders.temporary_for(self.folder, step, token)
+
+
+OUTDATED = "a later attempt owns this run"
+
+
+def room_error(cause: str) -> str | None:
+    """Return the system's words for a filesystem that is full or broken; None where a save failed otherwise."""
+    line = cause.splitlines()[0]
+    return next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in line), None)
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file of a rank's own state."""
+    return f"rank_{rank:05d}.pt"
+
+
+def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
+    """Encode a rank's own state, tensors and plain values, as ``torch.load`` with ``weights_only`` reads it.
+
+    Raises:
+        Exception: it could not be loaded later; torch's own.
+    """
+    stream = BytesIO()
+    torch.save(rank_state, stream)
+    stream.seek(0)
+    torch.load(stream, weights_only=True)
+    return stream.getvalue()

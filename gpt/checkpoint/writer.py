@@ -1,0 +1,270 @@
+"""Who does the jobs of a save: this process at once, or a process beside it while training goes on.
+
+Owns the writer process. It is forked, so it costs no imports and shares the rank's memory of them; a thread would hold
+the interpreter's lock while it packs tensors, and with it the next step. Must not know what the jobs do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from gpt.checkpoint.collective import explain
+from gpt.checkpoint.jobs import Job, Memory
+from gpt.checkpoint.part import Part
+from gpt.checkpoint.staging import SharedMemory, StagedPart, stage
+from launch.process import die_with_parent
+
+NICENESS = 10
+"""The writer gets what the ranks leave of the CPUs; while they wait for it, that is all of them."""
+CLOSING_S = 10.0
+"""Longest wait for the last deletions at the end; what is left of them goes at the next start."""
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a rank to save and leave, which it cannot without its writer."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result of a job: its value, or the failure as text."""
+
+    value: Any = None
+    failure: str | None = None
+    ended: float = field(default_factory=time.monotonic)
+    """When the job was done, by the clock that all processes of a machine share."""
+
+
+class Writer(Protocol):
+    """Interface of a writer. One job at a time is asked after; others may follow it unasked, in their order."""
+
+    is_background: bool
+    """True where jobs are done while this process goes on; the same on all ranks."""
+
+    def stage(self, part: Part) -> Part | StagedPart:
+        """Take a part over; when this returns, the state may change."""
+        ...
+
+    def submit(self, job: Job, delay_s: float = 0.0) -> None:
+        """Have a job done, ``delay_s`` seconds from now; its result is asked for by ``poll`` and ``wait``."""
+        ...
+
+    def poll(self) -> Result | None:
+        """Return the result of the last job that was submitted, once; None while there is none."""
+        ...
+
+    def wait(self) -> Result:
+        """Wait for that result."""
+        ...
+
+    def close(self, patience_s: float = CLOSING_S) -> None:
+        """Finish what is to be done, for ``patience_s`` seconds at most, and end."""
+        ...
+
+
+def do(job: Job, memory: Memory) -> Result:
+    """Do a job; a failure is a result as well."""
+    try:
+        return Result(job.run(memory))
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
+        return Result(failure=explain(error))
+
+
+class InlineWriter:
+    """Writer that does every job at once, in this process, from the state itself."""
+
+    is_background = False
+
+    def __init__(self) -> None:
+        self._memory = Memory()
+        self._result: Result | None = None
+
+    def stage(self, part: Part) -> Part:
+        self._memory.plan = part.plan
+        return part
+
+    def submit(self, job: Job, delay_s: float = 0.0) -> None:
+        self._result = do(job, self._memory)
+
+    def poll(self) -> Result | None:
+        result, self._result = self._result, None
+        return result
+
+    def wait(self) -> Result:
+        result = self.poll()
+        assert result is not None, "no job was submitted"
+        return result
+
+    def close(self, patience_s: float = CLOSING_S) -> None:
+        self._memory = Memory()
+
+
+class ProcessWriter:
+    """Writer in a process of its own, forked where this is made; best before there are threads or devices.
+
+    Where that process dies, its last job has failed, and all later ones are done at once in this process.
+    """
+
+    is_background = True
+
+    def __init__(self) -> None:
+        self._memory = Memory()
+        self._connection, theirs = Pipe()
+        self._ticket = 0
+        self._has_result = True
+        self._result: Result | None = None
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_forked(theirs, self._connection, parent)
+        theirs.close()
+
+    def stage(self, part: Part) -> Part | StagedPart:
+        memory, plan = self._memory.staged, self._memory.plan
+        staged, self._memory.staged = stage(part, memory)
+        self._memory.plan = part.plan
+        if part.plan is not None and (plan is None or plan.key != part.plan.key):
+            self._send(("plan", part.plan))
+        if self._memory.staged is not memory:
+            self._send(("memory", self._memory.staged.size), self._memory.staged.descriptor)
+        return staged
+
+    def submit(self, job: Job, delay_s: float = 0.0) -> None:
+        self._ticket += 1
+        self._result = None
+        if self.pid:
+            self._send(("job", self._ticket, delay_s, job))
+        else:
+            self._result = do(job, self._memory)
+
+    def poll(self) -> Result | None:
+        while self.pid and self._result is None and self._connection.poll():
+            self._receive()
+        result, self._result = self._result, None
+        return result
+
+    def wait(self) -> Result:
+        while self._result is None:
+            self._receive()
+        result, self._result = self._result, None
+        return result
+
+    def close(self, patience_s: float = CLOSING_S) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            self._connection.send(("end",))
+            while self._connection.poll(patience_s) and self._connection.recv()[0] != "ended":
+                pass
+        if self.pid:
+            self._end()
+        self._connection.close()
+        if self._memory.staged is not None:
+            self._memory.staged.close()
+        self._memory = Memory()
+
+    def _send(self, message: tuple[Any, ...], descriptor: int | None = None) -> None:
+        try:
+            self._connection.send(message)
+            if descriptor is not None:
+                send_handle(self._connection, descriptor, self.pid)
+        except OSError:
+            self._lose()
+
+    def _receive(self) -> None:
+        try:
+            _, ticket, result = self._connection.recv()
+        except (EOFError, OSError):
+            self._lose()
+            return
+        if ticket == self._ticket:
+            self._result = result
+
+    def _lose(self) -> None:
+        if self.pid:
+            status = self._end()
+            cause = f"signal {signal.Signals(status & 127).name}" if status & 127 else f"exit status {status >> 8}"
+            self._result = Result(failure=f"the process that writes checkpoints died ({cause})")
+
+    def _end(self) -> int:
+        """Kill the process, where it still runs, and return its status."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:  # somebody else in this process has asked after it
+            status = 0
+        self.pid = 0
+        return status
+
+
+@contextlib.contextmanager
+def open_writer(asynchronous: bool) -> Iterator[Writer]:
+    """Make the writer of this rank, and end it after use; a process of its own where that is asked for, on Linux."""
+    writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else InlineWriter()
+    try:
+        yield writer
+    except BaseException:
+        writer.close(patience_s=0)  # whoever waits for this rank must see it go
+        raise
+    writer.close()
+
+
+def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None:
+    """Serve as the writer process; never returns."""
+    try:
+        die_with_parent(parent)
+        theirs.close()
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        os.nice(NICENESS)
+        gc.disable()  # a collection would copy every page of the rank's objects
+        torch.set_num_threads(1)  # the threads of the rank are not here
+        serve(connection)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(explain(error) + "\n")
+            sys.stderr.flush()
+    finally:
+        os._exit(0)
+
+
+def serve(connection: Connection) -> None:
+    """Do the jobs that come, one after another, until the other end is closed."""
+    memory = Memory()
+    waiting: tuple[Any, ...] | None = None
+    while True:
+        # A job that waits for its time is given up when another comes.
+        if waiting is None or connection.poll(waiting[2]):
+            try:
+                message = connection.recv()
+            except EOFError:
+                return
+        else:
+            message, waiting = (*waiting[:2], 0.0, waiting[3]), None
+        kind = message[0]
+        if kind == "plan":
+            memory.plan = message[1]
+        elif kind == "memory":
+            if memory.staged is not None:
+                memory.staged.close()
+            memory.staged = SharedMemory(message[1], recv_handle(connection))
+        elif kind == "end":
+            connection.send(("ended",))
+            return
+        elif message[2] > 0:
+            waiting = message
+        else:
+            waiting = None
+            connection.send(("done", message[1], do(message[3], memory)))

@@ -1,0 +1,81 @@
+"""Keys of the checkpoints of a run: when they are saved, by whom, and which are kept. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Union
+
+from omegaconf import MISSING
+
+from launch.errors import ConfigError
+from launch.runs.ranges import require_positive, require_range
+
+# OmegaConf 2.3 reads these annotations at run time and knows Union[X, Y], not X | Y.
+# ruff: noqa: UP007
+
+AUTO = "auto"
+MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Distance of the periodic checkpoints: of ``steps`` and ``minutes`` at most one is set; neither is ``auto``."""
+
+    steps: int | None = None
+    """0: no periodic checkpoints."""
+    minutes: float | None = None
+
+    def __str__(self) -> str:
+        if self.steps is not None:
+            return f"every {self.steps} steps" if self.steps else "at the end"
+        return "as often as failures ask for" if self.minutes is None else f"every {self.minutes:g} minutes"
+
+
+@dataclass
+class CheckpointConfig:
+    """Schedule of the checkpoints, and their deletion."""
+
+    interval: Union[int, str] = MISSING
+    """Steps between checkpoints; 0 saves at the end and when interrupted only. ``30min`` for minutes. ``auto`` for the
+    interval that loses least, by what a save has taken and how often the run has failed (Young 1974)."""
+    keep_last: int = MISSING
+    """Number of the newest checkpoints to keep."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none for good."""
+    keep_best: int = 0
+    """Number of checkpoints with the lowest validation loss to keep besides, of those whose step was evaluated."""
+    asynchronous: bool = True
+    """Write checkpoints from a copy in host memory by a process beside each rank, while training goes on; false has
+    training wait for each."""
+    give_up_after_min: float = 60.0
+    """Minutes for which a run goes on whose checkpoints cannot be written, as on a full disk; 0 stops at the first."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        self.every()
+        require_positive("checkpoint.keep_last", self.keep_last)
+        require_range("checkpoint.keep_every", self.keep_every, 0, float("inf"))
+        require_range("checkpoint.keep_best", self.keep_best, 0, float("inf"))
+        require_range("checkpoint.give_up_after_min", self.give_up_after_min, 0, float("inf"))
+
+    def every(self) -> Interval:
+        """Read ``interval``.
+
+        Raises:
+            ConfigError: it is none of a number of steps, minutes and ``auto``.
+        """
+        text = str(self.interval).strip()
+        if text == AUTO:
+            return Interval()
+        if re.fullmatch(r"-?\d+", text):
+            require_range("checkpoint.interval", int(text), 0, float("inf"))
+            return Interval(steps=int(text))
+        minutes = MINUTES.fullmatch(text)
+        if minutes is None or not float(minutes[1]):
+            raise ConfigError(
+                f"checkpoint.interval={text}",
+                "a number of steps, a number of minutes, or auto",
+                "checkpoint.interval=200, checkpoint.interval=30min or checkpoint.interval=auto",
+            )
+        return Interval(minutes=float(minutes[1]))

@@ -1,0 +1,120 @@
+"""Checkpoints during training: when they are due, what ranks tell each other of the one in flight, and its events.
+
+Owns the loop's side of a save. Ranks agree through the figures that are summed over them in every step, so that no
+step waits for a message. The state itself is ``gpt.training.state``'s, the writing ``gpt.checkpoint``'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from gpt.checkpoint.saving import FailedWrite, Saved
+from gpt.training.ballot import Ballot
+from gpt.training.run import Run
+from gpt.training.schedule import auto_interval_s
+from gpt.training.state import begin_save
+from launch.runs.heartbeat import Phase
+from launch.runs.unwritten import say
+
+TRIES = 2
+"""Failed writes after which training no longer waits: it goes on, or leaves with the checkpoint before."""
+
+
+class Saving:
+    """The checkpoints of one attempt. All methods but ``ballot`` and ``is_due`` are collective."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._saves = run.store.saves
+        self._every = run.config.checkpoint.every()
+        self._is_asynchronous = run.config.checkpoint.asynchronous and self._saves.writer.is_background
+        self._held_s = 0.0
+        self._is_time = False
+        self._next_at = time.monotonic() + self._interval_s()
+
+    def ballot(self) -> Ballot:
+        """Return what this rank tells the others in this step."""
+        by_time = () if self._every.steps is not None else (float(self._run.world.is_first and self._clock_says()),)
+        if not self._saves.is_pending:
+            return Ballot(0, by_time)
+        vote = self._saves.vote()
+        return Ballot(vote.phase, (float(vote.done), float(vote.failed), *by_time))
+
+    def hear(self, ballot: Ballot, sums: Sequence[float]) -> None:
+        """Take in the ballots of all ranks of one step, summed.
+
+        Raises:
+            ConfigError: the disk was full, or failed, for longer than ``checkpoint.give_up_after_min``.
+            CheckpointError: checkpoints could not be written for as long, for another reason.
+        """
+        if ballot.phase:
+            self._tell(self._saves.count(ballot.phase, sums[0], sums[1]))
+        if self._every.steps is None and sums:
+            self._is_time = self._is_time or sums[-1] > 0
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether the periodic checkpoint is due after ``step``; the same on all ranks."""
+        if self._every.steps is None:
+            return self._is_time
+        return self._every.steps > 0 and step % self._every.steps == 0
+
+    def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
+        """Save the step just done; returns the seconds that training waited.
+
+        Waits for the save before, and for this one where it is the last or saves are synchronous.
+
+        Args:
+            val_loss: validation loss of the step, nats per token; None where it was not evaluated.
+            is_last: nothing follows, so that no other save would hold these steps.
+            is_stop: the run was asked to leave, and has little time.
+        """
+        started = time.perf_counter()
+        run = self._run
+        run.worker.phase(Phase.saving, run.step)
+        if not self._saves.is_failing:  # else this newer state takes its place
+            self._finish()
+        begin_save(run, val_loss)
+        self._held_s = time.perf_counter() - started
+        if is_last or is_stop or not self._is_asynchronous:
+            self._finish(gives_up=not is_last, since=started)
+        self._is_time, self._next_at = False, time.monotonic() + self._interval_s()
+        return time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Wait for the save in flight, before the run goes back or leaves; given up where it fails again."""
+        self._finish()
+
+    def _finish(self, gives_up: bool = True, since: float | None = None) -> None:
+        """Wait for the save in flight; give up where it fails again and training can go on, or has to leave."""
+        tries = 0
+        while self._saves.is_pending:
+            found = self._saves.finish(hurries=gives_up)
+            if since is not None:
+                self._held_s = time.perf_counter() - since
+            self._tell(found)
+            tries += isinstance(found, FailedWrite)
+            if tries >= TRIES and gives_up:
+                self._saves.give_up()
+
+    def _tell(self, found: Saved | FailedWrite | None) -> None:
+        run = self._run
+        if isinstance(found, Saved):
+            run.worker.saved(found.step, self._held_s, write_s=found.write_s)
+        elif found is not None and run.world.is_first:
+            cause = found.cause.splitlines()[0]
+            run.folder.record_event(
+                "save_failed", attempt=run.attempt, step=found.step, cause=cause, failures=found.failures
+            )
+            say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
+
+    def _clock_says(self) -> bool:
+        return not self._is_time and time.monotonic() >= self._next_at
+
+    def _interval_s(self) -> float:
+        """Return the seconds to the next periodic checkpoint, where the time decides, by rank 0."""
+        if self._every.minutes is not None:
+            return 60 * self._every.minutes
+        if self._every.steps is not None or not self._run.world.is_first:
+            return 0.0
+        return auto_interval_s(self._run.folder.read_events(), time.time())

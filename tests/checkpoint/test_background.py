@@ -1,0 +1,182 @@
+"""Saves in the background: of the state as it was, one at a time, tried again where they fail, and kept as asked."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from gpt.checkpoint import CheckpointStore, folders, part
+from gpt.checkpoint.saving import FailedWrite, Saved
+from gpt.checkpoint.writer import ProcessWriter
+from gpt.parallel.distributed import World
+from gpt.train import build, train
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from launch.worker import Run as Rank
+from tests.support.distributed import run_distributed
+from tests.support.learning import compose, control_group
+
+NEVER = 10**9
+STEPS, INTERVAL = 6, 2
+WORDS = [
+    *(f"optim.max_steps={STEPS}", "eval.interval=2", f"checkpoint.interval={INTERVAL}", "checkpoint.keep_last=9"),
+    *("model.n_layer=1", "logging.csv=false", "logging.json=false", "logging.tensorboard=false"),
+]
+
+
+class Held:
+    """Writers that wait inside their first write until they are let go, in whatever process they are."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+
+    def write_part(self, content: Any, folder: Path) -> None:
+        os.read(self._read, 1)
+        part.write_part(content, folder)
+
+    def let_go(self, writes: int) -> None:
+        os.write(self._write, bytes(writes))
+
+
+class Letting(Rank):
+    """A rank that lets the writer go a step after its first save began, and notes what was saved by then."""
+
+    held: Held | None = None
+    calls = 0
+    saved_when_let_go: list[int] | None = None
+
+    def save_requested(self) -> bool:
+        self.calls += 1
+        if self.held is not None and self.calls == INTERVAL + 2:
+            assert self.checkpoint_dir is not None
+            self.saved_when_let_go = folders.steps(self.checkpoint_dir)
+            self.held.let_go(STEPS)
+        return False
+
+
+def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
+    """Train with saves in the background whose first is held, and with saves that are waited for."""
+    found: dict[str, Any] = {}
+    for name in ("asynchronous", "synchronous"):
+        config = compose(*WORDS, f"checkpoint.asynchronous={str(name == 'asynchronous').lower()}")
+        config.data.cache_dir = str(root / "cache")
+        held = Held()
+        writer = None
+        if name == "asynchronous":
+            with mock.patch("gpt.checkpoint.jobs.write_part", held.write_part):
+                writer = ProcessWriter()
+        worker = Letting(rank, rank, size)
+        torch.manual_seed(0)
+        world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
+        run = build(config, RunFolder(root / name), world, 1, worker, writer)
+        worker.open_folder(run.folder.path, 1)
+        worker.held = held if writer else None
+        assert train(run) == "finished"
+        if writer is not None:
+            writer.close()
+        found[name] = {
+            "early": worker.saved_when_let_go,
+            "steps": folders.steps(run.folder.checkpoints),
+            "events": [(e["event"], e.get("step")) for e in run.folder.read_events() if e["event"] == "saved"],
+            "timed": all("write_s" in e for e in run.folder.read_events() if e["event"] == "saved"),
+        }
+    if rank == 0:
+        found["files"] = {
+            step: [
+                {
+                    path.name: path.read_bytes()
+                    for path in sorted(folder.iterdir())
+                    if path.name.startswith(("__", "rank"))
+                }
+                for folder in (
+                    folders.final_for(root / name / "checkpoints", step) for name in ("asynchronous", "synchronous")
+                )
+            ]
+            for step in range(INTERVAL, STEPS + 1, INTERVAL)
+        }
+    return found
+
+
+def test_steps_go_on_beside_a_save_and_change_nothing_in_it(tmp_path: Path) -> None:
+    first, second = run_distributed(train_held, 2, tmp_path)
+    saved = [("saved", step) for step in range(INTERVAL, STEPS + 1, INTERVAL)]
+    assert first["asynchronous"]["early"] == [], "a step was done while the writers were held in their first write"
+    for name in ("asynchronous", "synchronous"):
+        assert first[name]["events"] == saved and first[name]["timed"]
+        assert first[name]["steps"] == second[name]["steps"] == [step for _, step in saved]
+    for step, (beside, waited_for) in first["files"].items():
+        assert len(beside) == 4, "tensors and own state of both ranks"
+        assert beside == waited_for, f"step {step} holds the state of another step"
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"model": {"w": torch.full((5,), float(step))}}
+
+
+def fail_on_one(rank: int, size: int, root: Path, number: int) -> tuple[list[Any], list[int], list[int], str]:
+    """A disk that fails on one rank, is found good again, and then fails for good."""
+    broken = root / "broken"
+
+    def write_part(content: Any, folder: Path) -> None:
+        if rank == 1 and broken.exists():
+            raise OSError(number, os.strerror(number))
+        part.write_part(content, folder)
+
+    with mock.patch("gpt.checkpoint.jobs.write_part", write_part), mock.patch("gpt.checkpoint.saving.RETRY_S", 0.0):
+        writer = ProcessWriter()
+        store = CheckpointStore(root / "run", 2, 0, writer=writer, give_up_after_s=NEVER)
+        saves = store.saves
+        for step in (1, 2):
+            store.save(step, state(step), {}, {})
+        broken.touch()
+        saves.start(3, state(3), {}, {}, os.getpid)
+        found: list[Any] = [saves.finish(hurries=False), saves.finish(hurries=False)]
+        during = store.steps()
+        torch.distributed.barrier()
+        if rank == 0:
+            broken.unlink()
+        torch.distributed.barrier()
+        while not isinstance(found[-1], Saved):
+            found.append(saves.finish(hurries=False))
+        after = store.steps()
+        torch.distributed.barrier()
+        broken.touch()
+        saves.give_up_after_s = 0.0
+        saves.start(4, state(4), {}, {}, os.getpid)
+        with pytest.raises(ConfigError) as raised:
+            saves.finish()
+        assert not saves.is_pending and store.steps() == after
+        writer.close()
+        return found, during, after, str(raised.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_is_told_counted_and_tried_again(number: int, tmp_path: Path) -> None:
+    for found, during, after, refusal in run_distributed(fail_on_one, 2, tmp_path, number):
+        failed, saved = found[:-1], found[-1]
+        assert isinstance(saved, Saved) and saved.step == 3 and len(failed) >= 2
+        assert all(isinstance(entry, FailedWrite) and not entry.has_room for entry in failed)
+        assert [entry.failures for entry in failed] == [*range(1, len(failed) + 1)]
+        assert failed[0].cause.startswith(f"rank 1: OSError: [Errno {number}]")
+        assert during == [2], "what the third would have replaced made room for it"
+        assert after == [2, 3]
+        assert f"step 4 cannot be written into {tmp_path / 'run'}: {os.strerror(number)}" in refusal
+        assert "goes on from step 3" in refusal
+
+
+def keep_the_best(rank: int, size: int, root: Path) -> list[int]:
+    store = CheckpointStore(root, 1, 5, keep_best=2)
+    for step, loss in enumerate([3.0, 1.5, None, 2.5, 2.0, float("nan"), 2.0, None], start=1):
+        store.save(step, state(step), {}, {} if loss is None else {folders.VALIDATION_LOSS: loss})
+    return store.steps()
+
+
+def test_the_best_by_validation_loss_are_kept_besides(tmp_path: Path) -> None:
+    (found,) = run_distributed(keep_the_best, 1, tmp_path / "run")
+    assert found == [2, 5, 7, 8], "the two lowest, of equal ones the newer; the multiple of 5; the last"

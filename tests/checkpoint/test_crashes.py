@@ -1,0 +1,121 @@
+"""A save that dies at any of its writes, fsyncs and renames leaves a checkpoint at least as new as the one before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.checkpoint import CheckpointStore
+from gpt.checkpoint.saving import Saved
+from gpt.checkpoint.verify import saved_checkpoints
+from gpt.checkpoint.writer import ProcessWriter
+from tests.support.crashing import DiskCalls
+from tests.support.distributed import run_distributed
+
+NEVER = 10**9
+LEAST = 25
+"""Calls that a save makes at the very least: fewer would mean that the harness misses some."""
+
+
+class PowerCutError(BaseException):
+    """The end of a process, which no code of a save may handle."""
+
+
+def cut() -> None:
+    raise PowerCutError
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"model": {"w": torch.full((5,), float(step))}, "optimizer": {"lr": 0.5}}
+
+
+def newest(folder: Path) -> int | None:
+    """The newest checkpoint that is whole, byte for byte; all others are whole as well."""
+    found = []
+    for checkpoint in saved_checkpoints(folder):
+        assert checkpoint.step is not None and checkpoint.find_damage(lambda told: None) == (), checkpoint
+        found.append(checkpoint.step)
+    return max(found, default=None)
+
+
+def loaded_step(store: CheckpointStore) -> int:
+    blank = state(0)
+    loaded = store.load(blank)
+    assert loaded is not None and not loaded.set_aside
+    assert blank["model"]["w"].unique().tolist() == [float(loaded.step)]
+    return loaded.step
+
+
+def cut_the_power(rank: int, size: int, root: Path) -> list[int]:
+    """Save step 2 as often as that makes calls, and cut the power at each; the newest checkpoint after each."""
+    CheckpointStore(root / "sound", 1, 0).save(1, state(1), {}, {})
+    found: list[int] = []
+    while True:
+        folder = root / str(len(found))
+        shutil.copytree(root / "sound", folder)
+        calls = DiskCalls(cut, len(found))
+        try:
+            with calls.watch():
+                CheckpointStore(folder, 1, 0).save(2, state(2), {}, {})
+        except PowerCutError:
+            at = newest(folder)
+            assert at == loaded_step(CheckpointStore(folder, 1, 0))
+            found.append(at)
+            shutil.rmtree(folder)
+        else:
+            assert calls.made == len(found) and newest(folder) == 2
+            return found
+
+
+def test_a_power_cut_at_any_call_of_a_save_leaves_a_checkpoint(tmp_path: Path) -> None:
+    (found,) = run_distributed(cut_the_power, 1, tmp_path)
+    assert len(found) > LEAST and set(found) == {1, 2}
+    assert found == sorted(found), "from the commit on it is the new one"
+
+
+def kill_the_writer(rank: int, size: int, root: Path) -> list[tuple[int, int]]:
+    """As above, with the writer's process killed at each call; the newest at that moment, and after the next try."""
+    CheckpointStore(root / "sound", 1, 0).save(1, state(1), {}, {})
+    found: list[tuple[int, int]] = []
+    while True:
+        folder = root / str(len(found))
+        shutil.copytree(root / "sound", folder)
+        with DiskCalls(kill, len(found)).watch():
+            writer = ProcessWriter()
+        store = CheckpointStore(folder, 1, 0, writer=writer, give_up_after_s=NEVER)
+        saves = store.saves
+        now = state(2)
+        saves.start(2, now, {}, {}, os.getpid)  # a process id allows it
+        now["model"]["w"].fill_(3.0)  # training goes on
+        deaths = []
+        while saves.is_pending:
+            vote = saves.vote()
+            if vote.failed:
+                deaths.append(newest(folder))
+            if not (vote.done or vote.failed):
+                wait([writer._connection])
+            after = saves.count(vote.phase, vote.done, vote.failed)
+        assert isinstance(after, Saved) and loaded_step(store) == 2
+        was_alive = writer.pid != 0
+        writer.close()
+        shutil.rmtree(folder)
+        if was_alive and not deaths:
+            return found  # it lived to delete the old one, or died while it did
+        # Nothing kills this process, which then writes itself. And whoever dies after the rename has committed.
+        assert len(deaths) <= 1
+        found.append((deaths[0] or 0, after.step) if deaths else (2, after.step))
+
+
+def test_a_writer_killed_at_any_call_is_made_up_for(tmp_path: Path) -> None:
+    (found,) = run_distributed(kill_the_writer, 1, tmp_path)
+    assert len(found) > LEAST and set(found) <= {(1, 2), (2, 2)}
