@@ -21,6 +21,7 @@ from launch.jobs.adoption import adopt_found
 from launch.jobs.display import duration, quiet_text
 from launch.jobs.handles import SlurmJob
 from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
+from launch.runs.events import unsaved_text
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS, throughput
 from launch.runs.unwritten import is_full
@@ -42,6 +43,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "detail": point.detail or None,
         "advice": point.advice or None,
         "damage": point.damage or ("its filesystem has no room" if is_full(point.folder.path) else None),
+        "unsaved": unsaved_text(point.events()),
         "partition": point.job_status.partition or None,
         "waiting_s": waiting_s(point),
         "job_id": None if point.job is None else point.job.job_id,
@@ -102,7 +104,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []
     lines += [known["advice"]] if "advice" in known else []
-    lines += [known["damage"]] if "damage" in known else []
+    lines += [known[name] for name in ("damage", "unsaved") if name in known]
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
     lines += [f"node {one['host']} is sick and was left out: {one['cause']}" for one in known.get("sick_nodes", ())]
     failure = known.get("failure")

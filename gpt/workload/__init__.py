@@ -23,7 +23,16 @@ from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.workload.nodes import estimated_step, gpu_name, machine_of, on_cpus
 from gpt.workload.refusals import refuse_what_does_not_fit, split_batch_over_nodes
-from gpt.workload.text import execution_rows, plain_values, plan_facts, plan_notes, plan_rows, plan_warnings, step_kind
+from gpt.workload.text import (
+    checkpoint_text,
+    execution_rows,
+    plain_values,
+    plan_facts,
+    plan_notes,
+    plan_rows,
+    plan_warnings,
+    step_kind,
+)
 from launch.process import hash_seed
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import ROOT, source_files
@@ -81,7 +90,11 @@ class GptWorkload:
         step = estimated_step(config, dims, batch, request)
         step_s = None if step is None else step.step_s
         return WorkloadPlan(
-            rows=plan_rows(config, dims, batch, needed, str(corpus)) | execution_rows(config, precision, request),
+            rows={
+                **plan_rows(config, dims, batch, needed, str(corpus)),
+                "checkpoints": checkpoint_text(config, request.world_size),
+                **execution_rows(config, precision, request),
+            },
             notes=plan_notes(choice),
             facts=plan_facts(config, dims, batch, needed, str(corpus), choice),
             settled={

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from gpt.accounting.hardware import find
 from gpt.config import Device, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.planning.hardware import free_memory
-from gpt.planning.memory import GIB, Memory
+from gpt.planning.memory import GIB, Memory, staging_bytes
 from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.workload.nodes import gpu_memory, gpu_name, gpu_words, host_memory, on_cpus
@@ -64,7 +64,7 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
     """Raise ConfigError where the memory that is known cannot hold the run."""
     if on_cpus(config, request) and request.is_local:
         have, ranks, where = free_memory(), request.world_size, "free on this machine"
-        wanted = needed.total + needed.host
+        wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
     elif (memory := gpu_memory(request)) is not None:
         have, ranks, where, wanted = memory, 1, f"on a GPU ({gpu_words(request)})", needed.total
     else:
@@ -96,11 +96,15 @@ def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
 
 def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
     """Raise ConfigError where what GPUs leave to the memory of their node is more than that has, as far as is known."""
-    have = host_memory(request)
-    if on_cpus(config, request) or have is None or needed.host <= have:
+    have, staging = host_memory(request), staging_bytes(config, request.world_size)
+    if on_cpus(config, request) or have is None or needed.host + staging <= have:
         return
+    parts = [(needed.host, "offload of"), (staging, "checkpoints that are staged in")]
+    asked = ", ".join(f"{text} {size / GIB:.2f} GiB" for size, text in parts if size)
+    fixes = ["more nodes", *(["no offload"] if needed.host else [])]
+    fixes += ["checkpoint.asynchronous=false"] if staging else []
     raise ConfigError(
-        f"offload of {needed.host / GIB:.2f} GiB for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
+        f"{asked} for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
         "a node that holds what its GPUs leave to it",
-        "more nodes, no offload, or cluster.mem_gb=N where the nodes have more",
+        f"{', '.join(fixes)}, or cluster.mem_gb=N where the nodes have more",
     )

@@ -9,13 +9,13 @@ from typing import Any
 
 from gpt.accounting import flops, parameters
 from gpt.accounting.hardware import find
-from gpt.config import ParallelConfig, Precision, TrainConfig
+from gpt.config import ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.data.corpus import Corpus
 from gpt.planning.advice import execution_warnings, many_epochs, many_time_limits
 from gpt.planning.auto import ParallelChoice
 from gpt.planning.execution import choose_compile, choose_tf32
 from gpt.planning.explain import table
-from gpt.planning.memory import GIB, Memory
+from gpt.planning.memory import GIB, Memory, staging_bytes
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.workload.nodes import gpu_name, on_cpus
@@ -46,6 +46,16 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
         "memory": f"{needed.total / GIB:.3f} GiB per rank ({parts}){host}",
         "data": corpus,
     }
+
+
+def checkpoint_text(config: TrainConfig, world_size: int) -> str:
+    """Say when checkpoints are saved, and what that holds up."""
+    every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
+    if not staging:
+        return f"{every}, each waited for (checkpoint.asynchronous=false)"
+    own = config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage
+    first = " on the first, in DeepSpeed's own files," if own else ""
+    return f"{every}, in the background from {staging / GIB:.3f} GiB of host memory per rank{first}"
 
 
 def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:

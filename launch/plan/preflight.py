@@ -17,6 +17,7 @@ from launch.config.compose import workload_of
 from launch.plan import code_copy as snapshot
 from launch.plan.placement import cluster_of
 from launch.plan.plan import Plan
+from launch.runs.events import unsaved_text
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import changed_since, code_state, library_versions, refuse_change
@@ -38,7 +39,13 @@ def add_warnings(plan: Plan, config: Config, limits: Mapping[str | None, Limits]
         ConfigError: the code or a library has changed since the last attempt, and ``strict`` forbids that.
     """
     return replace(
-        plan, warnings=(*plan.warnings, *changed_code(plan, config), *short_grace(plan, config, limits or {}))
+        plan,
+        warnings=(
+            *plan.warnings,
+            *changed_code(plan, config),
+            *unsaved(plan),
+            *short_grace(plan, config, limits or {}),
+        ),
     )
 
 
@@ -57,6 +64,13 @@ def changed_code(plan: Plan, config: Config) -> Iterator[str]:
 def _current(tree: CodeTree) -> dict[str, Any]:
     """The code and libraries that an attempt would run with, looked at once for all points of a command."""
     return {"code": snapshot.code(tree), "git": code_state(tree.root), "software": library_versions()}
+
+
+def unsaved(plan: Plan) -> Iterator[str]:
+    """Tell whether the last attempts could not write their checkpoints, which the next would meet again."""
+    told = unsaved_text(RunFolder(plan.run_dir).read_events())
+    if told is not None:
+        yield f"{told}; type df -h {plan.run_dir}"
 
 
 def short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[str]:
@@ -128,7 +142,9 @@ class StopTime:
 
 def measure(folder: RunFolder) -> StopTime | None:
     """Measure the stop time by the event log and the step records; None where no save was measured yet."""
-    saves = [e["seconds"] for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
+    # In the background a save holds up the run for less than it takes, which is what the last one is waited for.
+    saved = [e for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
+    saves = [max(e["seconds"], e.get("write_s", 0.0)) for e in saved]
     if not saves:
         return None
     steps = [record["step_time_s"] for record in recent_records(folder.metrics(0)) if "step_time_s" in record]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,3 +38,19 @@ def is_finished(events: Events) -> bool:
         return bool(ends) and ends[-1] == "finished"
     names = {e["event"] for e in newest}  # of ranks that no agent watched, as with gpt.train
     return "finished" in names and "rank_failed" not in names
+
+
+def unsaved_text(events: Events) -> str | None:
+    """Tell since when checkpoints could not be written, and why; None where the last one could."""
+    failed: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "saved":
+            failed = []
+        elif event["event"] == "save_failed":
+            failed.append(event)
+    if not failed:
+        return None
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(failed[0]["time"]))
+    times = "once" if len(failed) == 1 else f"{len(failed)} times"
+    last = failed[-1]
+    return f"no checkpoint could be written since {since} (tried {times}, last of step {last['step']}): {last['cause']}"

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint.folders import steps
 from gpt.metrics.steps_csv import StepsCsv
 from gpt.metrics.view import View
 from launch import cancel
 from launch.jobs import handles, stop
 from launch.runs import heartbeat, unwritten
+from launch.runs.events import unsaved_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import RecordWriter, StepRecord, read_records
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
@@ -109,9 +111,9 @@ def heartbeat_step(pid: int) -> int:
     return found.step
 
 
-def test_a_run_outlives_a_full_disk_until_its_checkpoint(disk: Path, tmp_path: Path) -> None:
+def test_a_run_outlives_a_full_disk_and_saves_when_there_is_room(disk: Path, tmp_path: Path) -> None:
     folder = RunFolder(disk / "run")
-    words = [*TINY, "optim.max_steps=2000", "eval.interval=0", "checkpoint.interval=0", f"run_dir={folder.path}"]
+    words = [*TINY, "optim.max_steps=1000000", "eval.interval=0", "checkpoint.interval=0", f"run_dir={folder.path}"]
     process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(0))) > 2, "the third step")
     rank = ranks_of(descendants(process.pid))[0]
@@ -121,10 +123,18 @@ def test_a_run_outlives_a_full_disk_until_its_checkpoint(disk: Path, tmp_path: P
     wait_for(lambda: heartbeat_step(rank) > full_at + 30, "steps on a full disk")
     assert "its filesystem has no room" in run("launch.status", str(folder.path), cwd=tmp_path)
     (folder.path / "SAVE").touch()
-    assert process.wait(timeout=120) == 1
-    text = (tmp_path / "log").read_text()
-    assert f"the filesystem of {folder.path} has no room: its event log may lack the last events; make room" in text
-    assert "run failed" in text and "Traceback" not in text and folder.attempts() == [1]
+    wait_for(lambda: any((folder.checkpoints).glob(".saving*")), "the beginning of a save")
+    full_at = heartbeat_step(rank)
+    wait_for(lambda: heartbeat_step(rank) > full_at + 30, "steps beside a save that fails")
+    assert not steps(folder.checkpoints)
+    (disk / "filler").unlink()
+    wait_for(lambda: steps(folder.checkpoints), "the save that is tried again")
+    (folder.path / "STOP").touch()
+    assert process.wait(timeout=120) == 0
+    events = [e for e in folder.read_events() if e["event"] in ("save_failed", "saved")]
+    assert {e["event"] for e in events[:-2]} == {"save_failed"} and "Errno 28" in events[0]["cause"]
+    assert [e["event"] for e in events[-2:]] == ["saved", "saved"] and events[0]["step"] == events[-2]["step"]
+    assert folder.attempts() == [1] and unsaved_text(events) is None
 
 
 def test_a_cancel_that_cannot_be_entered_ends_the_run_all_the_same(

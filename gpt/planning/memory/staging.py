@@ -1,0 +1,29 @@
+"""Host memory in which a rank stages its part of a checkpoint, while a process beside it writes that to the disk."""
+
+from __future__ import annotations
+
+from gpt.accounting.parameters import count
+from gpt.accounting.units import BF16, FP32
+from gpt.config import Strategy, TrainConfig
+
+STATES = 3
+"""Weights and both of AdamW's moments."""
+
+
+def staging_bytes(config: TrainConfig, world_size: int) -> int:
+    """Return the bytes of host memory that a rank needs to save in the background; 0 where saves are waited for.
+
+    Whole tensors by name are shared out, so that each is written by one rank. In DeepSpeed's own files each rank writes
+    its shards, and the first the weights as they compute besides.
+
+    Args:
+        config: of the run.
+        world_size: number of ranks.
+    """
+    if not config.checkpoint.asynchronous:
+        return 0
+    parameters = count(config.model).total
+    shared = -(-parameters * STATES * FP32 // world_size)
+    if config.parallel.strategy is not Strategy.deepspeed or not config.parallel.zero_stage:
+        return shared
+    return shared + parameters * (BF16 if config.precision.is_half else FP32)
