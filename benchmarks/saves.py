@@ -112,7 +112,7 @@ def run_of(rank: int, size: int, folder: Path, config: TrainConfig, writer: Writ
 
 
 def measure_ways(rank: int, size: int, root: Path, rounds: int) -> tuple[int, list[Stall]]:
-    """Measure every way in turns, after a save of each that allocates its memory; bytes of the state, and the stalls."""
+    """Measure every way in turns, after a first save of each; returns bytes of the state, and the stalls."""
     config = compose(*WORDS)
     config.data.cache_dir = str(root / "cache")
     bytes_of_state = count(config.model).total * 12
@@ -158,8 +158,9 @@ def table(size: int, found: list[Stall]) -> tuple[str, bool]:
         "|---|---|---|---|---|---|---|",
         *rows,
         "",
-        f"In the background the loop is held {held / waited:.1%} of the time, and with the late writer {late:.2f} s; the stall "
-        f"with all steps until the commit is {median[WAYS[1]] / median[WAYS[0]]:.0%}, for the writer takes CPU time "
+        f"In the background the loop is held for {held / waited:.1%} of the time that it waits otherwise, and with the "
+        f"late writer for {late:.2f} s. The stall with all steps until the commit is "
+        f"{median[WAYS[1]] / median[WAYS[0]]:.0%}, for the writer takes CPU time "
         "from steps that compute on CPUs.",
     ]
     return "\n".join(text), held <= SHARE * waited and late <= LATE_LIMIT_S
