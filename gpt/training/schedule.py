@@ -5,9 +5,10 @@ Pure functions of the event log and of times. Must not know how a checkpoint is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from launch.runs.checkpoint_interval import best_interval_s
 
 PRIOR_S = 24 * 3600.0
 """Running time without a failure, and one failure at its end, that every run is taken to have behind it."""
@@ -16,16 +17,6 @@ FIRST_S = 600.0
 LEAST_S = 60.0
 FAILURES = ("crashed", "hung", "node_failed", "out_of_memory")
 """Causes of an attempt's end that lose the steps since the last checkpoint."""
-
-
-def young_interval_s(save_s: float, between_failures_s: float) -> float:
-    """Return the time between saves that loses least, seconds.
-
-    ``sqrt(2 * save_s * between_failures_s)``: saving more often costs more than the steps it spares (Young 1974, "A
-    first order approximation to the optimum checkpoint interval"; Daly 2006 adds terms that matter only where a save
-    takes a good part of the time between failures).
-    """
-    return math.sqrt(2 * save_s * between_failures_s)
 
 
 def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
@@ -65,5 +56,5 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
     if not saves:
         return FIRST_S
     last = saves[-1]
-    found = young_interval_s(last["seconds"], between_failures_s(known, now))
+    found = best_interval_s(last["seconds"], between_failures_s(known, now))
     return max(LEAST_S, last.get("write_s", last["seconds"]), found)

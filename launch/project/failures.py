@@ -1,13 +1,10 @@
-"""Share of a run's time that is left for steps where nodes fail: Young's checkpoint interval and Daly's first order.
-
-Sources: J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974); J. T. Daly, "A
-higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22 (2006), equation 12 to first order.
-"""
+"""What failing nodes cost a run of so many of them. The arithmetic is ``launch.runs.checkpoint_interval``'s."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from launch.runs import checkpoint_interval
 
 
 @dataclass(frozen=True)
@@ -20,18 +17,13 @@ class Failures:
     restart_s: float
 
     def interval_s(self, nodes: int) -> float:
-        """Young's interval between saves, seconds: the square root of 2 x save x mean time between failures."""
-        return math.sqrt(2 * self.save_s * self.mtbf_s(nodes))
+        """Return Young's interval between saves, seconds."""
+        return checkpoint_interval.best_interval_s(self.save_s, self.mtbf_s(nodes))
 
     def mtbf_s(self, nodes: int) -> float:
-        """Mean time between failures of any of the nodes, seconds: they fail independently."""
+        """Return the mean time between failures of any of the nodes, seconds: they fail independently."""
         return 3600 * self.mtbf_node_h / nodes
 
     def goodput(self, nodes: int) -> float:
-        """Share of the time in steps that count, 0 to 1, where saves are made at Young's interval.
-
-        Lost are the saves, and for each failure half an interval, which is done again, and the restart.
-        """
-        mtbf, interval = self.mtbf_s(nodes), self.interval_s(nodes)
-        saving = self.save_s / (interval + self.save_s) if interval else 0.0
-        return max(0.0, 1 - saving - (interval / 2 + self.restart_s) / mtbf)
+        """Return the share of the time in steps that count, 0 to 1, where saves are made at Young's interval."""
+        return checkpoint_interval.goodput(self.save_s, self.interval_s(nodes), self.restart_s, self.mtbf_s(nodes))

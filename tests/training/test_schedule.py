@@ -11,9 +11,10 @@ import pytest
 
 from gpt.config.checkpoint import CheckpointConfig, Interval
 from gpt.planning.memory import staging_bytes
-from gpt.training.schedule import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s, young_interval_s
+from gpt.training.schedule import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s
 from gpt.workload.text import checkpoint_text
 from launch.errors import ConfigError
+from launch.runs.checkpoint_interval import best_interval_s
 from launch.runs.events import unsaved_text
 from tests.support.commands import TINY
 from tests.support.composing import config_from
@@ -62,7 +63,7 @@ def lost_share(interval_s: float, save_s: float, mtbf_s: float, generator: rando
 
 def test_youngs_interval_loses_least() -> None:
     save_s, mtbf_s = 20.0, 10_000.0
-    best = young_interval_s(save_s, mtbf_s)
+    best = best_interval_s(save_s, mtbf_s)
     assert math.isclose(best, 632.5, rel_tol=1e-3)
     lost = {f: lost_share(f * best, save_s, mtbf_s, random.Random(0)) for f in (0.4, 1.0, 2.5)}
     assert lost[1.0] < lost[0.4] and lost[1.0] < lost[2.5]
@@ -84,7 +85,7 @@ def test_the_time_between_failures_is_read_from_the_event_log() -> None:
 def test_auto_follows_the_last_save_and_is_never_shorter_than_it_takes() -> None:
     assert auto_interval_s([], 0.0) == FIRST_S
     saved = {"event": "saved", "attempt": 1, "time": 0.0, "step": 1, "seconds": 2.0}
-    assert auto_interval_s([saved], 0.0) == young_interval_s(2.0, PRIOR_S)
+    assert auto_interval_s([saved], 0.0) == best_interval_s(2.0, PRIOR_S)
     assert auto_interval_s([saved | {"write_s": 900.0}], 0.0) == 900.0
     assert auto_interval_s([saved | {"seconds": 0.001}], 0.0) == LEAST_S
 
