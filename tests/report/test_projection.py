@@ -22,6 +22,7 @@ from launch.project.search import minimum, root
 from launch.project.sizes import parse_sizes
 from launch.workload import StepTime
 from tests.report.conftest import RunBuilder
+from tests.support.commands import run
 
 MODEL = ("data=synthetic", "name=project", "eval.interval=0", "optim.max_steps=40")
 
@@ -176,6 +177,11 @@ def test_a_sweep_of_the_gpt_is_projected(gpt_sweep: Path, capsys: pytest.Capture
     assert sum(parts.values()) == pytest.approx(document["rows"][3]["step_s"])
     assert (gpt_sweep / "projection.png").read_bytes().startswith(b"\x89PNG")
     assert "| 8 | 8 |" in (gpt_sweep / "projection.md").read_text()
+
+
+def test_the_command_is_found_by_its_name(gpt_sweep: Path) -> None:
+    text = run("launch.project", str(gpt_sweep), "--nodes", "8", cwd=gpt_sweep)
+    assert "projected figures were not measured" in text
 
 
 def test_goodput_falls_with_the_nodes(gpt_sweep: Path, make_run: type[RunBuilder]) -> None:

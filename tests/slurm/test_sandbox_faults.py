@@ -218,7 +218,7 @@ def test_packets_are_lost_as_often_as_was_asked_for(sandbox: Cluster) -> None:
 
 
 def test_faults_name_the_nodes_and_limits_there_are(sandbox: Cluster) -> None:
-    with pytest.raises(ConfigError, match="one of n1 n2 n3 n4"):
+    with pytest.raises(ConfigError, match="one of n1, n2, n3, n4"):
         faults.freeze(sandbox, "n5")
     with pytest.raises(ConfigError, match="--loss-percent 101"):
         faults.link(sandbox, "n1", loss_percent=101)

@@ -62,6 +62,7 @@ def main() -> None:
         is_leaving = run.stop_requested()
         if is_leaving or step % interval == 0 or step == steps:
             run.phase("saving", step)
+            run.flush()  # before the step is saved: nobody will do it again
             began = time.perf_counter()
             save(folder, step, run.rank, state)
             while not all(file_of(folder, step, rank).exists() for rank in range(run.world_size)):

@@ -79,7 +79,8 @@ class Collector:
     def save(self, state_dict: Any, path: str) -> None:
         """Take the content of one file, as DeepSpeed's checkpoint engine does to write it."""
         # As tensors of their own: DeepSpeed may take the memory of its parameters away again before they are copied.
-        taken = tree_map_only(Tensor, Tensor.detach, state_dict)
+        # A shape stays one: the map would make a plain tuple of it, which DeepSpeed's own tools cannot read.
+        taken = tree_map_only(Tensor, Tensor.detach, state_dict, is_leaf=lambda value: isinstance(value, torch.Size))
         self.files[Path(path).relative_to(self._folder).as_posix()] = taken
 
 
