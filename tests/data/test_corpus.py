@@ -161,7 +161,7 @@ def test_paths_that_lead_to_no_text_are_refused_with_what_to_type(tmp_path: Path
         ("FILE", "there is no", f"ls {Path.cwd()}, and data.path="),  # the README's word, typed as it stands there
         (tmp_path, "is a folder", f"data.path={tmp_path / 'shakespeare.txt'}"),
         (tmp_path / "shakespeare.txt" / "file", "cannot be read", "chmod"),
-        (tmp_path / "pipe", "not a regular file", "data.path="),
+        (tmp_path / "pipe", "not a regular file", f"ls {tmp_path}, and data.path="),
         (tmp_path / "empty", "is empty", f"ls {tmp_path}, and data.path="),
         ("~no such user/file", "cannot be read", "chmod"),
     ):

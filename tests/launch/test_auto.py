@@ -97,11 +97,13 @@ def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> Non
 
 
 def test_a_node_too_small_for_what_is_offloaded_is_refused() -> None:
-    words = [*GPUS, *BIG, "parallel=fsdp_offload"]
-    needed = plan_of(*words).facts["memory_bytes"]["host"] * 8 / 1e9
-    assert plan_of(*words, f"cluster.mem_gb={1.1 * needed:.0f}").facts["memory_bytes"]["host"]
+    words = [*GPUS, *BIG, "parallel=fsdp_offload", "checkpoint.asynchronous=false"]
+    needed = plan_of(*words).facts["memory_bytes"]["host"] * 8 / 2**30
+    assert plan_of(*words, f"cluster.mem_gb={1.1 * needed:.2f}").facts["memory_bytes"]["host"]
     with pytest.raises(ConfigError, match="of a node's memory"):
-        plan_of(*words, f"cluster.mem_gb={0.9 * needed:.0f}")
+        plan_of(*words, f"cluster.mem_gb={0.9 * needed:.2f}")
+    with pytest.raises(ConfigError, match="checkpoints that are staged in"):
+        plan_of(*words[:-1], f"cluster.mem_gb={1.1 * needed:.2f}")
 
 
 def test_links_that_are_stated_count() -> None:

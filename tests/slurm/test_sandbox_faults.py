@@ -228,13 +228,14 @@ def test_faults_name_the_nodes_and_limits_there_are(sandbox: Cluster) -> None:
 
 def test_a_delay_holds_for_each_direction_together_with_a_bandwidth(sandbox: Cluster) -> None:
     faults.link(sandbox, "n1", latency_ms=50)
-    assert 100 <= round_trip_ms(sandbox, "n2", "n1") < 1000
+    assert round_trip_ms(sandbox, "n2", "n1") >= 100
     faults.link(sandbox, "n1", latency_ms=20, bandwidth_mbit=200)
-    assert 40 <= round_trip_ms(sandbox, "n2", "n1") < 1000
+    assert round_trip_ms(sandbox, "n2", "n1") >= 40
     # Slurm's own traffic takes the same way.
     assert sandbox.slurm("srun", "--nodelist=n1", "hostname").strip() == "n1"
     count, seconds = transfer(sandbox, RECEIVE, SEND, 10_000_000).split()
     assert int(count) == 10_000_000
     assert 8e7 / float(seconds) < 210e6
     faults.link(sandbox, "n1")
-    assert round_trip_ms(sandbox, "n2", "n1") < 40
+    # A busy machine may take its time for one of them, but not for each.
+    wait_until(lambda: round_trip_ms(sandbox, "n2", "n1") < 40, timeout_s=60, what="the delay to be gone")
