@@ -76,6 +76,7 @@ def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
             outcome = train(run)
     finally:
         gc.callbacks.remove(on_collection)
+    run.world.gather(None)  # rank 0 writes the event log last of all
     return {
         "outcome": outcome,
         "collected": collected,
