@@ -266,6 +266,10 @@ RUNS_CODE = {
         "gpt.checkpoint.deepspeed_files",
         "torch.load",
     ): "DeepSpeed's own optimizer states, in a folder only the user writes",
+    (
+        "gpt.checkpoint.staging",
+        "_Unpickler",
+    ): "memory without a name, which a rank shares with the process it has forked",
     ("gpt.parallel.deepspeed.checkpoint", "torch.load"): "the same, each checked against the manifest's sums before",
     ("launch.jobs.adoption", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
     ("launch.agent.after_step", "DelayedSubmission.load"): "the pickle that the job itself is made of",
