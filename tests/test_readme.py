@@ -155,7 +155,7 @@ def test_tensorboard_opens_the_outputs(trained: Path, tmp_path: Path) -> None:
         wait_for(lambda: "http://" in log.read_text() or process.poll() is not None, "TensorBoard's address")
         assert "http://" in log.read_text(), log.read_text()
     finally:
-        process.terminate()
+        process.kill()  # a SIGTERM is lost where it comes while a request is served
         process.wait()
 
 

@@ -71,7 +71,8 @@ def address(logdir: Path) -> Iterator[str]:
             until("the runs", lambda: "Scaling" in fetch(url[0] + "data/runs"))
             yield url[0]
         finally:
-            process.terminate()
+            # Not SIGTERM: TensorBoard answers with an exception, which a request that it serves just then swallows.
+            process.kill()
 
 
 def fetch(url: str) -> Any:
