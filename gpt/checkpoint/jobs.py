@@ -21,7 +21,7 @@ from gpt.checkpoint.staging import SharedMemory, StagedPart
 
 @dataclass
 class Memory:
-    """What a writer holds between jobs: the memory that parts are staged in, and the newest plan."""
+    """State of a writer between jobs: the memory that parts are staged in, and the newest plan."""
 
     staged: SharedMemory | None = None
     plan: WritePlan | None = None

@@ -38,7 +38,7 @@ RETRY_S = 5.0
 """Time from the first failed write to the next; then twice as long each time."""
 LONGEST_RETRY_S = 300.0
 HURRIED_RETRY_S = 1.0
-"""The same while training waits for the save, or has to end."""
+"""Time to the next try while training waits for the save, or has to end."""
 
 
 class OutdatedAttemptError(CheckpointError):

@@ -1,4 +1,4 @@
-"""What a rank tells the others of saves, with the figures of a step."""
+"""Ballots: figures by which ranks tell each other of saves, with those of a step."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class BadSteps:
     first: int
     last: int
     cause: str
-    """What was wrong with them, for people."""
+    """Fault of these steps, for people."""
 
 
 class DivergenceGuard:

@@ -80,7 +80,7 @@ class QueuedStep:
     with_requests: bool
     """True where the figures tell of the requests as well, summed over the ranks."""
     ballot: Ballot
-    """What this rank tells of saves; the figures hold the sums over the ranks, behind the requests."""
+    """Figures by which this rank tells of saves; the figures hold the sums over the ranks, behind the requests."""
     with_experts: bool
     """True where the figures tell of the experts' imbalance."""
     with_loss_scale: bool

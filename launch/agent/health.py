@@ -32,7 +32,7 @@ class Fault:
     """One thing that is wrong with this node."""
 
     part: str
-    """What was checked: gpu, link, disk, run folder or command."""
+    """Part that was checked: gpu, link, disk, run folder or command."""
     found: str
 
     @property

@@ -74,7 +74,7 @@ def settle_gpus(
 
 
 def line_of(finding: Finding) -> str:
-    """What was found, in one line; a warning with its reason and what to type."""
+    """Finding in one line; a warning with its reason and what to type."""
     return (
         finding.found if finding.level is Level.ok else f"warning: {finding.found}: {finding.why}; type {finding.fix}"
     )

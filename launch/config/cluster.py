@@ -106,7 +106,7 @@ MAIL_TYPES = (
     *("NONE", "ALL", "BEGIN", "END", "FAIL", "REQUEUE", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS"),
     *("TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"),
 )
-"""What sbatch(1) of Slurm 22.05 takes for --mail-type."""
+"""Types of mail that sbatch(1) of Slurm 22.05 knows."""
 
 
 @dataclass
@@ -169,7 +169,7 @@ class ClusterConfig:
     mail_user: Optional[str] = None
     """Who gets mail from Slurm about the jobs of a run (sbatch --mail-user); null: nobody."""
     mail_type: str = "BEGIN,END,FAIL,REQUEUE"
-    """What mail_user hears of, as sbatch --mail-type has it; ARRAY_TASKS: of each point of a sweep by itself."""
+    """Events that mail_user hears of, as for sbatch --mail-type; ARRAY_TASKS: of each point of a sweep by itself."""
     array_parallelism: int = 256
     """Most elements of a job array that run at the same time."""
     setup: list[str] = field(default_factory=list)

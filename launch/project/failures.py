@@ -1,4 +1,4 @@
-"""What failing nodes cost a run of so many of them. The arithmetic is ``launch.runs.checkpoint_interval``'s."""
+"""Cost of failing nodes for a run of so many of them. The arithmetic is ``launch.runs.checkpoint_interval``'s."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launch.runs import checkpoint_interval
 
 @dataclass(frozen=True)
 class Failures:
-    """What failures cost: seconds that each save holds the steps up, seconds of a restart, hours between failures."""
+    """Cost of failures: seconds that each save holds the steps up, seconds of a restart, hours between failures."""
 
     mtbf_node_h: float
     """Mean time between failures of one node, hours."""

@@ -128,7 +128,7 @@ def hold_out(sweep: SweepPoints) -> HeldOut:
 
 
 def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, tuple[str, ...]]:
-    """What failures cost, as far as the largest point tells, and a note on it."""
+    """Return the cost of failures, as far as the largest point tells, and a note on it."""
     if mtbf_node_h is None:
         return None, ()
     save_s, restart_s = sweep.save_s(), sweep.restart_s()

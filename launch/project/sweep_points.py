@@ -116,7 +116,7 @@ class SweepPoints:
         return config, request
 
     def cluster(self, gpu: str | None = None) -> ClusterConfig:
-        """What is known of the nodes: as the config says, with the devices that were seen and the links measured."""
+        """Return what is known of the nodes: the config, with the devices that were seen and the links measured."""
         known = self.config.cluster
         if self.has_gpus:
             assert self.base.environment is not None

@@ -183,7 +183,7 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, planned: int, complete: b
 
 
 def _remains(site: Site) -> list[str]:
-    """What the run has left on this host, or in the queue."""
+    """List what the run has left on this host, or in the queue."""
     deadline = time.monotonic() + GONE_S
     while time.monotonic() < deadline and of_run(site.folder.path):
         time.sleep(0.2)

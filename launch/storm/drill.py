@@ -50,7 +50,7 @@ class Drill:
         self._words = [*words, *lifted, f"run_dir={self._run.path}"]
         self._process: subprocess.Popen[bytes] | None = None
         self.typed = 0
-        """How often the command was typed."""
+        """Number of times that the command was typed."""
         self.faults: list[dict[str, Any]] = []
         """The faults that came, each with its time."""
         site.is_over = lambda: self._process is None or self._process.poll() is not None

@@ -110,7 +110,7 @@ def find(run_dir: Path, what: str, rank: int, is_over: Callable[[], bool] = lamb
 
 
 def entries(folder: Path) -> Mapping[str, int]:
-    """What lies in a folder of checkpoints, with the time of its last change."""
+    """List what lies in a folder of checkpoints, with the time of its last change."""
     found = {}
     with suppress(FileNotFoundError), os.scandir(folder) as inside:
         for entry in inside:

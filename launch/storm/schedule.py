@@ -14,7 +14,7 @@ from launch.errors import ConfigError
 from launch.runs.ranges import closest
 
 SLURM, SANDBOX, DISK = "Slurm", "a sandbox (--sandbox DIR)", "a filesystem of the drill's own (--disk-mib N)"
-"""What a kind of fault needs."""
+"""Needs of a kind of fault."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Kind:
 
     name: str
     what: str
-    """What happens, for people; ``{seconds}`` and ``{rank}`` are filled in."""
+    """Description for people; ``{seconds}`` and ``{rank}`` are filled in."""
     needs: str = ""
     seconds: tuple[float, ...] = (0.0,)
-    """How long it may last; the schedule chooses."""
+    """Time that it may last; the schedule chooses."""
     damages: bool = False
     """True where it spoils the newest checkpoint, so that there has to be an older one."""
 

@@ -126,11 +126,11 @@ def measure(stormy: RunFolder, faults: int) -> tuple[float, Prediction] | None:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one fault cost, in seconds from it to the first step that had not been made before, and its parts."""
+    """Cost of one fault, in seconds from it to the first step that had not been made before, and its parts."""
 
     kind: str
     road: str
-    """How the run went on: undisturbed, in place, spare, requeue, or typed again."""
+    """Road on which the run went on: undisturbed, in place, spare, requeue, or typed again."""
     total_s: float
     noticed_s: float = 0.0
     """From the fault to the end of the attempt in the event log."""
@@ -145,7 +145,7 @@ class Recovery:
 def recoveries(
     faults: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
 ) -> list[Recovery]:
-    """What each fault cost, as far as the run made a new step after it and before the next one.
+    """List what each fault cost, as far as the run made a new step after it and before the next one.
 
     Args:
         faults: ``kind`` and ``time`` of each, oldest first.
@@ -178,7 +178,7 @@ def recoveries(
 
 
 def _road(events: Sequence[Mapping[str, Any]], end: Mapping[str, Any], until: float) -> str:
-    """How the run went on after the end of an attempt."""
+    """Tell on which road the run went on after the end of an attempt."""
     after = [e for e in events if end["time"] <= e["time"] <= until]
     if any(e["event"] == "submitted" for e in after):
         return "typed again"
