@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import tracemalloc
@@ -240,6 +241,7 @@ def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run:
             write(builder.run.metrics(rank), [text.encode()])
         setup = read_environment(builder.run, 1)
         assert setup is not None
+        gc.collect()  # what earlier tests left is not freed, nor counted, in between
         tracemalloc.start()
         reading = read_steps(builder.run, {1: setup})
         found = tracemalloc.get_traced_memory()[1]
@@ -248,4 +250,6 @@ def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run:
         return found
 
     peak(2)  # what is imported and cached once
-    assert peak(64) <= 1.2 * peak(4)
+    # A reading that keeps what it read would hold 16 times as much; a reader's own buffer grows, by kilobytes a rank.
+    few, many = peak(4), peak(64)
+    assert many <= 2 * few, (many, few)
