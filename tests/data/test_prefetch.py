@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from gpt.data.loader import Samples, Windows, train_indices
+from gpt.data.loader import Samples, train_indices
 from gpt.data.prefetch import BatchPrefetcher
 from gpt.topology.batch import Batch
 from launch.errors import ConfigError
@@ -89,20 +87,20 @@ def test_the_thread_ends_with_the_run(samples: Samples) -> None:
     assert not thread.is_alive()
 
 
-def test_slow_reading_hides_behind_computing(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Windows.read
+def test_slow_reading_hides_behind_computing() -> None:
+    slow_s = 0.1
+    read = [threading.Event() for _ in range(10)]
 
-    def read_slowly(windows: Windows, position: int) -> Any:
-        time.sleep(0.005)
-        return read(windows, position)
+    def read_slowly(step: int) -> None:
+        time.sleep(slow_s)  # is what is measured
+        read[step].set()
 
-    monkeypatch.setattr(Windows, "read", read_slowly)
-    batches = batches_of(samples)
+    batches = batches_of(read_by(read_slowly))
     waited = [batches.take(1).waited_s]
     for step in range(2, 8):
-        time.sleep(0.1)  # the step that is computed
+        assert read[step].wait(60), "while the step before is computed"
         waited.append(batches.take(step).waited_s)
     batches.close()
-    assert waited[0] >= 0.02, "the first one is waited for"
-    assert statistics.median(waited[1:]) < 0.002
-    assert np.all(np.array(waited) >= 0)
+    assert waited[0] >= slow_s, "the first one is waited for"
+    # On a busy machine the thread may be held between reading and handing over, but not each time.
+    assert 0 <= min(waited[1:]) < slow_s / 2

@@ -56,13 +56,15 @@ def test_a_record_keeps_the_real_numbers_and_drops_the_rest_with_one_warning(
 
 def test_the_time_of_a_step_leaves_out_evaluations_and_saves(tmp_path: Path) -> None:
     run = in_folder(tmp_path)
+    began = time.perf_counter()
     run.record(1)
     run.phase("saving", 1)
-    time.sleep(0.5)
+    time.sleep(0.5)  # is what is measured
     run.saved(1, 0.5)
     run.record(3)
+    both_steps_s = time.perf_counter() - began - 0.5
     run.flush()
-    assert read_records(RunFolder(tmp_path).metrics(0))[-1]["step_time_s"] < 0.25
+    assert 0 < read_records(RunFolder(tmp_path).metrics(0))[-1]["step_time_s"] <= both_steps_s / 2
     (saved,) = RunFolder(tmp_path).read_events()
     assert (saved["event"], saved["step"], saved["seconds"]) == ("saved", 1, 0.5)
 
@@ -130,9 +132,13 @@ def test_a_helper_that_is_forked_off_is_no_rank(tmp_path: Path) -> None:
 import multiprocessing, os, signal, sys, time
 from launch import worker
 run = worker.attach()
-helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+up, told = multiprocessing.Pipe()
+def work():
+    told.send("up")
+    time.sleep(600)
+helper = multiprocessing.get_context("fork").Process(target=work)
 helper.start()
-time.sleep(0.5)
+assert up.poll(60) and up.recv() == "up"
 helper.terminate()
 helper.join(30)
 assert helper.exitcode == -signal.SIGTERM, helper.exitcode
