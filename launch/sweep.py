@@ -29,6 +29,7 @@ from launch.plan.text import share_budget, worst_case_text
 from launch.runs.find import labels_for
 from launch.runs.folder import RunFolder
 from launch.runs.labels import sweep_overrides
+from launch.runs.report_files import ReportFile
 from launch.runs.sweeps import Sweep, record_sweep
 from launch.scheduler import client as scheduler
 from launch.scheduler.limits import Limits
@@ -241,7 +242,7 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
         raise SweepFailedError(f"stopped; {next_start_text(points)}", 130) from None
-    report(plans, sweep, console)
+    report(plans, sweep, console, after.report_files)
     show_progress_problems(points, console)
     failed = [point for point in points if point.state != "finished"]
     if failed:
@@ -324,14 +325,14 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
     console.print(text, highlight=False, markup=False)
 
 
-def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console) -> None:
+def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: Sequence[ReportFile]) -> None:
     """Write and show the scaling table of these points, or the summary of the one there is."""
     from launch.report import select, show_and_write, tabulate_selection
 
     folder = Path(plans[0].run_dir) if sweep is None else group_folder(plans)
     selection = select(folder) if sweep is None else select(folder, sweep.number)
     try:
-        show_and_write(tabulate_selection(selection), console)
+        show_and_write(tabulate_selection(selection), console, files)
     except OSError as error:  # what is shown is known; what the points came to is still to be told
         later = f"python -m launch.report {quote(str(folder))}"
         console.print(f"the report is not written: {error}; later: {later}", highlight=False, markup=False)

@@ -17,6 +17,7 @@ from launch.errors import ConfigError
 from launch.runs.identity import RunConfig
 from launch.runs.overrides import NOT_IN_POINT
 from launch.runs.ranges import require_positive, require_range
+from launch.runs.report_files import ReportFile
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
@@ -209,6 +210,9 @@ class LaunchConfig:
     (sbatch --dependency=afterany)."""
     poll_s: float = MISSING
     """Seconds between two polls of Slurm's queue while the command follows its jobs, 0.5 to 3600."""
+    report_files: list[ReportFile] = MISSING
+    """Files of the report that is written at the end: md, csv, png, svg, json, html, and tensorboard, a sweep's Scaling
+    run. Drawing is most of the work; all of them can be had later by python -m launch.report."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""

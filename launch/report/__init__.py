@@ -5,13 +5,16 @@ Reads run folders only, and so can be made again at any time. Loads no torch. Mu
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.console import Console
 
 from launch.report.row import Row
 from launch.report.selection import Selection, select
 from launch.report.table import ScalingTable, build, tabulate_selection
 from launch.report.views import show
-from launch.report.write import write
+from launch.report.write import ALL_FILES, write
+from launch.runs.report_files import ReportFile
 
 __all__ = [
     "Row",
@@ -26,12 +29,12 @@ __all__ = [
 ]
 
 
-def show_and_write(table: ScalingTable, console: Console) -> None:
-    """Show a report, write its files, and say where they are and what else there is to see."""
+def show_and_write(table: ScalingTable, console: Console, files: Collection[ReportFile] = ALL_FILES) -> None:
+    """Show a report, write its files, or some of them, and say where they are and what else there is to see."""
     show(table, console)
-    for path in write(table):
+    for path in write(table, files=files):
         console.print(f"wrote {path}", highlight=False, markup=False)
-    if table.selection.dashboard is not None:
+    if table.selection.dashboard is not None and ReportFile.tensorboard in files:
         console.print(f"dashboard: tensorboard --logdir {table.selection.folder}", highlight=False, markup=False)
     for line in table.selection.others():
         console.print(line, highlight=False, markup=False)

@@ -11,10 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import CommandParser, refusing
-from launch.report import select, show_and_write, tabulate_selection
+from launch.report import ScalingTable, select, show_and_write, tabulate_selection
 from launch.report.watch import WATCH_S, watch
+from launch.report.write import ALL_FILES
 from launch.runs.files import deny_others_writing
 from launch.runs.find import runs_labelled
+from launch.runs.report_files import ReportFile
 
 
 @refusing
@@ -40,15 +42,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"make it again every so many seconds ({WATCH_S:g}) until all runs have ended, or Ctrl-C; the HTML page, "
         "open in a browser, follows",
     )
+    parser.add_argument(
+        "--files",
+        type=_files,
+        default=ALL_FILES,
+        metavar="KIND,KIND",
+        help=f"write these files only, of {', '.join(file.value for file in ReportFile)}",
+    )
     typed = parser.parse_args(arguments)
     deny_others_writing()
     folder = typed.folder if typed.folder.exists() else next(iter(runs_labelled(typed.folder)), typed.folder)
     console = Console(soft_wrap=True)
+
+    def make() -> ScalingTable:
+        return tabulate_selection(select(folder, typed.sweep, every=typed.all))
+
     if typed.watch is not None:
-        watch(lambda: tabulate_selection(select(folder, typed.sweep, every=typed.all)), typed.watch, console)
-        return 0
-    show_and_write(tabulate_selection(select(folder, typed.sweep, every=typed.all)), console)
+        watch(make, typed.watch, console, typed.files)
+    else:
+        show_and_write(make(), console, typed.files)
     return 0
+
+
+def _files(text: str) -> frozenset[ReportFile]:
+    """Read the kinds of files that are to be written."""
+    kinds = text.split(",")
+    if unknown := sorted(set(kinds) - {file.value for file in ReportFile}):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r}, and not kinds of files, such as --files md,csv")
+    return frozenset(map(ReportFile, kinds))
 
 
 def _seconds(text: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +17,47 @@ from launch.report.page import page
 from launch.report.table import ScalingTable
 from launch.report.views import csv_text, markdown
 from launch.runs.files import write_atomically
+from launch.runs.report_files import ReportFile
+
+ALL_FILES = frozenset(ReportFile)
 
 
-def write(table: ScalingTable, reload_s: float | None = None) -> list[Path]:
+def write(table: ScalingTable, reload_s: float | None = None, files: Collection[ReportFile] = ALL_FILES) -> list[Path]:
     """Write the report where it belongs; what an earlier one left there is replaced. Returns what was written.
 
+    Of the ``files`` only those that are named are written; others that are there already stay as they are.
     With ``reload_s`` a browser that shows the page loads it again after so many seconds.
     A sweep's report is ``scaling.*`` beside its points, as long as no other sweep was typed, and in the folder of its
     record for good; that of one run is ``summary.*`` in its folder, and that of all runs of a folder ``all_runs.*``.
     """
-    # matplotlib and tensorboard take a second to import, which neither --help nor a refusal should wait for.
-    from launch.report.dashboard import write_dashboard
-    from launch.report.figure import draw
+    selection = table.selection
+    has_dashboard = ReportFile.tensorboard in files and selection.dashboard is not None
+    pictures: dict[str, bytes] = {}
+    if has_dashboard or not {ReportFile.png, ReportFile.svg}.isdisjoint(files):
+        # A second to import and half a one to draw, which neither --help nor a refusal should wait for.
+        from launch.report.figure import draw
 
-    selection, pictures = table.selection, draw(table)
-    figure = f"{selection.stem}.png"
-    contents = {
-        f"{selection.stem}.md": f"{markdown(table)}\n![{table.title}]({figure})\n".encode(),
-        f"{selection.stem}.csv": csv_text(table).encode(),
-        figure: pictures["png"],
-        f"{selection.stem}.svg": pictures["svg"],
-        f"{selection.stem}.json": json_text(table).encode(),
-        f"{selection.stem}.html": page(table, reload_s).encode(),
+        pictures = draw(table)
+    figure = f"\n![{table.title}]({selection.stem}.png)\n" if ReportFile.png in files else "\n"
+    made: dict[ReportFile, Callable[[], bytes]] = {
+        ReportFile.md: lambda: f"{markdown(table)}{figure}".encode(),
+        ReportFile.csv: lambda: csv_text(table).encode(),
+        ReportFile.png: lambda: pictures["png"],
+        ReportFile.svg: lambda: pictures["svg"],
+        ReportFile.json: lambda: json_text(table).encode(),
+        ReportFile.html: lambda: page(table, reload_s).encode(),
     }
+    contents = {f"{selection.stem}.{file.value}": make() for file, make in made.items() if file in files}
     for folder in selection.folders:
         for name, content in contents.items():
             write_atomically(folder / name, content)
     written = [selection.folders[0] / name for name in contents] + selection.folders[1:]
-    if selection.dashboard is None:
-        return written
-    return [*written, write_dashboard(table, pictures["png"], selection.dashboard)]
+    if has_dashboard:
+        from launch.report.dashboard import write_dashboard
+
+        assert selection.dashboard is not None
+        written.append(write_dashboard(table, pictures["png"], selection.dashboard))
+    return written
 
 
 def json_text(table: ScalingTable) -> str:

@@ -75,6 +75,21 @@ def test_markdown_and_terminal_show_the_same_cells(sweep: Path) -> None:
     assert "MFU unavailable" in text and "MFU unavailable" in terminal
 
 
+def test_only_the_files_that_are_asked_for_are_made_and_drawing_is_not_loaded(sweep: Path) -> None:
+    script = f"""
+import sys
+from launch.report.__main__ import main
+assert main([{str(sweep)!r}, "--files", "csv,md"]) == 0
+assert not {{"matplotlib", "tensorboard"}} & {{name.split(".")[0] for name in sys.modules}}
+"""
+    before = snapshot(sweep)
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert snapshot(sweep).keys() - before.keys() == {"scaling.md", "scaling.csv"}
+    assert told.count("wrote ") == 2 and "dashboard" not in told and ".png" not in (sweep / "scaling.md").read_text()
+    refused = command(sweep, "--files", "md,pdf")
+    assert refused.returncode == 2 and "'pdf', and not kinds of files, such as --files md,csv" in refused.stderr
+
+
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_a_terminal_never_gets_a_folded_number(sweep: Path, width: int) -> None:
     text = shown(sweep, force_terminal=True, width=width, color_system=None)

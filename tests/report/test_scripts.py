@@ -233,7 +233,7 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
     table = build(tmp_path)
     for row, least, whole in zip(table.rows, (0.05, 0.025), took, strict=True):
         assert row.unit == "samples" and row.throughput is not None and row.step_time_s is not None
-        # When lines were printed is known to some milliseconds; of 25 steps or more, half are no longer than the median.
+        # Lines are seen some milliseconds late; of 25 steps or more, half take no less than the median.
         assert 0.7 * least <= row.step_time_s < whole / 12, took
         assert row.throughput == pytest.approx(32 / row.step_time_s)
         assert (row.last_step, row.loss) == (30, pytest.approx(1 / 30, abs=1e-3))

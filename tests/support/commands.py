@@ -30,7 +30,7 @@ TINY = (
 )
 """A run of seconds: small, but with accumulation, grouped queries and an evaluation that no rank count divides."""
 
-ON_SLURM = ("cluster=slurm", "launch.poll_s=1")
+ON_SLURM = ("cluster=slurm", "launch.poll_s=1", "launch.report_files=[md,csv]")
 """On the sandbox, whose controller has nothing else to do than to answer."""
 
 

@@ -10,8 +10,8 @@ from launch.runs.records import read_records
 from tests.support.commands import ROOT, descendants
 
 EXAMPLES = ROOT / "examples"
-LOCAL = ("cluster=local", "ranks_per_node=1", "workload=script", "launch.poll_s=1")
-"""Nodes are agents on this machine, of one rank each."""
+LOCAL = ("cluster=local", "ranks_per_node=1", "workload=script", "launch.poll_s=1", "launch.report_files=[md,csv]")
+"""Nodes are agents on this machine, of one rank each, and no pictures are drawn."""
 PROGRESS = r"script.progress=step (?P<step>\d+): loss (?P<loss>[\d.]+)"
 """Finds what plain_ddp.py prints."""
 
