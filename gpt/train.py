@@ -35,6 +35,7 @@ with lasting_imports():
     from gpt.model.gpt import GPT
     from gpt.parallel.compile import prepare_blocks
     from gpt.parallel.distributed import World, open_world
+    from gpt.parallel.float8 import convert_linears
     from gpt.topology.batch import settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
@@ -91,6 +92,7 @@ def build(
     without_flash = check_flash(config, world)
     if without_flash and world.is_first:
         print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
+    convert_linears(model, config)
     prepare_blocks(model, config)
     engine = parallelize(model, weights, config, world, dims, batch)
     kept = config.checkpoint

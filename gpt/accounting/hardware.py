@@ -34,6 +34,8 @@ class Accelerator:
     """Dense peak, TFLOP/s, of fp32 products whose factors are rounded to TF32 (10 bits of mantissa)."""
     fp16: float | None = None
     """Dense peak, TFLOP/s, accumulated in fp32, where it is not that of bf16."""
+    has_float8: bool = False
+    """Whether the matrix units multiply 8-bit floating point numbers, as torch uses them."""
 
     def peak(self, precision: Precision, tf32: bool = False) -> float | None:
         """Return the dense peak in a precision, TFLOP/s; ``tf32`` allows TF32 in fp32, where the device has it."""
@@ -60,21 +62,21 @@ ACCELERATORS = (
     Accelerator(r"NVIDIA A100 80GB PCIe", 312, 19.5, 80, 32, None, tf32=156),
     # NVIDIA H100 (2023 and 2024): 1979, 1513 and 1671 TFLOP/s with sparsity, in TF32 989, 756 and 835. DGX H100: 400
     # Gbit/s for each GPU. Of the PCIe forms only two are joined by a bridge.
-    Accelerator(r"NVIDIA H100 80GB HBM3", 989, 67, 80, 450, 50, tf32=494.5),
-    Accelerator(r"NVIDIA H100 PCIe", 756, 51, 80, 64, None, tf32=378),
-    Accelerator(r"NVIDIA H100 NVL", 835, 60, 94, 64, None, tf32=417.5),
+    Accelerator(r"NVIDIA H100 80GB HBM3", 989, 67, 80, 450, 50, tf32=494.5, has_float8=True),
+    Accelerator(r"NVIDIA H100 PCIe", 756, 51, 80, 64, None, tf32=378, has_float8=True),
+    Accelerator(r"NVIDIA H100 NVL", 835, 60, 94, 64, None, tf32=417.5, has_float8=True),
     # NVIDIA H200 (2024), the SXM form; TF32 989 with sparsity.
-    Accelerator(r"NVIDIA H200", 989, 67, 141, 450, 50, tf32=494.5),
+    Accelerator(r"NVIDIA H200", 989, 67, 141, 450, 50, tf32=494.5, has_float8=True),
     # NVIDIA HGX B200 and GB200 NVL72 (2024): 4500 and, for each of the two GPUs, 5000 with sparsity; TF32 half of it.
-    Accelerator(r"NVIDIA B200", 2250, None, 180, 900, 50, tf32=1125),
-    Accelerator(r"NVIDIA GB200", 2500, None, 186, 900, 50, tf32=1250),
+    Accelerator(r"NVIDIA B200", 2250, None, 180, 900, 50, tf32=1125, has_float8=True),
+    Accelerator(r"NVIDIA GB200", 2500, None, 186, 900, 50, tf32=1250, has_float8=True),
     # NVIDIA L40S (2023): 733 with sparsity, in TF32 366; the data sheet also gives the dense figures.
-    Accelerator(r"NVIDIA L40S", 362, 91.6, 48, 32, None, tf32=183),
+    Accelerator(r"NVIDIA L40S", 362, 91.6, 48, 32, None, tf32=183, has_float8=True),
     # AMD Instinct MI300X (2023): seven links of 128 GB/s. Its TF32 is off in torch, unless HIPBLASLT_ALLOW_TF32 is set.
-    Accelerator(r"AMD Instinct MI300X( OAM)?", 1307, 163.4, 192, 448, 50),
+    Accelerator(r"AMD Instinct MI300X( OAM)?", 1307, 163.4, 192, 448, 50, has_float8=True),
     # NVIDIA white papers of the GA102 (appendix A) and AD102 architectures: products accumulated in fp32.
     Accelerator(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 32, None, tf32=35.6),
-    Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None, tf32=82.6),
+    Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None, tf32=82.6, has_float8=True),
 )
 
 

@@ -27,6 +27,7 @@ from gpt.config.data import (
     WeightedPath,
 )
 from gpt.config.divergence import DivergenceConfig
+from gpt.config.float8 import Float8
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
@@ -58,6 +59,7 @@ __all__ = [
     "ExpertBalance",
     "ExpertMatmul",
     "Ffn",
+    "Float8",
     "LoggingConfig",
     "ModelConfig",
     "Norm",

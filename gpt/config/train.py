@@ -14,6 +14,7 @@ from gpt.config import model_rules
 from gpt.config.checkpoint import CheckpointConfig
 from gpt.config.data import DataConfig
 from gpt.config.divergence import DivergenceConfig
+from gpt.config.float8 import Float8, check_float8
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig
@@ -146,6 +147,11 @@ class TrainConfig(RunConfig):
     tf32: Optional[bool] = None
     """Round the factors of fp32 matrix products to TF32 on GPUs that have it (compute capability 8.0), for up to eight
     times the speed; null does in fp32 unless ``deterministic`` is set, and never on CPUs."""
+    float8: Float8 = Float8.none
+    """Compute the linear layers of the blocks in 8-bit floating point, on GPUs that have it (compute capability 8.9),
+    by torchao: the extra ``float8``. Worth it with compilation, and for wide models; changes the loss a little."""
+    float8_emulate: bool = False
+    """Compute in 16 or 32 bits what float8 would give, slower, on devices without it: to look at losses beforehand."""
     compile: CompileMode = CompileMode["auto"]
     """Compile every block and the loss with torch.compile; needs a C++ compiler on CPUs. Changes the last bits."""
     compile_dynamic: bool = False
@@ -198,6 +204,7 @@ class TrainConfig(RunConfig):
                 "TF32 for the products of precision=fp32 only; others are of 16 bits",
                 "precision=fp32 tf32=true, or tf32=null",
             )
+        check_float8(self)
         require_range("gc_interval", self.gc_interval, 0, float("inf"))
         require_positive("profile_from", self.profile_from)
         last = self.optim.max_steps if self.optim.max_tokens is None else self.profile_to

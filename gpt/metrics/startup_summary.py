@@ -15,7 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gpt.config import Ffn, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
+from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
+from gpt.config.float8 import float8_words
 
 WIDTH = 110
 """Columns of the summary in a log file, which has no width of its own; more than a terminal has are not used."""
@@ -109,6 +110,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
     execution = [
         f"{config.precision.name}{' in TF32' if config.tf32 else ''}",
+        *([] if config.float8 is Float8.none else [float8_words(config)]),
         f"compile {config.compile.name}{' dynamic' if config.compile_dynamic else ''}"
         f"{' fullgraph' if config.compile_fullgraph else ''}",
         f"recompute {config.recompute.name}",

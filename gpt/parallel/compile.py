@@ -21,7 +21,14 @@ from gpt.model.loss import cross_entropy
 
 aten = torch.ops.aten
 MATRIX_PRODUCTS = frozenset(
-    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default}
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten._grouped_mm.default,
+        aten._scaled_mm.default,
+    }
 )
 ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
 """Dispatch of rows to experts on other ranks, and back: waiting for other ranks costs more than the memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpt.accounting.hardware import find
-from gpt.config import CompileMode, Precision, TrainConfig
+from gpt.config import CompileMode, Float8, Precision, TrainConfig
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config
@@ -61,6 +61,24 @@ def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
     if on_cpus or config.precision is not Precision.fp32:
         return False
     return not config.deterministic if config.tf32 is None else config.tf32
+
+
+def refuse_float8(config: TrainConfig, on_cpus: bool, gpu: str | None) -> None:
+    """Raise ConfigError where ``float8`` is asked for on a device that is known to have none.
+
+    Args:
+        config: of the run.
+        on_cpus: whether its ranks compute on CPUs.
+        gpu: name of the ranks' GPU; None where it is not known.
+    """
+    known = None if gpu is None else find(gpu)
+    if config.float8 is Float8.none or config.float8_emulate or not (on_cpus or (known and not known.has_float8)):
+        return
+    raise ConfigError(
+        f"float8={config.float8.name} on {'CPUs' if on_cpus else gpu}",
+        "GPUs whose matrix units compute in it, of compute capability 8.9 or more",
+        "float8=none, or float8_emulate=true for its losses without its speed",
+    )
 
 
 def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from gpt.config import Precision, TrainConfig
+from gpt.config import Float8, Precision, TrainConfig
 from gpt.parallel.distributed import World
-from gpt.planning.execution import choose_compile, choose_tf32
+from gpt.planning.execution import choose_compile, choose_tf32, refuse_float8
 from launch.errors import ConfigError
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
@@ -23,7 +23,7 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
 
     Raises:
         ConfigError: the run was begun in bf16, and some of these devices do not compute in it; or TF32 is asked for
-            where there is none.
+            where there is none, or float8.
     """
     precision = config.precision
     if precision is Precision.auto:
@@ -38,6 +38,15 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
             "GPUs of compute capability 8.0 or more on all ranks",
             "precision=fp16, or tf32=null",
         )
+    refuse_float8(config, on_cpus, None)
+    if config.float8 is not Float8.none and not config.float8_emulate:
+        lacking = world.gather(not has_float8(world.device)).count(True)
+        if lacking:
+            raise ConfigError(
+                f"float8={config.float8.name}, and {lacking} of {world.size} ranks on GPUs that do not compute in it",
+                "GPUs of compute capability 8.9 or more on all ranks",
+                "float8=none, or float8_emulate=true for its losses without its speed",
+            )
     return replace(config, tf32=tf32, compile=choose_compile(config, world.size, on_cpus))
 
 
@@ -61,6 +70,8 @@ VOLTA = (7, 0)
 """Compute capability from which GPUs have matrix units, first for fp16 only (V100, T4)."""
 AMPERE = (8, 0)
 """Compute capability from which they know bf16 and TF32."""
+ADA = (8, 9)
+"""Compute capability from which they know 8-bit floating point."""
 
 
 def best_precision(device: torch.device) -> Precision:
@@ -76,6 +87,13 @@ def has_tf32(device: torch.device) -> bool:
     """Tell whether a device computes in TF32 where torch is allowed to."""
     on_cuda = device.type == "cuda" and torch.version.hip is None
     return on_cuda and torch.cuda.get_device_capability(device) >= AMPERE
+
+
+def has_float8(device: torch.device) -> bool:
+    """Tell whether the matrix units of a GPU multiply 8-bit floating point numbers."""
+    if torch.version.hip is not None:
+        return "gfx94" in torch.cuda.get_device_properties(device).gcnArchName
+    return torch.cuda.get_device_capability(device) >= ADA
 
 
 def earlier_precision(folder: RunFolder) -> str | None:

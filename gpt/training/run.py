@@ -156,6 +156,7 @@ def set_up(run: Run) -> dict[str, Any]:
         "block_size": model.block_size,
         "precision": config.precision.name,
         "tf32": bool(config.tf32),
+        "float8": config.float8.name,
         "model": model.name,
         "parameters": count(model).total,
         "counts": count(model).as_dict(),

@@ -18,7 +18,7 @@ from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
 from gpt.planning.auto import choose_parallelism
-from gpt.planning.execution import assume_precision, choose_precision
+from gpt.planning.execution import assume_precision, choose_precision, refuse_float8
 from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.workload.nodes import estimated_step, gpu_name, machine_of, on_cpus
@@ -73,6 +73,7 @@ class GptWorkload:
         gpu = gpu_name(request)
         precision = choose_precision(config, request.folder, on_cpus(config, request), gpu)
         config = assume_precision(config, precision)
+        refuse_float8(config, on_cpus(config, request), gpu)
         choice = choose_parallelism(
             config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 from gpt.accounting import flops, parameters
 from gpt.accounting.hardware import find
-from gpt.config import ParallelConfig, Precision, Strategy, TrainConfig
+from gpt.config import Float8, ParallelConfig, Precision, Strategy, TrainConfig
+from gpt.config.float8 import float8_words
 from gpt.data.corpus import Corpus
 from gpt.planning.advice import execution_warnings, many_epochs, many_time_limits
 from gpt.planning.auto import ParallelChoice
@@ -65,7 +66,8 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
     known = find(gpu_name(request) or "")
     has_tf32 = known is None or known.tf32 is not None
     tf32 = " in TF32" if choose_tf32(config, on_cpus(config, request)) and has_tf32 else ""
-    return {"execution": f"{name}{tf32}, compile {compiled.name}"}
+    float8 = "" if config.float8 is Float8.none else f" with {float8_words(config)}"
+    return {"execution": f"{name}{tf32}{float8}, compile {compiled.name}"}
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
