@@ -49,6 +49,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "job_id": None if point.job is None else point.job.job_id,
         "slurm_cluster": point.job.cluster if isinstance(point.job, SlurmJob) else None,
         "nodes": point.nodes,
+        "fewer_nodes": point.fewer_nodes() if point.state == "running" else None,
         "attempt": max(point.attempts(), default=None),
         "step": point.latest.get("step"),
         "max_steps": point.max_steps,
@@ -78,13 +79,19 @@ def cells(known: dict[str, Any]) -> list[str]:
         known["label"],
         known["state"],
         known.get("job_id", "") + (f" on {known['slurm_cluster']}" if "slurm_cluster" in known else ""),
-        str(known.get("nodes", "")),
+        nodes_text(known),
         str(known.get("attempt", "")),
         step,
         speed_text(known),
         f"{known['loss']:.4f}" if "loss" in known else "",
         duration(known["eta_s"]) if "eta_s" in known else "",
     ]
+
+
+def nodes_text(known: dict[str, Any]) -> str:
+    """Number of nodes; ``1 of 2`` while the run goes on without those that were lost."""
+    fewer = known.get("fewer_nodes")
+    return str(known.get("nodes", "")) if fewer is None else f"{fewer['nodes']} of {fewer['asked']}"
 
 
 def speed_text(known: dict[str, Any]) -> str:
@@ -107,6 +114,8 @@ def notes(known: dict[str, Any]) -> list[str]:
     lines += [known[name] for name in ("damage", "unsaved") if name in known]
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
     lines += [f"node {one['host']} is sick and was left out: {one['cause']}" for one in known.get("sick_nodes", ())]
+    if "fewer_nodes" in known:
+        lines.append(f"goes on with {nodes_text(known)} nodes: {known['fewer_nodes']['cause']}")
     failure = known.get("failure")
     if failure is not None:
         step = f" after step {failure['step']}" if failure.get("step") is not None else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -53,10 +53,18 @@ class PlanRequest:
     link_factor: float = 1.0
     """Factor on the bandwidth of all links of a cost model, and its inverse on their latency; fitted likewise."""
 
+    min_nodes: int | None = None
+    """Smallest number of nodes with which the run may go on where some are lost; None where it may not."""
+
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def smaller(self) -> list[int]:
+        """Smaller numbers of nodes that ``min_nodes`` allows, from the largest."""
+        return [] if self.min_nodes is None else list(range(self.nodes - 1, self.min_nodes - 1, -1))
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,9 @@ class WorkloadPlan:
     """True where a new start resumes from a checkpoint, so that an interrupted run may be requeued."""
     uses_cpus: bool | None = None
     """True where the ranks compute on CPUs; None where that is not known."""
+    fewer_nodes: tuple[int, ...] = ()
+    """Those of ``PlanRequest.smaller``, from the largest, with which the run can go on from a checkpoint of any other
+    number: same steps, same global batch. The agents start the ranks with one of them where nodes are lost."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,38 @@ class Workload(Protocol):
 
     def code(self, config: Any) -> CodeTree:
         """Return the files that make a run what it is."""
+
+
+def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object]) -> tuple[int, ...]:
+    """Return the numbers of nodes among ``request.smaller`` that ``check`` does not refuse, from the largest.
+
+    Args:
+        check: raises ConfigError where the run cannot go on with the nodes of a request.
+
+    Raises:
+        ConfigError: there are such numbers, and it refuses all of them.
+    """
+
+    def refusal(nodes: int) -> ConfigError | None:
+        try:
+            check(replace(request, nodes=nodes, min_nodes=None))
+        except ConfigError as error:
+            return error
+        return None
+
+    refusals = {nodes: refusal(nodes) for nodes in request.smaller}
+    possible = tuple(nodes for nodes, error in refusals.items() if error is None)
+    if refusals and not possible:
+        least = min(refusals)
+        below = next((nodes for nodes in range(least - 1, 0, -1) if refusal(nodes) is None), None)
+        first = next(error for error in refusals.values() if error is not None)
+        fixes = [f"resilience.min_nodes={below}"] if below else [first.fix.split(", or ")[0]]
+        raise ConfigError(
+            f"resilience.min_nodes={request.min_nodes}, and with nodes={max(refusals)}: {first.found}",
+            f"a number of nodes from {least} to {max(refusals)} with which the run can go on at the same global batch",
+            ", or ".join([*fixes, "resilience.min_nodes=null"]),
+        )
+    return possible
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 from omegaconf import DictConfig
 
@@ -22,7 +23,7 @@ from gpt.planning.execution import assume_precision, choose_precision, refuse_fl
 from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.workload.nodes import estimated_step, gpu_name, machine_of, on_cpus
-from gpt.workload.refusals import refuse_what_does_not_fit, split_batch_over_nodes
+from gpt.workload.refusals import refuse_size, refuse_what_does_not_fit, split_batch_over_nodes
 from gpt.workload.text import (
     checkpoint_text,
     execution_rows,
@@ -37,7 +38,15 @@ from launch.process import hash_seed
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import ROOT, source_files
 from launch.runs.saved import SavedCheckpoint
-from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, StepTime, WorkloadPlan
+from launch.workload import (
+    CodeTree,
+    PlanRequest,
+    RankCommand,
+    RankContract,
+    StepTime,
+    WorkloadPlan,
+    possible_sizes,
+)
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: weights and both of Adam's moments, in fp32."""
@@ -113,6 +122,7 @@ class GptWorkload:
             saves_more_often=f"checkpoint.interval={saves_more_often(config)}",
             checkpoints_kept=config.checkpoint.keep_last + 1,
             uses_cpus=on_cpus(config, request),
+            fewer_nodes=possible_sizes(request, partial(refuse_size, config)),
         )
 
     def step_time(self, config: TrainConfig, request: PlanRequest) -> StepTime | None:

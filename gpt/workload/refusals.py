@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from gpt.accounting.hardware import find
 from gpt.config import Device, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.planning.hardware import free_memory
-from gpt.planning.memory import GIB, Memory, staging_bytes
+from gpt.planning.memory import GIB, Memory, per_rank, staging_bytes
 from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
+from gpt.topology.rules import check_parallel_dims
 from gpt.workload.nodes import gpu_memory, gpu_name, gpu_words, host_memory, on_cpus
 from launch.errors import ConfigError
 from launch.workload import PlanRequest
@@ -36,6 +37,22 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
             f"optim.global_batch={-(-total // every) * every}, or {fewer} ranks in all",
         )
     return split_batch(config.optim, ranks)
+
+
+def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
+    """Raise ConfigError where a run in the middle of its steps could not go on with the ranks of ``request``.
+
+    Micro-batches, accumulation and shards follow from the number of ranks; tp, cp, pp, ep and a typed dp_shard stay.
+    """
+    if config.optim.weak_scaling:
+        raise ConfigError(
+            "optim.weak_scaling=true, by which the global batch follows from the number of ranks",
+            "the same global batch with fewer nodes",
+            "optim.weak_scaling=false",
+        )
+    dims = check_parallel_dims(config, request.world_size)
+    batch = split_batch_over_nodes(config, dims, request)
+    refuse_what_does_not_fit(config, per_rank(config, dims, batch), request)
 
 
 def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:

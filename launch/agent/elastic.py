@@ -37,8 +37,8 @@ from launch.workload import RankContract
 HERE = "here"
 """Key in the store of a start: how many nodes are about to start their ranks."""
 VERDICT = "verdict"
-"""Key in it: what holds for all of them, ``GO`` or ``LEAVE``; the first to write it decides."""
-GO, LEAVE = "go", "leave"
+"""Key in it: what holds for all of them, ``GO``, ``LEAVE`` or ``AGAIN``; the first to write it decides."""
+GO, LEAVE, AGAIN = "go", "leave", "again"
 LAST_MESSAGES_S = 3.0
 """Time that ranks have after the first failure, to tell theirs."""
 
@@ -47,12 +47,20 @@ class FixedRendezvous(RendezvousHandler):
     """Elastic's rendezvous for agents that have agreed already on who takes part and where."""
 
     def __init__(
-        self, rdzv: RendezvousRound, index: int, timeout_s: float, token: str, is_leaving: Callable[[], bool]
-    ) -> None:
+        self, rdzv: RendezvousRound, index: int, timeout_s: float, token: str, is_leaving: Callable[[], bool],
+        find_lost: Callable[[], str | None],
+    ) -> None:  # fmt: skip
+        """Take part in a round.
+
+        Args:
+            is_leaving: tells whether this node was told to leave.
+            find_lost: says which node is lost, None where none is; asked until all have come.
+        """
         self._round = rdzv
         self._token = token
         self._timeout_s = timeout_s
         self._is_leaving = is_leaving
+        self._find_lost = find_lost
         self._place = rdzv.members.index(index)
         self._store = dist.TCPStore(
             rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
@@ -63,7 +71,7 @@ class FixedRendezvous(RendezvousHandler):
 
         Raises:
             InterruptedError: a node was told to leave before all had come here.
-            torch.distributed.DistStoreError: a node did not come.
+            torch.distributed.DistStoreError: a node did not come, or was lost before it could.
         """
         self._meet()
         where = RendezvousStoreInfo(self._round.address, self._round.port)
@@ -87,13 +95,18 @@ class FixedRendezvous(RendezvousHandler):
                 store.compare_set(VERDICT, "", GO)
             elif self._is_leaving():
                 store.compare_set(VERDICT, "", LEAVE)
+            elif self._find_lost() is not None:
+                store.compare_set(VERDICT, "", AGAIN)
             elif time.monotonic() > deadline:
                 raise dist.DistStoreError(f"{count} of {len(self._round.members)} nodes came in {self._timeout_s:g} s")
             else:
                 time.sleep(POLL_S)
             count = store.add(HERE, 0)
-        if store.get(VERDICT).decode() == LEAVE:
+        verdict = store.get(VERDICT).decode()
+        if verdict == LEAVE:
             raise InterruptedError("told to leave before the ranks had started")
+        if verdict == AGAIN:
+            raise dist.DistStoreError("a node was lost before the ranks had started")
 
     @property
     def use_agent_store(self) -> bool:

@@ -124,7 +124,8 @@ def take_part(
         if node.index not in rdzv.members:
             continue
         stop.interruptible = False  # the nodes leave together from here on
-        problem = ranks.run_ranks(folder, node, config, group, rdzv, stop, meter, server)
+        sized = config.with_nodes(len(rdzv.members))  # by which the ranks of this start are counted
+        problem = ranks.run_ranks(folder, node, sized, group, rdzv, stop, meter, server)
         ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
             if handle_attempt_end(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:

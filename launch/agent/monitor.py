@@ -84,7 +84,7 @@ class Watch:
         if self._stop.count:
             self._stop_ranks(agent)
         elif self.kill_reason is None:
-            self.kill_reason = self._find_stuck(agent) or self._find_lost()
+            self.kill_reason = self._find_stuck(agent) or self.find_lost()
             if self.kill_reason is not None:
                 self._group.tell_failed(self._round.number)
         if self.kill_reason is None and self._group.has_failed(self._round.number):
@@ -131,8 +131,8 @@ class Watch:
             )  # fmt: skip
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 
-    def _find_lost(self) -> str | None:
-        """On the head node: members that have fallen silent; elsewhere: the head node itself."""
+    def find_lost(self) -> str | None:
+        """On the head node: a member that has fallen silent; elsewhere: the head node itself. None where none has."""
         if not self._node.is_head:
             return "the head node is lost" if self._group.head_is_lost() else None
         lost = self._group.find_silent(self._round)

@@ -201,6 +201,8 @@ def apply_decision(
     if decision.action is Action.restart and (group is None or not group.can_go_on):
         why = "too few nodes are left to start again here" if in_step else "its step has ended"
         decision = Decision(Action.requeue, f"{decision.reason}; {why}")
+    elif decision.action is Action.restart and group is not None and (left := group.next_size or 0) < config.nodes:
+        decision = Decision(decision.action, f"{decision.reason}; {left} of {config.nodes} nodes go on")
     record_decision(folder, attempt, cause, decision)
     if decision.action is Action.requeue:
         requeue(folder, node, config, cause, hosts_to_avoid(events), text)
@@ -243,7 +245,7 @@ def handle_sick_nodes(folder: RunFolder, node: Node, config: Config, sick: Seque
     leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if node.is_slurm else ""
     refusal = ConfigError(
         "; ".join(f"node {one.host} is sick: {describe(one.faults)}" for one in sick),
-        f"{config.nodes} healthy nodes, the first of the job among them",
+        f"{config.resilience.min_nodes or config.nodes} healthy nodes, the first of the job among them",
         f"{leave}resilience.health_check.enabled=false starts the ranks all the same",
     )
     folder.record_event("start_refused", cause=str(refusal))
@@ -264,6 +266,8 @@ def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str)
     settled = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     if (attempt in settled and attempt is not None) or not node.is_slurm:
         raise RunFailedError(f"the head node, {node.host_of(0)}, is lost: {why}")
+    if is_given_up(events, node):
+        raise RunFailedError(f"{node.host} was cut off, and the others go on without it: {why}")
     folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
     try:
         apply_decision(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
@@ -273,6 +277,12 @@ def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str)
         # Nobody else would end what is left of the job.
         wait_for_controller(folder, lambda: scheduler.cancel(node.slurm_job))
         raise
+
+
+def is_given_up(events: Sequence[dict[str, Any]], node: Node) -> bool:
+    """Tell whether the head node of this start of the job takes this node for lost: then it works on, and decides."""
+    began = max((number for number, e in enumerate(events) if e["event"] == "agent_started"), default=0)
+    return any(e["event"] == "node_lost" and e["host"] == node.host for e in events[began:])
 
 
 def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:

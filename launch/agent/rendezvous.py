@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from launch.agent.avoided_hosts import NO_HOSTS, reasons
+from launch.agent.group_size import GroupSizes, record_size
 from launch.agent.health import Fault, HealthCheck, describe
 from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
 from launch.agent.node import Node
@@ -90,7 +91,7 @@ class AgentGroup:
     ) -> None:
         self._folder = folder
         self._node = node
-        self._needed = config.nodes
+        self._sizes = GroupSizes.of_run(folder, config) if node.is_head else GroupSizes(config.nodes)
         self._limits = config.resilience
         self.heartbeat = heartbeat
         self.address = address
@@ -200,13 +201,18 @@ class AgentGroup:
     @property
     def can_go_on(self) -> bool:
         """Tell whether there are enough nodes for another round."""
-        return self._node.count - len(self.lost) >= self._needed
+        return self.next_size is not None
+
+    @property
+    def next_size(self) -> int | None:
+        """Number of nodes that the next round can have, as far as they are healthy; None where too few are left."""
+        return self._sizes.largest(self._node.count - len(self.lost))
 
     def _open_round(self, number: int, avoid: Mapping[str, str]) -> RendezvousRound:
         here = self._gather(number)
         sick = list(self._sick.values())
         order = sorted(here, key=lambda i: (i != 0, self._host(i) in avoid, i))
-        members = tuple(sorted(order[: self._needed]))
+        members = tuple(sorted(order[: self._sizes.largest(len(here))]))
         timeout = timedelta(seconds=self._limits.rendezvous_timeout_s)
         store = open_store(self.address, timeout)
         self._stores.append(store)
@@ -214,12 +220,15 @@ class AgentGroup:
             attempt = self._folder.create_attempt()
         rdzv = RendezvousRound(number, attempt, members, self.address, store.port)
         self.heartbeat.publish(start=asdict(rdzv))
-        if self._node.count > self._needed:
+        if self._node.count > self._sizes.full or len(here) > len(members):
             hosts = {
                 "hosts": [self._host(i) for i in members],
                 "spares": [self._host(i) for i in here if i not in members],
             }
             self._folder.record_event("members", attempt=rdzv.attempt, **hosts)
+        missing = {one.host: f"lost, {one.why}" for one in self.lost.values()}
+        missing |= {one.host: f"sick, {describe(one.faults)}" for one in sick}
+        record_size(self._folder, attempt, self._sizes, [self._host(i) for i in members], missing)
         for one in sick:
             cause = describe(one.faults)
             self._folder.record_event("node_sick", attempt=attempt, node=one.index, host=one.host, cause=cause)
@@ -233,13 +242,14 @@ class AgentGroup:
     def _gather(self, number: int) -> list[int]:
         """Wait for the nodes: for all that are left, a while longer than needed for spares; return the healthy ones."""
         began = time.monotonic()
-        while self.can_go_on:
+        while (size := self.next_size) is not None:
             ready = self._ready(number)
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
             healthy = {0, *ready} - self._sick.keys()
-            is_enough = 0 in healthy and len(healthy) >= self._needed
-            if is_enough and (not absent or waited > SPARE_WAIT_S):
+            # Who is absent may come: with fewer nodes a round is made where there are no more.
+            is_enough = len(healthy) >= (size if absent else self._sizes.least)
+            if 0 in healthy and is_enough and (not absent or waited > SPARE_WAIT_S):
                 return sorted(healthy)
             if not absent:
                 raise SickNodesError(tuple(self._sick[index] for index in sorted(self._sick)))
@@ -250,7 +260,7 @@ class AgentGroup:
                 elif waited > self._limits.rendezvous_timeout_s:
                     self._lose(index, f"{'not ready' if came else 'did not show up'} in {waited:.0f} s")
             time.sleep(POLL_S)
-        raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._needed} are needed")
+        raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._sizes.least} are needed")
 
     def _ready(self, number: int) -> set[int]:
         """The other nodes that have come to this round, healthy or not; notes what those that are not have found."""

@@ -126,7 +126,7 @@ def run_ranks(
     Args:
         folder: of the run.
         node: this one.
-        config: of the run.
+        config: of the run, with the nodes of this start.
         group: the agents.
         rdzv: those that take part in this start.
         stop: request that the ranks are told of.
@@ -151,7 +151,9 @@ def run_ranks(
         prefix = derive(group.token, f"ranks of round {rdzv.number}")
         describe_run(config, folder, rdzv.attempt, command, Path(scratch), prefix)
         timeout_s = config.resilience.rendezvous_timeout_s
-        rendezvous = FixedRendezvous(rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0)
+        rendezvous = FixedRendezvous(
+            rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0, lambda: watch.find_lost()
+        )
         watch = Watch(folder, node, config, group, rdzv, stop, meter, Path(scratch), contract)
         near = numa.cpus_of_ranks(config.ranks_on_node, visible_gpus(), os.sched_getaffinity(0))
         cpus = near if config.cluster.bind_cpus else None
@@ -170,7 +172,7 @@ def run_ranks(
             result = rank_agent.run()
         except dist.DistError as error:  # the store is gone, and with it the head node
             rank_agent.send(signal.SIGKILL)
-            return f"the head node's store does not answer: {error}"
+            return f"the nodes did not meet, or the head node's store does not answer: {error}"
         finally:
             records.close()
     if result is None or not result.is_failed():

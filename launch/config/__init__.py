@@ -7,8 +7,8 @@ in ``launch.config.compose``.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field, fields
-from typing import Any, Optional
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Optional, Self
 
 from omegaconf import MISSING
 
@@ -115,6 +115,9 @@ class ResilienceConfig:
 
     So a limit bounds how often a cause comes in an hour, and not in a run of weeks. null: failures count until the
     command is typed again."""
+    min_nodes: Optional[int] = None
+    """Go on with fewer nodes, but no fewer than these, where nodes are lost or sick and no spare is left: in the same
+    job, at the same global batch. The next start of the job has all again. null: the job is requeued instead."""
     requeue: bool = MISSING
     """On Slurm, put a run that was preempted or ran into its time limit back into the queue."""
 
@@ -148,6 +151,8 @@ class ResilienceConfig:
             require_positive(f"resilience.{key}", getattr(self, key))
         for key in ("node_timeout_s", "heartbeat_timeout_s", "hang_timeout_s"):
             require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
+        if self.min_nodes is not None:
+            require_positive("resilience.min_nodes", self.min_nodes)
         if self.forgive_after_s is not None:
             require_range("resilience.forgive_after_s", self.forgive_after_s, 0, float("inf"))
         self.health_check.validate()
@@ -262,6 +267,15 @@ class Config(RunConfig):
         return self.nodes + self.spare_nodes
 
     @property
+    def may_shrink(self) -> bool:
+        """Tell whether the run goes on with fewer nodes where some are lost."""
+        return self.resilience.min_nodes is not None and self.resilience.min_nodes < self.nodes
+
+    def with_nodes(self, nodes: int) -> Self:
+        """Return the config of a start with another number of nodes."""
+        return replace(self, nodes=nodes)
+
+    @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.ranks_on_node
@@ -275,6 +289,13 @@ class Config(RunConfig):
             require_positive("ranks_per_node", self.ranks_per_node)
         self.cluster.validate()
         self.resilience.validate()
+        least = self.resilience.min_nodes
+        if least is not None and least > self.nodes:
+            raise ConfigError(
+                f"resilience.min_nodes={least} with nodes={self.nodes}",
+                f"at most the nodes that the run asks for, {self.nodes}",
+                f"resilience.min_nodes={self.nodes}, or nodes={least}",
+            )
         self.budget.validate(self.cluster)
         self.launch.validate()
         if self.launch.sequential and self.cluster.placement:

@@ -33,8 +33,11 @@ def duration(seconds: float) -> str:
 
 
 def state_text(point: RunStatus) -> str:
-    """The state, and why where that is known."""
-    return f"{point.state} ({point.detail})" if point.detail else point.state
+    """The state, and why where that is known; of a run that goes on with fewer nodes, with how many."""
+    fewer = point.fewer_nodes() if point.state == "running" else None
+    on = "" if fewer is None else f"{fewer['nodes']} of {fewer['asked']} nodes"
+    told = ", ".join(part for part in (point.detail, on) if part)
+    return f"{point.state} ({told})" if told else point.state
 
 
 def progress_text(point: RunStatus) -> str:

@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 from launch.jobs.handles import Job, JobStatus, LocalQueueEntry, SlurmJob, agent_logs, ask_queue, job_of
 from launch.plan.plan import Plan
 from launch.runs.damage import read_plan
-from launch.runs.events import last_command
+from launch.runs.events import fewer_nodes, last_command
 from launch.runs.failures import first_failure
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
@@ -112,6 +112,14 @@ class RunStatus:
         told = [e for e in self.events() if e["event"] == "node_sick"]
         now = [e for e in events_since_start(self.events()) if e in told]  # of a start that did not begin, where any
         return [{"host": e["host"], "cause": e["cause"]} for e in now or told if e in now or e["attempt"] == newest]
+
+    def fewer_nodes(self) -> dict[str, Any] | None:
+        """Number of nodes that the newest attempt runs on, and why they are fewer than asked; None where they are not.
+
+        Keys: ``nodes``, ``asked`` and ``cause``.
+        """
+        event = fewer_nodes(self.events()).get(max(self.attempts(), default=0))
+        return event and {key: event[key] for key in ("nodes", "asked", "cause")}
 
     def start_refusal(self) -> str | None:
         """Why the newest start of the ranks was refused, in three parts; None where it was not."""
@@ -357,7 +365,9 @@ def read_steps(point: RunStatus) -> None:
     new = [record for record in records if record["attempt"] > point.attempts_before]
     if new:
         point.latest = new[-1]
-        times = [record["step_time_s"] for record in new if record.get("step_time_s") is not None]
+        sizes = fewer_nodes(point.events())
+        now = [r for r in new if size_of(r, sizes) == size_of(new[-1], sizes)]  # others take longer, or less long
+        times = [record["step_time_s"] for record in now if record.get("step_time_s") is not None]
         if times and point.state == "running":
             usual = statistics.median(times)
             age = time.time() - point.latest["time"]
@@ -365,6 +375,12 @@ def read_steps(point: RunStatus) -> None:
             point.quiet_s = time_without_step(point, usual)
             if point.max_steps is not None and point.stale_s is None:
                 point.eta_s = (point.max_steps - point.latest["step"]) * usual
+
+
+def size_of(record: Mapping[str, Any], fewer: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """Return the number of nodes that a step was made on, where it was fewer than asked for; else None."""
+    event = fewer.get(record["attempt"])
+    return None if event is None else int(event["nodes"])
 
 
 def time_without_step(point: RunStatus, usual: float) -> float | None:

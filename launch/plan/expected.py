@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.plan.budget import Use, use_of, use_text
 from launch.plan.plan import Plan
+from launch.runs.events import fewer_nodes
 from launch.runs.files import read_json
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
@@ -75,13 +76,16 @@ def measure(folder: RunFolder, plan: Plan) -> Pace | None:
     there = read_json(folder.plan)
     if kind_of(there) != kind_of(plan.as_dict()) or not plan.promised.step_kind:
         return None
+    events = folder.read_events()
+    fewer = fewer_nodes(events)  # the next start has all nodes
     records = [r for r in recent_records(folder.metrics(0)) if isinstance(r.get("time"), int | float)]
+    records = [r for r in records if r["attempt"] not in fewer]
     records = [r for r in records if r["attempt"] == records[-1]["attempt"]]
     if not records or records[-1]["step"] - records[0]["step"] < MIN_STEPS:
         return None
     first, last = records[0], records[-1]
     step_s = (last["time"] - first["time"]) / (last["step"] - first["step"])
-    return Pace(step_s, around(folder.read_events(), last, step_s), folder.path)
+    return Pace(step_s, around(events, last, step_s), folder.path)
 
 
 def around(events: Sequence[dict[str, Any]], last: dict[str, Any], step_s: float) -> float:

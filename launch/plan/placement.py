@@ -215,8 +215,9 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
     cluster = config.cluster
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
-    # A node that is lost must not take the others, and with them the spare that would replace it.
-    srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if config.spare_nodes else []
+    # A node that is lost must not take the others, which go on without it or with the spare that replaces it.
+    survives = bool(config.spare_nodes) or config.may_shrink
+    srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if survives else []
     srun_args += cluster.srun_args
     asked: dict[str, Any] = {
         "job_name": config.name,
@@ -240,7 +241,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
         "srun_args": srun_args or None,
         "additional_parameters": {
             "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
-            **({"no_kill": True} if config.spare_nodes else {}),
+            **({"no_kill": True} if survives else {}),
             **({"clusters": cluster.cluster} if cluster.cluster else {}),
             **({"mail_user": cluster.mail_user, "mail_type": cluster.mail_type} if cluster.mail_user else {}),
             **cluster.additional_parameters,

@@ -107,7 +107,7 @@ class Plan:
         own |= {key: tuple(own.get(key, ())) for key in ("command_run_dirs", "warnings")}
         facts = {key: value for key, value in known.items() if key not in {*names, "max_steps"}}
         promised = {"max_steps": known.get("max_steps"), **own.get("promised", {}), "facts": facts}
-        promised["warnings"] = tuple(promised.get("warnings", ()))
+        promised |= {key: tuple(promised.get(key, ())) for key in ("warnings", "fewer_nodes")}
         promised["notes"] = {label: tuple(lines) for label, lines in promised.get("notes", {}).items()}
         workload = own.get("workload", "")
         placement = Placement.from_dict(known["placement"])
@@ -179,10 +179,12 @@ def plan_point(
         local_gpu_name=local_gpu_name() if is_local else None,
         gpu_type=gpu_type,
         sweep_sizes=tuple(sweep_sizes),
+        min_nodes=config.resilience.min_nodes,
     )
     if is_local:
         refuse_local_spares(config)
     promised = workload.plan(config, request)
+    refuse_fewer_nodes(config, workload.name, promised)
     tree = workload.code(config)
     code = code_copy.place(folder.path, tree) if config.copy_code else None
     placed = place(config, code if tree.has_launcher else None, promised.resumes)
@@ -207,6 +209,19 @@ def plan_point(
         finished=is_finished(folder.read_events()),
         warnings=promised.warnings,
     )
+
+
+def refuse_fewer_nodes(config: Config, workload: str, promised: WorkloadPlan) -> None:
+    """Raise ConfigError where ``resilience.min_nodes`` asks for what the program cannot do, or does not say it can."""
+    if not config.may_shrink:
+        return
+    found, fix = f"resilience.min_nodes={config.resilience.min_nodes}", "resilience.min_nodes=null"
+    if not promised.resumes:
+        found += ", and a program that is not said to have checkpoints to go on from"
+        raise ConfigError(found, "a program that resumes", f"script.resumes=true, or {fix}")
+    if not promised.fewer_nodes:
+        found += f", and workload {workload}, which does not say with how many fewer nodes it could go on"
+        raise ConfigError(found, "fewer_nodes in what the workload plans (docs/workloads.md)", fix)
 
 
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ def plan_text(plan: Plan) -> str:
         **(done if plan.finished else {}),
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
         **plan.promised.rows,
+        **({"lost nodes": fewer_text(plan.promised.fewer_nodes)} if plan.promised.fewer_nodes else {}),
         "worst case": f"{use_text(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
         f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
         **({"expected": expected.point_text(plan)} if plan.expected_s is not None else {}),
@@ -36,6 +37,11 @@ def plan_text(plan: Plan) -> str:
         lines += [f"  {label if number == 0 else '':<11} {line}" for number, line in enumerate(passage)]
     lines += [f"  {'warning':<11} {warning}" for warning in plan.warnings]
     return "\n".join([*lines, *placement.text(plan.placement)])
+
+
+def fewer_text(sizes: Sequence[int]) -> str:
+    """Numbers of nodes that a run goes on with, for people."""
+    return f"goes on with {' or '.join(map(str, sizes))} in the same job, where no spare is left"
 
 
 def worst_of(plans: Sequence[Plan]) -> Use:

@@ -8,11 +8,12 @@ report shows it.
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
+from launch.runs.events import fewer_nodes
 from launch.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ PARTS = {
     "waiting": "waiting for nodes",
     "start": "start",
     "steps": "steps that count",
+    "fewer": "on fewer nodes",
     "lost": "steps done again",
     "saves": "saves",
     "evaluations": "evaluations",
@@ -52,9 +54,10 @@ class Goodput:
 
     @property
     def goodput(self) -> float:
-        """Share of the allocated time in steps that count."""
+        """Share of the allocated time in steps that count, those on fewer nodes too."""
         allocated = self.total_s - self.seconds.get("waiting", 0.0)
-        return self.seconds.get("steps", 0.0) / allocated if allocated else 0.0
+        steps_s = self.seconds.get("steps", 0.0) + self.seconds.get("fewer", 0.0)
+        return steps_s / allocated if allocated else 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         seconds["waiting"] += max(0.0, begun - since)
         since = max(ended, begun)
         inside = [record for record in records if begun <= record.ended <= ended]
-        _divide(seconds, inside, saves, (begun, since), is_first)
+        _divide(seconds, inside, saves, (begun, since), is_first, fewer_nodes(events))
         is_first = is_first and not inside
     use = used([log], clock.time(), rates)
     gpus = {started.get("gpus") for started, _ in found}
@@ -110,8 +113,12 @@ def _divide(
     saves: Sequence[tuple[int, int, float, float]],
     allocation: tuple[float, float],
     is_first: bool,
+    fewer: Collection[int],
 ) -> None:
-    """Give every second of one allocation to a part. ``records`` are its steps, in the order of their end."""
+    """Give every second of one allocation to a part. ``records`` are its steps, in the order of their end.
+
+    ``fewer`` are the attempts on fewer nodes than the run asks for.
+    """
     at, end = allocation
     before: _Record | None = None
     for record in records:
@@ -125,7 +132,8 @@ def _divide(
                 seconds["restarts"] += gap
             else:
                 seconds["evaluations" if before.evaluated else "other"] += gap
-        seconds["steps" if record.counts else "lost"] += record.ended - begun
+        made = "fewer" if record.attempt in fewer else "steps"
+        seconds[made if record.counts else "lost"] += record.ended - begun
         at, before = record.ended, record
     rest = end - at
     if before is None:

@@ -47,6 +47,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
         *map(_smallest, found),
         *map(_no_rates, found),
         *map(_changing_work, found),
+        *map(_fewer_nodes, members),
     ]
     candidates += [_partly_recorded(members), _run_times(members), _crowding(members), *map(_crowded_base, found)]
     candidates += (_noise(series, rows) for series in found)
@@ -109,6 +110,24 @@ def _changing_work(series: Series) -> str:
         f"The points were started as {series.scaling} scaling, but a step did {told}. Throughput is compared all the "
         f"same; script.weak_scaling={other} says what was meant."
     )
+
+
+def _fewer_nodes(member: MeasuredPoint) -> str:
+    """Says which steps were made on fewer nodes than asked, as nodes were lost: they do not measure the point."""
+    point = member.point
+    if not point.fewer_nodes:
+        return ""
+    told = ", ".join(
+        f"{steps} step{'' if steps == 1 else 's'} on {nodes} node{'' if nodes == 1 else 's'}"
+        for nodes, steps in point.fewer_nodes.items()
+    )
+    all_of_them = sum(point.fewer_nodes.values()) == point.last_step
+    then = (
+        "its figures are of those, and its size is theirs"
+        if all_of_them
+        else "step time, throughput and efficiency are without them"
+    )
+    return f"At {point.title} nodes were lost, and the run went on with those that were left: {told}; {then}."
 
 
 def _partly_recorded(members: Sequence[MeasuredPoint]) -> str:

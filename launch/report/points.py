@@ -5,9 +5,9 @@ Owns the reading. Must not know which run folders a report is about, nor what is
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from launch.report.environment import Environment, read_environment
 from launch.report.goodput import Goodput, measure_goodput
 from launch.report.readings import RankTimes, Step
-from launch.runs.events import last_command
+from launch.runs.events import fewer_nodes, last_command
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 
@@ -43,7 +43,7 @@ REASONS = {"cancelled": State.CANCELLED, "budget_reached": State.BUDGET_EXCEEDED
 class Point:
     """Point of a curve, from one run folder.
 
-    ``environment`` is that of the last attempt with steps, ``steps`` those made in it.
+    ``environment`` is that of the last attempt with steps, and with all nodes; ``steps`` were made in it.
     """
 
     path: Path
@@ -69,6 +69,9 @@ class Point:
     """Where its time went; None where no agent entered what was allocated."""
     rank_times: RankTimes | None = None
     """Times of each rank beside those of the others; None where fewer than two recorded the same steps."""
+    fewer_nodes: Mapping[int, int] = field(default_factory=dict)
+    """Smaller number of nodes -> steps that were made on them, as nodes were lost; none of them are in ``steps``,
+    unless there are no others."""
     cluster: str | None = None
     """Kind of cluster it was submitted to, local or slurm, with the name of another one; None where nobody did."""
 
@@ -95,10 +98,11 @@ def read_point(path: Path) -> Point:
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}
-    reading = read_steps(run, known)
-    stepped = reading.attempt_times or {}
-    environment = known[max(stepped or known)] if known else None
     events = run.read_events()
+    fewer = fewer_nodes(events)
+    reading = read_steps(run, known, fewer)
+    stepped = reading.attempt_times or {}
+    environment = known[reading.attempt or max(known)] if known else None
     last_attempt = max(setups, default=0)
     span = stepped[max(stepped)] if stepped else _started_and_ended(events, last_attempt)
     has_records = reading.last_step is not None or _runs_without(events, environment)
@@ -117,8 +121,17 @@ def read_point(path: Path) -> Point:
         attempts=len(setups),
         rank_times=reading.rank_times,
         cluster=_cluster(events),
+        fewer_nodes=_by_nodes(fewer, reading.attempt_steps),
         goodput=measure_goodput(run, events),
     )
+
+
+def _by_nodes(fewer: Mapping[int, Mapping[str, Any]], steps: Mapping[int, int]) -> dict[int, int]:
+    """Count the steps that were made on each smaller number of nodes, from the largest."""
+    counts = Counter[int]()
+    for attempt, event in fewer.items():
+        counts[int(event["nodes"])] += steps.get(attempt, 0)
+    return {nodes: counts[nodes] for nodes in sorted(counts, reverse=True) if counts[nodes]}
 
 
 def _cluster(events: Sequence[dict[str, Any]]) -> str | None:

@@ -6,7 +6,7 @@ Plain values, so that a command which only shows figures loads no numpy. Must no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 WARMUP_STEPS = 5
 """Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
@@ -67,12 +67,16 @@ class StepReading:
     """Everything that a report takes from the step records of a run."""
 
     steps: tuple[Step, ...] = ()
-    """In order, of attempts with the set-up of the last one."""
+    """In order, of attempts with the set-up of the last one that had all nodes of the run."""
     rank_times: RankTimes | None = None
     unit: str | None = None
     """Unit of the work, as the set-up states it or the records show it; None where nothing says."""
     last_step: int | None = None
     loss: float | None = None
     """Training loss of the last step."""
+    attempt: int = 0
+    """Attempt whose set-up the steps have."""
+    attempt_steps: Mapping[int, int] = field(default_factory=dict)
+    """Attempt -> steps that it made, and that no later one made again."""
     attempt_times: Mapping[int, tuple[float, float]] | None = None
     """Attempt -> times of its first and its last record that count, by the first rank."""

@@ -75,12 +75,14 @@ class Row:
     cost_per_billion: float | None = None
     """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
     waiting_s: float | None = None
-    """Waiting for nodes, from the submission or the end of the allocation before. This and the next eight add up to
+    """Waiting for nodes, from the submission or the end of the allocation before. This and the next nine add up to
     the time from the submission to the end; one that is zero is None."""
     start_s: float | None = None
     """From the allocation to the first step."""
     steps_s: float | None = None
     """In steps that count."""
+    fewer_s: float | None = None
+    """In steps that count, and were made on fewer nodes than asked, as some were lost."""
     lost_s: float | None = None
     """In steps that were lost with their attempt and done again."""
     saves_s: float | None = None

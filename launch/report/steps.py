@@ -8,7 +8,7 @@ Must not know what a report says of them.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -26,8 +26,12 @@ READERS = 2
 TIME = "step_time_s"
 
 
-def read_steps(run: RunFolder, setups: Mapping[int, Environment]) -> StepReading:
-    """Read and reduce the step records of a run, whose attempts have these set-ups."""
+def read_steps(run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset()) -> StepReading:
+    """Read and reduce the step records of a run, whose attempts have these set-ups.
+
+    Args:
+        fewer: attempts on fewer nodes than the run asks for; their steps count where there are no others.
+    """
     is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
     units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))
@@ -35,7 +39,7 @@ def read_steps(run: RunFolder, setups: Mapping[int, Environment]) -> StepReading
     fields = (TIME, *RECORDED.values(), *units, *(() if is_gpt else ("work",)), "mfu_palm")
     reduction: _Reduction | None = None
     for columns in _read_ranks(run, fields):
-        reduction = reduction or _Reduction(columns[1], setups, units)
+        reduction = reduction or _Reduction(columns[1], setups, units, fewer)
         reduction.add(*columns)
     return StepReading() if reduction is None else reduction.reading()
 
@@ -171,14 +175,21 @@ class _Critical:
 class _Reduction:
     """Steps over all ranks, as far as the ranks have been added; the first one says which attempts count."""
 
-    def __init__(self, first: RecordColumns, setups: Mapping[int, Environment], units: Sequence[str]) -> None:
+    def __init__(
+        self, first: RecordColumns, setups: Mapping[int, Environment], units: Sequence[str], fewer: Collection[int]
+    ) -> None:
         self._first, self._setups = first, setups
         # An attempt that recorded no step, such as a run that was found finished, says nothing of how they were made.
         stepped = set(first.attempts.tolist()) & set(setups)
-        self._wanted = setups[max(stepped or setups)] if setups else None
+        self._wanted_attempt = max(stepped - set(fewer) or stepped or setups, default=0)
+        self._wanted = setups.get(self._wanted_attempt)
         self._stepped = stepped
         self._counting = [
-            attempt for attempt, setup in setups.items() if self._wanted is not None and setup.same_setup(self._wanted)
+            attempt
+            for attempt, setup in setups.items()
+            if self._wanted is not None
+            and setup.same_setup(self._wanted)
+            and (attempt in fewer) == (self._wanted_attempt in fewer)
         ]
         self._units: dict[str | None, bool] = dict.fromkeys((*units, None), True)
         """Unit -> whether the last record of every rank so far counts it."""
@@ -268,6 +279,8 @@ class _Reduction:
             last_step=int(first.steps[-1]),
             loss=first.last.get("loss"),
             attempt_times=times,
+            attempt=self._wanted_attempt,
+            attempt_steps=Counter(first.attempts.tolist()),
         )
 
     def _unit(self) -> str | None:

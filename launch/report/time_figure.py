@@ -17,6 +17,7 @@ PART_COLORS = {
     "waiting": "#CCCCCC",
     "start": COLORS[4],
     "steps": COLORS[2],
+    "fewer": "#7FC8B0",
     "lost": COLORS[1],
     "saves": COLORS[0],
     "evaluations": COLORS[5],

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 Events = Sequence[dict[str, Any]]
+FEWER_NODES, ALL_NODES = "fewer_nodes", "all_nodes"
+"""Events of an attempt that runs on fewer nodes than its run asks for, and of the first one on all nodes after it."""
 
 
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
@@ -38,6 +40,14 @@ def is_finished(events: Events) -> bool:
         return bool(ends) and ends[-1] == "finished"
     names = {e["event"] for e in newest}  # of ranks that no agent watched, as with gpt.train
     return "finished" in names and "rank_failed" not in names
+
+
+def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
+    """The attempts that ran on fewer nodes than the run asks for, each with its event: ``nodes``, ``asked``, ``cause``.
+
+    Their steps take longer, and are never to be put together with those of the others.
+    """
+    return {event["attempt"]: event for event in events if event["event"] == FEWER_NODES}
 
 
 def unsaved_text(events: Events) -> str | None:

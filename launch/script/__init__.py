@@ -16,6 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from launch.errors import ConfigError
 from launch.runs.compose import make_absolute
 from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
@@ -24,7 +25,7 @@ from launch.script.arguments import PLACEHOLDER, keep_values, split_args, writte
 from launch.script.code import code_files
 from launch.script.options import ScriptConfig, ScriptOptions
 from launch.script.program import require_program
-from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan
+from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan, possible_sizes
 
 
 def script_name(path: str | None, module: str | None, command: Sequence[str] | None) -> str:
@@ -45,7 +46,18 @@ class ScriptWorkload:
     not_in_point = tuple(
         f"script.{key}"
         for key in (
-            *("path", "module", "python", "workdir", "env", "resumes", "resume_args", "stop_signal", "requeue_exit"),
+            *(
+                "path",
+                "module",
+                "python",
+                "workdir",
+                "env",
+                "resumes",
+                "elastic",
+                "resume_args",
+                "stop_signal",
+                "requeue_exit",
+            ),
             *("silence_timeout_s", "progress", "work_per_step", "unit", "max_steps", "tensorboard"),
         )
     )
@@ -95,6 +107,7 @@ class ScriptWorkload:
             checkpoint_kind=command,
             step_kind=command,
             resumes=script.resumes,
+            fewer_nodes=possible_sizes(request, lambda fewer: require_elastic(script, fewer)),
         )
 
     def command(self, config: ScriptConfig, folder: RunFolder, attempt: int) -> RankCommand:
@@ -165,6 +178,16 @@ class ScriptWorkload:
             program = [python, path or str(script.path)]
         args = [*program, *split_args("script.args", script.args), *written_options(script.options, script.style)]
         return args + (split_args("script.resume_args", script.resume_args) if attempt > 1 else [])
+
+
+def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
+    """Raise ConfigError where the script is not said to go on with another number of ranks."""
+    if not script.elastic:
+        raise ConfigError(
+            f"a script that is not said to go on with {request.world_size} ranks",
+            "a script that reads WORLD_SIZE, and loads a checkpoint of another number of ranks",
+            "script.resumes=true script.elastic=true",
+        )
 
 
 def total_work(script: ScriptOptions, world_size: int) -> float | None:

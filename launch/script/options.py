@@ -51,6 +51,8 @@ class ScriptOptions:
     """Variables of the environment that are set for the ranks, or with null taken away, RANK and the like included."""
     resumes: bool = False
     """A new start goes on from the script's own checkpoint, so it may be restarted and requeued."""
+    elastic: bool = False
+    """A new start may have fewer ranks than the one before, or more: WORLD_SIZE tells, the script does the rest."""
     resume_args: Any = None
     """Arguments that are appended from the second attempt on."""
     stop_signal: str = "SIGTERM"
@@ -101,6 +103,12 @@ class ScriptOptions:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 expected = "the name of a variable of the environment"
                 raise ConfigError(f"script.env.{key}", expected, "script.env.NAME=VALUE")
+        if self.elastic and not self.resumes:
+            raise ConfigError(
+                "script.elastic=true without script.resumes=true",
+                "a script that goes on from its own checkpoint: with another number of ranks it starts anew",
+                "script.resumes=true script.elastic=true, or script.elastic=false",
+            )
         if self.resume_args is not None and not self.resumes:
             raise ConfigError(
                 "script.resume_args without script.resumes=true",

@@ -121,16 +121,18 @@ def test_a_run_that_is_not_started_again_has_failed_and_says_why(tmp_path: Path)
     assert why_not_restarted(folder.read_events()) is None, "it ended as somebody wanted it"
 
 
-def meet(members: int, leaving: list[bool]) -> list[str]:
+def meet(members: int, leaving: list[bool], lost: str | None = None) -> list[str]:
     """Answers of nodes that are told to leave, or not, before the last of them has come."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     rdzv = RendezvousRound(0, 1, tuple(range(members)), "127.0.0.1", store.port)
 
     def come(index: int) -> str:
         try:
-            FixedRendezvous(rdzv, index, 60.0, "token", lambda: leaving[index]).next_rendezvous()
+            FixedRendezvous(rdzv, index, 60.0, "token", lambda: leaving[index], lambda: lost).next_rendezvous()
         except InterruptedError:
             return "left"
+        except dist.DistStoreError:
+            return "meets again"
         return "went on"
 
     with ThreadPoolExecutor(members) as pool:
@@ -141,6 +143,11 @@ def test_nodes_that_are_told_to_leave_before_the_ranks_start_leave_together_or_n
     assert meet(2, [False, False]) == ["went on"] * 2
     assert meet(3, [True, False]) == ["left"] * 2, "the third has not come, and nobody waits for it"
     assert len(set(meet(2, [True, True]))) == 1, "whoever decides, decides for both"
+
+
+def test_nodes_that_wait_for_one_that_is_lost_meet_again_without_it() -> None:
+    assert meet(3, [False, False], lost="node n2 is lost") == ["meets again"] * 2
+    assert meet(2, [False, False], lost="node n2 is lost") in (["went on"] * 2, ["meets again"] * 2)
 
 
 CLOCK = """

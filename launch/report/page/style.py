@@ -6,11 +6,11 @@ CSS = """\
 :root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --quiet: #57606a;
   --line: #d5dae0; --bad: #b3430a; --good: #00745a;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b4578d; --c4: #b87a00; --c5: #3a94c9; --c6: #444c56;
-  --waiting: #b9c0c8; --shutdown: #8b949e; }
+  --waiting: #b9c0c8; --fewer: #7fc8b0; --shutdown: #8b949e; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #0f1318; --card: #181d24; --ink: #e6e9ed; --quiet: #9aa4af; --line: #333b45; --bad: #ff9e64;
     --good: #4fd1a5; --c0: #4aa8e0; --c1: #f0803c; --c2: #2cc295; --c3: #dd8fbd; --c4: #e8b13c; --c5: #86c8ee;
-    --c6: #c3cad2; --waiting: #57606a; --shutdown: #7d8691; } }
+    --c6: #c3cad2; --waiting: #57606a; --fewer: #2f7d68; --shutdown: #7d8691; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 20px 24px 48px; background: var(--paper); color: var(--ink);
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }

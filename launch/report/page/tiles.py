@@ -115,9 +115,9 @@ def _money(table: ScalingTable) -> list[Tile]:
     if not rows:
         return []
     worst = min(rows, key=lambda row: row.goodput or 0.0)
-    spent = {part: worst.part_s(part) or 0.0 for part in PARTS if part not in ("steps", "waiting")}
+    spent = {part: worst.part_s(part) or 0.0 for part in PARTS if part not in ("steps", "fewer", "waiting")}
     part = max(spent, key=lambda name: spent[name])
-    allocated = sum(spent.values()) + (worst.steps_s or 0.0)
+    allocated = sum(spent.values()) + (worst.steps_s or 0.0) + (worst.fewer_s or 0.0)
     most = f"{PARTS[part]} {percent(spent[part] / allocated)}" if allocated else ""
     of = f" at {worst.label}" if len(rows) > 1 else ""
     found = [Tile(f"Goodput{of}", percent(worst.goodput), most, _kind(worst.goodput or 0.0))]

@@ -21,6 +21,7 @@ PART_COLORS = {
     "waiting": "var(--waiting)",
     "start": "var(--c4)",
     "steps": "var(--c2)",
+    "fewer": "var(--fewer)",
     "lost": "var(--c1)",
     "saves": "var(--c0)",
     "evaluations": "var(--c5)",

@@ -1,0 +1,241 @@
+"""Fewer nodes: which sizes are allowed, who is in a start after losses, and a run that goes on without a node."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.agent.group_size import GroupSizes
+from launch.agent.health import Fault
+from launch.agent.node import Node
+from launch.agent.outcome import take_over_as_leader
+from launch.agent.rendezvous import RendezvousRound, SickNodesError, join
+from launch.agent.restart_policy import RunFailedError
+from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
+from launch.jobs.sbatch import sbatch_text
+from launch.jobs.status import find_run_status, poll
+from launch.plan.plan import Plan, make_plan
+from launch.plan.text import plan_text
+from launch.runs.events import fewer_nodes
+from launch.runs.files import read_json, read_json_lines, write_json
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from tests.support.commands import descendants, run, start_fork, wait_for
+from tests.support.counting import COUNTING, checkpoint, from_step, options
+from tests.support.scripts import LOCAL
+
+
+def plan(*words: str, kind: ClusterKind = ClusterKind.slurm) -> Plan:
+    words = (f"cluster={kind.name}", *words)
+    return make_plan(typed_config(compose_launch(words)), words, kind)
+
+
+SCRIPT = ("workload=script", "script.command=[sleep]")
+
+
+@pytest.mark.parametrize(
+    ("words", "fewer"),
+    [
+        (["nodes=4", "resilience.min_nodes=1"], (2, 1)),  # 16 sequences over 3 ranks do not go
+        (["nodes=4", "resilience.min_nodes=2", "optim.global_batch=12"], (3, 2)),
+        (["nodes=4", "resilience.min_nodes=1", "ranks_per_node=2", "parallel=fsdp", "parallel.tp=4"], (2,)),
+        (["nodes=4", "resilience.min_nodes=1", "parallel=hsdp", "parallel.dp_shard=2"], (2,)),
+        (["nodes=2", "resilience.min_nodes=2"], ()),
+        (["nodes=2"], ()),
+        ([*SCRIPT, "nodes=4", "script.resumes=true", "script.elastic=true", "resilience.min_nodes=2"], (3, 2)),
+    ],
+)
+def test_the_plan_says_with_how_many_nodes_the_run_goes_on(words: list[str], fewer: tuple[int, ...]) -> None:
+    planned = plan(*words)
+    assert planned.promised.fewer_nodes == fewer
+    assert Plan.from_dict(planned.as_dict()).promised.fewer_nodes == fewer
+    told = f"goes on with {' or '.join(map(str, fewer))} in the same job"
+    assert (told in plan_text(planned)) == bool(fewer)
+    assert ("--no-kill" in sbatch_text([planned])) == bool(fewer), "the loss of a node must not end the job"
+
+
+NO_SIZE = "resilience.min_nodes=3, and with nodes=3: nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a"
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "fix"),
+    [
+        (["nodes=2", "resilience.min_nodes=3"], "resilience.min_nodes=3 with nodes=2", "resilience.min_nodes=2"),
+        (["nodes=2", "resilience.min_nodes=0"], "resilience.min_nodes=0", "resilience.min_nodes=1"),
+        (["nodes=4", "resilience.min_nodes=3"], NO_SIZE, "resilience.min_nodes=2, or resilience.min_nodes=null"),
+        (["nodes=2", "resilience.min_nodes=1", "parallel.tp=2", "parallel=fsdp"], "with 1 ranks", "parallel.tp=1"),
+        (["nodes=2", "resilience.min_nodes=1", "optim.weak_scaling=true"], "weak_scaling", "optim.weak_scaling=false"),
+        (
+            # 2.1 GiB a rank on two nodes, and 3 on one.
+            [
+                *("nodes=2", "resilience.min_nodes=1", "parallel=fsdp", "model=gpt2_124m", "optim.max_micro_batch=1"),
+                *("precision=bf16", "cluster.gpus_per_node=1", "cluster.gpu_memory_gib=2.5"),
+            ],
+            "resilience.min_nodes=1, and with nodes=1: a rank of 3.00 GiB",
+            "resilience.min_nodes=null",
+        ),
+        ([*SCRIPT, "nodes=2", "resilience.min_nodes=1"], "a script that is not", "script.elastic=true"),
+        ([*SCRIPT, "nodes=2", "script.elastic=true"], "without script.resumes=true", "script.resumes=true"),
+    ],
+)
+def test_what_could_not_go_on_is_refused_before_the_queue(words: list[str], found: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan(*words)
+    assert found in refusal.value.found and refusal.value.expected and fix in refusal.value.fix
+
+
+@given(st.integers(1, 9), st.sets(st.integers(1, 9)), st.integers(0, 12))
+def test_a_start_takes_the_largest_size_that_is_left(full: int, others: set[int], left: int) -> None:
+    sizes = GroupSizes(full, tuple(sorted((n for n in others if n < full), reverse=True)))
+    fitting = [n for n in {full, *sizes.fewer} if n <= left]
+    assert sizes.largest(left) == (max(fitting) if fitting else None)
+    assert sizes.least == min(full, *others) or sizes.least == full
+
+
+HOSTS = ("n0", "n1", "n2", "n3")
+
+
+def elastic(folder: RunFolder, nodes: int, fewer: tuple[int, ...]) -> Config:
+    """The config of a run whose plan, in its folder, allows fewer nodes."""
+    config = Config(nodes=nodes)
+    config.resilience.min_nodes = min(fewer)
+    for key in ("rendezvous_timeout_s", "node_timeout_s"):
+        setattr(config.resilience, key, 240)
+    config.resilience.health_check.enabled = False  # the findings are given here
+    write_json(folder.plan, {"promised": {"fewer_nodes": list(fewer)}})
+    return config
+
+
+def start_agents(
+    folder: RunFolder, config: Config, hosts: tuple[str, ...], rounds: list[Mapping[int, str]]
+) -> list[RendezvousRound | None]:
+    """The rounds of agents on these hosts, in each of which some nodes are sick, as the head node has seen them."""
+
+    def agent(index: int) -> list[RendezvousRound | None]:
+        node = Node(index, len(hosts), "job", is_slurm=False, hosts=hosts)
+        seen: list[RendezvousRound | None] = []
+        with join(folder, node, config) as group:
+            try:
+                for number, sick in enumerate(rounds):
+                    faults = [Fault("command", sick[index])] if index in sick else []
+                    group._health.examine = lambda found=faults: found  # type: ignore[method-assign,misc]
+                    seen.append(group.next_round(number))
+            finally:
+                if node.is_head:
+                    group.end()
+        return seen
+
+    with ThreadPoolExecutor(len(hosts)) as agents:
+        head, *_ = agents.map(agent, range(len(hosts)))
+    return head
+
+
+def test_a_start_has_fewer_nodes_while_some_are_sick_and_all_of_them_afterwards(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = elastic(folder, 4, (2, 1))
+    sick = [{}, {1: "fan"}, {1: "fan", 2: "heat", 3: "dust"}, {}]
+    rounds = start_agents(folder, config, HOSTS, sick)
+    assert [r and r.members for r in rounds] == [(0, 1, 2, 3), (0, 2), (0,), (0, 1, 2, 3)]
+    told = fewer_nodes(folder.read_events())
+    assert {attempt: (e["nodes"], e["asked"], e["hosts"]) for attempt, e in told.items()} == {
+        2: (2, 4, ["n0", "n2"]),
+        3: (1, 4, ["n0"]),
+    }
+    assert told[2]["cause"] == "n1: sick, fan", "the fourth cannot be used, and waits"
+    members = [e for e in folder.read_events() if e["event"] == "members"]
+    assert [(e["attempt"], e["spares"]) for e in members] == [(2, ["n3"])]
+    assert [e["attempt"] for e in folder.read_events() if e["event"] == "all_nodes"] == [4]
+
+
+@pytest.mark.parametrize("sick", [{1: "fan", 2: "fan", 3: "fan"}, {0: "fan"}])
+def test_too_few_for_the_smallest_size_and_a_sick_head_node_are_refused(tmp_path: Path, sick: dict[int, str]) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(SickNodesError):
+        start_agents(folder, elastic(folder, 4, (3, 2)), HOSTS, [sick])
+
+
+def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_path: Path) -> None:
+    """Cut off and alive: the head node it hears nothing of goes on without it."""
+    folder = RunFolder(tmp_path)
+    for event in ("submitted", "agent_started"):
+        folder.record_event(event, job="slurm-1-0-0", job_id="1")
+    folder.record_event("node_lost", attempt=1, node=1, host="n1", cause="nothing heard for 30 s")
+    folder.record_event("attempt_ended", attempt=1, cause="node_failed", job="slurm-1-0-0")
+    folder.record_event("started", attempt=2)
+    before = folder.read_events()
+    with pytest.raises(RunFailedError, match="n1 was cut off, and the others go on without it"):
+        take_over_as_leader(folder, Node(1, 2, "slurm-1-0-0", True, "1", hosts=HOSTS[:2]), Config(nodes=2), "silence")
+    assert folder.read_events() == before
+
+
+def agents_of(pid: int) -> dict[int, int]:
+    """Process ids of the agents below process ``pid``, by node."""
+    found = {}
+    for child in descendants(pid):
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        index = [v.partition(b"=")[2] for v in variables if v.startswith(b"SUBMITIT_LOCAL_GLOBALID=")]
+        if index:
+            found.setdefault(int(index[0]), child)  # parents come first, and an agent forks its ranks
+    return found
+
+
+def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_it_is_started_anew(
+    tmp_path: Path,
+) -> None:
+    folder, hurry = RunFolder(tmp_path / "run"), tmp_path / "hurry"
+    words = [*LOCAL, *COUNTING, "nodes=2", "script.elastic=true", "resilience.min_nodes=1", f"run_dir={folder.path}"]
+    words += [*options(steps=400, save_every=5, hurry=hurry), "resilience.node_timeout_s=5", "script.max_steps=400"]
+    process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
+
+    def steps(attempt: int) -> list[dict[str, Any]]:
+        return [r for r in read_records(folder.metrics(0)) if r["attempt"] == attempt]
+
+    def of(name: str) -> list[dict[str, Any]]:
+        return [e for e in folder.read_events() if e["event"] == name]
+
+    def wait(condition: Any, what: str) -> None:
+        wait_for(lambda: condition() or process.poll() is not None, what)
+        assert process.poll() is None, (folder.read_events(), (tmp_path / "log").read_text())
+
+    wait(lambda: of("saved"), "a checkpoint")
+    for pid in descendants(agents_of(process.pid)[1]):  # the agent first, as it would tell the others of its ranks
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait(lambda: len(steps(2)) > 5, "steps on one node")
+    saved = max(e["step"] for e in of("saved") if e["attempt"] == 1)
+    assert from_step(folder, attempt=2) == saved
+    assert [e["world_size"] for e in of("started")] == [2, 1]
+    (lost,), (end,), (decided,) = of("node_lost"), of("attempt_ended"), of("decided")
+    assert (lost["node"], end["cause"], decided["action"]) == (1, "node_failed", "restart")
+    assert "1 of 2 nodes go on" in decided["reason"]
+    assert len(read_json(folder.environment(2))["ranks"]) == 1
+    point = find_run_status(folder)
+    poll([point])
+    assert point.state == "running" and point.fewer_nodes() is not None
+    shown = run("launch.status", str(folder.path), cwd=tmp_path)
+    assert "1 of 2" in shown and "nothing heard for" in shown
+
+    os.kill(process.pid, signal.SIGINT)  # saves, and leaves
+    process.wait(300)
+    left_at = checkpoint(folder)["step"]
+    hurry.touch()
+    run("launch", *words, cwd=tmp_path)
+    assert [e["world_size"] for e in of("started")] == [2, 1, 2]
+    assert [e["attempt"] for e in of("all_nodes")] == [3]
+    assert (from_step(folder, attempt=3), checkpoint(folder)["step"]) == (left_at, 400)
+    made = [r["step"] for r in read_json_lines(folder.metrics(0)) if r["attempt"] == 2]
+    assert made[0] == saved + 1 and sorted(set(made)) == list(range(saved + 1, left_at + 1))
