@@ -20,7 +20,7 @@
 ##SBATCH --mail-user=me@site.edu   # change and remove one #: who gets mail about this job
 ##SBATCH --mail-type=BEGIN,END,FAIL,REQUEUE  # remove one # with the line above: what about
 #SBATCH --output=slurm-%j.out      # change: where this script and the agents write
-##SBATCH --no-kill                 # remove one # to type spare_nodes=1: a lost node must not end the job, a spare replaces it
+##SBATCH --no-kill                 # remove one # to type spare_nodes=1 or resilience.min_nodes=1: a lost node must not end the job, which goes on with a spare or without
 #SBATCH --requeue                  # keep: a preempted job, or one whose node dies, goes back into the queue
 #SBATCH --open-mode=append         # keep: a requeued job goes on in the same file
 
@@ -36,7 +36,7 @@ source slurm/env.sh
 # Plans for the nodes of this job, refuses what cannot work, and writes the run folder.
 run_dir="$(python -m launch.batch "$@")"
 
-# A node whose ranks failed, or that is lost, must not take the others along: they end in order, or go on with a spare.
+# A node whose ranks failed, or that is lost, must not take the others along: they end in order, or go on with a spare or without.
 status=0
 srun --kill-on-bad-exit=0 --no-kill --wait=0 python -m launch.agent "$run_dir" || status=$?
 

@@ -87,6 +87,34 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_power_and_a_cancel_stays_a
     assert "PENDING" not in sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", run.job)
 
 
+def test_a_run_without_a_spare_goes_on_with_the_node_that_is_left_and_has_both_again_after_a_requeue(
+    sandbox: Cluster, tmp_path: Path
+) -> None:
+    run = Running(sandbox, tmp_path, "script.elastic=true", "resilience.min_nodes=1")
+    try:
+        stays, dead = run.hosts(1)
+        power_cut(sandbox, dead)
+        run.wait_for_steps(attempt=2)
+        assert run.hosts(2) == [stays] and run.of("requeued") == [], "inside the same job"
+        assert [(e["host"], e["attempt"]) for e in run.of("node_lost")] == [(dead, 1)]
+        (fewer,) = run.of("fewer_nodes")
+        assert (fewer["nodes"], fewer["asked"], fewer["hosts"]) == (1, 2, [stays])
+        assert from_step(run.folder, attempt=2) == max(e["step"] for e in run.of("saved") if e["attempt"] == 1)
+        # Slurm takes the node from the job, and must leave the job alone.
+        wait_for(lambda: "down" in sandbox.slurm("sinfo", "--noheader", "--nodes", dead, "--format=%T"), "DOWN")
+        done = len(run.of("saved"))
+        run.wait(lambda: len(run.of("saved")) > done, "a checkpoint after Slurm has called the node down")
+        assert len(run.of("attempt_ended")) == 1
+
+        sandbox.slurm("scontrol", "requeue", run.job)
+        run.wait_for_steps(attempt=3)
+        assert len(run.hosts(3)) == 2 and dead not in run.hosts(3)
+        assert [e["attempt"] for e in run.of("all_nodes")] == [3]
+        assert [e["cause"] for e in run.of("attempt_ended")] == ["node_failed", "preempted"]
+    finally:
+        run.kill()
+
+
 def test_a_cut_link_and_a_frozen_head_node_are_noticed_and_named_and_the_job_comes_back_without_them(
     sandbox: Cluster, tmp_path: Path
 ) -> None:
