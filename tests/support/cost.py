@@ -71,6 +71,7 @@ SECONDS = {
     "slurm/test_topologies_on_slurm.py": 48,
     "test_gpu_script.py": 24,
     "test_readme.py": 84,
+    "test_wheel.py": 14,
     "tools/test_export.py": 22,
     "training/test_divergence.py": 52,
     "training/test_execution.py": 22,

@@ -1,0 +1,71 @@
+"""The files around the code hold together: locked requirements, constraints, setup.cfg, and the workflow."""
+
+from __future__ import annotations
+
+import re
+from configparser import ConfigParser
+from itertools import chain
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.support.commands import ROOT
+
+LOCKS = ("requirements.lock", "requirements-cuda.lock")
+LOCKED_EXTRAS = ("data", "hf", "wandb")
+
+
+def pins(name: str) -> dict[str, tuple[str, int]]:
+    """Version and number of hashes of each package that a requirements file pins."""
+    blocks = re.split(r"\n(?=[a-z0-9])", (ROOT / name).read_text(), flags=re.IGNORECASE)
+    found = (re.match(r"([\w.\-]+)==(\S+)", block) for block in blocks)
+    hashes = (len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block)) for block in blocks)
+    return {canonicalize_name(m[1]): (m[2], number) for m, number in zip(found, hashes) if m}
+
+
+@pytest.fixture(scope="module")
+def setup() -> ConfigParser:
+    found = ConfigParser()
+    found.read(ROOT / "setup.cfg")
+    return found
+
+
+def requirements(text: str) -> dict[str, Requirement]:
+    """Requirements of a key of setup.cfg, by name."""
+    lines = (line for line in text.splitlines() if line.strip() and not line.startswith("#"))
+    return {canonicalize_name(found.name): found for found in map(Requirement, lines)}
+
+
+def test_what_is_installed_by_hashes_is_what_the_tests_ran_with(setup: ConfigParser) -> None:
+    rest, cuda = (pins(name) for name in LOCKS)
+    assert "torch" in cuda and not rest.keys() & cuda.keys()
+    locked = rest | cuda
+    assert all(number > 0 for _, number in locked.values())
+    extras = setup["options.extras_require"]
+    needed = requirements("\n".join([setup["options"]["install_requires"], *(extras[name] for name in LOCKED_EXTRAS)]))
+    for name, requirement in needed.items():
+        assert requirement.specifier.contains(locked[name][0]), f"{requirement} and {locked[name][0]} locked: .ci/lock"
+    constrained = pins("constraints.txt")
+    assert {name: v for name, (v, _) in locked.items() if name in constrained} == {
+        name: v for name, (v, _) in constrained.items() if name in locked
+    }, "run .ci/lock after a change of constraints.txt"
+
+
+def test_no_file_of_requirements_says_where_packages_come_from() -> None:
+    texts = "".join((ROOT / name).read_text() for name in (*LOCKS, "constraints.txt"))
+    assert "://" not in texts and "-index" not in texts and "find-links" not in texts
+
+
+def test_every_extra_is_pinned(setup: ConfigParser) -> None:
+    constrained = pins("constraints.txt")
+    named = set(chain.from_iterable(requirements(text) for text in setup["options.extras_require"].values()))
+    assert named <= constrained.keys()
+
+
+def test_the_workflow_runs_the_checks_of_this_project() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step][-1] == ".ci/run"
+    assert workflow["permissions"] == {"contents": "read"}
