@@ -27,6 +27,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.jobs.handles import SlurmJob, ask_queue
+from launch.report.goodput import PARTS
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json
 from launch.runs.find import is_run
@@ -38,7 +39,7 @@ from launch.storm import verdict
 from launch.storm.drill import Drill, StuckError, run_quiet
 from launch.storm.faults import Site, require_own
 from launch.storm.processes import of_run
-from launch.storm.schedule import DISK, SANDBOX, SLURM, PlannedFault, choose_kinds, make_schedule
+from launch.storm.schedule import DISK, SANDBOX, SLURM, SPARES, PlannedFault, choose_kinds, make_schedule
 
 GONE_S = 60.0
 """Time that what is left of a run has to go after its launcher has ended."""
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.validate()
     kind = config.cluster.kind
     is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_answers())
-    has = [SLURM] * is_slurm + [SANDBOX] * (is_slurm and args.sandbox is not None) + [DISK] * bool(args.disk_mib)
+    on_sandbox = is_slurm and args.sandbox is not None
+    has = [SLURM] * is_slurm + [SANDBOX] * on_sandbox + [SPARES] * (on_sandbox and config.spare_nodes > 0)
+    has += [DISK] * bool(args.disk_mib)
     kinds = choose_kinds(args.kinds, has)
     schedule = make_schedule(args.seed, args.faults, kinds, config.world_size, args.most_steps)
     if args.dry_run:
@@ -175,8 +178,7 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, planned: int, complete: b
         "typed": drill.typed,
         "attempts": len(run.attempts()),
         "recoveries": [asdict(cost) for cost in costs],
-        "goodput": measured and measured[0],
-        "predicted": measured and asdict(measured[1]),
+        **(asdict(measured) if measured else {"goodput": None, "predicted": None}),
         "quiet": str(quiet.path),
         "run": str(run.path),
     }
@@ -220,10 +222,13 @@ def _tell(found: dict[str, Any], console: Console) -> None:
     if found["goodput"] is not None:
         told = found["predicted"]
         console.print(
-            f"goodput {found['goodput']:.1%}; Young/Daly {told['goodput']:.1%} for a save of {told['save_s']:.2f} s "
-            f"each {told['interval_s']:.1f} s, a restart of {told['restart_s']:.1f} s and a fault each "
-            f"{told['between_faults_s']:.0f} s; best would be a save each {told['best_interval_s']:.1f} s"
+            f"goodput {found['goodput']:.1%}, and {found['after_start']:.1%} without the first start; "
+            f"Young/Daly {told['goodput']:.1%} for a save of {told['save_s']:.2f} s each {told['interval_s']:.1f} s, "
+            f"a restart of {told['restart_s']:.1f} s and a fault each {told['between_faults_s']:.0f} s; "
+            f"best would be a save each {told['best_interval_s']:.1f} s"
         )
+        longest = sorted(found["seconds"].items(), key=lambda part: -part[1])
+        console.print("seconds: " + ", ".join(f"{PARTS[part]} {seconds:.1f}" for part, seconds in longest))
     console.print(f"{len(found['faults'])} faults, {found['attempts']} attempts, typed {found['typed']} times")
     for line in found["wrong"]:
         console.print(f"wrong: {line}")

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,20 @@ from launch.storm.verdict import checkpoints
 
 UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "hung", "node_failed"))
 """Limits that a drill lifts where nothing else was typed: in an hour of it more happens than they allow."""
+LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
+"""Events of a run that stops: what it has saved by then says nothing of the start that follows."""
 POLL_S = 0.1
 TRIES = 3
 """A fault whose process has just ended is brought about again."""
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """The last fault: Unix times of its first blow and of the end of what lasts, and whether an attempt ends by it."""
+
+    struck: float
+    over: float
+    ends_attempt: bool = False
 
 
 class StuckError(RuntimeError):
@@ -62,9 +74,9 @@ class Drill:
             StuckError: the run does not go on.
         """
         try:
-            since, tries, left = 0.0, 0, list(schedule)
+            last, tries, left = Interruption(0.0, 0.0), 0, list(schedule)
             while left:
-                if not self._wait_recovered(left[0], since):
+                if not self._wait_recovered(left[0], last):
                     break
                 try:
                     done = inject(left[0], self._site)
@@ -72,10 +84,12 @@ class Drill:
                     tries += 1
                     if tries > TRIES:
                         raise StuckError(f"{left[0].kind}: {error}") from error
-                    since = time.time()
+                    last = Interruption(time.time(), time.time())
+                    left.insert(1, left.pop(0))  # a srun that was killed comes with the next start of the job only
                     continue
-                since, tries = time.time(), 0
-                self._enter(left.pop(0), self._site.struck or since, done)
+                now, tries = time.time(), 0
+                last = Interruption(self._site.struck or now, now, KINDS[left[0].kind].ends_attempt)
+                self._enter(left.pop(0), last.struck, done)
             self._wait(self._is_finished, "the end of the run")
             return not left
         finally:
@@ -87,13 +101,13 @@ class Drill:
         append_json_lines(self._out / "faults.jsonl", [told])
         self._say(f"{fault.number}. {fault.kind}: {done}")
 
-    def _wait_recovered(self, fault: PlannedFault, since: float) -> bool:
+    def _wait_recovered(self, fault: PlannedFault, last: Interruption) -> bool:
         """Wait until the run has saved since the fault before and made some more steps; False where it has finished."""
 
         def has_recovered() -> bool:
-            saved = [e["step"] for e in self._run.read_events() if e["event"] == "saved" and e["time"] > since]
+            saved = first_save(self._run.read_events(), last)
             newest = recent_records(self._run.metrics(0))
-            if not saved or not newest or newest[-1]["step"] < saved[0] + fault.after_steps:
+            if saved is None or not newest or newest[-1]["step"] < saved + fault.after_steps:
                 return False
             return not KINDS[fault.kind].damages or len(checkpoints(self._run)) > 1
 
@@ -139,6 +153,19 @@ class Drill:
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
+
+
+def first_save(events: Sequence[Mapping[str, Any]], last: Interruption) -> int | None:
+    """Step of the first checkpoint of the attempt that goes on after a fault; None where there is none yet.
+
+    What an attempt saves on its way out is no sign of recovery: the next fault would meet a run that is leaving, and
+    two would be counted where one came.
+    """
+    later = [event for event in events if event["time"] > last.struck]
+    if last.ends_attempt and not any(event["event"] == "attempt_ended" for event in later):
+        return None
+    since = max(last.over, *(event["time"] for event in later if event["event"] in LEAVING), 0.0)
+    return next((event["step"] for event in later if event["event"] == "saved" and event["time"] > since), None)
 
 
 def run_quiet(words: Sequence[str], folder: RunFolder, log: Path) -> bool:

@@ -21,10 +21,13 @@ from pathlib import Path
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.storm import processes
-from launch.storm.schedule import KINDS, PlannedFault
+from launch.storm.schedule import EARLY_PREEMPTIONS, KINDS, PlannedFault
 from launch.storm.verdict import checkpoints, files_of
 
 SRUN_S = 300.0
+REQUEUE_S = 300.0
+"""Time that a preempted job has to start again, where the cluster has nothing else to do."""
+POLL_S = 0.05
 FILLER = "filler"
 BLOCK = 4096
 
@@ -65,6 +68,21 @@ class Site:
                 return str(next(entry["host"] for entry in ranks if entry["rank"] == rank))
         raise FaultError("no attempt has told where its ranks are")
 
+    def spare(self) -> str:
+        """Node of the job that stands by.
+
+        Raises:
+            FaultError: all take part, as after one of them was lost.
+        """
+        told = [e for e in self.folder.read_events() if e["event"] in ("agent_started", "members")][-1]
+        if not told.get("spares"):
+            raise FaultError("no spare node is left")
+        return str(told["spares"][0])
+
+    def starts_of_agents(self) -> int:
+        """Number of starts of the job so far in which its agents have begun."""
+        return sum(event["event"] == "agent_started" for event in self.folder.read_events())
+
     def send(self, number: signal.Signals, what: str, rank: int, *, in_save: bool = False) -> str:
         """Signal a rank, or its agent, wherever it is; returns what was done.
 
@@ -90,17 +108,14 @@ class Site:
         self.strike()
         run_command(["srun", *place, *program, *(["--in-save"] if in_save else [])])
 
-    def kill_srun(self) -> str:
-        """Kill the srun of the batch script, with the helper that would end the step."""
+    def kill_srun(self, *, alone: bool) -> str:
+        """Kill the srun of the batch script, and the helper that would end its step unless ``alone``."""
+        what = "srun_alone" if alone else "srun"
         if self.sandbox is None:
-            self._signal_by_srun(self.host_of(0), signal.SIGKILL, "srun", self.job, in_save=False)
-            return "srun of the batch script killed, by srun"
+            self._signal_by_srun(self.host_of(0), signal.SIGKILL, what, self.job, in_save=False)
+            return f"{what} of the batch script killed, by srun"
         self.strike()
-        done = [
-            pid
-            for pid in processes.of_job(self.job, "srun", os.environ.get("SLURM_CONF"))
-            if processes.send(pid, signal.SIGKILL)
-        ]
+        done = processes.kill_srun(self.job, alone=alone)
         if not done:
             raise FaultError(f"no srun of job {self.job}")
         return f"SIGKILL to {', '.join(map(str, done))}"
@@ -198,9 +213,22 @@ def _requeue(fault: PlannedFault, site: Site) -> str:
     return f"scontrol requeue {site.job}"
 
 
-def _node_fault(command: str) -> Callable[[PlannedFault, Site], str]:
+def _preempt_early(fault: PlannedFault, site: Site) -> str:
+    """Preempt some starts of the job, one after another, each as soon as Slurm has started it."""
+    jobs = []
+    for number in range(EARLY_PREEMPTIONS):
+        deadline, count = time.monotonic() + REQUEUE_S, site.starts_of_agents()
+        jobs.append(site.ask_sandbox("preempt", site.job, "--seconds", "1"))
+        while number < EARLY_PREEMPTIONS - 1 and site.starts_of_agents() == count:
+            if time.monotonic() > deadline or site.is_over():
+                raise FaultError(f"job {site.job} did not start again after preemption {number + 1}")
+            time.sleep(POLL_S)
+    return f"jobs {', '.join(jobs)}"
+
+
+def _node_fault(command: str, *, of_spare: bool = False) -> Callable[[PlannedFault, Site], str]:
     def inject_and_heal(fault: PlannedFault, site: Site) -> str:
-        host = site.host_of(fault.rank)
+        host = site.spare() if of_spare else site.host_of(fault.rank)
         try:
             done = site.ask_sandbox(command, host)
             time.sleep(fault.seconds)
@@ -233,9 +261,13 @@ FAULTS: dict[str, Callable[[PlannedFault, Site], str]] = {
     "flip_bit": _damage,
     "full_disk": _full_disk,
     "requeue": _requeue,
-    "kill_srun": lambda fault, site: site.kill_srun(),
+    "kill_srun": lambda fault, site: site.kill_srun(alone=False),
+    "kill_srun_alone": lambda fault, site: site.kill_srun(alone=True),
     "preempt": lambda fault, site: site.ask_sandbox("preempt", site.job, "--seconds", "1"),
+    "preempt_early": _preempt_early,
     "power_cut": _node_fault("power-cut"),
+    "power_cut_spare": _node_fault("power-cut", of_spare=True),
+    "freeze": _node_fault("freeze"),
     "cut_link": _node_fault("cut-link"),
     "stop_controller": _stop_controller,
 }

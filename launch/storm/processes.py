@@ -89,6 +89,16 @@ def of_job(job: str, program: str, conf: str | None) -> list[int]:
     return sorted(found, key=lambda pid: found[pid] not in found)  # a child that outlives its parent may act on it
 
 
+def kill_srun(job: str, *, alone: bool) -> list[int]:
+    """Kill the srun of a job's batch script here, with the helper that would end its step unless ``alone``.
+
+    Returns:
+        Those that were killed; none where no srun is left.
+    """
+    found = of_job(job, "srun", os.environ.get("SLURM_CONF"))
+    return [pid for pid in (found[-1:] if alone else found) if send(pid, signal.SIGKILL)]
+
+
 def send(pid: int, number: signal.Signals) -> bool:
     """Signal a process; whether it was still there."""
     with suppress(ProcessLookupError):
@@ -139,14 +149,13 @@ def main() -> int:
     parser = CommandParser(prog="python -m launch.storm.processes", description="Signal a process of a run here.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("signal", choices=("SIGKILL", "SIGTERM", "SIGSTOP", "SIGCONT"))
-    parser.add_argument("what", choices=("rank", "agent", "srun"))
+    parser.add_argument("what", choices=("rank", "agent", "srun", "srun_alone"))
     parser.add_argument("which", help="number of the rank, or of the job of an srun")
     parser.add_argument("--in-save", action="store_true", help="as soon as something new is among the checkpoints")
     args = parser.parse_args()
     number = signal.Signals[args.signal]
-    if args.what == "srun":
-        reached = [send(pid, number) for pid in of_job(args.which, "srun", os.environ.get("SLURM_CONF"))]
-        return 0 if any(reached) else 1
+    if args.what.startswith("srun"):
+        return 0 if kill_srun(args.which, alone=args.what == "srun_alone") else 1
     if not args.which.isdigit():
         raise ConfigError(f"rank {args.which}", "the number of a rank", f"{args.what} 0")
     pid = find(args.run_dir, args.what, int(args.which))

@@ -14,7 +14,15 @@ from launch.errors import ConfigError
 from launch.runs.ranges import closest
 
 SLURM, SANDBOX, DISK = "Slurm", "a sandbox (--sandbox DIR)", "a filesystem of the drill's own (--disk-mib N)"
+SPARES = "a sandbox and a spare node (--sandbox DIR, spare_nodes=1)"
 """Needs of a kind of fault."""
+EARLY_PREEMPTIONS = 3
+REBOOTS = (2.0, 3.0, 8.0, 14.0)
+"""Seconds without power: all but the last are over before Slurm calls the node down, and srun ends the step then."""
+OUTAGES = (2.0, 8.0, 40.0)
+"""Seconds without a sign of life: a moment, less than ``resilience.node_timeout_s``, and more."""
+ABSENCES = (20.0, 75.0, 300.0)
+"""Seconds without a controller."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Kind:
     """Time that it may last; the schedule chooses."""
     damages: bool = False
     """True where it spoils the newest checkpoint, so that there has to be an older one."""
+    ends_attempt: bool = True
+    """False where a run may go on undisturbed."""
 
 
 KINDS = {
@@ -38,17 +48,38 @@ KINDS = {
         Kind("sigterm_rank", "SIGTERM to rank {rank}, by which all ranks save and leave"),
         Kind("sigstop_rank", "SIGSTOP to rank {rank}, until the launcher finds it"),
         Kind("sigkill_agent", "SIGKILL to the agent of rank {rank}"),
-        Kind("sigstop_agent", "SIGSTOP to the agent of rank {rank}, for {seconds:g} s", seconds=(1.0, 3.0)),
+        Kind(
+            "sigstop_agent", "SIGSTOP to the agent of rank {rank}, for {seconds:g} s", "", OUTAGES, ends_attempt=False
+        ),
         Kind("kill_in_save", "SIGKILL to rank {rank} as soon as something new is in the folder of checkpoints"),
         Kind("truncate", "the newest checkpoint's largest file cut to half, and SIGKILL to rank {rank}", damages=True),
         Kind("flip_bit", "one bit of the newest checkpoint flipped, and SIGKILL to rank {rank}", damages=True),
-        Kind("full_disk", "the disk of the run full for {seconds:g} s", DISK, (2.0, 5.0)),
+        Kind("full_disk", "the disk of the run full for {seconds:g} s", DISK, (2.0, 5.0), ends_attempt=False),
         Kind("requeue", "scontrol requeue", SLURM),
-        Kind("kill_srun", "SIGKILL to the srun of the batch script", SLURM),
+        Kind(
+            "kill_srun",
+            "SIGKILL to the batch script's srun and its helper: the step goes on",
+            SLURM,
+            ends_attempt=False,
+        ),
+        Kind("kill_srun_alone", "SIGKILL to the batch script's srun, whose helper then ends the step", SLURM),
         Kind("preempt", "a job that preempts this one", SANDBOX),
-        Kind("power_cut", "the node of rank {rank} without power for {seconds:g} s", SANDBOX, (2.0, 3.0, 8.0)),
-        Kind("cut_link", "the node of rank {rank} without a link for {seconds:g} s", SANDBOX, (2.0, 8.0, 40.0)),
-        Kind("stop_controller", "no slurmctld for {seconds:g} s, and the agents told to leave", SANDBOX, (20.0, 75.0)),
+        Kind(
+            "preempt_early", f"{EARLY_PREEMPTIONS} preemptions, each before the start before has made a step", SANDBOX
+        ),
+        Kind("power_cut", "the node of rank {rank} without power for {seconds:g} s", SANDBOX, REBOOTS),
+        Kind(
+            "power_cut_spare",
+            "the idle spare node without power for {seconds:g} s",
+            SPARES,
+            REBOOTS,
+            ends_attempt=False,
+        ),
+        Kind("freeze", "the node of rank {rank} frozen for {seconds:g} s", SANDBOX, OUTAGES, ends_attempt=False),
+        Kind(
+            "cut_link", "the node of rank {rank} without a link for {seconds:g} s", SANDBOX, OUTAGES, ends_attempt=False
+        ),
+        Kind("stop_controller", "no slurmctld for {seconds:g} s, and the agents told to leave", SANDBOX, ABSENCES),
     )
 }
 

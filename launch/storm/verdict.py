@@ -106,8 +106,20 @@ def predict(save_s: float, interval_s: float, restart_s: float, between_faults_s
     return Prediction(save_s, interval_s, restart_s, between_faults_s, goodput, best)
 
 
-def measure(stormy: RunFolder, faults: int) -> tuple[float, Prediction] | None:
-    """Goodput of the stormy run, and the prediction from its own figures; None where it has too few of them."""
+@dataclass(frozen=True)
+class Measurement:
+    """Goodput of a stormy run, and the prediction from its own figures."""
+
+    goodput: float
+    after_start: float
+    """The same without the first start, of which the model knows nothing."""
+    seconds: Mapping[str, float]
+    """Where the time went: part of ``launch.report.goodput.PARTS`` -> seconds."""
+    predicted: Prediction
+
+
+def measure(stormy: RunFolder, faults: int) -> Measurement | None:
+    """Measure the goodput of the stormy run; None where it has too few figures."""
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)
     saved = [event for event in events if event["event"] == "saved"]
@@ -121,12 +133,18 @@ def measure(stormy: RunFolder, faults: int) -> tuple[float, Prediction] | None:
     apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])
     restart_s = (seconds.get("restarts", 0.0) + seconds.get("shutdown", 0.0)) / faults
     interval_s = apart * statistics.median(times)
-    return goodput.goodput, predict(statistics.mean(saves), interval_s, restart_s, allocated / faults)
+    predicted = predict(statistics.mean(saves), interval_s, restart_s, allocated / faults)
+    steps_s, start_s = seconds.get("steps", 0.0), seconds.get("start", 0.0)
+    return Measurement(goodput.goodput, steps_s / (allocated - start_s), seconds, predicted)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Cost of one fault, in seconds from it to the first step that had not been made before, and its parts."""
+    """Cost of one fault, in seconds from it to the first step that had not been made before, and its parts.
+
+    Where no attempt ended by it, the longest pause between two steps from then to the next fault, as of ranks that wait
+    for a link.
+    """
 
     kind: str
     road: str
@@ -167,7 +185,9 @@ def recoveries(
             continue
         first_new = min(r["time"] for r in newer)
         if not ends or ends[0]["time"] > first_new:
-            found.append(Recovery(fault["kind"], "undisturbed", first_new - at))
+            times = [at, *sorted(r["time"] for r in newer if not ends or r["time"] < ends[0]["time"])]
+            pause = max(later - earlier for earlier, later in itertools.pairwise(times))
+            found.append(Recovery(fault["kind"], "undisturbed", pause))
             continue
         begun = [e["time"] for e in events if e["event"] == "started" and ends[0]["time"] <= e["time"] <= first_new]
         first = min(r["time"] for r in records if r["time"] > ends[0]["time"] and r["attempt"] > last)
