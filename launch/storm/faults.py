@@ -83,6 +83,18 @@ class Site:
         """Number of starts of the job so far in which its agents have begun."""
         return sum(event["event"] == "agent_started" for event in self.folder.read_events())
 
+    def wait_for_agents(self, starts: int) -> None:
+        """Wait until the agents have begun in more than so many starts of the job.
+
+        Raises:
+            FaultError: they have not.
+        """
+        deadline = time.monotonic() + REQUEUE_S
+        while self.starts_of_agents() <= starts:
+            if time.monotonic() > deadline or self.is_over():
+                raise FaultError(f"job {self.job} did not start again")
+            time.sleep(POLL_S)
+
     def send(self, number: signal.Signals, what: str, rank: int, *, in_save: bool = False) -> str:
         """Signal a rank, or its agent, wherever it is; returns what was done.
 
@@ -109,15 +121,28 @@ class Site:
         run_command(["srun", *place, *program, *(["--in-save"] if in_save else [])])
 
     def kill_srun(self, *, alone: bool) -> str:
-        """Kill the srun of the batch script, and the helper that would end its step unless ``alone``."""
+        """Kill the srun of the batch script, and the helper that would end its step unless ``alone``.
+
+        A start of the job whose srun was killed before has none left: then that of the next start is killed.
+        """
+        try:
+            return self._kill_srun(alone=alone)
+        except FaultError:
+            count = self.starts_of_agents()
+            self.strike()
+            run_command(["scontrol", "requeue", self.job])
+            self.wait_for_agents(count)
+            return f"scontrol requeue {self.job}; {self._kill_srun(alone=alone)}"
+
+    def _kill_srun(self, *, alone: bool) -> str:
         what = "srun_alone" if alone else "srun"
         if self.sandbox is None:
             self._signal_by_srun(self.host_of(0), signal.SIGKILL, what, self.job, in_save=False)
             return f"{what} of the batch script killed, by srun"
+        if not processes.of_job(self.job, "srun", os.environ.get("SLURM_CONF")):
+            raise FaultError(f"no srun of job {self.job}")
         self.strike()
         done = processes.kill_srun(self.job, alone=alone)
-        if not done:
-            raise FaultError(f"no srun of job {self.job}")
         return f"SIGKILL to {', '.join(map(str, done))}"
 
     def ask_sandbox(self, *words: str) -> str:
@@ -215,14 +240,12 @@ def _requeue(fault: PlannedFault, site: Site) -> str:
 
 def _preempt_early(fault: PlannedFault, site: Site) -> str:
     """Preempt some starts of the job, one after another, each as soon as Slurm has started it."""
-    jobs = []
-    for number in range(EARLY_PREEMPTIONS):
-        deadline, count = time.monotonic() + REQUEUE_S, site.starts_of_agents()
+    jobs: list[str] = []
+    for left in reversed(range(EARLY_PREEMPTIONS)):
+        count = site.starts_of_agents()
         jobs.append(site.ask_sandbox("preempt", site.job, "--seconds", "1"))
-        while number < EARLY_PREEMPTIONS - 1 and site.starts_of_agents() == count:
-            if time.monotonic() > deadline or site.is_over():
-                raise FaultError(f"job {site.job} did not start again after preemption {number + 1}")
-            time.sleep(POLL_S)
+        if left:
+            site.wait_for_agents(count)
     return f"jobs {', '.join(jobs)}"
 
 
