@@ -264,7 +264,9 @@ class AgentGroup:
 
     def _ready(self, number: int) -> set[int]:
         """The other nodes that have come to this round, healthy or not; notes what those that are not have found."""
-        ready = {index: message for index, message in self._present() if message.get("ready", -1) >= number}
+        # One that came to this round long before the others, as a spare does, may be gone by now.
+        here = [(i, m) for i, m in self._present() if self._silence(i) <= self._limits.node_timeout_s]
+        ready = {index: message for index, message in here if message.get("ready", -1) >= number}
         for index, message in ready.items():
             self._note_sick(index, [Fault(**fault) for fault in message.get("faults", ())])
         for index in self._sick.keys() - {0, *ready}:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from launch.agent.node import Node
-from launch.agent.rendezvous import RendezvousRound, join
+from launch.agent.rendezvous import NodesMissingError, RendezvousRound, join
 from launch.config import Config
 from launch.runs.folder import RunFolder
 
 HOSTS = ("n0", "n1", "n2")
+
+
+def patient(config: Config) -> Config:
+    """Return the config with timeouts that no busy machine comes near."""
+    for key in ("rendezvous_timeout_s", "node_timeout_s"):
+        setattr(config.resilience, key, 240)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -29,9 +37,7 @@ HOSTS = ("n0", "n1", "n2")
 def test_a_spare_takes_the_place_of_a_host_to_avoid(
     tmp_path: Path, avoid: Mapping[str, str], members: tuple[int, ...], told: tuple[str, list[str], str] | None
 ) -> None:
-    config = Config(nodes=2, spare_nodes=1)
-    for key in ("rendezvous_timeout_s", "node_timeout_s"):
-        setattr(config.resilience, key, 240)
+    config = patient(Config(nodes=2, spare_nodes=1))
     folder = RunFolder(tmp_path)
 
     def agent(index: int) -> RendezvousRound | None:
@@ -48,3 +54,29 @@ def test_a_spare_takes_the_place_of_a_host_to_avoid(
     events = folder.read_events()
     first = next((e for e in events if e["event"] in ("avoided", "not_avoided")), None)
     assert told == (None if first is None else (first["event"], first["hosts"], first["cause"]))
+
+
+def test_a_node_that_came_early_and_has_fallen_silent_since_takes_no_part(tmp_path: Path) -> None:
+    config, folder, gone = patient(Config(nodes=2)), RunFolder(tmp_path), Event()
+
+    def come_early_and_vanish() -> None:
+        with join(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config) as group:
+            group.heartbeat.say(host="n1", ready=1)
+            assert group.heartbeat.flush(240)
+            group.heartbeat.close()
+            gone.set()
+
+    with (
+        ThreadPoolExecutor(1) as other,
+        join(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config) as group,
+    ):
+        vanished = other.submit(come_early_and_vanish)
+        assert gone.wait(240)
+        assert group.next_round(0) is not None, "it has just been heard"
+        assert group.heartbeat.flush(240), "all that it said has been heard"
+        group.heartbeat._when[1] -= 241
+        with pytest.raises(NodesMissingError):
+            group.next_round(1)
+        assert group.lost[1].why.startswith("nothing heard for 2")
+        group.end()
+        vanished.result()
