@@ -25,6 +25,8 @@ from launch.runs.records import RECENT, recent_records
 from launch.scheduler.limits import Limits, how_preempted
 from launch.workload import CodeTree
 
+TAKEOVER_S = 10
+"""Time that the agents of a job need, once the head node has been silent for long enough, until it is requeued."""
 MARGIN = 1.5
 """Factor of a proposed time over the measured one: the next save may be slower."""
 
@@ -45,6 +47,7 @@ def add_warnings(plan: Plan, config: Config, limits: Mapping[str | None, Limits]
             *changed_code(plan, config),
             *unsaved(plan),
             *short_grace(plan, config, limits or {}),
+            *late_takeover(plan, config, limits or {}),
         ),
     )
 
@@ -96,6 +99,25 @@ def short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits])
             yield (
                 f"{took}, and partition {name} gives a preempted job {left} s (GraceTime and KillWait): it {lost}; "
                 f"a shorter {saves.split('=')[0] or 'interval between checkpoints'} loses less"
+            )
+
+
+def late_takeover(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[str]:
+    """Tell whether Slurm ends a job whose head node is lost before another agent can put it back into the queue.
+
+    A job with spares is not to end by a lost node (``--no-kill``). Slurm 22.05 then takes the node out of the job, also
+    where it is the one of the batch script, with which the job ends as FAILED and is not requeued.
+    """
+    waits = config.resilience.node_timeout_s
+    if plan.cluster != "slurm" or not config.spare_nodes:
+        return
+    for down_s in {cluster.number("SlurmdTimeout") for cluster in limits.values()} - {None, 0}:
+        assert down_s is not None
+        if waits + TAKEOVER_S >= down_s:
+            yield (
+                f"resilience.node_timeout_s={waits}, and Slurm calls a node down after {down_s} s (SlurmdTimeout): "
+                "a run that loses its first node ends as FAILED before another node can requeue it; "
+                f"type resilience.node_timeout_s={max(1, math.floor((down_s - TAKEOVER_S) / 2))}"
             )
 
 

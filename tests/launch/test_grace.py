@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,22 @@ def test_the_dry_run_shows_it(tmp_path: Path) -> None:
     text = run("launch", *words, cwd=tmp_path)
     assert "  warning     a save took up to 90 s and a step 20 s" in text
     assert "and resilience.grace_period_s=30: told to stop" in text and "type resilience.grace_period_s=170" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "down_s", "fix"),
+    [
+        (("spare_nodes=1",), "20 sec", "node_timeout_s=5"),
+        (("spare_nodes=1", "resilience.node_timeout_s=200"), "210 sec", "node_timeout_s=100"),
+        (("spare_nodes=1", "resilience.node_timeout_s=5"), "20 sec", ""),
+        (("spare_nodes=1",), "300 sec", ""),
+        (("spare_nodes=1",), "0 sec", ""),  # never
+        ((), "20 sec", ""),  # Slurm itself requeues a job that may not go on without a node
+    ],
+)
+def test_a_head_node_must_be_missed_by_the_agents_before_slurm_misses_it(
+    words: tuple[str, ...], down_s: str, fix: str, tmp_path: Path
+) -> None:
+    known = {None: replace(LIMITS, config={**LIMITS.config, "SlurmdTimeout": down_s})}
+    found = warnings(f"run_dir={tmp_path / 'run'}", *HERE, *words, known=known)
+    assert [text.rpartition("type resilience.")[2] for text in found] == ([fix] if fix else [])
