@@ -62,14 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_answers())
     on_sandbox = is_slurm and args.sandbox is not None
     has = [SLURM] * is_slurm + [SANDBOX] * on_sandbox + [SPARES] * (on_sandbox and config.spare_nodes > 0)
-    has += [DISK] * bool(args.disk_mib)
+    has += [DISK] * bool(args.disk or args.disk_mib)
+    refuse_disk(args.disk, args.disk_mib, is_slurm=is_slurm)
     kinds = choose_kinds(args.kinds, has)
     schedule = make_schedule(args.seed, args.faults, kinds, config.world_size, args.most_steps)
     if args.dry_run:
         _show(schedule, console)
         return 0
     out = _new_folder(args.output)
-    with _disk(out, args.disk_mib) as disk:
+    with _disk(out, args.disk, args.disk_mib) as disk:
         run = RunFolder((disk or out) / "stormy")
         site = Site(run, is_slurm, args.sandbox and args.sandbox.absolute(), disk)
         if quiet is None:
@@ -109,6 +110,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (outputs/storm/TIME)")
     parser.add_argument("--sandbox", type=Path, metavar="DIR", help="the sandbox that the run is submitted to")
     parser.add_argument("--disk-mib", type=int, metavar="N", help="run on a tmpfs of this size, to fill it (as root)")
+    parser.add_argument("--disk", type=Path, metavar="FOLDER", help="run on this small filesystem, to fill it")
     parser.add_argument("--patience-s", type=float, default=900.0, help="without any event it is stuck (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list the faults, and touch nothing")
     return parser
@@ -139,24 +141,48 @@ def _new_folder(output: Path | None) -> Path:
     return out
 
 
+def refuse_disk(disk: Path | None, mib: int | None, *, is_slurm: bool) -> None:
+    """Refuse to fill a filesystem that is not there for it alone.
+
+    Raises:
+        ConfigError: the run could not be there on all nodes, or the filesystem holds anything else.
+    """
+    if mib and (is_slurm or disk):
+        found = f"--disk-mib {mib} of a run on Slurm" if is_slurm else f"--disk-mib {mib} and --disk {disk}"
+        expected = "a small filesystem that all nodes mount: a tmpfs that is mounted now is this machine's alone"
+        fix = "--disk FOLDER; on a sandbox: mount -t tmpfs -o size=64m tmpfs FOLDER, before slurm.sandbox up"
+        raise ConfigError(found, expected, fix)
+    if disk is None:
+        return
+    require_own(disk, "a filesystem")
+    if not disk.is_mount() or any(entry.name != "lost+found" for entry in disk.iterdir()):
+        why = "holds files" if disk.is_mount() else "is no filesystem of its own"
+        fix = f"mount -t tmpfs -o size=64m tmpfs {disk}, for a sandbox before it is started"
+        raise ConfigError(f"--disk {disk}, which {why}", "an empty filesystem, as a drill fills it", fix)
+
+
 @contextmanager
-def _disk(out: Path, mib: int | None) -> Iterator[Path | None]:
-    """Mount a small filesystem for the stormy run; what it holds at the end is copied beside it."""
-    if not mib:
+def _disk(out: Path, disk: Path | None, mib: int | None) -> Iterator[Path | None]:
+    """Give the stormy run a small filesystem; what it holds at the end is copied beside it."""
+    if not mib and disk is None:
         yield None
         return
-    disk = out / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"--disk-mib {mib}: {done.stderr.strip()}", "the right to mount a tmpfs", "no --disk-mib")
+    place = out / "disk" if disk is None else disk.absolute()
+    if disk is None:
+        place.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)]
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"--disk-mib {mib}: {done.stderr.strip()}", "the right to mount a tmpfs", "no --disk-mib")
     try:
-        yield disk
+        yield place
     finally:
-        if (disk / "stormy").exists():
-            shutil.copytree(disk / "stormy", out / "stormy", symlinks=True)
-        subprocess.run(["umount", "--lazy", str(disk)], check=False)
+        if (place / "stormy").exists():
+            shutil.copytree(place / "stormy", out / "stormy", symlinks=True)
+        if disk is None:
+            subprocess.run(["umount", "--lazy", str(place)], check=False)
+        else:
+            shutil.rmtree(place / "stormy", ignore_errors=True)
 
 
 def _judge(quiet: RunFolder, site: Site, drill: Drill, planned: int, complete: bool, stuck: str) -> dict[str, Any]:

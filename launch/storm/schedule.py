@@ -13,7 +13,11 @@ from typing import Any
 from launch.errors import ConfigError
 from launch.runs.ranges import closest
 
-SLURM, SANDBOX, DISK = "Slurm", "a sandbox (--sandbox DIR)", "a filesystem of the drill's own (--disk-mib N)"
+SLURM, SANDBOX, DISK = (
+    "Slurm",
+    "a sandbox (--sandbox DIR)",
+    "a filesystem of the drill's own (--disk FOLDER, or --disk-mib N without Slurm)",
+)
 SPARES = "a sandbox and a spare node (--sandbox DIR, spare_nodes=1)"
 """Needs of a kind of fault."""
 EARLY_PREEMPTIONS = 3

@@ -96,6 +96,9 @@ def test_a_drill_that_is_refused_touches_nothing(tmp_path: Path) -> None:
         (["--output", "full", *words(20, 0)], "which holds files"),
         (["--quiet", "run", *words(20, 0)], "which has not finished"),
         (["--sandbox", "nowhere", *words(20, 0)], "which is not there"),
+        (["--disk", "nowhere", *words(20, 0)], "which is not there"),
+        (["--disk", "run", *words(20, 0)], "which is no filesystem of its own"),
+        (["--disk", "run", "--disk-mib", "9", *words(20, 0)], "--disk-mib 9 and --disk run"),
     ):
         text = run("launch.storm", *options, cwd=tmp_path, status=2)
         assert found in text and "type next: " in text
