@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from launch.agent.meter import Meter
 from launch.agent.node import Node
 from launch.agent.outcome import (
     close_lost_attempts,
+    end_lost_agents,
     handle_attempt_end,
     handle_early_stop,
     handle_missing_nodes,
@@ -43,7 +45,7 @@ from launch.runs.unwritten import keep_unwritten
 
 if TYPE_CHECKING:
     from launch.agent.fork_server import ForkServer
-    from launch.agent.rendezvous import AgentGroup
+    from launch.agent.rendezvous import AgentGroup, LostNode
 
 TOKEN = "LAUNCH_TOKEN"
 
@@ -75,12 +77,14 @@ def run(run_dir: str) -> None:
 
     stop.interruptible = True
     failure: str | None = None
+    lost: Mapping[int, LostNode] = {}
     try:
         with (
             ranks.fork_server(folder, config) as server,
             Meter(folder, node, config) as meter,
             rendezvous.join(folder, node, config) as group,
         ):
+            lost = group.lost
             try:
                 if node.is_head:
                     refuse_without_budget(meter)
@@ -103,6 +107,7 @@ def run(run_dir: str) -> None:
     except InterruptedError as error:
         handle_early_stop(folder, node, config, str(error))
     finally:
+        end_lost_agents(folder, node, lost.values())
         os.umask(0o077)  # what follows is submitit's pickle of the result
 
 

@@ -36,6 +36,11 @@ class Node:
         return (self.slurm_job, self.job.split("-")[1]) if self.is_slurm else ()
 
     @property
+    def slurm_step(self) -> str:
+        """Slurm's id of the step that the agents are."""
+        return f"{self.slurm_job}.{self.job.rpartition('-')[2]}"
+
+    @property
     def is_head(self) -> bool:
         """Tell whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
         return self.index == 0

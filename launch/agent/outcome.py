@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.agent.avoided_hosts import hosts_to_avoid
@@ -283,6 +283,23 @@ def is_given_up(events: Sequence[dict[str, Any]], node: Node) -> bool:
     """Tell whether the head node of this start of the job takes this node for lost: then it works on, and decides."""
     began = max((number for number, e in enumerate(events) if e["event"] == "agent_started"), default=0)
     return any(e["event"] == "node_lost" and e["host"] == node.host for e in events[began:])
+
+
+def end_lost_agents(folder: RunFolder, node: Node, lost: Collection[LostNode]) -> None:
+    """On the head node, where the run is over: have Slurm end the step, with agents from which nothing was heard.
+
+    One that is stopped, or hangs in its kernel, never learns that the run is over, and would hold all nodes of the job
+    to its time limit: srun waits for every agent.
+    """
+    decided = [e for e in events_since_submission(folder.read_events()) if e["event"] == "decided"]
+    if not (node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
+        return
+    try:
+        scheduler.cancel(node.slurm_step)
+    except scheduler.SlurmError as error:
+        folder.record_event("step_not_ended", job=node.job, hosts=[one.host for one in lost], cause=str(error))
+        return
+    folder.record_event("step_ended", job=node.job, hosts=[one.host for one in lost], cause=lost_text(lost))
 
 
 def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:

@@ -182,7 +182,8 @@ def _disk(out: Path, disk: Path | None, mib: int | None) -> Iterator[Path | None
         if disk is None:
             subprocess.run(["umount", "--lazy", str(place)], check=False)
         else:
-            shutil.rmtree(place / "stormy", ignore_errors=True)
+            for folder in (place / "stormy", place / ".submitit"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _judge(quiet: RunFolder, site: Site, drill: Drill, planned: int, complete: bool, stuck: str) -> dict[str, Any]:

@@ -114,6 +114,23 @@ class Site:
             raise FaultError(f"{what} {rank} had ended")
         return f"{number.name} to process {pid}"
 
+    def stop_agent(self, rank: int, seconds: float) -> str:
+        """Stop the agent of a rank, and continue that process itself: the rank may be under another agent by then."""
+        if self.is_slurm and self.sandbox is None:
+            host, job = self.host_of(rank), self.job
+            self._signal_by_srun(host, signal.SIGSTOP, "agent", str(rank), in_save=False)
+            time.sleep(seconds)
+            with suppress(FaultError):  # its node may have been given up meanwhile, and the job be elsewhere
+                self._signal_by_srun(host, signal.SIGCONT, "agents", job, in_save=False)
+            return f"SIGSTOP to the agent of rank {rank} by srun"
+        pid = processes.find(self.folder.path, "agent", rank, self.is_over)
+        self.strike()
+        if pid is None or not processes.send(pid, signal.SIGSTOP):
+            raise FaultError(f"no agent {rank} to stop")
+        time.sleep(seconds)
+        processes.send(pid, signal.SIGCONT)
+        return f"SIGSTOP to process {pid}"
+
     def _signal_by_srun(self, host: str, number: signal.Signals, what: str, which: str, *, in_save: bool) -> None:
         place = ["--overlap", f"--jobid={self.job}", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
         program = [sys.executable, "-m", "launch.storm.processes", str(self.folder.path), number.name, what, which]
@@ -181,11 +198,7 @@ def _signal(number: signal.Signals, what: str) -> Callable[[PlannedFault, Site],
 
 
 def _stop_agent(fault: PlannedFault, site: Site) -> str:
-    done = site.send(signal.SIGSTOP, "agent", fault.rank)
-    time.sleep(fault.seconds)
-    with suppress(FaultError):  # its node may have been given up meanwhile
-        site.send(signal.SIGCONT, "agent", fault.rank)
-    return done
+    return site.stop_agent(fault.rank, fault.seconds)
 
 
 def _kill_in_save(fault: PlannedFault, site: Site) -> str:

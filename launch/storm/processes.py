@@ -149,11 +149,14 @@ def main() -> int:
     parser = CommandParser(prog="python -m launch.storm.processes", description="Signal a process of a run here.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("signal", choices=("SIGKILL", "SIGTERM", "SIGSTOP", "SIGCONT"))
-    parser.add_argument("what", choices=("rank", "agent", "srun", "srun_alone"))
-    parser.add_argument("which", help="number of the rank, or of the job of an srun")
+    parser.add_argument("what", choices=("rank", "agent", "agents", "srun", "srun_alone"))
+    parser.add_argument("which", help="number of the rank, or of the job of agents or an srun")
     parser.add_argument("--in-save", action="store_true", help="as soon as something new is among the checkpoints")
     args = parser.parse_args()
     number = signal.Signals[args.signal]
+    if args.what == "agents":
+        found = of_job(args.which, "python", os.environ.get("SLURM_CONF"))
+        return 0 if [pid for pid in found if send(pid, number)] else 1
     if args.what.startswith("srun"):
         return 0 if kill_srun(args.which, alone=args.what == "srun_alone") else 1
     if not args.which.isdigit():
