@@ -25,6 +25,7 @@ with lasting_imports():
     import torch
 
     from gpt.checkpoint import CheckpointStore
+    from gpt.checkpoint.memory import open_memory
     from gpt.checkpoint.writer import Writer, open_writer
     from gpt.config import TrainConfig
     from gpt.data.corpus import keep_tokenizer
@@ -118,6 +119,7 @@ def build(
             keep_best=kept.keep_best,
             writer=writer,
             give_up_after_s=60 * kept.give_up_after_min,
+            memory=open_memory(world.control, engine.files, writer) if kept.in_memory else None,
         ),
         worker=rank,
         initialised_from=initialised_from,
@@ -191,7 +193,8 @@ def do_steps(
         evaluates = last or due(run.step, config.eval.interval)
         compares = due(run.step, config.divergence.replica_check_interval)
         saves = last or bool(asked) or saving.is_due(run.step)
-        pauses = evaluates or compares or saves
+        remembers = saving.is_due_in_memory(run.step)
+        pauses = evaluates or compares or saves or remembers
         if not (pauses or profile.due(run.step)):
             continue
         record, clock = step.finish(clock)
@@ -216,6 +219,8 @@ def do_steps(
         if saves:
             writers.keep(record)
             record.checkpoint_s = saving.save(record.val_loss, is_last=last, is_stop=asked.stop)
+        elif remembers and run.guard.may_save:
+            record.checkpoint_s = saving.save_in_memory()
         writers.write(record)
         profile.after(run.step)
         clock = time.perf_counter()

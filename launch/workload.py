@@ -137,6 +137,8 @@ class RankCommand:
     preload: tuple[str, ...] = ()
     """Modules that every rank imports. Where ``args`` is ``sys.executable, "-m", MODULE, ...`` each node imports them
     once, and its ranks are forked. They must start no threads and no CUDA, and read none of ``env`` while imported."""
+    wants_memory_store: bool = False
+    """Keep a memory store on each node, in which ranks can leave what is to outlive them (``launch.worker.memory``)."""
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,19 @@ Must not know what the tensors are, beyond that.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
 
 from gpt.checkpoint import messages
 from gpt.checkpoint.deepspeed_files import open_as_tensors
@@ -60,10 +63,15 @@ class TensorFiles:
         with open_as_tensors(folder, saved, group) as tensors:
             # Beside tensors a state holds settings of the optimizer, which a run of DeepSpeed does not write.
             wanted = state if saved.contents == TENSORS else select_tensors(state)
-            # The stages of a pipeline want different tensors, so a rank alone cannot tell which are unused.
-            names = messages.all_gather(sorted(flatten_state_dict(wanted)[0]), group)
-            planner = _ExactPlanner({name for of_rank in names for name in of_rank})
-            dcp.load(wanted, storage_reader=dcp.FileSystemReader(tensors), planner=planner, process_group=group)
+            read_tensors(dcp.FileSystemReader(tensors), wanted, group)
+
+
+def read_tensors(reader: StorageReader, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Fill ``state`` with tensors by their names, from wherever ``reader`` has them. Collective."""
+    # The stages of a pipeline want different tensors, so a rank alone cannot tell which are unused.
+    names = messages.all_gather(sorted(flatten_state_dict(state)[0]), group)
+    planner = _ExactPlanner({name for of_rank in names for name in of_rank})
+    dcp.load(state, storage_reader=reader, planner=planner, process_group=group)
 
 
 class _ExactPlanner(DefaultLoadPlanner):
@@ -83,6 +91,11 @@ class _ExactPlanner(DefaultLoadPlanner):
         if unused:
             raise ValueError(f"the checkpoint also holds {', '.join(unused[:3])}{' ...' if unused[3:] else ''}")
         return super().create_local_plan()
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Take a setting of the optimizer over: DCP's own reading of it would run whatever code it names."""
+        setting = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
 
 
 def select_tensors(state: dict[str, Any]) -> dict[str, Any]:

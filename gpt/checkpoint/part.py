@@ -100,11 +100,19 @@ def write_part(part: Part, folder: Path) -> None:
         raise
 
 
-def write_items(part: Part, plan: WritePlan, folder: Path, files: SummingFiles) -> list[WriteResult]:
-    """Write the planned items as torch.distributed.checkpoint does; returns their places."""
+def write_items(part: Part, plan: WritePlan, folder: Path, files: FileSystem, syncs: bool = True) -> list[WriteResult]:
+    """Write the planned items as torch.distributed.checkpoint does; returns their places.
+
+    Args:
+        part: of one rank.
+        plan: of its items.
+        folder: that their files are named in.
+        files: opens them.
+        syncs: sync each to its disk.
+    """
     # Copies ahead are for GPUs only, and would start one in a process that has none to do with it.
     ahead = COPY_AHEAD if torch.cuda.is_initialized() else 0
-    writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=ahead)
+    writer = FileSystemWriter(folder, sync_files=syncs, per_thread_copy_ahead=ahead)
     writer.fs = files
     planner = cast(SavePlanner, _Resolved(plan.items.items, part.data))
     return writer.write_data(plan.items, planner).wait()
@@ -130,6 +138,24 @@ def write_file(path: Path, content: Any, files: SummingFiles) -> None:
             torch.save(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file of a rank's own state."""
+    return f"rank_{rank:05d}.pt"
+
+
+def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
+    """Encode a rank's own state, tensors and plain values, as ``torch.load`` with ``weights_only`` reads it.
+
+    Raises:
+        Exception: it could not be loaded later; torch's own.
+    """
+    stream = io.BytesIO()
+    torch.save(rank_state, stream)
+    stream.seek(0)
+    torch.load(stream, weights_only=True)
+    return stream.getvalue()
 
 
 class _Resolved:

@@ -17,18 +17,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import folders, messages
 from gpt.checkpoint.collective import CheckpointError, explain
 from gpt.checkpoint.formats import Format
 from gpt.checkpoint.jobs import Commit, Remove, Retention, Retire, Write
-from gpt.checkpoint.part import Part
+from gpt.checkpoint.part import Part, encode_rank_state, rank_file
 from gpt.checkpoint.staging import StagedPart
 from gpt.checkpoint.writer import Result, Writer
 from launch.errors import ConfigError
@@ -133,6 +131,7 @@ class Saves:
         self._names = 0
         self._token: str | None = None
         self._pending: InFlight | None = None
+        self._committed: InFlight | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -143,6 +142,17 @@ class Saves:
     def is_failing(self) -> bool:
         """True while the save in flight has failed before, and a newer state may take its place; as above."""
         return self._pending is not None and self.failures > 0 and self._pending.phase is Phase.write
+
+    @property
+    def has_copy(self) -> bool:
+        """True where the copy that was taken for the last checkpoint is there, and was not handed out; as above."""
+        return self._committed is not None
+
+    def take_committed(self) -> InFlight:
+        """Hand out the last save that was committed, once; its copy stays until another state is taken over."""
+        committed, self._committed = self._committed, None
+        assert committed is not None
+        return committed
 
     def start(
         self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any], may_commit: Callable[[], bool]
@@ -156,12 +166,11 @@ class Saves:
         if self._token is None:
             self._token = str(messages.all_gather(secrets.token_hex(8), self.group)[0])
         started = time.monotonic()
+        self._committed = None
         part: Part | StagedPart | None = None
         failure: str | None = None
         try:
-            collected = self.format.collect(step, state, self.group)
-            collected.files[rank_file(dist.get_rank(self.group))] = encode_rank_state(rank_state)
-            part = self.writer.stage(collected)
+            part = take_over(step, state, rank_state, self.format, self.writer, self.group)
         except CheckpointError:
             raise
         except Exception as error:  # the others must hear of it where they hear of writes
@@ -238,7 +247,7 @@ class Saves:
                 commit = Commit(pending.temporary, pending.step, ranks, pending.meta, contents, pending.may_commit)
                 self.writer.submit(commit)
             return None
-        self._pending = None
+        self._pending, self._committed = None, pending
         self.failures, self._retry_at = 0, 0.0
         ended = time.monotonic() if pending.result is None else pending.result.ended
         if is_first:
@@ -331,19 +340,19 @@ def room_error(cause: str) -> str | None:
     return next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in line), None)
 
 
-def rank_file(rank: int) -> str:
-    """Name of the file of a rank's own state."""
-    return f"rank_{rank:05d}.pt"
-
-
-def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
-    """Encode a rank's own state, tensors and plain values, as ``torch.load`` with ``weights_only`` reads it.
+def take_over(
+    step: int,
+    state: Any,
+    rank_state: dict[str, Any],
+    fmt: Format,
+    writer: Writer,
+    group: dist.ProcessGroup | None,
+) -> Part | StagedPart:
+    """Take this rank's part of a state over; when this returns, the state may change. Collective.
 
     Raises:
-        Exception: it could not be loaded later; torch's own.
+        Exception: the format's, or the writer's.
     """
-    stream = BytesIO()
-    torch.save(rank_state, stream)
-    stream.seek(0)
-    torch.load(stream, weights_only=True)
-    return stream.getvalue()
+    collected = fmt.collect(step, state, group)
+    collected.files[rank_file(dist.get_rank(group))] = encode_rank_state(rank_state)
+    return writer.stage(collected)

@@ -7,7 +7,7 @@ Saving is by ``saving``. Must not know what the state means, nor when to save.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.jobs import Retention
 from gpt.checkpoint.manifest import DamagedError, Manifest, find_damage, read_manifest
-from gpt.checkpoint.saving import OutdatedAttemptError, Saved, Saves, rank_file
+from gpt.checkpoint.memory import MemorySaves
+from gpt.checkpoint.memory_load import NotInMemoryError, discard_held_after, find_held, forget_others, load_held
+from gpt.checkpoint.part import rank_file
+from gpt.checkpoint.saving import OutdatedAttemptError, Saved, Saves
 from gpt.checkpoint.writer import InlineWriter, Writer
 from launch.errors import ConfigError
 
@@ -42,6 +45,11 @@ class LoadedCheckpoint:
     """State that this rank saved for itself; None where the number of ranks is another than it was."""
     set_aside: tuple[str, ...]
     """Newer checkpoints that were damaged, a line with name and reason for each."""
+    is_from_memory: bool = False
+    """True where it was loaded from the memory of the nodes."""
+    memory_damage: str | None = None
+    """Reason why memory, where checkpoints are kept there, gave none, or gave another copy of a part; None where there
+    is nothing to say."""
 
 
 class CheckpointStore:
@@ -56,6 +64,7 @@ class CheckpointStore:
         keep_best: number of checkpoints to keep whose validation loss is the lowest.
         writer: who writes this rank's part; by default this process, at once.
         give_up_after_s: seconds from the first failed write after which another one is raised; 0 raises the first.
+        memory: checkpoints in the memory of the nodes besides, from which a load prefers to take what is as new.
     """
 
     def __init__(
@@ -69,11 +78,13 @@ class CheckpointStore:
         keep_best: int = 0,
         writer: Writer | None = None,
         give_up_after_s: float = 0.0,
+        memory: MemorySaves | None = None,
     ) -> None:
         assert keep_last >= 1 and keep_every >= 0 and keep_best >= 0, (keep_last, keep_every, keep_best)
         self.format: Format = fmt or TensorFiles()
         self.folder = folder
         self.group = group
+        self.memory = memory
         keeps = Retention(keep_last, keep_every, keep_best)
         self.saves = Saves(folder, keeps, group, self.format, writer or InlineWriter(), give_up_after_s)
 
@@ -112,6 +123,8 @@ class CheckpointStore:
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints of steps after ``step``, to which the run goes back."""
         run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
+        if self.memory is not None:
+            discard_held_after(self.memory, step)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
         """Fill ``state`` from the newest checkpoint that is whole; None where there never was one.
@@ -124,8 +137,34 @@ class CheckpointStore:
             CheckpointError: the filesystem failed.
         """
         run_on_first_rank(lambda: folders.sweep(self.folder), self.group)
+        paths = run_on_first_rank(lambda: folders.list_committed(self.folder), self.group)
+        loaded, why_not = self._load_from_memory(state, max(map(folders.step_of, paths), default=0))
+        if loaded is None:
+            loaded = self._load_from_disk(paths, state)
+            if loaded is not None:
+                loaded = replace(loaded, memory_damage=why_not)
+            if self.memory is not None:  # the steps that it holds are made again
+                forget_others(self.memory, "")
+        return loaded
+
+    def _load_from_memory(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
+        """Fill ``state`` from memory; None where it has nothing as new as step ``at_least``, and the reason."""
+        if self.memory is None:
+            return None, None
+        try:
+            held = find_held(self.memory)
+            if held.step < at_least:
+                return None, f"memory holds step {held.step}, and the disk step {at_least}"
+            found = load_held(self.memory, held, state)
+        except (NotInMemoryError, CheckpointError) as error:
+            return None, str(error).splitlines()[0]
+        forget_others(self.memory, held.save)
+        damage = f"other copies were taken than {'; '.join(found.damaged)}" if found.damaged else None
+        return LoadedCheckpoint(found.step, found.meta, found.world_size, found.rank_state, (), True, damage), None
+
+    def _load_from_disk(self, paths: list[Path], state: Any) -> LoadedCheckpoint | None:
         damaged: list[str] = []
-        for path in reversed(run_on_first_rank(lambda: folders.list_committed(self.folder), self.group)):
+        for path in reversed(paths):
             try:
                 manifest = self._verify(path)
             except DamagedError as damage:

@@ -50,6 +50,11 @@ class CheckpointConfig:
     training wait for each."""
     give_up_after_min: float = 60.0
     """Minutes for which a run goes on whose checkpoints cannot be written, as on a full disk; 0 stops at the first."""
+    in_memory: bool = False
+    """Keep the newest state of each node in its own memory and in that of the next node as well, so that ranks that
+    die, or a node that a spare replaces, are back without reading the disk. Needs the launcher."""
+    in_memory_interval: int = 10
+    """Steps between checkpoints in memory; each checkpoint on the disk goes there too."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
@@ -58,6 +63,13 @@ class CheckpointConfig:
         require_range("checkpoint.keep_every", self.keep_every, 0, float("inf"))
         require_range("checkpoint.keep_best", self.keep_best, 0, float("inf"))
         require_range("checkpoint.give_up_after_min", self.give_up_after_min, 0, float("inf"))
+        require_positive("checkpoint.in_memory_interval", self.in_memory_interval)
+        if self.in_memory and not self.asynchronous:
+            raise ConfigError(
+                "checkpoint.in_memory=true with checkpoint.asynchronous=false",
+                "a process beside each rank, which sends the copy to the other nodes while training goes on",
+                "checkpoint.asynchronous=true, or checkpoint.in_memory=false",
+            )
 
     def every(self) -> Interval:
         """Read ``interval``.

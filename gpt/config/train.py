@@ -17,7 +17,7 @@ from gpt.config.divergence import DivergenceConfig
 from gpt.config.float8 import Float8, check_float8
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
-from gpt.config.parallel import ParallelConfig
+from gpt.config.parallel import ParallelConfig, Strategy
 from launch.errors import ConfigError
 from launch.runs.identity import RunConfig
 from launch.runs.provenance import install_command
@@ -205,6 +205,12 @@ class TrainConfig(RunConfig):
                 "precision=fp32 tf32=true, or tf32=null",
             )
         check_float8(self)
+        if self.checkpoint.in_memory and self.parallel.strategy is Strategy.deepspeed:
+            raise ConfigError(
+                "checkpoint.in_memory=true with parallel.strategy=deepspeed",
+                "tensors by name, which any node can take over; DeepSpeed's own files are for its loader, from a disk",
+                "parallel=fsdp, or checkpoint.in_memory=false",
+            )
         require_range("gc_interval", self.gc_interval, 0, float("inf"))
         require_positive("profile_from", self.profile_from)
         last = self.optim.max_steps if self.optim.max_tokens is None else self.profile_to

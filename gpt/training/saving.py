@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from gpt.checkpoint.memory import FailedInMemory, SavedInMemory
 from gpt.checkpoint.saving import FailedWrite, Saved
 from gpt.training.ballot import Ballot
 from gpt.training.run import Run
 from gpt.training.schedule import auto_interval_s
-from gpt.training.state import begin_save
+from gpt.training.state import begin_save, begin_save_in_memory
 from launch.runs.heartbeat import Phase
 from launch.runs.unwritten import say
 
@@ -29,6 +30,7 @@ class Saving:
         self._saves = run.store.saves
         self._every = run.config.checkpoint.every()
         self._is_asynchronous = run.config.checkpoint.asynchronous and self._saves.writer.is_background
+        self._memory = run.store.memory
         self._held_s = 0.0
         self._is_time = False
         self._next_at = time.monotonic() + self._interval_s()
@@ -36,9 +38,12 @@ class Saving:
     def ballot(self) -> Ballot:
         """Return what this rank tells the others in this step."""
         by_time = () if self._every.steps is not None else (float(self._run.world.is_first and self._clock_says()),)
-        if not self._saves.is_pending:
+        if self._saves.is_pending:
+            vote = self._saves.vote()
+        elif self._memory is not None and self._memory.is_pending:
+            vote = self._memory.vote()
+        else:
             return Ballot(0, by_time)
-        vote = self._saves.vote()
         return Ballot(vote.phase, (float(vote.done), float(vote.failed), *by_time))
 
     def hear(self, ballot: Ballot, sums: Sequence[float]) -> None:
@@ -48,8 +53,13 @@ class Saving:
             ConfigError: the disk was full, or failed, for longer than ``checkpoint.give_up_after_min``.
             CheckpointError: checkpoints could not be written for as long, for another reason.
         """
-        if ballot.phase:
+        if ballot.phase > 0:
             self._tell(self._saves.count(ballot.phase, sums[0], sums[1]))
+            if self._memory is not None and not self._memory.is_pending and self._saves.has_copy:
+                # From the copy that was taken for the disk: only now, so that the disk's checkpoint waits for nothing.
+                self._memory.start_again(self._saves.take_committed())
+        elif ballot.phase and self._memory is not None:
+            self._tell_of_memory(self._memory.count(ballot.phase, sums[0], sums[1]))
         if self._every.steps is None and sums:
             self._is_time = self._is_time or sums[-1] > 0
 
@@ -58,6 +68,19 @@ class Saving:
         if self._every.steps is None:
             return self._is_time
         return self._every.steps > 0 and step % self._every.steps == 0
+
+    def is_due_in_memory(self, step: int) -> bool:
+        """Tell whether a checkpoint in memory is due after ``step``: not while another save is in flight."""
+        if self._memory is None or self._saves.is_pending or self._memory.is_pending:
+            return False
+        return step % self._run.config.checkpoint.in_memory_interval == 0
+
+    def save_in_memory(self) -> float:
+        """Begin to send the step just done into the memory of the nodes; returns the seconds that training waited."""
+        started = time.perf_counter()
+        if self._memory is not None and not (self._saves.is_pending or self._memory.is_pending):
+            begin_save_in_memory(self._run, self._memory)
+        return time.perf_counter() - started
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Save the step just done; returns the seconds that training waited.
@@ -87,6 +110,8 @@ class Saving:
 
     def _finish(self, gives_up: bool = True, since: float | None = None) -> None:
         """Wait for the save in flight; give up where it fails again and training can go on, or has to leave."""
+        if self._memory is not None:
+            self._tell_of_memory(self._memory.finish())
         tries = 0
         while self._saves.is_pending:
             found = self._saves.finish(hurries=gives_up)
@@ -107,6 +132,17 @@ class Saving:
                 "save_failed", attempt=run.attempt, step=found.step, cause=cause, failures=found.failures
             )
             say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
+
+    def _tell_of_memory(self, found: SavedInMemory | FailedInMemory | None) -> None:
+        run = self._run
+        if found is None or not run.world.is_first:
+            return
+        told = {"attempt": run.attempt, "step": found.step}
+        if isinstance(found, SavedInMemory):
+            run.folder.record_event("saved_in_memory", **told, write_s=found.write_s)
+        else:
+            run.folder.record_event("save_in_memory_failed", **told, cause=found.cause)
+            say(f"the checkpoint of step {found.step} in memory was given up: {found.cause}")
 
     def _clock_says(self) -> bool:
         return not self._is_time and time.monotonic() >= self._next_at

@@ -15,6 +15,7 @@ import torch
 
 from gpt.checkpoint import CheckpointError, LoadedCheckpoint
 from gpt.checkpoint.folders import VALIDATION_LOSS
+from gpt.checkpoint.memory import MemorySaves
 from gpt.checkpoint.saving import FailedWrite
 from gpt.data.order import PassedOver
 from gpt.parallel.distributed import World
@@ -47,6 +48,19 @@ def begin_save(run: Run, val_loss: float | None) -> None:
         val_loss: validation loss of the step, nats per token, where it was evaluated.
     """
     run.worker.phase(Phase.saving, run.step)
+    # The fence goes to the writer's process, and so without the run.
+    may_commit = partial(is_newest_attempt, run.folder, run.attempt)
+    run.store.saves.start(run.step, run.engine.state(), rng_state(run.world), describe(run, val_loss), may_commit)
+
+
+def begin_save_in_memory(run: Run, memory: MemorySaves) -> None:
+    """Take over the state after the step just done, and begin to send it into the memory of the nodes."""
+    run.worker.phase(Phase.saving, run.step)
+    memory.start(run.step, run.engine.state(), rng_state(run.world), describe(run, None))
+
+
+def describe(run: Run, val_loss: float | None) -> dict[str, Any]:
+    """Return what a checkpoint tells of the run, as plain JSON."""
     meta = {
         "attempt": run.attempt,
         "samples": run.step * run.batch.global_batch,
@@ -60,14 +74,14 @@ def begin_save(run: Run, val_loss: float | None) -> None:
         meta["loss_scale"] = run.engine.loss_scale.state()
     if val_loss is not None:
         meta[VALIDATION_LOSS] = val_loss
-    # The fence goes to the writer's process, and so without the run.
-    may_commit = partial(is_newest_attempt, run.folder, run.attempt)
-    run.store.saves.start(run.step, run.engine.state(), rng_state(run.world), meta, may_commit)
+    return meta
 
 
 def load(run: Run) -> None:
     """Go on from the newest checkpoint that is whole, if there is one."""
     state = run.engine.state()
+    if run.config.checkpoint.in_memory and run.store.memory is None and run.world.is_first:
+        run.folder.record_event("memory_passed_over", attempt=run.attempt, cause="a node has no memory store")
     loaded = run.store.load(state)
     if loaded is None:
         run.engine.begin()
@@ -75,6 +89,9 @@ def load(run: Run) -> None:
     for line in loaded.set_aside:
         if run.world.is_first:
             run.folder.record_event("checkpoint_set_aside", attempt=run.attempt, cause=line)
+    if run.world.is_first and (loaded.is_from_memory or loaded.memory_damage is not None):
+        name = "loaded_from_memory" if loaded.is_from_memory else "memory_passed_over"
+        run.folder.record_event(name, attempt=run.attempt, step=loaded.step, cause=loaded.memory_damage)
     if loaded.meta["samples"] != loaded.step * run.batch.global_batch:
         raise ConfigError(
             f"{loaded.meta['samples']} samples in the {loaded.step} steps of the checkpoint, but now "

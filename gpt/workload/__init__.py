@@ -102,7 +102,7 @@ class GptWorkload:
         return WorkloadPlan(
             rows={
                 **plan_rows(config, dims, batch, needed, str(corpus)),
-                "checkpoints": checkpoint_text(config, request.world_size),
+                "checkpoints": checkpoint_text(config, request.world_size, request.nodes),
                 **execution_rows(config, precision, request),
             },
             notes=plan_notes(choice),
@@ -141,7 +141,7 @@ class GptWorkload:
         args = (sys.executable, "-m", "gpt.train", "--run", str(folder.path))
         # Python reads the hash seed only at its start, which takes ranks that are executed (see fix_hash_seed).
         defaults = {"PYTHONHASHSEED": hash_seed(config.seed)} if config.deterministic else {}
-        return RankCommand(args, defaults=defaults, preload=PRELOAD)
+        return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
         """Ranks that tell everything themselves, through ``launch.worker``."""

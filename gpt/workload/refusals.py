@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from gpt.accounting.hardware import find
 from gpt.config import Device, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.planning.hardware import free_memory
-from gpt.planning.memory import GIB, Memory, per_rank, staging_bytes
+from gpt.planning.memory import GIB, Memory, in_memory_bytes, per_rank, staging_bytes
 from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
@@ -82,6 +82,7 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
     if on_cpus(config, request) and request.is_local:
         have, ranks, where = free_memory(), request.world_size, "free on this machine"
         wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
+        wanted += in_memory_bytes(config, request.world_size, request.nodes)
     elif (memory := gpu_memory(request)) is not None:
         have, ranks, where, wanted = memory, 1, f"on a GPU ({gpu_words(request)})", needed.total
     else:
@@ -98,6 +99,8 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
 
 def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
     """Suggest overrides that need less memory, the cheapest first."""
+    if config.checkpoint.in_memory and on_cpus(config, request):
+        yield "checkpoint.in_memory=false"
     known = find(gpu_name(request) or "")
     if config.precision is Precision.fp32 and not on_cpus(config, request):
         yield "precision=bf16" if known is None or known.bf16 else "precision=fp16"
@@ -114,12 +117,19 @@ def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
 def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
     """Raise ConfigError where what GPUs leave to the memory of their node is more than that has, as far as is known."""
     have, staging = host_memory(request), staging_bytes(config, request.world_size)
-    if on_cpus(config, request) or have is None or needed.host + staging <= have:
+    held = in_memory_bytes(config, request.world_size, request.nodes)
+    computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs it is not the node's memory
+    if have is None or (on_cpus(config, request) and not held) or needed.host + staging + held + computing <= have:
         return
-    parts = [(needed.host, "offload of"), (staging, "checkpoints that are staged in")]
+    parts = [
+        (computing, "training in"),
+        (needed.host, "offload of"),
+        (staging, "checkpoints that are staged in"),
+        (held, "checkpoints in memory of"),
+    ]
     asked = ", ".join(f"{text} {size / GIB:.2f} GiB" for size, text in parts if size)
     fixes = ["more nodes", *(["no offload"] if needed.host else [])]
-    fixes += ["checkpoint.asynchronous=false"] if staging else []
+    fixes += ["checkpoint.in_memory=false"] if held else ["checkpoint.asynchronous=false"] if staging else []
     raise ConfigError(
         f"{asked} for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
         "a node that holds what its GPUs leave to it",

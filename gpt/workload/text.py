@@ -16,7 +16,7 @@ from gpt.planning.advice import execution_warnings, many_epochs, many_time_limit
 from gpt.planning.auto import ParallelChoice
 from gpt.planning.execution import choose_compile, choose_tf32
 from gpt.planning.explain import table
-from gpt.planning.memory import GIB, Memory, staging_bytes
+from gpt.planning.memory import GIB, Memory, in_memory_bytes, staging_bytes
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.workload.nodes import gpu_name, on_cpus
@@ -49,14 +49,27 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
     }
 
 
-def checkpoint_text(config: TrainConfig, world_size: int) -> str:
+def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str:
     """Say when checkpoints are saved, and what that holds up."""
     every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
     if not staging:
         return f"{every}, each waited for (checkpoint.asynchronous=false)"
     own = config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage
+    held = in_memory_text(config, world_size, nodes)
     first = " on the first, in DeepSpeed's own files," if own else ""
-    return f"{every}, in the background from {staging / GIB:.3f} GiB of host memory per rank{first}"
+    return f"{every}, in the background from {staging / GIB:.3f} GiB of host memory per rank{first}{held}"
+
+
+def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
+    """Say how often the state goes into the memory of the nodes, and how much of it that takes."""
+    if not config.checkpoint.in_memory:
+        return ""
+    held = in_memory_bytes(config, world_size, nodes)
+    where = "its own node and of the next" if nodes > 1 else "its node"
+    return (
+        f"; every {config.checkpoint.in_memory_interval} steps in the memory of {where}, "
+        f"{held / GIB:.3f} GiB for each rank of a node"
+    )
 
 
 def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.agent.avoided_hosts import unreliable_hosts
+from launch.agent.memory_store import MemoryStore
 from launch.agent.meter import Meter
 from launch.agent.node import Node
 from launch.agent.outcome import (
@@ -81,6 +82,7 @@ def run(run_dir: str) -> None:
     try:
         with (
             ranks.fork_server(folder, config) as server,
+            MemoryStore() as store,
             Meter(folder, node, config) as meter,
             rendezvous.join(folder, node, config) as group,
         ):
@@ -89,7 +91,7 @@ def run(run_dir: str) -> None:
                 if node.is_head:
                     refuse_without_budget(meter)
                     close_lost_attempts(folder, node, config)
-                take_part(folder, node, config, group, stop, meter, server)
+                take_part(folder, node, config, group, stop, meter, server, store)
             except rendezvous.NodesMissingError as error:
                 handle_missing_nodes(folder, node, config, group, str(error))
             except rendezvous.SickNodesError as error:
@@ -113,7 +115,7 @@ def run(run_dir: str) -> None:
 
 def take_part(
     folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter,
-    server: ForkServer | None,
+    server: ForkServer | None, store: MemoryStore,
 ) -> None:  # fmt: skip
     """Start the ranks again and again, as the head node decides; a spare waits for its turn."""
     from launch.agent import workers as ranks
@@ -130,7 +132,7 @@ def take_part(
             continue
         stop.interruptible = False  # the nodes leave together from here on
         sized = config.with_nodes(len(rdzv.members))  # by which the ranks of this start are counted
-        problem = ranks.run_ranks(folder, node, sized, group, rdzv, stop, meter, server)
+        problem = ranks.run_ranks(folder, node, sized, group, rdzv, stop, meter, server, store)
         ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
             if handle_attempt_end(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:

@@ -146,7 +146,8 @@ def attempts_without_progress(events: Events) -> int:
     if not any(e["event"] == "saved" or (e["event"] == "started" and "from_step" in e) for e in events):
         return 0
     started = {e["attempt"]: e.get("from_step", -1) for e in events if e["event"] == "started"}
-    saved = {e["attempt"]: e["step"] for e in events if e["event"] == "saved"}
+    # What lies in the memory of the nodes is not done again either, where the next start is on the same nodes.
+    saved = {e["attempt"]: e["step"] for e in events if e["event"] in ("saved", "saved_in_memory")}
     count = 0
     for end in reversed(attempt_ends(events)):
         attempt = end["attempt"]

@@ -24,6 +24,7 @@ from launch.agent import numa
 from launch.agent.elastic import LAST_MESSAGES_S, FixedRendezvous, OneLogEach, RankAgent
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.heartbeat import POLL_S
+from launch.agent.memory_store import MemoryStore
 from launch.agent.meter import Meter
 from launch.agent.monitor import Watch
 from launch.agent.node import Node, interface_of
@@ -119,7 +120,7 @@ def describe_run(
 
 def run_ranks(
     folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, stop: StopRequest,
-    meter: Meter, server: ForkServer | None,
+    meter: Meter, server: ForkServer | None, store: MemoryStore,
 ) -> str | None:  # fmt: skip
     """Start this node's ranks and watch them to their end.
 
@@ -132,6 +133,7 @@ def run_ranks(
         stop: request that the ranks are told of.
         meter: of the allocation.
         server: forks the ranks; None where there is none. One whose code has changed since is not used.
+        store: of this node; started for a workload that wants it.
 
     Returns:
         None where all left in order, what went wrong elsewhere. Ranks that could not tell the event log themselves
@@ -150,6 +152,8 @@ def run_ranks(
         prepare_environment(node, config, group.address)
         prefix = derive(group.token, f"ranks of round {rdzv.number}")
         describe_run(config, folder, rdzv.attempt, command, Path(scratch), prefix)
+        if command.wants_memory_store:
+            os.environ |= store.environment(group.address, derive(group.token, "memory stores"))
         timeout_s = config.resilience.rendezvous_timeout_s
         rendezvous = FixedRendezvous(
             rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0, lambda: watch.find_lost()

@@ -19,6 +19,7 @@ from tests.support import commands, distributed
 STARTERS: tuple[object, ...] = (subprocess, commands.run, commands.start, distributed.run_distributed)
 SECONDS = {
     "accounting/test_memory.py": 25,
+    "checkpoint/test_in_memory.py": 10,
     "data/test_mixture.py": 12,
     "data/test_prepare.py": 25,
     "data/test_synthetic.py": 21,
@@ -31,6 +32,7 @@ SECONDS = {
     "launch/test_code_changes.py": 35,
     "launch/test_doctor_requests.py": 14,
     "launch/test_failures.py": 78,
+    "launch/test_memory_restarts.py": 20,
     "launch/test_placement.py": 35,
     "launch/test_refusals.py": 33,
     "launch/test_requeue.py": 41,

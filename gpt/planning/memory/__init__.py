@@ -14,7 +14,7 @@ from gpt.accounting.units import BF16, FP32, GIB
 from gpt.planning.memory.activations import activation_bytes
 from gpt.planning.memory.rank import Memory, per_rank
 from gpt.planning.memory.shards import ParameterShards, cast_elements, elements, parameter_shards
-from gpt.planning.memory.staging import staging_bytes
+from gpt.planning.memory.staging import in_memory_bytes, staging_bytes
 from gpt.planning.memory.states import states
 from gpt.topology.deepspeed_config import BUCKET
 
@@ -28,6 +28,7 @@ __all__ = [
     "activation_bytes",
     "cast_elements",
     "elements",
+    "in_memory_bytes",
     "parameter_shards",
     "per_rank",
     "staging_bytes",

@@ -27,3 +27,23 @@ def staging_bytes(config: TrainConfig, world_size: int) -> int:
     if config.parallel.strategy is not Strategy.deepspeed or not config.parallel.zero_stage:
         return shared
     return shared + parameters * (BF16 if config.precision.is_half else FP32)
+
+
+GENERATIONS = 2
+"""Checkpoints in memory at most: the last that all ranks have agreed on, and the one on its way."""
+
+
+def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
+    """Return the bytes of host memory that checkpoints in memory take for each rank of a node; 0 where there are none.
+
+    A node holds its own ranks' parts and, where there is another one, as many of a neighbor's.
+
+    Args:
+        config: of the run.
+        world_size: number of ranks.
+        nodes: number of nodes.
+    """
+    if not config.checkpoint.in_memory:
+        return 0
+    share = -(-count(config.model).total * STATES * FP32 // world_size)
+    return share * GENERATIONS * min(nodes, 2)
