@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from launch.process import lasting_imports
 
@@ -53,7 +54,7 @@ with lasting_imports():
     from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
     from gpt.training.rollback import go_back, judge_step
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
-    from gpt.training.saving import Saving
+    from gpt.training.saving import Saving, tell_damage
     from gpt.training.state import load
     from gpt.training.step import QueuedStep, Requests, queue_step
     from gpt.training.timeouts import StepTimeouts
@@ -124,6 +125,8 @@ def build(
         worker=rank,
         initialised_from=initialised_from,
     )
+    if kept.scrub:
+        run.store.saves.tell_damage = partial(tell_damage, folder, attempt)
     load(run)
     return run
 

@@ -21,7 +21,7 @@ from launch.jobs.adoption import adopt_found
 from launch.jobs.display import duration, quiet_text
 from launch.jobs.handles import SlurmJob
 from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
-from launch.runs.events import unsaved_text
+from launch.runs.events import damaged_text, unsaved_text
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS, throughput
 from launch.runs.unwritten import is_full
@@ -42,7 +42,9 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "state": point.state,
         "detail": point.detail or None,
         "advice": point.advice or None,
-        "damage": point.damage or ("its filesystem has no room" if is_full(point.folder.path) else None),
+        "damage": point.damage
+        or damaged_text(point.events())
+        or ("its filesystem has no room" if is_full(point.folder.path) else None),
         "unsaved": unsaved_text(point.events()),
         "partition": point.job_status.partition or None,
         "waiting_s": waiting_s(point),

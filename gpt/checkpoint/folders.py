@@ -17,6 +17,7 @@ import math
 import re
 import secrets
 import shutil
+from collections.abc import Set
 from pathlib import Path
 
 from gpt.checkpoint import manifest
@@ -107,7 +108,7 @@ def set_aside(path: Path, why: str) -> None:
     log.warning("checkpoint %s is damaged (%s): set aside as %s", path, why, name)
 
 
-def retire(folder: Path, keep_last: int, keep_every: int, keep_best: int = 0) -> None:
+def retire(folder: Path, keep_last: int, keep_every: int, keep_best: int = 0, spared: Set[int] = frozenset()) -> None:
     """Delete all checkpoints but those that are kept.
 
     Args:
@@ -115,9 +116,10 @@ def retire(folder: Path, keep_last: int, keep_every: int, keep_best: int = 0) ->
         keep_last: number of the newest to keep.
         keep_every: steps that are multiples of this are kept for good; 0 keeps none.
         keep_best: number of those to keep whose validation loss is the lowest.
+        spared: steps to keep besides.
     """
     saved = steps(folder)
-    kept = {*saved[-keep_last:], *(step for step in saved if keep_every and step % keep_every == 0)}
+    kept = {*spared, *saved[-keep_last:], *(step for step in saved if keep_every and step % keep_every == 0)}
     if keep_best:
         kept |= set(_best(folder, saved, keep_best))
     for step in saved:

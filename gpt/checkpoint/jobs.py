@@ -7,7 +7,7 @@ background or at once. Must not know how the ranks agree on when which job is du
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,12 @@ class Memory:
 
     staged: SharedMemory | None = None
     plan: WritePlan | None = None
+    has_idle_time: bool = False
+    """True in a process that has nothing else to do between jobs."""
+    idle_work: Generator[None] | None = None
+    """Work for that time, in slices."""
+    sound: int | None = None
+    """Step of the newest checkpoint that was read again and found whole."""
 
 
 class Job(Protocol):

@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = (folder / NAME).read_bytes()
     except OSError as error:
-        raise DamagedError(_damage_or_raise(error, NAME)) from error
+        raise DamagedError(damage_or_raise(error, NAME)) from error
     try:
         value = json.loads(raw)
         # Encoded again and compared byte for byte: a flipped bit anywhere shows, also in a key or a space.
@@ -99,10 +99,15 @@ def find_damage(path: Path, expected: FileSum) -> str | None:
     try:
         found = sum_file(path)
     except OSError as error:
-        return _damage_or_raise(error, path.name)
+        return damage_or_raise(error, path.name)
+    return compare(path.name, found, expected)
+
+
+def compare(name: str, found: FileSum, expected: FileSum) -> str | None:
+    """Return what is wrong with a file that has the sum ``found``; None where it is the one that was saved."""
     if found.size != expected.size:
-        return f"{path.name} has {found.size} bytes instead of {expected.size}"
-    return None if found == expected else f"{path.name} has a wrong checksum"
+        return f"{name} has {found.size} bytes instead of {expected.size}"
+    return None if found == expected else f"{name} has a wrong checksum"
 
 
 def sync_folder(path: Path) -> None:
@@ -123,7 +128,7 @@ def _encode(body: dict[str, Any]) -> bytes:
     return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
 
 
-def _damage_or_raise(error: OSError, name: str) -> str:
+def damage_or_raise(error: OSError, name: str) -> str:
     """Name the damage behind an error; raises the error again where it may go away (stale handle, memory, rights)."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"

@@ -27,6 +27,7 @@ from gpt.checkpoint.collective import CheckpointError, explain
 from gpt.checkpoint.formats import Format
 from gpt.checkpoint.jobs import Commit, Remove, Retention, Retire, Write
 from gpt.checkpoint.part import Part, encode_rank_state, rank_file
+from gpt.checkpoint.scrub import Scrub
 from gpt.checkpoint.staging import StagedPart
 from gpt.checkpoint.writer import Result, Writer
 from launch.errors import ConfigError
@@ -124,6 +125,8 @@ class Saves:
         self.format = fmt
         self.writer = writer
         self.give_up_after_s = give_up_after_s
+        self.tell_damage: Callable[[int, str], None] | None = None
+        """Who is told of a checkpoint that is found damaged; None where checkpoints are not read again. Picklable."""
         self.failures = 0
         self._failing_since = 0.0
         self._retry_at = 0.0
@@ -251,7 +254,11 @@ class Saves:
         self.failures, self._retry_at = 0, 0.0
         ended = time.monotonic() if pending.result is None else pending.result.ended
         if is_first:
-            self.writer.submit(Retire(self.folder, self.keeps))
+            self.writer.submit(
+                Retire(self.folder, self.keeps)
+                if self.tell_damage is None
+                else Scrub(self.folder, pending.step, self.keeps, self.tell_damage)
+            )
         path = folders.final_for(self.folder, pending.step)
         return Saved(pending.step, path, ended - pending.started)
 

@@ -240,11 +240,26 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
         os._exit(0)
 
 
+def work_on(memory: Memory) -> None:
+    """Do a slice of the work between jobs; a failure ends it, and is told in the log of the rank."""
+    assert memory.idle_work is not None
+    try:
+        next(memory.idle_work)
+    except StopIteration:
+        memory.idle_work = None
+    except Exception as error:
+        memory.idle_work = None
+        sys.stderr.write(explain(error) + "\n")
+        sys.stderr.flush()
+
+
 def serve(connection: Connection) -> None:
     """Do the jobs that come, one after another, until the other end is closed."""
-    memory = Memory()
+    memory = Memory(has_idle_time=True)
     waiting: tuple[Any, ...] | None = None
     while True:
+        while memory.idle_work is not None and waiting is None and not connection.poll():
+            work_on(memory)
         # A job that waits for its time is given up when another comes.
         if waiting is None or connection.poll(waiting[2]):
             try:
@@ -261,6 +276,8 @@ def serve(connection: Connection) -> None:
                 memory.staged.close()
             memory.staged = SharedMemory(message[1], recv_handle(connection))
         elif kind == "end":
+            while memory.idle_work is not None:  # as long as whoever closes has patience
+                work_on(memory)
             connection.send(("ended",))
             return
         elif message[2] > 0:

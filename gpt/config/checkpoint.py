@@ -50,6 +50,9 @@ class CheckpointConfig:
     training wait for each."""
     give_up_after_min: float = 60.0
     """Minutes for which a run goes on whose checkpoints cannot be written, as on a full disk; 0 stops at the first."""
+    scrub: bool = False
+    """Read each checkpoint again after it was written, beside training, and set it aside where it is damaged; those
+    before it are deleted only when it is whole."""
     in_memory: bool = False
     """Keep the newest state of each node in its own memory and in that of the next node as well, so that ranks that
     die, or a node that a spare replaces, are back without reading the disk. Needs the launcher."""
@@ -64,6 +67,12 @@ class CheckpointConfig:
         require_range("checkpoint.keep_best", self.keep_best, 0, float("inf"))
         require_range("checkpoint.give_up_after_min", self.give_up_after_min, 0, float("inf"))
         require_positive("checkpoint.in_memory_interval", self.in_memory_interval)
+        if self.scrub and not self.asynchronous:
+            raise ConfigError(
+                "checkpoint.scrub=true with checkpoint.asynchronous=false",
+                "a process beside each rank, which reads while training goes on",
+                "checkpoint.asynchronous=true, or python -m launch.verify RUN, which may run beside a run",
+            )
         if self.in_memory and not self.asynchronous:
             raise ConfigError(
                 "checkpoint.in_memory=true with checkpoint.asynchronous=false",

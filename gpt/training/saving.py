@@ -15,6 +15,7 @@ from gpt.training.ballot import Ballot
 from gpt.training.run import Run
 from gpt.training.schedule import auto_interval_s
 from gpt.training.state import begin_save, begin_save_in_memory
+from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 from launch.runs.unwritten import say
 
@@ -154,3 +155,9 @@ class Saving:
         if self._every.steps is not None or not self._run.world.is_first:
             return 0.0
         return auto_interval_s(self._run.folder.read_events(), time.time())
+
+
+def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str) -> None:
+    """Enter in the event log that the checkpoint of a step was read again, found damaged, and set aside."""
+    folder.record_event("checkpoint_set_aside", attempt=attempt, step=step, cause=damage)
+    say(f"the checkpoint of step {step} is damaged: {damage}")

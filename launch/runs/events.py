@@ -50,6 +50,12 @@ def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
     return {event["attempt"]: event for event in events if event["event"] == FEWER_NODES}
 
 
+def damaged_text(events: Events) -> str | None:
+    """Name the checkpoints that were found damaged and set aside since the command was typed; None where none was."""
+    found = [event["cause"] for event in events_since_submission(events) if event["event"] == "checkpoint_set_aside"]
+    return f"damaged and set aside: {'; '.join(found)}" if found else None
+
+
 def unsaved_text(events: Events) -> str | None:
     """Tell since when checkpoints could not be written, and why; None where the last one could."""
     failed: list[dict[str, Any]] = []

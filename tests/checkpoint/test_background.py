@@ -64,7 +64,8 @@ def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
     """Train with saves in the background whose first is held, and with saves that are waited for."""
     found: dict[str, Any] = {}
     for name in ("asynchronous", "synchronous"):
-        config = compose(*WORDS, f"checkpoint.asynchronous={str(name == 'asynchronous').lower()}")
+        beside = str(name == "asynchronous").lower()
+        config = compose(*WORDS, f"checkpoint.asynchronous={beside}", f"checkpoint.scrub={beside}")
         config.data.cache_dir = str(root / "cache")
         held = Held()
         writer = None
@@ -76,6 +77,7 @@ def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
         world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
         run = build(config, RunFolder(root / name), world, 1, worker, writer)
         worker.open_folder(run.folder.path, 1)
+        assert (run.store.saves.tell_damage is not None) is config.checkpoint.scrub
         worker.held = held if writer else None
         assert train(run) == "finished"
         if writer is not None:

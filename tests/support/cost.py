@@ -20,6 +20,7 @@ STARTERS: tuple[object, ...] = (subprocess, commands.run, commands.start, distri
 SECONDS = {
     "accounting/test_memory.py": 25,
     "checkpoint/test_in_memory.py": 10,
+    "checkpoint/test_scrub.py": 4,
     "data/test_mixture.py": 12,
     "data/test_prepare.py": 25,
     "data/test_synthetic.py": 21,
