@@ -9,14 +9,16 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.saving import Saved
 from gpt.checkpoint.verify import saved_checkpoints
 from gpt.checkpoint.writer import ProcessWriter
 from tests.support.crashing import DiskCalls
-from tests.support.distributed import run_distributed
+from tests.support.distributed import RankFailedError, run_distributed
 
 NEVER = 10**9
 LEAST = 25
@@ -119,3 +121,43 @@ def kill_the_writer(rank: int, size: int, root: Path) -> list[tuple[int, int]]:
 def test_a_writer_killed_at_any_call_is_made_up_for(tmp_path: Path) -> None:
     (found,) = run_distributed(kill_the_writer, 1, tmp_path)
     assert len(found) > LEAST and set(found) <= {(1, 2), (2, 2)}
+
+
+def die_between_writing_and_figures(rank: int, size: int, root: Path, victim: int, is_counted: bool) -> None:
+    """Save step 1; of step 2 all parts are written when a rank dies, before or after the ranks have learned that."""
+    writer = ProcessWriter()
+    store = CheckpointStore(root, 1, 0, writer=writer, give_up_after_s=NEVER)
+    store.save(1, state(1), {"rank": rank}, {})
+    store.saves.start(2, state(2), {"rank": rank}, {}, os.getpid)
+    while not (vote := store.saves.vote()).done:
+        wait([writer._connection])
+    dist.barrier()
+    if is_counted:
+        store.saves.count(vote.phase, size, 0)
+    if rank == victim:
+        kill()
+    dist.barrier()  # in vain
+
+
+def load_after_death(rank: int, size: int, root: Path) -> tuple[int, list[str]]:
+    store = CheckpointStore(root, 1, 0)
+    step = loaded_step(store)
+    left = [path.name for path in root.iterdir()]
+    dist.barrier()
+    store.save(step + 1, state(step + 1), {}, {})
+    assert loaded_step(store) == step + 1
+    return step, left
+
+
+@pytest.mark.parametrize(("victim", "is_counted"), [(0, False), (1, False), (0, True), (1, True)])
+def test_a_rank_that_dies_between_its_writing_and_the_figures_commits_nothing_by_half(
+    victim: int, is_counted: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailedError):
+        run_distributed(die_between_writing_and_figures, 2, tmp_path, victim, is_counted)
+    committed = newest(tmp_path) or 0
+    assert committed in ((1, 2) if is_counted else (1,)), "only what all ranks know to be written"
+    for step, left in run_distributed(load_after_death, 2, tmp_path):
+        # A writer that was under way to the commit may live a moment longer than its rank.
+        assert committed <= step <= (2 if is_counted else 1)
+        assert not [name for name in left if name.startswith(".saving")]
