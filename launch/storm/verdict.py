@@ -17,6 +17,7 @@ from typing import Any
 from launch.config.compose import workload_of_run
 from launch.report.goodput import measure_goodput
 from launch.runs import checkpoint_interval
+from launch.runs.events import FEWER_NODES
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 
@@ -148,7 +149,7 @@ class Recovery:
 
     kind: str
     road: str
-    """Road on which the run went on: undisturbed, in place, spare, requeue, or typed again."""
+    """Road on which the run went on: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
     total_s: float
     noticed_s: float = 0.0
     """From the fault to the end of the attempt in the event log."""
@@ -204,5 +205,7 @@ def _road(events: Sequence[Mapping[str, Any]], end: Mapping[str, Any], until: fl
         return "typed again"
     if any(e["event"] == "requeued" for e in after):
         return "requeue"
+    if any(e["event"] == FEWER_NODES for e in after):
+        return "fewer nodes"
     hosts = [e["hosts"] for e in events if e["event"] == "members" and e["time"] <= until][-2:]
     return "spare" if len(hosts) == 2 and hosts[0] != hosts[1] else "in place"

@@ -25,12 +25,13 @@ from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.jobs.sbatch import sbatch_text
 from launch.jobs.status import find_run_status, poll
-from launch.plan.plan import Plan, make_plan
+from launch.plan.plan import Plan, make_plan, plan_point
 from launch.plan.text import plan_text
 from launch.runs.events import fewer_nodes
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.storm.verdict import Recovery, recoveries
 from tests.support.commands import descendants, run, start_fork, wait_for
 from tests.support.counting import COUNTING, checkpoint, from_step, options
 from tests.support.scripts import LOCAL
@@ -52,7 +53,6 @@ SCRIPT = ("workload=script", "script.command=[sleep]")
         (["nodes=4", "resilience.min_nodes=1", "ranks_per_node=2", "parallel=fsdp", "parallel.tp=4"], (2,)),
         (["nodes=4", "resilience.min_nodes=1", "parallel=hsdp", "parallel.dp_shard=2"], (2,)),
         (["nodes=2", "resilience.min_nodes=2"], ()),
-        (["nodes=2"], ()),
         ([*SCRIPT, "nodes=4", "script.resumes=true", "script.elastic=true", "resilience.min_nodes=2"], (3, 2)),
     ],
 )
@@ -91,7 +91,7 @@ NO_SIZE = "resilience.min_nodes=3, and with nodes=3: nodes=3 x 1 ranks = 3 ranks
 )
 def test_what_could_not_go_on_is_refused_before_the_queue(words: list[str], found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan(*words)
+        plan_point(typed_config(compose_launch(["cluster=slurm", *words])), words, ClusterKind.slurm)
     assert found in refusal.value.found and refusal.value.expected and fix in refusal.value.fix
 
 
@@ -100,7 +100,7 @@ def test_a_start_takes_the_largest_size_that_is_left(full: int, others: set[int]
     sizes = GroupSizes(full, tuple(sorted((n for n in others if n < full), reverse=True)))
     fitting = [n for n in {full, *sizes.fewer} if n <= left]
     assert sizes.largest(left) == (max(fitting) if fitting else None)
-    assert sizes.least == min(full, *others) or sizes.least == full
+    assert sizes.largest(sizes.least) == sizes.least and sizes.largest(sizes.least - 1) is None
 
 
 HOSTS = ("n0", "n1", "n2", "n3")
@@ -239,3 +239,14 @@ def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_
     assert (from_step(folder, attempt=3), checkpoint(folder)["step"]) == (left_at, 400)
     made = [r["step"] for r in read_json_lines(folder.metrics(0)) if r["attempt"] == 2]
     assert made[0] == saved + 1 and sorted(set(made)) == list(range(saved + 1, left_at + 1))
+
+
+def test_the_drill_tells_a_restart_with_fewer_nodes_from_the_others() -> None:
+    events = [
+        {"event": "attempt_ended", "time": 2.0, "attempt": 1, "cause": "node_failed"},
+        {"event": "fewer_nodes", "time": 3.0, "attempt": 2, "nodes": 1, "asked": 2, "hosts": ["n1"], "cause": "lost"},
+        {"event": "started", "time": 4.0, "attempt": 2},
+    ]
+    records = [{"step": 1, "attempt": 1, "time": 1.0}, {"step": 2, "attempt": 2, "time": 5.0}]
+    (found,) = recoveries([{"kind": "power_cut", "time": 1.5}], events, records)
+    assert found == Recovery("power_cut", "fewer nodes", 3.5, 0.5, 2.0, 1.0, 0.0)
