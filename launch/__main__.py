@@ -36,12 +36,12 @@ from launch.sweep import SweepFailedError, fail
 from launch.workload import load_workload
 
 
-def sweep_dir(launcher: str, folder: str) -> str:
-    """Where Hydra's sweeper writes: the sweep's folder for stock launchers.
+def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
+    """Where Hydra's sweeper writes: the sweep's folder for stock launchers, and for sweepers that have results.
 
-    Ours needs nothing of it, and a dry run or a refusal must leave nothing behind: a folder that goes with the process.
+    Ours need nothing of it, and a dry run or a refusal must leave nothing behind: a folder that goes with the process.
     """
-    if not launcher.startswith("hydra_plugins.launch_plugin."):
+    if not all(target.startswith("hydra_plugins.launch_plugin.") for target in (launcher, sweeper)):
         return folder
     scratch = tempfile.mkdtemp(prefix="launch-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)

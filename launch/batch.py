@@ -30,7 +30,7 @@ from launch.plan.submission import is_recorded, record_found, record_submitted
 from launch.plan.text import plan_text
 from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import append_groups, typed_value
+from launch.runs.overrides import append_groups, typed_value, without_key
 
 
 def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]:
@@ -50,7 +50,7 @@ def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]
         )
     args = append_groups(overrides)
     if "SLURM_RESTART_COUNT" in job:  # the requeued job goes on in the folder that its first start made
-        args = [arg for arg in args if arg.lstrip("+") != "fresh=true"]
+        args = [arg for arg in without_key(args, "resume_from") if arg.lstrip("+") != "fresh=true"]
     spares = typed_value(args, "spare_nodes") or "0"
     used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
     typed = typed_value(args, "nodes")
@@ -95,6 +95,8 @@ def make_run(
     plan = make_plan(config, args, ClusterKind.slurm)
     if ahead:
         refuse_running(plan)
+    elif plan.goes_on.back_to is not None:
+        refuse_running(plan, own=job["SLURM_JOB_ID"])
     write_run(plan, composed, args)
     if not ahead and "SLURM_RESTART_COUNT" not in job:
         record_submitted(plan, job["SLURM_JOB_ID"])

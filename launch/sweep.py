@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from launch.plan.text import share_budget, worst_case_text
 from launch.runs.find import labels_for
 from launch.runs.folder import RunFolder
 from launch.runs.labels import sweep_overrides
+from launch.runs.objective import objective_value
 from launch.runs.report_files import ReportFile
 from launch.runs.sweeps import Sweep, record_sweep
 from launch.scheduler import client as scheduler
@@ -54,8 +55,28 @@ class NothingSubmittedError(SweepFailedError):
     """sbatch has refused, so that a run folder without a submission is of no use to anybody."""
 
 
-def run_sweep(points: Sequence[Composed]) -> None:
+@dataclass(frozen=True)
+class PointResult:
+    """What became of one point."""
+
+    run_dir: str
+    objective: str | None
+    """Figure of the step records that was asked for."""
+    value: float | None
+    """Its value; None where it was not asked for, or no record has it."""
+    error: SweepFailedError | None = None
+    """Why the point did not finish; None where it did."""
+
+
+def run_sweep(points: Sequence[Composed], *, tolerates_failures: bool = False) -> list[PointResult]:
     """Take composed points, each with what was typed for it, to a scaling table.
+
+    Args:
+        points: composed, each with what was typed for it.
+        tolerates_failures: return points that failed among the others instead of raising.
+
+    Returns:
+        What became of each point; nothing in a dry run.
 
     Raises:
         ConfigError: a point cannot work; nothing was written or submitted.
@@ -94,12 +115,15 @@ def run_sweep(points: Sequence[Composed]) -> None:
         from launch.jobs.dry_run import show_plans
 
         show_plans(plans, configs, console)
-        return
+        return []
     from launch.jobs.adoption import refuse_running
 
     for plan in unfinished(plans):
         refuse_running(plan)
     show_finished(plans, console)
+    for plan in plans:
+        if text := plan.goes_on.text(plan.max_steps):
+            console.print(f"{plan.title}: {text}", highlight=False, markup=False)
     if unfinished(plans):
         console.print(worst_case_text(plans, configs), highlight=False, markup=False)
     show_warnings(plans, console)
@@ -111,12 +135,25 @@ def run_sweep(points: Sequence[Composed]) -> None:
             code_copy.take(Path(plan.code), workload_of(config).code(config))
         write_run(plan, composed, overrides)
     try:
-        submit_and_watch(plans, console, configs[0].launch, sweep_overrides([overrides for _, overrides in points]))
+        typed = sweep_overrides([overrides for _, overrides in points])
+        failures = submit_and_watch(plans, console, configs[0].launch, typed)
     except NothingSubmittedError:
         from launch.jobs.submit import remove_unused
 
         remove_unused(made)
         raise
+    if failures and not tolerates_failures:
+        raise SweepFailedError("\n\n".join(failures.values()), 1)
+    return [result_of(plan, config, failures) for plan, config in zip(plans, configs, strict=True)]
+
+
+def result_of(plan: Plan, config: Config, failures: Mapping[str, str]) -> PointResult:
+    """What became of a point, with the figure that its command asks for."""
+    why, name = failures.get(plan.run_dir), config.objective
+    if why is not None:
+        return PointResult(plan.run_dir, name, None, SweepFailedError(why, 1))
+    value = None if name is None else objective_value(RunFolder(plan.run_dir), name, config.objective_of)
+    return PointResult(plan.run_dir, name, value)
 
 
 def plan_points(
@@ -224,8 +261,14 @@ def show_warnings(plans: Sequence[Plan], console: Console) -> None:
         console.print(f"warning: {where}{warning}", highlight=False, markup=False)
 
 
-def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str]) -> None:
-    """Submit what is not finished; then follow to the end and report on all of it, or say how to."""
+def submit_and_watch(
+    plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str]
+) -> dict[str, str]:
+    """Submit what is not finished; then follow to the end and report on all of it, or say how to.
+
+    Returns:
+        The run folder of each point that did not finish, and why.
+    """
     from launch.jobs import display as watch
     from launch.jobs.endings import explain, show_progress_problems
     from launch.jobs.status import new_run_status
@@ -236,7 +279,7 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
     if after.detach and points:
         console.print(follow_up(plans, sweep), highlight=False, markup=False)
         leave_failover(unfinished(plans), console)
-        return
+        return {}
     try:
         watch.watch(points, console, after.poll_s)
     except KeyboardInterrupt:
@@ -244,9 +287,7 @@ def submit_and_watch(plans: Sequence[Plan], console: Console, after: LaunchConfi
         raise SweepFailedError(f"stopped; {next_start_text(points)}", 130) from None
     report(plans, sweep, console, after.report_files)
     show_progress_problems(points, console)
-    failed = [point for point in points if point.state != "finished"]
-    if failed:
-        raise SweepFailedError("\n\n".join(explain(point) for point in failed), 1)
+    return {str(point.folder.path): explain(point) for point in points if point.state != "finished"}
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:

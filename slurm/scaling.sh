@@ -69,7 +69,7 @@ for index in "${!sizes[@]}"; do
 done
 again=()
 for word in "${words[@]}"; do
-    [ "$word" = fresh=true ] || again+=("$word")
+    case "$word" in fresh=true | resume_from=*) ;; *) again+=("$word") ;; esac
 done
 
 jobs=()

@@ -79,5 +79,7 @@ EXECUTION = (
     *("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic"),
     *("compile_fullgraph", "gc_interval"),
 )
-RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", "divergence", *EXECUTION)
-"""Keys that may change between the attempts of one run, since they do not change what is learned."""
+LENGTH = ("optim.max_steps", "optim.max_tokens")
+"""Keys that say how many steps a run makes: a run goes on beyond its end where they say more."""
+RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", "divergence", *EXECUTION, *LENGTH)
+"""Keys that may change between the attempts of one run, since they do not change what is learned, or extend it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Optional
 
 from omegaconf import MISSING
@@ -19,7 +20,8 @@ class OptimConfig:
     """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then a cosine to ``min_lr``."""
 
     max_steps: int = MISSING
-    """Number of optimizer steps; without effect where ``max_tokens`` is given."""
+    """Number of optimizer steps; without effect where ``max_tokens`` is given. A run goes on beyond its end where it is
+    larger than it was, on the schedule of the new length."""
     max_tokens: Optional[float] = None
     """Tokens to train on, instead of a number of steps: as many steps of the global batch as that takes."""
     global_batch: int = MISSING
@@ -59,3 +61,24 @@ class OptimConfig:
                 "a schedule that goes down",
                 f"optim.min_lr={self.lr / 10:g}",
             )
+
+
+def lr_at(config: OptimConfig, step: int) -> float:
+    """Learning rate of step ``step`` (counted from 1): linear warm-up, then a cosine down to ``min_lr``.
+
+    A pure function of the step and of all steps, so a resumed run needs no schedule state. A run that is extended
+    changes over to the schedule of its new length with its next step.
+    """
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def describe_extended_schedule(config: OptimConfig, before: int) -> str:
+    """Say how the learning rate goes on where a run of ``before`` steps is extended to ``config.max_steps``."""
+    last, following = lr_at(replace(config, max_steps=before), before), lr_at(config, before + 1)
+    return (
+        f"learning rate {last:.3g} at step {before}, {following:.3g} at step {before + 1}: from there on that of a run "
+        f"of {config.max_steps} steps (optim.lr and optim.min_lr alike keep it even)"
+    )

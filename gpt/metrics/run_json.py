@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt.checkpoint import folders
 from launch.runs.damage import read_mapping
+from launch.runs.events import saves_that_count
 from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records
@@ -82,7 +83,7 @@ def select_evaluation(record: dict[str, Any]) -> dict[str, Any]:
 def list_checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """List the saves, the last one of each step, and whether its files are still kept."""
     kept = set(folders.steps(folder.checkpoints))
-    saved = {e["step"]: e for e in events if e["event"] == "saved"}  # a step done again after a crash is saved again
+    saved = {e["step"]: e for e in saves_that_count(events)}  # a step done again after a crash is saved again
     names = ("step", "attempt", "time", "seconds")
     return [{name: saved[step][name] for name in names} | {"kept": step in kept} for step in sorted(saved)]
 

@@ -14,22 +14,25 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from gpt.checkpoint.verify import saved_checkpoints
 from gpt.config import ParallelConfig, Precision, TrainConfig
-from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
+from gpt.config.compose import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
 from gpt.data.corpus import check_fit, describe
 from gpt.parallel.distributed import World
 from gpt.planning.auto import ParallelChoice, choose_parallelism
 from gpt.planning.execution import choose_precision, choose_tf32
 from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
-from gpt.topology.batch import split_batch
+from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.training.execution import best_precision
 from launch.errors import CommandParser, ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
 from launch.runs.identity import choose_folder, refuse_other_run
+from launch.runs.overrides import without_key
 from launch.runs.proposals import with_checked_fix
+from launch.runs.rollback import apply_continuation, plan_continuation, refuse_alive
 
 
 def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:
@@ -128,7 +131,7 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
     def choose() -> tuple[Path, ParallelConfig, int, Precision]:
         assert request.composed is not None
-        folder = choose_folder(request.config, request.overrides, NOT_IN_POINT)
+        folder = choose_folder(request.config, request.overrides, NOT_IN_POINT, LENGTH)
         refuse_other_run(folder, request.config, TrainConfig, RESUMABLE)
         config = replace(request.config, precision=precision_on_device(request.config, folder, world))
         choice = choose_on_device(config, request.overrides, folder, world)
@@ -138,9 +141,11 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         except ConfigError as error:
             check = partial(check_overrides, world_size=world.size)
             raise with_checked_fix(error, request.overrides, check) from error
+        go_on_as_asked(folder, config, world.size)
+        request.composed.resume_from = None
         settle_parallel(request.composed, vars(choice.parallel), choice.micro_batch)
         request.composed.precision = config.precision
-        compose.write_config(folder, request.composed, request.overrides)
+        compose.write_config(folder, request.composed, without_key(request.overrides, "resume_from"))
         return folder.path, choice.parallel, choice.micro_batch, config.precision
 
     if request.folder is not None:
@@ -148,6 +153,22 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
     config = request.config
     path, config.parallel, config.optim.max_micro_batch, config.precision = world.on_first(choose)
     return RunFolder(path)
+
+
+def go_on_as_asked(folder: RunFolder, config: TrainConfig, world_size: int) -> None:
+    """Take a run back to the checkpoint of ``resume_from``, or have it go on beyond its end; as the launcher does.
+
+    Raises:
+        ConfigError: there is no such checkpoint, the run has made more steps, or other ranks are at work on it.
+    """
+    batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
+    max_steps = settle_steps(config, batch).optim.max_steps
+    goes_on = plan_continuation(folder, config.resume_from, max_steps, saved_checkpoints(folder.checkpoints))
+    if goes_on.back_to is not None:
+        refuse_alive(folder)
+    if text := goes_on.text(max_steps):
+        print(f"{folder.path}: {text}", flush=True)
+    apply_continuation(folder, goes_on, max_steps, saved_checkpoints(folder.checkpoints))
 
 
 def check_overrides(overrides: Sequence[str], world_size: int) -> None:

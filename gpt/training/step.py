@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.config import Ffn, OptimConfig
+from gpt.config import Ffn
+from gpt.config.optim import lr_at
 from gpt.metrics.environment import memory_gib
 from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
@@ -200,14 +201,3 @@ def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
     if engine.layer_group is not None:  # others hold the other layers
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most
-
-
-def lr_at(config: OptimConfig, step: int) -> float:
-    """Learning rate of step ``step`` (counted from 1): linear warm-up, then a cosine down to ``min_lr``.
-
-    A pure function of the step, so a resumed run needs no schedule state.
-    """
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from gpt.accounting import parameters
 from gpt.checkpoint.verify import saved_checkpoints
 from gpt.config import Device, TrainConfig
-from gpt.config.compose import NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
+from gpt.config.compose import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
@@ -32,6 +32,7 @@ from gpt.workload.text import (
     plan_notes,
     plan_rows,
     plan_warnings,
+    schedule_rows,
     step_kind,
 )
 from launch.process import hash_seed
@@ -62,6 +63,7 @@ class GptWorkload:
     schema = TrainConfig
     not_in_point = NOT_IN_POINT
     resumable = RESUMABLE
+    length = LENGTH
 
     def make_paths_absolute(self, document: DictConfig) -> None:
         """Take the paths that were typed relative to the folder they were typed in."""
@@ -104,6 +106,7 @@ class GptWorkload:
                 **plan_rows(config, dims, batch, needed, str(corpus)),
                 "checkpoints": checkpoint_text(config, request.world_size, request.nodes),
                 **execution_rows(config, precision, request),
+                **schedule_rows(config, request.folder.read_events()),
             },
             notes=plan_notes(choice),
             facts=plan_facts(config, dims, batch, needed, str(corpus), choice),

@@ -11,6 +11,7 @@ from gpt.accounting import flops, parameters
 from gpt.accounting.hardware import find
 from gpt.config import Float8, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.config.float8 import float8_words
+from gpt.config.optim import describe_extended_schedule
 from gpt.data.corpus import Corpus
 from gpt.planning.advice import execution_warnings, many_epochs, many_time_limits
 from gpt.planning.auto import ParallelChoice
@@ -20,6 +21,7 @@ from gpt.planning.memory import GIB, Memory, in_memory_bytes, staging_bytes
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.workload.nodes import gpu_name, on_cpus
+from launch.runs.events import Events, is_finished, planned_steps
 from launch.workload import PlanRequest
 
 
@@ -81,6 +83,14 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
     tf32 = " in TF32" if choose_tf32(config, on_cpus(config, request)) and has_tf32 else ""
     float8 = "" if config.float8 is Float8.none else f" with {float8_words(config)}"
     return {"execution": f"{name}{tf32}{float8}, compile {compiled.name}"}
+
+
+def schedule_rows(config: TrainConfig, events: Events) -> dict[str, str]:
+    """Learning rate where the run was finished after fewer steps, and is to go on."""
+    before = planned_steps(events)
+    if before is None or before >= config.optim.max_steps or not is_finished(events):
+        return {}
+    return {"schedule": describe_extended_schedule(config.optim, before)}
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:

@@ -1,21 +1,31 @@
 """The adapter from Hydra's Launcher to ``launch.sweep``: composes each point by itself, resources included.
 
 Stock hydra-submitit-launcher submits every point with the resources of the base config; here a point that sets
-``nodes=4`` gets four nodes.
+``nodes=4`` gets four nodes. A sweeper that searches (Optuna, Ax, Nevergrad) gets the objective of each point back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+if TYPE_CHECKING:
+    from launch.sweep import Composed, PointResult
+
+GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
+"""Beginnings of the targets of sweepers that want no value back: the first point that fails ends the command."""
+SEARCHING = ("hydra_optuna_sweeper", "hydra_ax_sweeper", "hydra_nevergrad_sweeper")
+"""Packages of sweepers that cannot do without a value."""
+
 
 class PerPointLauncher(Launcher):
-    """Hands all points of a sweep over at once."""
+    """Hands all points of a sweep over at once; of a search those of a batch."""
 
     def __init__(self) -> None:
         self.context: HydraContext | None = None
@@ -27,21 +37,91 @@ class PerPointLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose, submit, watch and report the points. Raises where one does not finish."""
-        from launch.config.compose import typed_form
+        """Compose, submit, watch and report the points, and return their objectives.
+
+        A point of a search that does not finish, or cannot, is a job that failed: what follows is the sweeper's to
+        decide, as by Optuna's ``max_failure_rate``. In any other sweep it raises.
+        """
         from launch.config.sweep_points import compose_points
-        from launch.sweep import run_sweep
+        from launch.runs.explain import CONFIG_ERRORS
 
         assert self.context is not None and self.config is not None
         setup_globals()
-        composed = compose_points(self.context.config_loader, self.config, job_overrides)
-        typed = [[typed_form(text) for text in filter_overrides(list(map(str, point)))] for point in job_overrides]
-        run_sweep(list(zip(composed, typed, strict=True)))
-        return [done(overrides) for overrides in job_overrides]
+        target = str(self.config.hydra.sweeper.get("_target_"))
+        searches = not target.startswith(GRID)
+        refuse_without_values(self.config, target)
+        points = [[str(text) for text in overrides] for overrides in job_overrides]
+        try:
+            composed = list(compose_points(self.context.config_loader, self.config, points))
+            return run(list(zip(composed, map(typed_by_hand, points), strict=True)), points, searches)
+        except CONFIG_ERRORS as error:
+            if not searches:
+                raise
+            if len(points) == 1:
+                return [failed(points[0], error)]
+        # One of the batch cannot work, and nothing was submitted: by itself, it alone fails.
+        return [result for point in points for result in self.launch([point], initial_job_idx)]
 
 
-def done(overrides: Sequence[str]) -> JobReturn:
-    """Result of a point that finished, as Hydra's sweeper wants it."""
+def typed_by_hand(overrides: Sequence[str]) -> list[str]:
+    """Overrides of a point as a person would type them."""
+    from launch.config.compose import typed_form
+
+    return [typed_form(text) for text in filter_overrides(list(overrides))]
+
+
+def run(points: list[Composed], overrides: Sequence[Sequence[str]], searches: bool) -> list[JobReturn]:
+    """Run points, and return what Hydra's sweeper wants of each."""
+    from launch.sweep import run_sweep
+
+    results = run_sweep(points, tolerates_failures=searches)
+    if not results:  # a dry run
+        return [completed(of_point, None) for of_point in overrides]
+    return [job_return(of_point, result) for of_point, result in zip(overrides, results, strict=True)]
+
+
+def refuse_without_values(config: DictConfig, target: str) -> None:
+    """Raise ConfigError where a sweeper searches, and would get no value to go by."""
+    from launch.errors import ConfigError
+
+    package = next((name for name in SEARCHING if name in target), None)
+    if package is None:
+        return
+    sweeper = f"hydra/sweeper={package.removeprefix('hydra_').removesuffix('_sweeper')}"
+    if config.objective is None:
+        raise ConfigError(
+            f"{sweeper}, which chooses points by the results of others, with objective=null",
+            "the figure of the step records that it is to go by",
+            "objective=val_loss",
+        )
+    for key in ("dry_run", "launch.detach"):
+        if config.dry_run if key == "dry_run" else config.launch.detach:
+            raise ConfigError(
+                f"{sweeper} with {key}=true",
+                "points that are run to their end before the sweeper chooses the next ones",
+                f"{key}=false" + (", or the same without hydra/sweeper for the plans" if key == "dry_run" else ""),
+            )
+
+
+def job_return(overrides: Sequence[str], result: PointResult) -> JobReturn:
+    """Result of a point as Hydra's sweeper wants it; of one that finished without its objective, a failure."""
+    if result.error is not None:
+        return failed(overrides, result.error)
+    if result.objective is not None and result.value is None:
+        folder = Path(result.run_dir)
+        return failed(overrides, ValueError(f"no step record in {folder / 'metrics'} has a finite {result.objective}"))
+    return completed(overrides, result.value)
+
+
+def completed(overrides: Sequence[str], value: float | None) -> JobReturn:
+    """Result of a point that finished."""
     result = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
-    result.return_value = None
+    result.return_value = value
+    return result
+
+
+def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
+    """Result of a point that failed: the sweeper raises ``error`` when it asks for the value, or counts it."""
+    result = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
+    result.return_value = error
     return result

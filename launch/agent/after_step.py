@@ -22,6 +22,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch.agent import processes
 from launch.agent.avoided_hosts import hosts_to_avoid
 from launch.agent.node import Node
+from launch.agent.on_event import on_event
 from launch.agent.outcome import apply_decision
 from launch.agent.requeue import cause_of_stop, requeue, wait_for_controller
 from launch.agent.restart_policy import WANTED, Action, Cause, RunFailedError
@@ -142,8 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     node = Node.from_env(None)
     folder = RunFolder(Path(run_dir_of(args.folder, node) if args.submitit else args.folder).absolute())
+    config = read_point(folder)
     try:
-        return settle(folder, node, read_point(folder), args.status)
+        with on_event(folder, config):
+            return settle(folder, node, config, args.status)
     except (RunFailedError, scheduler.SlurmError) as error:
         print(error, file=sys.stderr)
         return args.status

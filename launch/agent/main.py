@@ -19,6 +19,7 @@ from launch.agent.avoided_hosts import unreliable_hosts
 from launch.agent.memory_store import MemoryStore
 from launch.agent.meter import Meter
 from launch.agent.node import Node
+from launch.agent.on_event import on_event
 from launch.agent.outcome import (
     close_lost_attempts,
     end_lost_agents,
@@ -83,6 +84,7 @@ def run(run_dir: str) -> None:
         with (
             ranks.fork_server(folder, config) as server,
             MemoryStore() as store,
+            on_event(folder, config, node.is_head),  # a thread: after what forks
             Meter(folder, node, config) as meter,
             rendezvous.join(folder, node, config) as group,
         ):
@@ -98,7 +100,8 @@ def run(run_dir: str) -> None:
                 handle_sick_nodes(folder, node, config, error.sick)
             except rendezvous.HeadNodeLostError as error:
                 stop.interruptible = False
-                take_over_as_leader(folder, node, config, str(error))
+                with on_event(folder, config):
+                    take_over_as_leader(folder, node, config, str(error))
             except (RunFailedError, ConfigError) as error:
                 failure = str(error)
                 raise

@@ -171,7 +171,7 @@ class _RankLog:
         self, folder: RunFolder, attempt: int, rank: int, unit: str | None, work_per_step: float | None
     ) -> None:
         self.rank = rank
-        self._reader = _Lines(folder.log(attempt, rank), re.compile(rb"[\r\n]"), LINE_BYTES)
+        self._reader = NewLines(folder.log(attempt, rank), re.compile(rb"[\r\n]"), LINE_BYTES)
         self._records = folder.metrics(rank)
         self._attempt = attempt
         self._work = (f"{unit}_per_s", work_per_step) if unit and work_per_step and rank == 0 else None
@@ -245,7 +245,7 @@ class _Curves:
         self._open, self._scalars = EventWriter, record_scalars
         self._folder = folder
         self._attempt = attempt
-        self._reader = _Lines(folder.metrics(0), re.compile(rb"\n"), LOOK_BYTES, skip=True)
+        self._reader = NewLines(folder.metrics(0), re.compile(rb"\n"), LOOK_BYTES, skip=True)
         self._writer: EventWriter | None = None
 
     def poll(self) -> bool:
@@ -277,7 +277,7 @@ class _Curves:
                 self._writer.close()
 
 
-class _Lines:
+class NewLines:
     """The lines of a file that somebody else appends to; a line without an end waits for it.
 
     Args:

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
 from launch.errors import ConfigError
 from launch.runs.identity import RunConfig
+from launch.runs.objective import ObjectiveOf
 from launch.runs.overrides import NOT_IN_POINT
 from launch.runs.ranges import require_positive, require_range
 from launch.runs.report_files import ReportFile
@@ -36,6 +37,20 @@ __all__ = [
     "RestartLimits",
     "WorkloadConfig",
 ]
+
+
+def split_command(key: str, command: Any, example: str) -> list[str]:
+    """Program and arguments of a command that was typed as a string or as a list; none where there is none.
+
+    Raises:
+        ConfigError: its quotes are not closed.
+    """
+    if not isinstance(command, str):
+        return [str(word) for word in command or ()]
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"{key}={command}: {error}", "quotes that are closed", f"a list: '[{example}]'") from error
 
 
 @dataclass
@@ -86,18 +101,8 @@ class HealthCheckConfig:
 
     @property
     def words(self) -> list[str]:
-        """Program and arguments of the command; none where there is no command.
-
-        Raises:
-            ConfigError: its quotes are not closed.
-        """
-        if not isinstance(self.command, str):
-            return [str(word) for word in self.command or ()]
-        try:
-            return shlex.split(self.command)
-        except ValueError as error:
-            found = f"resilience.health_check.command={self.command}: {error}"
-            raise ConfigError(found, "quotes that are closed", "a list: '[/opt/site/check_node,--quick]'") from error
+        """Program and arguments of the command; none where there is no command."""
+        return split_command("resilience.health_check.command", self.command, "/opt/site/check_node,--quick")
 
 
 @dataclass
@@ -218,10 +223,25 @@ class LaunchConfig:
     report_files: list[ReportFile] = MISSING
     """Files of the report that is written at the end: md, csv, png, svg, json, html, and tensorboard, a sweep's Scaling
     run. Drawing is most of the work; all of them can be had later by python -m launch.report."""
+    on_event: Any = None
+    """Command of yours that the agent of the head node runs when a run starts, ends, fails, is requeued or loses a
+    node, with the event in LAUNCH_EVENT and the like (docs/resilience.md). A string that is split as a shell would, or
+    a list. The run folder keeps it: a token belongs into a file that the command reads."""
+    on_event_timeout_s: float = 60.0
+    """Seconds after which that command is killed, 1 to 600."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError where a number is out of its range, or a command is none."""
         require_range("launch.poll_s", self.poll_s, 0.5, 3600)
+        require_range("launch.on_event_timeout_s", self.on_event_timeout_s, 1, 600)
+        if self.on_event is not None and not self.on_event_command:
+            found, fix = f"launch.on_event={self.on_event!r}", "launch.on_event=/home/me/notify.sh, or null for none"
+            raise ConfigError(found, "a program and its arguments", fix)
+
+    @property
+    def on_event_command(self) -> list[str]:
+        """Program and arguments of on_event; none where there is no command."""
+        return split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
 
 
 @dataclass
@@ -243,6 +263,11 @@ class Config(RunConfig):
     """Processes on each node; null means cluster.gpus_per_node, or 1."""
     spare_nodes: int = 0
     """Slurm only: nodes asked for beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
+    objective: Optional[str] = None
+    """Figure of the step records, such as val_loss, that each point of a sweep returns to Hydra's sweeper: what Optuna,
+    Ax and Nevergrad search by. null returns nothing."""
+    objective_of: ObjectiveOf = ObjectiveOf.minimum
+    """Which value of a run that is: the minimum, the maximum or the last one."""
     dry_run: bool = False
     """Print the plan and the sbatch text, and submit nothing."""
     copy_code: bool = False

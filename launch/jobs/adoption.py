@@ -23,6 +23,7 @@ from launch.plan.exposure import ELSEWHERE
 from launch.plan.plan import Plan
 from launch.plan.submission import record_found
 from launch.runs.folder import RunFolder
+from launch.runs.rollback import refuse_alive
 
 ACTIVE = ("pending", "running")
 SUBMITTED = "_submitted.pkl"
@@ -54,20 +55,27 @@ def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
         poll(found)
 
 
-def running_job(folder: RunFolder) -> str | None:
-    """Name the job that still works on a run folder, or waits to; None where there is none. Raises SlurmError."""
+def running_job(folder: RunFolder, own: str | None = None) -> str | None:
+    """Name the job that still works on a run folder, or waits to; None where there is none, or it is our ``own``.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
     submitted = [e for e in folder.read_events() if e["event"] == "submitted"]
     for job in (job_of(submitted[-1]) if submitted else None, find_unrecorded(folder)):
-        if job is not None:
+        if job is not None and job.job_id != own:
             status = job.status(ask_queue([job]))
             if status.state in ACTIVE:
                 return f"{'process' if isinstance(job, LocalJob) else 'job'} {job.name}, {status.state}"
     return None
 
 
-def refuse_running(plan: Plan) -> None:
-    """Raise ConfigError where an earlier submission still works on the same folder."""
-    running = running_job(RunFolder(plan.run_dir))
+def refuse_running(plan: Plan, own: str | None = None) -> None:
+    """Raise ConfigError where an earlier submission still works on the same folder; ``own`` is this process's job.
+
+    Before a run goes back also where its ranks were started by hand.
+    """
+    running = running_job(RunFolder(plan.run_dir), own)
     if running is not None:
         waits = running.endswith("pending") and plan.placement.is_watched
         move = f"; where its launcher is gone, python -m launch.move {quote(plan.run_dir)} moves it on" if waits else ""
@@ -76,6 +84,8 @@ def refuse_running(plan: Plan) -> None:
             "one job for a run folder",
             f"wait for it or cancel it; fresh=true makes a new folder{move}",
         )
+    if plan.goes_on.back_to is not None:
+        refuse_alive(RunFolder(plan.run_dir))
 
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from shlex import quote
 from typing import Any
@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 from launch.jobs.handles import Job, JobStatus, LocalQueueEntry, SlurmJob, agent_logs, ask_queue, job_of
 from launch.plan.plan import Plan
 from launch.runs.damage import read_plan
-from launch.runs.events import fewer_nodes, last_command
+from launch.runs.events import fewer_nodes, last_command, saves_that_count
 from launch.runs.failures import first_failure
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
@@ -392,6 +392,6 @@ def time_without_step(point: RunStatus, usual: float) -> float | None:
     return None if told else quiet
 
 
-def saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
+def saved_step(events: Sequence[dict[str, Any]]) -> int | None:
     """The step of the newest checkpoint that the event log knows of."""
-    return max((e["step"] for e in events if e["event"] == "saved"), default=None)
+    return max((save["step"] for save in saves_that_count(events)), default=None)

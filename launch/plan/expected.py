@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.plan.budget import Use, use_of, use_text
 from launch.plan.plan import Plan
-from launch.runs.events import fewer_nodes
+from launch.runs.events import fewer_nodes, saves_that_count
 from launch.runs.files import read_json
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
@@ -58,10 +58,9 @@ def steps_ahead(plan: Plan) -> int | None:
     """Steps that the next start has to make; None where nobody knows how many there are."""
     if plan.max_steps is None:
         return None
-    saved = [
-        e["step"] for e in RunFolder(plan.run_dir).read_events() if e["event"] == "saved" and plan.promised.resumes
-    ]
-    return plan.max_steps - max((step for step in saved if step is not None), default=0)
+    saves = saves_that_count(RunFolder(plan.run_dir).read_events()) if plan.promised.resumes else []
+    done = max((save["step"] for save in saves if save["step"] is not None), default=0)
+    return plan.max_steps - (done if plan.goes_on.back_to is None else plan.goes_on.back_to)
 
 
 def similar(plan: Plan) -> Iterator[RunFolder]:

@@ -7,8 +7,8 @@ Plan; the run folder keeps it as ``plan.json``. What is computed is the workload
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,9 +26,11 @@ from launch.runs.events import is_finished
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.identity import choose_folder, refuse_other_run
-from launch.runs.overrides import PLACE_KEYS
+from launch.runs.overrides import PLACE_KEYS, without_key
 from launch.runs.proposals import with_checked_fix
-from launch.workload import PlanRequest, WorkloadPlan
+from launch.runs.rollback import Continuation, apply_continuation, plan_continuation
+from launch.runs.saved import SavedCheckpoint
+from launch.workload import PlanRequest, Workload, WorkloadPlan
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Plan:
     """Label that sets the point apart from the others of its command, for people."""
     finished: bool = False
     """True where the run is finished already: nothing of it is submitted."""
+    goes_on: Continuation = field(default_factory=Continuation)
+    """How the run goes on, where that is not from where it stopped."""
 
     expected_s: float | None = None
     """Expected time of the next start, seconds; None where nothing is known of it."""
@@ -102,7 +106,7 @@ class Plan:
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> Plan:
         """Read back what ``plan.json`` holds, of an earlier version too."""
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {entry.name for entry in dataclasses.fields(cls)}
         own = {key: value for key, value in known.items() if key in names}
         own |= {key: tuple(own.get(key, ())) for key in ("command_run_dirs", "warnings")}
         facts = {key: value for key, value in known.items() if key not in {*names, "max_steps"}}
@@ -110,8 +114,12 @@ class Plan:
         promised |= {key: tuple(promised.get(key, ())) for key in ("warnings", "fewer_nodes")}
         promised["notes"] = {label: tuple(lines) for label, lines in promised.get("notes", {}).items()}
         workload = own.get("workload", "")
-        placement = Placement.from_dict(known["placement"])
-        return cls(**{**own, "workload": workload, "promised": WorkloadPlan(**promised), "placement": placement})
+        parts = {
+            "promised": WorkloadPlan(**promised),
+            "placement": Placement.from_dict(known["placement"]),
+            "goes_on": Continuation(**own.get("goes_on", {})),
+        }
+        return cls(**{**own, "workload": workload, **parts})
 
     def choose_candidate(self, index: int) -> Plan:
         """Return this plan as submitted to a candidate of its placement."""
@@ -164,7 +172,9 @@ def plan_point(
     """Plan one point, as ``make_plan`` does; a refusal's fix is as it was first thought of."""
     config.validate()
     workload = workload_of(config)
-    folder = choose_folder(config, overrides, not_in_point(workload))
+    length = getattr(workload, "length", ())
+    folder = choose_folder(config, overrides, not_in_point(workload), length)
+    refuse_unknown_checkpoints(config, workload)
     refuse_exposed(folder.path)
     refuse_other_run(folder, config, workload.schema, (*PLACE_KEYS, *workload.resumable))
     is_local = kind is ClusterKind.local
@@ -185,6 +195,10 @@ def plan_point(
         refuse_local_spares(config)
     promised = workload.plan(config, request)
     refuse_fewer_nodes(config, workload.name, promised)
+
+    # Of a program whose length is no key of its config, a number of steps is what it is watched by.
+    max_steps = promised.max_steps if length else None
+    goes_on = plan_continuation(folder, config.resume_from, max_steps, checkpoints_of(workload, folder))
     tree = workload.code(config)
     code = code_copy.place(folder.path, tree) if config.copy_code else None
     placed = place(config, code if tree.has_launcher else None, promised.resumes)
@@ -206,7 +220,8 @@ def plan_point(
         workload=workload.name,
         promised=promised,
         code=None if code is None else str(code),
-        finished=is_finished(folder.read_events()),
+        finished=goes_on == Continuation() and is_finished(folder.read_events()),
+        goes_on=goes_on,
         warnings=promised.warnings,
     )
 
@@ -224,15 +239,35 @@ def refuse_fewer_nodes(config: Config, workload: str, promised: WorkloadPlan) ->
         raise ConfigError(found, "fewer_nodes in what the workload plans (docs/workloads.md)", fix)
 
 
+def checkpoints_of(workload: Workload, folder: RunFolder) -> Iterator[SavedCheckpoint]:
+    """Yield the checkpoints of a run; none where its workload does not know them."""
+    listing = getattr(workload, "checkpoints", None)
+    yield from listing(folder) if listing is not None else ()
+
+
+def refuse_unknown_checkpoints(config: Config, workload: Workload) -> None:
+    """Raise ConfigError where a run is to go back whose checkpoints only its program knows."""
+    if config.resume_from is not None and not hasattr(workload, "checkpoints"):
+        raise ConfigError(
+            f"resume_from={config.resume_from} with workload={workload.name}, whose checkpoints are the program's own",
+            "a workload that lists its checkpoints (docs/workloads.md), as gpt does",
+            "an option of the program that names the checkpoint, such as script.options.resume_from=PATH",
+        )
+
+
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Make the run folder: the config, in which nothing is left open, what was typed, and the plan.
+
+    A run that is to go back, or on beyond its end, is prepared for that: nothing may work on it.
 
     Raises:
         ConfigError: it cannot be written.
     """
     folder = RunFolder(plan.run_dir)
+    apply_continuation(folder, plan.goes_on, plan.max_steps, checkpoints_of(workload_of(composed), folder))
+    composed.resume_from = None  # it is done, and a start of the job in the queue must not do it again
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)
-    compose.write_config(folder, composed, overrides)
+    compose.write_config(folder, composed, without_key(overrides, "resume_from"))
     with writing_into(folder.path):
         write_json(folder.plan, plan.as_dict())

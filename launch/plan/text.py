@@ -22,6 +22,7 @@ def plan_text(plan: Plan) -> str:
     done = {"finished": "already: nothing is submitted; fresh=true runs it again in a new folder"}
     rows = {
         **(done if plan.finished else {}),
+        **({"goes": going_on} if (going_on := plan.goes_on.text(plan.max_steps)) else {}),
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
         **plan.promised.rows,
         **({"lost nodes": fewer_text(plan.promised.fewer_nodes)} if plan.promised.fewer_nodes else {}),

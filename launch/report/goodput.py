@@ -8,16 +8,15 @@ report shows it.
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
 from launch.runs.events import fewer_nodes
 from launch.runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    from launch.runs.columns import RecordColumns
+from launch.runs.rollback import aside_records
 
 PARTS = {
     "waiting": "waiting for nodes",
@@ -88,7 +87,9 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
     is_first = True
     for started, ended in found:
         begun = float(started["allocated_at"])
-        seconds["waiting"] += max(0.0, begun - since)
+        # Between the end of an allocation and the command that asks for the next one, nobody waits.
+        asked = [e["time"] for e in events if e["event"] in SUBMISSION and not e.get("moved") and e["time"] <= begun]
+        seconds["waiting"] += max(0.0, begun - max([since, *asked]))
         since = max(ended, begun)
         inside = [record for record in records if begun <= record.ended <= ended]
         _divide(seconds, inside, saves, (begun, since), is_first, fewer_nodes(events))
@@ -155,33 +156,36 @@ def _give_saves(
 
 def _read_first_rank(run: RunFolder) -> list[_Record]:
     """All records of the first rank, those of steps done again too, in the order of their time."""
+    for rank in run.metric_ranks():
+        found = list(_records_in(run.metrics(rank)))
+        if found:
+            for path in aside_records(run, rank):  # of steps that the run was taken back from
+                found += [replace(record, counts=False) for record in _records_in(path)]
+            return sorted(found, key=lambda record: record.ended)
+    return []
+
+
+def _records_in(path: Path) -> Iterator[_Record]:
+    """Yield the records of one file, with the last line of each step of an attempt."""
     from launch.runs.columns import latest_records, read_columns  # numpy: see launch.report.points
 
-    columns: RecordColumns | None = None
-    for rank in run.metric_ranks():
-        columns = read_columns(run.metrics(rank), ("step_time_s", "time", "val_loss"), every=True)
-        if columns is not None:
-            break
+    columns = read_columns(path, ("step_time_s", "time", "val_loss"), every=True)
     if columns is None:
-        return []
+        return
     steps, attempts = columns.values["step"], columns.values["attempt"]
     latest = set(latest_records(steps, attempts).tolist())
     # A step that is saved is recorded before its save and once more after it, with what that took: one step.
     last_line = {(attempt, step): index for index, (attempt, step) in enumerate(zip(attempts, steps, strict=True))}
-    found = []
     for index in range(len(columns)):
         if not columns.known["time"][index] or last_line[attempts[index], steps[index]] != index:
             continue
         ended = float(columns.values["time"][index])
         took = float(columns.values["step_time_s"][index]) if columns.known["step_time_s"][index] else 0.0
-        found.append(
-            _Record(
-                attempt=int(columns.attempts[index]),
-                step=int(columns.steps[index]),
-                begun=ended - took,
-                ended=ended,
-                counts=index in latest,
-                evaluated=bool(columns.known["val_loss"][index]),
-            )
+        yield _Record(
+            attempt=int(columns.attempts[index]),
+            step=int(columns.steps[index]),
+            begun=ended - took,
+            ended=ended,
+            counts=index in latest,
+            evaluated=bool(columns.known["val_loss"][index]),
         )
-    return sorted(found, key=lambda record: record.ended)

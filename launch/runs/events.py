@@ -31,8 +31,35 @@ def last_command(events: Events) -> int:
     return last
 
 
+CHANGED = ("resumed_from", "extended")
+"""Events of a command that has a run go on otherwise than where it stopped (``launch.runs.rollback``)."""
+
+
+def planned_steps(events: Events) -> int | None:
+    """Steps that the newest attempt was to make in all; None where the event log does not tell."""
+    told = [event["max_steps"] for event in events if event["event"] == "started" and event.get("max_steps")]
+    return int(told[-1]) if told else None
+
+
+def saves_that_count(events: Events) -> list[dict[str, Any]]:
+    """Return the ``saved`` events of checkpoints that the run has not gone back from, oldest first."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "saved":
+            found.append(event)
+        elif event["event"] == "resumed_from":
+            found = [save for save in found if save["step"] is None or save["step"] <= event["step"]]
+    return found
+
+
 def is_finished(events: Events) -> bool:
-    """Tell whether the newest attempt made the last step of the run: a new start would find nothing to do."""
+    """Tell whether the newest attempt made the last step of the run: a new start would find nothing to do.
+
+    It would where a command has extended the run since, or taken it back to an earlier checkpoint.
+    """
+    changed = max((number for number, event in enumerate(events) if event["event"] in CHANGED), default=-1)
+    if changed > max((number for number, event in enumerate(events) if event["event"] == "started"), default=-1):
+        return False
     numbers = [e["attempt"] for e in events if e.get("attempt") is not None]
     newest = [e for e in events if numbers and e.get("attempt") == max(numbers)]
     ends = [e["cause"] for e in newest if e["event"] == "attempt_ended"]

@@ -70,6 +70,11 @@ class RunFolder:
         """The tokenizer the run is trained with, where that is known."""
         return self.path / "tokenizer"
 
+    @property
+    def aside(self) -> Path:
+        """History that the run has gone back from by ``resume_from``, a numbered folder each time."""
+        return self.path / "aside"
+
     def attempt(self, number: int) -> Path:
         """Folder of one (re)start, counted from 1."""
         return self.path / "attempts" / f"{number:04d}"

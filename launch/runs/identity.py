@@ -17,8 +17,9 @@ from typing import Any, Optional
 from launch.errors import ConfigError
 from launch.runs.compose import flatten, plain, read_config
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import former_point_name, point_name
+from launch.runs.overrides import former_point_name, point_keys, point_name, read_overrides
 from launch.runs.renamed import in_former_spelling
+from launch.runs.rollback import refuse_resume_from
 
 
 @dataclass
@@ -32,14 +33,18 @@ class RunConfig:
     """The folder of this run; null derives it from output_dir, name and the overrides."""
     fresh: bool = False
     """Start over in a new folder instead of resuming."""
+    resume_from: Any = None
+    """Go on with the run that is there from its checkpoint of this step, or ``last`` for the newest; what came later is
+    kept aside. It is found whatever number of steps was typed for it. Typed again it goes back again."""
     require_same_code: bool = False
     """Refuse to go on where the code or a library has changed since the attempt before, instead of warning."""
     strict: Optional[bool] = None
     """Former name of require_same_code."""
 
     def validate(self) -> None:
-        """Raise ConfigError where ``name`` cannot be the name of a folder and of a job."""
+        """Raise ConfigError where ``name`` cannot be that of a folder and of a job, or ``resume_from`` a checkpoint."""
         refuse_name(self.name)
+        refuse_resume_from(self.resume_from, self.fresh)
 
 
 UNUSABLE = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -70,15 +75,62 @@ def refuse_path(path: Path) -> None:
         )
 
 
-def choose_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
+def choose_folder(
+    config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str], length: Sequence[str] = ()
+) -> RunFolder:
     """The folder of a run: ``run_dir``, or ``<output_dir>/<name>/<point>``.
 
     With ``fresh`` a new generation, ``<point>~2``, ``<point>~3``, ...; without it the newest there is, so that the
-    same command goes on where the last one stopped.
+    same command goes on where the last one stopped. With ``resume_from`` the run that is there, whatever its length.
+
+    Args:
+        config: keys of the run.
+        overrides: as typed.
+        not_in_point: keys that do not tell runs apart.
+        length: keys that say how many steps a run makes.
 
     Raises:
-        ConfigError: a job could not have such a path.
+        ConfigError: a job could not have such a path; or ``resume_from`` is typed, and several runs differ in their
+            length alone.
     """
+    folder = newest_folder(config, overrides, not_in_point)
+    if config.resume_from is None or config.run_dir is not None or folder.config.exists():
+        return folder
+    return folder_of_other_length(folder, overrides, (*not_in_point, *length)) or folder
+
+
+def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
+    """The run beside ``folder`` for which the same was typed, but for keys to ``exclude``; None where there is none.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    wanted = point_keys(overrides, exclude)
+    newest: dict[str, RunFolder] = {}
+    for path in sorted(folder.path.parent.glob("*"), key=generation_of):
+        beside = RunFolder(path)
+        if beside.overrides.exists() and point_keys(read_overrides(beside), exclude) == wanted:
+            newest[GENERATION.sub("", path.name)] = beside
+    if len(newest) > 1:
+        raise ConfigError(
+            f"several runs of this point, of different lengths: {', '.join(run.point for run in newest.values())}",
+            "the folder of the one that is to go on",
+            shlex.quote(f'run_dir="{next(iter(newest.values())).path}"'),
+        )
+    return next(iter(newest.values()), None)
+
+
+GENERATION = re.compile(r"~(\d+)$")
+
+
+def generation_of(path: Path) -> int:
+    """Number of a generation of a run: 1 of its first folder."""
+    found = GENERATION.search(path.name)
+    return int(found[1]) if found else 1
+
+
+def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
+    """The folder of a run by its name: its newest generation, or with ``fresh`` the next one."""
     above = Path(config.output_dir).expanduser() / config.name  # a ~ in the name is part of it
     own = above / point_name(overrides, not_in_point)
     base = (own if config.run_dir is None else Path(config.run_dir).expanduser()).absolute()

@@ -23,6 +23,11 @@ def typed_value(overrides: Iterable[str], key: str) -> str | None:
     return values[-1] if values else None
 
 
+def without_key(overrides: Iterable[str], key: str) -> list[str]:
+    """Overrides without those of ``key``."""
+    return [override for override in overrides if typed_key(override) != key]
+
+
 def read_overrides(folder: RunFolder) -> tuple[str, ...]:
     """Read the overrides of the run of a folder; nothing where that was not kept.
 
@@ -51,7 +56,7 @@ def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment
     return args
 
 
-PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "require_same_code", "strict")
+PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "resume_from", "require_same_code", "strict")
 """Keys that say where the files of a run go, not what it computes: they neither name it nor bind its next attempt."""
 
 NOT_IN_POINT = (
@@ -63,6 +68,8 @@ NOT_IN_POINT = (
     "resilience",
     "budget",
     "launch",
+    "objective",
+    "objective_of",
     "dry_run",
     "copy_code",
     "snapshot",
@@ -94,6 +101,11 @@ def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
     """
     # How Hydra is told of a key, with a plus or without, says nothing of the run.
     return _name(override.lstrip("+") for override in _kept(overrides, exclude))
+
+
+def point_keys(overrides: Iterable[str], exclude: Iterable[str]) -> frozenset[str]:
+    """The overrides that name a point, however they were typed: two points with the same ones are the same run."""
+    return frozenset(override.lstrip("+") for override in _kept(overrides, exclude))
 
 
 def _kept(overrides: Iterable[str], exclude: Iterable[str]) -> list[str]:

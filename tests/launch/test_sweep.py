@@ -190,8 +190,15 @@ def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tm
     made = point(tmp_path / "outputs", "quick_test", nodes)
     assert final(made, "loss") == pytest.approx(same, rel=1e-4)
     assert len(json.loads(made.environment(1).read_text())["ranks"]) == nodes
+    if launcher == "submitit_local":
+        run("launch.report", str(made.path), cwd=tmp_path)
+        (row,) = csv.DictReader((made.path / "summary.csv").open())
+        assert (row["ranks"], row["state"]) == ("2", "finished")
 
 
-def test_a_stock_launcher_with_another_number_of_tasks_is_refused(tmp_path: Path) -> None:
-    text = run("launch", "nodes=2", "hydra/launcher=submitit_local", *TINY, cwd=tmp_path, status=2)
-    assert "nodes=2 spare_nodes=0, and the launcher started 1 tasks" in text
+def test_a_stock_launcher_with_another_number_of_tasks_is_refused_before_the_queue(tmp_path: Path) -> None:
+    words = ["-m", "nodes=1,2", "hydra/launcher=submitit_slurm", "hydra.launcher.nodes=1"]
+    text = run("launch", *words, *TINY, cwd=tmp_path, status=2)
+    assert "a point with nodes=2 (spare_nodes included), and hydra/launcher=submitit_slurm starts 1 task" in text
+    assert "type next: the same without hydra/launcher=submitit_slurm" in text
+    assert not list(tmp_path.rglob(".submitit")), "nothing was queued"

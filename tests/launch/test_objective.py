@@ -1,0 +1,91 @@
+"""What a sweep returns to Hydra's sweeper: the objective of each point, or the failure of the one that has none."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
+
+from hydra_plugins.launch_plugin.launcher import job_return, refuse_without_values
+from launch.checks.stock_launchers import refuse_other_tasks, tasks_of
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from launch.runs.objective import ObjectiveOf, objective_value
+from launch.runs.records import append_records
+from launch.sweep import PointResult, SweepFailedError
+from tests.support.commands import TINY, run
+
+OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
+
+
+def test_the_objective_is_a_figure_of_the_records_that_count(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [(1, 1, 3.0), (2, 1, 0.5), (2, 2, 2.0), (3, 2, float("nan")), (4, 2, 2.5), (5, 2, None)]
+    records = [{"step": s, "attempt": a, **({} if v is None else {"val_loss": v})} for s, a, v in lines]
+    append_records(folder.metrics(0), records)
+    found = {of.name: objective_value(folder, "val_loss", of) for of in ObjectiveOf}
+    assert found == {"minimum": 2.0, "maximum": 3.0, "last": 2.5}, "step 2 of attempt 1 was done again"
+    assert objective_value(folder, "accuracy", ObjectiveOf.last) is None
+
+
+def test_a_point_without_a_value_is_a_job_that_failed() -> None:
+    good = job_return(["nodes=1"], PointResult("run", "val_loss", 1.5))
+    assert (good.status, good.return_value) == (JobStatus.COMPLETED, 1.5)
+    crashed = job_return(["nodes=1"], PointResult("run", "val_loss", None, SweepFailedError("out of memory", 1)))
+    with pytest.raises(SweepFailedError, match="out of memory"):
+        _ = crashed.return_value
+    with pytest.raises(ValueError, match="finite val_loss"):
+        _ = job_return(["nodes=1"], PointResult("run", "val_loss", None)).return_value
+    assert job_return(["nodes=1"], PointResult("run", None, None)).return_value is None
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "objective=null"),
+        ({"objective": "val_loss", "dry_run": True}, "dry_run=true"),
+        ({"objective": "val_loss", "launch": {"detach": True}}, "launch.detach=true"),
+    ],
+)
+def test_a_search_that_would_get_no_value_is_refused(given: dict[str, object], found: str) -> None:
+    known = {"objective": None, "dry_run": False, "launch": {"detach": False}}
+    with pytest.raises(ConfigError, match=found):
+        refuse_without_values(OmegaConf.create({**known, **given}), OPTUNA)
+    refuse_without_values(OmegaConf.create({**known, **given}), "hydra_plugins.launch_plugin.sweeper.PerPointSweeper")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "tasks"),
+    [
+        ({"_target_": f"{SUBMITIT}.SlurmLauncher", "nodes": 2, "tasks_per_node": 3}, 6),
+        ({"_target_": f"{SUBMITIT}.LocalLauncher", "nodes": 1, "tasks_per_node": 4}, 4),
+        ({"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}, 1),
+        ({"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"}, None),
+    ],
+)
+def test_a_stock_launcher_has_to_start_an_agent_for_each_node(launcher: dict[str, object], tasks: int | None) -> None:
+    assert tasks_of(OmegaConf.create(launcher)) == tasks
+    points = [OmegaConf.create({"nodes": n, "spare_nodes": 1, "hydra": {"launcher": launcher}}) for n in (3, 5)]
+    if tasks is None:
+        refuse_other_tasks(points, "ray")
+        return
+    refused = 4 if tasks != 4 else 6
+    with pytest.raises(ConfigError, match=f"a point with nodes={refused} .*starts {tasks} task"):
+        refuse_other_tasks(points, "joblib")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="hydra-optuna-sweeper is not installed")
+def test_optuna_searches_by_the_validation_loss(tmp_path: Path) -> None:
+    """Of two learning rates, one of which changes nothing, Optuna names the one that learns."""
+    small = [*(word for word in TINY if not word.startswith("data.")), "data=synthetic", "logging.tensorboard=false"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
+    grid = ["hydra/sweeper/sampler=grid", "optim.lr=choice(1e-9,3e-3)"]
+    small += ["optim.min_lr=0", "optim.warmup_steps=0", "optim.max_steps=6"]
+    run("launch", "-m", *search, *grid, "objective=val_loss", "eval.interval=6", "name=n", *small, cwd=tmp_path)
+    (file,) = (tmp_path / "outputs").rglob("optimization_results.yaml")
+    assert yaml.safe_load(file.read_text())["best_params"] == {"optim.lr": 3e-3}

@@ -1,0 +1,97 @@
+"""The user's command at events: which it is told of, that it cannot harm the run, and nothing of it in a log."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.agent.on_event import EventTeller, name_of, variables
+from launch.config import LaunchConfig
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from tests.support.commands import run
+
+WRITE = """
+import os, sys
+with open(sys.argv[1], "a") as file:
+    print(os.environ["LAUNCH_EVENT"], os.environ["LAUNCH_EVENT_JSON"], file=file)
+"""
+
+
+def told(path: Path) -> list[str]:
+    return [line.split(" ", 1)[0] for line in path.read_text().splitlines()]
+
+
+def test_each_event_has_a_name_or_none() -> None:
+    decided = {"event": "decided", "time": 1.0, "reason": ""}
+    names = {
+        "finished": {"action": "stop", "cause": "finished"},
+        "stopped": {"action": "stop", "cause": "cancelled"},
+        "failed": {"action": "stop", "cause": "crashed"},
+        "restarted": {"action": "restart", "cause": "node_failed"},
+    }
+    assert {name: name_of({**decided, **details}) for name, details in names.items()} == {n: n for n in names}
+    assert name_of({**decided, "action": "requeue", "cause": "preempted"}) is None, "requeued is an event of its own"
+    assert name_of({"event": "requeued", "time": 1.0}) == "requeued"
+    assert name_of({"event": "saved", "time": 1.0}) is None
+
+
+def test_what_is_not_known_of_an_event_is_empty(tmp_path: Path) -> None:
+    event = {"event": "node_lost", "time": 5.0, "host": "n3", "cause": "silent", "attempt": 2}
+    known = variables(RunFolder(tmp_path), "node_lost", event)
+    assert (known["LAUNCH_EVENT_HOST"], known["LAUNCH_ATTEMPT"], known["LAUNCH_EVENT_STEP"]) == ("n3", "2", "")
+    assert json.loads(known["LAUNCH_EVENT_JSON"]) == event
+
+
+@pytest.mark.parametrize(
+    ("code", "timeout_s", "said"),
+    [
+        ("import sys; print('a token'); sys.exit(3)", 60.0, "left with 3"),
+        ("import time; time.sleep(600)", 1.0, "was killed, after at most 1 s"),
+    ],
+)
+def test_a_command_that_fails_or_hangs_is_an_event_without_its_text(
+    code: str, timeout_s: float, said: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.record_event("started", attempt=1)
+    teller = EventTeller(folder, [sys.executable, "-c", code, "a secret"], timeout_s)
+    folder.record_event("node_lost", host="n3")
+    teller.close()
+    failed = [event for event in folder.read_events() if event["event"] == "on_event_failed"]
+    assert [event["of"] for event in failed] == ["node_lost"], "what came before is history"
+    text = folder.events.read_text()
+    assert said in text and "secret" not in text and "token" not in text
+    assert stat.S_IMODE((folder.path / ".launch" / "on_event.log").stat().st_mode) == 0o600
+
+
+def test_a_command_that_is_none_is_refused() -> None:
+    for bad in ("", "'open", 0):
+        with pytest.raises(ConfigError):
+            LaunchConfig(poll_s=5.0, on_event=bad).validate()
+
+
+def test_agents_tell_the_command_of_a_failure_and_of_the_end(tmp_path: Path) -> None:
+    """Ranks that crash once, on two agents of this machine."""
+    (tmp_path / "train.py").write_text(
+        "import os, sys\n"
+        "mark = os.path.join(os.environ['LAUNCH_RUN_DIR'], 'mark')\n"
+        "if os.environ['RANK'] == '0' and not os.path.exists(mark):\n"
+        "    open(mark, 'w').close()\n"
+        "    sys.exit('broken')\n"
+    )
+    notify = tmp_path / "notify.py"
+    notify.write_text(WRITE)
+    out = tmp_path / "told"
+    run(
+        "launch",
+        *("nodes=2", "workload=script", f"script.path={tmp_path / 'train.py'}", "script.resumes=true"),
+        *("cluster=local", f"run_dir={tmp_path / 'run'}"),
+        f'launch.on_event="{sys.executable} {notify} {out}"',
+        cwd=tmp_path,
+    )
+    assert told(out) == ["started", "restarted", "started", "finished"]
