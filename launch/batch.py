@@ -22,9 +22,10 @@ from launch.agent import main as agent
 from launch.agent.node import Node
 from launch.checks import facts, gpus
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, require_folder, typed_config
+from launch.config.compose import compose_launch, read_point, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.jobs.adoption import refuse_running
+from launch.plan.container import agent_words
 from launch.plan.plan import Plan, make_plan, write_run
 from launch.plan.submission import is_recorded, record_found, record_submitted
 from launch.plan.text import plan_text
@@ -162,7 +163,14 @@ def main() -> int:
     parser.add_argument(
         "--submitted", nargs=2, action="append", metavar=("FOLDER", "JOB"), help="enter a job that waits into its run"
     )
+    parser.add_argument(
+        "--agent-command", metavar="FOLDER", help="print what srun starts on each node for a run, a word a line"
+    )
     words = parser.parse_intermixed_args()
+    if words.agent_command:
+        run = RunFolder(Path(words.agent_command).absolute())
+        print(*agent_words(read_point(run).cluster, Path.cwd(), run.path), sep="\n")
+        return 0
     if words.submitted:
         for run_dir, job_id in words.submitted:
             if not is_recorded(RunFolder(run_dir).read_events(), [job_id]):  # one that started at once was faster

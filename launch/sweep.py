@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from rich.console import Console
 from launch.config import ClusterKind, Config, LaunchConfig
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError
+from launch.jobs.point_result import PointResult, result_of
 from launch.jobs.stop import next_start_text, stop_on_ctrl_c
 from launch.plan import code_copy
 from launch.plan.alone import settle_exclusive
@@ -29,7 +30,6 @@ from launch.plan.text import share_budget, worst_case_text
 from launch.runs.find import labels_for
 from launch.runs.folder import RunFolder
 from launch.runs.labels import sweep_overrides
-from launch.runs.objective import objective_value
 from launch.runs.report_files import ReportFile
 from launch.runs.sweeps import Sweep, record_sweep
 from launch.scheduler import client as scheduler
@@ -53,19 +53,6 @@ class SweepFailedError(RuntimeError):
 
 class NothingSubmittedError(SweepFailedError):
     """sbatch has refused, so that a run folder without a submission is of no use to anybody."""
-
-
-@dataclass(frozen=True)
-class PointResult:
-    """What became of one point."""
-
-    run_dir: str
-    objective: str | None
-    """Figure of the step records that was asked for."""
-    value: float | None
-    """Its value; None where it was not asked for, or no record has it."""
-    error: SweepFailedError | None = None
-    """Why the point did not finish; None where it did."""
 
 
 def run_sweep(points: Sequence[Composed], *, tolerates_failures: bool = False) -> list[PointResult]:
@@ -145,15 +132,6 @@ def run_sweep(points: Sequence[Composed], *, tolerates_failures: bool = False) -
     if failures and not tolerates_failures:
         raise SweepFailedError("\n\n".join(failures.values()), 1)
     return [result_of(plan, config, failures) for plan, config in zip(plans, configs, strict=True)]
-
-
-def result_of(plan: Plan, config: Config, failures: Mapping[str, str]) -> PointResult:
-    """What became of a point, with the figure that its command asks for."""
-    why, name = failures.get(plan.run_dir), config.objective
-    if why is not None:
-        return PointResult(plan.run_dir, name, None, SweepFailedError(why, 1))
-    value = None if name is None else objective_value(RunFolder(plan.run_dir), name, config.objective_of)
-    return PointResult(plan.run_dir, name, value)
 
 
 def plan_points(

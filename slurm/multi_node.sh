@@ -36,9 +36,13 @@ source slurm/env.sh
 # Plans for the nodes of this job, refuses what cannot work, and writes the run folder.
 run_dir="$(python -m launch.batch "$@")"
 
+# What starts the agent of a node: this Python, or the one of cluster.container.
+agent_words="$(python -m launch.batch --agent-command "$run_dir")"
+mapfile -t agent <<< "$agent_words"
+
 # A node whose ranks failed, or that is lost, must not take the others along: they end in order, or go on with a spare or without.
 status=0
-srun --kill-on-bad-exit=0 --no-kill --wait=0 python -m launch.agent "$run_dir" || status=$?
+srun --kill-on-bad-exit=0 --no-kill --wait=0 "${agent[@]}" || status=$?
 
 # Where nobody wanted that end (srun was killed, or gave up for a node that rebooted) the job goes back into the queue.
 if [ "$status" -ne 0 ]; then

@@ -16,7 +16,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from launch.sweep import Composed, PointResult
+    from launch.jobs.point_result import PointResult
+    from launch.sweep import Composed
 
 GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
 """Beginnings of the targets of sweepers that want no value back: the first point that fails ends the command."""
@@ -105,8 +106,10 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
 
 def job_return(overrides: Sequence[str], result: PointResult) -> JobReturn:
     """Result of a point as Hydra's sweeper wants it; of one that finished without its objective, a failure."""
+    from launch.sweep import SweepFailedError
+
     if result.error is not None:
-        return failed(overrides, result.error)
+        return failed(overrides, SweepFailedError(result.error, 1))
     if result.objective is not None and result.value is None:
         folder = Path(result.run_dir)
         return failed(overrides, ValueError(f"no step record in {folder / 'metrics'} has a finite {result.objective}"))

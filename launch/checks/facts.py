@@ -20,7 +20,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 import launch
-from launch.config import ClusterKind, Config
+from launch.config import ClusterConfig, ClusterKind, Config
+from launch.config.cluster import ContainerRuntime
 from launch.plan.plan import Plan
 from launch.scheduler import client as scheduler
 from launch.scheduler import limits
@@ -116,6 +117,8 @@ class Facts(SlurmFacts):
     output: Folder
     client: bool
     """True where Slurm's commands are installed here."""
+    container_problem: str = ""
+    """What speaks against cluster.container; empty where nothing does, or there is none."""
 
 
 def filesystem_of(path: Path) -> str:
@@ -233,8 +236,27 @@ def torch_version() -> str:
         return ""
 
 
-def gather(kind: ClusterKind, output: Path, clusters: Iterable[str] = ()) -> Facts:
-    """Look at everything. ``kind`` is what the config says, auto included; ``clusters`` are others than this one."""
+def container_problem(cluster: ClusterConfig) -> str:
+    """What speaks against the container of a run, as far as this machine tells; empty where nothing does."""
+    image, runtime = cluster.container, cluster.container_runtime
+    if image is None:
+        return ""
+    if image.startswith(("/", ".", "~")) and not Path(image).expanduser().exists():
+        return f"there is no image {image}"
+    if runtime is ContainerRuntime.apptainer:
+        return "" if shutil.which("apptainer") else "apptainer is not on the PATH"
+    try:
+        options = scheduler.run("srun", "--help")
+    except scheduler.SlurmError as error:
+        return f"srun does not answer: {last_line(error)}"
+    return "" if "--container-image" in options else "srun has no --container-image, which pyxis adds"
+
+
+def gather(kind: ClusterKind, output: Path, clusters: Iterable[str] = (), container: str = "") -> Facts:
+    """Look at everything. ``kind`` is what the config says, auto included; ``clusters`` are others than this one.
+
+    ``container`` is what ``container_problem`` found.
+    """
     slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm(clusters)
     resolved = ClusterKind.slurm if kind is ClusterKind.slurm or slurm.limits is not None else ClusterKind.local
     return Facts(
@@ -244,6 +266,7 @@ def gather(kind: ClusterKind, output: Path, clusters: Iterable[str] = ()) -> Fac
         machine=look_at_machine(),
         output=look_at_folder(output),
         client=shutil.which("sbatch") is not None,
+        container_problem=container,
     )
 
 

@@ -27,6 +27,13 @@ class ClusterKind(Enum):
     slurm = "slurm"
 
 
+class ContainerRuntime(Enum):
+    """``pyxis`` is NVIDIA's plugin of Slurm over enroot; ``apptainer`` the program of that name, once Singularity."""
+
+    pyxis = "pyxis"
+    apptainer = "apptainer"
+
+
 def require_cluster_name(key: str, name: str | None) -> None:
     """Raise ConfigError where this is not the name of one cluster; null is the one the command talks to."""
     if name is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
@@ -172,6 +179,15 @@ class ClusterConfig:
     """Events that mail_user hears of, as for sbatch --mail-type; ARRAY_TASKS: of each point of a sweep by itself."""
     array_parallelism: int = 256
     """Most elements of a job array that run at the same time."""
+    container: Optional[str] = None
+    """Image that the agents and their ranks run in: a file, or a name as the runtime takes it; null: none."""
+    container_runtime: Optional[ContainerRuntime] = None
+    """pyxis or apptainer."""
+    container_mounts: list[str] = field(default_factory=list)
+    """Folders of the node in the container, SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro. The working directory and the
+    folder of the runs are mounted anyhow."""
+    container_python: str = "python3"
+    """Python of the image, which has this package and what it needs (containers/)."""
     setup: list[str] = field(default_factory=list)
     """Shell lines of the batch script before the run: module load, conda activate, export."""
     srun_args: list[str] = field(default_factory=list)
@@ -190,6 +206,7 @@ class ClusterConfig:
         require_range("cluster.matmul_efficiency", self.matmul_efficiency, 0.01, 1)
         self.interconnect.validate()
         self.validate_mail()
+        self.validate_container()
         self.validate_cluster()
         self.validate_placement()
 
@@ -202,6 +219,28 @@ class ClusterConfig:
                 f"some of {', '.join(MAIL_TYPES)}",
                 "'cluster.mail_type=\"END,FAIL,REQUEUE\"'",
             )
+
+    def validate_container(self) -> None:
+        """Raise ConfigError where image and runtime are not named together, or a mount is none."""
+        if (self.container is None) != (self.container_runtime is None):
+            runtime = None if self.container_runtime is None else self.container_runtime.name
+            raise ConfigError(
+                f"cluster.container={self.container or 'null'} with cluster.container_runtime={runtime or 'null'}",
+                "an image and what runs it, or neither",
+                f"cluster.container={self.container or 'IMAGE'} cluster.container_runtime={runtime or 'apptainer'}",
+            )
+        for entry in self.container_mounts:
+            parts = entry.split(":")
+            paths, options = parts[:2], parts[2:]
+            is_sound = (
+                all(path.startswith("/") for path in paths) and len(options) <= 1 and set(options) <= {"ro", "rw"}
+            )
+            if not is_sound or "," in entry:
+                raise ConfigError(
+                    f"cluster.container_mounts with {entry!r} in it",
+                    "SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, absolute paths without commas",
+                    '\'cluster.container_mounts=["/data","/scratch/me:/scratch:ro"]\'',
+                )
 
     def validate_cluster(self) -> None:
         """Raise ConfigError where it is not one cluster that a job goes to."""

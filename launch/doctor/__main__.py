@@ -75,7 +75,12 @@ def examine(
     """Examine what can be told without submitting: of this machine, of the requests; and what that was made from."""
     configs = configs_of(points, config_dir)
     first = configs[0]
-    seen = facts.gather(first.cluster.kind, Path(first.output_dir), facts.clusters_named(configs))
+    seen = facts.gather(
+        first.cluster.kind,
+        Path(first.output_dir),
+        facts.clusters_named(configs),
+        facts.container_problem(first.cluster),
+    )
     plans: dict[str, tuple[Plan, Config, Sequence[str]]] = {}
     of_request: list[Finding] = []
     for overrides, config in zip(points, configs, strict=True):

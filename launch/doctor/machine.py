@@ -52,6 +52,19 @@ FEW_FILES = 4096
 PYTHONS = ((3, 11), (3, 12))
 
 
+def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Tell whether the image of the run is there, and what starts it; nodes may have what this machine lacks."""
+    image, runtime = config.cluster.container, config.cluster.container_runtime
+    if image is None or runtime is None:
+        return
+    if facts.container_problem:
+        why = "agents and ranks are started in the container, and would fail where the nodes see the same"
+        fix = "cluster.container=IMAGE that all nodes see, cluster.container_runtime=apptainer or pyxis"
+        yield warn("container", facts.container_problem, why, f"{fix}; or cluster.setup='[\"module load apptainer\"]'")
+    else:
+        yield fine("container", f"{image}, by {runtime.name}")
+
+
 def check_slurm(facts: Facts) -> Iterator[Finding]:
     """Tell whether there is a Slurm to talk to."""
     if facts.limits is not None:
@@ -271,6 +284,7 @@ def check_machine(facts: Facts, config: Config, requests: list[Request], address
         *check_slurm(facts),
         *check_versions(facts),
         *check_programs(facts),
+        *check_container(facts, config),
         *check_output_folder(facts),
         *check_space(facts, requests),
         *check_inherited(facts),

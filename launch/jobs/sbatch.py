@@ -39,9 +39,11 @@ def batch_parameters(plan: Plan) -> dict[str, Any]:
 def sbatch_text(plans: Sequence[Plan]) -> str:
     """The batch script that submitit writes for plans of one shape. Needs no Slurm."""
     folder = jobs_folder(plans[0])
-    command = f"{shlex.quote(sys.executable)} -u -m {SUBMISSION} {shlex.quote(str(folder))}"
+    parameters = batch_parameters(plans[0])
+    python = parameters.pop("python", None) or shlex.quote(sys.executable)
+    command = f"{python} -u -m {SUBMISSION} {shlex.quote(str(folder))}"
     count = len(plans) if len(plans) > 1 else None
-    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **batch_parameters(plans[0]))
+    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
     assert isinstance(text, str)
     return text
 

@@ -115,15 +115,16 @@ def submit_calls(
 
     Args:
         folder: where submitit keeps what belongs to the jobs; made before sbatch is asked, as a job may start at once.
-        resources: what each job asks for, as parameters of submitit's Slurm executor.
+        resources: what each job asks for, as parameters of submitit's Slurm executor; ``python`` among them is the
+            command line of the jobs' Python.
 
     Raises:
         submitit.core.utils.FailedJobError: sbatch refused.
     """
     make_folder(folder.parent)
     make_folder(folder)
-    executor = submitit.SlurmExecutor(folder=folder)
-    executor.update_parameters(**resources)
+    executor = submitit.SlurmExecutor(folder=folder, python=resources.get("python"))
+    executor.update_parameters(**{key: value for key, value in resources.items() if key != "python"})
     said = redirect_stderr(io.StringIO())  # submitit prints what its error says, too
     with clean_environment(), said, executor.batch() if len(arguments) > 1 else nullcontext():
         jobs = [executor.submit(function, argument) for argument in arguments]

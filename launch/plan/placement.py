@@ -16,7 +16,7 @@ from typing import Any
 from launch.config import Config, PlacementConfig
 from launch.errors import ConfigError
 from launch.plan import code_copy as snapshot
-from launch.plan import placement
+from launch.plan import container, placement
 from launch.plan.budget import Use, use_of
 from launch.scheduler.limits import gres
 from launch.scheduler.reasons import OWN_WISH
@@ -194,7 +194,7 @@ def text(placement: Placement) -> list[str]:
     return [*(lines if named else []), *([f"  {'waiting':<11} {'; '.join(rules)}"] if rules else [])]
 
 
-def place(config: Config, code: Path | None = None, resumes: bool = True) -> Placement:
+def place(config: Config, run_dir: Path, code: Path | None = None, resumes: bool = True) -> Placement:
     """The candidates of ``cluster.placement``, each with what is asked there; without a list the cluster itself.
 
     ``code`` is the copy of the code that the job runs from, if it runs from one. A run that does not resume must not be
@@ -202,7 +202,10 @@ def place(config: Config, code: Path | None = None, resumes: bool = True) -> Pla
     """
     candidates = [
         Candidate(
-            name, slurm_resources(there, code, resumes), placement.gpus_of(there), there.cluster.price_per_gpu_hour
+            name,
+            slurm_resources(there, run_dir, code, resumes),
+            placement.gpus_of(there),
+            there.cluster.price_per_gpu_hour,
         )
         for name, there in placement.configs(config)
     ]
@@ -210,15 +213,19 @@ def place(config: Config, code: Path | None = None, resumes: bool = True) -> Pla
     return Placement(tuple(candidates), cluster.retry_interval_min, cluster.give_up_after_min)
 
 
-def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> dict[str, Any]:
-    """Resources asked of Slurm for this point, as parameters of submitit. One task a node: the agent."""
+def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: bool = True) -> dict[str, Any]:
+    """Resources asked of Slurm for this point, as parameters of submitit. One task a node: the agent.
+
+    ``python`` is the command line of the agent's Python where that is not the one which submits.
+    """
     cluster = config.cluster
+    python = container.python_words(cluster, Path.cwd(), run_dir)
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
     # A node that is lost must not take the others, which go on without it or with the spare that replaces it.
     survives = bool(config.spare_nodes) or config.may_shrink
     srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if survives else []
-    srun_args += cluster.srun_args
+    srun_args += [*container.srun_arguments(cluster, Path.cwd(), run_dir), *cluster.srun_args]
     asked: dict[str, Any] = {
         "job_name": config.name,
         "nodes": config.nodes_asked,
@@ -239,6 +246,7 @@ def slurm_resources(config: Config, code: Path | None, resumes: bool = True) -> 
         "array_parallelism": cluster.array_parallelism,
         "setup": [*cluster.setup, *(snapshot.shell_lines(code) if code else [])] or None,
         "srun_args": srun_args or None,
+        "python": None if python is None else shlex.join(python),
         "additional_parameters": {
             "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
             **({"no_kill": True} if survives else {}),

@@ -18,6 +18,7 @@ from launch.config.compose import compose_launch, not_in_point, typed_config, wo
 from launch.errors import ConfigError
 from launch.plan import code_copy
 from launch.plan.capacity import local_gpu_name, local_gpus, refuse_local_spares
+from launch.plan.container import refuse_local_container
 from launch.plan.exposure import refuse_exposed
 from launch.plan.placement import Placement, place, worst_case
 from launch.runs import compose
@@ -193,15 +194,15 @@ def plan_point(
     )
     if is_local:
         refuse_local_spares(config)
+        refuse_local_container(config)
     promised = workload.plan(config, request)
     refuse_fewer_nodes(config, workload.name, promised)
-
     # Of a program whose length is no key of its config, a number of steps is what it is watched by.
     max_steps = promised.max_steps if length else None
     goes_on = plan_continuation(folder, config.resume_from, max_steps, checkpoints_of(workload, folder))
     tree = workload.code(config)
     code = code_copy.place(folder.path, tree) if config.copy_code else None
-    placed = place(config, code if tree.has_launcher else None, promised.resumes)
+    placed = place(config, folder.path, code if tree.has_launcher else None, promised.resumes)
     worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
         point=folder.point,

@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 from hydra_plugins.launch_plugin.launcher import job_return, refuse_without_values
 from launch.checks.stock_launchers import refuse_other_tasks, tasks_of
 from launch.errors import ConfigError
+from launch.jobs.point_result import PointResult
 from launch.runs.folder import RunFolder
 from launch.runs.objective import ObjectiveOf, objective_value
 from launch.runs.records import append_records
-from launch.sweep import PointResult, SweepFailedError
+from launch.sweep import SweepFailedError
 from tests.support.commands import TINY, run
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
@@ -36,7 +37,7 @@ def test_the_objective_is_a_figure_of_the_records_that_count(tmp_path: Path) -> 
 def test_a_point_without_a_value_is_a_job_that_failed() -> None:
     good = job_return(["nodes=1"], PointResult("run", "val_loss", 1.5))
     assert (good.status, good.return_value) == (JobStatus.COMPLETED, 1.5)
-    crashed = job_return(["nodes=1"], PointResult("run", "val_loss", None, SweepFailedError("out of memory", 1)))
+    crashed = job_return(["nodes=1"], PointResult("run", "val_loss", None, "out of memory"))
     with pytest.raises(SweepFailedError, match="out of memory"):
         _ = crashed.return_value
     with pytest.raises(ValueError, match="finite val_loss"):
