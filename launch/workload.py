@@ -186,6 +186,10 @@ class Workload(Protocol):
     One with a cost model also has ``step_time(config, request) -> StepTime | None``, by which ``launch.project``
     extrapolates measured steps to other sizes. ``request.cluster`` says what the nodes are, ``rate_factor`` and
     ``link_factor`` by how much they differ from that; what cannot work raises ConfigError.
+
+    One whose checkpoints the launcher may know has ``checkpoints(folder)``, which yields ``SavedCheckpoint``s: then
+    ``resume_from`` goes back to one of them. ``length`` names the keys, ``resumable`` too, that say how many steps a
+    run makes, where a finished run can go on with more.
     """
 
     name: str

@@ -110,7 +110,8 @@ def run(run_dir: str) -> None:
                 if node.is_head:
                     group.end(failure)
     except InterruptedError as error:
-        handle_early_stop(folder, node, config, str(error))
+        with on_event(folder, config, node.is_head):
+            handle_early_stop(folder, node, config, str(error))
     finally:
         end_lost_agents(folder, node, lost.values())
         os.umask(0o077)  # what follows is submitit's pickle of the result

@@ -87,6 +87,17 @@ def test_optuna_searches_by_the_validation_loss(tmp_path: Path) -> None:
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
     grid = ["hydra/sweeper/sampler=grid", "optim.lr=choice(1e-9,3e-3)"]
     small += ["optim.min_lr=0", "optim.warmup_steps=0", "optim.max_steps=6"]
-    run("launch", "-m", *search, *grid, "objective=val_loss", "eval.interval=6", "name=n", *small, cwd=tmp_path)
+    run(
+        "launch",
+        "-m",
+        *search,
+        *grid,
+        "objective=val_loss",
+        "eval.interval=6",
+        "launch.report_files=[csv]",
+        "name=n",
+        *small,
+        cwd=tmp_path,
+    )
     (file,) = (tmp_path / "outputs").rglob("optimization_results.yaml")
     assert yaml.safe_load(file.read_text())["best_params"] == {"optim.lr": 3e-3}

@@ -90,7 +90,7 @@ def test_agents_tell_the_command_of_a_failure_and_of_the_end(tmp_path: Path) -> 
     run(
         "launch",
         *("nodes=2", "workload=script", f"script.path={tmp_path / 'train.py'}", "script.resumes=true"),
-        *("cluster=local", f"run_dir={tmp_path / 'run'}"),
+        *("cluster=local", "launch.report_files=[csv]", f"run_dir={tmp_path / 'run'}"),
         f'launch.on_event="{sys.executable} {notify} {out}"',
         cwd=tmp_path,
     )

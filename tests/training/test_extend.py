@@ -37,10 +37,10 @@ def test_a_run_that_is_extended_and_one_that_goes_back_end_as_one_that_ran_throu
     run("gpt.train", *words, "optim.max_steps=12", f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
     whole = read_weights(tmp_path / "whole", 12, tmp_path)
 
-    run("launch", *words, "optim.max_steps=8", cwd=tmp_path)
+    run("launch", *words, "optim.max_steps=8", "launch.report_files=[csv]", cwd=tmp_path)
     (path,) = (path for path in (tmp_path / "outputs" / "n").iterdir() if (path / "plan.json").exists())
     folder = RunFolder(path)
-    longer = [*words, "optim.max_steps=12", "resume_from=last"]
+    longer = [*words, "optim.max_steps=12", "resume_from=last", "launch.report_files=[csv]"]
     said = run("launch", *longer, cwd=tmp_path)
     assert "on to step 12, after it was finished at step 8" in said
     assert [e["from_step"] for e in folder.read_events() if e["event"] == "started"] == [0, 8]
