@@ -80,15 +80,16 @@ ROOMS = {
     "launch.__main__": ("launch.sweep", "launch.batch"),
     "hydra_plugins": ("launch.sweep",),
     "gpt.config": ("launch.worker",),
-    "gpt.accounting": ("gpt.config",),
-    "gpt.model": ("gpt.config",),
+    "gpt.components": ("gpt.config",),
+    "gpt.accounting": ("gpt.components",),
+    "gpt.model": ("gpt.components",),
     "gpt.checkpoint": ("gpt.config",),
     "gpt.topology": ("gpt.accounting",),
     "gpt.planning.memory": ("gpt.topology",),
     "gpt.planning": ("gpt.planning.memory",),
     "gpt.data.tokenizers": ("gpt.config",),
     "gpt.data.formats": ("gpt.data.tokenizers",),
-    "gpt.data.preprocessing": ("gpt.data.formats",),
+    "gpt.data.preprocessing": ("gpt.data.formats", "gpt.components"),
     "gpt.data": ("gpt.data.preprocessing", "gpt.topology"),
     "gpt.parallel": ("gpt.model", "gpt.checkpoint", "gpt.topology"),
     "gpt.parallel.deepspeed": ("gpt.parallel",),
@@ -342,6 +343,8 @@ def test_every_yaml_composes(path: Path, tmp_path: Path) -> None:
     }.get(group, [f"{group}={option}"])
     if group == "data" and option in ("text", "files", "tokens"):
         words.append(f"data.path={text}")
+    if (group, option) == ("data", "custom"):
+        words.append("data.source=package.module:function")
     # What these two leave to be said.
     named = {
         "workload/script.yaml": ["script.module=train"],

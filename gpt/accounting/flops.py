@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from gpt.components.facts import NOTHING, part_counts
 from gpt.config import AttentionBackend, Ffn, ModelConfig, NormPosition, Recompute
 
 
@@ -30,6 +31,8 @@ class Flops:
     logits: int
     """Output matrix, with the padding of the vocabulary."""
     router: int = 0
+    custom: int = 0
+    """Attention, norms and positions of the user's, as measured; nothing is taken off where attention is causal."""
 
     @property
     def palm(self) -> int:
@@ -54,13 +57,28 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
     queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
     of_experts = model.ffn is Ffn.moe
     rows = sequences * expert_rows(model) + tokens * model.n_shared_expert if of_experts else tokens
+    dense = 2 * rows * model.n_layer * (3 if model.gated else 2) * model.n_embd * model.ffn_width
+    ours = not isinstance(model.attention, str)
     return Flops(
-        projections=2 * tokens * model.n_layer * model.n_embd * (2 * queries + 2 * keys),
-        attention=2 * tokens * model.n_layer * 2 * queries * model.block_size,
-        ffn=2 * rows * model.n_layer * (3 if model.gated else 2) * model.n_embd * model.ffn_width,
+        projections=ours * 2 * tokens * model.n_layer * model.n_embd * (2 * queries + 2 * keys),
+        attention=ours * 2 * tokens * model.n_layer * 2 * queries * model.block_size,
+        ffn=sequences * model.n_layer * part_counts(model)["ffn"].flops if isinstance(model.ffn, str) else dense,
         logits=2 * tokens * model.n_embd * model.padded_vocab,
         router=2 * tokens * model.n_layer * model.n_embd * model.n_expert if of_experts else 0,
+        custom=sequences * custom_flops(model),
     )
+
+
+def custom_flops(model: ModelConfig) -> int:
+    """Count the FLOPs of the user's attention, norms and positions in a forward pass over one sequence."""
+    parts = part_counts(model)
+    norm, head_norm, position, attention = (
+        parts.get(key, NOTHING) for key in ("norm", "head_norm", "position", "attention")
+    )
+    norms = 2 * model.n_layer + (model.norm_position is NormPosition.pre)
+    in_blocks = position.on_heads and not isinstance(model.attention, str)
+    positions = model.n_layer if in_blocks else not position.on_heads
+    return norms * norm.flops + positions * position.flops + model.n_layer * (head_norm.flops + attention.flops)
 
 
 def expert_rows(model: ModelConfig) -> int:
@@ -107,6 +125,7 @@ def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
     if recompute is Recompute.selective:
         fused = model.attention is not AttentionBackend.manual
         return once.attention // model.block_size if model.dropout and fused else 0
-    last_is_kept = model.dropout or model.ffn is Ffn.moe or model.norm_position is not NormPosition.pre
+    unknown = isinstance(model.ffn, str)  # which product is its last
+    last_is_kept = unknown or model.dropout or model.ffn is Ffn.moe or model.norm_position is not NormPosition.pre
     spared = 0 if last_is_kept else once.ffn // (3 if model.gated else 2)
     return (once.palm - once.logits - spared) // model.block_size

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
+from gpt.components.facts import part_counts
 from gpt.config import Ffn, ModelConfig, Norm, NormPosition, Position
 
 Shapes = dict[str, tuple[int, ...]]
@@ -83,15 +84,27 @@ def block_shapes(model: ModelConfig) -> Shapes:
     """Name and shape of every parameter of one block."""
     width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
     shapes = norm_shapes(model, "attention_norm", width)
-    shapes |= linear_shapes(model, "attention.query", queries, width)
-    shapes |= linear_shapes(model, "attention.key", keys, width)
-    shapes |= linear_shapes(model, "attention.value", keys, width)
-    shapes |= linear_shapes(model, "attention.output", width, queries)
-    if model.qk_norm:
-        shapes |= norm_shapes(model, "attention.query_norm", model.head_dim)
-        shapes |= norm_shapes(model, "attention.key_norm", model.head_dim)
+    if isinstance(model.attention, str):
+        shapes |= part_shapes(model, "attention", "attention")
+    else:
+        shapes |= linear_shapes(model, "attention.query", queries, width)
+        shapes |= linear_shapes(model, "attention.key", keys, width)
+        shapes |= linear_shapes(model, "attention.value", keys, width)
+        shapes |= linear_shapes(model, "attention.output", width, queries)
+        if model.qk_norm:
+            shapes |= norm_shapes(model, "attention.query_norm", model.head_dim)
+            shapes |= norm_shapes(model, "attention.key_norm", model.head_dim)
+        if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
+            shapes |= part_shapes(model, "position", "attention.rope")
     shapes |= norm_shapes(model, "ffn_norm", width)
+    if isinstance(model.ffn, str):
+        return shapes | part_shapes(model, "ffn", "ffn")
     return shapes | (mixture_shapes(model) if model.ffn is Ffn.moe else dense_shapes(model, "ffn", model.ffn_width))
+
+
+def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
+    """Parameters of a part of the user's, which lies in the model under ``name``."""
+    return {f"{name}.{local}": shape for local, shape in part_counts(model)[part].shapes.items()}
 
 
 def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
@@ -117,6 +130,8 @@ def outer_shapes(model: ModelConfig) -> Shapes:
     shapes: Shapes = {"token_embedding.weight": (model.padded_vocab, model.n_embd)}
     if model.position is Position.learned:
         shapes["position.weight"] = (model.block_size, model.n_embd)
+    elif isinstance(model.position, str) and not part_counts(model)["position"].on_heads:
+        shapes |= part_shapes(model, "position", "position")
     if model.norm_position is NormPosition.pre:
         shapes |= norm_shapes(model, "norm", model.n_embd)
     if not model.tie_embeddings:
@@ -132,5 +147,7 @@ def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> S
 
 def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
     """A gain, and a shift where the layer has one."""
+    if isinstance(model.norm, str):
+        return part_shapes(model, "norm" if width == model.n_embd else "head_norm", name)
     gain: Shapes = {f"{name}.weight": (width,)}
     return gain | {f"{name}.bias": (width,)} if model.norm is Norm.layernorm else gain

@@ -79,6 +79,10 @@ class AttentionBackend(Enum):
     manual = "manual"
 
 
+PARTS: dict[str, type[Enum]] = {"norm": Norm, "position": Position, "ffn": Ffn, "attention": AttentionBackend}
+"""Fields of the model's config that take a class of the user's, too -> the names that are ours."""
+
+
 class ExpertBalance(Enum):
     """Method that keeps experts equally busy: ``loss`` adds a loss (arXiv 2101.03961, section 2.2; for each sequence by
     itself, as in arXiv 2412.19437, section 2.1.2); ``bias`` moves a bias of each expert that only the choice sees, a

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Optional
+from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
+from gpt.config.checks import check_custom_name
 from launch.errors import ConfigError
 from launch.runs.ranges import require_positive, require_range
 
-# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
-# ruff: noqa: UP045
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
+# ruff: noqa: UP007, UP045
 
 
 BYTE_VOCAB = 256
@@ -102,7 +103,11 @@ class DataConfig:
 
     name: Optional[str] = None
     """Short name of the corpus, that of its file in configs/data; null takes the source's."""
-    source: Source = MISSING
+    source: Union[Source, str] = MISSING
+    """One of ours by name; or a function of your own, ``package.module:function`` or an entry point of the group
+    ``gpt.source``, which is given this config and yields documents. See docs/components.md."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings for a source of your own, which finds them as ``config.options``."""
     path: Optional[str] = None
     """The text file (text, shakespeare), a pattern of files (files: text, .jsonl, .jsonl.gz or .parquet), or the token
     files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards)."""
@@ -143,10 +148,23 @@ class DataConfig:
     @property
     def title(self) -> str:
         """Name of the corpus, with the default resolved."""
-        return self.name or self.source.name
+        return self.name or (self.source.rpartition(":")[2] if isinstance(self.source, str) else self.source.name)
+
+    def __post_init__(self) -> None:
+        # OmegaConf leaves a name as the string that it is where a field takes strings too.
+        if isinstance(self.source, str) and self.source in Source.__members__:
+            self.source = Source[self.source]
 
     def validate(self) -> None:
         """Raise ConfigError where the corpus is not fully described."""
+        if isinstance(self.source, str):
+            check_custom_name("data.source", self.source, Source.__members__)
+        elif self.options:
+            raise ConfigError(
+                f"data.options={self.options} with data={self.title}",
+                "settings for a source of your own only, which is their only reader",
+                "data.options={}, or data=custom data.source=PACKAGE.MODULE:FUNCTION",
+            )
         if self.source is Source.text and not self.path:
             raise ConfigError("data=text without data.path", "the path of a text file", "data=text data.path=FILE")
         if self.source is Source.files and not self.path:

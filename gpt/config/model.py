@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
 from gpt.config.components import (
+    PARTS,
     Activation,
     AttentionBackend,
     ExpertBalance,
@@ -19,8 +20,8 @@ from gpt.config.components import (
     RopeScaling,
 )
 
-# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
-# ruff: noqa: UP045
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
+# ruff: noqa: UP007, UP045
 
 
 @dataclass
@@ -45,12 +46,14 @@ class ModelConfig:
     n_kv_head: Optional[int] = None
     """Number of key and value heads (grouped-query attention, arXiv 2305.13245; 1 is multi-query, arXiv 1911.02150);
     null means n_head."""
-    norm: Norm = Norm.layernorm
+    norm: Union[Norm, str] = Norm.layernorm
+    """One of ours by name; or, as for position, ffn and attention, a class of your own: ``package.module:Class``, or
+    the name of an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
     norm_eps: float = 1e-5
     norm_position: NormPosition = NormPosition.pre
     qk_norm: bool = False
     """Normalize queries and keys, head by head, before positions turn them (arXiv 2010.04245, arXiv 2302.05442)."""
-    position: Position = Position.learned
+    position: Union[Position, str] = Position.learned
     rope_base: float = 10000.0
     """Base of the rotary frequencies; used with position=rope only."""
     rope_scaling: RopeScaling = RopeScaling.none
@@ -62,7 +65,7 @@ class ModelConfig:
     """rope_scaling=llama3: frequencies that turn less often in the original length are divided by the factor."""
     rope_high_freq_factor: float = 4.0
     """rope_scaling=llama3: frequencies that turn more often in the original length are left alone."""
-    ffn: Ffn = Ffn.standard
+    ffn: Union[Ffn, str] = Ffn.standard
     ffn_hidden: Optional[int] = None
     """Inner width of the feed-forward layer, with ffn=moe of one expert; null means 4 n_embd (standard) or 8/3 n_embd
     rounded up to 64 (gated)."""
@@ -94,7 +97,7 @@ class ModelConfig:
     z_coefficient: float = 0.001
     """ffn=moe: weight of the router's z-loss, which keeps its logits small (arXiv 2202.08906, section 3); 0 turns it
     off."""
-    attention: AttentionBackend = AttentionBackend.sdpa
+    attention: Union[AttentionBackend, str] = AttentionBackend.sdpa
     force_flash: bool = False
     """attention=flash: refuse to train, and say why, where the flash kernel cannot run."""
     parallel_residual: bool = False
@@ -112,6 +115,20 @@ class ModelConfig:
     """Standard deviation of the initial token embedding; null means init_std."""
     residual_init_scaled: bool = True
     """Divide the initial matrices that write into the residual stream by sqrt(2 n_layer) (GPT-2, section 2.3)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of parts of your own, which find them as ``config.options``."""
+
+    def __post_init__(self) -> None:
+        # OmegaConf leaves a name as the string that it is where a field takes strings too.
+        for key, names in PARTS.items():
+            value = getattr(self, key)
+            if isinstance(value, str) and value in names.__members__:
+                setattr(self, key, names[value])
+
+    @property
+    def custom_parts(self) -> dict[str, str]:
+        """The parts that are classes of the user's: field of the config -> name."""
+        return {key: value for key in PARTS if isinstance(value := getattr(self, key), str)}
 
     @property
     def head_dim(self) -> int:
@@ -130,7 +147,9 @@ class ModelConfig:
 
     @property
     def dense_ffn(self) -> Ffn:
-        """Kind of the feed-forward layer, or of one expert of it."""
+        """Kind of the feed-forward layer, or of one expert of it; of a layer of the user's, standard."""
+        if isinstance(self.ffn, str):
+            return Ffn.standard
         return self.expert_ffn if self.ffn is Ffn.moe else self.ffn
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gpt.config.checks import nearest_divisor
+from gpt.config.checks import check_custom_name, nearest_divisor
 from gpt.config.components import (
+    PARTS,
     Activation,
     AttentionBackend,
     ExpertBalance,
@@ -31,6 +32,7 @@ def check(model: ModelConfig) -> None:
     if model.embedding_init_std is not None:
         require_positive("model.embedding_init_std", model.embedding_init_std)
     require_range("model.dropout", model.dropout, 0.0, 0.99)
+    check_custom_parts(model)
     check_heads(model)
     check_rope(model)
     check_block(model)
@@ -39,6 +41,18 @@ def check(model: ModelConfig) -> None:
         check_experts(model)
     else:
         refuse_expert_keys(model)
+
+
+def check_custom_parts(model: ModelConfig) -> None:
+    """Raise ConfigError unless every part is one of ours or can be a name of the user's; imports nothing."""
+    for key, name in model.custom_parts.items():
+        check_custom_name(f"model.{key}", name, PARTS[key].__members__)
+    if model.options and not model.custom_parts:
+        raise ConfigError(
+            f"model.options={model.options} in a model without parts of your own",
+            "settings for such parts only, which are their only readers",
+            "model.options={}, or model.norm=PACKAGE.MODULE:CLASS",
+        )
 
 
 def check_heads(model: ModelConfig) -> None:
@@ -59,7 +73,7 @@ def check_heads(model: ModelConfig) -> None:
         )
     if model.force_flash and model.attention is not AttentionBackend.flash:
         raise ConfigError(
-            f"model.force_flash=true with model.attention={model.attention.name}",
+            f"model.force_flash=true with model.attention={getattr(model.attention, 'name', model.attention)}",
             "the flash kernel asked for, where it is to be enforced",
             "model.attention=flash model.force_flash=true",
         )
@@ -84,7 +98,7 @@ def check_rope(model: ModelConfig) -> None:
         return
     if model.position is not Position.rope:
         raise ConfigError(
-            f"model.rope_scaling={scaling.name} with model.position={model.position.name}",
+            f"model.rope_scaling={scaling.name} with model.position={getattr(model.position, 'name', model.position)}",
             "rotary positions, whose frequencies it scales",
             "model.position=rope",
         )
@@ -204,7 +218,7 @@ def refuse_expert_keys(model: ModelConfig) -> None:
         if value != idle:
             more = "" if key == "n_expert" else " model.n_expert=8"
             raise ConfigError(
-                f"model.{key}={value} with model.ffn={model.ffn.name}",
+                f"model.{key}={value} with model.ffn={getattr(model.ffn, 'name', model.ffn)}",
                 "experts only where the feed-forward layer is made of them",
                 f"model.ffn=moe model.bias=false model.{key}={value}{more}",
             )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Optional
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from gpt.config.checks import check_custom_name
 from launch.errors import ConfigError
 from launch.runs.ranges import require_positive, require_range
 
@@ -15,9 +16,18 @@ from launch.runs.ranges import require_positive, require_range
 # ruff: noqa: UP045
 
 
+ADAMW = "adamw"
+
+
 @dataclass
 class OptimConfig:
     """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then a cosine to ``min_lr``."""
+
+    optimizer: str = ADAMW
+    """adamw; or a class of your own, ``package.module:Class`` or an entry point of the group ``gpt.optimizer``. See
+    docs/components.md."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of an optimizer of your own, beside lr, betas and eps, which come from here where it takes them."""
 
     max_steps: int = MISSING
     """Number of optimizer steps; without effect where ``max_tokens`` is given. A run goes on beyond its end where it is
@@ -47,6 +57,14 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
+        if self.optimizer != ADAMW:
+            check_custom_name("optim.optimizer", self.optimizer, (ADAMW,))
+        elif self.options:
+            raise ConfigError(
+                f"optim.options={self.options} with optim.optimizer={ADAMW}",
+                "arguments for an optimizer of your own only",
+                "optim.options={}, or optim.optimizer=PACKAGE.MODULE:CLASS",
+            )
         for key in ("max_steps", "global_batch", "max_micro_batch", "lr"):
             require_positive(f"optim.{key}", getattr(self, key))
         if self.max_tokens is not None:

@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 INITIAL_FIELDS = ("init_std", "embedding_init_std", "residual_init_scaled")
 TRAINING_FIELDS = ("dropout", "capacity_factor", "balance_coefficient", "balance_bias_rate", "z_coefficient")
 KERNEL_FIELDS = ("attention", "force_flash", "expert_matmul", "vocab_multiple")
-NOT_LEARNED = frozenset({"name", *INITIAL_FIELDS, *TRAINING_FIELDS, *KERNEL_FIELDS})
+NOT_LEARNED = frozenset({"name", "options", *INITIAL_FIELDS, *TRAINING_FIELDS, *KERNEL_FIELDS})
 """Fields of ModelConfig that a trained model does not depend on: any architecture takes any value of them."""
 ROPE_FIELDS = ("rope_base", "rope_scaling")
 LLAMA3_FIELDS = ("rope_original_block_size", "rope_low_freq_factor", "rope_high_freq_factor")

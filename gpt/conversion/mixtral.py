@@ -38,7 +38,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     if window is not None and window < require_key(hf, "max_position_embeddings"):
         raise unsupported_part_error(hf, "sliding_window", "sliding_window=null")
     config = read_common(hf, rope_base=1e6, norm_eps=1e-5)
-    config.expert_ffn, config.ffn = config.ffn, Ffn.moe
+    config.expert_ffn, config.ffn = config.dense_ffn, Ffn.moe
     config.n_expert = require_key(hf, "num_local_experts")
     config.n_expert_per_token = require_key(hf, "num_experts_per_tok")
     config.router_normalize = True

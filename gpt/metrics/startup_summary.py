@@ -17,6 +17,7 @@ from rich.text import Text
 
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 from gpt.config.float8 import float8_words
+from gpt.config.optim import ADAMW
 
 WIDTH = 110
 """Columns of the summary in a log file, which has no width of its own; more than a terminal has are not used."""
@@ -67,8 +68,11 @@ def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
     heads = f"{model.n_head} heads of {model.head_dim}"
     if model.kv_heads != model.n_head:
         heads += f", {model.kv_heads} for keys and values"
+    names = {key: f"{key} {name}" for key, name in model.custom_parts.items()}
     kinds = {Ffn.swiglu: "SwiGLU", Ffn.geglu: "GEGLU", Ffn.standard: f"standard, {model.ffn_activation.name}"}
     ffn = f"{kinds[model.dense_ffn]} ffn {model.ffn_width} wide"
+    if isinstance(model.ffn, str):
+        ffn = names["ffn"]
     if model.ffn is Ffn.moe:
         ffn = f"{model.n_expert_per_token} of {model.n_expert} experts, {ffn}"
     norm = {Norm.rmsnorm: "RMSNorm", Norm.layernorm: "LayerNorm", Norm.layernorm_nobias: "LayerNorm without shift"}
@@ -77,7 +81,10 @@ def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
         Position.learned: "learned positions",
         Position.none: "no positions",
     }
+    norms = names["norm"] if isinstance(model.norm, str) else norm[model.norm]
+    positions = names["position"] if isinstance(model.position, str) else position[model.position]
     choices = {
+        names.get("attention", ""): "attention" in names,
         "norms after": model.norm_position is NormPosition.post,
         "normalized queries and keys": model.qk_norm,
         f"rope scaling {model.rope_scaling.name}": model.rope_scaling is not RopeScaling.none,
@@ -93,7 +100,7 @@ def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
     active = f"{counts['active']:,} active for a token, " if counts["idle"] else ""
     return {
         "model": f"{model.name}: {model.n_layer} layers x {model.n_embd}, {heads}",
-        "parts": f"{norm[model.norm]}, {position[model.position]}, {ffn}" + "".join(f", {extra}" for extra in extras),
+        "parts": ", ".join([norms, positions, ffn, *extras]),
         "sequence": f"{model.block_size:,} tokens of a vocabulary of {model.vocab_size:,}",
         "parameters": f"{counts['total']:,}, {active}{counts['non_embedding']:,} without embeddings ({parts})",
     }
@@ -116,11 +123,12 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
         f"recompute {config.recompute.name}",
         *(["deterministic"] if config.deterministic else []),
     ]
+    optimizer = "AdamW" if optim.optimizer == ADAMW else optim.optimizer
     first = record["initialised_from"]
     return {
         "batch": f"{record['global_batch']:,} sequences = {tokens:,} tokens a step; {per_rank} per rank",
         "steps": f"{steps}; {tokens * optim.max_steps:,} tokens in all",
-        "optimizer": f"AdamW, lr {optim.lr:g} to {optim.min_lr:g} after {optim.warmup_steps} steps of warm-up, "
+        "optimizer": f"{optimizer}, lr {optim.lr:g} to {optim.min_lr:g} after {optim.warmup_steps} steps of warm-up, "
         f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.grad_clip:g}",
         **({"first weights": first["path"]} if first else {}),
         "execution": ", ".join(execution),

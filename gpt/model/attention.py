@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from gpt.config import AttentionBackend, ModelConfig, Position
+from gpt.config import AttentionBackend, ModelConfig
 from gpt.model.kv_cache import LayerCache
 from gpt.model.norm import build_norm
-from gpt.model.position import Rope
+from gpt.model.position import build_rotation
 
 
 class Attention(nn.Module):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         # One gain for all heads, so that heads can be sharded.
         self.query_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.key_norm = build_norm(config, config.head_dim) if config.qk_norm else None
-        self.rope = Rope(config) if config.position is Position.rope else None
+        self.rope = build_rotation(config)
         self.backend = config.attention
         self.force_flash = config.force_flash
         self.dropout = config.dropout

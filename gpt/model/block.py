@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gpt.components.load import build_part
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention
 from gpt.model.ffn import build_dense
@@ -24,7 +25,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = Attention(config)
+        self.attention = build_attention(config)
         self.ffn_norm = build_norm(config)
         self.ffn = build_ffn(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -42,8 +43,19 @@ class Block(nn.Module):
         return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
 
 
+def build_attention(config: ModelConfig) -> nn.Module:
+    """Build our attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
+    if not isinstance(config.attention, str):
+        return Attention(config)
+    made: nn.Module = build_part("model.attention", config.attention, config)
+    return made
+
+
 def build_ffn(config: ModelConfig) -> nn.Module:
     """Build the feed-forward layer that ``config.ffn`` names, (B, T, D) -> (B, T, D)."""
     from gpt.model.moe import MixtureOfExperts
 
+    if isinstance(config.ffn, str):
+        made: nn.Module = build_part("model.ffn", config.ffn, config)
+        return made
     return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)

@@ -24,12 +24,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig, NormPosition, Position
+from gpt.config import ModelConfig, NormPosition
 from gpt.model.block import Block
 from gpt.model.kv_cache import Cache
-from gpt.model.moe import MixtureOfExperts
 from gpt.model.norm import build_norm
-from gpt.model.position import LearnedPosition, Rope
+from gpt.model.position import build_position
 
 
 class TiedHead(nn.Module):
@@ -51,8 +50,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.padded_vocab, config.n_embd)
-        learned = config.position is Position.learned
-        self.position = LearnedPosition(config.block_size, config.n_embd) if learned else None
+        self.position = build_position(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # Norms after each addition leave the hidden states normalized.
@@ -90,5 +88,11 @@ class GPT(nn.Module):
     def reset_buffers(self) -> None:
         """Compute the tables that no checkpoint holds; needed once after ``to_empty``."""
         for module in self.modules():
-            if isinstance(module, Rope | MixtureOfExperts):
-                module.reset_buffers()
+            reset = getattr(module, "reset_buffers", None)
+            if reset is not None and module is not self:
+                reset()
+
+    @property
+    def has_cache(self) -> bool:
+        """True unless the attention says, by ``uses_cache = False``, that it forgets keys and values."""
+        return all(getattr(block.attention, "uses_cache", True) for block in self.blocks)

@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gpt.components.facts import owner_of
+from gpt.components.load import load_part
 from gpt.config import ModelConfig
 from gpt.model.gpt import GPT
 
@@ -53,11 +55,14 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Draw one whole parameter, or the value of a buffer, fp32 on the CPU.
 
     Each expert is drawn by itself, so its values do not depend on how many there are. Rows that only fill up the
-    vocabulary are 0, and the others are what they are without them.
+    vocabulary are 0, and the others are what they are without them. A part of the user's may give values of its own.
     """
+    own = part_value(name, shape, config, seed)
+    if own is not None:
+        return own
     if name.endswith("bias"):  # of a layer, or of the balance of experts
         return torch.zeros(shape, device="cpu")
-    if len(shape) == 1:  # the gain of a norm
+    if len(shape) < 2:  # the gain of a norm
         return torch.ones(shape, device="cpu")
     std = initial_std(name, config)
     whole = torch.zeros(shape, device="cpu")
@@ -69,6 +74,21 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     is_padded = name in ("token_embedding.weight", "head.weight")
     fill_normal(whole[: config.vocab_size] if is_padded else whole, name, std, seed)
     return whole
+
+
+def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor | None:
+    """Ask the user's part that a tensor belongs to for its value; None where it has none, or leaves it to the rule."""
+    owner = owner_of(name, config)
+    if owner is None:
+        return None
+    key, local = owner
+    kind = load_part(f"model.{key}", config.custom_parts[key])
+    if not hasattr(kind, "initial_value"):
+        return None
+    generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
+    value: Tensor | None = kind.initial_value(config, local, shape, generator)
+    assert value is None or value.shape == shape, f"{name}: {tuple(value.shape)} instead of {tuple(shape)}"
+    return value
 
 
 def initial_std(name: str, config: ModelConfig) -> float:

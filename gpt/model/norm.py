@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gpt.components.load import build_part
 from gpt.config import ModelConfig, Norm
 
 
@@ -21,9 +22,12 @@ def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
     """Build the normalization layer that ``config.norm`` names, (..., width) -> (..., width), by default over D.
 
     ``layernorm`` has a gain and a shift (arXiv 1607.06450), ``layernorm_nobias`` and ``rmsnorm`` (arXiv 1910.07467) a
-    gain only.
+    gain only; a class of the user's is made with the config and the width.
     """
     width = config.n_embd if width is None else width
+    if isinstance(config.norm, str):
+        made: nn.Module = build_part("model.norm", config.norm, config, width)
+        return made
     if config.norm is Norm.rmsnorm:
         return RmsNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm is Norm.layernorm)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt.config import ModelConfig, RopeScaling
+from gpt.components.load import build_part
+from gpt.config import ModelConfig, Position, RopeScaling
 
 
 class LearnedPosition(nn.Module):
@@ -94,6 +95,22 @@ def rotate(x_BTHC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
     first, second = x_BTHC.chunk(2, dim=-1)
     cos_T1C, sin_T1C = torch.cat((cos_T1P, cos_T1P), -1), torch.cat((-sin_T1P, sin_T1P), -1)
     return torch.addcmul(torch.cat((second, first), -1) * sin_T1C, x_BTHC, cos_T1C)
+
+
+def build_position(config: ModelConfig) -> nn.Module | None:
+    """Build what positions add to the embedding, (B, T, D) and the first position -> (B, T, D); None for nothing."""
+    if isinstance(config.position, str):
+        made: nn.Module = build_part("model.position", config.position, config)
+        return None if getattr(made, "on_heads", False) else made
+    return LearnedPosition(config.block_size, config.n_embd) if config.position is Position.learned else None
+
+
+def build_rotation(config: ModelConfig) -> nn.Module | None:
+    """Build what positions do to queries and keys, (B, T, H, C) and the first position -> (B, T, H, C); or None."""
+    if isinstance(config.position, str):
+        made: nn.Module = build_part("model.position", config.position, config)
+        return made if getattr(made, "on_heads", False) else None
+    return Rope(config) if config.position is Position.rope else None
 
 
 def set_positions(module: nn.Module, positions_T: Tensor) -> None:

@@ -89,6 +89,7 @@ def generate(
     """
     size = model.config.block_size
     tokens_BT, start, read = prompt_BT, max(0, prompt_BT.size(1) - size), 0
+    use_cache = use_cache and model.has_cache
     cache = Cache(size)
     for _ in range(new_tokens):
         if tokens_BT.size(1) - start > size:

@@ -77,6 +77,7 @@ def shard_sequences(
 def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
     """Build the replacement of ``attention.attend``."""
     if config.parallel.cp_method is CpMethod.ring:
+        assert not isinstance(attention.backend, str), "an attention of the user's is no Attention"
         return partial(ring_attend, shard.group, attention.backend)
     for end in shard.ends(config.model.block_size):
         causal_bias(config.model.block_size // (2 * shard.ranks), end)

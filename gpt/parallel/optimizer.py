@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from gpt.components.load import build_optimizer as build_custom
 from gpt.config import OptimConfig
+from gpt.config.optim import ADAMW
 
 
 class AdamW(torch.optim.AdamW):
@@ -31,8 +33,9 @@ class AdamW(torch.optim.AdamW):
 
 def build_optimizer(
     module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW, fused: bool = False
-) -> torch.optim.AdamW:
-    """Build AdamW over the parameters of ``module``, with weight decay for matrices and none for biases and norms.
+) -> torch.optim.Optimizer:
+    """Build AdamW, or the user's optimizer, over the parameters of ``module``, with weight decay for matrices and
+    none for biases and norms.
 
     ``fused`` asks for the fused step on devices other than GPUs and CPUs too, where it is not the default.
     """
@@ -41,9 +44,13 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer != ADAMW:
+        own: torch.optim.Optimizer = build_custom(config, groups)
+        return own
     fused = fused or all(p.device.type in ("cuda", "cpu") for p in parameters)
     return kind(
-        [g for g in groups if g["params"]],
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -52,11 +59,12 @@ def build_optimizer(
 
 
 @contextmanager
-def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> Iterator[None]:
+def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
     """Have a step of the fused ``optimizer`` change nothing, and not count, where ``skip``, a bool (), is true.
 
-    The fused kernel looks at it on the device. Offloaded parameters are stepped by the host, which waits here: torch
-    would read the flag while it is still being copied.
+    The fused kernel looks at it on the device; before the step of an optimizer of the user's the host
+    does. Offloaded parameters are stepped by the host, which waits here: torch would read the flag while it is still
+    being copied.
     """
     optimizer.found_inf = skip.float().to(first_parameter(optimizer).device)  # type: ignore[attr-defined]
     try:

@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from gpt.config import ParallelConfig
+from gpt.model.ffn import GatedFfn, StandardFfn
 from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts
 from gpt.parallel.compile import replace_forward
@@ -79,7 +80,7 @@ def outer_styles(model: GPT, hidden: Placement, logits: Placement) -> dict[str, 
     return {
         "token_embedding": ShardedEmbedding(hidden),
         "position": Replicated(hidden, starts_at_slice=True),
-        "norm": Replicated(hidden),
+        "norm": Replicated(hidden),  # also one of the user's, where it says that it takes tokens one by one
         "head": head,
     }
 
@@ -98,6 +99,8 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
         "attention.output": RowwiseParallel(output_layouts=hidden),
         "ffn_norm": Replicated(hidden),
     }
+    if not isinstance(block.ffn, MixtureOfExperts | StandardFfn | GatedFfn):
+        return {**plan, "ffn": Replicated(hidden)}  # a layer of the user's, on this rank's tokens
     if isinstance(block.ffn, MixtureOfExperts):
         return {**plan, "ffn": ShardedMixture(hidden)}
     return {

@@ -41,7 +41,7 @@ def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
         return
     if model.ffn is not Ffn.moe:
         raise ConfigError(
-            f"parallel.ep={ep} with model.ffn={model.ffn.name}",
+            f"parallel.ep={ep} with model.ffn={getattr(model.ffn, 'name', model.ffn)}",
             "a mixture of experts, whose experts can be sharded",
             "parallel.ep=1, or model=moe_200m",
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 
+from gpt.components.facts import KINDS_OF_PARALLELISM, optimizer_state, part_counts
 from gpt.config import (
     CpMethod,
     ExpertMatmul,
@@ -23,7 +24,9 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.config.checks import divisors, is_importable
+from gpt.config.components import PARTS
 from gpt.config.model_rules import GROUPED_MULTIPLE
+from gpt.config.optim import ADAMW
 from gpt.topology.batch import split_batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import ParallelDims, parallel_dims
@@ -40,7 +43,7 @@ def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
     """
     dims = parallel_dims(config.parallel, world_size)
     for check in (
-        *(check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed),
+        *(check_custom_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed),
         check_loss_scale,
     ):
         check(config, dims)
@@ -57,6 +60,25 @@ def require_deepspeed(config: TrainConfig) -> None:
             f"parallel.strategy=deepspeed, and no package deepspeed in {sys.executable}",
             "DeepSpeed, which all but the strategies of that name does without",
             "pip install -c constraints.txt deepspeed, or parallel=fsdp",
+        )
+
+
+def check_custom_parts(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError where a part of the user's cannot be used, or does not say that it can under tp, cp or pp."""
+    model = config.model
+    optimizer_state(config.optim)
+    for key, counts in part_counts(model).items():
+        part = "norm" if key == "head_norm" else key
+        asked = [name for name in ("tp", "cp", "pp") if getattr(dims, name) > 1 and name not in counts.parallel]
+        if not asked:
+            continue
+        name, able = asked[0], KINDS_OF_PARALLELISM[part]
+        says = f'parallel = ("{name}",) in the class, where that holds; ' if name in able else ""
+        raise ConfigError(
+            f"parallel.{name}={getattr(dims, name)} with model.{part}={model.custom_parts[part]}",
+            f"{says}a part that says it can be computed under {name}"
+            + ("" if name in able else f", which of {part} only ours can"),
+            f"parallel=fsdp parallel.{name}=1, or model.{part}={next(iter(PARTS[part])).name}",
         )
 
 
@@ -130,6 +152,8 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
         f"{model.kv_heads} key and value heads": model.kv_heads,
         f"{'experts' if model.ffn is Ffn.moe else 'a feed-forward layer'} {model.ffn_width} wide": model.ffn_width,
     }
+    if isinstance(model.ffn, str):  # replicated, each rank for its own tokens
+        shared.popitem()
     sharers = max(
         n for n in divisors(tp) if all(number % n == 0 for number in shared.values()) and grouped_matmul_fits(model, n)
     )
@@ -191,6 +215,12 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
     check_dimensions(config, dims)
     if dims.pp > 1:
         check_stages(config, dims)
+    if config.optim.optimizer != ADAMW:
+        raise ConfigError(
+            f"optim.optimizer={config.optim.optimizer} with parallel.strategy=deepspeed",
+            "AdamW, whose moments are what DeepSpeed's checkpoints are read and written by",
+            "parallel=fsdp (ZeRO-3), parallel=zero1, or optim.optimizer=adamw",
+        )
     ds_config(config, split_batch(config.optim, dims.data_ranks))
 
 

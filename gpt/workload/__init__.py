@@ -12,7 +12,9 @@ from functools import partial
 from omegaconf import DictConfig
 
 from gpt.accounting import parameters
+from gpt.accounting.units import FP32
 from gpt.checkpoint.verify import saved_checkpoints
+from gpt.components.facts import optimizer_state
 from gpt.config import Device, TrainConfig
 from gpt.config.compose import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
 from gpt.conversion.source import check_init_from
@@ -48,9 +50,6 @@ from launch.workload import (
     WorkloadPlan,
     possible_sizes,
 )
-
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: weights and both of Adam's moments, in fp32."""
 
 PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pipeline")
 """Modules that ranks import, however they are configured."""
@@ -118,7 +117,7 @@ class GptWorkload:
             warnings=tuple(plan_warnings(config, batch, corpus, request, step_s)),
             max_steps=config.optim.max_steps,
             checkpoint_kind=f"{config.model.name} {counted.total}",
-            checkpoint_bytes=counted.total * BYTES_PER_PARAMETER,
+            checkpoint_bytes=round(counted.total * (FP32 + optimizer_state(config.optim).per_element)),
             step_kind=step_kind(config, dims, batch),
             step_s=None if on_cpus(config, request) else step_s,  # the model assumes one rate for all CPUs
             saves=f"checkpoint.interval={config.checkpoint.interval}",

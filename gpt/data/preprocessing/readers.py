@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt.components.load import load_source
 from gpt.config import DataConfig
 from gpt.data.preprocessing.files import unreadable_file_error
 from gpt.data.preprocessing.shards import TRAIN, VAL, Part, Shard, open_dataset
@@ -75,12 +76,36 @@ def is_validation(shard: int, document: int, fraction: float) -> bool:
 
 
 def _documents(spec: PreprocessingSpec, part: Part) -> Iterator[str]:
-    if spec.kind == "dataset":
+    if spec.kind == "custom":
+        yield from _read_custom(spec.config)
+    elif spec.kind == "dataset":
         yield from _read_dataset(spec.config, part)
     elif spec.kind == "parquet":
         yield from _read_parquet(part, spec.config.text_key)
     else:
         yield from _read_jsonl(part, spec.config.text_key, packed=spec.kind == "jsonl.gz")
+
+
+def _read_custom(config: DataConfig) -> Iterator[str]:
+    """Texts of a function of the user's."""
+    name = str(config.source)
+    documents = load_source("data.source", name)(config)
+    while True:
+        try:
+            text = next(documents, None)
+        except Exception as error:  # of the user's function
+            raise ConfigError(
+                f"data.source={name} fails: {type(error).__name__}: {error}",
+                "a generator of documents, which ends where they do",
+                "the function repaired, and the same command again",
+            ) from error
+        if text is None:
+            return
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"data.source={name} yields a {type(text).__name__}", "a document at a time, a str", "yield text"
+            )
+        yield text
 
 
 def _read_range(part: Part) -> bytes:

@@ -53,6 +53,8 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
     if spec.kind == "synthetic":
         walks = range(num_walks(spec.config.synthetic.tokens))
         return [Shard(i, None, (Part("", i, i + 1, False, 0),)) for i in walks]
+    if spec.kind == "custom":  # of which only its function knows where its documents are
+        return [Shard(0, None, (Part(str(spec.config.source), 0, 0, True, 0),))]
     if spec.kind == "dataset":
         return _dataset_shards(spec.config)
     if spec.kind == "text":

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from gpt.components.load import source_digest
 from gpt.config import BYTE_VOCAB, DataConfig, Source, TokenizerKind
 from gpt.data.formats.prepared import FORMAT
 from gpt.data.preprocessing.files import (
@@ -43,7 +44,7 @@ class PreprocessingSpec:
 
     config: DataConfig
     kind: str
-    """``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset`` or ``synthetic``."""
+    """``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset``, ``synthetic`` or ``custom``."""
     files: tuple[CorpusFile, ...]
     identity: dict[str, Any]
     """Plain JSON, equal for equal tokens; recorded in the manifest under the key ``spec``."""
@@ -99,6 +100,13 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
     if config.source is Source.dataset:
         keys = ("dataset", "subset", "train_split", "val_split", "text_key")
         return _make_spec(config, "dataset", (), {key: getattr(config, key) for key in keys})
+    if isinstance(config.source, str):
+        identity = {
+            "source": config.source,
+            "source_sha256": source_digest("data.source", config.source),
+            "options": dict(config.options),
+        }
+        return _make_spec(config, "custom", (), identity)
     files = _find_files(config, cache)
     if files is None:
         return None
@@ -178,7 +186,8 @@ def prepare_command(config: DataConfig, cache: Path) -> str:
     folder = resources.files("configs").joinpath("data")
     preset = folder.joinpath(f"{config.title}.yaml")
     base: Any = OmegaConf.structured(DataConfig)
-    name = config.title if preset.is_file() else config.source.name
+    kind = "custom" if isinstance(config.source, str) else config.source.name
+    name = config.title if preset.is_file() else kind
     text = folder.joinpath(f"{name}.yaml")
     if text.is_file():
         base = OmegaConf.merge(base, OmegaConf.create(text.read_text()))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from gpt.accounting.flops import expert_rows
 from gpt.accounting.units import BF16, FP32, INT64
+from gpt.components.facts import part_counts
 from gpt.config import (
     Activation,
     AttentionBackend,
@@ -79,7 +80,9 @@ def activation_bytes(
     tokens = factors.tokens(model, sequences)
     width = BF16 if precision.is_half else FP32
     embedding = INT64 + dropout_bytes(model, FP32, factors)
-    norm = norm_bytes(model, factors=factors) if model.norm_position is NormPosition.pre else 0
+    if isinstance(model.position, str) and not part_counts(model)["position"].on_heads:
+        embedding += custom_bytes(model, "position", width)
+    norm = norm_bytes(model, factors=factors, kept=width) if model.norm_position is NormPosition.pre else 0
     block = block_bytes(model, sequences, width, factors)
     hidden = -(-tokens * FP32 * model.n_embd // factors.hidden)
     left = {
@@ -109,6 +112,8 @@ def block_bytes(model: ModelConfig, sequences: int, width: int, factors: Paralle
 def product_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
     """Return the results of the matrix products of one block, with attention, as gpt/parallel/compile.py saves them."""
     tokens, up = factors.tokens(model, sequences), 2 if model.gated else 1
+    if model.custom_parts.keys() & {"attention", "ffn"}:
+        return tokens * custom_products(model, width, factors)
     queries, keys, heads = head_widths(model, factors)
     written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
     attention = width * (2 * queries + 2 * keys + model.n_embd)
@@ -125,6 +130,27 @@ def product_bytes(model: ModelConfig, sequences: int, width: int, factors: Paral
     return tokens * (attention + mixture) + rows * width * results
 
 
+def custom_products(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
+    """Per token of one layer with an attention or a feed-forward layer of the user's: results of matrix products.
+
+    Of a part of ours beside it all that the part keeps, an upper bound.
+    """
+    bytes_ = 0
+    for part, ours in (("attention", attention_bytes), ("ffn", ffn_bytes)):
+        if part in model.custom_parts:
+            bytes_ += custom_bytes(model, part, width, products=True)
+        else:
+            bytes_ += ours(model, width, factors)
+    return bytes_
+
+
+def custom_bytes(model: ModelConfig, part: str, width: int, products: bool = False) -> int:
+    """Per token: what a part of the user's keeps, or the results of its matrix products, rounded up."""
+    counts = part_counts(model)[part]
+    measured = (counts.products if products else counts.saved)["half" if width == BF16 else "fp32"]
+    return -(-measured // model.block_size)
+
+
 def head_widths(model: ModelConfig, factors: ParallelFactors) -> tuple[int, int, int]:
     """Return width of queries and of keys of one token, and query heads, of one rank."""
     heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
@@ -132,9 +158,16 @@ def head_widths(model: ModelConfig, factors: ParallelFactors) -> tuple[int, int,
 
 
 def norm_bytes(
-    model: ModelConfig, norms: int = 1, width: int | None = None, factors: ParallelFactors = SINGLE_RANK
+    model: ModelConfig,
+    norms: int = 1,
+    width: int | None = None,
+    factors: ParallelFactors = SINGLE_RANK,
+    kept: int = FP32,
 ) -> int:
-    """Per token: input and statistics of ``norms`` norms over ``width`` (D), fp32."""
+    """Per token: input and statistics of ``norms`` norms over ``width`` (D), fp32; ``kept`` is the bytes of a number in
+    matrix products, by which norms of the user's were measured."""
+    if isinstance(model.norm, str):
+        return -(-custom_bytes(model, "norm" if width is None else "head_norm", kept) // factors.hidden)
     width = model.n_embd if width is None else width
     return -(-FP32 * norms * (2 * width + 1 if model.norm is Norm.rmsnorm else width + 2) // factors.hidden)
 
@@ -147,6 +180,9 @@ def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
 
 def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
     """Per token of one layer: norm, queries, keys, values, what the kernel saves of the T x T pairs, and its result."""
+    around = norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors)
+    if isinstance(model.attention, str):
+        return around + custom_bytes(model, "attention", width)
     queries, keys, heads = head_widths(model, factors)
     of_others = factors.cp if factors.gathers_keys else 1
     if model.attention is AttentionBackend.manual:
@@ -157,20 +193,22 @@ def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) ->
     if factors.gathers_keys:
         bytes_ += width * queries  # the result, once as the kernel gave its chunks and once put together
     if model.qk_norm:
-        bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim)
-        if model.norm is not Norm.rmsnorm:
+        bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim, kept=width)
+        if isinstance(model.norm, Norm) and model.norm is not Norm.rmsnorm:
             bytes_ -= (FP32 - width) * (queries + keys)  # LayerNorm keeps what it is given as it is
-    return (
-        norm_bytes(model, factors=factors) + read_bytes(model, width, 3) + bytes_ + dropout_bytes(model, width, factors)
-    )
+    if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
+        bytes_ += custom_bytes(model, "position", width)
+    return around + read_bytes(model, width, 3) + bytes_
 
 
 def ffn_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
     """Per token of one layer: norm and feed-forward layer."""
     around, inner = (
-        norm_bytes(model, factors=factors) + dropout_bytes(model, width, factors),
+        norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors),
         -(-model.ffn_width // factors.tp),
     )
+    if isinstance(model.ffn, str):  # of which each tp rank computes its own tokens
+        return around - (-custom_bytes(model, "ffn", width) // factors.hidden)
     if model.ffn is not Ffn.moe:
         return around + dense_bytes(model, width, inner)
     bytes_ = around + mixture_bytes(model, width)

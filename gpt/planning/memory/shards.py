@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gpt.accounting.parameters import block_shapes, outer_shapes
+from gpt.components.facts import owner_of
 from gpt.config import ModelConfig
 from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import expert_fsdp_ranks, shard_dimension
@@ -22,6 +23,10 @@ vocabulary
 (Megatron-LM, arXiv 1909.08053, section 3)."""
 SHARDED_DIM_1 = ("output.weight", "down.weight", "experts.down")
 """Tensors that it shards along the second dimension (row-parallel)."""
+
+
+AROUND = ("token_embedding.", "position.", "norm.", "head.")
+"""Beginnings of the names of parameters outside the blocks."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,9 @@ def has_parameter(part: StageLayers, name: str, model: ModelConfig) -> bool:
 
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
     """Return one rank's shard of a parameter, given its name and whole shape."""
-    local = tensor_parallel_shape(name, shape, dims.tp)
+    whole_name = name if name.startswith(AROUND) else f"blocks.0.{name}"
+    is_ours = owner_of(whole_name, model) is None  # parts of the user's are replicated over tp
+    local = tensor_parallel_shape(name, shape, dims.tp) if is_ours else shape
     # Context-parallel ranks each have a part of the gradient, so FSDP shards over them too.
     ranks = dims.dp_shard * dims.cp if dims.is_sharded else 1
     if dims.ep == 1 or ".experts." not in name:

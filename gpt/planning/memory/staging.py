@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from gpt.accounting.parameters import count
 from gpt.accounting.units import BF16, FP32
+from gpt.components.facts import optimizer_state
 from gpt.config import Strategy, TrainConfig
-
-STATES = 3
-"""Weights and both of AdamW's moments."""
 
 
 def staging_bytes(config: TrainConfig, world_size: int) -> int:
@@ -23,7 +23,8 @@ def staging_bytes(config: TrainConfig, world_size: int) -> int:
     if not config.checkpoint.asynchronous:
         return 0
     parameters = count(config.model).total
-    shared = -(-parameters * STATES * FP32 // world_size)
+    each = FP32 + optimizer_state(config.optim).per_element  # the weight, and of AdamW both moments
+    shared = math.ceil(parameters * each / world_size)
     if config.parallel.strategy is not Strategy.deepspeed or not config.parallel.zero_stage:
         return shared
     return shared + parameters * (BF16 if config.precision.is_half else FP32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpt.accounting.units import BF16, FP32
+from gpt.components.facts import optimizer_state
 from gpt.config import Strategy, TrainConfig
 from gpt.planning.memory.shards import ParameterShards
 from gpt.topology.dims import ParallelDims
@@ -38,7 +39,9 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
     moments = shards.stored(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else shards.stored()
-    kept, state = FP32 * shards.stored(), 2 * FP32 * moments + FP32 * shards.tensors
+    sizes_of_state = optimizer_state(config.optim)
+    kept = FP32 * shards.stored()
+    state = round(sizes_of_state.per_element * moments) + sizes_of_state.per_tensor * shards.tensors
     return States(0, 0, 0, 2 * kept + state) if config.parallel.cpu_offload else States(kept, kept, state)
 
 

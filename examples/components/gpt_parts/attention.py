@@ -1,0 +1,38 @@
+"""Attention that looks back a few tokens only."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import ModelConfig
+from gpt.model.kv_cache import LayerCache
+
+
+class WindowAttention(nn.Module):
+    """Causal attention to the last ``model.options.window`` tokens (Longformer, arXiv 2004.05150, section 3.1)."""
+
+    parallel: ClassVar = ("pp",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.window = config.n_head, int(config.options.get("window", 64))
+        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.output = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.query_key_value(x_BTD).chunk(3, -1)
+        )
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        new, seen = q.size(2), k.size(2)
+        distance = torch.arange(seen - new, seen, device=x_BTD.device)[:, None] - torch.arange(
+            seen, device=x_BTD.device
+        )
+        near = (distance >= 0) & (distance < self.window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=near)
+        return self.output(y.transpose(1, 2).flatten(2))
