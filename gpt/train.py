@@ -42,6 +42,7 @@ with lasting_imports():
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
     from gpt.training.divergence import BadSteps, DivergenceGuard
+    from gpt.training.early_stop import EarlyStop
     from gpt.training.evaluation import mean_loss
     from gpt.training.execution import settle_execution
     from gpt.training.garbage import collect_together
@@ -123,6 +124,7 @@ def build(
             memory=open_memory(world.control, engine.files, writer) if kept.in_memory else None,
         ),
         worker=rank,
+        early_stop=EarlyStop(config.optim),
         initialised_from=initialised_from,
     )
     if kept.scrub:
@@ -150,7 +152,10 @@ def train(run: Run) -> str:
     if outcome == "stopped":
         run.worker.stopped(run.step)
     else:
-        run.worker.finished(run.step)
+        early = run.early_stop.reason() if run.step < run.config.optim.max_steps else None
+        run.worker.finished(run.step, **({} if early is None else {"early": early}))
+        if early is not None and run.world.is_first:
+            print(f"finished early: {early}", flush=True)
     writers.close()
     return outcome
 
@@ -216,7 +221,9 @@ def do_steps(
             go_back(run, writers, bad)
             left, clock = asked, time.perf_counter()
             continue
-        saves = run.guard.may_save and (saves or bool(asked))
+        if evaluates and run.guard.may_save:
+            last = last or run.early_stop.reason() is not None
+        saves = run.guard.may_save and (saves or last or bool(asked))
         if saves or compares:
             replicas.check()
         if saves:
@@ -230,6 +237,8 @@ def do_steps(
         if asked.stop and not last:
             saving.settle()
             return "stopped"
+        if last:
+            break
     return "finished"
 
 
@@ -253,6 +262,7 @@ def evaluate(run: Run, record: StepRecord) -> BadSteps | None:
     bad = run.guard.judge_evaluation(record.step, loss)
     if bad is None:
         record.val_loss, record.val_bits_per_byte = loss, run.samples.val_bits_per_byte(loss, sequences)
+        run.early_stop.hear(record.step, loss)
     return bad
 
 
@@ -277,9 +287,11 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
             world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
             run = build(config, folder, world, attempt, rank, writer)
             describe_attempt(run)
-            if run.step >= run.config.optim.max_steps:
+            early = run.early_stop.reason()
+            if run.step >= run.config.optim.max_steps or early is not None:
                 if world.is_first:
-                    print(f"already finished: {folder.path} has all {run.step} steps", flush=True)
+                    has = f"has all {run.step} steps" if early is None else f"is over at step {run.step}: {early}"
+                    print(f"already finished: {folder.path} {has}", flush=True)
                 rank.finished(run.step)
                 return "finished"
             return train(run)

@@ -45,6 +45,9 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "damage": point.damage
         or damaged_text(point.events())
         or ("its filesystem has no room" if is_full(point.folder.path) else None),
+        "early": next((e["early"] for e in reversed(point.events()) if e.get("early")), None)
+        if point.state == "finished"
+        else None,
         "unsaved": unsaved_text(point.events()),
         "partition": point.job_status.partition or None,
         "waiting_s": waiting_s(point),
@@ -112,6 +115,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []
+    lines += [f"finished early: {known['early']}"] if "early" in known else []
     lines += [known["advice"]] if "advice" in known else []
     lines += [known[name] for name in ("damage", "unsaved") if name in known]
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []

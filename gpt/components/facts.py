@@ -38,6 +38,8 @@ class PartCounts:
     """FLOPs of the matrix products of a forward pass."""
     saved: dict[str, int] = field(default_factory=dict)
     """Bytes of activations that the backward pass needs, the part's input among them, in fp32 and in 16 bits."""
+    fixed: int = 0
+    """Bytes that it keeps however many sequences there are, such as a mask."""
     products: dict[str, int] = field(default_factory=dict)
     """Bytes of the results of matrix products, likewise."""
     parallel: tuple[str, ...] = ()

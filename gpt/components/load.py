@@ -214,7 +214,15 @@ def build_optimizer(config: OptimConfig, groups: Any) -> Any:
 
         def step(self, closure: Any = None) -> Any:
             skip = getattr(self, "found_inf", None)
-            return None if skip is not None and skip.item() else super().step(closure)
+            if skip is None:
+                return super().step(closure)
+            if skip.item():
+                return None
+            del self.found_inf  # which torch's own optimizers refuse where they are not fused
+            try:
+                return super().step(closure)
+            finally:
+                self.found_inf = skip
 
     try:
         return Skippable(groups, **given)

@@ -1,7 +1,5 @@
 """Measure parts of the user's own on tensors without memory: parameters, FLOPs, and what a backward pass needs.
 
-    echo '{"model": {...}}' | python -m gpt.components.measure
-
 B batch, T time, D width, H heads, C head width. The parts are built on the meta device, as training builds them, and
 run on fake tensors, which know shapes and dtypes only: no memory and no arithmetic, whatever the size of the model.
 """
@@ -121,13 +119,14 @@ def count_part(model: ModelConfig, use: Use) -> PartCounts:
     check_state(use, module)
     with explained(use, f"is given a tensor of {('B', *use.shape)}"):
         one, two = ([run(make, use, sequences, half) for half in (False, True)] for sequences in (1, 2))
-    # Of two sequences less that of one: what does not grow with the tokens, such as casts of weights, drops out.
+    # Of two sequences less that of one: casts of weights, which are counted elsewhere, do not grow with the tokens.
     saved, products = ([after[i] - before[i] for before, after in zip(one, two, strict=True)] for i in (1, 2))
     given = getattr(kind, "forward_flops", None)
     return PartCounts(
         shapes={name: tuple(parameter.shape) for name, parameter in module.named_parameters()},
         flops=one[0][0] if given is None else int(given(model)),
         saved=dict(zip(("fp32", "half"), saved, strict=True)),
+        fixed=one[0][1] - saved[0],  # in fp32 nothing is cast
         products=dict(zip(("fp32", "half"), products, strict=True)),
         parallel=stated_parallelism(use, kind),
         on_heads=use.key == "position" and len(use.shape) == 3,

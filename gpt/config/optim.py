@@ -52,6 +52,10 @@ class OptimConfig:
     eps: float = 1e-8
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    target_val_loss: Optional[float] = None
+    """Validation loss, in nats per token, at which the run is over: it saves, and ends as finished."""
+    patience: Optional[int] = None
+    """Evaluations in a row without a lower validation loss after which the run is over (early stopping)."""
     micro_batch: Optional[int] = None
     """Former name of max_micro_batch."""
 
@@ -73,6 +77,10 @@ class OptimConfig:
             require_range(f"optim.{key}", getattr(self, key), 0.0, float("inf"))
         require_range("optim.beta1", self.beta1, 0.0, 0.9999999)
         require_range("optim.beta2", self.beta2, 0.0, 0.9999999)
+        if self.target_val_loss is not None:
+            require_positive("optim.target_val_loss", self.target_val_loss)
+        if self.patience is not None:
+            require_positive("optim.patience", self.patience)
         if self.min_lr > self.lr:
             raise ConfigError(
                 f"optim.min_lr={self.min_lr} above optim.lr={self.lr}",

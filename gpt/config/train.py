@@ -211,6 +211,14 @@ class TrainConfig(RunConfig):
                 "tensors by name, which any node can take over; DeepSpeed's own files are for its loader, from a disk",
                 "parallel=fsdp, or checkpoint.in_memory=false",
             )
+        early = {key: getattr(self.optim, key) for key in ("target_val_loss", "patience")}
+        asked = next((f"optim.{key}={value:g}" for key, value in early.items() if value is not None), None)
+        if asked and not self.eval.interval:
+            raise ConfigError(
+                f"{asked} with eval.interval=0",
+                "evaluations during training, after which it may be over",
+                f"{asked} eval.interval={max(1, self.optim.max_steps // 10)}",
+            )
         require_range("gc_interval", self.gc_interval, 0, float("inf"))
         require_positive("profile_from", self.profile_from)
         last = self.optim.max_steps if self.optim.max_tokens is None else self.profile_to

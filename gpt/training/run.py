@@ -32,6 +32,7 @@ from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.dims import ParallelDims
 from gpt.training import determinism as reproducibility
 from gpt.training.divergence import DivergenceGuard
+from gpt.training.early_stop import EarlyStop
 from launch import worker
 from launch.errors import ConfigError
 from launch.runs.files import write_json
@@ -60,6 +61,8 @@ class Run:
     guard: DivergenceGuard
     """The judge of the steps."""
     worker: worker.Run
+    early_stop: EarlyStop
+    """The judge of the validation losses."""
     initialised_from: dict[str, Any] | None = None
     """Where this attempt took its first weights from; None where it drew them, or went on from a checkpoint."""
     step: int = 0

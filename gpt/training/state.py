@@ -70,6 +70,7 @@ def describe(run: Run, val_loss: float | None) -> dict[str, Any]:
         "config": compose.plain_config(run.config),
     }
     meta |= divergence_state(run)
+    meta["early_stop"] = run.early_stop.state()
     if run.engine.loss_scale is not None:
         meta["loss_scale"] = run.engine.loss_scale.state()
     if val_loss is not None:
@@ -112,6 +113,7 @@ def load(run: Run) -> None:
         set_rng_state(run.world, loaded.rank_state)
     run.step = loaded.step
     load_divergence(run, loaded)
+    run.early_stop.load(loaded.meta.get("early_stop", {}))
 
 
 def divergence_state(run: Run) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def block_bytes(model: ModelConfig, sequences: int, width: int, factors: Paralle
         bytes_ += expert_bytes(model, sequences, width, factors)
     if model.parallel_residual:
         bytes_ -= tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
+    bytes_ += sum(part_counts(model)[part].fixed for part in ("attention", "ffn") if part in model.custom_parts)
     if model.attention is AttentionBackend.manual:
         bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
     if factors.cp > 1 and model.position is Position.rope:

@@ -1,0 +1,339 @@
+"""Parts of the user's own: counted as torch counts them, refused in words where they cannot be used, and parallelized
+where they say that they can be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt.accounting import flops, parameters
+from gpt.components.facts import measured, optimizer_state, owner_of, part_counts
+from gpt.components.load import source_digest
+from gpt.config import DataConfig, ModelConfig, Norm, OptimConfig, Precision, Recompute
+from gpt.conversion.registry import choose_adapter
+from gpt.data.preprocessing.spec import build_spec
+from gpt.model.gpt import GPT
+from gpt.model.init import initialize
+from gpt.model.sampling import Sampling, generate, make_generators
+from gpt.planning.memory import activation_bytes, parameter_shards
+from gpt.topology.dims import ParallelDims
+from gpt.topology.rules import check_parallel_dims
+from launch.errors import ConfigError
+from tests.support.commands import ROOT, environment
+from tests.support.composing import config_from
+from tests.support.distributed import run_distributed
+from tests.support.learning import Case, assert_all_same, learn_alone, learn_cases
+from tests.support.small_models import random_tokens, small
+
+EXAMPLE = ROOT / "examples" / "components"
+NAMES = {
+    "norm": "gpt_parts.norms:DynamicTanh",
+    "position": "gpt_parts.positions:Sinusoids",
+    "attention": "gpt_parts.attention:WindowAttention",
+    "ffn": "gpt_parts.ffn:SquaredReluFfn",
+}
+
+
+@pytest.fixture(autouse=True)
+def example_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+
+
+def custom(**changes: Any) -> ModelConfig:
+    return small(**{**NAMES, "options": {"window": 4}, **changes})
+
+
+@pytest.mark.parametrize("keys", [*([key] for key in NAMES), [*NAMES], ["norm", "ffn"]], ids="-".join)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: bool) -> None:
+    config = small(**{key: NAMES[key] for key in keys}, qk_norm=qk_norm, n_kv_head=2)
+    model = GPT(config)
+    initialize(model, seed=1)
+    counted = {f"blocks.{i}.{k}": v for i in range(config.n_layer) for k, v in parameters.block_shapes(config).items()}
+    counted |= parameters.outer_shapes(config)
+    assert counted == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert parameters.count(config).total == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(random_tokens(config, 3)).sum().backward()
+    # A kernel of ours computes the scores once more in its backward pass, which is not counted; nor is that of a mask.
+    if "attention" not in keys:
+        config.attention = type(config.attention)["manual"]  # type: ignore[index]
+        with FlopCounterMode(display=False) as counter:
+            GPT(config)(random_tokens(config, 3)).sum().backward()
+        assert flops.training_flops(config, 3).palm == counter.get_total_flops()
+    else:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(random_tokens(config, 3))
+        assert flops.forward_flops(config, 3).palm == counter.get_total_flops()
+
+
+def saved_by_blocks(config: ModelConfig, sequences: int) -> int:
+    """Bytes that autograd keeps for the backward pass of the blocks, each storage once, but for weights and tables."""
+    model, kept = GPT(config), {}
+    initialize(model, seed=1)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(sequences, config.block_size, config.n_embd, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model.blocks[0](x)
+    assert y.shape == x.shape
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("key", ["norm", "ffn", "attention"])
+def test_planned_activations_are_what_autograd_keeps(key: str) -> None:
+    config = small(**{key: NAMES[key]}, n_layer=1)
+    planned = activation_bytes(config, 3, Precision.fp32, Recompute.none).block
+    measured_bytes = saved_by_blocks(config, 3)
+    assert measured_bytes <= planned <= 1.2 * measured_bytes + 4096, (planned, measured_bytes)
+    half = activation_bytes(config, 3, Precision.bf16, Recompute.none).block
+    selective = activation_bytes(config, 3, Precision.fp32, Recompute.selective)
+    assert half < 1.5 * planned and selective.recomputed < planned
+
+
+def test_values_begin_as_the_part_says_and_else_by_the_rule() -> None:
+    model = GPT(custom(options={"alpha": 0.7}))
+    initialize(model, seed=1)
+    again = GPT(custom(options={"alpha": 0.7}))
+    initialize(again, seed=1)
+    state = model.state_dict()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in state.items())
+    assert state["blocks.1.ffn_norm.alpha"].item() == pytest.approx(0.7)
+    assert torch.equal(state["norm.gain"], torch.ones_like(state["norm.gain"]))
+    assert not state["norm.bias"].any()
+    assert 0 < state["blocks.0.ffn.up.weight"].std() < 0.05
+
+
+def test_the_cache_of_an_attention_of_ones_own_changes_nothing() -> None:
+    config = custom(block_size=16, options={"window": 5})
+    model = GPT(config).eval()
+    initialize(model, seed=3)
+    prompt = random_tokens(config, 2)[:, :6]
+    made = [
+        torch.stack(list(generate(model, prompt, 9, 50, Sampling(0.8), make_generators(5, 2), cached)))
+        for cached in (True, False)
+    ]
+    assert torch.equal(*made)
+
+
+BAD = '''
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self, config, width):
+        super().__init__()
+        self.{name} = {value}
+    def forward(self, x):
+        return {result}
+
+class NoWidth(Linear):
+    def __init__(self, config):
+        super().__init__(config, 4)
+
+class NoInput(Linear):
+    def forward(self):
+        return 0
+
+class Greedy(Linear):
+    parallel = ("tp", "ep")
+
+NUMBER = 3
+class Plain: pass
+'''
+
+
+@pytest.mark.parametrize(
+    ("name", "filled", "found", "fix"),
+    [
+        ("rmsnrm", {}, "model.norm=rmsnrm", "model.norm=rmsnorm"),
+        ("nowhere.at:All", {}, "there is no module nowhere", "PYTHONPATH=FOLDER"),
+        ("{module}:Linea", {}, "has no Linea", "{module}:Linear"),
+        ("{module}:NUMBER", {}, "a int", "MODULE:CLASS"),
+        ("{module}:Plain", {}, "the class Plain", "MODULE:CLASS"),
+        ("{module}:NoWidth", {}, "too many positional arguments", "def __init__(self, config, width)"),
+        ("{module}:NoInput", {}, "too many positional arguments", "def forward(self, x)"),
+        ("{module}:Linear", {"result": "x.sum()"}, "it gives () instead", "docs/components.md"),
+        ("{module}:Linear", {"result": "x * x.max().item()"}, "fails when it", "docs/components.md"),
+        ("{module}:Linear", {"value": "nn.Parameter(torch.ones(()))"}, "without a dimension", "torch.empty(1)"),
+        ("{module}:Linear", {"value": "nn.Buffer(torch.ones(3), persistent=False)"}, "no checkpoint holds", "reset_"),
+        ("{module}:Greedy", {}, "parallel = ('tp', 'ep')", "parallel = ('tp',)"),
+        ("{module}:Linear", {"value": "1/0"}, "ZeroDivisionError", "docs/components.md"),
+    ],
+)
+def test_a_part_that_cannot_be_used_is_refused_in_three_parts(
+    name: str, filled: dict[str, str], found: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"bad_{abs(hash((name, *filled.values())))}"
+    (tmp_path / f"{module}.py").write_text(BAD.format(**{"name": "weight", "value": "1", "result": "x", **filled}))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = config_from([])
+    config.model.norm = name.format(module=module)
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+        check_parallel_dims(config, 1)
+    assert found in refused.value.found and fix.format(module=module) in refused.value.fix, refused.value
+
+
+def test_a_login_node_hears_the_same_without_loading_torch(tmp_path: Path) -> None:
+    """In one process after another: counts, and a refusal, by a process that ends before torch is there."""
+    code = """
+import json, sys
+from gpt.accounting.parameters import count
+from gpt.components.facts import optimizer_state
+from gpt.config import ModelConfig, OptimConfig
+from launch.errors import ConfigError
+sizes = dict(name="m", n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=256)
+print(count(ModelConfig(**sizes, norm="gpt_parts.norms:DynamicTanh")).total)
+try:
+    count(ModelConfig(**sizes, ffn="gpt_parts.ffn:SquaredRelu"))
+except ConfigError as error:
+    print(error.fix)
+assert "torch" not in sys.modules and "gpt_parts" not in sys.modules
+"""
+    paths = f"{EXAMPLE}:{ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(PYTHONPATH=paths), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = {"name": "m", "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 256}
+    built = sum(p.numel() for p in GPT(ModelConfig(**sizes, norm=NAMES["norm"])).parameters())  # type: ignore[arg-type]
+    assert done.stdout.split("\n")[:2] == [str(built), "model.ffn=gpt_parts.ffn:SquaredReluFfn"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parallel", "part"),
+    [
+        ([f"model.attention={NAMES['attention']}"], "parallel=tp", "which of attention only ours can"),
+        ([f"model.position={NAMES['position']}"], "parallel=pp", 'parallel = ("pp",) in the class'),
+        ([f"model.attention={NAMES['attention']}"], "parallel=cp", "which of attention only ours can"),
+    ],
+)
+def test_parallelism_that_a_part_says_nothing_of_is_refused(words: list[str], parallel: str, part: str) -> None:
+    config = config_from([*words, parallel, "model.n_kv_head=4"])
+    with pytest.raises(ConfigError) as refused:
+        check_parallel_dims(config, 2)
+    assert part in refused.value.expected and "parallel=fsdp" in refused.value.fix
+
+
+def test_deepspeed_and_transformers_refuse_in_words() -> None:
+    config = config_from(["optim.optimizer=gpt_parts.optim:Lion", "parallel=zero2"])
+    with pytest.raises(ConfigError, match=r"optim\.optimizer=gpt_parts\.optim:Lion with parallel\.strategy=deepspeed"):
+        check_parallel_dims(config, 2)
+    with pytest.raises(ConfigError, match=r"model\.ffn=gpt_parts\.ffn:SquaredReluFfn") as refused:
+        choose_adapter(custom(norm=Norm.layernorm, position="learned", attention="sdpa", options={}))
+    assert "--format torch" in refused.value.fix
+
+
+def test_state_of_an_optimizer_is_measured_and_its_arguments_are_checked() -> None:
+    def optim(**changes: Any) -> OptimConfig:
+        sizes = {"max_steps": 1, "global_batch": 1, "max_micro_batch": 1, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0}
+        return OptimConfig(**{**sizes, **changes})
+
+    lion = optim(optimizer="gpt_parts.optim:Lion")
+    assert optimizer_state(lion).per_element == 4 and optimizer_state(lion).per_tensor == 0
+    theirs = optim(optimizer="torch.optim:AdamW", options={"amsgrad": True})
+    assert optimizer_state(theirs).per_element == 12, "two moments, and the largest of the second"
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'momentum'"):
+        optimizer_state(optim(optimizer="gpt_parts.optim:Lion", options={"momentum": 0.5}))
+    with pytest.raises(ConfigError, match="expected: arguments for an optimizer of your own only"):
+        optim(options={"momentum": 0.5}).validate()
+    with pytest.raises(ConfigError, match=r"type next: optim\.optimizer=adamw"):
+        optim(optimizer="adam").validate()
+
+
+def test_a_name_may_be_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = tmp_path / "gpt_parts-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: gpt-parts\nVersion: 0.1.0\n")
+    (about / "entry_points.txt").write_text("[gpt.norm]\ndynamic_tanh = gpt_parts.norms:DynamicTanh\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = config_from(["model.norm=dynamic_tanh"])
+    config.validate()
+    assert type(GPT(config.model).norm).__name__ == "DynamicTanh"
+
+
+def test_parts_own_their_tensors_and_keep_them_whole_under_tp() -> None:
+    config = custom()
+    assert owner_of("blocks.3.ffn.up.weight", config) == ("ffn", "up.weight")
+    assert owner_of("blocks.0.attention.query_norm.gain", config) == ("attention", "query_norm.gain")
+    assert owner_of("blocks.0.attention.query_norm.gain", small(norm=NAMES["norm"])) == ("norm", "gain")
+    assert owner_of("token_embedding.weight", config) is None
+    dims = ParallelDims("fsdp", 1, 1, tp=2)
+    shards = {shard.name: shard.shape for shard in parameter_shards(small(ffn=NAMES["ffn"]), dims).block}
+    assert shards["ffn.up.weight"] == (small().ffn_width, small().n_embd)
+    assert shards["attention.query.weight"] == (small().n_embd // 2, small().n_embd)
+
+
+def test_other_code_of_a_data_source_is_another_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "my_words.py"
+    module.write_text("def words(config):\n    yield 'a'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = DataConfig(source="my_words:words")
+    config.validate()
+    first = build_spec(config, tmp_path)
+    module.write_text("def words(config):\n    yield 'b'\n")
+    second = build_spec(config, tmp_path)
+    assert first is not None and second is not None
+    assert first.key.startswith("words-") and first.key != second.key
+    assert source_digest("data.source", "my_words:words") == second.identity["source_sha256"]
+    assert "my_words" not in sys.modules, "looked at, and not run"
+    with pytest.raises(ConfigError, match="there is no module nowhere"):
+        build_spec(DataConfig(source="nowhere:words"), tmp_path)
+
+
+PARALLEL = {
+    "norm and ffn": [
+        *(f"model.norm={NAMES['norm']}", f"model.ffn={NAMES['ffn']}", "model.tie_embeddings=true"),
+        *("model.position=rope", "model.n_head=4", "optim.optimizer=torch.optim:AdamW"),
+    ],
+    "all": [
+        *(f"model.{key}={name}" for key, name in NAMES.items()),
+        *("++model.options.window=5", "model.tie_embeddings=false"),
+    ],
+}
+CASES = [
+    Case("parallel=tp", "norm and ffn", 1),
+    Case("parallel=fsdp", "norm and ffn", 2),
+    Case("parallel=fsdp", "all", 1),
+    Case("parallel=zero1", "all", 2),
+]
+
+
+def in_ranks(function: Any, rank: int, size: int, *arguments: Any) -> Any:
+    sys.path.insert(0, str(EXAMPLE))
+    return function(rank, size, *arguments)
+
+
+def learn_alone_with_parts(rank: int, size: int, *arguments: Any) -> Any:
+    return in_ranks(learn_alone, rank, size, *arguments)
+
+
+def learn_cases_with_parts(rank: int, size: int, *arguments: Any) -> Any:
+    return in_ranks(learn_cases, rank, size, *arguments)
+
+
+def test_two_ranks_learn_with_them_what_one_learns(tmp_path: Path) -> None:
+    alone = run_distributed(learn_alone_with_parts, 1, tmp_path / "alone" / "runs", PARALLEL)[0]
+    found = run_distributed(learn_cases_with_parts, 2, tmp_path / "spread" / "runs", CASES, PARALLEL, timeout_s=400)[0]
+    assert_all_same(CASES, found, alone)
+
+
+def test_a_model_without_parts_of_ones_own_is_not_measured() -> None:
+    here = part_counts(custom())
+    assert part_counts(small()) == {}
+    plain = {key: getattr(value, "name", value) for key, value in vars(custom()).items()}
+    assert set(measured(json.dumps({"model": plain}))) == set(here) == {"norm", "position", "attention", "ffn"}
