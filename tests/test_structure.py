@@ -14,7 +14,7 @@ from launch.config.compose import compose_launch, typed_config
 from tests.support.commands import ROOT
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
-COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare")
+COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare", "smoke")
 
 
 @cache
@@ -98,6 +98,7 @@ ROOMS = {
     "gpt.training": ("gpt.planning", "gpt.data", "gpt.parallel.deepspeed", "gpt.conversion", "gpt.metrics"),
     "gpt.workload": ("gpt.training", "launch.workload"),
     **dict.fromkeys((f"gpt.{command}" for command in COMMANDS), ("gpt.training",)),
+    "gpt.smoke": ("gpt.train",),
     "slurm": ("launch.runs",),
     "configs": (),
 }

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from gpt.components.facts import NOTHING, part_counts
+from gpt.components.counts import NOTHING
+from gpt.components.facts import part_counts
 from gpt.config import AttentionBackend, Ffn, ModelConfig, NormPosition, Recompute
 
 

@@ -222,7 +222,7 @@ def build_optimizer(config: OptimConfig, groups: Any) -> Any:
             try:
                 return super().step(closure)
             finally:
-                self.found_inf = skip
+                self.found_inf: Any = skip
 
     try:
         return Skippable(groups, **given)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import sys
 
-from gpt.components.facts import KINDS_OF_PARALLELISM, optimizer_state, part_counts
+from gpt.components.counts import KINDS_OF_PARALLELISM
+from gpt.components.facts import optimizer_state, part_counts
 from gpt.config import (
     CpMethod,
     ExpertMatmul,

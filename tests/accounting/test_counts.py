@@ -102,6 +102,7 @@ def assert_flops_equal(config: ModelConfig, sequences: int) -> None:
 
 def test_there_are_presets() -> None:
     names = {"gpt2_124m", "gpt2_1p36b", "llama_124m", "llama_1p36b", "llama_1p3b", "team_124m", "hybrid_124m"}
+    names |= {"baseline_23m", "tiny_116k", "llama_124m_untied"}
     names |= {"moe_200m", "shakespeare_baseline", "quick_test", "custom"}
     assert {preset.stem for preset in PRESETS} == names
 

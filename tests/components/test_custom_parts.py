@@ -129,7 +129,7 @@ def test_the_cache_of_an_attention_of_ones_own_changes_nothing() -> None:
     assert torch.equal(*made)
 
 
-BAD = '''
+BAD = """
 import torch
 from torch import nn
 
@@ -153,7 +153,7 @@ class Greedy(Linear):
 
 NUMBER = 3
 class Plain: pass
-'''
+"""
 
 
 @pytest.mark.parametrize(

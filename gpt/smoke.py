@@ -1,0 +1,139 @@
+"""Check that this installation trains: seconds on a laptop's CPU, nothing downloaded, nothing left behind.
+
+    python -m gpt.smoke                    # or on a GPU: python -m gpt.smoke device=cuda
+
+Trains the model of 116 thousand parameters on the running Python's own source, resumes it from a checkpoint, and writes
+with it. Each line says what was checked; the exit status is 0 where all of it holds. Owns the checks, not what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt.accounting.parameters import count
+from gpt.checkpoint import folders
+from gpt.conversion.trained import find_checkpoint, open_run, read_weights
+from gpt.model.gpt import GPT
+from gpt.model.sampling import Sampling, generate, make_generators
+from gpt.train import run_ranks
+from gpt.training.request import parse_arguments, parse_request
+from launch import worker
+from launch.errors import refusing
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+
+STEPS, HALF = 20, 10
+WORDS = (
+    *("model=tiny_116k", "data=stdlib", "data.max_bytes=200000", "compile=none", "fresh=false"),
+    *(f"optim.max_steps={STEPS}", "optim.global_batch=8", "optim.max_micro_batch=8", "optim.lr=1e-2"),
+    *("eval.sequences=8", "eval.interval=0", f"checkpoint.interval={HALF}"),
+    *("logging.tensorboard=false", "logging.csv=false", "logging.json=false"),
+)
+FALL = 1.0
+"""Nats per byte by which the loss falls in so many steps, at the least; it is about twice that."""
+
+
+class CheckFailedError(Exception):
+    """Something that should hold does not; says what was seen."""
+
+
+def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield the checks in their order: what each is of, and a function that returns what it saw, or raises."""
+    words = ["device=cpu", *WORDS, *overrides, f"run_dir={folder / 'run'}", f"output_dir={folder}"]
+    state: dict[str, Tensor] = {}
+
+    def training() -> str:
+        train(words)
+        losses = [record["loss"] for record in read_records(RunFolder(folder / "run").metrics(0))]
+        require(len(losses) == STEPS, f"{len(losses)} of {STEPS} steps")
+        require(losses[0] - losses[-1] > FALL, f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
+        return f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {STEPS} steps"
+
+    def saving() -> str:
+        model = load(folder / "run", STEPS)
+        state.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        built = sum(parameter.numel() for parameter in model.parameters())
+        require(built == count(model.config).total, f"{built:,} parameters, and {count(model.config).total:,} planned")
+        return f"the checkpoint of step {STEPS} is whole: {built:,} parameters, as planned"
+
+    def resuming() -> str:
+        folders.remove(find_checkpoint(RunFolder(folder / "run"), STEPS))
+        train(words)
+        starts = [e["from_step"] for e in RunFolder(folder / "run").read_events() if e["event"] == "started"]
+        require(starts == [0, HALF], f"starts from steps {starts}")
+        again = load(folder / "run", STEPS).state_dict()
+        differ = [name for name, tensor in state.items() if not torch.equal(tensor, again[name])]
+        require(not differ, f"{', '.join(differ)} differ")
+        return f"from step {HALF} to {STEPS} again: the same weights, bit for bit"
+
+    def writing() -> str:
+        model = load(folder / "run", STEPS).eval()
+        prompt_BT = torch.tensor([list(b"def ")])
+        texts = [
+            bytes(
+                int(token) for token in generate(model, prompt_BT, 32, 256, Sampling(), make_generators(1, 1), cached)
+            )
+            for cached in (True, False)
+        ]
+        require(texts[0] == texts[1], f"{texts[0]!r} with a cache of keys and values, {texts[1]!r} without")
+        return f"{(b'def ' + texts[0]).decode(errors='replace')!r}, the same with a cache and without"
+
+    yield "training", training
+    yield "saving", saving
+    yield "resuming", resuming
+    yield "writing", writing
+
+
+def train(words: Sequence[str]) -> None:
+    """Run ``gpt.train`` in this process."""
+    outcome = run_ranks(parse_request(parse_arguments(words)), worker.attach())
+    require(outcome == "finished", f"the run {outcome}")
+
+
+def load(run: Path, step: int) -> GPT:
+    """Load the model of a run after a step."""
+    folder, config = open_run(str(run))
+    return read_weights(config, find_checkpoint(folder, step))
+
+
+def require(holds: bool, seen: str) -> None:
+    """Raise CheckFailedError, with what was seen, unless it holds."""
+    if not holds:
+        raise CheckFailedError(seen)
+
+
+@refusing
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 all holds, 1 something does not, 2 refused."""
+    overrides, started = sys.argv[1:] if argv is None else argv, time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="gpt-smoke-") as temporary:
+        for name, check in checks(overrides, Path(temporary)):
+            told = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(told):
+                    seen = check()
+            except (CheckFailedError, OSError, RuntimeError) as error:
+                print(told.getvalue(), end="")
+                if not isinstance(error, CheckFailedError):
+                    traceback.print_exception(error)
+                print(f"FAILED  {name}: {error}", flush=True)
+                return 1
+            print(f"ok  {name}: {seen}", flush=True)
+    print(
+        f"python {sys.version.split()[0]}, torch {torch.__version__}: all holds, {time.perf_counter() - started:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
