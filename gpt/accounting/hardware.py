@@ -72,10 +72,18 @@ ACCELERATORS = (
     Accelerator(r"NVIDIA GB200", 2500, None, 186, 900, 50, tf32=1250, has_float8=True),
     # NVIDIA L40S (2023): 733 with sparsity, in TF32 366; the data sheet also gives the dense figures.
     Accelerator(r"NVIDIA L40S", 362, 91.6, 48, 32, None, tf32=183, has_float8=True),
+    # NVIDIA A10 (2021): 250 with sparsity, in TF32 125; the A10G of a cloud is another, slower device.
+    Accelerator(r"NVIDIA A10", 125, 31.2, 24, 32, None, tf32=62.5),
     # AMD Instinct MI300X (2023): seven links of 128 GB/s. Its TF32 is off in torch, unless HIPBLASLT_ALLOW_TF32 is set.
     Accelerator(r"AMD Instinct MI300X( OAM)?", 1307, 163.4, 192, 448, 50, has_float8=True),
     # NVIDIA white papers of the GA102 (appendix A) and AD102 architectures: products accumulated in fp32.
+    # The RTX 3080 of 12 GB, a trifle faster, has the name of that of 10 GB.
+    # The GeForce cards of both do bf16 at twice, TF32 at once the rate of fp32; the RTX A6000 at four and two times.
+    Accelerator(r"(NVIDIA )?GeForce RTX 3070", 40.6, 20.3, 8, 32, None, tf32=20.3),
+    Accelerator(r"(NVIDIA )?GeForce RTX 3080", 59.5, 29.8, 10, 32, None, tf32=29.8),
     Accelerator(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 32, None, tf32=35.6),
+    Accelerator(r"NVIDIA RTX A6000", 154.8, 38.7, 48, 32, None, tf32=77.4),
+    Accelerator(r"NVIDIA GeForce RTX 4080", 97.5, 48.7, 16, 32, None, tf32=48.7),
     Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None, tf32=82.6, has_float8=True),
 )
 
@@ -84,7 +92,8 @@ KNOWN = (
     *("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB", "Tesla T4"),
     *("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
     *("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200"),
-    *("NVIDIA L40S", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090"),
+    *("NVIDIA L40S", "NVIDIA A10", "NVIDIA RTX A6000", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3070"),
+    *("NVIDIA GeForce RTX 3080", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4080", "NVIDIA GeForce RTX 4090"),
 )
 """Names of these devices, for suggestions and for short names."""
 VENDOR_WORDS = ("nvidia", "tesla", "geforce", "rtx", "amd", "instinct", "oam")

@@ -36,6 +36,13 @@ def check_float8(config: TrainConfig) -> None:
             )
         return
     found = f"float8={config.float8.name}"
+    own = next((key for key in ("attention", "ffn") if key in config.model.custom_parts), None)
+    if own is not None:
+        raise ConfigError(
+            f"{found} with model.{own}={config.model.custom_parts[own]}",
+            "attention and feed-forward layers of ours, whose matrices are known to fit 8 bits",
+            "float8=none, or a part of ours",
+        )
     if not is_importable("torchao"):
         raise ConfigError(
             f"{found}, and the package torchao is not installed",

@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from gpt.accounting.flops import Flops, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 from gpt.config.float8 import float8_words
 from gpt.config.optim import ADAMW
@@ -158,12 +159,21 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def where_text(flops: Flops) -> str:
+    """Tell the shares of attention, feed-forward layers and output matrix, and attention's to the feed-forward."""
+    attention, ffn = flops.projections + flops.attention + flops.custom, flops.ffn + flops.router
+    shares = {"attention": attention, "feed-forward": ffn, "output matrix": flops.logits}
+    told = ", ".join(f"{name} {share / flops.palm:.0%}" for name, share in shares.items())
+    return f"{told}; attention to feed-forward {attention / ffn:.2f}" if ffn else told
+
+
 def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     """Describe the FLOPs of a step and the peak of the devices, label -> text; a limit, no forecast."""
     flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
     step = flops * record["global_batch"] * record["block_size"]
     rows = {
         "arithmetic": f"{flops / 1e9:.4g} GFLOP a token (PaLM convention), {step / 1e12:.4g} TFLOP a step",
+        "where": where_text(training_flops_per_token(config.model)),
         "memory": f"{record['memory_planned_gib']:.3g} GiB a rank in tensors, planned",
     }
     if peak is None:  # a guessed peak would make a wrong MFU
@@ -173,6 +183,6 @@ def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     rows["peak"] = f"{peak / 1e12:,.4g} TFLOP/s a rank, dense {product}; {ranks * peak / 1e12:,.4g} in all"
     rows["upper bound"] = (
         f"{ranks * peak / flops:,.0f} tokens/s, {step / (ranks * peak) * 1000:,.3g} ms a step, at 100 % of the peak; "
-        f"at an MFU of 40 % {0.4 * ranks * peak / flops:,.0f} tokens/s"
+        f"at an MFU of 50 % {0.5 * ranks * peak / flops:,.0f} tokens/s"
     )
     return rows

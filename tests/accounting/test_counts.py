@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting.flops import forward_flops, training_flops, training_flops_per_token
 from gpt.accounting.parameters import block_shapes, count, outer_shapes
-from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, model_rules
-from gpt.metrics.startup_summary import architecture
+from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, TrainConfig, model_rules
+from gpt.metrics.startup_summary import architecture, performance
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
@@ -197,3 +197,17 @@ def test_components_of_the_forward_pass() -> None:
     assert config.n_layer * next(v for k, v in by_module.items() if k.endswith(f"{last}ffn")) == forward.ffn
     blocks = sum(v for k, v in by_module.items() if re.fullmatch(r".*blocks\.\d+", k))
     assert by_module["Global"] - blocks == forward.logits
+
+
+def test_the_summary_compares_attention_with_the_feed_forward_and_tells_the_speed_at_half_the_peak() -> None:
+    config = ModelConfig(name="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
+    # Per token and layer 4 squares of the width and 2 products of 1024 keys, against 8 squares.
+    ratio = (4 * 768**2 + 2 * 768 * 1024) / (8 * 768**2)
+    flops = training_flops_per_token(config)
+    record = {
+        "flops_per_token": flops.palm, "peak_flops_per_s": 1e15, "ranks": [{}, {}], "global_batch": 4,
+        "block_size": 1024, "memory_planned_gib": 1.0,
+    }  # fmt: skip
+    told = performance(record, TrainConfig(model=config))
+    assert told["where"].endswith(f"attention to feed-forward {ratio:.2f}")
+    assert f"at an MFU of 50 % {0.5 * 2e15 / flops.palm:,.0f} tokens/s" in told["upper bound"]

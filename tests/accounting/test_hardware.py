@@ -25,6 +25,11 @@ KNOWN_BF16 = {
     "AMD Instinct MI300X": 1307,
     "NVIDIA GeForce RTX 3090": 71,
     "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA A10": 125,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA GeForce RTX 3070": 40.6,
+    "NVIDIA GeForce RTX 3080": 59.5,
+    "NVIDIA GeForce RTX 4080": 97.5,
 }
 KNOWN_FP32 = {
     "Tesla V100-SXM2-16GB": 15.7,
@@ -37,7 +42,6 @@ KNOWN_FP32 = {
 UNKNOWN = (
     "NVIDIA L40",
     "NVIDIA L4",
-    "NVIDIA A10",
     "NVIDIA A10G",
     "NVIDIA A30",
     "NVIDIA H20",
@@ -52,6 +56,9 @@ UNKNOWN = (
     "GRID A100-40C",
     "NVIDIA A100-SXM-64GB",
     "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA GeForce RTX 3080 Ti",
+    "NVIDIA GeForce RTX 4080 SUPER",
+    "NVIDIA RTX 6000 Ada Generation",
     "NVIDIA GeForce RTX 4090 D",
     "NVIDIA GeForce RTX 4090 Laptop GPU",
     "RTX 4090 Laptop GPU",

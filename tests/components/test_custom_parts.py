@@ -229,7 +229,9 @@ def test_parallelism_that_a_part_says_nothing_of_is_refused(words: list[str], pa
     assert part in refused.value.expected and "parallel=fsdp" in refused.value.fix
 
 
-def test_deepspeed_and_transformers_refuse_in_words() -> None:
+def test_deepspeed_float8_and_transformers_refuse_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"float8=rowwise with model\.ffn=gpt_parts\.ffn:SquaredReluFfn"):
+        config_from(["float8=rowwise", f"model.ffn={NAMES['ffn']}"]).validate()
     config = config_from(["optim.optimizer=gpt_parts.optim:Lion", "parallel=zero2"])
     with pytest.raises(ConfigError, match=r"optim\.optimizer=gpt_parts\.optim:Lion with parallel\.strategy=deepspeed"):
         check_parallel_dims(config, 2)
