@@ -101,7 +101,7 @@ def run(run_dir: str) -> None:
             except rendezvous.HeadNodeLostError as error:
                 stop.interruptible = False
                 with on_event(folder, config):
-                    take_over_as_leader(folder, node, config, str(error))
+                    take_over_as_leader(folder, node, config, str(error), group.announced_attempt)
             except (RunFailedError, ConfigError) as error:
                 failure = str(error)
                 raise

@@ -320,6 +320,12 @@ class AgentGroup:
                 return None
             time.sleep(POLL_S)
 
+    @property
+    def announced_attempt(self) -> int | None:
+        """Newest attempt that the head node has announced, as far as this node has heard; None for none."""
+        told = self.heartbeat.heard.get(0, {}).get("start")
+        return None if told is None else int(told["attempt"])
+
     def head_is_lost(self) -> bool:
         """Tell whether the head node, which decides, has fallen silent."""
         silent = self.heartbeat.silence(0)

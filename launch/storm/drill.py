@@ -28,6 +28,8 @@ UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "h
 """Limits that a drill lifts where nothing else was typed: in an hour of it more happens than they allow."""
 LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
 """Events of a run that stops: what it has saved by then says nothing of the start that follows."""
+FELT_S = 180.0
+"""Time after which a fault that ends an attempt has done so: a silent rank or node is given up in less by default."""
 POLL_S = 0.1
 TRIES = 3
 """A fault whose process has just ended is brought about again."""
@@ -105,7 +107,7 @@ class Drill:
         """Wait until the run has saved since the fault before and made some more steps; False where it has finished."""
 
         def has_recovered() -> bool:
-            saved = first_save(self._run.read_events(), last)
+            saved = first_save(self._run.read_events(), last, time.time())
             newest = recent_records(self._run.metrics(0))
             if saved is None or not newest or newest[-1]["step"] < saved + fault.after_steps:
                 return False
@@ -155,14 +157,15 @@ class Drill:
                 self._process.wait()
 
 
-def first_save(events: Sequence[Mapping[str, Any]], last: Interruption) -> int | None:
+def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: float) -> int | None:
     """Step of the first checkpoint of the attempt that goes on after a fault; None where there is none yet.
 
     What an attempt saves on its way out is no sign of recovery: the next fault would meet a run that is leaving, and
-    two would be counted where one came.
+    two would be counted where one came. A blow that nobody has felt for ``FELT_S`` has met what was over.
     """
     later = [event for event in events if event["time"] > last.struck]
-    if last.ends_attempt and not any(event["event"] == "attempt_ended" for event in later):
+    felt = any(event["event"] == "attempt_ended" for event in later)
+    if last.ends_attempt and not felt and now - last.over < FELT_S:
         return None
     since = max(last.over, *(event["time"] for event in later if event["event"] in LEAVING), 0.0)
     return next((event["step"] for event in later if event["event"] == "saved" and event["time"] > since), None)

@@ -147,12 +147,15 @@ def test_the_next_fault_waits_for_a_start_that_goes_on_after_the_last() -> None:
 
     struck = Interruption(struck=10.0, over=12.0, ends_attempt=True)
     undisturbed = [event("saved", 9, step=20), event("saved", 11, step=40), event("saved", 13, step=60)]
-    assert first_save(undisturbed, struck) is None  # the blow has not been felt yet
-    assert first_save(undisturbed, Interruption(10.0, 12.0)) == 60
+    assert first_save(undisturbed, struck, 14.0) is None  # the blow has not been felt yet
+    assert first_save(undisturbed, struck, 1000.0) == 60  # nor will it ever
+    assert first_save(undisturbed, Interruption(10.0, 12.0), 14.0) == 60
     leaving = [event("signalled", 10.5), event("saved", 11, step=33), event("attempt_ended", 13)]
-    assert first_save(leaving, struck) is None  # what it saved on its way out
-    assert first_save([*leaving, event("agent_ended", 14), event("saved", 20, step=40)], struck) == 40
-    assert first_save([event("attempt_ended", 11), event("saved", 11.5, step=1)], struck) is None  # it still lasts
+    assert first_save(leaving, struck, 14.0) is None  # what it saved on its way out
+    assert first_save([*leaving, event("agent_ended", 14), event("saved", 20, step=40)], struck, 21.0) == 40
+    assert (
+        first_save([event("attempt_ended", 11), event("saved", 11.5, step=1)], struck, 12.0) is None
+    )  # it still lasts
 
 
 def test_a_spare_is_hit_only_where_one_stands_by(tmp_path: Path) -> None:
