@@ -173,7 +173,7 @@ def drill(faults: int, seed: int, kinds: str = "") -> tuple[int, Path]:
         Exit status of ``launch.storm``, and the folder with its verdict, event logs and the logs of Slurm's daemons.
     """
     scratch = Path(tempfile.mkdtemp())
-    words = (*ON_SLURM, *TINY, *SPARE, "nodes=2", f"optim.max_steps={150 * faults}", "eval.interval=0")
+    words = (*ON_SLURM, *TINY, *SPARE, "nodes=2", f"optim.max_steps={200 * faults}", "eval.interval=0")
     words += ("checkpoint.interval=25", "checkpoint.keep_last=4", "model.dropout=0.1")
     words += ("resilience.heartbeat_timeout_s=10",)
     with Cluster(scratch / "sandbox") as sandbox:

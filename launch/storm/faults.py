@@ -79,6 +79,23 @@ class Site:
             raise FaultError("no spare node is left")
         return str(told["spares"][0])
 
+    def spare_after_requeue(self) -> str:
+        """Node of the job that stands by, in its next start where none is left in this one.
+
+        Raises:
+            FaultError: there is none then either.
+        """
+        with suppress(FaultError):
+            return self.spare()
+        count, deadline = self.starts_of_agents(), time.monotonic() + REQUEUE_S
+        run_command(["scontrol", "requeue", self.job])
+        self.wait_for_agents(count)
+        while time.monotonic() < deadline and not self.is_over():
+            with suppress(FaultError):
+                return self.spare()
+            time.sleep(POLL_S)
+        return self.spare()
+
     def starts_of_agents(self) -> int:
         """Number of starts of the job so far in which its agents have begun."""
         return sum(event["event"] == "agent_started" for event in self.folder.read_events())
@@ -264,7 +281,7 @@ def _preempt_early(fault: PlannedFault, site: Site) -> str:
 
 def _node_fault(command: str, *, of_spare: bool = False) -> Callable[[PlannedFault, Site], str]:
     def inject_and_heal(fault: PlannedFault, site: Site) -> str:
-        host = site.spare() if of_spare else site.host_of(fault.rank)
+        host = site.spare_after_requeue() if of_spare else site.host_of(fault.rank)
         try:
             done = site.ask_sandbox(command, host)
             time.sleep(fault.seconds)

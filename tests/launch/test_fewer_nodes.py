@@ -175,7 +175,8 @@ def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_p
     folder.record_event("started", attempt=2)
     before = folder.read_events()
     with pytest.raises(RunFailedError, match="n1 was cut off, and the others go on without it"):
-        take_over_as_leader(folder, Node(1, 2, "slurm-1-0-0", True, "1", hosts=HOSTS[:2]), Config(nodes=2), "silence")
+        cut_off = Node(1, 2, "slurm-1-0-0", True, "1", hosts=HOSTS[:2])
+        take_over_as_leader(folder, cut_off, Config(nodes=2), "silence", known=1)
     assert folder.read_events() == before
 
 
