@@ -319,12 +319,12 @@ def end_lost_agents(folder: RunFolder, node: Node, lost: Collection[LostNode]) -
     decided = [e for e in events_since_submission(folder.read_events()) if e["event"] == "decided"]
     if not (node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
         return
+    hosts = [one.host for one in lost]
+    folder.record_event("step_ended", job=node.job, hosts=hosts, cause=lost_text(lost))  # this agent is ended with it
     try:
         scheduler.cancel(node.slurm_step)
     except scheduler.SlurmError as error:
-        folder.record_event("step_not_ended", job=node.job, hosts=[one.host for one in lost], cause=str(error))
-        return
-    folder.record_event("step_ended", job=node.job, hosts=[one.host for one in lost], cause=lost_text(lost))
+        folder.record_event("step_not_ended", job=node.job, hosts=hosts, cause=str(error))
 
 
 def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
