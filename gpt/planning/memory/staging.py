@@ -22,12 +22,10 @@ def staging_bytes(config: TrainConfig, world_size: int) -> int:
     """
     if not config.checkpoint.asynchronous:
         return 0
-    parameters = count(config.model).total
-    each = FP32 + optimizer_state(config.optim).per_element  # the weight, and of AdamW both moments
-    shared = math.ceil(parameters * each / world_size)
+    shared = shared_bytes(config, world_size)
     if config.parallel.strategy is not Strategy.deepspeed or not config.parallel.zero_stage:
         return shared
-    return shared + parameters * (BF16 if config.precision.is_half else FP32)
+    return shared + count(config.model).total * (BF16 if config.precision.is_half else FP32)
 
 
 GENERATIONS = 2
@@ -46,5 +44,10 @@ def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
     """
     if not config.checkpoint.in_memory:
         return 0
-    share = -(-count(config.model).total * STATES * FP32 // world_size)
-    return share * GENERATIONS * min(nodes, 2)
+    return shared_bytes(config, world_size) * GENERATIONS * min(nodes, 2)
+
+
+def shared_bytes(config: TrainConfig, world_size: int) -> int:
+    """Return a rank's share of the weights and of the optimizer's state, in bytes."""
+    each = FP32 + optimizer_state(config.optim).per_element  # the weight, and of AdamW both moments
+    return math.ceil(count(config.model).total * each / world_size)
