@@ -55,12 +55,15 @@ class NothingSubmittedError(SweepFailedError):
     """sbatch has refused, so that a run folder without a submission is of no use to anybody."""
 
 
-def run_sweep(points: Sequence[Composed], *, tolerates_failures: bool = False) -> list[PointResult]:
-    """Take composed points, each with what was typed for it, to a scaling table.
+def run_sweep(
+    points: Sequence[Composed], *, tolerates_failures: bool = False, with_report: bool = True
+) -> list[PointResult]:
+    """Take composed points, each with what was typed for it, to a scaling table, or without a report to their end.
 
     Args:
         points: composed, each with what was typed for it.
         tolerates_failures: return points that failed among the others instead of raising.
+        with_report: write and show the scaling table of the points.
 
     Returns:
         What became of each point; nothing in a dry run.
@@ -123,7 +126,7 @@ def run_sweep(points: Sequence[Composed], *, tolerates_failures: bool = False) -
         write_run(plan, composed, overrides)
     try:
         typed = sweep_overrides([overrides for _, overrides in points])
-        failures = submit_and_watch(plans, console, configs[0].launch, typed)
+        failures = submit_and_watch(plans, console, configs[0].launch, typed, with_report=with_report)
     except NothingSubmittedError:
         from launch.jobs.submit import remove_unused
 
@@ -240,7 +243,7 @@ def show_warnings(plans: Sequence[Plan], console: Console) -> None:
 
 
 def submit_and_watch(
-    plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str]
+    plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str], *, with_report: bool = True
 ) -> dict[str, str]:
     """Submit what is not finished; then follow to the end and report on all of it, or say how to.
 
@@ -263,8 +266,9 @@ def submit_and_watch(
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
         raise SweepFailedError(f"stopped; {next_start_text(points)}", 130) from None
-    report(plans, sweep, console, after.report_files)
-    show_progress_problems(points, console)
+    if with_report:
+        report(plans, sweep, console, after.report_files)
+        show_progress_problems(points, console)
     return {str(point.folder.path): explain(point) for point in points if point.state != "finished"}
 
 

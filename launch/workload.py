@@ -123,6 +123,32 @@ class StepTime:
 
 
 @dataclass(frozen=True)
+class TrainingGoal:
+    """A model of so many parameters, to be trained on so many units of work, tokens for a language model."""
+
+    parameters: float
+    work: float
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """One way to train towards a goal on given nodes, by a workload's cost model."""
+
+    parallelism: str
+    """The parallelism in words."""
+    micro_batch: int
+    step_s: float
+    work_per_step: float
+    """Units of work of one step, of all ranks together."""
+    memory_bytes: int
+    """Of one rank."""
+    mfu: float | None
+    """Share of the device's peak, by the PaLM convention; None where the peak is unknown."""
+    command: str
+    """Overrides that make it so, to be typed after ``python -m launch``."""
+
+
+@dataclass(frozen=True)
 class RankCommand:
     """Command of a rank. All ranks of a run start alike; RANK and the like tell them apart."""
 
@@ -190,6 +216,10 @@ class Workload(Protocol):
     One whose checkpoints the launcher may know has ``checkpoints(folder)``, which yields ``SavedCheckpoint``s: then
     ``resume_from`` goes back to one of them. ``length`` names the keys, ``resumable`` too, that say how many steps a
     run makes, where a finished run can go on with more.
+
+    One that can size a model also has ``goal_words``, the overrides that ``launch.project --fit`` starts from, and
+    ``set_ups(config, request, goal) -> Sequence[SetUp]``: ways towards a TrainingGoal on the nodes of ``request``, the
+    fastest first; ConfigError where there is none.
     """
 
     name: str

@@ -70,6 +70,7 @@ ROOMS = {
     "launch.project": ("launch.report",),
     "launch.storm": ("launch.report",),
     "launch.sweep": ("launch.report",),
+    "launch.bench_network": ("launch.sweep",),
     "launch.batch": ("launch.checks",),
     "launch.move": ("launch.checks",),
     "launch.status": ("launch.checks",),
@@ -218,6 +219,7 @@ ON_THE_NODES = tuple(
         "agent.heartbeat",
         "agent.signed_store",
         "doctor.links",
+        "bench_network.measure",
     )
 )
 

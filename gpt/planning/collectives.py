@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from gpt.planning.hardware import Link, Machine
 from gpt.topology.dims import ParallelDims
+from launch.runs.network import COLLECTIVES, LinkFit
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,29 @@ class Group:
     ranks: int
     link: Link
 
+    def seconds(self, collective: str, size: float) -> float:
+        """Return the seconds of one of ``launch.runs.network.COLLECTIVES`` with ``size`` bytes."""
+        return LinkFit(*self.link.rates(collective)).seconds(collective, self.ranks, size)
+
     def all_gather(self, size: float) -> float:
-        """Return the seconds of an all-gather of ``size`` bytes in all, or of a reduce-scatter of as many."""
-        return (self.ranks - 1) * (self.link.latency_s + size / self.ranks / self.link.bytes_per_s)
+        """Return the seconds of an all-gather of ``size`` bytes in all."""
+        return self.seconds("all_gather", size)
+
+    def reduce_scatter(self, size: float) -> float:
+        """Return the seconds of a reduce-scatter of ``size`` bytes in all."""
+        return self.seconds("reduce_scatter", size)
 
     def all_reduce(self, size: float) -> float:
         """Return the seconds of an all-reduce of ``size`` bytes."""
-        return 2 * self.all_gather(size)
+        return self.seconds("all_reduce", size)
 
     def all_to_all(self, size: float) -> float:
         """Return the seconds of an all-to-all in which each rank has ``size`` bytes."""
-        return self.all_gather(size)
+        return self.seconds("all_to_all", size)
 
     def send(self, size: float) -> float:
         """Return the seconds of sending ``size`` bytes to a neighbor."""
-        return self.link.latency_s + size / self.link.bytes_per_s
+        return self.seconds("send", size)
 
 
 def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
@@ -56,7 +65,14 @@ def strided_group(machine: Machine, ranks: int, stride: int) -> Group:
     if ranks * stride <= machine.ranks_per_node:
         return Group(ranks, machine.intra_node)
     together = max(1, min(ranks, machine.ranks_per_node // stride))
-    rate = together * machine.inter_node.bytes_per_s
-    if together > 1:
-        rate = min(rate, machine.intra_node.bytes_per_s)
-    return Group(ranks, Link(machine.inter_node.latency_s, rate))
+    if together == 1:
+        return Group(ranks, machine.inter_node)
+    inside, between = machine.intra_node, machine.inter_node
+
+    def slower(within: tuple[float, float], latency_s: float, rate: float) -> tuple[float, float]:
+        return latency_s, min(together * rate, within[1])
+
+    known = [name for name in COLLECTIVES if name in between.measured or name in inside.measured]
+    measured = {name: slower(inside.rates(name), *between.rates(name)) for name in known}
+    assumed = slower((inside.latency_s, inside.bytes_per_s), between.latency_s, between.bytes_per_s)
+    return Group(ranks, Link(*assumed, measured))

@@ -76,10 +76,10 @@ def fsdp_s(
     rings, replicas = list(shard_groups(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
     ring = rings[0][1]
     gathers = sum(ring.all_gather(width * count) for count, ring in rings)
-    scatters = sum(ring.all_gather(FP32 * count) for count, ring in rings)
+    scatters = sum(ring.reduce_scatter(FP32 * count) for count, ring in rings)
     sums = scatters + replicas.all_reduce(FP32 * shards.stored())
     block = elements(shards.block)
-    first, last = ring.all_gather(width * (elements(shards.around) + block)), ring.all_gather(FP32 * block)
+    first, last = ring.all_gather(width * (elements(shards.around) + block)), ring.reduce_scatter(FP32 * block)
     again = gathers if config.parallel.reshard_after_forward else 0.0
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(0.0, again - BACKWARD * compute_s)
@@ -170,13 +170,14 @@ def tensor_parallel_s(
     each.
     """
     ring, elements = group(dims, machine, ["tp"]), tokens_per_rank(config, dims, batch) * config.model.n_embd
-    hidden_s = ring.all_gather(hidden_width(config) * elements)
-    product_s = ring.all_gather(product_width(config) * elements)
+    hidden, product = hidden_width(config) * elements, product_width(config) * elements
     if config.parallel.sequence_parallel:
-        forward = backward = 2 * (hidden_s + product_s)
+        forward = 2 * (ring.all_gather(hidden) + ring.reduce_scatter(product))
+        backward = 2 * (ring.reduce_scatter(hidden) + ring.all_gather(product))
+        ends = ring.all_gather(hidden) + ring.reduce_scatter(hidden)
     else:
-        forward, backward = 4 * product_s, 4 * hidden_s
-    seconds = layers * (num_forwards(config) * forward + backward) + 2 * around * hidden_s
+        forward, backward, ends = 2 * ring.all_reduce(product), 2 * ring.all_reduce(hidden), ring.all_reduce(hidden)
+    seconds = layers * (num_forwards(config) * forward + backward) + around * ends
     if not config.parallel.loss_parallel:
         seconds += ring.all_gather(FP32 * tokens_per_rank(config, dims, batch) * config.model.padded_vocab)
     return seconds
@@ -190,13 +191,15 @@ def context_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, ma
     """
     model, ring = config.model, group(dims, machine, ["cp"])
     keys = 2 * product_width(config) * batch.micro * model.block_size * model.kv_heads * model.head_dim / dims.tp
-    seconds = (num_forwards(config) + 1) * ring.all_gather(keys)
     if config.parallel.cp_method is CpMethod.allgather:
-        return seconds
+        return num_forwards(config) * ring.all_gather(keys) + ring.reduce_scatter(keys)
+    sends = ring.ranks - 1
+    seconds = (num_forwards(config) + 1) * sends * ring.send(keys / ring.ranks)
     # In the backward pass keys circulate again, with their gradients, which are accumulated in fp32.
     products = forward_flops(model, batch.micro).attention / 2 / model.n_layer / (dims.cp * dims.tp)
     computing = (num_forwards(config) + 2) * products / machine.flops_per_s
-    return max(0.0, seconds + ring.all_gather(keys * FP32 / product_width(config)) - computing)
+    gradients = sends * ring.send(keys * FP32 / product_width(config) / ring.ranks)
+    return max(0.0, seconds + gradients - computing)
 
 
 def expert_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> float:
@@ -214,19 +217,19 @@ def pipeline_s(config: TrainConfig, dims: ParallelDims, batch: Batch, num_stages
     stride = dims.data_ranks * dims.cp * dims.tp
     link = machine.intra_node if dims.pp * stride <= machine.ranks_per_node else machine.inter_node
     size = hidden_width(config) * tokens_per_rank(config, dims, batch) * config.model.n_embd
-    return 2 * num_stages * (link.latency_s + size / link.bytes_per_s)
+    return 2 * num_stages * Group(dims.pp, link).send(size)
 
 
 def deepspeed_s(config: TrainConfig, batch: Batch, shards: ParameterShards, ring: Group, compute_s: float) -> float:
     """Return the exposed seconds per step of ZeRO's gradient and parameter communication in DeepSpeed."""
     stage, width = config.parallel.zero_stage, BF16 if config.precision.is_half else FP32
-    sums, gathers = ring.all_gather(FP32 * shards.elements), ring.all_gather(width * shards.elements)
+    sums, gathers = ring.reduce_scatter(FP32 * shards.elements), ring.all_gather(width * shards.elements)
     if stage == 0:
-        return 2 * sums
+        return ring.all_reduce(FP32 * shards.elements)
     if stage in (1, 2):
         return (batch.accumulation if stage == 2 else 1) * sums + gathers
     block = elements(shards.block)
-    first, last = ring.all_gather(width * (elements(shards.around) + block)), ring.all_gather(FP32 * block)
+    first, last = ring.all_gather(width * (elements(shards.around) + block)), ring.reduce_scatter(FP32 * block)
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(last, gathers + sums - BACKWARD * compute_s)
     return batch.accumulation * (forward + backward)

@@ -5,13 +5,15 @@ Owns the defaults, each with its source. Must not know where nodes come from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
 from gpt.accounting.units import GIB
 from gpt.config import Precision
 from launch.errors import ConfigError
+from launch.runs.network import LinkFit, Network
 
 ATTAINABLE = 0.5
 """Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
@@ -38,6 +40,19 @@ class Link:
 
     latency_s: float
     bytes_per_s: float
+    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+    """Collective -> latency and bandwidth in it, where they were measured (``launch.runs.network``)."""
+
+    def rates(self, collective: str) -> tuple[float, float]:
+        """Return latency, seconds, and bandwidth, bytes a second, in a collective."""
+        return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
+
+    def changed(self, change: Callable[[float, float], tuple[float, float]]) -> Link:
+        """Return a link with latencies and bandwidths changed alike in all collectives."""
+        return Link(
+            *change(self.latency_s, self.bytes_per_s),
+            {name: change(*rates) for name, rates in self.measured.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -163,6 +178,29 @@ def links(overrides: MachineOverrides, ranks_per_node: int, intra_node: float, i
         Link(overrides.inside_latency_s, (overrides.inside_gb_per_s or intra_node) * GIGA),
         Link(overrides.between_latency_s, inter_node * GIGA),
     )
+
+
+def with_network(machine: Machine, network: Network) -> Machine:
+    """Return a machine with its links as they were measured; a tier that was not there stays as it was.
+
+    Between nodes the ranks of a node share its adapters, whether they are as many as in the measurement or not.
+    """
+    share = network.ranks_per_node / machine.ranks_per_node
+    tiers = {"intra_node": 1.0, "inter_node": share}
+    return replace(
+        machine,
+        **{
+            tier: measured_link(network.tiers[tier], factor)
+            for tier, factor in tiers.items()
+            if network.tiers.get(tier)
+        },
+    )
+
+
+def measured_link(fits: Mapping[str, LinkFit], share: float) -> Link:
+    """Return a link as it was measured: what was not is as a send, or else as the first that was."""
+    rates = {name: (fit.latency_s, fit.bytes_per_s * share) for name, fit in fits.items()}
+    return Link(*rates.get("send", next(iter(rates.values()))), rates)
 
 
 def free_memory() -> int:

@@ -20,10 +20,11 @@ from gpt.config.compose import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absol
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
-from gpt.planning.auto import choose_parallelism
+from gpt.planning.auto import choose_parallelism, typed_keys
 from gpt.planning.execution import assume_precision, choose_precision, refuse_float8
 from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
+from gpt.workload.goal import GOAL_WORDS, rank_set_ups, sized_config
 from gpt.workload.nodes import estimated_step, gpu_name, machine_of, on_cpus
 from gpt.workload.refusals import refuse_size, refuse_what_does_not_fit, split_batch_over_nodes
 from gpt.workload.text import (
@@ -39,6 +40,7 @@ from gpt.workload.text import (
 )
 from launch.process import hash_seed
 from launch.runs.folder import RunFolder
+from launch.runs.overrides import typed_key
 from launch.runs.provenance import ROOT, source_files
 from launch.runs.saved import SavedCheckpoint
 from launch.workload import (
@@ -46,7 +48,9 @@ from launch.workload import (
     PlanRequest,
     RankCommand,
     RankContract,
+    SetUp,
     StepTime,
+    TrainingGoal,
     WorkloadPlan,
     possible_sizes,
 )
@@ -63,6 +67,7 @@ class GptWorkload:
     not_in_point = NOT_IN_POINT
     resumable = RESUMABLE
     length = LENGTH
+    goal_words = GOAL_WORDS
 
     def make_paths_absolute(self, document: DictConfig) -> None:
         """Take the paths that were typed relative to the folder they were typed in."""
@@ -137,6 +142,18 @@ class GptWorkload:
         config = assume_precision(config, precision)
         dims = check_parallel_dims(config, request.world_size)
         return estimated_step(config, dims, split_batch_over_nodes(config, dims, request), request)
+
+    def set_ups(self, config: TrainConfig, request: PlanRequest, goal: TrainingGoal) -> list[SetUp]:
+        """Ways to train a model of a given size on the nodes of ``request``, the fastest first.
+
+        Raises:
+            ConfigError: no model has that size, or no layout is valid or fits.
+        """
+        has_batch = any(typed_key(word) == "optim.global_batch" for word in request.overrides)
+        config = sized_config(config, goal, has_batch)
+        config = assume_precision(config, choose_precision(config, request.folder, False, gpu_name(request)))
+        machine, fixed = machine_of(config, request), typed_keys(request.overrides)
+        return rank_set_ups(config, request.world_size, machine, fixed)
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
         """The training script, which reads everything else from the run folder."""

@@ -6,16 +6,18 @@ Torch-free. Must not know what is refused or printed.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from gpt.accounting.hardware import KNOWN, expand, memory_bytes
 from gpt.config import Device, TrainConfig
 from gpt.planning.cost import estimate
 from gpt.planning.execution import choose_tf32
-from gpt.planning.hardware import Link, Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu
+from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu, with_network
 from gpt.planning.memory import GIB
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
+from launch.runs.network import read_network
 from launch.runs.ranges import closest
 from launch.workload import PlanRequest, StepTime
 
@@ -87,11 +89,19 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def calibrate(machine: Machine, request: PlanRequest) -> Machine:
-    """Return a machine that computes and sends faster or slower by the factors of a request."""
+    """Return a machine whose links are as they were measured, and that computes and sends faster or slower by the
+    factors of a request.
+
+    Raises:
+        ConfigError: ``cluster.network`` is no such measurement.
+    """
+    if request.cluster.network is not None:
+        machine = with_network(machine, read_network(Path(request.cluster.network)))
     if request.rate_factor == request.link_factor == 1:
         return machine
+    factor = request.link_factor
     faster = [
-        Link(link.latency_s / request.link_factor, link.bytes_per_s * request.link_factor)
+        link.changed(lambda latency_s, rate: (latency_s / factor, rate * factor))
         for link in (machine.intra_node, machine.inter_node)
     ]
     rate = machine.flops_per_s * request.rate_factor

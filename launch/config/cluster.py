@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import astuple, dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import MISSING
 
 from launch.errors import ConfigError
+from launch.runs.network import read_network
 from launch.runs.ranges import require_positive, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
@@ -151,6 +153,8 @@ class ClusterConfig:
     matmul_efficiency: float = 0.5
     """The share of that peak at which a pass computes while it sends nothing; parallel=auto only."""
     interconnect: InterconnectConfig = field(default_factory=InterconnectConfig)
+    network: Optional[str] = None
+    """File of ``python -m launch.bench_network``: each collective as it was measured, in place of interconnect."""
     links: LinksConfig = field(default_factory=LinksConfig)
     """Former name of interconnect."""
     attainable: Optional[float] = None
@@ -205,6 +209,8 @@ class ClusterConfig:
                 require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
         require_range("cluster.matmul_efficiency", self.matmul_efficiency, 0.01, 1)
         self.interconnect.validate()
+        if self.network is not None:
+            read_network(Path(self.network))
         self.validate_mail()
         self.validate_container()
         self.validate_cluster()

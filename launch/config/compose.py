@@ -199,6 +199,7 @@ def typed_config(document: DictConfig) -> Config:
     schema = schema_of(document.workload._target_)
     tell_former_keys(adopt_former_keys(document))
     load_workload(document.workload._target_).make_paths_absolute(document)
+    compose.make_absolute([(document.cluster, "network")])
     compose.refuse_unknown(document, schema)
     return compose.to_schema(document, schema)
 

@@ -5,6 +5,7 @@ Predicts the largest measured point from the smaller ones, prints the error, the
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.project.goal import EXAMPLE, NODES, compose_goal, offers, parse_goal
+from launch.project.goal_views import show_offers
 from launch.project.projection import project
 from launch.project.sizes import parse_sizes
-from launch.project.sweep_points import read_network, read_sweep
+from launch.project.sweep_points import read_links, read_sweep
 from launch.project.views import csv_text, json_text, markdown, show
 from launch.report.selection import Selection, select
 from launch.runs.files import deny_others_writing, write_atomically
@@ -31,22 +34,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="What a measured sweep would be at sizes that were not run: step time, throughput, efficiency, "
         "memory, and with --mtbf-hours goodput. The largest measured point is predicted first, and the error printed.",
     )
-    parser.add_argument("folder", type=Path, metavar="SWEEP", help="a folder with the runs of a sweep over nodes")
-    parser.add_argument("--nodes", required=True, metavar="LIST", help="sizes: 8,16,32, or 8,16,...,4096")
+    parser.add_argument(
+        "words", nargs="*", metavar="SWEEP", help="a folder with the runs of a sweep over nodes; with --fit KEY=VALUE"
+    )
+    parser.add_argument("--nodes", metavar="LIST", help="sizes: 8,16,32, or 8,16,...,4096")
+    parser.add_argument(
+        "--fit", metavar="GOAL", help='no sweep, but the cheapest that make it: "7e9 params, 1e12 tokens, 30 days"'
+    )
     parser.add_argument("--sweep", type=int, metavar="N", help="an earlier sweep of the folder")
     parser.add_argument("--gpu", metavar="NAME", help="other GPUs than those of the sweep, such as H100")
     parser.add_argument(
-        "--network", type=Path, metavar="FILE", help="links as measured: the keys of cluster.interconnect, in YAML"
+        "--network",
+        type=Path,
+        metavar="FILE",
+        help="links as measured: the file of launch.bench_network, or the keys of cluster.interconnect in YAML",
     )
     parser.add_argument("--mtbf-hours", type=float, metavar="H", help="mean time between failures of one node")
-    typed = parser.parse_args(arguments)
+    typed = parser.parse_intermixed_args(arguments)
+    if typed.fit is not None:
+        return fit(typed)
+    if len(typed.words) != 1 or typed.nodes is None:
+        found = f"SWEEP {' '.join(typed.words)}" if len(typed.words) != 1 else "no --nodes"
+        raise ConfigError(found, "the folder of a sweep, and sizes", "python -m launch.project SWEEP --nodes 8,...,64")
     sizes = parse_sizes(typed.nodes)
     if typed.mtbf_hours is not None and typed.mtbf_hours <= 0:
         raise ConfigError(f"--mtbf-hours {typed.mtbf_hours:g}", "hours, more than none", "--mtbf-hours 20000")
     deny_others_writing()
-    folder = typed.folder if typed.folder.exists() else next(iter(runs_labelled(typed.folder)), typed.folder)
+    folder = Path(typed.words[0])
+    folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
     selection = select(folder, typed.sweep)
-    network = None if typed.network is None else read_network(typed.network)
+    network = None if typed.network is None else read_links(typed.network)
     found = project(read_sweep(selection, network), sizes, typed.mtbf_hours, typed.gpu)
     console = Console(soft_wrap=True)
     show(found, console)
@@ -60,6 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for path in write(selection, contents):
         console.print(f"wrote {path}", highlight=False, markup=False)
+    return 0
+
+
+def fit(typed: argparse.Namespace) -> int:
+    """Show the cheapest set-ups that make a goal; ConfigError where nothing does."""
+    refused = [name for name, value in (("--sweep", typed.sweep), ("--mtbf-hours", typed.mtbf_hours)) if value]
+    if refused or (wrong := [word for word in typed.words if "=" not in word]):
+        found = f"--fit with {', '.join(refused or wrong)}"
+        raise ConfigError(found, "overrides as for python -m launch, KEY=VALUE", f"python -m launch.project {EXAMPLE}")
+    goal = parse_goal(typed.fit)
+    links = None if typed.network is None else typed.network.absolute()
+    sizes = NODES if typed.nodes is None else parse_sizes(typed.nodes)
+    config, words = compose_goal(typed.words, typed.gpu, links)
+    found = offers(goal, config, words, sizes)
+    show_offers(goal, found, config.cluster.gpu_name, words, Console(soft_wrap=True))
     return 0
 
 

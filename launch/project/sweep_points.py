@@ -21,6 +21,7 @@ from launch.report.points import Point, read_point
 from launch.report.selection import Selection
 from launch.report.series import MeasuredPoint, Series, label_points, measure, split
 from launch.runs.folder import RunFolder
+from launch.runs.network import read_network
 from launch.workload import PlanRequest, StepTime, WorkloadPlan
 
 
@@ -32,8 +33,8 @@ class SweepPoints:
     members: tuple[MeasuredPoint, ...]
     measured: tuple[Measured, ...]
     config: Config
-    network: InterconnectConfig | None = None
-    """Links as they were measured; None where they are as the config says."""
+    network: InterconnectConfig | Path | None = None
+    """Links as they were measured, or the file of each collective's; None where they are as the config says."""
     left_out: tuple[str, ...] = ()
     """Points whose ranks shared cores or a GPU, which says nothing of nodes of their own."""
 
@@ -52,7 +53,7 @@ class SweepPoints:
         costs = self.costs()
         if costs is None:
             return fit_trend(points, self.is_weak)
-        return fit_costs(points, costs, links_are_given=self.network is not None)
+        return fit_costs(points, costs, links_are_given=self.has_measured_links)
 
     def fit_onto(self, gpu: str) -> Model:
         """Fit a model to all points, and take it to other GPUs: the same shares of what those are said to do.
@@ -70,6 +71,11 @@ class SweepPoints:
                 "python -m launch.project without --gpu",
             )
         return replace(model, costs=costs)
+
+    @property
+    def has_measured_links(self) -> bool:
+        """Tell whether the links were measured, here or when the sweep was made, and are not to be fitted."""
+        return self.network is not None or self.config.cluster.network is not None
 
     @property
     def has_gpus(self) -> bool:
@@ -126,7 +132,9 @@ class SweepPoints:
             known = replace(known, mem_gb=UNLIMITED_GB)
         if gpu is not None:
             known = replace(known, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None)
-        return known if self.network is None else replace(known, interconnect=self.network)
+        if isinstance(self.network, Path):
+            return replace(known, network=str(self.network))
+        return known if self.network is None else replace(known, interconnect=self.network, network=None)
 
     def plan(self, nodes: int, gpu: str | None) -> WorkloadPlan:
         """The workload's plan of another size. Raises ConfigError where that cannot work."""
@@ -150,7 +158,7 @@ UNLIMITED_GB = 1e6
 """Memory of a CPU node of which nobody said any: its size does not enter the time of a step."""
 
 
-def read_sweep(selection: Selection, network: InterconnectConfig | None = None) -> SweepPoints:
+def read_sweep(selection: Selection, network: InterconnectConfig | Path | None = None) -> SweepPoints:
     """Read the points of a sweep.
 
     Raises:
@@ -191,8 +199,9 @@ def as_measured(member: MeasuredPoint) -> Measured:
     return Measured(member.nodes, member.ranks, figures.step_time_s, figures.low_s, figures.high_s)
 
 
-def read_network(path: Path) -> InterconnectConfig:
-    """Links from a file with the keys of ``cluster.interconnect``.
+def read_links(path: Path) -> InterconnectConfig | Path:
+    """Links from a file with the keys of ``cluster.interconnect``, or this file where ``launch.bench_network`` wrote
+    it.
 
     Raises:
         ConfigError: no such file, or other keys in it.
@@ -201,12 +210,20 @@ def read_network(path: Path) -> InterconnectConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    expected = "intra_node and inter_node, each with latency_us and bandwidth_gb_per_s (10^9 bytes a second)"
-    fix = "the keys of cluster.interconnect in configs/cluster/slurm.yaml, in a file of their own"
+    expected = (
+        "what python -m launch.bench_network wrote; or intra_node and inter_node, each with latency_us and "
+        "bandwidth_gb_per_s (10^9 bytes a second), as in cluster.interconnect"
+    )
+    fix = f"python -m launch.bench_network nodes=2 --output {path}"
     try:
         document = yaml.safe_load(path.read_text())
+        if isinstance(document, dict) and "tiers" in document:
+            read_network(path, "--network")
+            return path.absolute()
         merged = OmegaConf.merge(OmegaConf.structured(InterconnectConfig), document)
         found = OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise ConfigError(f"--network {path}: {said}", expected, fix) from error

@@ -7,7 +7,7 @@ other line is parsed as JSON. A report of a thousand ranks reads gigabytes. Must
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Bytes that are looked at together."""
-NUMBER = 26
-"""Bytes that a number is looked for in; a double takes at most 24, and what ends it one."""
+NUMBER = 25
+"""Bytes that a number takes at most: a double 24."""
+FEW = 8
+"""Lines of one layout in a block below which a parser of JSON takes no longer."""
 START = b'{"step": '
-NEWLINE, COMMA, BACKSLASH, OPEN, CLOSE = b"\n,\\{}"
+NEWLINE, COMMA, QUOTE, COLON, OPEN, CLOSE, UNDERSCORE = b'\n,":{}_'
 
 
 @dataclass(frozen=True)
@@ -117,21 +119,17 @@ def _read_block(data: bytes, names: tuple[str, ...]) -> _Part:
     block = _Block(data)
     shape = (len(block.starts), len(names))
     part = _Part(block.starts, np.zeros(shape, np.bool_), np.full(shape, np.nan))
-    lines = np.flatnonzero(block.are_plain)
-    at = block.starts[lines]
-    for index, name in enumerate(names):
-        is_there, at, is_certain = block.locate(b'"' + name.encode() + b'": ', lines, at)
-        begins = at + (len(name) + 4) * is_there
-        known, values, lengths = block.numbers(begins, as_integers=index < 2)
-        at, is_read = begins + lengths * is_there, (lengths > 0) | ~known
-        is_certain &= is_read | ~is_there
-        if index < 2:
-            is_certain &= is_there & known
-        part.known[lines, index], part.values[lines, index] = known & is_there, np.where(is_there, values, np.nan)
-        if not is_certain.all():
-            block.are_plain[lines[~is_certain]] = False
-            lines, at = lines[is_certain], at[is_certain]
-    is_read = block.are_plain
+    is_read = np.zeros(len(block.starts), np.bool_)
+    for layout in block.layouts(names):
+        lines, is_certain = layout.lines, np.ones(len(layout.lines), np.bool_)
+        for index, name in enumerate(names):
+            if name in layout.places:
+                known, values, is_sure = block.numbers(*layout.places[name], as_integers=index < 2)
+                part.known[lines, index], part.values[lines, index] = known, values
+                is_certain &= is_sure & known if index < 2 else is_sure
+            elif index < 2:
+                is_certain[:] = False
+        is_read[lines] = is_certain
     for line in np.flatnonzero(~is_read).tolist():
         is_read[line] = _parse(data[block.starts[line] : block.ends[line]], names, part.known[line], part.values[line])
     return part if is_read.all() else _Part(part.starts[is_read], part.known[is_read], part.values[is_read])
@@ -153,6 +151,14 @@ def _parse(text: bytes, names: tuple[str, ...], known: Flags, values: Floats) ->
     return True
 
 
+@dataclass
+class _Layout:
+    """Lines with the same keys in the same order, and where the values of these start and how long they are."""
+
+    lines: Integers
+    places: Mapping[str, tuple[Integers, Integers]]
+
+
 class _Block:
     """Some whole lines as an array of bytes, and which of them are records as Python writes them."""
 
@@ -164,84 +170,116 @@ class _Block:
         self.ends = ends if data.endswith(b"\n") else np.append(ends, len(data))
         self.starts = np.concatenate(([0], self.ends[:-1] + 1))
         self.are_plain = (self._windows(self.starts, len(START)) == START) & (self.bytes[self.ends - 1] == CLOSE)
-        self._inner: list[Integers] = []
+        self._inner: tuple[Integers, Integers] | None = None
         if np.count_nonzero(text >= OPEN) != 2 * len(self.starts):  # no other byte of a record is as large
-            self._find_mappings(text)
-        if np.count_nonzero(text == BACKSLASH):  # what quotes mean then is for a parser to say
+            self._inner = self._find_mappings(text)
+        if data.find(b"\\") >= 0:  # what quotes mean then is for a parser to say
             self.are_plain[:] = False
 
-    def _find_mappings(self, text: npt.NDArray[np.uint8]) -> None:
-        """Find what lies in mappings inside of records; a line whose braces do not match one another is not plain."""
+    def _find_mappings(self, text: npt.NDArray[np.uint8]) -> tuple[Integers, Integers]:
+        """Where the mapping inside of each line begins and ends, -1 without one. A line whose braces do not match one
+        another, or with more than one, is not plain."""
         braces = [np.flatnonzero(text == brace) for brace in (OPEN, CLOSE)]
         limits = np.append(self.starts, len(text))
         opened, closed = (np.diff(np.searchsorted(places, limits)) for places in braces)
         self.are_plain &= (opened == closed) & (opened <= 2)
-        has_mapping = self.are_plain & (opened == 2)
-        first = [np.searchsorted(places, self.starts[has_mapping]) for places in braces]
-        self._inner = [braces[0][first[0] + 1], braces[1][first[1]]]
+        lines = np.flatnonzero(self.are_plain & (opened == 2))
+        begins, ends = np.full(len(self.starts), -1), np.full(len(self.starts), -1)
+        begins[lines] = braces[0][np.searchsorted(braces[0], self.starts[lines]) + 1]
+        ends[lines] = braces[1][np.searchsorted(braces[1], self.starts[lines])]
+        return begins, ends
 
-    def locate(self, key: bytes, lines: Integers, near: Integers) -> tuple[Flags, Integers, Flags]:
-        """Find a key in lines: whether it is there, where (else ``near``), and whether that is certain.
+    def layouts(self, names: Sequence[str]) -> Iterator[_Layout]:
+        """Yield the plain lines by their layout; lines of a rare one are left to a parser.
 
-        ``near`` is where the key before was found. Lines have it at few distances from there, as few numbers differ in
-        their digits: the distance that one line shows is tried on all that are left.
+        Lines with as many quotes are compared with the first of them: the places of mappings and the lengths of all
+        keys, and the keys that are as long as one of ``names``, which no other could be.
         """
-        at, is_there = near.copy(), np.zeros(len(lines), np.bool_)
-        if self.data.find(key) < 0:
-            return is_there, at, np.ones(len(lines), np.bool_)
-        left = np.arange(len(lines))
-        while len(left):
-            line = lines[left[len(left) // 2]]
-            found = self.data.find(key, self.starts[line], self.ends[line])
-            if found < 0:
-                break
-            places = np.minimum(near[left] + (found - near[left[len(left) // 2]]), len(self.data))
-            is_here = self._windows(places, len(key)) == key
-            hits = left[is_here]
-            is_there[hits], at[hits] = True, places[is_here]
-            left = left[~is_here]
-        for index in left.tolist():
-            found = self.data.find(key, self.starts[lines[index]], self.ends[lines[index]])
-            if found >= 0:
-                is_there[index], at[index] = True, found
-        is_inside = (at > self.starts[lines]) & (at < self.ends[lines])
-        return is_there, at, (is_inside & self._is_outside(at)) | ~is_there
+        sizes = {len(name.encode()) for name in names}
+        quotes = np.flatnonzero(self.bytes[: len(self.data)] == QUOTE)
+        first = np.searchsorted(quotes, np.append(self.starts, len(self.data)))
+        counts = np.where(self.are_plain, np.diff(first), 0)
+        for count in np.unique(counts).tolist():
+            lines = np.flatnonzero(counts == count)
+            if count and count % 2 == 0 and len(lines) >= FEW:
+                yield self._layout(lines, quotes[first[lines][:, None] + np.arange(count)], sizes)
 
-    def _is_outside(self, at: Integers) -> Flags:
-        """Tell which places lie in no mapping inside of a record."""
-        if not self._inner or not len(self._inner[0]):
-            return np.ones(len(at), np.bool_)
-        before = np.searchsorted(self._inner[0], at) - 1
-        return (before < 0) | (at > self._inner[1][before])
+    def _layout(self, lines: Integers, quotes: Integers, sizes: Container[int]) -> _Layout:
+        """The layout of the first of some lines, and those of them that have it.
 
-    def numbers(self, at: Integers, as_integers: bool) -> tuple[Flags, Floats, Integers]:
-        """Read the values that start there: which are numbers, these (NaN for others), and how long their text is.
-
-        The length is 0 where a number is none, or not as Python writes it.
+        Args:
+            lines: with as many quotes each.
+            quotes: where these are, [lines, quotes].
+            sizes: lengths of the keys that are looked for.
         """
-        windows = self._windows(at, NUMBER).view(np.uint8).reshape(len(at), NUMBER)
-        first = windows[:, 0]
+        same = np.ones(len(lines), np.bool_)
+        inside = range(0)
+        if self._inner is not None:
+            bounds = [places[lines] for places in self._inner]
+            at = [(quotes < bound[:, None]).sum(axis=1) for bound in bounds]
+            same &= (at[0] == at[0][0]) & (at[1] == at[1][0]) & ((bounds[0] < 0) == (bounds[0][0] < 0))
+            inside = range(int(at[0][0]), int(at[1][0]))
+        columns: dict[str, int] = {}
+        of_keys = []
+        for column in range(0, quotes.shape[1], 2):
+            if column in inside:
+                continue
+            begin, end = int(quotes[0, column]), int(quotes[0, column + 1])
+            if self.data[end : end + 3] != b'": ':
+                same &= self.bytes[quotes[:, column + 1] + 1] != COLON  # text, and no key in any line
+                continue
+            of_keys.append(column)
+            if end - begin - 1 in sizes:
+                key = self.data[begin : end + 3]
+                same &= self._windows(quotes[:, column], len(key)) == key
+                columns[key[1:-3].decode(errors="replace")] = column
+        widths = quotes[:, 1::2] - quotes[:, ::2]
+        if (different := widths != widths[0]).any():
+            same &= ~different[:, np.array(of_keys) // 2].any(axis=1)
+        lines, quotes = lines[same], quotes[same]
+        # A value ends two bytes before the next key, and the last one before the brace that closes the line.
+        stops = np.column_stack((quotes[:, 2::2] - 2, self.ends[lines] - 1))
+        places = {}
+        for name, column in columns.items():
+            begins = quotes[:, column + 1] + 3
+            places[name] = begins, stops[:, column // 2] - begins
+        return _Layout(lines, places)
+
+    def numbers(self, at: Integers, lengths: Integers, *, as_integers: bool) -> tuple[Flags, Floats, Flags]:
+        """Read the values that start there and are so long: which are numbers, these (NaN for others), and whether
+        that is certain, as it is for numbers as Python writes them and for everything that is none."""
+        first = self.bytes[at]
         # Also NaN, Infinity and -Infinity, as Python writes them.
         known = ((first >= ord("0")) & (first <= ord("9"))) | (first == ord("-"))
         known |= (first == ord("N")) | (first == ord("I"))
-        values, lengths = np.full(len(at), np.nan), np.zeros(len(at), np.int64)
-        if not known.any():
-            return known, values, lengths
-        lengths = (windows == COMMA).argmax(axis=1)
-        size = int(lengths.max())
-        if size == 0:
-            return known, values, lengths
-        is_text = np.arange(size) < lengths[:, None]
-        text = windows[:, :size] * is_text
-        if as_integers:
-            lengths[((text - np.uint8(ord("0")) > 9) & is_text).any(axis=1)] = 0
-        lengths[~known] = 0
-        is_read = lengths > 0
+        values = np.full(len(at), np.nan)
+        stop = self.bytes[at + np.maximum(lengths, 0)]
+        is_whole = (lengths > 0) & (lengths <= NUMBER) & ((stop == COMMA) | (stop == CLOSE))
+        chosen = np.flatnonzero(known & is_whole)
+        if not len(chosen):
+            return known, values, ~known
+        all_of_them = len(chosen) == len(at)
+        begins, sizes = (at, lengths) if all_of_them else (at[chosen], lengths[chosen])
+        size = int(sizes.max())
+        text = self._windows(begins, size).view(np.uint8).reshape(len(begins), size)
+        if int(sizes.min()) < size:
+            text = text * (np.arange(size) < sizes[:, None])
+        if as_integers and ((text - np.uint8(ord("0")) > 9) & (text != 0)).any():
+            return known, values, ~known
         try:
-            values[is_read] = text[is_read].view(f"S{size}").ravel().astype(np.float64)
+            values[chosen] = self._parsed(text)
         except ValueError:
-            lengths[:] = 0
-        return known, values, lengths
+            return known, values, ~known
+        return known, values, is_whole | ~known
+
+    def _parsed(self, text: npt.NDArray[np.uint8]) -> Floats:
+        """The numbers that are written in [numbers, bytes], filled up with zeros; ValueError where one is none."""
+        if (text == UNDERSCORE).any():
+            raise ValueError("an underscore, which Python's float takes and JSON does not")
+        all_same = bool((text == text[0]).all())
+        rows = np.ascontiguousarray(text[:1] if all_same else text)
+        found: Floats = rows.view(f"S{text.shape[1]}").ravel().astype(np.float64)
+        return np.repeat(found, len(text)) if all_same else found
 
     def _windows(self, at: Integers, size: int) -> npt.NDArray[np.bytes_]:
         """The ``size`` bytes from each place."""

@@ -98,7 +98,15 @@ def write(path: Path, lines: list[str | bytes]) -> Path:
 
 
 def assert_same_as_json(path: Path) -> None:
-    found, expected = read_columns(path, FIELDS), read_records(path)
+    """With rare layouts left to the parser of JSON, as always, and with every one read as columns."""
+    for few in (columns.FEW, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(columns, "FEW", few)
+            found = read_columns(path, FIELDS)
+        assert_equal_to_json(found, read_records(path))
+
+
+def assert_equal_to_json(found: columns.RecordColumns | None, expected: list[dict[str, Any]]) -> None:
     if not expected:
         assert found is None
         return
@@ -250,6 +258,6 @@ def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run:
         return found
 
     peak(2)  # what is imported and cached once
-    # A reading that keeps what it read would hold 16 times as much; a reader's own buffer grows, by kilobytes a rank.
+    # A reading that keeps what it read would hold 16 times as much; how many files are read at once is a matter of chance.
     few, many = peak(4), peak(64)
-    assert many <= 2 * few, (many, few)
+    assert many <= 4 * few, (many, few)

@@ -1,0 +1,199 @@
+"""Rank of ``launch.bench_network``: times each collective in each tier, for growing sizes, with all ranks at it.
+
+    python -m launch.bench_network.measure --output FILE        started by the launcher on every rank
+
+Owns the measurements; NCCL where every rank has a GPU of its own, gloo elsewhere. Fits and judges nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from launch import worker
+from launch.process import lasting_imports
+from launch.runs.files import write_json
+from launch.runs.network import COLLECTIVES
+
+with lasting_imports():
+    import torch
+    import torch.distributed as dist
+
+KIB, MIB = 2**10, 2**20
+SMALLEST, FACTOR = 4 * KIB, 8
+LARGEST_MIB = {"cpu": 16, "cuda": 256}
+"""Largest size by default: what saturates a link of that kind."""
+SLOW_S = 0.5
+"""A collective that takes longer is not measured with larger sizes."""
+PASSES = 5
+"""Timings of each size, of which the median counts."""
+TIMEOUT = timedelta(minutes=3)
+HOST_BYTES = 64
+
+
+class Bench:
+    """One rank of the measurement: its place, its device, and the messages by which ranks agree."""
+
+    def __init__(self, budget_s: float) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.local, self.each = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        self.budget_s = budget_s
+        has_gpu = torch.cuda.is_available() and torch.cuda.device_count() > self.local
+        on_gpus = -self.largest(-float(has_gpu)) == 1.0
+        self.device = torch.device("cuda", self.local) if on_gpus else torch.device("cpu")
+        if on_gpus:
+            torch.cuda.set_device(self.device)
+        self.backend = "nccl" if on_gpus else "gloo"
+
+    def largest(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
+        both = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return float(both.item())
+
+    def groups(self) -> Iterator[tuple[str, int, dist.ProcessGroup]]:
+        """Yield the tiers with each size of a group: a power of two, and all ranks that a tier has."""
+        nodes = self.world // self.each
+        for tier, most in (("intra_node", self.each), ("inter_node", nodes)):
+            for size in group_sizes(most):
+                lists = group_ranks(tier, size, nodes, self.each)
+                group, _ = dist.new_subgroups_by_enumeration(lists, timeout=TIMEOUT, backend=self.backend)
+                yield tier, size, group
+
+    def seconds(self, work: Callable[[], object], count: int) -> float:
+        """Time one of ``count`` runs of ``work`` in a row, by the slowest of all ranks."""
+        dist.barrier()
+        self._finish()
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        self._finish()
+        return self.largest((time.perf_counter() - start) / count)
+
+    def typical_seconds(self, work: Callable[[], object]) -> float:
+        """Median of several timings, each as long as the budget allows; connections are made before."""
+        work()
+        once = self.seconds(work, 1)
+        count = min(50, max(1, round(self.budget_s / PASSES / max(once, 1e-6))))
+        return statistics.median(self.seconds(work, count) for _ in range(PASSES))
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def group_sizes(most: int) -> list[int]:
+    """Sizes of the groups of a tier with so many ranks: powers of two that divide them, and all."""
+    powers = [2**exponent for exponent in range(1, most.bit_length()) if most % 2**exponent == 0]
+    return sorted({*powers, most} - {1})
+
+
+def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
+    """Ranks of all groups of a tier: neighbors on a node, or those of one local number on neighboring nodes."""
+    if tier == "intra_node":
+        return [[n * each + at + i for i in range(size)] for n in range(nodes) for at in range(0, each, size)]
+    return [[(at + i) * each + local for i in range(size)] for at in range(0, nodes, size) for local in range(each)]
+
+
+def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) -> Callable[[], object]:
+    """Return what runs a collective of ``size`` bytes once; of a send, there and back."""
+    ranks = dist.get_world_size(group)
+    part = max(1, size // 4 // ranks)
+    whole, shard = (torch.zeros(count, device=bench.device) for count in (part * ranks, part))
+    first, last = dist.get_global_rank(group, 0), dist.get_global_rank(group, ranks - 1)
+    sync = torch.zeros(1, device=bench.device)
+
+    def there_and_back() -> None:
+        for source, target in ((first, last), (last, first)):
+            if bench.rank == source:
+                dist.send(whole, target, group)
+            else:
+                dist.recv(whole, source, group)
+
+    def spread() -> None:
+        dist.broadcast(whole, first, group)
+        dist.all_reduce(sync, group=group)  # the source would run ahead of those that still receive
+
+    other = torch.zeros_like(whole)
+    return {
+        "all_reduce": lambda: dist.all_reduce(whole, group=group),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, shard, group=group),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(shard, whole, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
+        "broadcast": spread,
+        "send": there_and_back,
+    }[collective]
+
+
+def measure(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[str, Any]]:
+    """Time every collective in every tier; the same samples on every rank."""
+    samples: list[dict[str, Any]] = []
+    for tier, ranks, group in bench.groups():
+        sync = torch.zeros(1, device=bench.device)
+        waiting_s = bench.typical_seconds(lambda sync=sync, group=group: dist.all_reduce(sync, group=group))  # type: ignore
+        for collective in COLLECTIVES:
+            if collective == "send" and ranks > 2:
+                continue
+            size, seconds = SMALLEST, 0.0
+            while size <= largest and seconds < SLOW_S:
+                seconds = bench.typical_seconds(work_of(collective, size, bench, group))
+                taken = {"broadcast": max(1e-7, seconds - waiting_s), "send": seconds / 2}.get(collective, seconds)
+                known = {"tier": tier, "collective": collective, "ranks": ranks, "bytes": size, "seconds": taken}
+                samples.append(known)
+                tell()
+                size *= FACTOR
+    return samples
+
+
+def hosts() -> list[str]:
+    """Names of the hosts of all ranks, each once; as bytes in a tensor, so that nothing is unpickled."""
+    name = socket.gethostname().encode()[:HOST_BYTES]
+    own = torch.tensor([*name, *bytes(HOST_BYTES - len(name))], dtype=torch.uint8)
+    every = torch.zeros(dist.get_world_size() * HOST_BYTES, dtype=torch.uint8)
+    dist.all_gather_into_tensor(every, own)
+    return sorted({bytes(row.tolist()).rstrip(b"\0").decode() for row in every.view(-1, HOST_BYTES)})
+
+
+def main() -> None:
+    """Measure, and have rank 0 write the samples with what they were measured on."""
+    parser = argparse.ArgumentParser(description="One rank of python -m launch.bench_network.")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--max-mib", type=int, default=0)
+    parser.add_argument("--budget-s", type=float, required=True)
+    given = parser.parse_args()
+    run = worker.attach()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    bench = Bench(given.budget_s)
+    largest = (given.max_mib or LARGEST_MIB[bench.device.type]) * MIB
+    done = iter(range(1, 1_000_000))
+    samples = measure(bench, largest, lambda: run.record(next(done)) if bench.rank == 0 else None)
+    on_gpus = bench.device.type == "cuda"
+    measured = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "nodes": bench.world // bench.each,
+        "ranks_per_node": bench.each,
+        "hosts": hosts(),
+        "backend": bench.backend,
+        "device": torch.cuda.get_device_name(bench.device) if on_gpus else f"CPU ({platform.machine()})",
+        "software": {"python": platform.python_version(), "torch": torch.__version__}
+        | ({"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if on_gpus else {}),
+        "samples": samples,
+    }
+    if bench.rank == 0:
+        write_json(given.output, measured)
+        run.finished(next(done) - 1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

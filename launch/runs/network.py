@@ -1,0 +1,136 @@
+"""Measured links: the file that ``launch.bench_network`` writes, and the cost model that its figures belong to.
+
+A collective of n bytes over k ranks takes ``messages(k) * latency + share(k) * n / bandwidth`` (the alpha-beta model;
+Thakur, Rabenseifner and Gropp, 2005): rings for all but a broadcast, which is a tree, and a send. Latency and bandwidth
+are fitted for each collective and tier, so that they hold what a library does besides. Must not know who asks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from launch.errors import ConfigError
+
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
+TIERS = ("intra_node", "inter_node")
+"""Within a node, and between ranks of the same local number on different nodes, while all ranks of a node send."""
+FORMAT = 1
+FASTEST = 1e13
+"""Bytes a second of a link whose time does not grow with the size, as far as was measured: more than any has."""
+
+
+def terms(collective: str, ranks: int) -> tuple[float, float]:
+    """Messages one after the other, and the share of the bytes that pass a rank's link.
+
+    The bytes are those of the whole tensor: of the result of an all-gather, of the input of a reduce-scatter, and of
+    what each rank has in an all-to-all.
+    """
+    if collective == "send":
+        return 1.0, 1.0
+    if collective == "broadcast":
+        depth = float(math.ceil(math.log2(ranks))) if ranks > 1 else 0.0
+        return depth, depth
+    rounds = 2 if collective == "all_reduce" else 1
+    return float(rounds * (ranks - 1)), rounds * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class LinkFit:
+    """Latency and bandwidth of a rank's link in one collective, fitted to measured times, with their standard errors.
+
+    ``error`` is the root mean square of predicted over measured time less one.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    latency_error_s: float = 0.0
+    bytes_per_s_error: float = 0.0
+    error: float = 0.0
+
+    def seconds(self, collective: str, ranks: int, size: float) -> float:
+        """Return the time of a collective of ``size`` bytes over ``ranks`` ranks."""
+        messages, share = terms(collective, ranks)
+        return messages * self.latency_s + share * size / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Network:
+    """Links of some nodes, as they were measured."""
+
+    ranks_per_node: int
+    """Ranks of a node that sent at the same time."""
+    tiers: Mapping[str, Mapping[str, LinkFit]]
+    """Tier -> collective -> fit; a tier that was not there is absent."""
+
+
+def as_document(network: Network, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the file holds: the fits in the units of ``cluster.interconnect``, and how they were measured."""
+    tiers = {
+        tier: {
+            name: {
+                "latency_us": 1e6 * fit.latency_s,
+                "bandwidth_gb_per_s": fit.bytes_per_s / 1e9,
+                "latency_error_us": 1e6 * fit.latency_error_s,
+                "bandwidth_error_gb_per_s": fit.bytes_per_s_error / 1e9,
+                "error": fit.error,
+            }
+            for name, fit in fits.items()
+        }
+        for tier, fits in network.tiers.items()
+    }
+    return {"format": FORMAT, "ranks_per_node": network.ranks_per_node, "tiers": tiers, "measured": dict(measured)}
+
+
+def read_network(path: Path, key: str = "cluster.network") -> Network:
+    """Read measured links.
+
+    Args:
+        path: of the file.
+        key: key or option that names it, for refusals.
+
+    Raises:
+        ConfigError: no such file, or something else in it.
+    """
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{key}={path}: {said}",
+            "a file that python -m launch.bench_network has written",
+            f"python -m launch.bench_network nodes=2 --output {path}, or {key}=null",
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, _changed: int) -> Network:
+    """Read a file once for each time it was written: a cost model asks for it thousands of times."""
+    document = json.loads(path.read_text())
+    if document["format"] != FORMAT:
+        raise ValueError(f"format {document['format']}, and this is the launcher of format {FORMAT}")
+    ranks = document["ranks_per_node"]
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks_per_node {ranks!r}")
+    tiers = {
+        tier: {name: _fit(f"tiers.{tier}.{name}", fit) for name, fit in fits.items() if name in COLLECTIVES}
+        for tier, fits in document["tiers"].items()
+        if tier in TIERS
+    }
+    if not any(tiers.values()):
+        raise ValueError(f"no tiers: none of {' and '.join(TIERS)}")
+    return Network(ranks, tiers)
+
+
+def _fit(name: str, document: Mapping[str, Any]) -> LinkFit:
+    """The fit of one collective; ValueError where its numbers cannot be."""
+    latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
+    if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):
+        raise ValueError(f"{name}: latency_us {latency:g} and bandwidth_gb_per_s {bandwidth:g}")
+    errors = [float(document.get(key, 0.0)) for key in ("latency_error_us", "bandwidth_error_gb_per_s", "error")]
+    return LinkFit(latency / 1e6, bandwidth * 1e9, errors[0] / 1e6, errors[1] * 1e9, errors[2])
