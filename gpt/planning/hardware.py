@@ -13,7 +13,7 @@ from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_byte
 from gpt.accounting.units import GIB
 from gpt.config import Precision
 from launch.errors import ConfigError
-from launch.runs.network import LinkFit, Network
+from launch.runs.network import TIERS, LinkFit, Network
 
 ATTAINABLE = 0.5
 """Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
@@ -186,14 +186,11 @@ def with_network(machine: Machine, network: Network) -> Machine:
     Between nodes the ranks of a node share its adapters, whether they are as many as in the measurement or not.
     """
     share = network.ranks_per_node / machine.ranks_per_node
-    tiers = {"intra_node": 1.0, "inter_node": share}
+    inside, between = (network.tiers.get(tier) for tier in TIERS)
     return replace(
         machine,
-        **{
-            tier: measured_link(network.tiers[tier], factor)
-            for tier, factor in tiers.items()
-            if network.tiers.get(tier)
-        },
+        intra_node=measured_link(inside, 1.0) if inside else machine.intra_node,
+        inter_node=measured_link(between, share) if between else machine.inter_node,
     )
 
 

@@ -54,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if typed.fit is not None:
         return fit(typed)
     if len(typed.words) != 1 or typed.nodes is None:
-        found = f"SWEEP {' '.join(typed.words)}" if len(typed.words) != 1 else "no --nodes"
-        raise ConfigError(found, "the folder of a sweep, and sizes", "python -m launch.project SWEEP --nodes 8,...,64")
+        lacking = f"SWEEP {' '.join(typed.words)}" if len(typed.words) != 1 else "no --nodes"
+        raise ConfigError(
+            lacking, "the folder of a sweep, and sizes", "python -m launch.project SWEEP --nodes 8,...,64"
+        )
     sizes = parse_sizes(typed.nodes)
     if typed.mtbf_hours is not None and typed.mtbf_hours <= 0:
         raise ConfigError(f"--mtbf-hours {typed.mtbf_hours:g}", "hours, more than none", "--mtbf-hours 20000")
@@ -84,8 +86,10 @@ def fit(typed: argparse.Namespace) -> int:
     """Show the cheapest set-ups that make a goal; ConfigError where nothing does."""
     refused = [name for name, value in (("--sweep", typed.sweep), ("--mtbf-hours", typed.mtbf_hours)) if value]
     if refused or (wrong := [word for word in typed.words if "=" not in word]):
-        found = f"--fit with {', '.join(refused or wrong)}"
-        raise ConfigError(found, "overrides as for python -m launch, KEY=VALUE", f"python -m launch.project {EXAMPLE}")
+        strange = f"--fit with {', '.join(refused or wrong)}"
+        raise ConfigError(
+            strange, "overrides as for python -m launch, KEY=VALUE", f"python -m launch.project {EXAMPLE}"
+        )
     goal = parse_goal(typed.fit)
     links = None if typed.network is None else typed.network.absolute()
     sizes = NODES if typed.nodes is None else parse_sizes(typed.nodes)

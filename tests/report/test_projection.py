@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.projection import TITLES, predict
 from gpt.planning.hardware import CPU_FLOPS_PER_S
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
@@ -20,6 +21,7 @@ from launch.project.failures import Failures
 from launch.project.models import Measured, fit_costs, fit_trend
 from launch.project.search import minimum, root
 from launch.project.sizes import parse_sizes
+from launch.runs.network import LinkFit, Network, as_document
 from launch.workload import StepTime
 from tests.report.conftest import RunBuilder
 from tests.support.commands import run
@@ -201,6 +203,22 @@ def test_links_from_a_file_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pyt
     assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 0
     assert "links as given" in capsys.readouterr().out
     assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02
+
+
+def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each collective as it was measured: the all-reduce, which is all that DDP needs, as the steps were made."""
+    fits = {"all_reduce": LinkFit(5e-4, 1e7), "all_gather": LinkFit(1.0, 1.0)}
+    links = tmp_path / "network.json"
+    links.write_text(json.dumps(as_document(Network(1, {"inter_node": fits}), {"nodes": 2})))
+    assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 0
+    assert "links as given" in capsys.readouterr().out
+    assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02
+    result = predict("ddp", gpt_sweep, links)  # as benchmarks/projection.py does for its runs
+    assert abs(result.held_out.error) < 0.02 and result.held_out.fitted_to == (1, 2)
+    assert 0 < result.link_share < 1 and len(result.cells) == len(TITLES)
+    links.write_text('{"tiers": {}}')
+    assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 2
+    assert "type next: python -m launch.bench_network" in capsys.readouterr().err
 
 
 def test_the_times_of_a_script_make_a_trend(tmp_path: Path, make_run: type[RunBuilder]) -> None:

@@ -1,0 +1,138 @@
+"""How far off is a projection? Runs on four nodes of a Slurm sandbox with slow links, predicted from smaller ones.
+
+    python benchmarks/projection.py                     # all of it, a quarter of an hour on two quiet cores, as root
+    python benchmarks/projection.py --only ddp,fsdp     # some of the parallelisms
+    python benchmarks/projection.py --write             # and keep it, in benchmarks/projection.md
+
+The cables of the nodes are limited in bandwidth and latency, so that tiny models wait for them most of the time.
+`launch.bench_network` measures the links over all four nodes; then each parallelism runs on fewer nodes and on four.
+The cost model knows the measured links and the steps on fewer nodes, and predicts those on four, which it has not seen.
+The interval is that of the measured steps, from their first to their third quartile. Nodes of a sandbox share the cores
+of one machine: a rank that computes takes them from the others, which no model of nodes of their own knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.page import chosen, keep, stamp
+from launch.config.compose import read_point as read_config
+from launch.project.projection import HeldOut, hold_out
+from launch.project.sweep_points import SweepPoints, as_measured
+from launch.report.points import read_point
+from launch.report.selection import select
+from launch.report.series import MeasuredPoint, label_points, measure, split
+from launch.runs.folder import RunFolder
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.faults import link
+from slurm.sandbox.settings import Settings
+from tests.support.commands import run
+
+NODES, BANDWIDTH_MBIT, LATENCY_MS = 4, 20.0, 2.0
+STEPS = 14
+DEMANDED = 0.10
+"""Error of a held-out point that is demanded on limited links."""
+ON_SANDBOX = ("cluster=slurm", "launch.poll_s=1", "launch.sequential=true", "ranks_per_node=1", "device=cpu")
+MODEL = (
+    *("model.n_layer=2", "model.n_embd=192", "model.n_head=4", "model.block_size=32", "data=synthetic"),
+    *(f"optim.max_steps={STEPS}", "eval.interval=0", f"checkpoint.interval={STEPS}", "precision=fp32"),
+)
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ddp": ("1,2,3,4", ("parallel=ddp", "optim.global_batch=12", "optim.max_micro_batch=12")),
+    "fsdp": ("1,2,3,4", ("parallel=fsdp", "optim.global_batch=12", "optim.max_micro_batch=12")),
+    "pp": ("2,4", ("parallel=pp", "parallel.pp=2", "optim.global_batch=32", "optim.max_micro_batch=4")),
+    "tp": ("2,4", ("parallel=tp", "parallel.tp=2", "optim.global_batch=32", "optim.max_micro_batch=16")),
+}
+"""Parallelism -> nodes, and overrides. With pp and tp a pair of nodes is the least; four are two such pairs."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The held-out point of one parallelism."""
+
+    name: str
+    held_out: HeldOut
+    link_share: float
+    """Share of the predicted step in which ranks wait for the links."""
+
+    @property
+    def cells(self) -> list[str]:
+        """The line of the table."""
+        point, predicted = self.held_out.point, self.held_out.predicted_s
+        low, high = (100 * (predicted / measured - 1) for measured in (point.high_s, point.low_s))
+        return [
+            *(self.name, ", ".join(map(str, self.held_out.fitted_to)), str(point.nodes)),
+            *(f"{point.step_s:.3f} s", f"{predicted:.3f} s", f"{100 * self.held_out.error:+.1f} %"),
+            *(f"{low:+.1f} to {high:+.1f} %", f"{100 * self.link_share:.0f} %"),
+            "yes" if abs(self.held_out.error) <= DEMANDED else "no",
+        ]
+
+
+TITLES = (
+    "parallelism",
+    "fitted to nodes",
+    "held out",
+    "measured",
+    "predicted",
+    "error",
+    "interval",
+    "links",
+    "<= 10 %",
+)
+
+
+def main() -> int:
+    """Measure, predict and print; the exit status is 1 where an error is larger than demanded."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--only", default="", help="parallelisms: " + ",".join(CASES))
+    parser.add_argument("--write", action="store_true", help="keep the result beside this program")
+    given = parser.parse_args()
+    names = chosen(given.only, list(CASES))
+    scratch = Path(tempfile.mkdtemp(prefix="projection-"))
+    results = []
+    with Cluster(scratch / "sandbox") as sandbox:
+        state = sandbox.up(Settings(nodes=NODES, gpus_per_node=0), timeout_s=300.0)
+        environment = {"SLURM_CONF": str(state.slurm_conf)}
+        for node in state.nodes:
+            link(sandbox, node, bandwidth_mbit=BANDWIDTH_MBIT, loss_percent=None, latency_ms=LATENCY_MS)
+        network = scratch / "network.json"
+        words = (f"nodes={NODES}", *ON_SANDBOX[:2], "ranks_per_node=1", f"output_dir={scratch}")
+        options = ("--output", str(network), "--max-mib", "2", "--budget-s", "0.1")
+        print(run("launch.bench_network", *words, *options, cwd=scratch, **environment), flush=True)
+        for name in names:
+            nodes, overrides = CASES[name]
+            folder = ("name=" + name, f"output_dir={scratch}")
+            run("launch", "-m", f"nodes={nodes}", *ON_SANDBOX, *MODEL, *overrides, *folder, cwd=scratch, **environment)
+            results.append(predict(name, scratch / name, network))
+            print("  ".join(results[-1].cells), flush=True)
+    shutil.rmtree(scratch)
+    table = [TITLES, ("---",) * len(TITLES), *(result.cells for result in results)]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    if given.write:
+        load = f"load {os.getloadavg()[2]:.1f} over the last quarter of an hour"
+        machine = f"{os.cpu_count()} cores, {load}, cables of {BANDWIDTH_MBIT:g} Mbit/s and {LATENCY_MS:g} ms each way"
+        keep(Path(__file__), "Held-out points on limited links", __doc__, f"{stamp(machine)}\n\n{text}")
+    return 0 if all(abs(result.held_out.error) <= DEMANDED for result in results) else 1
+
+
+def predict(name: str, folder: Path, network: Path | None) -> Result:
+    """Predict the largest point of a sweep from the others, although its nodes share the cores of one machine."""
+    points = label_points([*map(read_point, select(folder).runs)])
+    (series,) = split([MeasuredPoint(point, measure(point.steps)) for point in points])
+    members = tuple(one for one in series.members if one.figures is not None)
+    config = read_config(RunFolder(members[-1].point.path))
+    sweep = SweepPoints(series, members, tuple(map(as_measured, members)), config, network)
+    found = hold_out(sweep)
+    parts = sweep.fit(sweep.measured[:-1]).parts(found.point.nodes)
+    waits = sum(seconds for cause, seconds in parts.items() if cause.startswith("communication"))
+    return Result(name, found, waits / found.predicted_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
