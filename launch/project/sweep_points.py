@@ -34,7 +34,11 @@ class SweepPoints:
     measured: tuple[Measured, ...]
     config: Config
     network: InterconnectConfig | Path | None = None
-    """Links as they were measured, or the file of each collective's; None where they are as the config says."""
+    """Links as they were measured, or the file of each collective's; None where they are as the config says.
+
+    What a file says of the collectives against each other is kept, and one factor on all of them is fitted where
+    there is more than one point: a straight line through small and large messages is not how every link is.
+    """
     left_out: tuple[str, ...] = ()
     """Points whose ranks shared cores or a GPU, which says nothing of nodes of their own."""
 
@@ -53,7 +57,7 @@ class SweepPoints:
         costs = self.costs()
         if costs is None:
             return fit_trend(points, self.is_weak)
-        return fit_costs(points, costs, links_are_given=self.has_measured_links)
+        return fit_costs(points, costs, links_are_given=isinstance(self.network, InterconnectConfig))
 
     def fit_onto(self, gpu: str) -> Model:
         """Fit a model to all points, and take it to other GPUs: the same shares of what those are said to do.
@@ -71,11 +75,6 @@ class SweepPoints:
                 "python -m launch.project without --gpu",
             )
         return replace(model, costs=costs)
-
-    @property
-    def has_measured_links(self) -> bool:
-        """Tell whether the links were measured, here or when the sweep was made, and are not to be fitted."""
-        return self.network is not None or self.config.cluster.network is not None
 
     @property
     def has_gpus(self) -> bool:

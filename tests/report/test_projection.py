@@ -211,7 +211,7 @@ def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pytest
     links = tmp_path / "network.json"
     links.write_text(json.dumps(as_document(Network(1, {"inter_node": fits}), {"nodes": 2})))
     assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 0
-    assert "links as given" in capsys.readouterr().out
+    assert "its links at 1 times that" in capsys.readouterr().out
     assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02
     result = predict("ddp", gpt_sweep, links)  # as benchmarks/projection.py does for its runs
     assert abs(result.held_out.error) < 0.02 and result.held_out.fitted_to == (1, 2)
