@@ -258,6 +258,6 @@ def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run:
         return found
 
     peak(2)  # what is imported and cached once
-    # A reading that keeps what it read would hold 16 times as much; how many files are read at once is a matter of chance.
+    # A reading that keeps what it read would hold 16 times as much; files read at once are a matter of chance.
     few, many = peak(4), peak(64)
     assert many <= 4 * few, (many, few)
