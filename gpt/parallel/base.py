@@ -74,8 +74,7 @@ class TorchEngine:
     layer_group: dist.ProcessGroup | None = None
     criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
     """Summed loss of logits and targets."""
-    reduces_at_the_end: bool = False
-    on_gradients: Callable[[], None] = staticmethod(lambda: None)
+    timed_groups: tuple[str, ...] | None = None
     loss_weight: float = 1.0
     """1, or 0 where another rank computes and reports the loss of the same tokens."""
     files: Format
@@ -128,17 +127,12 @@ class TorchEngine:
     def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
         with self._sync_context(last):
             loss = self._micro_batch_loss(tokens_BT, targets_BT)
-            if last and self.reduces_at_the_end:
-                loss.register_hook(self._watch_backward)
-            (loss * self.gradient_factor).backward()
+            self._run_backward(loss * self.gradient_factor, last)
         return loss.detach()
 
-    def _watch_backward(self, _: Tensor) -> None:
-        """Have ``on_gradients`` called at the end of this backward pass, before what DDP calls there to wait.
-
-        The callbacks of a backward pass run in the order in which they were queued: this one is queued at its begin.
-        """
-        torch.autograd.Variable._execution_engine.queue_callback(self.on_gradients)
+    def _run_backward(self, loss: Tensor, last: bool) -> None:
+        """Run the backward pass of a micro-batch from its scaled loss, ()."""
+        loss.backward()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return self._micro_batch_loss(tokens_BT, targets_BT) * self.loss_weight

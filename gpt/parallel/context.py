@@ -25,6 +25,7 @@ from gpt.model.attention import Attention, causal_bias
 from gpt.model.moe import set_sequence_mean
 from gpt.model.position import set_positions
 from gpt.parallel.ring_attention import ring_attend
+from gpt.parallel.timeline import waiting
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,7 +54,8 @@ class SequenceShard:
     def mean(self, x: Tensor) -> Tensor:
         """Average over the ranks, without a gradient."""
         mean = x.detach().clone()
-        dist.all_reduce(mean, group=self.group)
+        with waiting("cp"):
+            dist.all_reduce(mean, group=self.group)
         return mean / self.ranks
 
 
@@ -104,7 +106,8 @@ class AllGatherSequence(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group=group)
+        with waiting("cp"):
+            dist.all_gather(parts, x.contiguous(), group=group)
         early, late = zip(*(part.chunk(2, dim=-2) for part in parts), strict=True)
         return torch.cat((*early, *reversed(late)), dim=-2)
 
@@ -115,5 +118,6 @@ class AllGatherSequence(torch.autograd.Function):
         chunks = grad.chunk(2 * ranks, dim=-2)
         parts = [torch.cat((chunks[rank], chunks[-1 - rank]), dim=-2) for rank in range(ranks)]
         mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, parts, group=ctx.group)
+        with waiting("cp"):
+            dist.reduce_scatter(mine, parts, group=ctx.group)
         return mine, None

@@ -22,6 +22,7 @@ from gpt.model.loss import autocast
 from gpt.parallel.base import TorchEngine
 from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.dtensor import all_gather_rows, set_tensor
+from gpt.parallel.timeline import Moment, current, waiting
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
@@ -31,8 +32,6 @@ class DDPEngine(TorchEngine):
 
     A single rank calls the model itself.
     """
-
-    reduces_at_the_end = True
 
     def __init__(
         self,
@@ -45,7 +44,6 @@ class DDPEngine(TorchEngine):
     ) -> None:
         if world.size == 1:  # nobody to average with, so nothing to copy into buckets
             super().__init__(model, trained or model, config, world, dims, batch, averaged=1)
-            self.reduces_at_the_end = False
             return
         devices = [world.device] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
@@ -57,7 +55,24 @@ class DDPEngine(TorchEngine):
         super().__init__(
             self._ddp, trained or self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last
         )
+        self.timed_groups = ("dp",)
         self._warm_up_buckets()
+
+    def _run_backward(self, loss: Tensor, last: bool) -> None:
+        """Record what DDP waits at the end of the last backward pass, when all gradients are computed.
+
+        The callbacks of a backward pass run in the order in which they were queued. This one is queued at its begin,
+        ahead of the one in which DDP waits.
+        """
+        timeline = current()
+        if timeline is None or not last or self.timed_groups is None:
+            super()._run_backward(loss, last)
+            return
+        computed: list[Moment] = []
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        loss.register_hook(lambda _: queue(lambda: computed.append(timeline.now())))
+        super()._run_backward(loss, last)
+        timeline.add_wait("dp", computed[0])
 
     def _warm_up_buckets(self) -> None:
         """Run two forward and backward passes and discard their gradients.
@@ -81,8 +96,6 @@ class DDPEngine(TorchEngine):
 
 class Zero1Engine(DDPEngine):
     """ZeRO-1: DDP with the optimizer state sharded, each rank stepping its shard of every parameter."""
-
-    reduces_at_the_end = False  # the optimizer all-gathers the parameters
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)
@@ -112,7 +125,8 @@ class Zero1Engine(DDPEngine):
 
     def _all_gather_parameters(self, *_: Any) -> None:
         """All-gather the parameters, of which each rank has stepped its shard in place."""
-        all_gather_rows([whole.detach() for whole, _ in self._pairs], self._mesh.get_group())
+        with waiting("dp"):
+            all_gather_rows([whole.detach() for whole, _ in self._pairs], self._mesh.get_group())
         for pair in self._pairs:
             pair[1].grad = None
 

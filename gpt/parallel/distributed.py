@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gpt.checkpoint import messages
 from gpt.config import Device
+from gpt.parallel.timeline import WORLD, waiting
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
 from launch.worker import STORE_PREFIX
@@ -123,7 +124,8 @@ class World:
 
     def all_reduce(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """All-reduce (sum) a tensor over all ranks, or ``group``, in place; queued on a GPU, without waiting."""
-        dist.all_reduce(values, group=group)
+        with waiting(WORLD):
+            dist.all_reduce(values, group=group)
         return values
 
     def gather(self, value: T) -> list[T]:

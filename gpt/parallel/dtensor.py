@@ -20,6 +20,7 @@ from torch.func import functional_call
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import scale_to, sum_of_squares
+from gpt.parallel.timeline import WORLD, waiting
 
 BUCKET_BYTES = 32 * 2**20
 """Size of an all-reduce bucket: larger ones hide the latency better, and take as much memory again."""
@@ -78,14 +79,19 @@ def inverse_replicas(grad: Tensor, ranks: int) -> float:
     return math.prod(grad.device_mesh.size(i) for i, placement in placements if not placement.is_replicate()) / ranks
 
 
-def clip_sharded_gradients(gradients: Iterable[tuple[str, Tensor, float]], limit: float, world: World) -> Tensor:
+def clip_sharded_gradients(
+    gradients: Iterable[tuple[str, Tensor, float]], limit: float, world: World, waits_as: str = WORLD
+) -> Tensor:
     """Clip sharded gradients to a global norm of ``limit``, 0 for no limit; return the norm they had, (). Collective.
 
-    Each comes with 1 over the number of its replicas, so that over the world every element counts once.
+    Each comes with 1 over the number of its replicas, so that over the world every element counts once. The timeline of
+    a step has the wait for the other ranks under the name ``waits_as``.
     """
     parts = [(part, share) for _, part, share in gradients]
     # Gradients may be offloaded to the host; collectives run on the device.
-    norm = world.all_reduce(sum_of_squares(parts).to(world.device)).sqrt()
+    squares = sum_of_squares(parts).to(world.device)
+    with waiting(waits_as):
+        norm = world.all_reduce(squares).sqrt()
     if limit > 0:
         scale_to(limit, norm, [part for part, _ in parts])
     return norm

@@ -28,11 +28,9 @@ class Engine(Protocol):
     """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
     files: Format
     """The checkpoint format that stores what ``state()`` returns."""
-    reduces_at_the_end: bool
-    """True where ranks wait for each other in nothing but the reduction that ends ``backward``."""
-    on_gradients: Callable[[], None]
-    """Called when the backward passes have computed their gradients, before the rest of the reduction is waited for;
-    only where ``reduces_at_the_end``."""
+    timed_groups: tuple[str, ...] | None
+    """Groups whose waits ``gpt.parallel.timeline`` records; None where there are none, or some waits are out of
+    sight."""
 
     @property
     def loss_scale(self) -> LossScale | None:

@@ -28,6 +28,7 @@ from gpt.model.moe import MixtureOfExperts, find_mixtures, invert_order
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.fsdp import fsdp_shard_modules
+from gpt.parallel.timeline import waiting
 from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import shard_dimension
 
@@ -142,7 +143,8 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.Proc
     """Exchange rows with every rank of a group, in the order of ranks (all_to_all_single with unequal sizes)."""
     # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
     operations = torch.ops._c10d_functional
-    return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
+    with waiting("ep"):
+        return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
 
 
 class AllToAll(torch.autograd.Function):

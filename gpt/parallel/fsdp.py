@@ -6,8 +6,10 @@ With several replicas (HSDP), each one is sharded, and gradients are averaged be
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from torch.distributed.tensor import Shard
 from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from gpt.model.loss import COMPUTE_DTYPES
+from gpt.parallel.timeline import waiting
 
 
 def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
@@ -70,6 +73,31 @@ def fsdp_shard_modules(
         reshard_after_forward=reshard,
         shard_placement_fn=lambda _: Shard(dimension),
     )
+    record_waits(modules[0])
+
+
+COLLECTIVE = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
+"""Methods of FSDP's groups of parameters that all-gather, reduce-scatter, or wait for one or the other."""
+
+
+def record_waits(module: nn.Module) -> None:
+    """Have the timeline of a step see where FSDP communicates, with the copies into and out of its buffers.
+
+    A CPU waits in the collectives themselves. On a GPU they run beside what computes, and only the waits take time
+    there.
+    """
+    assert isinstance(module, FSDPModule)
+    state = module._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # its name until torch 2.11
+    for group in found:
+        for name in COLLECTIVE if group is not None else ():
+            setattr(group, name, partial(call_waiting, getattr(group, name)))
+
+
+def call_waiting(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a method that waits for the ranks of FSDP."""
+    with waiting("fsdp"):
+        return method(*args, **options)
 
 
 def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:

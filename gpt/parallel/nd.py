@@ -27,6 +27,7 @@ from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, paralleli
 from gpt.parallel.fsdp import apply_fsdp, prefetch_forward
 from gpt.parallel.materialize import materialize
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients
+from gpt.parallel.timeline import waiting
 from gpt.parallel.vocab import vocabulary_loss
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
@@ -91,6 +92,7 @@ class NDEngine(TorchEngine):
             sync_context=self._sync_last,
             reduce_gradients=self._reduce_after,
         )
+        self.timed_groups = find_timed_groups(config, dims)
 
     def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
         """Return this rank's part of the model as one module, and the parts of it that are called by themselves."""
@@ -107,9 +109,11 @@ class NDEngine(TorchEngine):
     def _reduce_after(self) -> None:
         """All-reduce the gradients that FSDP did not reduce in the last backward pass."""
         if self.dims.tp > 1 and not self._sharded:
-            reduce_partial_gradients(self.module, self.mesh["tp"])
+            with waiting("tp"):
+                reduce_partial_gradients(self.module, self.mesh["tp"])
         for parameters, group in self._all_reduced:
-            all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
+            with waiting("dp"):
+                all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
         return x_BT if self._sequence is None else self._sequence.part(x_BT)
@@ -132,3 +136,12 @@ class NDEngine(TorchEngine):
     def owners(self, name: str) -> int:
         """Count the ranks that hold a parameter, or a shard of it."""
         return self.world.size
+
+
+def find_timed_groups(config: TrainConfig, dims: ParallelDims) -> tuple[str, ...] | None:
+    """Return the groups whose waits are recorded; None where some are out of sight: in compiled blocks under tp."""
+    if dims.tp > 1 and config.compiles:
+        return None
+    sizes = {"fsdp" if dims.is_sharded else "dp": dims.data_ranks * dims.cp}
+    sizes |= {name: getattr(dims, name) for name in ("tp", "pp", "cp", "ep")}
+    return tuple(name for name, size in sizes.items() if size > 1) or None

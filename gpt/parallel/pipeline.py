@@ -35,8 +35,9 @@ from gpt.model.loss import COMPUTE_DTYPES, autocast, cross_entropy
 from gpt.model.stage import Stage
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World, layer_mesh
-from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.dtensor import clip_sharded_gradients, local_tensor
 from gpt.parallel.nd import NDEngine
+from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import local_stages, rank_stages, stage_indices
@@ -99,12 +100,13 @@ class Pipeline:
         """
         self._on_micro_batch, self._objective = (
             on_micro_batch,
-            lambda logits, targets: criterion(logits, targets) * scale,
+            partial(scaled_loss, criterion, scale),
         )
         losses: list[Tensor] = []
         tokens = [tokens_BT.to(self._device, non_blocking=True)] if 0 in self.stages else []
         targets_BT = targets_BT.to(self._device, non_blocking=True)
-        self._schedule.step(*tokens, target=targets_BT, losses=losses, return_outputs=False)
+        with scheduling():
+            self._schedule.step(*tokens, target=targets_BT, losses=losses, return_outputs=False)
         self._on_micro_batch = lambda: None
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=self._device)
@@ -160,7 +162,7 @@ class Pipeline:
 
     def _build_schedule(self) -> Any:
         stages = [
-            PipelineStage(
+            TimedStage(
                 stage,
                 index,
                 self._count,
@@ -186,6 +188,50 @@ class Pipeline:
             columns = model.padded_vocab // (parallel.tp if parallel.loss_parallel else 1)
             return torch.empty(*shape, columns, dtype=dtype, device=meta)[..., : model.vocab_size]
         return self._hidden(self._batch.micro, meta).requires_grad_()
+
+
+def scaled_loss(criterion: Criterion, scale: float | Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed loss of a micro-batch times ``scale``, ()."""
+    with working():
+        return criterion(logits, targets) * scale
+
+
+class TimedStage(PipelineStage):
+    """A stage whose pieces of work the timeline of a step sees, and which of them wait for what another rank sends."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._received: set[tuple[str, int]] = set()
+        """Forward and backward passes of micro-batches that begin with what another rank sends."""
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._note("forward", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._note("backward", bwd_chunk_id, super().get_bwd_recv_ops(bwd_chunk_id))
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **options: Any) -> Any:
+        with working(self._takes("forward", fwd_chunk_id)):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **options)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> Any:
+        with working(self._takes("backward", bwd_chunk_id)):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **options)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> Any:
+        with working():
+            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **options)
+
+    def _note(self, kind: str, chunk: int, ops: list[dist.P2POp]) -> list[dist.P2POp]:
+        if ops:
+            self._received.add((kind, chunk))
+            receiving()
+        return ops
+
+    def _takes(self, kind: str, chunk: int) -> bool:
+        is_fed = (kind, chunk) in self._received
+        self._received.discard((kind, chunk))
+        return is_fed
 
 
 class TiedEmbedding:
@@ -215,8 +261,9 @@ class TiedEmbedding:
             grad = tied_gradient(self._mine)
             own, theirs = grad.contiguous(), torch.empty_like(grad)
             ways = ((dist.isend, own), (dist.irecv, theirs))
-            for work in dist.batch_isend_irecv([dist.P2POp(way, t, self._peer, self._group) for way, t in ways]):
-                work.wait()
+            with waiting("pp"):
+                for work in dist.batch_isend_irecv([dist.P2POp(way, t, self._peer, self._group) for way, t in ways]):
+                    work.wait()
             grad.add_(theirs)
         if self._pair is not None:
             first, second = self._pair
@@ -282,6 +329,10 @@ class PipelineEngine(NDEngine):
             self._pipeline.loss(self.local_tokens(tokens_BT), self.local_tokens(targets_BT), self.criterion)
             * self.loss_weight
         )
+
+    def clip(self) -> Tensor:
+        # The first collective of all stages: those that ended early wait here for the rest of the pipeline.
+        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world, waits_as=BUBBLE)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from gpt.config import AttentionBackend
 from gpt.model.blockwise_attention import attend_block, attend_block_backward, merge
+from gpt.parallel.timeline import waiting
 
 KEYS, GRADIENTS = 0, 1
 """Tags that tell apart concurrent transfers."""
@@ -147,6 +148,7 @@ class Transfer:
 
     def wait(self) -> Tensor:
         """Wait for the transfer; return the received tensor."""
-        for work in self._works:
-            work.wait()
+        with waiting("cp"):
+            for work in self._works:
+                work.wait()
         return self._received

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
+import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -36,6 +38,7 @@ from gpt.model.gpt import GPT
 from gpt.model.moe import MixtureOfExperts
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import all_reduce_in_buckets, compute_on_shards, distribute, reduce_partial
+from gpt.parallel.timeline import waiting
 from gpt.parallel.vocab import ShardedEmbedding
 
 REPLICATED, SEQUENCE, HEADS, VOCABULARY = Replicate(), Shard(1), Shard(2), Shard(-1)
@@ -54,10 +57,31 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) 
     The model takes tokens as before. It returns this rank's columns of the logits (``loss_parallel``) or all of them;
     padding of the vocabulary may be among any rank's columns.
     """
+    record_waits()
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
     apply_styles(model, mesh, outer_styles(model, hidden, VOCABULARY if config.loss_parallel else REPLICATED))
     for block in model.blocks:
         apply_styles(block, mesh, block_styles(block, hidden))
+
+
+def record_waits() -> None:
+    """Have the timeline of a step see where DTensors wait: for the results of tensor-parallel collectives.
+
+    torch's functional collectives start them and wait in one function of their module, which this replaces once for
+    the process. Code that is compiled waits by itself, unseen.
+    """
+    wait = functional_collectives.wait_tensor
+    if getattr(wait, "is_recorded", False):
+        return
+
+    def recorded_wait(tensor: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return wait(tensor)  # type: ignore[no-any-return]
+        with waiting("tp"):
+            return wait(tensor)  # type: ignore[no-any-return]
+
+    recorded_wait.is_recorded = True  # type: ignore[attr-defined]
+    functional_collectives.wait_tensor = recorded_wait
 
 
 def apply_styles(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from gpt.model.loss import exponentials, write_softmax
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import distribute, local_tensor, reduce_partial
+from gpt.parallel.timeline import waiting
 
 
 class ShardedEmbedding(ParallelStyle):
@@ -93,10 +94,12 @@ class ShardedCrossEntropy(torch.autograd.Function):
             sum_N, distance_N = torch.zeros(2, len(logits_NV), device=logits_NV.device)
             own_peak_N = torch.full_like(sum_N, -torch.inf)
         peak_N = own_peak_N.clone()
-        dist.all_reduce(peak_N, dist.ReduceOp.MAX, group=group)
+        with waiting("tp"):
+            dist.all_reduce(peak_N, dist.ReduceOp.MAX, group=group)
         further_N = own_peak_N - peak_N
         sums_2N = torch.stack((sum_N * further_N.exp(), (distance_N + further_N).masked_fill(~here_N, 0)))
-        dist.all_reduce(sums_2N, group=group)
+        with waiting("tp"):
+            dist.all_reduce(sums_2N, group=group)
         rest_N, target_N = sums_2N[0].log(), sums_2N[1]
         ctx.tokens = tokens
         ctx.save_for_backward(logits_NV, column_N, here_N, peak_N, rest_N, target_N)

@@ -6,15 +6,13 @@ know what a phase does.
 
 from __future__ import annotations
 
-import time
+from contextlib import AbstractContextManager
 
 import torch
 
 from gpt.parallel.engine import Engine
+from gpt.parallel.timeline import BUBBLE, Moment, Timeline, recorded, total
 from launch.runs.records import StepRecord
-
-Moment = float | torch.cuda.Event
-"""Host time in seconds, or a place in the queue of the GPU."""
 
 
 class Phases:
@@ -22,40 +20,37 @@ class Phases:
 
     Args:
         device: that the step runs on.
-        engine: tells when its gradients are computed and only their reduction is left, where it reduces them nowhere
-            else: then what it waits for others is known, and is told apart.
+        engine: tells which groups' communication it lets see; where some is out of sight none is told.
     """
 
     def __init__(self, device: torch.device, engine: Engine) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._moments: dict[str, Moment] = {}
-        self._tells_communication = engine.reduces_at_the_end
-        if self._tells_communication:
-            engine.on_gradients = lambda: self.mark("gradients")
+        self._timeline = Timeline(device)
+        self._groups = engine.timed_groups
+        self._moments: dict[str, Moment] = {"data": self._timeline.start}
+
+    def recorded(self) -> AbstractContextManager[None]:
+        """Record the waits of what is inside."""
+        return recorded(self._timeline)
 
     def mark(self, name: str) -> None:
         """Mark where the step has come to; waits for nothing."""
-        if not self._is_cuda:
-            self._moments[name] = time.perf_counter()
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._moments[name] = event
+        self._moments[name] = self._timeline.now()
 
     def fill_in(self, record: StepRecord) -> None:
         """Write the times of the phases into the record; the device has finished the step."""
+        at = {name: self._timeline.seconds(moment) for name, moment in self._moments.items()}
         # The sum of the figures lies between clipping and update, which wait for it.
-        record.optimizer_s = self._between("reduced", "clipped") + self._between("summed", "updated")
-        if not self._tells_communication:
-            record.forward_backward_s = self._between("data", "reduced")
+        parts = ("data", "reduced"), ("reduced", "clipped"), ("summed", "updated")
+        if self._groups is None:
+            lengths = [at[end] - at[begin] for begin, end in parts]
+            record.forward_backward_s, record.optimizer_s = lengths[0], lengths[1] + lengths[2]
             return
-        record.forward_backward_s = self._between("data", "gradients")
-        record.comm_s = self._between("gradients", "reduced") + self._between("clipped", "summed")
-
-    def _between(self, begin: str, end: str) -> float:
-        """Seconds from one moment to another."""
-        since, until = self._moments[begin], self._moments[end]
-        if isinstance(since, torch.cuda.Event) and isinstance(until, torch.cuda.Event):
-            return float(since.elapsed_time(until)) / 1000
-        assert isinstance(since, float) and isinstance(until, float)
-        return until - since
+        spans = self._timeline.spans()
+        lengths = [at[end] - at[begin] - total(spans, at[begin], at[end]) for begin, end in parts]
+        record.forward_backward_s, record.optimizer_s = lengths[0], lengths[1] + lengths[2]
+        waited = {name: total(spans, 0, at["updated"], name) for name in {span.name for span in spans}}
+        record.comm_s = sum(seconds for name, seconds in waited.items() if name != BUBBLE)
+        for group in self._groups:
+            setattr(record, f"comm_{group}_s", waited.get(group, 0.0))
+        if "pp" in self._groups:
+            record.bubble_s = waited.get(BUBBLE, 0.0)

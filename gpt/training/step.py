@@ -134,10 +134,10 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase, ballot: Ball
     lr = lr_at(config.optim, step)
     data = run.batches.take(step)
     phases = Phases(world.device, engine)
-    phases.mark("data")
     reset_counts(engine.module)
-    loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
-    phases.mark("reduced")
+    with phases.recorded():
+        loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
+        phases.mark("reduced")
     measured = [] if gradients is None else [gradients.sums(engine.gradients())]
     requests = Requests(run.worker.stop_requested(), run.worker.save_requested())
     run.worker.phase(phase, step - 1)  # being asked looked like training, which is allowed less silence than a start
@@ -146,14 +146,15 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase, ballot: Ball
     votes = [loss_sum.new_full((1,), figure) for figure in ballot.figures]
     # Before the update, so that all ranks skip it or none, also where one replica alone has computed something else;
     # and on the device, so that none waits for it.
-    norm = engine.clip()
-    unsound = loss_sum.new_zeros(()) if norm is None else norm.isfinite().logical_not().to(loss_sum)
-    phases.mark("clipped")
-    sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *votes, *measured]))
-    phases.mark("summed")
-    skip = sums[0].isfinite().logical_not() | (sums[1] > 0)
-    own_norm = engine.update(lr, skip)
-    phases.mark("updated")
+    with phases.recorded():
+        norm = engine.clip()
+        unsound = loss_sum.new_zeros(()) if norm is None else norm.isfinite().logical_not().to(loss_sum)
+        phases.mark("clipped")
+        sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *votes, *measured]))
+        phases.mark("summed")
+        skip = sums[0].isfinite().logical_not() | (sums[1] > 0)
+        own_norm = engine.update(lr, skip)
+        phases.mark("updated")
     grad_norm = norm if own_norm is None else own_norm
     assert grad_norm is not None
     imbalance = balance_experts(engine, world, skip | grad_norm.isfinite().logical_not()) if is_mixture(run) else None

@@ -1,7 +1,8 @@
 """Times of each rank beside those of the others: who is slower, by how much, and whether the spread bears it out.
 
 In synchronous training all ranks end a step together, because each waits for the slowest in a collective. Their step
-times then say nothing, unless waiting is recorded (``comm_s``) and taken off; the wait for data is told apart anyway.
+times then say nothing, unless waiting is recorded (``comm_s``, and ``bubble_s`` of a pipeline's stage) and taken off;
+the wait for data is told apart anyway.
 Must not know how a report shows it.
 """
 
@@ -16,6 +17,8 @@ WINDOWS = 60
 """Windows of the run over which the times of each rank are averaged."""
 LEAST_WINDOWS = 4
 """Of at least this many steps each window has one: nothing is called persistent that was seen in fewer."""
+WAITS = ("comm_s", "bubble_s")
+"""Fields of a step record that tell how long a rank waited for others."""
 BEYOND_SPREAD = 3.0
 """Interquartile ranges of the other ranks by which a slow one lies above their median."""
 
@@ -46,10 +49,9 @@ class OwnTimes:
         if not len(at) or not known[at].all() or not (columns.attempts[at] == self._attempts).all():
             return
         own = times[at]
-        if "comm_s" in columns.known and columns.known["comm_s"][at].all():
-            own = own - columns.values["comm_s"][at]
-        else:
-            self._is_net = False
+        for name in (name for name in WAITS if name in columns.known and columns.known[name][at].all()):
+            own = own - columns.values[name][at]
+        self._is_net = self._is_net and "comm_s" in columns.known and bool(columns.known["comm_s"][at].all())
         self._ranks.append(rank)
         self._own.append(self._averages(own))
         self._waits.append(self._averages(columns.values["data_wait_s"][at]))

@@ -63,6 +63,18 @@ class StepRecord:
     the clock of the device where it is a GPU."""
     comm_s: float | None = None
     """Time in which the rank waited for others and nothing was computed: exposed communication."""
+    comm_dp_s: float | None = None
+    """Its part in the reduction of gradients over replicas, and the like for the next ones; absent for groups that the
+    run has not. What is in no group are the waits for all ranks."""
+    comm_fsdp_s: float | None = None
+    """All-gathers and reduce-scatters of FSDP, with the copies into and out of their buffers."""
+    comm_tp_s: float | None = None
+    comm_pp_s: float | None = None
+    """Sends of a pipeline stage; a receive waits for another stage, which is ``bubble_s``."""
+    comm_cp_s: float | None = None
+    comm_ep_s: float | None = None
+    bubble_s: float | None = None
+    """Time in which no stage of this rank had anything to work on: waits for other stages of the pipeline."""
     optimizer_s: float | None = None
     """Time of clipping and of the optimizer."""
     expert_imbalance: float | None = None

@@ -38,6 +38,8 @@ TAGS = {
     "data_wait_s": "speed/data_wait_s",
     "forward_backward_s": "speed/forward_backward_s",
     "comm_s": "speed/comm_s",
+    **{f"comm_{group}_s": f"speed/comm_{group}_s" for group in ("dp", "fsdp", "tp", "pp", "cp", "ep")},
+    "bubble_s": "speed/bubble_s",
     "optimizer_s": "speed/optimizer_s",
     "checkpoint_s": "speed/checkpoint_s",
     "tflops_per_s": "efficiency/tflops_per_s",

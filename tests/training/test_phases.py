@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpt.config.train import CompileMode
+from gpt.parallel.nd import find_timed_groups
+from gpt.topology.dims import ParallelDims
 from gpt.training.step import queue_step
 from launch.runs.heartbeat import Phase
+from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.learning import TINY, start
+from tests.support.learning import BATCH, MODELS, TINY, start
 
 LATE_S = 0.15
 STEPS = 4
@@ -55,14 +60,54 @@ def test_what_a_rank_waits_for_another_is_its_communication(tmp_path: Path, late
     assert mean(first, "comm_s") - mean(last, "comm_s") > LATE_S / 2, "it is the one that the other waits for"
 
 
-@pytest.mark.parametrize("words", ["parallel=fsdp", "parallel=zero1", "parallel=pp parallel.pp=2"])
-def test_where_ranks_wait_inside_of_other_phases_communication_is_absent(tmp_path: Path, words: str) -> None:
-    typed = [*TINY, *words.split(), "optim.max_micro_batch=4"]
-    for records in run_distributed(measure, 2, tmp_path / "run", typed, "nowhere"):
-        for record in records:
-            assert "comm_s" not in record
-            inside = record["forward_backward_s"] + record["optimizer_s"] + record["data_wait_s"]
-            assert 0 < inside <= record["step_time_s"] + 1e-6
+GROUPS = {
+    "dp": "parallel=zero1",
+    "fsdp": "parallel=fsdp",
+    "tp": "parallel=tp parallel.tp=2",
+    "cp": "parallel=cp parallel.cp=2",
+    "ep": "parallel=ep parallel.ep=2",
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_wait_inside_of_a_pass_is_communication_of_its_group(tmp_path: Path, group: str) -> None:
+    words = [*TINY, *GROUPS[group].split(), "optim.max_micro_batch=8", *(MODELS["experts"] if group == "ep" else [])]
+    first, last = run_distributed(measure, 2, tmp_path / "run", words, "forward")
+    for record in (*first, *last):
+        told = {name for name in record if name.startswith("comm_") and name != "comm_s"}
+        assert told == {f"comm_{name}_s" for name in {group, *({"dp"} if group in ("cp", "ep") else ())}}
+        assert sum(record[name] for name in told) <= record["comm_s"] and "bubble_s" not in record
+        inside = sum(record[name] for name in ("forward_backward_s", "comm_s", "optimizer_s", "data_wait_s"))
+        assert 0 < inside <= record["step_time_s"] + 1e-6
+    assert mean(last, "forward_backward_s") - mean(first, "forward_backward_s") > LATE_S / 2
+    assert mean(first, f"comm_{group}_s") - mean(last, f"comm_{group}_s") > LATE_S / 2
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_stage_that_waits_for_a_slow_one_has_a_bubble(tmp_path: Path, schedule: str) -> None:
+    """The last of two stages sleeps in the forward pass of each of four micro-batches; the first one waits for it."""
+    micro_batches = BATCH // 4
+    words = [*TINY, "parallel=pp", "parallel.pp=2", f"parallel.schedule={schedule}", "optim.max_micro_batch=4"]
+    first, last = run_distributed(measure, 2, tmp_path / "run", words, "forward")
+    phases = ("forward_backward_s", "comm_s", "bubble_s", "optimizer_s")
+    for record in (*first, *last):
+        assert all(record[name] >= 0 for name in phases)
+        assert sum(record[name] for name in phases) + record["data_wait_s"] <= record["step_time_s"] + 1e-6
+    for mine, slow in zip(first, last, strict=True):
+        assert slow["forward_backward_s"] >= micro_batches * LATE_S
+        # The last stage begins to sleep when the first has passed on a micro-batch, and sleeps before it answers.
+        busy = mine["forward_backward_s"] + mine["comm_s"]
+        assert mine["bubble_s"] >= micro_batches * LATE_S - busy and mine["bubble_s"] > LATE_S / 2
+
+
+def test_what_is_compiled_with_its_collectives_or_run_by_deepspeed_tells_no_communication() -> None:
+    """Neither lets its waits be seen."""
+    tp = ParallelDims("ddp", 1, 1, tp=2)
+    config = config_from([*TINY, "parallel=tp", "parallel.tp=2"])
+    assert find_timed_groups(config, tp) == ("tp",)
+    assert find_timed_groups(replace(config, compile=CompileMode["default"]), tp) is None
+    pp = ParallelDims("fsdp", 1, 4, pp=2)
+    assert find_timed_groups(replace(config, compile=CompileMode["default"]), pp) == ("fsdp", "pp")
 
 
 def test_one_rank_waits_for_nobody(tmp_path: Path) -> None:

@@ -49,8 +49,7 @@ class ZeroEngine:
     """A model whose training state DeepSpeed shards over the data ranks."""
 
     layer_group: dist.ProcessGroup | None = None
-    reduces_at_the_end: bool = False
-    on_gradients: Callable[[], None] = staticmethod(lambda: None)
+    timed_groups: tuple[str, ...] | None = None  # DeepSpeed communicates by itself
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         import deepspeed

@@ -1,0 +1,210 @@
+"""Timeline of a step: when it waited for other ranks, by group, and when a pipeline stage worked; waits for nothing.
+
+``waiting("tp")`` stands around each wait of a collective, ``working`` around each piece of a stage's work. Outside of a
+step that is recorded both do nothing. Times are places in the queue of a GPU, by events on the stream that computes, so
+that a wait which other work hides takes none; by the host's clock elsewhere. They are read after the step, when the
+device has passed them. Owns the spans and their arithmetic. Must not know what a collective is for.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Moment = float | torch.cuda.Event
+"""Host time in seconds, or a place in the queue of the GPU."""
+
+GROUPS = ("dp", "fsdp", "tp", "pp", "cp", "ep")
+"""Groups of ranks whose exposed communication is told apart."""
+WORLD, BUBBLE = "world", "bubble"
+"""Spans that wait for all ranks, and for another stage of the pipeline."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A span of the step: its name, and seconds of its begin and end since the step began."""
+
+    name: str
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """Length of the span."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of a pipeline stage's work, in seconds since the step began."""
+
+    begin: float
+    end: float
+    is_fed: bool
+    """True where it begins with what another rank has sent."""
+
+
+class Timeline:
+    """Spans of one step on one rank, as they pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._waits: list[tuple[str, Moment, Moment]] = []
+        self._works: list[tuple[Moment, Moment, bool]] = []
+        self._schedules: list[tuple[Moment, Moment, bool]] = []
+        self._is_waiting = self._receives = False
+        self.start = self.now()
+
+    def now(self) -> Moment:
+        """Mark this moment."""
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, moment: Moment) -> float:
+        """Seconds from the start of the step to a moment that the device has passed."""
+        since = self.start
+        if isinstance(since, torch.cuda.Event) and isinstance(moment, torch.cuda.Event):
+            return float(since.elapsed_time(moment)) / 1000
+        assert isinstance(since, float) and isinstance(moment, float)
+        return moment - since
+
+    @contextmanager
+    def wait(self, name: str) -> Iterator[None]:
+        """Record a wait; one inside of another belongs to the outer one."""
+        if self._is_waiting:
+            yield
+            return
+        self._is_waiting, begin = True, self.now()
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+            self.add_wait(name, begin)
+
+    def add_wait(self, name: str, begin: Moment) -> None:
+        """Record a wait from ``begin`` until now."""
+        self._waits.append((name, begin, self.now()))
+
+    @contextmanager
+    def work(self, is_fed: bool) -> Iterator[None]:
+        """Record a piece of a stage's work."""
+        begin, is_fed = self.now(), is_fed or self._receives
+        self._receives = False
+        yield
+        self._works.append((begin, self.now(), is_fed))
+
+    def receive(self) -> None:
+        """Note that the rank asks for what another one sends, ahead of the next piece of work."""
+        self._receives = True
+
+    @contextmanager
+    def schedule(self) -> Iterator[None]:
+        """Record the time in which a pipeline's schedule ran."""
+        begin = self.now()
+        yield
+        self._schedules.append((begin, self.now(), self._receives))
+        self._receives = False
+
+    def spans(self) -> list[Span]:
+        """Return the waits, those of a pipeline's schedule among them; the device has passed them all."""
+        waits = [Span(name, self.seconds(begin), self.seconds(end)) for name, begin, end in self._waits]
+        works = [Work(self.seconds(begin), self.seconds(end), is_fed) for begin, end, is_fed in self._works]
+        for begin, end, receives in self._schedules:
+            ends = Work(self.seconds(end), self.seconds(end), receives)
+            waits += schedule_waits(self.seconds(begin), [*works, ends], waits)
+        return waits
+
+
+def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -> list[Span]:
+    """Name the time of a pipeline's schedule in which the stages of this rank did not work.
+
+    Ahead of work that another rank feeds it is bubble: the transfer cannot be told from waiting for the sender. Ahead
+    of other work it is the rank's own communication, its sends.
+
+    Args:
+        begin: of the schedule, seconds.
+        works: pieces of work in the order of time; the last one, of no length, is the end of the schedule.
+        waits: spans of other groups, which are left out where they lie between two pieces of work.
+
+    Returns:
+        Spans named ``bubble`` or ``pp``.
+    """
+    found, since = [], begin
+    waits = sorted(waits, key=lambda span: span.begin)
+    begins = [span.begin for span in waits]
+    for work in works:
+        name = BUBBLE if work.is_fed else "pp"
+        for wait in waits[bisect_left(begins, since) : bisect_left(begins, work.begin)]:
+            found.append(Span(name, since, wait.begin))
+            since = wait.end
+        found.append(Span(name, since, work.begin))
+        since = work.end
+    return found
+
+
+def total(spans: Sequence[Span], begin: float, end: float, *names: str) -> float:
+    """Sum the seconds of the spans that begin in a part of the step, of these names where any is given."""
+    return sum(span.seconds for span in spans if begin <= span.begin < end and (not names or span.name in names))
+
+
+_current: Timeline | None = None
+
+
+@contextmanager
+def recorded(timeline: Timeline) -> Iterator[None]:
+    """Record the waits and the work of what is inside on a timeline."""
+    global _current
+    before, _current = _current, timeline
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current() -> Timeline | None:
+    """Return the timeline of the step that is recorded; None outside of one."""
+    return _current
+
+
+@contextmanager
+def waiting(name: str) -> Iterator[None]:
+    """Mark a wait for other ranks of a group, around the collective or the wait for it."""
+    if _current is None:
+        yield
+        return
+    with _current.wait(name):
+        yield
+
+
+@contextmanager
+def working(is_fed: bool = False) -> Iterator[None]:
+    """Mark a piece of work of a pipeline stage; ``is_fed`` where it begins with what another rank has sent."""
+    if _current is None:
+        yield
+        return
+    with _current.work(is_fed):
+        yield
+
+
+def receiving() -> None:
+    """Mark that a pipeline stage asks for what another rank sends."""
+    if _current is not None:
+        _current.receive()
+
+
+@contextmanager
+def scheduling() -> Iterator[None]:
+    """Mark a pipeline's schedule as it runs."""
+    if _current is None:
+        yield
+        return
+    with _current.schedule():
+        yield

@@ -1,0 +1,113 @@
+"""Spans of a step: which belong to whom, and the bubble of pipelines against closed forms and a count by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.pipelining import PipelineStage
+
+from gpt.parallel.fsdp import COLLECTIVE
+from gpt.parallel.timeline import BUBBLE, Span, Timeline, Work, recorded, schedule_waits, total, waiting, working
+
+Action = tuple[str, int]
+
+
+def gpipe(stages: int, stage: int, count: int) -> list[Action]:
+    return [(kind, i) for kind in "FB" for i in range(count)]
+
+
+def one_f_one_b(stages: int, stage: int, count: int) -> list[Action]:
+    warmup = min(count, stages - stage)
+    steady = [action for i in range(count - warmup) for action in (("B", i), ("F", warmup + i))]
+    return [("F", i) for i in range(warmup)] + steady + [("B", i) for i in range(count - warmup, count)]
+
+
+def simulate(orders: Sequence[Sequence[Action]], seconds: dict[str, Sequence[float]]) -> list[list[Work]]:
+    """When each stage does its work, where a transfer takes no time: an action begins when what it needs is there."""
+    stages, ends = len(orders), {}
+    at, clock = [0] * stages, [0.0] * stages
+    works: list[list[Work]] = [[] for _ in orders]
+    while any(at[s] < len(orders[s]) for s in range(stages)):
+        for s in range(stages):
+            if at[s] == len(orders[s]):
+                continue
+            kind, i = orders[s][at[s]]
+            feeder = s - 1 if kind == "F" else s + 1
+            is_fed = 0 <= feeder < stages
+            if is_fed and (feeder, kind, i) not in ends:
+                continue
+            begin = max(clock[s], ends.get((feeder, kind, i), 0.0))
+            clock[s] = ends[s, kind, i] = begin + seconds[kind][s]
+            works[s].append(Work(begin, clock[s], is_fed))
+            at[s] += 1
+    return works
+
+
+@pytest.mark.parametrize("order", [gpipe, one_f_one_b])
+@pytest.mark.parametrize(("stages", "count"), [(2, 2), (4, 8), (3, 7)])
+def test_even_stages_idle_as_the_schedules_arithmetic_says(order, stages: int, count: int) -> None:  # type: ignore[no-untyped-def]
+    """GPipe and 1F1B: (p - 1) / (m + p - 1) of the step, arXiv 1811.06965 section 2.3 and 2104.04473 section 2.2."""
+    works = simulate([order(stages, s, count) for s in range(stages)], {"F": [1.0] * stages, "B": [2.0] * stages})
+    makespan = max(own[-1].end for own in works)
+    for own in works:
+        found = schedule_waits(0.0, [*own, Work(own[-1].end, own[-1].end, False)], [])
+        found.append(Span(BUBBLE, own[-1].end, makespan))  # the wait for the other stages, in the first collective
+        assert total(found, 0, makespan + 1, "pp") == 0
+        share = total(found, 0, makespan + 1, BUBBLE) / makespan
+        assert share == pytest.approx((stages - 1) / (count + stages - 1), abs=1e-12)
+
+
+def test_a_slow_stage_makes_the_others_idle() -> None:
+    """The second of three stages takes three times as long: 1F1B ends when it has done all, and what leads to it."""
+    count, seconds = 6, {"F": [1.0, 3.0, 1.0], "B": [2.0, 6.0, 2.0]}
+    works = simulate([one_f_one_b(3, s, count) for s in range(3)], seconds)
+    makespan = max(own[-1].end for own in works)
+    for s, own in enumerate(works):
+        found = schedule_waits(0.0, [*own, Work(own[-1].end, own[-1].end, False)], [])
+        idle = total(found, 0, makespan + 1, BUBBLE) + makespan - own[-1].end
+        assert idle == pytest.approx(makespan - count * (seconds["F"][s] + seconds["B"][s]))
+    # The slow one works without a break between its first receive and its last send, but for the answer of the last.
+    assert works[1][0].begin == 1.0 and makespan == works[1][-1].end + 2.0
+
+
+def test_waits_of_other_groups_are_left_out_of_the_bubble() -> None:
+    """Against a count of every hundredth of a second of random schedules."""
+    for seed in range(50):
+        chance = random.Random(seed)
+        ticks = sorted(chance.sample(range(1, 1000), 12))
+        works = [Work(ticks[i] / 100, ticks[i + 1] / 100, chance.random() < 0.5) for i in range(0, 12, 4)]
+        waits = [Span("fsdp", ticks[i + 2] / 100, ticks[i + 3] / 100) for i in range(0, 12, 4)]
+        works.append(Work(10.0, 10.0, chance.random() < 0.5))
+        expected = {BUBBLE: 0, "pp": 0}
+        for tick in range(1000):
+            now = (tick + 0.5) / 100
+            if any(span.begin < now < span.end for span in (*works, *waits)):
+                continue
+            following = next(work for work in works if work.begin > now)
+            expected[BUBBLE if following.is_fed else "pp"] += 1
+        found = schedule_waits(0.0, works, waits)
+        for name, count in expected.items():
+            assert total(found, 0, 11, name) == pytest.approx(count / 100, abs=1e-9)
+
+
+def test_a_wait_inside_of_another_belongs_to_the_outer_one() -> None:
+    timeline = Timeline(torch.device("cpu"))
+    with recorded(timeline):
+        with waiting("dp"), waiting("world"):
+            pass
+        with working(), waiting("tp"):
+            pass
+    with waiting("cp"):
+        pass  # outside of a step
+    assert [span.name for span in timeline.spans()] == ["dp", "tp"]
+
+
+def test_torch_has_the_methods_that_are_watched() -> None:
+    """Private parts of torch: without them communication would be missed in silence."""
+    assert all(callable(getattr(FSDPParamGroup, name, None)) for name in COLLECTIVE)
+    ways = ("get_fwd_recv_ops", "get_bwd_recv_ops", "forward_one_chunk", "backward_one_chunk")
+    assert all(callable(getattr(PipelineStage, name, None)) for name in (*ways, "backward_weight_one_chunk"))
