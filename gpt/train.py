@@ -58,6 +58,7 @@ with lasting_imports():
     from gpt.training.saving import Saving, tell_damage
     from gpt.training.state import load
     from gpt.training.step import QueuedStep, Requests, queue_step
+    from gpt.training.stragglers import StragglerWatch
     from gpt.training.timeouts import StepTimeouts
     from launch import worker
     from launch.errors import ConfigError, refusing
@@ -174,15 +175,17 @@ def do_steps(
     timeouts = StepTimeouts(run.world, config.parallel)
     replicas = ReplicaGuard(run)
     saving = Saving(run)
+    stragglers = StragglerWatch(run)
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
         measured = gradients if due(run.step + 1, config.logging.gradients_interval) else None
-        step = queue_step(run, measured, phase, saving.ballot())
+        step = queue_step(run, measured, phase, saving.ballot(), stragglers)
         phase = Phase.training
         collect(run.step)  # while the device works
         if queued is not None:  # read only now, so that the device is never idle between two steps
             record, clock = queued.finish(clock)
             timeouts.after(record.step_time_s)
+            stragglers.after(record, queued.own_times_of_all())
             bad = judge_step(run, record)
             writers.write(record)
             if bad is not None:
@@ -208,6 +211,7 @@ def do_steps(
         record, clock = step.finish(clock)
         queued = None
         timeouts.after(record.step_time_s)
+        stragglers.after(record, step.own_times_of_all())
         bad = judge_step(run, record) or (run.guard.judge_end() if last else None)
         if pauses:
             asked |= step.requests_of_all()

@@ -21,7 +21,7 @@ from launch.jobs.adoption import adopt_found
 from launch.jobs.display import duration, quiet_text
 from launch.jobs.handles import SlurmJob
 from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
-from launch.runs.events import damaged_text, unsaved_text
+from launch.runs.events import damaged_text, slow_ranks, unsaved_text
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS, throughput
 from launch.runs.unwritten import is_full
@@ -30,6 +30,8 @@ from launch.scheduler.client import SlurmError
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 NUMBERS = COLUMNS[3:]
 WIDE = 1000
+SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
+"""What is told of a slow rank: its own time a step over some steps, and the median of the other ranks."""
 
 
 def as_dict(point: RunStatus) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "eta_s": point.eta_s,
         "quiet_s": point.quiet_s,
         "step_age_s": point.stale_s,
+        "slow_ranks": [{key: event.get(key) for key in SLOW} for event in slow_ranks(point.events())] or None,
         "sick_nodes": point.sick_nodes() or None,
         "not_restarted": point.why_not_restarted(),
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
@@ -119,6 +122,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     lines += [known["advice"]] if "advice" in known else []
     lines += [known[name] for name in ("damage", "unsaved") if name in known]
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
+    lines += [slow_text(one) for one in known.get("slow_ranks", ())]
     lines += [f"node {one['host']} is sick and was left out: {one['cause']}" for one in known.get("sick_nodes", ())]
     if "fewer_nodes" in known:
         lines.append(f"goes on with {nodes_text(known)} nodes: {known['fewer_nodes']['cause']}")
@@ -130,6 +134,13 @@ def notes(known: dict[str, Any]) -> list[str]:
     if "not_restarted" in known:
         lines.append(f"not started again: {known['not_restarted']}")
     return [f"{known['label']}: {line}" for line in lines]
+
+
+def slow_text(one: dict[str, Any]) -> str:
+    """Name a slow rank with its host, and how slow it is."""
+    host = f" on {one['host']}" if one["host"] else ""
+    times = f"{1000 * one['own_s']:,.1f} ms of its own a step, and the median {1000 * one['median_s']:,.1f} ms"
+    return f"rank {one['rank']}{host} is slow: {times} (over {one['steps']} steps up to {one['step']})"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

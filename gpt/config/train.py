@@ -57,11 +57,23 @@ class LoggingConfig:
     """Seconds between the lines that rank 0 prints into a log; on a terminal one line is kept up to date."""
     gradients_interval: int = 10
     """Steps between records of the gradients' mean, standard deviation and norm by layer; 0 records none."""
+    straggler_factor: float = 1.2
+    """Name a rank with its host, while the run goes on, whose own time a step, without its waits for others, exceeds
+    this many times the median of the other ranks; 0 names none."""
+    straggler_window: int = 20
+    """Steps over which the own times of the ranks are averaged for that."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range, or an extra is missing that is asked for."""
         require_range("logging.console_interval_s", self.console_interval_s, 0, float("inf"))
         require_range("logging.gradients_interval", self.gradients_interval, 0, float("inf"))
+        if self.straggler_factor and not 1 < self.straggler_factor < float("inf"):
+            raise ConfigError(
+                f"logging.straggler_factor={self.straggler_factor:g}",
+                "a number above 1, or 0 to name no slow rank",
+                "logging.straggler_factor=1.2",
+            )
+        require_positive("logging.straggler_window", self.straggler_window)
         if self.wandb and not is_installed("wandb"):
             raise ConfigError(
                 "logging.wandb=true, and the package wandb is not installed",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.runs.records import StepRecord
+from launch.runs.records import TOLD_ONCE, StepRecord
 
 LAYER_NORM = "grad_norm/"
 """Prefix of a layer's name, in the column of its gradient norm."""
@@ -22,7 +22,8 @@ class StepsCsv:
     """Writer of the table at ``path``, which begins with the rows of ``earlier`` records."""
 
     def __init__(self, path: Path, layers: Sequence[str], earlier: Iterable[dict[str, Any]]) -> None:
-        whole = [field.name for field in dataclasses.fields(StepRecord) if field.name not in ("samples", LAYERS)]
+        left_out = ("samples", LAYERS, TOLD_ONCE)
+        whole = [field.name for field in dataclasses.fields(StepRecord) if field.name not in left_out]
         self._columns = [*whole, "first_sample", "last_sample", *(LAYER_NORM + name for name in layers)]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", newline="", buffering=1)  # a line at a time, so that a reader sees whole rows

@@ -67,6 +67,8 @@ class Run:
     """Where this attempt took its first weights from; None where it drew them, or went on from a checkpoint."""
     step: int = 0
     """Steps done."""
+    hosts: tuple[str, ...] = ()
+    """Host of each rank; empty before the attempt is described."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -111,6 +113,7 @@ def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
 def describe_attempt(run: Run) -> None:
     """Write ``environment.json`` of this attempt and the event ``started``, and print the startup summary."""
     ranks = run.world.gather(describe_rank(run.world))
+    run.hosts = tuple(rank["host"] for rank in ranks)
     if not run.world.is_first:
         return
     on_gpus = run.world.device.type == "cuda"

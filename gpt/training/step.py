@@ -27,6 +27,7 @@ from gpt.training.ballot import NO_BALLOT, Ballot
 from gpt.training.gradient_stats import Gradients
 from gpt.training.phases import Phases
 from gpt.training.run import Run
+from gpt.training.stragglers import StragglerWatch
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
 
@@ -82,6 +83,8 @@ class QueuedStep:
     """True where the figures tell of the requests as well, summed over the ranks."""
     ballot: Ballot
     """Figures by which this rank tells of saves; the figures hold the sums over the ranks, behind the requests."""
+    own_times: int
+    """Figures behind those of the ballot: own time of each rank in an earlier step (``gpt.training.stragglers``)."""
     with_experts: bool
     """True where the figures tell of the experts' imbalance."""
     with_loss_scale: bool
@@ -94,7 +97,7 @@ class QueuedStep:
         Where loss or gradients were not finite on some rank, the step was skipped on all, and they are None.
         """
         (grad_norm, loss_sum, unsound, *sums), ended = self.figures.read()
-        sums = sums[2 * self.with_requests + len(self.ballot.figures) :]
+        sums = sums[2 * self.with_requests + len(self.ballot.figures) + self.own_times :]
         record = self.record
         self.phases.fill_in(record)
         if self.with_loss_scale:
@@ -126,8 +129,20 @@ class QueuedStep:
         first = 2 * self.with_requests
         return sums[first : first + len(self.ballot.figures)]
 
+    def own_times_of_all(self) -> list[float]:
+        """Wait for the step; the own times that the ranks told with it, by rank."""
+        (_, _, _, *sums), _ = self.figures.read()
+        first = 2 * self.with_requests + len(self.ballot.figures)
+        return sums[first : first + self.own_times]
 
-def queue_step(run: Run, gradients: Gradients | None, phase: Phase, ballot: Ballot = NO_BALLOT) -> QueuedStep:
+
+def queue_step(
+    run: Run,
+    gradients: Gradients | None,
+    phase: Phase,
+    ballot: Ballot = NO_BALLOT,
+    stragglers: StragglerWatch | None = None,
+) -> QueuedStep:
     """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given."""
     config, world, engine = run.config, run.world, run.engine
     step = run.step + 1
@@ -144,13 +159,14 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase, ballot: Ball
     # Under torchrun alone nobody but the ranks can agree. As fills, since a tensor of the host would be waited for.
     told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
     votes = [loss_sum.new_full((1,), figure) for figure in ballot.figures]
+    own_times = [] if stragglers is None else stragglers.own_times(loss_sum)
     # Before the update, so that all ranks skip it or none, also where one replica alone has computed something else;
     # and on the device, so that none waits for it.
     with phases.recorded():
         norm = engine.clip()
         unsound = loss_sum.new_zeros(()) if norm is None else norm.isfinite().logical_not().to(loss_sum)
         phases.mark("clipped")
-        sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *votes, *measured]))
+        sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *votes, *own_times, *measured]))
         phases.mark("summed")
         skip = sums[0].isfinite().logical_not() | (sums[1] > 0)
         own_norm = engine.update(lr, skip)
@@ -175,7 +191,7 @@ def queue_step(run: Run, gradients: Gradients | None, phase: Phase, ballot: Ball
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     uneven = [] if imbalance is None else [imbalance[None]]
     numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], sums, *uneven, *scale]))
-    parts = bool(told), ballot, bool(uneven), bool(scale)
+    parts = bool(told), ballot, sum(map(len, own_times)), bool(uneven), bool(scale)
     return QueuedStep(record, requests, gradients, numbers, tokens, *parts, phases)
 
 

@@ -83,6 +83,19 @@ def damaged_text(events: Events) -> str | None:
     return f"damaged and set aside: {'; '.join(found)}" if found else None
 
 
+def slow_ranks(events: Events) -> list[dict[str, Any]]:
+    """Return the events of the ranks that are slow in the attempt that began last, by rank."""
+    slow: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] in ("started", "attempt_ended", "finished", "stopped"):
+            slow.clear()
+        elif event["event"] == "straggler":
+            slow[event["rank"]] = event
+        elif event["event"] == "straggler_ended":
+            slow.pop(event["rank"], None)
+    return [slow[rank] for rank in sorted(slow)]
+
+
 def unsaved_text(events: Events) -> str | None:
     """Tell since when checkpoints could not be written, and why; None where the last one could."""
     failed: list[dict[str, Any]] = []

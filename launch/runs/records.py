@@ -79,6 +79,13 @@ class StepRecord:
     """Time of clipping and of the optimizer."""
     expert_imbalance: float | None = None
     """Load of the busiest expert of any layer above an even share, in even shares; 0 is even; with experts only."""
+    own_min_s: float | None = None
+    """Shortest own time of any rank in a step shortly before: its step time without its waits for others."""
+    own_max_s: float | None = None
+    slowest_rank: int | None = None
+    """Rank that took ``own_max_s``."""
+    straggler: str | None = None
+    """Ranks that have become slow over some steps, or are so no longer, for people. The event log keeps it."""
     checkpoint_s: float | None = None
     """Time the checkpoint of this step held up training; only where one was written."""
     val_loss: float | None = None
@@ -105,19 +112,21 @@ class StepRecord:
     """Unix time, seconds."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The known fields."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        """The known fields that are kept in files."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != TOLD_ONCE}
 
     def own(self) -> dict[str, Any]:
         """The known fields that differ between ranks: the record of a rank above 0, half as long as that of rank 0."""
         return {name: value for name, value in self.as_dict().items() if name not in OF_THE_RUN}
 
 
+TOLD_ONCE = "straggler"
+"""Field that is for those who watch the run, and in no file of records: these hold numbers."""
 OF_THE_RUN = frozenset(
     {
         *("loss", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
         *("val_loss", "val_bits_per_byte", "tokens_per_s", "tflops_per_s", "mfu_causal", "hfu"),
-        *("memory_allocated_gib", "memory_reserved_gib"),
+        *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }
 )
 """Fields that only rank 0 writes: figures of the whole run, those that follow from ``step_time_s``, and memory beside

@@ -41,6 +41,9 @@ TAGS = {
     **{f"comm_{group}_s": f"speed/comm_{group}_s" for group in ("dp", "fsdp", "tp", "pp", "cp", "ep")},
     "bubble_s": "speed/bubble_s",
     "optimizer_s": "speed/optimizer_s",
+    "own_min_s": "speed/own_min_s",
+    "own_max_s": "speed/own_max_s",
+    "slowest_rank": "speed/slowest_rank",
     "checkpoint_s": "speed/checkpoint_s",
     "tflops_per_s": "efficiency/tflops_per_s",
     "mfu_palm": "efficiency/mfu_palm",
@@ -53,6 +56,8 @@ TAGS = {
 }
 """Field of a step record -> tag; what stands before the slash is TensorBoard's group."""
 
+STRAGGLERS_TAG = "stragglers"
+"""Tag of the texts that name slow ranks."""
 LAYER_TAG = "gradients/norm/"
 """Before the name of a layer, in the tag of its gradient norm."""
 
@@ -118,6 +123,8 @@ class EventWriter:
         """Add the curves of one step record."""
         for tag, value in record_scalars(record.as_dict()).items():
             self.scalar(tag, value, record.step, record.time)
+        if record.straggler is not None:
+            self.text(STRAGGLERS_TAG, record.straggler, record.step)
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Add a text in Markdown."""
