@@ -40,6 +40,7 @@ with lasting_imports():
     from gpt.parallel.float8 import convert_linears
     from gpt.topology.batch import settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
+    from gpt.training.breakdown import StepBreakdown
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
     from gpt.training.divergence import BadSteps, DivergenceGuard
     from gpt.training.early_stop import EarlyStop
@@ -176,6 +177,7 @@ def do_steps(
     replicas = ReplicaGuard(run)
     saving = Saving(run)
     stragglers = StragglerWatch(run)
+    breakdown = StepBreakdown(config.logging.breakdown_interval, run.world, run.step)
     clock = time.perf_counter()
     while run.step < config.optim.max_steps:
         measured = gradients if due(run.step + 1, config.logging.gradients_interval) else None
@@ -206,11 +208,12 @@ def do_steps(
         saves = last or bool(asked) or saving.is_due(run.step)
         remembers = saving.is_due_in_memory(run.step)
         pauses = evaluates or compares or saves or remembers
-        if not (pauses or profile.due(run.step)):
+        if not (pauses or profile.due(run.step) or breakdown.due(run.step)):
             continue
         record, clock = step.finish(clock)
         queued = None
         timeouts.after(record.step_time_s)
+        breakdown.into(record)
         stragglers.after(record, step.own_times_of_all())
         bad = judge_step(run, record) or (run.guard.judge_end() if last else None)
         if pauses:
@@ -237,6 +240,8 @@ def do_steps(
             record.checkpoint_s = saving.save_in_memory()
         writers.write(record)
         profile.after(run.step)
+        if not asked.stop:
+            breakdown.before(run.step)
         clock = time.perf_counter()
         if asked.stop and not last:
             saving.settle()

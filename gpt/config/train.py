@@ -57,6 +57,9 @@ class LoggingConfig:
     """Seconds between the lines that rank 0 prints into a log; on a terminal one line is kept up to date."""
     gradients_interval: int = 10
     """Steps between records of the gradients' mean, standard deviation and norm by layer; 0 records none."""
+    breakdown_interval: int = 0
+    """Steps between those that torch's profiler watches on every rank, to divide them into computing, communication,
+    copies and idle time in the step records; 0 watches none. Such a step is slower than others."""
     straggler_factor: float = 1.2
     """Name a rank with its host, while the run goes on, whose own time a step, without its waits for others, exceeds
     this many times the median of the other ranks; 0 names none."""
@@ -67,6 +70,7 @@ class LoggingConfig:
         """Raise ConfigError where a number is out of its range, or an extra is missing that is asked for."""
         require_range("logging.console_interval_s", self.console_interval_s, 0, float("inf"))
         require_range("logging.gradients_interval", self.gradients_interval, 0, float("inf"))
+        require_range("logging.breakdown_interval", self.breakdown_interval, 0, float("inf"))
         if self.straggler_factor and not 1 < self.straggler_factor < float("inf"):
             raise ConfigError(
                 f"logging.straggler_factor={self.straggler_factor:g}",
@@ -234,6 +238,12 @@ class TrainConfig(RunConfig):
         require_range("gc_interval", self.gc_interval, 0, float("inf"))
         require_positive("profile_from", self.profile_from)
         last = self.optim.max_steps if self.optim.max_tokens is None else self.profile_to
+        if self.profile and self.logging.breakdown_interval:
+            raise ConfigError(
+                f"profile=true with logging.breakdown_interval={self.logging.breakdown_interval}",
+                "one of both: a process has one profiler",
+                "profile=true logging.breakdown_interval=0, or profile=false",
+            )
         if self.profile and not self.profile_from <= self.profile_to <= last:
             raise ConfigError(
                 f"profile_from={self.profile_from} profile_to={self.profile_to} in a run of {last} steps",

@@ -79,6 +79,16 @@ class StepRecord:
     """Time of clipping and of the optimizer."""
     expert_imbalance: float | None = None
     """Load of the busiest expert of any layer above an even share, in even shares; 0 is even; with experts only."""
+    breakdown_compute_s: float | None = None
+    """Time of this step in which the device computed; this and the next four only at logging.breakdown_interval."""
+    breakdown_comm_s: float | None = None
+    """Time in which the rank communicated, whether computing hides it or not."""
+    breakdown_exposed_s: float | None = None
+    """Its part while nothing was computed or copied."""
+    breakdown_copies_s: float | None = None
+    """Copies of a GPU while nothing was computed."""
+    breakdown_idle_s: float | None = None
+    """Time in which the device did nothing. With compute, exposed communication and copies it makes the whole step."""
     own_min_s: float | None = None
     """Shortest own time of any rank in a step shortly before: its step time without its waits for others."""
     own_max_s: float | None = None

@@ -41,6 +41,7 @@ TAGS = {
     **{f"comm_{group}_s": f"speed/comm_{group}_s" for group in ("dp", "fsdp", "tp", "pp", "cp", "ep")},
     "bubble_s": "speed/bubble_s",
     "optimizer_s": "speed/optimizer_s",
+    **{f"breakdown_{part}_s": f"breakdown/{part}_s" for part in ("compute", "comm", "exposed", "copies", "idle")},
     "own_min_s": "speed/own_min_s",
     "own_max_s": "speed/own_max_s",
     "slowest_rank": "speed/slowest_rank",
