@@ -53,6 +53,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     candidates += (_noise(series, rows) for series in found)
     candidates += [note for member in members for note in straggler_notes(member)]
     candidates += [_too_few_steps(members), *map(_state, members), _mfu(members), *low_mfu(members)]
+    candidates += map(_breakdown, members)
     return [note for note in candidates if note]
 
 
@@ -269,3 +270,12 @@ def _mfu(members: Sequence[MeasuredPoint]) -> str:
     missing = [m.point.environment for m in gpt if m.figures is not None and m.figures.mfu_palm is None]
     names = dict.fromkeys(e.device_names for e in missing if e is not None)
     return f"MFU unavailable: the runs recorded none on {', '.join(names)}." if names else ""
+
+
+def _breakdown(member: MeasuredPoint) -> str:
+    """Tell what the steps that a profiler watched are made of."""
+    found = member.point.breakdown
+    if found is None:
+        return ""
+    ranks = f"{found.ranks} ranks" if found.ranks > 1 else "one rank"
+    return f"Of {found.steps} steps of {member.point.title} that were profiled on {ranks}: {found.text()}."

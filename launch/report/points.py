@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.report.environment import Environment, read_environment
 from launch.report.goodput import Goodput, measure_goodput
@@ -18,6 +18,9 @@ from launch.report.readings import RankTimes, Step
 from launch.runs.events import fewer_nodes, last_command
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
+
+if TYPE_CHECKING:
+    from launch.report.breakdown import StepBreakdown
 
 
 class State(StrEnum):
@@ -67,6 +70,10 @@ class Point:
     attempts: int = 0
     goodput: Goodput | None = None
     """Where its time went; None where no agent entered what was allocated."""
+    bf16_ratio: float | None = None
+    """MFU of the bf16 peak over that of the peak in the precision of the run; None where the records do not tell."""
+    breakdown: StepBreakdown | None = None
+    """Parts of the steps that a profiler watched; None where it watched none."""
     rank_times: RankTimes | None = None
     """Times of each rank beside those of the others; None where fewer than two recorded the same steps."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
@@ -93,7 +100,9 @@ class Point:
 
 def read_point(path: Path) -> Point:
     """Read one run folder; one that is empty or does not exist is a point without records."""
-    from launch.report.steps import read_steps  # numpy, which a launch that only prints a plan should not wait for
+    # Both need numpy, which a launch that only prints a plan should not wait for.
+    from launch.report.breakdown import read_breakdown
+    from launch.report.steps import read_steps
 
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
@@ -120,6 +129,8 @@ def read_point(path: Path) -> Point:
         run_time_s=_run_time(events),
         attempts=len(setups),
         rank_times=reading.rank_times,
+        bf16_ratio=reading.bf16_ratio,
+        breakdown=read_breakdown(run) if reading.steps else None,
         cluster=_cluster(events),
         fewer_nodes=_by_nodes(fewer, reading.attempt_steps),
         goodput=measure_goodput(run, events),

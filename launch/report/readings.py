@@ -78,5 +78,7 @@ class StepReading:
     """Attempt whose set-up the steps have."""
     attempt_steps: Mapping[int, int] = field(default_factory=dict)
     """Attempt -> steps that it made, and that no later one made again."""
+    bf16_ratio: float | None = None
+    """MFU of the bf16 peak over that of the peak in the precision of the run, by the last record."""
     attempt_times: Mapping[int, tuple[float, float]] | None = None
     """Attempt -> times of its first and its last record that count, by the first rank."""

@@ -66,6 +66,8 @@ class Row:
     efficiency_ci_low: float | None = None
     """95 % interval of the efficiency, by a block bootstrap over the steps of both points: see ``intervals``."""
     efficiency_ci_high: float | None = None
+    mfu_bf16: float | None = None
+    """MFU of the peak in bf16, whatever the precision, so that points in two precisions compare."""
     goodput: float | None = None
     """Share of the allocated time in steps that count."""
     gpu_hours: float | None = None

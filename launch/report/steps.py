@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -104,6 +105,12 @@ def _own_work(columns: RecordColumns, unit: str | None) -> tuple[Flags, Floats]:
             found = columns.known[str(name)] & ~known
             known, values = known | found, np.where(found, columns.values[str(name)], values)
     return known, values
+
+
+def _bf16_ratio(record: Mapping[str, Any]) -> float | None:
+    """Ratio of both peaks, the same in all steps of a run; None where a record does not tell both."""
+    of_bf16, of_precision = record.get("mfu_bf16"), record.get("mfu_palm")
+    return of_bf16 / of_precision if of_bf16 and of_precision else None
 
 
 class _Sums:
@@ -278,6 +285,7 @@ class _Reduction:
             unit=unit,
             last_step=int(first.steps[-1]),
             loss=first.last.get("loss"),
+            bf16_ratio=_bf16_ratio(first.last),
             attempt_times=times,
             attempt=self._wanted_attempt,
             attempt_steps=Counter(first.attempts.tolist()),

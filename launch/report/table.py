@@ -180,12 +180,14 @@ def _time_figures(point: Point) -> dict[str, Any]:
 
 def _figures(series: Series, member: MeasuredPoint, figures: Measurement) -> dict[str, Any]:
     """The columns that need measured steps."""
+    ratio = member.point.bf16_ratio
     columns: dict[str, Any] = {
         "step_time_s": figures.step_time_s,
         "step_time_s_low": figures.low_s,
         "step_time_s_high": figures.high_s,
         "step_time_s_spread": figures.high_s - figures.low_s,
         "mfu_palm": figures.mfu_palm,
+        "mfu_bf16": None if figures.mfu_palm is None or ratio is None else figures.mfu_palm * ratio,
         "steps_measured": figures.steps,
     }
     if figures.throughput is not None:

@@ -107,6 +107,8 @@ def columns(table: ScalingTable) -> list[Column]:
         found.append(Column("efficiency", efficiency))
     if any(row.mfu_palm is not None for row in rows):
         found.append(Column("MFU", lambda row: percent(row.mfu_palm)))
+    if any(percent(row.mfu_bf16) not in (percent(row.mfu_palm), UNAVAILABLE) for row in rows):
+        found.append(Column("MFU\nof bf16", lambda row: percent(row.mfu_bf16)))
     if any(row.loss is not None for row in rows) or table.is_gpt:
         found.append(Column("loss", lambda row: UNAVAILABLE if row.loss is None else f"{row.loss:.4f}"))
     # A column without a single figure tells nothing; why there are none stands in the notes.
