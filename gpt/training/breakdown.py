@@ -144,7 +144,7 @@ class StepBreakdown:
             if name == MARK and event.device_type() == DeviceType.CPU:
                 kind = "step"
             if kind:
-                begin = event.start_ns()
-                spans[kind].append((begin / 1e9, (begin + event.duration_ns()) / 1e9))
+                start = event.start_ns()
+                spans[kind].append((start / 1e9, (start + event.duration_ns()) / 1e9))
         [(begin, end)] = spans.pop("step")
         return break_down(begin, end, **spans)
