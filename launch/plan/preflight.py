@@ -105,11 +105,11 @@ def short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits])
 def late_takeover(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[str]:
     """Tell whether Slurm ends a job whose head node is lost before another agent can put it back into the queue.
 
-    A job with spares is not to end by a lost node (``--no-kill``). Slurm 22.05 then takes the node out of the job, also
-    where it is the one of the batch script, with which the job ends as FAILED and is not requeued.
+    A job with spares, or that may shrink, is not to end by a lost node (``--no-kill``). Slurm 22.05 then takes the node
+    out of the job, also where it is the one of the batch script, with which the job ends as FAILED and is not requeued.
     """
     waits = config.resilience.node_timeout_s
-    if plan.cluster != "slurm" or not config.spare_nodes:
+    if plan.cluster != "slurm" or not (config.spare_nodes or config.may_shrink):
         return
     for down_s in {cluster.number("SlurmdTimeout") for cluster in limits.values()} - {None, 0}:
         assert down_s is not None
