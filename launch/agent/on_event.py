@@ -22,6 +22,7 @@ from typing import Any
 from launch.agent.progress import NewLines
 from launch.agent.restart_policy import WANTED, Action, Cause
 from launch.config import Config
+from launch.runs.events import FEWER_NODES
 from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder, is_event
 from launch.worker import STORE_PREFIX
@@ -30,7 +31,7 @@ POLL_S = 0.5
 LONGEST_LINE = 1 << 20
 TOLD_AS_THEY_ARE = (
     *("started", "requeued", "requeue_failed", "node_lost", "node_sick", "budget_reached"),
-    *("save_failed", "rolled_back"),
+    *("save_failed", "rolled_back", FEWER_NODES),
 )
 """Events that the command is told of by their own names; the others are made of what was decided after an attempt."""
 
