@@ -17,7 +17,7 @@ from typing import Any, Optional
 from launch.errors import ConfigError
 from launch.runs.compose import flatten, plain, read_config
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import former_point_name, point_keys, point_name, read_overrides
+from launch.runs.overrides import NOT_IN_POINT, former_point_name, point_keys, point_name, read_overrides
 from launch.runs.renamed import in_former_spelling
 from launch.runs.rollback import refuse_resume_from
 
@@ -105,6 +105,7 @@ def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude:
     Raises:
         ConfigError: there are several.
     """
+    exclude = (*exclude, *NOT_IN_POINT)  # also where ranks look for it whose command knows no keys of the launcher
     wanted = point_keys(overrides, exclude)
     newest: dict[str, RunFolder] = {}
     for path in sorted(folder.path.parent.glob("*"), key=generation_of):
