@@ -17,6 +17,7 @@ import datetime
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION")
     parser.add_argument("--torch", nargs="+", default=TORCHES, metavar="VERSION")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there, too")
-    parser.add_argument("--tests", nargs="+", default=["-m", "quick"], metavar="WORD", help="arguments of pytest")
+    parser.add_argument("--tests", default="-m quick", metavar="WORDS", help="arguments of pytest: --tests='-m quick'")
     options = parser.parse_args(arguments)
     rows = []
     for python in options.python:
         for torch in options.torch:
-            rows.append(attempt(python, torch, options.tests))
+            rows.append(attempt(python, torch, shlex.split(options.tests)))
             print(line(rows[-1]), flush=True)
     text = table(rows)
     if options.output:

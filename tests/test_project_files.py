@@ -1,16 +1,20 @@
-"""The files around the code hold together: locked requirements, constraints, setup.cfg, and the workflow."""
+"""The files around the code hold together: requirements, constraints, setup.cfg, versions tried, and the workflow."""
 
 from __future__ import annotations
 
 import re
+import sys
 from configparser import ConfigParser
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from benchmarks import matrix
 from tests.support.commands import ROOT
 
 LOCKS = ("requirements.lock", "requirements-cuda.lock")
@@ -69,3 +73,24 @@ def test_the_workflow_runs_the_checks_of_this_project() -> None:
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step][-1] == ".ci/run"
     assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_the_matrix_installs_what_setup_cfg_says(setup: ConfigParser) -> None:
+    login, whole = (requirements("\n".join(matrix.requirements(with_torch))) for with_torch in (False, True))
+    needed = requirements(setup["options"]["install_requires"]).keys()
+    assert login.keys() == needed - {"torch", "deepspeed"}
+    assert whole.keys() == needed - {"torch"} | requirements(setup["options.extras_require"]["test"]).keys()
+
+
+def test_the_matrix_finds_interpreters_and_leaves_out_others() -> None:
+    here = ".".join(map(str, sys.version_info[:2]))
+    assert matrix.find_interpreter(here) == Path(sys.executable)
+    assert matrix.attempt("2.1", "none", ()).result == "not tried: no such interpreter on this machine"
+
+
+def test_no_version_that_is_accepted_has_failed(setup: ConfigParser) -> None:
+    table = (ROOT / "benchmarks" / "matrix.md").read_text()
+    rows = re.findall(r"^\| (3\.\d+) \| (\S+) \| (.*?) \|", table, re.MULTILINE)
+    accepted = SpecifierSet(setup["options"]["python_requires"])
+    assert rows
+    assert not any("failed" in result for python, _, result in rows if accepted.contains(f"{python}.1"))
