@@ -291,7 +291,7 @@ def recent_records(path: Path) -> list[dict[str, Any]]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().splitlines()
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return []
     records = []
     for line in lines:

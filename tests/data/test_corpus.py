@@ -246,8 +246,11 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 @pytest.mark.parametrize("name", PRESETS)
 def test_configs_fit_the_schema(name: str) -> None:
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    if name == "custom":
+        assert OmegaConf.missing_keys(merged) == {"source"}
+        merged.source = "tests.data.nowhere:documents"
     config = OmegaConf.to_object(merged)
-    assert isinstance(config, DataConfig) and config.title == name
+    assert isinstance(config, DataConfig) and config.title == ("documents" if name == "custom" else name)
     if name in ("text", "files", "tokens"):
         with pytest.raises(ConfigError, match=r"data\.path"):
             config.validate()

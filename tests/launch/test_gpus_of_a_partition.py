@@ -57,7 +57,7 @@ def test_a_point_asks_for_the_gpus_that_every_node_has(
     (text,) = settle_gpus([document], [config], [ClusterKind.slurm], seen(n3))
     assert (config.cluster.gpus_per_node, config.ranks_on_node) == (gpus, ranks)
     assert text.startswith(f"cluster.gpus_per_node={gpus}: {told}")
-    assert {candidate.slurm["gpus_per_node"] for candidate in place(config).candidates} == {gpus}
+    assert {candidate.slurm["gpus_per_node"] for candidate in place(config, "run").candidates} == {gpus}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_somebody_said_stays(words: tuple[str, ...]) -> None:
 
 def test_none_at_all_is_asked_of_slurm_in_no_words() -> None:
     config, _ = settled(seen(), "cluster.gpus_per_node=0")
-    assert "gpus_per_node" not in place(config).candidates[0].slurm and config.ranks_on_node == 1
+    assert "gpus_per_node" not in place(config, "run").candidates[0].slurm and config.ranks_on_node == 1
 
 
 def test_what_cannot_be_decided_is_said_before_the_submission() -> None:
