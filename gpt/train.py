@@ -15,9 +15,8 @@ import faulthandler
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from launch.process import lasting_imports
@@ -32,7 +31,6 @@ with lasting_imports():
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import Samples
     from gpt.data.prefetch import BatchPrefetcher
-    from gpt.metrics.writers import MetricWriters
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT
     from gpt.parallel.compile import prepare_blocks
@@ -40,27 +38,18 @@ with lasting_imports():
     from gpt.parallel.float8 import convert_linears
     from gpt.topology.batch import settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
-    from gpt.training.breakdown import StepBreakdown
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
-    from gpt.training.divergence import BadSteps, DivergenceGuard
+    from gpt.training.divergence import DivergenceGuard
     from gpt.training.early_stop import EarlyStop
-    from gpt.training.evaluation import mean_loss
     from gpt.training.execution import settle_execution
-    from gpt.training.garbage import collect_together
-    from gpt.training.gradient_stats import Gradients
     from gpt.training.host_memory import keep_freed_memory
     from gpt.training.init_from import first_weights
+    from gpt.training.loop import train
     from gpt.training.parallelize import parallelize
-    from gpt.training.profiler import StepProfile
-    from gpt.training.replica_check import ReplicaGuard
     from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
-    from gpt.training.rollback import go_back, judge_step
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
-    from gpt.training.saving import Saving, tell_damage
+    from gpt.training.saving import tell_damage
     from gpt.training.state import load
-    from gpt.training.step import QueuedStep, Requests, queue_step
-    from gpt.training.stragglers import StragglerWatch
-    from gpt.training.timeouts import StepTimeouts
     from launch import worker
     from launch.errors import ConfigError, refusing
     from launch.process import die_with_parent
@@ -68,7 +57,6 @@ with lasting_imports():
     from launch.runs.files import deny_others_writing
     from launch.runs.folder import RunFolder
     from launch.runs.heartbeat import Phase
-    from launch.runs.records import StepRecord
     from launch.runs.unwritten import say
 
 
@@ -133,151 +121,6 @@ def build(
         run.store.saves.tell_damage = partial(tell_damage, folder, attempt)
     load(run)
     return run
-
-
-def train(run: Run) -> str:
-    """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
-    gradients = Gradients(run.config.model, run.world.device)
-    writers = MetricWriters(
-        run.folder, run.world, run.worker, run.config, run.step, gradients.names, run.tokens_per_step
-    )
-    profile = StepProfile(run.folder.attempt(run.attempt), run.config, run.world)
-    profile.after(run.step)
-    run.engine.module.train()
-    try:
-        with collect_together(run.config.gc_interval) as collect:
-            outcome = do_steps(run, gradients, writers, profile, collect)
-    finally:
-        run.batches.close()
-    run.worker.phase(Phase.leaving, run.step)
-    profile.close()
-    if outcome == "stopped":
-        run.worker.stopped(run.step)
-    else:
-        early = run.early_stop.reason() if run.step < run.config.optim.max_steps else None
-        run.worker.finished(run.step, **({} if early is None else {"early": early}))
-        if early is not None and run.world.is_first:
-            print(f"finished early: {early}", flush=True)
-    writers.close()
-    return outcome
-
-
-def do_steps(
-    run: Run, gradients: Gradients, writers: MetricWriters, profile: StepProfile, collect: Callable[[int], None]
-) -> str:
-    """Step, evaluate and save until there is nothing left to do, or somebody asks to stop."""
-    config = run.config
-    queued: QueuedStep | None = None
-    unasked: QueuedStep | None = None
-    """The step whose requests were not looked at yet. Apart from ``queued``, which a profile empties on one rank."""
-    left = Requests()
-    """Requests to steps that the run went back from."""
-    phase = Phase.starting  # the first step may compile
-    timeouts = StepTimeouts(run.world, config.parallel)
-    replicas = ReplicaGuard(run)
-    saving = Saving(run)
-    stragglers = StragglerWatch(run)
-    breakdown = StepBreakdown(config.logging.breakdown_interval, run.world, run.step)
-    clock = time.perf_counter()
-    while run.step < config.optim.max_steps:
-        measured = gradients if due(run.step + 1, config.logging.gradients_interval) else None
-        step = queue_step(run, measured, phase, saving.ballot(), stragglers)
-        phase = Phase.training
-        collect(run.step)  # while the device works
-        if queued is not None:  # read only now, so that the device is never idle between two steps
-            record, clock = queued.finish(clock)
-            timeouts.after(record.step_time_s)
-            stragglers.after(record, queued.own_times_of_all())
-            bad = judge_step(run, record)
-            writers.write(record)
-            if bad is not None:
-                left = step.requests_of_all() | (Requests() if unasked is None else unasked.requests_of_all())
-                saving.settle()
-                go_back(run, writers, bad)
-                queued, unasked, clock = None, None, time.perf_counter()
-                continue
-        asked = left | (step.requests if run.worker.agrees else Requests())
-        left = Requests()
-        if unasked is not None:
-            asked |= unasked.requests_of_all()
-            saving.hear(unasked.ballot, unasked.ballots_of_all())
-        queued = unasked = step
-        last = run.step == config.optim.max_steps
-        evaluates = last or due(run.step, config.eval.interval)
-        compares = due(run.step, config.divergence.replica_check_interval)
-        saves = last or bool(asked) or saving.is_due(run.step)
-        remembers = saving.is_due_in_memory(run.step)
-        pauses = evaluates or compares or saves or remembers
-        if not (pauses or profile.due(run.step) or breakdown.due(run.step)):
-            continue
-        record, clock = step.finish(clock)
-        queued = None
-        timeouts.after(record.step_time_s)
-        breakdown.into(record)
-        stragglers.after(record, step.own_times_of_all())
-        bad = judge_step(run, record) or (run.guard.judge_end() if last else None)
-        if pauses:
-            asked |= step.requests_of_all()
-            saving.hear(step.ballot, step.ballots_of_all())
-            unasked = None
-        if evaluates and bad is None:
-            bad = evaluate(run, record)
-        if bad is not None:  # the weights may have become worthless, and are not saved
-            writers.write(record)
-            saving.settle()
-            go_back(run, writers, bad)
-            left, clock = asked, time.perf_counter()
-            continue
-        if evaluates and run.guard.may_save:
-            last = last or run.early_stop.reason() is not None
-        saves = run.guard.may_save and (saves or last or bool(asked))
-        if saves or compares:
-            replicas.check()
-        if saves:
-            writers.keep(record)
-            record.checkpoint_s = saving.save(record.val_loss, is_last=last, is_stop=asked.stop)
-        elif remembers and run.guard.may_save:
-            record.checkpoint_s = saving.save_in_memory()
-        writers.write(record)
-        profile.after(run.step)
-        if not asked.stop:
-            breakdown.before(run.step)
-        clock = time.perf_counter()
-        if asked.stop and not last:
-            saving.settle()
-            return "stopped"
-        if last:
-            break
-    return "finished"
-
-
-def evaluate(run: Run, record: StepRecord) -> BadSteps | None:
-    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text where that is known.
-
-    Collective. Returns the steps to go back for where it is not finite.
-    """
-    sequences, engine, ranks = run.config.eval.sequences, run.engine, run.dims.data_ranks
-    loss = mean_loss(
-        engine.module,
-        engine.loss,
-        run.samples,
-        run.world,
-        sequences,
-        run.batch.micro,
-        run.dims.data_rank(run.world.rank),
-        ranks,
-        run.evaluating,
-    )
-    bad = run.guard.judge_evaluation(record.step, loss)
-    if bad is None:
-        record.val_loss, record.val_bits_per_byte = loss, run.samples.val_bits_per_byte(loss, sequences)
-        run.early_stop.hear(record.step, loss)
-    return bad
-
-
-def due(step: int, interval: int) -> bool:
-    """True where ``interval`` steps have passed; an interval of 0 is never due."""
-    return interval > 0 and step % interval == 0
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:

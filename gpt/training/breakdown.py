@@ -129,12 +129,6 @@ class StepBreakdown:
         record.breakdown_exposed_s, record.breakdown_idle_s = found.exposed, found.idle
         record.breakdown_copies_s = found.copies if self._on_gpus else None  # a CPU's are among what it computes
 
-    def close(self) -> None:
-        """End what watches, where the run ends early."""
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
-
     def _reduce(self, profiler: profile) -> Breakdown:
         assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
         spans: dict[str, list[Interval]] = {"compute": [], "communication": [], "copies": [], "step": []}

@@ -1,0 +1,246 @@
+"""The training loop: steps, and what is done between them: evaluations, checkpoints, records, roll-backs, the end.
+
+A step's figures are read while the next one is computed, so that the device is never idle between two steps; only where
+the loop pauses, say for a checkpoint, is a step read at once. Owns that order; what is done is done by others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gpt.metrics.writers import MetricWriters
+from gpt.training.breakdown import StepBreakdown
+from gpt.training.divergence import BadSteps
+from gpt.training.evaluation import mean_loss
+from gpt.training.garbage import collect_together
+from gpt.training.gradient_stats import Gradients
+from gpt.training.profiler import StepProfile
+from gpt.training.replica_check import ReplicaGuard
+from gpt.training.rollback import go_back, judge_step
+from gpt.training.run import Run
+from gpt.training.saving import Saving
+from gpt.training.step import QueuedStep, Requests, queue_step
+from gpt.training.stragglers import StragglerWatch
+from gpt.training.timeouts import StepTimeouts
+from launch.runs.heartbeat import Phase
+from launch.runs.records import StepRecord
+
+
+def train(run: Run) -> str:
+    """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
+    gradients = Gradients(run.config.model, run.world.device)
+    writers = MetricWriters(
+        run.folder, run.world, run.worker, run.config, run.step, gradients.names, run.tokens_per_step
+    )
+    profile = StepProfile(run.folder.attempt(run.attempt), run.config, run.world)
+    profile.after(run.step)
+    run.engine.module.train()
+    try:
+        with collect_together(run.config.gc_interval) as collect:
+            outcome = Loop(run, gradients, writers, profile, collect).do_steps()
+    finally:
+        run.batches.close()
+    run.worker.phase(Phase.leaving, run.step)
+    profile.close()
+    if outcome == "stopped":
+        run.worker.stopped(run.step)
+    else:
+        early = run.early_stop.reason() if run.step < run.config.optim.max_steps else None
+        run.worker.finished(run.step, **({} if early is None else {"early": early}))
+        if early is not None and run.world.is_first:
+            print(f"finished early: {early}", flush=True)
+    writers.close()
+    return outcome
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Reasons to read a step at once, the same on all ranks."""
+
+    last: bool
+    evaluates: bool
+    compares: bool
+    """The replicas' parameters."""
+    saves: bool
+    remembers: bool
+    """Saves in memory, where it does not save on the disk."""
+
+    @property
+    def is_due(self) -> bool:
+        """True where there is any."""
+        return self.last or self.evaluates or self.compares or self.saves or self.remembers
+
+
+class Loop:
+    """The steps of an attempt.
+
+    Args:
+        run: what is trained.
+        gradients: measures gradients in the steps where that is asked for.
+        writers: of the step records.
+        profile: of some steps of the first rank.
+        collect: collects garbage, called after each step that was begun.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        gradients: Gradients,
+        writers: MetricWriters,
+        profile: StepProfile,
+        collect: Callable[[int], None],
+    ) -> None:
+        self._run, self._gradients, self._writers, self._profile, self._collect = (
+            run, gradients, writers, profile, collect
+        )  # fmt: skip
+        self._timeouts = StepTimeouts(run.world, run.config.parallel)
+        self._replicas = ReplicaGuard(run)
+        self._saving = Saving(run)
+        self._stragglers = StragglerWatch(run)
+        self._breakdown = StepBreakdown(run.config.logging.breakdown_interval, run.world, run.step)
+        self._unread: QueuedStep | None = None
+        """The step whose figures were not read yet."""
+        self._unasked: QueuedStep | None = None
+        """The step whose requests were not looked at yet. Apart from the other, which a profile reads on one rank."""
+        self._left = Requests()
+        """Requests to steps that the run went back from."""
+        self._clock = time.perf_counter()
+
+    def do_steps(self) -> str:
+        """Step, evaluate and save until there is nothing left to do, or somebody asks to stop."""
+        run, logging = self._run, self._run.config.logging
+        phase, outcome = Phase.starting, None  # the first step may compile
+        while outcome is None and run.step < run.config.optim.max_steps:
+            measured = self._gradients if is_due(run.step + 1, logging.gradients_interval) else None
+            step = queue_step(run, measured, phase, self._saving.ballot(), self._stragglers)
+            phase = Phase.training
+            self._collect(run.step)  # while the device works
+            if self._goes_back_from_former(step):
+                continue
+            asked = self._hear(step)
+            pause = self._pause_after(asked)
+            if pause.is_due or self._profile.due(run.step) or self._breakdown.due(run.step):
+                outcome = self._read_at_once(step, pause, asked)
+        return outcome or "finished"
+
+    def _goes_back_from_former(self, step: QueuedStep) -> bool:
+        """Read the step before ``step``, if that was not done; True where the run went back to a checkpoint for it."""
+        if self._unread is None:
+            return False
+        record, bad = self._read(self._unread)
+        self._writers.write(record)
+        if bad is not None:
+            asked = step.requests_of_all()
+            if self._unasked is not None:
+                asked |= self._unasked.requests_of_all()
+            self._unread = self._unasked = None
+            self._go_back(bad, asked)
+        return bad is not None
+
+    def _hear(self, step: QueuedStep) -> Requests:
+        """Return what is asked for after ``step``: with it by ranks that agree on it beforehand, else before it."""
+        asked = self._left | (step.requests if self._run.worker.agrees else Requests())
+        self._left = Requests()
+        if self._unasked is not None:
+            asked |= self._hear_all(self._unasked)
+        self._unread = self._unasked = step
+        return asked
+
+    def _hear_all(self, step: QueuedStep) -> Requests:
+        """Return what any rank asked for in a step, and let the checkpoints know what the ranks told of theirs."""
+        self._saving.hear(step.ballot, step.ballots_of_all())
+        return step.requests_of_all()
+
+    def _pause_after(self, asked: Requests) -> Pause:
+        """Tell what the step just begun is followed by."""
+        config, step = self._run.config, self._run.step
+        last = step == config.optim.max_steps
+        return Pause(
+            last,
+            last or is_due(step, config.eval.interval),
+            is_due(step, config.divergence.replica_check_interval),
+            last or bool(asked) or self._saving.is_due(step),
+            self._saving.is_due_in_memory(step),
+        )
+
+    def _read(self, step: QueuedStep) -> tuple[StepRecord, BadSteps | None]:
+        """Read a step's figures; returns its record, and the steps to go back for, if there are any."""
+        record, self._clock = step.finish(self._clock)
+        self._unread = None
+        self._timeouts.after(record.step_time_s)
+        self._breakdown.into(record)
+        self._stragglers.after(record, step.own_times_of_all())
+        return record, judge_step(self._run, record)
+
+    def _read_at_once(self, step: QueuedStep, pause: Pause, asked: Requests) -> str | None:
+        """Read the step just begun and do what follows it; returns the outcome where the loop is over."""
+        run, guard = self._run, self._run.guard
+        record, bad = self._read(step)
+        if bad is None and pause.last:
+            bad = guard.judge_end()
+        if pause.is_due:
+            asked |= self._hear_all(step)
+            self._unasked = None
+        if pause.evaluates and bad is None:
+            bad = evaluate(run, record)
+        if bad is not None:  # the weights may have become worthless, and are not saved
+            self._writers.write(record)
+            self._go_back(bad, asked)
+            return None
+        is_last = pause.last or (pause.evaluates and guard.may_save and run.early_stop.reason() is not None)
+        saves = guard.may_save and (pause.saves or is_last or bool(asked))
+        if saves or pause.compares:
+            self._replicas.check()
+        if saves:
+            self._writers.keep(record)
+            record.checkpoint_s = self._saving.save(record.val_loss, is_last=is_last, is_stop=asked.stop)
+        elif pause.remembers and guard.may_save:
+            record.checkpoint_s = self._saving.save_in_memory()
+        self._writers.write(record)
+        self._profile.after(run.step)
+        if not (is_last or asked.stop):
+            self._breakdown.before(run.step)
+        self._clock = time.perf_counter()
+        if is_last:
+            return "finished"
+        if asked.stop:
+            self._saving.settle()
+            return "stopped"
+        return None
+
+    def _go_back(self, bad: BadSteps, asked: Requests) -> None:
+        """Go back to a checkpoint before ``bad``; what is asked for meanwhile is heard after the next step."""
+        self._saving.settle()
+        go_back(self._run, self._writers, bad)
+        self._left, self._clock = asked, time.perf_counter()
+
+
+def evaluate(run: Run, record: StepRecord) -> BadSteps | None:
+    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text where that is known.
+
+    Collective. Returns the steps to go back for where it is not finite.
+    """
+    sequences, engine, ranks = run.config.eval.sequences, run.engine, run.dims.data_ranks
+    loss = mean_loss(
+        engine.module,
+        engine.loss,
+        run.samples,
+        run.world,
+        sequences,
+        run.batch.micro,
+        run.dims.data_rank(run.world.rank),
+        ranks,
+        run.evaluating,
+    )
+    bad = run.guard.judge_evaluation(record.step, loss)
+    if bad is None:
+        record.val_loss, record.val_bits_per_byte = loss, run.samples.val_bits_per_byte(loss, sequences)
+        run.early_stop.hear(record.step, loss)
+    return bad
+
+
+def is_due(step: int, interval: int) -> bool:
+    """True where ``interval`` steps have passed; an interval of 0 is never due."""
+    return interval > 0 and step % interval == 0
