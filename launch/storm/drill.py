@@ -161,10 +161,11 @@ def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: flo
     """Step of the first checkpoint of the attempt that goes on after a fault; None where there is none yet.
 
     What an attempt saves on its way out is no sign of recovery: the next fault would meet a run that is leaving, and
-    two would be counted where one came. A blow that nobody has felt for ``FELT_S`` has met what was over.
+    two would be counted where one came. Where all agents were killed nobody enters the end of the attempt, and the
+    start of the next one tells of it. A blow that nobody has felt for ``FELT_S`` has met what was over.
     """
     later = [event for event in events if event["time"] > last.struck]
-    felt = any(event["event"] == "attempt_ended" for event in later)
+    felt = any(event["event"] in ("attempt_ended", "started") for event in later)
     if last.ends_attempt and not felt and now - last.over < FELT_S:
         return None
     since = max(last.over, *(event["time"] for event in later if event["event"] in LEAVING), 0.0)

@@ -152,7 +152,7 @@ class Recovery:
     """Road on which the run went on: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
     total_s: float
     noticed_s: float = 0.0
-    """From the fault to the end of the attempt in the event log."""
+    """From the fault to the end of the attempt in the event log, or until the command was typed again."""
     started_s: float = 0.0
     """From there to the start of the ranks."""
     first_step_s: float = 0.0
@@ -177,8 +177,9 @@ def recoveries(
         until = faults[number + 1]["time"] if number + 1 < len(faults) else math.inf
         done = max((r["step"] for r in records if r["time"] <= at), default=0)
         last = max((r["attempt"] for r in records if r["time"] <= at), default=0)
-        ends = [e for e in events if e["event"] == "attempt_ended" and at <= e["time"] < until]
-        ends = [e for e in ends if e["cause"] != "finished"]
+        # Of an attempt whose agents were all killed nobody enters the end: the command that is typed again tells of it.
+        ends = [e for e in events if e["event"] in ("attempt_ended", "submitted") and at <= e["time"] < until]
+        ends = [e for e in ends if e.get("cause") != "finished"]
         newer = [r for r in records if at < r["time"] < until and r["step"] > done]
         if ends:
             newer = [r for r in newer if r["attempt"] > last]
