@@ -22,7 +22,7 @@ from launch.runs.renamed import is_former
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 LAUNCHER_KEYS = (
     *("workload", "nodes", "ranks_per_node", "spare_nodes", "dry_run", "copy_code"),
-    *("launch", "cluster", "resilience", "budget"),
+    *("launch", "cluster", "resilience", "budget", "objective", "objective_of"),
 )
 """Keys that a config has only under the launcher, to tell who types them to a workload."""
 
