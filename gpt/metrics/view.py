@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from launch.runs.unwritten import say
 
 RETRY_S = 30.0
 """Between two tries to make a view again; each reads the records of rank 0."""
+KEPT_S = 60.0
+"""Time for which records are kept that a view has: longer than it takes until they are on the disk."""
 
 Records = Sequence[dict[str, Any]]
 
@@ -59,6 +62,8 @@ class View:
         self._since = step
         """The last step whose record the view has."""
         self._tried = 0.0
+        self._recent: deque[tuple[float, StepRecord]] = deque()
+        """Records with the time they came, those of the last ``KEPT_S`` and all since the writer was given up."""
         try:
             self._writer = open_writer(step, done)
         except OSError as error:
@@ -66,13 +71,15 @@ class View:
 
     def write(self, record: StepRecord) -> None:
         """Write one record, and those before it that the view lacks."""
+        self._recent.append((time.monotonic(), record))
         try:
-            if self._writer is None:
-                if time.monotonic() - self._tried < self._retry_s:
-                    return
-                self._writer = self._make_again(record.step)
-            self._writer.write(record)
-            self._since = record.step
+            if self._writer is not None:
+                self._writer.write(record)
+                self._since = record.step
+                while self._recent[0][0] < self._recent[-1][0] - KEPT_S:
+                    self._recent.popleft()
+            elif time.monotonic() - self._tried >= self._retry_s:
+                self._make_again()
         except OSError as error:
             self._give_up(error)
 
@@ -80,20 +87,26 @@ class View:
         """Make the view complete where it can be, and close it."""
         try:
             if self._writer is None:
-                self._writer = self._make_again(None)
+                self._make_again()
+            assert self._writer is not None
             self._writer.close()
         except OSError as error:
             self._give_up(error)
 
-    def _make_again(self, before: int | None) -> MetricWriter:
-        """Open the writer as after a restart, and write the records that it lacks, up to step ``before``."""
+    def _make_again(self) -> None:
+        """Open the writer as after a restart, and write the records that it lacks.
+
+        The newest are not on the disk yet: they are written some seconds later, or when there is room again.
+        """
         self._tried = time.monotonic()
         records = read_records(self._folder.metrics(0))
-        writer = self._open(self._since, [record for record in records if record["step"] <= self._since])
+        last = records[-1]["step"] if records else 0
+        records += [record.as_dict() for _, record in self._recent if record.step > last]
+        self._writer = self._open(self._since, [record for record in records if record["step"] <= self._since])
         for missed in records:
-            if self._since < missed["step"] and (before is None or missed["step"] < before):
-                writer.write(StepRecord(**{"loss": None, "grad_norm": None} | missed))
-        return writer
+            if missed["step"] > self._since:
+                self._writer.write(StepRecord(**{"loss": None, "grad_norm": None} | missed))
+                self._since = missed["step"]
 
     def _give_up(self, error: OSError) -> None:
         say(f"{self._name}: {error}; training goes on, and it is made again from the step records")

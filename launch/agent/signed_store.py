@@ -72,8 +72,7 @@ class SignedStore:
         if self._store.check(list(keys)):
             return
         for key in keys:
-            if not self._store.check([key]):
-                self._store.set(key, "")
+            self._store.compare_set(key, "", "")  # in one: what comes meanwhile is not overwritten
 
     def _sign(self, key: str, message: bytes) -> str:
         return hmac.new(self._secret, key.encode() + b"\0" + message, hashlib.sha256).hexdigest()

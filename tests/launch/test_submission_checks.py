@@ -66,7 +66,7 @@ def test_a_node_has_the_cpus_that_its_ranks_need(words: tuple[str, ...], cpus: i
     assert config.cluster.cpus_per_task == cpus
     assert text.startswith(f"cluster.cpus_per_task={cpus}: {told}") if told else text == ""
     if told:
-        asked = place(config).candidates[0].slurm
+        asked = place(config, "run").candidates[0].slurm
         assert asked["cpus_per_task"] == cpus and f"--cpus-per-task={cpus}" in asked["srun_args"]
 
 
