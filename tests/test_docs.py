@@ -22,6 +22,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, prepare_overrides, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
+from launch.runs.network import COLLECTIVES, LinkFit, Network, as_document
 from tests.support.commands import ROOT, TINY, run
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -48,6 +49,7 @@ ON_RUNS = (
     *(f"gpt.{name}" for name in ("generate", "evaluate", "compare", "export")),
 )
 ELSEWHERE = {
+    "launch.bench_network": "launch/test_bench_network.py",
     "launch.doctor": "launch/test_doctor.py",
     "launch.storm": "launch/test_storm.py",
     "gpt.prepare": "data/test_prepare.py",
@@ -79,10 +81,18 @@ def test_commands_that_are_not_run_say_why() -> None:
     assert {module_of(command) for command in TRIED} <= kinds
 
 
+def write_network(folder: Path) -> None:
+    """Write links as they might have been measured."""
+    links = {name: LinkFit(20e-6, 10e9, 1e-6, 1e8, 0.01) for name in COLLECTIVES}
+    network = Network(8, {"intra_node": links, "inter_node": links})
+    (folder / "network.json").write_text(json.dumps(as_document(network, {"nodes": 2})))
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
+    write_network(tmp_path)
     (tmp_path / "FILE").write_text("all work and no play makes jack a dull boy\n" * 400)
     for name in ("train.py", "mypackage/train.py", "theirs/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -111,7 +121,7 @@ def test_what_is_launched_is_planned(command: str, folder: Path) -> None:
 @pytest.mark.parametrize("command", of("gpt.train", *ELSEWHERE))
 def test_what_is_trained_or_prepared_composes(command: str, folder: Path) -> None:
     words = [word for word in words_of(command) if "=" in word and not word.startswith(("-", "outputs/"))]
-    if module_of(command) in ("launch.doctor", "launch.storm"):
+    if module_of(command) in ("launch.bench_network", "launch.doctor", "launch.storm"):
         typed_config(compose_launch(prepare_overrides(words))).validate()
     else:
         config = OmegaConf.to_object(compose_train(words))
@@ -123,7 +133,8 @@ def test_what_is_trained_or_prepared_composes(command: str, folder: Path) -> Non
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sweep that the pages look at."""
     folder = tmp_path_factory.mktemp("docs")
-    run("launch", "-m", "nodes=1,2", *TINY, "optim.max_steps=12", cwd=folder)
+    run("launch", "-m", "nodes=1,2", *TINY, "optim.max_steps=12", "launch.report_files=[csv]", cwd=folder)
+    write_network(folder)
     return folder
 
 
