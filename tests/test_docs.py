@@ -29,7 +29,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^( *)```bash(?P<info>[^\n]*)\n(?P<text>.*?)^\1```", re.MULTILINE | re.DOTALL)
 FEATURES = (ROOT / "docs" / "features.md").read_text()
 ROWS = re.findall(r"^\| .*? \| `((?:python|sbatch|tensorboard)[^`]*)` \| (\S+) \|$", FEATURES, re.MULTILINE)
-NEEDS_MORE = ("data=tinystories", "data=tokens", "examples/", "benchmarks/")
+NEEDS_MORE = ("data=tinystories", "data=tokens", "examples/", "benchmarks/", "package.norms")
 """Of the features' table: what needs a network, files of others, or minutes. Their tests are in the row."""
 
 
@@ -49,6 +49,7 @@ ON_RUNS = (
     *(f"gpt.{name}" for name in ("generate", "evaluate", "compare", "export")),
 )
 ELSEWHERE = {
+    "gpt.smoke": "tools/test_smoke.py",
     "launch.bench_network": "launch/test_bench_network.py",
     "launch.doctor": "launch/test_doctor.py",
     "launch.storm": "launch/test_storm.py",
