@@ -41,9 +41,12 @@ def measure(rank: int, size: int, folder: Path, words: list[str], late: str) -> 
     return found
 
 
-def mean(records: list[dict[str, Any]], name: str) -> float:
-    """Mean over all steps but the first, which warms up."""
-    return sum(record[name] for record in records[1:]) / (len(records) - 1)
+def is_longer(name: str, here: list[dict[str, Any]], there: list[dict[str, Any]]) -> bool:
+    """Tell whether one rank is longer in a phase than the other by what the sleep leaves, in any step but the first.
+
+    The first one warms up; and on a busy machine a rank may be held anywhere for as long, but not in each step.
+    """
+    return any(mine[name] - other[name] > LATE_S / 2 for mine, other in zip(here[1:], there[1:], strict=True))
 
 
 @pytest.mark.parametrize("late", ["forward", "optimizer"])
@@ -56,8 +59,8 @@ def test_what_a_rank_waits_for_another_is_its_communication(tmp_path: Path, late
             inside = sum(record[name] for name in phases) + record["data_wait_s"]
             assert all(record[name] >= 0 for name in phases) and inside <= record["step_time_s"] + 1e-6
     own = "forward_backward_s" if late == "forward" else "optimizer_s"
-    assert mean(last, own) >= LATE_S and mean(last, own) - mean(first, own) > LATE_S / 2
-    assert mean(first, "comm_s") - mean(last, "comm_s") > LATE_S / 2, "it is the one that the other waits for"
+    assert all(record[own] >= LATE_S for record in last) and is_longer(own, last, first)
+    assert is_longer("comm_s", first, last), "it is the one that the other waits for"
 
 
 GROUPS = {
@@ -79,8 +82,8 @@ def test_a_wait_inside_of_a_pass_is_communication_of_its_group(tmp_path: Path, g
         assert sum(record[name] for name in told) <= record["comm_s"] and "bubble_s" not in record
         inside = sum(record[name] for name in ("forward_backward_s", "comm_s", "optimizer_s", "data_wait_s"))
         assert 0 < inside <= record["step_time_s"] + 1e-6
-    assert mean(last, "forward_backward_s") - mean(first, "forward_backward_s") > LATE_S / 2
-    assert mean(first, f"comm_{group}_s") - mean(last, f"comm_{group}_s") > LATE_S / 2
+    assert is_longer("forward_backward_s", last, first)
+    assert is_longer(f"comm_{group}_s", first, last)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
