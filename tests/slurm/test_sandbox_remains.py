@@ -155,7 +155,8 @@ def test_up_refuses_a_directory_that_is_in_use(sandbox: Cluster) -> None:
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(place: Cluster) -> None:
-    with pytest.raises(SandboxError, match=r"slurmctld ended(.|\n)*NoSuchKey"):
+    # slurmd reads the same file, and on a busy machine has ended as well when somebody looks.
+    with pytest.raises(SandboxError, match=r"slurmctld(, n1)? ended(.|\n)*NoSuchKey"):
         place.up(Settings(nodes=1, slurm_conf=("NoSuchKey=1",)))
     assert_nothing_left(place, set())
 
