@@ -30,7 +30,7 @@ FENCE = re.compile(r"^( *)```bash(?P<info>[^\n]*)\n(?P<text>.*?)^\1```", re.MULT
 FEATURES = (ROOT / "docs" / "features.md").read_text()
 ROWS = re.findall(r"^\| .*? \| `((?:python|sbatch|tensorboard)[^`]*)` \| (\S+) \|$", FEATURES, re.MULTILINE)
 NEEDS_MORE = ("data=tinystories", "data=tokens", "examples/", "benchmarks/", "package.norms", "--fit")
-"""What needs a network, files of others, or long. Their tests are in the row of the features, or in report/test_goal.py."""
+"""What needs a network, files of others, or long. Tests of it are in its row of the features, or in test_goal.py."""
 
 
 def shown(page: Path) -> Iterator[str]:
