@@ -83,7 +83,7 @@ ACCELERATORS = (
     Accelerator(r"(NVIDIA )?GeForce RTX 3080", 59.5, 29.8, 10, 32, None, tf32=29.8),
     Accelerator(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 32, None, tf32=35.6),
     Accelerator(r"NVIDIA RTX A6000", 154.8, 38.7, 48, 32, None, tf32=77.4),
-    Accelerator(r"NVIDIA GeForce RTX 4080", 97.5, 48.7, 16, 32, None, tf32=48.7),
+    Accelerator(r"NVIDIA GeForce RTX 4080", 97.5, 48.7, 16, 32, None, tf32=48.7, has_float8=True),
     Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None, tf32=82.6, has_float8=True),
 )
 
