@@ -107,7 +107,8 @@ positions inside an attention of the user's are its own."""
 
 def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
     """Find the user's own part that a tensor of the model belongs to: field, and name within the part; else None."""
-    for key, pattern in OWNERS:
-        if key in model.custom_parts and (found := re.fullmatch(pattern, name)):
+    custom = model.custom_parts
+    for key, pattern in OWNERS if custom else ():
+        if key in custom and (found := re.fullmatch(pattern, name)):
             return key, found.group(1)
     return None

@@ -108,9 +108,11 @@ def has_parameter(part: StageLayers, name: str, model: ModelConfig) -> bool:
 
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
     """Return one rank's shard of a parameter, given its name and whole shape."""
-    whole_name = name if name.startswith(AROUND) else f"blocks.0.{name}"
-    is_ours = owner_of(whole_name, model) is None  # parts of the user's are replicated over tp
-    local = tensor_parallel_shape(name, shape, dims.tp) if is_ours else shape
+    local = shape
+    if dims.tp > 1:
+        whole_name = name if name.startswith(AROUND) else f"blocks.0.{name}"
+        if owner_of(whole_name, model) is None:  # parts of the user's are replicated
+            local = tensor_parallel_shape(name, shape, dims.tp)
     # Context-parallel ranks each have a part of the gradient, so FSDP shards over them too.
     ranks = dims.dp_shard * dims.cp if dims.is_sharded else 1
     if dims.ep == 1 or ".experts." not in name:
