@@ -26,7 +26,7 @@ args = parser.parse_args()
 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 torch.manual_seed(0)
-layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+layers = torch.nn.Sequential(torch.nn.Linear(64, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 64))
 model = DistributedDataParallel(layers.to(device))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
