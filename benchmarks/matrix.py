@@ -48,7 +48,7 @@ CLEAN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one combination."""
+    """Result of one combination."""
 
     python: str
     torch: str
@@ -121,7 +121,7 @@ def install(python: str, torch: str, folder: Path) -> str:
 
 
 def requirements(with_torch: bool) -> Iterator[str]:
-    """What setup.cfg says that is needed: with the tests, or without all that needs torch."""
+    """Requirements of setup.cfg: with the tests, or without all that needs torch."""
     text = (ROOT / "setup.cfg").read_text()
     keys = ("install_requires", "test") if with_torch else ("install_requires",)
     for key in keys:

@@ -35,7 +35,7 @@ class Accelerator:
     fp16: float | None = None
     """Dense peak, TFLOP/s, accumulated in fp32, where it is not that of bf16."""
     has_float8: bool = False
-    """Whether the matrix units multiply 8-bit floating point numbers, as torch uses them."""
+    """True where the matrix units multiply 8-bit floating point numbers, as torch uses them."""
 
     def peak(self, precision: Precision, tf32: bool = False) -> float | None:
         """Return the dense peak in a precision, TFLOP/s; ``tf32`` allows TF32 in fp32, where the device has it."""

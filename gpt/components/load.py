@@ -22,7 +22,7 @@ from launch.runs.ranges import closest
 
 @dataclass(frozen=True)
 class Contract:
-    """What the class of a part has to take."""
+    """Arguments that the class of a part has to take."""
 
     make: tuple[str, ...]
     """Arguments of the constructor."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gpt.config.train import TrainConfig
 
 MULTIPLE = 16
-"""Both sides of a matrix are multiples of it: the matrix units read 16 bytes at a time (torch's ``_scaled_mm``)."""
+"""Divisor of both sides of a matrix in 8 bits: the matrix units read 16 bytes at a time (torch's ``_scaled_mm``)."""
 
 
 class Float8(Enum):

@@ -29,7 +29,7 @@ class Breakdown:
 
     compute: float
     communication: float
-    """Whether computing hides it or not."""
+    """Time of collectives, hidden by computing or not."""
     exposed: float
     """Communication while nothing is computed or copied."""
     copies: float

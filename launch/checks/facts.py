@@ -118,7 +118,7 @@ class Facts(SlurmFacts):
     client: bool
     """True where Slurm's commands are installed here."""
     container_problem: str = ""
-    """What speaks against cluster.container; empty where nothing does, or there is none."""
+    """Objection to cluster.container; empty where nothing does, or there is none."""
 
 
 def filesystem_of(path: Path) -> str:
