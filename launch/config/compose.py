@@ -119,9 +119,7 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
     typed = typed_value(overrides, "workload._target_")
     if typed is not None:
         return typed.strip("'\"")
-    defaults = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
-    default = next(entry["workload"] for entry in defaults if isinstance(entry, dict) and "workload" in entry)
-    name = typed_value(overrides, "workload") or default
+    name = typed_value(overrides, "workload") or default_workload()
     folders = [folder for folder in (CONFIGS, config_dir) if folder is not None]
     for folder in folders:
         path = folder / "workload" / f"{name}.yaml"
@@ -135,6 +133,13 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
         f"one of {', '.join(fitting)}, or a class of yours",
         f"workload={likely}, or workload._target_=PACKAGE.MODULE.CLASS",
     )
+
+
+@cache
+def default_workload() -> str:
+    """Option of the group ``workload`` that holds where none is typed, as configs/config.yaml has it."""
+    defaults = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
+    return next(entry["workload"] for entry in defaults if isinstance(entry, dict) and "workload" in entry)
 
 
 @cache
