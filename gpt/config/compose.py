@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt.config import ParallelConfig, TrainConfig
 from launch.errors import ConfigError
-from launch.runs.compose import make_absolute, refuse_unknown
+from launch.runs.compose import make_absolute, refuse_unknown, register_schema
 from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.runs.overrides import PLACE_KEYS, append_groups, typed_value
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
@@ -31,9 +31,10 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
     """
+    register_schema("train_schema", TrainConfig)
     store = ConfigStore.instance()
-    store.store("train_schema", TrainConfig)
-    store.store("train_main", {"defaults": ["train_schema", "train", "_self_"]})
+    if "train_main.yaml" not in store.repo:
+        store.store("train_main", {"defaults": ["train_schema", "train", "_self_"]})
     with initialize_config_module("configs", version_base="1.3"):
         try:
             config = compose("train_main", overrides=append_groups(overrides))

@@ -16,9 +16,8 @@ from typing import cast
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import configs
 from launch.config import NOT_IN_POINT, Config
@@ -164,10 +163,7 @@ def workload_of(config: Config | DictConfig) -> Workload:
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
     """Tell Hydra the schema for these arguments, which it composes ``configs/config.yaml`` over."""
     schema = schema_of(target_of(overrides, config_dir))
-    store = ConfigStore.instance()
-    known = store.repo.get("launch_schema.yaml")
-    if known is None or OmegaConf.get_type(known.node) is not schema:  # storing takes a fifth of a composition
-        store.store("launch_schema", schema)
+    compose.register_schema("launch_schema", schema)
     return schema
 
 

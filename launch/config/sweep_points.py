@@ -64,7 +64,7 @@ def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[S
 
     @cache  # to list the files of a group Hydra copies its whole search path, and all points have the same keys
     def is_group(key: str) -> bool:
-        return bool(loader.get_group_options(key))
+        return "." not in key and bool(loader.get_group_options(key))  # a path of folders, with slashes
 
     for point in points:
         texts = [str(text) for text in point]
