@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 import configs
 from launch.config import NOT_IN_POINT, Config
+from launch.config.values import split_values, with_values
 from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.damage import damaged
@@ -182,13 +183,26 @@ def compose_launch(
     """
     args = prepare_overrides(overrides, config_dir)
     schema = register(args, config_dir)
-    searched = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]
     inside = GlobalHydra.instance().is_initialized()
+    if not inside and config_dir is None and not return_hydra_config:
+        # Our own files stay as they are: what was composed of them before in this process differs in values only.
+        with suppress(*CONFIG_ERRORS):  # to be explained by what follows
+            chosen, values = split_values(args, lambda key: (CONFIGS / key).is_dir())
+            if not any(override.is_sweep_override() for override in values):
+                return with_values(_composed(chosen, target_of(args)), values)
+    searched = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]
     with nullcontext() if inside else initialize_config_module("configs", version_base="1.3"):
         try:
             return hydra_compose("config", [*args, *searched], return_hydra_config)
         except CONFIG_ERRORS as error:
             raise explain(error, schema, args) from error
+
+
+@cache
+def _composed(chosen: tuple[str, ...], target: str) -> DictConfig:
+    """Compose our own files over the schema that is registered, which is that of the workload ``target``."""
+    with initialize_config_module("configs", version_base="1.3"):
+        return hydra_compose("config", list(chosen))
 
 
 def typed_config(document: DictConfig) -> Config:

@@ -1,26 +1,23 @@
 """The points of a sweep: split without running it, and composed from what they share. Hydra's own code behind one door.
 
-Hydra has no public way to split the overrides of a sweep, nor to set values in a config that is composed already.
-``BasicSweeper.split_arguments`` and ``ConfigLoaderImpl._apply_overrides_to_config`` are used, with the parser of
-overrides; a test compares them with the installed version. Where it fails after an update, this is the file to change.
+Hydra has no public way to split the overrides of a sweep. ``BasicSweeper.split_arguments`` is used, with the parser of
+overrides; a test compares it with the installed version. Where it fails after an update, this is the file to change.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from launch.config import Config
 from launch.config.compose import compose_launch, prepare_overrides
+from launch.config.values import split_values, with_values
 from launch.runs.explain import CONFIG_ERRORS, explain
 
 
@@ -59,33 +56,20 @@ def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[S
         command: the config of the whole command.
         points: overrides of each point.
     """
-    parser = OverridesParser.create()
     shared: dict[tuple[str, ...], DictConfig] = {}
 
     @cache  # to list the files of a group Hydra copies its whole search path, and all points have the same keys
     def is_group(key: str) -> bool:
-        return "." not in key and bool(loader.get_group_options(key))  # a path of folders, with slashes
+        return bool(loader.get_group_options(key))
 
     for point in points:
-        texts = [str(text) for text in point]
-        parsed = parser.parse_overrides(texts)
-        values = [override for override in parsed if _is_value(override, is_group)]
-        chosen = tuple(text for text, override in zip(texts, parsed, strict=True) if override not in values)
+        chosen, values = split_values([str(text) for text in point], is_group)
         if chosen not in shared:
             shared[chosen] = _without_hydra(loader.load_sweep_config(command, list(chosen)))
-        composed = copy.deepcopy(shared[chosen])
-        OmegaConf.set_struct(composed, True)  # as Hydra sets values: a key that is not there is refused
-        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+        composed = with_values(shared[chosen], values)
         OmegaConf.set_struct(composed, None)
         OmegaConf.copy_cache(from_config=command, to_config=composed)
         yield composed
-
-
-def _is_value(override: Override, is_group: Callable[[str], bool]) -> bool:
-    """Tell whether an override sets a value, and so takes no part in the choice of files."""
-    if override.package is not None or override.is_delete() or override.is_hydra_override():
-        return False
-    return not is_group(override.key_or_group)
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:

@@ -12,8 +12,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launch.config.compose import register, typed_config
+from launch.config.compose import compose_launch, register, typed_config
 from launch.config.sweep_points import compose_points
+from launch.errors import ConfigError
 
 POINTS = [
     ["nodes=1", "optim.lr=0.0003"],
@@ -62,3 +63,31 @@ def test_an_unknown_key_is_refused_as_hydra_refuses_it(loader: ConfigLoader, com
     with pytest.raises(HydraException) as theirs:
         loader.load_sweep_config(command, ["nodez=1"])
     assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optim.lr=1e-4", "nodes=2", "name=a b"],
+        ["model=gpt2_124m", "parallel=fsdp", "optim.max_steps=7", "cluster=slurm", "cluster.exclude=null"],
+        ["experiment=weak_scaling", "ranks_per_node=2", "~wandb"],
+        ["workload=script", "script.path=train.py", "script.options.lr=3e-4", "script.args=[--x,1]"],
+        ["hydra.job.chdir=true", "nodes=3", "+data.sources=[]"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_values_are_set_in_what_was_composed_before_as_hydra_sets_them(words: list[str]) -> None:
+    def composed(again: bool) -> object:
+        try:
+            if again:
+                return OmegaConf.to_container(compose_launch(words))
+            with initialize_config_module("configs", version_base="1.3"):  # inside which Hydra composes the whole
+                return OmegaConf.to_container(compose_launch(words))
+        except ConfigError as error:
+            return str(error)
+
+    whole = composed(again=False)
+    assert [composed(again=True), composed(again=True)] == [whole, whole]
+    changed = compose_launch(["nodes=1"])
+    changed.nodes = 5
+    assert compose_launch(["nodes=1"]).nodes == 1
