@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from launch.agent import numa
 from launch.agent.fork_server import ForkedProcess
 from launch.agent.heartbeat import POLL_S
-from launch.agent.rendezvous import RendezvousRound
+from launch.agent.members import RendezvousRound
 from launch.agent.signed_store import SignedStore, derive
 from launch.workload import RankContract
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.agent.avoided_hosts import unreliable_hosts
+from launch.agent.members import HeadNodeLostError, LostNode, NodesMissingError, SickNodesError
 from launch.agent.memory_store import MemoryStore
 from launch.agent.meter import Meter
 from launch.agent.node import Node
@@ -30,10 +31,10 @@ from launch.agent.outcome import (
     observed_end,
     refuse_replaced,
     refuse_without_budget,
-    take_over_as_leader,
 )
 from launch.agent.restart_policy import Action, Cause, RunFailedError
 from launch.agent.stop import StopRequest
+from launch.agent.takeover import take_over_as_leader
 from launch.config import Config
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
@@ -47,7 +48,7 @@ from launch.runs.unwritten import keep_unwritten
 
 if TYPE_CHECKING:
     from launch.agent.fork_server import ForkServer
-    from launch.agent.rendezvous import AgentGroup, LostNode
+    from launch.agent.rendezvous import AgentGroup
 
 TOKEN = "LAUNCH_TOKEN"
 
@@ -78,7 +79,6 @@ def run(run_dir: str) -> None:
         from launch.agent import workers as ranks  # all agents alike, before they meet
 
     stop.interruptible = True
-    failure: str | None = None
     lost: Mapping[int, LostNode] = {}
     try:
         with (
@@ -89,26 +89,7 @@ def run(run_dir: str) -> None:
             rendezvous.join(folder, node, config) as group,
         ):
             lost = group.lost
-            try:
-                if node.is_head:
-                    refuse_without_budget(meter)
-                    close_lost_attempts(folder, node, config)
-                take_part(folder, node, config, group, stop, meter, server, store)
-            except rendezvous.NodesMissingError as error:
-                handle_missing_nodes(folder, node, config, group, str(error))
-            except rendezvous.SickNodesError as error:
-                handle_sick_nodes(folder, node, config, error.sick)
-            except rendezvous.HeadNodeLostError as error:
-                stop.interruptible = False
-                with on_event(folder, config):
-                    take_over_as_leader(folder, node, config, str(error), group.announced_attempt)
-            except (RunFailedError, ConfigError) as error:
-                failure = str(error)
-                raise
-            finally:
-                stop.interruptible = False
-                if node.is_head:
-                    group.end(failure)
+            work_in_group(folder, node, config, group, stop, meter, server, store)
     except InterruptedError as error:
         with on_event(folder, config, node.is_head):
             handle_early_stop(folder, node, config, str(error))
@@ -117,7 +98,39 @@ def run(run_dir: str) -> None:
         os.umask(0o077)  # what follows is submitit's pickle of the result
 
 
-def take_part(
+def work_in_group(
+    folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter,
+    server: ForkServer | None, store: MemoryStore,
+) -> None:  # fmt: skip
+    """Start the ranks as long as there are nodes for them; the head node tells the others of the end, and of a failure.
+
+    Raises:
+        RunFailedError, ConfigError: as ``run``.
+    """
+    failure: str | None = None
+    try:
+        if node.is_head:
+            refuse_without_budget(meter)
+            close_lost_attempts(folder, node, config)
+        start_repeatedly(folder, node, config, group, stop, meter, server, store)
+    except NodesMissingError as error:
+        handle_missing_nodes(folder, node, config, group, str(error))
+    except SickNodesError as error:
+        handle_sick_nodes(folder, node, config, error.sick)
+    except HeadNodeLostError as error:
+        stop.interruptible = False
+        with on_event(folder, config):
+            take_over_as_leader(folder, node, config, str(error), group.announced_attempt)
+    except (RunFailedError, ConfigError) as error:
+        failure = str(error)
+        raise
+    finally:
+        stop.interruptible = False
+        if node.is_head:
+            group.end(failure)
+
+
+def start_repeatedly(
     folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter,
     server: ForkServer | None, store: MemoryStore,
 ) -> None:  # fmt: skip

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from launch.agent import processes
 from launch.agent.agreement import Agreement
 from launch.agent.hang_detector import NEARLY, Watchdog, stack_of
+from launch.agent.members import RendezvousRound, record_lost_nodes
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
-from launch.agent.outcome import record_lost_nodes
 from launch.agent.stop import OWNER, STOP_FILE, StopRequest
 from launch.config import Config
 from launch.runs import heartbeat
@@ -28,7 +28,7 @@ from launch.workload import RankContract
 
 if TYPE_CHECKING:
     from launch.agent.elastic import RankAgent
-    from launch.agent.rendezvous import AgentGroup, RendezvousRound
+    from launch.agent.rendezvous import AgentGroup
 
 
 STOP_FILE_S = 1.0  # a look asks a shared filesystem

@@ -1,21 +1,21 @@
 """Handling of the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
-Owns applying what ``launch.agent.restart_policy`` decides, on the head node, or on another one where that is lost.
+Owns applying what ``launch.agent.restart_policy`` decides, on the head node (elsewhere: ``launch.agent.takeover``).
 Must not know how ranks are started or watched, nor how the controller is asked. Torch-free.
 """
 
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.agent.avoided_hosts import hosts_to_avoid
 from launch.agent.health import describe
+from launch.agent.members import LostNode, RendezvousRound, SickNode, lost_text, record_lost_nodes, record_sick_nodes
 from launch.agent.meter import BUDGET, Meter
 from launch.agent.node import Node
-from launch.agent.requeue import cause_of_stop, requeue, wait_for_controller
+from launch.agent.requeue import cause_of_stop, requeue
 from launch.agent.restart_policy import (
     LEAVES_THE_NODES,
     WANTED,
@@ -40,9 +40,7 @@ from launch.runs.records import recent_records
 from launch.scheduler import client as scheduler
 
 if TYPE_CHECKING:
-    from launch.agent.rendezvous import AgentGroup, LostNode, RendezvousRound, SickNode
-
-TAKE_OVER_S = 3.0
+    from launch.agent.rendezvous import AgentGroup
 
 
 def refuse_without_budget(meter: Meter) -> None:
@@ -238,9 +236,7 @@ def handle_sick_nodes(folder: RunFolder, node: Node, config: Config, sick: Seque
     Raises:
         RunFailedError: it has none, all nodes are sick alike, or its limits are used up.
     """
-    for one in sick:
-        cause = describe(one.faults)
-        folder.record_event("node_sick", attempt=None, node=one.index, host=one.host, cause=cause)
+    record_sick_nodes(folder, None, sick)
     hosts = ",".join(sorted({one.host for one in sick}))
     leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if node.is_slurm else ""
     refusal = ConfigError(
@@ -252,62 +248,6 @@ def handle_sick_nodes(folder: RunFolder, node: Node, config: Config, sick: Seque
     # What every node finds is the check's own fault, or that of a filesystem they share: so would other nodes.
     is_everywhere = len(sick) == node.count > 1 or all(fault.is_shared for one in sick for fault in one.faults)
     apply_decision(folder, node, config, None, Cause.refused if is_everywhere else Cause.node_failed, str(refusal))
-
-
-def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str, known: int | None) -> None:
-    """On another node: the head node, which decides, is lost. The next node that is there puts the job into the queue.
-
-    Args:
-        known: newest attempt that the head node has announced to this one; None where it has announced none.
-
-    Raises:
-        RunFailedError: always where this node could do nothing more; the job's end is the head node's.
-    """
-    time.sleep(TAKE_OVER_S * (node.index - 1))  # those before this one come first
-    if not node.is_slurm:
-        raise RunFailedError(f"the head node, {node.host_of(0)}, is lost: {why}")
-    events = events_since_submission(folder.read_events())
-    if is_given_up(events, node):
-        raise RunFailedError(f"{node.host} was cut off, and the others go on without it: {why}")
-    attempt = orphaned_attempt(events, node, known)
-    folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
-    try:
-        apply_decision(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
-    except RunSettledError:
-        raise
-    except RunFailedError:
-        # Nobody else would end what is left of the job.
-        wait_for_controller(folder, lambda: scheduler.cancel(node.slurm_job))
-        raise
-
-
-def is_given_up(events: Sequence[dict[str, Any]], node: Node) -> bool:
-    """Tell whether the head node of this start of the job takes this node for lost: then it works on, and decides."""
-    began = max((number for number, e in enumerate(events) if e["event"] == "agent_started"), default=0)
-    return any(e["event"] == "node_lost" and e["host"] == node.host for e in events[began:])
-
-
-def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | None) -> int | None:
-    """Return the attempt that a lost head node has left to its other nodes; None where it fell between two attempts.
-
-    Args:
-        events: the event log since the submission.
-        known: newest attempt that the head node has announced to this one; None where it has announced none.
-
-    Raises:
-        RunFailedError: the head node has gone on without this one, which was cut off, or has decided what follows.
-    """
-    begun = [i for i, e in enumerate(events) if e["event"] == "agent_started" and e["job"] == node.job]
-    events = events[begun[-1] :] if begun else events
-    started = max((e["attempt"] for e in events if e["event"] == "started"), default=None)
-    if started is not None and (known is None or started > known):
-        raise RunFailedError(f"attempt {started} was started without {node.host}, which had been cut off")
-    if not any(e["event"] == "attempt_ended" and e["attempt"] == known for e in events):
-        return known
-    decided = [e["action"] for e in events if e["event"] == "decided"]
-    if decided and decided[-1] == Action.restart:
-        return None
-    raise RunFailedError(f"the head node, {node.host_of(0)}, is lost, and has decided what follows attempt {known}")
 
 
 def end_lost_agents(folder: RunFolder, node: Node, lost: Collection[LostNode]) -> None:
@@ -342,14 +282,3 @@ def record_dumps(folder: RunFolder, attempt: int) -> None:
     if ranks:
         how = f"torchfrtrace --prefix {DUMP_FILE.value} {shlex.quote(str(folder.attempt(attempt)))}"
         folder.record_event("flight_recorder", attempt=attempt, ranks=ranks, cause=f"a collective timed out: {how}")
-
-
-def record_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[LostNode]) -> None:
-    """Write into the event log that nodes are lost, by name."""
-    for one in lost:
-        folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
-
-
-def lost_text(lost: Iterable[LostNode]) -> str:
-    """The lost nodes, for people."""
-    return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)

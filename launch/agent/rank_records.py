@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.agent.environment import EnvironmentRecord
+from launch.agent.members import RendezvousRound
 from launch.agent.node import Node
 from launch.agent.progress import Progress
 from launch.agent.stop import STOP_FILE, StopRequest
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from launch.agent.rendezvous import RendezvousRound
 
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """The line of a Python traceback that names the exception."""

@@ -1,4 +1,4 @@
-"""Rendezvous of the node agents: membership, the participants of each restart, and lost nodes.
+"""Rendezvous of the node agents: who takes part in each start of the ranks, and which nodes are lost.
 
 Owns the agreement among the agents. The head node decides and the others follow its state; where there are more nodes
 than a run needs, the rest are spares and wait. Must not know how ranks are started, nor what follows a lost node.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -18,6 +18,15 @@ from launch.agent.avoided_hosts import NO_HOSTS, reasons
 from launch.agent.group_size import GroupSizes, record_size
 from launch.agent.health import Fault, HealthCheck, describe
 from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
+from launch.agent.members import (
+    HeadNodeLostError,
+    LostNode,
+    NodesMissingError,
+    RendezvousRound,
+    SickNode,
+    SickNodesError,
+    record_sick_nodes,
+)
 from launch.agent.node import Node
 from launch.agent.restart_policy import RunFailedError
 from launch.agent.signed_store import SignedStore, open_store
@@ -34,53 +43,6 @@ ECHO_S = 8.0
 """After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
 GOODBYE_S = 10.0
 OVER_S = 5.0
-
-
-@dataclass(frozen=True)
-class RendezvousRound:
-    """One start of the ranks: its participants and its store, the same for every agent."""
-
-    number: int
-    attempt: int
-    members: tuple[int, ...]
-    """Indices of the nodes that take part; a node's place among them is its place among the ranks."""
-    address: str
-    port: int
-    """Port of the ranks' store: a fresh one on the head node for each round."""
-
-
-@dataclass(frozen=True)
-class LostNode:
-    """A node of which nothing is heard any more."""
-
-    index: int
-    host: str
-    why: str
-
-
-class HeadNodeLostError(RuntimeError):
-    """The head node, which decides, does not answer; the message says since when."""
-
-
-class NodesMissingError(RuntimeError):
-    """There are not enough nodes left for a round."""
-
-
-@dataclass(frozen=True)
-class SickNode:
-    """A node that does not take part in a start, with what was found on it."""
-
-    index: int
-    host: str
-    faults: tuple[Fault, ...]
-
-
-class SickNodesError(RuntimeError):
-    """All nodes that are left are here, and too few of them are healthy, or the head node, which decides, is not."""
-
-    def __init__(self, sick: tuple[SickNode, ...]) -> None:
-        super().__init__("; ".join(f"{one.host}: {describe(one.faults)}" for one in sick))
-        self.sick = sick
 
 
 class AgentGroup:
@@ -229,9 +191,7 @@ class AgentGroup:
         missing = {one.host: f"lost, {one.why}" for one in self.lost.values()}
         missing |= {one.host: f"sick, {describe(one.faults)}" for one in sick}
         record_size(self._folder, attempt, self._sizes, [self._host(i) for i in members], missing)
-        for one in sick:
-            cause = describe(one.faults)
-            self._folder.record_event("node_sick", attempt=attempt, node=one.index, host=one.host, cause=cause)
+        record_sick_nodes(self._folder, attempt, sick)
         there = {self._host(index): index in members for index in here}
         for event, takes_part in (("avoided", False), ("not_avoided", True)):
             named = {host: why for host, why in avoid.items() if there.get(host) is takes_part}

@@ -24,12 +24,13 @@ from launch.agent import numa
 from launch.agent.elastic import LAST_MESSAGES_S, FixedRendezvous, OneLogEach, RankAgent
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.heartbeat import POLL_S
+from launch.agent.members import RendezvousRound
 from launch.agent.memory_store import MemoryStore
 from launch.agent.meter import Meter
 from launch.agent.monitor import Watch
 from launch.agent.node import Node, interface_of
 from launch.agent.rank_records import RankRecords
-from launch.agent.rendezvous import AgentGroup, RendezvousRound
+from launch.agent.rendezvous import AgentGroup
 from launch.agent.signed_store import derive
 from launch.agent.stop import StopRequest
 from launch.config import Config

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from launch.agent import requeue
 from launch.agent.after_step import events_of, is_alive, pending_action
 from launch.agent.elastic import FixedRendezvous
+from launch.agent.members import RendezvousRound
 from launch.agent.node import Node
 from launch.agent.processes import start_time
-from launch.agent.rendezvous import RendezvousRound
 from launch.agent.requeue import wait_for_controller
 from launch.agent.restart_policy import Action
 from launch.jobs.status import find_run_status, outcome, why_not_restarted

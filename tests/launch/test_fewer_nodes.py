@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from launch.agent.group_size import GroupSizes
 from launch.agent.health import Fault
+from launch.agent.members import RendezvousRound, SickNodesError
 from launch.agent.node import Node
-from launch.agent.outcome import take_over_as_leader
-from launch.agent.rendezvous import RendezvousRound, SickNodesError, join
+from launch.agent.rendezvous import join
 from launch.agent.restart_policy import RunFailedError
+from launch.agent.takeover import take_over_as_leader
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError

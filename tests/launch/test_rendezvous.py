@@ -9,8 +9,9 @@ from threading import Event
 
 import pytest
 
+from launch.agent.members import NodesMissingError, RendezvousRound
 from launch.agent.node import Node
-from launch.agent.rendezvous import NodesMissingError, RendezvousRound, join
+from launch.agent.rendezvous import join
 from launch.config import Config
 from launch.runs.folder import RunFolder
 
