@@ -100,23 +100,26 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
 
 
 def describe_run(
-    config: Config, folder: RunFolder, attempt: int, command: RankCommand, heartbeats: Path, prefix: str
-) -> None:
+    config: Config, folder: RunFolder, group: AgentGroup, rdzv: RendezvousRound, command: RankCommand,
+    heartbeats: Path, store: MemoryStore,
+) -> None:  # fmt: skip
     """Set what ranks learn of their run, and what their workload wants in their environment."""
     set_defaults(typed=command.env)
-    set_dump_file(folder.path, folder.attempt(attempt), typed=command.env)
+    set_dump_file(folder.path, folder.attempt(rdzv.attempt), typed=command.env)
     for name, value in command.defaults.items():
         os.environ.setdefault(name, value)
     told = {
         "LAUNCH_RUN_DIR": folder.path,
-        "LAUNCH_ATTEMPT": attempt,
+        "LAUNCH_ATTEMPT": rdzv.attempt,
         "LAUNCH_CHECKPOINT_DIR": folder.checkpoints,
         "LAUNCH_GRACE_S": config.resilience.grace_period_s,
         "LAUNCH_AGENT_PID": os.getpid(),
         heartbeat.ENVIRONMENT: heartbeats,
-        STORE_PREFIX: prefix,
+        STORE_PREFIX: derive(group.token, f"ranks of round {rdzv.number}"),
     }
     os.environ |= {name: str(value) for name, value in {**told, **command.env}.items()}
+    if command.wants_memory_store:
+        os.environ |= store.environment(group.address, derive(group.token, "memory stores"))
 
 
 def run_ranks(
@@ -126,13 +129,9 @@ def run_ranks(
     """Start this node's ranks and watch them to their end.
 
     Args:
-        folder: of the run.
-        node: this one.
         config: of the run, with the nodes of this start.
-        group: the agents.
-        rdzv: those that take part in this start.
+        rdzv: the agents that take part in this start.
         stop: request that the ranks are told of.
-        meter: of the allocation.
         server: forks the ranks; None where there is none. One whose code has changed since is not used.
         store: of this node; started for a workload that wants it.
 
@@ -151,17 +150,11 @@ def run_ranks(
     grace_s = config.resilience.grace_period_s
     with TemporaryDirectory(prefix="launch-") as scratch:
         prepare_environment(node, config, group.address)
-        prefix = derive(group.token, f"ranks of round {rdzv.number}")
-        describe_run(config, folder, rdzv.attempt, command, Path(scratch), prefix)
-        if command.wants_memory_store:
-            os.environ |= store.environment(group.address, derive(group.token, "memory stores"))
-        timeout_s = config.resilience.rendezvous_timeout_s
-        rendezvous = FixedRendezvous(
-            rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0, lambda: watch.find_lost()
-        )
+        describe_run(config, folder, group, rdzv, command, Path(scratch), store)
         watch = Watch(folder, node, config, group, rdzv, stop, meter, Path(scratch), contract)
-        near = numa.cpus_of_ranks(config.ranks_on_node, visible_gpus(), os.sched_getaffinity(0))
-        cpus = near if config.cluster.bind_cpus else None
+        timeout_s = config.resilience.rendezvous_timeout_s
+        rendezvous = FixedRendezvous(rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0, watch.find_lost)
+        cpus = cpus_to_bind(config)
         records.begin(cpus)
         rank_agent = RankAgent(
             worker_spec(folder, config, rdzv, rendezvous, group.address, command),
@@ -180,14 +173,21 @@ def run_ranks(
             return f"the nodes did not meet, or the head node's store does not answer: {error}"
         finally:
             records.close()
-    if result is None or not result.is_failed():
-        if watch.kill_reason is None:  # else nothing went wrong here, but elsewhere
-            records.record_end(stop, rank_agent.asks_for_requeue)
-        return watch.kill_reason
-    # First the event log: the head node reads the failure there as soon as it is told.
-    records.enter_silent_failures(result, stop, rank_agent.killed)
-    group.tell_failed(rdzv.number)
-    return watch.kill_reason or "ranks failed on this node"
+    if result is not None and result.is_failed():
+        # First the event log: the head node reads the failure there as soon as it is told.
+        records.enter_silent_failures(result, stop, rank_agent.killed)
+        group.tell_failed(rdzv.number)
+        return watch.kill_reason or "ranks failed on this node"
+    if watch.kill_reason is None:  # else nothing went wrong here, but elsewhere
+        records.record_end(stop, rank_agent.asks_for_requeue)
+    return watch.kill_reason
+
+
+def cpus_to_bind(config: Config) -> list[frozenset[int]] | None:
+    """Return the CPUs that each rank of this node is bound to; None where ranks are bound to none."""
+    if not config.cluster.bind_cpus:
+        return None
+    return numa.cpus_of_ranks(config.ranks_on_node, visible_gpus(), os.sched_getaffinity(0))
 
 
 def worker_spec(
