@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from launch.process import lasting_imports
 
@@ -27,7 +28,7 @@ with lasting_imports():
     from gpt.checkpoint import CheckpointStore
     from gpt.checkpoint.memory import open_memory
     from gpt.checkpoint.writer import Writer, open_writer
-    from gpt.config import TrainConfig
+    from gpt.config import CheckpointConfig, TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import Samples
     from gpt.data.prefetch import BatchPrefetcher
@@ -35,8 +36,10 @@ with lasting_imports():
     from gpt.model.gpt import GPT
     from gpt.parallel.compile import prepare_blocks
     from gpt.parallel.distributed import World, open_world
+    from gpt.parallel.engine import Engine
     from gpt.parallel.float8 import convert_linears
-    from gpt.topology.batch import settle_steps, split_batch
+    from gpt.topology.batch import Batch, settle_steps, split_batch
+    from gpt.topology.dims import ParallelDims
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
     from gpt.training.divergence import DivergenceGuard
@@ -68,7 +71,7 @@ def build(
     rank: worker.Run,
     writer: Writer | None = None,
 ) -> Run:
-    """Prepare the data, make the model, spread it over the ranks, and load the newest checkpoint."""
+    """Prepare the data, make the model, parallelize it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
     set_matmul_precision(config)
     if world.device.type == "cpu":
@@ -79,16 +82,7 @@ def build(
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)
-    with torch.device("meta"):
-        model = GPT(config.model)
-    weights, initialised_from = first_weights(model, config, folder, world)
-    without_flash = check_flash(config, world)
-    if without_flash and world.is_first:
-        print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
-    convert_linears(model, config)
-    prepare_blocks(model, config)
-    engine = parallelize(model, weights, config, world, dims, batch)
-    kept = config.checkpoint
+    engine, initialised_from = build_engine(config, folder, world, dims, batch)
     samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size)
     run = Run(
         config=config,
@@ -102,25 +96,52 @@ def build(
         samples=samples,
         batches=BatchPrefetcher(samples, batch, dims.data_rank(world.rank), config.optim.max_steps, world.device),
         guard=DivergenceGuard(config.divergence),
-        store=CheckpointStore(
-            folder.checkpoints,
-            kept.keep_last,
-            kept.keep_every,
-            world.control,
-            engine.files,
-            keep_best=kept.keep_best,
-            writer=writer,
-            give_up_after_s=60 * kept.give_up_after_min,
-            memory=open_memory(world.control, engine.files, writer) if kept.in_memory else None,
-        ),
+        store=open_store(config.checkpoint, folder, world, engine, writer),
         worker=rank,
         early_stop=EarlyStop(config.optim),
         initialised_from=initialised_from,
     )
-    if kept.scrub:
+    if config.checkpoint.scrub:
         run.store.saves.tell_damage = partial(tell_damage, folder, attempt)
     load(run)
     return run
+
+
+def build_engine(
+    config: TrainConfig, folder: RunFolder, world: World, dims: ParallelDims, batch: Batch
+) -> tuple[Engine, dict[str, Any] | None]:
+    """Make the model and parallelize it over the ranks, with its first weights.
+
+    Returns:
+        The engine, and as ``first_weights`` the source of its weights; None where they were drawn, or a checkpoint
+        follows.
+    """
+    with torch.device("meta"):
+        model = GPT(config.model)
+    weights, initialised_from = first_weights(model, config, folder, world)
+    without_flash = check_flash(config, world)
+    if without_flash and world.is_first:
+        print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
+    convert_linears(model, config)
+    prepare_blocks(model, config)
+    return parallelize(model, weights, config, world, dims, batch), initialised_from
+
+
+def open_store(
+    kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
+) -> CheckpointStore:
+    """Open the checkpoints of a run, beside those in memory where the config has them."""
+    return CheckpointStore(
+        folder.checkpoints,
+        kept.keep_last,
+        kept.keep_every,
+        world.control,
+        engine.files,
+        keep_best=kept.keep_best,
+        writer=writer,
+        give_up_after_s=60 * kept.give_up_after_min,
+        memory=open_memory(world.control, engine.files, writer) if kept.in_memory else None,
+    )
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -16,27 +15,20 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from launch.config import ClusterKind, Config, LaunchConfig
-from launch.config.compose import typed_config, workload_of
-from launch.errors import ConfigError
+from launch.checks.sweep import plan_sweep
+from launch.config import Config, LaunchConfig
+from launch.config.compose import workload_of
 from launch.jobs.point_result import PointResult, result_of
 from launch.jobs.stop import next_start_text, stop_on_ctrl_c
 from launch.plan import code_copy
-from launch.plan.alone import settle_exclusive
-from launch.plan.expected import add_expected
-from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.preflight import add_warnings
-from launch.plan.text import share_budget, worst_case_text
-from launch.runs.find import labels_for
-from launch.runs.folder import RunFolder
+from launch.plan.announcement import announce
+from launch.plan.plan import Plan, unfinished, write_run
 from launch.runs.labels import sweep_overrides
 from launch.runs.report_files import ReportFile
 from launch.runs.sweeps import Sweep, record_sweep
 from launch.scheduler import client as scheduler
-from launch.scheduler.limits import Limits
 
 if TYPE_CHECKING:
-    from launch.checks.facts import SlurmFacts
     from launch.jobs.handles import SlurmJob
     from launch.jobs.status import RunStatus
 
@@ -73,35 +65,9 @@ def run_sweep(
         SweepFailedError: a point failed or was stopped.
     """
     console = Console(soft_wrap=True)
-    kinds = choose_clusters([config for config, _ in points], console)
-    configs = [typed_config(composed) for composed, _ in points]
-    if whole := settle_exclusive([composed for composed, _ in points], configs, kinds):
-        console.print(whole, highlight=False, markup=False)
-    slurm: SlurmFacts | None = None
-    if configs[0].launch.check_limits and ClusterKind.slurm in kinds:
-        from launch.checks import cpus, facts, gpus
-
-        slurm = facts.ask_slurm(facts.clusters_named(configs))
-        documents = [composed for composed, _ in points]
-        told = gpus.settle_gpus(documents, configs, kinds, slurm)  # before the CPUs, which go by the ranks of a node
-        for line in [*told, *cpus.settle_cpus(documents, configs, kinds, slurm)]:
-            console.print(line, highlight=False, markup=False)
-    plans = plan_points(configs, [overrides for _, overrides in points], kinds, slurm)
-    refuse_same_folder(plans)
-    labels = labels_for([(Path(plan.run_dir), typed) for plan, (_, typed) in zip(plans, points, strict=True)])
-    plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
-    limits: Mapping[str | None, Limits] = {}
-    if slurm is not None:
-        from launch.checks import candidates
-
-        if unfinished(plans) and not points[0][0].dry_run:
-            candidates.refuse_without_controller(slurm)
-        plans, limits = candidates.look_before_submitting(slurm, plans, configs, console), slurm.known
-    if points[0][0].launch.detach:
-        refuse_local(plans)
-    budgeted = share_budget(plans, configs)
-    plans = [add_warnings(add_expected(plan), config, limits) for plan, config in zip(budgeted, configs, strict=True)]
-    if points[0][0].dry_run:
+    documents, typed = [composed for composed, _ in points], [overrides for _, overrides in points]
+    plans, configs = plan_sweep(documents, typed, console)
+    if configs[0].dry_run:
         from launch.jobs.dry_run import show_plans
 
         show_plans(plans, configs, console)
@@ -110,23 +76,12 @@ def run_sweep(
 
     for plan in unfinished(plans):
         refuse_running(plan)
-    show_finished(plans, console)
-    for plan in plans:
-        if text := plan.goes_on.text(plan.max_steps):
-            console.print(f"{plan.title}: {text}", highlight=False, markup=False)
-    if unfinished(plans):
-        console.print(worst_case_text(plans, configs), highlight=False, markup=False)
-    show_warnings(plans, console)
+    announce(plans, configs, console)
     made = [plan.run_dir for plan in plans if not Path(plan.run_dir).exists()]
-    for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
-        if plan.finished:
-            continue
-        if plan.code is not None:
-            code_copy.take(Path(plan.code), workload_of(config).code(config))
-        write_run(plan, composed, overrides)
+    write_runs(plans, configs, points)
     try:
-        typed = sweep_overrides([overrides for _, overrides in points])
-        failures = submit_and_watch(plans, console, configs[0].launch, typed, with_report=with_report)
+        words = sweep_overrides(typed)
+        failures = submit_and_watch(plans, console, configs[0].launch, words, with_report=with_report)
     except NothingSubmittedError:
         from launch.jobs.submit import remove_unused
 
@@ -137,109 +92,14 @@ def run_sweep(
     return [result_of(plan, config, failures) for plan, config in zip(plans, configs, strict=True)]
 
 
-def plan_points(
-    configs: Sequence[Config],
-    typed: Sequence[Sequence[str]],
-    kinds: Sequence[ClusterKind],
-    slurm: SlurmFacts | None = None,
-) -> list[Plan]:
-    """Plan all points of a command.
-
-    Args:
-        slurm: what Slurm tells of itself; None where it was not asked.
-
-    Raises:
-        ConfigError: one cannot work; where a cluster does not have its nodes, that is said first.
-    """
-    sizes = [config.world_size for config in configs]
-    try:
-        return [
-            make_plan(config, overrides, kind, sizes, gpu_type_at(config, kind, slurm))
-            for config, overrides, kind in zip(configs, typed, kinds, strict=True)
-        ]
-    except ConfigError:
-        if slurm is not None:
-            from launch.checks import candidates
-
-            on_slurm = [config for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm]
-            # What would repair the point is of no use where it could never be given its nodes.
-            candidates.refuse_missing_nodes(slurm, on_slurm)
-        raise
-
-
-def gpu_type_at(config: Config, kind: ClusterKind, slurm: SlurmFacts | None) -> str | None:
-    """Type of the GPUs where a point may go, as Slurm names it; None where nobody tells."""
-    if slurm is None or kind is not ClusterKind.slurm:
-        return None
-    from launch.checks import gpus
-
-    return gpus.gpu_type(config, slurm)
-
-
-def unfinished(plans: Sequence[Plan]) -> list[Plan]:
-    """The points that have steps ahead of them: what is finished takes no nodes to say so."""
-    return [plan for plan in plans if not plan.finished]
-
-
-def show_finished(plans: Sequence[Plan], console: Console) -> None:
-    """Say which points are finished already, and how to run them again."""
-    finished = [plan for plan in plans if plan.finished]
-    names = [plan.title + ran_elsewhere(plan) for plan in finished]
-    if names:
-        them = "it again in a new folder" if len(names) == 1 else "them again in new folders"
-        text = f"finished already, and not submitted: {', '.join(names)} (fresh=true runs {them})"
-        console.print(text, highlight=False, markup=False)
-
-
-def ran_elsewhere(plan: Plan) -> str:
-    """Say where a finished point ran, if it was not on the cluster that this command is for."""
-    ran = next(
-        (e["cluster"] for e in reversed(RunFolder(plan.run_dir).read_events()) if e["event"] == "submitted"), None
-    )
-    return "" if ran in (None, plan.cluster) else f" (on {ran}, and so not compared with points on {plan.cluster})"
-
-
-def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """The cluster of each point; ``auto`` is decided once and said."""
-    kinds = [config.cluster.kind for config in configs]
-    if ClusterKind.auto not in kinds:
-        return list(kinds)
-    answers = scheduler.controller_answers()
-    found = ClusterKind.slurm if answers else ClusterKind.local
-    why = "sbatch and a controller that answers" if answers else "no Slurm here: nodes are agents on this machine"
-    console.print(f"cluster=auto: {found.name} ({why})", highlight=False)
-    return [found if kind is ClusterKind.auto else kind for kind in kinds]
-
-
-def refuse_same_folder(plans: Sequence[Plan]) -> None:
-    """Raise ConfigError where two points would write into one folder."""
-    seen: set[str] = set()
-    for plan in plans:
-        if plan.run_dir in seen:
-            raise ConfigError(
-                f"two points of the sweep with the folder {plan.run_dir}",
-                "a folder for each point; run_dir, cluster.* and resilience.* do not tell points apart",
-                "a sweep over something that changes the run, or one command for each with its own name=NAME",
-            )
-        seen.add(plan.run_dir)
-
-
-def refuse_local(plans: Sequence[Plan]) -> None:
-    """Raise ConfigError where a run would have to do without the launcher that it is bound to."""
-    if any(plan.cluster == "local" for plan in plans):
-        raise ConfigError(
-            "launch.detach=true with agents on this machine (cluster=local)",
-            "a Slurm cluster: a local run ends with its launcher, so that it cannot be forgotten",
-            "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
-        )
-
-
-def show_warnings(plans: Sequence[Plan], console: Console) -> None:
-    """Print what the plans warn of; a warning that several points share once."""
-    for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
-        names = [plan.title for plan in plans if warning in plan.warnings]
-        where = "" if len(names) == len(plans) else f"{', '.join(names)}: "
-        console.print(f"warning: {where}{warning}", highlight=False, markup=False)
+def write_runs(plans: Sequence[Plan], configs: Sequence[Config], points: Sequence[Composed]) -> None:
+    """Make the run folders of what is to be submitted, with the copies of their code."""
+    for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
+        if plan.finished:
+            continue
+        if plan.code is not None:
+            code_copy.take(Path(plan.code), workload_of(config).code(config))
+        write_run(plan, composed, overrides)
 
 
 def submit_and_watch(

@@ -163,6 +163,11 @@ def make_plan(
         raise with_checked_fix(error, overrides, plan_words) from error
 
 
+def unfinished(plans: Sequence[Plan]) -> list[Plan]:
+    """The points that have steps ahead of them: what is finished takes no nodes to say so."""
+    return [plan for plan in plans if not plan.finished]
+
+
 def plan_point(
     config: Config,
     overrides: Sequence[str],
@@ -178,24 +183,10 @@ def plan_point(
     refuse_unknown_checkpoints(config, workload)
     refuse_exposed(folder.path)
     refuse_other_run(folder, config, workload.schema, (*PLACE_KEYS, *workload.resumable))
-    is_local = kind is ClusterKind.local
-    request = PlanRequest(
-        overrides=tuple(overrides),
-        folder=folder,
-        is_local=is_local,
-        nodes=config.nodes,
-        ranks_per_node=config.ranks_on_node,
-        cluster=config.cluster,
-        local_gpus=local_gpus() if is_local else 0,
-        local_gpu_name=local_gpu_name() if is_local else None,
-        gpu_type=gpu_type,
-        sweep_sizes=tuple(sweep_sizes),
-        min_nodes=config.resilience.min_nodes,
-    )
-    if is_local:
+    if kind is ClusterKind.local:
         refuse_local_spares(config)
         refuse_local_container(config)
-    promised = workload.plan(config, request)
+    promised = workload.plan(config, plan_request(config, overrides, folder, kind, sweep_sizes, gpu_type))
     refuse_fewer_nodes(config, workload.name, promised)
     # Of a program whose length is no key of its config, a number of steps is what it is watched by.
     max_steps = promised.max_steps if length else None
@@ -224,6 +215,27 @@ def plan_point(
         finished=goes_on == Continuation() and is_finished(folder.read_events()),
         goes_on=goes_on,
         warnings=promised.warnings,
+    )
+
+
+def plan_request(
+    config: Config, overrides: Sequence[str], folder: RunFolder, kind: ClusterKind, sweep_sizes: Sequence[int],
+    gpu_type: str | None,
+) -> PlanRequest:  # fmt: skip
+    """What a workload is told of a point that it is to plan."""
+    is_local = kind is ClusterKind.local
+    return PlanRequest(
+        overrides=tuple(overrides),
+        folder=folder,
+        is_local=is_local,
+        nodes=config.nodes,
+        ranks_per_node=config.ranks_on_node,
+        cluster=config.cluster,
+        local_gpus=local_gpus() if is_local else 0,
+        local_gpu_name=local_gpu_name() if is_local else None,
+        gpu_type=gpu_type,
+        sweep_sizes=tuple(sweep_sizes),
+        min_nodes=config.resilience.min_nodes,
     )
 
 

@@ -1,0 +1,187 @@
+"""Plans of all points of a sweep: settled by what Slurm has, made, told apart, and held against its limits.
+
+Owns the order of these steps. Writes and submits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from launch.config import ClusterKind, Config
+from launch.config.compose import typed_config
+from launch.errors import ConfigError
+from launch.plan.alone import settle_exclusive
+from launch.plan.expected import add_expected
+from launch.plan.plan import Plan, make_plan, unfinished
+from launch.plan.preflight import add_warnings
+from launch.plan.text import share_budget
+from launch.runs.find import labels_for
+from launch.scheduler import client as scheduler
+from launch.scheduler.limits import Limits
+
+if TYPE_CHECKING:
+    from launch.checks.facts import SlurmFacts
+
+
+def plan_sweep(
+    documents: Sequence[DictConfig], typed: Sequence[Sequence[str]], console: Console
+) -> tuple[list[Plan], list[Config]]:
+    """Plan the points of a command, and say what was settled for them.
+
+    Args:
+        documents: the composed config of each point; keys that the command leaves open are settled in it.
+        typed: the overrides of each point.
+
+    Returns:
+        Plan and typed config of each point.
+
+    Raises:
+        ConfigError: a point cannot work, Slurm would refuse it or never start it, or two would share a folder.
+    """
+    kinds = choose_clusters(documents, console)
+    configs = [typed_config(composed) for composed in documents]
+    slurm = settle_resources(documents, configs, kinds, console)
+    plans = label(plan_points(configs, typed, kinds, slurm), typed)
+    return check(plans, configs, slurm, console), configs
+
+
+def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
+    """The cluster of each point; ``auto`` is decided once and said."""
+    kinds = [config.cluster.kind for config in configs]
+    if ClusterKind.auto not in kinds:
+        return list(kinds)
+    answers = scheduler.controller_answers()
+    found = ClusterKind.slurm if answers else ClusterKind.local
+    why = "sbatch and a controller that answers" if answers else "no Slurm here: nodes are agents on this machine"
+    console.print(f"cluster=auto: {found.name} ({why})", highlight=False)
+    return [found if kind is ClusterKind.auto else kind for kind in kinds]
+
+
+def settle_resources(
+    documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], console: Console
+) -> SlurmFacts | None:
+    """Settle what a command leaves open of its nodes, GPUs and CPUs, and say what was chosen.
+
+    Args:
+        documents: the composed config of each point.
+        configs: the same, typed; both are changed.
+        kinds: the cluster of each point.
+
+    Returns:
+        What Slurm tells of itself; None where it is not asked.
+
+    Raises:
+        ConfigError: more ranks are asked for on a node than its GPUs, and nothing says which of the two is meant.
+    """
+    if whole := settle_exclusive(documents, configs, kinds):
+        console.print(whole, highlight=False, markup=False)
+    if not configs[0].launch.check_limits or ClusterKind.slurm not in kinds:
+        return None
+    from launch.checks import cpus, facts, gpus
+
+    slurm = facts.ask_slurm(facts.clusters_named(configs))
+    told = gpus.settle_gpus(documents, configs, kinds, slurm)  # before the CPUs, which go by the ranks of a node
+    for line in [*told, *cpus.settle_cpus(documents, configs, kinds, slurm)]:
+        console.print(line, highlight=False, markup=False)
+    return slurm
+
+
+def plan_points(
+    configs: Sequence[Config],
+    typed: Sequence[Sequence[str]],
+    kinds: Sequence[ClusterKind],
+    slurm: SlurmFacts | None = None,
+) -> list[Plan]:
+    """Plan all points of a command.
+
+    Args:
+        slurm: what Slurm tells of itself; None where it was not asked.
+
+    Raises:
+        ConfigError: one cannot work; where a cluster does not have its nodes, that is said first.
+    """
+    sizes = [config.world_size for config in configs]
+    try:
+        return [
+            make_plan(config, overrides, kind, sizes, gpu_type_at(config, kind, slurm))
+            for config, overrides, kind in zip(configs, typed, kinds, strict=True)
+        ]
+    except ConfigError:
+        if slurm is not None:
+            from launch.checks import candidates
+
+            on_slurm = [config for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm]
+            # What would repair the point is of no use where it could never be given its nodes.
+            candidates.refuse_missing_nodes(slurm, on_slurm)
+        raise
+
+
+def gpu_type_at(config: Config, kind: ClusterKind, slurm: SlurmFacts | None) -> str | None:
+    """Type of the GPUs where a point may go, as Slurm names it; None where nobody tells."""
+    if slurm is None or kind is not ClusterKind.slurm:
+        return None
+    from launch.checks import gpus
+
+    return gpus.gpu_type(config, slurm)
+
+
+def label(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> list[Plan]:
+    """Return the plans, each with its label among the others.
+
+    Raises:
+        ConfigError: two of them would write into one folder.
+    """
+    refuse_same_folder(plans)
+    labels = labels_for([(Path(plan.run_dir), words) for plan, words in zip(plans, typed, strict=True)])
+    return [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
+
+
+def refuse_same_folder(plans: Sequence[Plan]) -> None:
+    """Raise ConfigError where two points would write into one folder."""
+    seen: set[str] = set()
+    for plan in plans:
+        if plan.run_dir in seen:
+            raise ConfigError(
+                f"two points of the sweep with the folder {plan.run_dir}",
+                "a folder for each point; run_dir, cluster.* and resilience.* do not tell points apart",
+                "a sweep over something that changes the run, or one command for each with its own name=NAME",
+            )
+        seen.add(plan.run_dir)
+
+
+def check(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:
+    """Hold the plans against Slurm's limits, and add their share of the budget, expected times and warnings.
+
+    Args:
+        slurm: what Slurm tells of itself; None where it was not asked.
+
+    Raises:
+        ConfigError: Slurm would refuse a point, or never start it.
+    """
+    limits: Mapping[str | None, Limits] = {}
+    if slurm is not None:
+        from launch.checks import candidates
+
+        if unfinished(plans) and not configs[0].dry_run:
+            candidates.refuse_without_controller(slurm)
+        plans, limits = candidates.look_before_submitting(slurm, plans, configs, console), slurm.known
+    if configs[0].launch.detach:
+        refuse_local(plans)
+    budgeted = share_budget(plans, configs)
+    return [add_warnings(add_expected(plan), config, limits) for plan, config in zip(budgeted, configs, strict=True)]
+
+
+def refuse_local(plans: Sequence[Plan]) -> None:
+    """Raise ConfigError where a run would have to do without the launcher that it is bound to."""
+    if any(plan.cluster == "local" for plan in plans):
+        raise ConfigError(
+            "launch.detach=true with agents on this machine (cluster=local)",
+            "a Slurm cluster: a local run ends with its launcher, so that it cannot be forgotten",
+            "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
+        )
