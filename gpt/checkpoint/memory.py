@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from gpt.checkpoint import messages
 from gpt.checkpoint.collective import explain
 from gpt.checkpoint.formats import Format
+from gpt.checkpoint.in_flight import InFlight, Vote, take_over
 from gpt.checkpoint.index import encode_index
 from gpt.checkpoint.jobs import Memory
 from gpt.checkpoint.part import Part, Report, write_items
-from gpt.checkpoint.saving import InFlight, Vote, take_over
 from gpt.checkpoint.staging import StagedPart
 from gpt.checkpoint.writer import Result, Writer
 from launch.errors import ConfigError

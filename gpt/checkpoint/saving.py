@@ -15,8 +15,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ import torch.distributed as dist
 from gpt.checkpoint import folders, messages
 from gpt.checkpoint.collective import CheckpointError, explain
 from gpt.checkpoint.formats import Format
+from gpt.checkpoint.in_flight import FailedWrite, InFlight, Phase, Saved, Vote, take_over
 from gpt.checkpoint.jobs import Commit, Remove, Retention, Retire, Write
-from gpt.checkpoint.part import Part, encode_rank_state, rank_file
+from gpt.checkpoint.part import Part
 from gpt.checkpoint.scrub import Scrub
 from gpt.checkpoint.staging import StagedPart
 from gpt.checkpoint.writer import Result, Writer
@@ -42,60 +41,6 @@ HURRIED_RETRY_S = 1.0
 
 class OutdatedAttemptError(CheckpointError):
     """Refusal of a save by an attempt that no longer owns the run; nothing was committed."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was committed."""
-
-    step: int
-    path: Path
-    write_s: float
-    """Seconds from the beginning of the save to its commit, of which training waited for the first part only."""
-
-
-@dataclass(frozen=True)
-class FailedWrite:
-    """A write that failed, and is tried again."""
-
-    step: int
-    cause: str
-    failures: int
-    """Number of failed writes since the last checkpoint."""
-    has_room: bool
-    """False where the disk was full, over its quota or broken."""
-
-
-@dataclass(frozen=True)
-class Vote:
-    """One rank's word on the save in flight; the sums over all ranks are what ``Saves.count`` takes."""
-
-    phase: int
-    """Number of the phase that it is about, the same on all ranks; 0: no save is in flight."""
-    done: int = 0
-    failed: int = 0
-
-
-class Phase(Enum):
-    """Phase of a save in flight."""
-
-    write = "write"
-    commit = "commit"
-
-
-@dataclass
-class InFlight:
-    """The save in flight, as one rank knows it."""
-
-    step: int
-    meta: dict[str, Any]
-    may_commit: Callable[[], bool]
-    started: float
-    part: Part | StagedPart | None
-    """None where it could not be collected on this rank, so that each try fails."""
-    temporary: Path
-    phase: Phase = Phase.write
-    result: Result | None = None
 
 
 class Saves:
@@ -345,21 +290,3 @@ def room_error(cause: str) -> str | None:
     """Return the system's words for a filesystem that is full or broken; None where a save failed otherwise."""
     line = cause.splitlines()[0]
     return next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in line), None)
-
-
-def take_over(
-    step: int,
-    state: Any,
-    rank_state: dict[str, Any],
-    fmt: Format,
-    writer: Writer,
-    group: dist.ProcessGroup | None,
-) -> Part | StagedPart:
-    """Take this rank's part of a state over; when this returns, the state may change. Collective.
-
-    Raises:
-        Exception: the format's, or the writer's.
-    """
-    collected = fmt.collect(step, state, group)
-    collected.files[rank_file(dist.get_rank(group))] = encode_rank_state(rank_state)
-    return writer.stage(collected)

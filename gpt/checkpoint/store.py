@@ -17,12 +17,13 @@ import torch.distributed as dist
 from gpt.checkpoint import folders
 from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.formats import Format, TensorFiles
+from gpt.checkpoint.in_flight import Saved
 from gpt.checkpoint.jobs import Retention
 from gpt.checkpoint.manifest import DamagedError, Manifest, find_damage, read_manifest
 from gpt.checkpoint.memory import MemorySaves
 from gpt.checkpoint.memory_load import NotInMemoryError, discard_held_after, find_held, forget_others, load_held
 from gpt.checkpoint.part import rank_file
-from gpt.checkpoint.saving import OutdatedAttemptError, Saved, Saves
+from gpt.checkpoint.saving import OutdatedAttemptError, Saves
 from gpt.checkpoint.writer import InlineWriter, Writer
 from launch.errors import ConfigError
 

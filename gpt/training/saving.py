@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from gpt.checkpoint.in_flight import FailedWrite, Saved
 from gpt.checkpoint.memory import FailedInMemory, SavedInMemory
-from gpt.checkpoint.saving import FailedWrite, Saved
 from gpt.training.ballot import Ballot
 from gpt.training.run import Run
 from gpt.training.schedule import auto_interval_s

@@ -15,8 +15,8 @@ import torch
 
 from gpt.checkpoint import CheckpointError, LoadedCheckpoint
 from gpt.checkpoint.folders import VALIDATION_LOSS
+from gpt.checkpoint.in_flight import FailedWrite
 from gpt.checkpoint.memory import MemorySaves
-from gpt.checkpoint.saving import FailedWrite
 from gpt.data.order import PassedOver
 from gpt.parallel.distributed import World
 from gpt.training.divergence import last_rollback

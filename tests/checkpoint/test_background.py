@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointStore, folders, part
-from gpt.checkpoint.saving import FailedWrite, Saved
+from gpt.checkpoint.in_flight import FailedWrite, Saved
 from gpt.checkpoint.writer import ProcessWriter
 from gpt.parallel.distributed import World
 from gpt.train import build, train
