@@ -15,7 +15,8 @@ from shlex import quote
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.jobs.adoption import adopt_found
 from launch.jobs.handles import SlurmJob, agent_logs
-from launch.jobs.status import RunStatus, find_run_statuses, outcome, poll
+from launch.jobs.outcome import outcome
+from launch.jobs.status import RunStatus, find_run_statuses, poll
 from launch.runs.files import read_json
 from launch.runs.find import find_runs, labels_inside
 from launch.scheduler.client import SlurmError, output_file
@@ -139,7 +140,7 @@ def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) ->
             unknown = poll([point], retries=1, trust_log=True) is not None
             asked_at = time.monotonic()
         # Where Slurm does not answer, only a run that made its last step is known not to start again.
-        over = point.is_over or (unknown and outcome(point) == "finished")
+        over = point.is_over or (unknown and outcome(point.events()) == "finished")
         over = over or (only is not None and max(point.folder.attempts(), default=0) > only)
         found = find()
         for log in logs:

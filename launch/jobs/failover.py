@@ -20,7 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.jobs.handles import SlurmJob, ask_queue, job_of
-from launch.jobs.status import RunStatus, last_placed
+from launch.jobs.outcome import last_placed
+from launch.jobs.status import RunStatus
 from launch.jobs.stop import Stop
 from launch.jobs.submit import shapes, submit_somewhere
 from launch.plan.placement import Candidate, Placement, Step, decide, minutes, waiting_since, waits_for_room

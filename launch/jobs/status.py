@@ -13,12 +13,19 @@ from dataclasses import dataclass, field
 from shlex import quote
 from typing import Any
 
-from launch.agent.restart_policy import WANTED, Action, Cause
 from launch.errors import ConfigError
 from launch.jobs.handles import Job, JobStatus, LocalQueueEntry, SlurmJob, agent_logs, ask_queue, job_of
+from launch.jobs.outcome import (
+    ENDED,
+    events_since_start,
+    has_ended,
+    outcome,
+    state_between_places,
+    why_not_restarted,
+)
 from launch.plan.plan import Plan
 from launch.runs.damage import read_plan
-from launch.runs.events import fewer_nodes, last_command, saves_that_count
+from launch.runs.events import fewer_nodes, last_command
 from launch.runs.failures import first_failure
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
@@ -26,10 +33,9 @@ from launch.runs.records import recent_records
 from launch.scheduler.client import RETRIES, JobState, SlurmError
 from launch.scheduler.reasons import advice
 
-DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
-"""Events of which the last one tells whether an agent works on the run, or is going to."""
 OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
-ENDED = {"finished", "stopped", "cancelled", "budget_reached"}
+TOLD = ("attempt_ended", "started", "finished", "stopped")
+"""Events after which nobody expects a further step of the attempt."""
 QUIET_S, QUIET_STEPS = 15.0, 10
 """Time without a step, in seconds and in steps, after which a status says so; the agents need longer to be sure of a
 lost node (``resilience.node_timeout_s``)."""
@@ -204,7 +210,7 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
     """
     for point in points:
         adopt_job(point)
-    settled = {id(point) for point in points if trust_log and has_ended(point)}
+    settled = {id(point) for point in points if trust_log and has_ended(point.events())}
     try:
         queue, problem = ask_queue((point.job for point in points if id(point) not in settled), retries), None
     except SlurmError as error:
@@ -226,22 +232,14 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
         if status.state == "over":
             known = queue.get(point.job.name)
             out = known is None or known.state == "CANCELLED"
-            point.state, point.detail = state_between_places(point.events(), out) or (outcome(point), status.detail)
+            events = point.events()
+            point.state, point.detail = state_between_places(events, out) or (outcome(events), status.detail)
             if point.detail.lower() == point.state:  # Slurm's word for the same
                 point.detail = ""
             if point.state == "failed" and status.detail != "CANCELLED" and is_silent(point):
                 point.detail = ", ".join(part for part in (point.detail, silence_text(point)) if part)
         if point.state == "budget_exceeded":
             point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
-
-
-def has_ended(point: RunStatus) -> bool:
-    """Tell whether the event log says that nothing more will happen: the agent decided to stop, and has left since."""
-    last = next((e for e in reversed(point.events()) if e["event"] in DECISIVE), None)
-    if last is None or last["event"] != "agent_ended" or last.get("cause") == "killed":
-        return False
-    decisions = [e for e in events_since_start(point.events()) if e["event"] in ("decided", "requeue_failed")]
-    return bool(decisions) and (decisions[-1]["event"] == "requeue_failed" or decisions[-1]["action"] == Action.stop)
 
 
 def is_silent(point: RunStatus) -> bool:
@@ -263,32 +261,6 @@ def silence_text(point: RunStatus) -> str:
     )
 
 
-TOLD = ("attempt_ended", "started", "finished", "stopped")
-"""Events after which nobody expects a further step of the attempt."""
-PLACED = ("submitted", "moved", "gave_up", "stayed")
-"""Events that say where a point waits: the last of them holds."""
-
-
-def last_placed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last event that says where the point waits; None where it ran after that."""
-    for event in reversed(events):
-        if event["event"] in PLACED:
-            return event
-        if event["event"] in ("agent_started", "started"):
-            return None
-    return None
-
-
-def state_between_places(events: Sequence[dict[str, Any]], is_out: bool) -> tuple[str, str] | None:
-    """State and detail of a point whose launcher took it out of the queue, to put it elsewhere or for good."""
-    last = last_placed(events)
-    if last is not None and last["event"] == "gave_up":
-        return "placement_timeout", str(last["cause"])
-    if last is not None and last["event"] == "moved" and is_out and all(e["event"] != "cancelled" for e in events):
-        return "pending", f"on its way to {last['to']}"
-    return None
-
-
 def adopt_job(point: RunStatus) -> None:
     """Find the job of a point that some process has submitted, or moved."""
     submitted = [e for e in point.events() if e["event"] == "submitted"]
@@ -307,55 +279,20 @@ def state_without_job(point: RunStatus) -> tuple[str, str]:
     if LocalQueueEntry(point.folder).events_before() is not None:
         return ("cancelled", "") if cancelled else ("pending", "after the points before it")
     if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in events_since_start(events)}:
-        return outcome(point), ""
+        return outcome(events), ""
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
 
 
 def update_from_event_log(points: Sequence[RunStatus]) -> None:
     """Set the states of Slurm's points without Slurm, as far as their event logs go."""
     for point in points:
-        if isinstance(point.job, SlurmJob) and not has_ended(point):
-            ended = ENDED & {e["event"] for e in events_since_start(point.events())}
-            timed_out = state_between_places(point.events(), is_out=False)
-            point.state = timed_out[0] if timed_out else outcome(point) if ended or point.failure() else "unknown"
+        events = point.events()
+        if isinstance(point.job, SlurmJob) and not has_ended(events):
+            ended = ENDED & {e["event"] for e in events_since_start(events)}
+            timed_out = state_between_places(events, is_out=False)
+            point.state = timed_out[0] if timed_out else outcome(events) if ended or point.failure() else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
-
-
-def why_not_restarted(events: Sequence[dict[str, Any]]) -> str | None:
-    """The reason in the event log for which a run that was interrupted, or failed, stays so."""
-    last = next((e for e in reversed(events) if e["event"] in ("decided", "requeue_failed", "started")), None)
-    if last is None or last["event"] == "started":
-        return None
-    if last["event"] == "requeue_failed":
-        return str(last["cause"])
-    # A decision of a former release does not name the cause; that was then told by the ranks alone.
-    is_unwanted = last["action"] == Action.stop and last.get("cause", Cause.finished) not in WANTED
-    return str(last["reason"]) if is_unwanted else None
-
-
-def events_since_start(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Events from the last ``started`` on."""
-    return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
-
-
-def outcome(point: RunStatus) -> str:
-    """State of a run whose job is over, by its event log; silence is a failure."""
-    events = point.events()
-    names = {e["event"] for e in events}
-    ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)
-    attempts = [e["attempt"] for e in events if e.get("attempt") is not None]
-    # What fails after a cancel, or at the cap, failed because of it.
-    before = events if ended is None else events[: events.index(ended)]
-    if attempts and first_failure(before, max(attempts)):
-        return "failed"
-    if "finished" in names:
-        return "finished"
-    if ended is not None:
-        return "cancelled" if ended["event"] == "cancelled" else "budget_exceeded"
-    if why_not_restarted(events) is not None:
-        return "failed"
-    return "stopped" if names & {"stopped", "agent_stopped"} else "failed"
 
 
 def read_steps(point: RunStatus) -> None:
@@ -390,8 +327,3 @@ def time_without_step(point: RunStatus, usual: float) -> float | None:
         return None
     told = any(e["event"] in TOLD and e["time"] > point.latest["time"] for e in point.events())
     return None if told else quiet
-
-
-def saved_step(events: Sequence[dict[str, Any]]) -> int | None:
-    """The step of the newest checkpoint that the event log knows of."""
-    return max((save["step"] for save in saves_that_count(events)), default=None)

@@ -17,7 +17,8 @@ from launch.config import Config
 from launch.config.compose import default_grace_period_s
 from launch.errors import ConfigError
 from launch.jobs.handles import Job, LocalJob
-from launch.jobs.status import RunStatus, poll, saved_step
+from launch.jobs.outcome import saved_step
+from launch.jobs.status import RunStatus, poll
 from launch.runs.compose import read_config
 from launch.scheduler.client import SlurmBusyError, SlurmError
 

@@ -22,7 +22,7 @@ from launch.agent.node import Node
 from launch.agent.processes import start_time
 from launch.agent.requeue import wait_for_controller
 from launch.agent.restart_policy import Action
-from launch.jobs.status import find_run_status, outcome, why_not_restarted
+from launch.jobs.outcome import outcome, why_not_restarted
 from launch.runs.folder import RunFolder
 from launch.scheduler.client import SlurmBusyError, SlurmError
 from tests.support.commands import ROOT
@@ -112,13 +112,18 @@ def test_a_run_that_is_not_started_again_has_failed_and_says_why(tmp_path: Path)
     folder = RunFolder(tmp_path / "run")
     for event in ({"event": "submitted", "cluster": "slurm", "job_id": "7"}, STARTED, {"event": "stopped"}):
         folder.record_event(**event)
+
+    def told() -> tuple[str, str | None]:
+        events = folder.read_events()
+        return outcome(events), why_not_restarted(events)
+
     folder.record_event(**ended("preempted"))
     folder.record_event(**decided(Action.requeue, "preempted"))
-    assert (outcome(find_run_status(folder)), why_not_restarted(folder.read_events())) == ("stopped", None)
+    assert told() == ("stopped", None)
     folder.record_event(**decided(Action.stop, "preempted"))
-    assert (outcome(find_run_status(folder)), why_not_restarted(folder.read_events())) == ("failed", "a reason")
+    assert told() == ("failed", "a reason")
     folder.record_event(**decided(Action.stop, "cancelled"))
-    assert why_not_restarted(folder.read_events()) is None, "it ended as somebody wanted it"
+    assert told()[1] is None, "it ended as somebody wanted it"
 
 
 def meet(members: int, leaving: list[bool], lost: str | None = None) -> list[str]:

@@ -14,7 +14,8 @@ import pytest
 from launch.errors import ConfigError
 from launch.jobs.display import plain_line
 from launch.jobs.handles import JobStatus, LocalQueueEntry, SlurmJob
-from launch.jobs.status import RunStatus, find_run_status, outcome, read_steps
+from launch.jobs.outcome import outcome
+from launch.jobs.status import RunStatus, find_run_status, read_steps
 from launch.runs.files import append_json_lines
 from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
@@ -192,7 +193,7 @@ def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(
     point = find_run_status(folder)
     assert isinstance(point.job, SlurmJob)
     assert point.job.status({}) == JobStatus("over")
-    assert outcome(point) == state
+    assert outcome(point.events()) == state
 
 
 AGENT: list[dict[str, Any]] = [
