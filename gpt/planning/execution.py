@@ -74,8 +74,13 @@ def refuse_float8(config: TrainConfig, on_cpus: bool, gpu: str | None) -> None:
     known = None if gpu is None else find(gpu)
     if config.float8 is Float8.none or config.float8_emulate or not (on_cpus or (known and not known.has_float8)):
         return
-    raise ConfigError(
-        f"float8={config.float8.name} on {'CPUs' if on_cpus else gpu}",
+    raise float8_refusal(config, "CPUs" if on_cpus else str(gpu))
+
+
+def float8_refusal(config: TrainConfig, where: str) -> ConfigError:
+    """Make the refusal of ``float8`` on devices that do not compute in it."""
+    return ConfigError(
+        f"float8={config.float8.name} on {where}",
         "GPUs whose matrix units compute in it, of compute capability 8.9 or more",
         "float8=none, or float8_emulate=true for its losses without its speed",
     )

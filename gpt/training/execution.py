@@ -12,7 +12,7 @@ import torch
 
 from gpt.config import Float8, Precision, TrainConfig
 from gpt.parallel.distributed import World
-from gpt.planning.execution import choose_compile, choose_tf32, refuse_float8
+from gpt.planning.execution import choose_compile, choose_tf32, float8_refusal, refuse_float8
 from launch.errors import ConfigError
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
@@ -42,11 +42,7 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
     if config.float8 is not Float8.none and not config.float8_emulate:
         lacking = world.gather(not has_float8(world.device)).count(True)
         if lacking:
-            raise ConfigError(
-                f"float8={config.float8.name}, and {lacking} of {world.size} ranks on GPUs that do not compute in it",
-                "GPUs of compute capability 8.9 or more on all ranks",
-                "float8=none, or float8_emulate=true for its losses without its speed",
-            )
+            raise float8_refusal(config, f"{world.size} ranks, of which {lacking} have GPUs that do not compute in it")
     return replace(config, tf32=tf32, compile=choose_compile(config, world.size, on_cpus))
 
 
