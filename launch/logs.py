@@ -66,17 +66,24 @@ def the_run(path: Path) -> RunStatus:
     return point
 
 
-def refuse_absent_rank(point: RunStatus, rank: int) -> None:
-    """Raise ConfigError for a rank that the run does not have, as far as its plan or an attempt tells their number."""
-    size = read_json(point.folder.plan).get("world_size")
-    for attempt in point.folder.attempts():
-        ranks = read_json(point.folder.environment(attempt)).get("ranks")
-        size = max(size or 0, len(ranks)) if isinstance(ranks, list) else size
-    if isinstance(size, int) and not 0 <= rank < size:
+def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None:
+    """Raise ConfigError for a rank that the attempt does not have, or no attempt where none is named.
+
+    That is as far as the attempts and the plan tell the number of ranks, which may be smaller where nodes are lost.
+    """
+    recorded = {number: read_json(point.folder.environment(number)).get("ranks") for number in point.folder.attempts()}
+    sizes = {number: len(ranks) for number, ranks in recorded.items() if isinstance(ranks, list)}
+    planned = read_json(point.folder.plan).get("world_size")
+    of, named = "a run", ""
+    if attempt in sizes:
+        sizes, planned = {attempt: sizes[attempt]}, None
+        of, named = f"attempt {attempt}", f" --attempt {attempt}"
+    size = max([*sizes.values(), *([planned] if isinstance(planned, int) else [])], default=None)
+    if size is not None and not 0 <= rank < size:
         raise ConfigError(
-            f"--rank {rank} of a run with {size} rank{'' if size == 1 else 's'}",
+            f"--rank {rank} of {of} with {size} rank{'' if size == 1 else 's'}",
             "0" if size == 1 else f"0 to {size - 1}",
-            f"python -m launch.logs {quote(str(point.folder.path))} --rank {min(max(rank, 0), size - 1)}",
+            f"python -m launch.logs {quote(str(point.folder.path))} --rank {min(max(rank, 0), size - 1)}{named}",
         )
 
 
@@ -119,20 +126,31 @@ def newest(point: RunStatus, rank: int, wanted: int | None) -> int | None:
     return (wanted if wanted in there else None) if wanted is not None else max(there, default=None)
 
 
-def missing(point: RunStatus, what: str) -> ConfigError:
-    """There is no log yet, or never was."""
+def missing(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
+    """Refusal of a log that is not there yet, or of a run that is over without it."""
     poll([point], trust_log=True)
+    what, path = f"{'the agent of ' if of_agent else ''}rank {rank}", quote(str(point.folder.path))
     state = point.state + (f", {point.detail}" if point.detail else "")
     attempts = ", ".join(str(n) for n in point.folder.attempts()) or "none"
+    fix = f"python -m launch.logs -f {path}, which waits for it"
+    if point.is_over:
+        last = newest(point, rank, None)
+        fix = f"python -m launch.status {path}"
+        if last is not None and not of_agent:
+            fix = f"python -m launch.logs {path} --rank {rank} --attempt {last}"
     return ConfigError(
         f"no log of {what} in {point.folder.path} ({state}; attempts: {attempts})",
         "a rank that has printed something",
-        f"python -m launch.logs -f {quote(str(point.folder.path))}, which waits for it",
+        fix,
     )
 
 
-def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) -> None:
-    """Print the logs as they grow, until the run is over, or one newer than attempt ``only`` has begun."""
+def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) -> list[Log]:
+    """Print the logs as they grow, until the run is over, or one newer than attempt ``only`` has begun.
+
+    Returns:
+        The newest logs; none where there never were any.
+    """
     logs: list[Log] = []
     asked_at, unknown = 0.0, False
     while True:
@@ -150,7 +168,7 @@ def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) ->
             for log in logs:
                 log.copy()
         if over:
-            return
+            return logs
         time.sleep(POLL_S)
 
 
@@ -158,7 +176,7 @@ def print_logs(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     point = the_run(args.path)
     rank = default_rank(point, args.attempt) if args.rank is None else args.rank
-    refuse_absent_rank(point, rank)
+    refuse_absent_rank(point, rank, None if args.agent else args.attempt)
     of_agent = agents(point, rank) if args.agent else []
 
     def find() -> list[Log]:
@@ -167,14 +185,12 @@ def print_logs(args: argparse.Namespace) -> None:
         attempt = newest(point, rank, args.attempt)
         return [] if attempt is None else rank_logs(point, rank, attempt)
 
-    if args.follow:
-        follow(point, find, only=args.attempt)
-        return
-    logs = [log for log in find() if log.path.is_file()]
-    if not logs:
-        raise missing(point, f"the agent of rank {rank}" if args.agent else f"rank {rank}")
-    for log in logs:
-        log.copy()
+    logs = follow(point, find, only=args.attempt) if args.follow else find()
+    if not any(log.path.is_file() for log in logs):
+        raise missing(point, rank, of_agent=args.agent)
+    if not args.follow:
+        for log in logs:
+            log.copy()
 
 
 def parser() -> CommandParser:

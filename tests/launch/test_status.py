@@ -16,6 +16,7 @@ from launch.jobs.display import plain_line
 from launch.jobs.handles import JobStatus, LocalQueueEntry, SlurmJob
 from launch.jobs.outcome import outcome
 from launch.jobs.status import RunStatus, find_run_status, read_steps
+from launch.logs import main as logs
 from launch.runs.files import append_json_lines
 from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
@@ -158,6 +159,32 @@ def test_a_rank_that_the_run_does_not_have_is_refused_with_one_that_it_has(tmp_p
     assert "found: --rank 7 of a run with 4 ranks\nexpected: 0 to 3\n" in text
     typed = text.split("type next: python -m ")[1].split()
     assert "hello of the last rank" in run(typed[0], *typed[1:], cwd=tmp_path)
+
+
+def test_a_log_that_an_attempt_does_not_have_is_refused_followed_or_not(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run over two attempts, the second on half of the nodes."""
+    folder = RunFolder(tmp_path / "run")
+    folder.plan.write_text(json.dumps({"world_size": 4}))
+    for size in (4, 2):
+        attempt = folder.create_attempt()
+        ranks = [{"rank": rank, "node": 0} for rank in range(size)]
+        folder.environment(attempt).write_text(json.dumps({"ranks": ranks}))
+        folder.log(attempt, size - 1).write_text(f"hello of attempt {attempt}")
+        folder.record_event("started", attempt=attempt)
+    folder.record_event("finished", attempt=2)
+    path = str(folder.path)
+    for args, found, fix in (
+        (("--rank", "3", "--attempt", "2"), "--rank 3 of attempt 2 with 2 ranks", "--rank 1 --attempt 2"),
+        (("--rank", "3", "--attempt", "9"), "no log of rank 3", "--rank 3 --attempt 1"),
+        (("--rank", "0"), "no log of rank 0", f"launch.status {path}"),
+    ):
+        for more in ((), ("-f",)):
+            assert logs([path, *args, *more]) == 2
+            told = capfd.readouterr().err
+            assert f"found: {found}" in told and told.rstrip().endswith(fix), told
+    assert logs([path, "--rank", "3"]) == 0 and "hello of attempt 1" in capfd.readouterr().out
 
 
 START: list[dict[str, Any]] = [
