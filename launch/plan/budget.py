@@ -68,7 +68,11 @@ class Rates:
 
 
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
-    """Sum what the allocations of these runs have used until ``now``, which may be in the future."""
+    """Sum what the allocations of these runs have used until ``now``, which may be in the future.
+
+    A lost node counts to the end of its allocation, as Slurm bills it until it has taken it out of the job. It does so
+    at ``SlurmdTimeout`` at the earliest, and not where only the agent is gone: a cap holds either way.
+    """
     total = Use()
     for event_log in event_logs:
         for started, ended in allocations(event_log, now, rates.poll_s):

@@ -19,6 +19,7 @@ from launch.errors import ConfigError
 from launch.plan import code_copy
 from launch.plan.capacity import local_gpu_name, local_gpus, refuse_local_spares
 from launch.plan.container import refuse_local_container
+from launch.plan.event_command import refuse_missing_command
 from launch.plan.exposure import refuse_exposed
 from launch.plan.placement import Placement, place, worst_case
 from launch.runs import compose
@@ -182,6 +183,7 @@ def plan_point(
     folder = choose_folder(config, overrides, not_in_point(workload), length)
     refuse_unknown_checkpoints(config, workload)
     refuse_exposed(folder.path)
+    refuse_missing_command(config)
     refuse_other_run(folder, config, workload.schema, (*PLACE_KEYS, *workload.resumable))
     if kind is ClusterKind.local:
         refuse_local_spares(config)

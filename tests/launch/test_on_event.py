@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from launch.agent.on_event import EventTeller, name_of, variables
-from launch.config import LaunchConfig
+from launch.config import ClusterKind, LaunchConfig
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
+from launch.plan.plan import make_plan
 from launch.runs.folder import RunFolder
 from tests.support.commands import run
 
@@ -73,6 +75,36 @@ def test_a_command_that_is_none_is_refused() -> None:
     for bad in ("", "'open", 0):
         with pytest.raises(ConfigError):
             LaunchConfig(poll_s=5.0, on_event=bad).validate()
+
+
+def test_a_program_that_is_not_there_is_refused_before_anything_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "notify.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "notify.sh").chmod(0o755)
+
+    def refusal(command: object) -> ConfigError | None:
+        config = typed_config(compose_launch([]))
+        config.launch.on_event = command
+        try:
+            make_plan(config, [], ClusterKind.local)
+        except ConfigError as error:
+            return error
+        return None
+
+    for command, found, fix in (
+        ("no-such-program --quiet", "no program no-such-program on the PATH", "launch.on_event=PATH, or"),
+        ("/no/such/notify.sh", "launch.on_event=/no/such/notify.sh, which is no file", "launch.on_event=PATH, or"),
+        ("./plain.sh", "a file that is not executable", f"chmod +x {tmp_path}/plain.sh"),
+        (["notify.sh", "--quiet"], "no program notify.sh", f"'launch.on_event=[{tmp_path}/notify.sh,--quiet]'"),
+    ):
+        error = refusal(command)
+        assert error is not None and found in error.found and fix in error.fix, error
+        assert "nodes" in error.expected
+    assert refusal(f"{sys.executable} -c pass") is refusal("./notify.sh") is None
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_agents_tell_the_command_of_a_failure_and_of_the_end(tmp_path: Path) -> None:
