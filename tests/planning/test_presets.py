@@ -30,13 +30,13 @@ SLURM = ("cluster=slurm", "cluster.gpus_per_node=8", "cluster.gpu_name=H100")
 
 
 def plan(folder: Path, *words: str, vocab_size: int = 256) -> tuple[TrainConfig, str]:
-    """The config and the text of the plan of a command, on tokens that stand in for a corpus of that vocabulary."""
+    """The config and the text of the plan of a command, on a small made-up corpus of that vocabulary."""
     tokens = np.arange(3_000_000, dtype=np.uint32) % vocab_size
     for name in ("train", "val"):
         tokens.astype(np.uint16).tofile(folder / f"{name}.bin")
-    stand_in = ["data=tokens", f"data.path={folder}", f"output_dir={folder / 'outputs'}"]
-    config = typed_config(compose_launch([*words, *stand_in]))
-    return config, plan_text(make_plan(config, [*words, *stand_in], ClusterKind.slurm))
+    made_up = ["data=tokens", f"data.path={folder}", f"output_dir={folder / 'outputs'}"]
+    config = typed_config(compose_launch([*words, *made_up]))
+    return config, plan_text(make_plan(config, [*words, *made_up], ClusterKind.slurm))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
