@@ -37,7 +37,7 @@ from launch.workload import load_workload
 
 
 def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
-    """Where Hydra's sweeper writes: the sweep's folder for stock launchers, and for sweepers that have results.
+    """Folder that Hydra's sweeper writes into: the sweep's for stock launchers, and for sweepers that have results.
 
     Ours need nothing of it, and a dry run or a refusal must leave nothing behind: a folder that goes with the process.
     """

@@ -31,7 +31,7 @@ COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "l
 NUMBERS = COLUMNS[3:]
 WIDE = 1000
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
-"""What is told of a slow rank: its own time a step over some steps, and the median of the other ranks."""
+"""Fields that are told of a slow rank: its own time a step over some steps, and the median of the other ranks."""
 
 
 def as_dict(point: RunStatus) -> dict[str, Any]:

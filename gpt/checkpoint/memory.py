@@ -158,7 +158,7 @@ class MemorySaves:
         self.of_ranks: list[Place] = messages.all_gather(own, group)
         """Memory store of each rank's node."""
         self.places = neighbors(own, self.of_ranks)
-        """Where this rank's part goes."""
+        """Memory stores that this rank's part is written into."""
         self._token = str(messages.all_gather(secrets.token_hex(8), group)[0])
         self._phases = 0
         self._result: Result | None = None

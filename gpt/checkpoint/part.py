@@ -1,4 +1,4 @@
-"""What one rank writes of a checkpoint, and its writing: sums are computed of the bytes on their way to the disk.
+"""Part of a checkpoint that one rank writes, and its writing: sums are computed of the bytes on their way to the disk.
 
 Owns the files of a rank and its report, by which the writer of rank 0 learns of them. Needs no process group, so that
 any process can write. Must not know how the ranks agree.

@@ -71,7 +71,7 @@ class Saves:
         self.writer = writer
         self.give_up_after_s = give_up_after_s
         self.tell_damage: Callable[[int, str], None] | None = None
-        """Who is told of a checkpoint that is found damaged; None where checkpoints are not read again. Picklable."""
+        """Callback with step and damage of a checkpoint; None where checkpoints are not read again. Picklable."""
         self.failures = 0
         self._failing_since = 0.0
         self._retry_at = 0.0

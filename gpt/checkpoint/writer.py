@@ -1,4 +1,4 @@
-"""Who does the jobs of a save: this process at once, or a process beside it while training goes on.
+"""Writers that do the jobs of a save: this process at once, or a process beside it while training goes on.
 
 Owns the writer process. It is forked, so it costs no imports and shares the rank's memory of them; a thread would hold
 the interpreter's lock while it packs tensors, and with it the next step. Must not know what the jobs do.
@@ -43,7 +43,7 @@ class Result:
     value: Any = None
     failure: str | None = None
     ended: float = field(default_factory=time.monotonic)
-    """When the job was done, by the clock that all processes of a machine share."""
+    """Time of the end of the job, by the clock that all processes of a machine share."""
 
 
 class Writer(Protocol):

@@ -1,4 +1,4 @@
-"""What is counted of a part of the user's, and what it may say of itself. Torch-free."""
+"""Counts of a part of the user's (parameters, FLOPs, memory), and what it may say of itself. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ KINDS_OF_PARALLELISM = {
     **dict.fromkeys(("norm", "ffn"), ("tp", "cp", "pp")),
     **dict.fromkeys(("position", "attention"), ("pp",)),
 }
-"""What the class of a part may say in ``parallel``. Norms and feed-forward layers take tokens one by one, so each rank
-of tp and cp takes its own; attention and positions would have to know of the other ranks' tokens."""
+"""Values that the class of a part may have in ``parallel``. Norms and feed-forward layers take tokens one by one, so
+each rank of tp and cp takes its own; attention and positions would have to know of the other ranks' tokens."""
 
 
 @dataclass(frozen=True)

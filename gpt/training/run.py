@@ -64,7 +64,7 @@ class Run:
     early_stop: EarlyStop
     """The judge of the validation losses."""
     initialised_from: dict[str, Any] | None = None
-    """Where this attempt took its first weights from; None where it drew them, or went on from a checkpoint."""
+    """Source of the first weights of this attempt; None where it drew them, or went on from a checkpoint."""
     step: int = 0
     """Steps done."""
     hosts: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""When the next periodic checkpoint is due: by steps, by minutes, or by what failures and saves cost.
+"""Schedule of the periodic checkpoints: by steps, by minutes, or by what failures and saves cost.
 
 Pure functions of the event log and of times. Must not know how a checkpoint is saved.
 """

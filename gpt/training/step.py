@@ -75,7 +75,7 @@ class QueuedStep:
     """Requests to this rank. All ranks were asked the same where an agent sees to that; else ``requests_of_all``
     tells what was asked of any."""
     gradients: Gradients | None
-    """Where this step measures them."""
+    """Statistics of the gradients, in a step that measures them."""
     figures: AsyncMetrics
     tokens: int
     """Tokens of the global batch."""

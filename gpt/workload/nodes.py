@@ -49,7 +49,7 @@ def gpu_name(request: PlanRequest) -> str | None:
 
 
 def gpu_words(request: PlanRequest) -> str:
-    """Where the memory of a GPU is known from."""
+    """Source of the known memory of a GPU, in words."""
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
         return "cluster.gpu_memory_gib"

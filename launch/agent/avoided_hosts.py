@@ -74,5 +74,5 @@ def failures_of_hosts(events: Events) -> dict[str, list[str]]:
 
 
 def reasons(hosts: Mapping[str, str]) -> str:
-    """Why hosts are avoided, for the event log."""
+    """Reasons for which hosts are avoided, for the event log."""
     return " | ".join(f"{host}: {why}" for host, why in sorted(hosts.items()))

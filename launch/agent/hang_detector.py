@@ -37,7 +37,7 @@ class StuckRank:
     """Steps it had done; None where it never got as far as telling."""
     why: str
     since: float
-    """When it last showed progress, Unix time."""
+    """Time of its last progress, Unix time."""
     has_stacks: bool = True
     """True where it would answer to being asked for its stacks; SIGQUIT ends any other process, with a core file."""
 

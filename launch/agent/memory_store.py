@@ -94,7 +94,7 @@ class StoredSave:
 
 
 class Store:
-    """What a store holds, and what it can be asked for: each method is a request by its name."""
+    """Contents of a memory store, with a method for each request that it answers."""
 
     def __init__(self) -> None:
         self._saves: dict[str, StoredSave] = {}

@@ -21,7 +21,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with its id it names a process for good. None: not there."""
+    """Start time of a process in clock ticks since boot, which with its id names it for good. None: not there."""
     fields = _fields(pid)
     return None if fields is None else fields[19]
 

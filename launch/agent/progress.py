@@ -294,7 +294,7 @@ class NewLines:
         self._begun = b""
         self.has_cut = False
         self.changed_at = 0.0
-        """When the file was last written to, Unix time."""
+        """Time of the last write to the file, Unix time."""
 
     def read(self) -> list[bytes] | None:
         """Return the whole lines among the next ``LOOK_BYTES``; None at the end of the file."""

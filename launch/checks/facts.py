@@ -237,7 +237,7 @@ def torch_version() -> str:
 
 
 def container_problem(cluster: ClusterConfig) -> str:
-    """What speaks against the container of a run, as far as this machine tells; empty where nothing does."""
+    """Problem with the container of a run, as far as this machine tells; empty where there is none."""
     image, runtime = cluster.container, cluster.container_runtime
     if image is None:
         return ""

@@ -267,7 +267,7 @@ class Config(RunConfig):
     """Figure of the step records, such as val_loss, that each point of a sweep returns to Hydra's sweeper: what Optuna,
     Ax and Nevergrad search by. null returns nothing."""
     objective_of: ObjectiveOf = ObjectiveOf.minimum
-    """Which value of a run that is: the minimum, the maximum or the last one."""
+    """Value of the objective that a run returns: its minimum, its maximum or the last one."""
     dry_run: bool = False
     """Print the plan and the sbatch text, and submit nothing."""
     copy_code: bool = False

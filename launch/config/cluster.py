@@ -120,7 +120,7 @@ MAIL_TYPES = (
 
 @dataclass
 class ClusterConfig:
-    """Where the nodes come from. All but ``kind`` and the times is for Slurm."""
+    """Source of the nodes. All but ``kind`` and the times is for Slurm."""
 
     kind: ClusterKind = MISSING
     cluster: Optional[str] = None
@@ -169,7 +169,7 @@ class ClusterConfig:
     price_per_gpu_hour: Optional[float] = None
     """Price of a GPU-hour, in the site's currency."""
     placement: list[PlacementConfig] = field(default_factory=list)
-    """Where to try, in this order: a point that waits longer than retry_interval_min moves to the next candidate, round
+    """Candidates, in this order: a point that waits longer than retry_interval_min moves to the next candidate, round
     and round. What a candidate does not say is as above; with no candidate the run stays where ``cluster`` puts it."""
     retry_interval_min: float = 30.0
     """Minutes that a point waits in one place before it moves to the next, fractions allowed. It loses the
@@ -178,7 +178,7 @@ class ClusterConfig:
     """A point that waits longer than this, minutes, over all places, is taken out of the queue; null: it waits on."""
     comment: Optional[str] = None
     mail_user: Optional[str] = None
-    """Who gets mail from Slurm about the jobs of a run (sbatch --mail-user); null: nobody."""
+    """Recipient of Slurm's mail about the jobs of a run (sbatch --mail-user); null: nobody."""
     mail_type: str = "BEGIN,END,FAIL,REQUEUE"
     """Events that mail_user hears of, as for sbatch --mail-type; ARRAY_TASKS: of each point of a sweep by itself."""
     array_parallelism: int = 256

@@ -46,7 +46,7 @@ class PendingRun:
     """The candidate it waits in, or is on its way to."""
     since_here: float
     since: float
-    """When it began to wait here, and at all, Unix seconds."""
+    """Time when it began to wait here, and at all, Unix seconds."""
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class PlacementFailover:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._excused: dict[str, float] = {}
-        """When a job was last seen to wait for something that is no matter of place."""
+        """Time when a job was last seen to wait for something that is no matter of place."""
 
     def step(self, points: Sequence[RunStatus]) -> SlurmError | None:
         """Move what is due. A Slurm that does not answer in between is returned; the next step goes on from there."""

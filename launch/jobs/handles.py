@@ -37,7 +37,7 @@ class JobStatus:
     partition: str = ""
     """Partition in which the job waits."""
     since: float | None = None
-    """When it began to wait there, Unix seconds; None where nothing can take it out of the queue."""
+    """Time when it began to wait there, Unix seconds; None where nothing can take it out of the queue."""
     reason: str = ""
     """Reason for which the job waits, as Slurm names it."""
 

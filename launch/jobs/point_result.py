@@ -21,7 +21,7 @@ class PointResult:
     value: float | None
     """Its value; None where it was not asked for, or no record has it."""
     error: str | None = None
-    """Why the point did not finish; None where it did."""
+    """Reason for which the point did not finish; None where it did."""
 
 
 def result_of(plan: Plan, config: Config, failures: Mapping[str, str]) -> PointResult:

@@ -128,7 +128,7 @@ class RunStatus:
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
 
     def start_refusal(self) -> str | None:
-        """Why the newest start of the ranks was refused, in three parts; None where it was not."""
+        """Refusal of the newest start of the ranks, in three parts; None where it was not refused."""
         told = [e["cause"] for e in events_since_start(self.events()) if e["event"] == "start_refused"]
         return told[-1] if told else None
 

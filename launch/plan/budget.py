@@ -102,13 +102,13 @@ def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[di
 
 
 def latest(started: dict[str, Any]) -> float:
-    """When the time limit of an allocation ends it at the latest."""
+    """Time at which an allocation ends at the latest, by its time limit."""
     limit = started.get("limit_s")
     return math.inf if limit is None else float(started["allocated_at"] + limit)
 
 
 def last_seen(started: dict[str, Any], alive: float | None, now: float, poll_s: float) -> float:
-    """Until when an allocation without an end has lasted as far as one can see: for ever, while it gives heartbeats."""
+    """Latest sign of an allocation without an end, Unix seconds; infinite while it gives heartbeats."""
     seen = max(alive or 0.0, started["time"])
     return seen if now - seen > max(SILENT_S, 10 * poll_s) else math.inf
 

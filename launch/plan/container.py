@@ -13,7 +13,7 @@ from launch.config.cluster import ContainerRuntime
 from launch.errors import ConfigError
 
 SLURM_PATHS = ("/etc/slurm", "/run/munge")
-"""What Slurm's client in the image needs of the node: agents ask the controller about their job."""
+"""Paths of the node that Slurm's client in the image needs: agents ask the controller about their job."""
 
 
 def refuse_local_container(config: Config) -> None:

@@ -125,7 +125,7 @@ def next_candidate(placement: Placement, at: int) -> int | None:
 
 
 def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> float:
-    """When a point began to wait, over all places, in Unix seconds.
+    """Time when a point began to wait, over all places, in Unix seconds.
 
     Args:
         events: the event log since a person last asked for the run.

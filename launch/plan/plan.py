@@ -73,7 +73,7 @@ class Plan:
     finished: bool = False
     """True where the run is finished already: nothing of it is submitted."""
     goes_on: Continuation = field(default_factory=Continuation)
-    """How the run goes on, where that is not from where it stopped."""
+    """Continuation of the run, where that is not from where it stopped."""
 
     expected_s: float | None = None
     """Expected time of the next start, seconds; None where nothing is known of it."""
@@ -224,7 +224,7 @@ def plan_request(
     config: Config, overrides: Sequence[str], folder: RunFolder, kind: ClusterKind, sweep_sizes: Sequence[int],
     gpu_type: str | None,
 ) -> PlanRequest:  # fmt: skip
-    """What a workload is told of a point that it is to plan."""
+    """Make the request by which a workload plans a point."""
     is_local = kind is ClusterKind.local
     return PlanRequest(
         overrides=tuple(overrides),

@@ -9,9 +9,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def root(function: Callable[[float], float], low: float, high: float, rounds: int = 60) -> float:
-    """Where a falling function of a positive number crosses zero, by bisection of its logarithm.
+    """Zero of a falling function of a positive number, by bisection of its logarithm.
 
-    The nearer end where it does not cross between ``low`` and ``high``.
+    The nearer end where it does not cross zero between ``low`` and ``high``.
     """
     if function(low) <= 0:
         return low
@@ -24,7 +24,7 @@ def root(function: Callable[[float], float], low: float, high: float, rounds: in
 
 
 def minimum(function: Callable[[float], float], low: float, high: float, rounds: int = 48) -> float:
-    """Where a function of a positive number is smallest, by golden sections of its logarithm (Kiefer, 1953).
+    """Argument of the minimum of a function of a positive number, by golden sections of its logarithm (Kiefer, 1953).
 
     Exact to the tolerance of the rounds where it has one minimum between ``low`` and ``high``.
     """

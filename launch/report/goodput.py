@@ -1,4 +1,4 @@
-"""Where the time of a run went, from its submission to its end over all attempts, and what it cost.
+"""Goodput of a run: its time by part, from its submission to its end over all attempts, and what it cost.
 
 Owns the parts, which add up to the whole because each stretch of the clock is given to one of them: the event log says
 when nodes were allocated and attempts started, the records of the first rank when steps were made. Must not know how a

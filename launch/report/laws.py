@@ -1,4 +1,4 @@
-"""What the points of a series say together: intervals of their efficiencies, repeats of one size, and scaling laws.
+"""Statistics over the points of a series: intervals of their efficiencies, repeats of one size, and scaling laws.
 
 Owns which points that is claimed of, and the sentences. The arithmetic is that of ``intervals``.
 """

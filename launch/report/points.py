@@ -58,9 +58,9 @@ class Point:
     loss: float | None
     """Training loss of the last step, nats per token."""
     span: tuple[float, float] | None = None
-    """When its steps were made: Unix times of the first and the last record of the attempt."""
+    """Span of its steps: Unix times of the first and the last record of the attempt."""
     presence: tuple[float, float] | None = None
-    """When its processes were there, starting and ending as well; at least the span."""
+    """Span of its processes, starting and ending included; at least that of its steps."""
     label: str = ""
     """Label that sets it apart from the other points of a report, for people; empty where that is its name."""
     unit: str | None = None
@@ -69,7 +69,7 @@ class Point:
     """Time that its ranks ran, from the start to the end of each attempt, added up; None while they still do."""
     attempts: int = 0
     goodput: Goodput | None = None
-    """Where its time went; None where no agent entered what was allocated."""
+    """Its time by part; None where no agent entered what was allocated."""
     bf16_ratio: float | None = None
     """MFU of the bf16 peak over that of the peak in the precision of the run; None where the records do not tell."""
     breakdown: StepBreakdown | None = None
@@ -163,7 +163,7 @@ LEFT = ("finished", "stopped", "rank_failed", "attempt_ended")
 
 
 def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float | None]]:
-    """When the ranks of each attempt started and, if they have, ended."""
+    """Times at which the ranks of each attempt started and, if they have, ended."""
     times: dict[int, tuple[float, float | None]] = {}
     for event in events:
         attempt = event.get("attempt")

@@ -242,7 +242,7 @@ class _Reduction:
         self._records[at] += 1
 
     def _places(self, steps: Integers) -> Integers:
-        """Where these steps are among all; those that no rank before had are made room for."""
+        """Indices of these steps among all; those that no rank before had are made room for."""
         if len(steps) == len(self._steps) and (steps == self._steps).all():
             return np.arange(len(steps))
         if not np.isin(steps, self._steps).all():

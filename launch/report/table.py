@@ -161,7 +161,7 @@ def _row(series: Series, member: MeasuredPoint) -> Row:
 
 
 def _time_figures(point: Point) -> dict[str, Any]:
-    """Where the time went, and what that cost."""
+    """Columns of the time by part, and of what it cost."""
     found = point.goodput
     if found is None:
         return {}

@@ -1,4 +1,4 @@
-"""How often to save where nodes fail, and what share of the time is then left for steps. Pure arithmetic.
+"""Best interval between checkpoints where nodes fail, and the share of the time left for steps. Pure arithmetic.
 
 Sources: J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974); J. T. Daly, "A
 higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22 (2006), to first order: its further

@@ -177,7 +177,7 @@ class _Block:
             self.are_plain[:] = False
 
     def _find_mappings(self, text: npt.NDArray[np.uint8]) -> tuple[Integers, Integers]:
-        """Where the mapping inside of each line begins and ends, -1 without one. A line whose braces do not match one
+        """Begin and end of the mapping inside of each line, -1 without one. A line whose braces do not match one
         another, or with more than one, is not plain."""
         braces = [np.flatnonzero(text == brace) for brace in (OPEN, CLOSE)]
         limits = np.append(self.starts, len(text))

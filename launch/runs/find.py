@@ -19,7 +19,7 @@ from launch.runs.overrides import read_overrides
 from launch.runs.sweeps import read_sweeps
 
 OUTPUTS = Path("outputs")
-"""Where runs are looked for when nothing says where: ``output_dir`` by default."""
+"""Folder in which runs are looked for by default, that of ``output_dir``."""
 DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
 
 

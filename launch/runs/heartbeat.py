@@ -62,9 +62,9 @@ class RankHeartbeat:
     """Last heartbeat of a rank, and its last progress. Times are of the monotonic clock."""
 
     ran_at: float
-    """When the process last ran at all."""
+    """Time when the process last ran at all."""
     moved_at: float
-    """When the loop last showed progress; 0 where it never did, so that nothing follows from its silence."""
+    """Time when the loop last showed progress; 0 where it never did, so that nothing follows from its silence."""
     pid: int
     step: int
     """Steps done."""

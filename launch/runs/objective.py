@@ -13,7 +13,7 @@ from launch.runs.records import read_records
 
 
 class ObjectiveOf(Enum):
-    """Which of the values of a run is its objective."""
+    """Value of a run that is its objective: the smallest, the largest or the last."""
 
     minimum = "minimum"
     maximum = "maximum"

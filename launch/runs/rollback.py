@@ -28,7 +28,7 @@ LAST = "last"
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a command goes on with the run of a folder."""
+    """Way in which a command goes on with the run of a folder."""
 
     back_to: int | None = None
     """Step of the checkpoint that the run goes back to; None where it goes on from the newest one."""

@@ -32,7 +32,7 @@ class Sweep:
     typed: tuple[str, ...] = ()
     """Overrides that were typed for it, those of all points together: ``nodes=1,2,4``."""
     time: float = 0.0
-    """When it was typed last, Unix seconds."""
+    """Time when it was typed last, Unix seconds."""
 
     def folder(self, group: Path) -> Path | None:
         """Folder of its record and its report; None where it has no record."""

@@ -122,10 +122,10 @@ class JobState:
     nodes: str = ""
     """Names of its nodes, as Slurm abbreviates them; empty while it has none."""
     start: str = ""
-    """When it started, or is expected to; empty where Slurm does not know."""
+    """Time of its start, or the expected one; empty where Slurm does not know."""
     partition: str = ""
     submitted: float | None = None
-    """When it was submitted, or put back into the queue, in Unix seconds."""
+    """Time when it was submitted, or put back into the queue, in Unix seconds."""
 
     @property
     def is_over(self) -> bool:
@@ -215,7 +215,7 @@ class JobDetails:
     """Number of times it was put back into the queue, this time included where that has just happened."""
     start_time: float | None
     end_time: float | None
-    """When its time limit ends it, or when it ended."""
+    """Time at which its time limit ends it, or at which it ended."""
     time_limit_s: float | None
     reason: str = ""
     """Reason for which it waits, or ended, as Slurm names it; ``None`` where it was cancelled."""

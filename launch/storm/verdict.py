@@ -115,7 +115,7 @@ class Measurement:
     after_start: float
     """The same without the first start, of which the model knows nothing."""
     seconds: Mapping[str, float]
-    """Where the time went: part of ``launch.report.goodput.PARTS`` -> seconds."""
+    """Seconds by part of ``launch.report.goodput.PARTS``."""
     predicted: Prediction
 
 

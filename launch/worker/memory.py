@@ -38,7 +38,7 @@ class StoreError(ConnectionError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a memory store listens."""
+    """Address of a memory store."""
 
     host: str
     port: int

@@ -88,7 +88,7 @@ exit 0  # any other status drains the node
 
 
 def epilog_file(state: State) -> Path:
-    """Where the epilog lies, the same on every node."""
+    """Path of the epilog, the same on every node."""
     return state.slurm_conf.with_name("epilog")
 
 

@@ -54,7 +54,7 @@ class Settings:
 
 
 def default_directory() -> Path:
-    """Where a sandbox lies when nothing is said: in $XDG_STATE_HOME, by default ~/.local/state."""
+    """Default folder of a sandbox: in $XDG_STATE_HOME, by default ~/.local/state."""
     state_home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(state_home) / "slurm-sandbox"
 

@@ -24,7 +24,7 @@ RECORD = "sandbox.json"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a daemon listens."""
+    """Address on which a daemon listens."""
 
     address: str
     port: int
@@ -61,11 +61,11 @@ class State:
 
     @property
     def munge_socket(self) -> Path:
-        """Where this sandbox's munged answers; that of the sandbox it has joined, whose key must be its own."""
+        """Socket of this sandbox's munged; that of the sandbox it has joined, whose key must be its own."""
         return (Path(self.settings.join) if self.settings.join else self.directory) / "munge" / "socket"
 
     def log(self, daemon: str) -> Path:
-        """Where the output of a daemon goes: munged, slurmctld, slurmdbd, mariadbd, or a node's name."""
+        """File of the output of a daemon: munged, slurmctld, slurmdbd, mariadbd, or a node's name."""
         return self.directory / "log" / f"{daemon}.out"
 
     def save(self) -> None:

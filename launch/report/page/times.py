@@ -1,4 +1,4 @@
-"""What efficiency was lost to, and where the time went: bars whose parts add up to the whole."""
+"""Losses of efficiency, and the time of a run by part: bars whose parts add up to the whole."""
 
 from __future__ import annotations
 
