@@ -35,7 +35,8 @@ from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 
 ABOUT = "about.json"
-"""File of rank 0's part: what a manifest tells of a checkpoint on a disk, and the index of its tensors."""
+"""File of rank 0's part: the caller's ``meta`` and the index of the tensors. What else a manifest on a disk has, the
+stores tell of themselves: step, number of ranks, files and checksums."""
 REPORT = "report.json"
 """File of each part: the places of its tensors in its files."""
 
@@ -87,7 +88,7 @@ class Send:
             files.send(REPORT, Report({}, items).encode())
             if part.plan is not None and part.plan.metadata is not None:
                 index = encode_index(part.plan.metadata)
-                files.send(ABOUT, json.dumps({"step": self.step, "meta": self.meta, "index": index}).encode())
+                files.send(ABOUT, json.dumps({"meta": self.meta, "index": index}).encode())
             for store in stores:
                 store.ask("finish", **where)
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from gpt.checkpoint.collective import run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.formats import read_tensors
 from gpt.checkpoint.index import decode_index
+from gpt.checkpoint.loaded import LoadedCheckpoint
 from gpt.checkpoint.memory import ABOUT, REPORT, MemorySaves
 from gpt.checkpoint.part import Report, rank_file
 from launch.worker.memory import CHUNK, Place, StoreClient
@@ -51,18 +52,6 @@ class HeldSave:
         """Choose the store that each part is read from: that of the node where its rank is now, else any."""
         near = {rank: of_ranks[rank] if rank < len(of_ranks) else None for rank in self.parts}
         return {rank: near[rank] if near[rank] in held else min(held, key=str) for rank, held in self.parts.items()}  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class LoadedFromMemory:
-    """Description of a checkpoint that was loaded from memory."""
-
-    step: int
-    meta: dict[str, Any]
-    world_size: int
-    rank_state: dict[str, Any] | None
-    damaged: tuple[str, ...]
-    """Copies that were passed over, a line for each."""
 
 
 def find_held(saves: MemorySaves) -> HeldSave:
@@ -100,7 +89,7 @@ def _inventory(saves: MemorySaves) -> list[dict[str, Any]]:
         return list(store.ask("inventory")["saves"])
 
 
-def load_held(saves: MemorySaves, held: HeldSave, state: Any) -> LoadedFromMemory:
+def load_held(saves: MemorySaves, held: HeldSave, state: Any) -> LoadedCheckpoint:
     """Fill ``state`` from a checkpoint in memory, once the copies that are read are verified. Collective.
 
     Raises:
@@ -133,7 +122,8 @@ def load_held(saves: MemorySaves, held: HeldSave, state: Any) -> LoadedFromMemor
         run_on_all_ranks(lambda: read_tensors(HeldReader(metadata, stores), state, saves.group), saves.group)
         run_on_all_ranks(read_own, saves.group)
     own = rank_states[0] if rank_states else None
-    return LoadedFromMemory(held.step, about["meta"], held.world_size, own, tuple(damaged))
+    damage = f"other copies were taken than {'; '.join(damaged)}" if damaged else None
+    return LoadedCheckpoint(held.step, about["meta"], held.world_size, own, is_from_memory=True, memory_damage=damage)
 
 
 def verify_held(saves: MemorySaves, held: HeldSave) -> list[str]:

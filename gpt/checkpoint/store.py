@@ -7,7 +7,7 @@ Saving is by ``saving``. Must not know what the state means, nor when to save.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.in_flight import Saved
 from gpt.checkpoint.jobs import Retention
+from gpt.checkpoint.loaded import LoadedCheckpoint
 from gpt.checkpoint.manifest import DamagedError, Manifest, find_damage, read_manifest
 from gpt.checkpoint.memory import MemorySaves
 from gpt.checkpoint.memory_load import NotInMemoryError, discard_held_after, find_held, forget_others, load_held
@@ -33,24 +34,6 @@ __all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAt
 def always() -> bool:
     """Allow every commit."""
     return True
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """Description of a loaded checkpoint; its tensors are in the state that was passed to ``load``."""
-
-    step: int
-    meta: dict[str, Any]
-    world_size: int
-    rank_state: dict[str, Any] | None
-    """State that this rank saved for itself; None where the number of ranks is another than it was."""
-    set_aside: tuple[str, ...]
-    """Newer checkpoints that were damaged, a line with name and reason for each."""
-    is_from_memory: bool = False
-    """True where it was loaded from the memory of the nodes."""
-    memory_damage: str | None = None
-    """Reason why memory, where checkpoints are kept there, gave none, or gave another copy of a part; None where there
-    is nothing to say."""
 
 
 class CheckpointStore:
@@ -160,8 +143,7 @@ class CheckpointStore:
         except (NotInMemoryError, CheckpointError) as error:
             return None, str(error).splitlines()[0]
         forget_others(self.memory, held.save)
-        damage = f"other copies were taken than {'; '.join(found.damaged)}" if found.damaged else None
-        return LoadedCheckpoint(found.step, found.meta, found.world_size, found.rank_state, (), True, damage), None
+        return found, None
 
     def _load_from_disk(self, paths: list[Path], state: Any) -> LoadedCheckpoint | None:
         damaged: list[str] = []
