@@ -61,7 +61,7 @@ class FixedRendezvous(RendezvousHandler):
         self._timeout_s = timeout_s
         self._is_leaving = is_leaving
         self._find_lost = find_lost
-        self._place = rdzv.members.index(index)
+        self._place = rdzv.place(index)
         self._store = dist.TCPStore(
             rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )

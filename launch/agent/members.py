@@ -24,6 +24,14 @@ class RendezvousRound:
     port: int
     """Port of the ranks' store: a fresh one on the head node for each round."""
 
+    def place(self, index: int) -> int:
+        """Return the place of a node among the members."""
+        return self.members.index(index)
+
+    def ranks(self, index: int, on_node: int) -> range:
+        """Return the ranks of a node, each node having ``on_node``."""
+        return range(self.place(index) * on_node, (self.place(index) + 1) * on_node)
+
 
 @dataclass(frozen=True)
 class LostNode:

@@ -54,8 +54,7 @@ class Watch:
         self._round = rdzv
         self._stop = stop
         self._meter = meter
-        place, each = rdzv.members.index(node.index), config.ranks_on_node
-        ranks = range(place * each, (place + 1) * each)
+        ranks = rdzv.ranks(node.index, config.ranks_on_node)
         logs = {rank: folder.log(rdzv.attempt, rank) for rank in ranks}
         self._watchdog = Watchdog(
             heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s

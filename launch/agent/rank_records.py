@@ -55,8 +55,8 @@ class RankRecords:
         self._command = command
         self._contract = contract
         self._tree = tree
-        self._place = rdzv.members.index(node.index)
-        self._ranks = range(self._place * config.ranks_on_node, (self._place + 1) * config.ranks_on_node)
+        self._place = rdzv.place(node.index)
+        self._ranks = rdzv.ranks(node.index, config.ranks_on_node)
         self._progress = Progress(
             folder, rdzv.attempt, self._ranks, contract.progress, contract.unit, contract.work_per_step,
             contract.writes_curves,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from launch.checks.facts import SlurmFacts
 from launch.checks.nodes import is_given_one_cpu, plural
 from launch.checks.request import partitions_of
 from launch.config import ClusterKind, Config
+from launch.plan.open_keys import settle_key
 from launch.plan.placement import configs as configs_at
 from launch.scheduler.limits import Limits, NodeLimits, Partition
 
@@ -26,24 +27,17 @@ def settle_cpus(
 ) -> list[str]:
     """Have each point on Slurm ask for the CPUs that the ranks of a node need, where nothing says how many.
 
-    Args:
-        documents: the composed config of each point, which its run folder will hold.
-        configs: the same, typed; both are changed.
-        kinds: the cluster of each point, settled.
-        facts: what Slurm tells of itself. Where it tells nothing of a place, that point is left as it is.
+    The arguments, and what is returned, are those of ``settle_key``.
 
-    Returns:
-        What was decided and by what, for people; each line once.
+    Args:
+        facts: what Slurm tells of itself. Where it tells nothing of a place, that point is left as it is.
     """
-    told: list[str] = []
-    for document, config, kind in zip(documents, configs, kinds, strict=True):
-        found = cpus_for(config, facts) if kind is ClusterKind.slurm else None
-        if found is None:
-            continue
-        config.cluster.cpus_per_task, why = found
-        OmegaConf.update(document, "cluster.cpus_per_task", config.cluster.cpus_per_task)
-        told.append(f"cluster.cpus_per_task={config.cluster.cpus_per_task}: {why}")
-    return list(dict.fromkeys(told))
+
+    def choose(config: Config) -> tuple[int | None, str]:
+        found = cpus_for(config, facts)
+        return (None, "") if found is None else (found[0], f"cluster.cpus_per_task={found[0]}: {found[1]}")
+
+    return settle_key("cpus_per_task", choose, documents, configs, kinds)
 
 
 def cpus_for(config: Config, facts: SlurmFacts) -> tuple[int, str] | None:

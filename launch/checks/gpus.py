@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from launch.checks.facts import SlurmFacts
 from launch.checks.findings import Finding, Level, fine, warn
@@ -18,6 +18,7 @@ from launch.checks.request import has_features, is_sent_elsewhere, partitions_of
 from launch.config import ClusterKind, Config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
+from launch.plan.open_keys import settle_key
 from launch.plan.placement import configs as configs_at
 from launch.scheduler.limits import Limits, NodeLimits, gres
 
@@ -48,29 +49,20 @@ def settle_gpus(
 ) -> list[str]:
     """Have each point on Slurm ask for the GPUs that every node has where it may go, where nothing says how many.
 
-    Args:
-        documents: the composed config of each point, which its run folder will hold.
-        configs: the same, typed; both are changed.
-        kinds: the cluster of each point, settled.
-        facts: what Slurm tells of itself. Where it tells nothing of a place, that point is left as it is.
+    The arguments, and what is returned, are those of ``settle_key``.
 
-    Returns:
-        What was decided and by what, for people; each line once.
+    Args:
+        facts: what Slurm tells of itself. Where it tells nothing of a place, that point is left as it is.
 
     Raises:
         ConfigError: more ranks are asked for on a node than its GPUs, and nothing says which of the two is meant.
     """
-    told: list[str] = []
-    for document, config, kind in zip(documents, configs, kinds, strict=True):
-        if kind is not ClusterKind.slurm:
-            continue
+
+    def choose(config: Config) -> tuple[int | None, str]:
         number, finding = choose_gpus(config, facts)
-        if number is not None:
-            config.cluster.gpus_per_node = number
-            OmegaConf.update(document, "cluster.gpus_per_node", number)
-        if finding is not None:
-            told.append(line_of(finding))
-    return list(dict.fromkeys(told))
+        return number, "" if finding is None else line_of(finding)
+
+    return settle_key("gpus_per_node", choose, documents, configs, kinds)
 
 
 def line_of(finding: Finding) -> str:

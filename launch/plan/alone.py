@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from launch.config import ClusterKind, Config
+from launch.plan.open_keys import settle_key
 from launch.plan.plan import Plan
 
 WHY = "cluster.exclusive=true: points of a sweep over nodes or ranks would measure each other on shared nodes"
@@ -21,24 +22,21 @@ WHY = "cluster.exclusive=true: points of a sweep over nodes or ranks would measu
 def settle_exclusive(documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind]) -> str:
     """Have the points of a sweep over nodes or ranks ask Slurm for whole nodes, where the command leaves that open.
 
-    Args:
-        documents: the composed config of each point, which its run folder will hold.
-        configs: the same, typed; both are changed.
-        kinds: the cluster of each point, settled.
+    The arguments are those of ``settle_key``.
 
     Returns:
         What was decided, for people; empty where nothing was.
     """
     sizes = {config.world_size for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm}
-    said = ""
-    for document, config, kind in zip(documents, configs, kinds, strict=True):
+
+    def choose(config: Config) -> tuple[bool | None, str]:
         cluster = config.cluster
         is_open = cluster.exclusive is None and "exclusive" not in cluster.additional_parameters
-        if len(sizes) > 1 and kind is ClusterKind.slurm and is_open:
-            cluster.exclusive = True
-            OmegaConf.update(document, "cluster.exclusive", True)
-            said = f"{WHY} (cluster.exclusive=false shares them; a site may charge whole nodes)"
-    return said
+        if len(sizes) < 2 or not is_open:
+            return None, ""
+        return True, f"{WHY} (cluster.exclusive=false shares them; a site may charge whole nodes)"
+
+    return "".join(settle_key("exclusive", choose, documents, configs, kinds))
 
 
 def wait_for(plan: Plan, before: Sequence[str]) -> Plan:
