@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from gpt.checkpoint.folders import step_of
 from gpt.checkpoint.manifest import read_manifest
-from gpt.config import Device
+from gpt.config import Device, TrainConfig
 from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
+from gpt.model.gpt import GPT
 from gpt.model.loss import summed_loss
 from gpt.parallel.distributed import World, open_world
 from gpt.training.evaluation import mean_loss
@@ -73,6 +74,33 @@ def evaluate(
     """
     folder, config = open_run(path)
     checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
+    samples, wanted = open_validation(config, checkpoint, world, sequences)
+    model = read_weights(config, checkpoint, world.device)
+    shown = shows_progress and world.is_first
+    loss = loss_over(model, config, samples, world, wanted, batch or config.optim.max_micro_batch, shown)
+    num_tokens = wanted * config.model.block_size
+    num_bytes = samples.val_bytes(wanted)
+    return Evaluation(
+        run=str(folder.path),
+        step=step_of(checkpoint),
+        sequences=wanted,
+        tokens=num_tokens,
+        num_bytes=num_bytes,
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=samples.val_bits_per_byte(loss, wanted),
+    )
+
+
+def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequences: int | None) -> tuple[Samples, int]:
+    """Open the corpus that a checkpoint was trained on, for its validation split.
+
+    Returns:
+        The samples, and how many of its sequences are wanted: ``sequences``, or all.
+
+    Raises:
+        ConfigError: the corpus is another one, or it has not so many sequences.
+    """
     tokens = world.on_first(lambda: prepare_tokens(config))
     # The validation split of another text may hold what the model was trained on.
     trained_on = read_manifest(checkpoint).meta["data_sha256"]
@@ -88,10 +116,14 @@ def evaluate(
         raise ConfigError(
             f"--sequences {wanted}", f"1 to {samples.num_val}, all there are", f"--sequences {samples.num_val}"
         )
-    model = read_weights(config, checkpoint, world.device)
-    batch = batch or config.optim.max_micro_batch
+    return samples, wanted
+
+
+def loss_over(
+    model: GPT, config: TrainConfig, samples: Samples, world: World, wanted: int, batch: int, shown: bool
+) -> float:
+    """Mean loss over the first ``wanted`` validation sequences in batches of ``batch``, with a bar where ``shown``."""
     rounds = math.ceil(math.ceil(wanted / world.size) / batch)
-    shown = shows_progress and world.is_first
     # A line for each batch that took long, or every half second: the time that is left is known after the first.
     with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=0.5, disable=not shown) as bar:
 
@@ -102,28 +134,7 @@ def evaluate(
                 bar.update()
             return summed
 
-        loss = mean_loss(
-            model,
-            counted_loss,
-            samples,
-            world,
-            wanted,
-            batch,
-            world.rank,
-            world.size,
-        )
-    num_tokens = wanted * config.model.block_size
-    num_bytes = samples.val_bytes(wanted)
-    return Evaluation(
-        run=str(folder.path),
-        step=step_of(checkpoint),
-        sequences=wanted,
-        tokens=num_tokens,
-        num_bytes=num_bytes,
-        loss=loss,
-        perplexity=math.exp(loss),
-        bits_per_byte=samples.val_bits_per_byte(loss, wanted),
-    )
+        return mean_loss(model, counted_loss, samples, world, wanted, batch, world.rank, world.size)
 
 
 def report(found: Evaluation) -> str:
