@@ -77,7 +77,7 @@ def run_sweep(
     for plan in unfinished(plans):
         refuse_running(plan)
     announce(plans, configs, console)
-    made = [plan.run_dir for plan in plans if not Path(plan.run_dir).exists()]
+    new_folders = [plan.run_dir for plan in plans if not Path(plan.run_dir).exists()]
     write_runs(plans, configs, points)
     try:
         words = sweep_overrides(typed)
@@ -85,7 +85,7 @@ def run_sweep(
     except NothingSubmittedError:
         from launch.jobs.submit import remove_unused
 
-        remove_unused(made)
+        remove_unused(new_folders)
         raise
     if failures and not tolerates_failures:
         raise SweepFailedError("\n\n".join(failures.values()), 1)

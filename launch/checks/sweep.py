@@ -47,8 +47,8 @@ def plan_sweep(
     kinds = choose_clusters(documents, console)
     configs = [typed_config(composed) for composed in documents]
     slurm = settle_resources(documents, configs, kinds, console)
-    plans = label(plan_points(configs, typed, kinds, slurm), typed)
-    return check(plans, configs, slurm, console), configs
+    plans = label_plans(plan_points(configs, typed, kinds, slurm), typed)
+    return check_plans(plans, configs, slurm, console), configs
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
@@ -131,7 +131,7 @@ def gpu_type_at(config: Config, kind: ClusterKind, slurm: SlurmFacts | None) -> 
     return gpus.gpu_type(config, slurm)
 
 
-def label(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> list[Plan]:
+def label_plans(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> list[Plan]:
     """Return the plans, each with its label among the others.
 
     Raises:
@@ -155,7 +155,7 @@ def refuse_same_folder(plans: Sequence[Plan]) -> None:
         seen.add(plan.run_dir)
 
 
-def check(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:
+def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:
     """Hold the plans against Slurm's limits, and add their share of the budget, expected times and warnings.
 
     Args:
