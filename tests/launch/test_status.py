@@ -150,15 +150,18 @@ def test_where_runs_are_is_said_to_whom_looks_elsewhere(tmp_path: Path, monkeypa
     assert suggestion(Path("s")) == "outputs/s, which is there"
 
 
-def test_a_rank_that_the_run_does_not_have_is_refused_with_one_that_it_has(tmp_path: Path) -> None:
+def test_a_rank_that_the_run_does_not_have_is_refused_with_one_that_it_has(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create_attempt()
     folder.environment(1).write_text(json.dumps({"ranks": [{"rank": rank, "node": 0} for rank in range(4)]}))
     folder.log(1, 3).write_text("hello of the last rank")
-    text = run("launch.logs", str(folder.path), "--rank", "7", cwd=tmp_path, status=2)
+    assert logs([str(folder.path), "--rank", "7"]) == 2
+    text = capfd.readouterr().err
     assert "found: --rank 7 of a run with 4 ranks\nexpected: 0 to 3\n" in text
-    typed = text.split("type next: python -m ")[1].split()
-    assert "hello of the last rank" in run(typed[0], *typed[1:], cwd=tmp_path)
+    typed = text.split("type next: python -m launch.logs ")[1].split()
+    assert logs(typed) == 0 and "hello of the last rank" in capfd.readouterr().out
 
 
 def test_a_log_that_an_attempt_does_not_have_is_refused_followed_or_not(
@@ -166,6 +169,7 @@ def test_a_log_that_an_attempt_does_not_have_is_refused_followed_or_not(
 ) -> None:
     """Of a run over two attempts, the second on half of the nodes."""
     folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
     folder.plan.write_text(json.dumps({"world_size": 4}))
     for size in (4, 2):
         attempt = folder.create_attempt()
