@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.storm_on_sandbox import drill
+from benchmarks.storm import drill, gpt_words
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -94,7 +94,8 @@ PARTS = {
 
 def roads(runs: int) -> int:
     """Print what a fault costs by the road on which the run goes on; exit status 1 where it did not come through."""
-    status, folder = drill(3 * runs, seed=1, kinds="sigkill_rank,power_cut,requeue")
+    folder, count = Path(tempfile.mkdtemp()), 3 * runs
+    status = drill(folder, gpt_words(count), count, seed=1, kinds="sigkill_rank,power_cut,requeue")
     found = read_json(folder / "drill" / "verdict.json")["recoveries"]
     print(f"| seconds, median (slowest) | faults | {' | '.join(PARTS.values())} |\n|{'---|' * (len(PARTS) + 2)}")
     for road, name in ROADS.items():

@@ -3,7 +3,6 @@
     python benchmarks/storm_on_sandbox.py                           # all of it, about 40 minutes on two cores, as root
     python benchmarks/storm_on_sandbox.py --only srun,controller    # the cases with one of these words in their names
     python benchmarks/storm_on_sandbox.py --write                   # and keep it, in benchmarks/storm_on_sandbox.md
-    python benchmarks/storm_on_sandbox.py --drill 50 --seed 1       # one run under 50 faults of all kinds: launch.storm
 
 Every case is a training run of two nodes on a Slurm sandbox of four (SlurmdTimeout=20, KillWait=5, no accounting),
 with the default limits of `resilience.max_restarts` and `resilience.max_without_progress`. A node that "is back after
@@ -29,16 +28,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.page import chosen, keep, stamp
+from benchmarks.storm import SPARE
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError
 from slurm.sandbox.faults import heal, power_cut, preempt
-from tests.support.commands import ON_SLURM, ROOT, TINY, environment, run
+from tests.support.commands import TINY, run
 from tests.support.storm import StormyRun
 from tests.support.weights import differing, read_weights
 
 STEPS = 250
 WORDS = (f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1")
-SPARE = ("spare_nodes=1", "resilience.node_timeout_s=5")
 SLOW_START = ("resilience.fork_ranks=false",)
 """Ranks that import for seconds, so that they can be preempted before their first step."""
 END_S = 900.0
@@ -126,14 +125,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", metavar="WORDS", help="the cases with one of these words: WORD,WORD")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="cases side by side, each on its sandbox")
-    parser.add_argument("--drill", type=int, metavar="N", help="in place of the cases one drill of N faults")
-    parser.add_argument("--seed", type=int, default=1, help="of the drill (%(default)s)")
     parser.add_argument("--write", action="store_true", help="write the table into benchmarks/")
     args = parser.parse_args()
-    if args.drill:
-        status, folder = drill(args.drill, args.seed)
-        print(f"verdict, event logs, and the logs of Slurm's daemons are in {folder}")
-        return status
     names = chosen_cases(args.only)
     scratch = tempfile.mkdtemp()
     with ThreadPoolExecutor(args.at_once) as pool:
@@ -164,26 +157,6 @@ def main() -> int:
     else:
         print(f"event logs, and the logs of Slurm's daemons, are kept in {scratch}")
     return 0 if good else 1
-
-
-def drill(faults: int, seed: int, kinds: str = "") -> tuple[int, Path]:
-    """One run under ``faults`` faults, of all kinds that a sandbox has or of some.
-
-    Returns:
-        Exit status of ``launch.storm``, and the folder with its verdict, event logs and the logs of Slurm's daemons.
-    """
-    scratch = Path(tempfile.mkdtemp())
-    words = (*ON_SLURM, *TINY, *SPARE, "nodes=2", f"optim.max_steps={200 * faults}", "eval.interval=0")
-    words += ("checkpoint.interval=25", "checkpoint.keep_last=4", "model.dropout=0.1")
-    words += ("resilience.heartbeat_timeout_s=10",)
-    with Cluster(scratch / "sandbox") as sandbox:
-        sandbox.up(timeout_s=180.0)
-        options = ["--faults", str(faults), "--seed", str(seed), "--sandbox", str(sandbox.directory)]
-        options += ["--kinds", kinds] if kinds else []
-        command = [sys.executable, "-m", "launch.storm", *options, "--output", str(scratch / "drill"), *words]
-        status = subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=False).returncode
-        shutil.copytree(sandbox.directory / "log", scratch / "slurm_logs")  # the sandbox takes its own along
-    return status, scratch
 
 
 def chosen_cases(words: str) -> list[str]:

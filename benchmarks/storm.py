@@ -1,0 +1,165 @@
+"""Does one run come through many faults of all kinds? `launch.storm` on a Slurm sandbox without accounting, as root.
+
+    python benchmarks/storm.py --faults 50 --seeds 4            # one drill of 50 faults: most of an hour
+    python benchmarks/storm.py --faults 10 --seeds 11,12,13     # one drill a seed, one after another
+    python benchmarks/storm.py --write FOLDER...                # keep what those folders hold, in benchmarks/storm.md
+
+A drill is one run of two nodes and a spare one on a sandbox of four (SlurmdTimeout=20, KillWait=5), under faults of all
+kinds that a sandbox has, as many of each as the number allows, in an order and with ranks, steps and seconds that the
+seed decides. The program is a chain of hashes that each rank saves every 25 steps and goes on from, in files of a few
+hundred bytes; it sleeps in its steps until all faults have come. The final files of both ranks have to be those of a
+quiet run of the same words, byte by byte, and every step of both ranks has to be there once, with the same loss and
+samples; nothing of the run may be left on the host or in the queue. Goodput is the share of the allocated time that
+went into steps that count, without the first start, and the prediction beside it Young and Daly's, of the run's own
+save time, interval and cost of a restart. Exit status 1 where a drill does not pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import keep, stamp
+from launch.runs.files import read_json, read_json_lines, write_json
+from launch.storm.schedule import KINDS
+from slurm.sandbox.cluster import Cluster
+from tests.support.commands import ON_SLURM, ROOT, TINY, environment
+
+SPARE = ("spare_nodes=1", "resilience.node_timeout_s=5")
+PROGRAM = ROOT / "tests" / "support" / "checkpointing.py"
+STEPS_PER_FAULT = 600
+"""Steps of half a minute of sleeping, so that the run is not done before all faults have come."""
+STEP_S = 0.05
+SAVE_EVERY = 25
+
+
+def gpt_words(faults: int) -> tuple[str, ...]:
+    """A run of the GPT on one core a rank that is long enough for so many faults."""
+    words = (*TINY, f"optim.max_steps={200 * faults}", "eval.interval=0", "model.dropout=0.1")
+    return (*words, "checkpoint.interval=25", "checkpoint.keep_last=4")
+
+
+def chain_words(faults: int, calm: Path) -> tuple[str, ...]:
+    """A run of the chain of hashes, which does not sleep any more once the file ``calm`` is there."""
+    arguments = f"{STEPS_PER_FAULT * faults} {SAVE_EVERY} {STEP_S} {calm}"
+    script = ("workload=script", "ranks_per_node=1", f"script.path={PROGRAM}", f"script.args='{arguments}'")
+    return (*script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")
+
+
+def drill(
+    scratch: Path, words: Sequence[str], faults: int, seed: int, kinds: str = "", quiet: Path | None = None
+) -> int:
+    """Make one drill on a sandbox of its own; ``scratch`` gets its folder and the logs of Slurm's daemons.
+
+    Returns:
+        Exit status of ``launch.storm``.
+    """
+    words = [*ON_SLURM, *SPARE, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
+    with Cluster(scratch / "sandbox") as sandbox:
+        sandbox.up(timeout_s=300.0)
+        options = ["--faults", str(faults), "--seed", str(seed), "--sandbox", str(sandbox.directory)]
+        options += ["--kinds", kinds] if kinds else []
+        options += ["--quiet", str(quiet)] if quiet else []
+        command = [sys.executable, "-m", "launch.storm", *options, "--output", str(scratch / "drill"), *words]
+        status = subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=False).returncode
+        shutil.copytree(sandbox.directory / "log", scratch / "slurm_logs")  # the sandbox takes its own along
+    return status
+
+
+def chain_drill(scratch: Path, faults: int, seed: int) -> bool:
+    """Make one drill of the chain of hashes, and what the page tells of it; whether it passed."""
+    calm, quiet = scratch / "calm", scratch / "quiet"
+    words = chain_words(faults, calm)
+    calm.touch()
+    place = ["cluster=local", "nodes=2", f"run_dir={quiet}"]
+    command = [sys.executable, "-m", "launch", *words, *place]
+    subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=True, capture_output=True)
+    calm.unlink()
+    machine = f"{os.cpu_count()} cores, Slurm {slurm_version()} in network namespaces"
+    told = {"seed": seed, "planned": faults, "stamp": stamp(machine), "load": [os.getloadavg()[0]]}
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(1.0):
+            told["load"].append(os.getloadavg()[0])
+            if sum(1 for _ in read_json_lines(scratch / "drill" / "faults.jsonl")) == faults:
+                calm.touch()
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    began = time.monotonic()
+    try:
+        status = drill(scratch, words, faults, seed, quiet=quiet)
+    finally:
+        done.set()
+        watch.join()
+    told |= {"seconds": time.monotonic() - began, "load": max(told["load"]), "status": status}
+    write_json(scratch / "told.json", told)
+    return status == 0
+
+
+def slurm_version() -> str:
+    """Version of the Slurm that is installed."""
+    return subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def page(folders: Sequence[Path]) -> str:
+    """The result of some drills: one line each, and their faults by kind."""
+    drills = [(read_json(folder / "told.json"), read_json(folder / "drill" / "verdict.json")) for folder in folders]
+    passed = sum(found["passed"] for _, found in drills)
+    count = sum(len(found["faults"]) for _, found in drills)
+    lines = [f"{len(drills)} drills, {passed} passed; {count} faults."]
+    for text, group in itertools.groupby(drills, key=lambda one: one[0]["stamp"]):
+        seeds = ", ".join(str(told["seed"]) for told, _ in group)
+        lines.append(f"Seeds {seeds}: {text}")
+    lines += ["", "| seed | faults | kinds | attempts | typed | identical | goodput | Young/Daly | minutes | load |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    lines += [_row(told, found) for told, found in drills]
+    wrong = [f"- Seed {told['seed']}: {'; '.join(found['wrong'])}." for told, found in drills if found["wrong"]]
+    kinds = Counter(fault["kind"] for _, found in drills for fault in found["faults"])
+    lines += ["", *wrong, *[""] * bool(wrong), "| fault | times |", "|---|---|"]
+    lines += [f"| {kind}: {KINDS[kind].what} | {number} |" for kind, number in kinds.most_common()]
+    return "\n".join(lines)
+
+
+def _row(told: dict[str, Any], found: dict[str, Any]) -> str:
+    kinds = len({fault["kind"] for fault in found["faults"]})
+    cells = [told["seed"], f"{len(found['faults'])} of {told['planned']}", kinds, found["attempts"], found["typed"]]
+    cells.append("yes" if found["passed"] else "no")
+    goodput = [found["after_start"], found["predicted"]["goodput"]] if found["goodput"] is not None else []
+    cells += [f"{share:.1%}" for share in goodput] or ["", ""]
+    cells += [f"{told['seconds'] / 60:.0f}", f"{told['load']:.0f}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> int:
+    """Exit status 1 where a drill does not pass."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--faults", type=int, default=50, metavar="N", help="of each drill (%(default)s)")
+    parser.add_argument("--seeds", default="1", metavar="N,...", help="one drill for each (%(default)s)")
+    parser.add_argument("--write", nargs="+", type=Path, metavar="FOLDER", help="write the page of finished drills")
+    args = parser.parse_args()
+    if args.write:
+        keep(Path(__file__), "A storm of faults of all kinds in one run", __doc__, page(args.write))
+        return 0
+    good = True
+    for seed in map(int, args.seeds.split(",")):
+        scratch = Path(tempfile.mkdtemp())
+        good &= chain_drill(scratch, args.faults, seed)
+        print(f"seed {seed}: verdict, event logs, and the logs of Slurm's daemons are in {scratch}", flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
