@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from launch.agent import numa
 from launch.agent.fork_server import ForkedProcess
-from launch.agent.heartbeat import POLL_S
+from launch.agent.heartbeat import POLL_S, quick_s
 from launch.agent.members import RendezvousRound
 from launch.agent.signed_store import SignedStore, derive
 from launch.workload import RankContract
@@ -100,7 +100,7 @@ class FixedRendezvous(RendezvousHandler):
             elif time.monotonic() > deadline:
                 raise dist.DistStoreError(f"{count} of {len(self._round.members)} nodes came in {self._timeout_s:g} s")
             else:
-                time.sleep(POLL_S)
+                time.sleep(quick_s(len(self._round.members)))
             count = store.add(HERE, 0)
         verdict = store.get(VERDICT).decode()
         if verdict == LEAVE:

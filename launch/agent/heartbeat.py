@@ -1,5 +1,7 @@
 """Heartbeats between the agents of a job: each tells its state twice a second, and reads that of the leader.
 
+For some seconds after ranks have failed they exchange quickly: each message on the way to the next start is awaited.
+
 Owns the store that the head node holds, the thread that talks to it, and the measure of silence. The main thread of an
 agent never waits for the network. Must not know what is made of silence, nor what the messages mean.
 """
@@ -26,8 +28,19 @@ from launch.runs.folder import RunFolder
 INTERVAL_S = 0.5
 QUICK_S = 0.02
 """Between two exchanges while ranks wait for an agreement."""
+HURRY_S = 10.0
+"""Time after a failure in which the agents exchange quickly; they meet again within it, or something else is broken."""
+HURRYING = 16
+"""Agents that may exchange at full speed then; more of them do so the more slowly, as all ask the head node."""
+POLL_S = 0.2
+"""Between two looks at what the thread has heard, where nobody is in a hurry."""
 LEADER_STATE = "leader_state"
 Message = dict[str, Any]
+
+
+def quick_s(count: int) -> float:
+    """Seconds between two exchanges of an agent in a hurry, where there are ``count`` of them."""
+    return min(INTERVAL_S, QUICK_S * max(1.0, count / HURRYING))
 
 
 def heartbeat_key(index: int) -> str:
@@ -86,6 +99,8 @@ class Heartbeat:
 
     def __init__(self, index: int, count: int, store: SignedStore) -> None:
         self._index = index
+        self._quick_s = quick_s(count)
+        self._hurries_until = 0.0
         self._others = range(1, count) if index == 0 else range(1)
         self._store = store
         self._mine: Message = {}
@@ -121,6 +136,20 @@ class Heartbeat:
         """Have the next exchange now."""
         self._wake.set()
 
+    def hurry(self) -> None:
+        """Exchange quickly for ``HURRY_S`` from now on: ranks wait for what the agents tell each other."""
+        self._hurries_until = time.monotonic() + HURRY_S
+        self._wake.set()
+
+    @property
+    def poll_s(self) -> float:
+        """Seconds after which a look at what was heard may find something new."""
+        return min(POLL_S, self._interval_s)
+
+    @property
+    def _interval_s(self) -> float:
+        return self._quick_s if time.monotonic() < self._hurries_until else INTERVAL_S
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was said before is through. False where the store is gone."""
         with self._sent:
@@ -150,7 +179,7 @@ class Heartbeat:
                     self._rounds += 1
                     self._sent.notify_all()
                 is_urgent = conversation is not None and conversation.is_under_way
-                self._wake.wait(QUICK_S if is_urgent else INTERVAL_S)
+                self._wake.wait(QUICK_S if is_urgent else self._interval_s)
                 self._wake.clear()
         except RuntimeError as error:  # dist.DistError is one
             self.hung_up_because = str(error).partition("\n")[0]
@@ -177,9 +206,6 @@ class Heartbeat:
             if said and said["beat"] > last:  # a stranger can put an earlier one back, which is signed, too
                 self._when[index] = self._clock.now()
                 self.heard[index] = said
-
-
-POLL_S = 0.2
 
 
 def endpoint_file(folder: RunFolder, node: Node) -> Path:

@@ -61,6 +61,7 @@ class AgentGroup:
         self.token = token
         """Secret that the agents of this job share."""
         self._foreign = ""
+        self._failed = -1
         self._health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
         self._sick: dict[int, SickNode] = {}
         self.lost: dict[int, LostNode] = {}
@@ -104,6 +105,7 @@ class AgentGroup:
 
     def tell_failed(self, number: int) -> None:
         """Let the others end their ranks of round ``number`` now rather than at the timeout of a collective."""
+        self._note_failure(number)
         self.heartbeat.say(failed=number)
         if self._node.is_head:
             self.heartbeat.publish(failed=number)
@@ -111,12 +113,18 @@ class AgentGroup:
     def has_failed(self, number: int) -> bool:
         """Tell whether ranks of another node have failed in round ``number``."""
         self._record_foreign()
-        if not self._node.is_head:
-            return self._said(0, "failed") >= number
-        failed = any(self._said(index, "failed") >= number for index in self.heartbeat.heard)
+        failed = any(self._said(index, "failed") >= number for index in list(self.heartbeat.heard))
         if failed:
-            self.heartbeat.publish(failed=number)
+            self._note_failure(number)
+            if self._node.is_head:
+                self.heartbeat.publish(failed=number)
         return failed
+
+    def _note_failure(self, number: int) -> None:
+        """Hurry from the first word of a failure in round ``number`` on: what follows is waited for on every node."""
+        if number > self._failed:
+            self._failed = number
+            self.heartbeat.hurry()
 
     def close(self) -> None:
         """Leave. The head node lets the others hear its last message before its store closes."""
@@ -155,7 +163,7 @@ class AgentGroup:
         limit = min(ECHO_S, self._limits.node_timeout_s)
         deadline = time.monotonic() + limit
         while waiting and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+            time.sleep(self.heartbeat.poll_s)
             waiting = {i: beat for i, beat in waiting.items() if self._said(i, "beat") < beat + 2}
         asked = f"no answer in {limit:.0f} s after a connection between the ranks was lost"
         return [self._lose(index, f"{asked}, {self._silence_text(index)}") for index in waiting]
@@ -219,7 +227,7 @@ class AgentGroup:
                     self._lose(index, self._silence_text(index))
                 elif waited > self._limits.rendezvous_timeout_s:
                     self._lose(index, f"{'not ready' if came else 'did not show up'} in {waited:.0f} s")
-            time.sleep(POLL_S)
+            time.sleep(self.heartbeat.poll_s)
         raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._sizes.least} are needed")
 
     def _ready(self, number: int) -> set[int]:
@@ -278,7 +286,9 @@ class AgentGroup:
             if self.head_is_lost():
                 raise_failure(self._last_message())
                 return None
-            time.sleep(POLL_S)
+            if number:
+                self.has_failed(number - 1)  # a spare hurries, too: nothing else tells it that it is wanted
+            time.sleep(self.heartbeat.poll_s)
 
     @property
     def announced_attempt(self) -> int | None:

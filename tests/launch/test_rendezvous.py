@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 
 import pytest
 
+from launch.agent import heartbeat, rendezvous
 from launch.agent.members import NodesMissingError, RendezvousRound
 from launch.agent.node import Node
 from launch.agent.rendezvous import join
@@ -81,3 +82,39 @@ def test_a_node_that_came_early_and_has_fallen_silent_since_takes_no_part(tmp_pa
         assert group.lost[1].why.startswith("nothing heard for 2")
         group.end()
         vanished.result()
+
+
+def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an hour between two heartbeats three agents, one of them a spare, agree on the start after a failure."""
+    config, folder = patient(Config(nodes=2, spare_nodes=1)), RunFolder(tmp_path)
+    everybody = Barrier(len(HOSTS), timeout=240)
+
+    def agent(index: int) -> list[RendezvousRound | None]:
+        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
+        with join(folder, node, config) as group:
+            rounds = [group.next_round(0)]
+            everybody.wait()
+            if node.is_head:
+                for module, name in ((heartbeat, "INTERVAL_S"), (heartbeat, "HURRY_S"), (rendezvous, "SPARE_CHECK_S")):
+                    monkeypatch.setattr(module, name, 3600.0)
+            everybody.wait()
+            if index != 2:  # which stands by, and hears of it
+                group.tell_failed(0)
+                assert group.heartbeat.flush(240)
+            everybody.wait()
+            rounds.append(group.next_round(1))
+            everybody.wait()
+            if node.is_head:
+                group.end()
+            return rounds
+
+    with ThreadPoolExecutor(len(HOSTS)) as agents:
+        found = list(agents.map(agent, range(len(HOSTS))))
+    assert [[one.number for one in rounds if one is not None] for rounds in found] == [[0, 1]] * len(HOSTS)
+
+
+def test_agents_in_a_hurry_ask_the_head_node_the_less_often_the_more_they_are() -> None:
+    rates = [count / heartbeat.quick_s(count) for count in (2, 16, 100, 400, 4000)]
+    assert rates[:4] == pytest.approx([100, 800, 800, 800]) and rates[4] == 4000 / heartbeat.INTERVAL_S
