@@ -71,6 +71,16 @@ class Node:
             return cls(index, count, job, True, array or env["SLURM_JOB_ID"], restarts, hosts)
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
+    def taken_hosts(self) -> set[str]:
+        """Names of the nodes that Slurm has taken from this job since its start; none where it does not answer."""
+        if not self.is_slurm:
+            return set()
+        try:
+            left = scheduler.nodes_left(self.slurm_job, retries=1)
+        except scheduler.SlurmError:
+            return set()
+        return {*self.hosts} - left if self.host in left else set()  # else it is being requeued, and not told anew
+
     def own_address(self) -> str:
         """The address at which the other nodes of the job reach this one."""
         if not self.is_slurm or self.count == 1:

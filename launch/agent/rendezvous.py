@@ -39,6 +39,8 @@ SPARE_WAIT_S = 10.0
 SPARE_CHECK_S = 60.0
 """Between two health checks of a spare that waits for its turn."""
 ROOM_POLL_S = 2.0
+ASK_SLURM_S = 30.0
+"""Between two questions to Slurm whether nodes that have not come are the job's still."""
 ECHO_S = 8.0
 """After a lost connection that no rank explains, a node that says nothing for so long is taken for the reason."""
 GOODBYE_S = 10.0
@@ -209,7 +211,7 @@ class AgentGroup:
 
     def _gather(self, number: int) -> list[int]:
         """Wait for the nodes: for all that are left, a while longer than needed for spares; return the healthy ones."""
-        began = time.monotonic()
+        began = asked = time.monotonic()
         while (size := self.next_size) is not None:
             ready = self._ready(number)
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
@@ -227,6 +229,11 @@ class AgentGroup:
                     self._lose(index, self._silence_text(index))
                 elif waited > self._limits.rendezvous_timeout_s:
                     self._lose(index, f"{'not ready' if came else 'did not show up'} in {waited:.0f} s")
+            if time.monotonic() - asked > ASK_SLURM_S:
+                taken, asked = self._node.taken_hosts(), time.monotonic()
+                for index in absent:
+                    if index not in self.lost and self._host(index) in taken:
+                        self._lose(index, "Slurm has taken it from the job, as one that does not answer")
             time.sleep(self.heartbeat.poll_s)
         raise NodesMissingError(f"{self._node.count - len(self.lost)} nodes left, and {self._sizes.least} are needed")
 

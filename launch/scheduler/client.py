@@ -262,6 +262,16 @@ def requeue(job_id: str) -> None:
     run("scontrol", "requeue", job_id)
 
 
+def nodes_left(job_id: str, retries: int = RETRIES) -> set[str]:
+    """Names of the nodes that a running job has now: Slurm takes those that fail from one that asked for --no-kill.
+
+    Raises:
+        SlurmError: it does not answer, or has forgotten the job.
+    """
+    names = job_fields(job_id, retries).get("NodeList", "(null)")
+    return set() if names == "(null)" else set(run("scontrol", "show", "hostnames", names, retries=retries).split())
+
+
 def usable_nodes(job_id: str) -> set[str]:
     """Names of the nodes of a job's partitions that are not down, drained or failing. Raises SlurmError."""
     fields = job_fields(job_id)

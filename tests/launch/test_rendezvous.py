@@ -15,6 +15,7 @@ from launch.agent.node import Node
 from launch.agent.rendezvous import join
 from launch.config import Config
 from launch.runs.folder import RunFolder
+from launch.scheduler import client
 
 HOSTS = ("n0", "n1", "n2")
 
@@ -118,3 +119,23 @@ def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
 def test_agents_in_a_hurry_ask_the_head_node_the_less_often_the_more_they_are() -> None:
     rates = [count / heartbeat.quick_s(count) for count in (2, 16, 100, 400, 4000)]
     assert rates[:4] == pytest.approx([100, 800, 800, 800]) and rates[4] == 4000 / heartbeat.INTERVAL_S
+
+
+def test_nodes_that_slurm_takes_before_they_come_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where they went down, or did not answer, in the moment in which the job started on them."""
+
+    def answer(*command: str, **options: int) -> str:
+        return " ".join(HOSTS[:1]) if command[1:] == ("show", "hostnames", "n0") else "JobId=7 NodeList=n0 NumNodes=1"
+
+    monkeypatch.setattr(client, "run", answer)
+    monkeypatch.setattr(rendezvous, "ASK_SLURM_S", 0.0)
+    node = Node(0, len(HOSTS), "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=HOSTS)
+    assert Node(1, len(HOSTS), "slurm-7-0-0", is_slurm=True, hosts=HOSTS).taken_hosts() == set(), "it is taken itself"
+    monkeypatch.setattr(Node, "own_address", lambda node: "127.0.0.1")
+    with join(RunFolder(tmp_path), node, patient(Config(nodes=2, spare_nodes=1))) as group:
+        with pytest.raises(NodesMissingError, match="1 nodes left, and 2 are needed"):
+            group.next_round(0)
+        assert {one.host for one in group.lost.values()} == {"n1", "n2"}
+        group.end()
