@@ -46,7 +46,7 @@ SAVE_EVERY = 25
 
 def gpt_words(faults: int) -> tuple[str, ...]:
     """A run of the GPT on one core a rank that is long enough for so many faults."""
-    words = (*TINY, f"optim.max_steps={200 * faults}", "eval.interval=0", "model.dropout=0.1")
+    words = (*TINY, "ranks_per_node=1", f"optim.max_steps={200 * faults}", "eval.interval=0", "model.dropout=0.1")
     return (*words, "checkpoint.interval=25", "checkpoint.keep_last=4")
 
 
@@ -54,7 +54,7 @@ def chain_words(faults: int, calm: Path) -> tuple[str, ...]:
     """A run of the chain of hashes, which does not sleep any more once the file ``calm`` is there."""
     arguments = f"{STEPS_PER_FAULT * faults} {SAVE_EVERY} {STEP_S} {calm}"
     script = ("workload=script", "ranks_per_node=1", f"script.path={PROGRAM}", f"script.args='{arguments}'")
-    return (*script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")
+    return (*SPARE, *script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")
 
 
 def drill(
@@ -65,7 +65,7 @@ def drill(
     Returns:
         Exit status of ``launch.storm``.
     """
-    words = [*ON_SLURM, *SPARE, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
+    words = [*ON_SLURM, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
     with Cluster(scratch / "sandbox") as sandbox:
         sandbox.up(timeout_s=300.0)
         options = ["--faults", str(faults), "--seed", str(seed), "--sandbox", str(sandbox.directory)]

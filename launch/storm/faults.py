@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.errors import ConfigError
@@ -67,6 +67,11 @@ class Site:
                 ranks = json.loads(self.folder.environment(attempt).read_text())["ranks"]
                 return str(next(entry["host"] for entry in ranks if entry["rank"] == rank))
         raise FaultError("no attempt has told where its ranks are")
+
+    def running_rank(self, rank: int) -> int:
+        """Return a rank that there is: ``rank``, or another where the run goes on with fewer nodes than planned."""
+        sizes = [e["world_size"] for e in self.folder.read_events() if e["event"] == "started" and e.get("world_size")]
+        return rank % sizes[-1] if sizes else rank
 
     def spare(self) -> str:
         """Node of the job that stands by.
@@ -207,7 +212,7 @@ def inject(fault: PlannedFault, site: Site) -> str:
         FaultError: it could not be.
     """
     site.struck = None
-    return FAULTS[fault.kind](fault, site)
+    return FAULTS[fault.kind](replace(fault, rank=site.running_rank(fault.rank)), site)
 
 
 def _signal(number: signal.Signals, what: str) -> Callable[[PlannedFault, Site], str]:

@@ -171,6 +171,15 @@ def test_a_spare_is_hit_only_where_one_stands_by(tmp_path: Path) -> None:
         site.spare()
 
 
+def test_a_fault_of_a_rank_meets_one_that_there_is_with_fewer_nodes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    site = Site(folder)
+    assert site.running_rank(3) == 3
+    for size, rank in ((4, 3), (2, 1), (4, 3)):
+        folder.record_event("started", world_size=size)
+        assert site.running_rank(3) == rank
+
+
 def test_what_a_fault_cost_is_made_of() -> None:
     def step(at: float, number: int, attempt: int) -> dict[str, float]:
         return {"time": at, "step": number, "attempt": attempt}
