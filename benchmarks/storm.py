@@ -54,7 +54,7 @@ def chain_words(faults: int, calm: Path) -> tuple[str, ...]:
     """A run of the chain of hashes, which does not sleep any more once the file ``calm`` is there."""
     arguments = f"{STEPS_PER_FAULT * faults} {SAVE_EVERY} {STEP_S} {calm}"
     script = ("workload=script", "ranks_per_node=1", f"script.path={PROGRAM}", f"script.args='{arguments}'")
-    return (*SPARE, *script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")
+    return (*script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")
 
 
 def drill(
@@ -100,7 +100,7 @@ def chain_drill(scratch: Path, faults: int, seed: int) -> bool:
     watch.start()
     began = time.monotonic()
     try:
-        status = drill(scratch, words, faults, seed, quiet=quiet)
+        status = drill(scratch, (*SPARE, *words), faults, seed, quiet=quiet)
     finally:
         done.set()
         watch.join()
