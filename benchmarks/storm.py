@@ -32,7 +32,9 @@ from typing import Any
 
 from benchmarks.page import keep, stamp
 from launch.runs.files import read_json, read_json_lines, write_json
+from launch.runs.folder import RunFolder
 from launch.storm.schedule import KINDS
+from launch.storm.verdict import measure
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, ROOT, TINY, environment
 
@@ -134,11 +136,13 @@ def page(folders: Sequence[Path]) -> str:
 
 
 def _row(told: dict[str, Any], found: dict[str, Any]) -> str:
-    kinds = len({fault["kind"] for fault in found["faults"]})
+    kinds, measured = (
+        len({fault["kind"] for fault in found["faults"]}),
+        measure(RunFolder(found["run"]), found["faults"]),
+    )
     cells = [told["seed"], f"{len(found['faults'])} of {told['planned']}", kinds, found["attempts"], found["typed"]]
     cells.append("yes" if found["passed"] else "no")
-    goodput = [found["after_start"], found["predicted"]["goodput"]] if found["goodput"] is not None else []
-    cells += [f"{share:.1%}" for share in goodput] or ["", ""]
+    cells += ["", ""] if measured is None else [f"{measured.after_start:.1%}", f"{measured.predicted.goodput:.1%}"]
     cells += [f"{told['seconds'] / 60:.0f}", f"{told['load']:.0f}"]
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -197,7 +197,7 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, planned: int, complete: b
     wrong += _remains(site)
     records = [record for record in read_json_lines(run.metrics(0)) if is_record(record) and "time" in record]
     costs = verdict.recoveries(drill.faults, run.read_events(), records)
-    measured = verdict.measure(run, len(drill.faults))
+    measured = verdict.measure(run, drill.faults)
     return {
         "passed": not wrong,
         "wrong": wrong,

@@ -119,22 +119,30 @@ class Measurement:
     predicted: Prediction
 
 
-def measure(stormy: RunFolder, faults: int) -> Measurement | None:
-    """Measure the goodput of the stormy run; None where it has too few figures."""
+def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measurement | None:
+    """Measure the goodput of the stormy run; None where it has too few figures.
+
+    The prediction is for the time of the faults: of saves and steps it takes those up to the last one, as a run may go
+    on for long, and at another pace, after it.
+    """
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)
-    saved = [event for event in events if event["event"] == "saved"]
-    times = [record["step_time_s"] for record in read_records(stormy.metrics(0)) if "step_time_s" in record]
+    until = max((fault["time"] for fault in faults), default=0.0)
+    saved = [event for event in events if event["event"] == "saved" and event["time"] <= until]
+    records = [record for record in read_records(stormy.metrics(0)) if record.get("time", math.inf) <= until]
+    times = [record["step_time_s"] for record in records if "step_time_s" in record]
     if goodput is None or not times or len(saved) < 2 or not faults:
         return None
     seconds = goodput.seconds
     allocated = goodput.total_s - seconds.get("waiting", 0.0)
+    if allocated <= 0:
+        return None
     saves = [float(event.get("seconds", 0.0)) for event in saved]
     steps = sorted({int(event["step"]) for event in saved})
     apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])
-    restart_s = (seconds.get("restarts", 0.0) + seconds.get("shutdown", 0.0)) / faults
+    restart_s = (seconds.get("restarts", 0.0) + seconds.get("shutdown", 0.0)) / len(faults)
     interval_s = apart * statistics.median(times)
-    predicted = predict(statistics.mean(saves), interval_s, restart_s, allocated / faults)
+    predicted = predict(statistics.mean(saves), interval_s, restart_s, allocated / len(faults))
     steps_s, start_s = seconds.get("steps", 0.0), seconds.get("start", 0.0)
     return Measurement(goodput.goodput, steps_s / (allocated - start_s), seconds, predicted)
 

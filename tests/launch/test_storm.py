@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import ConfigError
+from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.storm import processes, verdict
 from launch.storm.drill import Interruption, first_save
@@ -195,3 +196,22 @@ def test_what_a_fault_cost_is_made_of() -> None:
     first, second = verdict.recoveries(faults, events, records)
     assert first == verdict.Recovery("sigkill_rank", "in place", 6.5, 0.5, 3.0, 2.0, 1.0)
     assert second == verdict.Recovery("sigstop_agent", "undisturbed", pytest.approx(7.9))  # its longest pause
+
+
+def test_the_prediction_is_for_the_time_of_the_faults(tmp_path: Path) -> None:
+    """After the last fault the run makes a hundred times more steps, in no time: they tell nothing of its intervals."""
+    folder, start = RunFolder(tmp_path), 1000.0
+    events = [{"event": "agent_started", "time": start, "job": "local-1", "allocated_at": start, "nodes": 1}]
+    events.append({"event": "started", "time": start, "attempt": 1})
+    records = []
+    for step in range(1, 1001):
+        at = start + (step if step <= 10 else 10 + step / 1000)
+        records.append({"time": at, "step": step, "attempt": 1, "step_time_s": 1.0 if step <= 10 else 0.001})
+        if step % 5 == 0:
+            events.append({"event": "saved", "time": at, "attempt": 1, "step": step, "seconds": 0.5})
+    events.append({"event": "attempt_ended", "time": start + 12, "attempt": 1, "cause": "finished", "job": "local-1"})
+    events.append({"event": "agent_ended", "time": start + 12, "job": "local-1", "ended_at": start + 12})
+    append_json_lines(folder.events, events)
+    append_json_lines(folder.metrics(0), records)
+    told = verdict.measure(folder, [{"kind": "sigkill_rank", "time": start + 10}])
+    assert told is not None and told.predicted.interval_s == pytest.approx(5.0)
