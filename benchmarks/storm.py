@@ -11,7 +11,8 @@ hundred bytes; it sleeps in its steps until all faults have come. The final file
 quiet run of the same words, byte by byte, and every step of both ranks has to be there once, with the same loss and
 samples; nothing of the run may be left on the host or in the queue. Goodput is the share of the allocated time that
 went into steps that count, without the first start, and the prediction beside it Young and Daly's, of the run's own
-save time, interval and cost of a restart. Exit status 1 where a drill does not pass.
+save time, interval and cost of a restart; load is the highest load average of a minute. Exit status 1 where a drill
+does not pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import itertools
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,6 @@ from typing import Any
 from benchmarks.page import keep, stamp
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
-from launch.storm.schedule import KINDS
 from launch.storm.verdict import measure
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, ROOT, TINY, environment
@@ -89,7 +90,7 @@ def chain_drill(scratch: Path, faults: int, seed: int) -> bool:
     subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=True, capture_output=True)
     calm.unlink()
     machine = f"{os.cpu_count()} cores, Slurm {slurm_version()} in network namespaces"
-    told = {"seed": seed, "planned": faults, "stamp": stamp(machine), "load": [os.getloadavg()[0]]}
+    told: dict[str, Any] = {"seed": seed, "planned": faults, "stamp": stamp(machine), "load": [os.getloadavg()[0]]}
     done = threading.Event()
 
     def look() -> None:
@@ -121,18 +122,34 @@ def page(folders: Sequence[Path]) -> str:
     drills = [(read_json(folder / "told.json"), read_json(folder / "drill" / "verdict.json")) for folder in folders]
     passed = sum(found["passed"] for _, found in drills)
     count = sum(len(found["faults"]) for _, found in drills)
-    lines = [f"{len(drills)} drills, {passed} passed; {count} faults."]
+    lines = [f"Drills: {len(drills)}, of which {passed} passed, with {count} faults in all.", ""]
     for text, group in itertools.groupby(drills, key=lambda one: one[0]["stamp"]):
         seeds = ", ".join(str(told["seed"]) for told, _ in group)
-        lines.append(f"Seeds {seeds}: {text}")
-    lines += ["", "| seed | faults | kinds | attempts | typed | identical | goodput | Young/Daly | minutes | load |"]
+        lines += [f"Seed {seeds}: {text}", ""]
+    lines += ["| seed | faults | kinds | attempts | typed | identical | goodput | Young/Daly | minutes | load |"]
     lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     lines += [_row(told, found) for told, found in drills]
     wrong = [f"- Seed {told['seed']}: {'; '.join(found['wrong'])}." for told, found in drills if found["wrong"]]
     kinds = Counter(fault["kind"] for _, found in drills for fault in found["faults"])
-    lines += ["", *wrong, *[""] * bool(wrong), "| fault | times |", "|---|---|"]
-    lines += [f"| {kind}: {KINDS[kind].what} | {number} |" for kind, number in kinds.most_common()]
+    lines += [
+        "",
+        *wrong,
+        *[""] * bool(wrong),
+        "| fault | times | seconds to a new step, median (slowest), by the road |",
+    ]
+    lines += ["|---|---|---|"]
+    costs = [cost for _, found in drills for cost in found["recoveries"]]
+    lines += [f"| {kind} | {number} | {_roads(kind, costs)} |" for kind, number in sorted(kinds.items())]
     return "\n".join(lines)
+
+
+def _roads(kind: str, costs: Sequence[dict[str, Any]]) -> str:
+    """What the faults of a kind cost, by the road on which the run went on."""
+    roads: dict[str, list[float]] = {}
+    for cost in costs:
+        if cost["kind"] == kind:
+            roads.setdefault(cost["road"], []).append(cost["total_s"])
+    return "; ".join(f"{road} {statistics.median(took):.1f} ({max(took):.1f})" for road, took in sorted(roads.items()))
 
 
 def _row(told: dict[str, Any], found: dict[str, Any]) -> str:
