@@ -31,7 +31,7 @@ from gpt.data.loader import Windows
 from gpt.model import loss
 from gpt.model.gpt import GPT
 from gpt.parallel import expert
-from gpt.parallel.dtensor import all_gather_rows
+from gpt.parallel.rows import all_gather_rows
 from gpt.train import train
 from gpt.training.run import Run
 from tests.model.test_loss import computed, torchs, traffic

@@ -16,7 +16,7 @@ from launch.runs.ranges import require_positive, require_range
 
 
 class Strategy(Enum):
-    """Data parallelism: ``ddp`` (every rank holds all), ``zero1`` (all but the optimizer's moments, which are sharded),
+    """Data parallelism: ``ddp`` (every rank holds all), ``zero1`` (reduced gradients and moments sharded),
     ``fsdp`` (parameters, gradients and moments sharded: FSDP2), or ``deepspeed`` (DeepSpeed's engine, which shards by
     ``zero_stage``)."""
 

@@ -122,7 +122,7 @@ class TorchEngine:
     def unscale_gradients(self) -> None:
         """Undo the loss scale in the gradients of all micro-batches."""
         if self.loss_scale is not None:
-            self.loss_scale.unscale(local_tensor(p.grad) for p in self.module.parameters() if p.grad is not None)
+            self.loss_scale.unscale(local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None)
 
     def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
         with self._sync_context(last):

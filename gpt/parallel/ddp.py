@@ -1,19 +1,19 @@
 """Data parallelism with a replica on every rank: DDP (arXiv 2006.15704) and ZeRO-1 (arXiv 1910.02054).
 
-DDP all-reduces gradients in buckets during the last backward pass. ZeRO-1 does the same, then each rank steps AdamW for
-its shard of every parameter, and the parameters are all-gathered.
+DDP all-reduces gradients in buckets during the last backward pass. ZeRO-1 reduce-scatters them instead, as many bytes
+as half an all-reduce; each rank steps AdamW for its shard of every parameter; and the parameters are all-gathered, the
+other half (section 7.2.1). Shards and buckets are gpt/parallel/rows.py's.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.config import TrainConfig
@@ -21,29 +21,19 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.parallel.base import TorchEngine
 from gpt.parallel.distributed import World, build_mesh
-from gpt.parallel.dtensor import all_gather_rows, set_tensor
+from gpt.parallel.dtensor import clip_sharded_gradients, inverse_replicas, local_tensor, set_tensor
+from gpt.parallel.rows import GradientReducer, all_gather_rows, split_parameter
 from gpt.parallel.timeline import Moment, current, waiting
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
 
 class DDPEngine(TorchEngine):
-    """DistributedDataParallel: a replica on every rank; ``trained`` where the optimizer is to step something else.
+    """DistributedDataParallel: a replica on every rank. A single rank calls the model itself."""
 
-    A single rank calls the model itself.
-    """
-
-    def __init__(
-        self,
-        model: GPT,
-        config: TrainConfig,
-        world: World,
-        dims: ParallelDims,
-        batch: Batch,
-        trained: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         if world.size == 1:  # nobody to average with, so nothing to copy into buckets
-            super().__init__(model, trained or model, config, world, dims, batch, averaged=1)
+            super().__init__(model, model, config, world, dims, batch, averaged=1)
             return
         devices = [world.device] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
@@ -52,9 +42,7 @@ class DDPEngine(TorchEngine):
             self._ddp = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        super().__init__(
-            self._ddp, trained or self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last
-        )
+        super().__init__(self._ddp, self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last)
         self.timed_groups = ("dp",)
         self._warm_up_buckets()
 
@@ -94,46 +82,51 @@ class DDPEngine(TorchEngine):
         return nullcontext() if last else self._ddp.no_sync()
 
 
-class Zero1Engine(DDPEngine):
-    """ZeRO-1: DDP with the optimizer state sharded, each rank stepping its shard of every parameter."""
+class Zero1Engine(TorchEngine):
+    """ZeRO-1: a replica on every rank, each of which reduces, clips and steps its rows of every parameter."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)
-        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        """Each parameter, and this rank's shard of it."""
         with torch.device("meta"):
-            parts = GPT(config.model)
+            shards = GPT(config.model)
+        pairs = []
         for name, whole in model.named_parameters():
-            part = nn.Parameter(shard_rows(whole.detach(), self._mesh))
-            set_tensor(parts, name, part)
-            self._pairs.append((whole, part))
+            pairs.append(split_parameter(whole, self._mesh))
+            set_tensor(shards, name, pairs[-1].shard)
         for name, buffer in model.named_buffers():
-            set_tensor(parts, name, buffer)  # replicated, and stored whole
-        super().__init__(model, config, world, dims, batch, trained=parts)
-        self.optimizer.register_step_pre_hook(self._shard_gradients)
+            set_tensor(shards, name, buffer)  # replicated, and stored whole
+        self._wholes = [whole.detach() for whole, _ in pairs]
+        self._reducer = GradientReducer(pairs, self._mesh)
+        super().__init__(
+            model,
+            shards,
+            config,
+            world,
+            dims,
+            batch,
+            averaged=1,
+            sync_context=self._sync_last,
+            reduce_gradients=self._reducer.finish,
+        )
+        self.timed_groups = ("dp",)
         self.optimizer.register_step_post_hook(self._all_gather_parameters)
+
+    def clip(self) -> Tensor:
+        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
+        for name, shard in self.trained.named_parameters():
+            if shard.grad is not None:
+                yield name, local_tensor(shard.grad), inverse_replicas(shard.grad, self.world.size)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._all_gather_parameters()
 
-    def _shard_gradients(self, *_: Any) -> None:
-        """Give the optimizer this rank's shard of the averaged gradients."""
-        for whole, part in self._pairs:
-            if whole.grad is not None:
-                part.grad = shard_rows(whole.grad, self._mesh)
+    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
+        return self._reducer.last_micro_batch() if last else nullcontext()
 
     def _all_gather_parameters(self, *_: Any) -> None:
         """All-gather the parameters, of which each rank has stepped its shard in place."""
         with waiting("dp"):
-            all_gather_rows([whole.detach() for whole, _ in self._pairs], self._mesh.get_group())
-        for pair in self._pairs:
-            pair[1].grad = None
-
-
-def shard_rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Return this rank's shard of ``whole`` along its first dimension, as a DTensor over the same memory."""
-    chunks = whole.chunk(mesh.size(), dim=0)
-    rank = mesh.get_local_rank()
-    local = chunks[rank] if rank < len(chunks) else whole[:0]  # fewer rows than ranks: some have none
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+            all_gather_rows(self._wholes, self._mesh.get_group())

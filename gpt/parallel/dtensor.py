@@ -25,9 +25,6 @@ from gpt.parallel.timeline import WORLD, waiting
 BUCKET_BYTES = 32 * 2**20
 """Size of an all-reduce bucket: larger ones hide the latency better, and take as much memory again."""
 
-GATHER_BYTES = 256 * 2**20
-"""Size of an all-gather bucket, which lives beside the model between two steps, when no activations do."""
-
 
 def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """All-reduce (sum) tensors over a process group, in place, in buckets of ``BUCKET_BYTES``."""
@@ -40,33 +37,6 @@ def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
             for part, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 part.copy_(values.view_as(part))
             bucket = []
-
-
-@torch.no_grad()
-def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """All-gather tensors of which each rank holds its chunk of the rows, in place, ``GATHER_BYTES`` at a time."""
-    waiting, size = [], 0
-    for tensor, following in zip_longest(tensors, tensors[1:]):
-        waiting.append(tensor)
-        size += tensor.nbytes
-        if following is None or following.dtype != tensor.dtype or size + following.nbytes > GATHER_BYTES:
-            _all_gather_bucket(waiting, group)
-            waiting, size = [], 0
-
-
-def _all_gather_bucket(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    ranks, rank = group.size(), group.rank()
-    # Chunks as torch.chunk makes them: all of one size but the last ones, which are shorter or empty. So the padded
-    # chunks of all ranks, one after another, begin with the whole tensor.
-    sizes = [-(-len(tensor) // ranks) * (tensor.numel() // max(1, len(tensor))) for tensor in tensors]
-    mine = tensors[0].new_zeros(sum(sizes))
-    for tensor, size, place in zip(tensors, sizes, mine.split(sizes), strict=True):
-        chunk = tensor.flatten()[rank * size : (rank + 1) * size]
-        place[: chunk.numel()].copy_(chunk)
-    operations = torch.ops._c10d_functional  # the function of torch.distributed has another name in 2.13 than before
-    gathered = operations.wait_tensor(operations.all_gather_into_tensor(mine, ranks, group.group_name))
-    for tensor, parts in zip(tensors, gathered.view(ranks, -1).split(sizes, dim=1), strict=True):
-        tensor.copy_(parts.flatten()[: tensor.numel()].view_as(tensor))
 
 
 def inverse_replicas(grad: Tensor, ranks: int) -> float:

@@ -17,11 +17,12 @@ from gpt.planning.hardware import Host, Machine
 from gpt.planning.memory import BF16, FP32, ParameterShards, elements
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
+from gpt.topology.gradient_buckets import BUCKET_BYTES
 from gpt.topology.pipeline import StageLayers
 
 BACKWARD = 2 / 3
 """The backward share of compute: two matrix products for each one of the forward pass."""
-BUCKET_BYTES = 25 * 2**20
+DDP_BUCKET_BYTES = 25 * 2**20
 """Size of DDP's gradient buckets; the last one is ready only when the backward pass is over, so it is exposed."""
 
 
@@ -31,14 +32,24 @@ def data_parallel_s(
     """Return the exposed seconds per step of gradient and parameter communication with torch's strategies."""
     if dims.is_sharded:
         return fsdp_s(config, dims, batch, shards, machine, compute_s)
+    if config.parallel.strategy is Strategy.zero1:
+        return zero1_s(shards, data_parallel_group(dims, machine), compute_s)
     sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in replica_groups(dims, shards, machine))
     if dims.model_ranks * dims.ep > 1:
         return sums  # NDEngine's own all-reduce, after the last micro-batch
-    last = data_parallel_group(dims, machine).all_reduce(min(BUCKET_BYTES, FP32 * shards.elements))
-    waits = max(last, sums - BACKWARD * compute_s)
-    if config.parallel.strategy is Strategy.zero1:
-        waits += data_parallel_group(dims, machine).all_gather(FP32 * shards.elements)
-    return waits
+    last = data_parallel_group(dims, machine).all_reduce(min(DDP_BUCKET_BYTES, FP32 * shards.elements))
+    return max(last, sums - BACKWARD * compute_s)
+
+
+def zero1_s(shards: ParameterShards, ring: Group, compute_s: float) -> float:
+    """Return the exposed seconds per step of ZeRO-1 (arXiv 1910.02054, section 7.2.1).
+
+    Gradients are reduce-scattered in the last backward pass, of which the last bucket overlaps with nothing; the
+    parameters are all-gathered after the optimizer's step. Chunks of tensors whose rows do not divide are padded.
+    """
+    size = FP32 * ring.ranks * shards.stored(ring.ranks)
+    last = ring.reduce_scatter(min(BUCKET_BYTES, size))
+    return max(last, ring.reduce_scatter(size) - BACKWARD * compute_s) + ring.all_gather(size)
 
 
 def data_parallel_group(dims: ParallelDims, machine: Machine) -> Group:

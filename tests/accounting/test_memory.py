@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from gpt.config import (
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.fsdp import apply_fsdp
-from gpt.planning.memory import GIB, Memory, activation_bytes, cast_elements, parameter_shards, per_rank
+from gpt.planning.memory import GIB, Memory, activation_bytes, cast_elements, parameter_shards, per_rank, rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import ParallelDims, parallel_dims
 from tests.support.distributed import run_distributed
@@ -256,6 +257,16 @@ def test_accumulation_over_shards_keeps_whole_gradients() -> None:
     assert twice.total - once.total == 4 * (parameters - block)
     assert memory(config, Strategy.fsdp, 4, accumulation=2, reduce_each=True) == once
     assert memory(config, accumulation=2) == memory(config)
+
+
+def test_zero1_keeps_whole_gradients_between_micro_batches_and_otherwise_a_few_buckets() -> None:
+    config = small(n_layer=8)
+    sizes = sorted((p.numel() for p in GPT(config).parameters()), reverse=True)
+    with mock.patch.object(rank, "BUCKET_BYTES", 4 * sizes[1]):  # the largest is a bucket of its own
+        once, twice = (memory(config, Strategy.zero1, 4, accumulation=a) for a in (1, 2))
+    assert twice.compute_weights == 4 * sum(sizes)
+    assert once.compute_weights == 4 * (sizes[0] + rank.BUCKETS_IN_FLIGHT * sizes[1]) < twice.compute_weights
+    assert memory(config, Strategy.zero1, 4).compute_weights == 4 * sum(sizes), "smaller than a bucket"
 
 
 def test_gibibytes() -> None:

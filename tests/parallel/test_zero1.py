@@ -1,46 +1,148 @@
-"""zero1 brings the parameters together in a few collectives, however their rows divide."""
+"""zero1 reduces gradients to the rows that a rank steps, and brings the stepped rows together, in few collectives."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from gpt.parallel import dtensor
-from gpt.parallel.dtensor import all_gather_rows
+from gpt.accounting.parameters import count
+from gpt.parallel import rows
+from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.rows import GradientReducer, all_gather_rows, split_into_buckets, split_parameter
 from tests.support.distributed import run_distributed
+from tests.support.learning import TINY, start, step
 from tests.support.watching import Operations
 
 PARAMETERS = 219
 SHAPES = [(7, 3), (1, 5), (8,), (2, 2, 2), (3,), (16, 4), (4, 0)]
+SMALL = 512
+"""Bytes of a bucket that holds some of these."""
+UNUSED, FROZEN = 5, 8
+"""A parameter that no rank but the first uses, and one that is not trained."""
+
+
+class Collectives(Operations):
+    """Counts collectives, and the bytes that each kind sends, those of a whole tensor or of a rank's part of it."""
+
+    def __init__(self) -> None:
+        super().__init__(self._count)
+        self.bytes: Counter[str] = Counter()
+
+    def _count(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        if "c10d" not in name or "wait" in name:
+            return False
+        tensors = args[0] if isinstance(args[0], list) else [args[0]]
+        self.bytes[name.split(".")[1]] += sum(tensor.nbytes for tensor in tensors)
+        return True
+
+
+def parameters_of_all() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(SHAPES[i % len(SHAPES)], generator=generator) for i in range(PARAMETERS)]
 
 
 def gather(rank: int, size: int) -> tuple[int, int]:
     """Tensors of which each rank has its rows only, brought together; the collectives, at once and in small buckets."""
-    generator = torch.Generator().manual_seed(1)
-    whole = [torch.rand(SHAPES[i % len(SHAPES)], generator=generator) for i in range(PARAMETERS)]
+    whole = parameters_of_all()
     held = [torch.full_like(tensor, -1.0) for tensor in whole]
     for tensor, mine in zip(whole, held, strict=True):
         for theirs, own in list(zip(tensor.chunk(size), mine.chunk(size), strict=True))[rank : rank + 1]:
             own.copy_(theirs)
     made: list[int] = []
-
-    def is_collective(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        return "c10d" in name and "wait" not in name
-
-    for bucket in (dtensor.GATHER_BYTES, 512):
-        dtensor.GATHER_BYTES = bucket
+    for bucket in (rows.GATHER_BYTES, SMALL):
         tensors = [tensor.clone() for tensor in held]
-        with Operations(is_collective) as seen:
+        with mock.patch.object(rows, "GATHER_BYTES", bucket), Collectives() as seen:
             all_gather_rows(tensors, dist.group.WORLD)
         made.append(len(seen.found))
         assert all(map(torch.equal, tensors, whole))
     return made[0], made[1]
 
 
-def test_every_parameter_comes_together_in_one_collective() -> None:
-    for at_once, in_buckets in run_distributed(gather, 3):
+def reduce(rank: int, size: int) -> None:
+    """Gradients of three micro-batches, against the chunks of what torch's all-reduce makes of all of them."""
+    mesh = init_device_mesh("cpu", (size,))
+    tensors = [nn.Parameter(tensor) for tensor in parameters_of_all()]
+    tensors[FROZEN].requires_grad_(False)
+    pairs = [split_parameter(tensor, mesh) for tensor in tensors]
+    with mock.patch.object(rows, "BUCKET_BYTES", SMALL):
+        reducer = GradientReducer(pairs, mesh)
+    expected = [torch.zeros_like(tensor) for tensor in tensors]
+    used = [i for i in range(PARAMETERS) if i != FROZEN and (i != UNUSED or rank == 0)]
+
+    def run_backward(factor: float) -> None:
+        # The last parameters get their gradients last, so that the first bucket is the last to be filled.
+        total = torch.zeros(())
+        for i in used:
+            total = total + (factor * (i + 1) * tensors[i] ** 2).sum()
+            expected[i] += 2 * factor * (i + 1) * tensors[i].detach()
+        total.backward()
+
+    with Collectives() as seen:
+        run_backward(rank + 0.5)
+        run_backward(rank + 1.0)
+        assert not seen.found, "nothing is sent before the last micro-batch"
+        with reducer.last_micro_batch():
+            run_backward(rank + 2.0)
+        reducer.finish()
+    assert 10 < len(seen.found) < PARAMETERS and set(seen.bytes) == {"reduce_scatter_tensor"}
+    assert all(tensor.grad is None for tensor in tensors if tensor.numel()), "whole gradients are given up"
+    for i, (tensor, shard) in enumerate(pairs):
+        dist.all_reduce(expected[i])
+        if i == FROZEN or not tensor.numel():
+            assert shard.grad is None and shard.requires_grad == (i != FROZEN)
+            continue
+        own = dict(enumerate(expected[i].chunk(size))).get(rank, expected[i][:0])
+        torch.testing.assert_close(local_tensor(shard.grad), own)
+
+
+def reduce_and_gather(rank: int, size: int) -> tuple[int, int]:
+    reduce(rank, size)
+    return gather(rank, size)
+
+
+def test_every_row_is_reduced_to_one_rank_and_every_parameter_comes_together_in_one_collective() -> None:
+    for at_once, in_buckets in run_distributed(reduce_and_gather, 3):
         assert at_once == 1
         assert 10 < in_buckets < PARAMETERS
+
+
+def test_a_bucket_holds_one_dtype_and_no_more_than_its_size_unless_a_tensor_is_larger() -> None:
+    sizes = [(3, torch.float32), (2, torch.float32), (9, torch.float32), (1, torch.float32), (2, torch.bfloat16)]
+    tensors = [torch.empty(length, dtype=dtype) for length, dtype in sizes]
+    assert split_into_buckets(tensors, 20) == [[0, 1], [2], [3], [4]]
+    assert split_into_buckets([], 20) == []
+
+
+def count_bytes(rank: int, size: int, folder: Path) -> dict[str, Counter[str]]:
+    """Bytes of the collectives of a step, by strategy; the first step has made what is made once."""
+    found = {}
+    for strategy in ("ddp", "zero1"):
+        run = start(rank, size, folder / strategy, *TINY, f"parallel={strategy}", "optim.max_micro_batch=4")
+        assert run.batch.accumulation > 1
+        step(run)
+        with Collectives() as seen:
+            step(run)
+        found[strategy] = seen.bytes | {"parameters": 4 * count(run.config.model).total}
+    return found
+
+
+def test_a_step_reduces_each_gradient_once_and_gathers_each_parameter_once(tmp_path: Path) -> None:
+    """As many bytes as the all-reduce of ddp, which is a reduce-scatter and an all-gather; no more of it is left."""
+    found = run_distributed(count_bytes, 2, tmp_path / "runs")[0]
+    size = found["zero1"].pop("parameters")
+    figures = 64  # bytes of squares, loss, and what ranks tell each other
+    assert found["zero1"].keys() == {"reduce_scatter_tensor", "all_gather_into_tensor", "allreduce_"}
+    assert size <= found["zero1"]["reduce_scatter_tensor"] <= math.ceil(1.01 * size)
+    # Of a gather a rank sends its part.
+    assert found["zero1"]["all_gather_into_tensor"] * 2 == found["zero1"]["reduce_scatter_tensor"]
+    assert found["zero1"]["allreduce_"] <= figures
+    assert found["ddp"].keys() == {"allreduce_", "parameters"} and found["ddp"]["allreduce_"] >= size

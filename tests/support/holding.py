@@ -25,7 +25,8 @@ def held_bytes(run: Run) -> tuple[int, int, int]:
     run.engine.backward(tokens_BT, tokens_BT, lambda: gradients.append(whole_gradients(parameters)))
     if ds is None:
         state = run.engine.optimizer.state  # type: ignore[attr-defined]
-        return storages(parameters), whole_gradients(parameters), storages(tensors_of(state))
+        stepped = run.engine.trained.parameters()  # type: ignore[attr-defined]
+        return storages(parameters), whole_gradients(stepped), storages(tensors_of(state))
     weights, reduced, optimizer = held_by_deepspeed(ds, parameters)
     return weights, max(reduced + whole_gradients(parameters), *gradients), optimizer
 

@@ -142,12 +142,12 @@ def learn(run: Run, steps: int = STEPS) -> dict[str, Any]:
     if run.config.parallel.strategy is Strategy.deepspeed:
         return _learn_zero(run, steps)
     seen = [step(run)]
-    parameters = dict(run.engine.module.named_parameters())
-    gradients = whole(run, {name: p.grad for name, p in parameters.items() if p.grad is not None})
+    stepped = run.engine.trained.named_parameters()  # type: ignore[attr-defined]
+    gradients = whole(run, {name: p.grad for name, p in stepped if p.grad is not None})
     seen += [step(run) for _ in range(steps - 2)]
     *last, figures = step_with_figures(run)
     losses, norms = zip(*seen, last, strict=True)
-    weights = whole(run, parameters)
+    weights = whole(run, dict(run.engine.module.named_parameters()))
     return {"losses": losses, "norms": norms, "gradients": gradients, "figures": figures, "weights": weights}
 
 

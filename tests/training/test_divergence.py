@@ -145,7 +145,7 @@ def spoil_gradients(run: Run, is_due: Callable[[], bool]) -> None:
     def spoiled(*args: Any) -> Tensor:
         loss = backward(*args)
         if is_due():
-            next(local_tensor(p.grad) for p in run.engine.module.parameters() if p.grad is not None).fill_(math.inf)
+            next(local_tensor(p.grad) for p in run.engine.trained.parameters() if p.grad is not None).fill_(math.inf)
         return loss
 
     run.engine.backward = spoiled  # type: ignore[method-assign]

@@ -8,10 +8,11 @@ from gpt.accounting.units import BF16, FP32, GIB
 from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
 from gpt.planning.memory.activations import ParallelFactors, activation_bytes
 from gpt.planning.memory.shards import ParameterShards, cast_elements, elements, parameter_shards
-from gpt.planning.memory.states import states
+from gpt.planning.memory.states import sizes, states
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import BUCKET
 from gpt.topology.dims import ParallelDims
+from gpt.topology.gradient_buckets import BUCKET_BYTES, BUCKETS_IN_FLIGHT
 from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
 ENTRY = ("token_embedding.", "position.")
@@ -59,9 +60,9 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
     """Return the memory of the rank that needs most, for AdamW over fp32 master weights.
 
     ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
-    and 8 for the moments; zero1 shards the moments; fsdp all three, every tensor sharded along its first dimension and
-    padded (ZeRO-1 and 3, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). DeepSpeed: see
-    ``states``. Beside that, see ``compute_weights``, ``activations`` and ``logits``.
+    and 8 for the moments; zero1 shards moments and reduced gradients; fsdp all three, every tensor sharded along its
+    first dimension and padded (ZeRO, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). DeepSpeed: see ``states``.
+    Beside that, see ``compute_weights``, ``activations`` and ``logits``.
 
     Args:
         config: of the run.
@@ -135,7 +136,8 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
 def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: bool) -> int:
     """Return the bytes of weights beside the stored ones, and of unsharded gradients beside the sharded ones.
 
-    DDP in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. FSDP: norm and output matrix, or
+    DDP and ZeRO-1 in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. ZeRO-1: see
+    ``unreduced_gradients``. FSDP: norm and output matrix, or
     the tied embedding, stay all-gathered for the whole pass; of the blocks two are (one computes, the next is
     prefetched), or all of them, and the embedding, without resharding after the forward pass; the gradient of one block
     or of the output matrix is unsharded until its reduce-scatter. With gradient accumulation nothing is reduced before
@@ -148,7 +150,8 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
         gathered = min(shards.elements, LIVE) if config.parallel.zero_stage == 3 else 0
         return (BF16 if bf16 else FP32) * gathered + FP32 * min(shards.elements, BUCKET)
     if config.parallel.strategy is not Strategy.fsdp:
-        return BF16 * cast_elements(shards) if bf16 else 0
+        casts = BF16 * cast_elements(shards) if bf16 else 0
+        return casts + (unreduced_gradients(shards, accumulates) if config.parallel.strategy is Strategy.zero1 else 0)
     block, around = elements(shards.block), elements(shards.around)
     width, reshards = BF16 if bf16 else FP32, config.parallel.reshard_after_forward
     gathered = min(2, shards.layers) if reshards else shards.layers
@@ -159,6 +162,20 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
     accumulates = accumulates and not config.parallel.reduce_each_micro_batch
     whole = FP32 * shards.elements if accumulates else width * max(block, kept)
     return width * (kept + gathered * block) + whole
+
+
+def unreduced_gradients(shards: ParameterShards, accumulates: bool) -> int:
+    """Return the bytes of the gradients that a rank of ZeRO-1 holds whole, in fp32.
+
+    With gradient accumulation all of them, until the last backward pass; else those of the bucket that is filled and of
+    those in flight, the largest that there can be.
+    """
+    if accumulates:
+        return FP32 * shards.elements
+    at_once = BUCKETS_IN_FLIGHT + 1
+    several = [size for size, count in sizes(shards) for _ in range(min(count, at_once))]
+    largest = sorted((max(FP32 * size, BUCKET_BYTES) for size in several), reverse=True)[:at_once]
+    return min(FP32 * shards.elements, sum(largest))
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:

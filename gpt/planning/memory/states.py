@@ -38,11 +38,13 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
-    moments = shards.stored(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else shards.stored()
+    stepped = shards.stored(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else shards.stored()
     sizes_of_state = optimizer_state(config.optim)
-    kept = FP32 * shards.stored()
-    state = round(sizes_of_state.per_element * moments) + sizes_of_state.per_tensor * shards.tensors
-    return States(0, 0, 0, 2 * kept + state) if config.parallel.cpu_offload else States(kept, kept, state)
+    kept, gradients = FP32 * shards.stored(), FP32 * stepped
+    state = round(sizes_of_state.per_element * stepped) + sizes_of_state.per_tensor * shards.tensors
+    if config.parallel.cpu_offload:
+        return States(0, 0, 0, kept + gradients + state)
+    return States(kept, gradients, state)
 
 
 def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
