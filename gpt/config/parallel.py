@@ -83,6 +83,9 @@ class ParallelConfig:
     memory for activations, as many bytes sent. Needed for dropout."""
     loss_parallel: bool = True
     """tp > 1 only: logits stay sharded by the vocabulary, and ranks exchange sums for each token instead of logits."""
+    async_tp: bool = False
+    """tp > 1 with sequence_parallel, on GPUs, compiled: overlap all-gathers and reduce-scatters of tp with the matrix
+    products beside them, in pieces, by torch's symmetric memory. It has not been run on GPUs."""
     pp: int = 1
     """Pipeline parallelism: ranks that the layers are split over. ``batch.accumulation`` micro-batches go through."""
     schedule: Schedule = Schedule["1f1b"]

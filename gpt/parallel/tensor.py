@@ -15,6 +15,7 @@ B batch, T time, D width, H heads, C head width, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -58,10 +59,29 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) 
     padding of the vocabulary may be among any rank's columns.
     """
     record_waits()
+    if config.async_tp:
+        overlap_collectives(mesh)
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
     apply_styles(model, mesh, outer_styles(model, hidden, VOCABULARY if config.loss_parallel else REPLICATED))
     for block in model.blocks:
         apply_styles(block, mesh, block_styles(block, hidden))
+
+
+def overlap_collectives(mesh: DeviceMesh) -> None:
+    """Have the compiler split all-gathers and reduce-scatters over ``mesh`` and the matrix products beside them, so
+    that each piece is sent while another is computed (``parallel.async_tp``).
+
+    For the process: the compiler takes the setting when a block is first called, and only for groups named to it.
+    """
+    # Not at the top: runs without a compiler do without its second of imports.
+    from torch._inductor import config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        # torch 2.13 calls this needless, and still asks whether it was called before it fuses anything.
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def record_waits() -> None:

@@ -92,9 +92,11 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
     On CPUs the compiler takes longer than most runs there.
 
     Raises:
-        ConfigError: whole graphs are asked for, and nothing is compiled.
+        ConfigError: whole graphs or asynchronous tensor parallelism are asked for, and nothing is compiled; or the
+            latter on CPUs.
     """
     chosen = config.compile if config.compile is not CompileMode["auto"] else best_compile(config, world_size, on_cpus)
+    refuse_async_tp(config, chosen, on_cpus)
     if config.compile_fullgraph and chosen is CompileMode["none"]:
         raise ConfigError(
             f"compile_fullgraph=true with compile={config.compile.name}, by which nothing is compiled here",
@@ -102,6 +104,18 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
             "compile=default, or compile_fullgraph=false",
         )
     return chosen
+
+
+def refuse_async_tp(config: TrainConfig, chosen: CompileMode, on_cpus: bool) -> None:
+    """Raise ConfigError where ``parallel.async_tp`` is asked for without GPUs, or without the compiler."""
+    if not config.parallel.async_tp or not (on_cpus or chosen is CompileMode["none"]):
+        return
+    compiled = f"compile={config.compile.name}" + ("" if chosen is config.compile else f", here {chosen.name}")
+    raise ConfigError(
+        f"parallel.async_tp=true {'on CPUs' if on_cpus else f'with {compiled}'}",
+        "GPUs, which reach each other's memory, and torch.compile, which puts the pieces in",
+        f"parallel.async_tp=false, or {'device=cuda' if on_cpus else 'compile=default'}",
+    )
 
 
 def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:

@@ -139,11 +139,30 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
 
 def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError where the model's matrices or activations cannot be sharded over ``tp`` ranks."""
+    check_async(config, dims)
     if dims.tp == 1:
         return
     check_matrices(config.model, dims.tp)
     check_vocabulary(config.model, dims.tp)
     check_sequence(config, dims)
+
+
+def check_async(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError where ``async_tp`` finds no all-gather beside a matrix product to overlap it with."""
+    if not config.parallel.async_tp:
+        return
+    if dims.tp == 1:
+        raise ConfigError(
+            "parallel.async_tp=true with parallel.tp=1",
+            "tensor parallelism, whose collectives it overlaps with matrix products",
+            "parallel.tp=2, or parallel.async_tp=false",
+        )
+    if not config.parallel.sequence_parallel:
+        raise ConfigError(
+            "parallel.async_tp=true with parallel.sequence_parallel=false",
+            "all-gathers and reduce-scatters, which go in pieces; without sequence parallelism there are all-reduces",
+            "parallel.sequence_parallel=true, or parallel.async_tp=false",
+        )
 
 
 def check_matrices(model: ModelConfig, tp: int) -> None:

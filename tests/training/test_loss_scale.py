@@ -38,7 +38,7 @@ STEPS, MICRO, GROWTH_INTERVAL, HIGH = 8, 4, 2, 2.0**19
 WORDS = ("precision=fp16", f"optim.max_micro_batch={MICRO}", "optim.lr=3e-3", *MODELS["experts"])
 ENGINES = {
     "ddp": (2, False),
-    "zero1": (2, False),
+    "zero1": (1, False),
     "fsdp": (2, True),
     "tp parallel.tp=2": (1, False),
     "pp parallel.pp=2": (1, False),
