@@ -9,6 +9,7 @@ forward and backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gpt.accounting.flops import expert_rows, forward_flops
 from gpt.config import CpMethod, Ffn, ParallelConfig, Recompute, Strategy, TrainConfig
@@ -79,9 +80,11 @@ def fsdp_s(
 ) -> float:
     """Return the exposed seconds per step of FSDP (arXiv 2304.11277, section 3).
 
-    Parameters are all-gathered for every forward pass, and again for the backward pass where they were resharded;
-    gradients are reduce-scattered in the last backward pass, or in each, and in the last one all-reduced between
-    replicas. The first all-gather of a pass and the last reduce-scatter overlap with nothing.
+    Parameters are all-gathered for every forward pass, and those of all blocks but the last again for the backward pass
+    where they were resharded; gradients are reduce-scattered in the last backward pass, or in each, and in the last one
+    all-reduced between replicas. What the first block waits for, and what is reduced after it, overlaps with nothing:
+    itself and the embedding, with norm and output matrix where these are tied, and so one group
+    (gpt/parallel/fsdp.py).
     """
     width = BF16 if config.precision.is_half else FP32
     rings, replicas = list(shard_groups(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
@@ -89,9 +92,12 @@ def fsdp_s(
     gathers = sum(ring.all_gather(width * count) for count, ring in rings)
     scatters = sum(ring.reduce_scatter(FP32 * count) for count, ring in rings)
     sums = scatters + replicas.all_reduce(FP32 * shards.stored())
-    block = elements(shards.block)
-    first, last = ring.all_gather(width * (elements(shards.around) + block)), ring.reduce_scatter(FP32 * block)
-    again = gathers if config.parallel.reshard_after_forward else 0.0
+    ends = elements(shards.block) + elements(shards.around if config.model.tie_embeddings else shards.entry)
+    first, last = ring.all_gather(width * ends), ring.reduce_scatter(FP32 * ends)
+    again = 0.0
+    if config.parallel.reshard_after_forward and shards.layers:
+        freed = replace(shards, layers=shards.layers - 1, around=())
+        again = sum(ring.all_gather(width * count) for count, ring in shard_groups(dims, freed, machine))
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(0.0, again - BACKWARD * compute_s)
     if config.parallel.reduce_each_micro_batch:

@@ -115,13 +115,17 @@ def test_gradients_of_copies_by_hand() -> None:
 
 def test_gathered_parameters_by_hand() -> None:
     fast, parameters = replace(MACHINE, flops_per_s=1e30), count(MODEL).total
-    each = 3 / 4 * 4 * parameters / 8e9
-    for reshard, gathers in ((True, 2), (False, 1)):
+    each = 3 / 4 * 4 / 8e9
+    # Three micro-batches; the last of four blocks, norm and output matrix are not resharded, the embedding not needed.
+    for reshard, again in ((True, 3 * 3 * BLOCK), (False, 0)):
         keys = {"strategy": Strategy.fsdp, "reshard_after_forward": reshard}
         found = cost(config_of(3, data_ranks=4, **keys), 4, fast).communication_s["dp"]
-        assert found == pytest.approx((3 * gathers + 1) * each)
-    hidden = cost(config_of(data_ranks=4, strategy=Strategy.fsdp), 4, replace(MACHINE, flops_per_s=1e6))
-    assert hidden.communication_s["dp"] == pytest.approx(3 / 4 * 4 * (2 * BLOCK + AROUND) / 8e9)  # first and last
+        assert found == pytest.approx(each * (4 * parameters + again))
+    # The first gather and the last reduce-scatter: the first block, and the embedding, tied with all that is around.
+    slow = replace(MACHINE, flops_per_s=1e6)
+    for model, ends in ((MODEL, 2048), (replace(MODEL, tie_embeddings=True), AROUND - 2048)):
+        hidden = cost(config_of(data_ranks=4, model=model, strategy=Strategy.fsdp), 4, slow)
+        assert hidden.communication_s["dp"] == pytest.approx(each * 2 * (BLOCK + ends))
 
 
 def test_tensor_parallelism_by_hand() -> None:

@@ -15,8 +15,6 @@ from gpt.topology.dims import ParallelDims
 from gpt.topology.gradient_buckets import BUCKET_BYTES, BUCKETS_IN_FLIGHT
 from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
-ENTRY = ("token_embedding.", "position.")
-"""Parameters before the blocks, which FSDP frees after their forward pass unless they are tied to the output matrix."""
 LIVE = 10**9
 """Elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
@@ -155,10 +153,8 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
     block, around = elements(shards.block), elements(shards.around)
     width, reshards = BF16 if bf16 else FP32, config.parallel.reshard_after_forward
     gathered = min(2, shards.layers) if reshards else shards.layers
-    freed = (
-        [p for p in shards.around if p.name.startswith(ENTRY)] if reshards and not config.model.tie_embeddings else []
-    )
-    kept = around - elements(freed)
+    # An embedding that is tied to the output matrix is not freed after its forward pass.
+    kept = around - (elements(shards.entry) if reshards and not config.model.tie_embeddings else 0)
     accumulates = accumulates and not config.parallel.reduce_each_micro_batch
     whole = FP32 * shards.elements if accumulates else width * max(block, kept)
     return width * (kept + gathered * block) + whole

@@ -27,6 +27,8 @@ SHARDED_DIM_1 = ("output.weight", "down.weight", "experts.down")
 
 AROUND = ("token_embedding.", "position.", "norm.", "head.")
 """Beginnings of the names of parameters outside the blocks."""
+ENTRY = ("token_embedding.", "position.")
+"""Those of parameters before the blocks."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class ParameterShards:
     def expert_elements(self) -> int:
         """Elements of experts that the rank computes with."""
         return self.layers * elements(p for p in self.block if ".experts." in p.name)
+
+    @property
+    def entry(self) -> tuple[ParameterShard, ...]:
+        """Shards before the blocks."""
+        return tuple(p for p in self.around if p.name.startswith(ENTRY))
 
     @property
     def tensors(self) -> int:
