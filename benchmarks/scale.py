@@ -124,7 +124,7 @@ ROWS = {
         engines.data_wait,
     ),
     "A13": Row(
-        "README's command for GPUs, dry run: precision; with precision=fp32",
+        "README's command for GPUs, dry run: precision; with precision=fp32 on H100s",
         "fp32; nothing",
         "bf16; the factor, and what to type",
         launcher.precision_of_the_readme,

@@ -86,10 +86,13 @@ def dry_run(folder: str, *words: str) -> str:
 
 
 def precision_of_the_readme() -> tuple[str, bool]:
-    """A13: the plan's line about the execution, and warnings that name the precision."""
+    """A13: the plan's line about the execution, and warnings that name the precision.
+
+    The factor is that of a device. Slurm tells its name, which here there is none to ask.
+    """
     with tempfile.TemporaryDirectory() as name:
         asked = re.search(r"execution +(\w+)", dry_run(name, "nodes=1", *GPUS))
-        typed = dry_run(name, "nodes=1", *GPUS, "precision=fp32")
+        typed = dry_run(name, "nodes=1", *GPUS, "cluster.gpu_name=H100", "precision=fp32")
     told = [line for line in typed.splitlines() if "warning" in line and "fp32" in line]
     factor = any(re.search(r"\d+(\.\d+)? (x|times)|(factor|x) ?\d", line) and "precision=" in line for line in told)
     text = f"{asked[1] if asked else 'unsaid'}; {'the factor, and what to type' if factor else told or 'nothing'}"

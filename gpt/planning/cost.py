@@ -3,7 +3,7 @@
 It serves to rank layouts against each other, and knows no kernels, stragglers or small matrices. Its assumptions:
 
 - compute: FLOPs over the rate that a rank attains, whatever the shapes. The slowest pipeline stage sets the pace.
-- overlap: DDP's all-reduce and FSDP's reduce-scatter overlap with the backward pass of the last micro-batch, FSDP's
+- overlap: DDP's all-reduce and the reduce-scatter of ZeRO-1 and FSDP overlap with the last backward pass, FSDP's
   all-gathers with the pass they are for, and the transfers of ring attention with attention. All other communication is
   exposed: that of tensor, context and expert parallelism inside a layer, sends between pipeline stages, and the
   all-reduce of gradients after the last micro-batch.
