@@ -43,7 +43,8 @@ LAYOUTS = {
     "ZeRO 2": "parallel=zero2",
     "ZeRO 3": "parallel=zero3",
     "ZeRO 3 in bf16": "parallel=zero3 precision=bf16",
-    # With two micro-batches a step it holds half of the gradients that the plan says.
+    # With two micro-batches a step the first stage holds all gradients between its two backward passes only, where
+    # ``held_bytes``, which looks ahead of forward passes, does not see them.
     "pp x ZeRO 1": "parallel=ds_pp_zero1 optim.max_micro_batch=2",
 }
 LONG = ["model.n_embd=64", "model.block_size=64"]
