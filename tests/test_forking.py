@@ -14,6 +14,7 @@ import pytest
 from tests.support import forking
 from tests.support.commands import environment, fork_server, run
 from tests.support.forking import Job
+from tests.support.scripts import LOCAL, write_script
 
 
 def asked(*words: str, env: dict[str, str], cwd: Path, **more: Any) -> Job | None:
@@ -40,3 +41,25 @@ def test_exit_status_and_output_are_those_of_the_command(tmp_path: Path) -> None
     assert "type next: optim.lr=1" in run("gpt.train", "optim.lrr=1", cwd=tmp_path, status=2)
     assert run("gpt.generate", "--help", cwd=tmp_path).startswith("usage: python -m gpt.generate")
     assert list(tmp_path.iterdir()) == []
+
+
+LOOKING = """
+import os, sys
+import beside
+print(__name__, __file__, sys.argv, sys.path[0], beside.__file__, os.getcwd(), os.getppid() == int(sys.argv[1]))
+print("torch" in sys.modules, flush=True)
+sys.exit("ends so")
+"""
+
+
+def test_a_rank_of_a_script_is_forked_as_if_it_had_been_executed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    write_script(tmp_path, "", "theirs/beside.py")
+    script = write_script(tmp_path, LOOKING, "theirs/looking.py")
+    words = ["workload=script", "script.path=theirs/looking.py", "script.args=0 a", "run_dir=run"]
+    text = run("launch", *LOCAL, *words, cwd=tmp_path, status=1)
+    said, preloaded, *last = (tmp_path / "run/attempts/0001/logs/rank_00000.log").read_text().splitlines()
+    beside = script.parent / "beside.py"
+    assert said == f"__main__ {script} {[str(script), '0', 'a']} {script.parent} {beside} {tmp_path} False"
+    assert preloaded == "True", "it was executed"
+    assert last == ["ends so"] and "ends so" in text

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import process as multiprocessing
 from multiprocessing.connection import Connection
@@ -149,8 +149,13 @@ def forget(module: str) -> None:
 
 def run_main(module: str) -> int:
     """Run a module as ``python -m`` does, and return its exit status; that of a signal is negative."""
+    return exit_status(runpy._run_module_as_main, module)  # type: ignore[attr-defined]  # what python -m calls
+
+
+def exit_status(program: Callable[..., object], *args: object) -> int:
+    """Call what Python would run as ``__main__``, and return its exit status; that of a signal is negative."""
     try:
-        runpy._run_module_as_main(module)  # type: ignore[attr-defined]  # what python -m calls
+        program(*args)
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return (end.code or 0) & 0xFF

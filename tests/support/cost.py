@@ -25,7 +25,7 @@ SECONDS = {
     "components/test_custom_parts.py": 21,
     "data/test_prepare.py": 34,
     "data/test_synthetic.py": 20,
-    "examples/test_examples.py": 127,
+    "examples/test_examples.py": 56,
     "examples/test_programs.py": 21,
     "examples/test_workloads.py": 25,
     "launch/test_agreement.py": 12,

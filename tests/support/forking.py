@@ -3,9 +3,9 @@
 Of the nine seconds of a run of two ranks on one machine, eight are imports: of the launcher, its two agents and their
 ranks. Here one server process a test worker imports once, and each command is a fork of it that has run nothing: with
 a process id, a parent, a session, signals, a folder and an environment of its own, as if Python had just been started.
-What such a command starts with ``python -m`` is forked as well, and is its child; the ranks of a run their agent forks
-by itself (``launch.agent.fork_server``). What cannot be forked (another
-program, other paths to import from) is started as ever.
+What such a command starts with ``python -m`` is forked as well, and is its child, and so is the file of Python that an
+agent starts for a rank of a script; the ranks of other workloads their agent forks by itself
+(``launch.agent.fork_server``). What cannot be forked (another program, other paths to import from) is started as ever.
 
 Owns the processes between a test and its command. Must not know what is run. For tests that are about what commands
 do; those that are about processes start real interpreters (``commands.start``).
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.agent import forked_rank
+from launch.agent.numa import told_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGE_BYTES = 1 << 17
@@ -46,19 +47,33 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Job:
-    """``python -m module words``, and what it gets from whoever starts it."""
+    """``python -m module words`` or ``python FILE words``, and what it gets from whoever starts it."""
 
     module: str
+    """Path of the file, where ``is_file``."""
     words: tuple[str, ...]
     cwd: str
     env: dict[str, str]
     own_session: bool = False
     ignores_ctrl_c: bool = False
+    is_file: bool = False
+    log: str | None = None
+    """File that everything printed is appended to, in place of the streams that are handed over."""
+
+    @property
+    def command(self) -> list[str]:
+        """The whole command line."""
+        return [sys.executable, *([] if self.is_file else ["-m"]), self.module, *self.words]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it imports from first."""
+        return Path(self.cwd, self.module).resolve().parent if self.is_file else Path(self.cwd)
 
     def can_be_forked(self, here: Mapping[str, str] = os.environ) -> bool:
         """Tell whether it would import the same modules as this process, in the same way."""
         read = {k for k in {**here, **self.env} if k.startswith(READ_AT_START) and k not in ANYWAY}
-        folder = Path(self.cwd)
+        folder = self.folder
         other_code = folder != ROOT and any((folder / name).exists() for name in ("gpt", "launch", "slurm", "configs"))
         return not other_code and all(here.get(k) == self.env.get(k) for k in read)
 
@@ -98,7 +113,7 @@ class ForkedProcess:
     """A command that was forked, with what ``subprocess.Popen`` has of one that was started."""
 
     def __init__(self, job: Job, news: int) -> None:
-        self.args = [sys.executable, "-m", job.module, *job.words]
+        self.args = job.command
         self.returncode: int | None = None
         self._news = os.fdopen(news, "rb", buffering=0)
         told = self._news.readline()
@@ -172,23 +187,37 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
         os.setsid()
     _STARTER = Starter(streams)
     forked_rank.take_streams(streams)
+    if job.log is not None:
+        forked_rank.open_streams(job.log)
     os.chdir(job.cwd)
     os.environ.clear()
     os.environ.update(job.env)
-    forked_rank.show_in_proc([sys.executable, "-m", job.module, *job.words], job.env)
+    if cpus := told_cpus(job.env):
+        os.sched_setaffinity(0, cpus)
+    forked_rank.show_in_proc(job.command, job.env)
     signal.signal(signal.SIGINT, signal.SIG_IGN if job.ignores_ctrl_c else signal.default_int_handler)
-    sys.argv = ["-m", *job.words]
-    sys.orig_argv = [sys.executable, "-m", job.module, *job.words]
-    sys.path[0] = job.cwd
+    sys.argv = [job.module if job.is_file else "-m", *job.words]
+    sys.orig_argv = job.command
+    sys.path[0] = str(job.folder)
     sys.modules["__main__"] = types.ModuleType("__main__")
-    forked_rank.forget(job.module)
     importlib.invalidate_caches()
-    status = forked_rank.run_main(job.module)
+    if job.is_file:
+        status = forked_rank.exit_status(_run_file, job.module)
+    else:
+        forked_rank.forget(job.module)
+        status = forked_rank.run_main(job.module)
     status = forked_rank.leave() or status
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status & 0xFF)
+
+
+def _run_file(path: str) -> None:
+    """Run a file as ``__main__``, as ``python FILE`` does."""
+    main = sys.modules["__main__"]
+    main.__file__ = path
+    exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)
 
 
 class Starter:
@@ -266,6 +295,8 @@ def _job_of(given: Mapping[str, Any]) -> Job | None:
     if given["shell"] or given["preexec_fn"] or given["pass_fds"] or isinstance(args, str | bytes | os.PathLike):
         return None
     words = [os.fsdecode(word) for word in args]
+    if words[0] == "/bin/sh":
+        return _rank_of(words, given)
     options = words.index("-m") if words[0] == sys.executable and "-m" in words else 0
     if words[1:options] not in ([], ["-u"]) or not options:
         return None
@@ -274,4 +305,19 @@ def _job_of(given: Mapping[str, Any]) -> Job | None:
     cwd = str(Path(os.fsdecode(given["cwd"] or ".")).absolute())
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     job = Job(module, tuple(rest), cwd, env, given["start_new_session"], ignored)
+    return job if job.can_be_forked() else None
+
+
+def _rank_of(words: list[str], given: Mapping[str, Any]) -> Job | None:
+    """The job of the shell by which an agent starts a rank, if that is a file of Python (``workers.entrypoint``)."""
+    from launch.agent.workers import START_RANK
+
+    if words[1:3] != ["-c", START_RANK] or len(words) < 8:
+        return None
+    workdir, logs, python, file, *rest = words[4:]
+    if python != sys.executable or not Path(logs).is_dir() or not Path(workdir, file).is_file():
+        return None
+    env = dict(given["env"])
+    log = str(Path(logs, f"rank_{int(env['RANK']):05d}.log").absolute())
+    job = Job(file, tuple(rest), workdir, env, given["start_new_session"], is_file=True, log=log)
     return job if job.can_be_forked() else None
