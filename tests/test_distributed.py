@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.commands import descendants, wait_for
 from tests.support.distributed import RankFailedError, run_distributed
 
 
@@ -41,8 +42,18 @@ def test_results_come_by_rank_from_processes_of_their_own() -> None:
     [("raise", 60, "ValueError: the cause"), ("die", 60, "died of SIGKILL"), ("hang", 3, "no answer in time")],
 )
 def test_the_rank_that_failed_is_named_and_none_is_left(how: str, timeout_s: float, message: str) -> None:
-    before = set(multiprocessing.active_children())
+    run_distributed(all_reduce, 1, 10)  # the processes that ranks are forked from stay
+    before = set(descendants(os.getpid()))
     with pytest.raises(RankFailedError, match=message) as failure:
         run_distributed(misbehave, 2, how, timeout_s=timeout_s)
     assert failure.value.rank == (1 if how != "hang" else failure.value.rank)
-    assert set(multiprocessing.active_children()) == before
+    wait_for(lambda: set(descendants(os.getpid())) <= before, "the end of all ranks")
+
+
+def stay_imported(rank: int, world_size: int) -> bool:
+    return "wave" in sys.modules
+
+
+def test_what_a_test_imports_for_its_ranks_is_there_and_for_no_others() -> None:
+    assert run_distributed(stay_imported, 2, imports=("wave",)) == [True, True]
+    assert run_distributed(stay_imported, 1) == [False]

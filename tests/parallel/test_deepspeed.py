@@ -29,6 +29,7 @@ from tests.support.distributed import run_distributed
 from tests.support.learning import (
     ACCUMULATIONS,
     BATCH,
+    DEEPSPEED,
     MODELS,
     STEPS,
     TINY,
@@ -92,7 +93,7 @@ def learn_otherwise(rank: int, size: int, folder: Path) -> dict[str, list[dict[s
     path = folder / f"ds{rank}.json"
     path.write_text(json.dumps({"zero_optimization": {f"stage3_{key}": 0 for key in AT_ONCE}}))
     # What the compiler sees is what is asked here, not the code that it makes in half a minute.
-    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+    with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
         for name, ways in OTHER_WAYS.items():
             for number, words in enumerate(ways):
                 words = [word.format(path) for word in words]
@@ -168,15 +169,16 @@ def on_four(rank: int, size: int, folder: Path, saved: Path) -> tuple[dict[Any, 
     return learn_all(rank, size, folder), go_on(rank, size, saved, [("zero3", "zero1")])
 
 
-# Ranks import DeepSpeed for a second or two each, so each number of them is started once.
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    return run_distributed(on_two, 2, tmp_path_factory.mktemp("two") / "runs", timeout_s=300)[0]
+    return run_distributed(on_two, 2, tmp_path_factory.mktemp("two") / "runs", timeout_s=300, imports=DEEPSPEED)[0]
 
 
 @pytest.fixture(scope="module")
 def seen_by_four(seen: Seen, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    return run_distributed(on_four, 4, tmp_path_factory.mktemp("four") / "runs", seen.folder, timeout_s=300)[0]
+    return run_distributed(
+        on_four, 4, tmp_path_factory.mktemp("four") / "runs", seen.folder, timeout_s=300, imports=DEEPSPEED
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def test_checkpoints_go_on_bit_for_bit_or_under_another_stage_and_strategy(seen:
 def test_checkpoints_go_on_with_other_numbers_of_ranks(
     seen: Seen, seen_by_four: tuple[dict[Any, Any], dict[Any, Any]]
 ) -> None:
-    by_one = run_distributed(go_on, 1, seen.folder, [("zero2", "zero3")], timeout_s=300)[0]
+    by_one = run_distributed(go_on, 1, seen.folder, [("zero2", "zero3")], timeout_s=300, imports=DEEPSPEED)[0]
     for (way, _), losses in (seen_by_four[1] | by_one).items():
         assert losses == pytest.approx(seen.to_come[way], rel=1e-6), way
 
@@ -298,7 +300,7 @@ def broken(rank: int, function: str, why: str) -> AbstractContextManager[object]
 
 def test_damage_is_noticed_and_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
     """All come back long before the collectives would give up waiting for each other."""
-    for found in run_distributed(damage_and_fail, 2, tmp_path / "run", timeout_s=100):
+    for found in run_distributed(damage_and_fail, 2, tmp_path / "run", timeout_s=100, imports=DEEPSPEED):
         assert found["step"] == 1
         assert found["names"] == ["step_00000001", "step_00000002", "step_00000002.corrupt"]
 

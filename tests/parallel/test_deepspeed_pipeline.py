@@ -18,7 +18,7 @@ from gpt.training.state import save
 from launch.errors import ConfigError
 from tests.parallel.test_deepspeed import as_composed, broken
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, assert_same, evaluated, learn, start, step, whole
+from tests.support.learning import DEEPSPEED, MODELS, assert_same, evaluated, learn, start, step, whole
 
 LAYERS = ["model.n_layer=4", "eval.sequences=7"]
 HERE = {
@@ -69,7 +69,7 @@ def learn_here(run: Run) -> dict[str, Any]:
 def learn_cases(rank: int, size: int, folder: Path) -> list[dict[str, Any]]:
     found = []
     # What the compiler sees is what is asked here, not the code that it makes in half a minute.
-    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+    with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
         for number, (model, zero, pp, micro, others) in enumerate(CASES[size]):
             words = [
                 "parallel=ds_pp",
@@ -156,12 +156,14 @@ def on_four(rank: int, size: int, folder: Path, saved: Path) -> tuple[list[dict[
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    return run_distributed(on_two, 2, tmp_path_factory.mktemp("two") / "runs", timeout_s=300)[0]
+    return run_distributed(on_two, 2, tmp_path_factory.mktemp("two") / "runs", timeout_s=300, imports=DEEPSPEED)[0]
 
 
 @pytest.fixture(scope="module")
 def seen_by_four(seen: Seen, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    return run_distributed(on_four, 4, tmp_path_factory.mktemp("four") / "runs", seen.folder, timeout_s=300)[0]
+    return run_distributed(
+        on_four, 4, tmp_path_factory.mktemp("four") / "runs", seen.folder, timeout_s=300, imports=DEEPSPEED
+    )[0]
 
 
 def test_a_pipeline_learns_what_one_process_learns(

@@ -17,7 +17,7 @@ from gpt.parallel.materialize import materialize
 from gpt.training import init_from
 from gpt.training.state import save
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, compose, start, start_composed, whole
+from tests.support.learning import DEEPSPEED, MODELS, compose, start, start_composed, whole
 
 SEED = 11
 WORDS = [f"seed={SEED}", "optim.max_micro_batch=2", "model.n_layer=4", "model.vocab_multiple=8"]
@@ -63,7 +63,7 @@ def drawn_whole(name: str, tensor: Tensor, vocab: int) -> Tensor:
 
 
 def test_every_engine_begins_with_the_bits_of_one_that_draws_the_model_whole(tmp_path: Path) -> None:
-    found = run_distributed(begin, 4, tmp_path / "runs", timeout_s=400)[0]
+    found = run_distributed(begin, 4, tmp_path / "runs", timeout_s=400, imports=DEEPSPEED)[0]
     for layout, words in LAYOUTS.items():
         config = compose(*WORDS, *words).model
         model = GPT(config)

@@ -14,7 +14,7 @@ from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
 from tests.support.distributed import run_distributed
 from tests.support.holding import held_bytes, living_bytes
-from tests.support.learning import BATCH, MODELS, compose, start_composed, step
+from tests.support.learning import BATCH, DEEPSPEED, MODELS, compose, start_composed, step
 
 WORDS = ["model.n_head=4"]
 LAYERS = "model.n_layer=4"
@@ -88,7 +88,9 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Held:
     found: Held = {}
     for size in (2, 4):
         cases = {(name, model): config_of(name, model) for name, model in CASES if ranks_of(name) == size}
-        ranks = run_distributed(hold, size, tmp_path_factory.mktemp("held") / "runs", cases, timeout_s=400)
+        ranks = run_distributed(
+            hold, size, tmp_path_factory.mktemp("held") / "runs", cases, timeout_s=400, imports=DEEPSPEED
+        )
         found |= {case: [rank[case] for rank in ranks] for case in cases}
     return found
 

@@ -56,13 +56,14 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **extra}
 
 
-def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> str:
+def run(module: str, *words: str, cwd: Path, status: int = 0, imports: Sequence[str] = (), **extra: str) -> str:
     """``python -m module words`` to its end; returns what it printed, standard error included.
 
-    Forked from a process that has imported everything, where nothing speaks against it (see ``forking``).
+    Forked from a process that has imported everything, where nothing speaks against it (see ``forking``), and
+    ``imports``: what its ranks would import one by one.
     """
     job = Job(module, words, str(cwd), environment(**extra))
-    server = fork_server()
+    server = fork_server(*imports)
     if not module.startswith(FORKED) or not server.takes(job):
         done = subprocess.run(
             [sys.executable, "-m", module, *words],
@@ -89,9 +90,9 @@ def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> s
 
 
 @cache
-def fork_server() -> Server:
-    """The process that ``run`` forks from, one for each process that tests run in."""
-    return Server(environment())
+def fork_server(*modules: str) -> Server:
+    """The process that ``run`` forks from, one for each process that tests run in; or one that imports more."""
+    return fork_server().importing(modules) if modules else Server.start_with(environment())
 
 
 def answer_ctrl_c() -> None:

@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 
 from launch.agent import forked_rank
 from launch.agent.numa import told_cpus
+from launch.process import lasting_imports
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGE_BYTES = 1 << 17
@@ -81,11 +82,16 @@ class Job:
 class Server:
     """The process that commands are forked from, for as long as this one lives."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = f"from tests.support import forking; forking.serve({theirs.fileno()})"
+    def __init__(self, env: Mapping[str, str], connection: socket.socket) -> None:
         self._env = dict(env)
-        self.process = subprocess.Popen(
+        self._socket = connection
+
+    @classmethod
+    def start_with(cls, env: Mapping[str, str]) -> Server:
+        """Start one that imports what commands and ranks need."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = f"from tests.support import forking; forking.serve({theirs.fileno()})"
+        subprocess.Popen(
             [sys.executable, "-u", "-c", code, ROOM],
             cwd=ROOT,
             env={**env, "ROOM": ROOM},
@@ -94,17 +100,25 @@ class Server:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
+        return cls(env, ours)
+
+    def importing(self, modules: Sequence[str]) -> Server:
+        """Fork one from this that imports ``modules`` as well."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        socket.send_fds(self._socket, [pickle.dumps(tuple(modules))], [theirs.fileno()])
+        theirs.close()
+        return Server(self._env, ours)
 
     def takes(self, job: Job) -> bool:
         """Tell whether a fork does the same as a start."""
         return job.can_be_forked(self._env)
 
-    def start(self, job: Job, output: Path) -> ForkedProcess:
-        """Start a command; what it prints is added to ``output``."""
+    def start(self, job: Job, output: Path | None = None) -> ForkedProcess:
+        """Start a command; what it prints is added to ``output``, or is printed by this process."""
         news, theirs = os.pipe()
-        with output.open("ab") as file, Path(os.devnull).open() as nothing:
-            fds = [nothing.fileno(), file.fileno(), file.fileno(), theirs]
-            socket.send_fds(self._socket, [pickle.dumps(job)], fds)
+        with Path(output or os.devnull).open("ab") as file, Path(os.devnull).open() as nothing:
+            printed = (1, 2) if output is None else (file.fileno(), file.fileno())
+            socket.send_fds(self._socket, [pickle.dumps(job)], [nothing.fileno(), *printed, theirs])
         os.close(theirs)
         return ForkedProcess(job, news)
 
@@ -116,6 +130,8 @@ class ForkedProcess:
         self.args = job.command
         self.returncode: int | None = None
         self._news = os.fdopen(news, "rb", buffering=0)
+        self.sentinel = self._news.fileno()
+        """Can be read from once it has ended, as that of a process of multiprocessing."""
         told = self._news.readline()
         assert told, f"the server that commands are forked from has ended; its last words are above ({self.args})"
         self.pid = int(told)
@@ -150,17 +166,34 @@ def serve(connection: int) -> None:
     # What a command starts by itself is forked too; see ``Popen._execute_child`` for the parameters.
     subprocess.Popen._execute_child = partialmethod(_execute_child, subprocess.Popen._execute_child)  # type: ignore
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait
+    _answer(connection)
+
+
+def _answer(connection: int) -> None:
     with socket.socket(fileno=connection) as requests:
         while request := _receive(requests):
-            job, fds = request
+            asked, fds = request
             if os.fork() == 0:
                 requests.close()
-                _wait_for(job, fds)
+                if isinstance(asked, Job):
+                    _wait_for(asked, fds)
+                _serve_with(asked, fds[0])
             for fd in fds:
                 os.close(fd)
 
 
-def _receive(requests: socket.socket) -> tuple[Job, list[int]] | None:
+def _serve_with(modules: tuple[str, ...], connection: int) -> NoReturn:
+    """Become a server that has imported more."""
+    try:
+        with lasting_imports():
+            for module in modules:
+                importlib.import_module(module)
+        _answer(connection)
+    finally:  # never up through the frames of the server that this process is a copy of
+        os._exit(0)
+
+
+def _receive(requests: socket.socket) -> tuple[Any, list[int]] | None:
     message, fds, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, 4)
     return (pickle.loads(message), fds) if message else None
 

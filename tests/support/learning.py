@@ -49,6 +49,12 @@ MODELS = {
     "experts": ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"],
 }
 ACCUMULATIONS = (1, 4)
+DEEPSPEED = (
+    "gpt.parallel.deepspeed.pipeline",
+    "gpt.parallel.deepspeed.checkpoint",
+    "deepspeed.checkpoint.ds_to_universal",
+)
+"""What ranks that use DeepSpeed import for a second or two, unless what they are forked from has done so."""
 
 
 @dataclass(frozen=True)

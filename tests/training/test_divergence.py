@@ -27,7 +27,7 @@ from launch.errors import RepeatedFailureError
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord, read_records
 from tests.support.distributed import run_distributed
-from tests.support.learning import BATCH, MODELS, start
+from tests.support.learning import BATCH, DEEPSPEED, MODELS, start
 
 ENGINES = {
     "ddp": [],
@@ -173,7 +173,7 @@ def skip_one(rank: int, size: int, folder: Path, cases: list[tuple[str, str]]) -
 
 def test_what_one_rank_computes_wrongly_is_skipped_by_all_under_every_engine(tmp_path: Path) -> None:
     cases = [(engine, "activations") for engine in ENGINES] + [(name, "gradients") for name in GRADIENTS_OF_TORCH]
-    ranks = run_distributed(skip_one, 2, tmp_path / "runs", cases, timeout_s=500)
+    ranks = run_distributed(skip_one, 2, tmp_path / "runs", cases, timeout_s=500, imports=DEEPSPEED)
     for case in cases:
         for rank, told in enumerate(ranks):
             name = f"{case}, rank {rank}"
@@ -263,7 +263,9 @@ def go_through_all(rank: int, size: int, folder: Path) -> dict[str, dict[str, An
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return run_distributed(go_through_all, 2, tmp_path_factory.mktemp("divergence") / "runs", timeout_s=300)
+    return run_distributed(
+        go_through_all, 2, tmp_path_factory.mktemp("divergence") / "runs", timeout_s=300, imports=DEEPSPEED
+    )
 
 
 def test_one_bad_step_is_skipped_counted_and_told(ranks: list[dict[str, dict[str, Any]]]) -> None:
@@ -346,7 +348,9 @@ def go_back_under(rank: int, size: int, folder: Path, engines: list[str]) -> dic
 
 def test_every_kind_of_engine_goes_back_to_the_same_weights(tmp_path: Path) -> None:
     engines = ["zero1", "fsdp", "pp parallel.pp=2", "zero2", "zero3"]
-    for rank, told in enumerate(run_distributed(go_back_under, 2, tmp_path / "runs", engines, timeout_s=300)):
+    for rank, told in enumerate(
+        run_distributed(go_back_under, 2, tmp_path / "runs", engines, timeout_s=300, imports=DEEPSPEED)
+    ):
         assert told == dict.fromkeys(engines, (1, True)), f"rank {rank}"
 
 
@@ -402,7 +406,9 @@ EXPECTED = {
 
 
 def test_a_flipped_bit_in_one_replica_is_found_whatever_the_parallelism(tmp_path: Path) -> None:
-    for rank, told in enumerate(run_distributed(compare_replicas, 4, tmp_path / "runs", timeout_s=300)):
+    for rank, told in enumerate(
+        run_distributed(compare_replicas, 4, tmp_path / "runs", timeout_s=300, imports=DEEPSPEED)
+    ):
         for words, (compares, quiet, drift) in told.items():
             assert compares and quiet is None, f"{words}, rank {rank}: {quiet}"
             assert drift == EXPECTED[words], f"{words}, rank {rank}"

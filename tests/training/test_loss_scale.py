@@ -31,7 +31,7 @@ from launch.runs.records import StepRecord, read_records
 from tests.support.commands import TINY
 from tests.support.commands import run as run_command
 from tests.support.distributed import run_distributed
-from tests.support.learning import BATCH, MODELS, compose, start, whole
+from tests.support.learning import BATCH, DEEPSPEED, MODELS, compose, start, whole
 
 STEPS, MICRO, GROWTH_INTERVAL, HIGH = 8, 4, 2, 2.0**19
 """Gradients overflow at the scale ``HIGH``, and again where it has grown."""
@@ -146,7 +146,7 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], name: str) -> 
 def test_every_engine_skips_and_learns_as_a_plain_loop_with_torchs_scaler(tmp_path: Path) -> None:
     kinds = sorted(set(ENGINES.values()))
     references = {kind: run_distributed(plain_loop, 1, tmp_path / "runs", *kind)[0] for kind in kinds}
-    found = run_distributed(learn, 2, tmp_path / "runs", list(ENGINES), timeout_s=300)
+    found = run_distributed(learn, 2, tmp_path / "runs", list(ENGINES), timeout_s=300, imports=DEEPSPEED)
     for name, kind in ENGINES.items():
         expected = references[kind]
         for rank, told in enumerate(found):
@@ -191,7 +191,7 @@ def expected_scales(norms: list[float | None]) -> list[float]:
 
 @needs_fp16
 def test_a_resumed_run_has_the_same_scale_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    found = run_distributed(go_on, 2, tmp_path / "runs", list(RESUMED), timeout_s=400)
+    found = run_distributed(go_on, 2, tmp_path / "runs", list(RESUMED), timeout_s=400, imports=DEEPSPEED)
     assert len(found[0]) == len(RESUMED) + len(CROSSED)
     for told in found:
         for (name, other), (before, to_come, again) in told.items():
