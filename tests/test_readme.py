@@ -18,6 +18,7 @@ from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, star
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SMALL = [*TINY, "optim.max_steps=12"]
+UNDRAWN = ["launch.report_files=[md,csv]"]
 TOOLS = ("prepare", "compare", "generate", "evaluate", "export")
 
 
@@ -84,13 +85,13 @@ def test_what_is_for_a_cluster_is_planned(command: str, tmp_path: Path) -> None:
     "command", [c for c in commands("python -m launch ") if not {"cluster=slurm", "workload=script"} & {*c.split()}]
 )
 def test_what_is_for_this_machine_runs(command: str, tmp_path: Path) -> None:
-    text = run("launch", *shlex.split(command)[3:], *SMALL, cwd=tmp_path)
+    text = run("launch", *shlex.split(command)[3:], *SMALL, *UNDRAWN, cwd=tmp_path)
     assert "finished  step 12/12" in text
 
 
 def test_a_script_is_launched(tmp_path: Path) -> None:
     (command,) = (c for c in commands("python -m launch ") if "workload=script" in c)
-    text = run("launch", *shlex.split(command)[3:], f"output_dir={tmp_path}", cwd=ROOT)
+    text = run("launch", *shlex.split(command)[3:], *UNDRAWN, f"output_dir={tmp_path}", cwd=ROOT)
     assert text.count(" finished ") >= 2 and "Strong scaling of ddp_with_worker" in text
 
 
@@ -103,7 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = shlex.split(command)
         module = ["torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[2:]
         run(*module, *SMALL, cwd=folder)
-    run("launch", *SMALL, "name=launched", cwd=folder)
+    run("launch", *SMALL, *UNDRAWN, "name=launched", cwd=folder)
     return folder
 
 

@@ -56,14 +56,13 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **extra}
 
 
-def run(module: str, *words: str, cwd: Path, status: int = 0, imports: Sequence[str] = (), **extra: str) -> str:
+def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> str:
     """``python -m module words`` to its end; returns what it printed, standard error included.
 
-    Forked from a process that has imported everything, where nothing speaks against it (see ``forking``), and
-    ``imports``: what its ranks would import one by one.
+    Forked from a process that has imported everything, where nothing speaks against it (see ``forking``).
     """
     job = Job(module, words, str(cwd), environment(**extra))
-    server = fork_server(*imports)
+    server = fork_server()
     if not module.startswith(FORKED) or not server.takes(job):
         done = subprocess.run(
             [sys.executable, "-m", module, *words],

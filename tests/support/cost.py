@@ -53,7 +53,7 @@ SECONDS = {
     "model/test_components.py": 15,
     "model/test_moe.py": 34,
     "parallel/test_context.py": 43,
-    "parallel/test_deepspeed.py": 105,
+    "parallel/test_deepspeed.py": 55,
     "parallel/test_deepspeed_pipeline.py": 28,
     "parallel/test_equivalence.py": 23,
     "parallel/test_expert.py": 40,

@@ -61,7 +61,9 @@ def plain_losses(folder: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    "starter", [("gpt.train",), ("launch", "nodes=2", "parallel=fsdp")], ids=["alone", "fsdp on 2"]
+    "starter",
+    [("gpt.train",), ("launch", "nodes=2", "parallel=fsdp", "launch.report_files=[]")],
+    ids=["alone", "fsdp on 2"],
 )
 def test_losses_and_gradient_norms_are_those_of_a_plain_loop(starter: tuple[str, ...], tmp_path: Path) -> None:
     run(starter[0], *starter[1:], *WORDS, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)

@@ -13,6 +13,7 @@ from tests.support.weights import differing, read_weights
 
 STEPS = 40
 WORDS = [*TINY, f"optim.max_steps={STEPS}", "checkpoint.interval=5", "eval.interval=20", "model.dropout=0.1"]
+NO_REPORT = "launch.report_files=[]"
 
 
 # Four ranks of DDP are the hard case: torch regroups the gradients after the first step of a process.
@@ -20,7 +21,7 @@ WORDS = [*TINY, f"optim.max_steps={STEPS}", "checkpoint.interval=5", "eval.inter
 def test_kill_9_and_the_same_command_end_in_the_same_weights(
     strategy: str, nodes: int, ranks: int, tmp_path: Path
 ) -> None:
-    words = [f"nodes={nodes}", f"ranks_per_node={ranks}", f"parallel={strategy}", *WORDS]
+    words = [f"nodes={nodes}", f"ranks_per_node={ranks}", f"parallel={strategy}", *WORDS, NO_REPORT]
     run("launch", *words, f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
 
     killed = RunFolder(tmp_path / "killed")
@@ -60,7 +61,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_strategy(tmp_pat
     wait_for(lambda: (moved.checkpoints / "step_00000004").is_dir() or process.poll() is not None, "a checkpoint")
     kill_all(process)
     assert len(read_records(moved.metrics(0))) < 12, "the kill must fall into the run"
-    run("launch", "nodes=2", "parallel=fsdp", *words, f"run_dir={moved.path}", cwd=tmp_path)
+    run("launch", "nodes=2", "parallel=fsdp", *words, NO_REPORT, f"run_dir={moved.path}", cwd=tmp_path)
     last = [read_records(RunFolder(tmp_path / name).metrics(0))[-1] for name in ("whole", "moved")]
     assert last[1]["step"] == 12
     assert last[1]["loss"] == pytest.approx(last[0]["loss"], rel=1e-4)
