@@ -33,6 +33,7 @@ from launch.agent.rank_records import RankRecords
 from launch.agent.rendezvous import AgentGroup
 from launch.agent.signed_store import derive
 from launch.agent.stop import StopRequest
+from launch.agent.telemetry import gpu_telemetry
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.process import set_default_threads
@@ -167,7 +168,8 @@ def run_ranks(
             cpus,
         )
         try:
-            result = rank_agent.run()
+            with gpu_telemetry(folder, node, config, rdzv.attempt):
+                result = rank_agent.run()
         except dist.DistError as error:  # the store is gone, and with it the head node
             rank_agent.send(signal.SIGKILL)
             return f"the nodes did not meet, or the head node's store does not answer: {error}"

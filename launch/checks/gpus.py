@@ -16,7 +16,7 @@ from launch.checks.findings import Finding, Level, fine, warn
 from launch.checks.nodes import typed_options
 from launch.checks.request import has_features, is_sent_elsewhere, partitions_of
 from launch.config import ClusterKind, Config
-from launch.config.compose import workload_of
+from launch.config.compose import computes_on_cpus
 from launch.errors import ConfigError
 from launch.plan.open_keys import settle_key
 from launch.plan.placement import configs as configs_at
@@ -132,12 +132,6 @@ def says_gpus(config: Config) -> bool:
         or bool(typed_options(there.cluster) & GPU_OPTIONS)
         for _, there in configs_at(config)
     )
-
-
-def computes_on_cpus(config: Config) -> bool:
-    """Tell whether the config has the workload compute on CPUs; a workload that cannot tell may use GPUs."""
-    tells = getattr(workload_of(config), "computes_on_cpus", None)
-    return bool(tells is not None and tells(config))
 
 
 def gpu_type(config: Config, facts: SlurmFacts) -> str | None:

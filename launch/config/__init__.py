@@ -229,10 +229,16 @@ class LaunchConfig:
     a list. The run folder keeps it: a token belongs into a file that the command reads."""
     on_event_timeout_s: float = 60.0
     """Seconds after which that command is killed, 1 to 600."""
+    gpu_sample_s: float = 5.0
+    """Seconds between two samples that each agent takes of its node's NVIDIA GPUs while the ranks run: power, energy,
+    clocks, temperature, throttle reasons. 0 takes none; 1 to 3600 else. Needs nvidia-ml-py, pip install '.[gpu]'."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range, or a command is none."""
         require_range("launch.poll_s", self.poll_s, 0.5, 3600)
+        if self.gpu_sample_s != 0 and not 1 <= self.gpu_sample_s <= 3600:
+            expected = "0, for no samples, or seconds from 1 to 3600"
+            raise ConfigError(f"launch.gpu_sample_s={self.gpu_sample_s:g}", expected, "launch.gpu_sample_s=5")
         require_range("launch.on_event_timeout_s", self.on_event_timeout_s, 1, 600)
         if self.on_event is not None and not self.on_event_command:
             found, fix = f"launch.on_event={self.on_event!r}", "launch.on_event=/home/me/notify.sh, or null for none"

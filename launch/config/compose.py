@@ -161,6 +161,12 @@ def workload_of(config: Config | DictConfig) -> Workload:
     return load_workload(config.workload._target_)
 
 
+def computes_on_cpus(config: Config) -> bool:
+    """Tell whether the config has the workload compute on CPUs; a workload that cannot tell may use GPUs."""
+    tells = getattr(workload_of(config), "computes_on_cpus", None)
+    return bool(tells is not None and tells(config))
+
+
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
     """Tell Hydra the schema for these arguments, which it composes ``configs/config.yaml`` over."""
     schema = schema_of(target_of(overrides, config_dir))

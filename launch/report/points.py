@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.report.environment import Environment, read_environment
 from launch.report.goodput import Goodput, measure_goodput
+from launch.report.gpu_use import GpuUse, read_gpu_use
 from launch.report.readings import RankTimes, Step
 from launch.runs.events import fewer_nodes, last_command
 from launch.runs.folder import RunFolder
@@ -72,6 +73,8 @@ class Point:
     """Its time by part; None where no agent entered what was allocated."""
     bf16_ratio: float | None = None
     """MFU of the bf16 peak over that of the peak in the precision of the run; None where the records do not tell."""
+    gpu_use: GpuUse | None = None
+    """Energy, power and throttling of its GPUs; None where none was sampled."""
     breakdown: StepBreakdown | None = None
     """Parts of the steps that a profiler watched; None where it watched none."""
     rank_times: RankTimes | None = None
@@ -134,6 +137,7 @@ def read_point(path: Path) -> Point:
         cluster=_cluster(events),
         fewer_nodes=_by_nodes(fewer, reading.attempt_steps),
         goodput=measure_goodput(run, events),
+        gpu_use=read_gpu_use(run, known),
     )
 
 

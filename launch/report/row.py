@@ -74,6 +74,14 @@ class Row:
     """Of all allocations, from the start of each to its end."""
     cost: float | None = None
     """In the currency of cluster.price_per_gpu_hour."""
+    energy_kwh: float | None = None
+    """Of all GPUs, from the start of the ranks to their end over all attempts; None where some were not sampled."""
+    joules_per_work: float | None = None
+    """Energy of one unit of work, such as a token; of a run whose steps are all known."""
+    gpu_power_w: float | None = None
+    """Mean power of one GPU."""
+    throttled: float | None = None
+    """Share of the samples of all GPUs in which clocks were lower than asked for: see ``runs.telemetry``."""
     cost_per_billion: float | None = None
     """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
     waiting_s: float | None = None

@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.report import series as series_of
 from launch.report.details import RunDetail, detail
+from launch.report.gpu_use import GpuUse
 from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
 from launch.report.losses import lost, phase_shares
 from launch.report.notes import notes
@@ -38,6 +39,10 @@ class ScalingTable:
     """Step times and ranks of the measured points, in the order of the rows."""
     laws: tuple[Law, ...] = ()
     repeats: tuple[Repeats, ...] = ()
+    gpus: tuple[GpuUse | None, ...] = ()
+    """What the GPUs of each point did, in the order of the rows; None where they were not sampled."""
+    typed: tuple[tuple[str, ...], ...] = ()
+    """Overrides of each point, ``key=value``, in the order of the rows."""
 
     @property
     def name(self) -> str:
@@ -120,6 +125,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
     )
     titles = {member.point.name: member.point.title for member in members}
     told = [law_notes(finding, titles, series.label) for series, finding in zip(found, findings, strict=True)]
+    shown = [member.point for series in found for member in series.members]
     return ScalingTable(
         selection=selection,
         rows=rows,
@@ -129,6 +135,8 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         details=tuple(one for series in found for member in series.members if (one := detail(member)) is not None),
         laws=tuple(finding.law for finding in findings if finding.law is not None),
         repeats=tuple(size for finding in findings for size in finding.repeats),
+        gpus=tuple(point.gpu_use for point in shown),
+        typed=tuple(point.overrides for point in shown),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
 
@@ -156,6 +164,7 @@ def _row(series: Series, member: MeasuredPoint) -> Row:
         attempts=point.attempts,
         label=point.title,
         **_time_figures(point),
+        **_gpu_figures(point),
         **(_run_time_figures(series, member) if member.figures is None else _figures(series, member, member.figures)),
     )
 
@@ -165,16 +174,33 @@ def _time_figures(point: Point) -> dict[str, Any]:
     found = point.goodput
     if found is None:
         return {}
-    works = [step.work for step in point.steps if step.work is not None]
-    # A billion tokens cost what the whole run did, over all of its work: half of the steps would make it dear.
-    is_whole = bool(works) and len(works) == point.last_step
-    dear = found.cost is not None and is_whole and found.cost / (sum(works) / 1e9)
+    work = _whole_work(point)
     return {
         "goodput": found.goodput,
         "gpu_hours": found.gpu_hours,
         "cost": found.cost,
-        "cost_per_billion": dear or None,
+        "cost_per_billion": None if found.cost is None or not work else found.cost / (work / 1e9),
         **{f"{part}_s": value for part, value in found.seconds.items()},
+    }
+
+
+def _whole_work(point: Point) -> float | None:
+    """Work of the whole run; None where some steps do not tell theirs: half of the steps would make each unit dear."""
+    works = [step.work for step in point.steps if step.work is not None]
+    return sum(works) if works and len(works) == point.last_step else None
+
+
+def _gpu_figures(point: Point) -> dict[str, Any]:
+    """What the GPUs used; a unit of work took its part of what all attempts did."""
+    use = point.gpu_use
+    if use is None:
+        return {}
+    work = _whole_work(point)
+    return {
+        "energy_kwh": None if use.energy_j is None else use.energy_j / 3.6e6,
+        "joules_per_work": None if use.energy_j is None or not work else use.energy_j / work,
+        "gpu_power_w": use.mean_power_w,
+        "throttled": use.throttled,
     }
 
 

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from launch.report.details import RunDetail
 from launch.report.goodput import PARTS
+from launch.report.gpu_tables import gpu_cells, host_cells
 from launch.report.losses import LOSSES
 from launch.report.row import Row
 from launch.report.table import ScalingTable
@@ -174,9 +175,10 @@ def markdown(table: ScalingTable) -> str:
         blocks.append(f"# {heading}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     blocks += filter(None, (table.conditions, table.selection.text))
     blocks.append("\n".join(f"- {note}" for note in table.notes))
-    blocks += filter(None, [_losses_table(table), _times_table(table)])
+    blocks += filter(None, [_losses_table(table), _times_table(table), _gpu_table("GPUs", gpu_cells(table))])
     if len(table.rows) == 1:
         blocks += [block for found in table.details for block in _detail_blocks(found)]
+        blocks += filter(None, [_gpu_table("GPUs by host", host_cells(next(iter(table.gpus), None)))])
     return "\n\n".join(blocks) + "\n"
 
 
@@ -209,6 +211,13 @@ def _times_table(table: ScalingTable) -> str:
     if not cells:
         return ""
     return "## Where the time went\n\n" + _lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]])
+
+
+def _gpu_table(heading: str, cells: list[list[str]]) -> str:
+    """Write cells about GPUs as a table; empty where there are none."""
+    return (
+        f"## {heading}\n\n" + _lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]]) if cells else ""
+    )
 
 
 def _losses_table(table: ScalingTable) -> str:

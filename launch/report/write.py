@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from launch.report.gpu_use import GpuUse
 from launch.report.page import page
 from launch.report.table import ScalingTable
 from launch.report.views import csv_text, markdown
@@ -74,9 +75,15 @@ def json_text(table: ScalingTable) -> str:
         "rows": [dataclasses.asdict(row) for row in table.rows],
         "laws": [dataclasses.asdict(law) for law in table.laws],
         "repeats": [dataclasses.asdict(size) for size in table.repeats],
+        "gpus": [None if use is None else _gpu_use(use) for use in table.gpus],
         "details": [dataclasses.asdict(found) for found in table.details],
     }
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+
+
+def _gpu_use(use: GpuUse) -> dict[str, Any]:
+    """What the GPUs of a point did, without the curves over the run."""
+    return {name: value for name, value in dataclasses.asdict(use).items() if name != "windows"}
 
 
 def _plain(value: Any) -> Any:

@@ -95,6 +95,10 @@ class RunFolder:
         """The step records of one rank, over all attempts."""
         return self.path / "metrics" / f"rank_{rank:05d}.jsonl"
 
+    def telemetry(self, node: int) -> Path:
+        """GPU telemetry of one node, over all attempts."""
+        return self.path / "telemetry" / f"node_{node:05d}.jsonl"
+
     def attempts(self) -> list[int]:
         """Numbers of the attempts there are, oldest first."""
         return sorted(int(p.name) for p in (self.path / "attempts").glob("[0-9]*") if p.name.isdigit())

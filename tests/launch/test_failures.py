@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,22 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launch.agent.rank_records import failure_message
 from launch.jobs.status import RunStatus
 from launch.jobs.stop import leaving_text, next_start_text
+from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import TINY, Process, descendants, is_alive, ranks_of, run, start, start_fork, wait_for
+from launch.runs.telemetry import GAUGES, read_samples, telemetry_nodes
+from tests.support.commands import (
+    ROOT,
+    TINY,
+    Process,
+    descendants,
+    is_alive,
+    ranks_of,
+    run,
+    start,
+    start_fork,
+    wait_for,
+)
 
 LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
 
@@ -26,6 +40,8 @@ SABOTAGE = """
 import os
 if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that is none
     import importlib.machinery, sys
+
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # which the launcher has set to none: it finds no driver here
 
     class Saboteur:
         def find_spec(self, name, path=None, target=None):
@@ -52,12 +68,15 @@ if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that 
 @pytest.fixture(scope="module")
 def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
     """A run of two ranks of which one raises in its third step; what the launcher printed, and the run folder."""
-    return run_sabotaged(tmp_path_factory.mktemp("sabotaged"), "resilience.max_without_progress=2")
+    return run_sabotaged(
+        tmp_path_factory.mktemp("sabotaged"), "resilience.max_without_progress=2", "launch.gpu_sample_s=3600"
+    )
 
 
 def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, RunFolder]:
     """A run of two ranks with a mistake in its code; with SABOTAGED_LR rank 1 takes that for the learning rate."""
     (folder / "sitecustomize.py").write_text(SABOTAGE)
+    shutil.copy(ROOT / "tests" / "support" / "fake_pynvml.py", folder / "pynvml.py")
     path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     words = ("nodes=2", *TINY, "optim.max_steps=9", f"run_dir={folder / 'run'}", *words)
     text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGE="1", **environment)
@@ -106,6 +125,26 @@ def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -
     assert "RunFailed" in run("launch.logs", name, "--rank", "1", "--agent", cwd=there)
     text = run("launch.logs", name, "--rank", "7", cwd=there, status=2)
     assert "found: --rank 7 of a run with 2 ranks" in text and "expected: 0 to 1" in text
+
+
+def test_gpus_are_sampled_from_the_start_of_each_attempt_to_its_end(sabotaged: tuple[str, RunFolder]) -> None:
+    """Both agents see the one GPU of this machine; it is counted once."""
+    folder = sabotaged[1]
+    by_node = [list(read_samples(folder, node)) for node in telemetry_nodes(folder)]
+    assert [[sample.attempt for sample in samples] for samples in by_node] == [[1, 1, 2, 2]] * 2
+    attempts = {e["attempt"]: e["time"] for e in folder.read_events() if e["event"] == "attempt_ended"}
+    for first, last in zip(by_node[0][::2], by_node[0][1::2], strict=True):
+        assert first.time < last.time < attempts[first.attempt]
+        assert first.gauges["0000:3b:00.0"].keys() == set(GAUGES)
+    (row,) = build(folder.path).rows
+    times = [sample.time for sample in by_node[0]]
+    counter = [sample.gauges["0000:3b:00.0"]["energy_j"] for sample in by_node[0]]
+    joules = (counter[1] - counter[0]) + (
+        counter[3] - counter[2]
+    )  # what was used between the attempts is not the run's
+    assert row.energy_kwh == pytest.approx(joules / 3.6e6)
+    assert row.gpu_power_w == pytest.approx(joules / (times[1] - times[0] + times[3] - times[2]))
+    assert row.throttled == 1.0
 
 
 def start_long_run(
