@@ -222,7 +222,7 @@ class LaunchConfig:
     """Seconds between two polls of Slurm's queue while the command follows its jobs, 0.5 to 3600."""
     report_files: list[ReportFile] = MISSING
     """Files of the report that is written at the end: md, csv, png, svg, json, html, and tensorboard, a sweep's Scaling
-    run. Drawing is most of the work; all of them can be had later by python -m launch.report."""
+    run or a run's Summary. Drawing is most of the work; python -m launch.report makes all of them later."""
     on_event: Any = None
     """Command of yours that the agent of the head node runs when a run starts, ends, fails, is requeued or loses a
     node, with the event in LAUNCH_EVENT and the like (docs/resilience.md). A string that is split as a shell would, or

@@ -34,7 +34,7 @@ def show_and_write(table: ScalingTable, console: Console, files: Collection[Repo
     show(table, console)
     for path in write(table, files=files):
         console.print(f"wrote {path}", highlight=False, markup=False)
-    if table.selection.dashboard is not None and ReportFile.tensorboard in files:
+    if len(table.rows) > 1 and table.selection.dashboard is not None and ReportFile.tensorboard in files:
         console.print(f"dashboard: tensorboard --logdir {table.selection.folder}", highlight=False, markup=False)
     for line in table.selection.others():
         console.print(line, highlight=False, markup=False)

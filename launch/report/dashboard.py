@@ -1,8 +1,8 @@
 """The Scaling run of TensorBoard: curves over the number of ranks, the table as text, the figure as image.
 
-Owns the folder ``Scaling`` of a report. The only series is the run ``Scaling`` itself, several are runs below it, and
-what would be ideal is a run ``ideal`` below each: all have the same tags, so that they share the charts, and each has
-its own colour. Must not compute figures.
+Owns the folder ``Scaling`` of a sweep's report, and ``Summary`` of that of one run. The only series is the run
+``Scaling`` itself, several are runs below it, and what would be ideal is a run ``ideal`` below each: all have the same
+tags, so that they share the charts, and each has its own colour. Must not compute figures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from launch.report.point_runs import write_gpus, write_point_runs
 from launch.report.row import Row
 from launch.report.table import ScalingTable
 from launch.report.views import markdown
@@ -20,6 +21,7 @@ from launch.runs.overrides import point_name
 from launch.runs.tensorboard import Curve, EventWriter
 
 RUN = "Scaling"
+RUN_OF_ONE = "Summary"
 IDEAL_RUN = "ideal"
 SUFFIX = ".scaling"  # marks the event files that this report owns
 
@@ -38,16 +40,18 @@ def charts(table: ScalingTable) -> dict[str, Curve]:
 
 
 def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
-    """Write the Scaling run of several points and return its folder; what an earlier report left there goes.
+    """Write the Scaling run of several points, or the Summary run of one, and return its folder.
+
+    What an earlier report left there goes.
 
     New files come whole, and before the old ones go; each makes TensorBoard forget the points of those before it. So
     whoever reads in between, or after a crash in between, sees the new report, and so does a running TensorBoard
     (with ``--load_fast=false`` once it is started again: that reader waits for ever at a file that is gone).
     """
-    root = folder / RUN
+    root = folder / (RUN if len(table.rows) > 1 else RUN_OF_ONE)
     old = list(root.rglob(f"events.out.tfevents.*{SUFFIX}"))
     with tempfile.TemporaryDirectory() as scratch:
-        _write_events(table, png, Path(scratch))
+        (_write_events if len(table.rows) > 1 else _write_summary)(table, png, Path(scratch))
         for path in sorted(Path(scratch).rglob("events.out.tfevents.*")):
             write_atomically(root / path.relative_to(scratch), path.read_bytes())
     for path in old:
@@ -76,6 +80,17 @@ def _write_events(table: ScalingTable, png: bytes, root: Path) -> None:
         writer.layout({"Scaling: measured and ideal over the number of ranks": shown})
         writer.text("scaling/table", markdown(table))
         writer.image("scaling/figure", png)
+
+    write_point_runs(table, root, _writer)
+
+
+def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
+    """Write the report of one run: its figure has the heat map of its ranks."""
+    with _writer(root) as writer:
+        writer.text("summary/table", markdown(table))
+        writer.image("summary/figure", png)
+        for use in filter(None, table.gpus):
+            write_gpus(writer, use)
 
 
 def _writer(folder: Path) -> EventWriter:

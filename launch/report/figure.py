@@ -21,8 +21,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from launch.report.details import RunDetail
 from launch.report.row import Row
-from launch.report.run_figure import draw_run
+from launch.report.run_figure import draw_heat_map, draw_run
 from launch.report.style import COLORS, GREY
 from launch.report.table import ScalingTable
 from launch.report.time_figure import draw_times, height
@@ -60,6 +61,16 @@ def draw(table: ScalingTable) -> dict[str, bytes]:
     else:
         above.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
     return {"png": _saved(figure, "png", Software=None), "svg": _saved(figure, "svg", Date=None, Creator=None)}
+
+
+def draw_ranks(found: RunDetail) -> bytes | None:
+    """Draw the heat map of one run, ranks by time, as PNG; None where fewer than two ranks are compared."""
+    if found.rank_times is None:
+        return None
+    figure = Figure(figsize=(7.0, 4.0), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    FigureCanvasAgg(figure)
+    draw_heat_map(figure, figure.subplots(), found, found.rank_times)
+    return _saved(figure, "png", Software=None)
 
 
 def _saved(figure: Figure, kind: str, **metadata: None) -> bytes:

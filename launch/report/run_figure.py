@@ -26,7 +26,7 @@ def draw_run(figure: FigureBase, found: RunDetail) -> None:
     else:
         axes = figure.subplots(1, 2, width_ratios=(2, 3))
         _draw_distribution(axes[0], found)
-        _draw_heat_map(figure, axes[1], found, found.rank_times)
+        draw_heat_map(figure, axes[1], found, found.rank_times)
 
 
 def _draw_distribution(axes: Axes, found: RunDetail) -> None:
@@ -51,7 +51,7 @@ def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
     _style(axes)
 
 
-def _draw_heat_map(figure: FigureBase, axes: Axes, found: RunDetail, times: RankTimes) -> None:
+def draw_heat_map(figure: FigureBase, axes: Axes, found: RunDetail, times: RankTimes) -> None:
     """Ranks from top to bottom, the run from left to right; the color is the time above the median of all ranks."""
     axes.set_title("Own time of each rank above the median of all", fontsize=11)
     axes.set_xlabel("step")

@@ -47,8 +47,10 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder whose Scaling run in TensorBoard shows this report; None where that shows another, or none."""
-        return self.folder if self.is_current and len(self.runs) > 1 else None
+        """Folder whose Scaling or Summary run in TensorBoard shows this report; None where that shows another."""
+        if len(self.runs) == 1:
+            return self.runs[0]
+        return self.folder if self.is_current else None
 
     @property
     def text(self) -> str:

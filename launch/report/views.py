@@ -210,13 +210,13 @@ def _times_table(table: ScalingTable) -> str:
     cells = times_cells(table)
     if not cells:
         return ""
-    return "## Where the time went\n\n" + _lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]])
+    return "## Where the time went\n\n" + lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]])
 
 
 def _gpu_table(heading: str, cells: list[list[str]]) -> str:
     """Write cells about GPUs as a table; empty where there are none."""
     return (
-        f"## {heading}\n\n" + _lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]]) if cells else ""
+        f"## {heading}\n\n" + lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]]) if cells else ""
     )
 
 
@@ -231,7 +231,7 @@ def _losses_table(table: ScalingTable) -> str:
         parts = row.lost_to()
         texts = dict(zip([*parts, ""], percentages([*parts.values(), row.efficiency or 0.0]), strict=True))
         cells.append([row.label, *(f"{texts[p]} %" if p in texts else UNAVAILABLE for p in phases), f"{texts['']} %"])
-    return "## What efficiency was lost to\n\n" + _lines(cells)
+    return "## What efficiency was lost to\n\n" + lines(cells)
 
 
 def percentages(shares: Sequence[float]) -> list[str]:
@@ -256,7 +256,7 @@ def _detail_blocks(found: RunDetail) -> list[str]:
     """Describe one run at length: how its step times are distributed, and its slowest ranks."""
     marks = [("", *(name for name, _ in found.percentiles_s)), ("---:",) * (len(found.percentiles_s) + 1)]
     marks.append(("step time", *(seconds(value) for _, value in found.percentiles_s)))
-    blocks = ["## Distribution of step times\n\n" + _lines(marks)]
+    blocks = ["## Distribution of step times\n\n" + lines(marks)]
     if found.slowest:
         waits = any(row.time.data_wait_s is not None for row in found.slowest)
         head = ["rank", "host", "own time", "above the median of the others", "of the step time"]
@@ -266,11 +266,12 @@ def _detail_blocks(found: RunDetail) -> list[str]:
             shown = [str(row.time.rank), row.host or UNAVAILABLE, seconds(row.time.own_s)]
             shown += [f"{1000 * row.time.excess_s:.3g} ms", percent(row.share)]
             cells.append([*shown, seconds(row.time.data_wait_s)] if waits else shown)
-        blocks.append("## Slowest ranks\n\n" + _lines(cells))
+        blocks.append("## Slowest ranks\n\n" + lines(cells))
     return blocks
 
 
-def _lines(cells: Sequence[Sequence[str]]) -> str:
+def lines(cells: Sequence[Sequence[str]]) -> str:
+    """Write cells as a table in Markdown; the second row aligns the columns."""
     return "\n".join(f"| {' | '.join(map(_escape, row))} |" for row in cells)
 
 

@@ -1,4 +1,4 @@
-"""The files of a report: Markdown, CSV, figures, JSON, one HTML page, and the Scaling run for TensorBoard.
+"""The files of a report: Markdown, CSV, figures, JSON, one HTML page, and the Scaling or Summary run for TensorBoard.
 
 Owns which files belong to the report, and that making it again replaces these and nothing else. Must not compute
 figures.

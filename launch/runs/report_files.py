@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class ReportFile(Enum):
-    """One of the files of a report; tensorboard is the Scaling run of a sweep."""
+    """One of the files of a report; tensorboard is the Scaling run of a sweep, or the Summary run of one run."""
 
     md = "md"
     csv = "csv"

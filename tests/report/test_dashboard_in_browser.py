@@ -75,9 +75,11 @@ def address(logdir: Path) -> Iterator[str]:
             process.kill()
 
 
-def fetch(url: str) -> Any:
+def fetch(url: str, asked: Any = None) -> Any:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=PATIENCE_S) as answer:
+    data = None if asked is None else json.dumps(asked).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with opener.open(request, timeout=PATIENCE_S) as answer:
         return json.load(answer)
 
 
@@ -120,10 +122,28 @@ def test_custom_scalars_show_the_scaling_charts(browser: webdriver.Chrome, addre
         assert word in texts, "not among the runs"
 
 
+def test_hparams_has_a_row_for_each_point(address: str, logdir: Path) -> None:
+    """As the tab asks for them."""
+    asked = {"startIndex": 0, "sliceSize": 9, "allowedStatuses": ["STATUS_SUCCESS"], "colParams": []}
+    url = f"{address}data/plugin/hparams/session_groups"
+    groups = until("the points", lambda: len(found := fetch(url, asked)["sessionGroups"]) == 3 and found)
+    told = {
+        group["hparams"]["nodes"]: {one["name"]["tag"]: one["value"] for one in group["metricValues"]}
+        for group in groups
+    }
+    rows = {row.nodes: row for row in build(logdir).rows}
+    assert told.keys() == rows.keys() == {1, 2, 4}
+    for nodes, values in told.items():
+        assert values["point/tokens_per_s"] == pytest.approx(rows[nodes].throughput)
+        assert values.get("point/efficiency") == pytest.approx(rows[nodes].efficiency)
+        assert values["point/loss"] == pytest.approx(0.6)
+    assert "point/efficiency" not in told[4], "it is not claimed where ranks shared cores"
+
+
 def test_images_show_the_figure(browser: webdriver.Chrome, address: str) -> None:
     open_tab(browser, address, "images")
-    sizes = until("the figure", lambda: [size for size in page(browser, "image") if min(size) > 100])
-    assert sizes[0][0] > 1000
+    sizes = until("the figure", lambda: [size for size in page(browser, "image") if size[0] > 1000])
+    assert max(size[0] for size in sizes) > 1000
     assert "scaling/figure" in page(browser, "text")
 
 

@@ -179,7 +179,8 @@ def test_series_are_runs_with_the_same_tags(tmp_path: Path, make_run: Any) -> No
         builder = make_run(tmp_path / words[-1].replace(" ", "_"), overrides=words)
         builder.attempt().steps(1, [1.0] * 10)
     write(build(tmp_path))
-    runs = {path.parent for path in (tmp_path / "Scaling").rglob("events.out.tfevents.*")}
+    every = {path.parent for path in (tmp_path / "Scaling").rglob("events.out.tfevents.*")}
+    runs = {run for run in every if run.parent.name != "points"}
     series = [run for run in runs if run != tmp_path / "Scaling"]
     assert len(runs) == 3 and len(series) == 2, "a point alone has no ideal"
     for run in series:
@@ -201,7 +202,7 @@ def test_made_again_it_replaces_its_own_files_only(sweep: Path) -> None:
     changed = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     events = {name for name in changed if name.startswith("Scaling/") and name.endswith(".scaling")}
     assert changed == {*FILES, "sweep.json", *events}
-    assert [len(list((sweep / "Scaling").rglob("*.scaling"))), second["Scaling/notes.txt"]] == [2, b"kept"]
+    assert [len(list((sweep / "Scaling").rglob("*.scaling"))), second["Scaling/notes.txt"]] == [4, b"kept"]
     assert list(scalars(sweep / "Scaling", "scaling/loss")) == [1, 2]
 
 
@@ -213,7 +214,7 @@ def test_a_run_that_is_gone_leaves_no_empty_folder(tmp_path: Path, make_run: Any
     write(build(tmp_path))
     record_sweep(tmp_path, ["ddp1", "ddp2"], ["nodes=1,2"])
     write(build(tmp_path))
-    assert sorted(path.name for path in (tmp_path / "Scaling").iterdir() if path.is_dir()) == ["ideal"]
+    assert sorted(path.name for path in (tmp_path / "Scaling").iterdir() if path.is_dir()) == ["ideal", "points"]
 
 
 def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Path) -> None:
@@ -222,7 +223,11 @@ def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Pat
     assert shown(sweep / "nodes=2").startswith("\nSummary of nodes=2 with a global batch of 16 sequences")
     write(build(sweep / "nodes=2"))
     new = {f"nodes=2/summary{Path(name).suffix}" for name in FILES}
-    assert snapshot(sweep).keys() - before.keys() == new and before.items() <= snapshot(sweep).items()
+    made = snapshot(sweep).keys() - before.keys()
+    [events] = [name for name in made if name.startswith("nodes=2/Summary/")]
+    assert made == {*new, events} and before.items() <= snapshot(sweep).items()
+    picture = EventAccumulator(str(sweep / "nodes=2" / "Summary")).Reload().Images("summary/figure")[0]
+    assert picture.encoded_image_string == (sweep / "nodes=2" / "summary.png").read_bytes()
     assert "efficiency" not in (sweep / "nodes=2" / "summary.md").read_text().lower()
 
 
