@@ -26,13 +26,14 @@ def gpu_cells(table: ScalingTable) -> list[list[str]]:
     known = [(row, use) for row, use in zip(table.rows, table.gpus, strict=False) if use is not None]
     if not known:
         return []
-    one = table.unit.removesuffix("s")
-    cells = [["point", "GPUs sampled", "energy", f"per {one}", "mean power of a GPU", "throttled"]]
+    has_work = any(row.joules_per_work is not None for row, _ in known)
+    one = "unit of work" if table.unit == "work" else table.unit.removesuffix("s")
+    head = ["point", "GPUs sampled", "energy", *([f"energy of a {one}"] if has_work else [])]
+    cells = [[*head, "mean power of a GPU", "throttled"]]
     for row, use in known:
-        energy = told(row.energy_kwh, "kWh")
-        each = told(row.joules_per_work, "J")
+        energy = [told(row.energy_kwh, "kWh"), *([told(row.joules_per_work, "J")] if has_work else [])]
         gpus = str(sum(host.gpus for host in use.hosts))
-        cells.append([row.label or row.point, gpus, energy, each, told(use.mean_power_w, "W"), share(use.throttled)])
+        cells.append([row.label or row.point, gpus, *energy, told(use.mean_power_w, "W"), share(use.throttled)])
     return cells
 
 
