@@ -7,16 +7,20 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 
-from launch.errors import CommandParser, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.report import ScalingTable, select, show_and_write, tabulate_selection
+from launch.report.comparison import compare
+from launch.report.selection import writing_to
 from launch.report.watch import WATCH_S, watch
 from launch.report.write import ALL_FILES
 from launch.runs.files import deny_others_writing
 from launch.runs.find import runs_labelled
 from launch.runs.report_files import ReportFile
+from launch.runs.sweeps import ARCHIVE
 
 
 @refusing
@@ -25,14 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m launch.report",
         description="The scaling report of a sweep, or the summary of a run. Of a folder with several sweeps it shows "
-        "the one that was typed last, and lists the others.",
+        "the one that was typed last, and lists the others. Several folders are compared in one report, each with a "
+        "baseline of its own.",
     )
-    parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a folder with runs in it, one run folder, or a label"
-    )
+    what = "a folder with runs in it, a sweep's record such as outputs/scaling/sweeps/0001, a run folder, or a label"
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help=what)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", type=int, metavar="N", help="an earlier sweep of the folder")
     which.add_argument("--all", action="store_true", help="all runs of the folder, of whatever command")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write the files there, and not beside the runs, of several the first",
+    )
     parser.add_argument(
         "--watch",
         type=_seconds,
@@ -51,11 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     typed = parser.parse_args(arguments)
     deny_others_writing()
-    folder = typed.folder if typed.folder.exists() else next(iter(runs_labelled(typed.folder)), typed.folder)
+    folders = [path if path.exists() else next(iter(runs_labelled(path)), path) for path in typed.folders]
+    if len(folders) > 1 and typed.sweep is not None:
+        again = " ".join(quote(str(one)) for one in (folders[0] / ARCHIVE / f"{typed.sweep:04d}", *folders[1:]))
+        raise ConfigError(
+            f"--sweep {typed.sweep} with {len(folders)} folders",
+            "an earlier sweep by its own folder",
+            f"python -m launch.report {again}",
+        )
     console = Console(soft_wrap=True)
 
     def make() -> ScalingTable:
-        return tabulate_selection(select(folder, typed.sweep, every=typed.all))
+        chosen = [select(folder, typed.sweep, every=typed.all) for folder in folders]
+        selection = compare(chosen) if len(chosen) > 1 else chosen[0]
+        return tabulate_selection(selection if typed.out is None else writing_to(selection, typed.out))
 
     if typed.watch is not None:
         watch(make, typed.watch, console, typed.files)

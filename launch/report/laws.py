@@ -153,10 +153,11 @@ def _law(series: Series, sizes: Mapping[int, Sequence[MeasuredPoint]], base: Mea
     return Law(series.label, name, share, *ends, largest_error=error, base=base.point.title)
 
 
-def law_notes(found: SeriesFindings, titles: Mapping[str, str], label: str) -> list[str]:
-    """Say what was found of one series; ``titles`` are those of its points, by name."""
+def law_notes(found: SeriesFindings, series: Series) -> list[str]:
+    """Say what was found of one series."""
     told = []
-    of = f" of {label}" if label else ""
+    titles = {member.point.name: member.point.title for member in series.members}
+    of = f" of {series.label}" if series.label else ""
     if found.intervals:
         ends = ", ".join(f"{titles[name]} {_ends(*pair)}" for name, pair in found.intervals.items())
         told.append(

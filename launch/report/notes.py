@@ -207,8 +207,8 @@ def _made_with(found: Sequence[Series]) -> list[str]:
 
 def _noise(series: Series, rows: Sequence[Row]) -> str:
     """Says why an efficiency is marked, and how far off it may be."""
-    names = {member.point.name for member in series.members}
-    marked = [row for row in rows if row.noisy and row.point in names]
+    titles = {member.point.title for member in series.members}
+    marked = [row for row in rows if row.noisy and row.label in titles]
     if not marked:
         return ""
     noisy = [

@@ -84,6 +84,8 @@ class Point:
     unless there are no others."""
     cluster: str | None = None
     """Kind of cluster it was submitted to, local or slurm, with the name of another one; None where nobody did."""
+    source: str = ""
+    """Folder that it belongs to, among those of a comparison; empty in a report of one."""
 
     @property
     def is_gpt(self) -> bool:
@@ -221,7 +223,9 @@ def neighbours(points: Sequence[Point]) -> list[list[str]]:
 
     A point that starts takes as much of a machine as one that makes steps: its ranks import libraries.
     """
-    return [[other.title for other in points if other is not point and _disturb(point, other)] for point in points]
+    return [
+        [other.title for other in points if other.path != point.path and _disturb(point, other)] for point in points
+    ]
 
 
 def _disturb(one: Point, other: Point) -> bool:

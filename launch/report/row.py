@@ -114,6 +114,10 @@ class Row:
     lost_to_bubble: float | None = None
     lost_to_optimizer: float | None = None
     lost_to_computation: float | None = None
+    source: str = ""
+    """Folder of a comparison that the point belongs to; empty in a report of one."""
+    ratio_to_first: float | None = None
+    """Throughput over that of the point with as many ranks in the first folder of a comparison."""
 
     def lost_to(self) -> dict[str, float]:
         """Return the lost efficiency by phase, of ``losses.LOSSES`` those that are known."""

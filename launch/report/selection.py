@@ -7,13 +7,13 @@ not know what is computed from the runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
 from launch.errors import ConfigError
 from launch.runs.find import OUTPUTS, is_run, runs_inside
-from launch.runs.sweeps import CURRENT, Sweep, current_sweep, read_sweeps
+from launch.runs.sweeps import ARCHIVE, CURRENT, Sweep, current_sweep, read_sweeps
 
 MAX_OTHERS = 8
 """Other sweeps that are listed one by one."""
@@ -28,10 +28,16 @@ class Selection:
     sweep: Sweep | None = None
     is_current: bool = True
     """False for a sweep that another one has followed, and for all runs of a folder that has sweeps."""
+    parts: tuple[Selection, ...] = ()
+    """Selections that are compared, in the order in which they were typed; empty in a report of one."""
+    out: Path | None = None
+    """Folder for the files of the report, in place of those where it belongs."""
 
     @property
     def stem(self) -> str:
         """Name of the report's files, without their endings."""
+        if self.parts:
+            return "comparison"
         if len(self.runs) == 1:
             return "summary"
         return "scaling" if self.is_current or self.sweep is not None else "all_runs"
@@ -39,6 +45,10 @@ class Selection:
     @property
     def folders(self) -> list[Path]:
         """Folders that the report is written into: the current sweep's lies where the last report is looked for too."""
+        if self.out is not None:
+            return [self.out]
+        if self.parts:
+            return [self.folder]
         if len(self.runs) == 1:
             return [self.runs[0]]
         kept = None if self.sweep is None else self.sweep.folder(self.folder)
@@ -47,14 +57,25 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder whose Scaling or Summary run in TensorBoard shows this report; None where that shows another."""
+        """Folder whose Scaling or Summary run in TensorBoard shows this report; None where that shows another, or none."""
+        if self.out is not None or self.parts:
+            return None
         if len(self.runs) == 1:
             return self.runs[0]
         return self.folder if self.is_current else None
 
     @property
+    def shown(self) -> Path:
+        """Path that selects the same runs again: the folder, or that of the record of an earlier sweep."""
+        kept = None if self.sweep is None or self.is_current else self.sweep.folder(self.folder)
+        return kept or self.folder
+
+    @property
     def text(self) -> str:
         """One sentence on what is shown of a folder with sweeps; empty where the heading says it."""
+        if self.parts:
+            told = [part.text.rstrip(".") or str(part.folder) for part in self.parts]
+            return f"Compared are: {'; '.join(told)}."
         if self.sweep is not None:
             shown = self.sweep.summary(read_sweeps(self.folder))
             return f"{shown[:1].upper()}{shown[1:]} of {self.folder}."
@@ -62,7 +83,7 @@ class Selection:
 
     def others(self) -> list[str]:
         """Lines for people on what else there is to see in the folder, with what to type."""
-        if is_run(self.folder):
+        if is_run(self.folder) or self.parts:
             return []
         command = f"python -m launch.report {quote(str(self.folder))}"
         every_sweep = read_sweeps(self.folder)
@@ -80,8 +101,9 @@ class Selection:
 def select(folder: Path, number: int | None = None, *, every: bool = False) -> Selection:
     """Choose the runs of a report of ``folder``.
 
-    They are the run itself; of a folder with runs the sweep that was typed last, the one with this ``number``, or with
-    ``every``, and where no sweep was typed, all of them.
+    They are the run itself; the sweep whose record ``folder`` is, such as ``sweeps/0001``; of a folder with runs the
+    sweep that was typed last, the one with this ``number``, or with ``every``, and where no sweep was typed, all of
+    them.
 
     Raises:
         ConfigError: there is no such run, or no such sweep.
@@ -90,6 +112,8 @@ def select(folder: Path, number: int | None = None, *, every: bool = False) -> S
         raise ConfigError(f"no folder {folder}", "a folder with runs in it", suggestion(folder.parent))
     if is_run(folder) and number is None and not every:
         return Selection(folder, (folder,))
+    if folder.parent.name == ARCHIVE and folder.name.isdigit() and (folder / CURRENT).is_file() and number is None:
+        return select(folder.parent.parent, int(folder.name))
     current = current_sweep(folder)
     sweep = current if number is None else numbered(folder, number)
     if sweep is not None and not every:
@@ -124,3 +148,18 @@ def suggestion(folder: Path) -> str:
     if fitting:
         return f"python -m launch.report {max(fitting, key=lambda path: path.stat().st_mtime)}"
     return "python -m launch -m nodes=1,2"
+
+
+def writing_to(selection: Selection, out: Path) -> Selection:
+    """The selection, with its report in another folder, which is made.
+
+    Raises:
+        ConfigError: it is no folder, or one of runs, whose own report would be lost.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}, which is a file", "a folder", f"--out {quote(str(out.parent / 'comparison'))}")
+    if not selection.parts and runs_inside(out, depth=1):
+        better = quote(str(out.parent / "report"))
+        raise ConfigError(f"--out {out}, with runs in it, and a report of its own", "another folder", f"--out {better}")
+    out.mkdir(parents=True, exist_ok=True)
+    return replace(selection, out=out)

@@ -181,23 +181,25 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
     """Group points into series by their overrides other than their size, and by their cluster, in order of appearance.
 
     The processes of one machine say nothing of how nodes scale, nor one cluster of another: none is measured against
-    them. Nor are points that were made with other software or code.
+    them. Nor are points that were made with other software or code, or lie in another folder of a comparison.
 
     Raises:
         ConfigError: points of one series were measured under different conditions.
     """
-    groups: dict[frozenset[str], list[MeasuredPoint]] = {}
+    groups: dict[tuple[str, frozenset[str]], list[MeasuredPoint]] = {}
     several = len(clusters_of(members)) > 1
     for member in members:
         where = {f"cluster={member.point.cluster}"} if several and member.point.cluster else set()
-        groups.setdefault(_identity(member.point) | where, []).append(member)
+        groups.setdefault((member.point.source, identity(member.point) | where), []).append(member)
     groups = {
-        identity | apart: group for identity, mixed in groups.items() for apart, group in _made_alike(mixed).items()
+        (source, alike | apart): group
+        for (source, alike), mixed in groups.items()
+        for apart, group in _made_alike(mixed).items()
     }
-    common = frozenset.intersection(*groups) if groups else frozenset()
+    common = frozenset.intersection(*(alike for _, alike in groups)) if groups else frozenset()
     found = []
-    for identity, group in groups.items():
-        label = ",".join(sorted(identity - common)) or ("default" if len(groups) > 1 else "")
+    for (source, alike), group in groups.items():
+        label = ",".join(filter(None, (source, *sorted(alike - common)))) or ("default" if len(groups) > 1 else "")
         found.append(Series(label, tuple(sorted(group, key=_by_size))))
     for series in found:
         _require_comparable(series)
@@ -241,7 +243,8 @@ def clusters_of(members: Sequence[MeasuredPoint]) -> dict[str, list[str]]:
     return found
 
 
-def _identity(point: Point) -> frozenset[str]:
+def identity(point: Point) -> frozenset[str]:
+    """What was typed for a point, apart from its size."""
     told = filter(tells_apart, point.overrides)
     return frozenset(override for override in told if typed_key(override) not in SIZE_KEYS)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report import series as series_of
+from launch.report.comparison import comparison_notes, label_selected, ratios_to_first
 from launch.report.details import RunDetail, detail
 from launch.report.gpu_use import GpuUse
 from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
@@ -47,12 +48,15 @@ class ScalingTable:
     @property
     def name(self) -> str:
         """Title of the report."""
+        if self.selection.parts:
+            return " and ".join(dict.fromkeys(row.source for row in self.rows))
         return self.rows[0].label if len(self.rows) == 1 else self.selection.folder.resolve().name
 
     @property
     def title(self) -> str:
         """Title of the figure in texts."""
-        return f"{'Summary' if len(self.rows) == 1 else 'Scaling'} of {self.name}"
+        kind = "Comparison" if self.selection.parts else "Summary" if len(self.rows) == 1 else "Scaling"
+        return f"{kind} of {self.name}"
 
     @property
     def is_scaling(self) -> bool:
@@ -111,27 +115,27 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
     Raises:
         ConfigError: points that belong together are not comparable.
     """
-    points = series_of.label_points(points)
+    points = label_selected(selection, points)
     beside = neighbours(points)
     members = [
         MeasuredPoint(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)
     ]
     found = series_of.split(members)
     findings = [find(series) for series in found]
+    ratios = ratios_to_first(members) if selection.parts else {}
     rows = tuple(
-        _with_interval(_row(series, member), finding)
+        _with_interval(replace(_row(series, member), ratio_to_first=ratios.get(member.point.title)), finding)
         for series, finding in zip(found, findings, strict=True)
         for member in series.members
     )
-    titles = {member.point.name: member.point.title for member in members}
-    told = [law_notes(finding, titles, series.label) for series, finding in zip(found, findings, strict=True)]
+    told = [law_notes(finding, series) for series, finding in zip(found, findings, strict=True)]
     shown = [member.point for series in found for member in series.members]
     return ScalingTable(
         selection=selection,
         rows=rows,
         batches=_batches(found),
         conditions=_conditions(found),
-        notes=(*notes(found, rows), *(note for of_series in told for note in of_series)),
+        notes=(*comparison_notes(members), *notes(found, rows), *(note for of_series in told for note in of_series)),
         details=tuple(one for series in found for member in series.members if (one := detail(member)) is not None),
         laws=tuple(finding.law for finding in findings if finding.law is not None),
         repeats=tuple(size for finding in findings for size in finding.repeats),
@@ -163,6 +167,7 @@ def _row(series: Series, member: MeasuredPoint) -> Row:
         run_time_s=point.run_time_s,
         attempts=point.attempts,
         label=point.title,
+        source=point.source,
         **_time_figures(point),
         **_gpu_figures(point),
         **(_run_time_figures(series, member) if member.figures is None else _figures(series, member, member.figures)),

@@ -106,6 +106,11 @@ def columns(table: ScalingTable) -> list[Column]:
     if table.is_scaling and (not table.compares_run_times or any(row.speedup is not None for row in rows)):
         found.append(Column("speedup", lambda row: UNAVAILABLE if row.speedup is None else f"{row.speedup:.2f}"))
         found.append(Column("efficiency", efficiency))
+    if any(row.ratio_to_first is not None for row in rows):
+        times = f"times\n{rows[0].source}"
+        found.append(
+            Column(times, lambda row: UNAVAILABLE if row.ratio_to_first is None else f"{row.ratio_to_first:.2f}")
+        )
     if any(row.mfu_palm is not None for row in rows):
         found.append(Column("MFU", lambda row: percent(row.mfu_palm)))
     if any(percent(row.mfu_bf16) not in (percent(row.mfu_palm), UNAVAILABLE) for row in rows):
