@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from gpt.components.counts import NOTHING
 from gpt.components.facts import part_counts
 from gpt.config import AttentionBackend, Ffn, ModelConfig, NormPosition, Recompute
+from gpt.config.memo import cached_by_model
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Flops:
         return self.palm - self.attention // 2
 
 
+@cached_by_model
 def forward_flops(model: ModelConfig, sequences: int) -> Flops:
     """Count the FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
     tokens = sequences * model.block_size
@@ -103,6 +105,7 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
     return Flops(**{part.name: 3 * getattr(once, part.name) for part in fields(once)})
 
 
+@cached_by_model
 def training_flops_per_token(model: ModelConfig) -> Flops:
     """Count the FLOPs of training on one token, in sequences of ``block_size``.
 

@@ -57,7 +57,10 @@ class Estimate:
 
 def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
     """Estimate a step on ``machine``: that of the slowest pipeline stage."""
-    ranks = [estimate_rank(config, dims, batch, machine, rank) for rank in range(dims.pp)]
+    different: dict[object, int] = {}
+    for rank in range(dims.pp):  # inner stages with as many blocks take as long as one another
+        different.setdefault(tuple((len(one.blocks), one.first, one.last) for one in rank_stages(config, rank)), rank)
+    ranks = [estimate_rank(config, dims, batch, machine, rank) for rank in different.values()]
     return max(ranks, key=lambda found: found.step_s)
 
 

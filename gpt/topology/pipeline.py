@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 
 from gpt.accounting.flops import recomputed_flops_per_token, training_flops
 from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
+from gpt.config.memo import cached_by_model
 from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
@@ -138,7 +139,8 @@ def stage_indices(parallel: ParallelConfig, pp_rank: int) -> list[int]:
     return [pp_rank + ranks * i for i in range(held)]
 
 
-def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> list[StageLayers]:
+@cached_by_model
+def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> tuple[StageLayers, ...]:
     """Split the layers into ``stages`` consecutive stages so that the slowest one has the fewest FLOPs possible.
 
     The output matrix counts like a layer: with a large vocabulary the last stage has few blocks, or none. The look-up
@@ -148,7 +150,7 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
     for layers in partition(tuple(layer_costs(model, recompute)), stages):
         last = layers.stop > model.n_layer
         parts.append(StageLayers(range(layers.start, layers.stop - last), first=layers.start == 0, last=last))
-    return parts
+    return tuple(parts)
 
 
 def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:

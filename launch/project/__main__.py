@@ -94,7 +94,7 @@ def fit(typed: argparse.Namespace) -> int:
     links = None if typed.network is None else typed.network.absolute()
     sizes = NODES if typed.nodes is None else parse_sizes(typed.nodes)
     config, words = compose_goal(typed.words, typed.gpu, links)
-    found = offers(goal, config, words, sizes)
+    found = offers(goal, config, words, sizes, lambda text: print(text, file=sys.stderr, flush=True))
     show_offers(goal, found, config.cluster.gpu_name, words, Console(soft_wrap=True))
     return 0
 

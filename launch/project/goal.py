@@ -7,7 +7,7 @@ nothing; every figure is an estimate.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,17 @@ def without(words: Sequence[str], given: Sequence[str]) -> list[str]:
     return [word for word in words if typed_key(word) not in keys]
 
 
-def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int]) -> list[Offer]:
+def offers(
+    goal: Goal,
+    config: Config,
+    words: Sequence[str],
+    sizes: Sequence[int],
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[Offer]:
     """Return what makes it in time, the cheapest first.
 
-    Fewer nodes wait less for each other: the sizes are tried upwards, until a few of them make it.
+    Fewer nodes wait less for each other: the sizes are tried upwards, until a few of them make it. A search takes a
+    second for each, and more for many ranks: ``tell`` is handed a line on every size once it was tried.
 
     Raises:
         ConfigError: nothing makes it; the nearest is named.
@@ -112,8 +119,11 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
             found = [as_offer(goal, config, nodes, one) for one in ask(goal, config, words, nodes)]
         except ConfigError as error:
             refusal = error
+            tell(f"{counted(nodes)}: {error.found}")
             continue
         every += found
+        if found:
+            tell(f"{counted(nodes)}: {min(one.days for one in found):.3g} days")
         enough += any(one.days <= goal.days for one in found)
         if enough == SIZES_SHOWN:
             break
@@ -124,6 +134,11 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
         assert refusal is not None
         raise refusal
     raise too_slow(goal, every)
+
+
+def counted(nodes: int) -> str:
+    """Return a number of nodes for people."""
+    return f"{nodes} node{'' if nodes == 1 else 's'}"
 
 
 SIZES_SHOWN = 4

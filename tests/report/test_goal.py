@@ -106,7 +106,8 @@ def test_the_command_shows_a_table_and_what_to_type(tmp_path: Path, capsys: pyte
     days = []
     for links in ([], ["--network", str(network)]):
         assert main([*goal, *links, "cluster.price_per_gpu_hour=2"]) == 0
-        text = capsys.readouterr().out
+        text, told = capsys.readouterr()
+        assert re.fullmatch(r"2 nodes: [\d.]+ days\n", told), "a line on each size that was tried"
         assert "estimated figures, none was measured" in text and "the cheapest: python -m launch nodes=2" in text
         row = next(line.split() for line in text.splitlines() if re.match(r"\s+2\s+16\s", line))
         days.append(float(row[-3]))

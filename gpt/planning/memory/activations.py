@@ -28,6 +28,7 @@ from gpt.config import (
     Precision,
     Recompute,
 )
+from gpt.config.memo import cached_by_model
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ActivationBytes:
     """Part of ``block`` that is saved until its backward pass begins, where the rest is recomputed then."""
 
 
+@cached_by_model
 def activation_bytes(
     model: ModelConfig,
     sequences: int,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from gpt.accounting.parameters import block_shapes, outer_shapes
 from gpt.components.facts import owner_of
 from gpt.config import ModelConfig
+from gpt.config.memo import cached_by_model
 from gpt.topology.dims import ParallelDims
 from gpt.topology.experts import expert_fsdp_ranks, shard_dimension
 from gpt.topology.pipeline import StageLayers
@@ -43,7 +45,7 @@ class ParameterShard:
     dimension: int = 0
     """Dimension along which FSDP shards it."""
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Elements that the rank computes with."""
         return math.prod(self.shape)
@@ -64,12 +66,12 @@ class ParameterShards:
     layers: int
     """Number of blocks on the rank."""
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Elements that the rank computes with."""
         return self.layers * elements(self.block) + elements(self.around)
 
-    @property
+    @cached_property
     def expert_elements(self) -> int:
         """Elements of experts that the rank computes with."""
         return self.layers * elements(p for p in self.block if ".experts." in p.name)
@@ -94,6 +96,11 @@ def parameter_shards(
     model: ModelConfig, dims: ParallelDims, parts: Sequence[StageLayers] | None = None
 ) -> ParameterShards:
     """Return the parameter shards of a rank with these stages, by default the whole model."""
+    return _parameter_shards(model, dims, None if parts is None else tuple(parts))
+
+
+@cached_by_model
+def _parameter_shards(model: ModelConfig, dims: ParallelDims, parts: tuple[StageLayers, ...] | None) -> ParameterShards:
     block, around = block_shapes(model), outer_shapes(model)
     if parts is not None:
         around = {
