@@ -7,9 +7,9 @@ Must not know what a report says of them.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,12 @@ import numpy as np
 from launch.report.environment import Environment
 from launch.report.losses import RECORDED, REST, STRAGGLERS
 from launch.report.rank_times import OwnTimes
+from launch.report.read_ahead import read_ahead, size_of
 from launch.report.readings import Step, StepReading
 from launch.runs.columns import Flags, Floats, Integers, RecordColumns, read_columns
 from launch.runs.folder import RunFolder
 from launch.runs.records import UNITS, own_work
 
-READERS = 2
-"""Files that are read at once: while one is looked at, the next one comes from the filesystem."""
 TIME = "step_time_s"
 
 
@@ -47,25 +46,18 @@ def read_steps(run: RunFolder, setups: Mapping[int, Environment], fewer: Collect
 
 def _read_ranks(run: RunFolder, fields: tuple[str, ...]) -> Iterator[tuple[int, RecordColumns]]:
     """Yield the records of each rank that has some, by rank; a few files are read ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead: deque[tuple[int, Future[RecordColumns | None]]] = deque()
-        ranks = iter(run.metric_ranks())
-        is_first = True
-        while True:
-            for rank in ranks:
-                ahead.append((rank, pool.submit(_read_rank, run, rank, fields, is_first)))
-                if is_first or len(ahead) > READERS:
-                    break
-            if not ahead:
-                return
-            rank, found = ahead.popleft()
-            columns = found.result()
-            if columns is not None:
-                is_first = False
-                yield rank, columns
+    ranks = run.metric_ranks()
+    for at, rank in enumerate(ranks):
+        if (columns := _read_rank(run, fields, True, rank)) is not None:
+            yield rank, columns
+            others, size = ranks[at + 1 :], size_of(map(run.metrics, ranks[at + 1 :]))
+            for other, found in read_ahead(partial(_read_rank, run, fields, False), others, size):
+                if found is not None:
+                    yield other, found
+            return
 
 
-def _read_rank(run: RunFolder, rank: int, fields: tuple[str, ...], is_first: bool) -> RecordColumns | None:
+def _read_rank(run: RunFolder, fields: tuple[str, ...], is_first: bool, rank: int) -> RecordColumns | None:
     """Read what is needed of one rank; what only some programs need, or one rank, is read where it is."""
     columns = read_columns(run.metrics(rank), (*fields, "time") if is_first else fields)
     if columns is None:

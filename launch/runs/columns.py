@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-BLOCK = 1 << 19
+BLOCK = 1 << 20
 """Bytes that are looked at together."""
 NUMBER = 25
 """Bytes that a number takes at most: a double 24."""

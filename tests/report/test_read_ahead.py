@@ -1,0 +1,62 @@
+"""Files read ahead by forked processes: in order, with the same figures as by threads, and where they are taken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.report import read_ahead
+
+READ = """
+import sys
+from pathlib import Path
+from launch.report import read_ahead
+from launch.report.points import read_point
+
+found = []
+for read_ahead.MUCH in (0, 1 << 60):
+    pools = []
+    of = read_ahead.executor
+    read_ahead.executor = lambda count: pools.append(count) or of(count)
+    found.append(read_point(Path(sys.argv[1])))
+    read_ahead.executor = of
+    print("processes" if pools[0] else "threads")
+assert found[0] == found[1] and len(found[0].steps) == 12 and found[0].rank_times is not None
+"""
+
+
+def test_processes_read_the_same_figures_as_threads(tmp_path: Path, make_run: Any) -> None:
+    built = make_run(tmp_path, 6, 3).attempt()
+    built.steps(1, [0.1 + 0.01 * step for step in range(12)], rank_delay=0.003, data_wait_s=0.01)
+    several = "import os; os.sched_getaffinity = lambda pid: {0, 1}\n"  # also on a machine with one core
+    run = subprocess.run([sys.executable, "-c", several + READ, str(tmp_path)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.split()) == (0, ["processes", "threads"]), run.stderr
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    assert list(read_ahead.read_ahead(str, range(20), 0)) == [(at, str(at)) for at in range(20)]
+    assert list(read_ahead.read_ahead(str, [], 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "cores", "threads", "expected"),
+    [
+        (read_ahead.MUCH, 2, 1, 2),
+        (read_ahead.MUCH, 64, 1, read_ahead.MOST_PROCESSES),
+        (read_ahead.MUCH - 1, 64, 1, 0),
+        (read_ahead.MUCH, 1, 1, 0),
+        (read_ahead.MUCH, 2, 2, 0),
+    ],
+    ids=["two cores", "many cores", "little to read", "one core", "other threads"],
+)
+def test_processes_are_forked_where_it_pays_and_is_safe(
+    monkeypatch: pytest.MonkeyPatch, size: int, cores: int, threads: int, expected: int
+) -> None:
+    monkeypatch.setattr(read_ahead.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(threading, "active_count", lambda: threads)
+    assert read_ahead.processes_for(size) == expected
