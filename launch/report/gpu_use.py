@@ -16,6 +16,8 @@ from launch.runs.telemetry import THROTTLE_REASONS, GpuSample, read_samples, tel
 
 LEAST_THROTTLED = 0.01
 """Share of the samples below which nobody is called throttled."""
+THROTTLING = sum(THROTTLE_REASONS)
+"""All bits of ``THROTTLE_REASONS``."""
 NAMED = 3
 """Throttled hosts that a note names; of more it tells the number."""
 MOST_WINDOWS = 400
@@ -102,10 +104,12 @@ class _Gpu:
         if "temperature_c" in gauges:
             self.hottest = max(gauges["temperature_c"], self.hottest or gauges["temperature_c"])
         if "throttle_reasons" in gauges:
-            held = [bit for bit in THROTTLE_REASONS if int(gauges["throttle_reasons"]) & bit]
-            self.told, self.lowered = self.told + 1, self.lowered + bool(held)
-            for bit in held:
-                self.reasons[bit] += 1
+            self.told += 1
+            held = int(gauges["throttle_reasons"]) & THROTTLING
+            if held:
+                self.lowered += 1
+                for bit in THROTTLE_REASONS:
+                    self.reasons[bit] += held & bit != 0
 
 
 def energy_between(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> float | None:
@@ -128,13 +132,15 @@ class _Windows:
         self.bins: dict[int, dict[str, list[float]]] = {}
         """Number of a stretch -> gauge -> sum, count, minimum, maximum."""
 
-    def add(self, time: float, gauges: Mapping[str, float]) -> None:
-        told = {name: gauges[name] for name in ("power_w", "sm_clock_mhz", "temperature_c") if name in gauges}
-        if "throttle_reasons" in gauges:
-            told["throttled"] = float(any(int(gauges["throttle_reasons"]) & bit for bit in THROTTLE_REASONS))
+    def add(self, time: float, gpus: Sequence[Mapping[str, float]]) -> None:
         of_bin = self.bins.setdefault(int(time // self.width_s), {})
-        for name, value in told.items():
-            _merge(of_bin, name, [value, 1, value, value])
+        for name in ("power_w", "sm_clock_mhz", "temperature_c"):
+            values = [gauges[name] for gauges in gpus if name in gauges]
+            if values:
+                _merge(of_bin, name, [sum(values), len(values), min(values), max(values)])
+        held = [int(gauges["throttle_reasons"]) & THROTTLING != 0 for gauges in gpus if "throttle_reasons" in gauges]
+        if held:
+            _merge(of_bin, "throttled", [sum(held), len(held), 0, 1])
         while len(self.bins) > MOST_WINDOWS:
             self.width_s *= 2
             wider: dict[int, dict[str, list[float]]] = {}
@@ -176,13 +182,19 @@ class _Reduction:
 
     def add(self, node: int, sample: GpuSample) -> None:
         """Add one sample; those of a node come in the order of their time."""
+        gpus, counted = self._gpus[sample.host], []
         for bus, gauges in sample.gauges.items():
             if gauges and self._by.setdefault((sample.attempt, sample.host, bus), node) == node:
-                self._gpus[sample.host].setdefault(bus, _Gpu()).add(sample.attempt, sample.time, gauges)
-                self._windows.add(sample.time, gauges)
+                if bus not in gpus:
+                    gpus[bus] = _Gpu()
+                gpus[bus].add(sample.attempt, sample.time, gauges)
+                counted.append(gauges)
+        if counted:
+            self._windows.add(sample.time, counted)
 
     def result(self, setups: Mapping[int, Environment]) -> GpuUse | None:
         """Return what is known when all samples were added."""
+        self._gpus = {host: gpus for host, gpus in self._gpus.items() if gpus}
         if not self._gpus:
             return None
         gpus = [gpu for of_host in self._gpus.values() for gpu in of_host.values()]
