@@ -57,7 +57,7 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder whose Scaling or Summary run in TensorBoard shows this report; None where that shows another, or none."""
+        """Folder whose Scaling or Summary run in TensorBoard shows this report; None where there is none such."""
         if self.out is not None or self.parts:
             return None
         if len(self.runs) == 1:
