@@ -50,7 +50,8 @@ def test_every_number_of_the_table_follows_from_the_records(tmp_path: Path, make
         late = own.argmax(0), at
         parts = [seconds.max(0) - own[late], work[late] - work.mean(0), data[late], opt[late]]
         shares = np.array([part.sum() for part in parts]) / seconds.max(0).sum()
-        base = base or {"rate": rate, "ranks": ranks, "shares": shares}
+        quartiles = np.array([low, high]) / step_s
+        base = base or {"rate": rate, "ranks": ranks, "shares": shares, "quartiles": quartiles}
         efficiency = rate / base["rate"] * base["ranks"] / ranks
         lost = shares - efficiency * base["shares"]
 
@@ -59,6 +60,13 @@ def test_every_number_of_the_table_follows_from_the_records(tmp_path: Path, make
         assert found == pytest.approx((step_s, low, high, high - low), rel=1e-12)
         assert (row.throughput, row.throughput_per_rank) == pytest.approx((rate, rate / ranks), rel=1e-12)
         assert (row.speedup, row.efficiency) == pytest.approx((rate / base["rate"], efficiency), rel=1e-12)
+        ends = rate / quartiles[::-1]
+        assert (row.throughput_low, row.throughput_high) == pytest.approx(tuple(ends), rel=1e-12)
+        assert row.throughput_ideal == pytest.approx(base["rate"] * ranks / base["ranks"], rel=1e-12)
+        ends = efficiency * base["quartiles"] / quartiles[::-1] if ranks > 2 else np.ones(2)
+        assert (row.efficiency_low, row.efficiency_high) == pytest.approx(tuple(ends), rel=1e-12)
+        noisy = ranks > 2 and max(np.ptp(quartiles), np.ptp(base["quartiles"])) > 0.1
+        assert (row.noisy, row.mfu_bf16, row.oversubscribed) == (noisy, None, False)
         assert row.mfu_palm == pytest.approx(np.median(column(run, "mfu_palm").mean(0)), rel=1e-12)
         assert row.loss == column(run, "loss")[0, -1]
         if ranks > 2:
