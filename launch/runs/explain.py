@@ -18,6 +18,7 @@ from launch.errors import ConfigError
 from launch.runs.overrides import typed_key
 from launch.runs.ranges import closest
 from launch.runs.renamed import is_former
+from launch.runs.wrong_values import PLAIN, in_shell, listed, quoted, wrong_value
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 LAUNCHER_KEYS = (
@@ -74,7 +75,7 @@ def explain(error: BaseException, schema: type, overrides: Sequence[str] = ()) -
     inner = [known for known in schema_keys(schema) if known.startswith(f"{key}.") and not is_former(known)]
     if inner and refused:
         return ConfigError(refused.group(1), f"a value for one of {', '.join(inner)}", f"{inner[0]}=VALUE")
-    return wrong_value(refused.group(1) if refused else first, key or "KEY", text)
+    return wrong_value(refused.group(1) if refused else first, key or "KEY", schema, overrides)
 
 
 def unknown_option(path: str, options: Sequence[str]) -> ConfigError:
@@ -102,10 +103,19 @@ def unreadable(override: str, schema: type) -> ConfigError:
         return ConfigError(
             found, expected, f"""'{key}=[{",".join(f'"{word.strip()}"' for word in value.strip("[]").split(","))}]'"""
         )
-    plain = value.lstrip("=")
-    return ConfigError(
-        found, expected, f"{key}={plain}" if re.fullmatch(r"[\w./+-]+", plain) else f"'{key}=\"{value}\"'"
-    )
+    return ConfigError(found, expected, respell(key, value))
+
+
+def respell(key: str, value: str) -> str:
+    """Write anew what Hydra's grammar could not read: without stray signs where that is what was meant, else quoted."""
+    name = key.strip(" '\"-")
+    if name.rpartition(".")[2] == "command":
+        return listed(name, value)
+    several = [word for word in value.split(",") if word.strip()]
+    bare = ",".join(several) if "," in value else value.lstrip("=").strip(" '\"")
+    if (name, bare) != (key, value) and all(PLAIN.fullmatch(word) for word in bare.split(",")):
+        return f"{name}={bare}"  # a comma without its value, one sign or a quote too many
+    return in_shell(name, quoted(value))
 
 
 def is_path(word: str, schema: type) -> bool:
@@ -139,34 +149,6 @@ def option_groups(option: str) -> list[str]:
         return []
     loader = running.config_loader()
     return [group for group in loader.list_groups("") if option in loader.get_group_options(group)]
-
-
-def wrong_value(found: str, key: str, text: str) -> ConfigError:
-    """Say which values a key takes, from OmegaConf's validation message."""
-    choices = re.search(r"expected one of \[([^]]+)\]", text)
-    if choices:
-        options = choices.group(1).split(", ")
-        likely = (closest(found.partition("=")[2], options) or options)[0]
-        return ConfigError(found, f"one of {choices.group(1)}", f"{key}={likely}")
-    kind = re.search(r"could not be converted to (\w+)", text)
-    names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-    if kind:
-        expected = names.get(kind.group(1), f"a value of type {kind.group(1)}")
-        example = {"Integer": "1", "Float": "0.1", "Boolean": "true"}.get(kind.group(1), "VALUE")
-        example = in_unit_of(key, found.partition("=")[2]) or example
-        return ConfigError(found, expected, f"{key}={example}")
-    lines = [line for line in text.splitlines() if line.strip() and "$" not in line]
-    return ConfigError(found, lines[-1] if lines else "a value that fits", f"{key}=VALUE with a value that fits")
-
-
-def in_unit_of(key: str, value: str) -> str | None:
-    """Convert a length of time such as ``1h`` to the unit that the name of a key ends with; None for anything else."""
-    units = {"s": 1, "min": 60, "m": 60, "h": 3600, "hours": 3600, "d": 86400}
-    told = re.fullmatch(r"(\d+)(s|min|m|h|d)", value)
-    unit = units.get(key.rpartition("_")[2])
-    if told is None or unit is None:
-        return None
-    return str(max(1, int(told.group(1)) * units[told.group(2)] // unit))
 
 
 def unknown_in_list(text: str, schema: type) -> ConfigError | None:

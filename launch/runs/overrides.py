@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
 
 from launch.errors import ConfigError
 from launch.runs.damage import damaged, read_strictly
@@ -49,11 +51,31 @@ def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment
         ConfigError: a value without a key, which Hydra answers with an error of its own.
     """
     named = tuple(f"{group}=" for group in groups)
-    args = [f"+{arg}" if arg.startswith(named) else arg for arg in overrides]
+    args = [f"+{arg}" if arg.startswith(named) else arg for arg in map(quote_option, overrides)]
     for arg in args:
         if "=" in arg and not typed_key(arg):
             raise ConfigError(f"{arg}, a value without a key", "KEY=VALUE", f"the same without {arg}")
     return args
+
+
+@cache
+def config_groups() -> frozenset[str]:
+    """Folders of config files, of which an option is chosen by its name: ``model``, ``optim`` and their like."""
+    return frozenset(folder.name for folder in files("configs").iterdir() if folder.is_dir())
+
+
+NO_NAME = re.compile(r"[-+]?(\d+|\d+\.\d*|\.\d+)(e[-+]?\d+)?|true|false|null|nan|[-+]?inf", re.IGNORECASE)
+"""Values that Hydra's grammar reads as something else than text."""
+
+
+def quote_option(override: str) -> str:
+    """Make a text of a number that is typed as the option of a group: Hydra answers it with an error of its own."""
+    key, equals, value = override.partition("=")
+    options = value.split(",")
+    if not equals or typed_key(override) not in config_groups() or not any(map(NO_NAME.fullmatch, options)):
+        return override
+    quoted = (f"'{option}'" if NO_NAME.fullmatch(option) else option for option in options)
+    return f"{key}={','.join(quoted)}"
 
 
 PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "resume_from", "require_same_code", "strict")

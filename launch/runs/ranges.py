@@ -7,11 +7,14 @@ from collections.abc import Iterable
 
 from launch.errors import ConfigError
 
+EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
+"""Values to propose where 1, the usual proposal, would cost a run: nothing learns at such a rate."""
+
 
 def require_positive(key: str, value: float) -> None:
     """Raise ConfigError unless ``value`` is above zero."""
     if not value > 0:
-        raise ConfigError(f"{key}={value}", "a number above 0", f"{key}=1")
+        raise ConfigError(f"{key}={value}", "a number above 0", f"{key}={EXAMPLES.get(key, '1')}")
 
 
 def require_range(key: str, value: float, low: float, high: float) -> None:

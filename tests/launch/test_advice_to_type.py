@@ -66,6 +66,40 @@ def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
     assert config.script.options.lr == 3
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected", "fix"),
+    [
+        ("model=7", "one of baseline_23m, ", "model=baseline_23m"),
+        ("optim=null", "one of baseline, ", "optim=baseline"),
+        ("script.command=hostname -f", "a list", "'script.command=[hostname,-f]'"),
+        ("script.command=./train --fast=3", "KEY=VALUE, quoted", """'script.command=[./train,"--fast=3"]'"""),
+        ("cluster.setup=module load x", "a list", """'cluster.setup=["module load x"]'"""),
+        ("cluster.exclude=[a,b]", "one text", "'cluster.exclude=\"a,b\"'"),
+        ("script.env=FOO", "keys of your own below script.env, each with its value", "script.env.NAME=VALUE"),
+        ("dry_run=nope", "true or false", "dry_run=false"),
+        ("name=null", "a text", "the same without name=null"),
+        ("name=ünï", "KEY=VALUE, quoted", "'name=\"ünï\"'"),
+        ("nodes=1,,2", "KEY=VALUE, quoted", "nodes=1,2"),
+        ("nodes =2", "KEY=VALUE, quoted", "nodes=2"),
+        ("nodes=[1,2]", "a whole number", "python -m launch -m nodes=1,2"),
+        ("optim.lr=high", "a number", "optim.lr=0.001"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_answered_with_one_that_does(typed: str, expected: str, fix: str) -> None:
+    workload = ["workload=script"] if typed.startswith("script.") else []
+    refusal = refusal_of(*workload, typed)
+    assert refusal.found.removesuffix(", which cannot be read") == typed, "whole, not cut at a blank"
+    assert refusal.expected.startswith(expected) and refusal.fix == fix
+    if "VALUE" not in fix and "nodes=1,2" not in fix and "same" not in fix:
+        compose_launch([*workload, *shlex.split(fix)])
+
+
+def test_a_learning_rate_out_of_its_range_is_not_answered_with_one_at_which_nothing_learns() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        typed_config(compose_launch(["optim.lr=nan"])).validate()
+    assert refusal.value.fix == "optim.lr=0.001"
+
+
 def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None:
     words = ["+experiment=weak_scaling", "nodes=2", "++script.options.lr=3"]
     assert point_name(words, NOT_IN_POINT) == "experiment=weak_scaling,nodes=2,script.options.lr=3"

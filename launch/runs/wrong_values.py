@@ -1,0 +1,110 @@
+"""Refusals of a value that its key cannot take: what a key takes is read from the schema. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from enum import Enum
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from launch.errors import ConfigError
+from launch.runs.overrides import typed_key
+from launch.runs.ranges import EXAMPLES, closest
+
+PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
+"""Values that Hydra's grammar of overrides reads without quotes."""
+
+
+def wrong_value(found: str, key: str, schema: type, overrides: Sequence[str] = ()) -> ConfigError:
+    """Say which values ``key`` takes, and propose one of them: what was meant, the default, or a pattern."""
+    typed = next((arg for arg in overrides if typed_key(arg) == key), found)
+    value = typed.partition("=")[2]
+    kind, default = field_of(schema, key)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        options = [option.name for option in kind]
+        likely = (closest(value, options) or options)[0]
+        return ConfigError(typed, f"one of {', '.join(options)}", f"{key}={likely}")
+    if kind is bool:
+        return ConfigError(typed, "true or false", f"{key}={meant_bool(value)}")
+    if kind in (int, float):
+        usual = default if type(default) in (int, float) else EXAMPLES.get(key, "1" if kind is int else "0.1")
+        fix = f"{key}={in_unit_of(key, value) or usual}"
+        if len(elements(value)) > 1:
+            fix = f"python -m launch -m {key}={','.join(elements(value))}"
+        return ConfigError(typed, "a whole number" if kind is int else "a number", fix)
+    if get_origin(kind) is list:
+        return ConfigError(typed, "a list", listed(key, value))
+    if get_origin(kind) is dict:
+        return ConfigError(typed, f"keys of your own below {key}, each with its value", f"{key}.NAME=VALUE")
+    if kind is str and (meant := ",".join(elements(value))):
+        return ConfigError(typed, "one text", in_shell(key, quoted(meant)))
+    return ConfigError(typed, "a text" if kind is str else "a value that fits", f"the same without {typed}")
+
+
+def field_of(schema: type, key: str) -> tuple[Any, Any]:
+    """Type of a dotted key, without its None, and its default; None twice where the schema does not tell."""
+    kind: Any = schema
+    default: Any = None
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
+            return None, None
+        field = next((field for field in dataclasses.fields(kind) if field.name == name), None)
+        if field is None:
+            return None, None
+        hint = get_type_hints(kind)[name]
+        optional = NoneType in get_args(hint)
+        kind = next(one for one in get_args(hint) if one is not NoneType) if optional else hint
+        default = None if field.default is dataclasses.MISSING else field.default
+    return kind, default
+
+
+def meant_bool(value: str) -> str:
+    """Return the truth value that a mistyped one begins like."""
+    return "false" if value.strip().lower()[:1] in ("f", "n", "0") or value.lower() == "off" else "true"
+
+
+def listed(key: str, value: str) -> str:
+    """Write a single value as the list that its key takes."""
+    return in_shell(key, f"[{','.join(quoted(word) for word in words(key, value))}]")
+
+
+def words(key: str, value: str) -> list[str]:
+    """Elements that were meant by a single value: the words of a command, as a shell would split it, else the value."""
+    try:
+        return shlex.split(value) if key.rpartition(".")[2] == "command" else [value]
+    except ValueError:  # a quote that is never closed
+        return [value]
+
+
+def elements(value: str) -> list[str]:
+    """Elements of a list as it is typed, or the value alone; nothing of an empty list or null."""
+    bare = value.strip()
+    if bare in ("null", "[]", "{}"):
+        return []
+    return [word.strip() for word in bare[1:-1].split(",")] if bare[:1] in ("[", "{") else [bare]
+
+
+def quoted(value: str) -> str:
+    """Quote a value for Hydra's grammar of overrides, where it needs that."""
+    if PLAIN.fullmatch(value):
+        return value
+    bare = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{bare}"'
+
+
+def in_shell(key: str, value: str) -> str:
+    """Write an override as it is typed into a shell."""
+    return f"{key}={value}" if PLAIN.fullmatch(value) else shlex.quote(f"{key}={value}")
+
+
+def in_unit_of(key: str, value: str) -> str | None:
+    """Convert a length of time such as ``1h`` to the unit that the name of a key ends with; None for anything else."""
+    units = {"s": 1, "min": 60, "m": 60, "h": 3600, "hours": 3600, "d": 86400}
+    told = re.fullmatch(r"(\d+)(s|min|m|h|d)", value)
+    unit = units.get(key.rpartition("_")[2])
+    if told is None or unit is None:
+        return None
+    return str(max(1, int(told.group(1)) * units[told.group(2)] // unit))
