@@ -28,7 +28,7 @@ from gpt.model.sampling import Sampling, generate, make_generators
 from gpt.train import run_ranks
 from gpt.training.request import parse_arguments, parse_request
 from launch import worker
-from launch.errors import refusing
+from launch.errors import CommandParser, refusing
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 
@@ -115,7 +115,9 @@ def require(holds: bool, seen: str) -> None:
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 all holds, 1 something does not, 2 refused."""
-    overrides, started = sys.argv[1:] if argv is None else argv, time.perf_counter()
+    parser = CommandParser(prog="python -m gpt.smoke", description="Check in seconds that this installation trains.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
+    overrides, started = parser.parse_args(argv).overrides, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gpt-smoke-") as temporary:
         for name, check in checks(overrides, Path(temporary)):
             told = io.StringIO()

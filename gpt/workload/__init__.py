@@ -40,6 +40,7 @@ from gpt.workload.text import (
 )
 from launch.process import hash_seed
 from launch.runs.folder import RunFolder
+from launch.runs.objective import step_figures
 from launch.runs.overrides import typed_key
 from launch.runs.provenance import ROOT, source_files
 from launch.runs.saved import SavedCheckpoint
@@ -68,6 +69,7 @@ class GptWorkload:
     resumable = RESUMABLE
     length = LENGTH
     goal_words = GOAL_WORDS
+    figures = step_figures()
 
     def make_paths_absolute(self, document: DictConfig) -> None:
         """Take the paths that were typed relative to the folder they were typed in."""

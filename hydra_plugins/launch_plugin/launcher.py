@@ -7,7 +7,6 @@ Stock hydra-submitit-launcher submits every point with the resources of the base
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
@@ -111,8 +110,10 @@ def job_return(overrides: Sequence[str], result: PointResult) -> JobReturn:
     if result.error is not None:
         return failed(overrides, SweepFailedError(result.error, 1))
     if result.objective is not None and result.value is None:
-        folder = Path(result.run_dir)
-        return failed(overrides, ValueError(f"no step record in {folder / 'metrics'} has a finite {result.objective}"))
+        from launch.runs.folder import RunFolder
+        from launch.runs.objective import refuse_absent
+
+        return failed(overrides, refuse_absent(RunFolder(result.run_dir), result.objective))
     return completed(overrides, result.value)
 
 

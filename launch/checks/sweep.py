@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from launch.config import ClusterKind, Config
-from launch.config.compose import typed_config
+from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError
 from launch.plan.alone import settle_exclusive
 from launch.plan.expected import add_expected
@@ -22,6 +22,7 @@ from launch.plan.plan import Plan, make_plan, unfinished
 from launch.plan.preflight import add_warnings
 from launch.plan.text import share_budget
 from launch.runs.find import labels_for
+from launch.runs.objective import refuse_unknown_figure
 from launch.scheduler import client as scheduler
 from launch.scheduler.limits import Limits
 
@@ -46,20 +47,33 @@ def plan_sweep(
     """
     kinds = choose_clusters(documents, console)
     configs = [typed_config(composed) for composed in documents]
+    for config in configs:
+        refuse_unknown_figure(config.objective, getattr(workload_of(config), "figures", None))
     slurm = settle_resources(documents, configs, kinds, console)
     plans = label_plans(plan_points(configs, typed, kinds, slurm), typed)
     return check_plans(plans, configs, slurm, console), configs
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """The cluster of each point; ``auto`` is decided once and said."""
+    """The cluster of each point; ``auto`` is decided once and said.
+
+    Raises:
+        ConfigError: ``auto`` on a machine of a cluster whose controller does not answer.
+    """
     kinds = [config.cluster.kind for config in configs]
     if ClusterKind.auto not in kinds:
         return list(kinds)
-    answers = scheduler.controller_answers()
-    found = ClusterKind.slurm if answers else ClusterKind.local
-    why = "sbatch and a controller that answers" if answers else "no Slurm here: nodes are agents on this machine"
-    console.print(f"cluster=auto: {found.name} ({why})", highlight=False)
+    problem = scheduler.controller_problem()
+    if problem and not configs[0].dry_run:
+        raise ConfigError(
+            f"cluster=auto on a machine of a Slurm cluster that takes no jobs: {problem}",
+            "a controller that answers; this may be a login node, so nothing is trained here unless that is said",
+            "the same command when scontrol ping says UP, or cluster=local",
+        )
+    found = ClusterKind.slurm if problem is None else ClusterKind.local
+    why = {None: "sbatch and a controller that answers", "": "no Slurm here: nodes are agents on this machine"}
+    told = why.get(problem, f"no controller answers, and without dry_run this is refused: {problem}")
+    console.print(f"cluster=auto: {found.name} ({told})", highlight=False)
     return [found if kind is ClusterKind.auto else kind for kind in kinds]
 
 

@@ -141,7 +141,8 @@ def leaving_text(points: Sequence[RunStatus]) -> str:
     """Describe for people what running programs are told, and what is saved: a checkpoint where they have one."""
     resuming = [point.name for point in points if point.resumes]
     others = [point.name for point in points if not point.resumes]
-    saves = "save a checkpoint and leave"
+    within = f"within {max((grace_period_s(point) for point in points), default=0.0) + AGENT_S:g} s"
+    saves = f"save a checkpoint and leave, {within}"
     lose = "told to leave, and go on from no checkpoint: only what they write themselves is kept (script.resumes=false)"
     if not others:
         return f"the runs {saves}"

@@ -105,12 +105,27 @@ def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.Comp
 
 def controller_answers() -> bool:
     """Tell whether sbatch is installed and a Slurm controller can be reached from here."""
+    return controller_problem() is None
+
+
+NOT_CONFIGURED = "configuration source"
+"""Part of what Slurm's commands say where they are installed and belong to no cluster."""
+
+
+def controller_problem() -> str | None:
+    """Say why no job can be submitted from here.
+
+    Returns:
+        None where a controller answers; an empty text where this machine belongs to no cluster, as sbatch is not
+        installed or was never told of one; else what is wrong with the cluster's controller.
+    """
     if shutil.which("sbatch") is None:
-        return False
+        return ""
     try:
-        return "UP" in run("scontrol", "ping", timeout_s=10.0, retries=1)
-    except SlurmError:
-        return False
+        said = run("scontrol", "ping", timeout_s=10.0, retries=1)
+    except SlurmError as error:
+        return "" if NOT_CONFIGURED in str(error) else str(error)
+    return None if "UP" in said else said.strip() or "scontrol ping says nothing"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from launch.agent.rank_records import failure_message
+from launch.config.compose import default_grace_period_s
 from launch.jobs.status import RunStatus
-from launch.jobs.stop import leaving_text, next_start_text
+from launch.jobs.stop import AGENT_S, leaving_text, next_start_text
 from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -199,8 +200,10 @@ def test_ctrl_c_promises_a_script_no_checkpoint_that_it_does_not_have(tmp_path: 
 def test_what_is_told_of_a_stop_names_the_runs_that_have_no_checkpoint() -> None:
     saves = RunStatus(RunFolder("a"), label="nodes=1")
     loses = RunStatus(RunFolder("b"), label="nodes=2", resumes=False)
-    assert leaving_text([saves]) == "the runs save a checkpoint and leave"
-    assert leaving_text([saves, loses]).startswith("nodes=1 save a checkpoint and leave; nodes=2 are told to leave")
+    within = f"within {default_grace_period_s() + AGENT_S:g} s"  # the wait that follows is not without a bound
+    assert leaving_text([saves]) == f"the runs save a checkpoint and leave, {within}"
+    expected = f"nodes=1 save a checkpoint and leave, {within}; nodes=2 are told to leave"
+    assert leaving_text([saves, loses]).startswith(expected)
     assert next_start_text([saves]) == "the same command goes on from the last checkpoint"
     assert "of nodes=2 from its beginning" in next_start_text([saves, loses])
 

@@ -15,7 +15,13 @@ from launch.checks.stock_launchers import refuse_other_tasks, tasks_of
 from launch.errors import ConfigError
 from launch.jobs.point_result import PointResult
 from launch.runs.folder import RunFolder
-from launch.runs.objective import ObjectiveOf, objective_value
+from launch.runs.objective import (
+    ObjectiveOf,
+    objective_value,
+    refuse_absent,
+    refuse_unknown_figure,
+    step_figures,
+)
 from launch.runs.records import append_records
 from launch.sweep import SweepFailedError
 from tests.support.commands import TINY, run
@@ -32,6 +38,25 @@ def test_the_objective_is_a_figure_of_the_records_that_count(tmp_path: Path) -> 
     found = {of.name: objective_value(folder, "val_loss", of) for of in ObjectiveOf}
     assert found == {"minimum": 2.0, "maximum": 3.0, "last": 2.5}, "step 2 of attempt 1 was done again"
     assert objective_value(folder, "accuracy", ObjectiveOf.last) is None
+
+
+def test_an_objective_that_no_step_records_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    text = run("launch", "objective=val_los", "cluster=local", cwd=tmp_path, status=2)
+    assert "found: objective=val_los, which no step record has" in text and "type next: objective=val_loss" in text
+    assert list(tmp_path.iterdir()) == []
+    for name in (None, *step_figures()):
+        refuse_unknown_figure(name, step_figures())
+    assert {"loss", "val_loss", "tokens_per_s", "step_time_s"} < set(step_figures())
+    assert "layer_grad_norms" not in step_figures()
+    refuse_unknown_figure("accuracy", None)  # a script's own
+
+
+def test_a_figure_that_a_script_did_not_record_is_answered_with_those_that_it_did(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    append_records(folder.metrics(0), [{"step": 1, "attempt": 1, "accuracy": 0.5, "loss": float("nan")}])
+    refusal = refuse_absent(folder, "acuracy")
+    assert refusal.expected.endswith("recorded: accuracy") and refusal.fix == "objective=accuracy"
+    assert refuse_absent(RunFolder(tmp_path / "empty"), "loss").fix == "the same without objective"
 
 
 def test_a_point_without_a_value_is_a_job_that_failed() -> None:

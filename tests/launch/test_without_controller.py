@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
 
+from launch.checks.sweep import choose_clusters
+from launch.config import ClusterKind
+from launch.errors import ConfigError
 from launch.jobs.submit import explain_refusal, may_have_taken, remove_unused
 from launch.runs.folder import RunFolder
 from launch.scheduler import client
@@ -31,6 +37,36 @@ def test_a_configuration_that_is_gone_is_named_without_a_question(
     assert client.run("true") == "" and client.missing_configuration() == ""
     monkeypatch.setenv("SLURM_CONF", "")
     assert client.missing_configuration() == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ("Slurmctld(primary) at ctl is UP", None),
+        ("scontrol: fatal: Could not establish a configuration source", ""),
+        ("Slurmctld(primary) at ctl is DOWN", "scontrol ping: Slurmctld(primary) at ctl is DOWN"),
+    ],
+)
+def test_where_the_controller_is_away_nothing_is_trained_unasked(
+    said: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n{'exit 1' if problem is not None else ''}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    assert client.controller_problem() == problem and client.controller_answers() is (problem is None)
+    console, asked = Console(file=io.StringIO()), OmegaConf.create({"cluster": {"kind": "auto"}, "dry_run": False})
+    asked.cluster.kind = ClusterKind.auto
+    if not problem:
+        kind = ClusterKind.slurm if problem is None else ClusterKind.local
+        assert choose_clusters([asked], console) == [kind]
+        return
+    with pytest.raises(ConfigError, match="is DOWN") as refusal:  # this may be a login node
+        choose_clusters([asked], console)
+    assert refusal.value.fix == "the same command when scontrol ping says UP, or cluster=local"
+    asked.dry_run = True
+    assert choose_clusters([asked], console) == [ClusterKind.local]
 
 
 @pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's commands")

@@ -18,6 +18,13 @@ def test_all_holds_here(tmp_path: Path) -> None:
     assert "all holds" in lines[-1] and not any(tmp_path.iterdir()), "nothing is left behind"
 
 
+def test_its_help_is_shown_and_nothing_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        smoke.main(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and "KEY=VALUE" in text and "ok  " not in text
+
+
 def test_what_does_not_hold_is_said_and_is_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
