@@ -16,6 +16,7 @@ from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.runs.labels import point_labels
 from launch.runs.overrides import read_overrides
+from launch.runs.ranges import closest
 from launch.runs.sweeps import read_sweeps
 
 OUTPUTS = Path("outputs")
@@ -42,7 +43,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
         inside = runs_inside(path.absolute()) if path.exists() else runs_labelled(path)
         if not inside:
             raise ConfigError(
-                f"no run in {path}" if path.is_dir() else f"no folder {path}",
+                f"no run in {path}" if path.is_dir() else f"{path}, a file" if path.is_file() else f"no folder {path}",
                 "a run folder, or a folder with runs in it",
                 suggestion(path),
             )
@@ -51,12 +52,24 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def suggestion(path: Path) -> str:
-    """Propose what to type in place of a path without runs: the same below ``outputs``, a list of runs, or a run."""
+    """Propose what to type in place of a path without runs: the same below ``outputs``, one that is spelt like it, a
+    list of runs, or a run.
+    """
     if not path.is_absolute() and path.parts[:1] != OUTPUTS.parts and runs_inside(OUTPUTS.absolute() / path):
         return f"{OUTPUTS / path}, which is there"
+    if (likely := closest_folder(path)) is not None:
+        return f"{shlex.quote(str(likely))}, which is there"
     if runs_inside(OUTPUTS.absolute()):
         return f"python -m launch.status {OUTPUTS}, which lists the runs that are there"
     return "python -m launch -m nodes=1,2, to make some in outputs/"
+
+
+def closest_folder(path: Path) -> Path | None:
+    """The folder with runs beside ``path`` whose name is most like the one that is not there."""
+    if path.exists() or not path.parent.is_dir():
+        return None
+    there = {run.relative_to(path.parent.absolute()).parts[0] for run in runs_inside(path.parent.absolute())}
+    return next((path.parent / name for name in closest(path.name, there)), None)
 
 
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:

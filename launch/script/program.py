@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.errors import ConfigError
 from launch.runs.ranges import closest
+from launch.runs.wrong_values import in_shell, quoted
 from launch.script.options import ScriptOptions
 
 
@@ -48,5 +51,17 @@ def require_program(script: ScriptOptions) -> None:
             raise ConfigError(
                 f"script.command={shlex.join(map(str, script.command))}, and no program {program}",
                 "a program on the PATH, or in script.workdir",
-                "'script.command=[./train,--fast]'",
+                command_like([str(word) for word in script.command], Path(script.workdir or ".")),
             )
+
+
+def command_like(command: Sequence[str], workdir: Path) -> str:
+    """Write a command anew with the program that is spelt most like the one that is not there; else an example."""
+    program = command[0]
+    folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder).is_dir()]
+    there = {entry.name for folder in folders for entry in folder.glob(f"{glob.escape(program[:1])}*")}
+    local = {f"./{path.name}" for path in workdir.iterdir() if path.is_file() and os.access(path, os.X_OK)}
+    likely = closest(program, there | local)
+    if not likely:
+        return "'script.command=[./train,--fast]'"
+    return in_shell("script.command", f"[{','.join(map(quoted, [likely[0], *command[1:]]))}]")

@@ -18,10 +18,14 @@ from launch.plan.budget import Use, use_text
 from launch.plan.plan import make_plan
 from launch.plan.text import worst_case_text
 from launch.runs.explain import MOST_NAMES
+from launch.runs.find import find_runs, suggestion
+from launch.runs.folder import RunFolder
 from launch.runs.identity import RunConfig, choose_folder
 from launch.runs.labels import point_labels
 from launch.runs.overrides import NOT_IN_POINT, point_name
 from launch.runs.provenance import ROOT, install_command
+from launch.script.options import ScriptOptions
+from launch.script.program import require_program
 from tests.support.commands import ROOT as CHECKOUT
 from tests.support.commands import TIMEOUT_S, environment
 
@@ -92,6 +96,23 @@ def test_a_value_that_does_not_fit_is_answered_with_one_that_does(typed: str, ex
     assert refusal.expected.startswith(expected) and refusal.fix == fix
     if "VALUE" not in fix and "nodes=1,2" not in fix and "same" not in fix:
         compose_launch([*workload, *shlex.split(fix)])
+
+
+def test_a_mistyped_program_and_a_mistyped_folder_are_answered_with_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{tmp_path / 'gone'}")
+    (tmp_path / "simulate").touch(mode=0o755)
+    with pytest.raises(ConfigError) as refusal:
+        require_program(ScriptOptions(command=["simulat", "--n=2"]))
+    assert refusal.value.fix == """'script.command=[simulate,"--n=2"]'"""
+    for name in ("nodes=1", "nodes=2"):
+        RunFolder(tmp_path / "outputs" / "a sweep" / name).create_attempt()
+    monkeypatch.chdir(tmp_path)
+    assert suggestion(Path("outputs/a sweep/node=2")) == "'outputs/a sweep/nodes=2', which is there"
+    assert suggestion(Path("outputs/a swep")) == "'outputs/a sweep', which is there"
+    with pytest.raises(ConfigError, match="simulate, a file"):
+        find_runs([Path("simulate")])
 
 
 def test_a_learning_rate_out_of_its_range_is_not_answered_with_one_at_which_nothing_learns() -> None:

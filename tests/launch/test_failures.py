@@ -126,6 +126,8 @@ def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -
     assert "RunFailed" in run("launch.logs", name, "--rank", "1", "--agent", cwd=there)
     text = run("launch.logs", name, "--rank", "7", cwd=there, status=2)
     assert "found: --rank 7 of a run with 2 ranks" in text and "expected: 0 to 1" in text
+    text = run("launch.logs", name, "--attempt", "9", cwd=there, status=2)
+    assert "attempts: 1, 2)" in text and "waits" not in text, "of a run that is over nothing more comes"
 
 
 def test_gpus_are_sampled_from_the_start_of_each_attempt_to_its_end(sabotaged: tuple[str, RunFolder]) -> None:
