@@ -47,7 +47,9 @@ def step_figures() -> tuple[str, ...]:
     """Names of the figures in the step records of a GPT that are one number each."""
     hints = get_type_hints(StepRecord)
     kinds = {name: set(get_args(hint)) or {hint} for name, hint in hints.items()}
-    return tuple(name for name, found in kinds.items() if found & {float, int} and name not in ("step", "attempt", "samples"))
+    return tuple(
+        name for name, found in kinds.items() if found & {float, int} and name not in ("step", "attempt", "samples")
+    )
 
 
 def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None) -> None:
