@@ -112,7 +112,8 @@ class DataConfig:
     """The text file (text, shakespeare), a pattern of files (files: text, .jsonl, .jsonl.gz or .parquet), or the token
     files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards)."""
     val_path: Optional[str] = None
-    """source=tokens only: validation files; null takes val.bin beside train.bin, or the end of the training files."""
+    """Validation from files of its own, of the kind of ``path`` (text, files, tokens), which is trained on whole; null
+    keeps ``val_fraction`` of the text, and of tokens takes val.bin beside train.bin, or the end of the files."""
     sources: list[WeightedPath] = field(default_factory=list)
     """source=tokens only: several paths with weights, instead of ``path``."""
     dataset: Optional[str] = None
@@ -126,9 +127,11 @@ class DataConfig:
     text_key: str = "text"
     """Field (jsonl), column (parquet) or feature (dataset) that holds a document's text."""
     max_bytes: Optional[int] = None
-    """Read at most so many bytes of text, rounded up to whole documents where there are documents; null reads all."""
+    """Read at most so many bytes of text, rounded up to whole documents where there are documents; null reads all. Of
+    the files of ``val_path`` all is read."""
     val_fraction: float = 0.1
-    """Share kept for validation: the end of a text, and of documents those that a hash of their place picks."""
+    """Share kept for validation, where there is no ``val_path``: the end of a text, and of documents those that a hash
+    of their place picks."""
     tokenizer: TokenizerKind = TokenizerKind.byte
     tokenizer_path: Optional[str] = None
     """A tokenizer that is there already: tokenizer.json (hf), .model (sentencepiece), ranks.json of a prepared corpus
@@ -175,6 +178,7 @@ class DataConfig:
             raise ConfigError(
                 "source=dataset without data.dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"
             )
+        self._validate_val_path()
         require_range("data.val_fraction", self.val_fraction, 0.0001, 0.5)
         require_range("data.tokenizer_vocab_size", self.tokenizer_vocab_size, 260, 1_000_000)
         require_positive("data.tokenizer_train_bytes", self.tokenizer_train_bytes)
@@ -183,6 +187,17 @@ class DataConfig:
         self.synthetic.validate()
         self._validate_tokenizer()
         self._validate_tokens()
+
+    def _validate_val_path(self) -> None:
+        if self.val_path is None or self.source in (Source.text, Source.files, Source.tokens):
+            return
+        raise ConfigError(
+            f"data.val_path={self.val_path} with data={self.title}",
+            "a text, files or tokens, which validate on files of their own",
+            "data.val_split=validation (or the name that the dataset has for it)"
+            if self.source is Source.dataset
+            else "data=text data.path=FILE, or data.val_path=null",
+        )
 
     def _validate_tokenizer(self) -> None:
         kind, path = self.tokenizer, self.tokenizer_path

@@ -128,7 +128,8 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
             f"eval.sequences={eval_sequences}, but {corpus.val_tokens} validation tokens make {samples}"
             f" sequences of {model.block_size}",
             "an evaluation that uses no sequence twice",
-            f"eval.sequences={samples}, or a larger data.val_fraction" if samples else "a larger data.val_fraction",
+            (f"eval.sequences={samples}, or " if samples else "")
+            + "more text to validate on: a larger data.val_fraction, or a longer data.val_path",
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Source, SyntheticConfig, TokenFileFormat, TokenizerKind
+from gpt.data.corpus import describe
 from gpt.data.formats.prepared import TokenSource, open_folder, open_tokens, read_manifest
 from gpt.data.preprocessing import files, readers, shards
 from gpt.data.preprocessing.files import SHAKESPEARE_SHA256
@@ -22,6 +23,8 @@ from gpt.data.preprocessing.prepare import prepare
 from gpt.data.preprocessing.readers import is_validation, read_shard
 from gpt.data.preprocessing.shards import list_shards
 from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec
+from gpt.data.preprocessing.worker import tokenize_shards
+from gpt.data.tokenizers.base import Tokenizer
 from gpt.data.tokenizers.registry import load_tokenizer
 from gpt.prepare import main
 from launch.errors import ConfigError
@@ -409,3 +412,79 @@ def test_a_killed_stream_of_a_dataset_goes_on(tmp_path: Path) -> None:
 def test_preparing_loads_no_torch() -> None:
     code = "import sys, gpt.prepare; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("tokenizer", [TokenizerKind.byte, TokenizerKind.char])
+def test_a_text_validates_on_a_text_of_its_own(tmp_path: Path, tokenizer: TokenizerKind) -> None:
+    (tmp_path / "train.txt").write_text("all of it is trained on é\n" * 40)
+    (tmp_path / "val.txt").write_text("and ß only here\n" * 9)  # characters that training has not
+    config = DataConfig(source=Source.text, path=f"{tmp_path}/train.txt", val_path=f"{tmp_path}/val.txt")
+    config.tokenizer = tokenizer
+    source = made(config, tmp_path / "out")
+    decode = load_tokenizer(tmp_path / "out" / "tokenizer").decode
+    assert decode(ids_of(source, "train")) == "all of it is trained on é\n" * 40
+    assert decode(ids_of(source, "val")) == "and ß only here\n" * 9
+    spec = build_spec(config, tmp_path)
+    assert spec is not None and spec.known_tokens() in (None, (source.train.tokens, source.val.tokens))
+    (tmp_path / "val.txt").write_text("another text\n" * 9)
+    other = build_spec(config, tmp_path)
+    assert other is not None and other.key != spec.key, "another text to validate on is another corpus"
+
+
+def test_files_validate_on_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All documents of the one pattern are trained on, up to max_bytes, and all of the other are not."""
+    write_jsonl(tmp_path / "in")
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
+    config = DataConfig(source=Source.files, path=f"{tmp_path}/in/0.jsonl", val_path=f"{tmp_path}/in/1.jsonl")
+    source = made(config, tmp_path / "out")
+    for split, texts in (("train", TEXTS[:100]), ("val", TEXTS[100:200])):
+        assert bytes(ids_of(source, split)) == b"".join(text.encode() + b"\n" for text in texts)
+    config.max_bytes = 3000
+    cut = made(config, tmp_path / "cut")
+    assert cut.val.documents == 100 and 0 < (cut.train.num_bytes or 0) < 3000 + 300
+    spec = build_spec(config, tmp_path)
+    assert spec is not None
+    done = tokenize_shards(spec, list_shards(spec), parts_of(spec, tmp_path), load_tokenizer_of(source), 1, False)
+    assert done < len(list_shards(spec)), "the rest of the text is not tokenized"
+
+
+def load_tokenizer_of(source: TokenSource) -> Tokenizer:
+    assert source.tokenizer_folder is not None
+    return load_tokenizer(source.tokenizer_folder)
+
+
+def parts_of(spec: PreprocessingSpec, folder: Path) -> Path:
+    parts = folder / f".{spec.key}.parts"
+    parts.mkdir()
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "val_path", "found"),
+    [
+        (Source.text, "a.txt", "b.txt", "data.val_path=.*b.txt, but there is no"),
+        (Source.text, "a.txt", "empty.txt", "empty.txt is empty"),
+        (Source.text, "a.txt", "../{0}/a.txt", "a.txt is in data.path=.* and in data.val_path="),
+        (Source.files, "*.txt", "a.t*", "a.txt is in data.path=.* and in data.val_path="),
+        (Source.files, "*.txt", "*.jsonl", "with files of jsonl, and data.path=.* of text"),
+        (Source.files, "*.txt", "b*", "data.val_path=.* matches no file"),
+        (Source.stdlib, None, "a.txt", "data.val_path=.* with data=stdlib"),
+        (Source.dataset, None, "a.txt", "data.val_path=.* with data=dataset"),
+        (Source.tokens, "a.bin", "a.*n", "a.bin is in data.path=.* and in data.val_path="),
+        (Source.tokens, "a.bin", "b.bin", "data.val_path=.*b.bin, but there are no tokens"),
+        (Source.tokens, "", "a.bin", "with the folder data.path="),
+    ],
+)
+def test_validation_files_that_cannot_be_are_refused(
+    tmp_path: Path, source: Source, path: str | None, val_path: str, found: str
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.bin").write_bytes(bytes(8))
+    (tmp_path / "a.jsonl").write_text('{"text": "text"}\n')
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "train.bin").write_bytes(bytes(8))
+    config = DataConfig(source=source, val_path=f"{tmp_path}/{val_path.format(tmp_path.name)}", dataset="any")
+    config.path = None if path is None else f"{tmp_path}/{path}"
+    with pytest.raises(ConfigError, match=found):
+        config.validate()
+        describe(config, tmp_path)

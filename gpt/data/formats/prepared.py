@@ -178,6 +178,12 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
     place = Path(path).expanduser().absolute()
+    if place.is_dir() and config.val_path:
+        raise ConfigError(
+            f"data.val_path={config.val_path} with the folder data.path={path}",
+            "the folder, which has tokens to validate on, or files for each",
+            f"data.val_path=null, or data.path={place}/train.bin",
+        )
     if (place / MANIFEST).is_file():
         prepared = open_folder(place)
         if prepared is None:
@@ -214,7 +220,15 @@ def _foreign_splits(
         return (read_token_file(pair[0], dtype),), (read_token_file(pair[1], dtype),)
     train = open_token_files(path, dtype)
     if config.val_path:
-        return train, open_token_files(config.val_path, dtype)
+        val = open_token_files(config.val_path, dtype, "data.val_path")
+        both = sorted({segment.path.resolve() for segment in train} & {segment.path.resolve() for segment in val})
+        if both:
+            raise ConfigError(
+                f"{both[0]} is in data.path={path} and in data.val_path={config.val_path}",
+                "other files to validate on than to train on",
+                "data.val_path=null, which keeps the end of the files, or another data.val_path",
+            )
+        return train, val
     beside = train[0].path.with_name("val.bin")
     if len(train) == 1 and train[0].path.name == "train.bin" and beside.is_file():
         return train, (read_token_file(beside, dtype),)

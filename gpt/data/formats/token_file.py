@@ -53,8 +53,8 @@ class Segment:
         return replace(self, offset=self.offset + start * ITEM_BYTES[self.dtype], tokens=stop - start)
 
 
-def open_token_files(path: str, dtype: str | None = None) -> tuple[Segment, ...]:
-    """Open the token files at ``path``: a file, a Megatron prefix, or a pattern of shards, in the order of their names.
+def open_token_files(path: str, dtype: str | None = None, key: str = "data.path") -> tuple[Segment, ...]:
+    """Open the token files at ``path``, given by ``key``: a file, a Megatron prefix, or a pattern of shards, by name.
 
     Raises:
         ConfigError: there is none, or one that makes no sense.
@@ -66,21 +66,21 @@ def open_token_files(path: str, dtype: str | None = None) -> tuple[Segment, ...]
         return (read_token_file(place.with_name(f"{place.name}.bin"), dtype),)
     shards = [shard for shard in glob_files(path) if shard.suffix != ".idx" and shard.is_file()]
     if not shards:
-        raise missing_tokens_error(path, place)
+        raise missing_tokens_error(path, place, key)
     return tuple(read_token_file(shard, dtype) for shard in shards)
 
 
-def missing_tokens_error(path: str, place: Path) -> ConfigError:
-    """Refusal of a path that leads to no tokens."""
+def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> ConfigError:
+    """Refusal of a path, given by ``key``, that leads to no tokens."""
     try:
         names = sorted(p.name for p in place.parent.iterdir() if p.suffix == ".bin" or p.is_dir())
     except OSError:
         names = []
     likely = closest(place.name, names)
     return ConfigError(
-        f"data.path={path}, but there are no tokens",
+        f"{key}={path}, but there are no tokens",
         "a folder of gpt.prepare, a .bin file, a Megatron prefix, or a pattern of shards",
-        f"data.path={place.parent / likely[0]}" if likely else "data.path=FOLDER",
+        f"{key}={place.parent / likely[0]}" if likely else f"{key}=FOLDER",
     )
 
 

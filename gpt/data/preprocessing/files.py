@@ -50,8 +50,8 @@ class CorpusFile:
     mtime_ns: int
 
 
-def text_file(path: str) -> CorpusFile:
-    """Look up the text file at ``path``; a relative path starts at the current folder.
+def text_file(path: str, key: str = "data.path") -> CorpusFile:
+    """Look up the text file at ``path``, given by ``key``; a relative path starts at the current folder.
 
     Raises:
         ConfigError: it is not there, cannot be read, or is empty.
@@ -61,21 +61,21 @@ def text_file(path: str) -> CorpusFile:
         status = text.stat()
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise ConfigError(f"data.path={path} is {kind}", "a text file", _suggestion(text))
+            raise ConfigError(f"{key}={path} is {kind}", "a text file", _suggestion(key, text))
         with text.open("rb"):
             pass  # permissions are best asked of the filesystem itself
     except FileNotFoundError as error:
         raise ConfigError(
-            f"data.path={path}, but there is no {text}", "a text file", _suggestion(text.parent, text.name)
+            f"{key}={path}, but there is no {text}", "a text file", _suggestion(key, text.parent, text.name)
         ) from error
     except (OSError, RuntimeError) as error:  # expanduser raises RuntimeError for an unknown ~user
         raise unreadable_file_error(Path(path), error) from error
     if not status.st_size:
-        raise ConfigError(f"{text} is empty", "a file with text in it", _suggestion(text.parent, text.name))
+        raise ConfigError(f"{text} is empty", "a file with text in it", _suggestion(key, text.parent, text.name))
     return CorpusFile(text, status.st_size, status.st_mtime_ns)
 
 
-def _suggestion(folder: Path, name: str = "") -> str:
+def _suggestion(key: str, folder: Path, name: str = "") -> str:
     """Override to type instead of a path that leads to no text: a file beside it, where one looks right."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name != name)
@@ -83,9 +83,10 @@ def _suggestion(folder: Path, name: str = "") -> str:
         names = []
     likely = closest(name, names) if name else [n for n in names if n.endswith(".txt")]
     if likely:
-        return f"data.path={shlex.quote(str(folder / likely[0]))}"
+        return f"{key}={shlex.quote(str(folder / likely[0]))}"
     there = next((above for above in (folder, *folder.parents) if above.is_dir()), folder)
-    return f"ls {shlex.quote(str(there))}, and data.path= with a text that is there; or data=stdlib, which needs none"
+    without = "data=stdlib, which needs none" if key == "data.path" else f"{key}=null"
+    return f"ls {shlex.quote(str(there))}, and {key}= with a text that is there; or {without}"
 
 
 def unreadable_file_error(path: Path, error: Exception) -> ConfigError:
@@ -93,8 +94,10 @@ def unreadable_file_error(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path} cannot be read ({error})", "a text file this user may read", f"chmod u+r {path}")
 
 
-def pattern_files(pattern: str) -> tuple[CorpusFile, ...]:
-    """List the files that match ``pattern`` (``**`` crosses folders), ordered by path, without empty ones.
+def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...]:
+    """List the files that match ``pattern``, given by ``key``, ordered by path, without empty ones.
+
+    ``**`` crosses folders.
 
     Raises:
         ConfigError: there is none, or they are of several kinds.
@@ -104,16 +107,16 @@ def pattern_files(pattern: str) -> tuple[CorpusFile, ...]:
     files = [file for file in files if file.size]
     if not files:
         raise ConfigError(
-            f"data.path={pattern} matches no file with something in it",
+            f"{key}={pattern} matches no file with something in it",
             "a pattern of text, .jsonl, .jsonl.gz or .parquet files, in quotes",
-            "'data.path=FOLDER/**/*.jsonl'",
+            f"'{key}=FOLDER/**/*.jsonl'",
         )
     kinds = sorted({file_kind(file.path) for file in files})
     if len(kinds) > 1:
         raise ConfigError(
-            f"data.path={pattern} matches files of several kinds ({', '.join(kinds)})",
+            f"{key}={pattern} matches files of several kinds ({', '.join(kinds)})",
             "files of one kind",
-            f"'data.path={Path(pattern).parent}/*.{kinds[0] if kinds[0] != 'text' else 'txt'}'",
+            f"'{key}={Path(pattern).parent}/*.{kinds[0] if kinds[0] != 'text' else 'txt'}'",
         )
     return tuple(files)
 

@@ -68,10 +68,12 @@ def _plan(spec: PreprocessingSpec, shards: list[Shard], parts: Path) -> _MergePl
 
 
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Most bytes of text to take, in all (None) or of each split that a dataset names."""
+    """Most bytes of text to take, in all (None) or of each split that has documents of its own."""
     limit = spec.config.max_bytes  # of texts the spec has taken no more already
     if limit is None or not spec.splits_documents:
         return {}
+    if spec.val_files:
+        return {TRAIN: limit}
     val = max(1, int(limit * spec.config.val_fraction))
     return {None: limit, TRAIN: limit - val, VAL: val}
 
@@ -116,6 +118,13 @@ def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, toke
 
 def _refuse_empty(spec: PreprocessingSpec, plan: _MergePlan) -> None:
     for split in (TRAIN, VAL):
+        if not plan.tokens[split] and spec.val_files:
+            path = (spec.config.path, spec.config.val_path)[split]
+            raise ConfigError(
+                f"no text in {plan.documents[split]} documents of data.{('path', 'val_path')[split]}={path}",
+                "text in both splits",
+                f"another data.{('path', 'val_path')[split]}",
+            )
         if not plan.tokens[split]:
             raise ConfigError(
                 f"no text for {('training', 'validation')[split]}: {sum(plan.documents)} documents, "

@@ -46,6 +46,9 @@ class Shard:
     split: int | None
     """TRAIN or VAL; None where the split is decided document by document."""
     parts: tuple[Part, ...]
+    first: int = 0
+    """Number of the first shard of the files that this one belongs to: those of validation, of their own, come before
+    all others, so that with ``data.max_bytes`` the shards that are not needed are the last."""
 
 
 def list_shards(spec: PreprocessingSpec) -> list[Shard]:
@@ -57,36 +60,58 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
         return [Shard(0, None, (Part(str(spec.config.source), 0, 0, True, 0),))]
     if spec.kind == "dataset":
         return _dataset_shards(spec.config)
+    if not spec.val_files:
+        border = spec.num_bytes - min(spec.num_bytes, max(1, int(spec.num_bytes * spec.config.val_fraction)))
+        return _group(_split_files(spec, spec.files, None, border))
+    val = _group(_split_files(spec, spec.val_files, VAL, 0))
+    return _group(_split_files(spec, spec.files, TRAIN, spec.num_bytes), val)
+
+
+def _split_files(
+    spec: PreprocessingSpec, files: Iterable[CorpusFile], split: int | None, val_start: int
+) -> Iterator[tuple[int | None, Part, int]]:
+    """Split files into parts: the split of each, its place and its size.
+
+    Args:
+        spec: of the corpus.
+        files: of one kind.
+        split: of documents; None where it is decided one by one.
+        val_start: byte of all texts, one after another, at which validation begins.
+    """
     if spec.kind == "text":
-        return _group(_split_texts(spec))
-    if spec.kind == "parquet":
-        return _group((None, part, size) for file in spec.files for part, size in _list_row_groups(file))
-    whole = spec.kind == "jsonl.gz"  # gzip can be read from its beginning only
-    return _group((None, part, part.stop - part.start) for file in spec.files for part in _split_jsonl(file, whole))
+        yield from _split_texts(spec, files, val_start)
+    elif spec.kind == "parquet":
+        yield from ((split, part, size) for file in files for part, size in _list_row_groups(file))
+    else:
+        whole = spec.kind == "jsonl.gz"  # gzip can be read from its beginning only
+        parts = (part for file in files for part in _split_jsonl(file, whole))
+        yield from ((split, part, part.stop - part.start) for part in parts)
 
 
-def _group(parts: Iterable[tuple[int | None, Part, int]]) -> list[Shard]:
-    """Join neighboring parts of the same split, up to the size of a shard."""
-    shards: list[Shard] = []
+def _group(parts: Iterable[tuple[int | None, Part, int]], before: Iterable[Shard] = ()) -> list[Shard]:
+    """Join neighboring parts of the same split, up to the size of a shard, after the shards ``before``."""
+    shards = list(before)
+    first = len(shards)
     waiting: list[Part] = []
     size, split = 0, None
     for its_split, part, its_size in parts:
         if waiting and (its_split != split or size + its_size > SHARD_BYTES):
-            shards.append(Shard(len(shards), split, tuple(waiting)))
+            shards.append(Shard(len(shards), split, tuple(waiting), first))
             waiting, size = [], 0
         waiting.append(part)
         size, split = size + its_size, its_split
     if waiting:
-        shards.append(Shard(len(shards), split, tuple(waiting)))
+        shards.append(Shard(len(shards), split, tuple(waiting), first))
     return shards
 
 
-def _split_texts(spec: PreprocessingSpec) -> Iterator[tuple[int, Part, int]]:
+def _split_texts(
+    spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int
+) -> Iterator[tuple[int, Part, int]]:
     """Split texts into pieces: the split of each, its place, and its size in bytes. Validation begins a piece."""
     exact = spec.config.tokenizer is TokenizerKind.byte
-    val_start = spec.num_bytes - min(spec.num_bytes, max(1, int(spec.num_bytes * spec.config.val_fraction)))
     passed = 0
-    for file in spec.files:
+    for file in files:
         nominal = {*range(PIECE_BYTES, file.size, PIECE_BYTES)}
         here = val_start - passed
         border = _character_start(file, here) if 0 < here < file.size and not exact else here

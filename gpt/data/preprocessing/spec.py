@@ -48,6 +48,8 @@ class PreprocessingSpec:
     files: tuple[CorpusFile, ...]
     identity: dict[str, Any]
     """Plain JSON, equal for equal tokens; recorded in the manifest under the key ``spec``."""
+    val_files: tuple[CorpusFile, ...] = ()
+    """Files of ``data.val_path``; with none validation is a share of ``files``."""
 
     @property
     def key(self) -> str:
@@ -57,12 +59,12 @@ class PreprocessingSpec:
     @property
     def num_bytes(self) -> int:
         """Total size of the files that are read, in bytes."""
-        return sum(file.size for file in self.files)
+        return sum(file.size for file in (*self.files, *self.val_files))
 
     @property
     def has_documents(self) -> bool:
-        """True where the source tells the ends of documents; a single text has none."""
-        return self.kind not in ("text", "synthetic") or len(self.files) > 1
+        """True where the source tells the ends of documents; a single text, or one for each split, has none."""
+        return self.kind not in ("text", "synthetic") or max(len(self.files), len(self.val_files)) > 1
 
     @property
     def splits_documents(self) -> bool:
@@ -74,6 +76,8 @@ class PreprocessingSpec:
         if self.kind == "synthetic":
             return split_tokens(self.config.synthetic.tokens, self.config.val_fraction)
         if self.kind == "text" and self.config.tokenizer is TokenizerKind.byte:
+            if self.val_files:
+                return sum(file.size for file in self.files), sum(file.size for file in self.val_files)
             return split_tokens(self.num_bytes, self.config.val_fraction)
         return None
 
@@ -119,7 +123,33 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
         source = {"files": [[SHAKESPEARE_SHA256, files[0].size]]}
     if kind in ("jsonl", "jsonl.gz", "parquet"):
         source["text_key"] = config.text_key
-    return _make_spec(config, kind, files, source)
+    return _make_spec(config, kind, files, source, _find_val_files(config, files, kind))
+
+
+def _find_val_files(config: DataConfig, files: tuple[CorpusFile, ...], kind: str) -> tuple[CorpusFile, ...]:
+    """Look up the files of ``data.val_path``, none of which may be trained on."""
+    if config.val_path is None:
+        return ()
+    if config.source is Source.text:
+        found: tuple[CorpusFile, ...] = (text_file(config.val_path, "data.val_path"),)
+    else:
+        found = pattern_files(config.val_path, "data.val_path")
+        other = file_kind(found[0].path)
+        if other != kind:
+            raise ConfigError(
+                f"data.val_path={config.val_path} with files of {other}, and data.path={config.path} of {kind}",
+                "files of one kind, which are read and tokenized alike",
+                f"'data.val_path=FOLDER/*.{'txt' if kind == 'text' else kind}'",
+            )
+    trained_on = {file.path.resolve() for file in files}
+    both = [file.path for file in found if file.path.resolve() in trained_on]
+    if both:
+        raise ConfigError(
+            f"{both[0]} is in data.path={config.path} and in data.val_path={config.val_path}",
+            "other files to validate on than to train on",
+            "data.val_path=null, which keeps data.val_fraction of the text, or another data.val_path",
+        )
+    return found
 
 
 def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
@@ -142,7 +172,11 @@ def _find_files(config: DataConfig, cache: Path) -> tuple[CorpusFile, ...] | Non
 
 
 def _make_spec(
-    config: DataConfig, kind: str, files: tuple[CorpusFile, ...], source: dict[str, Any]
+    config: DataConfig,
+    kind: str,
+    files: tuple[CorpusFile, ...],
+    source: dict[str, Any],
+    val_files: tuple[CorpusFile, ...] = (),
 ) -> PreprocessingSpec:
     identity = {
         "format": FORMAT,
@@ -153,7 +187,9 @@ def _make_spec(
         "val_fraction": config.val_fraction,
         "layout": config.layout.name,
     }
-    return PreprocessingSpec(config, kind, files, identity)
+    if val_files:  # else the key is left out, so that corpora that were prepared before it was there are found
+        identity |= {"validation": _identify_files(val_files), "val_fraction": None}
+    return PreprocessingSpec(config, kind, files, identity, val_files)
 
 
 def _identify_tokenizer(config: DataConfig) -> dict[str, Any]:

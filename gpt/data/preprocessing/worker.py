@@ -205,9 +205,11 @@ def _tokenize_in_pool(
 def _has_enough_text(spec: PreprocessingSpec, done: dict[int, int], shard: Shard) -> bool:
     """Tell whether the shards before this one hold ``data.max_bytes``; texts are cut before they get here."""
     limit = spec.config.max_bytes
-    if limit is None or not spec.splits_documents or shard.split is not None:
+    if limit is None or not spec.splits_documents or shard.split is VAL:
         return False
-    before = [done.get(number) for number in range(shard.number)]
+    if shard.split is TRAIN and not spec.val_files:  # of a dataset, whose shards of validation come after these
+        return False
+    before = [done.get(number) for number in range(shard.first, shard.number)]
     return None not in before and sum(size for size in before if size is not None) >= limit
 
 
