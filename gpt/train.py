@@ -26,7 +26,9 @@ with lasting_imports():
     import torch
 
     from gpt.checkpoint import CheckpointStore
+    from gpt.checkpoint.copies import STOPPED_S, Copies, open_copies
     from gpt.checkpoint.memory import open_memory
+    from gpt.checkpoint.target import target_of
     from gpt.checkpoint.writer import Writer, open_writer
     from gpt.config import CheckpointConfig, TrainConfig
     from gpt.data.corpus import keep_tokenizer
@@ -51,7 +53,7 @@ with lasting_imports():
     from gpt.training.parallelize import parallelize
     from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
     from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
-    from gpt.training.saving import tell_damage
+    from gpt.training.saving import start_copies, tell_damage
     from gpt.training.state import load
     from launch import worker
     from launch.errors import ConfigError, refusing
@@ -70,6 +72,7 @@ def build(
     attempt: int,
     rank: worker.Run,
     writer: Writer | None = None,
+    copies: Copies | None = None,
 ) -> Run:
     """Prepare the data, make the model, parallelize it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
@@ -96,14 +99,16 @@ def build(
         samples=samples,
         batches=BatchPrefetcher(samples, batch, dims.data_rank(world.rank), config.optim.max_steps, world.device),
         guard=DivergenceGuard(config.divergence),
-        store=open_store(config.checkpoint, folder, world, engine, writer),
+        store=open_store(config.checkpoint, folder, world, engine, rank, writer),
         worker=rank,
+        copies=copies or Copies(),
         early_stop=EarlyStop(config.optim),
         initialised_from=initialised_from,
     )
     if config.checkpoint.scrub:
         run.store.saves.tell_damage = partial(tell_damage, folder, attempt)
     load(run)
+    start_copies(run)
     return run
 
 
@@ -128,9 +133,9 @@ def build_engine(
 
 
 def open_store(
-    kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
+    kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, rank: worker.Run, writer: Writer | None
 ) -> CheckpointStore:
-    """Open the checkpoints of a run, beside those in memory where the config has them."""
+    """Open the checkpoints of a run, beside those in memory and the copies elsewhere where the config has them."""
     return CheckpointStore(
         folder.checkpoints,
         kept.keep_last,
@@ -141,6 +146,8 @@ def open_store(
         writer=writer,
         give_up_after_s=60 * kept.give_up_after_min,
         memory=open_memory(world.control, engine.files, writer) if kept.in_memory else None,
+        connect=None if kept.copy_to is None else partial(target_of, kept.copy_to, folder.path),
+        beat=partial(rank.phase, Phase.starting),
     )
 
 
@@ -149,6 +156,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
     config = request.config
     set_determinism(config)
     with (
+        open_copies(partial(rank.phase, Phase.leaving)) as copies,  # outermost: no rank waits for their end
         open_writer(config.checkpoint.asynchronous) as writer,  # forked off while there are no devices, and few threads
         open_world(config.device, config.parallel.timeout_s) as world,
         prefer_fast_kernels(world.device),
@@ -158,7 +166,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
         run: Run | None = None
         try:
             world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
-            run = build(config, folder, world, attempt, rank, writer)
+            run = build(config, folder, world, attempt, rank, writer, copies)
             describe_attempt(run)
             early = run.early_stop.reason()
             if run.step >= run.config.optim.max_steps or early is not None:
@@ -167,7 +175,10 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
                     print(f"already finished: {folder.path} {has}", flush=True)
                 rank.finished(run.step)
                 return "finished"
-            return train(run)
+            outcome = train(run)
+            if outcome == "stopped":
+                copies.patience_s = STOPPED_S
+            return outcome
         except BaseException as error:
             record_failure(folder, attempt, world.rank, error, None if run is None else run.step)
             raise

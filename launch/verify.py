@@ -19,13 +19,13 @@ from launch.runs.folder import RunFolder
 from launch.runs.saved import SavedCheckpoint
 
 
-def saved(folder: RunFolder) -> list[SavedCheckpoint] | None:
-    """Checkpoints of a run, newest first; None where its workload keeps no account of them.
+def saved(folder: RunFolder, kind: str = "checkpoints") -> list[SavedCheckpoint] | None:
+    """Checkpoints of a run, or its ``copies``, newest first; None where its workload keeps no account of them.
 
     Raises:
-        ConfigError: the config of the run is damaged.
+        ConfigError: the config of the run is damaged, or its copies cannot be reached.
     """
-    listing = getattr(workload_of_run(folder), "checkpoints", None)
+    listing = getattr(workload_of_run(folder), kind, None)
     return None if listing is None else list(listing(folder))
 
 
@@ -47,14 +47,14 @@ def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str)
     return whole, broken
 
 
-def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool) -> bool:
+def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool, copies: bool = False) -> bool:
     """Check the checkpoints of runs, and say of each run what it would go on from. Whether nothing is damaged."""
     folders = list(folders)
     labels = labels_inside({folder.path.parent for folder in folders})
     sound = True
     for folder in folders:
         title = labels[folder.path]
-        found = saved(folder)
+        found = saved(folder, "copies" if copies else "checkpoints")
         if found is None:
             console.print(f"{title}: its checkpoints are its own program's, which says nothing of their content here")
             continue
@@ -82,9 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Read every checkpoint of runs and compare it with what was saved. Changes nothing.",
     )
     add_paths(parser)
+    parser.add_argument("--copies", action="store_true", help="those at checkpoint.copy_to instead of the disk's")
     parser.add_argument("--newest", action="store_true", help="only the newest of each run, which it would go on from")
     args = parser.parse_args(arguments)
-    return 0 if verify_runs(find_runs(args.paths), Console(soft_wrap=True), newest=args.newest) else 1
+    console = Console(soft_wrap=True)
+    return 0 if verify_runs(find_runs(args.paths), console, newest=args.newest, copies=args.copies) else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Must not know what is in the folders, beyond the manifest.
 - ``step_00000100.corrupt``: found damaged; never deleted and never read again.
 - ``.deleting_step_00000100_<token>``: no longer kept, or left behind by a killed deletion.
 - ``.converting_step_00000100_<token>``: a copy in another form, for the time of reading.
+- ``.fetching_step_00000100_<token>``: being fetched from a copy elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Set
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.checkpoint import manifest
@@ -28,7 +30,19 @@ COMMITTED = re.compile(r"step_(\d{8,})")
 SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
 VALIDATION_LOSS = "val_loss"
 """Key in a manifest's ``meta`` of the loss that was measured in the step of the save."""
-LEFT_OVER = re.compile(r"\.(saving|deleting|converting)_step_\d{8,}_[0-9a-f]{8}")
+LEFT_OVER = re.compile(r"\.(saving|deleting|converting|fetching)_step_\d{8,}_[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Checkpoints that are kept."""
+
+    last: int
+    """Number of the newest."""
+    every: int = 0
+    """Steps that are multiples of this are kept for good; 0 keeps none."""
+    best: int = 0
+    """Number of those with the lowest validation loss, as far as it was measured in the step of the save."""
 
 
 def list_committed(folder: Path) -> list[Path]:
@@ -84,6 +98,12 @@ def begin_conversion(path: Path) -> Path:
     return _temporary(path.parent, "converting", path.name)
 
 
+def begin_fetch(folder: Path, step: int) -> Path:
+    """Make an empty folder for a checkpoint that is fetched from elsewhere; ``commit`` gives it its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _temporary(folder, "fetching", final_for(folder, step).name)
+
+
 def commit(temporary: Path, step: int) -> Path:
     """Give a finished folder, manifest included, its final name; returns it."""
     final = final_for(temporary.parent, step)
@@ -108,20 +128,22 @@ def set_aside(path: Path, why: str) -> None:
     log.warning("checkpoint %s is damaged (%s): set aside as %s", path, why, name)
 
 
-def retire(folder: Path, keep_last: int, keep_every: int, keep_best: int = 0, spared: Set[int] = frozenset()) -> None:
-    """Delete all checkpoints but those that are kept.
+def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], manifest.Manifest]) -> set[int]:
+    """Choose the steps whose checkpoints are kept.
 
     Args:
-        folder: folder of the checkpoints.
-        keep_last: number of the newest to keep.
-        keep_every: steps that are multiples of this are kept for good; 0 keeps none.
-        keep_best: number of those to keep whose validation loss is the lowest.
-        spared: steps to keep besides.
+        saved: steps that have one, ascending.
+        keeps: how many.
+        read: reads the manifest of a step, as far as the validation losses are asked for.
     """
+    kept = {*saved[-keeps.last :], *(step for step in saved if keeps.every and step % keeps.every == 0)}
+    return kept | set(_best(saved, keeps.best, read) if keeps.best else ())
+
+
+def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
+    """Delete all checkpoints but those that are kept, and ``spared`` steps besides."""
     saved = steps(folder)
-    kept = {*spared, *saved[-keep_last:], *(step for step in saved if keep_every and step % keep_every == 0)}
-    if keep_best:
-        kept |= set(_best(folder, saved, keep_best))
+    kept = spared | kept_steps(saved, keeps, lambda step: manifest.read_manifest(final_for(folder, step)))
     for step in saved:
         if step in kept:
             continue
@@ -144,12 +166,12 @@ def discard_after(folder: Path, step: int) -> None:
             remove(doomed)
 
 
-def _best(folder: Path, saved: list[int], number: int) -> list[int]:
+def _best(saved: list[int], number: int, read: Callable[[int], manifest.Manifest]) -> list[int]:
     """Return the steps with the lowest validation loss, of those that were evaluated; of equal ones the newest."""
     losses = []
     for step in saved:
         try:
-            loss = manifest.read_manifest(final_for(folder, step)).meta.get(VALIDATION_LOSS)
+            loss = read(step).meta.get(VALIDATION_LOSS)
         except (manifest.DamagedError, OSError, RuntimeError):
             continue  # no load takes it either
         if isinstance(loss, float) and math.isfinite(loss):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from gpt.checkpoint import folders
+from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.manifest import Manifest, write_manifest
 from gpt.checkpoint.part import Part, Report, report_name, write_index, write_part
 from gpt.checkpoint.plans import WritePlan
@@ -39,18 +40,6 @@ class Job(Protocol):
     def run(self, memory: Memory) -> Any:
         """Do the job."""
         ...
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Checkpoints that are kept."""
-
-    last: int
-    """Number of the newest."""
-    every: int = 0
-    """Steps that are multiples of this are kept for good; 0 keeps none."""
-    best: int = 0
-    """Number of those with the lowest validation loss, as far as it was measured in the step of the save."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +107,7 @@ class Remove:
         """Remove, and free what retention allows."""
         folders.remove(self.temporary)
         if self.frees:
-            spared = max(1, self.keeps.last - 1)
-            folders.retire(self.temporary.parent, spared, self.keeps.every, self.keeps.best)
+            folders.retire(self.temporary.parent, replace(self.keeps, last=max(1, self.keeps.last - 1)))
 
 
 @dataclass(frozen=True)
@@ -131,4 +119,4 @@ class Retire:
 
     def run(self, memory: Memory) -> None:
         """Delete."""
-        folders.retire(self.folder, self.keeps.last, self.keeps.every, self.keeps.best)
+        folders.retire(self.folder, self.keeps)

@@ -19,6 +19,8 @@ class LoadedCheckpoint:
     """Newer checkpoints that were damaged, a line with name and reason for each."""
     is_from_memory: bool = False
     """True where it was loaded from the memory of the nodes."""
+    fetched_for: str | None = None
+    """Reason why it was fetched from a copy elsewhere; None where it was not."""
     memory_damage: str | None = None
     """Reason why memory, where checkpoints are kept there, gave none, or gave another copy of a part; None where there
     is nothing to say."""

@@ -76,6 +76,16 @@ def read_manifest(folder: Path) -> Manifest:
         raw = (folder / NAME).read_bytes()
     except OSError as error:
         raise DamagedError(damage_or_raise(error, NAME)) from error
+    return decode_manifest(raw, folder / NAME)
+
+
+def decode_manifest(raw: bytes, path: Path) -> Manifest:
+    """Decode and check the content of a manifest, which was read from ``path``.
+
+    Raises:
+        DamagedError: it is not byte for byte what was written.
+        RuntimeError: it is sound, but of another version of this program.
+    """
     try:
         value = json.loads(raw)
         # Encoded again and compared byte for byte: a flipped bit anywhere shows, also in a key or a space.
@@ -84,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, AttributeError) as error:
         raise DamagedError(f"{NAME} is not a manifest ({error})") from error
     if value["format"] != FORMAT:  # sound, so no DamagedError: the checkpoint must not be set aside
-        raise RuntimeError(f"{folder / NAME} has format {value['format']}, and this program reads {FORMAT}")
+        raise RuntimeError(f"{path} has format {value['format']}, and this program reads {FORMAT}")
     files = {name: FileSum(**entry) for name, entry in value["files"].items()}
     contents = value.get("contents", TENSORS)
     return Manifest(value["step"], value["world_size"], value["time"], value["meta"], files, contents)

@@ -22,9 +22,10 @@ import torch.distributed as dist
 
 from gpt.checkpoint import folders, messages
 from gpt.checkpoint.collective import CheckpointError, explain
+from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.formats import Format
 from gpt.checkpoint.in_flight import FailedWrite, InFlight, Phase, Saved, Vote, take_over
-from gpt.checkpoint.jobs import Commit, Remove, Retention, Retire, Write
+from gpt.checkpoint.jobs import Commit, Remove, Retire, Write
 from gpt.checkpoint.part import Part
 from gpt.checkpoint.scrub import Scrub
 from gpt.checkpoint.staging import StagedPart

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt.checkpoint import folders
@@ -64,7 +64,8 @@ def scrub(job: Scrub, memory: Memory) -> Generator[None]:
 
 def retire(folder: Path, keeps: Retention, sound: int | None, more: int = 0) -> None:
     """Delete the checkpoints that are no longer kept, but never ``sound``, the newest that was found whole."""
-    folders.retire(folder, keeps.last + more, keeps.every, keeps.best, frozenset() if sound is None else {sound})
+    kept = replace(keeps, last=keeps.last + more)
+    folders.retire(folder, kept, frozenset() if sound is None else {sound})
 
 
 def find_damage_in(path: Path) -> Generator[None, None, str]:

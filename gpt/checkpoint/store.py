@@ -16,15 +16,17 @@ import torch.distributed as dist
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_first_rank
+from gpt.checkpoint.copies import Fetch, Fetched
+from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.in_flight import Saved
-from gpt.checkpoint.jobs import Retention
 from gpt.checkpoint.loaded import LoadedCheckpoint
 from gpt.checkpoint.manifest import DamagedError, Manifest, find_damage, read_manifest
 from gpt.checkpoint.memory import MemorySaves
 from gpt.checkpoint.memory_load import NotInMemoryError, discard_held_after, find_held, forget_others, load_held
 from gpt.checkpoint.part import rank_file
 from gpt.checkpoint.saving import OutdatedAttemptError, Saves
+from gpt.checkpoint.target import Target
 from gpt.checkpoint.writer import InlineWriter, Writer
 from launch.errors import ConfigError
 
@@ -34,6 +36,10 @@ __all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAt
 def always() -> bool:
     """Allow every commit."""
     return True
+
+
+def idle() -> None:
+    """Do nothing."""
 
 
 class CheckpointStore:
@@ -49,6 +55,9 @@ class CheckpointStore:
         writer: who writes this rank's part; by default this process, at once.
         give_up_after_s: seconds from the first failed write after which another one is raised; 0 raises the first.
         memory: checkpoints in the memory of the nodes besides, from which a load prefers to take what is as new.
+        connect: opens the copies that a load goes on from where no checkpoint in ``folder`` is whole; None: there are
+            none.
+        beat: called about once a second while a copy is fetched.
     """
 
     def __init__(
@@ -63,12 +72,15 @@ class CheckpointStore:
         writer: Writer | None = None,
         give_up_after_s: float = 0.0,
         memory: MemorySaves | None = None,
+        connect: Callable[[], Target] | None = None,
+        beat: Callable[[], None] = idle,
     ) -> None:
         assert keep_last >= 1 and keep_every >= 0 and keep_best >= 0, (keep_last, keep_every, keep_best)
         self.format: Format = fmt or TensorFiles()
         self.folder = folder
         self.group = group
         self.memory = memory
+        self._connect, self._beat = connect, beat
         keeps = Retention(keep_last, keep_every, keep_best)
         self.saves = Saves(folder, keeps, group, self.format, writer or InlineWriter(), give_up_after_s)
 
@@ -155,6 +167,19 @@ class CheckpointStore:
             else:
                 return self._fill(path, manifest, state, damaged)
         bad = run_on_first_rank(lambda: folders.list_set_aside(self.folder), self.group)
+        fetched = self._fetch()
+        if fetched.path is not None:
+            path = fetched.path
+            # Verified on its way; rank 0 reads it for all, whose disks may not show it yet.
+            fetched_manifest = run_on_first_rank(lambda: read_manifest(path), self.group)
+            why = f"{len(bad)} on the disk, all damaged" if bad else "none on the disk"
+            return replace(self._fill(path, fetched_manifest, state, [*damaged, *fetched.damaged]), fetched_for=why)
+        if fetched.damaged:
+            raise ConfigError(
+                f"no copy of a checkpoint is whole, nor one in {self.folder}: {'; '.join(fetched.damaged)}",
+                "at least one that is as it was saved, to go on from",
+                "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
+            )
         if bad:
             # Not only those found damaged now: a restart after this refusal must not begin from nothing either.
             raise ConfigError(
@@ -163,6 +188,21 @@ class CheckpointStore:
                 "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
             )
         return None
+
+    def _fetch(self) -> Fetched:
+        """Fetch the newest copy that is whole, on rank 0; the ranks meet each second, so that none waits too long.
+
+        Raises:
+            CheckpointError: the target cannot be read.
+        """
+        if self._connect is None:
+            return Fetched(None)
+        fetch = Fetch(self.folder, self._connect) if dist.get_rank(self.group) == 0 else None
+        while True:
+            found = run_on_first_rank(lambda: None if fetch is None else fetch.look(), self.group)
+            if found is not None:
+                return found
+            self._beat()
 
     def _verify(self, path: Path) -> Manifest:
         """Check every file of a checkpoint, split over the ranks; raises DamagedError on all ranks or on none."""

@@ -7,10 +7,13 @@ it loads, it sets aside itself. Torch-free.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, find_damage, read_manifest
+from gpt.checkpoint.target import check_target, target_of
+from launch.errors import ConfigError
 from launch.runs.saved import SavedCheckpoint
 
 
@@ -20,6 +23,29 @@ def saved_checkpoints(folder: Path) -> Iterator[SavedCheckpoint]:
         yield checkpoint_at(path)
     for path in folders.list_set_aside(folder):
         yield SavedCheckpoint(path, None, 0, lambda told: ("set aside: a load found it damaged",))
+
+
+def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]:
+    """Yield the copies of a run's checkpoints, newest first.
+
+    Raises:
+        ConfigError: there is no ``url``, or it cannot be reached.
+    """
+    if url is None:
+        raise ConfigError(
+            f"--copies of {run_folder}, which makes none",
+            "a run with checkpoint.copy_to",
+            f"python -m launch.verify {run_folder}",
+        )
+    check_target(url, run_folder)
+    target = target_of(url, run_folder)
+    for step in reversed(target.steps()):
+        try:
+            size = sum(entry.size for entry in target.manifest(step).files.values())
+        except DamagedError:
+            size = 0
+        path = folders.final_for(Path(target.url), step)  # for its name
+        yield SavedCheckpoint(path, step, size, partial(target.find_damage, step))
 
 
 def checkpoint_at(path: Path) -> SavedCheckpoint:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Union
+from typing import Optional, Union
 
 from omegaconf import MISSING
 
 from launch.errors import ConfigError
 from launch.runs.ranges import require_positive, require_range
 
-# OmegaConf 2.3 reads these annotations at run time and knows Union[X, Y], not X | Y.
-# ruff: noqa: UP007
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
+# ruff: noqa: UP007, UP045
 
 AUTO = "auto"
+URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
+INSTALLS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "sftp": "paramiko",
+}
+"""Packages with which fsspec reaches a store, by the beginning of its URLs."""
 MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
 
 
@@ -59,9 +70,17 @@ class CheckpointConfig:
     in_memory_interval: int = 10
     """Steps between checkpoints in memory; each checkpoint on the disk goes there too."""
 
+    copy_to: Optional[str] = None
+    """URL of a place elsewhere that fsspec reaches, as ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``, to which each
+    checkpoint is copied while training goes on, and from which a start fetches where no checkpoint on the disk is
+    whole."""
+    copy_keep: Optional[int] = None
+    """Number of the newest copies to keep; null keeps those that keep_last, keep_every and keep_best say."""
+
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError where a number is out of its range, or ``copy_to`` no URL."""
         self.every()
+        self._validate_copies()
         require_positive("checkpoint.keep_last", self.keep_last)
         require_range("checkpoint.keep_every", self.keep_every, 0, float("inf"))
         require_range("checkpoint.keep_best", self.keep_best, 0, float("inf"))
@@ -78,6 +97,32 @@ class CheckpointConfig:
                 "checkpoint.in_memory=true with checkpoint.asynchronous=false",
                 "a process beside each rank, which sends the copy to the other nodes while training goes on",
                 "checkpoint.asynchronous=true, or checkpoint.in_memory=false",
+            )
+
+    def _validate_copies(self) -> None:
+        if self.copy_to is None:
+            if self.copy_keep is not None:
+                raise ConfigError(
+                    f"checkpoint.copy_keep={self.copy_keep} without checkpoint.copy_to",
+                    "a place that checkpoints are copied to",
+                    "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_keep=null",
+                )
+            return
+        if self.copy_keep is not None:
+            require_positive("checkpoint.copy_keep", self.copy_keep)
+        found = URL.fullmatch(self.copy_to)
+        example = "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_to=file:///FOLDER"
+        if found is None:
+            raise ConfigError(f"checkpoint.copy_to={self.copy_to}", "a URL of a place elsewhere", example)
+        if {*"@?#"} & {*found[2]}:  # the URL itself may hold a password: it is not shown
+            raise ConfigError(
+                f"checkpoint.copy_to={found[1]}://... with @, ? or # in it",
+                "a URL without credentials, which are kept in the config of the run and in its logs",
+                f"the URL without them, and credentials in the environment (as AWS_ACCESS_KEY_ID); {example}",
+            )
+        if found[1] == "memory":
+            raise ConfigError(
+                f"checkpoint.copy_to={self.copy_to}", "a place that outlives the process that copies", example
             )
 
     def every(self) -> Interval:

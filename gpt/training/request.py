@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from gpt.checkpoint.target import check_target
 from gpt.checkpoint.verify import saved_checkpoints
 from gpt.config import ParallelConfig, Precision, TrainConfig
 from gpt.config.compose import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
@@ -136,6 +137,8 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         config = replace(request.config, precision=precision_on_device(request.config, folder, world))
         choice = choose_on_device(config, request.overrides, folder, world)
         config = choice.apply(config)
+        if config.checkpoint.copy_to is not None:
+            check_target(config.checkpoint.copy_to, folder.path)
         try:
             refuse_what_cannot_run(config, world.size)
         except ConfigError as error:

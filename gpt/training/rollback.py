@@ -53,6 +53,7 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
             flush=True,
         )
     run.store.discard_after(target)
+    run.copies.discard_after(target)
     load(run)
     writers.go_back(run.step)
 

@@ -14,6 +14,7 @@ from gpt.accounting.flops import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.accounting.parameters import count
 from gpt.checkpoint import CheckpointStore
+from gpt.checkpoint.copies import Copies
 from gpt.config import AttentionBackend, Strategy, TrainConfig
 from gpt.data.corpus import check_fit, describe, describe_tokens, prepare
 from gpt.data.formats.prepared import Tokens
@@ -61,6 +62,8 @@ class Run:
     guard: DivergenceGuard
     """The judge of the steps."""
     worker: worker.Run
+    copies: Copies
+    """Of its checkpoints, elsewhere."""
     early_stop: EarlyStop
     """The judge of the validation losses."""
     initialised_from: dict[str, Any] | None = None

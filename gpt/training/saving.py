@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.in_flight import FailedWrite, Saved
 from gpt.checkpoint.memory import FailedInMemory, SavedInMemory
 from gpt.training.ballot import Ballot
@@ -127,6 +128,7 @@ class Saving:
         run = self._run
         if isinstance(found, Saved):
             run.worker.saved(found.step, self._held_s, write_s=found.write_s)
+            run.copies.copy(found.step)
         elif found is not None and run.world.is_first:
             cause = found.cause.splitlines()[0]
             run.folder.record_event(
@@ -155,6 +157,21 @@ class Saving:
         if self._every.steps is not None or not self._run.world.is_first:
             return 0.0
         return auto_interval_s(self._run.folder.read_events(), time.time())
+
+
+def start_copies(run: Run) -> None:
+    """Begin to copy checkpoints elsewhere, where that is asked for: with the one that was loaded, if it has no copy.
+
+    Copies of later steps are of steps that will be made again.
+    """
+    kept = run.config.checkpoint
+    if kept.copy_to is None or not run.world.is_first:
+        return
+    keeps = run.store.saves.keeps if kept.copy_keep is None else Retention(kept.copy_keep)
+    run.copies.start(run.folder.path, run.attempt, kept.copy_to, keeps)
+    run.copies.discard_after(run.step)
+    if run.step:
+        run.copies.copy(run.step)
 
 
 def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str) -> None:

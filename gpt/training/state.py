@@ -17,6 +17,7 @@ from gpt.checkpoint import CheckpointError, LoadedCheckpoint
 from gpt.checkpoint.folders import VALIDATION_LOSS
 from gpt.checkpoint.in_flight import FailedWrite
 from gpt.checkpoint.memory import MemorySaves
+from gpt.config.compose import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.parallel.distributed import World
 from gpt.training.divergence import last_rollback
@@ -25,6 +26,7 @@ from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.folder import is_newest_attempt
 from launch.runs.heartbeat import Phase
+from launch.runs.identity import may_change
 
 
 def save(run: Run) -> float:
@@ -93,6 +95,10 @@ def load(run: Run) -> None:
     if run.world.is_first and (loaded.is_from_memory or loaded.memory_damage is not None):
         name = "loaded_from_memory" if loaded.is_from_memory else "memory_passed_over"
         run.folder.record_event(name, attempt=run.attempt, step=loaded.step, cause=loaded.memory_damage)
+    if loaded.fetched_for is not None:
+        refuse_other_config(run, loaded)
+        if run.world.is_first:
+            run.folder.record_event("loaded_from_copy", attempt=run.attempt, step=loaded.step, cause=loaded.fetched_for)
     if loaded.meta["samples"] != loaded.step * run.batch.global_batch:
         raise ConfigError(
             f"{loaded.meta['samples']} samples in the {loaded.step} steps of the checkpoint, but now "
@@ -114,6 +120,19 @@ def load(run: Run) -> None:
     run.step = loaded.step
     load_divergence(run, loaded)
     run.early_stop.load(loaded.meta.get("early_stop", {}))
+
+
+def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
+    """Raise ConfigError where a copy that was fetched is of a run with other settings, whose folder was named alike."""
+    there, here = loaded.meta["config"], compose.plain_config(run.config)
+    changed = [key for key in here if key in there and here[key] != there[key] and not may_change(key, RESUMABLE)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"copies in {run.config.checkpoint.copy_to} of a run with {key}={there[key]}, and now {key}={here[key]}",
+            "the same settings, to go on with that run, or copies of each in a place of its own",
+            f"{key}={there[key]}, or another checkpoint.copy_to, and fresh=true for a new folder",
+        )
 
 
 def divergence_state(run: Run) -> dict[str, Any]:

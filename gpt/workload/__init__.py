@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from gpt.accounting import parameters
 from gpt.accounting.units import FP32
-from gpt.checkpoint.verify import saved_checkpoints
+from gpt.checkpoint.target import check_target
+from gpt.checkpoint.verify import saved_checkpoints, saved_copies
 from gpt.components.facts import optimizer_state
 from gpt.config import Device, TrainConfig
 from gpt.config.compose import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
@@ -39,6 +40,7 @@ from gpt.workload.text import (
     step_kind,
 )
 from launch.process import hash_seed
+from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder
 from launch.runs.objective import step_figures
 from launch.runs.overrides import typed_key
@@ -97,6 +99,8 @@ class GptWorkload:
         config = choice.apply(config)
         if request.is_local:
             require_deepspeed(config)
+        if config.checkpoint.copy_to is not None:
+            check_target(config.checkpoint.copy_to, request.folder.path)
         dims = check_parallel_dims(config, request.world_size)
         batch = split_batch_over_nodes(config, dims, request)
         config = settle_steps(config, batch)
@@ -178,6 +182,14 @@ class GptWorkload:
     def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
         """Yield the checkpoints of a run, newest first."""
         return saved_checkpoints(folder.checkpoints)
+
+    def copies(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
+        """Yield the copies of a run's checkpoints elsewhere, newest first.
+
+        Raises:
+            ConfigError: the run makes none, or they cannot be reached.
+        """
+        return saved_copies(read_config(folder, TrainConfig).checkpoint.copy_to, folder.path)
 
 
 def saves_more_often(config: TrainConfig) -> str:

@@ -54,12 +54,13 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
 def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str:
     """Say when checkpoints are saved, and what that holds up."""
     every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
+    copied = f"; copied to {config.checkpoint.copy_to}" if config.checkpoint.copy_to else ""
     if not staging:
-        return f"{every}, each waited for (checkpoint.asynchronous=false)"
+        return f"{every}, each waited for (checkpoint.asynchronous=false){copied}"
     own = config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage
     held = in_memory_text(config, world_size, nodes)
     first = " on the first, in DeepSpeed's own files," if own else ""
-    return f"{every}, in the background from {staging / GIB:.3f} GiB of host memory per rank{first}{held}"
+    return f"{every}, in the background from {staging / GIB:.3f} GiB of host memory per rank{first}{held}{copied}"
 
 
 def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Events = Sequence[dict[str, Any]]
@@ -96,6 +96,21 @@ def slow_ranks(events: Events) -> list[dict[str, Any]]:
     return [slow[rank] for rank in sorted(slow)]
 
 
+def uncopied_text(events: Events) -> str | None:
+    """Tell since when checkpoints could not be copied elsewhere, and why; None where the last one could."""
+    failed: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "copied":
+            failed = []
+        elif event["event"] == "copy_failed":
+            failed.append(event)
+    if not failed:
+        return None
+    times = "once" if len(failed) == 1 else f"{len(failed)} times"
+    cause = failed[-1]["cause"]
+    return f"no checkpoint could be copied since {local_time(failed[0])} (tried {times}): {cause}"
+
+
 def unsaved_text(events: Events) -> str | None:
     """Tell since when checkpoints could not be written, and why; None where the last one could."""
     failed: list[dict[str, Any]] = []
@@ -106,7 +121,12 @@ def unsaved_text(events: Events) -> str | None:
             failed.append(event)
     if not failed:
         return None
-    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(failed[0]["time"]))
     times = "once" if len(failed) == 1 else f"{len(failed)} times"
     last = failed[-1]
+    since = local_time(failed[0])
     return f"no checkpoint could be written since {since} (tried {times}, last of step {last['step']}): {last['cause']}"
+
+
+def local_time(event: Mapping[str, Any]) -> str:
+    """Write the time of an event as a clock here shows it, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointStore, folders, scrub
-from gpt.checkpoint.jobs import Memory, Retention
+from gpt.checkpoint.folders import Retention
+from gpt.checkpoint.jobs import Memory
 from gpt.checkpoint.manifest import FileSum, Manifest, sum_file, write_manifest
 from gpt.checkpoint.scrub import Scrub
 from gpt.checkpoint.writer import ProcessWriter

@@ -1,0 +1,265 @@
+"""Copies of checkpoints in an object store, or on any filesystem that fsspec reaches, by a URL.
+
+Owns the layout there, the writing of a copy and its fetching back, each verified. A store has no renames, so that
+the manifest is written last and removed first: without it a copy does not exist. Torch-free; loads fsspec on first use,
+as a run without copies needs none. Must not know when copies are made, nor by whom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gpt.checkpoint import folders
+from gpt.checkpoint.folders import Retention, kept_steps
+from gpt.checkpoint.manifest import NAME, DamagedError, FileSum, Manifest, compare, decode_manifest, sync_folder
+from gpt.config.checkpoint import INSTALLS
+from launch.errors import ConfigError
+
+SLICE = 1 << 22
+BLOCK = 32 << 20
+"""Bytes of a part of an upload: S3 takes at most 10,000 parts of a file, which makes 335 GB."""
+ANSWER_S = 60.0
+"""Longest wait for a target's answer before a run is submitted."""
+
+
+class Target:
+    """The copies of one run.
+
+    Args:
+        url: that of ``checkpoint.copy_to``.
+        name: of the run, a path below it.
+
+    Raises:
+        ImportError: the package of the filesystem is not installed.
+        ValueError: fsspec knows no such filesystem.
+    """
+
+    def __init__(self, url: str, name: str) -> None:
+        import fsspec
+
+        # An instance of its own: those that fsspec keeps would be shared with a process that this one was forked from.
+        self.fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+        self.root = f"{root.rstrip('/')}/{name}"
+        self.url = f"{url.rstrip('/')}/{name}"
+
+    def steps(self) -> list[int]:
+        """List the steps that have a copy, ascending."""
+        return [step for step in self._begun() if self.fs.exists(self._file(step, NAME))]
+
+    def manifest(self, step: int) -> Manifest:
+        """Read the manifest of a copy.
+
+        Raises:
+            DamagedError: it is not what was written, or that of another step.
+        """
+        return self._decode(step, self.fs.cat_file(self._file(step, NAME)))
+
+    def put(self, path: Path, may_commit: Callable[[], bool]) -> int | None:
+        """Copy a checkpoint.
+
+        Each file is summed as it is sent, and compared with the manifest; what the target then has is compared by size.
+
+        Args:
+            path: folder of the checkpoint, which may be deleted meanwhile.
+            may_commit: called just before the manifest is written; False leaves it out.
+
+        Returns:
+            The bytes sent, 0 where the target has them already; None where the checkpoint is no longer there.
+
+        Raises:
+            DamagedError: a file is not what was saved.
+            PermissionError: ``may_commit`` said no.
+        """
+        step = folders.step_of(path)
+        with ExitStack() as stack:
+            try:
+                raw = (path / NAME).read_bytes()
+                manifest = decode_manifest(raw, path / NAME)
+                # Open files can be read to their end, whatever becomes of the folder.
+                opened = {n: stack.enter_context((path / n).open("rb", buffering=0)) for n in manifest.files}
+            except FileNotFoundError as error:
+                if path.exists():
+                    raise DamagedError(f"{error.filename} is missing") from error
+                return None
+            if self.fs.exists(self._file(step, NAME)):
+                if self.fs.cat_file(self._file(step, NAME)) == raw:
+                    return 0
+                self.remove(step)  # of a step that was made again
+            for name, file in opened.items():
+                self._send(file, self._file(step, name), manifest.files[name])
+        self.fs.invalidate_cache()
+        for name, expected in manifest.files.items():
+            size = self.fs.info(self._file(step, name))["size"]
+            if size != expected.size:
+                raise OSError(f"{self.url}: {name} has {size} bytes there instead of {expected.size}")
+        if not may_commit():
+            raise PermissionError("a later attempt owns this run")
+        self.fs.pipe_file(self._file(step, NAME), raw)
+        return sum(entry.size for entry in manifest.files.values())
+
+    def fetch(self, step: int, temporary: Path) -> None:
+        """Fetch a copy into the folder ``temporary``, synced to disk; each file is verified on its way.
+
+        Raises:
+            DamagedError: it is not what was saved.
+        """
+        raw = self.fs.cat_file(self._file(step, NAME))
+        manifest = self._decode(step, raw)
+        for name, expected in manifest.files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                damage = compare(name, self._sum(step, name, file.write), expected)
+                file.flush()
+                os.fsync(file.fileno())
+            if damage is not None:
+                raise DamagedError(damage)
+        (temporary / NAME).write_bytes(raw)
+        sync_folder(temporary)
+
+    def find_damage(self, step: int, told: Callable[[int], None]) -> tuple[str, ...] | None:
+        """Read all of a copy and compare it with its manifest; None where it was deleted meanwhile.
+
+        Args:
+            step: of the copy.
+            told: called with the bytes that were read since the last call.
+        """
+        try:
+            manifest = self.manifest(step)
+            found = [compare(n, self._sum(step, n, lambda data: told(len(data))), e) for n, e in manifest.files.items()]
+        except (DamagedError, FileNotFoundError) as error:
+            return (str(error),) if self.fs.exists(self._file(step, NAME)) else None
+        return tuple(damage for damage in found if damage is not None)
+
+    def remove(self, step: int) -> None:
+        """Delete the copy of a step, its manifest first."""
+        folder = self._file(step)
+        if self.fs.exists(f"{folder}/{NAME}"):
+            self.fs.rm_file(f"{folder}/{NAME}")
+        found = self.fs.find(folder, withdirs=True, detail=True)
+        for place in sorted(found, reverse=True):  # by their names: one with brackets would be taken for a pattern
+            if found[place]["type"] != "directory":
+                self.fs.rm_file(place)
+        for place in sorted({*found, folder}, reverse=True):  # a folder comes after what is in it
+            if place == folder or found[place]["type"] == "directory":
+                with contextlib.suppress(OSError):  # object stores have none
+                    self.fs.rmdir(place)
+
+    def retire(self, keeps: Retention) -> None:
+        """Delete the copies that are not kept."""
+        kept = kept_steps(self.steps(), keeps, self.manifest)
+        for step in self._begun():  # also those that were never finished: one is made at a time
+            if step not in kept:
+                self.remove(step)
+
+    def discard_after(self, step: int) -> None:
+        """Delete the copies of later steps, to which the run will come again."""
+        for later in self._begun():
+            if later > step:
+                self.remove(later)
+
+    def probe(self) -> None:
+        """Write, read and delete a small file."""
+        place = f"{self.root}/.probe_{os.urandom(4).hex()}"
+        self.fs.makedirs(self.root, exist_ok=True)
+        self.fs.pipe_file(place, b"probe")
+        assert self.fs.cat_file(place) == b"probe"
+        self.fs.rm_file(place)
+
+    def _begun(self) -> list[int]:
+        """List the steps of which anything is there, ascending."""
+        self.fs.invalidate_cache()
+        try:
+            names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False)]
+        except FileNotFoundError:
+            return []
+        return sorted(folders.step_of(Path(name)) for name in names if folders.COMMITTED.fullmatch(name))
+
+    def _file(self, step: int, name: str = "") -> str:
+        return f"{self.root}/{folders.final_for(Path(), step).name}/{name}".rstrip("/")
+
+    def _decode(self, step: int, raw: bytes) -> Manifest:
+        manifest = decode_manifest(raw, Path(NAME))
+        outside = [name for name in manifest.files if name.startswith("/") or ".." in PurePosixPath(name).parts]
+        if manifest.step != step or outside:
+            raise DamagedError(
+                f"{NAME} is that of step {manifest.step}, with the files {outside} outside of its folder"
+            )
+        return manifest
+
+    def _send(self, file: Any, place: str, expected: FileSum) -> None:
+        digest, size = hashlib.sha256(), 0
+        self.fs.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
+        with self.fs.open(place, "wb", block_size=BLOCK) as stream:
+            while content := file.read(SLICE):
+                stream.write(content)
+                digest.update(content)
+                size += len(content)
+        damage = compare(place.rsplit("/", 1)[-1], FileSum(size, digest.hexdigest()), expected)
+        if damage is not None:
+            raise DamagedError(damage)
+
+    def _sum(self, step: int, name: str, into: Callable[[bytes], Any]) -> FileSum:
+        """Read a file, hand each slice to ``into``, and sum it."""
+        digest, size = hashlib.sha256(), 0
+        with self.fs.open(self._file(step, name), "rb", block_size=SLICE) as stream:
+            while content := stream.read(SLICE):
+                into(content)
+                digest.update(content)
+                size += len(content)
+        return FileSum(size, digest.hexdigest())
+
+
+def target_of(url: str, run_folder: Path) -> Target:
+    """Open the copies of a run: by the name of its folder and of the one above, as ``outputs/NAME/POINT`` has them."""
+    return Target(url, f"{run_folder.parent.name}/{run_folder.name}")
+
+
+def check_target(url: str, run_folder: Path) -> None:
+    """Raise ConfigError unless a small file can be written into the copies of a run, read and deleted again."""
+    failure: list[BaseException] = []
+
+    def probe() -> None:
+        try:
+            target_of(url, run_folder).probe()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=probe, daemon=True)  # which a target that does not answer leaves behind
+    thread.start()
+    thread.join(ANSWER_S)
+    protocol = url.partition("://")[0]
+    if thread.is_alive():
+        failure.append(TimeoutError(f"no answer in {ANSWER_S:.0f} s"))
+    if not failure:
+        return
+    if isinstance(failure[0], ImportError):
+        package = INSTALLS.get(protocol)
+        raise ConfigError(
+            f"checkpoint.copy_to={url}, and a package is not installed ({failure[0]})",
+            f"the package with which fsspec reaches {protocol}://",
+            f"pip install {package}" if package else "pip install the package that the message names",
+        ) from failure[0]
+    if isinstance(failure[0], ValueError) and "rotocol not known" in str(failure[0]):
+        raise ConfigError(
+            f"checkpoint.copy_to={url}, and fsspec knows no {protocol}://",
+            "a URL of one of its filesystems",
+            "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_to=file:///FOLDER",
+        ) from failure[0]
+    raise ConfigError(
+        f"checkpoint.copy_to={url} cannot be written ({describe(failure[0])})",
+        "a place that can be reached from here, and credentials in the environment that may write there",
+        "the address, network and credentials put right, or checkpoint.copy_to=null",
+    ) from failure[0]
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what went wrong."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,325 @@
+"""Copies of checkpoints elsewhere: verified when they are made and fetched, tried again, kept as told, gone on from."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from gpt.checkpoint import CheckpointError, CheckpointStore, copies
+from gpt.checkpoint.copier import LAST_TRIES, Copier
+from gpt.checkpoint.copies import fetch_newest
+from gpt.checkpoint.folders import Retention
+from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, sum_file, write_manifest
+from gpt.checkpoint.target import Target, check_target
+from gpt.config.checkpoint import CheckpointConfig
+from launch.errors import ConfigError
+from launch.runs.events import uncopied_text
+from launch.runs.folder import RunFolder
+from tests.support.commands import TINY, run
+from tests.support.distributed import run_distributed
+from tests.support.weights import read_weights
+
+SMALL = (*(word for word in TINY if not word.startswith("data.")), "data=synthetic", "logging.tensorboard=false")
+
+
+def make_checkpoint(folder: Path, step: int, content: bytes = b"content", **meta: float) -> Path:
+    path = folder / f"step_{step:08d}"
+    (path / "inside").mkdir(parents=True)
+    (path / "inside" / "part[1].bin").write_bytes(content * 1000)
+    (path / "empty").touch()
+    files = {name: sum_file(path / name) for name in ("inside/part[1].bin", "empty")}
+    write_manifest(path, Manifest(step, 1, 0.0, dict(meta), files))
+    return path
+
+
+def files_in(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(params=["memory", "file"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
+    url = f"file://{tmp_path}/far" if request.param == "file" else f"memory://{tmp_path.name}"
+    return Target(url, "name/lr=[1, 2]")  # a list in a point's name is no pattern
+
+
+def yes() -> bool:
+    return True
+
+
+def test_a_copy_comes_back_as_it_was(target: Target, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 3)
+    assert target.steps() == [] and fetch_newest(tmp_path, target).path is None
+    sent = target.put(path, yes)
+    assert sent == 7000 and target.steps() == [3] and target.put(path, yes) == 0
+    before = files_in(path)
+    shutil.rmtree(path)
+    fetched = fetch_newest(tmp_path, target)
+    assert fetched.path == path and files_in(path) == before and target.find_damage(3, lambda size: None) == ()
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_step_that_was_made_again_takes_the_place_of_its_copy(target: Target, tmp_path: Path) -> None:
+    target.put(make_checkpoint(tmp_path / "a", 3), yes)
+    again = make_checkpoint(tmp_path / "b", 3, b"another")
+    target.put(again, yes)
+    found = fetch_newest(tmp_path / "c", target).path
+    assert found is not None and files_in(found) == files_in(again)
+
+
+def test_a_damaged_copy_is_passed_over_for_an_older_one(target: Target, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        target.put(make_checkpoint(tmp_path / "near", step), yes)
+    target.fs.pipe_file(f"{target.root}/step_00000003/inside/part[1].bin", b"Content" + b"content" * 999)
+    target.fs.pipe_file(f"{target.root}/step_00000002/{NAME}", b"{}")
+    fetched = fetch_newest(tmp_path / "back", target)
+    assert fetched.path == tmp_path / "back" / "step_00000001"
+    assert [line.split(":")[0] for line in fetched.damaged] == ["the copy of step 3", "the copy of step 2"]
+    assert "wrong checksum" in fetched.damaged[0] and target.find_damage(1, lambda size: None) == ()
+    assert "wrong checksum" in str(target.find_damage(3, lambda size: None))
+    assert target.find_damage(7, lambda size: None) is None
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["step_00000001"], "nothing half fetched is left"
+
+
+def test_a_copy_counts_only_when_all_of_it_is_there_and_right(target: Target, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 3)
+    with pytest.raises(PermissionError):
+        target.put(path, lambda: False)  # of an attempt that no longer owns the run
+    assert target.steps() == []
+    info = target.fs.info
+
+    def cut_short(place: str, **options: Any) -> dict[str, Any]:
+        found = info(place, **options)
+        return found | {"size": found["size"] - 1}
+
+    with mock.patch.object(target.fs, "info", cut_short), pytest.raises(OSError, match="6999 bytes there instead"):
+        target.put(path, yes)
+    (path / "inside" / "part[1].bin").write_bytes(b"Content" + b"content" * 999)
+    with pytest.raises(DamagedError, match="wrong checksum"):
+        target.put(path, yes)
+    assert target.steps() == []
+
+
+def test_a_manifest_that_names_files_outside_is_damage(target: Target, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "near", 3)
+    files = {f"../../{name}": entry for name, entry in {"x": sum_file(path / "empty")}.items()}
+    write_manifest(path, Manifest(3, 1, 0.0, {}, files))
+    target.fs.makedirs(f"{target.root}/step_00000003", exist_ok=True)
+    target.fs.pipe_file(f"{target.root}/step_00000003/{NAME}", (path / NAME).read_bytes())
+    fetched = fetch_newest(tmp_path / "back", target)
+    assert fetched.path is None and "outside" in fetched.damaged[0]
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_copied_is_copied_whole(target: Target, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "near", 3)
+    before, send = files_in(path), Target._send
+
+    def delete_and_send(self: Target, *args: Any) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        send(self, *args)
+
+    with mock.patch.object(Target, "_send", delete_and_send):
+        assert target.put(path, yes) == 7000
+    found = fetch_newest(tmp_path / "back", target).path
+    assert found is not None and files_in(found) == before
+    assert target.put(path, yes) is None, "gone before it was begun"
+
+
+def test_copies_that_are_not_kept_or_were_never_finished_are_deleted(target: Target, tmp_path: Path) -> None:
+    for step, loss in ((10, 3.0), (20, 1.0), (25, 2.0), (30, 4.0), (40, 5.0)):
+        target.put(make_checkpoint(tmp_path, step, val_loss=loss), yes)
+    target.fs.rm_file(f"{target.root}/step_00000025/{NAME}")  # as after an upload that was cut off
+    target.retire(Retention(1, every=30, best=1))
+    assert target.steps() == target._begun() == [20, 30, 40]
+    target.discard_after(20)
+    assert target.steps() == [20]
+
+
+class Requests:
+    """What a copier is asked for, in turn; how long it was ready to wait before each."""
+
+    def __init__(self, *asked: dict[str, Any] | None) -> None:
+        self._left = deque(asked)
+        self.waits: list[float | None] = []
+
+    def __call__(self, seconds: float | None) -> dict[str, Any] | None:
+        if seconds == 0.0:  # a look without waiting takes what stands before the next pause
+            return self._left.popleft() if self._left and self._left[0] else None
+        self.waits.append(seconds)
+        if self._left and self._left[0] is None:
+            self._left.popleft()
+            return None if seconds is not None else self(None)
+        return self._left.popleft() if self._left else None
+
+
+def copied(
+    folder: Path, connect: Callable[[], Target], requests: Requests, may_commit: Callable[[], bool] = yes
+) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    Copier(
+        folder,
+        connect,
+        Retention(2),
+        may_commit,
+        lambda event, **told: events.append({"event": event} | told),
+        requests,
+    ).serve()
+    return events
+
+
+END = {"end": True}
+
+
+def test_the_newest_is_copied_and_failures_are_told_and_tried_again(target: Target, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+    failing = iter([ConnectionError("no route\nto host"), TimeoutError("slow")])
+
+    def connect() -> Target:
+        if failure := next(failing, None):
+            raise failure
+        return target
+
+    requests = Requests({"copy": 1}, {"copy": 2}, None, None, None, {"copy": 3}, None, END)
+    events = copied(tmp_path, connect, requests)
+    assert [(e["event"], e["step"], e["failures"]) for e in events] == [
+        ("copy_failed", 2, 1), ("copy_failed", 2, 2), ("copied", 2, 2), ("copied", 3, 0)
+    ]  # fmt: skip
+    assert events[0]["cause"] == "ConnectionError: no route" and events[2]["bytes"] == 7000
+    assert requests.waits[1:3] == [5.0, 10.0] and target.steps() == [2, 3]
+    stamped = [{"time": 0.0, **event} for event in events]
+    assert uncopied_text(stamped) is None
+    assert "tried 2 times): TimeoutError: slow" in str(uncopied_text(stamped[:2]))
+
+
+def test_a_copier_gives_up_at_the_end_and_goes_back_where_the_run_does(target: Target, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+
+    def never() -> Target:
+        raise ConnectionError("no route")
+
+    events = copied(tmp_path, never, Requests({"copy": 1}, END))
+    assert [event["failures"] for event in events] == [*range(1, LAST_TRIES + 1)]
+    copied(
+        tmp_path, lambda: target, Requests({"copy": 2}, None, {"copy": 3}, None, {"discard_after": 1}, {"copy": 1}, END)
+    )
+    assert target.steps() == [1]
+    assert copied(tmp_path, lambda: target, Requests({"copy": 3}, END), lambda: False) == []
+    assert target.steps() == [1], "a later attempt has a copier of its own"
+
+
+def test_a_damaged_checkpoint_is_not_copied_again_and_again(target: Target, tmp_path: Path) -> None:
+    (make_checkpoint(tmp_path, 1) / "empty").write_bytes(b"x")
+    (event,) = copied(tmp_path, lambda: target, Requests({"copy": 1}, END))
+    assert event["event"] == "copy_failed" and "empty has 1 bytes instead of 0" in event["cause"]
+
+
+def fill(value: float) -> dict[str, Any]:
+    return {"model": {"w": torch.full((5,), value)}}
+
+
+def load_from_copies(rank: int, size: int, root: Path) -> list[Any]:
+    folder, url = root / "run" / "checkpoints", f"file://{root}/far"
+    target = Target(url, "n/p")
+    store = CheckpointStore(folder, 9, 0, connect=lambda: Target(url, "n/p"))
+    found: list[Any] = [store.load(fill(0))]
+    for step in (1, 2):
+        path = store.save(step, fill(step), {}, {})
+        if rank == 0:
+            target.put(path, yes)
+    state = fill(0)
+    if rank == 0:
+        shutil.rmtree(folder)
+    lost = store.load(state)
+    assert lost is not None
+    found += [lost.step, lost.fetched_for, float(state["model"]["w"][0]), store.steps()]
+    if rank == 0:
+        next(folder.glob("step_00000002/__*")).write_bytes(b"")
+    damaged = store.load(fill(0))
+    assert damaged is not None
+    return [*found, damaged.step, damaged.fetched_for, damaged.set_aside]
+
+
+def test_a_start_fetches_a_copy_where_no_checkpoint_is_left_or_whole(tmp_path: Path) -> None:
+    for found in run_distributed(load_from_copies, 2, tmp_path):
+        assert found[:5] == [None, 2, "none on the disk", 2.0, [2]]
+        assert found[5:7] == [2, "1 on the disk, all damaged"] and "0 bytes" in found[7][0]
+
+
+def load_without_a_good_copy(rank: int, size: int, root: Path) -> list[str]:
+    def never() -> Target:
+        raise ConnectionError("no route")
+
+    said = []
+    with mock.patch.object(copies, "RETRY_S", 0.0), pytest.raises(CheckpointError) as unreachable:
+        CheckpointStore(root / "run", 1, 0, connect=never).load(fill(0))
+    said.append(str(unreachable.value))
+    target = Target(f"file://{root}/far", "n/p")
+    target.put(make_checkpoint(root / "near", 4), yes)
+    target.fs.pipe_file(f"{target.root}/step_00000004/empty", b"x")
+    with pytest.raises(ConfigError) as damaged:
+        CheckpointStore(root / "run", 1, 0, connect=lambda: target).load(fill(0))
+    return [*said, str(damaged.value)]
+
+
+def test_a_start_does_not_begin_anew_where_it_cannot_know_that_there_are_no_copies(tmp_path: Path) -> None:
+    ((unreachable, damaged),) = run_distributed(load_without_a_good_copy, 1, tmp_path)
+    assert "the copies cannot be read (ConnectionError: no route)" in unreachable
+    assert "checkpoint.copy_to=null" in unreachable
+    assert "no copy of a checkpoint is whole" in damaged and "empty has 1 bytes instead of 0" in damaged
+
+
+def test_a_run_whose_folder_is_gone_goes_on_from_its_copies(tmp_path: Path) -> None:
+    words = [*SMALL, "checkpoint.interval=2", f"checkpoint.copy_to=file://{tmp_path}/far", f"run_dir={tmp_path}/n/p"]
+    folder = RunFolder(tmp_path / "n" / "p")
+    run("gpt.train", *words, "optim.max_steps=4", "eval.interval=0", cwd=tmp_path)
+    assert [event["step"] for event in folder.read_events() if event["event"] == "copied"][-1] == 4
+    before = read_weights(folder.path, 4, tmp_path)
+    shutil.rmtree(folder.path)
+    run("gpt.train", *words, "optim.max_steps=4", "eval.interval=0", cwd=tmp_path)
+    events = {event["event"]: event for event in folder.read_events()}
+    assert events["loaded_from_copy"]["step"] == 4 and events["loaded_from_copy"]["cause"] == "none on the disk"
+    after = read_weights(folder.path, 4, tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "p step_00000002: whole" in run("launch.verify", "--copies", str(folder.path), cwd=tmp_path)
+    next((tmp_path / "far" / "n" / "p" / "step_00000004").glob("__*")).write_bytes(b"")
+    said = run("launch.verify", "--copies", str(folder.path), cwd=tmp_path, status=1)
+    assert "has 0 bytes instead of" in said and "1 whole, 1 damaged" in said
+    shutil.rmtree(folder.path)
+    said = run("gpt.train", *words, "optim.max_steps=4", "optim.lr=0.5", cwd=tmp_path, status=2)
+    assert "of a run with optim.lr=" in said and "now optim.lr=0.5" in said
+
+
+@pytest.mark.parametrize(
+    ("url", "found", "fix"),
+    [
+        ("far", "copy_to=far", "file:///FOLDER"),
+        ("s3://KEY:SECRET@bucket/x", "copy_to=s3://... with @", "AWS_ACCESS_KEY_ID"),
+        ("memory://x", "copy_to=memory://x", "s3://BUCKET"),
+        ("nofs://x/y", "fsspec knows no nofs://", "s3://BUCKET"),
+        ("gs://bucket/x", "package is not installed", "pip install gcsfs"),
+        ("file:///dev/null/x", "cannot be written (NotADirectoryError", "copy_to=null"),
+    ],
+)
+def test_places_that_take_no_copies_are_refused(url: str, found: str, fix: str, tmp_path: Path) -> None:
+    config = CheckpointConfig(interval=1, keep_last=1, copy_to=url)
+    with pytest.raises(ConfigError) as refused:
+        config.validate()
+        check_target(url, tmp_path)
+    assert found in str(refused.value) and fix in str(refused.value) and "SECRET" not in str(refused.value)
+
+
+def test_a_number_of_copies_needs_a_place_for_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"without checkpoint\.copy_to"):
+        CheckpointConfig(interval=1, keep_last=1, copy_keep=2).validate()
+    with pytest.raises(ConfigError, match=r"checkpoint\.copy_keep=0"):
+        CheckpointConfig(interval=1, keep_last=1, copy_to=f"file://{tmp_path}", copy_keep=0).validate()
+    check_target(f"file://{tmp_path}/far", tmp_path / "n" / "p")
+    assert not [path for path in (tmp_path / "far").rglob("*") if path.is_file()], "the probe is deleted again"
