@@ -118,6 +118,9 @@ class DataConfig:
     """source=tokens only: several paths with weights, instead of ``path``."""
     dataset: Optional[str] = None
     """source=dataset only: the dataset's name on the Hugging Face hub, or a folder that load_dataset reads."""
+    revision: Optional[str] = None
+    """source=dataset only: commit, tag or branch of the dataset on the hub; null takes the newest, which may change.
+    Not for a folder."""
     subset: Optional[str] = None
     """source=dataset only: the configuration of the dataset, where it has several."""
     train_split: str = "train"
@@ -179,6 +182,12 @@ class DataConfig:
                 "source=dataset without data.dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"
             )
         self._validate_val_path()
+        if self.revision is not None and self.source is not Source.dataset:
+            raise ConfigError(
+                f"data.revision={self.revision} with data={self.title}",
+                "a dataset of the hub, which alone has revisions",
+                "data.revision=null",
+            )
         require_range("data.val_fraction", self.val_fraction, 0.0001, 0.5)
         require_range("data.tokenizer_vocab_size", self.tokenizer_vocab_size, 260, 1_000_000)
         require_positive("data.tokenizer_train_bytes", self.tokenizer_train_bytes)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from gpt.data.tokenizers.registry import load_tokenizer
 from gpt.prepare import main
 from launch.errors import ConfigError
 from tests.support.commands import kill_all, run, start, wait_for
+from tests.support.composing import config_from
 
 TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(20 + i % 7)) + " é🎉" for i in range(300)]
 
@@ -488,3 +490,31 @@ def test_validation_files_that_cannot_be_are_refused(
     with pytest.raises(ConfigError, match=found):
         config.validate()
         describe(config, tmp_path)
+
+
+def test_a_dataset_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder laid out as OpenWebText is on the hub, whose files are read as they are: it has no revisions."""
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets (the extra 'data') is not installed")
+    write_parquet(tmp_path / "in")
+    (tmp_path / "hub" / "plain_text").mkdir(parents=True)
+    for i in range(2):
+        to = tmp_path / "hub" / "plain_text" / f"train-{i:05d}-of-00002.parquet"
+        (tmp_path / "in" / f"{i}.parquet").rename(to)
+    names = (
+        "- config_name: plain_text\n  data_files:\n  - split: train\n    path: plain_text/train-*\n  default: true\n"
+    )
+    (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    words = config_from(["data=openwebtext", f"data.dataset={tmp_path / 'hub'}", "data.tokenizer=byte"]).data
+    words.val_fraction = 0.2
+    source = made(words, tmp_path / "out")
+    assert (source.train.documents or 0) + (source.val.documents or 0) == 200
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: asked.append((args, keys["revision"])))
+    for name in ("tinystories", "openwebtext", "slimpajama_6b"):
+        config = config_from([f"data={name}"]).data
+        shards.open_dataset(config, "train")
+        assert config.revision is not None and asked[-1] == ((config.dataset,), config.revision)
+        spec = build_spec(config, tmp_path)
+        assert spec is not None and spec.identity["revision"] == config.revision
+    with pytest.raises(ConfigError, match=r"data\.revision=v1 with data=stdlib"):
+        DataConfig(source=Source.stdlib, revision="v1").validate()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from gpt.config import DataConfig, TokenizerKind
 from gpt.data.preprocessing.files import CorpusFile, unreadable_file_error
-from gpt.data.preprocessing.spec import PreprocessingSpec
+from gpt.data.preprocessing.spec import PreprocessingSpec, revision_of
 from gpt.data.preprocessing.synthetic import num_walks
 from gpt.data.tokenizers.subword import import_library
 from launch.errors import ConfigError
@@ -189,11 +189,15 @@ def _dataset_shards(config: DataConfig) -> list[Shard]:
 
 
 @lru_cache(maxsize=4)
-def _open_stream(dataset: str, subset: str | None, split: str) -> Any:
+def _open_stream(dataset: str, revision: str | None, subset: str | None, split: str) -> Any:
     """Open a dataset as a stream, once: it is only a description, which reading leaves as it was."""
     datasets = import_library("datasets")
     datasets.config.TORCH_AVAILABLE = False  # its streams would load torch, seconds in every process, for nothing
-    return datasets.load_dataset(dataset, name=subset, split=split, streaming=True)
+    return datasets.load_dataset(dataset, name=subset, revision=revision, split=split, streaming=True)
+
+
+def _at(revision: str | None) -> str:
+    return "" if revision is None else f" at {revision}"
 
 
 def open_dataset(config: DataConfig, split: str) -> Any:
@@ -203,12 +207,14 @@ def open_dataset(config: DataConfig, split: str) -> Any:
         ConfigError: it cannot be reached, or there is no such split.
     """
     try:
-        return _open_stream(str(config.dataset), config.subset, split)
+        return _open_stream(str(config.dataset), revision_of(config), config.subset, split)
     except ConfigError:
         raise
     except Exception as error:  # the library's errors have no common class
         raise ConfigError(
-            f"the split {split} of the dataset {config.dataset} cannot be opened ({type(error).__name__}: {error})",
-            "a network, a dataset of this name, and a split that it has",
-            "data.dataset=FOLDER of files downloaded elsewhere, or another data.train_split or data.val_split",
+            f"the split {split} of the dataset {config.dataset}{_at(revision_of(config))} cannot be opened "
+            f"({type(error).__name__}: {error})",
+            "a network, a dataset of this name, and a revision and a split that it has",
+            "data.dataset=FOLDER of files downloaded elsewhere, or another data.train_split or data.val_split"
+            + ("" if revision_of(config) is None else ", or data.revision=null, where it is of another dataset"),
         ) from error

@@ -103,7 +103,10 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
         return _make_spec(config, "synthetic", (), {"synthetic": _plain(config.synthetic)})
     if config.source is Source.dataset:
         keys = ("dataset", "subset", "train_split", "val_split", "text_key")
-        return _make_spec(config, "dataset", (), {key: getattr(config, key) for key in keys})
+        identity = {key: getattr(config, key) for key in keys}
+        if revision_of(config) is not None:  # else left out, so that corpora prepared before it was there are found
+            identity["revision"] = revision_of(config)
+        return _make_spec(config, "dataset", (), identity)
     if isinstance(config.source, str):
         identity = {
             "source": config.source,
@@ -150,6 +153,11 @@ def _find_val_files(config: DataConfig, files: tuple[CorpusFile, ...], kind: str
             "data.val_path=null, which keeps data.val_fraction of the text, or another data.val_path",
         )
     return found
+
+
+def revision_of(config: DataConfig) -> str | None:
+    """Revision of a dataset on the hub; None of a folder, as of a local copy, which has none."""
+    return None if config.dataset is None or Path(config.dataset).expanduser().is_dir() else config.revision
 
 
 def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
