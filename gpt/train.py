@@ -45,7 +45,7 @@ with lasting_imports():
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
     from gpt.training.divergence import DivergenceGuard
-    from gpt.training.early_stop import EarlyStop
+    from gpt.training.early_stop import EarlyStop, refuse_unknown_text
     from gpt.training.execution import settle_execution
     from gpt.training.host_memory import keep_freed_memory
     from gpt.training.init_from import first_weights
@@ -87,6 +87,7 @@ def build(
     seed_all(config.seed, world.rank)
     engine, initialised_from = build_engine(config, folder, world, dims, batch)
     samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size)
+    refuse_unknown_text(config, samples.val_bytes(config.eval.sequences))
     run = Run(
         config=config,
         folder=folder,

@@ -79,6 +79,7 @@ def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: 
 EXECUTION = (
     *("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic"),
     *("compile_fullgraph", "gc_interval", "optim.target_val_loss", "optim.patience"),
+    "optim.target_val_nats_per_byte",
 )
 LENGTH = ("optim.max_steps", "optim.max_tokens")
 """Keys that say how many steps a run makes: a run goes on beyond its end where they say more."""

@@ -54,6 +54,8 @@ class OptimConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     target_val_loss: Optional[float] = None
     """Validation loss, in nats per token, at which the run is over: it saves, and ends as finished."""
+    target_val_nats_per_byte: Optional[float] = None
+    """The same in nats per byte of text, which does not depend on the tokenizer; for a corpus whose text is known."""
     patience: Optional[int] = None
     """Evaluations in a row without a lower validation loss after which the run is over (early stopping)."""
     micro_batch: Optional[int] = None
@@ -79,6 +81,8 @@ class OptimConfig:
         require_range("optim.beta2", self.beta2, 0.0, 0.9999999)
         if self.target_val_loss is not None:
             require_positive("optim.target_val_loss", self.target_val_loss)
+        if self.target_val_nats_per_byte is not None:
+            require_positive("optim.target_val_nats_per_byte", self.target_val_nats_per_byte)
         if self.patience is not None:
             require_positive("optim.patience", self.patience)
         if self.min_lr > self.lr:

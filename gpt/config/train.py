@@ -227,7 +227,7 @@ class TrainConfig(RunConfig):
                 "tensors by name, which any node can take over; DeepSpeed's own files are for its loader, from a disk",
                 "parallel=fsdp, or checkpoint.in_memory=false",
             )
-        early = {key: getattr(self.optim, key) for key in ("target_val_loss", "patience")}
+        early = {key: getattr(self.optim, key) for key in ("target_val_loss", "target_val_nats_per_byte", "patience")}
         asked = next((f"optim.{key}={value:g}" for key, value in early.items() if value is not None), None)
         if asked and not self.eval.interval:
             raise ConfigError(

@@ -21,6 +21,7 @@ from gpt.training.replica_check import ReplicaGuard
 from gpt.training.rollback import go_back, judge_step
 from gpt.training.run import Run
 from gpt.training.saving import Saving
+from gpt.training.stability import LossWindow
 from gpt.training.step import QueuedStep, Requests, queue_step
 from gpt.training.stragglers import StragglerWatch
 from gpt.training.timeouts import StepTimeouts
@@ -99,6 +100,7 @@ class Loop:
         self._replicas = ReplicaGuard(run)
         self._saving = Saving(run)
         self._stragglers = StragglerWatch(run)
+        self._stability = LossWindow()
         self._breakdown = StepBreakdown(run.config.logging.breakdown_interval, run.world, run.step)
         self._unread: QueuedStep | None = None
         """The step whose figures were not read yet."""
@@ -171,6 +173,7 @@ class Loop:
         self._unread = None
         self._timeouts.after(record.step_time_s)
         self._breakdown.into(record)
+        self._stability.into(record)
         self._stragglers.after(record, step.own_times_of_all())
         return record, judge_step(self._run, record)
 
@@ -214,6 +217,7 @@ class Loop:
         """Go back to a checkpoint before ``bad``; what is asked for meanwhile is heard after the next step."""
         self._saving.settle()
         go_back(self._run, self._writers, bad)
+        self._stability.clear()
         self._left, self._clock = asked, time.perf_counter()
 
 
@@ -237,7 +241,7 @@ def evaluate(run: Run, record: StepRecord) -> BadSteps | None:
     bad = run.guard.judge_evaluation(record.step, loss)
     if bad is None:
         record.val_loss, record.val_bits_per_byte = loss, run.samples.val_bits_per_byte(loss, sequences)
-        run.early_stop.hear(record.step, loss)
+        run.early_stop.hear(record.step, loss, record.val_bits_per_byte)
     return bad
 
 

@@ -46,6 +46,8 @@ class StepRecord:
     """First and last sample index this rank used in this step; ranks that work on the same ones each name them."""
     step_time_s: float
     """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
+    loss_variance: float | None = None
+    """Variance of the loss over the last 100 steps of the attempt; absent before there are as many."""
     grad_mean: float | None = None
     """Mean over all elements of the gradient before clipping; with the next two only at logging.gradients_interval."""
     grad_std: float | None = None
@@ -134,7 +136,7 @@ TOLD_ONCE = "straggler"
 """Field that is for those who watch the run, and in no file of records: these hold numbers."""
 OF_THE_RUN = frozenset(
     {
-        *("loss", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
+        *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
         *("val_loss", "val_bits_per_byte", "tokens_per_s", "tflops_per_s", "mfu_causal", "hfu"),
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt.config import OptimConfig
-from gpt.training.early_stop import EarlyStop
+from gpt.training.early_stop import EarlyStop, refuse_unknown_text
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
@@ -38,6 +38,22 @@ def test_the_losses_that_end_a_run() -> None:
     assert over_at(judge(patience=4), waiting) is None
 
 
+def test_a_target_per_byte_of_text() -> None:
+    stop = judge(target_val_nats_per_byte=0.5)
+    stop.hear(10, 3.0, 1.0)
+    assert stop.reason() is None, "a bit is 0.69 nats"
+    stop.hear(20, 2.0, 0.72)
+    reason = stop.reason()
+    assert reason == "val_loss 2.0000 at step 20 (0.4991 nats per byte) reached optim.target_val_nats_per_byte=0.5"
+    resumed = judge(target_val_nats_per_byte=0.5)
+    resumed.load(json.loads(json.dumps(stop.state())))
+    assert resumed.reason() == reason
+    config = config_from(["data=synthetic", "optim.target_val_nats_per_byte=0.5"])
+    refuse_unknown_text(config, 100.0)
+    with pytest.raises(ConfigError, match="whose bytes of text are unknown"):
+        refuse_unknown_text(config, None)
+
+
 @pytest.mark.parametrize("break_at", range(7))
 def test_a_resumed_run_counts_on(break_at: int) -> None:
     waiting = [3.0, 3.1, 2.9, 2.9, 3.0, 2.95, 2.8]
@@ -65,7 +81,7 @@ def test_a_run_ends_at_its_target_stays_ended_and_goes_on_for_a_lower_one(tmp_pa
     folder = RunFolder(tmp_path / "run")
     assert "finished early: val_loss" in text and "reached optim.target_val_loss=100" in text
     (end,) = (event for event in folder.read_events() if event["event"] == "finished")
-    assert end["step"] == 2 and "at step 2 reached" in end["early"]
+    assert end["step"] == 2 and "at step 2 (" in end["early"] and " nats per byte) reached" in end["early"]
     assert [path.name for path in folder.checkpoints.glob("step_*")] == ["step_00000002"], "saved as a last step is"
     assert "finished early: val_loss" in run("launch.status", "run", cwd=tmp_path)
     assert "is over at step 2" in run("gpt.train", *words, "optim.target_val_loss=100", cwd=tmp_path)
