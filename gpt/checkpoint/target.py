@@ -168,7 +168,7 @@ class Target:
     def probe(self) -> None:
         """Write, read and delete a small file."""
         place = f"{self.root}/.probe_{os.urandom(4).hex()}"
-        self.fs.makedirs(self.root, exist_ok=True)
+        self._make_folder(self.root)
         self.fs.pipe_file(place, b"probe")
         assert self.fs.cat_file(place) == b"probe"
         self.fs.rm_file(place)
@@ -181,6 +181,10 @@ class Target:
         except FileNotFoundError:
             return []
         return sorted(folders.step_of(Path(name)) for name in names if folders.COMMITTED.fullmatch(name))
+
+    def _make_folder(self, place: str) -> None:
+        if self.url.partition("://")[0] not in INSTALLS:  # stores have no folders, and s3fs would make the bucket
+            self.fs.makedirs(place, exist_ok=True)
 
     def _file(self, step: int, name: str = "") -> str:
         return f"{self.root}/{folders.final_for(Path(), step).name}/{name}".rstrip("/")
@@ -196,7 +200,7 @@ class Target:
 
     def _send(self, file: Any, place: str, expected: FileSum) -> None:
         digest, size = hashlib.sha256(), 0
-        self.fs.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
+        self._make_folder(place.rsplit("/", 1)[0])
         with self.fs.open(place, "wb", block_size=BLOCK) as stream:
             while content := file.read(SLICE):
                 stream.write(content)
