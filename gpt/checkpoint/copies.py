@@ -45,13 +45,16 @@ class Copies:
         """Start the process that copies."""
         job = CopyJob(str(run_folder), attempt, url, keeps, os.getpid())
         # Python is started anew: a fork of a rank has locks of threads that are not there.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gpt.checkpoint.copier", job.encode()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # a Ctrl-C is for the ranks
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gpt.checkpoint.copier", job.encode()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # a Ctrl-C is for the ranks
+            )
+        except OSError as error:  # training is worth more than its copies
+            say(f"the process that copies checkpoints cannot be started ({error}); nothing is copied")
 
     def copy(self, step: int) -> None:
         """Have the checkpoint of a step copied; waits for nothing."""

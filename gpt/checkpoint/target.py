@@ -149,8 +149,7 @@ class Target:
                 self.fs.rm_file(place)
         for place in sorted({*found, folder}, reverse=True):  # a folder comes after what is in it
             if place == folder or found[place]["type"] == "directory":
-                with contextlib.suppress(OSError):  # object stores have none
-                    self.fs.rmdir(place)
+                self._remove_folder(place)
 
     def retire(self, keeps: Retention) -> None:
         """Delete the copies that are not kept."""
@@ -170,8 +169,10 @@ class Target:
         place = f"{self.root}/.probe_{os.urandom(4).hex()}"
         self._make_folder(self.root)
         self.fs.pipe_file(place, b"probe")
-        assert self.fs.cat_file(place) == b"probe"
+        if self.fs.cat_file(place) != b"probe":
+            raise OSError(f"{place} holds something else than was written")
         self.fs.rm_file(place)
+        self._remove_folder(self.root)
 
     def _begun(self) -> list[int]:
         """List the steps of which anything is there, ascending."""
@@ -182,9 +183,20 @@ class Target:
             return []
         return sorted(folders.step_of(Path(name)) for name in names if folders.COMMITTED.fullmatch(name))
 
+    @property
+    def _has_folders(self) -> bool:
+        """False of an object store: what looks like a folder there is part of a name, or a bucket."""
+        return self.url.partition("://")[0] not in INSTALLS
+
     def _make_folder(self, place: str) -> None:
-        if self.url.partition("://")[0] not in INSTALLS:  # stores have no folders, and s3fs would make the bucket
+        if self._has_folders:
             self.fs.makedirs(place, exist_ok=True)
+
+    def _remove_folder(self, place: str) -> None:
+        """Remove a folder, if it is empty."""
+        if self._has_folders:
+            with contextlib.suppress(OSError):
+                self.fs.rmdir(place)
 
     def _file(self, step: int, name: str = "") -> str:
         return f"{self.root}/{folders.final_for(Path(), step).name}/{name}".rstrip("/")
