@@ -25,7 +25,7 @@ import sys
 import threading
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partialmethod
 from inspect import signature
 from pathlib import Path
@@ -46,6 +46,12 @@ ANYWAY = ("PYTHONUNBUFFERED", "PYTHONHASHSEED")
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
+def umask() -> int:
+    """The umask of this process, which what it starts begins with."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("Umask:")[2].split()[0], 8)
+
+
 @dataclass(frozen=True)
 class Job:
     """``python -m module words`` or ``python FILE words``, and what it gets from whoever starts it."""
@@ -60,6 +66,7 @@ class Job:
     is_file: bool = False
     log: str | None = None
     """File that everything printed is appended to, in place of the streams that are handed over."""
+    umask: int = field(default_factory=umask)
 
     @property
     def command(self) -> list[str]:
@@ -219,6 +226,7 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     if job.own_session:
         os.setsid()
     _STARTER = Starter(streams)
+    os.umask(job.umask)
     forked_rank.take_streams(streams)
     if job.log is not None:
         forked_rank.open_streams(job.log)
