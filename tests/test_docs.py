@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,16 +134,18 @@ def test_what_is_trained_or_prepared_composes(command: str, folder: Path) -> Non
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sweep that the pages look at."""
+    """A folder with the sweeps that the pages look at, of which one is a copy of the other."""
     folder = tmp_path_factory.mktemp("docs")
     run("launch", "-m", "nodes=1,2", *TINY, "optim.max_steps=12", "launch.report_files=[csv]", cwd=folder)
+    shutil.copytree(folder / "outputs" / "quick_test", folder / "outputs" / "other", symlinks=True)
     write_network(folder)
     return folder
 
 
 @pytest.mark.parametrize("command", of(*ON_RUNS))
 def test_what_looks_at_runs_does(command: str, trained: Path) -> None:
-    points = {json.loads(path.read_text())["nodes"]: str(path.parent) for path in trained.glob("outputs/*/*/plan.json")}
+    plans = trained.glob("outputs/quick_test/*/plan.json")
+    points = {json.loads(path.read_text())["nodes"]: str(path.parent) for path in plans}
     words = [word.replace("outputs/scaling", "outputs/quick_test") for word in words_of(command)]
     words = [re.sub(r"^outputs/quick_test/nodes=(\d)$", lambda m: points[min(int(m[1]), 2)], word) for word in words]
     again = ["--overwrite"] if module_of(command) == "gpt.export" else []

@@ -34,7 +34,7 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
         raise ConfigError(
             found,
             f"the same number of sequences for every rank{points}",
-            f"optim.global_batch={-(-total // every) * every}, or {fewer} ranks in all",
+            f"optim.global_batch={-(-total // every) * every}, or {fewer} {'rank' if fewer == 1 else 'ranks'} in all",
         )
     return split_batch(config.optim, ranks)
 

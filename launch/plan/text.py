@@ -27,7 +27,7 @@ def plan_text(plan: Plan) -> str:
         **plan.promised.rows,
         **({"lost nodes": fewer_text(plan.promised.fewer_nodes)} if plan.promised.fewer_nodes else {}),
         "worst case": f"{use_text(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
-        f"{plan.nodes_asked} nodes for {plan.timeout_min} min)",
+        f"{plan.nodes_asked} {'node' if plan.nodes_asked == 1 else 'nodes'} for {plan.timeout_min} min)",
         **({"expected": expected.point_text(plan)} if plan.expected_s is not None else {}),
         "folder": plan.run_dir,
     }

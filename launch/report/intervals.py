@@ -102,9 +102,13 @@ def interval(value: float, replicates: Floats, widening: float) -> tuple[float, 
 
 
 def ratio(efficiency: float, point: Medians, base: Medians) -> tuple[float, float]:
-    """Return the interval of an efficiency, which is inverse to the point's step time, and goes as the base's."""
+    """Return the interval of an efficiency, which is inverse to the point's step time, and goes as the base's.
+
+    An efficiency is not negative: a widened interval ends at zero.
+    """
     drawn = efficiency * (point.value / point.replicates) * (base.replicates / base.value)
-    return interval(efficiency, drawn, max(point.widening, base.widening))
+    low, high = interval(efficiency, drawn, max(point.widening, base.widening))
+    return max(0.0, low), high
 
 
 def amdahl(sizes: Floats, speedups: Floats) -> Floats:

@@ -37,6 +37,12 @@ def test_the_interval_holds_the_true_efficiency_in_95_of_100_seeds() -> None:
     assert np.mean(widths) < 1.6 * 2 * 1.96 * relative / 0.3 / 4
 
 
+def test_the_interval_of_an_efficiency_of_few_steps_ends_at_zero() -> None:
+    base, point = Medians([[0.1, 1.0, 3.0, 0.2]], 0), Medians([[0.1, 2.0, 9.0, 0.2]], 1)
+    low, high = ratio(base.value / point.value, point, base)
+    assert low == 0 < high
+
+
 def test_steps_that_are_alike_are_drawn_together_and_repeats_count_as_one_each() -> None:
     chance = np.random.default_rng(1)
     lengths = [block_length(alike(chance, 400, 1.0, 0.1, rho)) for rho in (0.0, 0.5, 0.9)]
