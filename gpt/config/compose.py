@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from gpt.config import ParallelConfig, TrainConfig
 from launch.errors import ConfigError
 from launch.runs.compose import make_absolute, refuse_unknown, register_schema
 from launch.runs.explain import CONFIG_ERRORS, explain
-from launch.runs.overrides import PLACE_KEYS, append_groups, typed_value
+from launch.runs.overrides import PLACE_KEYS, append_groups, config_groups, typed_value
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
+from launch.runs.values import split_values, with_values
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
@@ -31,20 +33,30 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
     """
-    register_schema("train_schema", TrainConfig)
-    store = ConfigStore.instance()
-    if "train_main.yaml" not in store.repo:
-        store.store("train_main", {"defaults": ["train_schema", "train", "_self_"]})
-    with initialize_config_module("configs", version_base="1.3"):
-        try:
-            config = compose("train_main", overrides=append_groups(overrides))
-        except CONFIG_ERRORS as error:
-            raise explain(error, TrainConfig, overrides) from error
+    words = append_groups(overrides)
+    try:
+        chosen, values = split_values(words, config_groups().__contains__)
+        if any(override.is_sweep_override() for override in values):
+            chosen, values = tuple(words), []  # refused as Hydra refuses it
+        config = with_values(_composed(chosen), values)
+    except CONFIG_ERRORS as error:
+        raise explain(error, TrainConfig, overrides) from error
     refuse_unknown(config, TrainConfig)
     tell_former_keys(adopt_former_keys(config))
     make_paths_absolute(config)
     refuse_two_lengths(config.optim.max_tokens, overrides)
     return config
+
+
+@cache
+def _composed(chosen: tuple[str, ...]) -> DictConfig:
+    """Compose our own files, which stay as they are: what differs between two configs of a process are values."""
+    register_schema("train_schema", TrainConfig)
+    store = ConfigStore.instance()
+    if "train_main.yaml" not in store.repo:
+        store.store("train_main", {"defaults": ["train_schema", "train", "_self_"]})
+    with initialize_config_module("configs", version_base="1.3"):
+        return compose("train_main", overrides=list(chosen))
 
 
 def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> None:

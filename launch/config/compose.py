@@ -21,16 +21,16 @@ from omegaconf import DictConfig
 
 import configs
 from launch.config import NOT_IN_POINT, Config
-from launch.config.values import split_values, with_values
 from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.damage import damaged
 from launch.runs.explain import CONFIG_ERRORS, explain, free_keys, schema_keys
 from launch.runs.folder import RunFolder
 from launch.runs.identity import RunConfig
-from launch.runs.overrides import append_groups, typed_key, typed_value
+from launch.runs.overrides import append_groups, config_groups, typed_key, typed_value
 from launch.runs.ranges import closest
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
+from launch.runs.values import split_values, with_values
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
@@ -193,7 +193,7 @@ def compose_launch(
     if not inside and config_dir is None and not return_hydra_config:
         # Our own files stay as they are: what was composed of them before in this process differs in values only.
         with suppress(*CONFIG_ERRORS):  # to be explained by what follows
-            chosen, values = split_values(args, lambda key: (CONFIGS / key).is_dir())
+            chosen, values = split_values(args, config_groups().__contains__)
             if not any(override.is_sweep_override() for override in values):
                 return with_values(_composed(chosen, target_of(args)), values)
     searched = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]

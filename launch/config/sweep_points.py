@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.config import Config
 from launch.config.compose import compose_launch, prepare_overrides
-from launch.config.values import split_values, with_values
 from launch.runs.explain import CONFIG_ERRORS, explain
+from launch.runs.values import split_values, with_values
 
 
 def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:

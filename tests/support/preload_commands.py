@@ -10,6 +10,7 @@ from importlib import import_module
 
 import gpt
 import launch
+from gpt.config.compose import compose_train
 from launch.process import lasting_imports
 
 with lasting_imports():
@@ -29,3 +30,5 @@ with lasting_imports():
         "torch.nn.attention.flex_attention",
     ):
         import_module(name)
+    for chosen in ([], ["parallel=ddp"], ["parallel=fsdp"]):  # what most ranks are made of, but for values
+        compose_train(chosen)
