@@ -54,6 +54,18 @@ def test_every_module_that_is_named_as_a_command_is_started_by_a_test() -> None:
     assert commands - words - named_commands(*scripts) == set()
 
 
+def test_every_script_that_is_submitted_is_started_by_a_test() -> None:
+    scripts = {f"slurm/{path.name}" for path in (ROOT / "slurm").glob("*.sh")} - {"slurm/env.sh"}  # which they source
+    texts = "\n".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("*.py"))
+    assert scripts == {script for script in scripts if script.removeprefix("slurm/") in texts} != set()
+
+
+def test_the_loss_that_is_shown_is_said_to_be_of_one_corpus() -> None:
+    ((shown,),) = [re.findall(r"nodes=1 .* (\d\.\d{4})$", README, re.MULTILINE)]
+    beside = README[: README.index(shown)].rsplit("```", 1)[0].rsplit("```", 1)[1]
+    assert re.search(r"of\s+3\.\d+\.\d+: of another version it is another text, and another loss", beside)
+
+
 def test_the_installed_command_is_the_module(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

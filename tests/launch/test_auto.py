@@ -138,6 +138,17 @@ def test_what_cannot_be_chosen_is_refused(words: list[str], found: str, fix: str
     assert fix in refusal.value.fix
 
 
+def test_a_layout_that_was_typed_is_held_against_a_gpu_that_has_a_short_name() -> None:
+    words = ["cluster=slurm", *BIG, "cluster.gpus_per_node=8", "parallel=ddp"]
+    assert plan_of(*words, "cluster.gpu_name=H100").nodes == 2
+    with pytest.raises(ConfigError) as too_large:
+        plan_of(*words, "cluster.gpu_name=H100", "model.n_embd=8192")
+    assert "on a GPU (cluster.gpu_name: NVIDIA H100 80GB HBM3)" in too_large.value.found
+    with pytest.raises(ConfigError) as unknown:
+        plan_of(*words, "cluster.gpu_name=H2000")
+    assert "NVIDIA H100 80GB HBM3, " in unknown.value.expected and "NVIDIA A100-SXM4-80GB, " in unknown.value.expected
+
+
 def test_what_is_said_of_an_unknown_gpu_is_enough() -> None:
     said = [
         "cluster.gpu_tflops=150",

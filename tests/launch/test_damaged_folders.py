@@ -184,3 +184,17 @@ def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> N
     folder.record_event("agent_started", job="slurm-7-0-0", nodes=2, allocated_at=0.0)
     update(point, {})
     assert not point.detail
+
+
+def test_a_run_whose_ranks_did_not_fail_says_why_it_does_not_start_again(folder: RunFolder) -> None:
+    folder.events.write_text("")
+    for event in (
+        {"event": "submitted", "cluster": "slurm", "job_id": "7", "nodes": 2},
+        {"event": "started", "attempt": 1},
+        {"event": "attempt_ended", "attempt": 1, "cause": "preempted"},
+        {"event": "decided", "attempt": 1, "action": "stop", "cause": "preempted", "reason": "the limit is reached"},
+    ):
+        folder.record_event(**event)
+    point = find_run_status(folder)
+    update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
+    assert explain(point).endswith("\nnot started again: the limit is reached")

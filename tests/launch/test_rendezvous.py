@@ -10,7 +10,7 @@ from threading import Barrier, Event
 import pytest
 
 from launch.agent import heartbeat, rendezvous
-from launch.agent.members import NodesMissingError, RendezvousRound
+from launch.agent.members import HeadNodeLostError, NodesMissingError, RendezvousRound
 from launch.agent.node import Node
 from launch.agent.rendezvous import join
 from launch.config import Config
@@ -83,6 +83,26 @@ def test_a_node_that_came_early_and_has_fallen_silent_since_takes_no_part(tmp_pa
         assert group.lost[1].why.startswith("nothing heard for 2")
         group.end()
         vanished.result()
+
+
+def test_a_head_node_whose_connection_ended_is_not_one_that_was_silent_for_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "OVER_S", 0.0)  # the word that the run is over will not come
+    config, folder, is_there = patient(Config(nodes=2)), RunFolder(tmp_path), Event()
+
+    def head() -> None:
+        with join(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config):
+            assert is_there.wait(240)  # and leaves without a word
+
+    with ThreadPoolExecutor(1) as other:
+        gone = other.submit(head)
+        with join(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config) as group:
+            is_there.set()
+            gone.result()
+            with pytest.raises(HeadNodeLostError, match=r"^its connection ended \(") as lost:
+                group.next_round(0)
+    assert "nothing heard for 0 s" not in str(lost.value)
 
 
 def test_after_a_failure_no_message_waits_for_the_next_heartbeat(

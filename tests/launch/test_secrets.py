@@ -27,6 +27,7 @@ def test_no_secret_of_the_environment_is_written(workload: str, tmp_path: Path) 
     status = int(workload == "script")
     text = run("launch", *words, f"run_dir={out / 'run'}", cwd=tmp_path, status=status, **secrets)
     files = [path for path in out.rglob("*") if path.is_file()]
+    assert not [path for path in out.glob("*") if path.name.startswith(("scaling", "Scaling", "summary", "sweep"))]
     written = {path: path.read_bytes() for path in files}
     assert {"environment.json", "events.jsonl", "plan.json"} <= {path.name for path in files}
     assert [path for path in files if ".submitit" in path.parts], "submitit's pickles are looked through too"

@@ -1,0 +1,138 @@
+"""Decisions of an agent, and of the batch script after it, through a scontrol that does not answer for a while."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.agent import requeue
+from launch.agent.after_step import settle
+from launch.agent.node import Node
+from launch.agent.requeue import cause_of_stop
+from launch.agent.restart_policy import Cause, RunFailedError
+from launch.config import Config
+from launch.config.compose import compose_launch, typed_config
+from launch.runs.folder import RunFolder
+from launch.scheduler import client
+
+NODE = Node(0, 2, "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2"))
+BUSY = client.RETRIES + 2
+"""Questions that are not answered: more than a command of its own asks again."""
+PROGRAM = """#!{python}
+import sys
+from pathlib import Path
+folder, asked, words = Path({folder!r}), Path({folder!r}, "asked"), sys.argv[1:]
+with asked.open("a") as file:
+    print(Path(sys.argv[0]).name, *words, file=file)
+if len(asked.read_text().splitlines()) <= int((folder / "busy").read_text()):
+    sys.exit("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+if "job" in words:
+    print("JobId=7 JobState=RUNNING Restarts=0 PreemptTime=2026-01-01T00:00:09 StartTime=2026-01-01T00:00:00 "
+          "EndTime=2026-01-01T02:00:00 TimeLimit=02:00:00 Partition=p ExcNodeList=(null) Reason=None")
+elif Path(sys.argv[0]).name == "sinfo":
+    print("n1", "n2", "n3", sep="\\n")
+"""
+
+
+class Controller:
+    """Slurm's commands as programs on the PATH, which answer for job 7 after a number of questions."""
+
+    def __init__(self, folder: Path, busy: int) -> None:
+        self.folder = folder
+        (folder / "busy").write_text(str(busy))
+        for name in ("scontrol", "sinfo"):
+            (folder / name).write_text(PROGRAM.format(python=sys.executable, folder=str(folder)))
+            (folder / name).chmod(0o755)
+
+    def asked(self, beginning: str) -> list[str]:
+        """The questions that began so, without those that were not answered."""
+        lines = (self.folder / "asked").read_text().splitlines()[int((self.folder / "busy").read_text()) :]
+        return [line for line in lines if line.startswith(beginning)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
+    before = signal.getsignal(signal.SIGTERM)  # a batch script ignores it from its decision on
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr(client, "missing_configuration", lambda: "")  # these commands need none
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    yield RunFolder(tmp_path / "run")
+    signal.signal(signal.SIGTERM, before)
+
+
+def config(*words: str) -> Config:
+    return typed_config(compose_launch(["cluster=slurm", "nodes=2", *words]))
+
+
+def names(folder: RunFolder) -> list[str]:
+    return [event["event"] for event in folder.read_events()]
+
+
+def test_why_a_run_was_told_to_stop_is_learned_from_a_controller_that_comes_back(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    Controller(tmp_path, BUSY)
+    assert cause_of_stop(folder, NODE, config(), 1) is Cause.preempted
+    assert names(folder) == ["controller_away", "controller_back"]
+
+
+def test_a_job_is_requeued_once_by_a_controller_that_comes_back_and_kept_away_from_hosts(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    slurm = Controller(tmp_path, BUSY)
+    requeue.requeue(folder, NODE, config(), Cause.node_failed, {"n2": "lost in attempt 1"})
+    assert names(folder) == ["controller_away", "requeued", "controller_back", "excluded"]
+    assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
+    assert slurm.asked("scontrol update") == ["scontrol update JobId=7 ExcNodeList=n2"]
+
+
+def test_a_decision_that_cannot_be_carried_out_is_in_the_event_log(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Controller(tmp_path, 1000)
+    monkeypatch.setattr(requeue, "CONTROLLER_WAIT_S", 0.0)
+    with pytest.raises(RunFailedError, match="not started again: Slurm did not requeue it: scontrol show job"):
+        requeue.requeue(folder, NODE, config(), Cause.node_failed)
+    with pytest.raises(RunFailedError, match="not started again: scontrol show job"):
+        cause_of_stop(folder, NODE, config(), 1)
+    failed = [event["cause"] for event in folder.read_events() if event["event"] == "requeue_failed"]
+    assert len(failed) == 2 and all("Unable to contact slurm controller" in cause for cause in failed)
+
+
+def killed_in_the_middle(folder: RunFolder) -> None:
+    """The event log of a run whose agent was killed while its ranks trained."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    events: list[dict[str, Any]] = [
+        {"event": "submitted", "cluster": "slurm", "job_id": "7"},
+        {"event": "agent_started", "job": NODE.job, "pid": gone.pid, "pid_started": "1"},
+        {"event": "started", "attempt": 1, "job": NODE.job},
+    ]
+    for event in events:
+        folder.record_event(**event)
+
+
+def test_a_batch_script_whose_agents_were_killed_puts_its_job_back(folder: RunFolder, tmp_path: Path) -> None:
+    slurm = Controller(tmp_path, BUSY)
+    killed_in_the_middle(folder)
+    assert settle(folder, NODE, config(), 137) == 137
+    ended = next(event for event in folder.read_events() if event["event"] == "attempt_ended")
+    assert (ended["attempt"], ended["cause"]) == (1, "node_failed")
+    assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
+
+
+def test_it_does_so_within_the_limits_of_the_run(folder: RunFolder, tmp_path: Path) -> None:
+    slurm = Controller(tmp_path, BUSY)
+    killed_in_the_middle(folder)
+    with pytest.raises(RunFailedError, match="srun ended with exit status 137\nnot started again: "):
+        settle(folder, NODE, config("resilience.max_restarts.node_failed=0"), 137)
+    assert slurm.asked("scontrol requeue") == []
+    decided = next(event for event in folder.read_events() if event["event"] == "decided")
+    assert (decided["action"], decided["cause"]) == ("stop", "node_failed")
