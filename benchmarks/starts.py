@@ -88,7 +88,7 @@ ROADS = {
     "with the state in memory, ": ((*SPARE, "checkpoint.in_memory=true"), "sigkill_rank", ("in place", "spare")),
     "on ": (("resilience.min_nodes=1", "resilience.node_timeout_s=5"), "sigkill_agent", ("fewer nodes",)),
 }
-"""What a drill adds to a run, its kinds of faults, and the roads that are told of it."""
+"""Words that a drill adds to those of a run, its kinds of faults, and the roads that the page tells of it."""
 PARTS = {
     "total_s": "to a new step",
     "noticed_s": "until noticed",

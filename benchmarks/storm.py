@@ -144,7 +144,7 @@ def page(folders: Sequence[Path]) -> str:
 
 
 def _roads(kind: str, costs: Sequence[dict[str, Any]]) -> str:
-    """What the faults of a kind cost, by the road on which the run went on."""
+    """Seconds that the faults of a kind cost, by the road on which the run went on."""
     roads: dict[str, list[float]] = {}
     for cost in costs:
         if cost["kind"] == kind:

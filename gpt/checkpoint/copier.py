@@ -41,7 +41,7 @@ NICENESS = 10
 
 @dataclass(frozen=True)
 class CopyJob:
-    """What a copier is told at its start."""
+    """Job of a copier, which it is told at its start: the run, the target and the copies to keep."""
 
     run_folder: str
     attempt: int

@@ -28,7 +28,7 @@ from launch.runs.unwritten import say
 FINISHED_S = 600.0
 """Longest wait, at the end of training, for the copy of the last checkpoint."""
 STOPPED_S = 10.0
-"""The same where the run was asked to leave; what is not copied then is copied by the next start."""
+"""Longest wait where the run was asked to leave; a copy that is not made then is made by the next start."""
 BEAT_S = 1.0
 TRIES = 4
 RETRY_S = 2.0

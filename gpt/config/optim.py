@@ -55,7 +55,7 @@ class OptimConfig:
     target_val_loss: Optional[float] = None
     """Validation loss, in nats per token, at which the run is over: it saves, and ends as finished."""
     target_val_nats_per_byte: Optional[float] = None
-    """The same in nats per byte of text, which does not depend on the tokenizer; for a corpus whose text is known."""
+    """Validation loss, in nats per byte of text, at which the run is over; of any tokenizer whose text is known."""
     patience: Optional[int] = None
     """Evaluations in a row without a lower validation loss after which the run is over (early stopping)."""
     micro_batch: Optional[int] = None

@@ -1,4 +1,4 @@
-"""What the GPUs of a run did, by the samples that its agents took: energy, power, clocks, and who was throttled.
+"""Use of a run's GPUs, by the samples that its agents took: energy, power, clocks, and who was throttled.
 
 Owns the arithmetic over ``telemetry/node_*.jsonl`` and the sentences about it. Energy is known where every GPU of the
 run was sampled, and else absent. Memory grows with the GPUs, not with the samples. Must not know how a report shows it.

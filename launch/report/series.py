@@ -244,7 +244,7 @@ def clusters_of(members: Sequence[MeasuredPoint]) -> dict[str, list[str]]:
 
 
 def identity(point: Point) -> frozenset[str]:
-    """What was typed for a point, apart from its size."""
+    """Overrides that were typed for a point, apart from its size."""
     told = filter(tells_apart, point.overrides)
     return frozenset(override for override in told if typed_key(override) not in SIZE_KEYS)
 

@@ -41,7 +41,7 @@ class ScalingTable:
     laws: tuple[Law, ...] = ()
     repeats: tuple[Repeats, ...] = ()
     gpus: tuple[GpuUse | None, ...] = ()
-    """What the GPUs of each point did, in the order of the rows; None where they were not sampled."""
+    """Use of the GPUs of each point, in the order of the rows; None where they were not sampled."""
     typed: tuple[tuple[str, ...], ...] = ()
     """Overrides of each point, ``key=value``, in the order of the rows."""
 
@@ -196,7 +196,7 @@ def _whole_work(point: Point) -> float | None:
 
 
 def _gpu_figures(point: Point) -> dict[str, Any]:
-    """What the GPUs used; a unit of work took its part of what all attempts did."""
+    """Columns of a row on its GPUs; a unit of work took its part of the energy of all attempts."""
     use = point.gpu_use
     if use is None:
         return {}

@@ -82,7 +82,7 @@ def json_text(table: ScalingTable) -> str:
 
 
 def _gpu_use(use: GpuUse) -> dict[str, Any]:
-    """What the GPUs of a point did, without the curves over the run."""
+    """Use of a point's GPUs as JSON has it, without the curves over the run."""
     return {name: value for name, value in dataclasses.asdict(use).items() if name != "windows"}
 
 

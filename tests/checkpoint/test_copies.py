@@ -142,7 +142,7 @@ def test_copies_that_are_not_kept_or_were_never_finished_are_deleted(target: Tar
 
 
 class Requests:
-    """What a copier is asked for, in turn; how long it was ready to wait before each."""
+    """Requests to a copier, in turn, and the seconds that it was ready to wait before each."""
 
     def __init__(self, *asked: dict[str, Any] | None) -> None:
         self._left = deque(asked)

@@ -131,7 +131,7 @@ def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -
 
 
 def test_gpus_are_sampled_from_the_start_of_each_attempt_to_its_end(sabotaged: tuple[str, RunFolder]) -> None:
-    """Both agents see the one GPU of this machine; it is counted once."""
+    """The one GPU of this machine is seen by both agents, and counted once."""
     folder = sabotaged[1]
     by_node = [list(read_samples(folder, node)) for node in telemetry_nodes(folder)]
     assert [[sample.attempt for sample in samples] for samples in by_node] == [[1, 1, 2, 2]] * 2

@@ -1,6 +1,6 @@
 """``parallel.async_tp``: torch's compiler splits the collectives of a block, and what could not work is refused.
 
-There is no GPU here: the passes of Inductor are run on the graphs of a block, and what they put in is not.
+There is no GPU here: Inductor rewrites the graphs of a block, and the operations that it puts in are not run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLAIN = ("_c10d_functional.all_gather_into_tensor.default", "_c10d_functional.re
 
 
 def operations(module: torch.fx.GraphModule, is_inference: bool) -> Counter[str]:
-    """Operations of a graph after those passes of the compiler that know no device, counted by name."""
+    """Operations of a graph after those rewrites of the compiler that know no device, counted by name."""
     graph = deepcopy(module)
     view_to_reshape(graph)
     # The pass leaves graphs alone where torch has no NCCL.
