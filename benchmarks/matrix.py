@@ -3,17 +3,21 @@
     python benchmarks/matrix.py                                             # all, as far as they are on this machine
     python benchmarks/matrix.py --python 3.12 --torch 2.12.0                # one of them
     PIP_EXTRA_INDEX_URL=... python benchmarks/matrix.py                     # with a package index that has more builds
+    python benchmarks/matrix.py --any-build 3.11=2.11.0 3.12=2.13.0         # some, with CUDA where there is no other
 
-Each combination gets a virtual environment of its own, with the constraints but for torch, and runs the quick tests of
-the checkout. torch is installed as a build for CPUs only: a combination without one is left out in words, rather than
-with gigabytes of CUDA. ``none`` in place of a version of torch tries the commands of the login node, which load no
-torch. The result is a table with its date; the environments are deleted afterwards.
+Each combination gets a virtual environment of its own, with the constraints but for torch, types the commands of the
+login node, and runs tests of the checkout: the quick ones, and then those of ``SUITE``, which start ranks and launches.
+torch is installed as a build for CPUs only: a combination without one is left out in words, rather than with gigabytes
+of CUDA. ``--any-build`` takes those: they run on CPUs as well. ``none`` in place of a version of torch tries the
+commands of the login node alone, which load no torch. The result is a table with its date; the environments are deleted
+afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import platform
 import re
@@ -41,7 +45,24 @@ ON_THE_LOGIN_NODE = (
     ("launch.report", "--help"),
     ("slurm.sandbox", "--help"),
 )
-LIMIT_S = 3600
+A_LAUNCH = ("launch", "nodes=2", "optim.max_steps=20")
+"""A run of two nodes on this machine: agents, their rendezvous, ranks, checkpoints and the report."""
+SUITE = (
+    "tests/model/test_gpt.py",
+    "tests/model/test_moe.py",
+    "tests/parallel/test_equivalence.py",
+    "tests/parallel/test_zero1.py",
+    "tests/parallel/test_pipeline.py",
+    "tests/parallel/test_tensor.py",
+    "tests/parallel/test_async_tp.py",
+    "tests/training/test_execution.py",
+    "tests/training/test_resume.py",
+    "tests/checkpoint/test_reshard.py",
+    "tests/launch/test_sweep.py",
+)
+"""Tests beside the quick ones: what changes between versions of torch (FSDP2, DTensor, pipelines, stages of the
+compiler, sharded checkpoints, elastic agents), run by ranks over gloo, and a launch of the README's sweep."""
+LIMIT_S = 4 * 3600
 CLEAN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Variables by which another environment would get in."""
 
@@ -59,16 +80,20 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try the combinations and print the table; 1 where a test or a command failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", type=pair, metavar="PYTHON=TORCH", help="in place of --python and --torch")
     parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION")
     parser.add_argument("--torch", nargs="+", default=TORCHES, metavar="VERSION")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there, too")
-    parser.add_argument("--tests", default="-m quick", metavar="WORDS", help="arguments of pytest: --tests='-m quick'")
+    parser.add_argument("--any-build", action="store_true", help="take CUDA where there is no build for CPUs")
+    parser.add_argument(
+        "--tests", metavar="WORDS", help="arguments of pytest in place of both runs: --tests='-m quick'"
+    )
     options = parser.parse_args(arguments)
+    runs = [["-m", "quick"], list(SUITE)] if options.tests is None else [shlex.split(options.tests)]
     rows = []
-    for python in options.python:
-        for torch in options.torch:
-            rows.append(attempt(python, torch, shlex.split(options.tests)))
-            print(line(rows[-1]), flush=True)
+    for python, torch in options.pairs or itertools.product(options.python, options.torch):
+        rows.append(attempt(python, torch, options.any_build, runs))
+        print(line(rows[-1]), flush=True)
     text = table(rows)
     if options.output:
         options.output.write_text(text)
@@ -76,7 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any("failed" in row.result for row in rows))
 
 
-def attempt(python: str, torch: str, tests: Sequence[str]) -> Row:
+def pair(words: str) -> tuple[str, str]:
+    """Split a combination such as 3.12=2.13.0."""
+    python, _, torch = words.partition("=")
+    return python, torch or "none"
+
+
+def attempt(python: str, torch: str, any_build: bool, runs: Sequence[Sequence[str]]) -> Row:
     """Try one combination in an environment that is deleted afterwards."""
     interpreter = find_interpreter(python)
     if interpreter is None:
@@ -85,11 +116,14 @@ def attempt(python: str, torch: str, tests: Sequence[str]) -> Row:
         venv = Path(folder) / "venv"
         run(str(interpreter), "-m", "venv", str(venv))
         run_python = str(venv / "bin" / "python")
-        problem = install(run_python, torch, Path(folder))
+        problem = install(run_python, torch, any_build, Path(folder))
         if problem:
             return Row(python, torch, problem)
-        result = login_node(run_python) if torch == "none" else quick_tests(run_python, tests)
-        return Row(python, torch, result, versions(run_python))
+        results = [type_commands(run_python, ON_THE_LOGIN_NODE, "of the login node")]
+        if torch != "none":
+            results.append(type_commands(run_python, [(*A_LAUNCH, f"run_dir={folder}/run")], "that launches"))
+            results += [run_tests(run_python, words) for words in runs]
+        return Row(python, torch, "; ".join(results), versions(run_python))
 
 
 def find_interpreter(version: str) -> Path | None:
@@ -103,13 +137,13 @@ def find_interpreter(version: str) -> Path | None:
     return pyenv[-1] if pyenv else Path(found) if found else None
 
 
-def install(python: str, torch: str, folder: Path) -> str:
+def install(python: str, torch: str, any_build: bool, folder: Path) -> str:
     """Install torch and what the project needs; what stood against it, or an empty string."""
-    pip = (python, "-m", "pip", "install", "-q", "--prefer-binary")
-    if torch != "none":
-        done = run(*pip, "--only-binary=torch", f"torch=={torch}+cpu", check=False)
-        if done.returncode:
-            return "not tried: no build for CPUs in the package index"
+    # Of torch's modules a tenth is ever imported, and Python compiles those as it imports them.
+    pip = (python, "-m", "pip", "install", "-q", "--prefer-binary", "--no-compile")
+    builds = [f"torch=={torch}+cpu"] + [f"torch=={torch}"] * any_build
+    if torch != "none" and all(run(*pip, "--only-binary=torch", one, check=False).returncode for one in builds):
+        return f"not tried: no build {'' if any_build else 'for CPUs '}in the package index"
     needed, constraints = folder / "needed.txt", folder / "constraints.txt"
     needed.write_text("\n".join(requirements(torch != "none")) + "\n")
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -132,18 +166,20 @@ def requirements(with_torch: bool) -> Iterator[str]:
                 yield word
 
 
-def login_node(python: str) -> str:
-    """Type the commands of the login node."""
-    for command in ON_THE_LOGIN_NODE:
+def type_commands(python: str, commands: Sequence[Sequence[str]], kind: str) -> str:
+    """Type commands one after another until one fails."""
+    for command in commands:
         done = run(python, "-m", *command, check=False)
         if done.returncode:
             return f"failed: python -m {' '.join(command)}: {last_line(done)}"
-    return f"{len(ON_THE_LOGIN_NODE)} commands of the login node passed"
+    return f"{len(commands)} command{'s' if len(commands) > 1 else ''} {kind} passed"
 
 
-def quick_tests(python: str, tests: Sequence[str]) -> str:
-    """Run the tests that start no process."""
-    done = run(python, "-m", "pytest", "-n", "0", "-q", *tests, check=False)
+def run_tests(python: str, words: Sequence[str]) -> str:
+    """Run tests of the checkout; pytest's last line, and to standard error what failed."""
+    done = run(python, "-m", "pytest", "-q", "-n", "2", *words, check=False)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr, flush=True)
     return last_line(done).strip("= ")
 
 
@@ -185,7 +221,8 @@ def table(rows: Sequence[Row]) -> str:
         "# Versions that were tried",
         "",
         f"`python benchmarks/matrix.py`, commit {commit}, {datetime.date.today()}, {platform.platform()}.",
-        "torch only as a build for CPUs; `none` is a login node, whose commands load no torch.",
+        "`none` is a login node, whose commands load no torch. A build for CPUs says so (`+cpu`); the others are those",
+        "with CUDA, run on CPUs over gloo. With torch: the commands, a launch of two nodes, and tests.",
         "",
         "| Python | torch | result | versions |",
         "|---|---|---|---|",

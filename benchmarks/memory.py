@@ -129,4 +129,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks import memory  # ranks import what they call by the name of its module
+
+    sys.exit(memory.main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -33,11 +34,41 @@ def stamp(machine: str) -> str:
     return f"{time.strftime('%Y-%m-%d')}, {versions}, {machine}, commit {state.get('commit', 'unknown')[:7]}{changes}."
 
 
-def keep(script: Path, title: str, document: str | None, text: str) -> None:
+def keep(script: Path, title: str, document: str | None, text: str, words: str = "--write") -> None:
     """Write the page of a script beside it: its ``title``, how it was made, what it shows, and the result.
+
+    ``words`` are the options that it was called with.
 
     What it shows is the paragraph of its docstring (``document``) after the commands.
     """
     about = (document or "").split("\n\n")[2].strip()
-    page = f"# {title}\n\n`python benchmarks/{script.name} --write`.\n\n{about}\n\n{text}"
+    page = f"# {title}\n\n`python benchmarks/{script.name} {words}`.\n\n{about}\n\n{text}"
     script.with_suffix(".md").write_text(page.rstrip() + "\n")
+
+
+def merged(script: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of ``rows`` and of the older rows that the page of a script has.
+
+    A row takes the place of the one with the same first cell; those that are new come last. A page under other titles
+    gives none.
+    """
+    page = script.with_suffix(".md")
+    lines = page.read_text().splitlines() if page.is_file() else []
+    table = {row[0]: row for row in rows}
+    if (head := line_of(titles)) in lines:
+        below = itertools.takewhile(lambda line: line.startswith("|"), lines[lines.index(head) + 2 :])
+        older = [[cell.strip() for cell in line.strip("|").split("|")] for line in below]
+        table = {row[0]: row for row in older} | table
+    return "\n".join(map(line_of, (titles, ["---"] * len(titles), *table.values())))
+
+
+def line_of(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def commit() -> str:
+    """Return the date and the commit, as a cell of a table whose rows were measured one by one."""
+    state = code_state()
+    changes = "" if state.get("diff_sha256") in (None, UNCHANGED) else " with changes"
+    return f"{time.strftime('%Y-%m-%d')}, {state.get('commit', 'unknown')[:7]}{changes}"

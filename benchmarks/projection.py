@@ -1,8 +1,10 @@
 """How far off is a projection? Runs on four nodes of a Slurm sandbox with slow links, predicted from smaller ones.
 
-    python benchmarks/projection.py                     # all of it, a quarter of an hour on two quiet cores, as root
-    python benchmarks/projection.py --only ddp,fsdp     # some of the parallelisms
-    python benchmarks/projection.py --write             # and keep it, in benchmarks/projection.md
+    python benchmarks/projection.py                        # all of it, ten minutes on two quiet cores, as root
+    python benchmarks/projection.py --only links --network FILE            # measure the links, and no more
+    python benchmarks/projection.py --only fsdp --network FILE --write     # one parallelism, its row into projection.md
+    python benchmarks/projection.py --keep FOLDER          # and the runs with the measured links into a new folder
+    python benchmarks/projection.py --again FOLDER --network FILE          # which the model of today predicts
 
 The cables of the nodes are limited in bandwidth and latency, so that tiny models wait for them most of the time.
 `launch.bench_network` measures the links over all four nodes; then each parallelism runs on fewer nodes and on four.
@@ -14,14 +16,13 @@ of one machine: a rank that computes takes them from the others, which no model 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.page import chosen, keep, stamp
+from benchmarks.page import chosen, commit, keep, merged, stamp
 from launch.config.compose import read_point as read_config
 from launch.project.projection import HeldOut, hold_out
 from launch.project.sweep_points import SweepPoints, as_measured
@@ -36,6 +37,11 @@ from tests.support.commands import run
 
 NODES, BANDWIDTH_MBIT, LATENCY_MS = 4, 20.0, 2.0
 STEPS = 14
+LINKS = "links"
+"""Name of the measurement of the links alone."""
+BUDGET_S = "2"
+"""Time for each size of a collective, so long that messages follow one another as in a run: a shaped link lets a burst
+of 64 KiB pass at once after each pause."""
 DEMANDED = 0.10
 """Error of a held-out point that is demanded on limited links."""
 ON_SANDBOX = ("cluster=slurm", "launch.poll_s=1", "launch.sequential=true", "ranks_per_node=1", "device=cpu")
@@ -71,6 +77,7 @@ class Result:
             *(f"{point.step_s:.3f} s", f"{predicted:.3f} s", f"{100 * self.held_out.error:+.1f} %"),
             *(f"{low:+.1f} to {high:+.1f} %", f"{100 * self.link_share:.0f} %"),
             "yes" if abs(self.held_out.error) <= DEMANDED else "no",
+            commit(),
         ]
 
 
@@ -84,16 +91,37 @@ TITLES = (
     "interval",
     "links",
     "<= 10 %",
+    "measured on",
 )
 
 
 def main() -> int:
     """Measure, predict and print; the exit status is 1 where an error is larger than demanded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--only", default="", help="parallelisms: " + ",".join(CASES))
-    parser.add_argument("--write", action="store_true", help="keep the result beside this program")
+    parser.add_argument("--only", default="", help=f"{LINKS}, and parallelisms: " + ",".join(CASES))
+    parser.add_argument(
+        "--network", type=Path, metavar="FILE", help="measured links; measured now where it is not there"
+    )
+    parser.add_argument("--write", action="store_true", help="keep the rows in projection.md")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the runs, in a new folder")
+    parser.add_argument("--again", type=Path, metavar="FOLDER", help="predict kept runs again, with --network")
     given = parser.parse_args()
-    names = chosen(given.only, list(CASES))
+    names = chosen(given.only, [LINKS, *CASES])
+    if given.again is None:
+        results = measure_cases(names, given.network, given.keep)
+    else:
+        results = [predict(name, given.again / name, given.network) for name in names if name in CASES]
+        print(*("  ".join(result.cells) for result in results), sep="\n")
+    if given.write:
+        table = merged(Path(__file__), TITLES, [result.cells for result in results])
+        machine = f"2 CPU cores, cables of {BANDWIDTH_MBIT:g} Mbit/s and {LATENCY_MS:g} ms each way"
+        quiet = "Other work stood back in the idle scheduling class."
+        keep(Path(__file__), "Held-out points on limited links", __doc__, f"{stamp(machine)} {quiet}\n\n{table}")
+    return 0 if all(abs(result.held_out.error) <= DEMANDED for result in results) else 1
+
+
+def measure_cases(names: list[str], known: Path | None, kept: Path | None) -> list[Result]:
+    """Measure the links, unless they are ``known``, and some parallelisms; the runs go to ``kept``, where that is."""
     scratch = Path(tempfile.mkdtemp(prefix="projection-"))
     results = []
     with Cluster(scratch / "sandbox") as sandbox:
@@ -101,24 +129,22 @@ def main() -> int:
         environment = {"SLURM_CONF": str(state.slurm_conf)}
         for node in state.nodes:
             link(sandbox, node, bandwidth_mbit=BANDWIDTH_MBIT, loss_percent=None, latency_ms=LATENCY_MS)
-        network = scratch / "network.json"
-        words = (f"nodes={NODES}", *ON_SANDBOX[:2], "ranks_per_node=1", f"output_dir={scratch}")
-        options = ("--output", str(network), "--max-mib", "2", "--budget-s", "0.1")
-        print(run("launch.bench_network", *words, *options, cwd=scratch, **environment), flush=True)
-        for name in names:
+        network = (known or scratch / "network.json").absolute()
+        if not network.is_file():
+            words = (f"nodes={NODES}", *ON_SANDBOX[:2], "ranks_per_node=1", f"output_dir={scratch}")
+            options = ("--output", str(network), "--max-mib", "2", "--budget-s", BUDGET_S)
+            print(run("launch.bench_network", *words, *options, cwd=scratch, **environment), flush=True)
+        for name in filter(CASES.__contains__, names):
             nodes, overrides = CASES[name]
             folder = ("name=" + name, f"output_dir={scratch}")
             run("launch", "-m", f"nodes={nodes}", *ON_SANDBOX, *MODEL, *overrides, *folder, cwd=scratch, **environment)
             results.append(predict(name, scratch / name, network))
             print("  ".join(results[-1].cells), flush=True)
-    shutil.rmtree(scratch)
-    table = [TITLES, ("---",) * len(TITLES), *(result.cells for result in results)]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    if given.write:
-        load = f"load {os.getloadavg()[2]:.1f} over the last quarter of an hour"
-        machine = f"{os.cpu_count()} cores, {load}, cables of {BANDWIDTH_MBIT:g} Mbit/s and {LATENCY_MS:g} ms each way"
-        keep(Path(__file__), "Held-out points on limited links", __doc__, f"{stamp(machine)}\n\n{text}")
-    return 0 if all(abs(result.held_out.error) <= DEMANDED for result in results) else 1
+    if kept is None:
+        shutil.rmtree(scratch)
+    else:
+        shutil.move(scratch, kept)
+    return results
 
 
 def predict(name: str, folder: Path, network: Path | None) -> Result:

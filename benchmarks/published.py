@@ -50,7 +50,21 @@ LLAMA_8B = (
 SMALL = {1: (100.0, 68), 2: (96.0, 36), 4: (92.0, 19), 8: (89.0, 10)}
 """GPUs -> efficiency in percent, and days, of a GPT of 117M parameters: the figures of the projects that this one grew
 from. Neither the devices nor the batch are known."""
+SEQUENCES_EACH = (1, 2, 4, 8)
 SMALL_GPUS = ("Tesla V100-SXM2-16GB", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 3090")
+
+
+UNKNOWN = """## What remains unknown
+
+- A rate by the shape of matrix products is not in the model: half of the peak is too fast for narrow models (1.7 B with
+  a width of 2304) and for the H100s of torchtitan, and too slow for the widest. No GPU was there to measure rates by
+  size; `cluster.matmul_efficiency` takes one that was measured, and a projection of a sweep takes that of its smallest
+  point.
+- Overlap is taken as whole: kernels of collectives take nothing from those that compute. Of the losses of the small
+  model the cost model finds none where the backward pass is longer than the all-reduce; it comes to what was published
+  only without NVLink and with one or two sequences a step. Slow ranks, input and host are not in it.
+- Megatron's table names neither micro-batches nor stages a rank. The small model's figures name neither devices, links
+  nor batch, so that no assumption about it can be checked."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,20 @@ def error(predicted: float, published: float) -> str:
     return f"{100 * (predicted / published - 1):+.0f} %"
 
 
+WHOLE = ("parallel.sequence_parallel=false",)
+"""Overrides for rows without a pipeline: the paper is older than sequence parallelism."""
+
+
+def interleaved(layers: int) -> tuple[str, ...]:
+    """Return the schedule of the paper's section 5.1, with as few stages a rank as divide its layers.
+
+    Sequence parallelism stands for the scatter and gather of what is sent between stages (section 4.1): a rank sends
+    its part of the hidden states, and the bytes of tensor parallelism are the same.
+    """
+    stages = next(count for count in range(2, layers + 1) if layers % count == 0)
+    return ("parallel.schedule=interleaved", f"parallel.stages_per_rank={stages}", "parallel.sequence_parallel=true")
+
+
 def megatron() -> str:
     """TFLOP/s of a GPU, by the FLOPs that the paper counts (its equation 3)."""
     rows = []
@@ -99,7 +127,7 @@ def megatron() -> str:
             *("model=gpt2_124m", f"model.n_layer={layers}", f"model.n_embd={width}", f"model.n_head={heads}"),
             *(f"model.block_size={SEQUENCE}", f"model.vocab_size={VOCABULARY}", "recompute=full", "precision=bf16"),
             *(f"optim.global_batch={batch}", "optim.max_micro_batch=1", "parallel=ddp", f"parallel.tp={tp}"),
-            *(f"parallel.pp={pp}", "parallel.sequence_parallel=false", "model.dropout=0.0"),
+            *(f"parallel.pp={pp}", "model.dropout=0.0", *(interleaved(layers // pp) if pp > 1 else WHOLE)),
         )
         step = Case(words, gpus // 8, 8, "NVIDIA A100-SXM4-80GB").step()
         inside = 1 + SEQUENCE / (6 * width) + VOCABULARY / (16 * layers * width)
@@ -156,8 +184,23 @@ def small() -> str:
     return table(titles, rows)
 
 
+def small_batches() -> str:
+    """Efficiency where each GPU gets as many sequences a step as its own, by their number: no batch is known."""
+    several = [gpus for gpus in SMALL if gpus > 1]
+    rows = [["published", "unknown", *(f"{SMALL[gpus][0]:.0f} %" for gpus in several)]]
+    for device in SMALL_GPUS:
+        words = ("model=gpt2_124m", "parallel=ddp", f"precision={'fp16' if 'V100' in device else 'bf16'}")
+        for each in SEQUENCES_EACH:
+            seconds = {}
+            for gpus in SMALL:
+                batch = (f"optim.global_batch={each * gpus}", f"optim.max_micro_batch={each}")
+                seconds[gpus] = Case((*words, *batch), 1, gpus, device).step().step_s
+            rows.append([device, str(each), *(f"{seconds[1] / seconds[gpus]:.1%}" for gpus in several)])
+    return table(["assumed device", "sequences a step and GPU", *(f"{gpus} GPUs" for gpus in several)], rows)
+
+
 def main() -> int:
-    """Print the three tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--write", action="store_true", help="keep the result beside this program")
     given = parser.parse_args()
@@ -165,7 +208,8 @@ def main() -> int:
         f"{stamp('no device at all')}",
         "## Megatron-LM, 1.7 to 1008 billion parameters\n\narXiv 2104.04473, table 1: A100s of 80 GB, DGX systems with "
         "200 Gbit/s a GPU, sequences of 2048, all activations recomputed. Micro-batches are not in the table; here "
-        "they are of one sequence, in a 1F1B schedule.",
+        "they are of one sequence. Pipelines are interleaved, with as few stages a rank as divide its layers, and send "
+        "what tensor parallel ranks share in parts, as in its section 5.1.",
         megatron(),
         "## torchtitan, Llama 3.1 8B with FSDP\n\ngithub.com/pytorch/torchtitan, "
         "benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3.",
@@ -173,6 +217,9 @@ def main() -> int:
         "## A GPT of 117M parameters on 1 to 8 GPUs\n\nThe figures of the projects that this one grew from, which name "
         "neither devices nor batch: the batch is GPT-2's (512 sequences of 1024), and three devices are tried.",
         small(),
+        "With a batch that grows with the GPUs, and so much smaller steps:",
+        small_batches(),
+        UNKNOWN,
     ]
     text = "\n\n".join(parts)
     print(text)

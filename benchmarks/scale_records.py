@@ -6,9 +6,7 @@ Each function measures one row: what was found, in words, and whether that is wh
 from __future__ import annotations
 
 import json
-import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -187,20 +185,31 @@ def host_of(rank: int) -> str:
     return f"gpu{rank // PER_NODE:04d}"
 
 
+USED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=file)
+sys.exit(code)
+"""
+"""Runs a command and says what it took. A process of its own, as small as can be: to Linux the memory of a process that
+starts another one is also that one's until it executes its program, and so its peak."""
+
+
 def report(folder: Path) -> tuple[str, float, float]:
-    """Output of `python -m launch.report` on a run folder, its CPU seconds, and its peak memory in MB."""
-    with tempfile.TemporaryFile() as out:
+    """Output of `python -m launch.report` on a run folder, its CPU seconds, and the peak of a process in MB."""
+    with tempfile.TemporaryDirectory() as name:
         env = environment(PYTHONPATH=str(ROOT), COLUMNS="250")
-        command = [sys.executable, "-m", "launch.report", str(folder)]
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read().decode()
-    if process.returncode:
-        raise RuntimeError(text.strip().splitlines()[-1])
+        command = [sys.executable, "-c", USED, f"{name}/used", sys.executable, "-m", "launch.report", str(folder)]
+        ended = subprocess.run(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if ended.returncode:
+            raise RuntimeError(ended.stdout.strip().splitlines()[-1])
+        seconds, peak_kib = map(float, Path(name, "used").read_text().split())
     written = "\n".join(path.read_text() for path in sorted(folder.rglob("*.md")))
-    return f"{text}\n{written}", used.ru_utime + used.ru_stime, used.ru_maxrss * resource.getpagesize() / 4096 / 1e3
+    return f"{ended.stdout}\n{written}", seconds, peak_kib * 1024 / 1e6
 
 
 def report_of_many() -> tuple[str, bool]:

@@ -1,16 +1,25 @@
-"""Cost of ranks until they train, executed and forked: `python benchmarks/starts.py [RUNS]`. Prints Markdown tables.
+"""Cost of a fault until the next new step, and of a start of the ranks.
 
-`python benchmarks/starts.py --roads [RUNS]` (as root) prints what a fault costs, from it to the first step that had not
-been made before, in place, on a spare node, through the queue, on fewer nodes, and with the state in the memory of
-another node, and what that time is made of; on a Slurm sandbox of four nodes whose SlurmdTimeout is 20 s, by drills of
-``launch.storm`` with a checkpoint each 25 steps.
+    python benchmarks/starts.py --roads                      # by each road on which a run goes on, as root
+    python benchmarks/starts.py --roads --only disk --write  # one drill, and its rows into starts.md
+    python benchmarks/starts.py                              # prints starts of ranks, executed and forked
 
-Starts of a local run of two ranks, and restarts in place after `kill -9` of a rank, by turns with and without
-`resilience.fork_ranks`; then, with strace, the files that are opened on a node of one rank and of eight.
+With `--roads`: seconds from a fault to the first step that had not been made before, and what they are made of, in
+place, on a spare node, through the queue, on fewer nodes, and with the state in the memory of the nodes; by drills of
+`launch.storm` on a Slurm sandbox of four nodes whose SlurmdTimeout is 20 s. The run is a GPT of 0.1 million parameters
+on two nodes of one rank, with a checkpoint each 25 steps. A rank is killed (`sigkill_rank`), the power of a node is cut
+(`power_cut`), an agent is killed (`sigkill_agent`), the job is requeued (`requeue`). `until noticed` ends with the end
+of the attempt in the event log: for a node without power it holds `resilience.node_timeout_s`, 5 s here, after which a
+node that is silent counts as lost. Demanded are 2.5 s in place, and 5 s on a spare after the loss is noticed.
+
+Without it: starts of a local run of two ranks, and restarts in place after `kill -9` of a rank, by turns with and
+without `resilience.fork_ranks`; then, with strace, the files that are opened on a node of one rank and of eight.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import os
 import re
 import signal
@@ -19,13 +28,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.storm import SPARE, drill, gpt_words
+from benchmarks.page import chosen, commit, keep, merged, stamp
+from benchmarks.storm import SPARE, drill, gpt_words, slurm_version
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.storm.schedule import make_schedule
 from tests.support.commands import ROOT, TINY, descendants, environment, kill_all, ranks_of, start, wait_for
 
 LONG = (*TINY, "cluster=local", "nodes=1", "optim.max_steps=1000000", "eval.interval=0", "checkpoint.interval=10")
@@ -84,11 +96,15 @@ def opened(ranks: int, forked: bool) -> int:
 
 
 ROADS = {
-    "": ((*SPARE,), "sigkill_rank,power_cut,requeue", ("in place", "spare", "requeue")),
-    "with the state in memory, ": ((*SPARE, "checkpoint.in_memory=true"), "sigkill_rank", ("in place", "spare")),
-    "on ": (("resilience.min_nodes=1", "resilience.node_timeout_s=5"), "sigkill_agent", ("fewer nodes",)),
+    "disk": ((*SPARE,), ("sigkill_rank", "sigkill_agent", "power_cut", "requeue")),
+    "memory": ((*SPARE, "checkpoint.in_memory=true"), ("sigkill_rank", "sigkill_agent")),
+    "fewer": (("resilience.min_nodes=1", "resilience.node_timeout_s=5"), ("sigkill_agent",)),
 }
-"""Words that a drill adds to those of a run, its kinds of faults, and the roads that the page tells of it."""
+"""Drill -> words that it adds to those of a run, and its kinds of faults."""
+CUT_S = 14.0
+"""Longest power cut of a drill; from shorter ones the node is back before it counts as lost, and ends the step."""
+MOST_STEPS = 20
+"""Most steps between a save and a fault, as ``launch.storm`` has it."""
 PARTS = {
     "total_s": "to a new step",
     "noticed_s": "until noticed",
@@ -96,34 +112,65 @@ PARTS = {
     "first_step_s": "to their first step",
     "again_s": "steps done again",
 }
+TITLES = ("road, state from", "faults", *PARTS.values(), "measured")
 
 
-def roads(runs: int) -> int:
+def seed_of(kinds: Sequence[str], count: int) -> int:
+    """Return the first seed of which all faults meet the node that is not the head, and all power cuts are long.
+
+    The loss of the head node ends the job, which is the road of ``requeue``.
+    """
+
+    def fits(seed: int) -> bool:
+        faults = make_schedule(seed, count, kinds, 2, MOST_STEPS)
+        return all(one.rank == 1 and (one.kind != "power_cut" or one.seconds == CUT_S) for one in faults)
+
+    return next(filter(fits, itertools.count(1)))
+
+
+def roads(names: list[str], runs: int, writes: bool) -> int:
     """Print what a fault costs by the road on which the run goes on; exit status 1 where it did not come through."""
-    print(f"| seconds, median (slowest) | faults | {' | '.join(PARTS.values())} |\n|{'---|' * (len(PARTS) + 2)}")
-    good = True
-    for prefix, (words, kinds, names) in ROADS.items():
-        folder, count = Path(tempfile.mkdtemp()), runs * len(names)
-        drill(folder, (*gpt_words(count), *words), count, seed=1, kinds=kinds)
+    good, rows = True, []
+    for name in names:
+        words, kinds = ROADS[name]
+        folder, count = Path(tempfile.mkdtemp(prefix="starts_")), runs * len(kinds)
+        drill(folder, (*gpt_words(count), *words), count, seed_of(kinds, count), ",".join(kinds))
         verdict = read_json(folder / "drill" / "verdict.json")
-        print(f"{prefix or 'all'}: {folder}, {verdict['wrong'] or 'passed'}", file=sys.stderr)
+        print(f"{name}: {folder}, {verdict['wrong'] or 'passed'}", file=sys.stderr)
         # Sums in another order end in other bits: with fewer nodes the end is not compared.
-        good &= len(verdict["faults"]) == count and (verdict["passed"] or "fewer nodes" in names)
-        for road in names:
-            costs = [cost for cost in verdict["recoveries"] if cost["road"] == road]
+        good &= len(verdict["faults"]) == count and (verdict["passed"] or name == "fewer")
+        found: dict[str, list[dict[str, float]]] = {}
+        for cost in verdict["recoveries"]:
+            found.setdefault(f"{cost['road']} ({cost['kind']})", []).append(cost)
+        for road, costs in found.items():
             cells = [[cost[part] for cost in costs] for part in PARTS]
-            if costs:
-                told = " | ".join(f"{statistics.median(each):.2f} ({max(each):.2f})" for each in cells)
-                print(f"| {prefix}{road} | {len(costs)} | {told} |", flush=True)
+            figures = [f"{statistics.median(each):.2f} ({max(each):.2f})" for each in cells]
+            rows.append([f"{road}, {'memory' if name == 'memory' else 'disk'}", str(len(costs)), *figures, commit()])
+    table = merged(Path(__file__), TITLES, rows)
+    print(table)
+    if writes:
+        machine = stamp(f"2 CPU cores, Slurm {slurm_version()} in network namespaces")
+        text = f"{machine} Other work stood back in the idle scheduling class.\n\nSeconds, median (slowest).\n\n{table}"
+        keep(Path(__file__), "Seconds from a fault to the next new step", __doc__, text, "--roads --write")
     return 0 if good else 1
 
 
-def main() -> None:
-    """Measure both sides by turns, and print the medians."""
-    if "--roads" in sys.argv:
-        sys.argv.remove("--roads")
-        sys.exit(roads(int(sys.argv[1]) if len(sys.argv) > 1 else 5))
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+def main() -> int:
+    """Measure, and print the medians."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("runs", nargs="?", type=int, help="of each kind (2 faults of each road, 5 starts)")
+    parser.add_argument("--roads", action="store_true", help="faults, by the road on which a run goes on")
+    parser.add_argument("--only", default="", help="drills: " + ",".join(ROADS))
+    parser.add_argument("--write", action="store_true", help="keep the roads in starts.md")
+    given = parser.parse_args()
+    if given.roads:
+        return roads(chosen(given.only, list(ROADS)), given.runs or 2, given.write)
+    starts(given.runs or 5)
+    return 0
+
+
+def starts(runs: int) -> None:
+    """Measure starts of ranks, executed and forked by turns, and print the medians."""
     times: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(runs):
         for forked in times:
@@ -141,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,25 +1,32 @@
-"""Does one run come through many faults of all kinds? `launch.storm` on a Slurm sandbox without accounting, as root.
+"""Does one run come through many faults of all kinds? `launch.storm` on a Slurm sandbox, or your own cluster.
 
     python benchmarks/storm.py --faults 50 --seeds 4            # one drill of 50 faults: most of an hour
     python benchmarks/storm.py --faults 10 --seeds 11,12,13     # one drill a seed, one after another
+    python benchmarks/storm.py --here SHARED --seeds 1,2,3      # on the Slurm of this machine, no sandbox; as any user
     python benchmarks/storm.py --write FOLDER...                # keep what those folders hold, in benchmarks/storm.md
 
-A drill is one run of two nodes and a spare one on a sandbox of four (SlurmdTimeout=20, KillWait=5), under faults of all
-kinds that a sandbox has, as many of each as the number allows, in an order and with ranks, steps and seconds that the
-seed decides. The program is a chain of hashes that each rank saves every 25 steps and goes on from, in files of a few
-hundred bytes; it sleeps in its steps until all faults have come. The final files of both ranks have to be those of a
-quiet run of the same words, byte by byte, and every step of both ranks has to be there once, with the same loss and
-samples; nothing of the run may be left on the host or in the queue. Goodput is the share of the allocated time that
-went into steps that count, without the first start, and the prediction beside it Young and Daly's, of the run's own
-save time, interval and cost of a restart; load is the highest load average of a minute. Exit status 1 where a drill
-does not pass.
+A drill is one run of two nodes and a spare one, under faults of all kinds that can be had, as many of each as the
+number allows, in an order and with ranks, steps and seconds that the seed decides: on a sandbox of four nodes without
+accounting (SlurmdTimeout=20, KillWait=5) all kinds but a full disk; on a cluster that is no sandbox, where nobody may
+cut power or stop the controller, the others, and `full_disk` where `--disks` names small filesystems that all nodes
+mount, one for each drill that goes on at once. Nothing else is asked of such a cluster but a folder that its nodes
+share, with the checkout and its Python readable on them. The program is a chain of hashes that each rank saves every 25
+steps and goes on from, in files of a few hundred bytes; it sleeps in its steps until all faults have come. The final
+files of both ranks have to be those of a quiet run of the same words, byte by byte, and every step of both ranks has to
+be there once, with the same loss and samples; nothing of the run may be left on the host or in the queue. Goodput is
+the share of the allocated time that went into steps that count, without the first start, and the prediction beside it
+Young and Daly's, of the run's own save time, interval and cost of a restart; load is the highest load average of a
+minute. Exit status 1 where a drill does not pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import getpass
 import itertools
 import os
+import queue
+import re
 import shutil
 import statistics
 import subprocess
@@ -29,12 +36,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.page import keep, stamp
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
+from launch.scheduler.limits import read as read_limits
 from launch.storm.verdict import measure
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, ROOT, TINY, environment
@@ -68,19 +77,37 @@ def drill(
     Returns:
         Exit status of ``launch.storm``.
     """
-    words = [*ON_SLURM, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
     with Cluster(scratch / "sandbox") as sandbox:
         sandbox.up(timeout_s=300.0)
-        options = ["--faults", str(faults), "--seed", str(seed), "--sandbox", str(sandbox.directory)]
-        options += ["--kinds", kinds] if kinds else []
-        options += ["--quiet", str(quiet)] if quiet else []
-        command = [sys.executable, "-m", "launch.storm", *options, "--output", str(scratch / "drill"), *words]
-        status = subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=False).returncode
+        options = ["--sandbox", str(sandbox.directory), *(["--kinds", kinds] if kinds else [])]
+        status = storm(scratch, options, words, faults, seed, quiet)
         shutil.copytree(sandbox.directory / "log", scratch / "slurm_logs")  # the sandbox takes its own along
     return status
 
 
-def chain_drill(scratch: Path, faults: int, seed: int) -> bool:
+def drill_here(scratch: Path, words: Sequence[str], faults: int, seed: int, quiet: Path, disk: Path | None) -> int:
+    """Make one drill on the Slurm that this machine belongs to; ``disk`` is filled where there is one.
+
+    Returns:
+        Exit status of ``launch.storm``.
+    """
+    return storm(scratch, ["--disk", str(disk)] if disk else [], words, faults, seed, quiet)
+
+
+def storm(
+    scratch: Path, options: Sequence[str], words: Sequence[str], faults: int, seed: int, quiet: Path | None
+) -> int:
+    """Run ``launch.storm`` into ``scratch/drill``; returns its exit status."""
+    words = [*ON_SLURM, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
+    compared = ["--quiet", str(quiet)] if quiet else []
+    options = ["--faults", str(faults), "--seed", str(seed), "--output", str(scratch / "drill"), *options, *compared]
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    command = [sys.executable, "-m", "launch.storm", *options, *words]
+    env = environment(PYTHONPATH=str(ROOT), **kept)
+    return subprocess.run(command, env=env, cwd=scratch, check=False).returncode
+
+
+def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False, disk: Path | None = None) -> bool:
     """Make one drill of the chain of hashes, and what the page tells of it; whether it passed."""
     calm, quiet = scratch / "calm", scratch / "quiet"
     words = chain_words(faults, calm)
@@ -89,7 +116,8 @@ def chain_drill(scratch: Path, faults: int, seed: int) -> bool:
     command = [sys.executable, "-m", "launch", *words, *place]
     subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=True, capture_output=True)
     calm.unlink()
-    machine = f"{os.cpu_count()} cores, Slurm {slurm_version()} in network namespaces"
+    site = cluster_in_words() if here else f"Slurm {slurm_version()} in network namespaces"
+    machine = f"{os.cpu_count()} cores, {site}"
     told: dict[str, Any] = {"seed": seed, "planned": faults, "stamp": stamp(machine), "load": [os.getloadavg()[0]]}
     done = threading.Event()
 
@@ -103,7 +131,11 @@ def chain_drill(scratch: Path, faults: int, seed: int) -> bool:
     watch.start()
     began = time.monotonic()
     try:
-        status = drill(scratch, (*SPARE, *words), faults, seed, quiet=quiet)
+        words = (*SPARE, *words)
+        if here:
+            status = drill_here(scratch, words, faults, seed, quiet, disk)
+        else:
+            status = drill(scratch, words, faults, seed, quiet=quiet)
     finally:
         done.set()
         watch.join()
@@ -117,6 +149,19 @@ def slurm_version() -> str:
     return subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
+def cluster_in_words() -> str:
+    """Version of the cluster of this machine, and what of its configuration a drill meets."""
+    limits = read_limits()
+    names = ("SelectType", "SelectTypeParameters", "ProctrackType", "SlurmdTimeout", "KillWait", "MinJobAge")
+    told = [limits.config.get(name, "unknown").rpartition("/")[2] for name in names]
+    accounts = "with" if limits.has_accounting else "without"
+    return (
+        f"Slurm {limits.config.get('SLURM_VERSION', 'unknown')}, no sandbox: {len(limits.nodes)} nodes, {told[0]} "
+        f"({told[1]}), {told[2]}, SlurmdTimeout {told[3]}, KillWait {told[4]}, MinJobAge {told[5]}, "
+        f"{accounts} accounting, user {getpass.getuser()}"
+    )
+
+
 def page(folders: Sequence[Path]) -> str:
     """The result of some drills: one line each, and their faults by kind."""
     drills = [(read_json(folder / "told.json"), read_json(folder / "drill" / "verdict.json")) for folder in folders]
@@ -126,10 +171,12 @@ def page(folders: Sequence[Path]) -> str:
     for text, group in itertools.groupby(drills, key=lambda one: one[0]["stamp"]):
         seeds = ", ".join(str(told["seed"]) for told, _ in group)
         lines += [f"Seed {seeds}: {text}", ""]
-    lines += ["| seed | faults | kinds | attempts | typed | identical | goodput | Young/Daly | minutes | load |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
-    lines += [_row(told, found) for told, found in drills]
-    wrong = [f"- Seed {told['seed']}: {'; '.join(found['wrong'])}." for told, found in drills if found["wrong"]]
+    titles = ("Slurm", "seed", "faults", "kinds", "attempts", "typed", "identical", "goodput", "Young/Daly", "minutes")
+    lines += [f"| {' | '.join(titles)} | load |", "|---" * len(titles) + "|---|"]
+    lines += [_row(folder, *drill) for folder, drill in zip(folders, drills, strict=True)]
+    # Of a drill that somebody has looked into, the line ``note`` of its told.json says what was found.
+    said = [(told["seed"], [*found["wrong"], *filter(None, [told.get("note")])]) for told, found in drills]
+    wrong = [f"- Seed {seed}: {'; '.join(words)}." for seed, words in said if words]
     kinds = Counter(fault["kind"] for _, found in drills for fault in found["faults"])
     lines += [
         "",
@@ -152,12 +199,12 @@ def _roads(kind: str, costs: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{road} {statistics.median(took):.1f} ({max(took):.1f})" for road, took in sorted(roads.items()))
 
 
-def _row(told: dict[str, Any], found: dict[str, Any]) -> str:
-    kinds, measured = (
-        len({fault["kind"] for fault in found["faults"]}),
-        measure(RunFolder(found["run"]), found["faults"]),
-    )
-    cells = [told["seed"], f"{len(found['faults'])} of {told['planned']}", kinds, found["attempts"], found["typed"]]
+def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
+    kinds = len({fault["kind"] for fault in found["faults"]})
+    measured = measure(RunFolder(folder / "drill" / "stormy"), found["faults"])
+    version = re.findall(r"Slurm ([\d.]+)", told["stamp"])[-1]
+    came = f"{len(found['faults'])} of {told['planned']}"
+    cells = [version, told["seed"], came, kinds, found["attempts"], found["typed"]]
     cells.append("yes" if found["passed"] else "no")
     cells += ["", ""] if measured is None else [f"{measured.after_start:.1%}", f"{measured.predicted.goodput:.1%}"]
     cells += [f"{told['seconds'] / 60:.0f}", f"{told['load']:.0f}"]
@@ -170,16 +217,31 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=50, metavar="N", help="of each drill (%(default)s)")
     parser.add_argument("--seeds", default="1", metavar="N,...", help="one drill for each (%(default)s)")
     parser.add_argument("--write", nargs="+", type=Path, metavar="FOLDER", help="write the page of finished drills")
+    parser.add_argument("--here", type=Path, metavar="SHARED", help="folder on the nodes of this machine's own cluster")
+    parser.add_argument("--disks", default="", metavar="FOLDER,...", help="small filesystems of those nodes, to fill")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="drills that go on at once (%(default)s)")
     args = parser.parse_args()
     if args.write:
         keep(Path(__file__), "A storm of faults of all kinds in one run", __doc__, page(args.write))
         return 0
-    good = True
-    for seed in map(int, args.seeds.split(",")):
-        scratch = Path(tempfile.mkdtemp())
-        good &= chain_drill(scratch, args.faults, seed)
-        print(f"seed {seed}: verdict, event logs, and the logs of Slurm's daemons are in {scratch}", flush=True)
-    return 0 if good else 1
+    disks: queue.Queue[Path] = queue.Queue()
+    for name in filter(None, args.disks.split(",")):
+        disks.put(Path(name))
+    needs_disk = not disks.empty()
+
+    def one(seed: int) -> bool:
+        scratch = Path(tempfile.mkdtemp(dir=args.here))
+        disk = disks.get() if needs_disk else None
+        try:
+            good = chain_drill(scratch, args.faults, seed, here=args.here is not None, disk=disk)
+        finally:
+            if disk is not None:
+                disks.put(disk)
+        print(f"seed {seed}: verdict, event logs, and what Slurm's daemons logged are in {scratch}", flush=True)
+        return good
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        return 0 if all(list(pool.map(one, map(int, args.seeds.split(","))))) else 1
 
 
 if __name__ == "__main__":

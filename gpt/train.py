@@ -106,8 +106,9 @@ def build(
         early_stop=EarlyStop(config.optim),
         initialised_from=initialised_from,
     )
-    if config.checkpoint.scrub:
+    if (scrub_every_s := config.checkpoint.scrub_every_s()) is not None:
         run.store.saves.tell_damage = partial(tell_damage, folder, attempt)
+        run.store.saves.scrub_every_s = scrub_every_s
     load(run)
     start_copies(run)
     return run

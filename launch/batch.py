@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,10 @@ from launch.plan.text import plan_text
 from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import append_groups, typed_value, without_key
+
+PLAN_TIMEOUT_S = 300.0
+"""Longest wait for the plan of the head node's task: tasks of one job start within minutes of each other."""
+PLAN_POLL_S = 0.2
 
 
 def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]:
@@ -148,7 +153,26 @@ def run_task(composed: DictConfig) -> None:
     plan = make_plan(typed_config(composed), args, kind)
     if node.index == 0:
         write_run(plan, composed, args)
+    else:
+        wait_for_plan(RunFolder(output))
     agent.run(str(output))
+
+
+def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
+    """Wait until the task of the head node has made the run folder, the last file of which is the plan.
+
+    Raises:
+        ConfigError: it did not, as where it refused, or where the nodes do not share the folder.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not folder.plan.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"no {folder.plan} after {timeout_s:g} s",
+                "the plan that the job's first task writes, in a folder that all nodes share",
+                "hydra.sweep.dir=FOLDER, one that all nodes share; why the first task wrote none stands in its log",
+            )
+        time.sleep(PLAN_POLL_S)
 
 
 @refusing

@@ -19,6 +19,7 @@ from launch.jobs.outcome import outcome
 from launch.jobs.status import RunStatus, find_run_statuses, poll
 from launch.runs.files import read_json
 from launch.runs.find import find_runs, labels_inside
+from launch.runs.wording import counted
 from launch.scheduler.client import SlurmError, output_file
 
 POLL_S = 0.5
@@ -81,7 +82,7 @@ def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None
     size = max([*sizes.values(), *([planned] if isinstance(planned, int) else [])], default=None)
     if size is not None and not 0 <= rank < size:
         raise ConfigError(
-            f"--rank {rank} of {of} with {size} rank{'' if size == 1 else 's'}",
+            f"--rank {rank} of {of} with {counted(size, 'rank')}",
             "0" if size == 1 else f"0 to {size - 1}",
             f"python -m launch.logs {quote(str(point.folder.path))} --rank {min(max(rank, 0), size - 1)}{named}",
         )

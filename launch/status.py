@@ -21,7 +21,7 @@ from launch.jobs.adoption import adopt_found
 from launch.jobs.display import duration, quiet_text
 from launch.jobs.handles import SlurmJob
 from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
-from launch.runs.events import damaged_text, slow_ranks, uncopied_text, unsaved_text
+from launch.runs.events import damaged_text, skipped_text, slow_ranks, uncopied_text, unsaved_text
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS, throughput
 from launch.runs.unwritten import is_full
@@ -52,6 +52,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         else None,
         "unsaved": unsaved_text(point.events()),
         "uncopied": uncopied_text(point.events()),
+        "skipped": skipped_text(point.events()),
         "partition": point.job_status.partition or None,
         "waiting_s": waiting_s(point),
         "job_id": None if point.job is None else point.job.job_id,
@@ -121,7 +122,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     lines = [f"{known['state']}{where}{why}"] if where or why else []
     lines += [f"finished early: {known['early']}"] if "early" in known else []
     lines += [known["advice"]] if "advice" in known else []
-    lines += [known[name] for name in ("damage", "unsaved", "uncopied") if name in known]
+    lines += [known[name] for name in ("damage", "unsaved", "uncopied", "skipped") if name in known]
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
     lines += [slow_text(one) for one in known.get("slow_ranks", ())]
     lines += [f"node {one['host']} is sick and was left out: {one['cause']}" for one in known.get("sick_nodes", ())]

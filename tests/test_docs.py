@@ -23,6 +23,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, prepare_overrides, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
+from launch.runs.matmul_rates import as_document as rates_document
 from launch.runs.network import COLLECTIVES, LinkFit, Network, as_document
 from tests.support.commands import ROOT, TINY, run
 
@@ -30,7 +31,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^( *)```bash(?P<info>[^\n]*)\n(?P<text>.*?)^\1```", re.MULTILINE | re.DOTALL)
 FEATURES = (ROOT / "docs" / "features.md").read_text()
 ROWS = re.findall(r"^\| .*? \| `((?:python|sbatch|tensorboard)[^`]*)` \| (\S+) \|$", FEATURES, re.MULTILINE)
-NEEDS_MORE = ("data=tinystories", "data=tokens", "examples/", "benchmarks/", "package.norms", "--fit")
+NEEDS_MORE = ("data=tinystories", "data=tokens", "examples/", "benchmarks/", "package.norms", "--fit", "pip wheel")
 """What needs a network, files of others, or long. Tests of it are in its row of the features, or in test_goal.py."""
 
 
@@ -51,6 +52,7 @@ ON_RUNS = (
 )
 ELSEWHERE = {
     "gpt.smoke": "tools/test_smoke.py",
+    "gpt.bench_matmul": "planning/test_matmul_rates.py",
     "launch.bench_network": "launch/test_bench_network.py",
     "launch.doctor": "launch/test_doctor.py",
     "launch.storm": "launch/test_storm.py",
@@ -83,18 +85,20 @@ def test_commands_that_are_not_run_say_why() -> None:
     assert {module_of(command) for command in TRIED} <= kinds
 
 
-def write_network(folder: Path) -> None:
-    """Write links as they might have been measured."""
+def write_measurements(folder: Path) -> None:
+    """Write links and rates of products as they might have been measured."""
     links = {name: LinkFit(20e-6, 10e9, 1e-6, 1e8, 0.01) for name in COLLECTIVES}
     network = Network(8, {"intra_node": links, "inter_node": links})
     (folder / "network.json").write_text(json.dumps(as_document(network, {"nodes": 2})))
+    sample = {"precision": "fp32", "m": 64, "n": 64, "k": 64, "seconds": 1e-5}
+    (folder / "matmul.json").write_text(json.dumps(rates_document("CPU", [sample], {})))
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
-    write_network(tmp_path)
+    write_measurements(tmp_path)
     (tmp_path / "FILE").write_text("all work and no play makes jack a dull boy\n" * 400)
     for name in ("train.py", "mypackage/train.py", "theirs/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -138,7 +142,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     run("launch", "-m", "nodes=1,2", *TINY, "optim.max_steps=12", "launch.report_files=[csv]", cwd=folder)
     shutil.copytree(folder / "outputs" / "quick_test", folder / "outputs" / "other", symlinks=True)
-    write_network(folder)
+    write_measurements(folder)
     return folder
 
 

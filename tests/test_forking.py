@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import forking
-from tests.support.commands import environment, fork_server, run
+from tests.support.commands import environment, fork_server, library_server, run
 from tests.support.forking import Job
 from tests.support.scripts import LOCAL, write_script
 
@@ -41,6 +41,29 @@ def test_exit_status_and_output_are_those_of_the_command(tmp_path: Path) -> None
     assert "type next: optim.lr=1" in run("gpt.train", "optim.lrr=1", cwd=tmp_path, status=2)
     assert run("gpt.generate", "--help", cwd=tmp_path).startswith("usage: python -m gpt.generate")
     assert list(tmp_path.iterdir()) == []
+
+
+ELSEWHERE = """
+import os, sys, first
+print(__file__, first.__file__, sys.path[:2], "torch" in sys.modules, "launch" in sys.modules, sys.told)
+"""
+
+
+def test_what_imports_from_elsewhere_is_forked_of_libraries_alone(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    for name, text in (
+        ("gpt/__init__.py", ""),
+        ("gpt/look.py", ELSEWHERE),
+        ("there/first.py", ""),
+        ("there/sitecustomize.py", "import sys\nsys.told = 'of the site'"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    job = Job("gpt.look", (), str(tmp_path), environment(PYTHONPATH=str(there)))
+    assert not fork_server().takes(job) and library_server().takes(job)
+    paths = [str(tmp_path), str(there)]
+    expected = f"{tmp_path / 'gpt/look.py'} {there / 'first.py'} {paths} True False of the site\n"
+    assert run("gpt.look", cwd=tmp_path, PYTHONPATH=str(there)) == expected
 
 
 LOOKING = """

@@ -18,7 +18,7 @@ from benchmarks import matrix
 from tests.support.commands import ROOT
 
 LOCKS = ("requirements.lock", "requirements-cuda.lock")
-LOCKED_EXTRAS = ("data", "hf", "wandb")
+LOCKED_EXTRAS = ("data", "hf", "wandb", "gpu", "remote", "float8")
 
 
 def pins(name: str) -> dict[str, tuple[str, int]]:
@@ -45,6 +45,7 @@ def requirements(text: str) -> dict[str, Requirement]:
 def test_what_is_installed_by_hashes_is_what_the_tests_ran_with(setup: ConfigParser) -> None:
     rest, cuda = (pins(name) for name in LOCKS)
     assert "torch" in cuda and not rest.keys() & cuda.keys()
+    assert {"torchao", "nvidia-ml-py"} <= rest.keys(), "the same for every build of torch"
     locked = rest | cuda
     assert all(number > 0 for _, number in locked.values())
     extras = setup["options.extras_require"]
@@ -85,7 +86,12 @@ def test_the_matrix_installs_what_setup_cfg_says(setup: ConfigParser) -> None:
 def test_the_matrix_finds_interpreters_and_leaves_out_others() -> None:
     here = ".".join(map(str, sys.version_info[:2]))
     assert matrix.find_interpreter(here) == Path(sys.executable)
-    assert matrix.attempt("2.1", "none", ()).result == "not tried: no such interpreter on this machine"
+    assert matrix.attempt("2.1", "none", False, ()).result == "not tried: no such interpreter on this machine"
+
+
+def test_the_matrix_is_told_which_pairs_to_try() -> None:
+    assert [matrix.pair(words) for words in ("3.12=2.13.0", "3.13")] == [("3.12", "2.13.0"), ("3.13", "none")]
+    assert all((ROOT / path).is_file() for path in matrix.SUITE)
 
 
 def test_no_version_that_is_accepted_has_failed(setup: ConfigParser) -> None:
@@ -94,3 +100,12 @@ def test_no_version_that_is_accepted_has_failed(setup: ConfigParser) -> None:
     accepted = SpecifierSet(setup["options"]["python_requires"])
     assert rows
     assert not any("failed" in result for python, _, result in rows if accepted.contains(f"{python}.1"))
+
+
+def test_ranks_of_a_benchmark_can_import_what_they_run() -> None:
+    """Functions and classes of a script's own ``__main__`` cannot be unpickled by the processes that it starts."""
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if "run_distributed(" in path.read_text()]
+    started = [path for path in scripts if '__name__ == "__main__"' in path.read_text()]
+    assert started
+    for path in started:
+        assert f"sys.exit({path.stem}.main())" in path.read_text(), path

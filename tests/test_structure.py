@@ -14,7 +14,7 @@ from launch.config.compose import compose_launch, typed_config
 from tests.support.commands import ROOT
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
-COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare", "smoke")
+COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare", "smoke", "bench_matmul")
 
 
 @cache

@@ -83,6 +83,20 @@ ACCELERATORS = (
     Accelerator(r"(NVIDIA )?GeForce RTX 3080", 59.5, 29.8, 10, 32, None, tf32=29.8),
     Accelerator(r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 32, None, tf32=35.6),
     Accelerator(r"NVIDIA RTX A6000", 154.8, 38.7, 48, 32, None, tf32=77.4),
+    # Those that the papers came too early for: NVIDIA's numbers of cores times their boost clock, two operations each.
+    # With that agree the Tensor TFLOP/s (RTX 30) and TOPS (RTX 40) that it advertises, four and eight times the peak.
+    # Of the RTX 4060 Ti, which comes in two sizes, the smaller. Left out: the RTX 3050, two devices under one name, and
+    # the RTX 3070 Ti, 3080 Ti and 4070 SUPER, whose clocks have not been verified.
+    Accelerator(r"NVIDIA GeForce RTX 3060", 25.5, 12.7, 12, 32, None, tf32=12.7),
+    Accelerator(r"NVIDIA GeForce RTX 3060 Ti", 32.4, 16.2, 8, 32, None, tf32=16.2),
+    Accelerator(r"NVIDIA GeForce RTX 3090 Ti", 80, 40, 24, 32, None, tf32=40),
+    Accelerator(r"NVIDIA GeForce RTX 4060", 30.2, 15.1, 8, 16, None, tf32=15.1, has_float8=True),
+    Accelerator(r"NVIDIA GeForce RTX 4060 Ti", 44.1, 22.1, 8, 16, None, tf32=22.1, has_float8=True),
+    Accelerator(r"NVIDIA GeForce RTX 4070", 58.3, 29.1, 12, 32, None, tf32=29.1, has_float8=True),
+    Accelerator(r"NVIDIA GeForce RTX 4070 Ti", 80.2, 40.1, 12, 32, None, tf32=40.1, has_float8=True),
+    Accelerator(r"NVIDIA GeForce RTX 4070 Ti SUPER", 88.2, 44.1, 16, 32, None, tf32=44.1, has_float8=True),
+    Accelerator(r"NVIDIA GeForce RTX 4080 SUPER", 104.4, 52.2, 16, 32, None, tf32=52.2, has_float8=True),
+    Accelerator(r"NVIDIA GeForce RTX 4090 D", 147.1, 73.5, 24, 32, None, tf32=73.5, has_float8=True),
     Accelerator(r"NVIDIA GeForce RTX 4080", 97.5, 48.7, 16, 32, None, tf32=48.7, has_float8=True),
     Accelerator(r"NVIDIA GeForce RTX 4090", 165, 82.6, 24, 32, None, tf32=82.6, has_float8=True),
 )
@@ -92,12 +106,16 @@ KNOWN = (
     *("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB", "Tesla T4"),
     *("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
     *("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200"),
-    *("NVIDIA L40S", "NVIDIA A10", "NVIDIA RTX A6000", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3070"),
-    *("NVIDIA GeForce RTX 3080", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4080", "NVIDIA GeForce RTX 4090"),
+    *("NVIDIA L40S", "NVIDIA A10", "NVIDIA RTX A6000", "AMD Instinct MI300X"),
+    *(f"NVIDIA GeForce RTX {card}" for card in ("3060", "3060 Ti", "3070", "3080", "3090", "3090 Ti")),
+    *(f"NVIDIA GeForce RTX {card}" for card in ("4060", "4060 Ti", "4070", "4070 Ti", "4070 Ti SUPER")),
+    *(f"NVIDIA GeForce RTX {card}" for card in ("4080", "4080 SUPER", "4090", "4090 D")),
 )
 """Names of these devices, for suggestions and for short names."""
 VENDOR_WORDS = ("nvidia", "tesla", "geforce", "rtx", "amd", "instinct", "oam")
 """Words of a name that do not tell devices apart."""
+VARIANTS = {"ti", "super", "d"}
+"""Words that make another device of a name: an RTX 4080 is no RTX 4080 SUPER."""
 SXM = "sxm"
 """Word for the form of a module that is no PCIe card: with it a chip's bare name is meant, where it has more forms."""
 IN_WORDS = {"NVIDIA H100 80GB HBM3": (SXM, "sxm5"), "NVIDIA H200": (SXM, "sxm5"), "NVIDIA B200": (SXM, "sxm6")}
@@ -131,7 +149,8 @@ def expand(short_name: str) -> list[str]:
         chip, *others = words_of(name)
         words = {chip, *others, f"{(memory_bytes(name) or 0) / GIGA:.0f}gb", *IN_WORDS.get(name, ())}
         words |= {SXM for word in others if word.startswith(SXM)}
-        if chip in given and words.issuperset(given):
+        others_own = VARIANTS.intersection(others).difference(given)
+        if chip in given and words.issuperset(given) and not others_own:
             fitting[name] = words
     return [name for name, words in fitting.items() if SXM in words] or [*fitting]
 

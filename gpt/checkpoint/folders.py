@@ -55,6 +55,11 @@ def steps(folder: Path) -> list[int]:
     return [step_of(path) for path in list_committed(folder) if (path / manifest.NAME).is_file()]
 
 
+def is_empty(folder: Path) -> bool:
+    """Tell whether nothing was ever begun in the folder, or nothing of it is left."""
+    return not _entries(folder)
+
+
 def list_set_aside(folder: Path) -> list[Path]:
     """List the checkpoints that were found damaged and set aside, now or in an earlier attempt."""
     return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]

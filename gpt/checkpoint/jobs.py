@@ -28,10 +28,16 @@ class Memory:
     plan: WritePlan | None = None
     has_idle_time: bool = False
     """True in a process that has nothing else to do between jobs."""
-    idle_work: Generator[None] | None = None
-    """Work for that time, in slices."""
+    idle_work: Generator[float] | None = None
+    """Work for that time, in slices, each of which yields the seconds until the next one is due."""
+    idle_at: float = 0.0
+    """Time, by time.monotonic, at which the next slice is due."""
     sound: int | None = None
     """Step of the newest checkpoint that was read again and found whole."""
+
+    def rest_s(self) -> float | None:
+        """Return the seconds until the next slice of idle work is due, 0 where it is; None where there is no more."""
+        return None if self.idle_work is None else max(0.0, self.idle_at - time.monotonic())
 
 
 class Job(Protocol):

@@ -71,8 +71,11 @@ class Saves:
         self.format = fmt
         self.writer = writer
         self.give_up_after_s = give_up_after_s
-        self.tell_damage: Callable[[int, str], None] | None = None
-        """Callback with step and damage of a checkpoint; None where checkpoints are not read again. Picklable."""
+        self.tell_damage: Callable[[int, str, bool], None] | None = None
+        """Callback with step and damage of a checkpoint, and whether it was found whole before; None where checkpoints
+        are not read again. Picklable."""
+        self.scrub_every_s = 0.0
+        """Seconds after which the newest checkpoint is read once more; 0 for once after each save."""
         self.failures = 0
         self._failing_since = 0.0
         self._retry_at = 0.0
@@ -203,7 +206,7 @@ class Saves:
             self.writer.submit(
                 Retire(self.folder, self.keeps)
                 if self.tell_damage is None
-                else Scrub(self.folder, pending.step, self.keeps, self.tell_damage)
+                else Scrub(self.folder, pending.step, self.keeps, self.tell_damage, self.scrub_every_s)
             )
         path = folders.final_for(self.folder, pending.step)
         return Saved(pending.step, path, ended - pending.started)

@@ -25,41 +25,51 @@ SLICE = 1 << 22
 class Scrub:
     """Begin to verify the checkpoint of a step, and delete others when it is whole; on rank 0, after a commit.
 
-    An unfinished scrub of an earlier step is given up.
+    An unfinished scrub of an earlier step is given up, and so are those that would have come again.
     """
 
     folder: Path
     step: int
     keeps: Retention
-    tell: Callable[[int, str], None]
-    """Called with the step and the damage of a checkpoint that was set aside."""
+    tell: Callable[[int, str, bool], None]
+    """Called with the step and the damage of a checkpoint that was set aside, and whether it was whole before."""
+    every_s: float = 0.0
+    """Seconds after which it is read again while it is the newest; 0 for once."""
 
     def run(self, memory: Memory) -> None:
         """Leave the reading to the time between jobs; where there is none, as in a rank, only delete."""
         if memory.has_idle_time:
-            is_behind, memory.idle_work = memory.idle_work is not None, scrub(self, memory)
+            is_behind = memory.rest_s() == 0
+            memory.idle_work, memory.idle_at = scrub(self, memory), 0.0
             if is_behind:  # else checkpoints that are never read to their end would fill the disk
                 retire(self.folder, self.keeps, memory.sound, more=1)
         else:
             retire(self.folder, self.keeps, memory.sound)
 
 
-def scrub(job: Scrub, memory: Memory) -> Generator[None]:
-    """Verify a checkpoint slice by slice, and do what follows."""
+def scrub(job: Scrub, memory: Memory) -> Generator[float]:
+    """Verify a checkpoint slice by slice, do what follows, and begin again after ``every_s`` while it is whole."""
     path = folders.final_for(job.folder, job.step)
-    try:
-        damage = yield from find_damage_in(path)
-    except OSError:
-        retire(job.folder, job.keeps, memory.sound, more=1)  # nothing is known, and the disk must not fill up
-        raise
-    if not path.exists():  # the run has gone back
-        return
-    if damage:
-        folders.set_aside(path, damage)
-        job.tell(job.step, f"{path.name}: {damage}")
-    else:
-        memory.sound = job.step
-    retire(job.folder, job.keeps, memory.sound)
+    while True:
+        try:
+            damage = yield from find_damage_in(path)
+        except OSError:
+            retire(job.folder, job.keeps, memory.sound, more=1)  # nothing is known, and the disk must not fill up
+            raise
+        if not path.exists():  # the run has gone back
+            return
+        if damage:
+            folders.set_aside(path, damage)
+            was_whole = memory.sound == job.step
+            job.tell(job.step, f"{path.name}: {damage}", was_whole)
+            if was_whole:
+                memory.sound = None
+        else:
+            memory.sound = job.step
+        retire(job.folder, job.keeps, memory.sound)
+        if damage or not job.every_s:
+            return
+        yield job.every_s
 
 
 def retire(folder: Path, keeps: Retention, sound: int | None, more: int = 0) -> None:
@@ -68,7 +78,7 @@ def retire(folder: Path, keeps: Retention, sound: int | None, more: int = 0) -> 
     folders.retire(folder, kept, frozenset() if sound is None else {sound})
 
 
-def find_damage_in(path: Path) -> Generator[None, None, str]:
+def find_damage_in(path: Path) -> Generator[float, None, str]:
     """Compare all files of a checkpoint with its manifest, slice by slice; returns what is damaged.
 
     Raises:
@@ -91,7 +101,7 @@ def find_damage_in(path: Path) -> Generator[None, None, str]:
     return "; ".join(wrong)
 
 
-def sum_slowly(path: Path) -> Generator[None, None, FileSum]:
+def sum_slowly(path: Path) -> Generator[float, None, FileSum]:
     """Compute size and sha256 of a file, slice by slice, from the disk and not from what this host still has of it."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
@@ -99,5 +109,5 @@ def sum_slowly(path: Path) -> Generator[None, None, FileSum]:
         while content := file.read(SLICE):
             digest.update(content)
             size += len(content)
-            yield
+            yield 0.0
     return FileSum(size, digest.hexdigest())

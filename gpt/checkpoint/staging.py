@@ -11,6 +11,8 @@ import logging
 import mmap
 import os
 import pickle
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,10 @@ log = logging.getLogger(__name__)
 ALIGNMENT = 64
 ROOM_FOR_TEXT = 1 << 16
 """Bytes for a text that grows, as numbers in it do, so that the memory need not."""
+MOST_THREADS = 4
+"""Threads that copy at a time: more of them find no more bandwidth."""
+FEW_BYTES = 1 << 24
+"""Bytes that are copied before a thread has started."""
 TENSOR, PLAN = "tensor", "plan"
 
 
@@ -97,10 +103,11 @@ def stage(part: Part, memory: SharedMemory | None) -> tuple[StagedPart, SharedMe
         if memory is not None:
             memory.close()
         memory = SharedMemory(size + ROOM_FOR_TEXT, pin=any(tensor.is_cuda for tensor, _ in pickler.places))
+    copy_into(memory, [place for place in pickler.places if not place[0].is_cuda])
     devices = set()
     for tensor, offset in pickler.places:
-        memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor, non_blocking=memory.is_pinned)
         if tensor.is_cuda:
+            memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor, non_blocking=memory.is_pinned)
             devices.add(tensor.device)
     # The text goes this way too: a pipe would make the rank wait where the writer still deletes.
     staged = StagedPart(pickler.size, len(text))
@@ -108,6 +115,28 @@ def stage(part: Part, memory: SharedMemory | None) -> tuple[StagedPart, SharedMe
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return staged, memory
+
+
+def copy_into(memory: SharedMemory, places: Sequence[tuple[Tensor, int]], threads: int | None = None) -> None:
+    """Copy tensors of the host to their places, by as many threads as this rank has cores, and at most four.
+
+    One core moves fewer bytes than memory takes. torch's own threads would outlive the copy, and a process that is
+    forked off this one later could not use them.
+    """
+
+    def copy(place: tuple[Tensor, int]) -> None:
+        tensor, offset = place
+        memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
+
+    if threads is None:
+        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads < 2 or sum(tensor.nbytes for tensor, _ in places) < FEW_BYTES:
+        for place in places:
+            copy(place)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        # The largest first, so that all end at about the same time; list() raises what a copy raised.
+        list(pool.map(copy, sorted(places, key=lambda place: -place[0].nbytes)))
 
 
 class _Pickler(pickle.Pickler):

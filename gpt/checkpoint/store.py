@@ -21,7 +21,7 @@ from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.in_flight import Saved
 from gpt.checkpoint.loaded import LoadedCheckpoint
-from gpt.checkpoint.manifest import DamagedError, Manifest, find_damage, read_manifest
+from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, find_damage, read_manifest
 from gpt.checkpoint.memory import MemorySaves
 from gpt.checkpoint.memory_load import NotInMemoryError, discard_held_after, find_held, forget_others, load_held
 from gpt.checkpoint.part import rank_file
@@ -87,6 +87,12 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """List the steps that have a checkpoint, ascending."""
         return folders.steps(self.folder)
+
+    def is_new(self) -> bool:
+        """Tell whether there is nothing that a load could find: an empty folder, and no memory or copies beside it."""
+        if self.memory is not None or self._connect is not None:
+            return False
+        return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
 
     def save(
         self,
@@ -255,5 +261,5 @@ def _manifest_or_damage(path: Path) -> tuple[Manifest | None, str]:
     except DamagedError as damage:
         return None, str(damage)
     if manifest.step != folders.step_of(path):
-        return None, f"the manifest is of step {manifest.step}"
+        return None, f"{NAME} is that of step {manifest.step}"
     return manifest, ""

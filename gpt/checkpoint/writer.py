@@ -244,7 +244,7 @@ def work_on(memory: Memory) -> None:
     """Do a slice of the work between jobs; a failure ends it, and is told in the log of the rank."""
     assert memory.idle_work is not None
     try:
-        next(memory.idle_work)
+        memory.idle_at = time.monotonic() + next(memory.idle_work)
     except StopIteration:
         memory.idle_work = None
     except Exception as error:
@@ -258,7 +258,7 @@ def serve(connection: Connection) -> None:
     memory = Memory(has_idle_time=True)
     waiting: tuple[Any, ...] | None = None
     while True:
-        while memory.idle_work is not None and waiting is None and not connection.poll():
+        while waiting is None and (rest_s := memory.rest_s()) is not None and not connection.poll(rest_s):
             work_on(memory)
         # A job that waits for its time is given up when another comes.
         if waiting is None or connection.poll(waiting[2]):
@@ -276,7 +276,7 @@ def serve(connection: Connection) -> None:
                 memory.staged.close()
             memory.staged = SharedMemory(message[1], recv_handle(connection))
         elif kind == "end":
-            while memory.idle_work is not None:  # as long as whoever closes has patience
+            while memory.rest_s() == 0:  # as long as whoever closes has patience
                 work_on(memory)
             connection.send(("ended",))
             return

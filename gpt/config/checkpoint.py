@@ -29,6 +29,12 @@ INSTALLS = {
 MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
 
 
+def read_minutes(text: str) -> float | None:
+    """Read a number of minutes, as ``30min``; None where the text is none, or zero."""
+    found = MINUTES.fullmatch(text)
+    return float(found[1]) or None if found else None
+
+
 @dataclass(frozen=True)
 class Interval:
     """Distance of the periodic checkpoints: of ``steps`` and ``minutes`` at most one is set; neither is ``auto``."""
@@ -61,9 +67,9 @@ class CheckpointConfig:
     training wait for each."""
     give_up_after_min: float = 60.0
     """Minutes for which a run goes on whose checkpoints cannot be written, as on a full disk; 0 stops at the first."""
-    scrub: bool = False
+    scrub: Union[bool, str] = False
     """Read each checkpoint again after it was written, beside training, and set it aside where it is damaged; those
-    before it are deleted only when it is whole."""
+    before it are deleted only when it is whole. ``30min`` reads the newest one again every thirty minutes, too."""
     in_memory: bool = False
     """Keep the newest state of each node in its own memory and in that of the next node as well, so that ranks that
     die, or a node that a spare replaces, are back without reading the disk. Needs the launcher."""
@@ -86,9 +92,9 @@ class CheckpointConfig:
         require_range("checkpoint.keep_best", self.keep_best, 0, float("inf"))
         require_range("checkpoint.give_up_after_min", self.give_up_after_min, 0, float("inf"))
         require_positive("checkpoint.in_memory_interval", self.in_memory_interval)
-        if self.scrub and not self.asynchronous:
+        if self.scrub_every_s() is not None and not self.asynchronous:
             raise ConfigError(
-                "checkpoint.scrub=true with checkpoint.asynchronous=false",
+                f"checkpoint.scrub={str(self.scrub).lower()} with checkpoint.asynchronous=false",
                 "a process beside each rank, which reads while training goes on",
                 "checkpoint.asynchronous=true, or python -m launch.verify RUN, which may run beside a run",
             )
@@ -137,11 +143,28 @@ class CheckpointConfig:
         if re.fullmatch(r"-?\d+", text):
             require_range("checkpoint.interval", int(text), 0, float("inf"))
             return Interval(steps=int(text))
-        minutes = MINUTES.fullmatch(text)
-        if minutes is None or not float(minutes[1]):
+        minutes = read_minutes(text)
+        if minutes is None:
             raise ConfigError(
                 f"checkpoint.interval={text}",
                 "a number of steps, a number of minutes, or auto",
                 "checkpoint.interval=200, checkpoint.interval=30min or checkpoint.interval=auto",
             )
-        return Interval(minutes=float(minutes[1]))
+        return Interval(minutes=minutes)
+
+    def scrub_every_s(self) -> float | None:
+        """Read ``scrub``: None for no reading, 0 for one after each save, else the seconds until the next one too.
+
+        Raises:
+            ConfigError: it is none of true, false and a number of minutes.
+        """
+        if isinstance(self.scrub, bool):
+            return 0.0 if self.scrub else None
+        minutes = read_minutes(self.scrub.strip())
+        if minutes is None:
+            raise ConfigError(
+                f"checkpoint.scrub={self.scrub}",
+                "true to read each checkpoint once, false, or the minutes after which the newest is read again",
+                "checkpoint.scrub=true or checkpoint.scrub=30min",
+            )
+        return 60 * minutes

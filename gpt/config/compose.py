@@ -20,7 +20,7 @@ from launch.runs.compose import make_absolute, refuse_unknown, register_schema
 from launch.runs.explain import CONFIG_ERRORS, explain
 from launch.runs.overrides import PLACE_KEYS, append_groups, config_groups, typed_value
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
-from launch.runs.values import split_values, with_values
+from launch.runs.values import composed_with
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
@@ -35,10 +35,7 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     """
     words = append_groups(overrides)
     try:
-        chosen, values = split_values(words, config_groups().__contains__)
-        if any(override.is_sweep_override() for override in values):
-            chosen, values = tuple(words), []  # refused as Hydra refuses it
-        config = with_values(_composed(chosen), values)
+        config = composed_with(words, config_groups().__contains__, _composed)
     except CONFIG_ERRORS as error:
         raise explain(error, TrainConfig, overrides) from error
     refuse_unknown(config, TrainConfig)

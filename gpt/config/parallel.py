@@ -68,6 +68,10 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather). The
     last block, norm and output matrix are kept, since the backward pass begins with them."""
+    fsdp_min_num_params: Optional[int] = None
+    """fsdp only, without ep: fewest parameters of a unit, which is all-gathered and reduce-scattered at once: blocks
+    that follow each other are one unit until they have as many. null makes each block a unit. Larger units are fewer
+    and larger collectives, and more memory: about two units are gathered at a time."""
     reduce_each_micro_batch: bool = False
     """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not after the last one of a step only. A
     rank then holds its shard of them, not all of them in fp32: 4 bytes a parameter less, for as many reduce-scatters as
@@ -127,37 +131,57 @@ class ParallelConfig:
         if self.step_timeout_s is not None:
             require_range("parallel.step_timeout_s", self.step_timeout_s, 1, self.timeout_s)
         self._check_stages()
-        if self.cpu_offload and self.strategy not in (Strategy.fsdp, Strategy.auto):
-            raise ConfigError(
-                f"parallel.cpu_offload=true with parallel.strategy={self.strategy.name}",
+        if self.cpu_offload:
+            self._require_fsdp(
+                "parallel.cpu_offload=true",
                 "a strategy that gathers the model part by part as it computes",
                 "parallel=fsdp_offload, or parallel.cpu_offload=false",
             )
         self._check_reduction()
+        self._check_units()
         if self.dp_shard is None:
             return
         require_positive("parallel.dp_shard", self.dp_shard)
+        self._require_fsdp(
+            f"parallel.dp_shard={self.dp_shard}",
+            "a strategy that shards the model",
+            f"parallel=hsdp parallel.dp_shard={self.dp_shard}, or no parallel.dp_shard",
+        )
+
+    def _require_fsdp(self, given: str, expected: str, fix: str) -> None:
+        """Refuse what only FSDP has under any other strategy; parallel=auto may yet choose it."""
         if self.strategy not in (Strategy.fsdp, Strategy.auto):
-            raise ConfigError(
-                f"parallel.dp_shard={self.dp_shard} with parallel.strategy={self.strategy.name}",
-                "a strategy that shards the model",
-                f"parallel=hsdp parallel.dp_shard={self.dp_shard}, or no parallel.dp_shard",
-            )
+            raise ConfigError(f"{given} with parallel.strategy={self.strategy.name}", expected, fix)
 
     def _check_reduction(self) -> None:
         if not self.reduce_each_micro_batch:
             return
-        if self.strategy not in (Strategy.fsdp, Strategy.auto):
-            raise ConfigError(
-                f"parallel.reduce_each_micro_batch=true with parallel.strategy={self.strategy.name}",
-                "a strategy that shards the gradients",
-                "parallel=fsdp, or parallel.reduce_each_micro_batch=false",
-            )
+        self._require_fsdp(
+            "parallel.reduce_each_micro_batch=true",
+            "a strategy that shards the gradients",
+            "parallel=fsdp, or parallel.reduce_each_micro_batch=false",
+        )
         if self.pp > 1:
             raise ConfigError(
                 f"parallel.reduce_each_micro_batch=true with parallel.pp={self.pp}",
                 "no pipeline, whose schedule reduces the gradients of a stage when it has worked on all micro-batches",
                 "parallel.reduce_each_micro_batch=false",
+            )
+
+    def _check_units(self) -> None:
+        if self.fsdp_min_num_params is None:
+            return
+        require_positive("parallel.fsdp_min_num_params", self.fsdp_min_num_params)
+        self._require_fsdp(
+            f"parallel.fsdp_min_num_params={self.fsdp_min_num_params}",
+            "a strategy that gathers the model unit by unit",
+            "parallel=fsdp, or parallel.fsdp_min_num_params=null",
+        )
+        if self.ep > 1:
+            raise ConfigError(
+                f"parallel.fsdp_min_num_params={self.fsdp_min_num_params} with parallel.ep={self.ep}",
+                "one unit a block: those of experts stand between the blocks",
+                "parallel.fsdp_min_num_params=null",
             )
 
     def _check_stages(self) -> None:

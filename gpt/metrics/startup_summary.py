@@ -19,6 +19,7 @@ from gpt.accounting.flops import Flops, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 from gpt.config.float8 import float8_words
 from gpt.config.optim import ADAMW
+from launch.runs.wording import counted
 
 WIDTH = 110
 """Columns of the summary in a log file, which has no width of its own; more than a terminal has are not used."""
@@ -112,8 +113,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     optim = config.optim
     tokens = record["global_batch"] * record["block_size"]
     steps = f"{record['from_step']} done of {optim.max_steps:,}" if record["from_step"] else f"{optim.max_steps:,}"
-    count = record["accumulation"]
-    per_rank = f"{count} {'micro-batch' if count == 1 else 'micro-batches'} of {record['micro_batch']}"
+    per_rank = f"{counted(record['accumulation'], 'micro-batch', 'micro-batches')} of {record['micro_batch']}"
     saves = str(config.checkpoint.every())
     evaluates = f"every {config.eval.interval} steps" if config.eval.interval else "at the end"
     execution = [
@@ -151,9 +151,9 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
     shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
     layout = record["topology"]
     topology = " ".join([layout["strategy"], *(f"{k}={v}" for k, v in layout.items() if isinstance(v, int) and v > 1)])
-    threads = f"{ranks[0]['threads']} {'thread' if ranks[0]['threads'] == 1 else 'threads'} a rank"
+    threads = f"{counted(ranks[0]['threads'], 'thread')} a rank"
     return {
-        "ranks": f"{len(ranks)} on {len(hosts)} {'host' if len(hosts) == 1 else 'hosts'} ({shown}), {topology}",
+        "ranks": f"{len(ranks)} on {counted(len(hosts), 'host')} ({shown}), {topology}",
         "devices": named + (f", {min(memory):.0f} GiB each" if memory else f", {threads}"),
         "software": ", ".join(f"{k} {v}" for k, v in record["software"].items() if k in ("python", "torch", "cuda")),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -21,28 +21,30 @@ from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from gpt.model.loss import COMPUTE_DTYPES
 from gpt.parallel.timeline import waiting
+from gpt.topology.fsdp_units import fsdp_units
 
 
 def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
     """Shard every parameter of ``model``, or a pipeline stage of one, over ``mesh``, in groups that are all-gathered
     together.
 
-    After torchtitan (torchtitan/distributed/fsdp.py): the embedding, each block, and norm with output matrix. The last
-    block, norm and output matrix stay gathered between forward and backward pass, which begins with them; the embedding
-    needs no weight there. A tied matrix is used at both ends, so it stays gathered in between, in the group of the
-    model, which holds what is in no other.
+    After torchtitan (torchtitan/distributed/fsdp.py): the embedding, each block or several (``fsdp_units``), and norm
+    with output matrix. The last unit of blocks, norm and output matrix stay gathered between forward and backward
+    pass, which begins with them; the embedding needs no weight there. A tied matrix is used at both ends, so it
+    stays gathered in between, in the group of the model, which holds what is in no other.
     """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     reshard = config.parallel.reshard_after_forward
-    blocks = list(model.blocks)
+    blocks = iter(model.blocks)
+    units = [list(islice(blocks, count)) for count in fsdp_units(config, len(model.blocks))]
     tied = model.config.tie_embeddings
     if not tied and hasattr(model, "token_embedding"):
         entry = [module for module in (model.token_embedding, model.position) if module is not None]
         fsdp_shard_modules(entry, mesh, config, reshard)
         entry[0].set_unshard_in_backward(False)  # type: ignore[operator]
-    for block in blocks:
-        fsdp_shard_modules([block], mesh, config, reshard and block is not blocks[-1])
+    for unit in units:
+        fsdp_shard_modules(unit, mesh, config, reshard and unit is not units[-1])
     if not tied and hasattr(model, "head"):
         fsdp_shard_modules([model.norm, model.head], mesh, config, reshard=False)
     fsdp_shard_modules([model], mesh, config, reshard=False)

@@ -2,7 +2,7 @@
 
 An all-gather or reduce-scatter of n bytes over a ring of k ranks takes k - 1 steps of n / k bytes, an all-reduce twice
 as many (Thakur, Rabenseifner and Gropp, 2005, sections 4.1 and 4.5; NCCL's performance notes count so). Trees have less
-latency in large groups; they are not modeled.
+latency in large groups; they are modeled for a few numbers only.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class Group:
     def all_reduce(self, size: float) -> float:
         """Return the seconds of an all-reduce of ``size`` bytes."""
         return self.seconds("all_reduce", size)
+
+    def agree(self) -> float:
+        """Return the seconds of an all-reduce of a few numbers: over a tree, as NCCL does it, or as it was measured."""
+        if "all_reduce" in self.link.measured:
+            return self.all_reduce(0.0)
+        return 2 * math.ceil(math.log2(self.ranks)) * self.link.latency_s
 
     def all_to_all(self, size: float) -> float:
         """Return the seconds of an all-to-all in which each rank has ``size`` bytes."""

@@ -8,16 +8,17 @@ forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from gpt.accounting.flops import expert_rows, forward_flops
-from gpt.config import CpMethod, Ffn, ParallelConfig, Recompute, Strategy, TrainConfig
+from gpt.config import CpMethod, Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.planning.collectives import Group, group, strided_group
 from gpt.planning.hardware import Host, Machine
 from gpt.planning.memory import BF16, FP32, ParameterShards, elements
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
+from gpt.topology.fsdp_units import fsdp_units
 from gpt.topology.gradient_buckets import BUCKET_BYTES
 from gpt.topology.pipeline import StageLayers
 
@@ -80,30 +81,48 @@ def fsdp_s(
 ) -> float:
     """Return the exposed seconds per step of FSDP (arXiv 2304.11277, section 3).
 
-    Parameters are all-gathered for every forward pass, and those of all blocks but the last again for the backward pass
-    where they were resharded; gradients are reduce-scattered in the last backward pass, or in each, and in the last one
-    all-reduced between replicas. What the first block waits for, and what is reduced after it, overlaps with nothing:
-    itself and the embedding, with norm and output matrix where these are tied, and so one group
-    (gpt/parallel/fsdp.py).
+    Parameters are all-gathered for every forward pass, and those of all units of blocks but the last again for the
+    backward pass where they were resharded; gradients are reduce-scattered in the last backward pass, or in each,
+    and in the last one all-reduced between replicas. What the first unit waits for, and what is reduced after it,
+    overlaps with nothing: itself and the embedding, with norm and output matrix where these are tied, and so one
+    group (gpt/parallel/fsdp.py).
     """
     width = BF16 if config.precision.is_half else FP32
     rings, replicas = list(shard_groups(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
-    ring = rings[0][1]
-    gathers = sum(ring.all_gather(width * count) for count, ring in rings)
-    scatters = sum(ring.reduce_scatter(FP32 * count) for count, ring in rings)
+    ring, units = rings[0][1], fsdp_units(config, shards.layers) or [1]
+    # A group of parameters for each unit of blocks, and for what is around them one where it is tied, or else two;
+    # the experts of each block are a group of their own.
+    around = 1 if config.model.tie_embeddings else 2
+    counts = [len(units) + around, shards.layers][: len(rings)]
+    gathers = sum(in_pieces(r.all_gather, width * size, n) for (size, r), n in zip(rings, counts, strict=True))
+    scatters = sum(in_pieces(r.reduce_scatter, FP32 * size, n) for (size, r), n in zip(rings, counts, strict=True))
     sums = scatters + replicas.all_reduce(FP32 * shards.stored())
-    ends = elements(shards.block) + elements(shards.around if config.model.tie_embeddings else shards.entry)
-    first, last = ring.all_gather(width * ends), ring.reduce_scatter(FP32 * ends)
+    ends = units[0] * elements(shards.block) + elements(shards.around if config.model.tie_embeddings else shards.entry)
+    first, last = in_pieces(ring.all_gather, width * ends, 2), in_pieces(ring.reduce_scatter, FP32 * ends, 2)
     again = 0.0
-    if config.parallel.reshard_after_forward and shards.layers:
-        freed = replace(shards, layers=shards.layers - 1, around=())
-        again = sum(ring.all_gather(width * count) for count, ring in shard_groups(dims, freed, machine))
+    freed = replace(shards, layers=max(0, shards.layers - units[-1]), around=())
+    if config.parallel.reshard_after_forward and freed.layers:
+        counts = [len(units) - 1, freed.layers][: len(rings)]
+        pieces = zip(shard_groups(dims, freed, machine), counts, strict=True)
+        again = sum(in_pieces(r.all_gather, width * size, n) for (size, r), n in pieces)
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(0.0, again - BACKWARD * compute_s)
     if config.parallel.reduce_each_micro_batch:
         backward = max(last, again + scatters - BACKWARD * compute_s)
     closing = max(last, again + sums - BACKWARD * compute_s)
     return batch.accumulation * forward + (batch.accumulation - 1) * backward + closing
+
+
+def agreement_s(config: TrainConfig, dims: ParallelDims, machine: Machine) -> float:
+    """Return the seconds per step in which all ranks sum a few numbers: figures, and the norm of sharded gradients."""
+    everyone = strided_group(machine, dims.data_ranks * dims.model_ranks, 1)
+    is_whole = config.parallel.strategy is Strategy.ddp and dims.model_ranks * dims.ep == 1
+    return (1 if is_whole else 2) * everyone.agree()
+
+
+def in_pieces(collective: Callable[[float], float], size: float, count: int) -> float:
+    """Return the seconds of ``count`` collectives one after another, of ``size`` bytes in all."""
+    return collective(size) + (count - 1) * collective(0.0)
 
 
 STEP_BYTES = 7 * FP32
@@ -229,12 +248,37 @@ def expert_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, mac
     return 2 * (2 + again) * ring.all_to_all(product_width(config) * rows * model.n_embd)
 
 
-def pipeline_s(config: TrainConfig, dims: ParallelDims, batch: Batch, num_stages: int, machine: Machine) -> float:
-    """Return the seconds per micro-batch of sending hidden states to the next stage, and gradients back."""
-    stride = dims.data_ranks * dims.cp * dims.tp
-    link = machine.intra_node if dims.pp * stride <= machine.ranks_per_node else machine.inter_node
+def pipeline_s(
+    config: TrainConfig, dims: ParallelDims, batch: Batch, stages: Sequence[StageLayers], machine: Machine
+) -> float:
+    """Return the seconds per micro-batch of sending hidden states to the next stage, and gradients back.
+
+    In 1F1B hidden states to a neighbor and gradients from it pass at the same time, as a link takes both directions
+    (the paired sends of torch's Schedule1F1B): a stage inside has two such exchanges, the first and the last have one.
+    """
     size = hidden_width(config) * tokens_per_rank(config, dims, batch) * config.model.n_embd
-    return 2 * num_stages * Group(dims.pp, link).send(size)
+    size //= dims.tp if config.parallel.sequence_parallel else 1
+    sends = 2 * len(stages)
+    if config.parallel.schedule is Schedule["1f1b"]:
+        sends -= sum(stage.first + stage.last for stage in stages)
+    return sends * stage_group(dims, machine).send(size)
+
+
+def stage_group(dims: ParallelDims, machine: Machine) -> Group:
+    """Return the group of two pipeline ranks: within a node where a whole pipeline is."""
+    stride = dims.data_ranks * dims.cp * dims.tp
+    return Group(2, machine.intra_node if dims.pp * stride <= machine.ranks_per_node else machine.inter_node)
+
+
+def tied_embedding_s(
+    config: TrainConfig, dims: ParallelDims, stages: Sequence[StageLayers], shards: ParameterShards, machine: Machine
+) -> float:
+    """Return the seconds per step in which the first and the last stage exchange gradients of a tied embedding."""
+    ends = [stage for stage in stages if stage.first != stage.last]
+    if not config.model.tie_embeddings or len(ends) != 1:
+        return 0.0
+    tied = next(p for p in shards.around if p.name.startswith("token_embedding."))
+    return stage_group(dims, machine).send(FP32 * tied.stored(tied.ranks))
 
 
 def deepspeed_s(config: TrainConfig, batch: Batch, shards: ParameterShards, ring: Group, compute_s: float) -> float:

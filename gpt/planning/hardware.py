@@ -13,6 +13,7 @@ from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_byte
 from gpt.accounting.units import GIB
 from gpt.config import Precision
 from launch.errors import ConfigError
+from launch.runs.matmul_rates import MatmulRates
 from launch.runs.network import TIERS, LinkFit, Network
 
 ATTAINABLE = 0.5
@@ -84,6 +85,8 @@ class Machine:
     """Link of a rank to one of another node, while all ranks of its node send."""
     host: Host | None = None
     """None where the devices are the CPUs themselves."""
+    matmul: MatmulRates | None = None
+    """Rates of matrix products by size, where they were measured; ``flops_per_s`` is then the fastest of them."""
 
     def __str__(self) -> str:
         intra_node, inter_node = self.intra_node.bytes_per_s / GIGA, self.inter_node.bytes_per_s / GIGA

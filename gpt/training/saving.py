@@ -174,7 +174,13 @@ def start_copies(run: Run) -> None:
         run.copies.copy(run.step)
 
 
-def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str) -> None:
-    """Enter in the event log that the checkpoint of a step was read again, found damaged, and set aside."""
+def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str, was_whole: bool) -> None:
+    """Enter in the event log that the checkpoint of a step was read again, found damaged, and set aside.
+
+    One that ``was_whole`` at an earlier reading is replaced: others were deleted for it, and the next save may be far.
+    One that was written damaged is not, or a disk that spoils all that is written would be written to without end.
+    """
     folder.record_event("checkpoint_set_aside", attempt=attempt, step=step, cause=damage)
     say(f"the checkpoint of step {step} is damaged: {damage}")
+    if was_whole:
+        (folder.path / "SAVE").touch()  # as a user asks for a save: all ranks hear of it after the same step

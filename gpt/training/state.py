@@ -82,6 +82,9 @@ def describe(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 def load(run: Run) -> None:
     """Go on from the newest checkpoint that is whole, if there is one."""
+    if run.store.is_new():  # the optimizer's state need not be made yet, which takes torch a step
+        run.engine.begin()
+        return
     state = run.engine.state()
     if run.config.checkpoint.in_memory and run.store.memory is None and run.world.is_first:
         run.folder.record_event("memory_passed_over", attempt=run.attempt, cause="a node has no memory store")

@@ -17,6 +17,7 @@ from gpt.planning.memory import GIB
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError
+from launch.runs.matmul_rates import MatmulRates, read_matmul_rates
 from launch.runs.network import read_network
 from launch.runs.ranges import closest
 from launch.workload import PlanRequest, StepTime
@@ -63,6 +64,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
         ConfigError: too little is said of them.
     """
     cluster, links = request.cluster, request.cluster.interconnect
+    rates = matmul_rates(config, request)
     overrides = MachineOverrides(
         memory=gpu_memory(request),
         peak_tflops=cluster.gpu_tflops,
@@ -74,7 +76,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
         host_memory=host_memory(request),
     )
     if on_cpus(config, request):
-        return calibrate(cpus(cpu_memory(request), request.ranks_per_node, overrides), request)
+        return calibrate(measured(cpus(cpu_memory(request), request.ranks_per_node, overrides), rates), request)
     name = gpu_name(request)
     tf32 = choose_tf32(config, on_cpus=False)
     found = gpus(name or "", config.precision, request.ranks_per_node, overrides, tf32)
@@ -85,7 +87,12 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
             "cluster.gpu_name, as nvidia-smi -L prints it; or cluster.gpu_tflops and cluster.gpu_memory_gib",
             f"""'cluster.gpu_name="{(closest(name or "", KNOWN) or ["NVIDIA H100 80GB HBM3"])[0]}"'""",
         )
-    return calibrate(found if name else replace(found, device="a GPU"), request)
+    return calibrate(measured(found if name else replace(found, device="a GPU"), rates), request)
+
+
+def measured(machine: Machine, rates: MatmulRates | None) -> Machine:
+    """Return a machine with rates as they were measured, if they were."""
+    return machine if rates is None else replace(machine, flops_per_s=rates.best, matmul=rates)
 
 
 def calibrate(machine: Machine, request: PlanRequest) -> Machine:
@@ -105,7 +112,31 @@ def calibrate(machine: Machine, request: PlanRequest) -> Machine:
         for link in (machine.intra_node, machine.inter_node)
     ]
     rate = machine.flops_per_s * request.rate_factor
-    return replace(machine, flops_per_s=rate, intra_node=faster[0], inter_node=faster[1])
+    matmul = None if machine.matmul is None else machine.matmul.times(request.rate_factor)
+    return replace(machine, flops_per_s=rate, matmul=matmul, intra_node=faster[0], inter_node=faster[1])
+
+
+def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | None:
+    """Return the measured rates of matrix products on the devices of a request, in the precision of a run.
+
+    Raises:
+        ConfigError: the file is broken, of another device, or lacks the precision.
+    """
+    if request.cluster.matmul_rates is None:
+        return None
+    path = Path(request.cluster.matmul_rates)
+    found, is_on_cpus = read_matmul_rates(path), on_cpus(config, request)
+    device = "CPU" if is_on_cpus else gpu_name(request)
+    again = f"python -m gpt.bench_matmul --output {path} on such a node, or cluster.matmul_rates=null"
+    if device is not None and device != found.device:
+        raise ConfigError(f"cluster.matmul_rates={path}, measured on {found.device}", f"rates of {device}", again)
+    precision = "tf32" if choose_tf32(config, is_on_cpus) else config.precision.name
+    if precision == "auto":
+        precision = "fp32" if is_on_cpus else "bf16"
+    if precision not in found.precisions:
+        told = f"cluster.matmul_rates={path}, with rates in {', '.join(found.precisions)}"
+        raise ConfigError(told, f"rates in {precision}, the precision of the run", again)
+    return found.precisions[precision]
 
 
 def host_memory(request: PlanRequest) -> int | None:
@@ -131,6 +162,7 @@ def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, reques
     """Time of a step by the cost model of the layouts; None on this machine's CPUs, and where too little is known."""
     if request.is_local and on_cpus(config, request):
         return None
+    matmul_rates(config, request)  # a file of another device is refused, where too little said is not
     try:
         machine = machine_of(config, request)
     except ConfigError:  # too little is said of the nodes, which only parallel=auto has to know

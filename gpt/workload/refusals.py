@@ -14,6 +14,7 @@ from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from gpt.workload.nodes import gpu_memory, gpu_name, gpu_words, host_memory, on_cpus
 from launch.errors import ConfigError
+from launch.runs.wording import counted
 from launch.workload import PlanRequest
 
 
@@ -34,7 +35,7 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
         raise ConfigError(
             found,
             f"the same number of sequences for every rank{points}",
-            f"optim.global_batch={-(-total // every) * every}, or {fewer} {'rank' if fewer == 1 else 'ranks'} in all",
+            f"optim.global_batch={-(-total // every) * every}, or {counted(fewer, 'rank')} in all",
         )
     return split_batch(config.optim, ranks)
 

@@ -69,9 +69,10 @@ def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
         return ""
     held = in_memory_bytes(config, world_size, nodes)
     where = "its own node and of the next" if nodes > 1 else "its node"
+    gone = "a lost head node, or two neighbors lost together, take" if nodes > 1 else "a lost node takes"
     return (
         f"; every {config.checkpoint.in_memory_interval} steps in the memory of {where}, "
-        f"{held / GIB:.3f} GiB for each rank of a node"
+        f"{held / GIB:.3f} GiB for each rank of a node ({gone} it along: then the disk's counts)"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launch.agent import processes
-from launch.agent.avoided_hosts import hosts_to_avoid
+from launch.agent.avoided_hosts import hosts_to_avoid, points_beside
 from launch.agent.node import Node
 from launch.agent.on_event import on_event
 from launch.agent.outcome import apply_decision
@@ -55,7 +55,8 @@ def settle(folder: RunFolder, node: Node, config: Config, status: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue, and there is more to be done then
     if action is Action.requeue:  # decided by an agent that was killed before Slurm knew
         decided = next(e for e in reversed(events) if e["event"] == "decided")
-        requeue(folder, node, config, Cause(decided["cause"]), hosts_to_avoid(events))
+        avoid = hosts_to_avoid(events, points_beside(folder))
+        requeue(folder, node, config, Cause(decided["cause"]), avoid)
         return status
     attempt, cause = cut_short(folder, node, config, events)
     apply_decision(folder, node, config, attempt, cause, f"srun ended with exit status {status}", in_step=False)

@@ -1,7 +1,8 @@
 """Environment of an attempt, written by the agents for workloads whose ranks do not tell it: ``environment.json``.
 
 Each agent describes the ranks of its node in a file of its own, and the head node puts them together when all are
-there. Torch-free. Must not know what the ranks compute.
+there. What a full filesystem does not take is tried again: no run ends for its record. Torch-free. Must not know what
+the ranks compute.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
-from launch.runs.files import read_json, write_json
+from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.hosts import describe_rank, driver_version
 from launch.runs.provenance import code_state, describe_code, library_versions
 from launch.runs.rank_environment import describe_environment
+from launch.runs.unwritten import has_written
 from launch.workload import CodeTree, RankCommand, RankContract
 
 
@@ -33,6 +36,8 @@ class EnvironmentRecord:
         self._attempt = attempt
         self._place = place
         self._nodes = nodes
+        self._part_left: dict[str, Any] | None = None
+        self._known: dict[str, Any] = {}
         self._is_written = False
 
     def describe_node(self, ranks: Sequence[int], cpus: Sequence[Collection[int]] | None = None) -> None:
@@ -45,18 +50,29 @@ class EnvironmentRecord:
         entries = [describe_rank(rank, local, self._place) for local, rank in enumerate(ranks)]
         for local, bound in enumerate(cpus or ()):
             entries[local]["cores"] = len(bound)
-        write_json(self._part(self._place), {"ranks": entries})
+        self._part_left = {"ranks": entries}
+        self._write_part()
+
+    def _write_part(self) -> None:
+        if self._part_left is not None and has_written(self._part(self._place), self._part_left):
+            self._part_left = None
 
     def poll(self, workload: str, command: RankCommand, contract: RankContract, tree: CodeTree) -> None:
         """On the head node: write ``environment.json`` as soon as all nodes have described themselves."""
+        self._write_part()
         if self._is_written or self._place:
             return
+        self._known = self._known or self._describe(workload, command, contract, tree)
+        self._is_written = bool(self._known) and has_written(self._folder.environment(self._attempt), self._known)
+
+    def _describe(self, workload: str, command: RankCommand, contract: RankContract, tree: CodeTree) -> dict[str, Any]:
+        """Put the record of the attempt together; empty while a node has not described itself."""
         parts = [read_json(self._part(place)).get("ranks") for place in range(self._nodes)]
         if any(part is None for part in parts):
-            return
+            return {}
         ranks = [entry for part in parts for entry in part or ()]
         driver = driver_version()
-        known = {
+        return {
             "attempt": self._attempt,
             "time": time.time(),
             "workload": workload,
@@ -72,8 +88,6 @@ class EnvironmentRecord:
             "weak_scaling": contract.weak_scaling,
             "max_steps": contract.max_steps,
         }
-        write_json(self._folder.environment(self._attempt), known)
-        self._is_written = True
 
     def _part(self, place: int) -> Path:
         return self._folder.attempt(self._attempt) / "nodes" / f"{place:05d}.json"

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from launch.agent.clock import RunningClock
 from launch.agent.node import Node, address_towards
 from launch.agent.signed_store import SignedStore, new_token, open_store
-from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
+from launch.runs.unwritten import has_written
 
 INTERVAL_S = 0.5
 QUICK_S = 0.02
@@ -79,7 +79,11 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
         return RendezvousEndpoint(store, address_towards(told["address"]), told["token"])
     address, token = node.own_address(), new_token()
     store = open_store(address, timeout)
-    write_endpoint(folder, node, address=address, port=store.port, token=token)
+    deadline = time.monotonic() + timeout_s
+    while not write_endpoint(folder, node, address=address, port=store.port, token=token):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no room for {endpoint_file(folder, node)} in {timeout_s:.0f} s")
+        time.sleep(POLL_S)
     return RendezvousEndpoint(store, address, token)
 
 
@@ -213,9 +217,12 @@ def endpoint_file(folder: RunFolder, node: Node) -> Path:
     return folder.path / ".launch" / f"{node.job}.json"
 
 
-def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> None:
-    """On the head node: add to the endpoint file. It holds the job's token, so nobody else may read it."""
-    write_json(endpoint_file(folder, node), {**(read_endpoint(folder, node) or {}), **fields}, mode=0o600)
+def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> bool:
+    """On the head node: add to the endpoint file; False where a full filesystem does not take it.
+
+    It holds the job's token, so nobody else may read it.
+    """
+    return has_written(endpoint_file(folder, node), {**(read_endpoint(folder, node) or {}), **fields}, mode=0o600)
 
 
 def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.agent.avoided_hosts import unreliable_hosts
+from launch.agent.avoided_hosts import points_beside, unreliable_hosts
 from launch.agent.members import HeadNodeLostError, LostNode, NodesMissingError, SickNodesError
 from launch.agent.memory_store import MemoryStore
 from launch.agent.meter import Meter
@@ -141,7 +141,7 @@ def start_repeatedly(
         stop.interruptible = True
         if node.is_head:
             refuse_replaced(folder, node)
-        avoid = unreliable_hosts(folder.read_events()) if node.is_head else {}
+        avoid = unreliable_hosts(folder.read_events(), points_beside(folder)) if node.is_head else {}
         rdzv = group.next_round(number, avoid)
         if rdzv is None:
             return

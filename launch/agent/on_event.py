@@ -27,6 +27,7 @@ from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder, is_event
 from launch.worker import STORE_PREFIX
 
+COPY_FAILED = "copy_failed"
 POLL_S = 0.5
 LONGEST_LINE = 1 << 20
 TOLD_AS_THEY_ARE = (
@@ -39,6 +40,8 @@ TOLD_AS_THEY_ARE = (
 def name_of(event: Mapping[str, Any]) -> str | None:
     """Name by which the command is told of an event; None where it is not told."""
     kind = event["event"]
+    if kind == COPY_FAILED:  # and tried again every few minutes, for as long as the store is away
+        return kind if event["failures"] == 1 else None
     if kind in TOLD_AS_THEY_ARE:
         return str(kind)
     if kind != "decided" or event["action"] == Action.requeue:  # what comes of that is an event of its own

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch.agent.avoided_hosts import hosts_to_avoid
+from launch.agent.avoided_hosts import hosts_to_avoid, points_beside
 from launch.agent.health import describe
 from launch.agent.members import LostNode, RendezvousRound, SickNode, lost_text, record_lost_nodes, record_sick_nodes
 from launch.agent.meter import BUDGET, Meter
@@ -203,7 +203,7 @@ def apply_decision(
         decision = Decision(decision.action, f"{decision.reason}; {left} of {config.nodes} nodes go on")
     record_decision(folder, attempt, cause, decision)
     if decision.action is Action.requeue:
-        requeue(folder, node, config, cause, hosts_to_avoid(events), text)
+        requeue(folder, node, config, cause, hosts_to_avoid(events, points_beside(folder)), text)
     if decision.action is Action.stop and cause not in WANTED:
         raise RunFailedError(f"{text or f'the run was {cause}'}\nnot started again: {decision.reason}")
     return decision

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from launch.checks.facts import SlurmFacts
-from launch.checks.nodes import is_given_one_cpu, plural
+from launch.checks.nodes import is_given_one_cpu
 from launch.checks.request import partitions_of
 from launch.config import ClusterKind, Config
 from launch.plan.open_keys import settle_key
 from launch.plan.placement import configs as configs_at
+from launch.runs.wording import counted
 from launch.scheduler.limits import Limits, NodeLimits, Partition
 
 CPUS_PER_RANK = 4
@@ -46,7 +47,7 @@ def cpus_for(config: Config, facts: SlurmFacts) -> tuple[int, str] | None:
     Every node that has the GPUs asked for can give them, at every place that the point may go to.
     """
     wanted = CPUS_PER_RANK * config.ranks_on_node
-    why = f"{CPUS_PER_RANK} for each of {plural(config.ranks_on_node)} on a node"
+    why = f"{CPUS_PER_RANK} for each of {counted(config.ranks_on_node, 'rank')} on a node"
     smallest: int | None = None
     for _, there in configs_at(config):
         limits = facts.at(there.cluster.cluster)
@@ -61,7 +62,9 @@ def cpus_for(config: Config, facts: SlurmFacts) -> tuple[int, str] | None:
                     smallest, name = most, f"{node.name} in {partition.name}"
     if smallest is None:
         return None
-    return (wanted, why) if wanted <= smallest else (smallest, f"all of {name}, for {plural(config.ranks_on_node)}")
+    if wanted > smallest:
+        return smallest, f"all of {name}, for {counted(config.ranks_on_node, 'rank')}"
+    return wanted, why
 
 
 def fitting(limits: Limits, partition: Partition, config: Config) -> list[NodeLimits]:

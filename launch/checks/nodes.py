@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from launch.checks.facts import Request
 from launch.checks.findings import PENDS, Finding, fail, warn
 from launch.config import ClusterConfig
+from launch.runs.wording import counted
 from launch.scheduler.limits import Gres, Limits, NodeLimits, Partition, gres
 
 
@@ -80,11 +81,6 @@ def gres_text(part: Gres, number: str | None = None) -> str:
     return ":".join(text for text in (part.name, part.type, number or str(part.count)) if text)
 
 
-def plural(ranks: int) -> str:
-    """A number of ranks for people."""
-    return f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
-
-
 def typed_options(cluster: ClusterConfig) -> set[str]:
     """Options of sbatch among cluster.additional_parameters, however they are spelled."""
     return {str(key).replace("-", "_") for key in cluster.additional_parameters}
@@ -111,10 +107,11 @@ def check_defaults(limits: Limits, partition: Partition, request: Request) -> It
     if gives_whole_nodes(partition, cluster):
         return
     if is_given_one_cpu(limits, partition, cluster):
-        why = f"Slurm gives the one task of a node 1 CPU, for {plural(ranks)} with their data and communication threads"
+        on_it = f"{counted(ranks, 'rank')} with their data and communication threads"
+        why = f"Slurm gives the one task of a node 1 CPU, for {on_it}"
         yield warn("cpus", "cluster.cpus_per_task is not set", why, f"cluster.cpus_per_task={4 * ranks}")
     elif cluster.cpus_per_task is not None and cluster.cpus_per_task < ranks:
-        found = f"cluster.cpus_per_task={cluster.cpus_per_task} for {plural(ranks)} on a node"
+        found = f"cluster.cpus_per_task={cluster.cpus_per_task} for {counted(ranks, 'rank')} on a node"
         yield warn(
             "cpus",
             found,

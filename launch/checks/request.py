@@ -145,7 +145,7 @@ def check_access(
         if allowed is not None and value is None:
             # Without accounting Slurm knows no default and 22.05.8 says "Job's account not known", for good.
             found = f"partition {partition.name} takes {key} {', '.join(allowed)} only, and cluster.{key} is not set"
-            if limits.config.get("AccountingStorageType", "").endswith("/none") and key == "account":
+            if key == "account" and not limits.has_accounting:
                 yield fail(key, found, PENDS, f"cluster.{key}={allowed[0]}")
             else:
                 yield warn(key, found, f"your default {key} must be among them", f"cluster.{key}={allowed[0]}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from launch.errors import ConfigError
+from launch.runs.wording import counted
 
 
 def tasks_of(launcher: DictConfig) -> int | None:
@@ -48,8 +49,8 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
         same = f"hydra.launcher.nodes={need} hydra.launcher.tasks_per_node=1"
     fits = len(set(wanted)) == 1 and "submitit" in chosen
     raise ConfigError(
-        f"a point with nodes={need} (spare_nodes included), and hydra/launcher={chosen} starts {have} "
-        f"task{'' if have == 1 else 's'} for every point",
+        f"a point with nodes={need} (spare_nodes included), and hydra/launcher={chosen} starts "
+        f"{counted(have, 'task')} for every point",
         "one task, the agent, for each node of a point; a stock launcher gives all points the same resources",
         f"{same}; or {own}" if fits else own,
     )

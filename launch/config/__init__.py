@@ -224,9 +224,9 @@ class LaunchConfig:
     """Files of the report that is written at the end: md, csv, png, svg, json, html, and tensorboard, a sweep's Scaling
     run or a run's Summary. Drawing is most of the work; python -m launch.report makes all of them later."""
     on_event: Any = None
-    """Command of yours that the agent of the head node runs when a run starts, ends, fails, is requeued or loses a
-    node, with the event in LAUNCH_EVENT and the like (docs/resilience.md). A string that is split as a shell would, or
-    a list. The run folder keeps it: a token belongs into a file that the command reads."""
+    """Command of yours that the agent of the head node runs when a run starts, ends, fails, is requeued, loses a node
+    or cannot copy a checkpoint, with the event in LAUNCH_EVENT and the like (docs/resilience.md). A string that is
+    split as a shell would, or a list. The run folder keeps it: a token belongs into a file that the command reads."""
     on_event_timeout_s: float = 60.0
     """Seconds after which that command is killed, 1 to 600."""
     gpu_sample_s: float = 5.0

@@ -14,6 +14,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from launch.errors import ConfigError
+from launch.runs.matmul_rates import read_matmul_rates
 from launch.runs.network import read_network
 from launch.runs.ranges import require_positive, require_range
 
@@ -152,6 +153,8 @@ class ClusterConfig:
     """Dense peak of one GPU in the precision of the run, TFLOP/s; null is what is known of gpu_name."""
     matmul_efficiency: float = 0.5
     """The share of that peak at which a pass computes while it sends nothing; parallel=auto only."""
+    matmul_rates: Optional[str] = None
+    """File of ``python -m gpt.bench_matmul``: rates of matrix products by size, in place of peak and efficiency."""
     interconnect: InterconnectConfig = field(default_factory=InterconnectConfig)
     network: Optional[str] = None
     """File of ``python -m launch.bench_network``: each collective as it was measured, in place of interconnect."""
@@ -211,6 +214,8 @@ class ClusterConfig:
         self.interconnect.validate()
         if self.network is not None:
             read_network(Path(self.network))
+        if self.matmul_rates is not None:
+            read_matmul_rates(Path(self.matmul_rates))
         self.validate_mail()
         self.validate_container()
         self.validate_cluster()

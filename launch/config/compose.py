@@ -9,7 +9,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +30,7 @@ from launch.runs.identity import RunConfig
 from launch.runs.overrides import append_groups, config_groups, typed_key, typed_value
 from launch.runs.ranges import closest
 from launch.runs.renamed import adopt_former_keys, tell_former_keys
-from launch.runs.values import split_values, with_values
+from launch.runs.values import composed_with
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
@@ -193,9 +193,7 @@ def compose_launch(
     if not inside and config_dir is None and not return_hydra_config:
         # Our own files stay as they are: what was composed of them before in this process differs in values only.
         with suppress(*CONFIG_ERRORS):  # to be explained by what follows
-            chosen, values = split_values(args, config_groups().__contains__)
-            if not any(override.is_sweep_override() for override in values):
-                return with_values(_composed(chosen, target_of(args)), values)
+            return composed_with(args, config_groups().__contains__, partial(_composed, target_of(args)))
     searched = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]
     with nullcontext() if inside else initialize_config_module("configs", version_base="1.3"):
         try:
@@ -205,7 +203,7 @@ def compose_launch(
 
 
 @cache
-def _composed(chosen: tuple[str, ...], target: str) -> DictConfig:
+def _composed(target: str, chosen: tuple[str, ...]) -> DictConfig:
     """Compose our own files over the schema that is registered, which is that of the workload ``target``."""
     with initialize_config_module("configs", version_base="1.3"):
         return hydra_compose("config", list(chosen))

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.config import Config
 from launch.config.compose import compose_launch, prepare_overrides
 from launch.runs.explain import CONFIG_ERRORS, explain
-from launch.runs.values import split_values, with_values
+from launch.runs.values import composed_with
 
 
 def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
@@ -56,17 +56,17 @@ def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[S
         command: the config of the whole command.
         points: overrides of each point.
     """
-    shared: dict[tuple[str, ...], DictConfig] = {}
 
     @cache  # to list the files of a group Hydra copies its whole search path, and all points have the same keys
     def is_group(key: str) -> bool:
         return bool(loader.get_group_options(key))
 
+    @cache
+    def files_of(chosen: tuple[str, ...]) -> DictConfig:
+        return _without_hydra(loader.load_sweep_config(command, list(chosen)))
+
     for point in points:
-        chosen, values = split_values([str(text) for text in point], is_group)
-        if chosen not in shared:
-            shared[chosen] = _without_hydra(loader.load_sweep_config(command, list(chosen)))
-        composed = with_values(shared[chosen], values)
+        composed = composed_with([str(text) for text in point], is_group, files_of)
         OmegaConf.set_struct(composed, None)
         OmegaConf.copy_cache(from_config=command, to_config=composed)
         yield composed

@@ -49,7 +49,7 @@ SBATCH_KEYS = {
     "SBATCH_TIMELIMIT": "timeout_min",
 }
 FEW_FILES = 4096
-PYTHONS = ((3, 11), (3, 12))
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 
 
 def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -175,7 +175,7 @@ def check_versions(facts: Facts) -> Iterator[Finding]:
     if machine.python not in PYTHONS:
         found = f"Python {machine.python[0]}.{machine.python[1]} at {machine.executable}"
         fix = f"python{PYTHONS[-1][0]}.{PYTHONS[-1][1]} -m venv .venv && .venv/bin/pip install -e ."
-        yield fail("python", found, "tested are Python 3.11 and 3.12, and the job runs this one", fix)
+        yield fail("python", found, "tested are Python 3.11 to 3.13, and the job runs this one", fix)
     else:
         yield fine(
             "python", f"{machine.python[0]}.{machine.python[1]}, torch {machine.versions.get('torch', 'missing')}"

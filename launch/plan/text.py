@@ -12,22 +12,22 @@ from launch.plan import expected, placement
 from launch.plan.budget import Use, caps, rates_of, read_event_logs, refuse_above, use_text, used
 from launch.plan.plan import Plan
 from launch.runs.folder import RunFolder
+from launch.runs.wording import counted
 
 
 def plan_text(plan: Plan) -> str:
     """The plan as a person reads it."""
     gpus = "" if plan.gpu_hours is not None else ", no GPUs asked for"
-    ranks = "rank" if plan.world_size == 1 else "ranks"
     spares = f", and {plan.spares} spare" if plan.spares else ""
     done = {"finished": "already: nothing is submitted; fresh=true runs it again in a new folder"}
     rows = {
         **(done if plan.finished else {}),
         **({"goes": going_on} if (going_on := plan.goes_on.text(plan.max_steps)) else {}),
-        "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {plan.world_size} {ranks} on {plan.cluster}{spares}",
+        "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {counted(plan.world_size, 'rank')} on {plan.cluster}{spares}",
         **plan.promised.rows,
         **({"lost nodes": fewer_text(plan.promised.fewer_nodes)} if plan.promised.fewer_nodes else {}),
         "worst case": f"{use_text(Use(plan.node_hours, plan.gpu_hours, plan.cost))}{gpus} ("
-        f"{plan.nodes_asked} {'node' if plan.nodes_asked == 1 else 'nodes'} for {plan.timeout_min} min)",
+        f"{counted(plan.nodes_asked, 'node')} for {plan.timeout_min} min)",
         **({"expected": expected.point_text(plan)} if plan.expected_s is not None else {}),
         "folder": plan.run_dir,
     }

@@ -17,7 +17,7 @@ from launch.project.goal import EXAMPLE, NODES, compose_goal, offers, parse_goal
 from launch.project.goal_views import show_offers
 from launch.project.projection import project
 from launch.project.sizes import parse_sizes
-from launch.project.sweep_points import read_links, read_sweep
+from launch.project.sweep_points import read_links, read_sweep, with_matmul_rates
 from launch.project.views import csv_text, json_text, markdown, show
 from launch.report.selection import Selection, select
 from launch.runs.files import deny_others_writing, write_atomically
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="links as measured: the file of launch.bench_network, or the keys of cluster.interconnect in YAML",
     )
+    parser.add_argument("--matmul-rates", type=Path, metavar="FILE", help="rates that the workload has measured")
     parser.add_argument("--mtbf-hours", type=float, metavar="H", help="mean time between failures of one node")
     typed = parser.parse_intermixed_args(arguments)
     if typed.fit is not None:
@@ -66,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
     selection = select(folder, typed.sweep)
     network = None if typed.network is None else read_links(typed.network)
-    found = project(read_sweep(selection, network), sizes, typed.mtbf_hours, typed.gpu)
+    sweep = read_sweep(selection, network)
+    if typed.matmul_rates is not None:
+        sweep = with_matmul_rates(sweep, typed.matmul_rates, typed.gpu)
+    found = project(sweep, sizes, typed.mtbf_hours, typed.gpu)
     console = Console(soft_wrap=True)
     show(found, console)
     from launch.project.figure import draw  # matplotlib takes a second, which no refusal should wait for
@@ -84,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def fit(typed: argparse.Namespace) -> int:
     """Show the cheapest set-ups that make a goal; ConfigError where nothing does."""
-    refused = [name for name, value in (("--sweep", typed.sweep), ("--mtbf-hours", typed.mtbf_hours)) if value]
+    options = {"--sweep": typed.sweep, "--mtbf-hours": typed.mtbf_hours, "--matmul-rates": typed.matmul_rates}
+    refused = [name for name, value in options.items() if value]
     if refused or (wrong := [word for word in typed.words if "=" not in word]):
         strange = f"--fit with {', '.join(refused or wrong)}"
         raise ConfigError(

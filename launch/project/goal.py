@@ -17,6 +17,7 @@ from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_key
+from launch.runs.wording import counted
 from launch.workload import PlanRequest, SetUp, TrainingGoal
 
 DAYS = {"hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 30.0}
@@ -119,11 +120,11 @@ def offers(
             found = [as_offer(goal, config, nodes, one) for one in ask(goal, config, words, nodes)]
         except ConfigError as error:
             refusal = error
-            tell(f"{counted(nodes)}: {error.found}")
+            tell(f"{counted(nodes, 'node')}: {error.found}")
             continue
         every += found
         if found:
-            tell(f"{counted(nodes)}: {min(one.days for one in found):.3g} days")
+            tell(f"{counted(nodes, 'node')}: {min(one.days for one in found):.3g} days")
         enough += any(one.days <= goal.days for one in found)
         if enough == SIZES_SHOWN:
             break
@@ -134,11 +135,6 @@ def offers(
         assert refusal is not None
         raise refusal
     raise too_slow(goal, every)
-
-
-def counted(nodes: int) -> str:
-    """Return a number of nodes for people."""
-    return f"{nodes} node{'' if nodes == 1 else 's'}"
 
 
 SIZES_SHOWN = 4

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from launch.project.goal import Goal, Offer
-from launch.report.views import percent
+from launch.report.numbers import percent
 from launch.runs.overrides import typed_key
 
 GIB = 2**30

@@ -3,7 +3,8 @@
 A workload with a cost model of its own (the GPT's) is asked for the time of a step on nodes as they were measured:
 fitted are the rate at which a rank computes, and one factor on latency and bandwidth of the links, unless those were
 measured. For any other program the time is a sum of a part that is divided among the ranks, a part that is not, and a
-part that grows with the logarithm of their number, as trees and latencies do. Owns the fits. Must not know what is
+part that grows with the logarithm of their number, as trees and latencies do. To both the slowest rank adds what it is
+slower than their mean, where the records tell. Owns the fits. Must not know what is
 shown.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from launch.project.search import minimum, root
+from launch.project.stragglers import RankSpread
 from launch.workload import StepTime
 
 
@@ -47,6 +49,9 @@ class Model(Protocol):
 
     def parts(self, nodes: int) -> dict[str, float]:
         """Share of the step by cause, in seconds; they add up to ``seconds``."""
+
+    def own_s(self, nodes: int) -> float:
+        """Time of a step in which a rank works by itself."""
 
 
 Costs = Callable[[int, float, float], StepTime]
@@ -84,6 +89,10 @@ class CostModel:
         found = self.costs(nodes, self.rate, self.links)
         waits = {f"communication {name}": seconds for name, seconds in found.communication_s.items() if seconds}
         return {"compute": found.compute_s, **({"bubble": found.bubble_s} if found.bubble_s else {}), **waits}
+
+    def own_s(self, nodes: int) -> float:
+        """Time of a step in which a rank computes."""
+        return self.costs(nodes, self.rate, self.links).compute_s
 
 
 def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool = False) -> CostModel:
@@ -140,6 +149,44 @@ class TrendModel:
         terms = terms_of(nodes * self.ranks_per_node, self.is_weak)
         named = zip(("divided among the ranks", "on every rank", "grows with the ranks"), self.weights, strict=True)
         return {name: w * term for (name, w), term in zip(named, terms, strict=True) if w * term}
+
+    def own_s(self, nodes: int) -> float:
+        """Time of a step that does not grow with the ranks."""
+        divided, constant, _ = terms_of(nodes * self.ranks_per_node, self.is_weak)
+        return self.weights[0] * divided + self.weights[1] * constant
+
+
+@dataclass(frozen=True)
+class StragglerModel:
+    """A model of a step whose ranks are all as fast as their mean, and what the slowest of them adds to it."""
+
+    even: Model
+    spread: RankSpread
+    ranks_per_node: int
+    reference_s: float
+    """Own time by the model at the point whose spread was measured."""
+
+    @property
+    def text(self) -> str:
+        """One sentence on what was fitted, for people."""
+        return f"{self.even.text}; stragglers as the expected maximum over the ranks"
+
+    def seconds(self, nodes: int) -> float:
+        """Time of a step. Raises ConfigError where a run of this size cannot work."""
+        return self.even.seconds(nodes) + self.stragglers_s(nodes)
+
+    def parts(self, nodes: int) -> dict[str, float]:
+        """Seconds of the step by cause, stragglers among them."""
+        return {**self.even.parts(nodes), "stragglers": self.stragglers_s(nodes)}
+
+    def own_s(self, nodes: int) -> float:
+        """Time of a step in which the mean rank works by itself."""
+        return self.even.own_s(nodes)
+
+    def stragglers_s(self, nodes: int) -> float:
+        """Time by which the slowest rank is expected to take longer than their mean: a share of the own time."""
+        scale = self.own_s(nodes) / self.reference_s if self.reference_s > 0 else 1.0
+        return self.spread.share(nodes * self.ranks_per_node) * self.spread.own_s * scale
 
 
 def terms_of(ranks: int, is_weak: bool) -> tuple[float, float, float]:

@@ -60,6 +60,8 @@ class Row:
     gpu_hours_per_giga: float | None = None
     """GPU-hours for 10^9 units of work, goodput included."""
     cost_per_giga: float | None = None
+    stragglers_s: float | None = None
+    """Part of the step by which the slowest rank takes longer than their mean: seen, or expected."""
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds of a step by cause, as the model has them."""
     refused: str = ""
@@ -111,14 +113,36 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
         error=error,
         unit=sweep.base.unit or "units",
         is_weak=sweep.is_weak,
-        notes=(*notes, *LIMITS),
+        notes=(*notes, *straggler_notes(sweep, sizes), *limits(sweep)),
         label=sweep.series.label,
     )
 
 
 FAR = 16
 """So many times the largest measured size and beyond, a projection says so."""
-LIMITS = ("not in it: slow ranks, congestion by other jobs, and links of more tiers than in and between nodes",)
+
+
+def straggler_notes(sweep: SweepPoints, sizes: Sequence[int]) -> tuple[str, ...]:
+    """Tell from what the stragglers follow, and from which size on they are extrapolated."""
+    if not sweep.spreads:
+        return ()
+    nodes = max(sweep.spreads)
+    spread, ranks = sweep.spreads[nodes], max(sizes) * (sweep.measured[0].ranks // sweep.measured[0].nodes)
+    text = f"stragglers: {spread.text} at nodes={nodes}"
+    if ranks > spread.ranks:
+        beyond = f"; beyond {spread.ranks} ranks what is throughout grows as normal draws do"
+        tail = f", and noise beyond {max(spread.ranks, spread.noise.reach):,} ranks by an exponential tail"
+        text += ("" if spread.has_stages else beyond) + (tail if ranks > spread.noise.reach else "")
+    return (text,)
+
+
+def limits(sweep: SweepPoints) -> tuple[str, ...]:
+    """Tell what no figure knows of."""
+    others = "congestion by other jobs, and links of more tiers than in and between nodes"
+    if sweep.spreads:
+        return (f"not in it: {others}",)
+    lacking = f" ({sweep.untold})" if sweep.untold else ""
+    return (f"not in it: slow ranks{lacking}, {others}",)
 
 
 def hold_out(sweep: SweepPoints) -> HeldOut:
@@ -144,7 +168,8 @@ def measured_row(sweep: SweepPoints, index: int, failures: Failures | None) -> R
     point, member = sweep.measured[index], sweep.members[index]
     assert member.figures is not None
     rate = member.figures.throughput
-    return complete(Row(point.nodes, point.ranks, True, point.step_s, point.low_s, point.high_s, rate), sweep, failures)
+    row = Row(point.nodes, point.ranks, True, point.step_s, point.low_s, point.high_s, rate)
+    return complete(replace(row, stragglers_s=sweep.stragglers_s(point)), sweep, failures)
 
 
 def projected_row(
@@ -168,6 +193,7 @@ def projected_row(
         high_s=seconds * math.exp(error),
         throughput=throughput(sweep, nodes, seconds),
         memory_bytes=memory.get("total") if isinstance(memory, dict) else None,
+        stragglers_s=parts.get("stragglers"),
         parts=parts,
     )
     return complete(row, sweep, failures)

@@ -6,8 +6,8 @@ Owns the choice of one series with enough points, and how a workload's cost mode
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 
@@ -16,11 +16,13 @@ from launch.config.cluster import ClusterConfig, InterconnectConfig
 from launch.config.compose import read_point as read_config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
-from launch.project.models import CostModel, Costs, Measured, Model, fit_costs, fit_trend
+from launch.project.models import CostModel, Costs, Measured, Model, StragglerModel, fit_costs, fit_trend
+from launch.project.stragglers import RankSpread, read_spread
 from launch.report.points import Point, read_point
 from launch.report.selection import Selection
 from launch.report.series import MeasuredPoint, Series, label_points, measure, split
 from launch.runs.folder import RunFolder
+from launch.runs.matmul_rates import read_matmul_rates
 from launch.runs.network import read_network
 from launch.workload import PlanRequest, StepTime, WorkloadPlan
 
@@ -41,6 +43,10 @@ class SweepPoints:
     """
     left_out: tuple[str, ...] = ()
     """Points whose ranks shared cores or a GPU, which says nothing of nodes of their own."""
+    spreads: Mapping[int, RankSpread] = field(default_factory=dict)
+    """Nodes of a point with several ranks -> spread of their own times; empty unless all of these tell."""
+    untold: str = ""
+    """Reason for which there are none, for people; empty where no point has several ranks."""
 
     @property
     def base(self) -> Point:
@@ -53,11 +59,32 @@ class SweepPoints:
         return self.series.scaling == "weak"
 
     def fit(self, points: Sequence[Measured]) -> Model:
-        """Fit a model to some of the points."""
+        """Fit a model to some of the points.
+
+        The times that were measured hold what their slowest ranks took longer: it is taken off before the fit, and at
+        every size comes back as what is expected there.
+        """
         costs = self.costs()
+        even = [self.without_stragglers(point) for point in points]
         if costs is None:
-            return fit_trend(points, self.is_weak)
-        return fit_costs(points, costs, links_are_given=isinstance(self.network, InterconnectConfig))
+            model: Model = fit_trend(even, self.is_weak)
+        else:
+            model = fit_costs(even, costs, links_are_given=isinstance(self.network, InterconnectConfig))
+        widest = next((point for point in reversed(points) if point.nodes in self.spreads), None)
+        if widest is None:
+            return model
+        per_node = widest.ranks // widest.nodes
+        return StragglerModel(model, self.spreads[widest.nodes], per_node, model.own_s(widest.nodes))
+
+    def without_stragglers(self, point: Measured) -> Measured:
+        """Return a point as if all its ranks had been as fast as their mean, as far as that is known."""
+        late = self.stragglers_s(point) or 0.0
+        return replace(point, step_s=point.step_s - late, low_s=point.low_s - late, high_s=point.high_s - late)
+
+    def stragglers_s(self, point: Measured) -> float | None:
+        """Time by which the slowest rank of a point took longer than their mean; None where that is not known."""
+        spread = self.spreads.get(point.nodes)
+        return None if spread is None else spread.own_s * spread.share(point.ranks)
 
     def fit_onto(self, gpu: str) -> Model:
         """Fit a model to all points, and take it to other GPUs: the same shares of what those are said to do.
@@ -67,14 +94,16 @@ class SweepPoints:
         """
         seen = None if self.base.environment is None else self.base.environment.device_names
         model = self.fit(self.measured)
+        even = model.even if isinstance(model, StragglerModel) else model
         costs = self.costs(gpu) if self.has_gpus else None
-        if costs is None or not isinstance(model, CostModel):
+        if costs is None or not isinstance(even, CostModel):
             raise ConfigError(
                 f"--gpu {gpu} for a sweep on {seen or 'devices that were not recorded'}",
                 "GPUs whose peaks are known, for the sweep and to project onto, and a workload with a cost model",
                 "python -m launch.project without --gpu",
             )
-        return replace(model, costs=costs)
+        onto = replace(even, costs=costs)
+        return replace(model, even=onto) if isinstance(model, StragglerModel) else onto
 
     @property
     def has_gpus(self) -> bool:
@@ -130,7 +159,7 @@ class SweepPoints:
         elif known.mem_gb is None:
             known = replace(known, mem_gb=UNLIMITED_GB)
         if gpu is not None:
-            known = replace(known, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None)
+            known = replace(known, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None, matmul_rates=None)
         if isinstance(self.network, Path):
             return replace(known, network=str(self.network))
         return known if self.network is None else replace(known, interconnect=self.network, network=None)
@@ -188,7 +217,38 @@ def read_sweep(selection: Selection, network: InterconnectConfig | Path | None =
             "script.work_per_step=N, beside script.weak_scaling where it grows",
         )
     config = read_config(RunFolder(members[-1].point.path))
-    return SweepPoints(several[0], members, tuple(map(as_measured, members)), config, network, left_out)
+    measured = tuple(map(as_measured, members))
+    spreads, untold = read_spreads(members, measured)
+    return SweepPoints(several[0], members, measured, config, network, left_out, spreads, untold)
+
+
+def read_spreads(members: Sequence[MeasuredPoint], measured: Sequence[Measured]) -> tuple[dict[int, RankSpread], str]:
+    """Read how the own times of ranks differ, by nodes; or nothing, and the reason.
+
+    One rank waits for nobody. If one point of several ranks does not tell, what the others tell cannot be told from
+    the rest of its time: all are taken as they are.
+    """
+    spreads = {}
+    for member, point in zip(members, measured, strict=True):
+        if point.ranks == 1:
+            continue
+        spread, title = read_spread(member.point), member.point.title
+        if spread is None:
+            return {}, f"{title} does not tell each rank's waits, comm_s, in every step"
+        if spread.own_s * spread.share(point.ranks) >= point.low_s:
+            return {}, f"{title} had pauses on average as long as most of its steps"
+        spreads[point.nodes] = spread
+    return spreads, ""
+
+
+def with_matmul_rates(sweep: SweepPoints, path: Path, gpu: str | None) -> SweepPoints:
+    """Return a sweep whose nodes compute at measured rates; ConfigError where the file is broken, or of other GPUs."""
+    if gpu is not None:
+        expected = "rates of the GPUs of the sweep, for a projection onto these"
+        raise ConfigError(f"--matmul-rates {path} with --gpu {gpu}", expected, "--matmul-rates without --gpu")
+    read_matmul_rates(path, "--matmul-rates")
+    cluster = replace(sweep.config.cluster, matmul_rates=str(path.absolute()))
+    return replace(sweep, config=replace(sweep.config, cluster=cluster))
 
 
 def as_measured(member: MeasuredPoint) -> Measured:

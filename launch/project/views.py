@@ -15,13 +15,13 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from launch.project.projection import Projection, Row
-from launch.report.views import percent, rate, seconds
+from launch.report.numbers import percent, rate, seconds
 
 Cell = Callable[[Row], str]
 GIB = 2**30
 WIDE = 1000
 """Columns of a terminal on which every table fits."""
-DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput")
+DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput", "stragglers")
 """Columns that go where a terminal is too narrow; the files have them all."""
 
 
@@ -46,6 +46,7 @@ def columns(found: Projection) -> dict[str, Cell]:
     optional: dict[str, tuple[Callable[[Row], float | None], Callable[[float], str]]] = {
         f"{found.unit}/s": (lambda row: row.throughput, rate),
         "efficiency": (lambda row: row.efficiency, percent),
+        "stragglers": (lambda row: row.stragglers_s, seconds),
         "memory a rank": (lambda row: row.memory_bytes, lambda value: f"{value / GIB:.2f} GiB"),
         "goodput": (lambda row: row.goodput, percent),
         f"GPU-hours / 10^9 {found.unit}": (lambda row: row.gpu_hours_per_giga, lambda value: f"{value:,.3g}"),

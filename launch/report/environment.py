@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.runs.folder import RunFolder
+from launch.runs.wording import counted
 
 NO_CHANGES = hashlib.sha256(b"").hexdigest()
 
@@ -112,7 +113,7 @@ def _shared(places: list[RankPlace]) -> list[str]:
     on_cpu = [place for place in places if place.device == "cpu"]
     threads, cores = sum(place.threads for place in on_cpu), max((place.cores for place in on_cpu), default=0)
     if threads > cores:
-        phrases.append(f"{_count(threads, 'thread')} on {_count(cores, 'core')}")
+        phrases.append(f"{counted(threads, 'thread')} on {counted(cores, 'core')}")
     return phrases
 
 
@@ -123,10 +124,6 @@ def _location(machines: list[list[RankPlace]]) -> str:
     if len(hosts) == 1:
         return f"of {hosts[0]}"
     return f"of one machine ({', '.join(hosts) if len(hosts) <= 4 else f'{hosts[0]} to {hosts[-1]}'})"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def read_environment(run: RunFolder, attempt: int) -> Environment | None:

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from launch.report.gpu_use import GpuUse
+from launch.report.numbers import percent, told
 from launch.report.table import ScalingTable
 
 MOST_HOSTS = 16
 """Hosts that the table of one run lists, first those that were throttled most; the JSON file has all."""
-
-
-def told(value: float | None, unit: str) -> str:
-    """Write a figure with four digits, and its unit."""
-    if value is None:
-        return "unavailable"
-    return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.4g} {unit}"
-
-
-def share(value: float | None) -> str:
-    """Write a share in percent."""
-    return "unavailable" if value is None else f"{100 * value:.1f} %"
 
 
 def gpu_cells(table: ScalingTable) -> list[list[str]]:
@@ -33,7 +22,7 @@ def gpu_cells(table: ScalingTable) -> list[list[str]]:
     for row, use in known:
         energy = [told(row.energy_kwh, "kWh"), *([told(row.joules_per_work, "J")] if has_work else [])]
         gpus = str(sum(host.gpus for host in use.hosts))
-        cells.append([row.label or row.point, gpus, *energy, told(use.mean_power_w, "W"), share(use.throttled)])
+        cells.append([row.label or row.point, gpus, *energy, told(use.mean_power_w, "W"), percent(use.throttled)])
     return cells
 
 
@@ -43,9 +32,9 @@ def host_cells(use: GpuUse | None) -> list[list[str]]:
         return []
     cells = [["host", "GPUs", "energy", "mean power of a GPU", "SM clock", "hottest", "throttled", "reasons"]]
     for host in sorted(use.hosts, key=lambda host: -(host.throttled or 0.0))[:MOST_HOSTS]:
-        reasons = ", ".join(f"{reason} {share(of)}" for reason, of in host.reasons.items())
+        reasons = ", ".join(f"{reason} {percent(of)}" for reason, of in host.reasons.items())
         energy = told(None if host.energy_j is None else host.energy_j / 3.6e6, "kWh")
         power, clock = told(host.mean_power_w, "W"), told(host.sm_clock_mhz, "MHz")
-        shown = [energy, power, clock, told(host.hottest_c, "°C"), share(host.throttled), reasons]
+        shown = [energy, power, clock, told(host.hottest_c, "°C"), percent(host.throttled), reasons]
         cells.append([host.host, str(host.gpus), *shown])
     return cells

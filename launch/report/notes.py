@@ -23,6 +23,7 @@ from launch.report.series import (
     made_with,
     work_text,
 )
+from launch.runs.wording import counted
 
 if TYPE_CHECKING:
     from launch.report.row import Row
@@ -121,8 +122,7 @@ def _fewer_nodes(member: MeasuredPoint) -> str:
     if not point.fewer_nodes:
         return ""
     told = ", ".join(
-        f"{steps} step{'' if steps == 1 else 's'} on {nodes} node{'' if nodes == 1 else 's'}"
-        for nodes, steps in point.fewer_nodes.items()
+        f"{counted(steps, 'step')} on {counted(nodes, 'node')}" for nodes, steps in point.fewer_nodes.items()
     )
     all_of_them = sum(point.fewer_nodes.values()) == point.last_step
     then = (

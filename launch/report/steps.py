@@ -74,7 +74,7 @@ def _is_filled_in(columns: RecordColumns) -> Flags:
     return ~columns.known[TIME] & follows
 
 
-def _step_times(columns: RecordColumns) -> tuple[Flags, Floats]:
+def step_times(columns: RecordColumns) -> tuple[Flags, Floats]:
     """Step times, known and their values; as ``records.fill_in_step_times`` where a record names none."""
     known, values = columns.known[TIME], columns.values[TIME]
     missing = np.flatnonzero(_is_filled_in(columns))
@@ -215,7 +215,7 @@ class _Reduction:
         self._attempts[at] = np.maximum(self._attempts[at], columns.attempts)
         counts = columns.attempts == self._attempts[at]
         at = at[counts]
-        known, times = _step_times(columns)
+        known, times = step_times(columns)
         self._own_times.add(rank, columns, known, times)
         self._timed[at] += known[counts]
         times = np.where(known, times, np.nan)[counts]

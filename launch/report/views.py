@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +23,10 @@ from launch.report.details import RunDetail
 from launch.report.goodput import PARTS
 from launch.report.gpu_tables import gpu_cells, host_cells
 from launch.report.losses import LOSSES
+from launch.report.numbers import UNAVAILABLE, amount, count, percent, percentages, rate, run_time, seconds
 from launch.report.row import Row
 from launch.report.table import ScalingTable
 
-UNAVAILABLE = "unavailable"
 NOT_CLAIMED = "not claimed"
 DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
 """Columns, by the end of their titles, that go where a terminal is too narrow."""
@@ -42,45 +41,11 @@ class Column:
     number: bool = True
 
 
-def _count(value: float | None) -> str:
-    return UNAVAILABLE if value is None else f"{value:,.0f}"
-
-
-def rate(value: float | None) -> str:
-    """Throughput with three digits at least: 9.87, 98.7, 987, 98,765."""
-    if value is None or value >= 100:
-        return _count(value)
-    return f"{value:.3g}"
-
-
-def seconds(value: float | None) -> str:
-    """A duration in ms or s with three digits."""
-    if value is None:
-        return UNAVAILABLE
-    number, unit = (value * 1000, "ms") if value < 0.9995 else (value, "s")
-    return f"{number:#.3g}".rstrip(".") + f" {unit}"
-
-
-def percent(value: float | None) -> str:
-    """A share in percent; small ones, such as the MFU of a small model, keep a digit."""
-    if value is None:
-        return UNAVAILABLE
-    return f"{value * 100:.1f} %"
-
-
 def efficiency(row: Row) -> str:
     """Efficiency in percent; one that is not exact is marked, and has no decimals."""
     if row.noisy and row.efficiency is not None:
         return f"~{100 * row.efficiency:.0f} %"
     return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
-
-
-def run_time(value: float | None) -> str:
-    """A long duration: 12.3 s, 4 min 05 s, 2 h 10 min."""
-    if value is None or value < 99.95:
-        return seconds(value)
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def columns(table: ScalingTable) -> list[Column]:
@@ -91,7 +56,7 @@ def columns(table: ScalingTable) -> list[Column]:
     per_s = f"{table.unit}/s"
     found = [Column("point", lambda row: row.label, number=False)]
     found += [state] if table.compares_run_times else []
-    found += [Column("nodes", lambda row: _count(row.nodes)), Column("ranks", lambda row: _count(row.ranks))]
+    found += [Column("nodes", lambda row: count(row.nodes)), Column("ranks", lambda row: count(row.ranks))]
     if any(row.topology for row in rows):
         found.append(Column("topology", lambda row: row.topology or UNAVAILABLE, number=False))
     if has_rates or table.is_gpt:
@@ -102,7 +67,7 @@ def columns(table: ScalingTable) -> list[Column]:
         found.append(Column("spread", lambda row: seconds(row.step_time_s_spread)))
     else:
         found.append(Column("run time", lambda row: run_time(row.run_time_s)))
-        found.append(Column("attempts", lambda row: _count(row.attempts)))
+        found.append(Column("attempts", lambda row: count(row.attempts)))
     if table.is_scaling and (not table.compares_run_times or any(row.speedup is not None for row in rows)):
         found.append(Column("speedup", lambda row: UNAVAILABLE if row.speedup is None else f"{row.speedup:.2f}"))
         found.append(Column("efficiency", efficiency))
@@ -180,11 +145,13 @@ def markdown(table: ScalingTable) -> str:
         blocks.append(f"# {heading}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     blocks += filter(None, (table.conditions, table.selection.text))
     blocks.append("\n".join(f"- {note}" for note in table.notes))
-    blocks += filter(None, [_losses_table(table), _times_table(table), _gpu_table("GPUs", gpu_cells(table))])
+    blocks.append(_table("What efficiency was lost to", losses_cells(table)))
+    blocks.append(_table("Where the time went", times_cells(table)))
+    blocks.append(_table("GPUs", gpu_cells(table)))
     if len(table.rows) == 1:
         blocks += [block for found in table.details for block in _detail_blocks(found)]
-        blocks += filter(None, [_gpu_table("GPUs by host", host_cells(next(iter(table.gpus), None)))])
-    return "\n\n".join(blocks) + "\n"
+        blocks.append(_table("GPUs by host", host_cells(next(iter(table.gpus), None))))
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def times_cells(table: ScalingTable) -> list[list[str]]:
@@ -210,51 +177,23 @@ def times_cells(table: ScalingTable) -> list[list[str]]:
     return cells
 
 
-def _times_table(table: ScalingTable) -> str:
-    """Write the times of the points as a table; empty where nothing is known of them."""
-    cells = times_cells(table)
+def _table(heading: str, cells: list[list[str]]) -> str:
+    """Write cells under a heading, numbers to the right of the names; empty where there are none."""
     if not cells:
         return ""
-    return "## Where the time went\n\n" + lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]])
+    return f"## {heading}\n\n" + lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]])
 
 
-def _gpu_table(heading: str, cells: list[list[str]]) -> str:
-    """Write cells about GPUs as a table; empty where there are none."""
-    return (
-        f"## {heading}\n\n" + lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]]) if cells else ""
-    )
-
-
-def _losses_table(table: ScalingTable) -> str:
-    """Write what efficiency was lost to as a table; empty where nothing is known of it."""
+def losses_cells(table: ScalingTable) -> list[list[str]]:
+    """Tell what efficiency was lost to, with a head; empty where nothing is known of it."""
     rows = [row for row in table.rows if row.lost_to()]
-    if not rows:
-        return ""
     phases = [phase for phase in LOSSES if any(phase in row.lost_to() for row in rows)]
-    cells = [["point", *(LOSSES[phase] for phase in phases), "efficiency"], [":---", *["---:"] * (len(phases) + 1)]]
+    cells = [["point", *(LOSSES[phase] for phase in phases), "efficiency"]]
     for row in rows:
         parts = row.lost_to()
         texts = dict(zip([*parts, ""], percentages([*parts.values(), row.efficiency or 0.0]), strict=True))
         cells.append([row.label, *(f"{texts[p]} %" if p in texts else UNAVAILABLE for p in phases), f"{texts['']} %"])
-    return "## What efficiency was lost to\n\n" + lines(cells)
-
-
-def percentages(shares: Sequence[float]) -> list[str]:
-    """Round shares to tenths of a percent so that they add up to their rounded sum: 100.0 where that is 1.
-
-    Those whose digits behind are largest are rounded up (largest remainder method).
-    """
-    tenths = [1000 * share for share in shares]
-    below = [math.floor(value) for value in tenths]
-    order = sorted(range(len(tenths)), key=lambda index: below[index] - tenths[index])
-    for index in order[: round(sum(tenths)) - sum(below)]:
-        below[index] += 1
-    return [f"{value / 10:.1f}" for value in below]
-
-
-def amount(value: float | None) -> str:
-    """A sum of money, or hours, with two decimals."""
-    return UNAVAILABLE if value is None else f"{value:,.2f}"
+    return cells if rows else []
 
 
 def _detail_blocks(found: RunDetail) -> list[str]:

@@ -1,17 +1,22 @@
 """Step records of one rank as columns: numbers of chosen fields, without a dictionary for each record.
 
-Owns the fast way through a file that ``launch.runs.records`` wrote, and proves line by line where it may be taken: any
-other line is parsed as JSON. A report of a thousand ranks reads gigabytes. Must not know what the numbers mean.
+Owns the fast way through a file that ``launch.runs.records`` wrote: msgspec decodes a block of lines at once and skips
+what nobody asked for. Lines that it refuses are for Python's parser of JSON to judge, whose word holds: a report reads
+the records that every other reader does. Must not know what the numbers mean.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -21,14 +26,8 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-BLOCK = 1 << 20
-"""Bytes that are looked at together."""
-NUMBER = 25
-"""Bytes that a number takes at most: a double 24."""
-FEW = 8
-"""Lines of one layout in a block below which a parser of JSON takes no longer."""
-START = b'{"step": '
-NEWLINE, COMMA, QUOTE, COLON, OPEN, CLOSE, UNDERSCORE = b'\n,":{}_'
+BLOCK = 1 << 18
+"""Bytes that are decoded together: they stay in a core's cache while they are looked at."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class RecordColumns:
     steps: Integers
     attempts: Integers
     known: Mapping[str, Flags]
-    """Field -> where a record has a number there."""
+    """Field -> where a record has a number there. Like ``values`` not to be written to: fields may share an array."""
     values: Mapping[str, Floats]
     last: dict[str, Any]
     """The record of the last step, whole."""
@@ -54,28 +53,27 @@ def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> R
     was done again the record of the later attempt counts; with ``every`` all are there, as the file has them.
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
-    parts, offset = [], 0
-    for block in _blocks(path):
-        part = _read_block(block, names)
-        part.starts += offset
-        parts.append(part)
-        offset += len(block)
-    if not any(len(part.starts) for part in parts):
+    parts = [part for start, block in _blocks(path) if len((part := _read_block(start, block, names)).lines)]
+    if not parts:
         return None
-    values = np.concatenate([part.values for part in parts])
-    known = np.concatenate([part.known for part in parts])
-    starts = np.concatenate([part.starts for part in parts])
-    if not every and not (np.diff(values[:, 0]) > 0).all():
-        kept = latest_records(values[:, 0], values[:, 1])
-        values, known, starts = values[kept], known[kept], starts[kept]
-    with path.open("rb") as file:
-        file.seek(int(starts[-1]))
-        last = json.loads(file.readline())
+    known = np.concatenate([part.known for part in parts], axis=1)
+    values = np.concatenate([part.values for part in parts], axis=1)
+    kept = None if every or (np.diff(values[0]) > 0).all() else latest_records(values[0], values[1])
+    last = _record(path, parts, values.shape[1] - 1 if kept is None else int(kept[-1]))
+    if kept is not None:
+        known, values = known[:, kept], values[:, kept]
+    # A process that reads for another one sends what it found: fields that are nowhere, or everywhere, only once.
+    size = values.shape[1]
+    everywhere, nowhere, unknown = np.ones(size, np.bool_), np.zeros(size, np.bool_), np.full(size, np.nan)
+    counts = known.sum(axis=1).tolist()
     return RecordColumns(
-        steps=values[:, 0].astype(np.int64),
-        attempts=values[:, 1].astype(np.int64),
-        known={name: known[:, index] for index, name in enumerate(names)},
-        values={name: values[:, index] for index, name in enumerate(names)},
+        steps=values[0].astype(np.int64),
+        attempts=values[1].astype(np.int64),
+        known={
+            name: everywhere if counts[index] == size else known[index] if counts[index] else nowhere
+            for index, name in enumerate(names)
+        },
+        values={name: values[index] if counts[index] else unknown for index, name in enumerate(names)},
         last=last,
     )
 
@@ -87,202 +85,124 @@ def latest_records(steps: Floats, attempts: Floats) -> Integers:
     return is_last
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    """Whole lines of a file, some hundred KB at a time; a last line without its end is a line. No file: nothing."""
+def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines of a file, ``BLOCK`` bytes of it at a time, and where each begins; a last line without its end is
+    a line. No file: nothing."""
     try:
         file = path.open("rb", buffering=0)
     except (FileNotFoundError, NotADirectoryError):
         return
     with file:
-        rest = b""
-        while read := file.read(BLOCK):
-            block = rest + read if rest else read
-            end = block.rfind(b"\n") + 1
-            if end:
-                yield block[:end]
-            rest = block[end:]
-        if rest:
-            yield rest
+        start = 0
+        while block := file.read(BLOCK):
+            while (end := block.rfind(b"\n") + 1) == 0 and (more := file.read(BLOCK)):
+                block += more
+            if end and end < len(block):  # the rest is read again with the lines that it belongs to
+                block = block[:end]
+                file.seek(start + end)
+            yield start, block
+            start += len(block)
 
 
 @dataclass
 class _Part:
-    """Records of some lines, in their order: where each starts, and its fields, [records, fields]."""
+    """Records of a block in the order of the file; arrays of [fields, records]."""
 
-    starts: Integers
+    start: int
+    """Where the block begins in the file."""
+    size: int
+    """Bytes of it."""
+    lines: Integers
+    """Line of each record in the block."""
     known: Flags
     values: Floats
 
 
-def _read_block(data: bytes, names: tuple[str, ...]) -> _Part:
+def _record(path: Path, parts: Sequence[_Part], index: int) -> dict[str, Any]:
+    """Read one record of all parts whole."""
+    for part in parts:
+        if index < len(part.lines):
+            break
+        index -= len(part.lines)
+    with path.open("rb") as file:
+        file.seek(part.start)
+        found: dict[str, Any] = json.loads(file.read(part.size).split(b"\n")[part.lines[index]])
+    return found
+
+
+@lru_cache
+def _decoder(names: tuple[str, ...]) -> tuple[msgspec.json.Decoder[Any], tuple[attrgetter[Any], ...]]:
+    """Return the decoder of records of which ``names`` are wanted, the first two integers, and what gets each."""
+    # Attributes have names of their own: a field of a script's records may have a name that Python would not take.
+    attributes = [f"field_{index}" for index in range(len(names))]
+    kinds = [
+        (attribute, int) if index < 2 else (attribute, float | None, math.nan)
+        for index, attribute in enumerate(attributes)
+    ]
+    # Rows hold no references to each other, and live for a block: nothing for the collector to look at.
+    row = msgspec.defstruct("Row", kinds, rename=dict(zip(attributes, names, strict=True)), gc=False)
+    return msgspec.json.Decoder(row), tuple(map(attrgetter, attributes))
+
+
+def _read_block(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
     """Read the records among some whole lines; the first two of ``names`` are step and attempt."""
-    block = _Block(data)
-    shape = (len(block.starts), len(names))
-    part = _Part(block.starts, np.zeros(shape, np.bool_), np.full(shape, np.nan))
-    is_read = np.zeros(len(block.starts), np.bool_)
-    for layout in block.layouts(names):
-        lines, is_certain = layout.lines, np.ones(len(layout.lines), np.bool_)
-        for index, name in enumerate(names):
-            if name in layout.places:
-                known, values, is_sure = block.numbers(*layout.places[name], as_integers=index < 2)
-                part.known[lines, index], part.values[lines, index] = known, values
-                is_certain &= is_sure & known if index < 2 else is_sure
-            elif index < 2:
-                is_certain[:] = False
-        is_read[lines] = is_certain
-    for line in np.flatnonzero(~is_read).tolist():
-        is_read[line] = _parse(data[block.starts[line] : block.ends[line]], names, part.known[line], part.values[line])
-    return part if is_read.all() else _Part(part.starts[is_read], part.known[is_read], part.values[is_read])
+    decoder, getters = _decoder(names)
+    size = block.count(b"\n") + (not block.endswith(b"\n"))
+    try:
+        rows = decoder.decode_lines(block)
+        # As many values as lines are one in each. Text that is no ASCII may be no UTF-8 either, which is not looked at.
+        if len(rows) == size and block.isascii():
+            values = np.stack([_column(rows, getter) for getter in getters])
+            return _Part(start, len(block), np.arange(size), ~np.isnan(values), values)
+    except (msgspec.DecodeError, OverflowError):
+        pass  # of these lines some are torn, or hold what is no number, or numbers that only Python writes: NaN
+    return _read_lines(start, block, names)
 
 
-def _parse(text: bytes, names: tuple[str, ...], known: Flags, values: Floats) -> bool:
-    """Read one line as JSON into its row; False where it is no record."""
-    known[:], values[:] = False, np.nan
+def _column(rows: Sequence[Any], getter: attrgetter[Any]) -> Floats:
+    try:
+        return np.fromiter(map(getter, rows), np.float64, len(rows))
+    except TypeError:  # null in some records, which is not known either
+        return np.array([*map(getter, rows)], np.float64)
+
+
+def _read_lines(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
+    """Read the records of a block of which some lines are for Python to judge, line by line."""
+    decoder, getters = _decoder(names)
+    lines, table = [], []
+    for number, line in enumerate(block.split(b"\n")):
+        try:
+            if not line.isascii():
+                raise msgspec.DecodeError
+            row = decoder.decode(line)
+            numbers = [None if (value := getter(row)) is None or math.isnan(value) else value for getter in getters]
+        except (msgspec.DecodeError, OverflowError):
+            if (parsed := _parse(line, names)) is None:
+                continue
+            numbers = parsed
+        lines.append(number)
+        table.append(numbers)
+    values = np.array(table, np.float64).reshape(-1, len(names)).T
+    known = np.array([[value is not None for value in numbers] for numbers in table], np.bool_)
+    return _Part(start, len(block), np.array(lines, np.int64), known.reshape(-1, len(names)).T, values)
+
+
+def _parse(text: bytes, names: tuple[str, ...]) -> list[float | None] | None:
+    """Read one line as JSON; None where it is no record, and for each field that is no number."""
     try:
         record = json.loads(text)
     except ValueError:
-        return False
+        return None
     if not isinstance(record, dict) or not is_record(record):
-        return False
-    for index, name in enumerate(names):
-        value = record.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            known[index], values[index] = True, value
-    return True
+        return None
+    return [_number(record.get(name)) for name in names]
 
 
-@dataclass
-class _Layout:
-    """Lines with the same keys in the same order, and where the values of these start and how long they are."""
-
-    lines: Integers
-    places: Mapping[str, tuple[Integers, Integers]]
-
-
-class _Block:
-    """Some whole lines as an array of bytes, and which of them are records as Python writes them."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.bytes = np.frombuffer(data + b" " * 64, np.uint8)  # room to look ahead from the last byte
-        text = self.bytes[: len(data)]
-        ends = np.flatnonzero(text == NEWLINE)
-        self.ends = ends if data.endswith(b"\n") else np.append(ends, len(data))
-        self.starts = np.concatenate(([0], self.ends[:-1] + 1))
-        self.are_plain = (self._windows(self.starts, len(START)) == START) & (self.bytes[self.ends - 1] == CLOSE)
-        self._inner: tuple[Integers, Integers] | None = None
-        if np.count_nonzero(text >= OPEN) != 2 * len(self.starts):  # no other byte of a record is as large
-            self._inner = self._find_mappings(text)
-        if data.find(b"\\") >= 0:  # what quotes mean then is for a parser to say
-            self.are_plain[:] = False
-
-    def _find_mappings(self, text: npt.NDArray[np.uint8]) -> tuple[Integers, Integers]:
-        """Begin and end of the mapping inside of each line, -1 without one. A line whose braces do not match one
-        another, or with more than one, is not plain."""
-        braces = [np.flatnonzero(text == brace) for brace in (OPEN, CLOSE)]
-        limits = np.append(self.starts, len(text))
-        opened, closed = (np.diff(np.searchsorted(places, limits)) for places in braces)
-        self.are_plain &= (opened == closed) & (opened <= 2)
-        lines = np.flatnonzero(self.are_plain & (opened == 2))
-        begins, ends = np.full(len(self.starts), -1), np.full(len(self.starts), -1)
-        begins[lines] = braces[0][np.searchsorted(braces[0], self.starts[lines]) + 1]
-        ends[lines] = braces[1][np.searchsorted(braces[1], self.starts[lines])]
-        return begins, ends
-
-    def layouts(self, names: Sequence[str]) -> Iterator[_Layout]:
-        """Yield the plain lines by their layout; lines of a rare one are left to a parser.
-
-        Lines with as many quotes are compared with the first of them: the places of mappings and the lengths of all
-        keys, and the keys that are as long as one of ``names``, which no other could be.
-        """
-        sizes = {len(name.encode()) for name in names}
-        quotes = np.flatnonzero(self.bytes[: len(self.data)] == QUOTE)
-        first = np.searchsorted(quotes, np.append(self.starts, len(self.data)))
-        counts = np.where(self.are_plain, np.diff(first), 0)
-        for count in np.unique(counts).tolist():
-            lines = np.flatnonzero(counts == count)
-            if count and count % 2 == 0 and len(lines) >= FEW:
-                yield self._layout(lines, quotes[first[lines][:, None] + np.arange(count)], sizes)
-
-    def _layout(self, lines: Integers, quotes: Integers, sizes: Container[int]) -> _Layout:
-        """The layout of the first of some lines, and those of them that have it.
-
-        Args:
-            lines: with as many quotes each.
-            quotes: where these are, [lines, quotes].
-            sizes: lengths of the keys that are looked for.
-        """
-        same = np.ones(len(lines), np.bool_)
-        inside = range(0)
-        if self._inner is not None:
-            bounds = [places[lines] for places in self._inner]
-            at = [(quotes < bound[:, None]).sum(axis=1) for bound in bounds]
-            same &= (at[0] == at[0][0]) & (at[1] == at[1][0]) & ((bounds[0] < 0) == (bounds[0][0] < 0))
-            inside = range(int(at[0][0]), int(at[1][0]))
-        columns: dict[str, int] = {}
-        of_keys = []
-        for column in range(0, quotes.shape[1], 2):
-            if column in inside:
-                continue
-            begin, end = int(quotes[0, column]), int(quotes[0, column + 1])
-            if self.data[end : end + 3] != b'": ':
-                same &= self.bytes[quotes[:, column + 1] + 1] != COLON  # text, and no key in any line
-                continue
-            of_keys.append(column)
-            if end - begin - 1 in sizes:
-                key = self.data[begin : end + 3]
-                same &= self._windows(quotes[:, column], len(key)) == key
-                columns[key[1:-3].decode(errors="replace")] = column
-        widths = quotes[:, 1::2] - quotes[:, ::2]
-        if (different := widths != widths[0]).any():
-            same &= ~different[:, np.array(of_keys) // 2].any(axis=1)
-        lines, quotes = lines[same], quotes[same]
-        # A value ends two bytes before the next key, and the last one before the brace that closes the line.
-        stops = np.column_stack((quotes[:, 2::2] - 2, self.ends[lines] - 1))
-        places = {}
-        for name, column in columns.items():
-            begins = quotes[:, column + 1] + 3
-            places[name] = begins, stops[:, column // 2] - begins
-        return _Layout(lines, places)
-
-    def numbers(self, at: Integers, lengths: Integers, *, as_integers: bool) -> tuple[Flags, Floats, Flags]:
-        """Read the values that start there and are so long: which are numbers, these (NaN for others), and whether
-        that is certain, as it is for numbers as Python writes them and for everything that is none."""
-        first = self.bytes[at]
-        # Also NaN, Infinity and -Infinity, as Python writes them.
-        known = ((first >= ord("0")) & (first <= ord("9"))) | (first == ord("-"))
-        known |= (first == ord("N")) | (first == ord("I"))
-        values = np.full(len(at), np.nan)
-        stop = self.bytes[at + np.maximum(lengths, 0)]
-        is_whole = (lengths > 0) & (lengths <= NUMBER) & ((stop == COMMA) | (stop == CLOSE))
-        chosen = np.flatnonzero(known & is_whole)
-        if not len(chosen):
-            return known, values, ~known
-        all_of_them = len(chosen) == len(at)
-        begins, sizes = (at, lengths) if all_of_them else (at[chosen], lengths[chosen])
-        size = int(sizes.max())
-        text = self._windows(begins, size).view(np.uint8).reshape(len(begins), size)
-        if int(sizes.min()) < size:
-            text = text * (np.arange(size) < sizes[:, None])
-        if as_integers and ((text - np.uint8(ord("0")) > 9) & (text != 0)).any():
-            return known, values, ~known
-        try:
-            values[chosen] = self._parsed(text)
-        except ValueError:
-            return known, values, ~known
-        return known, values, is_whole | ~known
-
-    def _parsed(self, text: npt.NDArray[np.uint8]) -> Floats:
-        """The numbers that are written in [numbers, bytes], filled up with zeros; ValueError where one is none."""
-        if (text == UNDERSCORE).any():
-            raise ValueError("an underscore, which Python's float takes and JSON does not")
-        all_same = bool((text == text[0]).all())
-        rows = np.ascontiguousarray(text[:1] if all_same else text)
-        found: Floats = rows.view(f"S{text.shape[1]}").ravel().astype(np.float64)
-        return np.repeat(found, len(text)) if all_same else found
-
-    def _windows(self, at: Integers, size: int) -> npt.NDArray[np.bytes_]:
-        """The ``size`` bytes from each place."""
-        every = np.ndarray((len(self.bytes) - size + 1,), f"S{size}", self.bytes, strides=(1,))  # type: ignore[call-overload]
-        found: npt.NDArray[np.bytes_] = every[at]
-        return found
+def _number(value: object) -> float | None:
+    """Return a number as a double; None where it is none, or larger than any."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.runs.wording import counted, how_often
+
 Events = Sequence[dict[str, Any]]
 FEWER_NODES, ALL_NODES = "fewer_nodes", "all_nodes"
 """Events of an attempt that runs on fewer nodes than its run asks for, and of the first one on all nodes after it."""
@@ -98,33 +100,44 @@ def slow_ranks(events: Events) -> list[dict[str, Any]]:
 
 def uncopied_text(events: Events) -> str | None:
     """Tell since when checkpoints could not be copied elsewhere, and why; None where the last one could."""
-    failed: list[dict[str, Any]] = []
-    for event in events:
-        if event["event"] == "copied":
-            failed = []
-        elif event["event"] == "copy_failed":
-            failed.append(event)
+    failed = _since(events, failure="copy_failed", success="copied")
     if not failed:
         return None
-    times = "once" if len(failed) == 1 else f"{len(failed)} times"
-    cause = failed[-1]["cause"]
-    return f"no checkpoint could be copied since {local_time(failed[0])} (tried {times}): {cause}"
+    cause, tried = failed[-1]["cause"], how_often(len(failed))
+    return f"no checkpoint could be copied since {local_time(failed[0])} (tried {tried}): {cause}"
 
 
 def unsaved_text(events: Events) -> str | None:
     """Tell since when checkpoints could not be written, and why; None where the last one could."""
-    failed: list[dict[str, Any]] = []
-    for event in events:
-        if event["event"] == "saved":
-            failed = []
-        elif event["event"] == "save_failed":
-            failed.append(event)
+    failed = _since(events, failure="save_failed", success="saved")
     if not failed:
         return None
-    times = "once" if len(failed) == 1 else f"{len(failed)} times"
-    last = failed[-1]
+    last, tried = failed[-1], how_often(len(failed))
     since = local_time(failed[0])
-    return f"no checkpoint could be written since {since} (tried {times}, last of step {last['step']}): {last['cause']}"
+    return f"no checkpoint could be written since {since} (tried {tried}, last of step {last['step']}): {last['cause']}"
+
+
+def skipped_text(events: Events) -> str | None:
+    """Tell of the steps of the newest attempt that changed no weights, and where it went back; None where all did."""
+    began = max((number for number, event in enumerate(events) if event["event"] == "started"), default=0)
+    skipped = [event for event in events[began:] if event["event"] == "step_skipped"]
+    back = [event for event in events[began:] if event["event"] == "rolled_back"]
+    told = []
+    if skipped:
+        last = skipped[-1]
+        told.append(
+            f"{counted(len(skipped), 'step')} skipped in this attempt, last step {last['step']}: {last['cause']}"
+        )
+    if back:
+        last = back[-1]
+        told.append(f"gone back {how_often(len(back))}, last to step {last['step']}: {last['cause']}")
+    return "; ".join(told) or None
+
+
+def _since(events: Events, *, failure: str, success: str) -> list[dict[str, Any]]:
+    """Return the events ``failure`` after the last event ``success``, oldest first."""
+    last = max((number for number, event in enumerate(events) if event["event"] == success), default=-1)
+    return [event for event in events[last + 1 :] if event["event"] == failure]
 
 
 def local_time(event: Mapping[str, Any]) -> str:

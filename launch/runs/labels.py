@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.runs.overrides import NOT_IN_POINT, NOTHING_TYPED, typed_key, typed_value
+from launch.runs.overrides import NAME_LIMIT, NOT_IN_POINT, NOTHING_TYPED, typed_key, typed_value
 
 MEASURING_KEYS = tuple(
     f"script.{key}"
@@ -37,8 +37,9 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
     Returns:
         Labels that differ. A run alone, one whose folder was typed, and one that nothing typed sets apart is called by
-        its folder's name; a run alone for which nothing was typed by that of the folder above, which is its ``name``. A
-        later generation of a run that is labelled too keeps its number: ``nodes=2~3``.
+        its folder's name; a run alone for which nothing was typed, or so much that its folder's name was cut, by that
+        of the folder above, which is its ``name``. A later generation of a run that is labelled too keeps its number:
+        ``nodes=2~3``.
     """
     names = [path.name for path, _ in runs]
     typed = [list(filter(tells_apart, overrides)) for _, overrides in runs]
@@ -61,8 +62,11 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 def alone(path: Path, overrides: Sequence[str]) -> str:
     """Return the label of a run with no other beside it."""
     number = generation(path.name)
-    is_unnamed = path.name.removesuffix(number) == NOTHING_TYPED and typed_value(overrides, "run_dir") is None
-    return path.parent.name + number if is_unnamed and path.parent.name else path.name
+    of_folder = path.name.removesuffix(number)
+    # A cut name is longer than a line of a terminal leaves room for, and ends in a hash that says nothing to people.
+    says_little = of_folder == NOTHING_TYPED or len(of_folder) > NAME_LIMIT
+    is_named = typed_value(overrides, "run_dir") is not None or not path.parent.name
+    return path.parent.name + number if says_little and not is_named else path.name
 
 
 def generation(name: str) -> str:

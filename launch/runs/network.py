@@ -7,15 +7,13 @@ are fitted for each collective and tier, so that they hold what a library does b
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError
+from launch.runs.measured import read_measured
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 TIERS = ("intra_node", "inter_node")
@@ -97,23 +95,10 @@ def read_network(path: Path, key: str = "cluster.network") -> Network:
     Raises:
         ConfigError: no such file, or something else in it.
     """
-    try:
-        return _read(path, path.stat().st_mtime_ns)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"{key}={path}: {said}",
-            "a file that python -m launch.bench_network has written",
-            f"python -m launch.bench_network nodes=2 --output {path}, or {key}=null",
-        ) from error
+    return read_measured(path, key, _parse, FORMAT, "python -m launch.bench_network", "nodes=2")
 
 
-@lru_cache(maxsize=8)
-def _read(path: Path, _changed: int) -> Network:
-    """Read a file once for each time it was written: a cost model asks for it thousands of times."""
-    document = json.loads(path.read_text())
-    if document["format"] != FORMAT:
-        raise ValueError(f"format {document['format']}, and this is the launcher of format {FORMAT}")
+def _parse(document: Any) -> Network:
     ranks = document["ranks_per_node"]
     if not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks_per_node {ranks!r}")

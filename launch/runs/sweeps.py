@@ -17,6 +17,7 @@ from typing import Any
 from launch.errors import ConfigError
 from launch.runs.damage import damaged, read_mapping
 from launch.runs.files import read_json, write_json
+from launch.runs.wording import counted
 
 CURRENT = "sweep.json"
 ARCHIVE = "sweeps"
@@ -45,7 +46,7 @@ class Sweep:
         number = "" if self.number is None else f" {self.number}"
         typed = f": {' '.join(told)}" if told else ""
         when = time.strftime(", typed %Y-%m-%d %H:%M", time.localtime(self.time)) if self.time else ""
-        points = f"{len(self.points)} point{'' if len(self.points) == 1 else 's'}"
+        points = counted(len(self.points), "point")
         return f"sweep{number}{typed} ({points}{when})"
 
 

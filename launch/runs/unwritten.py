@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.runs.files import append_json_lines
+from launch.runs.files import append_json_lines, write_json
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """Errors of a filesystem that is full, over its quota, or that fails: they say nothing about what was to be written."""
@@ -58,6 +58,21 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
             return
         if _kept.pop(path, None) is not None:
             say(f"{path} is written again, {len(waiting)} lines late")
+
+
+def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
+    """Write a JSON file as ``write_json`` does; False where a full filesystem does not take it, to be tried again.
+
+    Raises:
+        OSError: for a reason that is not among ``NO_ROOM``.
+    """
+    try:
+        write_json(path, value, mode)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return False
+    return True
 
 
 def unwritten(path: Path) -> list[dict[str, Any]]:

@@ -65,6 +65,9 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
             continue
         if done.returncode == 0:
             return done.stdout
+        if done.returncode == -signal.SIGPIPE:  # squeue of 24.11 says nothing where the controller hangs up
+            problem = "its connection to the controller ended (SIGPIPE)"
+            continue
         # scontrol ping says on standard output which controllers are down.
         problem = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
         if not any(text in problem.lower() for text in BUSY):

@@ -103,6 +103,7 @@ class Limits:
 
     version: tuple[int, ...]
     config: dict[str, str]
+    """Lines of the configuration that have a value."""
     partitions: tuple[Partition, ...]
     nodes: tuple[NodeLimits, ...]
     qos_flags: Mapping[str, frozenset[str]] | None = field(default_factory=dict)
@@ -169,7 +170,9 @@ def read_qos_flags() -> dict[str, frozenset[str]] | None:
 
 def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
     """The three answers of scontrol as values."""
-    config = dict(re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE))
+    said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
+    # A plugin that a site does without is (null) in 24.11, and one named none in 22.05.
+    config = {key: value for key, value in said if value != "(null)"}
     version = tuple(int(item) for item in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:2])
     partitions = tuple(partition(record) for record in records(partition_text, "PartitionName"))
     return Limits(version, config, partitions, tuple(node(record) for record in records(node_text, "NodeName")))

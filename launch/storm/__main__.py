@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except StuckError as error:
             complete, stuck = False, str(error)
         found = _judge(quiet, site, drill, len(schedule), complete, stuck)
+        found["run"] = str(out / "stormy")  # of a run on a disk of its own, the copy that stays
         write_json(out / "verdict.json", found)
         _tell(found, console)
     console.print(f"wrote {out / 'verdict.json'}")
@@ -207,7 +208,6 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, planned: int, complete: b
         "recoveries": [asdict(cost) for cost in costs],
         **(asdict(measured) if measured else {"goodput": None, "predicted": None}),
         "quiet": str(quiet.path),
-        "run": str(run.path),
     }
 
 

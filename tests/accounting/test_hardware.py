@@ -55,11 +55,11 @@ UNKNOWN = (
     "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
     "GRID A100-40C",
     "NVIDIA A100-SXM-64GB",
-    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA GeForce RTX 3050",
     "NVIDIA GeForce RTX 3080 Ti",
-    "NVIDIA GeForce RTX 4080 SUPER",
+    "NVIDIA GeForce RTX 4070 SUPER",
     "NVIDIA RTX 6000 Ada Generation",
-    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4060 Laptop GPU",
     "NVIDIA GeForce RTX 4090 Laptop GPU",
     "RTX 4090 Laptop GPU",
     "NVIDIA RTX 4000 Ada Generation",
@@ -84,6 +84,11 @@ SHORT = {
     "A100 80GB PCIe": ["NVIDIA A100 80GB PCIe"],
     "V100-32GB": ["Tesla V100-SXM2-32GB"],
     "rtx4090": ["NVIDIA GeForce RTX 4090"],
+    "RTX 4080": ["NVIDIA GeForce RTX 4080"],
+    "RTX 4070 Ti": ["NVIDIA GeForce RTX 4070 Ti"],
+    "geforce_rtx_4070_ti_super": ["NVIDIA GeForce RTX 4070 Ti SUPER"],
+    "RTX 3060 12GB": ["NVIDIA GeForce RTX 3060"],
+    "RTX 3060 8GB": [],
     "mi300x": ["AMD Instinct MI300X"],
     "H20": [],
     "A100-64GB": [],
@@ -139,6 +144,38 @@ KNOWN_FP16 = {
 def test_known_tf32(name: str, tflops: float) -> None:
     assert peak_flops(name, Precision.fp32, tf32=True) == tflops * 1e12
     assert peak_flops(name, Precision.bf16, tf32=True) == peak_flops(name, Precision.bf16)
+
+
+CORES_AND_BOOST_MHZ = {
+    "3060": (3584, 1777),
+    "3060 Ti": (4864, 1665),
+    "3070": (5888, 1725),
+    "3080": (8704, 1710),
+    "3090": (10496, 1695),
+    "3090 Ti": (10752, 1860),
+    "4060": (3072, 2460),
+    "4060 Ti": (4352, 2535),
+    "4070": (5888, 2475),
+    "4070 Ti": (7680, 2610),
+    "4070 Ti SUPER": (8448, 2610),
+    "4080": (9728, 2505),
+    "4080 SUPER": (10240, 2550),
+    "4090": (16384, 2520),
+    "4090 D": (14592, 2520),
+}
+ADVERTISED = {"3060 Ti": 130, "3070": 163, "3080": 238, "3090": 285, "3090 Ti": 320, "4070 Ti": 641}
+"""NVIDIA's Tensor TFLOP/s and, of the RTX 40, TOPS: sparse, accumulated in 16 bits, and the latter in 8 bits."""
+
+
+@pytest.mark.parametrize("card", CORES_AND_BOOST_MHZ)
+def test_the_peaks_of_cards_follow_from_their_cores_and_clocks(card: str) -> None:
+    cores, boost_mhz = CORES_AND_BOOST_MHZ[card]
+    name = f"NVIDIA GeForce RTX {card}"
+    fp32, bf16 = peak_flops(name, Precision.fp32), peak_flops(name, Precision.bf16)
+    assert fp32 == pytest.approx(2 * cores * boost_mhz * 1e6, rel=5e-3)
+    assert bf16 == pytest.approx(4 * cores * boost_mhz * 1e6, rel=5e-3)
+    if card in ADVERTISED:
+        assert bf16 == pytest.approx(ADVERTISED[card] * 1e12 / (4 if card.startswith("3") else 8), rel=1e-2)
 
 
 @pytest.mark.parametrize(("name", "tflops"), KNOWN_FP16.items())

@@ -48,6 +48,7 @@ def memory(
     accumulation: int = 1,
     reshard: bool = True,
     reduce_each: bool = False,
+    min_num_params: int | None = None,
 ) -> Memory:
     optim = OptimConfig(
         max_steps=1,
@@ -57,7 +58,12 @@ def memory(
         min_lr=0.0,
         warmup_steps=0,
     )
-    parallel = ParallelConfig(strategy, reshard_after_forward=reshard, reduce_each_micro_batch=reduce_each)
+    parallel = ParallelConfig(
+        strategy,
+        reshard_after_forward=reshard,
+        reduce_each_micro_batch=reduce_each,
+        fsdp_min_num_params=min_num_params,
+    )
     dims = parallel_dims(parallel, ranks)
     trained = TrainConfig(model=config, optim=optim, parallel=parallel, precision=precision)
     return per_rank(trained, dims, split_batch(optim, dims.data_ranks))
@@ -247,6 +253,15 @@ def test_sharding_divides_the_states_and_adds_what_is_gathered() -> None:
     resharded, kept = (memory(config, Strategy.fsdp, 4, Precision.bf16, reshard=r) for r in (True, False))
     block = sum(p.numel() for p in GPT(config).blocks[0].parameters())
     assert kept.total - resharded.total == 2 * (8 - 2) * block
+
+
+def test_two_units_are_gathered_at_a_time_and_the_gradients_of_one_are_whole() -> None:
+    config = small(n_layer=8, n_embd=64, vocab_size=64)
+    block = sum(p.numel() for p in GPT(config).blocks[0].parameters())
+    small_units, large_units = (memory(config, Strategy.fsdp, 4, min_num_params=n) for n in (None, 2 * block + 1))
+    # Of 3 and 5 blocks in place of 1 and 1; in fp32.
+    assert large_units.total - small_units.total == 4 * (8 - 2 + 5 - 1) * block
+    assert large_units.compute_weights - small_units.compute_weights == large_units.total - small_units.total
 
 
 def test_accumulation_over_shards_keeps_whole_gradients() -> None:

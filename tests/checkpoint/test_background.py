@@ -13,6 +13,7 @@ import torch
 
 from gpt.checkpoint import CheckpointStore, folders, part
 from gpt.checkpoint.in_flight import FailedWrite, Saved
+from gpt.checkpoint.staging import SharedMemory, copy_into
 from gpt.checkpoint.writer import ProcessWriter
 from gpt.parallel.distributed import World
 from gpt.train import build, train
@@ -182,3 +183,16 @@ def keep_the_best(rank: int, size: int, root: Path) -> list[int]:
 def test_the_best_by_validation_loss_are_kept_besides(tmp_path: Path) -> None:
     (found,) = run_distributed(keep_the_best, 1, tmp_path / "run")
     assert found == [2, 5, 7, 8], "the two lowest, of equal ones the newer; the multiple of 5; the last"
+
+
+@pytest.mark.parametrize("threads", [1, 3, None])
+def test_tensors_are_staged_the_same_by_any_number_of_threads(threads: int | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr("gpt.checkpoint.staging.FEW_BYTES", 0)
+    tensors = [torch.arange(7.0), torch.arange(30).view(5, 6).t(), torch.ones(3, dtype=torch.bfloat16), torch.tensor(2)]
+    places = [(tensor, 256 * index) for index, tensor in enumerate([*tensors, torch.empty(0, 4)])]
+    memory = SharedMemory(256 * len(places))
+    copy_into(memory, places, threads)
+    for tensor, offset in places:
+        assert torch.equal(memory.view(offset, tensor.dtype, tuple(tensor.shape)), tensor)
+    with pytest.raises(NotImplementedError, match="meta"):  # what a thread raises reaches the save
+        copy_into(memory, [*places, (torch.ones(2, device="meta"), 0)], threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +19,13 @@ from tests.support.distributed import run_distributed
 from tests.support.tiny import Trained
 
 NEWEST, BEFORE = "step_00000020", "step_00000010"
+OF_RANKS = (("__0_0.distcp", "__1_0.distcp"), ("rank_00000.pt", "rank_00001.pt"))
+"""Files of the two ranks, of one kind each."""
 
 
 def flip_bit(path: Path) -> None:
     raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
+    raw[random.Random(path.name).randrange(len(raw))] ^= 1
     path.write_bytes(raw)
 
 
@@ -32,6 +35,19 @@ def cut_short(path: Path) -> None:
 
 def grow(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
+
+
+def take_from_the_step_before(path: Path) -> None:
+    shutil.copy(path.parent.with_name(BEFORE) / path.name, path)
+
+
+def exchange_with(name: str) -> Callable[[Path], None]:
+    def exchange(path: Path) -> None:
+        kept = path.read_bytes()
+        path.write_bytes(path.with_name(name).read_bytes())
+        path.with_name(name).write_bytes(kept)
+
+    return exchange
 
 
 def write_garbage(path: Path) -> None:
@@ -45,16 +61,27 @@ def change_meaning(path: Path) -> None:
 def all_damages(folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
     for path in sorted(folder.iterdir()):
         yield from ((path.name, damage) for damage in (flip_bit, cut_short, grow, Path.unlink))
+        if path.read_bytes() != (folder.with_name(BEFORE) / path.name).read_bytes():
+            yield path.name, take_from_the_step_before
+    yield from ((first, exchange_with(second)) for first, second in OF_RANKS)
     yield from (("manifest.json", damage) for damage in (write_garbage, change_meaning))
+
+
+def own_parts(run: Trained) -> list[torch.Tensor]:
+    """This rank's shards of the weights; a state dict of the run holds the same memory."""
+    return [parameter.detach().to_local() for parameter in run.model.parameters()]  # type: ignore[attr-defined]
 
 
 def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, Any]]:
     """Save two checkpoints, then load after each kind of damage to each file of the newer one."""
     run = Trained("fsdp", seed=1)
     saved = CheckpointStore(root / "sound", keep_last=2, keep_every=0)
+    weights = []
     for step in (10, 20):
         run.step(step)
-        saved.save(step, run.state(), {"rank": rank}, {"position": step})
+        weights.append([part.clone() for part in own_parts(run)])
+        saved.save(step, run.state(), {"rank": rank, "step": step}, {"position": step})
+    state = run.state()
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -68,28 +95,31 @@ def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, An
             damage(folder / NEWEST / name)
         dist.barrier()
         warnings.clear()
-        loaded = CheckpointStore(folder, keep_last=2, keep_every=0).load(Trained("fsdp", seed=2).state())
-        again = CheckpointStore(folder, keep_last=2, keep_every=0).load(Trained("fsdp", seed=2).state())
-        results.append({"name": name, "loaded": loaded, "again": again, "warnings": list(warnings)})
+        for part, newest in zip(own_parts(run), weights[1], strict=True):
+            part.copy_(newest)
+        loaded = CheckpointStore(folder, keep_last=2, keep_every=0).load(state)
+        is_before = all(map(torch.equal, own_parts(run), weights[0]))
+        again = CheckpointStore(folder, keep_last=2, keep_every=0).load(state)
+        found = {"name": name, "loaded": loaded, "is_before": is_before, "again": again, "warnings": list(warnings)}
+        results.append(found)
         dist.barrier()
     return results
 
 
 def test_any_damage_to_any_file_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
     by_rank = run_distributed(damage_and_load, 2, tmp_path)
+    of_ranks = {name for pair in OF_RANKS for name in pair}
     files = {entry.name for entry in (tmp_path / "sound" / NEWEST).iterdir()}
-    assert files == {
-        ".metadata",
-        "manifest.json",
-        *(f"__{r}_0.distcp" for r in (0, 1)),
-        "rank_00000.pt",
-        "rank_00001.pt",
-    }
+    assert files == {".metadata", "manifest.json", *of_ranks}
+    damages = list(all_damages(tmp_path / "sound" / NEWEST))
+    assert {name for name, damage in damages if damage is take_from_the_step_before} >= {"manifest.json", *of_ranks}
     for rank, results in enumerate(by_rank):
-        assert len(results) == 4 * len(files) + 2
+        assert len(results) == len(damages) >= 5 * len(files) + 3
+        own = {"rank": rank, "step": 10}
         for number, result in enumerate(results):
             loaded = result["loaded"]
-            assert (loaded.step, loaded.meta, loaded.rank_state) == (10, {"position": 10}, {"rank": rank}), result
+            assert (loaded.step, loaded.meta, loaded.rank_state) == (10, {"position": 10}, own), result
+            assert result["is_before"], result
             assert len(loaded.set_aside) == 1 and result["name"] in loaded.set_aside[0], result
             assert (result["again"].step, result["again"].set_aside) == (10, ())
             assert len(result["warnings"]) == (1 if rank == 0 else 0)

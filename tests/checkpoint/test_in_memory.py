@@ -206,6 +206,8 @@ def test_the_plan_counts_the_memory_of_two_nodes_and_refuses_what_does_not_fit()
     text = checkpoint_text(config, 4, 2)
     assert "every 7 steps in the memory of its own node and of the next" in text
     assert f"{4 * share / 2**30:.3f} GiB for each rank" in text
+    assert "a lost head node, or two neighbors lost together, take it along: then the disk's counts" in text
+    assert "a lost node takes it along" in checkpoint_text(config, 4, 1)
     assert "in the memory" not in checkpoint_text(config_from(TINY), 4)
 
 

@@ -134,7 +134,9 @@ def save_two(rank: int, world_size: int, folder: Path, killing: Callable[[], Any
     """Save steps 1 and 2; rank 0, the one that commits, is killed by itself in the middle of the second."""
     run = Trained("fsdp", seed=1)
     store = CheckpointStore(folder, keep_last=1, keep_every=0)
+    assert store.is_new()
     store.save(1, run.state(), {}, {"step": 1})
+    assert not store.is_new()
     run.step(1)
     if rank == 0:
         killing().start()

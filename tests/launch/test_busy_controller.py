@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
 from launch.runs.folder import RunFolder
 from launch.scheduler import client
+from tests.support.commands import ROOT
 
 NODE = Node(0, 2, "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2"))
 BUSY = client.RETRIES + 2
@@ -119,13 +122,37 @@ def killed_in_the_middle(folder: RunFolder) -> None:
         folder.record_event(**event)
 
 
-def test_a_batch_script_whose_agents_were_killed_puts_its_job_back(folder: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [1, 137], ids=["srun gave up for a node that rebooted", "srun killed"])
+def test_a_batch_script_whose_agents_were_killed_puts_its_job_back(
+    status: int, folder: RunFolder, tmp_path: Path
+) -> None:
     slurm = Controller(tmp_path, BUSY)
     killed_in_the_middle(folder)
-    assert settle(folder, NODE, config(), 137) == 137
+    assert settle(folder, NODE, config(), status) == status
     ended = next(event for event in folder.read_events() if event["event"] == "attempt_ended")
     assert (ended["attempt"], ended["cause"]) == (1, "node_failed")
     assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
+
+
+@pytest.mark.parametrize(("of_step", "after"), [(0, None), (1, 1), (137, 0)])
+def test_multi_node_sh_looks_at_its_run_where_srun_has_failed_and_ends_as_that_says(
+    of_step: int, after: int | None, tmp_path: Path
+) -> None:
+    """With programs in place of srun and python, which tell what they were asked."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("sandbox", "__pycache__"))
+    told = f'echo "${{0##*/}} $*" >> {tmp_path}/told; case "$*" in '
+    answers = f"*--agent-command*) echo agent;; *launch.batch*) echo {tmp_path}/run;; *after_step*) exit {after};; esac"
+    for name, ending in (("python", answers), ("srun", f"*) exit {of_step};; esac")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{told}{ending}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", "slurm/multi_node.sh", "nodes=2"], cwd=tmp_path, env=env, check=False)
+    lines = (tmp_path / "told").read_text().splitlines()
+    srun = next(line for line in lines if line.startswith("srun"))
+    assert {"--kill-on-bad-exit=0", "--no-kill", "--wait=0", "agent"} <= set(srun.split())
+    looked = [line for line in lines if "after_step" in line]
+    assert looked == [f"python -m launch.agent.after_step {of_step} {tmp_path}/run"] * (after is not None)
+    assert done.returncode == (after or 0) and lines[-1] == f"python -m launch.report {tmp_path}/run"
 
 
 def test_it_does_so_within_the_limits_of_the_run(folder: RunFolder, tmp_path: Path) -> None:

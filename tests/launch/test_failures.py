@@ -34,6 +34,8 @@ from tests.support.commands import (
 )
 
 LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
+ONE_NODE = ["nodes=1", "ranks_per_node=2"]
+"""Two ranks of one agent, where real interpreters are started: another agent proves nothing more, and imports torch."""
 
 # What a mistake in somebody's training code looks like from outside: a rank raises in the middle of the run, rank 0 in
 # the first attempt and rank 1 in the second.
@@ -153,9 +155,14 @@ def test_gpus_are_sampled_from_the_start_of_each_attempt_to_its_end(sabotaged: t
 def start_long_run(
     tmp_path: Path, *words: str, begin: Callable[..., Process] = start
 ) -> tuple[Process, RunFolder, list[int]]:
-    """A run of two ranks that does not end, in its third step, and the ids of all its processes."""
+    """A run of two ranks that does not end, in its third step, and the ids of all its processes.
+
+    On two nodes, or where words say so with one agent less.
+    """
     folder = RunFolder(tmp_path / "run")
-    process = begin("launch", "nodes=2", *LONG, f"run_dir={folder.path}", *words, cwd=tmp_path, log=tmp_path / "log")
+    shape = [] if set(ONE_NODE) & set(words) else ["nodes=2"]
+    words = (*shape, *LONG, f"run_dir={folder.path}", *words)
+    process = begin("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 2 or process.poll() is not None, "the third step")
     assert process.poll() is None, (tmp_path / "log").read_text()
     return process, folder, descendants(process.pid)
@@ -172,8 +179,8 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> 
 
 
 def test_a_second_command_is_refused_and_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    process, folder, family = start_long_run(tmp_path)
-    text = run("launch", "nodes=2", *LONG, f"run_dir={folder.path}", cwd=tmp_path, status=2)
+    process, folder, family = start_long_run(tmp_path, *ONE_NODE)
+    text = run("launch", *LONG, *ONE_NODE, f"run_dir={folder.path}", cwd=tmp_path, status=2)
     assert "is being worked on by process" in text
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
     assert process.wait(timeout=120) == 130
@@ -222,7 +229,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
 
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path)
+    process, _, family = start_long_run(tmp_path, *ONE_NODE)
     os.kill(process.pid, signal.SIGKILL)  # and nobody asks after it: it stays in the table of processes
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes", 120)
 

@@ -33,7 +33,7 @@ from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.storm.verdict import Recovery, recoveries
-from tests.support.commands import descendants, run, start_fork, wait_for
+from tests.support.commands import agents_of, descendants, run, start_fork, wait_for
 from tests.support.counting import COUNTING, checkpoint, from_step, options
 from tests.support.scripts import LOCAL
 
@@ -179,20 +179,6 @@ def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_p
         cut_off = Node(1, 2, "slurm-1-0-0", True, "1", hosts=HOSTS[:2])
         take_over_as_leader(folder, cut_off, Config(nodes=2), "silence", known=1)
     assert folder.read_events() == before
-
-
-def agents_of(pid: int) -> dict[int, int]:
-    """Process ids of the agents below process ``pid``, by node."""
-    found = {}
-    for child in descendants(pid):
-        try:
-            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        index = [v.partition(b"=")[2] for v in variables if v.startswith(b"SUBMITIT_LOCAL_GLOBALID=")]
-        if index:
-            found.setdefault(int(index[0]), child)  # parents come first, and an agent forks its ranks
-    return found
 
 
 def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_it_is_started_anew(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,21 @@ def test_links_are_physical_interfaces_and_active_ports(tmp_path: Path) -> None:
     assert is_link_up("lo") == (Path("/sys/class/net/lo/carrier").read_text() == "1\n")
 
 
+def test_a_link_that_was_up_at_the_first_start_has_to_stay_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is named; one that was down all the time, and is not named, is none of the run's."""
+    now = {"eth0": True, "ib0": True, "ib1": False}
+    monkeypatch.setattr("launch.agent.health.links", lambda: now)
+    monkeypatch.setattr("launch.agent.health.is_link_up", now.__getitem__)
+    check = HealthCheck(tmp_path, HealthCheckConfig(links=["eth0"]), None)
+    assert check.examine() == []
+    now |= {"ib0": False, "eth0": False}
+    named = "link eth0 is down, and resilience.health_check.links names it"
+    were_up = [f"link {name} is down, and was up at the first start" for name in ("eth0", "ib0")]
+    assert [fault.found for fault in check.examine() if fault.part == "link"] == [*were_up, named]
+    now |= {"ib0": True, "eth0": True}
+    assert check.examine() == []
+
+
 @pytest.mark.parametrize(
     ("script", "found"),
     [
@@ -103,6 +119,24 @@ def test_what_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert [fault.part for fault in faults] == ["link", "command"] and "cannot be run: No such file" in faults[1].found
     limits.enabled = False
     assert HealthCheck(tmp_path / "gone", limits, None).examine() == []
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({"f_bavail": 1}, "has 1.0 MiB free, less than resilience.health_check.min_free_mib=4"),
+        ({"f_flag": os.ST_RDONLY}, "is mounted read-only"),
+        ({"f_favail": 0}, "has no free inode"),
+        ({"f_files": 0, "f_favail": 0}, None),  # a filesystem that does not count them
+        ({}, None),
+    ],
+)
+def test_a_filesystem_takes_files_or_is_named(
+    told: dict[str, int], found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = {"f_bavail": 9, "f_frsize": 2**20, "f_flag": 0, "f_files": 9, "f_favail": 9}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**{**sound, **told}))
+    assert list(full_disks([tmp_path], 4)) == ([] if found is None else [f"{tmp_path} {found}"])
 
 
 def test_a_check_that_hangs_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from launch.agent.numa import cpus_of_ranks, parse_cpus, told_cpus
 from launch.runs.folder import RunFolder
 from launch.runs.hosts import Gpu, visible_gpus
-from tests.support.commands import ROOT, environment
+from tests.support.commands import ROOT, environment, run
 from tests.support.scripts import LOCAL, printed, write_script
 
 NEAR = {"0000:01:00.0": "0-3,8-11", "0000:02:00.0": "0-3,8-11", "0000:81:00.0": "4-7,12-15\n"}
@@ -96,12 +96,9 @@ def test_executed_ranks_run_where_they_are_bound(tmp_path: Path, binds: bool) ->
     write_script(tmp_path, WHERE)
     write_script(tmp_path, LAST_CPU, "sitecustomize.py")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = (*LOCAL, "script.path=script.py", "run_dir=run", f"cluster.bind_cpus={binds}")
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *words], cwd=tmp_path, env=environment(PYTHONPATH=path), timeout=300,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    executed = "script.env.OMP_DYNAMIC=false"  # read at the start of a process, so that the rank is not forked
+    words = (*LOCAL, "script.path=script.py", "run_dir=run", f"cluster.bind_cpus={binds}", executed)
+    run("launch", *words, cwd=tmp_path, PYTHONPATH=path)
     folder, all_cpus = RunFolder(tmp_path / "run"), sorted(os.sched_getaffinity(0))
     expected = all_cpus[-1:] if binds else all_cpus
     assert printed(folder) == f"{expected}\n"

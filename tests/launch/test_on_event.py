@@ -40,6 +40,9 @@ def test_each_event_has_a_name_or_none() -> None:
     assert name_of({**decided, "action": "requeue", "cause": "preempted"}) is None, "requeued is an event of its own"
     assert name_of({"event": "requeued", "time": 1.0}) == "requeued"
     assert name_of({"event": "saved", "time": 1.0}) is None
+    failed = {"event": "copy_failed", "time": 1.0, "step": 5, "cause": "no route to host"}
+    assert name_of({**failed, "failures": 1}) == "copy_failed"
+    assert name_of({**failed, "failures": 2}) is None, "once for each time that a store is away"
 
 
 def test_what_is_not_known_of_an_event_is_empty(tmp_path: Path) -> None:

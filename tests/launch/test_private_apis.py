@@ -3,21 +3,25 @@
 A failure here after an update names the library and the module to look at, before a run finds out.
 """
 
+import copy
 import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf.base import Node as ConfigNode
 
 from launch.agent.after_step import run_dir_of
 from launch.agent.node import Node
+from launch.config.compose import compose_launch
 from launch.jobs import handles, sbatch
+from launch.runs.values import copy_of
 
 TAKEN = ("command", "folder", "map_count", "job_name", "partition", "time", "nodes", "ntasks_per_node", "cpus_per_task")
 TAKEN += ("gpus_per_node", "qos", "setup", "mem", "signal_delay_s", "comment", "constraint", "exclude", "account")
@@ -130,3 +134,26 @@ def test_a_change_is_told_with_the_module_to_look_at(monkeypatch: pytest.MonkeyP
         AssertionError, match=r"submitit .* is not what launch/jobs/sbatch.py expects.*no parameter map"
     ):
         test_submitit_writes_the_batch_script_from_the_same_parameters()
+
+
+def nodes_of(node: ConfigNode, key: str = "") -> Iterator[tuple[str, type, dict[str, Any], dict[str, Any]]]:
+    """All that the nodes of a config hold but for what they remember of each other."""
+    inside = {"_metadata", "_parent", "_flags_cache", "_content"}
+    metadata = {name: value for name, value in vars(node._metadata).items() if name != "resolver_cache"}
+    yield key, type(node), metadata, {name: value for name, value in vars(node).items() if name not in inside}
+    content = vars(node).get("_content")
+    found = {"": content} if isinstance(content, ConfigNode) else content
+    for name, inner in found.items() if isinstance(found, dict) else enumerate(found or ()):
+        assert inner._parent is node
+        yield from nodes_of(inner, f"{key}.{name}")
+
+
+def test_a_config_is_copied_as_omegaconf_copies_it() -> None:
+    message = changed("omegaconf", "base.Node", "launch/runs/values.py")
+    composed = compose_launch(["cluster=slurm", 'cluster.setup=["a","b"]', "nodes=2"])
+    before = list(nodes_of(copy.deepcopy(composed)))
+    copied = copy_of(composed)
+    assert len(before) > 100 and list(nodes_of(copied)) == before and copied == composed, message
+    copied.nodes, copied.cluster.setup[0], copied.cluster.partition = 3, "c", "gpu"
+    copied._set_flag("struct", None)
+    assert list(nodes_of(composed)) == before, message

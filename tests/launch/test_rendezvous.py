@@ -159,3 +159,61 @@ def test_nodes_that_slurm_takes_before_they_come_are_not_waited_for(
             group.next_round(0)
         assert {one.host for one in group.lost.values()} == {"n1", "n2"}
         group.end()
+
+
+def test_a_lost_member_that_comes_back_stays_out_and_its_spare_stays_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a node whose cable was out for longer than ``resilience.node_timeout_s``."""
+    config, folder, everybody = patient(Config(nodes=2, spare_nodes=1)), RunFolder(tmp_path), Barrier(3, timeout=240)
+
+    def agent(index: int) -> list[tuple[int, ...]]:
+        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
+        with join(folder, node, config) as group:
+            first = group.next_round(0)
+            assert first is not None and group.heartbeat.flush(240)
+            everybody.wait()
+            if node.is_head:
+                with monkeypatch.context() as silence:
+                    silence.setattr(group, "_silence", lambda index: 241.0 * (index == 1))
+                    assert [one.host for one in group.find_silent(first)] == ["n1"]
+            everybody.wait()
+            rounds = [first, group.next_round(1), group.next_round(2)]  # the lost one asks for them as well
+            everybody.wait()
+            if node.is_head:
+                group.end()
+            return [each.members for each in rounds if each is not None]
+
+    with ThreadPoolExecutor(len(HOSTS)) as agents:
+        assert list(agents.map(agent, range(len(HOSTS)))) == [[(0, 1), (0, 2), (0, 2)]] * len(HOSTS)
+
+
+def test_a_spare_that_reboots_disturbs_nobody_and_is_missed_at_the_next_start_only(tmp_path: Path) -> None:
+    config, folder = patient(Config(nodes=2, spare_nodes=1)), RunFolder(tmp_path)
+    met, both, gone = Barrier(3, timeout=240), Barrier(2, timeout=240), Event()
+
+    def agent(index: int) -> list[tuple[int, ...]]:
+        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
+        with join(folder, node, config) as group:
+            first = group.next_round(0)
+            assert first is not None and group.heartbeat.flush(240)
+            met.wait()
+            if index == 2:
+                group.heartbeat.close()  # without a word
+                gone.set()
+                return []
+            assert gone.wait(240)
+            if node.is_head:
+                assert group.heartbeat.flush(240), "all that it said has been heard"
+                group.heartbeat._when[2] -= 241
+                assert group.find_silent(first) == [] and not group.lost
+            second = group.next_round(1)
+            assert second is not None
+            both.wait()
+            if node.is_head:
+                assert list(group.lost) == [2]
+                group.end()
+            return [first.members, second.members]
+
+    with ThreadPoolExecutor(len(HOSTS)) as agents:
+        assert list(agents.map(agent, range(len(HOSTS)))) == [[(0, 1), (0, 1)]] * 2 + [[]]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.agent.avoided_hosts import hosts_to_avoid, unreliable_hosts
+from launch.agent.avoided_hosts import hosts_to_avoid, points_beside, unreliable_hosts
 from launch.agent.restart_policy import (
     Action,
     Cause,
@@ -24,6 +24,7 @@ from launch.agent.restart_policy import (
 from launch.config import RestartLimits
 from launch.jobs.handles import agent_logs, job_of
 from launch.runs.events import events_since_submission
+from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobDetails
@@ -178,6 +179,30 @@ def test_a_host_that_failed_in_two_attempts_is_avoided_with_the_reason() -> None
     # A node that was lost once is no place to come back to at once, but takes part again where it is there.
     assert unreliable_hosts(lost(None, "n3")) == {}
     assert hosts_to_avoid([*lost(None, "n3"), *failed(4, "n4")]) == {"n3": "lost before the ranks started"}
+
+
+def test_points_of_one_command_share_the_hosts_that_they_avoid(tmp_path: Path) -> None:
+    """Elements of a job array, of which one has failed on a host, and another one as well."""
+    own, other, third = (RunFolder(tmp_path / name) for name in ("n1", "n2", "n4"))
+    command = {"command_run_dirs": [str(folder.path) for folder in (own, other, third)]}
+    for folder in (own, other, third):
+        folder.path.mkdir()
+        write_json(folder.plan, command)
+    other.record_event("node_sick", attempt=None, node=1, host="h8", cause="before the command was typed")
+    own.record_event("submitted", job_id="7")
+    own.record_event("node_lost", attempt=1, node=1, host="h1", cause="silence")
+    other.record_event("node_lost", attempt=3, node=1, host="h1", cause="silence")
+    other.record_event("replicas_differ", attempt=3, hosts=["h4"], certain=True, cause="rank 7 on h4")
+    third.record_event("node_sick", attempt=None, node=1, host="h2", cause="fan")
+    beside = points_beside(own)
+    assert set(beside) == {"n2", "n4"}
+    drift = "n2: in attempt 3: rank 7 on h4"
+    twice = "lost in attempt 1; n2: lost in attempt 3"
+    assert unreliable_hosts(own.read_events()) == {}, "alone it has failed once"
+    assert unreliable_hosts(own.read_events(), beside) == {"h1": twice, "h4": drift}
+    assert hosts_to_avoid(own.read_events(), beside) == {"h1": twice, "h4": drift, "h2": "n4: sick: fan"}
+    own.plan.write_text("{")
+    assert points_beside(own) == {}
 
 
 def test_two_ends_of_one_attempt_are_one() -> None:

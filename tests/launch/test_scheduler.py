@@ -106,3 +106,16 @@ def test_a_controller_that_has_only_just_started_is_asked_again(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     assert client.run("scontrol", "show", "job", "7").strip() == "answer"
+
+
+def test_a_command_that_the_controller_hangs_up_on_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As squeue of 24.11 ends, which says nothing then."""
+    command = tmp_path / "squeue"
+    command.write_text("#!/bin/sh\nkill -PIPE $$\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    with pytest.raises(client.SlurmBusyError, match="SIGPIPE"):
+        client.run("squeue")

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from launch.batch import wait_for_plan
+from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.runs.records import OF_THE_RUN, read_records
 from tests.support.commands import TINY, run
@@ -190,10 +193,21 @@ def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tm
     made = point(tmp_path / "outputs", "quick_test", nodes)
     assert final(made, "loss") == pytest.approx(same, rel=1e-4)
     assert len(json.loads(made.environment(1).read_text())["ranks"]) == nodes
+    # Each task of Hydra's would write its own over what the agents of the other nodes read, and open keys with it.
+    assert {path.name for path in made.config.parent.iterdir()} == {"config.yaml", "overrides.yaml"}
+    assert yaml.safe_load(made.config.read_text())["run_dir"] == str(made.path)
     if launcher == "submitit_local":
         run("launch.report", str(made.path), cwd=tmp_path)
         (row,) = csv.DictReader((made.path / "summary.csv").open())
         assert (row["ranks"], row["state"]) == ("2", "finished")
+
+
+def test_a_task_of_another_node_waits_for_the_plan_of_the_first(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match=r"(?s)no .*plan\.json after 0 s.*all nodes share"):
+        wait_for_plan(folder, timeout_s=0.0)
+    folder.plan.write_text("{}")
+    wait_for_plan(folder, timeout_s=0.0)
 
 
 def test_a_stock_launcher_with_another_number_of_tasks_is_refused_before_the_queue(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ CASES = {
         *(Case(STRATEGIES["hsdp"], model, PASSES[model]) for model in MODELS),
         Case(f"{STRATEGIES['hsdp']} {EACH}", "untied, grouped queries", 4),
         Case(f"{STRATEGIES['fsdp']} {EACH}", "tied", 4),
+        # Both blocks in one unit, which a recomputed block must not take for its own.
+        Case(f"{STRATEGIES['fsdp']} parallel.fsdp_min_num_params=1000000 recompute=full", "untied, grouped queries", 4),
         *(Case(STRATEGIES[name], model, PASSES[model]) for name, model in zip(STRATEGIES, MODELS, strict=False)),
     ],
 }

@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gpt.config import ModelConfig, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.fsdp import apply_fsdp, prefetch_forward
+from gpt.topology.fsdp_units import fsdp_units
 from launch.errors import ConfigError
 from tests.support.small_models import LLAMA, random_tokens, small
 from tests.support.watching import Operations
@@ -22,6 +23,8 @@ RANKS, BLOCKS = 8, 5
 UNTIED = small(**LLAMA, n_layer=BLOCKS)
 LEARNED = small(n_layer=BLOCKS, tie_embeddings=False)
 TIED = small(n_layer=BLOCKS)
+PARAMETERS = sum(p.numel() for p in GPT(UNTIED).blocks[0].parameters())
+"""Of a block."""
 
 
 @pytest.fixture
@@ -84,6 +87,36 @@ def test_a_tied_matrix_is_gathered_once(mesh: DeviceMesh) -> None:
 @pytest.mark.parametrize("model", [UNTIED, TIED], ids=["untied", "tied"])
 def test_nothing_is_gathered_again_without_resharding(model: ModelConfig, mesh: DeviceMesh) -> None:
     assert gathers(sharded(model, mesh, reshard_after_forward=False))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("least", "units"), [(1, [1] * 5), (PARAMETERS, [1] * 5), (PARAMETERS + 1, [2, 3]), (4 * PARAMETERS, [5])]
+)
+def test_units_have_as_many_parameters_as_is_asked_for(least: int, units: list[int], mesh: DeviceMesh) -> None:
+    forward, backward = gathers(sharded(UNTIED, mesh, fsdp_min_num_params=least))
+    block = elements(GPT(UNTIED).blocks[0])
+    assert forward[1:-1] == [count * block for count in units]
+    assert backward == [count * block for count in reversed(units[:-1])]
+
+
+def test_a_stage_with_too_few_parameters_is_one_unit_and_one_without_blocks_none() -> None:
+    parallel = ParallelConfig(Strategy.fsdp, fsdp_min_num_params=4 * PARAMETERS)
+    config = TrainConfig(model=UNTIED, parallel=parallel)
+    assert [fsdp_units(config, layers) for layers in (0, 3, 4, 7, 8)] == [[], [3], [4], [7], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "fix"),
+    [
+        ({"strategy": Strategy.ddp}, "parallel=fsdp"),
+        ({"strategy": Strategy.fsdp, "ep": 2}, "parallel.fsdp_min_num_params=null"),
+        ({"strategy": Strategy.fsdp, "fsdp_min_num_params": 0}, "parallel.fsdp_min_num_params=1"),
+    ],
+)
+def test_units_where_there_are_none_are_refused(keys: dict[str, Any], fix: str) -> None:
+    with pytest.raises(ConfigError, match="fsdp_min_num_params=") as refused:
+        ParallelConfig(**{"fsdp_min_num_params": 10**6, **keys}).validate()
+    assert fix in str(refused.value)
 
 
 def test_blocks_that_wait_for_the_device_gather_the_next_one_before(mesh: DeviceMesh) -> None:

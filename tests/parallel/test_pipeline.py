@@ -20,6 +20,7 @@ BASE = {
     ],
     # its output matrix costs more than a block, so that the last of four stages has nothing else
     "large vocabulary": [*MODELS["experts"], "model.n_layer=4", "model.vocab_size=2048"],
+    "a block a stage": MODELS["tied"],
 }
 EVAL = ["eval.sequences=7"]
 
@@ -48,8 +49,8 @@ ON_4: list[tuple[str, Words]] = [
     ("biased experts", pipeline("interleaved", "parallel=tp", "recompute=full")),
     ("biased experts", pipeline("dualpipev", *KEPT, "parallel.ep=2")),
 ]
-ON_8: list[tuple[str, Words]] = [("tied", ["parallel=3d", "optim.max_micro_batch=2"])]
-"""Four micro-batches a step, and eight in one case."""
+ON_8: list[tuple[str, Words]] = [("a block a stage", ["parallel=3d", "optim.max_micro_batch=4"])]
+"""Four micro-batches a step; eight in one case, and two on eight ranks."""
 TABLES = {2: ON_2, 4: ON_4, 8: ON_8}
 
 
@@ -59,7 +60,8 @@ def learn_table(rank: int, size: int, folder: Path, table: list[tuple[str, Words
         run = start(rank, size, folder / str(i), *EVAL, *BASE[model], *words)
         mine = learn(run)
         mine["evaluated"] = evaluated(run)
-        assert evaluated(run) == mine["evaluated"]
+        if i == 0:
+            assert evaluated(run) == mine["evaluated"]
         mine["after"] = step(run)  # not disturbed by that
         found.append(mine)
     return found if rank == 0 else []

@@ -61,13 +61,13 @@ CASES = {
         Case(f"{TP} recompute=full compile=default", "grouped queries", 1),
     ],
     4: [
-        Case(f"{TP} parallel.tp=4", "tied"),
+        Case(f"{TP} parallel.tp=4", "tied", 1),
         Case(TP, "grouped queries", 1),
         Case("parallel=fsdp_tp", "tied"),
         Case("parallel=fsdp_tp parallel.reshard_after_forward=false recompute=selective", "parallel", 1),
         Case("parallel=fsdp_tp parallel.dp_shard=1", "experts"),
         Case("parallel=ep parallel.ep=2 parallel.tp=2", "few places", 1),
-        Case("parallel=fsdp_ep parallel.ep=2 parallel.tp=2 recompute=full", "experts"),
+        Case("parallel=fsdp_ep parallel.ep=2 parallel.tp=2 recompute=full", "experts", 1),
     ],
 }
 

@@ -121,11 +121,25 @@ def test_gathered_parameters_by_hand() -> None:
         keys = {"strategy": Strategy.fsdp, "reshard_after_forward": reshard}
         found = cost(config_of(3, data_ranks=4, **keys), 4, fast).communication_s["dp"]
         assert found == pytest.approx(each * (4 * parameters + again))
+    # Each of four blocks, embedding and head is a group of its own, with messages of its own; three are gathered again.
+    one = replace(fast, inter_node=Link(1.0, 1e30), intra_node=Link(1.0, 1e30))
+    found = cost(config_of(data_ranks=4, strategy=Strategy.fsdp), 4, one).communication_s["dp"]
+    assert found == pytest.approx((6 + 3 + 6) * (4 - 1))
     # The first gather and the last reduce-scatter: the first block, and the embedding, tied with all that is around.
     slow = replace(MACHINE, flops_per_s=1e6)
     for model, ends in ((MODEL, 2048), (replace(MODEL, tie_embeddings=True), AROUND - 2048)):
         hidden = cost(config_of(data_ranks=4, model=model, strategy=Strategy.fsdp), 4, slow)
         assert hidden.communication_s["dp"] == pytest.approx(each * 2 * (BLOCK + ends))
+
+
+def test_units_of_several_blocks_by_hand() -> None:
+    fast, slow, parameters = replace(MACHINE, flops_per_s=1e30), replace(MACHINE, flops_per_s=1e6), count(MODEL).total
+    each, keys = 3 / 4 * 4 / 8e9, {"strategy": Strategy.fsdp, "fsdp_min_num_params": BLOCK + 1}
+    # Units of two and two blocks: the second is not resharded, the first and the embedding overlap with nothing.
+    found = cost(config_of(3, data_ranks=4, **keys), 4, fast).communication_s["dp"]
+    assert found == pytest.approx(each * (4 * parameters + 3 * 2 * BLOCK))
+    hidden = cost(config_of(data_ranks=4, **keys), 4, slow).communication_s["dp"]
+    assert hidden == pytest.approx(each * 2 * (2 * BLOCK + 2048))
 
 
 def test_tensor_parallelism_by_hand() -> None:
@@ -186,7 +200,39 @@ def test_expert_parallelism_by_hand() -> None:
 
 
 def test_a_stage_hands_the_stream_on() -> None:
-    assert cost(config_of(4, pp=2), 2).communication_s["pp"] == pytest.approx(4 * 2 * 4 * T * D / 8e9)
+    send, tied = 4 * T * D / 8e9, 4 * 64 * D / 8e9
+    fast = replace(MACHINE, flops_per_s=1e30)
+    for schedule, pp, sends in (("1f1b", 2, 1), ("1f1b", 4, 2), ("gpipe", 2, 2), ("interleaved", 2, 4)):
+        config = config_of(4, pp=pp, schedule=Schedule[schedule])
+        # With 1F1B a link takes both directions at once. All stages of pp=2 are at an end, and of pp=4 two are not.
+        assert cost(config, pp, fast).communication_s["pp"] == pytest.approx(4 * sends * send)
+    shared = config_of(4, pp=2, model=replace(MODEL, tie_embeddings=True))
+    assert cost(shared, 2, fast).communication_s["pp"] == pytest.approx(4 * send + tied)
+    slices = cost(config_of(4, pp=2, tp=2, sequence_parallel=True), 4, fast)
+    assert slices.communication_s["pp"] == pytest.approx(4 * send / 2)
+
+
+def test_all_ranks_sum_a_few_numbers() -> None:
+    far = replace(MACHINE, inter_node=Link(1.0, 1e30), ranks_per_node=1)
+    measured = replace(far, inter_node=Link(1.0, 1e30, {"all_reduce": (0.5, 1e30)}))
+    # Figures; and the norm of gradients of which each rank has a part. Over trees of three levels, or as measured.
+    for strategy, sums in ((Strategy.ddp, 1), (Strategy.fsdp, 2), (Strategy.zero1, 2)):
+        config = config_of(data_ranks=8, strategy=strategy)
+        assert cost(config, 8, far).communication_s["world"] == sums * 2 * 3
+        assert cost(config, 8, measured).communication_s["world"] == pytest.approx(sums * 2 * 7 * 0.5)
+    assert cost(config_of(tp=2), 2, far).communication_s["world"] == 2 * 2
+    assert "world" not in cost(config_of(), 1, far).communication_s
+
+
+def test_both_directions_of_a_pipeline_pass_at_once() -> None:
+    """Micro-batch i of two stages is sent when its forward pass is, and the link and the gradient two before are."""
+    count, send = 6, 4 * T * D / 8e9
+    found = cost(config_of(count, pp=2), 2, replace(MACHINE, flops_per_s=1e30))
+    arrived = [send, 2 * send]  # stage 0 sends two micro-batches ahead
+    for number in range(2, count):
+        returned = arrived[number - 2] + send
+        arrived.append(max(returned, arrived[number - 1]) + send)
+    assert found.step_s == pytest.approx(arrived[-1] + send)
 
 
 @settings(max_examples=60, deadline=None)

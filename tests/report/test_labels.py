@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from launch.report import build
 from launch.runs.labels import point_labels
+from launch.runs.overrides import point_name
 
 STEADY = [1.0] * 10
 
@@ -53,10 +54,15 @@ def test_a_label_keeps_its_generation_and_a_folder_that_was_typed_its_name() -> 
     assert point_labels([(Path("s/one"), ["nodes=1"])]) == ["one"]
 
 
-def test_a_run_alone_for_which_nothing_was_typed_is_called_by_its_name() -> None:
+def test_a_run_alone_whose_folder_says_nothing_is_called_by_its_name() -> None:
     assert point_labels([(Path("outputs/quick_test/default"), ["cluster=local"])]) == ["quick_test"]
     assert point_labels([(Path("outputs/quick_test/default~2"), ["fresh=true"])]) == ["quick_test~2"]
     assert point_labels([(Path("mine/default"), ["run_dir=mine/default"])]) == ["default"]
+    typed = ["nodes=1", f"script.args={'a' * 200}"]
+    cut = point_name(typed, ())
+    assert point_labels([(Path("outputs/mine", cut), typed)]) == ["mine"]
+    assert point_labels([(Path("outputs/mine", f"{cut}~2"), typed)]) == ["mine~2"]
+    assert point_labels([(Path("elsewhere", cut), [*typed, f"run_dir=elsewhere/{cut}"])]) == [cut]
     beside = [(Path("outputs/quick_test/default"), []), (Path("outputs/quick_test/nodes=2"), ["nodes=2"])]
     assert point_labels(beside) == ["default", "nodes=2"]
 

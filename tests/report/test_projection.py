@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from launch.project.failures import Failures
 from launch.project.models import Measured, fit_costs, fit_trend
 from launch.project.search import minimum, root
 from launch.project.sizes import parse_sizes
+from launch.project.sweep_points import read_sweep, with_matmul_rates
+from launch.report.selection import select
+from launch.runs.folder import RunFolder
+from launch.runs.matmul_rates import as_document as rates_document
 from launch.runs.network import LinkFit, Network, as_document
 from launch.workload import StepTime
 from tests.report.conftest import RunBuilder
@@ -181,6 +186,31 @@ def test_a_sweep_of_the_gpt_is_projected(gpt_sweep: Path, capsys: pytest.Capture
     assert "| 8 | 8 |" in (gpt_sweep / "projection.md").read_text()
 
 
+def test_a_slow_rank_of_the_gpt_is_told_apart(gpt_sweep: Path) -> None:
+    """The last rank of each point takes a tenth longer, for which the others wait: no compute and no link is slower."""
+    own_s = {}
+    for nodes in (2, 4):
+        folder = RunFolder(gpt_sweep / f"n{nodes}")
+        for rank in range(nodes):
+            records = folder.metrics(rank).read_text().splitlines()
+            even = json.loads(records[0])["step_time_s"]
+            late = 0.1 * even
+            changed = {"step_time_s": even + late * (nodes - 1) / nodes, "comm_s": 0.0 if rank == nodes - 1 else late}
+            folder.metrics(rank).write_text("".join(f"{json.dumps(json.loads(r) | changed)}\n" for r in records))
+        own_s[nodes] = [even + late * (nodes - 1) / nodes - late] * (nodes - 1) + [even + late * (nodes - 1) / nodes]
+    assert main([str(gpt_sweep), "--nodes", "8"]) == 0
+    document = json.loads((gpt_sweep / "projection.json").read_text())
+    _, two, four, eight = document["rows"]
+    assert two["stragglers_s"] == pytest.approx(max(own_s[2]) - statistics.mean(own_s[2]))
+    assert four["stragglers_s"] == pytest.approx(max(own_s[4]) - statistics.mean(own_s[4]))
+    grown = (1.42360 - 1.02938) * statistics.stdev(own_s[4])  # expected maxima of 8 and of 4 standard normal draws
+    assert eight["stragglers_s"] == pytest.approx((four["stragglers_s"] + grown) / 2, rel=1e-4)  # half of the work
+    assert eight["parts"]["stragglers"] == eight["stragglers_s"]
+    known = json.loads((gpt_sweep / "n4" / "plan.json").read_text())
+    even = ddp_step_s(known["tokens_per_step"], 8, known["flops_per_token"], known["parameters"], rate=0.1, links=0.01)
+    assert eight["step_s"] - eight["stragglers_s"] == pytest.approx(even, rel=0.02)
+
+
 def test_the_command_is_found_by_its_name(gpt_sweep: Path) -> None:
     text = run("launch.project", str(gpt_sweep), "--nodes", "8", cwd=gpt_sweep)
     assert "projected figures were not measured" in text
@@ -221,6 +251,18 @@ def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pytest
     assert "type next: python -m launch.bench_network" in capsys.readouterr().err
 
 
+def test_measured_rates_of_products_are_used(gpt_sweep: Path, tmp_path: Path) -> None:
+    sweep, times = read_sweep(select(gpt_sweep, None)), []
+    for name, seconds in (("slow", 2e-9), ("fast", 1e-9)):
+        path = tmp_path / f"{name}.json"
+        sample = {"precision": "fp32", "m": 1, "n": 1, "k": 1, "seconds": seconds}
+        path.write_text(json.dumps(rates_document("CPU", [sample], {})))
+        costs = with_matmul_rates(sweep, path, None).costs()
+        assert costs is not None
+        times.append(costs(1, 1.0, 1.0).compute_s)
+    assert times[0] == pytest.approx(2 * times[1])
+
+
 def test_the_times_of_a_script_make_a_trend(tmp_path: Path, make_run: type[RunBuilder]) -> None:
     folder = tmp_path / "mine"
     script = tmp_path / "train.py"
@@ -250,6 +292,8 @@ def test_what_cannot_be_projected_is_refused(
         (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "links.yaml")): "Key 'between'",
         (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "none.yaml")): "No such file",
         (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "0"): "--mtbf-hours 0",
+        (str(gpt_sweep), "--nodes", "8", "--matmul-rates", "none.json"): "--matmul-rates=none.json: No such file",
+        (str(gpt_sweep), "--nodes", "8", "--matmul-rates", "r", "--gpu", "H100"): "--matmul-rates r with --gpu H100",
         (str(tmp_path / "nowhere"), "--nodes", "8"): "no folder",
     }.items():
         assert main(list(words)) == 2

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launch.report import ScalingTable, build
+from launch.report.page.tiles import tiles
 from launch.runs.files import write_json
 
 EMPTY = hashlib.sha256(b"").hexdigest()
@@ -75,3 +76,10 @@ def test_low_mfu_gets_the_advice_that_the_steps_ask_for(
 
 def test_mfu_that_is_not_low_gets_none(tmp_path: Path, make_run: Any) -> None:
     assert not any("MFU at" in note for note in sweep_of(tmp_path, make_run, {4: {}}, mfu_palm=0.2).notes)
+
+
+def test_the_page_begins_with_the_largest_point_that_claims_an_efficiency(sweep: Path) -> None:
+    shown = tiles(build(sweep))
+    assert '<span class="name">Efficiency at nodes=2</span><b>96.2 %</b>' in shown
+    assert "not claimed at nodes=4: ranks shared cores or a GPU" in shown
+    assert "Efficiency at nodes=4" not in shown

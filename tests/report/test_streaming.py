@@ -98,12 +98,7 @@ def write(path: Path, lines: list[str | bytes]) -> Path:
 
 
 def assert_same_as_json(path: Path) -> None:
-    """With rare layouts left to the parser of JSON, as always, and with every one read as columns."""
-    for few in (columns.FEW, 1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(columns, "FEW", few)
-            found = read_columns(path, FIELDS)
-        assert_equal_to_json(found, read_records(path))
+    assert_equal_to_json(read_columns(path, FIELDS), read_records(path))
 
 
 def assert_equal_to_json(found: columns.RecordColumns | None, expected: list[dict[str, Any]]) -> None:
@@ -181,6 +176,24 @@ LINE = '{"step": 2, "attempt": 1, "step_time_s": 0.5, "tokens": 8, "layers": {"t
 def test_a_line_among_others_is_read_as_json_reads_it(tmp_path: Path, line: str) -> None:
     others = [LINE.replace('"step": 2', f'"step": {step}').replace("0.5", f"{step / 7}") for step in (1, 3, 4, 10)]
     assert_same_as_json(write(tmp_path / "rank_00000.jsonl", [others[0], line, *others[1:], b'{"step": 11, "att']))
+
+
+def test_lines_of_json_are_decoded_together_and_others_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(start: int, block: bytes, names: tuple[str, ...]) -> columns._Part:
+        judged.append(block)
+        return read_lines(start, block, names)
+
+    judged: list[bytes] = []
+    read_lines = columns._read_lines
+    monkeypatch.setattr(columns, "_read_lines", judge)
+    spaced, null = LINE.replace("{", "{ "), LINE.replace("0.5", "null")
+    assert_same_as_json(write(tmp_path / "plain.jsonl", [LINE, spaced, null]))
+    assert not judged
+    no_text = LINE.replace("layers", "caf?").replace('"step": 2', '"step": 3').encode().replace(b"?", b"\xe9") + b"\n"
+    assert_same_as_json(write(tmp_path / "latin.jsonl", [LINE, no_text]))
+    assert len(judged) == 1
 
 
 def test_blocks_end_between_lines_wherever_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

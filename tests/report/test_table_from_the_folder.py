@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from launch.report import build
+from launch.report import build, goodput
+from launch.report.losses import LOSSES
+from launch.report.row import Row
 from launch.runs.records import append_records
+from launch.runs.telemetry import GpuSample, append_samples
 
 
 def recorded(folder: Path, make_run: Any) -> None:
@@ -73,3 +77,115 @@ def test_every_number_of_the_table_follows_from_the_records(tmp_path: Path, make
             assert list(row.lost_to().values()) == pytest.approx([*lost, 1 - efficiency - lost.sum()], abs=1e-12)
         else:
             assert row.lost_to() == {}, "against itself"
+
+
+GPUS, PRICE = 4, 2.5
+
+
+def interrupted(folder: Path, make_run: Any) -> Path:
+    """A run of two nodes that waited, evaluated, saved, lost 7 steps with its first attempt, and sampled its GPUs."""
+    chance = np.random.default_rng(3)
+    place = {"device": "cuda:{local_rank}"}
+    built = make_run(folder, GPUS, 2, ("nodes=2",), global_batch=GPUS, machines=2, extra_rank=place)
+    now = [1.7e9]
+
+    def event(name: str, after_s: float, **details: Any) -> None:
+        now[0] += after_s
+        built.event(name, time=now[0], **details)
+
+    event("submitted", 0, cluster="slurm", job_id="1", nodes=2, candidate=0)
+    begun = {"job": "1", "nodes": 2, "gpus": GPUS, "price_per_gpu_hour": PRICE, "limit_s": 1e5}
+    event("agent_started", 311.5, allocated_at=now[0] + 311.5, **begun)
+    for attempt, first, last in ((1, 1, 27), (2, 21, 60)):
+        built.attempt(attempt)
+        event("started", 12.25, attempt=attempt, world_size=GPUS)
+        since, records = now[0], []
+        now[0] += 30.0
+        for step in range(first, last + 1):
+            took = chance.uniform(0.9, 1.1)
+            now[0] += took
+            record = {"step": step, "attempt": attempt, "loss": 6 / step, "tokens": 512, "step_time_s": took}
+            record |= {"mfu_palm": (mfu := chance.uniform(0.3, 0.4)), "mfu_bf16": mfu / 2, "time": now[0]}
+            records.append(record | ({"val_loss": 1.0} if step in (10, 40) else {}))
+            now[0] += 0.125 if step == 33 else 4.5 if step in (10, 40) else 0.0
+            if step in (20, 50):
+                event("saved", 3.75, attempt=attempt, step=step, seconds=3.75)
+        for rank in range(GPUS):
+            append_records(built.run.metrics(rank), records)
+        for node in range(2):
+            rows = zip(np.arange(since, now[0], 5.0), chance.uniform(300, 700, (99, 2)), strict=False)
+            append_samples(built.run, node, [watched(at, attempt, node, row) for at, row in rows])
+        event("rank_failed" if attempt == 1 else "finished", 1.5, attempt=attempt, rank=1)
+    event("agent_ended", 2.5, job="1", ended_at=now[0] + 2.5)
+    return folder
+
+
+def watched(time: float, attempt: int, node: int, power: np.ndarray) -> GpuSample:
+    gauges = {"throttle_reasons": 0x04 if power[0] > 600 else 0x01}
+    return GpuSample(time, attempt, f"n{node + 1}", {f"b{i}": {**gauges, "power_w": power[i]} for i in (0, 1)})
+
+
+def test_time_cost_and_energy_follow_from_the_files_of_the_run(tmp_path: Path, make_run: Any) -> None:
+    run = interrupted(tmp_path, make_run)
+    lines = {path: [json.loads(line) for line in path.open()] for path in sorted(run.rglob("*.jsonl"))}
+    events, records = lines[run / "events.jsonl"], lines[run / "metrics" / "rank_00000.jsonl"]
+    at = {(e["event"], e.get("attempt")): e["time"] for e in events if e["event"] != "saved"}
+    begun, ended = events[1]["allocated_at"], events[-1]["ended_at"]
+    attempt, step, took, time = (np.array([r[n] for r in records]) for n in ("attempt", "step", "step_time_s", "time"))
+    counts = (attempt == 2) | (step < 21)
+    gaps, save = (time - took)[1:] - time[:-1], sum(e.get("seconds", 0.0) for e in events)
+    after = {name: np.array([name in r for r in records])[:-1] for name in ("val_loss",)}["val_loss"]
+    between = np.diff(attempt) == 1
+    own = [gaps[after].sum(), gaps[between].sum(), ended - time[-1]]
+    other = gaps[~after & ~between].sum() - save
+    hours = (ended - begun) / 3600 * GPUS
+    samples = [s for path, found in lines.items() if "telemetry" in str(path) for s in found]
+    use = [(np.diff(t)[:, None] * (p[1:] + p[:-1]) / 2, np.diff(t).sum() * 2) for t, p in power_of(samples)]
+    energy = sum(joules.sum() for joules, _ in use)
+    mfu = np.array([r["mfu_bf16"] for r in records])[counts & ((step > 5) & (attempt == 1) | (step > 25))]
+    expected = {
+        "waiting_s": begun - events[0]["time"],
+        "start_s": time[0] - took[0] - begun,
+        "steps_s": took[counts].sum(),
+        "lost_s": took[~counts].sum(),
+        "saves_s": save,
+        **dict(zip(("evaluations_s", "restarts_s", "shutdown_s"), own, strict=True)),
+        "other_s": other,
+        "fewer_s": None,
+        "goodput": took[counts].sum() / (ended - begun),
+        "gpu_hours": hours,
+        "cost": hours * PRICE,
+        "cost_per_billion": hours * PRICE / (60 * 512 * GPUS / 1e9),
+        "run_time_s": at["rank_failed", 1] - at["started", 1] + at["finished", 2] - at["started", 2],
+        "attempts": 2,
+        "energy_kwh": energy / 3.6e6,
+        "joules_per_work": energy / (60 * 512 * GPUS),
+        "gpu_power_w": energy / sum(seconds for _, seconds in use),
+        "throttled": np.mean([reason == 4 for s in samples for reason in s["throttle_reasons"]]),
+        "mfu_bf16": np.median(mfu),
+    }
+    (row,) = build(run).rows
+    assert {name: getattr(row, name) for name in expected} == pytest.approx(expected, abs=1e-5)
+    whole = sum(value for name, value in expected.items() if name in PARTS and value)
+    assert whole == pytest.approx(ended - events[0]["time"], abs=1e-5)
+    told = {field.name for field in fields(Row) if "float" in str(field.type) or "int" in str(field.type)}
+    assert told == expected.keys() | FROM_THE_RECORDS | {f"lost_to_{phase}" for phase in LOSSES} | ELSEWHERE
+
+
+PARTS = {f"{part}_s" for part in goodput.PARTS}
+FROM_THE_RECORDS = {
+    *("nodes", "ranks", "throughput", "throughput_per_rank", "throughput_low", "throughput_high", "throughput_ideal"),
+    *("step_time_s", "step_time_s_low", "step_time_s_high", "step_time_s_spread", "steps_measured", "last_step"),
+    *("speedup", "efficiency", "efficiency_low", "efficiency_high", "mfu_palm", "loss"),
+}
+"""Columns of the test before."""
+ELSEWHERE = {"efficiency_ci_low", "efficiency_ci_high", "ratio_to_first"}
+"""Columns that come of random draws (test_intervals.py), or of two folders (test_comparison.py)."""
+
+
+def power_of(samples: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Times and power, [samples] and [samples, GPUs], of each host in each attempt."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for sample in samples:
+        found.setdefault((sample["host"], sample["attempt"]), []).append(sample)
+    return [(np.array([s["time"] for s in of]), np.array([s["power_w"] for s in of])) for of in found.values()]

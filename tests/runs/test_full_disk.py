@@ -15,11 +15,16 @@ from gpt.checkpoint.folders import steps
 from gpt.metrics.steps_csv import StepsCsv
 from gpt.metrics.view import View
 from launch import cancel
+from launch.agent import heartbeat as heartbeat_of_agents
+from launch.agent.environment import EnvironmentRecord
+from launch.agent.node import Node
 from launch.jobs import handles, stop
 from launch.runs import heartbeat, unwritten
 from launch.runs.events import unsaved_text
+from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import RecordWriter, StepRecord, read_records
+from launch.workload import CodeTree, RankCommand, RankContract
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
 
@@ -152,3 +157,19 @@ def test_a_cancel_that_cannot_be_entered_ends_the_run_all_the_same(
     assert cancel.main([str(folder.path)]) == 0
     assert "ended without a save, as its event log cannot say why: " in capsys.readouterr().out
     assert controller.wait(timeout=60) == -15
+
+
+def test_an_agent_describes_its_ranks_and_ends_where_it_meets_the_others_when_there_is_room(disk: Path) -> None:
+    folder, node = RunFolder(disk / "run"), Node(0, 1, "local", is_slurm=False)
+    folder.create_attempt()
+    record = EnvironmentRecord(folder, 1, 0, 1)
+    command, contract, tree = RankCommand(("true",), {}), RankContract(), CodeTree(disk, lambda root: (), False)
+    fill(disk)
+    record.describe_node([0])
+    record.poll("script", command, contract, tree)
+    assert not heartbeat_of_agents.write_endpoint(folder, node, over=True)
+    (disk / "filler").unlink()
+    record.poll("script", command, contract, tree)
+    assert [entry["rank"] for entry in read_json(folder.environment(1))["ranks"]] == [0]
+    assert heartbeat_of_agents.write_endpoint(folder, node, over=True)
+    assert heartbeat_of_agents.read_endpoint(folder, node) == {"over": True}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from launch.jobs.handles import agent_logs, job_of
+from launch.report.goodput import measure_goodput
 from launch.runs.failures import first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -66,8 +68,18 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     assert (frozen["rank"], frozen["host"]) == (1, killed["host"]) and PROGRAM.name in frozen["traceback"]
     assert from_step(folder, attempt=2) == saved
     assert checkpoint(folder)["attempt"] == 3, "STOP saves before it ends"
-    assert "Restarts=0" in sandbox.slurm("scontrol", "show", "job", str(events[0]["job_id"]))
+    shown = sandbox.slurm("scontrol", "show", "job", str(events[0]["job_id"]))
+    assert "Restarts=0" in shown
     assert not ranks_in(folder)
+    # The parts of its time are its allocation, whose second of begin and end Slurm tells.
+    begin, end = (datetime.fromisoformat(shown.split(f" {name}=")[1].split()[0]) for name in ("StartTime", "EndTime"))
+    allocated = next(e["allocated_at"] for e in events if e["event"] == "agent_started")
+    ended = max(e["ended_at"] for e in events if e["event"] == "agent_ended")
+    goodput = measure_goodput(folder, events)
+    assert goodput is not None and goodput.seconds["lost"] > 0 < goodput.seconds["restarts"]
+    parts = {part: seconds for part, seconds in goodput.seconds.items() if part != "waiting"}
+    assert sum(parts.values()) == pytest.approx(ended - allocated, abs=1e-3)
+    assert abs(allocated - begin.timestamp()) <= 1 and ended <= end.timestamp() + 1
 
 
 def test_a_bug_in_the_data_of_a_step_stops_the_job_and_does_not_loop(sandbox: Cluster, tmp_path: Path) -> None:

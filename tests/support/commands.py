@@ -62,8 +62,8 @@ def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> s
     Forked from a process that has imported everything, where nothing speaks against it (see ``forking``).
     """
     job = Job(module, words, str(cwd), environment(**extra))
-    server = fork_server()
-    if not module.startswith(FORKED) or not server.takes(job):
+    server = server_for(job) if module.startswith(FORKED) else None
+    if server is None:
         done = subprocess.run(
             [sys.executable, "-m", module, *words],
             cwd=cwd,
@@ -91,7 +91,20 @@ def run(module: str, *words: str, cwd: Path, status: int = 0, **extra: str) -> s
 @cache
 def fork_server(*modules: str) -> Server:
     """The process that ``run`` forks from, one for each process that tests run in; or one that imports more."""
-    return fork_server().importing(modules) if modules else Server.start_with(environment())
+    if modules:
+        return fork_server().importing(modules)
+    return library_server().importing(["tests.support.preload_commands"])
+
+
+@cache
+def library_server() -> Server:
+    """The process that ``fork_server`` comes of, which has imported nothing of this project."""
+    return Server.start_with(environment())
+
+
+def server_for(job: Job) -> Server | None:
+    """The server of which a fork does the same as a start."""
+    return next((server for server in (fork_server(), library_server()) if server.takes(job)), None)
 
 
 def answer_ctrl_c() -> None:
@@ -125,8 +138,9 @@ def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subpr
 def start_fork(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> ForkedProcess:
     """The same for a test that is not about processes, but about what a run does: forked as ``run`` forks."""
     job = Job(module, words, str(cwd), environment(**extra), own_session=True)
-    assert fork_server().takes(job)
-    process = fork_server().start(job, log)
+    server = server_for(job)
+    assert server is not None
+    process = server.start(job, log)
     STARTED.append(process)
     return process
 
@@ -188,3 +202,17 @@ def ranks_of(pids: Sequence[int]) -> dict[int, int]:
         if b"gpt.train" in words and rank:
             ranks.setdefault(int(rank[0].split(b"=")[1]), pid)  # parents come first, and a rank forks its writer
     return ranks
+
+
+def agents_of(pid: int) -> dict[int, int]:
+    """Process ids of the agents below process ``pid``, by node."""
+    found = {}
+    for child in descendants(pid):
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        index = [v.partition(b"=")[2] for v in variables if v.startswith(b"SUBMITIT_LOCAL_GLOBALID=")]
+        if index:
+            found.setdefault(int(index[0]), child)  # parents come first, and an agent forks its ranks
+    return found

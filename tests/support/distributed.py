@@ -11,6 +11,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from tests.support.commands import fork_server, kill_all
 from tests.support.forking import ForkedProcess, Job
 
 NEWS_S = 2.0
+DATA_FOLDER = "TESTS_DATA_FOLDER"
+"""Variable of the ranks: folder in which a corpus is prepared once for all groups of this process."""
 
 
 class RankFailedError(AssertionError):
@@ -63,6 +66,11 @@ def run_distributed(
                     kill_all(process)
 
 
+@cache
+def _data_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="gloo_data_")
+
+
 def _start(rank: int, world_size: int, folder: str, timeout_s: float, imports: Sequence[str]) -> ForkedProcess:
     environment = dict(os.environ) | {
         "RANK": str(rank),
@@ -71,6 +79,7 @@ def _start(rank: int, world_size: int, folder: str, timeout_s: float, imports: S
         "LOCAL_WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        DATA_FOLDER: _data_folder().name,
     }
     job = Job("tests.support.rank", (folder, str(timeout_s)), str(Path.cwd()), environment)
     return fork_server(*imports).start(job)

@@ -5,7 +5,11 @@ ranks. Here one server process a test worker imports once, and each command is a
 a process id, a parent, a session, signals, a folder and an environment of its own, as if Python had just been started.
 What such a command starts with ``python -m`` is forked as well, and is its child, and so is the file of Python that an
 agent starts for a rank of a script; the ranks of other workloads their agent forks by itself
-(``launch.agent.fork_server``). What cannot be forked (another program, other paths to import from) is started as ever.
+(``launch.agent.fork_server``).
+
+The server is forked from one that has imported libraries alone: of that one come commands that are to import this
+project from another folder, or something of a test's before it. What cannot be forked at all (another program, other
+variables that are read at the start) is started as ever.
 
 Owns the processes between a test and its command. Must not know what is run. For tests that are about what commands
 do; those that are about processes start real interpreters (``commands.start``).
@@ -19,6 +23,7 @@ import os
 import pickle
 import select
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -41,8 +46,11 @@ ROOM = "x" * 20_000
 """Room for the command line and the environment of what is forked, in the memory of the server's own."""
 READ_AT_START = ("PYTHON", "OMP_", "MKL_", "LD_")
 """Variables that Python and its libraries read only when they start, by how they begin."""
-ANYWAY = ("PYTHONUNBUFFERED", "PYTHONHASHSEED")
-"""Of those, the ones that may differ: nothing is buffered, and no result depends on the order of a set."""
+ANYWAY = ("PYTHONUNBUFFERED", "PYTHONHASHSEED", "OMP_PASSWORD")
+"""Of those, the ones that may differ: nothing is buffered, no result depends on the order of a set, and no library
+knows the third (tests/launch/test_secrets.py)."""
+OURS = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
+"""Packages that a command imports by itself, from where it is told, if it comes of a server of libraries."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -78,24 +86,31 @@ class Job:
         """The folder that it imports from first."""
         return Path(self.cwd, self.module).resolve().parent if self.is_file else Path(self.cwd)
 
-    def can_be_forked(self, here: Mapping[str, str] = os.environ) -> bool:
-        """Tell whether it would import the same modules as this process, in the same way."""
-        read = {k for k in {**here, **self.env} if k.startswith(READ_AT_START) and k not in ANYWAY}
+    def can_be_forked(self, here: Mapping[str, str] = os.environ, only_libraries: bool = False) -> bool:
+        """Tell whether it would import the same modules as this process, in the same way.
+
+        Args:
+            here: environment of the process that is forked.
+            only_libraries: that process has imported nothing else, and paths to import from may differ.
+        """
+        may_differ = (*ANYWAY, *(["PYTHONPATH"] if only_libraries else []))
+        read = {k for k in {**here, **self.env} if k.startswith(READ_AT_START) and k not in may_differ}
         folder = self.folder
         other_code = folder != ROOT and any((folder / name).exists() for name in ("gpt", "launch", "slurm", "configs"))
-        return not other_code and all(here.get(k) == self.env.get(k) for k in read)
+        return (only_libraries or not other_code) and all(here.get(k) == self.env.get(k) for k in read)
 
 
 class Server:
     """The process that commands are forked from, for as long as this one lives."""
 
-    def __init__(self, env: Mapping[str, str], connection: socket.socket) -> None:
+    def __init__(self, env: Mapping[str, str], connection: socket.socket, only_libraries: bool) -> None:
         self._env = dict(env)
         self._socket = connection
+        self._only_libraries = only_libraries
 
     @classmethod
     def start_with(cls, env: Mapping[str, str]) -> Server:
-        """Start one that imports what commands and ranks need."""
+        """Start one that imports the libraries which commands and ranks need."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = f"from tests.support import forking; forking.serve({theirs.fileno()})"
         subprocess.Popen(
@@ -107,18 +122,18 @@ class Server:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
-        return cls(env, ours)
+        return cls(env, ours, only_libraries=True)
 
     def importing(self, modules: Sequence[str]) -> Server:
         """Fork one from this that imports ``modules`` as well."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         socket.send_fds(self._socket, [pickle.dumps(tuple(modules))], [theirs.fileno()])
         theirs.close()
-        return Server(self._env, ours)
+        return Server(self._env, ours, only_libraries=False)
 
     def takes(self, job: Job) -> bool:
         """Tell whether a fork does the same as a start."""
-        return job.can_be_forked(self._env)
+        return job.can_be_forked(self._env, self._only_libraries)
 
     def start(self, job: Job, output: Path | None = None) -> ForkedProcess:
         """Start a command; what it prints is added to ``output``, or is printed by this process."""
@@ -166,9 +181,11 @@ class ForkedProcess:
 
 
 def serve(connection: int) -> None:
-    """Import everything, then fork what is asked for, until nobody is left to ask."""
-    import tests.support.preload_commands  # noqa: F401
+    """Import the libraries, then fork what is asked for, until nobody is left to ask."""
+    import tests.support.preload_libraries  # noqa: F401
 
+    global _ONLY_LIBRARIES
+    _ONLY_LIBRARIES = True
     os.environ.pop("ROOM")
     # What a command starts by itself is forked too; see ``Popen._execute_child`` for the parameters.
     subprocess.Popen._execute_child = partialmethod(_execute_child, subprocess.Popen._execute_child)  # type: ignore
@@ -191,6 +208,8 @@ def _answer(connection: int) -> None:
 
 def _serve_with(modules: tuple[str, ...], connection: int) -> NoReturn:
     """Become a server that has imported more."""
+    global _ONLY_LIBRARIES
+    _ONLY_LIBRARIES = False
     try:
         with lasting_imports():
             for module in modules:
@@ -231,6 +250,7 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     if job.log is not None:
         forked_rank.open_streams(job.log)
     os.chdir(job.cwd)
+    before = dict(os.environ)
     os.environ.clear()
     os.environ.update(job.env)
     if cpus := told_cpus(job.env):
@@ -240,6 +260,8 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     sys.argv = [job.module if job.is_file else "-m", *job.words]
     sys.orig_argv = job.command
     sys.path[0] = str(job.folder)
+    if _ONLY_LIBRARIES:
+        _import_from(before.get("PYTHONPATH", ""), job.env.get("PYTHONPATH", ""))
     sys.modules["__main__"] = types.ModuleType("__main__")
     importlib.invalidate_caches()
     if job.is_file:
@@ -252,6 +274,20 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status & 0xFF)
+
+
+def _import_from(before: str, told: str) -> None:
+    """Put the folders of PYTHONPATH in the place of those that it named ``before``, and forget what is imported there.
+
+    A ``sitecustomize`` among them runs, as at the start of Python (``site``).
+    """
+    there = len(list(filter(None, before.split(os.pathsep))))
+    added = [str(Path(folder).absolute()) for folder in filter(None, told.split(os.pathsep))]
+    sys.path[1 : 1 + there] = added
+    shadowed = {path.stem for folder in added if Path(folder) != ROOT for path in Path(folder).glob("*")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in {*OURS, *shadowed, "sitecustomize"}]:
+        del sys.modules[name]
+    site.execsitecustomize()
 
 
 def _run_file(path: str) -> None:
@@ -314,6 +350,8 @@ class Starter:
 
 
 _STARTER: Starter | None = None
+_ONLY_LIBRARIES = False
+"""The process that this one was forked from has imported nothing else."""
 
 
 def _execute_child(popen: subprocess.Popen[bytes], original: Any, *args: Any, **kwargs: Any) -> None:
@@ -346,7 +384,7 @@ def _job_of(given: Mapping[str, Any]) -> Job | None:
     cwd = str(Path(os.fsdecode(given["cwd"] or ".")).absolute())
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     job = Job(module, tuple(rest), cwd, env, given["start_new_session"], ignored)
-    return job if job.can_be_forked() else None
+    return job if job.can_be_forked(only_libraries=_ONLY_LIBRARIES) else None
 
 
 def _rank_of(words: list[str], given: Mapping[str, Any]) -> Job | None:
@@ -361,4 +399,4 @@ def _rank_of(words: list[str], given: Mapping[str, Any]) -> Job | None:
     env = dict(given["env"])
     log = str(Path(logs, f"rank_{int(env['RANK']):05d}.log").absolute())
     job = Job(file, tuple(rest), workdir, env, given["start_new_session"], is_file=True, log=log)
-    return job if job.can_be_forked() else None
+    return job if job.can_be_forked(only_libraries=_ONLY_LIBRARIES) else None

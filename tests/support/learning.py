@@ -9,6 +9,7 @@ a gradient.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -33,6 +34,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 from launch.worker import Run as Rank
 from tests.support.composing import config_from
+from tests.support.distributed import DATA_FOLDER
 
 STEPS = 3
 """The second one has what the first left in the optimizer; by the third, biases, which begin at zero, are large beside
@@ -96,8 +98,8 @@ def start(rank: int, size: int, folder: Path, *words: str) -> Run:
 
 
 def start_composed(rank: int, size: int, folder: Path, config: TrainConfig) -> Run:
-    """A run of a configuration; those that lie in one folder share their data."""
-    config.data.cache_dir = str(folder.parent / "cache")
+    """A run of a configuration; those that lie in one folder share their data, and so do all of ``run_distributed``."""
+    config.data.cache_dir = os.environ.get(DATA_FOLDER) or str(folder.parent / "cache")
     world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
     return build(config, RunFolder(folder), world, 1, Rank())
 

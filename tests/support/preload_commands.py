@@ -15,6 +15,8 @@ from launch.process import lasting_imports
 
 with lasting_imports():
     import tests.support.preload  # noqa: F401
+    from tests.support import learning
+    from tests.support.composing import config_from
 
     for package in (gpt, launch):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None):
@@ -32,3 +34,5 @@ with lasting_imports():
         import_module(name)
     for chosen in ([], ["parallel=ddp"], ["parallel=fsdp"]):  # what most ranks are made of, but for values
         compose_train(chosen)
+    for strategy in ("ddp", "fsdp", "zero1", "tp", "fsdp_tp", "pp", "cp", "ep", "zero2", "zero3"):  # ranks of tests
+        config_from([*learning.TINY, f"parallel={strategy}", "optim.max_micro_batch=4"])

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from gpt.parallel import base
 from gpt.train import train
 from launch.runs.records import read_records
 from launch.worker import Run as Rank
@@ -54,7 +55,8 @@ def groups_of(args: Any) -> list[str]:
 
 def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Train until it is stopped, on a filesystem without locks; collections and messages between processes by step."""
-    run = start(rank, size, folder, *WORDS)
+    with mock.patch.object(base, "get_state_dict", wraps=base.get_state_dict) as states:
+        run = start(rank, size, folder, *WORDS)
     run.worker = Asked(rank, rank, size)
     run.worker.open_folder(run.folder.path, run.attempt)
     collected: list[tuple[int, int]] = []
@@ -79,6 +81,7 @@ def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
     run.world.gather(None)  # rank 0 writes the event log last of all
     return {
         "outcome": outcome,
+        "states": states.call_count,
         "collected": collected,
         "messages": messages,
         "step": run.step,
@@ -92,6 +95,10 @@ def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_distributed(watch, 2, tmp_path_factory.mktemp("loop") / "run")
+
+
+def test_a_run_that_begins_makes_no_state_to_load_into(ranks: list[dict[str, Any]]) -> None:
+    assert [found["states"] for found in ranks] == [0, 0]
 
 
 def test_garbage_is_collected_on_the_same_steps_by_all_ranks(ranks: list[dict[str, Any]]) -> None:

@@ -57,7 +57,7 @@ needs_fp16 = pytest.mark.skipif(
 )
 
 
-def plain_loop(rank: int, size: int, folder: Path, factor: int, casts: bool) -> dict[str, Any]:
+def plain_loop(folder: Path, factor: int, casts: bool) -> dict[str, Any]:
     """Records and weights of a loop of torch's own parts, whose loss is ``factor`` times as large."""
     config = compose(*WORDS)
     samples = Samples(prepare(config.data, folder.parent / "cache"), config.model.block_size, config.seed)
@@ -99,6 +99,10 @@ def plain_loop(rank: int, size: int, folder: Path, factor: int, casts: bool) -> 
         seen["scales"].append(scale)
         seen["skipped"].append(seen["norms"].count(None))
     return seen | {"weights": {name: p.detach() for name, p in model.named_parameters()}}
+
+
+def plain_loops(rank: int, size: int, folder: Path, kinds: list[tuple[int, bool]]) -> dict[Any, dict[str, Any]]:
+    return {kind: plain_loop(folder, *kind) for kind in kinds}
 
 
 def record_of(run: Run) -> StepRecord:
@@ -145,7 +149,7 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], name: str) -> 
 
 def test_every_engine_skips_and_learns_as_a_plain_loop_with_torchs_scaler(tmp_path: Path) -> None:
     kinds = sorted(set(ENGINES.values()))
-    references = {kind: run_distributed(plain_loop, 1, tmp_path / "runs", *kind)[0] for kind in kinds}
+    references = run_distributed(plain_loops, 1, tmp_path / "runs", kinds)[0]
     found = run_distributed(learn, 2, tmp_path / "runs", list(ENGINES), timeout_s=300, imports=DEEPSPEED)
     for name, kind in ENGINES.items():
         expected = references[kind]

@@ -15,7 +15,8 @@ from gpt.training.schedule import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, be
 from gpt.workload.text import checkpoint_text
 from launch.errors import ConfigError
 from launch.runs.checkpoint_interval import best_interval_s
-from launch.runs.events import unsaved_text
+from launch.runs.events import skipped_text, unsaved_text
+from launch.status import notes
 from tests.support.commands import TINY
 from tests.support.composing import config_from
 
@@ -96,6 +97,19 @@ def test_status_and_plan_say_that_nothing_can_be_saved() -> None:
     assert unsaved_text([saved]) is None and unsaved_text([failed, saved]) is None
     told = unsaved_text([saved, failed, failed | {"step": 9}])
     assert told is not None and "tried 2 times, last of step 9" in told and told.endswith("No space left")
+
+
+def test_status_says_that_steps_change_no_weights_or_were_taken_back() -> None:
+    def skipped(step: int) -> dict[str, Any]:
+        return {"event": "step_skipped", "attempt": 1, "step": step, "cause": "loss not finite"}
+
+    started = {"event": "started", "attempt": 1}
+    assert skipped_text([]) is None and skipped_text([started, skipped(2), started]) is None
+    assert skipped_text([started, skipped(2)]) == "1 step skipped in this attempt, last step 2: loss not finite"
+    back = {"event": "rolled_back", "step": 4, "first": 6, "last": 7, "cause": "2 steps in a row"}
+    told = skipped_text([started, skipped(6), skipped(7), back])
+    assert told is not None and notes({"label": "run", "state": "running", "skipped": told}) == [f"run: {told}"]
+    assert told.startswith("2 steps skipped") and told.endswith("gone back once, last to step 4: 2 steps in a row")
 
 
 def test_the_plan_counts_the_memory_that_checkpoints_are_staged_in() -> None:

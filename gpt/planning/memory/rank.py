@@ -12,6 +12,7 @@ from gpt.planning.memory.states import sizes, states
 from gpt.topology.batch import Batch
 from gpt.topology.deepspeed_config import BUCKET
 from gpt.topology.dims import ParallelDims
+from gpt.topology.fsdp_units import fsdp_units
 from gpt.topology.gradient_buckets import BUCKET_BYTES, BUCKETS_IN_FLIGHT
 from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
@@ -135,13 +136,13 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
     """Return the bytes of weights beside the stored ones, and of unsharded gradients beside the sharded ones.
 
     DDP and ZeRO-1 in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. ZeRO-1: see
-    ``unreduced_gradients``. FSDP: norm and output matrix, or
-    the tied embedding, stay all-gathered for the whole pass; of the blocks two are (one computes, the next is
-    prefetched), or all of them, and the embedding, without resharding after the forward pass; the gradient of one block
-    or of the output matrix is unsharded until its reduce-scatter. With gradient accumulation nothing is reduced before
-    the last micro-batch, so all gradients are unsharded, in fp32, unless ``parallel.reduce_each_micro_batch`` says so.
-    ZeRO-3 frees gathered parameters only where it holds more than ``LIVE`` elements, or needs them no more; ZeRO-1 and
-    2 compute with the parameters that they hold. All three have a gradient bucket, in fp32 at most.
+    ``unreduced_gradients``. FSDP: norm and output matrix, or the tied embedding, stay all-gathered for the whole
+    pass; of the units of blocks (``fsdp_units``) two are (one computes, the next is prefetched), or all of them,
+    and the embedding, without resharding after the forward pass; the gradient of one unit or of the output matrix
+    is unsharded until its reduce-scatter. With gradient accumulation nothing is reduced before the last
+    micro-batch, so all gradients are unsharded, in fp32, unless ``parallel.reduce_each_micro_batch`` says so. ZeRO-3
+    frees gathered parameters only where it holds more than ``LIVE`` elements, or needs them no more; ZeRO-1 and 2
+    compute with the parameters that they hold. All three have a gradient bucket, in fp32 at most.
     """
     bf16 = config.precision.is_half
     if config.parallel.zero_stage:
@@ -152,11 +153,12 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
         return casts + (unreduced_gradients(shards, accumulates) if config.parallel.strategy is Strategy.zero1 else 0)
     block, around = elements(shards.block), elements(shards.around)
     width, reshards = BF16 if bf16 else FP32, config.parallel.reshard_after_forward
-    gathered = min(2, shards.layers) if reshards else shards.layers
+    units = sorted(fsdp_units(config, shards.layers))
+    gathered = sum(units[-2:]) if reshards else shards.layers
     # An embedding that is tied to the output matrix is not freed after its forward pass.
     kept = around - (elements(shards.entry) if reshards and not config.model.tie_embeddings else 0)
     accumulates = accumulates and not config.parallel.reduce_each_micro_batch
-    whole = FP32 * shards.elements if accumulates else width * max(block, kept)
+    whole = FP32 * shards.elements if accumulates else width * max(max(units, default=0) * block, kept)
     return width * (kept + gathered * block) + whole
 
 

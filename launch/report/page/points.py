@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from launch.report.details import RunDetail
+from launch.report.numbers import percent, seconds
 from launch.report.page.chart import histogram
 from launch.report.page.heat import heat_map
 from launch.report.page.html import escape, grid, section
 from launch.report.page.tables import html_table
 from launch.report.table import ScalingTable
-from launch.report.views import percent, seconds
 
 MAX_BINS = 40
 MARKED = ("50 %", "95 %", "99 %")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from launch.report.numbers import rate, run_time, seconds
 from launch.report.page.chart import Mark, line_chart
 from launch.report.page.html import color, escape, grid, section
 from launch.report.row import Row
 from launch.report.table import ScalingTable
-from launch.report.views import efficiency, rate, run_time, seconds
+from launch.report.views import efficiency
 
 Triple = tuple[float | None, float | None, float | None]
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from launch.report.goodput import PARTS
 from launch.report.losses import LOSSES
+from launch.report.numbers import amount, percent, rate, seconds
 from launch.report.page.html import escape
 from launch.report.page.points import chosen
 from launch.report.row import Row
 from launch.report.table import ScalingTable
-from launch.report.views import amount, efficiency, percent, rate, seconds
+from launch.report.views import efficiency
 
 MAX_SERIES = 3
 """Series whose largest point gets a tile."""
@@ -40,12 +41,26 @@ def tiles(table: ScalingTable) -> str:
 
 
 def _largest(table: ScalingTable) -> list[Row]:
-    """The largest point of each series that has something to compare."""
+    """The largest point of each series that claims an efficiency; where none does, that has anything to compare."""
     found: dict[tuple[str | None, str], Row] = {}
     for row in table.rows:
-        if row.speedup is not None and row.speedup != 1:
+        if row.speedup is None or row.speedup == 1:
+            continue
+        before = found.get((row.scaling, row.series))
+        if before is None or before.efficiency is None or row.efficiency is not None:
             found[row.scaling, row.series] = row
     return list(found.values())
+
+
+def _unclaimed(table: ScalingTable, row: Row) -> str:
+    """Say which larger points of the series of ``row`` claim no efficiency; empty where all do."""
+    series = [other for other in table.rows if (other.scaling, other.series) == (row.scaling, row.series)]
+    larger = [other for other in series[series.index(row) + 1 :] if other.speedup is not None]
+    return f"; not claimed at {', '.join(other.label for other in larger)}: {_why(larger[-1])}" if larger else ""
+
+
+def _why(row: Row) -> str:
+    return "ranks shared cores or a GPU" if row.oversubscribed else "see the notes"
 
 
 def _scaling(table: ScalingTable) -> list[Tile]:
@@ -53,14 +68,13 @@ def _scaling(table: ScalingTable) -> list[Tile]:
     for row in _largest(table)[:MAX_SERIES]:
         speedup = f"speedup {row.speedup:.2f} on {row.ranks} ranks"
         if row.efficiency is None:
-            why = "ranks shared cores or a GPU" if row.oversubscribed else "see the notes"
-            found.append(Tile(f"Efficiency at {row.label}", "not claimed", f"{speedup}; {why}"))
+            found.append(Tile(f"Efficiency at {row.label}", "not claimed", f"{speedup}; {_why(row)}"))
             continue
         if row.efficiency_ci_low is not None and row.efficiency_ci_high is not None:
             ends = f"{100 * row.efficiency_ci_low:.1f} to {100 * row.efficiency_ci_high:.1f} %"
             speedup = f"{speedup}; 95 % interval {ends}"
-        claimed = Tile(f"Efficiency at {row.label}", efficiency(row), speedup, _kind(row.efficiency))
-        found.append(claimed)
+        text = speedup + _unclaimed(table, row)
+        found.append(Tile(f"Efficiency at {row.label}", efficiency(row), text, _kind(row.efficiency)))
     return found
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from launch.report.goodput import PARTS
 from launch.report.losses import LOSSES
+from launch.report.numbers import percentages, run_time
 from launch.report.page.html import escape, grid, number, section
 from launch.report.row import Row
 from launch.report.table import ScalingTable
-from launch.report.views import percentages, run_time
 
 LOSS_COLORS = {
     "communication": "var(--c0)",

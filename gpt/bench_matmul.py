@@ -1,0 +1,140 @@
+"""Measure the rate of matrix products by size on this machine's device, for the estimates of ``parallel=auto``.
+
+    python -m gpt.bench_matmul --output matmul.json
+    python -m launch parallel=auto cluster.matmul_rates=matmul.json nodes=8 dry_run=true
+
+On a node of the kind that runs will have, with nothing else on its device. Owns the timing; the file and what lies
+between its sizes are ``launch.runs.matmul_rates``'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.training.execution import has_tf32
+from launch.errors import CommandParser, ConfigError, refusing
+from launch.runs.files import write_json
+from launch.runs.matmul_rates import as_document
+
+TIMINGS = 5
+"""Timings of each shape, of which the median counts."""
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = {"cpu": "64,256,1024,2048", "cuda": "64,256,1024,4096,16384"}
+
+
+@refusing
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write; the exit status: 0, or 2 where it was refused."""
+    parser = CommandParser(
+        prog="python -m gpt.bench_matmul",
+        description="Measure the rate of matrix products by size on this machine's GPU, or else on its CPUs.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("matmul.json"), metavar="FILE", help="(%(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--sizes", metavar="LIST", help=f"of each of m, n and k (CPU {SIZES['cpu']}, GPU {SIZES['cuda']})"
+    )
+    parser.add_argument("--precisions", metavar="LIST", help="of fp32, tf32, bf16, fp16 (CPU fp32, GPU those it has)")
+    parser.add_argument("--budget-s", type=float, default=0.05, metavar="S", help="time for each size (%(default)s)")
+    typed = parser.parse_args(arguments)
+    output: Path = typed.output.expanduser().absolute()
+    if not output.parent.is_dir() or output.is_dir():
+        raise ConfigError(f"--output {output}", "a file in a folder that is there", "--output matmul.json")
+    if typed.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda", "a GPU that torch can use", "--device cpu, or a node with GPUs")
+    if not 0 < typed.budget_s < float("inf"):
+        raise ConfigError(f"--budget-s {typed.budget_s:g}", "seconds, more than none", "--budget-s 0.05")
+    device = torch.device(typed.device)
+    sizes = parse_sizes(typed.sizes or SIZES[typed.device])
+    samples: list[dict[str, Any]] = []
+    for precision in parse_precisions(typed.precisions, device):
+        rates = []
+        for m, n, k in itertools.product(sizes, repeat=3):
+            seconds = product_s(m, n, k, precision, device, typed.budget_s)
+            samples.append({"precision": precision, "m": m, "n": n, "k": k, "seconds": seconds})
+            rates.append(2 * m * n * k / seconds / 1e12)
+        print(f"{precision}: {min(rates):.3g} to {max(rates):.3g} TFLOP/s over {len(rates)} sizes", flush=True)
+    write_json(output, as_document(device_name(device), samples, circumstances()))
+    print(f"wrote {output}; to use it:\n  python -m launch parallel=auto cluster.matmul_rates={output} ...")
+    return 0
+
+
+def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budget_s: float) -> float:
+    """Return the median time of a product of (m, k) and (k, n) matrices, seconds: the median of ``TIMINGS``."""
+    left, right = (torch.randn(shape, device=device).to(DTYPES[precision]) for shape in ((m, k), (k, n)))
+    result = left @ right  # the first one pays for the library's choice of a kernel
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        count = 1
+        while (seconds := _timed(left, right, result, count)) < budget_s / TIMINGS and count < 2**20:
+            count *= 2
+        timings = [seconds, *(_timed(left, right, result, count) for _ in range(TIMINGS - 1))]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return statistics.median(timings) / count
+
+
+def _timed(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, count: int) -> float:
+    """Time of so many products, seconds, by the host's clock: of a GPU that has nothing else to do."""
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    start = time.perf_counter()
+    for _ in range(count):
+        torch.mm(left, right, out=result)
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    return time.perf_counter() - start
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Sizes, ascending; ConfigError where they are none."""
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"--sizes {text}", "whole numbers above 0 by commas", f"--sizes {SIZES['cpu']}")
+    return sorted({int(word) for word in words})
+
+
+def parse_precisions(text: str | None, device: torch.device) -> list[str]:
+    """Precisions as typed, else those that the device has; ConfigError where one is unknown."""
+    if text is None:
+        if device.type == "cpu":
+            return ["fp32"]
+        bf16 = ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
+        return ["fp32", *(["tf32"] if has_tf32(device) else []), *bf16, "fp16"]
+    known = [name for name in DTYPES if name != "tf32" or has_tf32(device)]
+    words = [word.strip() for word in text.split(",")]
+    if unknown := [word for word in words if word not in known]:
+        raise ConfigError(
+            f"--precisions {text}, with {unknown[0]!r}", f"some of {', '.join(known)}", "--precisions fp32"
+        )
+    return list(dict.fromkeys(words))
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the device as the estimates know it."""
+    return "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def circumstances() -> dict[str, Any]:
+    """Host, versions, threads and date of a measurement."""
+    return {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
