@@ -6,6 +6,7 @@ And the order of the files, which the workers take from the front, and the mark 
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Iterator
 
@@ -55,6 +56,14 @@ def keeps_nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin as a command does, which keeps no lines for later: the test before may have been a rank or an agent."""
     monkeypatch.setattr(unwritten, "_keeps", False)
     monkeypatch.setattr(unwritten, "_kept", {})
+
+
+@pytest.fixture(autouse=True)
+def draws_the_same_numbers() -> None:
+    """Begin with one seed, so that what a test draws depends neither on those before it nor on its worker."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
