@@ -9,6 +9,7 @@ Owns making a run folder where nobody submitted for us. The agents then take the
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -33,6 +34,7 @@ from launch.plan.text import plan_text
 from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import append_groups, typed_value, without_key
+from launch.scheduler import client as scheduler
 
 PLAN_TIMEOUT_S = 300.0
 """Longest wait for the plan of the head node's task: tasks of one job start within minutes of each other."""
@@ -94,6 +96,8 @@ def make_run(
     """
     args = job_overrides(overrides, job)
     composed = compose_launch(args, config_dir)
+    if not ahead and typed_value(args, "cluster.timeout_min") is None:
+        composed.cluster.timeout_min = minutes_of(job["SLURM_JOB_ID"]) or composed.cluster.timeout_min
     config = typed_config(composed)
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
@@ -107,6 +111,15 @@ def make_run(
     if not ahead and "SLURM_RESTART_COUNT" not in job:
         record_submitted(plan, job["SLURM_JOB_ID"])
     return plan
+
+
+def minutes_of(job_id: str) -> int | None:
+    """Ask Slurm for the time limit of a job, in minutes: sbatch's --time decides it, and no key of the run."""
+    try:
+        limit_s = scheduler.job_details(job_id).time_limit_s
+    except scheduler.SlurmError:
+        return None
+    return math.ceil(limit_s / 60) if limit_s else None
 
 
 def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:

@@ -53,8 +53,9 @@ def submit_batch_script(sandbox: Cluster, folder: Path, *words: str, **extra: st
 @pytest.mark.slurm
 def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbox: Cluster, tmp_path: Path) -> None:
     words = [*COUNTING, "ranks_per_node=2", f"output_dir={tmp_path / 'outputs'}", 'name="it\'s mine"']
-    words += options(steps=STEPS)
-    there = {"NODES": "1 2", "SBATCH_OUTPUT": str(tmp_path / "%j.out")}
+    begin = tmp_path / "begin"  # no run ends before its batch script has looked at it
+    words += options(steps=STEPS, begin=begin)
+    there = {"NODES": "1 2", "SBATCH_OUTPUT": str(tmp_path / "%j.out"), "SBATCH_TIMELIMIT": "17"}
     refused = typed(sandbox, "bash", "slurm/scaling.sh", "script.resume=true", *words, status=2, **there)
     assert "type next: " in refused and "script.resume" in refused
     refused = typed(sandbox, "bash", "slurm/scaling.sh", "nodes=3", *words, status=2, **there)
@@ -71,17 +72,20 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
         plans = {json.loads(path.read_text())["nodes"]: path for path in sweep.glob("*/plan.json")}
         return RunFolder(plans[2].parent) if 2 in plans else None
 
-    def has_agents() -> bool:
+    def has(event: str) -> bool:
         found = of_two_nodes()
-        return found is not None and any(e["event"] == "agent_started" for e in found.read_events())
+        return found is not None and any(e["event"] == event for e in found.read_events())
 
-    wait_for(has_agents, "the agents on two nodes")
+    wait_for(lambda: has("agent_started"), "the agents on two nodes")
     for pid in processes.of_job(jobs[1], "srun", sandbox.env["SLURM_CONF"]):  # the agents go on without it
         processes.send(pid, signal.SIGKILL)
+    wait_for(lambda: has("srun_lost"), "the batch script to look")
+    begin.touch()
     ended = wait_for_end(sandbox, *jobs)
     assert ended == ["COMPLETED"] * 3, [path.read_text() for path in printed.values() if path.exists()]
     run, report = printed[jobs[1]].read_text(), printed[jobs[2]].read_text()
     assert "2 x 2 = 4 ranks on slurm" in run and "Summary of" in run
+    assert "2 nodes for 17 min)" in run, "the worst case is that of the job, not of the config"
     folder = of_two_nodes()
     assert folder is not None
     ranks = json.loads(folder.environment(1).read_text())["ranks"]
