@@ -210,6 +210,7 @@ def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_
     (lost,), (end,), (decided,) = of("node_lost"), of("attempt_ended"), of("decided")
     assert (lost["node"], end["cause"], decided["action"]) == (1, "node_failed", "restart")
     assert "1 of 2 nodes go on" in decided["reason"]
+    wait(folder.environment(2).exists, "what the agent tells of the attempt")
     assert len(read_json(folder.environment(2))["ranks"]) == 1
     point = find_run_status(folder)
     poll([point])

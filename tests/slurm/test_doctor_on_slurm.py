@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ def strict(namespaces: None) -> Iterator[Cluster]:
         yield cluster
 
 
-def doctor(cluster: Cluster, cwd: Path, *words: str, status: int) -> dict[str, Any]:
+def doctor(cluster: Cluster, cwd: Path, *words: str, status: int | Collection[int]) -> dict[str, Any]:
     """``python -m launch.doctor --json`` as a user of this cluster."""
     text = run("launch.doctor", "--json", *words, cwd=cwd, status=status, **cluster.env)
     progress, begin, rest = text.partition("{\n")
     report = json.loads(begin + rest)
-    assert isinstance(report, dict) and report["status"] == status and '"' not in progress
+    assert isinstance(report, dict) and '"' not in progress
+    assert report["status"] in ({status} if isinstance(status, int) else status)
     return report
 
 
@@ -179,16 +180,19 @@ def test_a_slow_cable_is_named_and_no_other(sandbox: Cluster, tmp_path: Path) ->
     faults.link(sandbox, "n2", bandwidth_mbit=20)
     try:
         words = ("cluster=slurm", "nodes=3", "optim.global_batch=12", "cluster.exclude=n4", "--on-cluster")
-        report = doctor(sandbox, tmp_path, *words, status=1)
+        report = doctor(sandbox, tmp_path, *words, status=(0, 1))
     finally:
         faults.heal(sandbox, "n2")
-    errors = [finding for finding in report["findings"] if finding["level"] == "error"]
-    assert [finding["check"] for finding in errors] == ["bandwidth"]
-    assert errors[0]["found"].startswith("every link of n2 is slow")
-    assert errors[0]["fix"].startswith("nodes=2 cluster.exclude=n2 (no node is left over")
+    (named,) = [finding for finding in report["findings"] if finding["check"] == "bandwidth"]
+    # By how much it is slower depends on what the others reach, and that on what else this machine does.
+    assert named["level"] in ("warning", "error")
+    assert [*found(report, "error")] == ["bandwidth"] * (named["level"] == "error")
+    assert report["status"] == (named["level"] == "error")
+    assert named["found"].startswith("every link of n2 is slow")
+    assert named["fix"].startswith("nodes=2 cluster.exclude=n2 (no node is left over")
     rates = {
         rank["host"]: max(link["bandwidth_gbit"] for link in rank["links"]) for rank in report["on_cluster"]["ranks"]
     }
-    # The cable lets 0.02 Gbit/s through; what the others reach depends on what else this machine does.
+    # The cable lets 0.02 Gbit/s through.
     assert rates["n2"] < 0.022
     assert min(rates["n1"], rates["n3"]) > 3 * rates["n2"]
