@@ -24,14 +24,16 @@ from launch.runs.folder import RunFolder
 from launch.runs.provenance import PACKAGES, changes, code_state, describe_code
 from launch.runs.records import read_records
 from tests.launch.test_dry_run import plan
-from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, wait_for
+from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, start_fork, wait_for
+from tests.support.paced import paced
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Our packages in a folder of their own, to be changed."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / "checkout" / package, ignore=shutil.ignore_patterns("__pycache__"))
+        # With what is compiled already, but for files that another process is about to rename.
+        shutil.copytree(ROOT / package, tmp_path / "checkout" / package, ignore=shutil.ignore_patterns("*.pyc.*"))
     return tmp_path / "checkout"
 
 
@@ -101,13 +103,13 @@ def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
 
 def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    words = [*TINY, "optim.max_steps=2", f"run_dir={folder.path}"]
+    words = [*TINY, "optim.max_steps=2", "eval.interval=0", f"run_dir={folder.path}"]
     there = {"cwd": tmp_path, "PYTHONPATH": str(checkout)}
     run("gpt.train", *words, **there)
     assert environment(folder, 1)["code"]["root"] == str(checkout)
     folder.record_event("attempt_ended", attempt=1, cause="node_failed")  # so that there is something to go on with
     edit(checkout, "# changed\n")
-    text = run("launch", *words, **there)
+    text = run("launch", *words, "launch.report_files=[md]", **there)
     assert text.count("changed since attempt 1: gpt/parallel/optimizer.py changed") == 1, text
     assert "changed since attempt 1: gpt/parallel/optimizer.py changed" in folder.log(2, 0).read_text()
     changed = [e for e in folder.read_events() if e["event"] == "code_changed"]
@@ -122,21 +124,17 @@ def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("words", [["copy_code=true"], []], ids=["snapshot", "checkout"])
 def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "outputs" / "run")
-    every = [
-        *TINY,
-        "optim.max_steps=80",
-        "eval.interval=0",
-        "checkpoint.interval=10",
-        "require_same_code=true",
-        *words,
-    ]
-    process = start(
-        "launch", *every, f"run_dir={folder.path}", cwd=checkout, log=tmp_path / "log", PYTHONPATH=str(checkout)
-    )
-    wait_for(lambda: len(read_records(folder.metrics(0))) > 11 or process.poll() is not None, "a checkpoint")
+    folder, (_, hurry) = RunFolder(tmp_path / "outputs" / "run"), paced(tmp_path)
+    every = [*TINY, "optim.max_steps=20", "eval.interval=0", "checkpoint.interval=5", "require_same_code=true", *words]
+    every.append("launch.report_files=[md]")
+    extra = {"PYTHONPATH": f"{checkout}{os.pathsep}{tmp_path / 'paced'}", "HURRY": str(hurry)}
+    # A copy takes the place of the folder that was typed in, which an interpreter imports from as it starts.
+    begin = start if words else start_fork
+    process = begin("launch", *every, f"run_dir={folder.path}", cwd=checkout, log=tmp_path / "log", **extra)
+    wait_for(lambda: len(read_records(folder.metrics(0))) > 6 or process.poll() is not None, "a checkpoint")
     edit(checkout, "raise RuntimeError('half an edit')\n" if words else "print('changed')\n")
     os.kill(ranks_of(descendants(process.pid))[0], signal.SIGKILL)
+    hurry.touch()
     status = process.wait(timeout=200)
     text = (tmp_path / "log").read_text()
     causes = [e["cause"] for e in folder.read_events() if e["event"] == "attempt_ended"]
