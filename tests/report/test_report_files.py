@@ -16,8 +16,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.report import build, select, show, views, write
+from launch.runs.report_files import ReportFile
 from launch.runs.sweeps import record_sweep
 from launch.runs.tensorboard import EventWriter, png_shape
+from tests.support import commands
 
 COLUMNS = (
     *("point", "nodes", "ranks", "topology", "tokens_per_s", "tokens_per_s_per_rank", "step_time_s"),
@@ -41,13 +43,13 @@ def shown(folder: Path, **console: Any) -> str:
     return file.getvalue()
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "launch.report", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True)
+def command(folder: Path, *arguments: object, status: int = 0) -> str:
+    """What ``python -m launch.report`` prints of a folder."""
+    return commands.run("launch.report", str(folder), *map(str, arguments), cwd=folder.parent, status=status)
 
 
 def test_csv_has_the_promised_columns_and_empty_cells_for_what_is_not_known(sweep: Path) -> None:
-    write(build(sweep))
+    write(build(sweep), files={ReportFile.csv})
     with (sweep / "scaling.csv").open() as file:
         reader = csv.DictReader(file)
         found = list(reader)
@@ -86,8 +88,8 @@ assert not {{"matplotlib", "tensorboard"}} & {{name.split(".")[0] for name in sy
     told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert snapshot(sweep).keys() - before.keys() == {"scaling.md", "scaling.csv"}
     assert told.count("wrote ") == 2 and "dashboard" not in told and ".png" not in (sweep / "scaling.md").read_text()
-    refused = command(sweep, "--files", "md,pdf")
-    assert refused.returncode == 2 and "'pdf', and not kinds of files, such as --files md,csv" in refused.stderr
+    refused = command(sweep, "--files", "md,pdf", status=2)
+    assert "'pdf', and not kinds of files, such as --files md,csv" in refused
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
@@ -123,7 +125,7 @@ def test_json_has_every_figure_and_no_number_that_is_none(sweep: Path, make_run:
     diverged = make_run(sweep / "nodes=8", 8, 8, ("nodes=8",), cores=64).attempt()
     diverged.steps(1, [0.2] * 12)
     diverged.steps(13, [0.2], loss=float("nan"))
-    write(build(sweep))
+    write(build(sweep), files={ReportFile.json})
     text = (sweep / "scaling.json").read_text()
     found = json.loads(text, parse_constant=pytest.fail)
     table = build(sweep)
@@ -137,11 +139,11 @@ def test_json_has_every_figure_and_no_number_that_is_none(sweep: Path, make_run:
 
 
 def test_the_svg_is_a_drawing_with_text_that_can_be_searched_and_the_same_each_time(sweep: Path) -> None:
-    write(build(sweep))
+    write(build(sweep), files={ReportFile.svg})
     first = (sweep / "scaling.svg").read_bytes()
     words = " ".join(text.text or "" for text in ElementTree.fromstring(first).iter("{http://www.w3.org/2000/svg}text"))
     assert "Strong scaling of quick_test" in words and "Throughput" in words
-    write(build(sweep))
+    write(build(sweep), files={ReportFile.svg})
     assert (sweep / "scaling.svg").read_bytes() == first
 
 
@@ -154,7 +156,7 @@ def test_the_figure_is_drawn_in_every_situation(tmp_path: Path, make_run: Any, k
             builder = make_run(tmp_path / ",".join(words), ranks, ranks, words, cores=4, global_batch=27720).attempt()
             if kind != "none":
                 builder.steps(1, [1.0 / ranks] * 10)
-    png = write(build(tmp_path))[2]
+    (png,) = write(build(tmp_path), files={ReportFile.png})
     assert png.name == ("summary.png" if kind == "one" else "scaling.png")
     width, height, _ = png_shape(png.read_bytes())
     assert width > 1000 and height > 500
@@ -211,14 +213,14 @@ def test_a_run_that_is_gone_leaves_no_empty_folder(tmp_path: Path, make_run: Any
         for nodes in (1, 2):
             words = (f"nodes={nodes}", f"parallel={strategy}")
             make_run(tmp_path / f"{strategy}{nodes}", nodes, nodes, words).attempt().steps(1, [1.0] * 10)
-    write(build(tmp_path))
+    write(build(tmp_path), files={ReportFile.tensorboard})
     record_sweep(tmp_path, ["ddp1", "ddp2"], ["nodes=1,2"])
-    write(build(tmp_path))
+    write(build(tmp_path), files={ReportFile.tensorboard})
     assert sorted(path.name for path in (tmp_path / "Scaling").iterdir() if path.is_dir()) == ["ideal", "points"]
 
 
 def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Path) -> None:
-    write(build(sweep))
+    write(build(sweep), files=set(ReportFile) - {ReportFile.tensorboard})
     before = snapshot(sweep)
     assert shown(sweep / "nodes=2").startswith("\nSummary of nodes=2 with a global batch of 16 sequences")
     write(build(sweep / "nodes=2"))
@@ -234,25 +236,24 @@ def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Pat
 def test_a_later_sweep_leaves_the_earlier_one_its_table_and_says_what_to_type(sweep: Path) -> None:
     """A report names its sweep; the folder of the record keeps each one, and the newest lies beside the points."""
     record_sweep(sweep, ["nodes=1", "nodes=2"], ["nodes=1,2"])
-    assert command(sweep).returncode == 0
+    command(sweep, "--files", "md,csv")
     first = {name: (sweep / name).read_bytes() for name in ("scaling.md", "scaling.csv")}
     assert record_sweep(sweep, ["nodes=2", "nodes=4"], ["nodes=2,4"]).number == 2
-    later = command(sweep).stdout
+    later = command(sweep, "--files", "md,csv")
     assert "Sweep 2: nodes=2,4 (2 points, typed " in later and "Sweep 2" in (sweep / "scaling.md").read_text()
     assert "sweep 1: nodes=1,2 (2 points, typed " in later
     assert f"python -m launch.report {sweep} --sweep 1" in later and "all 3 runs of the folder: " in later
     now = (sweep / "scaling.csv").read_bytes()
     (sweep / "sweeps" / "0001" / "scaling.csv").unlink()
-    assert "Sweep 1: nodes=1,2" in command(sweep, "--sweep", 1).stdout
+    assert "Sweep 1: nodes=1,2" in command(sweep, "--sweep", 1, "--files", "md,csv")
     assert {name: (sweep / "sweeps" / "0001" / name).read_bytes() for name in first} == first
     assert (sweep / "scaling.csv").read_bytes() == now == (sweep / "sweeps" / "0002" / "scaling.csv").read_bytes()
-    command(sweep, "--all")
+    command(sweep, "--all", "--files", "csv")
     assert [row.point for row in build(sweep).rows] == ["nodes=2", "nodes=4"]
     assert (sweep / "all_runs.csv").read_text().count("nodes=") == 6 and (sweep / "scaling.csv").read_bytes() == now
     assert record_sweep(sweep, ["nodes=2", "nodes=1"], ["nodes=2,1"]).number == 1, "the same points are the same sweep"
     assert [row.point for row in build(sweep).rows] == ["nodes=1", "nodes=2"]
-    refused = command(sweep, "--sweep", 7)
-    assert refused.returncode == 2 and "sweep 2: nodes=2,4" in refused.stderr
+    assert "sweep 2: nodes=2,4" in command(sweep, "--sweep", 7, status=2)
 
 
 def test_a_sweep_file_of_an_earlier_version_becomes_a_sweep_before_it_is_replaced(sweep: Path) -> None:
@@ -276,9 +277,8 @@ def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:
 
 
 def test_a_wrong_folder_is_refused_in_three_parts_without_a_traceback(tmp_path: Path) -> None:
-    done = command(tmp_path / "absent")
-    assert done.returncode == 2
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["found", "expected", "type next"]
+    told = command(tmp_path / "absent", status=2)
+    assert [line.split(":")[0] for line in told.splitlines()] == ["found", "expected", "type next"]
 
 
 def test_showing_needs_neither_matplotlib_nor_tensorboard(sweep: Path) -> None:
