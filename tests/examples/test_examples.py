@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,9 @@ from launch import worker
 from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import environment, run, start_fork, wait_for
+from tests.support.commands import STARTED, environment, fork_server, run, start_fork, wait_for
+from tests.support.distributed import run_distributed
+from tests.support.forking import Job
 from tests.support.scripts import (
     EXAMPLES,
     LOCAL,
@@ -115,11 +116,19 @@ def test_a_stop_of_the_worker_example_loses_no_step(with_worker: tuple[Path, str
     assert causes(folder) == ["cancelled"] and not (folder.path / "STOP").exists()
 
 
+def launch_with(library: str, *words: str, cwd: Path) -> None:
+    """Launch a script to its end, its ranks forked from a process that has imported what takes them seconds."""
+    log = cwd / "log"
+    process = fork_server(library).start(Job("launch", words, str(cwd), environment(), own_session=True), log)
+    STARTED.append(process)
+    assert process.wait(timeout=300) == 0, log.read_text()
+
+
 def test_deepspeed_trains_and_saves(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     options = ["script.options.stage=2", "script.options.steps=20", "script.options.save-every=10"]
     program = [f"script.path={EXAMPLES / 'deepspeed_zero.py'}", f"run_dir={folder.path}", "script.resumes=true"]
-    run("launch", "nodes=2", *LOCAL, *options, *program, cwd=tmp_path)
+    launch_with("deepspeed", "nodes=2", *LOCAL, *options, *program, cwd=tmp_path)
     assert causes(folder) == ["finished"]
     assert [e["step"] for e in folder.read_events() if e["event"] == "saved"] == [10, 20]
     losses = [r["loss"] for r in read_records(folder.metrics(1))]
@@ -127,10 +136,14 @@ def test_deepspeed_trains_and_saves(tmp_path: Path) -> None:
     assert (folder.checkpoints / "latest").read_text() == "step_20"
 
 
-def test_the_callback_of_the_trainer_tells_of_steps_and_obeys(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+TRAINER = "transformers.trainer"
+
+
+def call_back(rank: int, world_size: int, path: Path) -> None:
+    """Hand the callback of the example what a Trainer hands it."""
+    transformers = importlib.import_module("transformers")
     callback_class = runpy.run_path(str(EXAMPLES / "transformers_trainer.py"))["LauncherCallback"]
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder(path)
     folder.create_attempt()
     attached = worker.Run()
     attached.open_folder(folder.path, attempt=1)
@@ -149,11 +162,18 @@ def test_the_callback_of_the_trainer_tells_of_steps_and_obeys(tmp_path: Path) ->
     assert not (folder.path / "STOP").exists()
 
 
+def test_the_callback_of_the_trainer_tells_of_steps_and_obeys(tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("needs transformers")
+    run_distributed(call_back, 1, tmp_path / "run", timeout_s=300, imports=[TRAINER])
+
+
 def test_a_trainer_of_transformers_tells_of_its_steps(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     folder = RunFolder(tmp_path / "run")
     options = ["script.options.max_steps=12", "script.options.save_steps=6", f"run_dir={folder.path}"]
-    run("launch", "nodes=2", *LOCAL, *options, f"script.path={EXAMPLES / 'transformers_trainer.py'}", cwd=tmp_path)
+    program = f"script.path={EXAMPLES / 'transformers_trainer.py'}"
+    launch_with(TRAINER, "nodes=2", *LOCAL, *options, program, cwd=tmp_path)
     assert causes(folder) == ["finished"]
     assert [e["step"] for e in folder.read_events() if e["event"] == "saved"] == [6, 12]
     records = read_records(folder.metrics(0))
@@ -163,9 +183,9 @@ def test_a_trainer_of_transformers_tells_of_its_steps(tmp_path: Path) -> None:
 def test_no_thread_of_its_process_group_outlives_an_example(tmp_path: Path) -> None:
     """One that did could abort the process while Python ends, after the last step."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    code = f"""
+    program = tmp_path / "both.py"
+    program.write_text(f"""
 import glob, os, runpy, sys
-import torch  # once for both
 for name in ("plain_ddp.py", "ddp_with_worker.py"):
     if (pid := os.fork()) == 0:
         sys.argv = [name, "--steps=2"]
@@ -176,14 +196,10 @@ for name in ("plain_ddp.py", "ddp_with_worker.py"):
         print(name, [thread for thread in left if "gloo" in thread], flush=True)
         os._exit(0)
     os.waitpid(pid, 0)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(**alone),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    told = [line for line in done.stdout.splitlines() if line.endswith("]")]
-    assert told == ["plain_ddp.py []", "ddp_with_worker.py []"], done.stdout + done.stderr
+""")
+    log = tmp_path / "log"
+    process = fork_server().start(Job(str(program), (), str(tmp_path), environment(**alone), is_file=True), log)
+    STARTED.append(process)
+    process.wait(timeout=300)
+    told = [line for line in log.read_text().splitlines() if line.endswith("]")]
+    assert told == ["plain_ddp.py []", "ddp_with_worker.py []"], log.read_text()
