@@ -19,6 +19,7 @@ from launch.runs.records import OF_THE_RUN, read_records
 from tests.support.commands import TINY, run
 
 STEPS = 8
+UNDRAWN = ["launch.report_files=[md,csv]"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("sweep")
     words = [*TINY, f"optim.max_steps={STEPS}", "name=s", "checkpoint.interval=4", "eval.interval=4"]
     text = run("launch", "-m", "nodes=1,2,4", *words, cwd=folder)
-    text += run("launch", "-m", "nodes=1,2", "parallel=fsdp", *words, "name=f", cwd=folder)
+    text += run("launch", "-m", "nodes=1,2", "parallel=fsdp", *words, "name=f", *UNDRAWN, cwd=folder)
     return folder / "outputs", text
 
 
@@ -108,7 +109,7 @@ def test_the_report_can_be_made_again(sweep: tuple[Path, str]) -> None:
     outputs, _ = sweep
     before = (outputs / "s" / "scaling.csv").read_text()
     (outputs / "s" / "scaling.csv").unlink()
-    run("launch.report", str(outputs / "s"), cwd=outputs)
+    run("launch.report", str(outputs / "s"), "--files", "csv", cwd=outputs)
     assert (outputs / "s" / "scaling.csv").read_text() == before
 
 
@@ -133,12 +134,12 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
     shutil.copytree(outputs / "f", tmp_path / "outputs" / "f")
     words = ["parallel=fsdp", *TINY, f"optim.max_steps={STEPS}", "name=f", "checkpoint.interval=4", "eval.interval=4"]
     before = {path.name: path.read_bytes() for path in point(tmp_path / "outputs", "f", 2).path.glob("[a-z]*.*")}
-    again = run("launch", "-m", "nodes=1,2", *words, cwd=tmp_path)
+    again = run("launch", "-m", "nodes=1,2", *words, *UNDRAWN, cwd=tmp_path)
     assert "finished already, and not submitted: nodes=1, nodes=2" in again and "Strong scaling of f" in again
     assert "worst case" not in again, "nothing is submitted"
     for dry in (["nodes=2"], ["-m", "nodes=1,2"]):
         assert "finished    already" in run("launch", *dry, *words, "dry_run=true", cwd=tmp_path)
-    more = run("launch", "-m", "nodes=2,4", *words, cwd=tmp_path)
+    more = run("launch", "-m", "nodes=2,4", *words, *UNDRAWN, cwd=tmp_path)
     assert "finished already, and not submitted: nodes=2" in more and "worst case of the 1 other point: 4" in more
     assert re.search(r"^nodes=4 +finished", more, re.MULTILINE) and "sweep 1: nodes=1,2" in more
     one = run("launch", "nodes=2", *words, cwd=tmp_path)
@@ -149,7 +150,7 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
     assert before.items() <= kept.items() and kept.keys() - before.keys() == written
     rows = list(csv.DictReader((tmp_path / "outputs" / "f" / "scaling.csv").open()))
     assert [row["nodes"] for row in rows] == ["2", "4"], "a run alone takes nothing from the sweep"
-    assert "Sweep 1: " in run("launch.report", "outputs/f", "--sweep", "1", cwd=tmp_path)
+    assert "Sweep 1: " in run("launch.report", "outputs/f", "--sweep", "1", "--files", "md", cwd=tmp_path)
     agent = run("launch.agent", str(finished.path), cwd=tmp_path)
     assert "finished already, and not started again" in agent
     assert finished.attempts() == [1] and len(finished.read_events()) == before["events.jsonl"].count(b"\n")
@@ -183,6 +184,7 @@ def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tm
         "checkpoint.interval=4",
         "eval.interval=4",
         f"hydra/launcher={launcher}",
+        *UNDRAWN,
     ]
     nodes = 1
     if launcher == "submitit_local":
@@ -197,7 +199,7 @@ def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tm
     assert {path.name for path in made.config.parent.iterdir()} == {"config.yaml", "overrides.yaml"}
     assert yaml.safe_load(made.config.read_text())["run_dir"] == str(made.path)
     if launcher == "submitit_local":
-        run("launch.report", str(made.path), cwd=tmp_path)
+        run("launch.report", str(made.path), "--files", "csv", cwd=tmp_path)
         (row,) = csv.DictReader((made.path / "summary.csv").open())
         assert (row["ranks"], row["state"]) == ("2", "finished")
 
