@@ -161,6 +161,7 @@ def test_what_is_said_of_an_unknown_gpu_is_enough() -> None:
 
 def test_a_run_of_two_ranks_chooses_and_learns(tmp_path: Path) -> None:
     words = [*TINY, "optim.max_steps=2", "ranks_per_node=2", "parallel=auto", "cluster=local", "run_dir=run"]
+    words.append("launch.report_files=[md]")
     text = run("launch", *words, cwd=tmp_path)
     assert "finished" in text or "tokens/s" in text
     folder = RunFolder(tmp_path / "run")

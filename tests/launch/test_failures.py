@@ -33,9 +33,10 @@ from tests.support.commands import (
     wait_for,
 )
 
-LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
+UNDRAWN = "launch.report_files=[md]"
+LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50", UNDRAWN]
 ONE_NODE = ["nodes=1", "ranks_per_node=2"]
-"""Two ranks of one agent, where real interpreters are started: another agent proves nothing more, and imports torch."""
+"""Two ranks of one agent, where another agent proves nothing more: it costs its start, and a real one imports torch."""
 
 # What a mistake in somebody's training code looks like from outside: a rank raises in the middle of the run, rank 0 in
 # the first attempt and rank 1 in the second.
@@ -81,7 +82,7 @@ def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, R
     (folder / "sitecustomize.py").write_text(SABOTAGE)
     shutil.copy(ROOT / "tests" / "support" / "fake_pynvml.py", folder / "pynvml.py")
     path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    words = ("nodes=2", *TINY, "optim.max_steps=9", f"run_dir={folder / 'run'}", *words)
+    words = ("nodes=2", *TINY, "optim.max_steps=9", UNDRAWN, f"run_dir={folder / 'run'}", *words)
     text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGE="1", **environment)
     return text, RunFolder(folder / "run")
 
@@ -169,7 +170,7 @@ def start_long_run(
 
 
 def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> None:
-    process, folder, family = start_long_run(tmp_path, "resilience.max_restarts.crashed=0", begin=start_fork)
+    process, folder, family = start_long_run(tmp_path, *ONE_NODE, "resilience.max_restarts.crashed=0", begin=start_fork)
     os.kill(ranks_of(family)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 1
     text = (tmp_path / "log").read_text()
@@ -218,7 +219,7 @@ def test_what_is_told_of_a_stop_names_the_runs_that_have_no_checkpoint() -> None
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
-    process, _, family = start_long_run(tmp_path, begin=start_fork)
+    process, _, family = start_long_run(tmp_path, *ONE_NODE, begin=start_fork)
     for pid in ranks_of(family).values():
         os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
     os.kill(process.pid, signal.SIGINT)
@@ -246,6 +247,7 @@ def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
 def test_a_loss_that_diverges_again_after_one_restart_stops_the_run(tmp_path: Path) -> None:
     """Every number of it is the same again, so a second attempt tells hardware that miscalculates, a third nothing."""
     words = [*TINY, "optim.lr=1e30", "optim.min_lr=0", "optim.warmup_steps=0", "optim.max_steps=9", "optim.grad_clip=0"]
+    words.append(UNDRAWN)
     folder = RunFolder(tmp_path / "run")
     text = run("launch", *words, f"run_dir={folder.path}", cwd=tmp_path, status=1)
     events = folder.read_events()

@@ -276,7 +276,8 @@ def test_memory_and_divergence_are_told_from_other_crashes() -> None:
     assert cause_of_failure(None) is Cause.crashed
 
 
-LONG = [*TINY, "optim.max_steps=90", "eval.interval=0", "checkpoint.interval=10"]
+UNDRAWN = "launch.report_files=[md]"
+LONG = [*TINY, "optim.max_steps=90", "eval.interval=0", "checkpoint.interval=10", UNDRAWN]
 
 
 def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -298,7 +299,7 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
 
 
 def test_the_files_save_and_stop_do_what_they_say(tmp_path: Path) -> None:
-    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
+    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0", UNDRAWN]
     folder = RunFolder(tmp_path / "run")
     process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")

@@ -19,7 +19,13 @@ STEPS = (2, 4)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two ranks with two checkpoints."""
     folder = tmp_path_factory.mktemp("verify")
-    often = ("optim.max_steps=4", "checkpoint.interval=2", "checkpoint.keep_last=2", "eval.interval=0")
+    often = (
+        "optim.max_steps=4",
+        "checkpoint.interval=2",
+        "checkpoint.keep_last=2",
+        "eval.interval=0",
+        "launch.report_files=[md]",
+    )
     run("launch", "ranks_per_node=2", *TINY, *often, f"run_dir={folder / 'run'}", cwd=folder)
     return folder / "run"
 
@@ -114,5 +120,6 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_program_of_its_own_is_not_judged(tmp_path: Path) -> None:
-    run("launch", "workload=script", "script.command=[echo,done]", f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    words = ["workload=script", "script.command=[echo,done]", "launch.report_files=[md]"]
+    run("launch", *words, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
     assert "its checkpoints are its own program's" in run("launch.verify", str(tmp_path / "run"), cwd=tmp_path)

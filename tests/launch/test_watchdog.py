@@ -135,6 +135,7 @@ def test_a_frozen_rank_is_named_with_its_stack_and_the_run_goes_on(tmp_path: Pat
         "eval.interval=0",
         "checkpoint.interval=10",
         "resilience.heartbeat_timeout_s=6",
+        "launch.report_files=[md]",
     ]
     process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 7 or process.poll() is not None, "the eighth step")

@@ -10,9 +10,11 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import ROOT, TINY, descendants, ranks_of, start_fork, wait_for
 
+UNDRAWN = "launch.report_files=[md]"
+
 
 def test_a_signal_to_one_rank_of_two_nodes_stops_all_at_the_same_step(tmp_path: Path) -> None:
-    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0"]
+    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0", UNDRAWN]
     folder = RunFolder(tmp_path / "run")
     process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 4 or process.poll() is not None, "the fifth step")
@@ -40,7 +42,7 @@ def test_the_example_of_the_docs_stops_at_one_step_and_goes_on_from_there(tmp_pa
     script = example(tmp_path / "train.py", 1_000_000)
     folder = RunFolder(tmp_path / "run")
     words = ["workload=script", f"script.path={script}", "script.resumes=true", "nodes=2", "ranks_per_node=1"]
-    words += ["cluster=local", f"run_dir={folder.path}"]
+    words += ["cluster=local", UNDRAWN, f"run_dir={folder.path}"]
     process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(1))) > 4 or process.poll() is not None, "the fifth step")
     assert process.poll() is None, (tmp_path / "log").read_text()

@@ -119,7 +119,7 @@ def heartbeat_step(pid: int) -> int:
 def test_a_run_outlives_a_full_disk_and_saves_when_there_is_room(disk: Path, tmp_path: Path) -> None:
     folder = RunFolder(disk / "run")
     words = [*TINY, "optim.max_steps=1000000", "eval.interval=0", "checkpoint.interval=0", f"run_dir={folder.path}"]
-    process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch", *words, "launch.report_files=[md]", cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(0))) > 2, "the third step")
     rank = ranks_of(descendants(process.pid))[0]
     fill(disk)
