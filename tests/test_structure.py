@@ -132,7 +132,7 @@ def targets(path: Path, runtime_only: bool = False) -> frozenset[str]:
     found = set()
     tree = parsed(path)
     skipped = set()
-    if runtime_only:
+    if runtime_only and "TYPE_CHECKING" in path.read_text():
         blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
         skipped = {inner for block in blocks for inner in ast.walk(block)}
     for node in ast.walk(tree):
