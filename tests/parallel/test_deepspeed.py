@@ -73,8 +73,9 @@ def assert_timeouts(timeout_s: int) -> None:
         assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == timeout_s
 
 
+BF16 = ["precision=bf16", "model.n_layer=1"]
 OTHER_WAYS = {
-    "bf16": [["precision=bf16", *words_of(stage)] for stage in STAGES],
+    "bf16": [[*BF16, *words_of(stage)] for stage in STAGES],
     "tied": [
         ["parallel=zero3_offload"],
         [*words_of(2), "recompute=selective"],
@@ -105,7 +106,7 @@ def learn_otherwise(rank: int, size: int, folder: Path) -> dict[str, list[dict[s
     return found
 
 
-MIXTURE = [*MODELS["experts"], "model.expert_balance=bias", "optim.max_micro_batch=2"]
+MIXTURE = [*MODELS["experts"], "model.n_layer=1", "model.expert_balance=bias", "optim.max_micro_batch=4"]
 WAYS = {f"zero{stage}": words_of(stage) for stage in STAGES} | {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"]}
 CROSSINGS = [("zero1", "zero3"), ("zero3", "fsdp"), ("zero0", "zero1"), ("fsdp", "zero2"), ("ddp", "zero0")]
 
@@ -184,7 +185,7 @@ def seen_by_four(seen: Seen, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("alone") / "runs"
-    bf16 = {"bf16": [*MODELS["tied"], "precision=bf16"]}
+    bf16 = {"bf16": [*MODELS["tied"], *BF16]}
     return run_distributed(learn_alone, 1, folder, MODELS | bf16)[0]
 
 

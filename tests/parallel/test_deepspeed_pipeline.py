@@ -20,13 +20,13 @@ from tests.parallel.test_deepspeed import as_composed, broken
 from tests.support.distributed import run_distributed
 from tests.support.learning import DEEPSPEED, MODELS, assert_same, evaluated, learn, start, step, whole
 
-LAYERS = ["model.n_layer=4", "eval.sequences=7"]
+LAYERS = ["model.n_layer=2", "eval.sequences=7"]
 HERE = {
     "tied": [*MODELS["tied"], *LAYERS],
     "untied, grouped queries": [*MODELS["untied, grouped queries"], *LAYERS],
     "biased experts": [*MODELS["experts"], *LAYERS, "model.expert_balance=bias", "model.balance_bias_rate=0.05"],
     # its output matrix costs more than a block, so that the last of four stages has nothing else
-    "large vocabulary": [*MODELS["tied"], *LAYERS, "model.vocab_size=2048"],
+    "large vocabulary": [*MODELS["tied"], *LAYERS, "model.n_layer=4", "model.vocab_size=2048"],
     "bf16": [*MODELS["tied"], *LAYERS, "precision=bf16"],
 }
 COMPILED = ["compile=default", "recompute=full"]

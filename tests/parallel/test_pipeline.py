@@ -45,7 +45,6 @@ ON_4: list[tuple[str, Words]] = [
     ("large vocabulary", pipeline("1f1b", pp=4)),
     ("untied, grouped queries", pipeline("interleaved", *FSDP)),
     ("tied", pipeline("zbv", *KEPT)),
-    ("tied", pipeline("zbv", "parallel=tp")),
     ("biased experts", pipeline("interleaved", "parallel=tp", "recompute=full")),
     ("biased experts", pipeline("dualpipev", *KEPT, "parallel.ep=2")),
 ]
@@ -101,7 +100,6 @@ def test_a_pipeline_learns_what_one_process_learns(
 
 CROSSED: dict[str, Words] = {
     "ddp": ["parallel=ddp"],
-    "fsdp": ["parallel=fsdp"],
     "pp": pipeline("1f1b", pp=4),
     "interleaved": pipeline("interleaved"),
     "zbv, fsdp": pipeline("zbv", *KEPT),
@@ -109,10 +107,7 @@ CROSSED: dict[str, Words] = {
 }
 
 
-CROSSINGS = {
-    **{"ddp": "pp", "pp": "zbv, fsdp", "zbv, fsdp": "interleaved", "interleaved": "ddp"},
-    **{"fsdp": "interleaved, tp", "interleaved, tp": "fsdp"},
-}
+CROSSINGS = {"ddp": "pp", "pp": "zbv, fsdp", "zbv, fsdp": "interleaved, tp", "interleaved, tp": "ddp"}
 """Each saved once, and gone on under once."""
 
 
@@ -134,7 +129,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
 
 def test_a_checkpoint_goes_from_each_pipeline_to_another_and_to_none_and_back(tmp_path: Path) -> None:
     found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
-    assert {saved for saved, _ in found} == {resumed for _, resumed in found} == set(CROSSED)
+    assert {saved for saved, _ in found} == {resumed for _, resumed in found} == set(CROSSINGS)
     for pair, (losses, to_come) in found.items():
         assert losses == pytest.approx(to_come, rel=1e-6), pair
 
