@@ -20,7 +20,9 @@ from tests.support.distributed import run_distributed
 from tests.support.learning import DEEPSPEED, MODELS, compose, start, start_composed, whole
 
 SEED = 11
-WORDS = [f"seed={SEED}", "optim.max_micro_batch=2", "model.n_layer=4", "model.vocab_multiple=8"]
+WORDS = [f"seed={SEED}", "optim.max_micro_batch=2", "model.vocab_multiple=8"]
+PP = ["parallel.pp=2", "model.n_layer=4"]
+"""Two stages on each of two ranks."""
 BIASED = [*MODELS["experts"], "model.expert_balance=bias"]
 UNTIED = MODELS["untied, grouped queries"]
 KEEPS = "parallel.reshard_after_forward=false"
@@ -36,8 +38,8 @@ LAYOUTS = {
     "ep x tp": ["parallel=ep", "parallel.ep=2", "parallel.tp=2", *BIASED],
     "ep x tp x fsdp": ["parallel=fsdp_ep", "parallel.ep=2", "parallel.tp=2", *BIASED],
     "ep x fsdp": ["parallel=fsdp_ep", "parallel.ep=2", *BIASED],
-    "pp of two stages": ["parallel=ddp", "parallel.pp=2", "parallel.schedule=interleaved", *UNTIED],
-    "pp in a V x fsdp": ["parallel=fsdp", "parallel.pp=2", "parallel.schedule=zbv", KEEPS, *MODELS["tied"]],
+    "pp of two stages": ["parallel=ddp", *PP, "parallel.schedule=interleaved", *UNTIED],
+    "pp in a V x fsdp": ["parallel=fsdp", *PP, "parallel.schedule=zbv", KEEPS, *MODELS["tied"]],
     "pp x tp": ["parallel=tp", "parallel.tp=2", "parallel.pp=2", *MODELS["tied"]],
     "ZeRO 0": ["parallel=ds_zero0", *UNTIED],
 }

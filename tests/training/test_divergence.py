@@ -41,11 +41,18 @@ ENGINES = {
     "zero3": [],
     "ds_pp_zero1": [],
 }
+ONE_LAYER = "model.n_layer=1"
+"""Of engines that have no pipeline, whose stages want a layer each."""
 GRADIENTS_OF_TORCH = ("ddp", "zero1", "fsdp", "tp parallel.tp=2", "pp parallel.pp=2")
 LONG = [
-    *("optim.max_steps=24", "checkpoint.interval=3", "checkpoint.keep_last=3", "eval.interval=0", "model.n_layer=1"),
+    *("optim.max_steps=24", "checkpoint.interval=3", "checkpoint.keep_last=3", "eval.interval=0", ONE_LAYER),
     *("model.dropout=0.1", "optim.max_micro_batch=8", "logging.csv=true", "logging.json=true"),
 ]
+
+
+def words_of(engine: str) -> list[str]:
+    layers = [] if "pp" in engine else [ONE_LAYER]
+    return [*f"parallel={engine}".split(), "optim.max_micro_batch=4", *layers]
 
 
 def record(
@@ -155,8 +162,7 @@ def skip_one(rank: int, size: int, folder: Path, cases: list[tuple[str, str]]) -
     """Spoil the second of three steps on one rank; what each step told, and whether it changed the weights."""
     found = {}
     for number, (engine, what) in enumerate(cases):
-        words = [*f"parallel={engine}".split(), "optim.max_micro_batch=4", *ENGINES[engine]]
-        run = start(rank, size, folder / str(number), *words)
+        run = start(rank, size, folder / str(number), *words_of(engine), *ENGINES[engine])
         if rank == size - 1:
             {"activations": spoil_activations, "gradients": spoil_gradients}[what](run, lambda r=run: r.step == 1)
         records, changed = [], []
@@ -325,14 +331,12 @@ def test_a_run_that_is_killed_after_it_went_back_still_passes_over_the_batches(
 def go_back_under(rank: int, size: int, folder: Path, engines: list[str]) -> dict[str, tuple[int, bool]]:
     """Go back for batches 5 and 6 under each engine; the roll-backs, and whether the weights are the quiet run's."""
     found = {}
-    words = ["optim.max_steps=8", "checkpoint.interval=2", "eval.interval=0", "optim.max_micro_batch=4"]
+    words = ["optim.max_steps=6", "checkpoint.interval=2", "eval.interval=0"]
     words += ["divergence.max_skipped_steps=2", "logging.csv=false", "logging.json=false", "model.dropout=0.1"]
     for number, engine in enumerate(engines):
         ends = []
         for quiet in (True, False):
-            run = start(
-                rank, size, folder / f"{number}{quiet}", *f"parallel={engine}".split(), *words, *ENGINES[engine]
-            )
+            run = start(rank, size, folder / f"{number}{quiet}", *words_of(engine), *words, *ENGINES[engine])
             if quiet:
                 run.batches.passed_over = PassedOver(((5, 6),))
             elif rank == size - 1:
@@ -378,7 +382,7 @@ def flip(run: Run, name: str) -> None:
 def compare_replicas(rank: int, size: int, folder: Path) -> dict[str, list[Any]]:
     found = {}
     for number, (words, odd) in enumerate(REPLICAS.items()):
-        run = start(rank, size, folder / str(number), *f"parallel={words}".split(), "optim.max_micro_batch=4")
+        run = start(rank, size, folder / str(number), *words_of(words))
         queue_step(run, None, Phase.training)
         check = ReplicaCheck(run.engine.module, run.world)
         quiet = check.find_drift()
@@ -416,7 +420,7 @@ def test_a_flipped_bit_in_one_replica_is_found_whatever_the_parallelism(tmp_path
 
 def drift_apart(rank: int, size: int, folder: Path) -> tuple[str, list[dict[str, Any]], list[int]]:
     """Train, and flip a bit of one rank after step 4."""
-    words = ["parallel=ddp", "divergence.replica_check_interval=1", "checkpoint.interval=2", "model.n_layer=1"]
+    words = ["parallel=ddp", "divergence.replica_check_interval=1", "checkpoint.interval=2", ONE_LAYER]
     run = start(rank, size, folder, *words, "optim.max_steps=9", "optim.global_batch=18", "eval.interval=0")
     run.worker.rank = rank
     run.worker.open_folder(run.folder.path, 1)
