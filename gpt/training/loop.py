@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gpt.metrics.writers import MetricWriters
 from gpt.training.breakdown import StepBreakdown
+from gpt.training.compile_time import CompileTime
 from gpt.training.divergence import BadSteps
 from gpt.training.evaluation import mean_loss
 from gpt.training.garbage import collect_together
@@ -37,11 +38,13 @@ def train(run: Run) -> str:
     )
     profile = StepProfile(run.folder.attempt(run.attempt), run.config, run.world)
     profile.after(run.step)
+    compile_time = CompileTime(run.config.compiles)
     run.engine.module.train()
     try:
         with collect_together(run.config.gc_interval) as collect:
-            outcome = Loop(run, gradients, writers, profile, collect).do_steps()
+            outcome = Loop(run, gradients, writers, profile, collect, compile_time).do_steps()
     finally:
+        compile_time.close()
         run.batches.close()
     run.worker.phase(Phase.leaving, run.step)
     profile.close()
@@ -83,6 +86,7 @@ class Loop:
         writers: of the step records.
         profile: of some steps of the first rank.
         collect: collects garbage, called after each step that was begun.
+        compile_time: tells how long torch compiled.
     """
 
     def __init__(
@@ -92,9 +96,10 @@ class Loop:
         writers: MetricWriters,
         profile: StepProfile,
         collect: Callable[[int], None],
+        compile_time: CompileTime,
     ) -> None:
-        self._run, self._gradients, self._writers, self._profile, self._collect = (
-            run, gradients, writers, profile, collect
+        self._run, self._gradients, self._writers, self._profile, self._collect, self._compile_time = (
+            run, gradients, writers, profile, collect, compile_time
         )  # fmt: skip
         self._timeouts = StepTimeouts(run.world, run.config.parallel)
         self._replicas = ReplicaGuard(run)
@@ -118,6 +123,7 @@ class Loop:
             measured = self._gradients if is_due(run.step + 1, logging.gradients_interval) else None
             step = queue_step(run, measured, phase, self._saving.ballot(), self._stragglers)
             phase = Phase.training
+            step.record.compile_s, step.record.restore_s = self._compile_time.take(), run.take_restore_s()
             self._collect(run.step)  # while the device works
             if self._goes_back_from_former(step):
                 continue
@@ -188,6 +194,7 @@ class Loop:
             self._unasked = None
         if pause.evaluates and bad is None:
             bad = evaluate(run, record)
+            record.val_compile_s = self._compile_time.take()
         if bad is not None:  # the weights may have become worthless, and are not saved
             self._writers.write(record)
             self._go_back(bad, asked)

@@ -72,11 +72,18 @@ class Run:
     """Steps done."""
     hosts: tuple[str, ...] = ()
     """Host of each rank; empty before the attempt is described."""
+    restore_s: float | None = None
+    """Seconds that the last load of a checkpoint took, until a step record tells it."""
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
         return self.batch.global_batch * self.config.model.block_size
+
+    def take_restore_s(self) -> float | None:
+        """Return the seconds of a load that no step record has told yet; None where there is none."""
+        seconds, self.restore_s = self.restore_s, None
+        return seconds
 
     def evaluating(self) -> None:
         """Show that an evaluation goes on."""

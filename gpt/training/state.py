@@ -85,6 +85,7 @@ def load(run: Run) -> None:
     if run.store.is_new():  # the optimizer's state need not be made yet, which takes torch a step
         run.engine.begin()
         return
+    began = time.perf_counter()
     state = run.engine.state()
     if run.config.checkpoint.in_memory and run.store.memory is None and run.world.is_first:
         run.folder.record_event("memory_passed_over", attempt=run.attempt, cause="a node has no memory store")
@@ -123,6 +124,7 @@ def load(run: Run) -> None:
     run.step = loaded.step
     load_divergence(run, loaded)
     run.early_stop.load(loaded.meta.get("early_stop", {}))
+    run.restore_s = time.perf_counter() - began
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:

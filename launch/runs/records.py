@@ -98,6 +98,12 @@ class StepRecord:
     """Rank that took ``own_max_s``."""
     straggler: str | None = None
     """Ranks that have become slow over some steps, or are so no longer, for people. The event log keeps it."""
+    compile_s: float | None = None
+    """Time in which torch compiled for this step, a part of its step time; absent where it compiled nothing."""
+    val_compile_s: float | None = None
+    """Time in which torch compiled in the evaluation after this step."""
+    restore_s: float | None = None
+    """Time that loading a checkpoint took before this step; only in the first step after it."""
     checkpoint_s: float | None = None
     """Time the checkpoint of this step held up training; only where one was written."""
     val_loss: float | None = None

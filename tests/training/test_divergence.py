@@ -299,6 +299,8 @@ def test_ten_in_a_row_are_passed_over_as_if_they_had_never_been(ranks: list[dict
     ten, quiet = ranks[0]["ten"], ranks[0]["quiet"]
     assert [r["loss"] for r in ten["records"]] == [r["loss"] for r in quiet["records"]]
     assert len(ten["csv"]) == 25, "one row a step"
+    assert [r["step"] for r in ten["records"] if r.get("restore_s", 0) > 0] == [4], "the first one after the roll-back"
+    assert not any("restore_s" in r for r in quiet["records"]), "it began anew"
     (event,) = [e for e in ten["events"] if e["event"] == "rolled_back"]
     assert (event["first"], event["last"], event["step"], event["rollbacks"]) == (7, 16, 3, 1)
     assert event["batches"] == event["passed_over"] == [[7, 16]]

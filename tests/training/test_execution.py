@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import compilation_time_metrics
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +34,7 @@ from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
 from gpt.planning.memory import per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import parallel_dims
+from gpt.training.compile_time import CompileTime
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run
@@ -81,7 +84,14 @@ def test_recomputing_changes_no_bit_of_the_gradients(
 def test_compiled_blocks_compute_the_same() -> None:
     model = small(**LLAMA, n_layer=1)
     eager, _ = gradients(model, Recompute.none)
+    clock, began = CompileTime(compiles=True), time.perf_counter()
+    before = sum(compilation_time_metrics.get("_compile.compile_inner", []))
     compiled, _ = gradients(model, Recompute.selective, compile_mode="default")
+    told, took = clock.take(), time.perf_counter() - began
+    own_s = sum(compilation_time_metrics["_compile.compile_inner"]) - before  # of torch, without the backward pass
+    assert told is not None and 0 < 0.9 * own_s < told < took
+    assert clock.take() is None, "nothing more was compiled"
+    clock.close()
     for name, grad in eager.items():
         torch.testing.assert_close(compiled[name], grad, rtol=1e-4, atol=1e-6, msg=name)
     assert any(not torch.equal(compiled[name], grad) for name, grad in eager.items()), "it was compiled"
