@@ -8,19 +8,23 @@ report shows it.
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
-from launch.runs.events import fewer_nodes
+from launch.report.division import Division, Record, Stretch
+from launch.report.interruptions import Losses, Restart
 from launch.runs.folder import RunFolder
 from launch.runs.rollback import aside_records
 
 PARTS = {
     "waiting": "waiting for nodes",
     "start": "start",
+    "compile": "compile",
+    "restore": "restore",
     "steps": "steps that count",
     "fewer": "on fewer nodes",
     "lost": "steps done again",
@@ -45,6 +49,8 @@ class Goodput:
     """In the currency of cluster.price_per_gpu_hour."""
     gpus: int | None
     """GPUs of the allocations, where all have the same number."""
+    losses: Losses = field(default_factory=Losses)
+    """Part of the time that was lost to interruptions."""
 
     @property
     def total_s(self) -> float:
@@ -59,18 +65,6 @@ class Goodput:
         return steps_s / allocated if allocated else 0.0
 
 
-@dataclass(frozen=True)
-class _Record:
-    """One step record of the first rank: when its step began and ended, and what was done after it."""
-
-    attempt: int
-    step: int
-    begun: float
-    ended: float
-    counts: bool
-    evaluated: bool
-
-
 def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
     """Divide the time of a run; None where no agent entered what was allocated."""
     agents = [event for event in events if event["event"] == "agent_started"]
@@ -80,20 +74,21 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
     found = allocations(log, clock.time(), rates.poll_s)
     if not found:
         return None
-    records = _read_first_rank(run)
-    saves = [(e["attempt"], e["step"], e["time"], float(e["seconds"])) for e in events if _is_save(e)]
+    division = Division(events, _read_first_rank(run, _rollbacks(events)))
     seconds = dict.fromkeys(PARTS, 0.0)
+    losses = _LossCounter(all(started.get("gpus") for started, _ in found))
     since = min((e["time"] for e in events if e["event"] in SUBMISSION), default=found[0][0]["allocated_at"])
-    is_first = True
-    for started, ended in found:
+    for number, (started, ended) in enumerate(found, start=1):
         begun = float(started["allocated_at"])
         # Between the end of an allocation and the command that asks for the next one, nobody waits.
         asked = [e["time"] for e in events if e["event"] in SUBMISSION and not e.get("moved") and e["time"] <= begun]
-        seconds["waiting"] += max(0.0, begun - max([since, *asked]))
+        waited_s = max(0.0, begun - max([since, *asked]))
+        seconds["waiting"] += waited_s
         since = max(ended, begun)
-        inside = [record for record in records if begun <= record.ended <= ended]
-        _divide(seconds, inside, saves, (begun, since), is_first, fewer_nodes(events))
-        is_first = is_first and not inside
+        stretches = [*division.divide(begun, since, is_last=number == len(found))]
+        for stretch in stretches:
+            seconds[stretch.part] += stretch.seconds
+        losses.add(stretches, waited_s, started)
     use = used([log], clock.time(), rates)
     gpus = {started.get("gpus") for started, _ in found}
     return Goodput(
@@ -101,91 +96,106 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         gpu_hours=use.gpu_hours or None,
         cost=use.cost or None,
         gpus=gpus.pop() if len(gpus) == 1 else None,
+        losses=losses.total(),
     )
 
 
-def _is_save(event: Mapping[str, Any]) -> bool:
-    return event["event"] == "saved" and isinstance(event.get("seconds"), int | float) and "attempt" in event
+class _LossCounter:
+    """Sums of what interruptions cost, over the allocations of a run in their order."""
+
+    def __init__(self, has_gpus: bool) -> None:
+        self._size_of = "gpus" if has_gpus else "nodes"
+        self._seconds, self._hours = defaultdict[str, float](float), defaultdict[str, float](float)
+        self._found: dict[object, str] = {}
+        self._in_place: list[Restart] = []
+        self._starts: list[Restart] = []
+        self._number = 0
+        self._has_first = False
+
+    def add(self, stretches: Sequence[Stretch], waited_s: float, started: Mapping[str, Any]) -> None:
+        """Take in the next allocation, with the event that tells its size."""
+        size = int(started[self._size_of])
+        for stretch in stretches:
+            if stretch.lost_to is not None and stretch.seconds > 0:
+                self._seconds[stretch.lost_to.cause] += stretch.seconds
+                self._hours[stretch.lost_to.cause] += stretch.seconds / 3600 * size
+                self._found[stretch.lost_to] = stretch.lost_to.cause
+            if stretch.restart_s is not None and stretch.is_in_place:
+                self._in_place.append(Restart(stretch.restart_s, size))
+            elif stretch.restart_s is not None:
+                self._has_first = self._has_first or not self._number
+                self._starts.append(Restart(stretch.restart_s, size, waited_s))
+        self._number += 1
+
+    def total(self) -> Losses:
+        """Return the sums."""
+        counts = defaultdict[str, int](int)
+        for cause in self._found.values():
+            counts[cause] += 1
+        return Losses(
+            dict(self._seconds),
+            dict(self._hours),
+            dict(counts),
+            "GPU" if self._size_of == "gpus" else "node",
+            tuple(self._in_place),
+            tuple(self._starts[self._has_first :]),
+            self._starts[0] if self._has_first else None,
+        )
 
 
-def _divide(
-    seconds: dict[str, float],
-    records: Sequence[_Record],
-    saves: Sequence[tuple[int, int, float, float]],
-    allocation: tuple[float, float],
-    is_first: bool,
-    fewer: Collection[int],
-) -> None:
-    """Give every second of one allocation to a part. ``records`` are its steps, in the order of their end.
-
-    ``fewer`` are the attempts on fewer nodes than the run asks for.
-    """
-    at, end = allocation
-    before: _Record | None = None
-    for record in records:
-        begun = max(at, min(record.begun, record.ended))
-        gap = begun - at
-        if before is None:
-            seconds["start" if is_first else "restarts"] += gap
-        else:
-            gap -= _give_saves(seconds, saves, before, gap)
-            if before.attempt != record.attempt:
-                seconds["restarts"] += gap
-            else:
-                seconds["evaluations" if before.evaluated else "other"] += gap
-        made = "fewer" if record.attempt in fewer else "steps"
-        seconds[made if record.counts else "lost"] += record.ended - begun
-        at, before = record.ended, record
-    rest = end - at
-    if before is None:
-        seconds["start" if is_first else "restarts"] += rest
-    else:
-        rest -= _give_saves(seconds, saves, before, rest)
-        seconds["shutdown"] += rest
+def _rollbacks(events: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
+    """Attempt -> Unix times at which it went back to a checkpoint by itself."""
+    found: dict[int, list[float]] = {}
+    for event in events:
+        if event["event"] == "rolled_back" and event.get("attempt") is not None:
+            found.setdefault(event["attempt"], []).append(event["time"])
+    return found
 
 
-def _give_saves(
-    seconds: dict[str, float], saves: Sequence[tuple[int, int, float, float]], after: _Record, gap: float
-) -> float:
-    """Give what the saves behind a step took to them, at most the gap until the next step; returns how much."""
-    told = sum(took for attempt, step, _, took in saves if (attempt, step) == (after.attempt, after.step))
-    given = min(gap, told)
-    seconds["saves"] += given
-    return given
-
-
-def _read_first_rank(run: RunFolder) -> list[_Record]:
+def _read_first_rank(run: RunFolder, rollbacks: Mapping[int, Sequence[float]]) -> list[Record]:
     """All records of the first rank, those of steps done again too, in the order of their time."""
     for rank in run.metric_ranks():
-        found = list(_records_in(run.metrics(rank)))
+        found = list(_records_in(run.metrics(rank), rollbacks))
         if found:
             for path in aside_records(run, rank):  # of steps that the run was taken back from
-                found += [replace(record, counts=False) for record in _records_in(path)]
+                found += [replace(record, counts=False, is_aside=True) for record in _records_in(path, rollbacks)]
             return sorted(found, key=lambda record: record.ended)
     return []
 
 
-def _records_in(path: Path) -> Iterator[_Record]:
-    """Yield the records of one file, with the last line of each step of an attempt."""
+TIMES = ("step_time_s", "compile_s", "val_compile_s", "restore_s")
+
+
+def _records_in(path: Path, rollbacks: Mapping[int, Sequence[float]]) -> Iterator[Record]:
+    """Yield the records of one file, with the last line of each step of an attempt between two roll-backs."""
     from launch.runs.columns import latest_records, read_columns  # numpy: see launch.report.points
 
-    columns = read_columns(path, ("step_time_s", "time", "val_loss"), every=True)
+    columns = read_columns(path, (*TIMES, "time", "val_loss"), every=True)
     if columns is None:
         return
-    steps, attempts = columns.values["step"], columns.values["attempt"]
-    latest = set(latest_records(steps, attempts).tolist())
-    # A step that is saved is recorded before its save and once more after it, with what that took: one step.
-    last_line = {(attempt, step): index for index, (attempt, step) in enumerate(zip(attempts, steps, strict=True))}
-    for index in range(len(columns)):
-        if not columns.known["time"][index] or last_line[attempts[index], steps[index]] != index:
+    steps, attempts, times = (columns.values[name].tolist() for name in ("step", "attempt", "time"))
+    latest = set(latest_records(columns.values["step"], columns.values["attempt"]).tolist())
+    # A step that is saved is recorded before its save and once more after it, with what that took: one step. One that
+    # the run went back from is another.
+    keys = [
+        (attempt, step, sum(at < time for at in rollbacks.get(int(attempt), ())))
+        for attempt, step, time in zip(attempts, steps, times, strict=True)
+    ]
+    last_line = {key: index for index, key in enumerate(keys)}
+    known = {name: columns.known[name].tolist() for name in (*TIMES, "time", "val_loss")}
+    values = {name: columns.values[name].tolist() for name in TIMES}
+    for index, key in enumerate(keys):
+        if not known["time"][index] or last_line[key] != index:
             continue
-        ended = float(columns.values["time"][index])
-        took = float(columns.values["step_time_s"][index]) if columns.known["step_time_s"][index] else 0.0
-        yield _Record(
-            attempt=int(columns.attempts[index]),
-            step=int(columns.steps[index]),
-            begun=ended - took,
-            ended=ended,
+        took = {name: values[name][index] if known[name][index] else 0.0 for name in TIMES}
+        yield Record(
+            attempt=int(attempts[index]),
+            step=int(steps[index]),
+            begun=times[index] - took["step_time_s"],
+            ended=times[index],
             counts=index in latest,
-            evaluated=bool(columns.known["val_loss"][index]),
+            evaluated=known["val_loss"][index],
+            compile_s=took["compile_s"],
+            val_compile_s=took["val_compile_s"],
+            restore_s=took["restore_s"],
         )

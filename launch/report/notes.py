@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from launch.report.advice import low_mfu
 from launch.report.details import straggler_notes
 from launch.report.gpu_use import gpu_notes
+from launch.report.loss_tables import loss_notes
 from launch.report.points import State
 from launch.report.readings import WARMUP_STEPS
 from launch.report.series import (
@@ -55,6 +56,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     candidates += (_noise(series, rows) for series in found)
     candidates += [note for member in members for note in straggler_notes(member)]
     candidates += [note for member in members for note in gpu_notes(member.point.title, member.point.gpu_use)]
+    candidates += loss_notes(rows)
     candidates += [_too_few_steps(members), *map(_state, members), _mfu(members), *low_mfu(members)]
     candidates += map(_breakdown, members)
     return [note for note in candidates if note]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launch.report.interruptions import CAUSES
 from launch.report.losses import LOSSES
 
 
@@ -85,10 +86,14 @@ class Row:
     cost_per_billion: float | None = None
     """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
     waiting_s: float | None = None
-    """Waiting for nodes, from the submission or the end of the allocation before. This and the next nine add up to
+    """Waiting for nodes, from the submission or the end of the allocation before. This and the next eleven add up to
     the time from the submission to the end; one that is zero is None."""
     start_s: float | None = None
     """From the allocation to the first step."""
+    compile_s: float | None = None
+    """In which torch compiled, as far as the records tell; else it lies in steps and starts."""
+    restore_s: float | None = None
+    """In loading checkpoints, as far as the records tell; else it lies in starts and restarts."""
     steps_s: float | None = None
     """In steps that count."""
     fewer_s: float | None = None
@@ -103,6 +108,42 @@ class Row:
     """From the last step, or its save, to the end of the allocation."""
     other_s: float | None = None
     """Between steps, for a reason that no record tells."""
+    hours_of: str | None = None
+    """Unit of the hours that follow: GPU, or node where the run has no GPUs."""
+    interruptions: int | None = None
+    """Interruptions that cost time, roll-backs too."""
+    interrupted_s: float | None = None
+    """Allocated time that was lost to them, from the last step that counts before each to the next new one, without
+    saves and evaluations: steps done again, restarts, the shutdown of all allocations but the last, and the restore and
+    compilation that followed."""
+    interrupted_h: float | None = None
+    """The same in hours of GPUs. The next ones, by cause, add up to it."""
+    interrupted_crashed_h: float | None = None
+    interrupted_hung_h: float | None = None
+    interrupted_out_of_memory_h: float | None = None
+    interrupted_diverged_h: float | None = None
+    """Roll-backs of an attempt by itself, too."""
+    interrupted_node_failed_h: float | None = None
+    interrupted_node_sick_h: float | None = None
+    interrupted_preempted_h: float | None = None
+    interrupted_timed_out_h: float | None = None
+    interrupted_requested_h: float | None = None
+    interrupted_cancelled_h: float | None = None
+    interrupted_budget_h: float | None = None
+    interrupted_repeated_h: float | None = None
+    interrupted_refused_h: float | None = None
+    interrupted_continued_h: float | None = None
+    """To a command that extended a run which had finished, or took one back."""
+    interrupted_unknown_h: float | None = None
+    restarts_in_place: int | None = None
+    """Restarts inside of an allocation that came to a step."""
+    saved_in_place_h: float | None = None
+    """Hours of GPUs that these spared, an estimate: see ``interruptions.SAVED_DEFINITION``; negative where they took
+    longer."""
+    saved_in_place_wait_s: float | None = None
+    """Waiting in the queue that they spared, an estimate."""
+    saved_against: str | None = None
+    """Road that the two are estimated by: requeues of this run, of other points, or its own first start."""
 
     lost_to_communication: float | None = None
     """Efficiency that was lost to communication which no work hides, as a share; negative where it takes less of the
@@ -128,3 +169,8 @@ class Row:
         """Seconds of one of ``goodput.PARTS``."""
         value: float | None = getattr(self, f"{part}_s")
         return value
+
+    def interrupted(self) -> dict[str, float]:
+        """Return the lost hours by cause, of ``interruptions.CAUSES`` those that cost any."""
+        hours = {cause: getattr(self, f"interrupted_{cause}_h") for cause in CAUSES}
+        return {cause: value for cause, value in hours.items() if value is not None}

@@ -6,7 +6,7 @@ Owns what is in the rows, the claim of efficiency and where none is made. Must n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from launch.report import series as series_of
 from launch.report.comparison import comparison_notes, label_selected, ratios_to_first
 from launch.report.details import RunDetail, detail
 from launch.report.gpu_use import GpuUse
+from launch.report.interruptions import Losses, saved_in_place
 from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
 from launch.report.losses import lost, phase_shares
 from launch.report.notes import notes
@@ -123,8 +124,16 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
     found = series_of.split(members)
     findings = [find(series) for series in found]
     ratios = ratios_to_first(members) if selection.parts else {}
+    losses = {point.path: point.goodput.losses for point in points if point.goodput is not None}
     rows = tuple(
-        _with_interval(replace(_row(series, member), ratio_to_first=ratios.get(member.point.title)), finding)
+        _with_interval(
+            replace(
+                _row(series, member),
+                ratio_to_first=ratios.get(member.point.title),
+                **_loss_figures(member.point.path, losses),
+            ),
+            finding,
+        )
         for series, finding in zip(found, findings, strict=True)
         for member in series.members
     )
@@ -186,6 +195,25 @@ def _time_figures(point: Point) -> dict[str, Any]:
         "cost": found.cost,
         "cost_per_billion": None if found.cost is None or not work else found.cost / (work / 1e9),
         **{f"{part}_s": value for part, value in found.seconds.items()},
+    }
+
+
+def _loss_figures(path: Path, losses: Mapping[Path, Losses]) -> dict[str, Any]:
+    """Columns of what interruptions cost a run, and of what restarts in place spared it."""
+    found = losses.get(path)
+    if found is None:
+        return {}
+    spared = saved_in_place(found, [other for place, other in losses.items() if place != path])
+    return {
+        "hours_of": found.unit,
+        "interruptions": sum(found.counts.values()),
+        "interrupted_s": sum(found.seconds.values()) or None,
+        "interrupted_h": sum(found.hours.values()) or None,
+        **{f"interrupted_{cause}_h": hours for cause, hours in found.hours.items()},
+        "restarts_in_place": len(found.in_place),
+        "saved_in_place_h": None if spared is None else spared.hours,
+        "saved_in_place_wait_s": None if spared is None else spared.wait_s,
+        "saved_against": None if spared is None else spared.basis,
     }
 
 

@@ -16,6 +16,8 @@ from launch.report.style import COLORS, GREY
 PART_COLORS = {
     "waiting": "#CCCCCC",
     "start": COLORS[4],
+    "compile": "#8A6FB0",
+    "restore": "#A0522D",
     "steps": COLORS[2],
     "fewer": "#7FC8B0",
     "lost": COLORS[1],

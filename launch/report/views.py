@@ -22,12 +22,15 @@ from rich.text import Text
 from launch.report.details import RunDetail
 from launch.report.goodput import PARTS
 from launch.report.gpu_tables import gpu_cells, host_cells
+from launch.report.loss_tables import loss_cells, units
 from launch.report.losses import LOSSES
 from launch.report.numbers import UNAVAILABLE, amount, count, percent, percentages, rate, run_time, seconds
 from launch.report.row import Row
 from launch.report.table import ScalingTable
 
 NOT_CLAIMED = "not claimed"
+TOLD_BY_RECORDS = ("compile", "restore")
+"""Parts of the time that are known only where the step records tell them."""
 DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
 """Columns, by the end of their titles, that go where a terminal is too narrow."""
 
@@ -147,6 +150,9 @@ def markdown(table: ScalingTable) -> str:
     blocks.append("\n".join(f"- {note}" for note in table.notes))
     blocks.append(_table("What efficiency was lost to", losses_cells(table)))
     blocks.append(_table("Where the time went", times_cells(table)))
+    blocks += [
+        _table(f"What interruptions cost, in {unit}-hours", loss_cells(rows)) for unit, rows in units(table.rows)
+    ]
     blocks.append(_table("GPUs", gpu_cells(table)))
     if len(table.rows) == 1:
         blocks += [block for found in table.details for block in _detail_blocks(found)]
@@ -171,7 +177,11 @@ def times_cells(table: ScalingTable) -> list[list[str]]:
         spent = [row.part_s(part) or 0.0 for part in parts]
         total = sum(spent)
         texts = percentages([value / total for value in spent])
-        shares = [f"{run_time(value)} ({text} %)" for value, text in zip(spent, texts, strict=True)]
+        # A run that tells no compilation, or no restore, may have had some, in its starts and steps.
+        shares = [
+            f"{run_time(value)} ({text} %)" if value or part not in TOLD_BY_RECORDS else UNAVAILABLE
+            for part, value, text in zip(parts, spent, texts, strict=True)
+        ]
         amounts = [amount(getattr(row, name)) for name in money]
         cells.append([row.label or row.point, *shares, run_time(total), percent(row.goodput), *amounts])
     return cells

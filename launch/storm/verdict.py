@@ -140,7 +140,7 @@ def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measureme
     saves = [float(event.get("seconds", 0.0)) for event in saved]
     steps = sorted({int(event["step"]) for event in saved})
     apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])
-    restart_s = (seconds.get("restarts", 0.0) + seconds.get("shutdown", 0.0)) / len(faults)
+    restart_s = sum(seconds.get(part, 0.0) for part in ("restarts", "restore", "shutdown")) / len(faults)
     interval_s = apart * statistics.median(times)
     predicted = predict(statistics.mean(saves), interval_s, restart_s, allocated / len(faults))
     steps_s, start_s = seconds.get("steps", 0.0), seconds.get("start", 0.0)

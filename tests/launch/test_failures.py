@@ -17,6 +17,7 @@ from launch.config.compose import default_grace_period_s
 from launch.jobs.status import RunStatus
 from launch.jobs.stop import AGENT_S, leaving_text, next_start_text
 from launch.report import build
+from launch.runs.files import read_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.runs.telemetry import GAUGES, read_samples, telemetry_nodes
@@ -114,6 +115,17 @@ def test_a_crash_that_comes_back_stops_the_run(sabotaged: tuple[str, RunFolder])
     events = sabotaged[1].read_events()
     assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "crashed"]
     assert "saved nothing new" in [e for e in events if e["event"] == "decided"][-1]["reason"]
+
+
+def test_a_crash_costs_what_lies_between_the_two_attempts(sabotaged: tuple[str, RunFolder]) -> None:
+    folder = sabotaged[1]
+    (row,) = build(folder.path).rows
+    first, again = ([r for r in read_json_lines(folder.metrics(0)) if r["attempt"] == attempt] for attempt in (1, 2))
+    assert first and again and row.interrupted_crashed_h is not None and row.interruptions == row.restarts_in_place == 1
+    # From the first step, which the second attempt did again, to where that began.
+    lost_s = again[0]["time"] - again[0]["step_time_s"] - (first[0]["time"] - first[0]["step_time_s"])
+    assert row.interrupted_s == pytest.approx(lost_s, abs=1e-3) and len(row.interrupted()) == 1
+    assert row.saved_against == "the first start of this run" and row.saved_in_place_h is not None
 
 
 def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -> None:

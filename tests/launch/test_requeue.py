@@ -23,8 +23,9 @@ from launch.agent.restart_policy import (
 )
 from launch.config import RestartLimits
 from launch.jobs.handles import agent_logs, job_of
+from launch.report.goodput import measure_goodput
 from launch.runs.events import events_since_submission
-from launch.runs.files import write_json
+from launch.runs.files import read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.scheduler.client import JobDetails
@@ -284,7 +285,9 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     run("launch", "nodes=2", *LONG, f"run_dir={whole.path}", cwd=tmp_path)
     process = start_fork("launch", "nodes=2", *LONG, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
-    wait_for(lambda: len(read_records(killed.metrics(1))) > 7 or process.poll() is not None, "the eighth step")
+    wait_for(
+        lambda: any(e["event"] == "saved" for e in killed.read_events()) or process.poll() is not None, "a checkpoint"
+    )
     submitted = [e for e in killed.read_events() if e["event"] == "submitted"]
     os.kill(ranks_of(descendants(process.pid))[1], signal.SIGKILL)
     assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
@@ -296,6 +299,17 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
         assert all("executed" not in log.read_text() for log in agent_logs(killed.path, job_of(submitted[0]), node))
     losses = [[r["loss"] for r in read_records(folder.metrics(0))] for folder in (whole, killed)]
     assert losses[0] == losses[1]
+    # Its second attempt loaded a checkpoint and says how long that took; parts and losses follow from the files.
+    goodput, records = measure_goodput(killed, events), [*read_json_lines(killed.metrics(0))]
+    assert goodput is not None
+    (restored,) = [record for record in records if "restore_s" in record]
+    assert restored["attempt"] == 2 and restored["step"] == next(r["step"] for r in records if r["attempt"] == 2)
+    assert goodput.seconds["restore"] == restored["restore_s"] > 0 and "compile" not in goodput.seconds
+    began, ended = (next(e[name] for e in events if name in e) for name in ("allocated_at", "ended_at"))
+    allocated_s = goodput.total_s - goodput.seconds.get("waiting", 0.0)
+    assert allocated_s == pytest.approx(ended - began, abs=1e-3)
+    parts = sum(goodput.seconds.get(part, 0.0) for part in ("restarts", "restore", "lost"))
+    assert goodput.losses.seconds == {"crashed": pytest.approx(parts, abs=1e-3)}
 
 
 def test_the_files_save_and_stop_do_what_they_say(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch.report import build, goodput
+from launch.report.interruptions import CAUSES
 from launch.report.losses import LOSSES
 from launch.report.row import Row
 from launch.runs.records import append_records
@@ -106,6 +107,8 @@ def interrupted(folder: Path, make_run: Any) -> Path:
             now[0] += took
             record = {"step": step, "attempt": attempt, "loss": 6 / step, "tokens": 512, "step_time_s": took}
             record |= {"mfu_palm": (mfu := chance.uniform(0.3, 0.4)), "mfu_bf16": mfu / 2, "time": now[0]}
+            if step == first:
+                record |= {"compile_s": took / 3} | ({"restore_s": 7.25} if attempt == 2 else {})
             records.append(record | ({"val_loss": 1.0} if step in (10, 40) else {}))
             now[0] += 0.125 if step == 33 else 4.5 if step in (10, 40) else 0.0
             if step in (20, 50):
@@ -116,6 +119,8 @@ def interrupted(folder: Path, make_run: Any) -> Path:
             rows = zip(np.arange(since, now[0], 5.0), chance.uniform(300, 700, (99, 2)), strict=False)
             append_samples(built.run, node, [watched(at, attempt, node, row) for at, row in rows])
         event("rank_failed" if attempt == 1 else "finished", 1.5, attempt=attempt, rank=1)
+        if attempt == 1:
+            event("attempt_ended", 0.5, attempt=1, cause="crashed", job="1")
     event("agent_ended", 2.5, job="1", ended_at=now[0] + 2.5)
     return folder
 
@@ -136,7 +141,10 @@ def test_time_cost_and_energy_follow_from_the_files_of_the_run(tmp_path: Path, m
     gaps, save = (time - took)[1:] - time[:-1], sum(e.get("seconds", 0.0) for e in events)
     after = {name: np.array([name in r for r in records])[:-1] for name in ("val_loss",)}["val_loss"]
     between = np.diff(attempt) == 1
-    own = [gaps[after].sum(), gaps[between].sum(), ended - time[-1]]
+    compiled, restored = (np.array([r.get(f"{n}_s", 0.0) for r in records]) for n in ("compile", "restore"))
+    own = [gaps[after].sum(), gaps[between].sum() - restored.sum(), ended - time[-1]]
+    in_place_s = time[27] - took[27] - restored.sum() - at["attempt_ended", 1]  # the first of attempt 2, in its order
+    cost_s = took[~counts].sum() + gaps[between].sum() + compiled[attempt == 2].sum()
     other = gaps[~after & ~between].sum() - save
     hours = (ended - begun) / 3600 * GPUS
     samples = [s for path, found in lines.items() if "telemetry" in str(path) for s in found]
@@ -146,13 +154,15 @@ def test_time_cost_and_energy_follow_from_the_files_of_the_run(tmp_path: Path, m
     expected = {
         "waiting_s": begun - events[0]["time"],
         "start_s": time[0] - took[0] - begun,
-        "steps_s": took[counts].sum(),
+        "compile_s": compiled.sum(),
+        "restore_s": 7.25,
+        "steps_s": took[counts].sum() - compiled.sum(),
         "lost_s": took[~counts].sum(),
         "saves_s": save,
         **dict(zip(("evaluations_s", "restarts_s", "shutdown_s"), own, strict=True)),
         "other_s": other,
         "fewer_s": None,
-        "goodput": took[counts].sum() / (ended - begun),
+        "goodput": (took[counts].sum() - compiled.sum()) / (ended - begun),
         "gpu_hours": hours,
         "cost": hours * PRICE,
         "cost_per_billion": hours * PRICE / (60 * 512 * GPUS / 1e9),
@@ -163,6 +173,13 @@ def test_time_cost_and_energy_follow_from_the_files_of_the_run(tmp_path: Path, m
         "gpu_power_w": energy / sum(seconds for _, seconds in use),
         "throttled": np.mean([reason == 4 for s in samples for reason in s["throttle_reasons"]]),
         "mfu_bf16": np.median(mfu),
+        "interruptions": 1,
+        "restarts_in_place": 1,
+        "interrupted_s": cost_s,
+        "interrupted_h": cost_s / 3600 * GPUS,
+        **{f"interrupted_{cause}_h": cost_s / 3600 * GPUS if cause == "crashed" else None for cause in CAUSES},
+        "saved_in_place_h": (time[0] - took[0] - begun - in_place_s) / 3600 * GPUS,
+        "saved_in_place_wait_s": begun - events[0]["time"],
     }
     (row,) = build(run).rows
     assert {name: getattr(row, name) for name in expected} == pytest.approx(expected, abs=1e-5)

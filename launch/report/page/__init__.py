@@ -14,7 +14,7 @@ from launch.report.page.scaling import scaling_section
 from launch.report.page.style import CSS
 from launch.report.page.tables import notes_section, table_sections
 from launch.report.page.tiles import tiles
-from launch.report.page.times import losses_section, times_section
+from launch.report.page.times import interruptions_section, losses_section, times_section
 from launch.report.table import ScalingTable
 
 __all__ = ["page"]
@@ -32,6 +32,7 @@ def page(table: ScalingTable, reload_s: float | None = None) -> str:
         scaling_section(table),
         losses_section(table),
         times_section(table),
+        interruptions_section(table),
         points_section(table),
         *table_sections(table),
         notes_section(table),

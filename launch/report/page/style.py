@@ -6,11 +6,12 @@ CSS = """\
 :root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --quiet: #57606a;
   --line: #d5dae0; --bad: #b3430a; --good: #00745a;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b4578d; --c4: #b87a00; --c5: #3a94c9; --c6: #444c56;
-  --waiting: #b9c0c8; --fewer: #7fc8b0; --shutdown: #8b949e; }
+  --waiting: #b9c0c8; --fewer: #7fc8b0; --shutdown: #8b949e; --compile: #8a6fb0; --restore: #a0522d; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #0f1318; --card: #181d24; --ink: #e6e9ed; --quiet: #9aa4af; --line: #333b45; --bad: #ff9e64;
     --good: #4fd1a5; --c0: #4aa8e0; --c1: #f0803c; --c2: #2cc295; --c3: #dd8fbd; --c4: #e8b13c; --c5: #86c8ee;
-    --c6: #c3cad2; --waiting: #57606a; --fewer: #2f7d68; --shutdown: #7d8691; } }
+    --c6: #c3cad2; --waiting: #57606a; --fewer: #2f7d68; --shutdown: #7d8691; --compile: #b59add;
+    --restore: #d08a62; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 20px 24px 48px; background: var(--paper); color: var(--ink);
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
@@ -46,6 +47,7 @@ svg .heat { image-rendering: pixelated; }
   border-right: 1px dashed var(--quiet); }
 .fall i { position: absolute; top: 1px; bottom: 1px; border-radius: 2px; min-width: 1px; }
 .fall b { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } .total { font-weight: 700; }
+.causes { grid-template-columns: minmax(110px, 34%) 1fr 116px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

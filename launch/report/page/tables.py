@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launch.report.gpu_tables import gpu_cells, host_cells
+from launch.report.loss_tables import loss_cells, units
 from launch.report.page.html import escape, section
 from launch.report.table import ScalingTable
 from launch.report.views import columns, times_cells
@@ -32,6 +33,10 @@ def table_sections(table: ScalingTable) -> list[str]:
     cells = times_cells(table)
     if cells:
         found.append(section("Time and cost", html_table(cells[0], cells[1:], [False] + [True] * (len(cells[0]) - 1))))
+    for unit, rows in units(table.rows):
+        cells = loss_cells(rows)
+        heading = f"Interruptions, in {unit}-hours"
+        found.append(section(heading, html_table(cells[0], cells[1:], [False] + [True] * (len(cells[0]) - 1))))
     gpus, hosts = gpu_cells(table), host_cells(table.gpus[0]) if len(table.gpus) == 1 else []
     for heading, cells in (("GPUs", gpus), ("GPUs by host", hosts)):
         if cells:

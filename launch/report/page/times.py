@@ -1,10 +1,12 @@
-"""Losses of efficiency, and the time of a run by part: bars whose parts add up to the whole."""
+"""Losses of efficiency, the time of a run by part, and the costs of interruptions: bars that add up to the whole."""
 
 from __future__ import annotations
 
 from launch.report.goodput import PARTS
+from launch.report.interruptions import CAUSES, DEFINITION
+from launch.report.loss_tables import hours_by_cause, units
 from launch.report.losses import LOSSES
-from launch.report.numbers import percentages, run_time
+from launch.report.numbers import percentages, run_time, told
 from launch.report.page.html import escape, grid, number, section
 from launch.report.row import Row
 from launch.report.table import ScalingTable
@@ -20,6 +22,8 @@ LOSS_COLORS = {
 PART_COLORS = {
     "waiting": "var(--waiting)",
     "start": "var(--c4)",
+    "compile": "var(--compile)",
+    "restore": "var(--restore)",
     "steps": "var(--c2)",
     "fewer": "var(--fewer)",
     "lost": "var(--c1)",
@@ -97,3 +101,24 @@ def _bar(row: Row) -> str:
         quiet = ' class="pale"' if part == "waiting" else ""
         pieces.append(f'<i{quiet} style="{style}" title="{escape(title)}" data-share="{text}">{told}</i>')
     return f'<div class="bar"><span>{escape(row.label)}</span><div>{"".join(pieces)}</div></div>'
+
+
+def interruptions_section(table: ScalingTable) -> str:
+    """Draw a bar for each cause of interruptions: what it cost all runs of the report together."""
+    cards = []
+    for unit, rows in units(table.rows):
+        causes = hours_by_cause(rows)
+        saved = sum(row.saved_in_place_h or 0.0 for row in rows)
+        most = max(saved, *causes.values())
+        whole = sum(row.interrupted_h or 0.0 for row in rows)
+        lines = [
+            _line(CAUSES[cause], 0, hours, most, "var(--c1)", told(hours, f"{unit}-h"))
+            for cause, hours in sorted(causes.items(), key=lambda cause: -cause[1])
+        ]
+        lines.append(f'<span class="total">in all</span><div></div><b class="total">{told(whole, f"{unit}-h")}</b>')
+        if any(row.saved_in_place_h is not None for row in rows):
+            text = told(saved, f"{unit}-h")
+            lines.append(_line("saved in place, estimate", 0, max(saved, 0.0), most, "var(--c2)", text))
+        cards.append(f'<div class="card"><div class="fall causes">{"".join(lines)}</div></div>')
+    lead = f"Lost to each cause, over all runs of this report: {DEFINITION}."
+    return section("What interruptions cost", grid(cards), lead=lead)

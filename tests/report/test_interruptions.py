@@ -1,0 +1,293 @@
+"""What interruptions cost by cause, and what restarts in place saved: runs whose clock is known, worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.report import build, write
+from launch.report.goodput import Goodput, measure_goodput
+from launch.report.interruptions import CAUSES
+from launch.report.row import Row
+from launch.report.views import csv_text, markdown
+from launch.runs.records import append_records
+
+T0 = 1.7e9
+GPUS = 8
+
+
+class Clock:
+    """Writes a run as its clock goes on. All times are whole seconds, which doubles add up without error."""
+
+    def __init__(self, path: Path, make_run: Any, gpus: int | None = GPUS) -> None:
+        self.builder = make_run(path, 2, 2, (path.name,), machines=2)
+        self.now = T0
+        self.job = 0
+        self.gpus = gpus
+
+    def event(self, event: str, **details: Any) -> None:
+        self.builder.event(event, time=self.now, **details)
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+    def allocation(self) -> None:
+        self.job += 1
+        begun = {"job": f"slurm-{self.job}", "nodes": 2, "limit_s": 36000.0}
+        self.event("agent_started", **begun, **({"gpus": self.gpus} if self.gpus else {}), allocated_at=self.now)
+
+    def released(self) -> None:
+        self.event("agent_ended", job=f"slurm-{self.job}", ended_at=self.now)
+
+    def started(self, attempt: int) -> None:
+        self.builder.attempt(attempt)
+        self.event("started", attempt=attempt, world_size=2)
+
+    def steps(self, attempt: int, first: int, last: int, **first_one: float) -> None:
+        """Steps of a second each; the first one of them takes as much longer as it tells to have compiled."""
+        records = []
+        for step in range(first, last + 1):
+            known = first_one if step == first else {}
+            took = 1.0 + known.get("compile_s", 0.0)
+            self.spend(took)
+            record = {"step": step, "attempt": attempt, "tokens": 1024, "loss": 1.0, "step_time_s": took}
+            records.append({**record, **known, "time": self.now})
+        for rank in (0, 1):
+            append_records(self.builder.run.metrics(rank), records)
+
+    def saved(self, attempt: int, step: int, seconds: float) -> None:
+        self.spend(seconds)
+        self.event("saved", attempt=attempt, step=step, seconds=seconds)
+
+    def ended(self, attempt: int | None, cause: str, action: str) -> None:
+        self.event("attempt_ended", attempt=attempt, cause=cause, step=None, job=f"slurm-{self.job}")
+        self.event("decided", attempt=attempt, action=action, cause=cause, reason="")
+
+
+def stormy(path: Path, make_run: Any, gpus: int | None = GPUS) -> Clock:
+    """Crash, in place; preemption, through the queue; a roll-back."""
+    run = Clock(path, make_run, gpus)
+    run.event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
+    run.spend(256)
+    run.allocation()
+    run.spend(64)
+    run.started(1)
+    run.steps(1, 1, 8, compile_s=4.0)
+    run.saved(1, 8, 2.0)
+    run.steps(1, 9, 10)  # lost
+    run.spend(3)
+    run.ended(1, "crashed", "restart")
+    run.spend(5 + 2)
+    run.started(2)
+    run.steps(2, 9, 12, compile_s=2.0, restore_s=2.0)
+    run.saved(2, 12, 2.0)
+    run.spend(1)
+    run.ended(2, "preempted", "requeue")
+    run.spend(4)
+    run.released()
+    run.spend(128)
+    run.allocation()
+    run.spend(40 + 8)
+    run.started(3)
+    run.steps(3, 13, 16, compile_s=2.0, restore_s=8.0)
+    run.event("rolled_back", attempt=3, step=14, first=16, last=16, cause="loss not finite")  # 15 and 16 are lost
+    run.spend(6 + 3)
+    run.steps(3, 15, 20, restore_s=3.0)
+    run.spend(1)
+    run.event("attempt_ended", attempt=3, cause="finished", step=20, job="slurm-2")
+    run.released()
+    return run
+
+
+PARTS = {
+    "waiting": 256.0 + 128.0,
+    "start": 64.0,
+    "compile": 4.0 + 2.0 + 2.0,
+    "restore": 2.0 + 8.0 + 3.0,
+    "steps": 20.0,
+    "lost": 2.0 + 2.0,
+    "saves": 4.0,
+    "restarts": (3.0 + 5.0) + 40.0 + 6.0,
+    "shutdown": (1.0 + 4.0) + 1.0,
+}
+LOST = {
+    "crashed": 2.0 + (3.0 + 5.0) + 2.0 + 2.0,  # done again, end and start, restore, compile
+    "preempted": (1.0 + 4.0) + 40.0 + 8.0 + 2.0,  # shutdown, start, restore, compile
+    "diverged": 2.0 + 6.0 + 3.0,
+}
+IN_PLACE_S, REQUEUED_S, WAITED_S = 5.0, 40.0, 128.0
+
+
+def goodput_of(run: Clock) -> Goodput:
+    found = measure_goodput(run.builder.run, run.builder.run.read_events())
+    assert found is not None
+    return found
+
+
+def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path: Path, make_run: Any) -> None:
+    run = stormy(tmp_path / "nodes=2", make_run)
+    found = goodput_of(run)
+    assert found.seconds == PARTS and found.total_s == run.now - T0, "to the last digit"
+    assert found.losses.seconds == LOST and found.losses.counts == dict.fromkeys(LOST, 1)
+    assert sum(LOST.values()) == (
+        # The parts that are loss: all of two, and of others what came after an interruption.
+        PARTS["lost"] + PARTS["restarts"] + PARTS["restore"] + (PARTS["compile"] - 4.0) + (PARTS["shutdown"] - 1.0)
+    )
+    assert found.losses.hours == pytest.approx({c: s * GPUS / 3600 for c, s in LOST.items()}, rel=1e-12)
+    (row,) = build(run.builder.path).rows
+    assert (row.compile_s, row.restore_s, row.interrupted_s) == (8.0, 13.0, sum(LOST.values()))
+    assert (row.interruptions, row.restarts_in_place, row.hours_of) == (3, 1, "GPU")
+    assert row.interrupted_h == pytest.approx(sum(row.interrupted().values()), rel=1e-12)
+    assert row.saved_in_place_h == pytest.approx((REQUEUED_S - IN_PLACE_S) * GPUS / 3600, rel=1e-12)
+    assert (row.saved_in_place_wait_s, row.saved_against) == (WAITED_S, "requeues of this run")
+
+
+def test_a_run_without_gpus_loses_hours_of_nodes(tmp_path: Path, make_run: Any) -> None:
+    (row,) = build(stormy(tmp_path / "nodes=2", make_run, gpus=None).builder.path).rows
+    assert row.hours_of == "node" and row.gpu_hours is None
+    assert row.interrupted_crashed_h == pytest.approx(LOST["crashed"] * 2 / 3600, rel=1e-12)
+
+
+def without(path: Path, *fields: str) -> None:
+    """Take fields out of the records of a run, as older versions wrote them."""
+    lines = [json.loads(line) for line in path.open()]
+    path.write_text("".join(json.dumps({k: v for k, v in e.items() if k not in fields}) + "\n" for e in lines))
+
+
+def test_a_folder_that_does_not_tell_restore_and_compilation_has_them_where_they_lie(
+    tmp_path: Path, make_run: Any
+) -> None:
+    run = stormy(tmp_path / "nodes=2", make_run)
+    without(run.builder.run.metrics(0), "compile_s", "restore_s")
+    found = goodput_of(run)
+    assert "compile" not in found.seconds and "restore" not in found.seconds, "not known, never zero"
+    assert found.seconds["start"] == PARTS["start"] and found.seconds["steps"] == 20.0 + 8.0
+    assert found.seconds["restarts"] == PARTS["restarts"] + PARTS["restore"]
+    assert found.total_s == run.now - T0
+    (row,) = build(run.builder.path).rows
+    assert row.compile_s is None and row.restore_s is None
+
+
+def test_a_script_that_does_not_time_its_first_step_tells_what_lies_before_it(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(32 + 8 + 4)
+    run.started(1)
+    told = {"step": 1, "attempt": 1, "restore_s": 8.0, "compile_s": 4.0, "time": run.now}
+    append_records(run.builder.run.metrics(0), [told])
+    run.steps(1, 2, 5)
+    run.released()
+    assert goodput_of(run).seconds == {"start": 32.0, "restore": 8.0, "compile": 4.0, "steps": 4.0}
+
+
+def test_compilation_in_an_evaluation_is_no_part_of_it(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.steps(1, 1, 3)
+    run.steps(1, 4, 4, val_loss=1.0, val_compile_s=3.0)
+    run.spend(5)
+    run.steps(1, 5, 5, val_loss=1.0, val_compile_s=1.0)
+    run.spend(2)
+    run.released()
+    assert goodput_of(run).seconds == {"steps": 5.0, "compile": 3.0 + 1.0, "evaluations": 2.0, "shutdown": 1.0}
+
+
+def test_a_start_that_fails_costs_what_comes_after_it(tmp_path: Path, make_run: Any) -> None:
+    """A start is needed anyway; the second one, and what the first took from its begin, were lost to the hang."""
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(16)
+    run.started(1)
+    run.spend(100)
+    run.ended(1, "hung", "restart")
+    run.spend(12)
+    run.started(2)
+    run.steps(2, 1, 4)
+    run.released()
+    found = goodput_of(run)
+    assert found.seconds == {"start": 16.0, "restarts": 112.0, "steps": 4.0} and found.losses.seconds == {"hung": 112.0}
+    assert build(run.builder.path).rows[0].saved_in_place_h is None, "no other road is known"
+
+
+def test_two_interruptions_without_a_step_between_them_are_told_apart(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(16)
+    run.started(1)
+    run.steps(1, 1, 4)
+    run.saved(1, 4, 2.0)
+    run.spend(1)
+    run.ended(1, "crashed", "restart")
+    run.spend(10)
+    run.started(2)
+    run.spend(50)
+    run.ended(2, "hung", "restart")
+    run.spend(10)
+    run.started(3)
+    run.steps(3, 5, 8)
+    run.released()
+    assert goodput_of(run).losses.seconds == {"crashed": 11.0, "hung": 60.0}
+
+
+def test_a_sick_node_before_the_first_attempt_has_its_own_cause(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(8)
+    run.event("node_sick", attempt=None, node=1, host="n2", cause="an ECC error")
+    run.ended(None, "node_failed", "requeue")
+    run.spend(2)
+    run.released()
+    run.spend(64)
+    run.allocation()
+    run.spend(30)
+    run.started(1)
+    run.steps(1, 1, 4)
+    run.released()
+    found = goodput_of(run)
+    assert found.seconds == {"waiting": 64.0, "start": 8.0, "restarts": 32.0, "steps": 4.0}
+    assert found.losses.seconds == {"node_sick": 32.0} and found.losses.counts == {"node_sick": 1}
+
+
+def test_a_sweep_adds_its_points_up_and_says_against_what_restarts_in_place_saved(
+    tmp_path: Path, make_run: Any
+) -> None:
+    stormy(tmp_path / "nodes=2", make_run)
+    other = Clock(tmp_path / "nodes=4", make_run)
+    other.spend(32)
+    other.allocation()
+    other.spend(20)
+    other.started(1)
+    other.steps(1, 1, 4)
+    other.spend(4)
+    other.ended(1, "crashed", "restart")
+    other.spend(10)
+    other.started(2)
+    other.steps(2, 1, 8)
+    other.released()
+    table = build(tmp_path)
+    rows = {row.label: row for row in table.rows}
+    assert rows["nodes=4"].saved_against == "requeues of other points"
+    assert rows["nodes=4"].saved_in_place_h == pytest.approx((REQUEUED_S - 10.0) * GPUS / 3600, rel=1e-12)
+    seconds = {**LOST, "crashed": LOST["crashed"] + 4.0 + 14.0}
+    text = markdown(table)
+    cells = [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith("| all |")).split("|")]
+    found = [float(cell.removesuffix(" GPU-h")) for cell in cells[2:5]]
+    assert found == pytest.approx([seconds[c] * GPUS / 3600 for c in ("crashed", "diverged", "preempted")], rel=1e-3)
+    (cost,) = [note for note in table.notes if "4 interruptions cost" in note]
+    assert f"{sum(seconds.values()) * GPUS / 3600:.4g} GPU-hours" in cost
+    (saved,) = [note for note in table.notes if "in place 2 times" in note]
+    assert "against requeues of this run and requeues of other points" in saved
+    assert "4 min 16 s of waiting" in saved, "128 s each"
+    assert "interrupted_node_failed_h" in csv_text(table).splitlines()[0]
+    page = next(path for path in write(table) if path.suffix == ".html").read_text()
+    assert page.index("preempted") < page.index("diverged"), "the largest first"
+
+
+def test_every_cause_of_the_restart_limits_has_a_column() -> None:
+    from launch.agent.restart_policy import Cause
+
+    assert {str(cause) for cause in Cause} - {"finished"} < CAUSES.keys()
+    assert {f"interrupted_{cause}_h" for cause in CAUSES} < {*Row.__dataclass_fields__}
