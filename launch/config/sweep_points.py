@@ -13,7 +13,7 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from launch.config import Config
 from launch.config.compose import compose_launch, prepare_overrides
@@ -73,6 +73,7 @@ def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[S
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:
-    kept = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    assert isinstance(kept, DictConfig)
-    return kept
+    """Take Hydra's own keys out. The rest stays typed by its schema, and needs no merge with it (``to_schema``)."""
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+    return composed

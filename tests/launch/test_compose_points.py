@@ -43,6 +43,8 @@ def test_points_are_those_that_hydra_composes_one_by_one(loader: ConfigLoader, c
         whole = loader.load_sweep_config(command, point)
         expected = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         assert OmegaConf.to_container(composed) == OmegaConf.to_container(expected)
+        # Of the same type as Hydra's, so that nothing is merged with the schema, as what has lost its type is.
+        assert OmegaConf.get_type(composed) is OmegaConf.get_type(whole) is not OmegaConf.get_type(expected)
         assert typed_config(composed) == typed_config(expected)
 
 
