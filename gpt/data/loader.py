@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal
 
@@ -92,6 +92,10 @@ class Windows:
         return file, (position - int(self._first[number])) * self.block_size
 
 
+Place = tuple[Windows, int]
+"""Place of a sample: the windows of its source, and its position among them."""
+
+
 class TokenFile:
     """A stretch of a token file, mapped and not read: the kernel keeps the pages in use, once for all ranks of a node.
 
@@ -170,22 +174,29 @@ class Samples:
         Raises:
             ConfigError: as ``batch``.
         """
-        windows = self._windows(split, indices)
-        ids = np.stack([source.read(position) for source, position in windows])
+        return self.read_at(self.locate(split, indices))
+
+    def read_at(self, places: Iterable[Place]) -> torch.Tensor:
+        """Read the ids of samples at places that ``locate`` found, as ``read`` does.
+
+        Raises:
+            ConfigError: as ``batch``.
+        """
+        ids = np.stack([windows.read(position) for windows, position in places])
         self._check_ids(ids)
         return torch.from_numpy(ids)
 
-    def announce(self, indices: Indices) -> None:
-        """Have the kernel read these training samples from the disk, without waiting for it.
+    def announce(self, places: Iterable[Place]) -> None:
+        """Have the kernel read the samples at these places from the disk, without waiting for it.
 
         Raises:
             ConfigError: a file is missing or cut short on this machine.
         """
-        for source, position in self._windows("train", indices):
-            source.announce(position)
+        for windows, position in places:
+            windows.announce(position)
 
-    def _windows(self, split: Split, indices: Indices) -> Iterator[tuple[Windows, int]]:
-        """Yield for each sample the windows of its source, and its position among them."""
+    def locate(self, split: Split, indices: Indices) -> list[Place]:
+        """Find the place of each sample."""
         if split == "train":
             source, position = self._train_positions(indices)
             windows = self._train
@@ -193,7 +204,7 @@ class Samples:
             assert indices.min() >= 0 and indices.max() < self.num_val, "validation repeats no sample"
             source, position = sample_source(indices, self._weights)
             windows = self._val
-        return zip((windows[number] for number in source.tolist()), position.tolist(), strict=True)
+        return list(zip((windows[number] for number in source.tolist()), position.tolist(), strict=True))
 
     def _train_positions(self, indices: Indices) -> tuple[Indices, Indices]:
         """Source of each sample and the position of its window there, both (B,)."""

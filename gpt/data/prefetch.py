@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt.data.loader import Samples, train_indices
+from gpt.data.loader import Place, Samples, train_indices
 from gpt.data.order import PassedOver
 from gpt.topology.batch import Batch
 
@@ -55,6 +55,8 @@ class BatchPrefetcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Tensor]] | None = None
         """Number of a batch, and its ids."""
+        self._announced: tuple[int, list[Place]] | None = None
+        """Number of the batch that the thread has announced last, and the places of its samples."""
         self.passed_over = PassedOver()
         """Batches that no step uses; may be replaced between two steps."""
 
@@ -89,7 +91,15 @@ class BatchPrefetcher:
 
     def _build(self, number: int, following: int | None) -> Tensor:
         """Read the ids of a batch, (B, T + 1), and have the kernel fetch those of the ``following`` one meanwhile."""
+        announced, self._announced = self._announced, None
         if following is not None:
-            self._samples.announce(train_indices(following, self._data_rank, self._batch))
-        ids_BT1 = self._samples.read("train", train_indices(number, self._data_rank, self._batch))
+            self._announced = following, self._locate(following)
+            self._samples.announce(self._announced[1])
+        # Found once: the order of the samples is most of the thread's work, during which the training waits for
+        # Python's lock.
+        places = announced[1] if announced is not None and announced[0] == number else self._locate(number)
+        ids_BT1 = self._samples.read_at(places)
         return ids_BT1.pin_memory() if self._device.type == "cuda" else ids_BT1
+
+    def _locate(self, number: int) -> list[Place]:
+        return self._samples.locate("train", train_indices(number, self._data_rank, self._batch))

@@ -45,11 +45,22 @@ def test_batches_are_those_of_the_steps_in_whatever_order_they_are_taken(samples
 def read_by(build: Callable[[int], None]) -> Any:
     """Samples that call ``build`` with the step whose batch is read, in the thread that reads it."""
 
-    def read(split: str, indices: Any) -> torch.Tensor:
-        build(int(indices[0]) // BATCH.global_batch + 1)
-        return torch.from_numpy(indices)[:, None].repeat(1, 3)
+    def read_at(places: Any) -> torch.Tensor:
+        build(int(places[0]) // BATCH.global_batch + 1)
+        return torch.from_numpy(places)[:, None].repeat(1, 3)
 
-    return SimpleNamespace(read=read, announce=lambda indices: None)
+    return SimpleNamespace(locate=lambda split, indices: indices, read_at=read_at, announce=lambda places: None)
+
+
+def test_places_of_samples_are_found_once(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    locate = samples.locate
+    monkeypatch.setattr(samples, "locate", lambda split, indices: found.append(indices[0]) or locate(split, indices))
+    batches = batches_of(samples, last_step=4)
+    for step in (1, 2, 3, 4):
+        batches.take(step)
+    batches.close()
+    assert found == [train_indices(step, 1, BATCH)[0] for step in (2, 1, 3, 4)]
 
 
 def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last() -> None:
