@@ -149,7 +149,8 @@ def queue_step(
     lr = lr_at(config.optim, step)
     data = run.batches.take(step)
     phases = Phases(world.device, engine)
-    reset_counts(engine.module)
+    if is_mixture(run):
+        reset_counts(engine.module)
     with phases.recorded():
         loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
         phases.mark("reduced")
