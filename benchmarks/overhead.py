@@ -2,6 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.overhead
     ... -m benchmarks.overhead --engines ddp,fsdp,zero2 --rounds 30 model=llama_124m model.n_layer=2
+    python -m benchmarks.overhead --engines ddp optim.global_batch=16 optim.max_micro_batch=16    # one rank
 
 The bare loop is what a user would write by hand: DistributedDataParallel, ``fully_shard`` or ``deepspeed.initialize``
 around the model, forward, backward, clipping, AdamW, and the loss read one step late. Ours is the whole turn of
@@ -113,7 +114,7 @@ def bare_loop(config: TrainConfig, run: Run, engine: str) -> Step:
         groups = [{**group, "params": []} for group in groups]
         for p in model.parameters():
             groups[p.dim() < 2]["params"].append(p)  # type: ignore[attr-defined]
-    else:
+    elif run.world.size > 1:  # on one rank there is nobody to average with
         module = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(groups, config.optim.lr, fused=True)
 
