@@ -19,13 +19,18 @@ from gpt.config.optim import ADAMW
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, which steps this rank's shards of DTensors. Its state stays DTensors, as checkpoints take it.
 
-    The step is elementwise, and gradients are sharded as their parameters. Through DTensor torch would look for a
+    The step is elementwise, on gradients that are sharded as their parameters. Through DTensor torch would look for a
     sharding of each parameter, 2 to 3 ms of the host apiece in the first step, hash all of them in each step, and
     refuse a list with plain tensors among them.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         has_complex = super()._init_group(group, *lists)  # fills the lists: parameters, gradients, state
+        parameters, gradients = lists[:2]
+        for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+            if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+                if gradient.placements != parameter.placements:  # a sum that is due yet
+                    gradients[index] = gradient.redistribute(placements=parameter.placements)
         for tensors in lists:
             tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
         return has_complex

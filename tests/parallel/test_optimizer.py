@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +30,9 @@ class FusedSteps(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def steps(kind: type[torch.optim.AdamW], with_plain: bool) -> tuple[dict[str, list[Tensor]], FusedSteps]:
+def steps(
+    kind: type[torch.optim.AdamW], with_plain: bool, sum_is_due: bool = False
+) -> tuple[dict[str, list[Tensor]], FusedSteps]:
     """Parameter and moments after three steps, by name, each whole."""
     mesh = init_device_mesh("cpu", (2,))
     drawn = torch.Generator().manual_seed(7)
@@ -47,6 +49,9 @@ def steps(kind: type[torch.optim.AdamW], with_plain: bool) -> tuple[dict[str, li
         for _ in range(3):
             for name, parameter in parameters.items():
                 parameter.grad = draw(name, shapes[name])
+                if sum_is_due and name == "replica":  # one half is each rank's, and no bit is lost
+                    half = 0.5 * parameter.grad.to_local()  # type: ignore[attr-defined]
+                    parameter.grad = DTensor.from_local(half, mesh, [Partial()])
             optimizer.step()
     found = {}
     for name, parameter in parameters.items():
@@ -63,6 +68,8 @@ def step_both(rank: int, size: int) -> None:
     assert seen.on_dtensors == 0
     for name, tensors in theirs.items():
         assert all(torch.equal(a, b) for a, b in zip(ours[name], tensors, strict=True)), name
+    due, _ = steps(OURS, False, sum_is_due=True)
+    assert all(torch.equal(a, b) for a, b in zip(due["replica"], theirs["replica"], strict=True))
     beside, seen = steps(OURS, True)
     assert (seen.made, seen.on_dtensors) == (3, 0), "one step for all"
     assert all(tensor.any() for tensor in beside["plain"])
