@@ -29,6 +29,9 @@ TOKENS_PER_STEP = 4e6
 BATCH_MULTIPLE = 384
 """The batch is a multiple of it, 2^7 x 3, so that many numbers of data ranks divide it."""
 HEAD_DIM = 128
+EXAMPLE = 'python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
+MOST_PARAMETERS = 1e15
+"""Largest model that is sized: its layers are planned one by one."""
 SHOWN = 2
 """Layouts of one number of nodes that are returned."""
 
@@ -37,8 +40,10 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
     """Return a model of about ``wanted`` parameters, with the parts of ``family`` and a usual shape.
 
     Raises:
-        ConfigError: no width and depth come near it.
+        ConfigError: no width and depth come near it, or it is larger than any that is planned.
     """
+    if wanted > MOST_PARAMETERS:
+        raise ConfigError(f"{wanted:.3g} params", f"{MOST_PARAMETERS:.0e} at most", EXAMPLE)
     ratio = 0.0 if family.ffn_hidden is None else family.ffn_hidden / family.n_embd
     keys = family.n_head // (family.n_kv_head or family.n_head)
     found: list[tuple[bool, float, ModelConfig]] = []
@@ -59,7 +64,7 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
         raise ConfigError(
             f"{wanted:.3g} params, and the nearest of model={family.name} has {parameters.count(model).total:.3g}",
             f"a size that a model with heads of {HEAD_DIM} comes within {100 * WITHIN:.0f} % of",
-            'python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --gpu h100',
+            EXAMPLE,
         )
     return model
 

@@ -6,6 +6,7 @@ Predicts the largest measured point from the smaller ones, prints the error, the
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,13 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if typed.fit is not None:
         return fit(typed)
     if len(typed.words) != 1 or typed.nodes is None:
-        lacking = f"SWEEP {' '.join(typed.words)}" if len(typed.words) != 1 else "no --nodes"
+        lacking = f"{len(typed.words)} folders: {' '.join(typed.words)}" if typed.words else "no folder of a sweep"
         raise ConfigError(
-            lacking, "the folder of a sweep, and sizes", "python -m launch.project SWEEP --nodes 8,...,64"
+            lacking if len(typed.words) != 1 else "no --nodes",
+            "the folder of one sweep, and sizes",
+            "python -m launch.project SWEEP --nodes 8,...,64",
         )
     sizes = parse_sizes(typed.nodes)
-    if typed.mtbf_hours is not None and typed.mtbf_hours <= 0:
-        raise ConfigError(f"--mtbf-hours {typed.mtbf_hours:g}", "hours, more than none", "--mtbf-hours 20000")
+    if typed.mtbf_hours is not None and not 0 < typed.mtbf_hours < math.inf:
+        expected = "hours between two failures of a node, above 0"
+        raise ConfigError(f"--mtbf-hours {typed.mtbf_hours:g}", expected, "--mtbf-hours 20000")
     deny_others_writing()
     folder = Path(typed.words[0])
     folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
@@ -89,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fit(typed: argparse.Namespace) -> int:
     """Show the cheapest set-ups that make a goal; ConfigError where nothing does."""
     options = {"--sweep": typed.sweep, "--mtbf-hours": typed.mtbf_hours, "--matmul-rates": typed.matmul_rates}
-    refused = [name for name, value in options.items() if value]
+    refused = [name for name, value in options.items() if value is not None]
     if refused or (wrong := [word for word in typed.words if "=" not in word]):
         strange = f"--fit with {', '.join(refused or wrong)}"
         raise ConfigError(

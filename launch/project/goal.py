@@ -6,6 +6,7 @@ nothing; every figure is an estimate.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,11 +62,14 @@ def parse_goal(text: str) -> Goal:
         for name, word in WORDS.items():
             if matched := re.fullmatch(rf"{NUMBER}\s*(?:{word})", part):
                 unit = DAYS[matched[3]] if name == "days" else 1.0
+                if name in found:
+                    twice = f'--fit "{text}", with {part!r} beside another number of the same'
+                    raise ConfigError(twice, "params, tokens and days, each once", EXAMPLE)
                 found[name] = float(matched[1]) * SCALES[matched[2]] * unit
                 break
         else:
             raise ConfigError(f'--fit "{text}", with {part!r} in it', "params, tokens and days, by commas", EXAMPLE)
-    lacking = [name for name in WORDS if found.get(name, 0) <= 0]
+    lacking = [name for name in WORDS if not 0 < found.get(name, 0) < math.inf]
     if lacking:
         said = ", ".join({"parameters": "params", "work": "tokens"}.get(name, name) for name in lacking)
         raise ConfigError(f'--fit "{text}", without {said} above 0', "params, tokens and days, by commas", EXAMPLE)
@@ -88,7 +92,9 @@ def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) ->
     if first.cluster.gpu_name is None:
         raise ConfigError("--fit without the name of the GPUs", "GPUs whose peaks are known", EXAMPLE)
     words = [*without((*CLUSTER, *workload.goal_words), given), *given]
-    return typed_config(compose_launch(words)), words
+    config = typed_config(compose_launch(words))
+    config.cluster.validate()
+    return config, words
 
 
 def without(words: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -119,8 +125,9 @@ def offers(
         try:
             found = [as_offer(goal, config, nodes, one) for one in ask(goal, config, words, nodes)]
         except ConfigError as error:
+            if refusal is None or error.found != refusal.found:  # what no size can change is said once
+                tell(f"{counted(nodes, 'node')}: {error.found}")
             refusal = error
-            tell(f"{counted(nodes, 'node')}: {error.found}")
             continue
         every += found
         if found:
@@ -148,7 +155,7 @@ def too_slow(goal: Goal, every: Sequence[Offer]) -> ConfigError:
     again = f"{training.parameters:.3g} params, {training.work:.3g} tokens, {nearest.days * 1.01:.3g} days"
     return ConfigError(
         f"nothing trains {training.parameters:.3g} params on {training.work:.3g} tokens in {goal.days:g} days; the "
-        f"nearest are {nearest.nodes} nodes with {nearest.set_up.parallelism}, in {nearest.days:.3g} days",
+        f"nearest is {counted(nearest.nodes, 'node')} with {nearest.set_up.parallelism}, in {nearest.days:.3g} days",
         "a goal that the nodes make",
         f'--fit "{again}", faster GPUs with --gpu, or more nodes with --nodes',
     )

@@ -22,10 +22,10 @@ def parse_sizes(text: str) -> list[int]:
     for index, word in enumerate(words):
         if word in ("...", "…"):
             last = words[index + 1] if index + 1 < len(words) else ""
-            if not sizes or not last.isdigit() or int(last) <= sizes[-1]:
+            if not sizes or not last.isdecimal() or int(last) <= sizes[-1]:
                 raise refuse(text)
             sizes += between(sizes, int(last))
-        elif word.isdigit() and int(word) > 0:
+        elif word.isdecimal() and int(word) > 0:
             sizes.append(int(word))
         else:
             raise refuse(text)

@@ -276,7 +276,9 @@ def read_links(path: Path) -> InterconnectConfig | Path:
     fix = f"python -m launch.bench_network nodes=2 --output {path}"
     try:
         document = yaml.safe_load(path.read_text())
-        if isinstance(document, dict) and "tiers" in document:
+        if not isinstance(document, dict):
+            raise ConfigError(f"--network {path}, without any key", expected, fix)
+        if "tiers" in document:
             read_network(path, "--network")
             return path.absolute()
         merged = OmegaConf.merge(OmegaConf.structured(InterconnectConfig), document)

@@ -109,7 +109,8 @@ def select(folder: Path, number: int | None = None, *, every: bool = False) -> S
         ConfigError: there is no such run, or no such sweep.
     """
     if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}", "a folder with runs in it", suggestion(folder.parent))
+        lacking = f"{folder}, which is a file" if folder.exists() else f"no folder {folder}"
+        raise ConfigError(lacking, "a folder with runs in it", suggestion(folder.parent))
     if is_run(folder) and number is None and not every:
         return Selection(folder, (folder,))
     if folder.parent.name == ARCHIVE and folder.name.isdigit() and (folder / CURRENT).is_file() and number is None:
@@ -131,9 +132,13 @@ def numbered(folder: Path, number: int) -> Sweep:
     for sweep in known:
         if sweep.number == number:
             return sweep
-    told = "; ".join(sweep.summary(known) for sweep in known) or f"no sweep (none is recorded in {folder / CURRENT})"
-    likely = f"--sweep {known[-1].number}" if known else "--all"
-    raise ConfigError(f"no sweep {number} in {folder}", told, f"python -m launch.report {quote(str(folder))} {likely}")
+    if not known:
+        expected = f"the number of a sweep, of which none is recorded in {folder / CURRENT}"
+        every = f"python -m launch.report {quote(str(folder))}" if runs_inside(folder, depth=1) else suggestion(folder)
+        raise ConfigError(f"no sweep {number} in {folder}", expected, every)
+    told = "; ".join(sweep.summary(known) for sweep in known)
+    again = f"python -m launch.report {quote(str(folder))} --sweep {known[-1].number}"
+    raise ConfigError(f"no sweep {number} in {folder}", told, again)
 
 
 def paths(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
@@ -146,7 +151,7 @@ def suggestion(folder: Path) -> str:
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if fitting:
-        return f"python -m launch.report {max(fitting, key=lambda path: path.stat().st_mtime)}"
+        return f"python -m launch.report {quote(str(max(fitting, key=lambda path: path.stat().st_mtime)))}"
     return "python -m launch -m nodes=1,2"
 
 

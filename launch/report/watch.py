@@ -17,7 +17,7 @@ from launch.report.write import ALL_FILES, write
 from launch.runs.report_files import ReportFile
 
 WATCH_S = 30.0
-ENDED = frozenset(map(str, (State.FINISHED, State.FAILED, State.STOPPED)))
+ENDED = frozenset(map(str, (State.FINISHED, State.FAILED, State.STOPPED, State.CANCELLED, State.BUDGET_EXCEEDED)))
 
 
 def watch(
@@ -36,7 +36,8 @@ def watch(
                 console.clear()
             show(table, console)
             written = write(table, reload_s=None if is_over else interval_s, files=files)
-            console.print(f"wrote {', '.join(path.name for path in written)} in {table.selection.folders[0]}")
+            told = f"wrote {', '.join(path.name for path in written)} in {table.selection.folders[0]}"
+            console.print(told, highlight=False, markup=False)  # brackets in a path are no markup
             if is_over:
                 return
             console.print(f"again in {interval_s:g} s; Ctrl-C ends this, and leaves the runs alone")

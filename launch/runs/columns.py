@@ -12,13 +12,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import astuple
 
 from launch.runs.records import is_record
 
@@ -26,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-BLOCK = 1 << 18
+BLOCK = 1 << 16
 """Bytes that are decoded together: they stay in a core's cache while they are looked at."""
 
 
@@ -131,8 +132,8 @@ def _record(path: Path, parts: Sequence[_Part], index: int) -> dict[str, Any]:
 
 
 @lru_cache
-def _decoder(names: tuple[str, ...]) -> tuple[msgspec.json.Decoder[Any], tuple[attrgetter[Any], ...]]:
-    """Return the decoder of records of which ``names`` are wanted, the first two integers, and what gets each."""
+def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
+    """Return the decoder of records of which ``names`` are wanted, in that order, the first two integers."""
     # Attributes have names of their own: a field of a script's records may have a name that Python would not take.
     attributes = [f"field_{index}" for index in range(len(names))]
     kinds = [
@@ -141,41 +142,42 @@ def _decoder(names: tuple[str, ...]) -> tuple[msgspec.json.Decoder[Any], tuple[a
     ]
     # Rows hold no references to each other, and live for a block: nothing for the collector to look at.
     row = msgspec.defstruct("Row", kinds, rename=dict(zip(attributes, names, strict=True)), gc=False)
-    return msgspec.json.Decoder(row), tuple(map(attrgetter, attributes))
+    return msgspec.json.Decoder(row)
 
 
 def _read_block(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
     """Read the records among some whole lines; the first two of ``names`` are step and attempt."""
-    decoder, getters = _decoder(names)
-    size = block.count(b"\n") + (not block.endswith(b"\n"))
+    ends = np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n"))  # several times as fast as bytes.count
+    size = ends + (not block.endswith(b"\n"))
     try:
-        rows = decoder.decode_lines(block)
+        rows = _decoder(names).decode_lines(block)
         # As many values as lines are one in each. Text that is no ASCII may be no UTF-8 either, which is not looked at.
         if len(rows) == size and block.isascii():
-            values = np.stack([_column(rows, getter) for getter in getters])
+            values = _table(rows, len(names)).T
             return _Part(start, len(block), np.arange(size), ~np.isnan(values), values)
     except (msgspec.DecodeError, OverflowError):
         pass  # of these lines some are torn, or hold what is no number, or numbers that only Python writes: NaN
     return _read_lines(start, block, names)
 
 
-def _column(rows: Sequence[Any], getter: attrgetter[Any]) -> Floats:
-    try:
-        return np.fromiter(map(getter, rows), np.float64, len(rows))
+def _table(rows: Sequence[Any], fields: int) -> Floats:
+    """Return the numbers of decoded rows, as [records, fields]."""
+    try:  # all fields at once, which is two to three times as fast as one after another
+        return np.fromiter(chain.from_iterable(map(astuple, rows)), np.float64, len(rows) * fields).reshape(-1, fields)
     except TypeError:  # null in some records, which is not known either
-        return np.array([*map(getter, rows)], np.float64)
+        return np.array([*map(astuple, rows)], np.float64)
 
 
 def _read_lines(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
     """Read the records of a block of which some lines are for Python to judge, line by line."""
-    decoder, getters = _decoder(names)
+    decoder = _decoder(names)
     lines, table = [], []
     for number, line in enumerate(block.split(b"\n")):
         try:
             if not line.isascii():
                 raise msgspec.DecodeError
             row = decoder.decode(line)
-            numbers = [None if (value := getter(row)) is None or math.isnan(value) else value for getter in getters]
+            numbers = [None if value is None or math.isnan(value) else value for value in astuple(row)]
         except (msgspec.DecodeError, OverflowError):
             if (parsed := _parse(line, names)) is None:
                 continue
@@ -199,10 +201,10 @@ def _parse(text: bytes, names: tuple[str, ...]) -> list[float | None] | None:
 
 
 def _number(value: object) -> float | None:
-    """Return a number as a double; None where it is none, or larger than any."""
+    """Return a finite number as a double; None where it is none, or larger than any."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
-        return float(value)
+        return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None

@@ -33,7 +33,13 @@ def test_goals_are_read_as_they_are_typed(text: str, goal: Goal) -> None:
     assert parse_goal(text) == goal
 
 
-@pytest.mark.parametrize("text", ["", "7e9 params", "7e9 params, 1e12 tokens, 0 days", "7e9, 1e12, 30", "a, b, c"])
+NO_GOALS = (
+    *("", "7e9 params", "7e9 params, 1e12 tokens, 0 days", "7e9, 1e12, 30", "a, b, c"),
+    *("1e999 params, 1e12 tokens, 30 days", "7e9 params, 70e9 params, 1e12 tokens, 30 days"),
+)
+
+
+@pytest.mark.parametrize("text", NO_GOALS)
 def test_what_is_no_goal_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match='type next: --fit "7e9 params'):
         parse_goal(text)
@@ -115,19 +121,29 @@ def test_the_command_shows_a_table_and_what_to_type(tmp_path: Path, capsys: pyte
     assert days[1] > 1.02 * days[0]  # measured links are slower than those that are assumed
 
 
+FITTING = ("--fit", "7e9 params, 1e12 tokens, 30 days", "--gpu", "h100", "--nodes", "1")
 FEW = (*DATA_PARALLEL, "optim.max_micro_batch=1", "parallel.cpu_offload=false", "parallel.reshard_after_forward=true")
 
 
 def test_what_nothing_makes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in {
-        (*FEW, "--fit", "1e9 params, 1e15 tokens, 1 day", "--gpu", "h100", "--nodes", "1,2"): "the nearest are 2 nodes",
+        (*FEW, "--fit", "1e9 params, 1e15 tokens, 1 day", "--gpu", "h100", "--nodes", "1,2"): "the nearest is 2 nodes",
         (*FEW, "--fit", "4e11 params, 1e12 tokens, 30 days", "--gpu", "h100", "--nodes", "1"): "GiB",
         ("--fit", "7e9 params, 1e12 tokens, 30 days"): "without the name of the GPUs",
         ("--fit", "7e9 params, 1e12 tokens, 30 days", "--gpu", "h100", "somewhere"): "--fit with somewhere",
         ("--fit", "100 params, 1e12 tokens, 30 days", "--gpu", "h100"): "100 params",
         ("--fit", "7 params", "--gpu", "h100"): "without tokens, days",
-        (): "SWEEP",
+        ("--fit", "1e16 params, 1e12 tokens, 30 days", "--gpu", "h100", "--nodes", "1"): "1e+16 params",
+        (*FITTING, "--mtbf-hours", "0"): "--fit with --mtbf-hours",
+        (*FITTING, "--sweep", "0"): "--fit with --sweep",
+        (*FITTING, "cluster.price_per_gpu_hour=-2"): "cluster.price_per_gpu_hour=-2",
+        (): "no folder of a sweep",
     }.items():
         assert main(list(words)) == 2
         refusal = capsys.readouterr().err
         assert said in refusal and "type next: " in refusal, refusal
+
+
+def test_a_refusal_of_every_size_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--fit", "7e9 params, 1e12 tokens, 30 days", "--gpu", "h1000"]) == 2
+    assert capsys.readouterr().err.count("cluster.gpu_name=h1000, which is not known") == 2, "as a size, and as the end"

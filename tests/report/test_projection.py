@@ -49,7 +49,9 @@ def test_sizes_are_a_list_or_go_on(text: str, sizes: list[int]) -> None:
     assert parse_sizes(text) == sizes
 
 
-@pytest.mark.parametrize("text", ["", "0", "x", "...,8", "8,...", "8,16,...,16", "1,2,...,x", "-1", "4,5,...,4000"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "x", "...,8", "8,...", "8,16,...,16", "1,2,...,x", "-1", "4,5,...,4000", "8²"]
+)
 def test_what_is_no_list_of_sizes_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="type next: --nodes 8,16"):
         parse_sizes(text)
@@ -286,12 +288,20 @@ def test_what_cannot_be_projected_is_refused(
     gpt_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "links.yaml").write_text("between: 3\n")
+    (tmp_path / "empty.yaml").write_text("")
     for words, said in {
         (str(gpt_sweep / "n1"), "--nodes", "8"): "step times of nodes=1",
         (str(gpt_sweep), "--nodes", "8", "--gpu", "H100"): "--gpu H100 for a sweep on AMD EPYC 7763",
         (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "links.yaml")): "Key 'between'",
         (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "none.yaml")): "No such file",
+        (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "empty.yaml")): "empty.yaml, without any key",
         (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "0"): "--mtbf-hours 0",
+        (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "nan"): "--mtbf-hours nan",
+        (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "inf"): "--mtbf-hours inf",
+        (): "no folder of a sweep\n",
+        (str(gpt_sweep), "elsewhere", "--nodes", "8"): f"2 folders: {gpt_sweep} elsewhere",
+        (str(gpt_sweep),): "no --nodes",
+        (str(tmp_path / "links.yaml"), "--nodes", "8"): "links.yaml, which is a file",
         (str(gpt_sweep), "--nodes", "8", "--matmul-rates", "none.json"): "--matmul-rates=none.json: No such file",
         (str(gpt_sweep), "--nodes", "8", "--matmul-rates", "r", "--gpu", "H100"): "--matmul-rates r with --gpu H100",
         (str(tmp_path / "nowhere"), "--nodes", "8"): "no folder",

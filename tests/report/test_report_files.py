@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.errors import ConfigError
 from launch.report import build, select, show, views, write
 from launch.runs.report_files import ReportFile
 from launch.runs.sweeps import record_sweep
@@ -254,6 +255,14 @@ def test_a_later_sweep_leaves_the_earlier_one_its_table_and_says_what_to_type(sw
     assert record_sweep(sweep, ["nodes=2", "nodes=1"], ["nodes=2,1"]).number == 1, "the same points are the same sweep"
     assert [row.point for row in build(sweep).rows] == ["nodes=1", "nodes=2"]
     assert "sweep 2: nodes=2,4" in command(sweep, "--sweep", 7, status=2)
+
+
+def test_a_number_where_no_sweep_was_recorded_is_refused_with_what_works(sweep: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"(?s)of which none is recorded in .*: python -m launch.report {sweep}$"):
+        select(sweep, 3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="of which none is recorded in"):
+        select(tmp_path / "empty", 3)
 
 
 def test_a_sweep_file_of_an_earlier_version_becomes_a_sweep_before_it_is_replaced(sweep: Path) -> None:

@@ -274,3 +274,16 @@ def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run:
     # A reading that keeps what it read would hold 16 times as much; files read at once are a matter of chance.
     few, many = peak(4), peak(64)
     assert many <= 4 * few, (many, few)
+
+
+def test_numbers_that_are_not_finite_are_unknown(tmp_path: Path) -> None:
+    """A page cannot draw the step time of a script that divided by nothing."""
+    path = tmp_path / "rank_00000.jsonl"
+    values = ("0.5", "Infinity", "-Infinity", "NaN", "1e999", "null", "0.25")
+    path.write_text(
+        "".join(f'{{"step": {step}, "attempt": 1, "step_time_s": {value}}}\n' for step, value in enumerate(values))
+    )
+    found = read_columns(path, ("step_time_s",))
+    assert found is not None and len(found) == len(values)
+    assert found.known["step_time_s"].tolist() == [True, False, False, False, False, False, True]
+    assert found.values["step_time_s"][found.known["step_time_s"]].tolist() == [0.5, 0.25]

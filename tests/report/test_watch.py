@@ -43,6 +43,19 @@ def test_a_report_follows_its_runs_until_they_end(tmp_path: Path, make_run: Any)
     assert "refresh" not in page.read_text()
 
 
+@pytest.mark.parametrize("event", ["cancelled", "budget_reached"])
+def test_a_run_that_was_called_off_has_ended(
+    tmp_path: Path, make_run: Any, event: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a [red] sweep"
+    run = make_run(folder, 1, 1, ()).attempt()
+    run.steps(1, [1.0] * 12)
+    run.event(event)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for a run that has ended"))
+    assert main([str(folder), "--watch", "0.2", "--files", "md"]) == 0
+    assert f"wrote summary.md in {folder}" in " ".join(capsys.readouterr().out.splitlines())
+
+
 @pytest.mark.parametrize("typed", ["0", "-1", "soon", "inf"])
 def test_an_interval_that_is_none_is_refused(tmp_path: Path, typed: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), f"--watch={typed}"]) == 2
