@@ -26,11 +26,9 @@ class AdamW(torch.optim.AdamW):
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         has_complex = super()._init_group(group, *lists)  # fills the lists: parameters, gradients, state
-        parameters, gradients = lists[:2]
-        for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-                if gradient.placements != parameter.placements:  # a sum that is due yet
-                    gradients[index] = gradient.redistribute(placements=parameter.placements)
+        for index, (p, grad) in enumerate(zip(*lists[:2], strict=True)):
+            if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
+                lists[1][index] = grad.redistribute(placements=p.placements)  # a sum that is due yet
         for tensors in lists:
             tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
         return has_complex
