@@ -81,7 +81,6 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     assert sum(parts.values()) == pytest.approx(ended - allocated, abs=1e-3)
     assert goodput.losses.counts == {"crashed": 1, "hung": 1} and len(goodput.losses.in_place) == 2
     assert sum(goodput.losses.seconds.values()) == pytest.approx(parts["lost"] + parts["restarts"], abs=1e-3)
-    assert goodput.losses.seconds["hung"] > 8, "the silence that was waited for"
     assert abs(allocated - begin.timestamp()) <= 1 and ended <= end.timestamp() + 1
 
 
