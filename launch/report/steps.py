@@ -75,8 +75,12 @@ def _is_filled_in(columns: RecordColumns) -> Flags:
 
 
 def step_times(columns: RecordColumns) -> tuple[Flags, Floats]:
-    """Step times, known and their values; as ``records.fill_in_step_times`` where a record names none."""
-    known, values = columns.known[TIME], columns.values[TIME]
+    """Step times, known and their values; as ``records.fill_in_step_times`` where a record names none.
+
+    One that is not finite is not known.
+    """
+    values = columns.values[TIME]
+    known = columns.known[TIME] & np.isfinite(values)  # a script may have divided by nothing
     missing = np.flatnonzero(_is_filled_in(columns))
     if not len(missing):
         return known, values

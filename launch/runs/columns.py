@@ -201,10 +201,10 @@ def _parse(text: bytes, names: tuple[str, ...]) -> list[float | None] | None:
 
 
 def _number(value: object) -> float | None:
-    """Return a finite number as a double; None where it is none, or larger than any."""
+    """Return a number as a double; None where it is none, or larger than any."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return float(value)
     except OverflowError:
         return None

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from launch.report.environment import read_environment
 from launch.report.losses import RECORDED
 from launch.report.readings import Step
-from launch.report.steps import read_steps
+from launch.report.steps import read_steps, step_times
 from launch.runs import columns
 from launch.runs.columns import read_columns
 from launch.runs.folder import RunFolder
@@ -276,14 +276,14 @@ def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run:
     assert many <= 4 * few, (many, few)
 
 
-def test_numbers_that_are_not_finite_are_unknown(tmp_path: Path) -> None:
-    """A page cannot draw the step time of a script that divided by nothing."""
+def test_step_times_that_are_not_finite_are_unknown(tmp_path: Path) -> None:
     path = tmp_path / "rank_00000.jsonl"
     values = ("0.5", "Infinity", "-Infinity", "NaN", "1e999", "null", "0.25")
     path.write_text(
         "".join(f'{{"step": {step}, "attempt": 1, "step_time_s": {value}}}\n' for step, value in enumerate(values))
     )
-    found = read_columns(path, ("step_time_s",))
+    found = read_columns(path, ("step_time_s", "time"))
     assert found is not None and len(found) == len(values)
-    assert found.known["step_time_s"].tolist() == [True, False, False, False, False, False, True]
-    assert found.values["step_time_s"][found.known["step_time_s"]].tolist() == [0.5, 0.25]
+    known, times = step_times(found)
+    assert known.tolist() == [True, False, False, False, False, False, True]
+    assert times[known].tolist() == [0.5, 0.25]
