@@ -117,7 +117,7 @@ class Row:
     saves and evaluations: steps done again, restarts, the shutdown of all allocations but the last, and the restore and
     compilation that followed."""
     interrupted_h: float | None = None
-    """The same in hours of GPUs. The next ones, by cause, add up to it."""
+    """GPU-hours that interruptions cost in all. The next ones, by cause, add up to it."""
     interrupted_crashed_h: float | None = None
     interrupted_hung_h: float | None = None
     interrupted_out_of_memory_h: float | None = None

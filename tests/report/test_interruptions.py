@@ -1,4 +1,4 @@
-"""What interruptions cost by cause, and what restarts in place saved: runs whose clock is known, worked out by hand."""
+"""Cost of interruptions by cause, and what restarts in place saved: runs whose clock is known, worked out by hand."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def shown(folder: Path, **console: Any) -> str:
 
 
 def command(folder: Path, *arguments: object, status: int = 0) -> str:
-    """What ``python -m launch.report`` prints of a folder."""
+    """Output of ``python -m launch.report`` for a folder."""
     return commands.run("launch.report", str(folder), *map(str, arguments), cwd=folder.parent, status=status)
 
 
