@@ -9,12 +9,13 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 
 from launch.runs import unwritten
-from tests.support.commands import STARTED, kill_all
+from tests.support.commands import SHARED, STARTED, end_servers, kill_all, shared_servers
 from tests.support.cost import is_quick, seconds
 
 # Where containers set this, every interpreter that a test starts would compile all of this project anew.
@@ -39,6 +40,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_quick(item):
             item.add_marker("quick")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Have all workers fork from the same servers, which end with this process."""
+    node.workerinput["fork_servers"] = shared_servers()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take, in a worker, the servers that it is told of."""
+    if told := getattr(config, "workerinput", {}).get("fork_servers"):
+        SHARED.append(told)
+
+
+def pytest_unconfigure() -> None:
+    """Leave no server behind."""
+    end_servers()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.commands import descendants, wait_for
+from tests.support import distributed
+from tests.support.commands import is_alive, wait_for
 from tests.support.distributed import RankFailedError, run_distributed
+from tests.support.forking import ForkedProcess
 
 
 def all_reduce(rank: int, world_size: int, start: int) -> tuple[int, float, str]:
@@ -41,13 +43,17 @@ def test_results_come_by_rank_from_processes_of_their_own() -> None:
     ("how", "timeout_s", "message"),
     [("raise", 60, "ValueError: the cause"), ("die", 60, "died of SIGKILL"), ("hang", 3, "no answer in time")],
 )
-def test_the_rank_that_failed_is_named_and_none_is_left(how: str, timeout_s: float, message: str) -> None:
-    run_distributed(all_reduce, 1, 10)  # the processes that ranks are forked from stay
-    before = set(descendants(os.getpid()))
+def test_the_rank_that_failed_is_named_and_none_is_left(
+    how: str, timeout_s: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[ForkedProcess] = []
+    start = distributed._start
+    monkeypatch.setattr(distributed, "_start", lambda *args: started.append(start(*args)) or started[-1])
     with pytest.raises(RankFailedError, match=message) as failure:
         run_distributed(misbehave, 2, how, timeout_s=timeout_s)
     assert failure.value.rank == (1 if how != "hang" else failure.value.rank)
-    wait_for(lambda: set(descendants(os.getpid())) <= before, "the end of all ranks")
+    assert len({process.pid for process in started}) == 2
+    wait_for(lambda: not any(is_alive(process.pid) for process in started), "the end of all ranks")
 
 
 def stay_imported(rank: int, world_size: int) -> bool:

@@ -11,16 +11,25 @@ from typing import Any
 
 import pytest
 
-from tests.support import forking
-from tests.support.commands import environment, fork_server, library_server, run
-from tests.support.forking import Job
+from tests.support import forked
+from tests.support.commands import (
+    ROOT,
+    environment,
+    fork_server,
+    is_alive,
+    library_server,
+    run,
+    shared_servers,
+    wait_for,
+)
+from tests.support.forking import Job, Server
 from tests.support.scripts import LOCAL, write_script
 
 
 def asked(*words: str, env: dict[str, str], cwd: Path, **more: Any) -> Job | None:
     """Job that ``Popen(words)`` is taken for, None where it is started."""
     parameters = dict.fromkeys(signature(subprocess.Popen._execute_child).parameters)  # type: ignore[attr-defined]
-    return forking._job_of({**parameters, "pass_fds": (), "args": words, "env": env, "cwd": cwd, **more})
+    return forked._job_of({**parameters, "pass_fds": (), "args": words, "env": env, "cwd": cwd, **more})
 
 
 def test_what_would_import_something_else_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +95,33 @@ def test_a_rank_of_a_script_is_forked_as_if_it_had_been_executed(tmp_path: Path)
     assert said == f"__main__ {script} {[str(script), '0', 'a']} {script.parent} {beside} {tmp_path} False"
     assert preloaded == "True", "it was executed"
     assert last == ["ends so"] and "ends so" in text
+
+
+def test_servers_are_one_for_all_who_ask(tmp_path: Path) -> None:
+    file = write_script(tmp_path, "import os; print(os.getppid())")
+    job = Job(str(file), (), str(tmp_path), environment(), is_file=True)
+    address, env = shared_servers()
+    for server in (fork_server(), Server.at(address, env).importing(["tests.support.preload_commands"])):
+        assert server.start(job, tmp_path / "log").wait(60) == 0
+    parents = (tmp_path / "log").read_text().splitlines()
+    assert len(parents) == 2 and len({*parents}) == 1
+    assert str(os.getpid()) not in parents
+
+
+STARTING = """
+import os, sys
+from tests.support.forking import Root
+root = Root(dict(os.environ))
+print(root._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_servers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    command, env = [sys.executable, "-c", STARTING], environment(TMPDIR=str(tmp_path))
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        server = int(process.stdout.readline())
+        assert is_alive(server)
+        process.kill()
+    wait_for(lambda: not is_alive(server), "the end of the server")

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from tests.support.forking import ForkedProcess, Job, Server
+from tests.support.forking import ForkedProcess, Job, Root, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
@@ -91,7 +91,7 @@ def run(module: str, *words: str, cwd: Path, status: int | Collection[int] = 0, 
 
 @cache
 def fork_server(*modules: str) -> Server:
-    """The process that ``run`` forks from, one for each process that tests run in; or one that imports more."""
+    """The process that ``run`` forks from, one for all workers of the tests; or one that imports more."""
     if modules:
         return fork_server().importing(modules)
     return library_server().importing(["tests.support.preload_commands"])
@@ -100,7 +100,29 @@ def fork_server(*modules: str) -> Server:
 @cache
 def library_server() -> Server:
     """The process that ``fork_server`` comes of, which has imported nothing of this project."""
-    return Server.start_with(environment())
+    return Server.at(*shared_servers())
+
+
+@cache
+def root() -> Root:
+    """The process that all servers come of; tests/conftest.py ends it."""
+    return Root(environment())
+
+
+SHARED: list[tuple[str, dict[str, str]]] = []
+"""Address and variables of the process that the servers of all workers come of, in a worker (tests/conftest.py)."""
+
+
+def shared_servers() -> tuple[str, dict[str, str]]:
+    """Where the servers are asked for, and the variables that they have read."""
+    return SHARED[0] if SHARED else (root().address, root().env)
+
+
+def end_servers() -> None:
+    """End the servers that this process has started."""
+    if root.cache_info().currsize:
+        root().end()
+        root.cache_clear()
 
 
 def server_for(job: Job) -> Server | None:

@@ -81,7 +81,8 @@ def _start(rank: int, world_size: int, folder: str, timeout_s: float, imports: S
         "GLOO_SOCKET_IFNAME": "lo",
         DATA_FOLDER: _data_folder().name,
     }
-    job = Job("tests.support.rank", (folder, str(timeout_s)), str(Path.cwd()), environment)
+    # What some ranks import, they also start: DeepSpeed converts its checkpoints in a process of its own.
+    job = Job("tests.support.rank", (folder, str(timeout_s)), str(Path.cwd()), environment, alone=not imports)
     return fork_server(*imports).start(job)
 
 
