@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 
+from launch.process import lasting_imports
 from launch.runs import unwritten
 from tests.support.commands import SHARED, STARTED, end_servers, kill_all, shared_servers
 from tests.support.cost import is_quick, seconds
@@ -32,6 +33,24 @@ UNTIMED = hypothesis.settings(
 hypothesis.settings.register_profile("same", UNTIMED, derandomize=True)
 hypothesis.settings.register_profile("random", UNTIMED)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Have Python's collector rest while everything is imported, and never look at that again."""
+    with lasting_imports():
+        return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Let ``-m quick`` have a worker for each core, unless ``-n`` is typed: those tests compute, and wait for nothing.
+
+    Each worker imports everything first.
+    """
+    typed = any(word.startswith(("-n", "--numprocesses")) for word in config.invocation_params.args)
+    if config.option.markexpr == "quick" and not typed and config.getoption("numprocesses", None):
+        config.option.numprocesses = min(config.option.numprocesses, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
