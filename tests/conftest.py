@@ -44,13 +44,13 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Let ``-m quick`` have a worker for each core, unless ``-n`` is typed: those tests compute, and wait for nothing.
+    """Let ``-m quick`` have a worker more than there are cores, unless ``-n`` is typed: few of those tests wait.
 
     Each worker imports everything first.
     """
     typed = any(word.startswith(("-n", "--numprocesses")) for word in config.invocation_params.args)
     if config.option.markexpr == "quick" and not typed and config.getoption("numprocesses", None):
-        config.option.numprocesses = min(config.option.numprocesses, len(os.sched_getaffinity(0)))
+        config.option.numprocesses = min(config.option.numprocesses, len(os.sched_getaffinity(0)) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
