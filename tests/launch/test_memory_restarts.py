@@ -9,7 +9,7 @@ from gpt.checkpoint import folders
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run, start_fork
 
-STEPS, DISK = 60, 15
+STEPS, DISK = 60, 20
 WORDS = (
     *TINY,
     *(f"optim.max_steps={STEPS}", "eval.interval=0", f"checkpoint.interval={DISK}", "nodes=2", "cluster=local"),

@@ -1,7 +1,9 @@
 """An agent whose ranks die: rank 1 of the first attempt, and the whole node of rank 1 in the second.
 
-``python -m tests.support.doomed_agent RUN_DIR``. Each dies as soon as the event log of its attempt tells of a
-checkpoint in memory that is newer than the last one on the disk; until then steps take their time.
+``python -m tests.support.doomed_agent RUN_DIR``. Each dies once the event log of its attempt tells of two checkpoints
+in memory that are newer than the last one on the disk. The stores have heard of the agreement on the older of the two
+then: a rank tells them before it sends its part of the next. And no rank steps on while its part of a checkpoint is on
+its way, so that the steps that this takes do not depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -9,32 +11,27 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 
 import gpt.training.step
+from gpt.checkpoint.writer import ProcessWriter
 from launch.agent.main import main
 from launch.runs.folder import RunFolder
 
-PACE_S = 0.3
 lr_at = gpt.training.step.lr_at
 
 
 def doomed(config: object, step: int) -> float:
     """The learning rate of a step, if this rank gets so far."""
     attempt = int(os.environ["LAUNCH_ATTEMPT"])
-    if attempt < 3:
+    if attempt < 3 and os.environ["RANK"] == "1":
         events = [e for e in RunFolder(os.environ["LAUNCH_RUN_DIR"]).read_events() if e.get("attempt") == attempt]
-        newest = {kind: max((e["step"] for e in events if e["event"] == kind), default=0) for kind in KINDS}
-        if newest["saved"] and newest["saved_in_memory"] > newest["saved"]:
-            if os.environ["RANK"] == "1":
-                os.kill(os.getpid() if attempt == 1 else int(os.environ["LAUNCH_AGENT_PID"]), signal.SIGKILL)
-        elif newest["saved"] or any(e["event"] == "saved_in_memory" for e in events):
-            time.sleep(PACE_S)
+        saved = {kind: [e["step"] for e in events if e["event"] == kind] for kind in ("saved", "saved_in_memory")}
+        if saved["saved"] and sum(step > max(saved["saved"]) for step in saved["saved_in_memory"]) > 1:
+            os.kill(os.getpid() if attempt == 1 else int(os.environ["LAUNCH_AGENT_PID"]), signal.SIGKILL)
     return lr_at(config, step)  # type: ignore[arg-type]
 
 
-KINDS = ("saved", "saved_in_memory")
-
 if __name__ == "__main__":
     gpt.training.step.lr_at = doomed
+    ProcessWriter.poll = ProcessWriter.wait  # type: ignore[assignment, method-assign]
     sys.exit(main())
