@@ -52,6 +52,8 @@ LONG = ["model.n_embd=64", "model.block_size=64"]
 DENSE = "untied, grouped queries"
 ON_4 = ("zero1", "fsdp", "hsdp", "ep x tp x fsdp", "pp x ZeRO 1")
 """Where two ranks would leave something whole; and all that shards in two ways."""
+ACCUMULATED = ("ddp", "zero1", "fsdp", "tp", "cp", "ep x fsdp")
+"""With several micro-batches a step, as all pipelines and all of DeepSpeed."""
 CASES = [
     *((name, DENSE) for name in LAYOUTS if "ep" not in name.split()),
     *((name, "tied") for name in ("ddp", "pp", "pp x tp")),
@@ -71,8 +73,8 @@ Held = dict[tuple[str, ...], list[tuple[int, int, int]]]
 
 def config_of(name: str, model: str) -> TrainConfig:
     layers = [LAYERS] if "pp" in name.split() else []
-    # What is held does not depend on the micro-batches, unless an engine keeps gradients between them.
-    micro = 4 if {"pp", "ZeRO"} & set(name.split()) else BATCH
+    # What is held between micro-batches shows in what each engine adds, not in how its shards are combined.
+    micro = 2 if name in ACCUMULATED else 4 if {"pp", "ZeRO"} & set(name.split()) else BATCH
     return compose(*WORDS, f"optim.max_micro_batch={micro}", *layers, *LAYOUTS[name].split(), *MODELS[model])
 
 

@@ -45,6 +45,7 @@ ON_4: list[tuple[str, Words]] = [
     ("large vocabulary", pipeline("1f1b", pp=4)),
     ("untied, grouped queries", pipeline("interleaved", *FSDP)),
     ("tied", pipeline("zbv", *KEPT)),
+    ("tied", pipeline("zbv", "parallel=tp")),
     ("biased experts", pipeline("interleaved", "parallel=tp", "recompute=full")),
     ("biased experts", pipeline("dualpipev", *KEPT, "parallel.ep=2")),
 ]
@@ -100,6 +101,7 @@ def test_a_pipeline_learns_what_one_process_learns(
 
 CROSSED: dict[str, Words] = {
     "ddp": ["parallel=ddp"],
+    "fsdp": ["parallel=fsdp"],
     "pp": pipeline("1f1b", pp=4),
     "interleaved": pipeline("interleaved"),
     "zbv, fsdp": pipeline("zbv", *KEPT),
@@ -107,7 +109,10 @@ CROSSED: dict[str, Words] = {
 }
 
 
-CROSSINGS = {"ddp": "pp", "pp": "zbv, fsdp", "zbv, fsdp": "interleaved, tp", "interleaved, tp": "ddp"}
+CROSSINGS = {
+    **{"ddp": "pp", "pp": "zbv, fsdp", "zbv, fsdp": "fsdp"},
+    **{"fsdp": "interleaved, tp", "interleaved, tp": "ddp"},
+}
 """Each saved once, and gone on under once."""
 
 
