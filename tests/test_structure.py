@@ -35,11 +35,17 @@ def parsed(path: Path) -> ast.Module:
 
 
 @cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a module's syntax tree."""
+    return tuple(ast.walk(parsed(path)))
+
+
+@cache
 def imports(path: Path, top_level_only: bool = False) -> frozenset[str]:
     """Dotted names that a module imports, at its top or anywhere; names that are submodules are completed."""
     tree = parsed(path)
     blocks = [statement.body for statement in tree.body if isinstance(statement, ast.With)]
-    nodes = [*tree.body, *itertools.chain(*blocks)] if top_level_only else list(ast.walk(tree))
+    nodes = [*tree.body, *itertools.chain(*blocks)] if top_level_only else nodes_of(path)
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -130,12 +136,11 @@ def targets(path: Path, runtime_only: bool = False) -> frozenset[str]:
     """Modules of the project that a module imports, anywhere in it."""
     every = modules()
     found = set()
-    tree = parsed(path)
     skipped = set()
     if runtime_only and "TYPE_CHECKING" in path.read_text():
-        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+        blocks = [n for n in nodes_of(path) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
         skipped = {inner for block in blocks for inner in ast.walk(block)}
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if node in skipped:
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -253,7 +258,7 @@ def test_ranks_and_agents_unpickle_nothing_that_they_receive() -> None:
     for name, path in modules().items():
         if not starts(name, "gpt", "launch"):
             continue
-        for node in ast.walk(parsed(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.Attribute) and node.attr in UNPICKLING and ast.unparse(node.value) != "json":
                 found.add((name, ast.unparse(node)))
     assert found == {
@@ -301,7 +306,7 @@ def test_nothing_is_loaded_that_could_run_code_of_others() -> None:
     found = {
         (name, ast.unparse(node.func))
         for name, path in modules().items()
-        for node in ast.walk(parsed(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.Call) and loads_code(node)
     }
     assert found == set(RUNS_CODE)
