@@ -192,7 +192,7 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> 
 
 
 def test_a_second_command_is_refused_and_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    process, folder, family = start_long_run(tmp_path, *ONE_NODE)
+    process, folder, family = start_long_run(tmp_path, *ONE_NODE, begin=start_fork)
     text = run("launch", *LONG, *ONE_NODE, f"run_dir={folder.path}", cwd=tmp_path, status=2)
     assert "is being worked on by process" in text
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
