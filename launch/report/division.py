@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.report.interruptions import Interruption, read_interruptions
@@ -64,6 +64,7 @@ class Division:
         for record in records:
             self._begun.setdefault(record.attempt, record.begun)
         self._ends, self._end_of = read_interruptions(events, self._begun)
+        self._final = self._end_of[max(self._end_of)] if self._end_of else None
         self._rollbacks = [
             (event["attempt"], event["step"], Interruption(event["time"], "diverged", event["time"]))
             for event in events
@@ -132,7 +133,10 @@ class Division:
             yield Stretch("saves", saved)
         at += saved
         if before is None:
-            yield from self._starts(at, ended, is_in_place=None)
+            for stretch in self._starts(at, ended, is_in_place=None):
+                # A program that tells no steps ran until then: nothing followed that could have cost time.
+                is_end = is_last and not self._records and stretch.lost_to is self._final
+                yield replace(stretch, part="start", lost_to=None) if is_end else stretch
             return
         if compiled := min(before.val_compile_s, ended - at):
             yield Stretch("compile", compiled, self._before[before.attempt])

@@ -197,6 +197,8 @@ def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
     groups = {k.rpartition(".")[0] for k in keys}
+    if parent in keys and parent not in groups:
+        return ConfigError(typed, f"a value for {parent}, which has no keys below it", f"{parent}=VALUE")
     rest = typed_key(typed)[len(key) :]
     settable = {k.rpartition(".")[2]: k for k in siblings if k not in groups or "." not in k or f"{k}{rest}" in keys}
     likely = [settable[name] for name in closest(leaf, settable)]

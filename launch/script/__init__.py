@@ -21,7 +21,7 @@ from launch.runs.compose import make_absolute
 from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import git
-from launch.script.arguments import PLACEHOLDER, keep_values, split_args, written_options
+from launch.script.arguments import PLACEHOLDER, keep_values, require_known, split_args, written_options
 from launch.script.code import code_files
 from launch.script.options import ScriptConfig, ScriptOptions
 from launch.script.program import require_program
@@ -73,6 +73,7 @@ class ScriptWorkload:
             assert isinstance(raw, dict)
             value = raw["script"].get(key)
             if value is not None:
+                require_known(f"script.{key}", value, [str(known) for known in document])
                 document.script[key] = keep_values(value)
         make_absolute([(document, "output_dir"), (document, "run_dir"), (document.script, "path")])
         if document.script.workdir is None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
 from launch.errors import ConfigError
+from launch.runs.ranges import closest
 
 VALUES = ("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name")
 """Names that ``${...}`` in arguments may stand for."""
 PLACEHOLDER = re.compile(r"%\{(\w+)\}")
+REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
 
 
 class Style(Enum):
@@ -44,10 +46,14 @@ def split_args(key: str, args: Any) -> list[str]:
         ) from error
 
 
-def written_options(options: Mapping[str, Any], style: Style) -> Iterator[str]:
-    """Arguments by name as the program reads them."""
-    for key, value in options.items():
+def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") -> Iterator[str]:
+    """Arguments by name as the program reads them; a mapping in them is written by dotted names."""
+    for name, value in options.items():
+        key = f"{prefix}{name}"
         if value is None:
+            continue
+        if isinstance(value, Mapping):
+            yield from written_options(value, style, f"{key}.")
             continue
         dashes = "--" if style is Style.argparse else ""
         if value == "":
@@ -59,6 +65,21 @@ def written_options(options: Mapping[str, Any], style: Style) -> Iterator[str]:
         else:
             text = str(value)
         yield f"{dashes}{key}={text}"
+
+
+def require_known(key: str, value: Any, keys: Collection[str]) -> None:
+    """Raise ConfigError where ``${NAME}`` in arguments is neither a value of the run nor a key at the root."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        require_known(key, item, keys)
+    for name in REFERENCE.findall(value) if isinstance(value, str) else ():
+        if name not in VALUES and name not in keys:
+            meant = (closest(name, VALUES) or VALUES)[0]
+            raise ConfigError(
+                f"${{{name}}} in {key}",
+                f"one of {', '.join(f'${{{known}}}' for known in VALUES)}",
+                f"${{{meant}}} in its place, or \\${{{name}}} for these signs themselves",
+            )
 
 
 def keep_values(value: Any) -> Any:

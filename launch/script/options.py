@@ -79,7 +79,8 @@ class ScriptOptions:
         given = [key for key in ("path", "module", "command") if getattr(self, key) is not None]
         if len(given) != 1:
             found = " and ".join(f"script.{key}" for key in given) or "workload=script without a program"
-            raise ConfigError(found, "one of script.path, script.module and script.command", "script.path=train.py")
+            fix = f"the same without script.{given[-1]}" if given else "script.path=train.py"
+            raise ConfigError(found, "one of script.path, script.module and script.command", fix)
         if self.command is not None and not self.command:
             raise ConfigError("script.command=[]", "a program and its arguments", "'script.command=[./train,--fast]'")
         split_args("script.args", self.args)

@@ -26,33 +26,54 @@ def require_program(script: ScriptOptions) -> None:
             f"script.python={script.python}, which cannot be run", "an interpreter", f"script.python={sys.executable}"
         )
     if script.path is not None and not Path(script.path).is_file():
-        folder = Path(script.path).parent
+        is_folder = Path(script.path).is_dir()
+        folder = Path(script.path) if is_folder else Path(script.path).parent
         there = [path.name for path in folder.glob("*.py")] if folder.is_dir() else []
         likely = closest(Path(script.path).name, there) or sorted(there)[:3]
         raise ConfigError(
-            f"script.path={script.path}, which is no file",
+            f"script.path={script.path}, which is {'a folder' if is_folder else 'no file'}",
             f"a script{', such as ' + ', '.join(likely) if likely else ''}",
             f"script.path={folder / likely[0] if likely else 'train.py'}",
         )
     if script.module is not None and script.python is None:
-        top, workdir = script.module.partition(".")[0], Path(script.workdir or ".")
-        inside = (workdir / top).is_dir() or (workdir / f"{top}.py").is_file()
-        if not inside and importlib.util.find_spec(top) is None:
-            raise ConfigError(
-                f"script.module={script.module}, and there is no {top} in {workdir} nor among the installed packages",
-                "a module that python -m finds from script.workdir",
-                "script.workdir=PATH of the folder it lies in, or script.path=FILE",
-            )
+        require_module(script.module, Path(script.workdir or "."))
     if script.command is not None:
-        program = str(script.command[0])
-        found = shutil.which(program, path=os.pathsep.join([str(script.workdir), os.environ.get("PATH", "")]))
-        local = Path(script.workdir or ".") / program
-        if found is None and not os.access(local, os.X_OK):
-            raise ConfigError(
-                f"script.command={shlex.join(map(str, script.command))}, and no program {program}",
-                "a program on the PATH, or in script.workdir",
-                command_like([str(word) for word in script.command], Path(script.workdir or ".")),
-            )
+        require_command([str(word) for word in script.command], Path(script.workdir or "."))
+
+
+def require_module(module: str, workdir: Path) -> None:
+    """Raise ConfigError where ``python -m`` finds no such module from ``workdir``; imports nothing of it."""
+    top = module.partition(".")[0]
+    inside = (workdir / top).is_dir() or (workdir / f"{top}.py").is_file()
+    if module.endswith(".py") and (workdir / module).is_file():
+        raise ConfigError(
+            f"script.module={module}, which is a file",
+            "a module, as python -m takes it, without .py",
+            f"script.path={module}, or script.module={module.removesuffix('.py')}",
+        )
+    if not inside and importlib.util.find_spec(top) is None:
+        raise ConfigError(
+            f"script.module={module}, and there is no {top} in {workdir} nor among the installed packages",
+            "a module that python -m finds from script.workdir",
+            "script.workdir=PATH of the folder it lies in, or script.path=FILE",
+        )
+
+
+def require_command(command: Sequence[str], workdir: Path) -> None:
+    """Raise ConfigError where the program of a command is not there, or cannot be executed."""
+    program, local = command[0], workdir / command[0]
+    if shutil.which(program, path=os.pathsep.join([str(workdir), os.environ.get("PATH", "")])):
+        return
+    if local.is_file() and os.access(local, os.X_OK):
+        return
+    typed = f"script.command={shlex.join(command)}"
+    if local.is_dir():
+        raise ConfigError(f"{typed}, and {program} is a folder", "a program", command_like(command, workdir))
+    if local.is_file():
+        expected = "a program that its owner may execute, or an interpreter before it"
+        raise ConfigError(f"{typed}, and {program} is not executable", expected, f"chmod +x {shlex.quote(str(local))}")
+    expected = "a program on the PATH, or in script.workdir"
+    raise ConfigError(f"{typed}, and no program {program}", expected, command_like(command, workdir))
 
 
 def command_like(command: Sequence[str], workdir: Path) -> str:

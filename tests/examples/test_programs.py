@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.script.arguments import Style, written_options
 from tests.support.commands import run
 from tests.support.scripts import LOCAL, causes, printed, write_script
 
@@ -34,6 +35,12 @@ for iter_num in range(max_iters + 1):
         print(f"iter {iter_num}: loss {loss / (iter_num + 1):.4f}, time {dt * 1000:.2f}ms, mfu -100.00%")
 """
 NANOGPT = r"script.progress=iter (?P<step>\d+): loss (?P<loss>[\d.]+), time (?P<step_time_ms>[\d.]+)ms"
+
+
+def test_options_below_options_are_written_by_dotted_names() -> None:
+    options = {"optim": {"lr": 0.1, "betas": [0.9, 0.99], "eps": None}, "seed": 3}
+    assert [*written_options(options, Style.argparse)] == ["--optim.lr=0.1", "--optim.betas=0.9,0.99", "--seed=3"]
+    assert [*written_options(options, Style.hydra)] == ["optim.lr=0.1", "optim.betas=[0.9,0.99]", "seed=3"]
 
 
 def test_what_is_printed_is_what_metrics_table_and_curves_say(tmp_path: Path) -> None:

@@ -106,6 +106,20 @@ def test_a_mistyped_program_and_a_mistyped_folder_are_answered_with_the_one_that
     with pytest.raises(ConfigError) as refusal:
         require_program(ScriptOptions(command=["simulat", "--n=2"]))
     assert refusal.value.fix == """'script.command=[simulate,"--n=2"]'"""
+    (tmp_path / "plain").touch(mode=0o644)
+    with pytest.raises(ConfigError, match="is not executable") as refusal:
+        require_program(ScriptOptions(command=["./plain"], workdir=str(tmp_path)))
+    assert refusal.value.fix == f"chmod +x {tmp_path / 'plain'}"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="folder is a folder"):
+        require_program(ScriptOptions(command=["./folder"], workdir=str(tmp_path)))
+    (tmp_path / "folder" / "train.py").touch()
+    with pytest.raises(ConfigError, match="folder, which is a folder") as refusal:
+        require_program(ScriptOptions(path=str(tmp_path / "folder")))
+    assert refusal.value.fix == f"script.path={tmp_path / 'folder' / 'train.py'}"
+    with pytest.raises(ConfigError, match="a file") as refusal:
+        require_program(ScriptOptions(module="train.py", workdir=str(tmp_path / "folder")))
+    assert refusal.value.fix == "script.path=train.py, or script.module=train"
     for name in ("nodes=1", "nodes=2"):
         RunFolder(tmp_path / "outputs" / "a sweep" / name).create_attempt()
     monkeypatch.chdir(tmp_path)

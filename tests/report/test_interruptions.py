@@ -291,3 +291,31 @@ def test_every_cause_of_the_restart_limits_has_a_column() -> None:
 
     assert {str(cause) for cause in Cause} - {"finished"} < CAUSES.keys()
     assert {f"interrupted_{cause}_h" for cause in CAUSES} < {*Row.__dataclass_fields__}
+
+
+def test_a_program_that_tells_no_steps_is_interrupted_by_what_it_came_back_from_alone(
+    tmp_path: Path, make_run: Any
+) -> None:
+    quiet = Clock(tmp_path / "quiet", make_run, gpus=None)
+    quiet.allocation()
+    quiet.spend(4)
+    quiet.started(1)
+    quiet.spend(60)
+    quiet.ended(1, "finished", "stop")
+    quiet.released()
+    found = goodput_of(quiet)
+    assert found.losses.counts == {} and found.seconds == {"start": 64.0}
+    again = Clock(tmp_path / "again", make_run, gpus=None)
+    again.allocation()
+    again.spend(4)
+    again.started(1)
+    again.spend(30)
+    again.ended(1, "crashed", "restart")
+    again.spend(2)
+    again.started(2)
+    again.spend(60)
+    again.ended(2, "finished", "stop")
+    again.released()
+    found = goodput_of(again)
+    assert found.losses.counts == {"crashed": 1} and found.losses.seconds == {"crashed": 32.0}
+    assert found.seconds == {"start": 4.0 + 60.0, "restarts": 32.0}
