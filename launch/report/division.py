@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launch.report.interruptions import Interruption, read_interruptions
+from launch.report.interruptions import Interruption, Rollback, read_interruptions
 from launch.runs.events import fewer_nodes
 
 
@@ -56,20 +56,19 @@ class Division:
     Args:
         events: the event log.
         records: of the first rank, all that it wrote, in the order of their end.
+        rollbacks: of all attempts.
     """
 
-    def __init__(self, events: Sequence[dict[str, Any]], records: Sequence[Record]) -> None:
+    def __init__(
+        self, events: Sequence[dict[str, Any]], records: Sequence[Record], rollbacks: Sequence[Rollback]
+    ) -> None:
         self._records = records
         self._begun: dict[int, float] = {}
         for record in records:
             self._begun.setdefault(record.attempt, record.begun)
         self._ends, self._end_of = read_interruptions(events, self._begun)
         self._final = self._end_of[max(self._end_of)] if self._end_of else None
-        self._rollbacks = [
-            (event["attempt"], event["step"], Interruption(event["time"], "diverged", event["time"]))
-            for event in events
-            if event["event"] == "rolled_back" and "attempt" in event
-        ]
+        self._rollbacks = rollbacks
         self._save_s = defaultdict[tuple[int, int], float](float)
         for event in filter(_is_save, events):
             self._save_s[event["attempt"], event["step"]] += float(event["seconds"])
@@ -185,17 +184,17 @@ class Division:
 
     def _lost_to(self, record: Record) -> Interruption:
         """Return the interruption that a step was lost to."""
-        for attempt, step, back in self._rollbacks:
-            if attempt == record.attempt and step < record.step and record.ended <= back.since:
-                return back
+        for back in self._rollbacks:
+            if back.takes(record.attempt, record.step, record.ended):
+                return back.interruption
         end = self._end_of[record.attempt]
         return Interruption(end.since, "continued") if record.is_aside and end.cause != "continued" else end
 
     def _rollback_between(self, before: Record, record: Record) -> Interruption | None:
         """Return the roll-back of an attempt between two of its steps; None where there was none."""
-        for attempt, _, back in self._rollbacks:
-            if attempt == before.attempt == record.attempt and before.ended <= back.since <= record.ended:
-                return back
+        for back in self._rollbacks:
+            if back.attempt == before.attempt == record.attempt and before.ended <= back.time <= record.ended:
+                return back.interruption
         return None
 
     def _saved(self, before: Record | None, gap: float) -> float:

@@ -7,6 +7,7 @@ report shows it.
 
 from __future__ import annotations
 
+import math
 import time as clock
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
 from launch.report.division import Division, Record, Stretch
-from launch.report.interruptions import Losses, Restart
+from launch.report.interruptions import Losses, Restart, Rollback, read_rollbacks
 from launch.runs.folder import RunFolder
 from launch.runs.rollback import aside_records
 
@@ -74,7 +75,8 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
     found = allocations(log, clock.time(), rates.poll_s)
     if not found:
         return None
-    division = Division(events, _read_first_rank(run, _rollbacks(events)))
+    rollbacks = read_rollbacks(events)
+    division = Division(events, _read_first_rank(run, rollbacks), rollbacks)
     seconds = dict.fromkeys(PARTS, 0.0)
     losses = _LossCounter(all(started.get("gpus") for started, _ in found))
     since = min((e["time"] for e in events if e["event"] in SUBMISSION), default=found[0][0]["allocated_at"])
@@ -143,42 +145,55 @@ class _LossCounter:
         )
 
 
-def _rollbacks(events: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
-    """Attempt -> Unix times at which it went back to a checkpoint by itself."""
-    found: dict[int, list[float]] = {}
-    for event in events:
-        if event["event"] == "rolled_back" and event.get("attempt") is not None:
-            found.setdefault(event["attempt"], []).append(event["time"])
-    return found
-
-
-def _read_first_rank(run: RunFolder, rollbacks: Mapping[int, Sequence[float]]) -> list[Record]:
+def _read_first_rank(run: RunFolder, rollbacks: Sequence[Rollback]) -> list[Record]:
     """All records of the first rank, those of steps done again too, in the order of their time."""
     for rank in run.metric_ranks():
         found = list(_records_in(run.metrics(rank), rollbacks))
         if found:
+            found = _without_lost(found, rollbacks)
             for path in aside_records(run, rank):  # of steps that the run was taken back from
                 found += [replace(record, counts=False, is_aside=True) for record in _records_in(path, rollbacks)]
             return sorted(found, key=lambda record: record.ended)
     return []
 
 
+def _without_lost(records: Sequence[Record], rollbacks: Sequence[Rollback]) -> list[Record]:
+    """Tell the records of steps that were lost: a later attempt, or the same one after a roll-back, began before them.
+
+    They are lost whether they were done again or not: an attempt may end before it comes so far.
+    """
+    first: dict[int, int] = {}
+    for record in records:
+        first[record.attempt] = min(record.step, first.get(record.attempt, record.step))
+    kept_until, next_one = dict[int, float](), math.inf
+    for attempt in sorted(first, reverse=True):
+        kept_until[attempt] = next_one
+        next_one = min(next_one, first[attempt])
+    return [
+        replace(
+            record,
+            counts=record.step < kept_until[record.attempt]
+            and not any(back.takes(record.attempt, record.step, record.ended) for back in rollbacks),
+        )
+        for record in records
+    ]
+
+
 TIMES = ("step_time_s", "compile_s", "val_compile_s", "restore_s")
 
 
-def _records_in(path: Path, rollbacks: Mapping[int, Sequence[float]]) -> Iterator[Record]:
+def _records_in(path: Path, rollbacks: Sequence[Rollback]) -> Iterator[Record]:
     """Yield the records of one file, with the last line of each step of an attempt between two roll-backs."""
-    from launch.runs.columns import latest_records, read_columns  # numpy: see launch.report.points
+    from launch.runs.columns import read_columns  # numpy: see launch.report.points
 
     columns = read_columns(path, (*TIMES, "time", "val_loss"), every=True)
     if columns is None:
         return
     steps, attempts, times = (columns.values[name].tolist() for name in ("step", "attempt", "time"))
-    latest = set(latest_records(columns.values["step"], columns.values["attempt"]).tolist())
     # A step that is saved is recorded before its save and once more after it, with what that took: one step. One that
     # the run went back from is another.
     keys = [
-        (attempt, step, sum(at < time for at in rollbacks.get(int(attempt), ())))
+        (attempt, step, sum(back.attempt == attempt and back.time < time for back in rollbacks))
         for attempt, step, time in zip(attempts, steps, times, strict=True)
     ]
     last_line = {key: index for index, key in enumerate(keys)}
@@ -193,7 +208,7 @@ def _records_in(path: Path, rollbacks: Mapping[int, Sequence[float]]) -> Iterato
             step=int(steps[index]),
             begun=times[index] - took["step_time_s"],
             ended=times[index],
-            counts=index in latest,
+            counts=True,
             evaluated=known["val_loss"][index],
             compile_s=took["compile_s"],
             val_compile_s=took["val_compile_s"],

@@ -53,6 +53,35 @@ class Interruption:
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """Return of an attempt to a checkpoint, by itself."""
+
+    attempt: int
+    step: int
+    """Step of the checkpoint."""
+    time: float
+    """Unix time."""
+
+    @property
+    def interruption(self) -> Interruption:
+        """Interruption that it is."""
+        return Interruption(self.time, "diverged", self.time)
+
+    def takes(self, attempt: int, step: int, ended: float) -> bool:
+        """Tell whether a step, by the Unix time of its end, was lost to it."""
+        return attempt == self.attempt and step > self.step and ended <= self.time
+
+
+def read_rollbacks(events: Sequence[Mapping[str, Any]]) -> list[Rollback]:
+    """Return the roll-backs of all attempts, in the order of the event log."""
+    return [
+        Rollback(event["attempt"], event["step"], event["time"])
+        for event in events
+        if event["event"] == "rolled_back" and event.get("attempt") is not None
+    ]
+
+
+@dataclass(frozen=True)
 class Restart:
     """Start of the ranks after an interruption, up to the first step, without loading a checkpoint and compilation."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from launch.report.interruptions import CAUSES, DEFINITION, SAVED_DEFINITION
 from launch.report.numbers import UNAVAILABLE, percent, run_time, told
@@ -14,6 +15,32 @@ def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
     """Add up the lost hours of several points by cause, in the order of ``CAUSES``."""
     found = {cause: [hours for row in rows if (hours := row.interrupted().get(cause))] for cause in CAUSES}
     return {cause: sum(hours) for cause, hours in found.items() if hours}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Losses of several points together, and what restarts in place saved them."""
+
+    by_cause: dict[str, float]
+    """Hours of one unit by cause."""
+    hours: float
+    interruptions: int
+    in_place: int
+    """Restarts in place."""
+    saved_h: float
+    saved_wait_s: float
+
+
+def add_up(rows: Sequence[Row]) -> Sums:
+    """Add up what several points lost and saved; what is not known of a point counts as nothing."""
+    return Sums(
+        by_cause=hours_by_cause(rows),
+        hours=sum(row.interrupted_h or 0.0 for row in rows),
+        interruptions=sum(row.interruptions or 0 for row in rows),
+        in_place=sum(row.restarts_in_place or 0 for row in rows),
+        saved_h=sum(row.saved_in_place_h or 0.0 for row in rows),
+        saved_wait_s=sum(row.saved_in_place_wait_s or 0.0 for row in rows),
+    )
 
 
 def units(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -40,16 +67,11 @@ def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
         saved = [told(row.saved_in_place_h, unit), _time(row.saved_in_place_wait_s), row.saved_against or UNAVAILABLE]
         cells.append([row.label or row.point, *shown, told(row.interrupted_h, unit), *counts, *saved[: 3 * has_saving]])
     if len(rows) > 1:
-        shown = [told(hours, unit) for hours in causes.values()]
-        counts = [
-            str(sum(row.interruptions or 0 for row in rows)),
-            str(sum(row.restarts_in_place or 0 for row in rows)),
-        ]
-        whole = sum(row.interrupted_h or 0.0 for row in rows)
-        spared = sum(row.saved_in_place_h or 0.0 for row in rows)
-        waits = sum(row.saved_in_place_wait_s or 0.0 for row in rows)
-        saved = [told(spared, unit), _time(waits), ""]
-        cells.append(["all", *shown, told(whole, unit), *counts, *saved[: 3 * has_saving]])
+        whole = add_up(rows)
+        shown = [told(hours, unit) for hours in whole.by_cause.values()]
+        counts = [str(whole.interruptions), str(whole.in_place)]
+        saved = [told(whole.saved_h, unit), _time(whole.saved_wait_s), ""]
+        cells.append(["all", *shown, told(whole.hours, unit), *counts, *saved[: 3 * has_saving]])
     return cells
 
 
@@ -57,31 +79,29 @@ def loss_notes(rows: Sequence[Row]) -> list[str]:
     """Make the sentences about interruptions: what they cost by cause, and what restarts in place saved."""
     found = []
     for unit, of_unit in units(rows):
-        whole = sum(row.interrupted_h or 0.0 for row in of_unit)
-        causes = ", ".join(f"{CAUSES[c]} {told(hours, f'{unit}-h')}" for c, hours in hours_by_cause(of_unit).items())
-        number = counted(sum(row.interruptions or 0 for row in of_unit), "interruption")
-        share = _share(of_unit)
-        found.append(f"{number} cost {told(whole, f'{unit}-hours')}{share} ({causes}): {DEFINITION}.")
+        whole = add_up(of_unit)
+        causes = ", ".join(f"{CAUSES[c]} {told(hours, f'{unit}-h')}" for c, hours in whole.by_cause.items())
+        number = counted(whole.interruptions, "interruption")
+        share = _share(of_unit, whole.hours)
+        found.append(f"{number} cost {told(whole.hours, f'{unit}-hours')}{share} ({causes}): {DEFINITION}.")
         spared = [row for row in of_unit if row.saved_in_place_h is not None]
         if spared:
-            hours = sum(row.saved_in_place_h or 0.0 for row in spared)
-            waited = sum(row.saved_in_place_wait_s or 0.0 for row in spared)
-            times = sum(row.restarts_in_place or 0 for row in spared)
+            saved = add_up(spared)
             roads = " and ".join(dict.fromkeys(row.saved_against or "" for row in spared))
             found.append(
-                f"Ranks were started again in place {how_often(times)}, which saved about "
-                f"{told(hours, f'{unit}-hours')} and {_time(waited)} of waiting for nodes, against {roads}: "
-                f"{SAVED_DEFINITION}."
+                f"Ranks were started again in place {how_often(saved.in_place)}, which saved about "
+                f"{told(saved.saved_h, f'{unit}-hours')} and {_time(saved.saved_wait_s)} of waiting for nodes, "
+                f"against {roads}: {SAVED_DEFINITION}."
             )
     return found
 
 
-def _share(rows: Sequence[Row]) -> str:
+def _share(rows: Sequence[Row], hours: float) -> str:
     """Share of the hours that the runs with interruptions used; empty where it is not known."""
     used = [row.gpu_hours for row in rows]
     if rows[0].hours_of != "GPU" or None in used:
         return ""
-    share = sum(row.interrupted_h or 0.0 for row in rows) / sum(filter(None, used))
+    share = hours / sum(filter(None, used))
     return f", {percent(share)} of what these runs used"
 
 

@@ -232,6 +232,31 @@ def test_two_interruptions_without_a_step_between_them_are_told_apart(tmp_path: 
     assert goodput_of(run).losses.seconds == {"crashed": 11.0, "hung": 60.0}
 
 
+def test_lost_steps_do_not_count_where_the_run_ends_before_they_are_done_again(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(16)
+    run.started(1)
+    run.steps(1, 1, 4)
+    run.saved(1, 4, 2.0)
+    run.steps(1, 5, 100)
+    run.spend(1)
+    run.ended(1, "hung", "restart")
+    run.spend(10)
+    run.started(2)
+    run.steps(2, 5, 12)
+    run.event("rolled_back", attempt=2, step=6, first=12, last=12, cause="loss not finite")
+    run.spend(3)
+    run.steps(2, 7, 8)
+    run.released()
+    found = goodput_of(run)
+    assert found.seconds == {
+        **{"start": 16.0, "steps": 4.0 + 2.0 + 2.0, "saves": 2.0},
+        **{"lost": 96.0 + 6.0, "restarts": 11.0 + 3.0},
+    }
+    assert found.losses.seconds == {"hung": 96.0 + 11.0, "diverged": 6.0 + 3.0}
+
+
 def test_a_sick_node_before_the_first_attempt_has_its_own_cause(tmp_path: Path, make_run: Any) -> None:
     run = Clock(tmp_path / "run", make_run)
     run.allocation()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from launch.jobs.handles import agent_logs, job_of
 from launch.report.goodput import measure_goodput
+from launch.runs import heartbeat
 from launch.runs.failures import first_failure
 from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
 from launch.runs.records import read_records
 from slurm.sandbox import processes
 from slurm.sandbox.cluster import Cluster
@@ -21,6 +24,8 @@ from tests.support.commands import ON_SLURM, run, start_fork, wait_for
 from tests.support.counting import COUNTING, PROGRAM, checkpoint, from_step, options
 
 pytestmark = pytest.mark.slurm
+
+HEARTBEAT_TIMEOUT_S = 8
 
 
 def ranks_in(folder: RunFolder) -> dict[int, int]:
@@ -35,7 +40,8 @@ def ranks_in(folder: RunFolder) -> dict[int, int]:
 
 def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox: Cluster, tmp_path: Path) -> None:
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    words = [*ON_SLURM, *COUNTING, "nodes=2", "resilience.heartbeat_timeout_s=8", f"run_dir={folder.path}"]
+    limit = f"resilience.heartbeat_timeout_s={HEARTBEAT_TIMEOUT_S}"
+    words = [*ON_SLURM, *COUNTING, "nodes=2", limit, f"run_dir={folder.path}"]
     process = start_fork("launch", *words, cwd=tmp_path, log=log, **sandbox.env)
 
     def count(name: str) -> int:
@@ -54,7 +60,11 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     wait_for(lambda: goes_on(2), "the comeback from a killed rank")
     (folder.path / "SAVE").touch()
     wait_for(lambda: count("saved") == 2, "a checkpoint of the second attempt")
-    os.kill(ranks_in(folder)[1], signal.SIGSTOP)
+    saved_at = time.monotonic()
+    pid = ranks_in(folder)[1]
+    beats = Path(processes.environment(pid)[HEARTBEATS]) / "1"
+    wait_for(lambda: (last := heartbeat.read(beats)) is not None and last.ran_at > saved_at, "a heartbeat after it")
+    os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: goes_on(3), "the comeback from a frozen rank")
     (folder.path / "STOP").touch()
     assert process.wait(timeout=120) == 1, "a run that was stopped has not finished"
@@ -81,6 +91,8 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     assert sum(parts.values()) == pytest.approx(ended - allocated, abs=1e-3)
     assert goodput.losses.counts == {"crashed": 1, "hung": 1} and len(goodput.losses.in_place) == 2
     assert sum(goodput.losses.seconds.values()) == pytest.approx(parts["lost"] + parts["restarts"], abs=1e-3)
+    # The silence began after the last step that counts, and was found when it was longer than the time it may last.
+    assert goodput.losses.seconds["hung"] > HEARTBEAT_TIMEOUT_S
     assert abs(allocated - begin.timestamp()) <= 1 and ended <= end.timestamp() + 1
 
 
