@@ -79,6 +79,23 @@ def test_the_first_screen_says_how_well_what_was_lost_and_who_is_slow(opened: we
     assert first < 900, "not on the first screen"
 
 
+def test_labels_of_any_length_stay_in_their_boxes(tmp_path: Path, make_run: Any, browser: webdriver.Chrome) -> None:
+    folder = tmp_path / "sweep"
+    for ranks in (1, 2, 4):
+        label = (f"data.path=/corpora/{'without_any_break_' * 5}{ranks}", f"nodes={ranks}")
+        make_run(folder / f"p{ranks}", ranks, ranks, label).attempt().steps(1, [1.0] * 20, rank_delay=0.25)
+    page = next(path for path in write(build(folder)) if path.suffix == ".html")
+    screen = {"width": WIDTHS[1], "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get(page.as_uri())
+    script = """return [...document.querySelectorAll('.tile, .card, .tabs > label, h1, h3')].filter(
+    one => one.checkVisibility() && one.scrollWidth > one.clientWidth).map(one => one.innerText)"""
+    assert browser.execute_script(script) == []
+    wide = browser.execute_script("return document.documentElement.scrollWidth")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide <= WIDTHS[1]
+
+
 def test_nothing_runs_over_the_edge_of_the_screen(opened: webdriver.Chrome) -> None:
     wide, screen = opened.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert screen in WIDTHS and wide <= screen
@@ -98,6 +115,21 @@ def test_the_waterfall_falls_from_the_ideal_to_the_efficiency(opened: webdriver.
     )
     for (low, _), (_, high) in itertools.pairwise(ends[1:-1]):
         assert high == pytest.approx(low, abs=1.6), "each part begins where the one before ends"
+
+
+def test_all_waterfalls_have_one_scale(tmp_path: Path, make_run: Any, browser: webdriver.Chrome, html: Path) -> None:
+    """The ideal is as long at every point, also beside one that gained, whose bars pass it."""
+    folder = tmp_path / "sweep"
+    for ranks, step_s in ((1, 1.0), (2, 0.25), (4, 0.5)):  # 200 % and 50 %
+        builder = make_run(folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",)).attempt()
+        builder.steps(1, [step_s] * 40, comm_s=0.125 * (ranks > 1), data_wait_s=0.0)
+    page = next(path for path in write(build(folder)) if path.suffix == ".html")
+    browser.get(page.as_uri())
+    script = "return [...document.querySelectorAll('.fall')].map(f => [...f.querySelectorAll('i')].map(i => %s))"
+    widths = browser.execute_script(script % "i.getBoundingClientRect().width")
+    ((_, *_, half), (ideal, *_, double)), ideals = widths, [bars[0] for bars in widths]
+    assert ideals == pytest.approx([ideal, ideal])
+    assert (half / ideal, double / ideal) == pytest.approx((0.5, 2.0), rel=0.01)
 
 
 def test_the_parts_of_the_time_add_up_to_100_percent(opened: webdriver.Chrome) -> None:

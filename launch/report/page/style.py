@@ -14,7 +14,8 @@ CSS = """\
     --restore: #d08a62; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 20px 24px 48px; background: var(--paper); color: var(--ink);
-  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  overflow-wrap: anywhere; }
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 6px; } h2 { font-size: 18px; margin: 34px 0 8px; }
 h3 { font-size: 15px; margin: 0 0 8px; }
 .grid + h3 { margin-top: 16px; } p { margin: 4px 0; } .quiet { color: var(--quiet); font-size: 13px; }
@@ -23,7 +24,7 @@ h3 { font-size: 15px; margin: 0 0 8px; }
 .card { min-width: 0; max-width: 640px; } .wide { max-width: none; grid-column: 1 / -1; }
 .tiles { display: grid; gap: 12px; margin: 18px 0 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); }
-.tile b { display: block; font-size: 26px; line-height: 1.25; overflow-wrap: anywhere; }
+.tile b { display: block; font-size: 26px; line-height: 1.25; }
 .tile small { color: var(--quiet); font-size: 13px; } .bad b { color: var(--bad); } .good b { color: var(--good); }
 .tile .name { font-size: 13px; font-weight: 600; }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, "Liberation Sans", sans-serif;
@@ -36,7 +37,7 @@ svg .heat { image-rendering: pixelated; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px;
   vertical-align: -1px; }
 .bar { display: grid; grid-template-columns: minmax(90px, 170px) 1fr; gap: 10px; align-items: center; margin: 6px 0; }
-.bar > span { font-size: 13px; overflow-wrap: anywhere; }
+.bar > span { font-size: 13px; }
 .bar > div { display: flex; height: 26px; border-radius: 4px; overflow: hidden; background: var(--line); }
 .bar i { font-style: normal; font-size: 12px; font-weight: 600; color: var(--paper); overflow: hidden;
   text-align: center; line-height: 26px; white-space: nowrap; }
@@ -49,11 +50,13 @@ svg .heat { image-rendering: pixelated; }
 .fall b { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } .total { font-weight: 700; }
 .causes { grid-template-columns: minmax(110px, 34%) 1fr 116px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
-th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: bottom; }
+th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: bottom;
+  overflow-wrap: normal; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td:first-child { font-weight: 600; } ul { padding-left: 20px; } li { margin: 4px 0; }
+td:first-child { font-weight: 600; }
+td:first-child:not(.n) { min-width: 130px; overflow-wrap: anywhere; } ul { padding-left: 20px; } li { margin: 4px 0; }
 .tabs > input { position: absolute; opacity: 0; }
-.tabs > label { display: inline-block; padding: 5px 12px; margin: 0 6px 8px 0; border: 1px solid var(--line);
+.tabs > label { display: inline-block; max-width: 100%; padding: 5px 12px; margin: 0 6px 8px 0; border: 1px solid var(--line);
   border-radius: 16px; font-size: 13px; cursor: pointer; }
 .tabs > input:checked + label { background: var(--c0); border-color: var(--c0); color: var(--paper); font-weight: 600; }
 .tabs > input:focus-visible + label { outline: 2px solid var(--c1); outline-offset: 2px; }

@@ -43,7 +43,8 @@ def losses_section(table: ScalingTable) -> str:
     """Draw the waterfall of each point from the ideal to its efficiency, the largest points first."""
     rows = [row for row in table.rows if row.lost_to()]
     rows.sort(key=lambda row: -(row.ranks or 0))
-    falls = [_waterfall(row) for row in rows]
+    most = max((_most(row) for row in rows), default=100.0)  # of all: bars of two points can be held side by side
+    falls = [_waterfall(row, most) for row in rows]
     more = f"<details><summary>{len(falls) - SHOWN} more points</summary>{grid(falls[SHOWN:])}</details>"
     lead = (
         "From 100 % at the smallest point down to the efficiency of each: what every phase of a step takes beyond its "
@@ -52,10 +53,14 @@ def losses_section(table: ScalingTable) -> str:
     return section("What was lost to what", grid(falls[:SHOWN]), more if len(falls) > SHOWN else "", lead=lead)
 
 
-def _waterfall(row: Row) -> str:
+def _most(row: Row) -> float:
+    """Return the percentage that no bar of a waterfall passes: the ideal with all that was gained."""
+    return 100 * (1 + sum(-share for share in row.lost_to().values() if share < 0))
+
+
+def _waterfall(row: Row, most: float) -> str:
     assert row.efficiency is not None
     parts = row.lost_to()
-    most = max(100.0, 100 * (1 + sum(-share for share in parts.values() if share < 0)))
     texts = percentages([*parts.values(), row.efficiency])
     lines, at = [_line("ideal", 0, 100, most, "var(--line)", "100.0 %", total=True)], 100.0
     for (phase, share), text in zip(parts.items(), texts, strict=False):
