@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deny_others_writing()
     folder = Path(typed.words[0])
     folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
-    selection = select(folder, typed.sweep)
+    selection = select(folder, typed.sweep, command="python -m launch.project", options=f"--nodes {typed.nodes}")
     network = None if typed.network is None else read_links(typed.network)
     sweep = read_sweep(selection, network)
     if typed.matmul_rates is not None:
@@ -100,7 +100,7 @@ def fit(typed: argparse.Namespace) -> int:
             strange, "overrides as for python -m launch, KEY=VALUE", f"python -m launch.project {EXAMPLE}"
         )
     goal = parse_goal(typed.fit)
-    links = None if typed.network is None else typed.network.absolute()
+    links = None if typed.network is None else read_links(typed.network)
     sizes = NODES if typed.nodes is None else parse_sizes(typed.nodes)
     config, words = compose_goal(typed.words, typed.gpu, links)
     found = offers(goal, config, words, sizes, lambda text: print(text, file=sys.stderr, flush=True))

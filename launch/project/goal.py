@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.config import Config
+from launch.config.cluster import InterconnectConfig
 from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
@@ -76,14 +77,16 @@ def parse_goal(text: str) -> Goal:
     return Goal(TrainingGoal(found["parameters"], found["work"]), found["days"])
 
 
-def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) -> tuple[Config, list[str]]:
+def compose_goal(
+    typed: Sequence[str], gpu: str | None, network: InterconnectConfig | Path | None
+) -> tuple[Config, list[str]]:
     """Compose the nodes and what is trained on them, from what was typed and the workload's own words before it.
 
     Raises:
         ConfigError: the workload cannot size a model, or nobody said which GPUs.
     """
     given = [*typed, *([] if gpu is None else [f"cluster.gpu_name={gpu}"])]
-    given += [] if network is None else [f"cluster.network={network}"]
+    given += [] if network is None else link_words(network)
     first = typed_config(compose_launch([*without(CLUSTER, given), *given]))
     workload: Any = workload_of(first)
     if not hasattr(workload, "set_ups"):
@@ -95,6 +98,18 @@ def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) ->
     config = typed_config(compose_launch(words))
     config.cluster.validate()
     return config, words
+
+
+def link_words(network: InterconnectConfig | Path) -> list[str]:
+    """Return the overrides for links: the file of ``launch.bench_network``, or keys of ``cluster.interconnect``."""
+    if isinstance(network, Path):
+        return [f"cluster.network={network}"]
+    return [
+        f"cluster.interconnect.{tier}.{key}={value}"
+        for tier, link in asdict(network).items()
+        for key, value in link.items()
+        if value is not None
+    ]
 
 
 def without(words: Sequence[str], given: Sequence[str]) -> list[str]:

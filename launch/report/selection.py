@@ -15,6 +15,7 @@ from launch.errors import ConfigError
 from launch.runs.find import OUTPUTS, is_run, runs_inside
 from launch.runs.sweeps import ARCHIVE, CURRENT, Sweep, current_sweep, read_sweeps
 
+REPORT = "python -m launch.report"
 MAX_OTHERS = 8
 """Other sweeps that are listed one by one."""
 
@@ -98,35 +99,44 @@ class Selection:
         return ["also here:", *(f"  {line}" for line in lines)] if lines else []
 
 
-def select(folder: Path, number: int | None = None, *, every: bool = False) -> Selection:
+def select(
+    folder: Path, number: int | None = None, *, every: bool = False, command: str = REPORT, options: str = ""
+) -> Selection:
     """Choose the runs of a report of ``folder``.
 
     They are the run itself; the sweep whose record ``folder`` is, such as ``sweeps/0001``; of a folder with runs the
     sweep that was typed last, the one with this ``number``, or with ``every``, and where no sweep was typed, all of
     them.
 
+    Args:
+        folder: of runs.
+        number: of an earlier sweep.
+        every: all runs of the folder.
+        command: that asks, for what refusals say to type.
+        options: which it needs behind the folder.
+
     Raises:
         ConfigError: there is no such run, or no such sweep.
     """
     if not folder.is_dir():
         lacking = f"{folder}, which is a file" if folder.exists() else f"no folder {folder}"
-        raise ConfigError(lacking, "a folder with runs in it", suggestion(folder.parent))
+        raise ConfigError(lacking, "a folder with runs in it", suggestion(folder.parent, command, options))
     if is_run(folder) and number is None and not every:
         return Selection(folder, (folder,))
     if folder.parent.name == ARCHIVE and folder.name.isdigit() and (folder / CURRENT).is_file() and number is None:
-        return select(folder.parent.parent, int(folder.name))
+        return select(folder.parent.parent, int(folder.name), command=command, options=options)
     current = current_sweep(folder)
-    sweep = current if number is None else numbered(folder, number)
+    sweep = current if number is None else numbered(folder, number, command, options)
     if sweep is not None and not every:
         return Selection(folder, paths(folder, sweep.points), sweep, is_current=sweep == current)
     found = runs_inside(folder, depth=1)
     if not found:
         expected = "a run folder, or a folder with runs in it (each has metrics/, attempts/ or plan.json)"
-        raise ConfigError(f"no run in {folder}", expected, suggestion(folder))
+        raise ConfigError(f"no run in {folder}", expected, suggestion(folder, command, options))
     return Selection(folder, tuple(found), is_current=current is None)
 
 
-def numbered(folder: Path, number: int) -> Sweep:
+def numbered(folder: Path, number: int, command: str = REPORT, options: str = "") -> Sweep:
     """The sweep with this number. Raises ConfigError where there is none."""
     known = read_sweeps(folder)
     for sweep in known:
@@ -134,10 +144,11 @@ def numbered(folder: Path, number: int) -> Sweep:
             return sweep
     if not known:
         expected = f"the number of a sweep, of which none is recorded in {folder / CURRENT}"
-        every = f"python -m launch.report {quote(str(folder))}" if runs_inside(folder, depth=1) else suggestion(folder)
+        has_runs = bool(runs_inside(folder, depth=1))
+        every = typed(folder, command, options) if has_runs else suggestion(folder, command, options)
         raise ConfigError(f"no sweep {number} in {folder}", expected, every)
     told = "; ".join(sweep.summary(known) for sweep in known)
-    again = f"python -m launch.report {quote(str(folder))} --sweep {known[-1].number}"
+    again = typed(folder, command, f"--sweep {known[-1].number} {options}".rstrip())
     raise ConfigError(f"no sweep {number} in {folder}", told, again)
 
 
@@ -146,12 +157,17 @@ def paths(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def suggestion(folder: Path) -> str:
+def typed(folder: Path, command: str, options: str) -> str:
+    """Write a command for a folder as it is typed."""
+    return f"{command} {quote(str(folder))} {options}".rstrip()
+
+
+def suggestion(folder: Path, command: str = REPORT, options: str = "") -> str:
     """A command that works: for the newest folder with runs at or below ``folder``, or to make one."""
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if fitting:
-        return f"python -m launch.report {quote(str(max(fitting, key=lambda path: path.stat().st_mtime)))}"
+        return typed(max(fitting, key=lambda path: path.stat().st_mtime), command, options)
     return "python -m launch -m nodes=1,2"
 
 

@@ -35,13 +35,31 @@ def read_measured(
     try:
         read: Measured = _read(path, path.stat().st_mtime_ns, parse, form)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        is_option = key.startswith("-")
         raise ConfigError(
-            f"{key}={path}: {said}",
+            f"{key}{' ' if is_option else '='}{path}: {_said(error)}",
             f"a file that {command} has written",
-            f"{' '.join(filter(None, (command, options)))} --output {path}, or {key}=null",
+            f"{' '.join(filter(None, (command, options)))} --output {path}, or "
+            + (f"leave {key} out" if is_option else f"{key}=null"),
         ) from error
     return read
+
+
+def _said(error: Exception) -> str:
+    """Say for people what is wrong with a file."""
+    match error:
+        case OSError():
+            return error.strerror or type(error).__name__
+        case json.JSONDecodeError():
+            return f"no JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        case UnicodeDecodeError():
+            return "no text"
+        case KeyError():
+            return f"{error} is missing in it"
+        case TypeError() | AttributeError():
+            return "it holds other kinds of values than such a file"
+        case _:
+            return str(error)
 
 
 @lru_cache(maxsize=16)

@@ -140,8 +140,8 @@ def damaged(**changes: object) -> str:
     ("text", "said"),
     [
         (None, "No such file"),
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
+        ("{", "no JSON: "),
+        ("[]", "other kinds of values"),
         ("{}", "'format'"),
         (damaged(format=9), "format 9"),
         (damaged(ranks_per_node=0), "ranks_per_node 0"),

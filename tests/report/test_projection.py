@@ -302,11 +302,14 @@ def test_what_cannot_be_projected_is_refused(
         (str(gpt_sweep), "elsewhere", "--nodes", "8"): f"2 folders: {gpt_sweep} elsewhere",
         (str(gpt_sweep),): "no --nodes",
         (str(tmp_path / "links.yaml"), "--nodes", "8"): "links.yaml, which is a file",
-        (str(gpt_sweep), "--nodes", "8", "--matmul-rates", "none.json"): "--matmul-rates=none.json: No such file",
+        (str(gpt_sweep), "--nodes", "8", "--matmul-rates", "none.json"): "--matmul-rates none.json: No such file",
         (str(gpt_sweep), "--nodes", "8", "--matmul-rates", "r", "--gpu", "H100"): "--matmul-rates r with --gpu H100",
         (str(tmp_path / "nowhere"), "--nodes", "8"): "no folder",
     }.items():
         assert main(list(words)) == 2
         refusal = capsys.readouterr().err
         assert said in refusal and refusal.count("\n") >= 2 and "type next: " in refusal, refusal
+        assert "launch.report" not in refusal, "another command"
+    assert main([str(gpt_sweep), "--nodes", "8,16", "--sweep", "3"]) == 2
+    assert f"type next: python -m launch.project {gpt_sweep} --nodes 8,16\n" in capsys.readouterr().err
     assert not (gpt_sweep / "projection.csv").exists()
