@@ -25,7 +25,8 @@ class Group:
 
     def seconds(self, collective: str, size: float) -> float:
         """Return the seconds of one of ``launch.runs.network.COLLECTIVES`` with ``size`` bytes."""
-        return LinkFit(*self.link.rates(collective)).seconds(collective, self.ranks, size)
+        fit = LinkFit(*self.link.rates(collective), curve=self.link.curves.get(collective, ()))
+        return fit.seconds(collective, self.ranks, size)
 
     def all_gather(self, size: float) -> float:
         """Return the seconds of an all-gather of ``size`` bytes in all."""

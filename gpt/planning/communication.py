@@ -92,19 +92,22 @@ def fsdp_s(
     ring, units = rings[0][1], fsdp_units(config, shards.layers) or [1]
     # A group of parameters for each unit of blocks, and for what is around them one where it is tied, or else two;
     # the experts of each block are a group of their own.
-    around = 1 if config.model.tie_embeddings else 2
-    counts = [len(units) + around, shards.layers][: len(rings)]
-    gathers = sum(in_pieces(r.all_gather, width * size, n) for (size, r), n in zip(rings, counts, strict=True))
-    scatters = sum(in_pieces(r.reduce_scatter, FP32 * size, n) for (size, r), n in zip(rings, counts, strict=True))
+    blocks = [unit * elements(shards.block) for unit in units]
+    entry, around = elements(shards.entry), elements(shards.around)
+    outside = [around] if config.model.tie_embeddings else [entry, around - entry]
+    groups = [[*blocks, *outside], [1] * shards.layers][: len(rings)]
+    gathers = sum(in_pieces(r.all_gather, width * size, of) for (size, r), of in zip(rings, groups, strict=True))
+    scatters = sum(in_pieces(r.reduce_scatter, FP32 * size, of) for (size, r), of in zip(rings, groups, strict=True))
     sums = scatters + replicas.all_reduce(FP32 * shards.stored())
-    ends = units[0] * elements(shards.block) + elements(shards.around if config.model.tie_embeddings else shards.entry)
-    first, last = in_pieces(ring.all_gather, width * ends, 2), in_pieces(ring.reduce_scatter, FP32 * ends, 2)
+    ends = [blocks[0], outside[0]]
+    first = in_pieces(ring.all_gather, width * sum(ends), ends)
+    last = in_pieces(ring.reduce_scatter, FP32 * sum(ends), ends)
     again = 0.0
     freed = replace(shards, layers=max(0, shards.layers - units[-1]), around=())
     if config.parallel.reshard_after_forward and freed.layers:
-        counts = [len(units) - 1, freed.layers][: len(rings)]
-        pieces = zip(shard_groups(dims, freed, machine), counts, strict=True)
-        again = sum(in_pieces(r.all_gather, width * size, n) for (size, r), n in pieces)
+        groups = [blocks[:-1], [1] * freed.layers][: len(rings)]
+        pieces = zip(shard_groups(dims, freed, machine), groups, strict=True)
+        again = sum(in_pieces(r.all_gather, width * size, of) for (size, r), of in pieces)
     forward = max(first, gathers - (1 - BACKWARD) * compute_s)
     backward = max(0.0, again - BACKWARD * compute_s)
     if config.parallel.reduce_each_micro_batch:
@@ -120,9 +123,10 @@ def agreement_s(config: TrainConfig, dims: ParallelDims, machine: Machine) -> fl
     return (1 if is_whole else 2) * everyone.agree()
 
 
-def in_pieces(collective: Callable[[float], float], size: float, count: int) -> float:
-    """Return the seconds of ``count`` collectives one after another, of ``size`` bytes in all."""
-    return collective(size) + (count - 1) * collective(0.0)
+def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence[int]) -> float:
+    """Return the seconds of collectives one after another, of ``size`` bytes in all, in proportion to ``parts``."""
+    whole = sum(parts)
+    return sum(collective(size * part / whole if whole else 0.0) for part in parts)
 
 
 STEP_BYTES = 7 * FP32

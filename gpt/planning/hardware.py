@@ -14,7 +14,7 @@ from gpt.accounting.units import GIB
 from gpt.config import Precision
 from launch.errors import ConfigError
 from launch.runs.matmul_rates import MatmulRates
-from launch.runs.network import TIERS, LinkFit, Network
+from launch.runs.network import TIERS, Curve, LinkFit, Network
 
 ATTAINABLE = 0.5
 """Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
@@ -44,6 +44,9 @@ class Link:
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
     """Collective -> latency and bandwidth in it, where they were measured (``launch.runs.network``)."""
 
+    curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
+    """Collective -> how far that line is off by the bytes of a message, where it was measured."""
+
     def rates(self, collective: str) -> tuple[float, float]:
         """Return latency, seconds, and bandwidth, bytes a second, in a collective."""
         return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
@@ -53,6 +56,7 @@ class Link:
         return Link(
             *change(self.latency_s, self.bytes_per_s),
             {name: change(*rates) for name, rates in self.measured.items()},
+            self.curves,
         )
 
 
@@ -200,7 +204,8 @@ def with_network(machine: Machine, network: Network) -> Machine:
 def measured_link(fits: Mapping[str, LinkFit], share: float) -> Link:
     """Return a link as it was measured: what was not is as a send, or else as the first that was."""
     rates = {name: (fit.latency_s, fit.bytes_per_s * share) for name, fit in fits.items()}
-    return Link(*rates.get("send", next(iter(rates.values()))), rates)
+    curves = {name: fit.curve for name, fit in fits.items() if fit.curve}
+    return Link(*rates.get("send", next(iter(rates.values()))), rates, curves)
 
 
 def free_memory() -> int:

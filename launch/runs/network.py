@@ -2,15 +2,19 @@
 
 A collective of n bytes over k ranks takes ``messages(k) * latency + share(k) * n / bandwidth`` (the alpha-beta model;
 Thakur, Rabenseifner and Gropp, 2005): rings for all but a broadcast, which is a tree, and a send. Latency and bandwidth
-are fitted for each collective and tier, so that they hold what a library does besides. Must not know who asks.
+are fitted for each collective and tier, so that they hold what a library does besides. What the samples take by the
+bytes of a message, against that line, corrects it between the measured sizes. Must not know who asks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from launch.runs.measured import read_measured
@@ -38,11 +42,16 @@ def terms(collective: str, ranks: int) -> tuple[float, float]:
     return float(rounds * (ranks - 1)), rounds * (ranks - 1) / ranks
 
 
+Curve = tuple[tuple[float, float], ...]
+"""Bytes of a message, ascending, and measured over fitted time."""
+
+
 @dataclass(frozen=True)
 class LinkFit:
     """Latency and bandwidth of a rank's link in one collective, fitted to measured times, with their standard errors.
 
-    ``error`` is the root mean square of predicted over measured time less one.
+    ``error`` is the root mean square of predicted over measured time less one. ``curve`` is how far the line is off
+    by the bytes of a message; empty for the line alone.
     """
 
     latency_s: float
@@ -50,11 +59,45 @@ class LinkFit:
     latency_error_s: float = 0.0
     bytes_per_s_error: float = 0.0
     error: float = 0.0
+    curve: Curve = ()
 
     def seconds(self, collective: str, ranks: int, size: float) -> float:
         """Return the time of a collective of ``size`` bytes over ``ranks`` ranks."""
         messages, share = terms(collective, ranks)
-        return messages * self.latency_s + share * size / self.bytes_per_s
+        if not messages:
+            return 0.0
+        line = messages * self.latency_s + share * size / self.bytes_per_s
+        return line * factor_at(self.curve, share * size / messages)
+
+
+def factor_at(curve: Curve, size: float) -> float:
+    """Return measured over fitted time of a message: between two measured sizes by logarithms, beyond as the nearest.
+
+    No line describes a switch that lets a burst pass, or a library that has another algorithm for long messages.
+    """
+    if not curve:
+        return 1.0
+    above = bisect_right(curve, size, key=lambda one: one[0])
+    if above in (0, len(curve)):
+        return curve[max(0, above - 1)][1]
+    (low, before), (high, after) = curve[above - 1], curve[above]
+    share = math.log(size / low) / math.log(high / low)
+    return math.exp((1 - share) * math.log(before) + share * math.log(after))
+
+
+def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, float]]) -> Curve:
+    """Return how far a line is off by the bytes of a message; where groups of several sizes send such, their mean.
+
+    Args:
+        fit: the line.
+        collective: what was measured.
+        samples: ranks, bytes and seconds.
+    """
+    found = defaultdict[float, list[float]](list)
+    for ranks, size, seconds in samples:
+        messages, share = terms(collective, ranks)
+        found[share * size / messages].append(math.log(seconds / fit.seconds(collective, ranks, size)))
+    return tuple((size, math.exp(fmean(logs))) for size, logs in sorted(found.items()))
 
 
 @dataclass(frozen=True)
@@ -102,14 +145,30 @@ def _parse(document: Any) -> Network:
     ranks = document["ranks_per_node"]
     if not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks_per_node {ranks!r}")
+    samples = document.get("measured", {}).get("samples", [])
     tiers = {
-        tier: {name: _fit(f"tiers.{tier}.{name}", fit) for name, fit in fits.items() if name in COLLECTIVES}
+        tier: {
+            name: _with_curve(_fit(f"tiers.{tier}.{name}", fit), tier, name, samples)
+            for name, fit in fits.items()
+            if name in COLLECTIVES
+        }
         for tier, fits in document["tiers"].items()
         if tier in TIERS
     }
     if not any(tiers.values()):
         raise ValueError(f"no tiers: none of {' and '.join(TIERS)}")
     return Network(ranks, tiers)
+
+
+def _with_curve(fit: LinkFit, tier: str, name: str, samples: Sequence[Mapping[str, Any]]) -> LinkFit:
+    known = [
+        (int(sample["ranks"]), float(sample["bytes"]), float(sample["seconds"]))
+        for sample in samples
+        if (sample["tier"], sample["collective"]) == (tier, name)
+    ]
+    if any(ranks < 2 or not 0 < size < math.inf or not 0 < seconds < math.inf for ranks, size, seconds in known):
+        raise ValueError(f"samples of {name} that cannot be")
+    return replace(fit, curve=curve_of(fit, name, known))
 
 
 def _fit(name: str, document: Mapping[str, Any]) -> LinkFit:

@@ -101,7 +101,10 @@ def test_a_plan_takes_the_rates_of_the_file(tmp_path: Path) -> None:
         ("{", "no JSON: .* at line 1, column 2"),
         ('{"format": 9}', "format 9"),
         ('{"format": 1, "device": "CPU", "samples": []}', "no samples"),
-        ('{"format": 1, "device": "CPU", "samples": [{"precision": "fp32", "m": 1, "n": 1, "k": 1}]}', "'seconds' is missing"),
+        (
+            '{"format": 1, "device": "CPU", "samples": [{"precision": "fp32", "m": 1, "n": 1, "k": 1}]}',
+            "'seconds' is missing",
+        ),
         ("[1]", "other kinds of values"),
     ],
 )

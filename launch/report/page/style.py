@@ -56,8 +56,8 @@ th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid var(--lin
 td:first-child { font-weight: 600; }
 td:first-child:not(.n) { min-width: 130px; overflow-wrap: anywhere; } ul { padding-left: 20px; } li { margin: 4px 0; }
 .tabs > input { position: absolute; opacity: 0; }
-.tabs > label { display: inline-block; max-width: 100%; padding: 5px 12px; margin: 0 6px 8px 0; border: 1px solid var(--line);
-  border-radius: 16px; font-size: 13px; cursor: pointer; }
+.tabs > label { display: inline-block; max-width: 100%; padding: 5px 12px; margin: 0 6px 8px 0;
+  border: 1px solid var(--line); border-radius: 16px; font-size: 13px; cursor: pointer; }
 .tabs > input:checked + label { background: var(--c0); border-color: var(--c0); color: var(--paper); font-weight: 600; }
 .tabs > input:focus-visible + label { outline: 2px solid var(--c1); outline-offset: 2px; }
 .tabs > .pane { display: none; } details summary { cursor: pointer; margin: 10px 0; }
