@@ -13,12 +13,16 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpt.data.loader import Place, Samples, train_indices
 from gpt.data.order import PassedOver
 from gpt.topology.batch import Batch
+
+LOCATED = 64
+"""Samples whose places are found together, where a rank's batches are smaller."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class BatchPrefetcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Tensor]] | None = None
         """Number of a batch, and its ids."""
-        self._announced: tuple[int, list[Place]] | None = None
-        """Number of the batch that the thread has announced last, and the places of its samples."""
+        self._places: dict[int, list[Place]] = {}
+        """Places of the samples of the next batches, by their numbers; the thread's own."""
         self.passed_over = PassedOver()
         """Batches that no step uses; may be replaced between two steps."""
 
@@ -91,15 +95,20 @@ class BatchPrefetcher:
 
     def _build(self, number: int, following: int | None) -> Tensor:
         """Read the ids of a batch, (B, T + 1), and have the kernel fetch those of the ``following`` one meanwhile."""
-        announced, self._announced = self._announced, None
+        places = self._locate(number)
         if following is not None:
-            self._announced = following, self._locate(following)
-            self._samples.announce(self._announced[1])
-        # Found once: the order of the samples is most of the thread's work, during which the training waits for
-        # Python's lock.
-        places = announced[1] if announced is not None and announced[0] == number else self._locate(number)
+            self._samples.announce(self._locate(following))
         ids_BT1 = self._samples.read_at(places)
         return ids_BT1.pin_memory() if self._device.type == "cuda" else ids_BT1
 
     def _locate(self, number: int) -> list[Place]:
-        return self._samples.locate("train", train_indices(number, self._data_rank, self._batch))
+        """Find the places of a batch's samples, together with those of the batches after it."""
+        if number not in self._places:
+            # The order of the samples is most of the thread's work, during which the training waits for Python's lock;
+            # it takes hardly longer for many samples than for a few.
+            numbers = range(number, number + max(1, LOCATED // self._batch.per_rank))
+            indices = [train_indices(each, self._data_rank, self._batch) for each in numbers]
+            places = self._samples.locate("train", np.concatenate(indices))
+            starts = range(0, len(places), self._batch.per_rank)
+            self._places = {n: places[i : i + self._batch.per_rank] for n, i in zip(numbers, starts, strict=True)}
+        return self._places[number]

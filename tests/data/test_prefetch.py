@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpt.data import prefetch
 from gpt.data.loader import Samples, train_indices
+from gpt.data.order import PassedOver
 from gpt.data.prefetch import BatchPrefetcher
 from gpt.topology.batch import Batch
 from launch.errors import ConfigError
@@ -52,15 +54,29 @@ def read_by(build: Callable[[int], None]) -> Any:
     return SimpleNamespace(locate=lambda split, indices: indices, read_at=read_at, announce=lambda places: None)
 
 
-def test_places_of_samples_are_found_once(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_of_samples_are_found_once_and_those_of_some_batches_together(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "LOCATED", 3 * BATCH.per_rank + 1)
     found = []
     locate = samples.locate
-    monkeypatch.setattr(samples, "locate", lambda split, indices: found.append(indices[0]) or locate(split, indices))
-    batches = batches_of(samples, last_step=4)
-    for step in (1, 2, 3, 4):
+    monkeypatch.setattr(samples, "locate", lambda split, indices: found.append([*indices]) or locate(split, indices))
+    batches = batches_of(samples, last_step=7)
+    for step in range(1, 8):
         batches.take(step)
     batches.close()
-    assert found == [train_indices(step, 1, BATCH)[0] for step in (2, 1, 3, 4)]
+    each = [[*train_indices(step, 1, BATCH)] for step in range(1, 10)]
+    assert found == [each[0] + each[1] + each[2], each[3] + each[4] + each[5], each[6] + each[7] + each[8]]
+
+
+def test_batches_that_are_passed_over_are_not_read(samples: Samples) -> None:
+    batches = batches_of(samples)
+    batches.take(1)
+    batches.passed_over = PassedOver().including(range(2, 5))
+    taken = [batches.take(step) for step in (2, 3)]
+    batches.close()
+    assert [batch.first for batch in taken] == [train_indices(number, 1, BATCH)[0] for number in (5, 6)]
+    assert torch.equal(taken[0].tokens, samples.batch("train", train_indices(5, 1, BATCH))[0])
 
 
 def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last() -> None:
