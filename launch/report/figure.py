@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -60,7 +61,8 @@ def draw(table: ScalingTable) -> dict[str, bytes]:
         _draw_panels(above, table, series)
     else:
         above.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
-    return {"png": _saved(figure, "png", Software=None), "svg": _saved(figure, "svg", Date=None, Creator=None)}
+    _lay_out(figure)
+    return {"png": _png(figure), "svg": _svg(figure)}
 
 
 def draw_ranks(found: RunDetail) -> bytes | None:
@@ -70,15 +72,38 @@ def draw_ranks(found: RunDetail) -> bytes | None:
     figure = Figure(figsize=(7.0, 4.0), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     FigureCanvasAgg(figure)
     draw_heat_map(figure, figure.subplots(), found, found.rank_times)
-    return _saved(figure, "png", Software=None)
+    _lay_out(figure)
+    return _png(figure)
 
 
-def _saved(figure: Figure, kind: str, **metadata: None) -> bytes:
+def _lay_out(figure: Figure) -> None:
+    """Place all there is, once for all files: each save would do it again, and draw the figure twice for that."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place all there is, once for all files: ``savefig`` would do it for each, and draw each twice to that end."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.StringIO()
     # Else identifiers inside the SVG are random; and text stays text, which a reader can search.
     with rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):
-        figure.savefig(file, format=kind, metadata=metadata)
-    return file.getvalue()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    return file.getvalue().encode()
 
 
 def _with_figures(table: ScalingTable) -> dict[str, list[Row]]:
