@@ -119,6 +119,30 @@ def test_ranks_share_the_adapters_of_their_node() -> None:
     assert Group(8, MACHINE.inter_node).all_reduce(800.0) == pytest.approx(14 * (9 + 100 / 9))
 
 
+def test_samples_correct_the_line_by_the_bytes_of_a_message(tmp_path: Path) -> None:
+    """Cables that let 64 KiB pass at once: no line, but the same for each message of a ring, however many ranks."""
+
+    def message_s(size: float) -> float:
+        return 0.02 + max(0.0, size - 2**16) / 5e6
+
+    sizes = [2**exponent for exponent in range(10, 22)]
+    samples = [Sample("inter_node", "all_gather", 2, 2 * size, message_s(size)) for size in sizes]
+    network = fit_network(samples, 1)
+    assert network.tiers["inter_node"]["all_gather"].error > 0.1, "a line is off"
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps(as_document(network, {"samples": [vars(sample) for sample in samples]})))
+    alone = Machine("CPU", 1e9, 2**30, 1, Link(9.0, 9.0), Link(9.0, 9.0))
+    link = with_network(alone, read_network(path)).inter_node
+    for ranks in (2, 3, 8):
+        for size in sizes:
+            found = Group(ranks, link).all_gather(ranks * size)
+            assert found == pytest.approx((ranks - 1) * message_s(size), rel=1e-9)
+    between = Group(3, link).all_gather(3 * 1.5 * 2**18)
+    assert between == pytest.approx(2 * message_s(1.5 * 2**18), rel=0.05)
+    twice = link.changed(lambda latency_s, rate: (latency_s / 2, rate * 2))
+    assert Group(3, twice).all_gather(3 * 2**16) == pytest.approx(message_s(2**16))
+
+
 def test_the_file_holds_what_was_fitted(tmp_path: Path) -> None:
     path = tmp_path / "network.json"
     path.write_text(json.dumps(as_document(NETWORK, {"nodes": 2})))

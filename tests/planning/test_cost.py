@@ -125,6 +125,14 @@ def test_gathered_parameters_by_hand() -> None:
     one = replace(fast, inter_node=Link(1.0, 1e30), intra_node=Link(1.0, 1e30))
     found = cost(config_of(data_ranks=4, strategy=Strategy.fsdp), 4, one).communication_s["dp"]
     assert found == pytest.approx((6 + 3 + 6) * (4 - 1))
+    # Each group costs what messages of its own size do: here those of a block take twice as long as others.
+    keys = {"data_ranks": 4, "strategy": Strategy.fsdp, "reshard_after_forward": False}
+    costs = []
+    for curves in ({}, {"all_gather": ((BLOCK / 2, 1.0), (BLOCK - 1, 2.0))}):
+        link = Link(0.0, 8e9, curves=curves)
+        bent = replace(fast, inter_node=link, intra_node=link)
+        costs.append(cost(config_of(**keys), 4, bent).communication_s["dp"])
+    assert costs[1] - costs[0] == pytest.approx(each * 4 * BLOCK)
     # The first gather and the last reduce-scatter: the first block, and the embedding, tied with all that is around.
     slow = replace(MACHINE, flops_per_s=1e6)
     for model, ends in ((MODEL, 2048), (replace(MODEL, tie_embeddings=True), AROUND - 2048)):

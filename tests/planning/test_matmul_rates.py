@@ -103,7 +103,7 @@ def test_a_plan_takes_the_rates_of_the_file(tmp_path: Path) -> None:
         ('{"format": 1, "device": "CPU", "samples": []}', "no samples"),
         (
             '{"format": 1, "device": "CPU", "samples": [{"precision": "fp32", "m": 1, "n": 1, "k": 1}]}',
-            "'seconds' is missing",
+            "'seconds' is",
         ),
         ("[1]", "other kinds of values"),
     ],
