@@ -61,6 +61,7 @@ ALONE = (
 """Flags of Hydra that stand alone, or before a value that may be absent."""
 SWEEP = ("--multirun", "-m")
 HELP = ("--help", "-h", "--hydra-help")
+COMPLETION = ("--shell-completion", "-sc")
 SHOWING = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--run", "-r")
 """Flags that Hydra takes only one of, -m included."""
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -137,6 +138,13 @@ def refuse_command(argv: Sequence[str]) -> None:
         )
 
 
+def workload_to_complete(flags: Sequence[str]) -> list[str]:
+    """Find the workload in the line that a shell wants completed; its last word is not whole yet."""
+    if not set(flags) & set(COMPLETION):
+        return []
+    return [word for word in os.environ.get("COMP_LINE", "").rpartition(" ")[0].split() if word.startswith("workload")]
+
+
 def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     """Tell Hydra the schema of what was typed, and the two functions that ``configs/config.yaml`` uses.
 
@@ -148,7 +156,7 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
     flags, typed = without_sweep(flags, typed, config_dir)
     typed = prepare_overrides(typed, config_dir)
-    schema = register(typed, config_dir)
+    schema = register([*typed, *workload_to_complete(flags)], config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("point_name", lambda overrides: point_name(overrides, excluded), replace=True)

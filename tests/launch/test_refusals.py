@@ -361,3 +361,11 @@ def test_another_config_is_refused_in_the_folder_of_a_run(tmp_path: Path) -> Non
     config.optim.lr = 0.5
     with pytest.raises(ConfigError, match=r"optim\.lr=0\.002, and now optim\.lr=0\.5"):
         refuse_other_run(folder, config, TrainConfig, RESUMABLE)
+
+
+def test_a_shell_completes_the_keys_of_the_workload_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "gpt-launch workload=script script.st")
+    assert "script" in {field.name for field in dataclasses.fields(prepare(["-sc", "query=bash"])[1])}
+    monkeypatch.setenv("COMP_LINE", "gpt-launch workload=script")
+    assert "model" in {field.name for field in dataclasses.fields(prepare(["-sc", "query=bash"])[1])}
+    assert "model" in {field.name for field in dataclasses.fields(prepare(["nodes=1"])[1])}, "no line is completed"
