@@ -31,7 +31,7 @@ def plan(*words: str) -> Plan:
     [
         (["workload=script"], "workload=script without a program", "script.path=train.py"),
         (["workload=script", "script.path=trian.py"], "trian.py, which is no file", "train.py"),
-        ([*SCRIPT, "script.module=train"], "script.path and script.module", "script.path=train.py"),
+        ([*SCRIPT, "script.module=train"], "script.path and script.module", "the same without script.module"),
         (["workload=script", "script.module=no_such_module.train"], "no no_such_module", "script.workdir=PATH"),
         (["workload=script", "script.command=[no-such-program]"], "no program no-such-program", "script.command="),
         ([*SCRIPT, "script.workdir=nowhere"], "nowhere, which is no folder", "script.workdir=PATH"),
@@ -84,7 +84,7 @@ def test_options_are_written_as_the_program_reads_them(empty_folder: Path) -> No
     text = plan_text(plan(*SCRIPT, *options))
     assert "--lr=0.001 --layers=1,2 --fast" in text and "--a" not in text
     text = plan_text(plan(*SCRIPT, "script.options.model.layers=4", "script.style=hydra"))
-    assert "model.layers=4" in text
+    assert "train.py model.layers=4" in text
 
 
 def typed_commands() -> list[list[str]]:

@@ -63,11 +63,6 @@ REFUSED = [
         r"${world_size} in its place, or \${world_sise} for these signs themselves",
     ),
     (["workload=script", "script.path=x.py", "script.args={a:1}"], "script.args.a=1", "script.args=VALUE"),
-    (
-        ["workload=script", "script.path=x.py", "script.module=x"],
-        "script.path and script.module",
-        "the same without script.module",
-    ),
     (["resilience.max_restart.hung=1"], "unknown key resilience.max_restart", "resilience.max_restarts.hung=1"),
     (["nodes==2"], "nodes==2, which cannot be read", "nodes=2"),
     (["max_steps=3"], "unknown key max_steps", "optim.max_steps=3"),
