@@ -77,14 +77,6 @@ def draw_ranks(found: RunDetail) -> bytes | None:
 
 
 def _lay_out(figure: Figure) -> None:
-    """Place all there is, once for all files: each save would do it again, and draw the figure twice for that."""
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.execute(figure)
-    figure.set_layout_engine("none")
-
-
-def _lay_out(figure: Figure) -> None:
     """Place all there is, once for all files: ``savefig`` would do it for each, and draw each twice to that end."""
     engine = figure.get_layout_engine()
     assert engine is not None

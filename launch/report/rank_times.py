@@ -33,6 +33,9 @@ class OwnTimes:
         self._steps, self._attempts = first.steps[counts], first.attempts[counts]
         self._parts = np.array_split(np.arange(len(self._steps)), min(WINDOWS, len(self._steps)) or 1)
         self._window = np.repeat(np.arange(len(self._parts)), [len(part) for part in self._parts])
+        self._sizes = np.bincount(self._window)
+        self._sought = np.empty(0, np.int64), np.empty(0, np.int64)
+        """Steps of the rank that was added last, and where the steps of the first rank are among them."""
         self._ranks: list[int] = []
         self._own: list[Floats] = []
         self._waits: list[Floats] = []
@@ -40,12 +43,12 @@ class OwnTimes:
 
     def add(self, rank: int, columns: RecordColumns, known: Flags, times: Floats) -> None:
         """Add one rank, with its step times; one that did not record all the steps is left out."""
-        if len(columns) == len(self._steps) and (columns.steps == self._steps).all():
-            at = np.arange(len(columns))
-        else:
-            at = np.searchsorted(columns.steps, self._steps).clip(0, len(columns) - 1)
-            if not (columns.steps[at] == self._steps).all():
-                return
+        if not np.array_equal(columns.steps, self._sought[0]):  # mostly all ranks recorded the same
+            places = np.searchsorted(columns.steps, self._steps).clip(0, len(columns) - 1)
+            self._sought = columns.steps, places
+        at = self._sought[1]
+        if not (columns.steps[at] == self._steps).all():
+            return
         if not len(at) or not known[at].all() or not (columns.attempts[at] == self._attempts).all():
             return
         own = times[at]
@@ -57,14 +60,14 @@ class OwnTimes:
         self._waits.append(self._averages(columns.values["data_wait_s"][at]))
 
     def _averages(self, values: Floats) -> Floats:
-        return np.bincount(self._window, weights=values) / np.bincount(self._window)
+        return np.bincount(self._window, weights=values) / self._sizes
 
     def result(self) -> RankTimes | None:
         """Compare the ranks; None where fewer than two have recorded the same steps."""
         if len(self._ranks) < 2 or len(self._parts) < LEAST_WINDOWS:
             return None
         own, waits = np.array(self._own), np.array(self._waits)
-        sizes = np.bincount(self._window)
+        sizes = self._sizes
         step_s = float(own.mean())
         excess, slow = _compare(own, sizes, step_s)
         has_waits = not bool(np.isnan(waits).any())

@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,8 @@ THREADS = 2
 """Threads that read: while one file is looked at, the next one comes from the filesystem."""
 MOST_PROCESSES = 8
 """More of them read faster than one process takes what they read."""
+TOGETHER = 4
+"""Files that a process reads before it hands them over: one by one took a tenth more processor time in all."""
 MUCH = 128 << 20
 """Bytes from which processes, which read on every core, make up for their start."""
 
@@ -37,15 +40,21 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int)
         size: bytes of all files together.
     """
     readers = processes_for(size)
+    together = TOGETHER if readers else 1
     with executor(readers) as pool:
-        ahead: deque[tuple[Item, Future[Result]]] = deque()
-        for item in items:
-            ahead.append((item, pool.submit(read, item)))
+        ahead: deque[tuple[tuple[Item, ...], Future[list[Result]]]] = deque()
+        left = iter(items)
+        while group := tuple(islice(left, together)):
+            ahead.append((group, pool.submit(_read_all, read, group)))
             if len(ahead) > max(readers, THREADS):
                 first, found = ahead.popleft()
-                yield first, found.result()
+                yield from zip(first, found.result(), strict=True)
         for first, found in ahead:
-            yield first, found.result()
+            yield from zip(first, found.result(), strict=True)
+
+
+def _read_all(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [read(item) for item in items]
 
 
 def processes_for(size: int) -> int:

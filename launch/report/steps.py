@@ -81,6 +81,8 @@ def step_times(columns: RecordColumns) -> tuple[Flags, Floats]:
     """
     values = columns.values[TIME]
     known = columns.known[TIME] & np.isfinite(values)  # a script may have divided by nothing
+    if known.all():
+        return known, values
     missing = np.flatnonzero(_is_filled_in(columns))
     if not len(missing):
         return known, values
@@ -117,8 +119,10 @@ class _Sums:
 
     def add(self, at: Integers, known: Flags, values: Floats) -> None:
         """Add the known values of one rank at these steps."""
-        self.sum[at[known]] += values[known]
-        self.count[at[known]] += 1
+        if not known.all():
+            at, values = at[known], values[known]
+        self.sum[at] += values
+        self.count[at] += 1
 
 
 class _Critical:
@@ -213,11 +217,12 @@ class _Reduction:
     def add(self, rank: int, columns: RecordColumns) -> None:
         """Add the records of the next rank."""
         at = self._places(columns.steps)
-        for attempt in np.unique(columns.attempts).tolist():
-            self._recording[attempt] += 1
+        self._recording.update(set(columns.attempts.tolist()))
         self._begin_again(at[columns.attempts > self._attempts[at]])
         self._attempts[at] = np.maximum(self._attempts[at], columns.attempts)
-        counts = columns.attempts == self._attempts[at]
+        of_newest = columns.attempts == self._attempts[at]
+        # Mostly all count, and then nothing is copied: there may be thousands of ranks.
+        counts = slice(None) if of_newest.all() else of_newest
         at = at[counts]
         known, times = step_times(columns)
         self._own_times.add(rank, columns, known, times)

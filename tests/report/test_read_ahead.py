@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def test_processes_read_the_same_figures_as_threads(tmp_path: Path, make_run: An
 def test_results_come_in_the_order_of_the_items() -> None:
     assert list(read_ahead.read_ahead(str, range(20), 0)) == [(at, str(at)) for at in range(20)]
     assert list(read_ahead.read_ahead(str, [], 0)) == []
+
+
+def test_processes_hand_over_some_results_together_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[tuple[int, ...]] = []
+
+    class Threads(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            groups.append(args[-1])
+            return super().submit(*args, **kwargs)
+
+    monkeypatch.setattr(read_ahead, "TOGETHER", 3)
+    monkeypatch.setattr(read_ahead, "processes_for", lambda size: 2)
+    monkeypatch.setattr(read_ahead, "executor", Threads)
+    assert list(read_ahead.read_ahead(str, range(8), 0)) == [(at, str(at)) for at in range(8)]
+    assert groups == [(0, 1, 2), (3, 4, 5), (6, 7)]
 
 
 @pytest.mark.parametrize(
