@@ -85,6 +85,17 @@ def test_the_two_set_up_lines_pin_and_end_in_the_main_job_and_the_tests() -> Non
         assert (ROOT / path).exists(), f"README links to {path}"
 
 
+def test_the_tree_and_the_words_are_those_of_the_project() -> None:
+    (rooms,) = re.findall(r"```\n(launch/ .*?)```", README, re.DOTALL)
+    for line in rooms.splitlines():
+        assert (ROOT / line.split()[0]).is_dir(), line
+    every = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"hydra_plugins", "docs", "containers"}
+    assert every - {line.split("/")[0] for line in rooms.splitlines()} == set()
+    table = re.compile(r"\| word \| meaning \|\n.*?\n(?!\|)", re.DOTALL)
+    (words,), (pages,) = table.findall(README), table.findall((ROOT / "docs" / "architecture.md").read_text() + "\n")
+    assert words.replace("](docs/", "](") == pages and words.count("\n") == 2 + 10
+
+
 @pytest.mark.parametrize("command", [c for c in commands("python -m launch ") if "slurm" in c])
 def test_what_is_for_a_cluster_is_planned(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command)[3:] if word != "dry_run=true"]
