@@ -80,7 +80,8 @@ def _lay_out(figure: Figure) -> None:
     """Place all there is, once for all files: ``savefig`` would do it for each, and draw each twice to that end."""
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.execute(figure)
+    if figure.axes:  # matplotlib warns of a figure that is text alone
+        engine.execute(figure)
     figure.set_layout_engine("none")
 
 

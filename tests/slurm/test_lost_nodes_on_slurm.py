@@ -51,6 +51,8 @@ class Running:
 
     def hosts(self, attempt: int) -> list[str]:
         """Hosts of the ranks, in the order of the ranks."""
+        # The agent writes it beside the first steps, and a busy machine may do those first.
+        self.wait(self.folder.environment(attempt).exists, f"what the agent tells of attempt {attempt}")
         return [rank["host"] for rank in json.loads(self.folder.environment(attempt).read_text())["ranks"]]
 
     def kill(self) -> None:

@@ -90,6 +90,7 @@ def test_a_training_that_is_preempted_and_loses_a_node_ends_in_the_same_weights(
     storm.wait_for_steps(attempt=1)
     preempt(sandbox, storm.job, seconds=1)
     storm.wait(lambda: any(e["attempt"] == 2 for e in storm.of("saved")), "a checkpoint of the second attempt")
+    storm.wait(here.environment(2).exists, "what the agent tells of it")
     ranks = json.loads(here.environment(2).read_text())["ranks"]
     dead = ranks[-1]["host"]
     power_cut(sandbox, dead)
