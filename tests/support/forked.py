@@ -61,7 +61,7 @@ def serve(listener: int, alive: int) -> None:
 
 
 class Forking:
-    """What a server waits for: who comes, what they ask for, the ends of what it has forked, and its own end."""
+    """One server: waits for who comes, what they ask for, the ends of what it has forked, and its own end."""
 
     def __init__(self, alive: socket.socket, listener: socket.socket | None = None) -> None:
         keep_operators()

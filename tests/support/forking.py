@@ -109,7 +109,7 @@ class Root:
                 stdout=subprocess.DEVNULL,
             )
         self.env = {key: value for key, value in env.items() if key.startswith(READ_AT_START)}
-        """What a command has to agree with, to be forked."""
+        """Variables that a command has to agree with, to be forked."""
 
     def end(self) -> None:
         """End it and the servers that were forked from it; commands that are left run on."""
