@@ -24,7 +24,7 @@ h3 { font-size: 15px; margin: 0 0 8px; }
 .card { min-width: 0; max-width: 640px; } .wide { max-width: none; grid-column: 1 / -1; }
 .tiles { display: grid; gap: 12px; margin: 18px 0 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); }
-.tile b { display: block; font-size: 26px; line-height: 1.25; }
+.tile b { display: block; font-size: 22px; line-height: 1.3; }
 .tile small { color: var(--quiet); font-size: 13px; } .bad b { color: var(--bad); } .good b { color: var(--good); }
 .tile .name { font-size: 13px; font-weight: 600; }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, "Liberation Sans", sans-serif;
