@@ -62,6 +62,14 @@ class Clock:
         self.spend(seconds)
         self.event("saved", attempt=attempt, step=step, seconds=seconds)
 
+    def up_to_a_checkpoint(self) -> None:
+        """An allocation, 16 s of start, four steps of the first attempt, and 2 s of saving them."""
+        self.allocation()
+        self.spend(16)
+        self.started(1)
+        self.steps(1, 1, 4)
+        self.saved(1, 4, 2.0)
+
     def ended(self, attempt: int | None, cause: str, action: str) -> None:
         self.event("attempt_ended", attempt=attempt, cause=cause, step=None, job=f"slurm-{self.job}")
         self.event("decided", attempt=attempt, action=action, cause=cause, reason="")
@@ -214,11 +222,7 @@ def test_a_start_that_fails_costs_what_comes_after_it(tmp_path: Path, make_run: 
 
 def test_two_interruptions_without_a_step_between_them_are_told_apart(tmp_path: Path, make_run: Any) -> None:
     run = Clock(tmp_path / "run", make_run)
-    run.allocation()
-    run.spend(16)
-    run.started(1)
-    run.steps(1, 1, 4)
-    run.saved(1, 4, 2.0)
+    run.up_to_a_checkpoint()
     run.spend(1)
     run.ended(1, "crashed", "restart")
     run.spend(10)
@@ -234,11 +238,7 @@ def test_two_interruptions_without_a_step_between_them_are_told_apart(tmp_path: 
 
 def test_lost_steps_do_not_count_where_the_run_ends_before_they_are_done_again(tmp_path: Path, make_run: Any) -> None:
     run = Clock(tmp_path / "run", make_run)
-    run.allocation()
-    run.spend(16)
-    run.started(1)
-    run.steps(1, 1, 4)
-    run.saved(1, 4, 2.0)
+    run.up_to_a_checkpoint()
     run.steps(1, 5, 100)
     run.spend(1)
     run.ended(1, "hung", "restart")
