@@ -55,12 +55,15 @@ def our_loop(run: Run, folder: Path) -> Step:
     interval = run.config.logging.gradients_interval
     queued: list[QueuedStep] = []
 
+    def write_former() -> None:
+        if queued:
+            record, _ = queued.pop().finish(0.0)
+            writers.write(record)
+
     def step() -> None:
         measures = interval > 0 and (run.step + 1) % interval == 0
-        queued.append(queue_step(run, gradients if measures else None, Phase.training))
-        if len(queued) > 1:
-            record, _ = queued.pop(0).finish(0.0)
-            writers.write(record)
+        measured = gradients if measures else None
+        queued.append(queue_step(run, measured, Phase.training, meanwhile=write_former))
 
     return step
 
@@ -108,9 +111,7 @@ def bare_loop(config: TrainConfig, run: Run, engine: str) -> Step:
         return deepspeed_step
     module: torch.nn.Module = model
     if engine == "fsdp":
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+        fully_shard_as_torchtitan(model)
         groups = [{**group, "params": []} for group in groups]
         for p in model.parameters():
             groups[p.dim() < 2]["params"].append(p)  # type: ignore[attr-defined]
@@ -125,6 +126,20 @@ def bare_loop(config: TrainConfig, run: Run, engine: str) -> Step:
         optimizer.step()
 
     return step
+
+
+def fully_shard_as_torchtitan(model: GPT) -> None:
+    """Shard a model in the groups of torchtitan: the embedding, each block, and norm with head; or, where the embedding
+    is the head too, each block, and the rest."""
+    *blocks, last = model.blocks
+    if not model.config.tie_embeddings:
+        fully_shard([module for module in (model.token_embedding, model.position) if module is not None])
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(last, reshard_after_forward=False)
+    if not model.config.tie_embeddings:
+        fully_shard([model.norm, model.head], reshard_after_forward=False)
+    fully_shard(model)
 
 
 def measure(step: Step) -> tuple[float, float]:

@@ -121,16 +121,19 @@ def our_step(shape: Shape, compiled: bool, device: str, folder: Path) -> tuple[C
     gradients = Gradients(config.model, world.device)
     writers = MetricWriters(there, world, rank, config, 0, gradients.names, run.tokens_per_step)
     queued: list[QueuedStep] = []
+    losses = [float("nan")]
     run.engine.module.train()
 
+    def write_former() -> None:
+        if queued:
+            record, _ = queued.pop().finish(0.0)
+            losses[:] = [record.loss]
+            writers.write(record)
+
     def step() -> float:
-        measures = (run.step + 1) % config.logging.gradients_interval == 0
-        queued.append(queue_step(run, gradients if measures else None, Phase.training))
-        if len(queued) < 2:
-            return float("nan")
-        record, _ = queued.pop(0).finish(0.0)
-        writers.write(record)
-        return record.loss
+        measured = gradients if (run.step + 1) % config.logging.gradients_interval == 0 else None
+        queued.append(queue_step(run, measured, Phase.training, meanwhile=write_former))
+        return losses[0]
 
     return step, sum(p.numel() for p in run.engine.module.parameters())
 

@@ -20,11 +20,12 @@ from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.config import Precision, TrainConfig
 from gpt.model.loss import cross_entropy, summed_loss
 from gpt.model.moe import set_auxiliary_scale
+from gpt.parallel.clipping import Clipped, clip_replica
 from gpt.parallel.compile import compile_loss
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.loss_scale import DynamicLossScale
-from gpt.parallel.optimizer import build_optimizer, clip_gradients, skipping
+from gpt.parallel.optimizer import build_optimizer, skipping
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
@@ -146,8 +147,8 @@ class TorchEngine:
         """Return this rank's tokens, or targets, of each sequence: all of them without context parallelism."""
         return x_BT
 
-    def clip(self) -> Tensor:
-        return clip_gradients(self.module, self.config.optim.grad_clip)
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+        return clip_replica(self.module.parameters(), self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
     def update(self, lr: float, skip: Tensor) -> None:
         for group in self.optimizer.param_groups:

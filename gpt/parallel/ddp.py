@@ -8,7 +8,7 @@ other half (section 7.2.1). Shards and buckets are gpt/parallel/rows.py's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,8 +20,9 @@ from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.parallel.base import TorchEngine
+from gpt.parallel.clipping import Clipped, clip_shards
 from gpt.parallel.distributed import World, build_mesh
-from gpt.parallel.dtensor import clip_sharded_gradients, inverse_replicas, local_tensor, set_tensor
+from gpt.parallel.dtensor import inverse_replicas, local_tensor, set_tensor
 from gpt.parallel.rows import GradientReducer, all_gather_rows, split_parameter
 from gpt.parallel.timeline import Moment, current, waiting
 from gpt.topology.batch import Batch
@@ -111,8 +112,9 @@ class Zero1Engine(TorchEngine):
         self.timed_groups = ("dp",)
         self.optimizer.register_step_post_hook(self._all_gather_parameters)
 
-    def clip(self) -> Tensor:
-        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+        limit = self.config.optim.grad_clip
+        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, shard in self.trained.named_parameters():

@@ -99,6 +99,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class PendingSum:
+    """A sum over all ranks that is under way."""
+
+    values: torch.Tensor
+    work: dist.Work
+
+    def wait(self, waits_as: str = WORLD) -> torch.Tensor:
+        """Return the sum; on a GPU its stream waits, and the host does not.
+
+        The timeline of a step has the wait under the name ``waits_as``.
+        """
+        with waiting(waits_as):
+            self.work.wait()
+        return self.values
+
+
+@dataclass(frozen=True)
 class World:
     """This rank among ``size``, and collectives, which all ranks must call."""
 
@@ -127,6 +144,10 @@ class World:
         with waiting(WORLD):
             dist.all_reduce(values, group=group)
         return values
+
+    def start_all_reduce(self, values: torch.Tensor) -> PendingSum:
+        """Start an all-reduce (sum) of a tensor over all ranks, in place, and return while it is under way."""
+        return PendingSum(values, dist.all_reduce(values, async_op=True))
 
     def gather(self, value: T) -> list[T]:
         """All-gather a value that ``gpt.checkpoint.messages`` can send: the values of all ranks, on every rank."""

@@ -1,4 +1,4 @@
-"""DTensor utilities: local shards, replicas, bucketed all-reduce, clipping, and modules that compute with their shards.
+"""DTensor utilities: local shards, replicas, bucketed all-reduce, and modules that compute with their shards.
 
 Must not know what is sharded over which ranks, nor why.
 """
@@ -6,7 +6,7 @@ Must not know what is sharded over which ranks, nor why.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -18,9 +18,6 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, dis
 from torch.func import functional_call
 
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.distributed import World
-from gpt.parallel.optimizer import scale_to, sum_of_squares
-from gpt.parallel.timeline import WORLD, waiting
 
 BUCKET_BYTES = 32 * 2**20
 """Size of an all-reduce bucket: larger ones hide the latency better, and take as much memory again."""
@@ -47,24 +44,6 @@ def inverse_replicas(grad: Tensor, ranks: int) -> float:
     assert not any(placement.is_partial() for _, placement in placements), "a partial sum has no replicas"
     # FSDP2 shards what is sharded already into _StridedShard, which is_shard() does not count.
     return math.prod(grad.device_mesh.size(i) for i, placement in placements if not placement.is_replicate()) / ranks
-
-
-def clip_sharded_gradients(
-    gradients: Iterable[tuple[str, Tensor, float]], limit: float, world: World, waits_as: str = WORLD
-) -> Tensor:
-    """Clip sharded gradients to a global norm of ``limit``, 0 for no limit; return the norm they had, (). Collective.
-
-    Each comes with 1 over the number of its replicas, so that over the world every element counts once. The timeline of
-    a step has the wait for the other ranks under the name ``waits_as``.
-    """
-    parts = [(part, share) for _, part, share in gradients]
-    # Gradients may be offloaded to the host; collectives run on the device.
-    squares = sum_of_squares(parts).to(world.device)
-    with waiting(waits_as):
-        norm = world.all_reduce(squares).sqrt()
-    if limit > 0:
-        scale_to(limit, norm, [part for part, _ in parts])
-    return norm
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

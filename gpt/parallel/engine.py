@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt.checkpoint.formats import Format
+from gpt.parallel.clipping import Clipped
 from gpt.parallel.loss_scale import LossScale
 
 
@@ -51,10 +52,12 @@ class Engine(Protocol):
         """
         ...
 
-    def clip(self) -> Tensor | None:
-        """Clip the gradients to ``optim.grad_clip``; return the global norm they had, (), without a device sync.
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+        """Clip the gradients to ``optim.grad_clip``, and sum figures of the step over all ranks, without a device sync.
 
-        None where the optimizer clips in ``update``.
+        Args:
+            figures_N: N numbers of this rank, float64. They travel with those that the norm takes, if it takes any.
+            meanwhile: called once, while the ranks communicate.
         """
         ...
 

@@ -6,7 +6,7 @@ tokens, and a gradient norm in which every element counts once. Each kind of par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,9 +20,10 @@ from gpt.model.gpt import GPT
 from gpt.model.init import Weights
 from gpt.model.moe import find_mixtures
 from gpt.parallel.base import TorchEngine
+from gpt.parallel.clipping import Clipped, clip_shards
 from gpt.parallel.context import SequenceShard, shard_sequences
 from gpt.parallel.distributed import World, build_mesh, expert_mesh, replica_mesh, shard_mesh
-from gpt.parallel.dtensor import all_reduce_in_buckets, clip_sharded_gradients, inverse_replicas, local_tensor
+from gpt.parallel.dtensor import all_reduce_in_buckets, inverse_replicas, local_tensor
 from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, parallelize_experts
 from gpt.parallel.fsdp import apply_fsdp, prefetch_forward
 from gpt.parallel.materialize import materialize
@@ -125,8 +126,9 @@ class NDEngine(TorchEngine):
             self.module.set_requires_all_reduce(last)  # between replicas once, whatever a replica does inside
         return nullcontext()
 
-    def clip(self) -> Tensor:
-        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+        limit = self.config.optim.grad_clip
+        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         for name, parameter in self.module.named_parameters():

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) and its steps that are skipped; clipping and norms of gradients in shards."""
+"""AdamW (arXiv 1711.05101) and its steps that are skipped; norms of gradients in shards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt.components.load import build_optimizer as build_custom
 from gpt.config import OptimConfig
@@ -82,18 +81,6 @@ def first_parameter(optimizer: torch.optim.Optimizer) -> Tensor:
     return found
 
 
-def clip_gradients(module: nn.Module, limit: float) -> Tensor:
-    """Clip the gradients to a global norm of ``limit`` (0: leave them); return the norm they had, ().
-
-    For a rank that holds them whole. Does not wait for the device.
-    """
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit > 0:
-        clip_grads_with_norm_(parameters, limit, norm)
-    return norm
-
-
 def sum_of_squares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Return this rank's part of the sum of squares of sharded gradients, () float64.
 
@@ -122,8 +109,3 @@ def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
     As arguments of the kernel: a tensor of the factors would be copied to the device, and the host would wait for it.
     """
     return tuple(torch._foreach_mul(values_N.unbind(), list(factors)))
-
-
-def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
-    """Scale shards of gradients of global norm ``norm`` (), in place, to a norm of at most ``limit``."""
-    torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0]))

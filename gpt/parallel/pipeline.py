@@ -33,9 +33,10 @@ from gpt.model.gpt import GPT
 from gpt.model.init import Weights
 from gpt.model.loss import COMPUTE_DTYPES, autocast, cross_entropy
 from gpt.model.stage import Stage
+from gpt.parallel.clipping import Clipped, clip_shards
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World, layer_mesh
-from gpt.parallel.dtensor import clip_sharded_gradients, local_tensor
+from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.nd import NDEngine
 from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
 from gpt.topology.batch import Batch
@@ -330,9 +331,10 @@ class PipelineEngine(NDEngine):
             * self.loss_weight
         )
 
-    def clip(self) -> Tensor:
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         # The first collective of all stages: those that ended early wait here for the rest of the pipeline.
-        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world, waits_as=BUBBLE)
+        limit = self.config.optim.grad_clip
+        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile, waits_as=BUBBLE)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)

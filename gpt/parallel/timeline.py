@@ -23,6 +23,8 @@ GROUPS = ("dp", "fsdp", "tp", "pp", "cp", "ep")
 """Groups of ranks whose exposed communication is told apart."""
 WORLD, BUBBLE = "world", "bubble"
 """Spans that wait for all ranks, and for another stage of the pipeline."""
+HOST = "host"
+"""Spans in which the host does what is no part of the step, while the ranks communicate."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,13 @@ def waiting(name: str) -> Iterator[None]:
         yield
         return
     with _current.wait(name):
+        yield
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Mark what the host does of other steps' affairs while the ranks communicate."""
+    with waiting(HOST):
         yield
 
 

@@ -109,6 +109,8 @@ class Loop:
         self._breakdown = StepBreakdown(run.config.logging.breakdown_interval, run.world, run.step)
         self._unread: QueuedStep | None = None
         """The step whose figures were not read yet."""
+        self._bad: BadSteps | None = None
+        """What the step that was read last while the next one was queued has to go back for."""
         self._unasked: QueuedStep | None = None
         """The step whose requests were not looked at yet. Apart from the other, which a profile reads on one rank."""
         self._left = Requests()
@@ -121,11 +123,12 @@ class Loop:
         phase, outcome = Phase.starting, None  # the first step may compile
         while outcome is None and run.step < run.config.optim.max_steps:
             measured = self._gradients if is_due(run.step + 1, logging.gradients_interval) else None
-            step = queue_step(run, measured, phase, self._saving.ballot(), self._stragglers)
+            step = queue_step(run, measured, phase, self._saving.ballot(), self._stragglers, self._read_former)
             phase = Phase.training
             step.record.compile_s, step.record.restore_s = self._compile_time.take(), run.take_restore_s()
             self._collect(run.step)  # while the device works
-            if self._goes_back_from_former(step):
+            if self._bad is not None:
+                self._go_back_from_former(step, self._bad)
                 continue
             asked = self._hear(step)
             pause = self._pause_after(asked)
@@ -133,19 +136,19 @@ class Loop:
                 outcome = self._read_at_once(step, pause, asked)
         return outcome or "finished"
 
-    def _goes_back_from_former(self, step: QueuedStep) -> bool:
-        """Read the step before ``step``, if that was not done; True where the run went back to a checkpoint for it."""
-        if self._unread is None:
-            return False
-        record, bad = self._read(self._unread)
-        self._writers.write(record)
-        if bad is not None:
-            asked = step.requests_of_all()
-            if self._unasked is not None:
-                asked |= self._unasked.requests_of_all()
-            self._unread = self._unasked = None
-            self._go_back(bad, asked)
-        return bad is not None
+    def _read_former(self) -> None:
+        """Read the step before the one that is being queued, if that was not done, and write its record."""
+        if self._unread is not None:
+            record, self._bad = self._read(self._unread)
+            self._writers.write(record)
+
+    def _go_back_from_former(self, step: QueuedStep, bad: BadSteps) -> None:
+        """Go back for the step before ``step``, which was queued before that one's figures were known."""
+        asked = step.requests_of_all()
+        if self._unasked is not None:
+            asked |= self._unasked.requests_of_all()
+        self._unasked = self._bad = None
+        self._go_back(bad, asked)
 
     def _hear(self, step: QueuedStep) -> Requests:
         """Return what is asked for after ``step``: with it by ranks that agree on it beforehand, else before it."""

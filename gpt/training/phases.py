@@ -11,8 +11,11 @@ from contextlib import AbstractContextManager
 import torch
 
 from gpt.parallel.engine import Engine
-from gpt.parallel.timeline import BUBBLE, Moment, Timeline, recorded, total
+from gpt.parallel.timeline import BUBBLE, HOST, Moment, Timeline, recorded, total
 from launch.runs.records import StepRecord
+
+PARTS = ("data", "reduced"), ("reduced", "updated")
+"""Moments between which a step computes gradients, and clips and applies them."""
 
 
 class Phases:
@@ -39,17 +42,14 @@ class Phases:
     def fill_in(self, record: StepRecord) -> None:
         """Write the times of the phases into the record; the device has finished the step."""
         at = {name: self._timeline.seconds(moment) for name, moment in self._moments.items()}
-        # The sum of the figures lies between clipping and update, which wait for it.
-        parts = ("data", "reduced"), ("reduced", "clipped"), ("summed", "updated")
-        if self._groups is None:
-            lengths = [at[end] - at[begin] for begin, end in parts]
-            record.forward_backward_s, record.optimizer_s = lengths[0], lengths[1] + lengths[2]
-            return
         spans = self._timeline.spans()
-        lengths = [at[end] - at[begin] - total(spans, at[begin], at[end]) for begin, end in parts]
-        record.forward_backward_s, record.optimizer_s = lengths[0], lengths[1] + lengths[2]
+        own = [span for span in spans if span.name == HOST] if self._groups is None else spans
+        forward_backward_s, optimizer_s = (at[end] - at[begin] - total(own, at[begin], at[end]) for begin, end in PARTS)
+        record.forward_backward_s, record.optimizer_s = forward_backward_s, optimizer_s
+        if self._groups is None:
+            return
         waited = {name: total(spans, 0, at["updated"], name) for name in {span.name for span in spans}}
-        record.comm_s = sum(seconds for name, seconds in waited.items() if name != BUBBLE)
+        record.comm_s = sum(seconds for name, seconds in waited.items() if name not in (BUBBLE, HOST))
         for group in self._groups:
             setattr(record, f"comm_{group}_s", waited.get(group, 0.0))
         if "pp" in self._groups:

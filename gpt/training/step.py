@@ -4,14 +4,16 @@ Owns the order of what a step does. A GPU works off its queue while this process
 step is queued first and its figures are read later: reading waits for the device. Must not know how the model is
 spread, nor what is done with the figures.
 
-Shapes: B sequences, T tokens of one.
+Shapes: N figures of a step.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from gpt.metrics.environment import memory_gib
 from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
+from gpt.parallel.timeline import aside
 from gpt.training.ballot import NO_BALLOT, Ballot
 from gpt.training.gradient_stats import Gradients
 from gpt.training.phases import Phases
@@ -96,7 +99,7 @@ class QueuedStep:
 
         Where loss or gradients were not finite on some rank, the step was skipped on all, and they are None.
         """
-        (grad_norm, loss_sum, unsound, *sums), ended = self.figures.read()
+        (grad_norm, flaw, loss_sum, *sums), ended = self.figures.read()
         sums = sums[2 * self.with_requests + len(self.ballot.figures) + self.own_times :]
         record = self.record
         self.phases.fill_in(record)
@@ -104,7 +107,7 @@ class QueuedStep:
             *sums, record.loss_scale = sums
         if self.with_experts:
             record.expert_imbalance = sums.pop()
-        is_sound = math.isfinite(grad_norm) and not unsound
+        is_sound = math.isfinite(grad_norm) and math.isfinite(flaw)
         record.loss = loss_sum / self.tokens if math.isfinite(loss_sum) else None
         record.grad_norm = grad_norm if is_sound else None
         record.step_time_s, record.time = ended - since, time.time()
@@ -142,8 +145,12 @@ def queue_step(
     phase: Phase,
     ballot: Ballot = NO_BALLOT,
     stragglers: StragglerWatch | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> QueuedStep:
-    """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given."""
+    """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given.
+
+    ``meanwhile`` is called while the ranks sum the figures of the step, which a CPU waits for.
+    """
     config, world, engine = run.config, run.world, run.engine
     step = run.step + 1
     lr = lr_at(config.optim, step)
@@ -161,15 +168,12 @@ def queue_step(
     told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
     votes = [loss_sum.new_full((1,), figure) for figure in ballot.figures]
     own_times = [] if stragglers is None else stragglers.own_times(loss_sum)
-    # Before the update, so that all ranks skip it or none, also where one replica alone has computed something else;
-    # and on the device, so that none waits for it.
+    figures_N = torch.cat([loss_sum[None], *told, *votes, *own_times, *measured])
     with phases.recorded():
-        norm = engine.clip()
-        unsound = loss_sum.new_zeros(()) if norm is None else norm.isfinite().logical_not().to(loss_sum)
-        phases.mark("clipped")
-        sums = world.all_reduce(torch.cat([loss_sum[None], unsound[None], *told, *votes, *own_times, *measured]))
-        phases.mark("summed")
-        skip = sums[0].isfinite().logical_not() | (sums[1] > 0)
+        norm, sums_N, flaw = engine.clip(figures_N, partial(do_aside, meanwhile))
+        # Before the update, so that all ranks skip it or none, also where one replica alone has computed something
+        # else; and on the device, so that none waits for it.
+        skip = (sums_N[0] + flaw).isfinite().logical_not()
         own_norm = engine.update(lr, skip)
         phases.mark("updated")
     grad_norm = norm if own_norm is None else own_norm
@@ -191,9 +195,15 @@ def queue_step(
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     uneven = [] if imbalance is None else [imbalance[None]]
-    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], sums, *uneven, *scale]))
+    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], flaw[None], sums_N, *uneven, *scale]))
     parts = bool(told), ballot, sum(map(len, own_times)), bool(uneven), bool(scale)
     return QueuedStep(record, requests, gradients, numbers, tokens, *parts, phases)
+
+
+def do_aside(action: Callable[[], None]) -> None:
+    """Do what is no part of a step in the middle of it, apart from its phases."""
+    with aside():
+        action()
 
 
 def is_mixture(run: Run) -> bool:

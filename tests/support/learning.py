@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import Strategy, TrainConfig
+from gpt.parallel.clipping import Clipped
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import sum_of_squares
 from gpt.topology.dims import parallel_dims
@@ -168,11 +169,11 @@ def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     clip = run.engine.clip
 
-    def look() -> torch.Tensor | None:
+    def look(*args: Any) -> Clipped:
         if not found:
             found["gradients"] = whole(run, {name: safe_get_full_grad(p) for name, p in parameters.items()})
             found["norm of the parts"] = norm_of_parts(run)
-        return clip()
+        return clip(*args)
 
     run.engine.clip = look  # type: ignore[method-assign]
     seen = [step(run) for _ in range(steps - 1)]

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gpt.parallel import expert
-from gpt.parallel.distributed import World
-from gpt.parallel.dtensor import clip_sharded_gradients
-from gpt.parallel.optimizer import clip_gradients
+from gpt.parallel import clipping, expert
+from gpt.parallel.distributed import PendingSum, World
 from gpt.training.gradient_stats import Gradients
 from tests.support.small_models import small
 from tests.support.watching import host_waits
@@ -27,16 +25,23 @@ def sharded(device: torch.device) -> list[tuple[str, torch.Tensor, float]]:
     return [(name, torch.empty(4, 4, device=device), SHARES[i % 3]) for i, name in enumerate(names)]
 
 
+def world_on(device: torch.device) -> World:
+    """A world of one rank, whose sums are there at once."""
+    work: Any = SimpleNamespace(wait=lambda: True)
+    there = SimpleNamespace(device=device, start_all_reduce=lambda values: PendingSum(values, work))
+    return cast(World, there)
+
+
 def clip_shards(device: torch.device) -> None:
-    world = cast(World, SimpleNamespace(device=device, all_reduce=lambda values: values))
-    clip_sharded_gradients(sharded(device), 1.0, world)
+    figures_N = torch.empty(3, dtype=torch.float64, device=device)
+    clipping.clip_shards(sharded(device), 1.0, world_on(device), figures_N, lambda: None)
 
 
 def clip_replica(device: torch.device) -> None:
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.empty(4, 4, device=device))
-    module.weight.grad = torch.empty(4, 4, device=device)
-    clip_gradients(module, 1.0)
+    weight = nn.Parameter(torch.empty(4, 4, device=device))
+    weight.grad = torch.empty(4, 4, device=device)
+    figures_N = torch.empty(3, dtype=torch.float64, device=device)
+    clipping.clip_replica([weight], 1.0, world_on(device), figures_N, lambda: None)
 
 
 def sum_gradients(device: torch.device) -> None:

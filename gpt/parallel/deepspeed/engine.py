@@ -33,11 +33,11 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast, cross_entropy
 from gpt.model.moe import set_auxiliary_scale
 from gpt.parallel.base import accumulate
+from gpt.parallel.clipping import Clipped, clip_shards, sum_figures
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.deepspeed.shards import Shards, local_gradient
 from gpt.parallel.distributed import World, set_timeouts
-from gpt.parallel.dtensor import clip_sharded_gradients
 from gpt.parallel.loss_scale import DynamicLossScale, LossScale
 from gpt.parallel.optimizer import build_optimizer, skipping
 from gpt.topology.batch import Batch
@@ -129,10 +129,11 @@ class ZeroEngine:
         logits_BTV = self.ds(tokens_BT.to(device, non_blocking=True))
         return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
 
-    def clip(self) -> Tensor | None:
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         if self.stage:
-            return None
-        return clip_sharded_gradients(self.gradients(), self.config.optim.grad_clip, self.world)
+            return sum_figures(self.world, figures_N, meanwhile)
+        limit = self.config.optim.grad_clip
+        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile)
 
     def update(self, lr: float, skip: Tensor) -> Tensor | None:
         for group in self.ds.optimizer.param_groups:
