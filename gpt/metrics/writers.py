@@ -6,6 +6,7 @@ made.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ from launch.runs.compose import plain_config
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records
 from launch.runs.tensorboard import EventWriter
+
+SHOWN_S = 0.5
+"""Least time between two moments at which views are written. Some short steps together take the processor less time
+than each by itself, whose code is out of the caches again."""
 
 
 class MetricWriters:
@@ -64,6 +69,9 @@ class MetricWriters:
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         self._open = lambda step, done: open_writers(folder, config, step, done, layers) if world.is_first else []
         self.writers: list[MetricWriter] = self._open(step, [r for r in earlier if r["step"] <= step])
+        self._unshown: list[StepRecord] = []
+        """Records that are written, and which the views lack yet."""
+        self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:
         """Put ``record`` on disk before its step is saved; ``write`` follows, with the time of the save.
@@ -74,7 +82,7 @@ class MetricWriters:
         self._rank.flush()
 
     def write(self, record: StepRecord) -> None:
-        """Complete ``record`` with throughput and utilization, and write it."""
+        """Complete ``record`` with throughput and utilization, and write it; views of short steps follow soon."""
         self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
@@ -82,8 +90,18 @@ class MetricWriters:
         # again after a crash, which must not take its record along.
         if record.checkpoint_s is not None or (record.val_loss is not None and self._world.is_first):
             self._rank.flush()
-        for writer in self.writers:
-            writer.write(record)
+        if self.writers:
+            self._unshown.append(record)
+            if record.val_loss is not None or time.monotonic() - self._shown >= SHOWN_S:
+                self.show()
+
+    def show(self) -> None:
+        """Write to the views what they lack yet."""
+        unshown, self._unshown = self._unshown, []
+        for record in unshown:
+            for writer in self.writers:
+                writer.write(record)
+        self._shown = time.monotonic()
 
     def go_back(self, step: int) -> None:
         """Go on after ``step``, to which the run has gone back: the views lose what came later, as after a crash."""
@@ -94,6 +112,7 @@ class MetricWriters:
     def close(self) -> None:
         """Close the writers, after the last record and after the event that tells how the attempt ended."""
         self._rank.flush()
+        self.show()
         for writer in self.writers:
             writer.close()
 

@@ -46,6 +46,7 @@ def train(run: Run) -> str:
     finally:
         compile_time.close()
         run.batches.close()
+        writers.show()
     run.worker.phase(Phase.leaving, run.step)
     profile.close()
     if outcome == "stopped":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def read_by(build: Callable[[int], None]) -> Any:
 def test_places_of_samples_are_found_once_and_those_of_some_batches_together(
     samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "LOCATED", 3 * BATCH.per_rank + 1)
+    monkeypatch.setattr(prefetch, "TOGETHER", 3 * BATCH.per_rank + 1)
     found = []
     locate = samples.locate
     monkeypatch.setattr(samples, "locate", lambda split, indices: found.append([*indices]) or locate(split, indices))
@@ -79,7 +80,10 @@ def test_batches_that_are_passed_over_are_not_read(samples: Samples) -> None:
     assert torch.equal(taken[0].tokens, samples.batch("train", train_indices(5, 1, BATCH))[0])
 
 
-def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last() -> None:
+def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 2 * BATCH.per_rank * 3 * 8 - 1)  # one batch, and not quite another
     read = {step: threading.Event() for step in (1, 2, 3, 4)}
     batches = batches_of(read_by(lambda step: read[step].set()), last_step=3)
     batches.take(1)
@@ -89,6 +93,21 @@ def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last
     batches.take(3)
     batches.close()
     assert not read[4].is_set()
+
+
+def test_small_batches_are_read_some_steps_ahead_and_more_of_them_once_half_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 4 * BATCH.per_rank * 3 * 8)
+    read: queue.Queue[int] = queue.Queue()
+    batches = batches_of(read_by(read.put), last_step=7)
+    numbers = []
+    for step, more in ((1, 5), (2, 0), (3, 2), (4, 0), (5, 0), (6, 0), (7, 0)):
+        batches.take(step)
+        numbers += [read.get(timeout=60) for _ in range(more)]
+        assert read.empty(), "four ahead, read by twos"
+    batches.close()
+    assert numbers == [1, 2, 3, 4, 5, 6, 7], "each once"
 
 
 def test_a_failure_to_read_fails_the_step_that_it_belongs_to() -> None:
