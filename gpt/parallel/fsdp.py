@@ -78,6 +78,17 @@ def fsdp_shard_modules(
     record_waits(modules[0])
 
 
+def reshard(module: nn.Module) -> None:
+    """Free the parameters that FSDP all-gathered for a forward pass without a backward pass.
+
+    Those that stay gathered are in the place of the sharded ones, and have no gradients: zero_grad would leave those of
+    the last step where they are, and the next one would be added to them.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 COLLECTIVE = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
 """Methods of FSDP's groups of parameters that all-gather, reduce-scatter, or wait for one or the other."""
 

@@ -25,7 +25,7 @@ from gpt.parallel.context import SequenceShard, shard_sequences
 from gpt.parallel.distributed import World, build_mesh, expert_mesh, replica_mesh, shard_mesh
 from gpt.parallel.dtensor import all_reduce_in_buckets, inverse_replicas, local_tensor
 from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, parallelize_experts
-from gpt.parallel.fsdp import apply_fsdp, prefetch_forward
+from gpt.parallel.fsdp import apply_fsdp, prefetch_forward, reshard
 from gpt.parallel.materialize import materialize
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients
 from gpt.parallel.timeline import waiting
@@ -115,6 +115,11 @@ class NDEngine(TorchEngine):
         for parameters, group in self._all_reduced:
             with waiting("dp"):
                 all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        loss = super().loss(tokens_BT, targets_BT)
+        reshard(self.module)
+        return loss
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
         return x_BT if self._sequence is None else self._sequence.part(x_BT)

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -37,6 +36,7 @@ from gpt.parallel.clipping import Clipped, clip_shards
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World, layer_mesh
 from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.fsdp import reshard
 from gpt.parallel.nd import NDEngine
 from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
 from gpt.topology.batch import Batch
@@ -294,13 +294,6 @@ def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
     return Stage(model, blocks, any(stage.first for stage in stages), any(stage.last for stage in stages))
 
 
-def reshard(stage: nn.Module) -> None:
-    """Free the parameters that FSDP all-gathered for a forward pass without a backward pass."""
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 class PipelineEngine(NDEngine):
     """A model split into pipeline stages, to each of which the other kinds of parallelism are applied."""
 
@@ -317,7 +310,7 @@ class PipelineEngine(NDEngine):
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         # The schedule runs all micro-batches, in an order of its own.
-        self.module.zero_grad(set_to_none=True)
+        self.zero_grad()
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
         loss_sum = self._pipeline.step(*own, self.gradient_factor, self.criterion, on_micro_batch)
         self._reduce_gradients()
