@@ -5,8 +5,9 @@
     python -m benchmarks.overhead --engines ddp optim.global_batch=16 optim.max_micro_batch=16    # one rank
 
 The bare loop is what a user would write by hand: DistributedDataParallel, ``fully_shard`` or ``deepspeed.initialize``
-around the model, forward, backward, clipping, AdamW, and the loss read one step late. Ours is the whole turn of
-``gpt.train``, with batches, figures of all ranks and records. Both live in the same processes and step in turn, in
+around the model, forward, backward, clipping, AdamW, and the loss read one step late; with ``--mean-loss`` that of all
+ranks, by an all-reduce in each step. Ours is the whole turn of ``gpt.train``, with batches, figures of all ranks and
+records. Both live in the same processes and step in turn, in
 another order each round, so what else the machine does meets both. Figures are of rank 0; the ratio is ours over bare
 in the same round, its median over the rounds, of wall time and of the processor time of the rank.
 """
@@ -68,7 +69,7 @@ def our_loop(run: Run, folder: Path) -> Step:
     return step
 
 
-def bare_loop(config: TrainConfig, run: Run, engine: str) -> Step:
+def bare_loop(config: TrainConfig, run: Run, engine: str, mean_loss: bool) -> Step:
     """The loop that one would write by hand for one engine; the batches lie ready."""
     model = GPT(config.model).to(run.world.device)
     initialize(model, config.seed)
@@ -89,6 +90,8 @@ def bare_loop(config: TrainConfig, run: Run, engine: str) -> Step:
         loss = F.cross_entropy(module(tokens_BT).flatten(0, 1), targets_BT.flatten())
         losses.append(loss.detach())
         if len(losses) > 1:
+            if mean_loss:
+                dist.all_reduce(losses[-2])
             losses[-2].item()
         return loss
 
@@ -152,7 +155,7 @@ def measure(step: Step) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compare(engine: str, words: list[str], rounds: int, world: World, folder: str) -> str:
+def compare(engine: str, words: list[str], rounds: int, mean_loss: bool, world: World, folder: str) -> str:
     """Let both loops take turns; returns a line of the table."""
     typed = [*words, f"parallel={engine}", f"run_dir={folder}/{engine}", "optim.max_steps=1000000"]
     request = parse_request(parse_arguments(typed))
@@ -160,7 +163,7 @@ def compare(engine: str, words: list[str], rounds: int, world: World, folder: st
     rank = worker.Run(world.rank, world.local_rank, world.size)
     run = build(request.config, there, world, open_attempt(there, world, rank), rank)
     run.engine.module.train()
-    loops = {"ours": our_loop(run, Path(folder)), "bare": bare_loop(request.config, run, engine)}
+    loops = {"ours": our_loop(run, Path(folder)), "bare": bare_loop(request.config, run, engine, mean_loss)}
     for step in [*loops.values()] * WARM:
         step()
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
@@ -180,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--engines", default=",".join(ENGINES), metavar="NAME,NAME")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--mean-loss", action="store_true", help="the bare loop sums its losses over the ranks")
     parser.add_argument("words", nargs="*", help="overrides of gpt.train, the same for both loops")
     args = parser.parse_args()
     if strangers := set(args.engines.split(",")) - set(ENGINES):
@@ -195,7 +199,7 @@ def main() -> None:
         mine = stack.enter_context(tempfile.TemporaryDirectory()) if world.is_first else ""
         folder = world.on_first(lambda: mine)
         for engine in args.engines.split(","):
-            lines.append(compare(engine, words, args.rounds, world, folder))
+            lines.append(compare(engine, words, args.rounds, args.mean_loss, world, folder))
         if world.is_first:
             head = "engine | ranks | ours, ms | bare, ms | ours, CPU ms | bare, CPU ms | ratio | ratio of CPU time"
             print(f"| {head} |\n|{'---|' * (head.count('|') + 1)}")
