@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build, write
-from launch.report.readings import RankTimes
+from launch.report.details import RunDetail
+from launch.report.figure import draw_ranks
+from launch.report.readings import RankTime, RankTimes
 from launch.report.views import markdown
 from launch.runs.records import append_records
 from launch.runs.tensorboard import png_shape
@@ -137,3 +141,22 @@ def test_a_rank_alone_has_no_table_and_no_heat_map(tmp_path: Path, make_run: Any
     assert "## Distribution of step times" in text
     picture = next(path for path in write(table) if path.suffix == ".png")
     assert png_shape(picture.read_bytes())[:2] == (1650, 780)
+
+
+def test_the_heat_map_of_a_thousand_ranks_takes_no_more_memory_than_that_of_few() -> None:
+    def peak(ranks: int) -> int:
+        chance = np.random.default_rng(1)
+        excess = tuple(tuple(row) for row in chance.normal(0, 0.01, (ranks, 60)).tolist())
+        of_ranks = tuple(RankTime(rank, BASE_S, 0.0, None, None) for rank in range(ranks))
+        times = RankTimes(of_ranks, tuple((at, at) for at in range(60)), excess)
+        gc.collect()  # what earlier tests left is not freed, nor counted, in between
+        tracemalloc.start()
+        picture = draw_ranks(RunDetail("nodes=128", BASE_S, (), (), (), times))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert picture is not None and png_shape(picture)[:2] == (840, 480)
+        return found
+
+    peak(2)  # what is imported and cached once
+    few, many = peak(64), peak(1024)
+    assert many <= 1.25 * few, (many, few)
