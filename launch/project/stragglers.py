@@ -106,7 +106,7 @@ def read_spread(point: Point) -> RankSpread | None:
     own, has_stages = [], False
     for rank in run.metric_ranks():
         columns = read_columns(run.metrics(rank), (TIME, *WAITS, "time"))
-        if columns is None:
+        if not len(columns):
             continue
         at = np.searchsorted(columns.steps, steps).clip(0, len(columns) - 1)
         known, times = step_times(columns)

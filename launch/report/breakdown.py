@@ -43,8 +43,8 @@ def read_breakdown(run: RunFolder) -> StepBreakdown | None:
     steps = ranks = 0
     for rank in run.metric_ranks():
         columns = read_columns(run.metrics(rank), tuple(FIELDS.values()))
-        watched = 0 if columns is None else int(columns.known[FIELDS["idle"]].sum())
-        if columns is None or not watched:
+        watched = int(columns.known[FIELDS["idle"]].sum())
+        if not watched:
             if not ranks:
                 return None
             continue

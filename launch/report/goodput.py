@@ -187,8 +187,6 @@ def _records_in(path: Path, rollbacks: Sequence[Rollback]) -> Iterator[Record]:
     from launch.runs.columns import read_columns  # numpy: see launch.report.points
 
     columns = read_columns(path, (*TIMES, "time", "val_loss"), every=True)
-    if columns is None:
-        return
     steps, attempts, times = (columns.values[name].tolist() for name in ("step", "attempt", "time"))
     # A step that is saved is recorded before its save and once more after it, with what that took: one step. One that
     # the run went back from is another.

@@ -24,6 +24,7 @@ from launch.report.series import (
     made_with,
     work_text,
 )
+from launch.runs.folder import RunFolder
 from launch.runs.wording import counted
 
 if TYPE_CHECKING:
@@ -39,11 +40,15 @@ STATE_TEXTS = {
     State.NOT_STARTED: "has not started",
 }
 
+NAMED_UNREAD = 3
+"""Ranks and attempts that a note about lines which could not be read names, those with most of them."""
+
 
 def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     """Make the sentences that belong below the table of these series, which has these rows."""
     members = [member for series in found for member in series.members]
     candidates = [
+        *map(_unread, members),
         _steps_used(members),
         _clusters(members),
         *_made_with(found),
@@ -60,6 +65,26 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     candidates += [_too_few_steps(members), *map(_state, members), _mfu(members), *low_mfu(members)]
     candidates += map(_breakdown, members)
     return [note for note in candidates if note]
+
+
+def _unread(member: MeasuredPoint) -> str:
+    """Says how many lines of which files are no step records, so that nobody takes the figures for those of all."""
+    point = member.point
+    found = sorted(point.unread, key=lambda one: -one.lines)
+    if not found:
+        return ""
+    lines = sum(one.lines for one in found)
+    told = [
+        f"{one.lines} of rank {one.rank} in {'an unknown attempt' if one.attempt is None else f'attempt {one.attempt}'}"
+        for one in found[:NAMED_UNREAD]
+    ]
+    left = sum(one.lines for one in found[NAMED_UNREAD:])
+    told += [f"{left} of others (the JSON file has all)"] if left else []
+    return (
+        f"{counted(lines, 'line')} among the step records of {point.title} could not be read, as a crash, a full "
+        f"disk or a power cut leaves them: {', '.join(told)}. Unless their steps were made again, the figures lack "
+        f"them, and the comparison of ranks may lack these ranks; see {RunFolder(point.path).metrics(found[0].rank)}."
+    )
 
 
 def _steps_used(members: Sequence[MeasuredPoint]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launch.report.environment import Environment, read_environment
 from launch.report.goodput import Goodput, measure_goodput
 from launch.report.gpu_use import GpuUse, read_gpu_use
-from launch.report.readings import RankTimes, Step
+from launch.report.readings import RankTimes, Step, UnreadLines
 from launch.runs.events import fewer_nodes, last_command
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
@@ -84,6 +84,8 @@ class Point:
     unless there are no others."""
     cluster: str | None = None
     """Kind of cluster it was submitted to, local or slurm, with the name of another one; None where nobody did."""
+    unread: tuple[UnreadLines, ...] = ()
+    """Lines among its step records that are none; half a line that is being written is not among them."""
     source: str = ""
     """Folder that it belongs to, among those of a comparison; empty in a report of one."""
 
@@ -114,16 +116,17 @@ def read_point(path: Path) -> Point:
     known = {number: setup for number, setup in setups.items() if setup is not None}
     events = run.read_events()
     fewer = fewer_nodes(events)
-    reading = read_steps(run, known, fewer)
+    last_attempt = max(setups, default=0)
+    end = _end(events, last_attempt)
+    reading = read_steps(run, known, fewer, has_ended=end is not None)
     stepped = reading.attempt_times or {}
     environment = known[reading.attempt or max(known)] if known else None
-    last_attempt = max(setups, default=0)
     span = stepped[max(stepped)] if stepped else _started_and_ended(events, last_attempt)
     has_records = reading.last_step is not None or _runs_without(events, environment)
     return Point(
         path=path,
         overrides=read_overrides(run),
-        state=_state(events, last_attempt, has_records=has_records),
+        state=end or _without_end(last_attempt, has_records=has_records),
         environment=environment,
         steps=reading.steps,
         last_step=reading.last_step,
@@ -138,6 +141,7 @@ def read_point(path: Path) -> Point:
         breakdown=read_breakdown(run) if reading.steps else None,
         cluster=_cluster(events),
         fewer_nodes=_by_nodes(fewer, reading.attempt_steps),
+        unread=reading.unread,
         goodput=measure_goodput(run, events),
         gpu_use=read_gpu_use(run, known),
     )
@@ -199,7 +203,7 @@ def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tu
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
-def _state(event_log: Sequence[dict[str, Any]], last: int, has_records: bool) -> State:
+def _end(event_log: Sequence[dict[str, Any]], last: int) -> State | None:
     """State by the ends that the event log knows of the last attempt; one without an attempt belongs to any."""
     events = [e for e in event_log if e.get("event") in ENDS and e.get("attempt", last) >= last]
     told = [e for e in event_log[last_command(event_log) :] if e.get("event") in REASONS]
@@ -211,8 +215,11 @@ def _state(event_log: Sequence[dict[str, Any]], last: int, has_records: bool) ->
     # A rank that failed fails the attempt, whatever the others wrote after it.
     if any(e["event"] == "rank_failed" and e.get("attempt") is not None for e in events):
         return State.FAILED
-    if events:
-        return ENDS[events[-1]["event"]]
+    return ENDS[events[-1]["event"]] if events else None
+
+
+def _without_end(last: int, has_records: bool) -> State:
+    """State of a run whose last attempt has not ended."""
     if has_records:
         return State.RUNNING
     return State.NO_RECORDS if last else State.NOT_STARTED

@@ -63,6 +63,16 @@ class RankTimes:
 
 
 @dataclass(frozen=True)
+class UnreadLines:
+    """Lines among the step records of one rank in one attempt that are no records: cut by a crash, or garbled."""
+
+    rank: int
+    attempt: int | None
+    """None where nothing in the file of the rank tells it."""
+    lines: int
+
+
+@dataclass(frozen=True)
 class StepReading:
     """Everything that a report takes from the step records of a run."""
 
@@ -82,3 +92,5 @@ class StepReading:
     """MFU of the bf16 peak over that of the peak in the precision of the run, by the last record."""
     attempt_times: Mapping[int, tuple[float, float]] | None = None
     """Attempt -> times of its first and its last record that count, by the first rank."""
+    unread: tuple[UnreadLines, ...] = ()
+    """By rank, and by attempt in the order of its file."""

@@ -159,6 +159,8 @@ class Row:
     """Folder of a comparison that the point belongs to; empty in a report of one."""
     ratio_to_first: float | None = None
     """Throughput over that of the point with as many ranks in the first folder of a comparison."""
+    unread_lines: int = 0
+    """Lines among the step records of all ranks that could not be read as records."""
 
     def lost_to(self) -> dict[str, float]:
         """Return the lost efficiency by phase, of ``losses.LOSSES`` those that are known."""

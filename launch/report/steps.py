@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from launch.report.environment import Environment
 from launch.report.losses import RECORDED, REST, STRAGGLERS
 from launch.report.rank_times import OwnTimes
 from launch.report.read_ahead import read_ahead, size_of
-from launch.report.readings import Step, StepReading
+from launch.report.readings import Step, StepReading, UnreadLines
 from launch.runs.columns import Flags, Floats, Integers, RecordColumns, read_columns
 from launch.runs.folder import RunFolder
 from launch.runs.records import UNITS, own_work
@@ -26,11 +27,14 @@ from launch.runs.records import UNITS, own_work
 TIME = "step_time_s"
 
 
-def read_steps(run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset()) -> StepReading:
+def read_steps(
+    run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset(), *, has_ended: bool = True
+) -> StepReading:
     """Read and reduce the step records of a run, whose attempts have these set-ups.
 
     Args:
         fewer: attempts on fewer nodes than the run asks for; their steps count where there are no others.
+        has_ended: False where ranks may be at work, and at the end of a file half a line is what is being written.
     """
     is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
@@ -38,30 +42,39 @@ def read_steps(run: RunFolder, setups: Mapping[int, Environment], fewer: Collect
     # What the GPT library never records need not be looked for in its files.
     fields = (TIME, *RECORDED.values(), *units, *(() if is_gpt else ("work",)), "mfu_palm")
     reduction: _Reduction | None = None
-    for columns in _read_ranks(run, fields):
-        reduction = reduction or _Reduction(columns[1], setups, units, fewer)
-        reduction.add(*columns)
-    return StepReading() if reduction is None else reduction.reading()
+    unread: list[UnreadLines] = []
+    for rank, columns in _read_ranks(run, fields):
+        unread += _unread_lines(rank, columns, has_ended)
+        if len(columns):
+            reduction = reduction or _Reduction(columns, setups, units, fewer)
+            reduction.add(rank, columns)
+    return replace(StepReading() if reduction is None else reduction.reading(), unread=tuple(unread))
+
+
+def _unread_lines(rank: int, columns: RecordColumns, has_ended: bool) -> Iterator[UnreadLines]:
+    """Count the lines of a rank that are no records, by attempt, without one that may be being written."""
+    settled = columns.unread if has_ended or not columns.has_open_end else columns.unread[:-1]
+    for attempt, lines in Counter(settled).items():
+        yield UnreadLines(rank, attempt, lines)
 
 
 def _read_ranks(run: RunFolder, fields: tuple[str, ...]) -> Iterator[tuple[int, RecordColumns]]:
-    """Yield the records of each rank that has some, by rank; a few files are read ahead."""
+    """Yield what each rank has recorded, by rank; from the first one with records on a few files are read ahead."""
     ranks = run.metric_ranks()
     for at, rank in enumerate(ranks):
-        if (columns := _read_rank(run, fields, True, rank)) is not None:
-            yield rank, columns
+        columns = _read_rank(run, fields, True, rank)
+        yield rank, columns
+        if len(columns):
             others, size = ranks[at + 1 :], size_of(map(run.metrics, ranks[at + 1 :]))
-            for other, found in read_ahead(partial(_read_rank, run, fields, False), others, size):
-                if found is not None:
-                    yield other, found
+            yield from read_ahead(partial(_read_rank, run, fields, False), others, size)
             return
 
 
-def _read_rank(run: RunFolder, fields: tuple[str, ...], is_first: bool, rank: int) -> RecordColumns | None:
+def _read_rank(run: RunFolder, fields: tuple[str, ...], is_first: bool, rank: int) -> RecordColumns:
     """Read what is needed of one rank; what only some programs need, or one rank, is read where it is."""
     columns = read_columns(run.metrics(rank), (*fields, "time") if is_first else fields)
-    if columns is None:
-        return None
+    if not len(columns):
+        return columns
     extra = ["time"] if _is_filled_in(columns).any() else []
     if not any(columns.known[name].all() for name in fields if name in columns.known and name in (*UNITS, "work")):
         extra += [name for name in columns.last if name.endswith("_per_s")]  # the rate of the whole run

@@ -20,6 +20,7 @@ from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
 from launch.report.losses import lost, phase_shares
 from launch.report.notes import notes
 from launch.report.points import Point, neighbours, read_point
+from launch.report.readings import UnreadLines
 from launch.report.row import Row
 from launch.report.selection import Selection, select
 from launch.report.series import MeasuredPoint, Measurement, Series, drop_warmup, measure
@@ -43,6 +44,8 @@ class ScalingTable:
     repeats: tuple[Repeats, ...] = ()
     gpus: tuple[GpuUse | None, ...] = ()
     """Use of the GPUs of each point, in the order of the rows; None where they were not sampled."""
+    unread: tuple[tuple[UnreadLines, ...], ...] = ()
+    """Lines of the step records of each point that are no records, in the order of the rows."""
     typed: tuple[tuple[str, ...], ...] = ()
     """Overrides of each point, ``key=value``, in the order of the rows."""
 
@@ -149,6 +152,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         laws=tuple(finding.law for finding in findings if finding.law is not None),
         repeats=tuple(size for finding in findings for size in finding.repeats),
         gpus=tuple(point.gpu_use for point in shown),
+        unread=tuple(point.unread for point in shown),
         typed=tuple(point.overrides for point in shown),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
@@ -177,6 +181,7 @@ def _row(series: Series, member: MeasuredPoint) -> Row:
         attempts=point.attempts,
         label=point.title,
         source=point.source,
+        unread_lines=sum(one.lines for one in point.unread),
         **_time_figures(point),
         **_gpu_figures(point),
         **(_run_time_figures(series, member) if member.figures is None else _figures(series, member, member.figures)),

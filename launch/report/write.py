@@ -64,6 +64,8 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
 def json_text(table: ScalingTable) -> str:
     """Write the whole report with all digits: rows, notes, and of each measured point its step times and ranks.
 
+    ``gpus`` and ``unread``, lines that could not be read by rank and attempt, are in the order of the rows.
+
     What is not known, or not claimed, is null; so is a number that is none, such as the loss of a run that diverged.
     """
     content = {
@@ -76,6 +78,7 @@ def json_text(table: ScalingTable) -> str:
         "laws": [dataclasses.asdict(law) for law in table.laws],
         "repeats": [dataclasses.asdict(size) for size in table.repeats],
         "gpus": [None if use is None else _gpu_use(use) for use in table.gpus],
+        "unread": [[dataclasses.asdict(one) for one in unread] for unread in table.unread],
         "details": [dataclasses.asdict(found) for found in table.details],
     }
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"

@@ -2,13 +2,14 @@
 
 Owns the fast way through a file that ``launch.runs.records`` wrote: msgspec decodes a block of lines at once and skips
 what nobody asked for. Lines that it refuses are for Python's parser of JSON to judge, whose word holds: a report reads
-the records that every other reader does. Must not know what the numbers mean.
+the records that every other reader does, and counts the lines that are none. Must not know what the numbers mean.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ Flags = npt.NDArray[np.bool_]
 
 BLOCK = 1 << 16
 """Bytes that are decoded together: they stay in a core's cache while they are looked at."""
+ATTEMPT = re.compile(rb'"attempt": ?(\d{1,9})[,}]')
+"""What a line that is cut, or garbled, may still tell."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,29 @@ class RecordColumns:
     """Field -> where a record has a number there. Like ``values`` not to be written to: fields may share an array."""
     values: Mapping[str, Floats]
     last: dict[str, Any]
-    """The record of the last step, whole."""
+    """The record of the last step, whole; empty where there is no record."""
+    unread: tuple[int | None, ...] = ()
+    """Attempt of each line that is no record, in the order of the file; None where nothing in the file tells it."""
+    has_open_end: bool = False
+    """True where the last of these is the end of the file, without its newline: it may be being written."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
 
-def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns | None:
-    """Read the numbers of ``fields`` from the records of one rank; None where there is no record.
+def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns:
+    """Read the numbers of ``fields`` from the records of one rank; no file has no records.
 
-    The same records count as for ``records.read_records``: lines torn by a crash are passed over, and of a step that
-    was done again the record of the later attempt counts; with ``every`` all are there, as the file has them.
+    The same records count as for ``records.read_records``: lines torn by a crash are passed over and counted, and of a
+    step that was done again the record of the later attempt counts; with ``every`` all are there, as the file has them.
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
-    parts = [part for start, block in _blocks(path) if len((part := _read_block(start, block, names)).lines)]
-    if not parts:
-        return None
+    parts = [_read_block(start, block, names) for start, block in _blocks(path)] or [_read_lines(0, b"", names)]
     known = np.concatenate([part.known for part in parts], axis=1)
     values = np.concatenate([part.values for part in parts], axis=1)
     kept = None if every or (np.diff(values[0]) > 0).all() else latest_records(values[0], values[1])
-    last = _record(path, parts, values.shape[1] - 1 if kept is None else int(kept[-1]))
+    size = values.shape[1]
+    last = _record(path, parts, size - 1 if kept is None else int(kept[-1])) if size else {}
     if kept is not None:
         known, values = known[:, kept], values[:, kept]
     # A process that reads for another one sends what it found: fields that are nowhere, or everywhere, only once.
@@ -76,7 +82,25 @@ def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> R
         },
         values={name: values[index] if counts[index] else unknown for index, name in enumerate(names)},
         last=last,
+        unread=_unread(parts),
+        has_open_end=parts[-1].has_open_end,
     )
+
+
+def _unread(parts: Sequence[_Part]) -> tuple[int | None, ...]:
+    """Return the attempts of the lines that are no records: where these do not tell, that of the record before.
+
+    Before the first record it is that one's.
+    """
+    if not any(part.unread for part in parts):
+        return ()
+    found: list[int | None] = []
+    attempt = next((int(part.values[1, 0]) for part in parts if len(part.lines)), None)
+    for part in parts:
+        found += [attempt if told is None else told for told in part.unread]
+        if len(part.lines):
+            attempt = int(part.values[1, -1])
+    return tuple(found)
 
 
 def latest_records(steps: Floats, attempts: Floats) -> Integers:
@@ -102,6 +126,8 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
                 block = block[:end]
                 file.seek(start + end)
             yield start, block
+            if not end:  # what a writer adds to its last line meanwhile is no line
+                return
             start += len(block)
 
 
@@ -117,6 +143,10 @@ class _Part:
     """Line of each record in the block."""
     known: Flags
     values: Floats
+    unread: Sequence[int | None] = ()
+    """Attempt of each other line, where it or a record before it in the block tells; blank ones are left out."""
+    has_open_end: bool = False
+    """True where the last of these has no newline."""
 
 
 def _record(path: Path, parts: Sequence[_Part], index: int) -> dict[str, Any]:
@@ -171,7 +201,8 @@ def _table(rows: Sequence[Any], fields: int) -> Floats:
 def _read_lines(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
     """Read the records of a block of which some lines are for Python to judge, line by line."""
     decoder = _decoder(names)
-    lines, table = [], []
+    lines, table, unread = list[int](), list[list[float | None]](), list[int | None]()
+    at = -1
     for number, line in enumerate(block.split(b"\n")):
         try:
             if not line.isascii():
@@ -180,13 +211,25 @@ def _read_lines(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
             numbers = [None if value is None or math.isnan(value) else value for value in astuple(row)]
         except (msgspec.DecodeError, OverflowError):
             if (parsed := _parse(line, names)) is None:
+                if line.strip():
+                    at = number
+                    unread.append(_attempt_of(line, table[-1][1] if table else None))
                 continue
             numbers = parsed
         lines.append(number)
         table.append(numbers)
     values = np.array(table, np.float64).reshape(-1, len(names)).T
     known = np.array([[value is not None for value in numbers] for numbers in table], np.bool_)
-    return _Part(start, len(block), np.array(lines, np.int64), known.reshape(-1, len(names)).T, values)
+    known = known.reshape(-1, len(names)).T
+    return _Part(start, len(block), np.array(lines, np.int64), known, values, unread, at == number)
+
+
+def _attempt_of(line: bytes, before: float | None) -> int | None:
+    """Attempt that a line which is no record belongs to: what it tells itself, or that of the record before."""
+    told = ATTEMPT.search(line)
+    if told:
+        return int(told[1])
+    return None if before is None else int(before)
 
 
 def _parse(text: bytes, names: tuple[str, ...]) -> list[float | None] | None:
@@ -197,7 +240,8 @@ def _parse(text: bytes, names: tuple[str, ...]) -> list[float | None] | None:
         return None
     if not isinstance(record, dict) or not is_record(record):
         return None
-    return [_number(record.get(name)) for name in names]
+    numbers = [_number(record.get(name)) for name in names]
+    return None if None in numbers[:2] else numbers  # such a step is no number of any run
 
 
 def _number(value: object) -> float | None:

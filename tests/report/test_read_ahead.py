@@ -28,12 +28,15 @@ for read_ahead.MUCH in (0, 1 << 60):
     read_ahead.executor = of
     print("processes" if pools[0] else "threads")
 assert found[0] == found[1] and len(found[0].steps) == 12 and found[0].rank_times is not None
+assert [(one.rank, one.lines) for one in found[0].unread] == [(5, 1)]
 """
 
 
 def test_processes_read_the_same_figures_as_threads(tmp_path: Path, make_run: Any) -> None:
     built = make_run(tmp_path, 6, 3).attempt()
     built.steps(1, [0.1 + 0.01 * step for step in range(12)], rank_delay=0.003, data_wait_s=0.01)
+    with built.run.metrics(5).open("a") as file:
+        file.write('{"step": 13, "att\n')
     several = "import os; os.sched_getaffinity = lambda pid: {0, 1}\n"  # also on a machine with one core
     run = subprocess.run([sys.executable, "-c", several + READ, str(tmp_path)], capture_output=True, text=True)
     assert (run.returncode, run.stdout.split()) == (0, ["processes", "threads"]), run.stderr

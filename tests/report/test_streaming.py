@@ -101,14 +101,10 @@ def assert_same_as_json(path: Path) -> None:
     assert_equal_to_json(read_columns(path, FIELDS), read_records(path))
 
 
-def assert_equal_to_json(found: columns.RecordColumns | None, expected: list[dict[str, Any]]) -> None:
-    if not expected:
-        assert found is None
-        return
-    assert found is not None
+def assert_equal_to_json(found: columns.RecordColumns, expected: list[dict[str, Any]]) -> None:
     assert found.steps.tolist() == [record["step"] for record in expected]
     assert found.attempts.tolist() == [record["attempt"] for record in expected]
-    assert found.last == expected[-1]
+    assert found.last == (expected[-1] if expected else {})
     for name in FIELDS:
         numbers = [
             value if isinstance(value := record.get(name), int | float) and not isinstance(value, bool) else None
@@ -283,7 +279,7 @@ def test_step_times_that_are_not_finite_are_unknown(tmp_path: Path) -> None:
         "".join(f'{{"step": {step}, "attempt": 1, "step_time_s": {value}}}\n' for step, value in enumerate(values))
     )
     found = read_columns(path, ("step_time_s", "time"))
-    assert found is not None and len(found) == len(values)
+    assert len(found) == len(values)
     known, times = step_times(found)
     assert known.tolist() == [True, False, False, False, False, False, True]
     assert times[known].tolist() == [0.5, 0.25]

@@ -196,8 +196,9 @@ FROM_THE_RECORDS = {
     *("speedup", "efficiency", "efficiency_low", "efficiency_high", "mfu_palm", "loss"),
 }
 """Columns of the test before."""
-ELSEWHERE = {"efficiency_ci_low", "efficiency_ci_high", "ratio_to_first"}
-"""Columns that come of random draws (test_intervals.py), or of two folders (test_comparison.py)."""
+ELSEWHERE = {"efficiency_ci_low", "efficiency_ci_high", "ratio_to_first", "unread_lines"}
+"""Columns that come of random draws (test_intervals.py), of two folders (test_comparison.py), or of lines that are no
+records (test_unread_lines.py)."""
 
 
 def power_of(samples: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:

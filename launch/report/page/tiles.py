@@ -12,6 +12,7 @@ from launch.report.page.points import chosen
 from launch.report.row import Row
 from launch.report.table import ScalingTable
 from launch.report.views import efficiency
+from launch.runs.wording import counted
 
 MAX_SERIES = 3
 """Series whose largest point gets a tile."""
@@ -31,13 +32,24 @@ class Tile:
 
 def tiles(table: ScalingTable) -> str:
     """Write the first line of the page."""
-    found = [*_scaling(table), *_losses(table), *_pace(table), *_slow_rank(table), *_money(table)]
+    found = [*_unread(table), *_scaling(table), *_losses(table), *_pace(table), *_slow_rank(table), *_money(table)]
     drawn = "".join(
         f'<div class="tile {tile.kind}"><span class="name">{escape(tile.name)}</span><b>{escape(tile.value)}</b>'
         f"<small>{escape(tile.text)}</small></div>"
         for tile in found
     )
     return f'<div class="tiles">{drawn}</div>'
+
+
+def _unread(table: ScalingTable) -> list[Tile]:
+    """Warn that records are lacking, before any figure."""
+    rows = [row for row in table.rows if row.unread_lines]
+    if not rows:
+        return []
+    more = f" and {counted(len(rows) - 1, 'other point')}" if len(rows) > 1 else ""
+    lines = counted(sum(row.unread_lines for row in rows), "line")
+    text = f"of step records at {rows[0].label}{more}; the figures may lack what they told: see the notes"
+    return [Tile("Could not be read", lines, text, "bad")]
 
 
 def _largest(table: ScalingTable) -> list[Row]:
