@@ -87,7 +87,8 @@ class ScriptWorkload:
             ConfigError: it cannot be started.
         """
         script = config.script
-        require_program(script)
+        cluster = request.cluster
+        require_program(script, elsewhere=not request.is_local and bool(cluster.container or cluster.setup))
         work = total_work(script, request.world_size)
         command = shlex.join(self._args(config, attempt=1))
         again = (

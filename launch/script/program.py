@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib.util
 import os
 import shlex
 import shutil
@@ -14,11 +13,18 @@ from pathlib import Path
 from launch.errors import ConfigError
 from launch.runs.ranges import closest
 from launch.runs.wrong_values import in_shell, quoted
+from launch.script.arguments import PLACEHOLDER
+from launch.script.module import require_module
 from launch.script.options import ScriptOptions
 
 
-def require_program(script: ScriptOptions) -> None:
-    """Raise ConfigError where the program is not there, as far as this machine can tell."""
+def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
+    """Raise ConfigError where the program is not there, as far as this machine can tell.
+
+    Args:
+        script: the keys of the program.
+        elsewhere: the ranks may have search paths, or packages, that this machine does not know.
+    """
     if script.workdir is not None and not Path(script.workdir).is_dir():
         raise ConfigError(f"script.workdir={script.workdir}, which is no folder", "a folder", "script.workdir=PATH")
     if script.python is not None and shutil.which(script.python) is None:
@@ -36,27 +42,12 @@ def require_program(script: ScriptOptions) -> None:
             f"script.path={folder / likely[0] if likely else 'train.py'}",
         )
     if script.module is not None and script.python is None:
-        require_module(script.module, Path(script.workdir or "."))
+        pythonpath = (script.env.get("PYTHONPATH") or "").split(os.pathsep)
+        unsettled = any(PLACEHOLDER.search(folder) for folder in pythonpath)
+        folders = [folder for folder in pythonpath if folder]
+        require_module(script.module, Path(script.workdir or "."), folders, elsewhere=elsewhere or unsettled)
     if script.command is not None:
         require_command([str(word) for word in script.command], Path(script.workdir or "."))
-
-
-def require_module(module: str, workdir: Path) -> None:
-    """Raise ConfigError where ``python -m`` finds no such module from ``workdir``; imports nothing of it."""
-    top = module.partition(".")[0]
-    inside = (workdir / top).is_dir() or (workdir / f"{top}.py").is_file()
-    if module.endswith(".py") and (workdir / module).is_file():
-        raise ConfigError(
-            f"script.module={module}, which is a file",
-            "a module, as python -m takes it, without .py",
-            f"script.path={module}, or script.module={module.removesuffix('.py')}",
-        )
-    if not inside and importlib.util.find_spec(top) is None:
-        raise ConfigError(
-            f"script.module={module}, and there is no {top} in {workdir} nor among the installed packages",
-            "a module that python -m finds from script.workdir",
-            "script.workdir=PATH of the folder it lies in, or script.path=FILE",
-        )
 
 
 def require_command(command: Sequence[str], workdir: Path) -> None:
