@@ -15,7 +15,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import ConfigError
-from launch.runs.overrides import typed_key
+from launch.runs.overrides import RANK_VALUES, typed_key
 from launch.runs.ranges import closest
 from launch.runs.renamed import is_former
 from launch.runs.wrong_values import PLAIN, in_shell, listed, quoted, wrong_value
@@ -26,6 +26,8 @@ LAUNCHER_KEYS = (
     *("launch", "cluster", "resilience", "budget", "objective", "objective_of"),
 )
 """Keys that a config has only under the launcher, to tell who types them to a workload."""
+BRACES = re.compile(r"(?<![$%\\{])\{(" + "|".join(RANK_VALUES) + r")\}")
+"""A value of a run that was meant as ``${...}``."""
 
 
 def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -90,7 +92,9 @@ def unknown_option(path: str, options: Sequence[str]) -> ConfigError:
 
 def unreadable(override: str, schema: type) -> ConfigError:
     """Say how an argument is written that Hydra's grammar of overrides cannot read."""
+    override = override.removeprefix("++")  # of a key of the user's choice, which needs none where it is typed
     key, equals, value = override.partition("=")
+    value = BRACES.sub(r"${\1}", value)
     found, expected = f"{override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or ="
     if not equals and is_path(override, schema):
         expected = "KEY=VALUE; a run that is there has commands of its own"

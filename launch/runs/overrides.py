@@ -99,6 +99,9 @@ NOT_IN_POINT = (
 )
 """Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
 
+RANK_VALUES = ("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name")
+"""Names that ``${...}`` in the arguments of a program may stand for: values that are known when a rank starts."""
+
 NOTHING_TYPED = "default"
 """Name of the folder of a run for which nothing was typed."""
 NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes

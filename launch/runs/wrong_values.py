@@ -20,7 +20,7 @@ PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 
 def wrong_value(found: str, key: str, schema: type, overrides: Sequence[str] = ()) -> ConfigError:
     """Say which values ``key`` takes, and propose one of them: what was meant, the default, or a pattern."""
-    typed = next((arg for arg in overrides if typed_key(arg) == key), found)
+    typed = next((arg for arg in overrides if typed_key(arg) == key), found).removeprefix("++")
     value = typed.partition("=")[2]
     kind, default = field_of(schema, key)
     if isinstance(kind, type) and issubclass(kind, Enum):

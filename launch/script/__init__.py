@@ -21,7 +21,7 @@ from launch.runs.compose import make_absolute
 from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
 from launch.runs.provenance import git
-from launch.script.arguments import PLACEHOLDER, keep_values, require_known, split_args, written_options
+from launch.script.arguments import PLACEHOLDER, fill, keep_values, require_known, split_args, written_options
 from launch.script.code import code_files
 from launch.script.options import ScriptConfig, ScriptOptions
 from launch.script.program import require_program
@@ -126,15 +126,12 @@ class ScriptWorkload:
             "name": config.name,
         }
 
-        def fill(text: str) -> str:
-            return PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
-
         def place(path: str) -> str:
             if copied is None or not Path(path).is_relative_to(root):
                 return path
             return str(Path(copied) / Path(path).relative_to(root))
 
-        env = {key: fill(value) for key, value in script.env.items() if value is not None}
+        env = {key: fill(value, values) for key, value in script.env.items() if value is not None}
         if copied is not None:
             env.setdefault("PYTHONPATH", os.pathsep.join(filter(None, (copied, os.environ.get("PYTHONPATH")))))
         args = self._args(config, attempt, place(script.path) if script.path else None)
@@ -142,7 +139,7 @@ class ScriptWorkload:
         if hidden:  # by env(1): torch elastic sets RANK and the like last
             args = ["env", *hidden, *args]
         assert script.workdir is not None
-        return RankCommand(tuple(map(fill, args)), env=env, workdir=Path(place(script.workdir)))
+        return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(script.workdir)))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
         """Return the behavior of ranks that need not know of their agent."""

@@ -11,7 +11,7 @@ from launch.agent.progress import check_pattern
 from launch.errors import ConfigError
 from launch.runs.identity import RunConfig
 from launch.runs.ranges import closest, require_positive, require_range
-from launch.script.arguments import Style, split_args
+from launch.script.arguments import Style, check_options, split_args
 
 # OmegaConf 2.3 reads the annotations of a schema at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
@@ -85,6 +85,7 @@ class ScriptOptions:
             raise ConfigError("script.command=[]", "a program and its arguments", "'script.command=[./train,--fast]'")
         split_args("script.args", self.args)
         split_args("script.resume_args", self.resume_args)
+        check_options(self.options, self.style)
         if self.stop_signal not in STOP_SIGNALS:
             uncatchable = ", which cannot be caught" if self.stop_signal in ("SIGKILL", "SIGSTOP") else ""
             likely = [] if uncatchable else closest(self.stop_signal, STOP_SIGNALS)
