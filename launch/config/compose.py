@@ -65,6 +65,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
         args.append(f"workload={CUSTOM}")
     workload = load_workload(target_of(args, config_dir))
     refuse_script_keys(args, workload)
+    refuse_foreign_keys(args, workload)
     free = tuple(f"{key}." for key in free_keys(workload.schema))
     raw: Sequence[str] = getattr(workload, "raw_keys", ())
     prepared = []
@@ -98,6 +99,26 @@ def refuse_script_keys(overrides: Sequence[str], workload: Workload) -> None:
         f"{', '.join(typed)}, of another workload than {workload.name}",
         "workload=script, which launches a program of your own",
         shlex.join([f"workload={SCRIPT}", *meant]),
+    )
+
+
+def refuse_foreign_keys(overrides: Sequence[str], workload: Workload) -> None:
+    """Raise ConfigError where keys of another workload are typed; proposes them as options of a script."""
+    known = {key for key in schema_keys(schema_of(target_of([]))) if "." not in key} - {*schema_keys(Config)}
+    own = {*schema_keys(workload.schema)}
+    typed = [arg for arg in overrides if "=" in arg and typed_key(arg).partition(".")[0] in known - own]
+    ours = {f"+experiment={path.stem}" for path in (CONFIGS / "experiment").glob("*.yaml")}  # all of the default one
+    presets = [] if workload.name == default_workload() else [arg.lstrip("+") for arg in overrides if arg in ours]
+    if not typed and not presets:
+        return
+    fixes = [f"the same without {' '.join([*typed, *presets])}"]
+    if SCRIPT in own and not presets:
+        named = [(typed_key(arg).rpartition(".")[2], arg.partition("=")[2]) for arg in typed]
+        fixes.insert(0, shlex.join(f"{SCRIPT}.options.{name}={value}" for name, value in named))
+    raise ConfigError(
+        f"{', '.join([*typed, *presets])}, of the workload {default_workload()}, with workload={workload.name}",
+        "options of the program's own, or keys that every workload has",
+        " in its place, or ".join(fixes),
     )
 
 

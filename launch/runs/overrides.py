@@ -55,7 +55,26 @@ def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment
     for arg in args:
         if "=" in arg and not typed_key(arg):
             raise ConfigError(f"{arg}, a value without a key", "KEY=VALUE", f"the same without {arg}")
+        refuse_listed_options(arg)
     return args
+
+
+COMPOSED = ("experiment", "workload", "hydra")
+"""Groups of which several options can be composed, or which are refused by what they name."""
+
+
+def refuse_listed_options(override: str) -> None:
+    """Raise ConfigError where a group is given a list, from which Hydra would compose all options over each other."""
+    key, _, value = override.partition("=")
+    if typed_key(override) not in config_groups().difference(COMPOSED) or not value.startswith("["):
+        return
+    options = [word for option in value.split(",") if (word := option.strip("[] '\""))]
+    fix = f"{key}={','.join(options)}" if options else f"the same without {override}"
+    raise ConfigError(
+        f"{override}, a list of options",
+        f"one option of {key}; python -m launch -m sweeps over several",
+        f"python -m launch -m {fix}" if len(options) > 1 else fix,
+    )
 
 
 @cache

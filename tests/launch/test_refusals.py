@@ -63,6 +63,24 @@ REFUSED = [
         r"${world_size} in its place, or \${world_sise} for these signs themselves",
     ),
     (["workload=script", "script.path=x.py", "script.args={a:1}"], "script.args.a=1", "script.args=VALUE"),
+    (
+        ["workload=script", "script.path=x.py", "model.n_layer=2"],
+        "model.n_layer=2, of the workload gpt, with workload=script",
+        "script.options.n_layer=2 in its place, or the same without model.n_layer=2",
+    ),
+    (
+        ["workload=script", "script.path=x.py", "model=gpt2_124m", "seed=3"],
+        "model=gpt2_124m, seed=3, of the workload gpt",
+        "script.options.model=gpt2_124m script.options.seed=3 in its place",
+    ),
+    (
+        ["workload=script", "script.path=x.py", "experiment=weak_scaling"],
+        "experiment=weak_scaling, of the workload gpt",
+        "the same without experiment=weak_scaling",
+    ),
+    (["parallel=[ddp,fsdp]"], "parallel=[ddp,fsdp], a list of options", "python -m launch -m parallel=ddp,fsdp"),
+    (["cluster=['local']"], "cluster=['local'], a list of options", "cluster=local"),
+    (["optim=[]"], "optim=[], a list of options", "the same without optim=[]"),
     (["resilience.max_restart.hung=1"], "unknown key resilience.max_restart", "resilience.max_restarts.hung=1"),
     (["nodes==2"], "nodes==2, which cannot be read", "nodes=2"),
     (["max_steps=3"], "unknown key max_steps", "optim.max_steps=3"),
@@ -140,6 +158,19 @@ def test_a_proposal_is_completed_until_nothing_refuses_it(words: str, fix: str) 
         plan(words.split())
     assert refusal.value.fix == fix
     plan(replace_typed(words.split(), fix.split(", or ")[0].split()))
+
+
+def test_a_proposal_for_options_can_be_typed() -> None:
+    words = ["workload=script", "script.path=x.py", "model.n_layer=2", "optim.lr=1e-3"]
+    with pytest.raises(ConfigError) as refusal:
+        compose_launch(words)
+    fix = shlex.split(refusal.value.fix.partition(" in its place")[0])
+    assert compose_launch([*words[:2], *fix]).script.options == {"n_layer": 2, "lr": 1e-3}
+
+
+def test_several_experiments_compose() -> None:
+    composed = compose_launch(["experiment=[synthetic,weak_scaling]"])
+    assert composed.optim.weak_scaling and composed.data == compose_launch(["experiment=synthetic"]).data
 
 
 def test_the_advice_of_one_point_suits_every_point_of_its_sweep(tmp_path: Path) -> None:
