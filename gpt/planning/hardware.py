@@ -5,16 +5,18 @@ Owns the defaults, each with its source. Must not know where nodes come from.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
+from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops, words_of
 from gpt.accounting.units import GIB
 from gpt.config import Precision
 from launch.errors import ConfigError
 from launch.runs.matmul_rates import MatmulRates
 from launch.runs.network import TIERS, Curve, LinkFit, Network
+from launch.runs.ranges import closest
 
 ATTAINABLE = 0.5
 """Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
@@ -164,10 +166,12 @@ def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
             "a name with the memory, by which a run that does not fit is refused",
             ", or ".join(sized),
         )
+    chips = closest(name.lower(), {words_of(known)[0] for known in KNOWN})[:1]
+    likely = [f"cluster.gpu_name={shlex.quote(known)}" for chip in chips for known in expand(chip)]
     raise ConfigError(
         f"cluster.gpu_name={name}, which is not known",
         f"one of {', '.join(KNOWN)}, or a short name such as H100 or A100-80GB",
-        "cluster.gpu_memory_gib=N, the memory of one GPU, beside that name",
+        ", or ".join(["cluster.gpu_memory_gib=N, the memory of one GPU, beside that name", *likely]),
     )
 
 

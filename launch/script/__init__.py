@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from launch.errors import ConfigError
 from launch.runs.compose import make_absolute
 from launch.runs.damage import read_plan
 from launch.runs.folder import RunFolder
+from launch.runs.overrides import typed_key
 from launch.runs.provenance import git
 from launch.script.arguments import PLACEHOLDER, fill, keep_values, require_known, split_args, written_options
 from launch.script.code import code_files
@@ -104,6 +105,7 @@ class ScriptWorkload:
         facts = {"command": self._args(config, attempt=1), "unit": script.unit.name, "work_per_step": work}
         return WorkloadPlan(
             rows=rows,
+            warnings=tuple(unused_keys(request)),
             facts={key: value for key, value in facts.items() if value is not None},
             max_steps=script.max_steps,
             checkpoint_kind=command,
@@ -177,6 +179,24 @@ class ScriptWorkload:
             program = [python, path or str(script.path)]
         args = [*program, *split_args("script.args", script.args), *written_options(script.options, script.style)]
         return args + (split_args("script.resume_args", script.resume_args) if attempt > 1 else [])
+
+
+SAYS_NOTHING = (
+    *("cluster.gpu_name", "cluster.gpu_memory_gib", "cluster.gpu_tflops", "cluster.matmul_efficiency"),
+    *("cluster.matmul_rates", "cluster.network"),
+)
+"""Keys that describe nodes to a workload with a cost model, and ask for nothing."""
+
+
+def unused_keys(request: PlanRequest) -> Iterator[str]:
+    """Warn of typed keys that would tell a script's memory and time, of which nothing is known."""
+    typed = {typed_key(word): word for word in request.overrides if "=" in word}
+    words = [word for key, word in typed.items() if key in SAYS_NOTHING or key.startswith("cluster.interconnect.")]
+    if words:
+        yield (
+            f"{', '.join(words)}: without use for a script, and no request for such nodes; cluster.partition, "
+            "cluster.constraint and cluster.gres ask for them"
+        )
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:

@@ -118,6 +118,11 @@ def test_links_that_are_stated_count() -> None:
         (["cluster.gpus_per_node=8"], "GPUs of which nothing is known", "cluster.gpu_name="),
         (["cluster.gpus_per_node=8", "cluster.gpu_name=H20"], "H20, which is not known", "cluster.gpu_memory_gib="),
         (
+            ["cluster.gpus_per_node=8", "cluster.gpu_name=H200x"],
+            "H200x, which is not known",
+            ", or cluster.gpu_name='NVIDIA H200'",
+        ),
+        (
             ["cluster.gpus_per_node=8", "cluster.gpu_name=H20", "cluster.gpu_memory_gib=96"],
             "(H20)",
             "cluster.gpu_name=",
@@ -127,7 +132,7 @@ def test_links_that_are_stated_count() -> None:
         (["cluster.gpus_per_node=8", H100, "cluster.gpu_memory_gib=2"], "needs least", "nodes="),
         (["cluster.gpus_per_node=8", H100, "optim.global_batch=7"], "optim.global_batch=7", "optim.global_batch="),
     ],
-    ids=["no name", "unknown name", "unknown rate", "two memories", "no memory", "too small", "batch"],
+    ids=["no name", "unknown name", "mistyped name", "unknown rate", "two memories", "no memory", "too small", "batch"],
 )
 def test_what_cannot_be_chosen_is_refused(words: list[str], found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
+from launch.plan.plan import make_plan
 from launch.runs.folder import RunFolder
 from launch.script import ScriptConfig, ScriptWorkload
 from launch.script.arguments import Style, written_options
@@ -112,3 +115,13 @@ def test_a_program_of_hydra_reads_the_lists_that_were_typed(value: Any) -> None:
 
 def test_lists_in_lists_go_through_to_a_program_of_hydra() -> None:
     assert arguments("script.options.x=[[1,2],[3]]", "script.style=hydra") == ["x=[[1,2],[3]]"]
+
+
+def test_keys_that_say_nothing_of_a_script_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.py").touch()
+    words = [*SCRIPT, "cluster.gpu_name=H200x", "cluster.interconnect.inter_node.latency_us=3", "cluster.timeout_min=5"]
+    plan = make_plan(typed_config(compose_launch(words)), words, ClusterKind.slurm)
+    (warning,) = plan.warnings
+    assert warning.startswith("cluster.gpu_name=H200x, cluster.interconnect.inter_node.latency_us=3: without use")
+    assert make_plan(typed_config(compose_launch(SCRIPT)), SCRIPT, ClusterKind.slurm).warnings == ()
