@@ -131,7 +131,7 @@ WIDE = 1000
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 where there is nothing to compare."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     runs = runs_to_compare(args.runs)
     named = zip(runs, label_runs(runs), strict=True)
     compared = compare([read_metrics(RunFolder(path), label) for path, label in named])

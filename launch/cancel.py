@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_paths(parser)
     parser.add_argument("--now", action="store_true", help="end them at once, whether or not they have saved")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     deny_others_writing()
     try:
         return 0 if cancel(args.paths, Console(soft_wrap=True), now=args.now) else 1

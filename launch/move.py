@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m launch does so itself while it watches; with launch.detach=true it leaves this command behind.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     deny_others_writing()
     try:
         move(find_runs(args.paths), Console(soft_wrap=True))

@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a run folder, a folder with runs in it, or the label of a run (default: outputs)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     points = find_run_statuses(find_runs(args.paths))
     problem = poll(points, trust_log=True)
     try:

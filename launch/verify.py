@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_paths(parser)
     parser.add_argument("--copies", action="store_true", help="those at checkpoint.copy_to instead of the disk's")
     parser.add_argument("--newest", action="store_true", help="only the newest of each run, which it would go on from")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     console = Console(soft_wrap=True)
     return 0 if verify_runs(find_runs(args.paths), console, newest=args.newest, copies=args.copies) else 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional, Union
@@ -181,6 +182,7 @@ class DataConfig:
             raise ConfigError(
                 "source=dataset without data.dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"
             )
+        self._validate_path()
         self._validate_val_path()
         if self.revision is not None and self.source is not Source.dataset:
             raise ConfigError(
@@ -196,6 +198,14 @@ class DataConfig:
         self.synthetic.validate()
         self._validate_tokenizer()
         self._validate_tokens()
+
+    def _validate_path(self) -> None:
+        if self.path is not None and self.source in (Source.stdlib, Source.synthetic, Source.dataset):
+            raise ConfigError(
+                f"data.path={self.path} with data={self.title}, which does not read it",
+                "a source with files of your own: data=text, data=files or data=tokens",
+                f"data=text data.path={shlex.quote(self.path)}, or data.path=null",
+            )
 
     def _validate_val_path(self) -> None:
         if self.val_path is None or self.source in (Source.text, Source.files, Source.tokens):

@@ -23,11 +23,17 @@ from launch.plan.preflight import add_warnings
 from launch.plan.text import share_budget
 from launch.runs.find import labels_for
 from launch.runs.objective import refuse_unknown_figure
+from launch.runs.overrides import typed_key, typed_value
+from launch.runs.wrong_values import in_shell
 from launch.scheduler import client as scheduler
 from launch.scheduler.limits import Limits
 
 if TYPE_CHECKING:
     from launch.checks.facts import SlurmFacts
+
+
+TEXTS = ("script.env.", "cluster.exclude", "cluster.partition", "cluster.mail_type", "cluster.additional_parameters.")
+"""Beginnings of keys whose values may hold a comma."""
 
 
 def plan_sweep(
@@ -151,22 +157,33 @@ def label_plans(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> list[P
     Raises:
         ConfigError: two of them would write into one folder.
     """
-    refuse_same_folder(plans)
+    refuse_same_folder(plans, typed)
     labels = labels_for([(Path(plan.run_dir), words) for plan, words in zip(plans, typed, strict=True)])
     return [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
 
 
-def refuse_same_folder(plans: Sequence[Plan]) -> None:
+def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> None:
     """Raise ConfigError where two points would write into one folder."""
-    seen: set[str] = set()
-    for plan in plans:
+    seen: dict[str, Sequence[str]] = {}
+    for plan, words in zip(plans, typed, strict=True):
         if plan.run_dir in seen:
+            apart = {typed_key(word) for word in {*seen[plan.run_dir]} ^ {*words}}
+            texts = sorted(key for key in apart if key.startswith(TEXTS))
+            each = {key: [value for point in typed if (value := typed_value(point, key)) is not None] for key in texts}
+            quoted = [in_shell(key, f'"{",".join(dict.fromkeys(values))}"') for key, values in each.items()]
             raise ConfigError(
-                f"two points of the sweep with the folder {plan.run_dir}",
-                "a folder for each point; run_dir, cluster.* and resilience.* do not tell points apart",
-                "a sweep over something that changes the run, or one command for each with its own name=NAME",
+                f"two points of the sweep with the folder {plan.run_dir}"
+                + (f", which differ in {', '.join(sorted(apart))}" if apart else ""),
+                "a folder for each point; run_dir, cluster.* and resilience.* do not tell points apart"
+                + ("; a comma outside quotes means several points" if quoted else ""),
+                ", or ".join(
+                    [
+                        *([" ".join(quoted)] if quoted else []),
+                        "a sweep over something that changes the run, or one command for each with its own name=NAME",
+                    ]
+                ),
             )
-        seen.add(plan.run_dir)
+        seen[plan.run_dir] = words
 
 
 def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:

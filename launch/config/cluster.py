@@ -6,7 +6,7 @@ Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher.
 from __future__ import annotations
 
 import re
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
@@ -210,6 +210,13 @@ class ClusterConfig:
             if getattr(self, key) is not None:
                 least = 0 if key in ("gpus_per_node", "price_per_gpu_hour") else 1
                 require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
+        for entry in fields(self):
+            if getattr(self, entry.name) == "":
+                raise ConfigError(
+                    f"cluster.{entry.name}= without a value, as a variable of the shell that is not set leaves it",
+                    "a text, or null where Slurm is to choose",
+                    f"cluster.{entry.name}=VALUE, or cluster.{entry.name}=null",
+                )
         require_range("cluster.matmul_efficiency", self.matmul_efficiency, 0.01, 1)
         self.interconnect.validate()
         if self.network is not None:

@@ -66,7 +66,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
     workload = load_workload(target_of(args, config_dir))
     refuse_script_keys(args, workload)
     refuse_foreign_keys(args, workload)
-    free = tuple(f"{key}." for key in free_keys(workload.schema))
+    free = tuple(f"{key}." for key in (*free_keys(Config), *free_keys(workload.schema)))
     raw: Sequence[str] = getattr(workload, "raw_keys", ())
     prepared = []
     for arg in args:
@@ -74,7 +74,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
         if equals and key in raw and value[:1] not in ("'", '"') and value != "null":
             escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
             arg = f"{key}='{escaped}'"
-        elif free and key.startswith(free):
+        elif free and (key.startswith(free) or (f"{key}." in free and value.startswith("{"))):
             arg = f"++{arg}"
         prepared.append(arg)
     return prepared

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="KIND,KIND",
         help=f"write these files only, of {', '.join(file.value for file in ReportFile)}",
     )
-    typed = parser.parse_args(arguments)
+    typed = parser.parse_intermixed_args(arguments)
     deny_others_writing()
     folders = [path if path.exists() else next(iter(runs_labelled(path)), path) for path in typed.folders]
     if len(folders) > 1 and typed.sweep is not None:

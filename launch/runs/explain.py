@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 from launch.runs.overrides import RANK_VALUES, typed_key
 from launch.runs.ranges import closest
 from launch.runs.renamed import is_former
-from launch.runs.wrong_values import PLAIN, in_shell, listed, quoted, wrong_value
+from launch.runs.wrong_values import PLAIN, field_of, in_shell, listed, quoted, wrong_value
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 LAUNCHER_KEYS = (
@@ -60,6 +60,9 @@ def explain(error: BaseException, schema: type, overrides: Sequence[str] = ()) -
     first = str(error).strip().splitlines()[0]
     if isinstance(error, MissingConfigException) and error.options:
         return unknown_option(error.missing_cfg_file or "", error.options)
+    if isinstance(error, MissingConfigException) and "primary config" in first:
+        found = f"no config {error.missing_cfg_file}"
+        return ConfigError(found, "config, the name of the launcher's own", "the same without --config-name")
     if isinstance(error, OverrideParseException):
         return unreadable(error.override, schema)
     if "is not in struct" in text or "not in '" in text or "No match in the defaults list" in text:
@@ -101,12 +104,17 @@ def unreadable(override: str, schema: type) -> ConfigError:
         return ConfigError(f"{override}, a path without a key", expected, complete_path(override, schema))
     if not equals:
         return ConfigError(found, "KEY=VALUE", complete(override, schema))
+    if key in free_keys(schema) and re.match(r"[\w.]+=", value):
+        expected = f"keys of your own below {key}, each with its value"
+        return ConfigError(found, expected, f"{key}.{value.replace(',', f' {key}.')}")
     if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
         return ConfigError(found, "one argument: the shell splits at blanks", f"'{key}=...', quoted as a whole")
     if value.startswith("["):
         return ConfigError(
             found, expected, f"""'{key}=[{",".join(f'"{word.strip()}"' for word in value.strip("[]").split(","))}]'"""
         )
+    if get_origin(field_of(schema, key)[0]) is list:
+        return ConfigError(found, expected, listed(key, value))
     return ConfigError(found, expected, respell(key, value))
 
 
@@ -137,6 +145,8 @@ def complete_path(word: str, schema: type) -> str:
 def complete(word: str, schema: type) -> str:
     """Propose what to type in place of a word without a value: a key, the group that has it as option, or nothing."""
     keys = [known for known in schema_keys(schema) if not is_former(known)]
+    if word.rpartition(".")[0] in free_keys(schema):
+        return f"{word}=VALUE"
     if word.isdecimal() and "nodes" in keys:
         return f"nodes={word}"
     groups = [group for group in option_groups(word) if group in keys]
@@ -198,6 +208,9 @@ def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
             f"one of {', '.join(k for k in keys if '.' not in k)}: torchrun and gpt.train know no nodes",
             f"python -m launch {typed}",
         )
+    if key.split(".")[0] == "script" and "nodes" not in keys:
+        found, expected = f"{key}, a key of workload=script", "the launcher, which starts a program of your own"
+        return ConfigError(found, expected, f"python -m launch workload=script {shlex.quote(typed)}")
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
     groups = {k.rpartition(".")[0] for k in keys}

@@ -55,6 +55,9 @@ def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment
     for arg in args:
         if "=" in arg and not typed_key(arg):
             raise ConfigError(f"{arg}, a value without a key", "KEY=VALUE", f"the same without {arg}")
+        if arg.startswith("~") and typed_key(arg) in config_groups().difference(COMPOSED):
+            expected = f"one option of {typed_key(arg)}, which no run is without"
+            raise ConfigError(f"{arg}, which takes it away", expected, f"the same without {arg}")
         refuse_listed_options(arg)
     return args
 

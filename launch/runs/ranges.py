@@ -27,5 +27,6 @@ def require_range(key: str, value: float, low: float, high: float) -> None:
 def closest(name: str, choices: Iterable[str]) -> list[str]:
     """Up to three of ``choices`` that look like ``name``, or begin like it, best first, for error messages."""
     known = sorted(choices)
-    alike = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return alike or [choice for choice in known if choice[:3] == name[:3]][:3]
+    alike = [choice for choice in known if choice.lower() == name.lower() != choice]
+    alike = alike or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return alike or [choice for choice in known if choice[:3].lower() == name[:3].lower()][:3]

@@ -20,6 +20,7 @@ PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 
 def wrong_value(found: str, key: str, schema: type, overrides: Sequence[str] = ()) -> ConfigError:
     """Say which values ``key`` takes, and propose one of them: what was meant, the default, or a pattern."""
+    key = key.partition("[")[0]  # of an element, the list
     typed = next((arg for arg in overrides if typed_key(arg) == key), found).removeprefix("++")
     value = typed.partition("=")[2]
     kind, default = field_of(schema, key)
@@ -35,6 +36,11 @@ def wrong_value(found: str, key: str, schema: type, overrides: Sequence[str] = (
         if len(elements(value)) > 1:
             fix = f"python -m launch -m {key}={','.join(elements(value))}"
         return ConfigError(typed, "a whole number" if kind is int else "a number", fix)
+    inner = get_args(kind)[0] if get_origin(kind) is list else None
+    if isinstance(inner, type) and issubclass(inner, Enum):
+        options = [option.name for option in inner]
+        alike = dict.fromkeys(next(iter(closest(word, options)), options[0]) for word in elements(value) or options[:1])
+        return ConfigError(typed, f"a list of {', '.join(options)}", in_shell(key, f"[{','.join(alike)}]"))
     if get_origin(kind) is list:
         return ConfigError(typed, "a list", listed(key, value))
     if get_origin(kind) is dict:
@@ -101,7 +107,13 @@ def in_shell(key: str, value: str) -> str:
 
 
 def in_unit_of(key: str, value: str) -> str | None:
-    """Convert a length of time such as ``1h`` to the unit that the name of a key ends with; None for anything else."""
+    """Convert a time such as ``1h`` or ``1:30:00``, or a size such as ``64G``, to the unit that the name of a key ends
+    with; None for anything else."""
+    if size := re.fullmatch(r"(\d+) ?G(B|iB)?", value, re.IGNORECASE):
+        return size.group(1) if key.endswith(("_gb", "_gib")) else None
+    if clock := re.fullmatch(r"(\d+):(\d\d):(\d\d)", value):
+        hours, minutes, seconds = map(int, clock.groups())
+        value = f"{3600 * hours + 60 * minutes + seconds}s"
     units = {"s": 1, "min": 60, "m": 60, "h": 3600, "hours": 3600, "d": 86400}
     told = re.fullmatch(r"(\d+)(s|min|m|h|d)", value)
     unit = units.get(key.rpartition("_")[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt.config.compose import compose_train
 from launch.__main__ import COMMANDS, refuse_command
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
@@ -27,7 +29,7 @@ from launch.runs.provenance import ROOT, install_command
 from launch.script.options import ScriptOptions
 from launch.script.program import require_program
 from tests.support.commands import ROOT as CHECKOUT
-from tests.support.commands import TIMEOUT_S, environment
+from tests.support.commands import TIMEOUT_S, environment, run
 
 
 def refusal_of(*words: str) -> ConfigError:
@@ -87,6 +89,13 @@ def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
         ("nodes =2", "KEY=VALUE, quoted", "nodes=2"),
         ("nodes=[1,2]", "a whole number", "python -m launch -m nodes=1,2"),
         ("optim.lr=high", "a number", "optim.lr=0.001"),
+        ("precision=BF16", "one of auto, ", "precision=bf16"),
+        ("cluster.mem_gb=64G", "a number", "cluster.mem_gb=64"),
+        ("cluster.timeout_min=1:30:00", "a whole number", "cluster.timeout_min=90"),
+        ("cluster.srun_args=--mpi=pmix", "KEY=VALUE, quoted", """'cluster.srun_args=["--mpi=pmix"]'"""),
+        ("launch.report_files=[md,pngg]", "a list of md, csv, ", "'launch.report_files=[md,png]'"),
+        ("script.options=lr=3,seed=4", "keys of your own", "script.options.lr=3 script.options.seed=4"),
+        ("script.env.FOO", "KEY=VALUE", "script.env.FOO=VALUE"),
     ],
 )
 def test_a_value_that_does_not_fit_is_answered_with_one_that_does(typed: str, expected: str, fix: str) -> None:
@@ -169,3 +178,55 @@ def test_a_plan_of_finished_points_has_no_worst_case() -> None:
     done = replace(make_plan(config, [], ClusterKind.slurm), finished=True)
     assert worst_case_text([done, done], [config, config]) == "worst case: nothing is left to run"
     assert "1 node-hour" in worst_case_text([done, replace(done, finished=False)], [config, config])
+
+
+def test_a_mapping_of_keys_of_the_users_choice_is_taken_as_it_is_typed() -> None:
+    config = compose_launch(["workload=script", "script.options={lr:3}", "script.env={A:b}", "script.options.n=2"])
+    assert config.script.options == {"lr": 3, "n": 2} and config.script.env == {"A": "b"}
+    for typed in (
+        "cluster.additional_parameters.hint=nomultithread",
+        "cluster.additional_parameters={hint:nomultithread}",
+    ):
+        assert compose_launch([typed]).cluster.additional_parameters == {"hint": "nomultithread"}
+
+
+def test_a_comma_that_makes_points_of_one_text_is_answered_with_the_text(tmp_path: Path) -> None:
+    (tmp_path / "t.py").touch()
+    words = ["workload=script", "script.path=t.py", "cluster=local", "dry_run=true"]
+    said = run("launch", *words, "script.env.CUDA_VISIBLE_DEVICES=0,1", cwd=tmp_path, status=2)
+    fix = said.rpartition("type next: ")[2].partition(", or ")[0]
+    assert "which differ in script.env.CUDA_VISIBLE_DEVICES" in said
+    assert shlex.split(fix) == ['script.env.CUDA_VISIBLE_DEVICES="0,1"']
+    run("launch", *words, *shlex.split(fix), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "exclude"])
+def test_a_variable_of_the_shell_that_is_not_set_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"cluster.{key}= without a value") as refusal:
+        typed_config(compose_launch([f"cluster.{key}="])).validate()
+    typed_config(compose_launch([refusal.value.fix.split(", or ")[1]])).validate()
+
+
+def test_a_path_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.path=/tmp/x with data=stdlib") as refusal:
+        typed_config(compose_launch(["data.path=/tmp/x"])).validate()
+    for fix in refusal.value.fix.split(", or "):
+        typed_config(compose_launch(fix.split())).validate()
+
+
+def test_the_name_of_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    said = run("launch", "--config-name", "foo", cwd=tmp_path, status=2)
+    assert "found: no config foo\n" in said and "type next: the same without --config-name\n" in said
+
+
+def test_keys_of_a_script_are_sent_to_the_launcher() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        compose_train(["script.path=a b.py"])
+    assert refusal.value.fix == "python -m launch workload=script 'script.path=a b.py'"
+
+
+def test_options_may_stand_between_folders(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        RunFolder(tmp_path / name).create_attempt()
+    said = run("launch.status", "a", "--json", "b", cwd=tmp_path)
+    assert [Path(row["run_dir"]).name for row in json.loads(said)] == ["a", "b"]

@@ -80,6 +80,7 @@ REFUSED = [
     ),
     (["parallel=[ddp,fsdp]"], "parallel=[ddp,fsdp], a list of options", "python -m launch -m parallel=ddp,fsdp"),
     (["cluster=['local']"], "cluster=['local'], a list of options", "cluster=local"),
+    (["~model"], "~model, which takes it away", "the same without ~model"),
     (["optim=[]"], "optim=[], a list of options", "the same without optim=[]"),
     (["resilience.max_restart.hung=1"], "unknown key resilience.max_restart", "resilience.max_restarts.hung=1"),
     (["nodes==2"], "nodes==2, which cannot be read", "nodes=2"),
