@@ -92,7 +92,7 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
         raise ConfigError(
             f"no checkpoint of step {step} in {folder.checkpoints}",
             f"one of {steps}",
-            f"step {folders.step_of(there[-1])}",
+            f"--step {folders.step_of(there[-1])}",
         )
     damaged = []
     for path in reversed(wanted):

@@ -50,7 +50,7 @@ def test_what_is_not_a_run_with_a_checkpoint_is_refused(trained: Path, tmp_path:
         load_model(tmp_path)
     with pytest.raises(ConfigError, match=f"the folder of a sweep(.|\n)*type next: {trained}"):
         load_model(trained.parent)
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 5 .*\nexpected: one of 8, 12"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 5 .*\nexpected: one of 8, 12\ntype next: --step 12"):
         load_model(trained, 5)
     shutil.copytree(trained / ".hydra", tmp_path / "new" / ".hydra")
     with pytest.raises(ConfigError, match="no checkpoint in"):
