@@ -46,7 +46,7 @@ with lasting_imports():
     from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
     from gpt.training.divergence import DivergenceGuard
     from gpt.training.early_stop import EarlyStop, refuse_unknown_text
-    from gpt.training.execution import settle_execution
+    from gpt.training.execution import keep_compiled, settle_execution
     from gpt.training.host_memory import keep_freed_memory
     from gpt.training.init_from import first_weights
     from gpt.training.loop import train
@@ -76,6 +76,7 @@ def build(
 ) -> Run:
     """Prepare the data, make the model, parallelize it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
+    keep_compiled(config, world)
     set_matmul_precision(config)
     if world.device.type == "cpu":
         keep_freed_memory()

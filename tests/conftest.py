@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # Before torch is imported. With two threads the last bits differed in 1 of 19 runs, and the workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Beside each run, where it is by default, every test would begin with an empty one.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
 
 # The same examples in each run, so that a change is what decides; HYPOTHESIS_PROFILE=random draws others. Neither looks
 # at the clock, which ranks of other tests share.

@@ -1,12 +1,16 @@
 """Precision, TF32 and compilation of the ranks, where the config leaves them to the devices.
 
-Owns what only ranks can tell: the devices that all of them have, and what an earlier attempt computed in. The rule is
-gpt/planning/execution.py's.
+Owns what only ranks can tell: the devices that all of them have, what an earlier attempt computed in, and where what it
+compiled lies. The rule is gpt/planning/execution.py's.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -16,6 +20,7 @@ from gpt.planning.execution import choose_compile, choose_tf32, float8_refusal, 
 from launch.errors import ConfigError
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
+from launch.runs.rank_environment import COMPILE_CACHE
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:
@@ -60,6 +65,37 @@ def settle_precision(folder: RunFolder, world: World) -> Precision:
             "GPUs of compute capability 8.0 or more, or precision=fp32 fresh=true to start over",
         )
     return Precision[before]
+
+
+def keep_compiled(config: TrainConfig, world: World) -> None:
+    """Have torch's compiler keep what it makes for later attempts, on whatever nodes they run, and for runs of the
+    same shapes. Collective.
+    """
+    if config.compiles:
+        folder = world.on_first(partial(open_compile_cache, Path(config.output_dir) / ".cache" / "compiled"))
+        if folder is not None and not names_compile_cache():
+            os.environ[COMPILE_CACHE] = folder
+
+
+def names_compile_cache() -> bool:
+    """Tell whether the user has named a folder for what is compiled; torch names its own, in /tmp, when imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
+
+    return os.environ.get(COMPILE_CACHE, default_cache_dir()) != default_cache_dir()
+
+
+def open_compile_cache(folder: Path) -> str | None:
+    """Make a folder for what is compiled; None where the user has named one, and on a filesystem that cannot lock
+    files, as the compiler does."""
+    if names_compile_cache():
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return None
+    return str(folder.absolute())
 
 
 VOLTA = (7, 0)

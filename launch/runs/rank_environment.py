@@ -41,9 +41,12 @@ DEFAULTS = (
 DUMP_FILE = Default("TORCH_FR_DUMP_TEMP_FILE", "nccl_trace_rank_", ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE",))
 """Beginning of the files of the flight recorder, to which torch appends the rank; one for each attempt."""
 
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Folder in which torch's compiler keeps what it makes."""
+
 RECORDED = (
     *(name for entry in (*DEFAULTS, DUMP_FILE) for name in entry.names),
-    *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+    *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", COMPILE_CACHE, "TRITON_CACHE_DIR"),
 )
 MOST_FILES = 1 << 20
 """Programs that close every number a file could have take minutes where a site allows a billion."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -35,9 +40,13 @@ from gpt.planning.memory import per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import parallel_dims
 from gpt.training.compile_time import CompileTime
+from gpt.training.execution import open_compile_cache
 from launch.runs.folder import RunFolder
+from launch.runs.rank_environment import COMPILE_CACHE, describe_environment
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run
+from tests.support.distributed import run_distributed
+from tests.support.learning import start
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
 
 MIXTURE = LLAMA | {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2}
@@ -208,3 +217,39 @@ def test_a_block_that_cannot_be_compiled_whole_ends_a_run_that_asks_for_that() -
         compile_block(block, config)
         with pytest.raises(torch._dynamo.exc.Unsupported) if whole else nullcontext():
             assert torch.equal(block(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def find_compile_cache(rank: int, size: int, folder: Path, words: list[str], named: str | None) -> tuple[str, str]:
+    """Where torch's compiler keeps what it makes for a run, and where its record says so."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    os.environ.pop(COMPILE_CACHE)
+    if named is not None:
+        os.environ[COMPILE_CACHE] = named
+    elif rank == 0:
+        assert cache_dir() == os.environ[COMPILE_CACHE], "it names its own folder as soon as it is imported"
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+        start(rank, size, folder / "run", f"output_dir={folder}", *words)
+    told = str(describe_environment().get(COMPILE_CACHE))
+    return cache_dir(), told
+
+
+@pytest.mark.parametrize("named", [None, "theirs"])
+def test_what_is_compiled_lies_where_a_later_attempt_finds_it(tmp_path: Path, named: str | None) -> None:
+    own = named and str(tmp_path / named)
+    found = run_distributed(find_compile_cache, 2, tmp_path, ["compile=default"], own)
+    expected = own or str(tmp_path / ".cache" / "compiled")
+    assert found == [(expected, expected)] * 2
+    assert (tmp_path / ".cache").exists() is (named is None)
+
+
+def test_a_filesystem_without_locks_keeps_nothing_that_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(COMPILE_CACHE)
+    assert open_compile_cache(tmp_path / "made") == str(tmp_path / "made")
+    (tmp_path / "file").touch()
+    assert open_compile_cache(tmp_path / "file") is None, "it could not be written"
+    refuses = mock.Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)))  # as Lustre without flock
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    assert open_compile_cache(tmp_path / "made") is None
