@@ -37,6 +37,11 @@ class Accelerator:
     has_float8: bool = False
     """True where the matrix units multiply 8-bit floating point numbers, as torch uses them."""
 
+    @property
+    def half(self) -> Precision:
+        """Precision of 16 bits that its matrix units take: fp16 where they are too old for bf16."""
+        return Precision.fp16 if self.bf16 is None else Precision.bf16
+
     def peak(self, precision: Precision, tf32: bool = False) -> float | None:
         """Return the dense peak in a precision, TFLOP/s; ``tf32`` allows TF32 in fp32, where the device has it."""
         if precision is Precision.bf16:

@@ -214,12 +214,7 @@ class TrainConfig(RunConfig):
         for part in parts:
             part.validate()
         require_range("seed", self.seed, 0, 2**63 - 1)
-        if self.tf32 and self.precision.is_half:
-            raise ConfigError(
-                f"tf32=true with precision={self.precision.name}",
-                "TF32 for the products of precision=fp32 only; others are of 16 bits",
-                "precision=fp32 tf32=true, or tf32=null",
-            )
+        check_tf32(self)
         check_float8(self)
         if self.checkpoint.in_memory and self.parallel.strategy is Strategy.deepspeed:
             raise ConfigError(
@@ -250,6 +245,16 @@ class TrainConfig(RunConfig):
                 "profile_from <= profile_to <= optim.max_steps",
                 f"profile_from={min(self.profile_from, last)} profile_to={min(self.profile_from + 2, last)}",
             )
+
+
+def check_tf32(config: TrainConfig) -> None:
+    """Raise ConfigError where TF32 is asked for in 16 bits."""
+    if config.tf32 and config.precision.is_half:
+        raise ConfigError(
+            f"tf32=true with precision={config.precision.name}",
+            "TF32 for the products of precision=fp32 only; others are of 16 bits",
+            "precision=fp32 tf32=true, or tf32=null",
+        )
 
 
 def is_installed(package: str) -> bool:

@@ -21,7 +21,7 @@ def slow_precision(device_name: str, precision: Precision, tf32: bool = False) -
     known = find(device_name)
     if precision is not Precision.fp32 or known is None:
         return
-    half = Precision.fp16 if known.bf16 is None else Precision.bf16
+    half = known.half
     ours, theirs = known.peak(precision, tf32), known.peak(half)
     if theirs is None:
         return

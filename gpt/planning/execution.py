@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from gpt.accounting.hardware import find
 from gpt.config import CompileMode, Float8, Precision, TrainConfig
+from gpt.config.train import check_tf32
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config
@@ -39,7 +40,7 @@ def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu:
         return Precision.fp32
     if known is None:
         return Precision.auto
-    return Precision.fp16 if known.bf16 is None else Precision.bf16
+    return known.half
 
 
 def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
@@ -61,6 +62,28 @@ def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
     if on_cpus or config.precision is not Precision.fp32:
         return False
     return not config.deterministic if config.tf32 is None else config.tf32
+
+
+def refuse_tf32(config: TrainConfig, gpu: str | None) -> None:
+    """Raise ConfigError where TF32 is asked for, and ``precision=auto`` has become 16 bits, or the GPU has none.
+
+    Args:
+        config: of the run, its precision settled.
+        gpu: name of the ranks' GPU; None where it is not known.
+    """
+    check_tf32(config)
+    known = None if gpu is None else find(gpu)
+    if config.tf32 and known is not None and known.tf32 is None:
+        raise tf32_refusal(str(gpu))
+
+
+def tf32_refusal(gpu: str) -> ConfigError:
+    """Make the refusal of ``tf32`` on a GPU without it."""
+    return ConfigError(
+        f"tf32=true on {gpu}, which has no TF32",
+        "GPUs of compute capability 8.0 or more on all ranks",
+        "tf32=null precision=auto, or tf32=null",
+    )
 
 
 def refuse_float8(config: TrainConfig, on_cpus: bool, gpu: str | None) -> None:

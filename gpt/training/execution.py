@@ -16,7 +16,7 @@ import torch
 
 from gpt.config import Float8, Precision, TrainConfig
 from gpt.parallel.distributed import World
-from gpt.planning.execution import choose_compile, choose_tf32, float8_refusal, refuse_float8
+from gpt.planning.execution import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
 from launch.errors import ConfigError
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
@@ -35,14 +35,10 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
         precision = settle_precision(folder, world)
     on_cpus = world.device.type != "cuda"
     config = replace(config, precision=precision)
+    refuse_tf32(config, None)
     tf32 = choose_tf32(config, on_cpus) and all(world.gather(has_tf32(world.device)))
     if config.tf32 and not tf32:
-        name = torch.cuda.get_device_name(world.device)
-        raise ConfigError(
-            f"tf32=true on {name}, which has no TF32",
-            "GPUs of compute capability 8.0 or more on all ranks",
-            "precision=fp16, or tf32=null",
-        )
+        raise tf32_refusal(torch.cuda.get_device_name(world.device))
     refuse_float8(config, on_cpus, None)
     if config.float8 is not Float8.none and not config.float8_emulate:
         lacking = world.gather(not has_float8(world.device)).count(True)

@@ -22,7 +22,7 @@ from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
 from gpt.planning.auto import choose_parallelism, typed_keys
-from gpt.planning.execution import assume_precision, choose_precision, refuse_float8
+from gpt.planning.execution import assume_precision, choose_precision, refuse_float8, refuse_tf32
 from gpt.topology.batch import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.workload.goal import GOAL_WORDS, rank_set_ups, sized_config
@@ -93,6 +93,7 @@ class GptWorkload:
         precision = choose_precision(config, request.folder, on_cpus(config, request), gpu)
         config = assume_precision(config, precision)
         refuse_float8(config, on_cpus(config, request), gpu)
+        refuse_tf32(config, gpu)
         choice = choose_parallelism(
             config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
         )

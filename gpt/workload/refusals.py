@@ -104,7 +104,7 @@ def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
         yield "checkpoint.in_memory=false"
     known = find(gpu_name(request) or "")
     if config.precision is Precision.fp32 and not on_cpus(config, request):
-        yield "precision=bf16" if known is None or known.bf16 else "precision=fp16"
+        yield f"precision={(Precision.bf16 if known is None else known.half).name}"
     if config.optim.max_micro_batch > 1:
         yield "optim.max_micro_batch=1"
     if config.recompute is Recompute.none:

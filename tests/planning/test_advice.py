@@ -71,6 +71,35 @@ def test_the_plan_counts_with_tf32_and_names_it() -> None:
     assert "fp16, compile default" in plan_text(old)
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("cluster.gpu_name=V100-32GB", "precision=fp32"), "tf32=true on Tesla V100-SXM2-32GB, which has no TF32"),
+        (("cluster.gpu_name=V100-32GB",), "tf32=true with precision=fp16"),
+        (("cluster.gpu_name=H100",), "tf32=true with precision=bf16"),  # which auto is there
+        ((), "tf32=true with precision=bf16"),
+    ],
+)
+def test_tf32_that_would_do_nothing_is_refused_before_the_queue(words: tuple[str, ...], found: str) -> None:
+    gpus = [word for word in GPUS if "gpu_name" not in word]
+    with pytest.raises(ConfigError, match=f"^found: {found}\n") as refusal:
+        plan_of(*gpus, *words, "tf32=true")
+    assert "tf32=null" in str(refusal.value)
+    assert "in TF32" in plan_text(plan_of(*GPUS, "tf32=true", "precision=fp32", "deterministic=true"))
+
+
+@pytest.mark.parametrize(("name", "half"), [("H100", "bf16"), ("T4", "fp16")])
+def test_too_little_memory_in_fp32_is_answered_with_16_bits_first(name: str, half: str) -> None:
+    words = ("cluster=slurm", "cluster.gpus_per_node=8", f"cluster.gpu_name={name}", "model=gpt2_124m", "optim=gpt2")
+    large = (*words, "optim.max_micro_batch=64", "optim.global_batch=1024", "model.n_layer=36")
+    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
+        plan_of(*large, "precision=fp32")
+    assert refusal.value.fix.startswith(f"precision={half}")
+    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
+        plan_of(*large)
+    assert "precision" not in refusal.value.fix, "it is in 16 bits already"
+
+
 def test_tensor_parallelism_on_gpus_that_is_not_compiled_is_warned_of() -> None:
     words = (*GPUS, "model.n_head=16", "model.n_embd=1024", "parallel=tp")
     (told,) = [warning for warning in plan_of(*words, "compile=none").warnings if "tp=" in warning]

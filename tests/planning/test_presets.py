@@ -48,6 +48,13 @@ def test_parameters(name: str) -> None:
     assert f"{counted:,} parameters" in about
 
 
+def test_gpts_vocabulary_is_padded_to_what_gpus_multiply_fast() -> None:
+    every = [path.stem for path in (Path(__file__).parents[2] / "configs" / "model").glob("*.yaml")]
+    models = {name: config_from([f"model={name}"]).model for name in every}
+    padded = {name: model.padded_vocab for name, model in models.items() if model.vocab_size == 50257}
+    assert len(padded) >= 6 and set(padded.values()) == {393 * 128}
+
+
 def test_the_baseline(tmp_path: Path) -> None:
     config, text = plan(tmp_path, "+experiment=baseline", *SLURM, vocab_size=16384)
     model, optim = config.model, config.optim

@@ -40,6 +40,7 @@ from gpt.planning.memory import per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import parallel_dims
 from gpt.training.compile_time import CompileTime
+from gpt.training.determinism import set_matmul_precision, state
 from gpt.training.execution import open_compile_cache
 from launch.runs.folder import RunFolder
 from launch.runs.rank_environment import COMPILE_CACHE, describe_environment
@@ -133,6 +134,18 @@ def test_deterministic_mode_is_in_force_and_recorded(tmp_path: Path) -> None:
     told = json.loads(folder.environment(1).read_bytes())["reproducibility"]
     assert told["PYTHONHASHSEED"] == "1337" and told["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert told["deterministic_algorithms"]
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_products_in_fp32_are_rounded_to_tf32_where_the_run_has_settled_on_it(tf32: bool) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        set_matmul_precision(TrainConfig(tf32=tf32, model=small()))
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert state()["tf32"] is torch.backends.cuda.matmul.allow_tf32 is tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
