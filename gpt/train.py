@@ -62,6 +62,7 @@ with lasting_imports():
     from launch.runs.files import deny_others_writing
     from launch.runs.folder import RunFolder
     from launch.runs.heartbeat import Phase
+    from launch.runs.rank_environment import raise_open_files, set_defaults, set_dump_file
     from launch.runs.unwritten import say
 
 
@@ -166,6 +167,8 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
     ):
         folder = agree_on_folder(request, world)
         attempt = open_attempt(folder, world, rank)
+        if not rank.under_agent:
+            set_dump_file(folder.path, folder.attempt(attempt))
         run: Run | None = None
         try:
             world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
@@ -203,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = worker.attach()
     if not rank.under_agent and "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
+    if not rank.under_agent:  # which has done so
+        raise_open_files()
+        set_defaults()
     rank.phase(Phase.starting)
     faulthandler.register(signal.SIGQUIT)  # a rank that hangs is asked for its stacks, and writes them into its log
     try:

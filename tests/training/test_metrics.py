@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 import struct
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.gradient_stats import Gradients
 from launch.runs.folder import RunFolder
+from launch.runs.rank_environment import reachable_files
 from launch.runs.records import StepRecord, read_records
 from launch.runs.tensorboard import record_scalars
 from launch.worker import Run as Rank
@@ -160,7 +162,13 @@ def test_the_environment_is_recorded(resumed: RunFolder) -> None:
         assert told["from_step"] == 4 * (attempt - 1)
         assert told["reproducibility"]["seed"] == 1337 and not told["reproducibility"]["deterministic_algorithms"]
         assert told["counts"]["total"] == told["parameters"]
-        assert told["environment"]["OMP_NUM_THREADS"] == "1" and told["environment"]["open_files"] > 0
+        environment = told["environment"]
+        assert environment["OMP_NUM_THREADS"] == "1"
+        # No agent has set what ranks have for the taking; they do so themselves.
+        assert environment["open_files"] == reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+        assert environment["TORCH_GLOO_LAZY_INIT"] == environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+        assert environment["TORCH_FR_DUMP_TEMP_FILE"] == f"{resumed.attempt(attempt)}/nccl_trace_rank_"
 
 
 def test_the_share_of_the_bf16_peak_stands_beside_that_of_the_precision(
