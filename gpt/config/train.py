@@ -169,7 +169,8 @@ class TrainConfig(RunConfig):
     float8_emulate: bool = False
     """Compute in 16 or 32 bits what float8 would give, slower, on devices without it: to look at losses beforehand."""
     compile: CompileMode = CompileMode["auto"]
-    """Compile every block and the loss with torch.compile; needs a C++ compiler on CPUs. Changes the last bits."""
+    """Compile every block, the last norm, the output matrix and the loss with torch.compile; needs a C++ compiler on
+    CPUs. Changes the last bits."""
     compile_dynamic: bool = False
     """Compile for any batch size at once: slower kernels, one compilation less where an evaluation ends in a part."""
     compile_fullgraph: bool = False

@@ -1,4 +1,4 @@
-"""Activation checkpointing (recomputation) and torch.compile, block by block, and of the loss.
+"""Activation checkpointing (recomputation) and torch.compile, block by block, and of what follows the blocks.
 
 Applied to the model from outside, before it is parallelized: both replace ``forward`` of each block, so parameters keep
 their names, and hooks of FSDP or DDP stay outside of it. Must not know engines or ranks.
@@ -43,7 +43,8 @@ ATTENTION_KERNELS = frozenset(
 
 
 def prepare_blocks(model: GPT, config: TrainConfig) -> None:
-    """Apply activation checkpointing and torch.compile to the blocks of ``model`` as ``config`` says."""
+    """Apply activation checkpointing and torch.compile to the blocks of ``model`` as ``config`` says, and the latter to
+    the last norm and the output matrix."""
     # Compiled outside the recomputation, so that the compiler sees it and plans the backward pass around it. It must
     # then see all of the block: with collectives in the middle (expert dispatch, context parallelism) it goes inside.
     parallel = config.parallel
@@ -54,6 +55,8 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
     for block in model.blocks:
         for way in ways:
             way(block, config)
+    for module in (model.norm, model.head):
+        compile_block(module, config)
 
 
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:
@@ -63,7 +66,7 @@ def recompute_block(block: nn.Module, config: TrainConfig) -> None:
 
 
 def compile_block(block: nn.Module, config: TrainConfig) -> None:
-    """Compile a block as ``config.compile`` says."""
+    """Compile a block, or another module, as ``config.compile`` says."""
     if config.compiles:
         # Shapes are fixed: by default torch would switch to slower dynamic kernels after the first evaluation.
         mode = None if config.compile.name == "default" else config.compile.name

@@ -10,6 +10,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -105,6 +106,29 @@ def test_compiled_blocks_compute_the_same() -> None:
     for name, grad in eager.items():
         torch.testing.assert_close(compiled[name], grad, rtol=1e-4, atol=1e-6, msg=name)
     assert any(not torch.equal(compiled[name], grad) for name, grad in eager.items()), "it was compiled"
+
+
+@pytest.mark.parametrize("parts", [{}, LLAMA | {"tie_embeddings": False}], ids=["gpt2", "llama"])
+def test_the_last_norm_and_the_output_matrix_are_compiled_as_well_as_the_blocks(parts: dict[str, Any]) -> None:
+    model, graphs = small(**parts, n_layer=2), list[tuple[set[tuple[int, ...]], set[str]]]()
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        operations = {getattr(node.target, "__name__", "") for node in graph.graph.nodes}
+        graphs.append(({tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)}, operations))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=keep)):
+        compiled = GPT(model)
+        prepare_blocks(compiled, TrainConfig(compile=CompileMode["default"], model=model))
+    logits_BTV = compiled(random_tokens(model, 3))
+    plain = GPT(model)
+    plain.load_state_dict(compiled.state_dict())
+    torch.testing.assert_close(logits_BTV, plain(random_tokens(model, 3)), rtol=1e-5, atol=1e-6)
+    block, norm, head = graphs
+    assert "scaled_dot_product_attention" in block[1], "one for all blocks"
+    assert (model.n_embd,) in norm[0] and not {"linear", "matmul"} & norm[1]
+    assert (model.padded_vocab, model.n_embd) in head[0] and "linear" in head[1]
 
 
 def test_a_compiled_loss_keeps_no_logits_in_fp32() -> None:
