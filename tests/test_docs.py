@@ -26,6 +26,7 @@ from launch.plan.plan import make_plan
 from launch.runs.matmul_rates import as_document as rates_document
 from launch.runs.network import COLLECTIVES, LinkFit, Network, as_document
 from tests.support.commands import ROOT, TINY, run
+from tests.support.composing import without_openwebtext
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^( *)```bash(?P<info>[^\n]*)\n(?P<text>.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -116,7 +117,7 @@ def test_what_is_launched_is_planned(command: str, folder: Path) -> None:
     typed = [word for word in words_of(command) if word not in ("-m", "slurm/multi_node.sh")]
     # Of a sweep its first point.
     several = re.compile(r"^(nodes=\d+|parallel=\w+|optim\.lr=[\de-]+),.*")
-    words = prepare_overrides([several.sub(r"\1", word) for word in typed])
+    words = prepare_overrides([several.sub(r"\1", word) for word in without_openwebtext(typed, folder)])
     kind = ClusterKind.slurm if "cluster=slurm" in typed or command.startswith("sbatch") else ClusterKind.local
     if "model.activation=relu" in words:  # the row that shows a refusal
         with pytest.raises(ConfigError):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, start, wait_for
+from tests.support.composing import OPENWEBTEXT, config_from, without_openwebtext
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -99,9 +100,24 @@ def test_the_tree_and_the_words_are_those_of_the_project() -> None:
 @pytest.mark.parametrize("command", [c for c in commands("python -m launch ") if "slurm" in c])
 def test_what_is_for_a_cluster_is_planned(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command)[3:] if word != "dry_run=true"]
+    if OPENWEBTEXT in words:
+        text = run("launch", *words, "dry_run=true", cwd=tmp_path, status=2)
+        assert f"type next: python -m gpt.prepare {OPENWEBTEXT}" in text
+        assert [c for c in commands("python -m gpt.prepare") if c.startswith(f"python -m gpt.prepare {OPENWEBTEXT}")]
+        words = without_openwebtext(words, tmp_path)
     text = run("launch", *words, "dry_run=true", cwd=tmp_path)
     assert "#SBATCH --nodes=4" in text
     assert "on slurm" in text
+
+
+def test_what_trains_for_long_on_a_cluster_has_more_than_the_default_corpus() -> None:
+    trained = [c for c in (*commands("python -m launch "), *commands("sbatch")) if "optim=gpt2" in c]
+    assert len(trained) >= 3 and {c for c in trained if OPENWEBTEXT not in c} == {
+        c for c in trained if "dry_run=true" in c
+    }
+    config = config_from(["model=gpt2_124m", "optim=gpt2"])
+    tokens = config.optim.max_steps * config.optim.global_batch * config.model.block_size
+    assert tokens < 2 * 9e9, "of which OpenWebText has so many"
 
 
 @pytest.mark.parametrize(
@@ -156,10 +172,11 @@ def test_a_run_can_be_used(tool: str, trained: Path) -> None:
 
 
 def test_files_become_a_corpus(trained: Path) -> None:
+    """OpenWebText is read in test_a_dataset_is_read_at_its_revision."""
     lines = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "gpt").rglob("*.py"))]
     (trained / "FOLDER").mkdir()
     (trained / "FOLDER" / "a.jsonl").write_text("\n".join(lines))
-    for command in commands("python -m gpt.prepare"):
+    for command in commands("python -m gpt.prepare data=files"):
         text = run(*shlex.split(command)[2:], cwd=trained)
         assert "val: " in text and "sentencepiece" in text
 
@@ -185,7 +202,7 @@ def test_tensorboard_opens_the_outputs(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", commands("sbatch"))
 def test_the_batch_script_plans_for_the_nodes_of_its_job(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command)
+    words = without_openwebtext(shlex.split(command), tmp_path)
     assert (ROOT / words[1]).is_file()
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8"}
     done = subprocess.run(
