@@ -16,18 +16,26 @@ MANY_EPOCHS = 100
 """Passes over a corpus after which hardly anything is left to learn from it."""
 
 
-def slow_precision(device_name: str, precision: Precision, tf32: bool = False) -> Iterator[str]:
-    """Warn of fp32, true or by TF32, on a device whose matrix units take bf16 or fp16, by the peaks of the two."""
+def slow_precision(
+    device_name: str, precision: Precision, tf32: bool = False, best: Precision | None = None
+) -> Iterator[str]:
+    """Warn of fp32, true or by TF32, on a device whose matrix units take bf16 or fp16, by the peaks of the two, and of
+    bf16 on one that does not compute in it.
+
+    ``best`` is the precision that is fastest on a device whose name is not known; None where nobody can tell.
+    """
     known = find(device_name)
-    if precision is not Precision.fp32 or known is None:
+    best = best if known is None else known.half
+    if best is None or precision is best:
         return
-    half = known.half
-    ours, theirs = known.peak(precision, tf32), known.peak(half)
-    if theirs is None:
+    if precision is Precision.bf16:
+        yield f"precision=bf16 on {device_name}, which does not compute in it: precision={best.name}"
+    if precision is not Precision.fp32:
         return
-    times = "many" if ours is None else f"about {theirs / ours:.0f}"
-    name = "precision=fp32 in TF32" if tf32 and known.tf32 is not None else "precision=fp32"
-    yield f"{name} on {device_name}, whose peak is {times} times higher in {half.name}: precision={half.name}"
+    ours, theirs = (None, None) if known is None else (known.peak(precision, tf32), known.peak(best))
+    times = "many" if ours is None or theirs is None else f"about {theirs / ours:.0f}"
+    name = "precision=fp32 in TF32" if tf32 and (known is None or known.tf32 is not None) else "precision=fp32"
+    yield f"{name} on {device_name}, whose peak is {times} times higher in {best.name}: precision={best.name}"
 
 
 def eager_tensor_parallel(config: TrainConfig) -> Iterator[str]:
@@ -39,13 +47,13 @@ def eager_tensor_parallel(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def execution_warnings(config: TrainConfig, device_name: str | None) -> Iterator[str]:
+def execution_warnings(config: TrainConfig, device_name: str | None, best: Precision | None = None) -> Iterator[str]:
     """Warn of an execution that leaves GPUs idle; precision, TF32 and compilation of ``config`` are settled.
 
-    ``device_name`` is None where it is not known.
+    ``device_name`` is None where it is not known, ``best`` where the fastest precision there is not.
     """
     if device_name is not None:
-        yield from slow_precision(device_name, config.precision, bool(config.tf32))
+        yield from slow_precision(device_name, config.precision, bool(config.tf32), best)
     yield from eager_tensor_parallel(config)
 
 

@@ -34,6 +34,7 @@ from gpt.topology.dims import ParallelDims
 from gpt.training import determinism as reproducibility
 from gpt.training.divergence import DivergenceGuard
 from gpt.training.early_stop import EarlyStop
+from gpt.training.execution import best_precision
 from launch import worker
 from launch.errors import ConfigError
 from launch.runs.files import write_json
@@ -140,7 +141,9 @@ def describe_attempt(run: Run) -> None:
         "software": software(),
         "git": code_state(),
         "code": describe_code(),
-        "warnings": [*execution_warnings(run.config, ranks[0]["device_name"])] if on_gpus else [],
+        "warnings": [*execution_warnings(run.config, ranks[0]["device_name"], best_precision(run.world.device))]
+        if on_gpus
+        else [],
         "reproducibility": {"seed": run.config.seed, **reproducibility.state()},
     }
     write_json(run.folder.environment(run.attempt), record)

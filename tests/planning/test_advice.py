@@ -6,12 +6,13 @@ import pytest
 
 from gpt.config import Precision
 from gpt.config.compose import compose_train
-from gpt.planning.advice import many_time_limits, slow_precision
+from gpt.planning.advice import execution_warnings, many_time_limits, slow_precision
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
 from launch.plan.text import plan_text
+from tests.support.composing import config_from
 
 GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "cluster.gpu_name=H100", "model=gpt2_124m", "optim=gpt2")
 
@@ -119,8 +120,21 @@ def test_an_older_device_is_proposed_fp16() -> None:
     assert told.startswith("precision=fp32 on") and "about 8 times higher in fp16: precision=fp16" in told  # 125 / 15.7
 
 
-def test_a_device_of_unknown_peak_is_left_alone() -> None:
+def test_a_device_of_unknown_peak_is_left_alone_until_a_rank_sees_what_it_computes_in() -> None:
     assert [*slow_precision("NVIDIA H20", Precision.fp32)] == []
+    config = config_from(["precision=fp32", "tf32=true"])
+    (told,) = execution_warnings(config, "NVIDIA H20", Precision.bf16)
+    assert told == "precision=fp32 in TF32 on NVIDIA H20, whose peak is many times higher in bf16: precision=bf16"
+    for best in (Precision.fp32, None):  # without matrix units, or seen by nobody
+        assert [*slow_precision("Quadro", Precision.fp32, best=best)] == []
+
+
+def test_bf16_on_a_device_that_only_emulates_it_is_warned_of() -> None:
+    old = [word.replace("H100", "V100-32GB") for word in GPUS]
+    (told,) = [warning for warning in plan_of(*old, "precision=bf16").warnings if "precision" in warning]
+    assert told == "precision=bf16 on Tesla V100-SXM2-32GB, which does not compute in it: precision=fp16"
+    assert not [warning for warning in plan_of(*old).warnings if "precision" in warning]
+    assert not [warning for warning in plan_of(*GPUS, "precision=fp16").warnings if "precision" in warning]
 
 
 def test_the_limit_that_is_proposed_is_enough() -> None:
