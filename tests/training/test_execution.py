@@ -172,6 +172,17 @@ def test_products_in_fp32_are_rounded_to_tf32_where_the_run_has_settled_on_it(tf
         torch.set_float32_matmul_precision(before)
 
 
+def matmul_precision_of(rank: int, size: int, folder: Path) -> str:
+    """Precision of fp32 products that a run on CPUs leaves in torch, which had been allowed to round them."""
+    torch.set_float32_matmul_precision("medium")
+    start(rank, size, folder)
+    return torch.get_float32_matmul_precision()
+
+
+def test_a_run_says_how_products_in_fp32_are_computed(tmp_path: Path) -> None:
+    assert run_distributed(matmul_precision_of, 1, tmp_path / "run") == ["highest"]
+
+
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     words = (*TINY, "optim.max_steps=6", "checkpoint.interval=3", "optim.warmup_steps=0", "optim.lr=1e35")
