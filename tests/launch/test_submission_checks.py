@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launch.checks import facts
 from launch.checks.candidates import look_before_submitting, refuse_missing_nodes
 from launch.checks.cpus import settle_cpus
 from launch.checks.facts import SlurmFacts
+from launch.checks.sweep import settle_resources
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
@@ -75,6 +77,26 @@ def test_a_site_that_gives_cpus_by_gpu_or_does_not_answer_is_left_alone() -> Non
     whole = replace(LIMITS, config={**LIMITS.config, "SelectTypeParameters": "NONE"})
     for seen in (SlurmFacts(limits=None, slurm_problem="away"), *(SlurmFacts(limits=one) for one in (by_gpu, whole))):
         assert settled(seen=seen)[0].cluster.cpus_per_task is None
+
+
+def test_a_launch_asks_slurm_once_and_fills_in_what_its_nodes_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    # In place of the commands of a cluster.
+    monkeypatch.setattr(facts, "ask_slurm", lambda clusters: asked.append(clusters) or SEEN)
+    points = [("nodes=1",), ("nodes=2", "ranks_per_node=1"), ("nodes=2", "launch.check_limits=false")]
+    for several in (points[:2], points[2:]):
+        documents = [compose_launch(["cluster=slurm", "cluster.exclusive=false", *TINY, *words]) for words in several]
+        configs, console = [typed_config(document) for document in documents], Console(file=StringIO(), width=1000)
+        seen = settle_resources(documents, configs, [ClusterKind.slurm] * len(several), console)
+        found = [(document.cluster.gpus_per_node, document.cluster.cpus_per_task) for document in documents]
+        assert [(config.cluster.gpus_per_node, config.cluster.cpus_per_task) for config in configs] == found
+        assert isinstance(console.file, StringIO)
+        if several == points[:2]:
+            assert seen is SEEN and found == [(2, 8), (1, 4)]
+            assert "4 for each of 2 ranks on a node" in console.file.getvalue()
+        else:
+            assert seen is None and found == [(None, None)] and console.file.getvalue() == ""
+    assert len(asked) == 1
 
 
 REFUSED = [

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from gpt.parallel import base
@@ -22,9 +24,11 @@ from tests.support.watching import Operations
 
 STEPS, INTERVAL = 200, 50
 SAVE_AT, STOP_AT = 120, 180
+CUT_S = 177
 WORDS = [
     *(f"optim.max_steps={STEPS}", f"gc_interval={INTERVAL}", "eval.interval=0", "checkpoint.interval=0"),
     *("model.n_layer=1", "optim.max_micro_batch=8", "logging.csv=false", "logging.json=false"),
+    f"parallel.step_timeout_s={CUT_S}",
 ]
 
 
@@ -51,6 +55,12 @@ def groups_of(args: Any) -> list[str]:
     return [
         dist.ProcessGroup.unbox(a).group_name for a in args if "ProcessGroup" in str(getattr(a, "_type", lambda: "")())
     ]
+
+
+def timeout_of(group: Any) -> float:
+    """Timeout of the collectives of a group on CPUs, seconds."""
+    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return timeout.total_seconds()
 
 
 def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
@@ -81,6 +91,7 @@ def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
     run.world.gather(None)  # rank 0 writes the event log last of all
     return {
         "outcome": outcome,
+        "timeouts": [timeout_of(group) for group in (dist.group.WORLD, run.world.control)],
         "states": states.call_count,
         "collected": collected,
         "messages": messages,
@@ -99,6 +110,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_a_run_that_begins_makes_no_state_to_load_into(ranks: list[dict[str, Any]]) -> None:
     assert [found["states"] for found in ranks] == [0, 0]
+
+
+def test_collectives_of_training_have_a_cut_timeout_once_steps_were_made(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        of_training, of_control = found["timeouts"]
+        assert of_training == CUT_S < of_control
 
 
 def test_garbage_is_collected_on_the_same_steps_by_all_ranks(ranks: list[dict[str, Any]]) -> None:
