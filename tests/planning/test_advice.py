@@ -89,6 +89,15 @@ def test_tf32_that_would_do_nothing_is_refused_before_the_queue(words: tuple[str
     assert "in TF32" in plan_text(plan_of(*GPUS, "tf32=true", "precision=fp32", "deterministic=true"))
 
 
+def test_float8_on_gpus_without_it_is_refused_before_the_queue() -> None:
+    pytest.importorskip("torchao")
+    words = [word for word in GPUS if "gpu_name" not in word]
+    for further, where in ((("cluster.gpu_name=A100-80GB",), "NVIDIA A100-SXM4-80GB"), (("device=cpu",), "CPUs")):
+        with pytest.raises(ConfigError, match=f"float8=rowwise on {where}"):
+            plan_of(*words, *further, "float8=rowwise")
+    assert "float8 rowwise" in plan_text(plan_of(*GPUS, "float8=rowwise"))
+
+
 @pytest.mark.parametrize(("name", "half"), [("H100", "bf16"), ("T4", "fp16")])
 def test_too_little_memory_in_fp32_is_answered_with_16_bits_first(name: str, half: str) -> None:
     words = ("cluster=slurm", "cluster.gpus_per_node=8", f"cluster.gpu_name={name}", "model=gpt2_124m", "optim=gpt2")
