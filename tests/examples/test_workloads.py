@@ -45,7 +45,7 @@ def plan(*words: str) -> Plan:
         ([*SCRIPT, "script.resume_args=--resume"], "without script.resumes=true", "script.resumes=true"),
         ([*SCRIPT, "script.unit=words"], "script.unit=words", "script.unit="),
         ([*SCRIPT, "script.pth=train.py"], "unknown key script.pth", "script.path=train.py"),
-        ([*SCRIPT, "optim.lr=1"], "unknown key optim", "the same without optim.lr=1"),
+        ([*SCRIPT, "optim.lr=1"], "optim.lr=1, of the workload gpt", "script.options.lr=1"),
         (["workload=scirpt"], "workload=scirpt", "workload=script"),
         (["workload._target_=nowhere.Workload"], "No module named 'nowhere'", "workload=script"),
         (["workload._target_=launch.errors.Workload"], "no class Workload", "workload=script"),
