@@ -70,7 +70,9 @@ class View:
             self._give_up(error)
 
     def write(self, record: StepRecord) -> None:
-        """Write one record, and those before it that the view lacks."""
+        """Write one record, and those before it that the view lacks; nothing where the view was made again with it."""
+        if record.step <= self._since:
+            return
         self._recent.append((time.monotonic(), record))
         try:
             if self._writer is not None:

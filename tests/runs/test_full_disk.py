@@ -13,7 +13,7 @@ import pytest
 
 from gpt.checkpoint.folders import steps
 from gpt.metrics.steps_csv import StepsCsv
-from gpt.metrics.view import View
+from gpt.metrics.view import Records, View
 from launch import cancel
 from launch.agent import heartbeat as heartbeat_of_agents
 from launch.agent.environment import EnvironmentRecord
@@ -106,6 +106,27 @@ def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
         assert [int(row["step"]) for row in csv.DictReader(file)] == [*range(1, 61)]
     events = [e["event"] for e in folder.read_events()]
     assert len(events) == len(folder.events.read_bytes().splitlines()) and events[-2:] == ["saved", "finished"]
+
+
+def test_a_view_that_is_made_again_has_each_record_once(tmp_path: Path) -> None:
+    """The records of some short steps come together, when all of them are on the disk already."""
+    folder, failures = RunFolder(tmp_path), [OSError(28, "No space left on device")]
+
+    def open_csv(step: int, done: Records) -> StepsCsv:
+        while failures:
+            raise failures.pop()
+        return StepsCsv(folder.steps_csv, LAYERS, done)
+
+    view = View(folder, "steps.csv", open_csv, 0, (), 0.0)
+    records = RecordWriter(folder.metrics(0))
+    for number in range(1, 5):
+        records.put(record(number).as_dict())
+    records.flush()
+    for number in range(1, 7):
+        view.write(record(number))
+    view.close()
+    with folder.steps_csv.open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [*range(1, 7)]
 
 
 def heartbeat_step(pid: int) -> int:
