@@ -113,7 +113,7 @@ class Loop:
         self._bad: BadSteps | None = None
         """What the step that was read last while the next one was queued has to go back for."""
         self._unasked: QueuedStep | None = None
-        """The step whose requests were not looked at yet. Apart from the other, which a profile reads on one rank."""
+        """The step whose requests were not looked at yet. Apart from the other, which is read at once for a profile."""
         self._left = Requests()
         """Requests to steps that the run went back from."""
         self._clock = time.perf_counter()

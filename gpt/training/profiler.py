@@ -20,12 +20,17 @@ ROWS = 40
 
 
 class StepProfile:
-    """Asked after each step whether it has something to do there, since the device must be at rest for that."""
+    """Asked after each step whether it has something to do there, since the device must be at rest for that.
+
+    All ranks are at rest there, not only the one that is profiled: a step that the run goes back for is known to all of
+    them before the next one, or to none.
+    """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
         self._folder = folder
         self._first, self._last = config.profile_from, config.profile_to
-        self._wanted = config.profile and world.is_first
+        self._wanted, self._is_profiled = config.profile, world.is_first
+        self._is_on = False
         self._activities = [ProfilerActivity.CPU]
         if world.device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
@@ -33,23 +38,28 @@ class StepProfile:
         self._profiler: profile | None = None
 
     def due(self, step: int) -> bool:
-        """True where profiling begins or ends after ``step``; a run that resumes within the range takes the rest."""
-        starts = self._profiler is None and self._first <= step + 1 <= self._last
-        return self._wanted and (starts or (self._profiler is not None and step >= self._last))
+        """True where profiling begins or ends after ``step``, on all ranks.
+
+        A run that resumes within the range takes the rest.
+        """
+        starts = not self._is_on and self._first <= step + 1 <= self._last
+        return self._wanted and (starts or (self._is_on and step >= self._last))
 
     def after(self, step: int) -> None:
         """Begin or end, where it is due."""
         if not self.due(step):
             return
-        if self._profiler is not None:
+        if self._is_on:
             self.close()
             return
-        self._first = step + 1
-        self._profiler = profile(activities=self._activities, record_shapes=True)
-        self._profiler.start()
+        self._first, self._is_on = step + 1, True
+        if self._is_profiled:
+            self._profiler = profile(activities=self._activities, record_shapes=True)
+            self._profiler.start()
 
     def close(self) -> None:
         """Write the files, if there is something to write."""
+        self._is_on = self._wanted = False
         if self._profiler is None:
             return
         self._profiler.stop()
@@ -58,4 +68,4 @@ class StepProfile:
         table = self._profiler.key_averages().table(sort_by=self._sort_by, row_limit=ROWS)
         (self._folder / TABLE).write_text(table)
         print(f"profiled from step {self._first}: {self._folder / TRACE}, {TABLE} beside it", flush=True)
-        self._profiler, self._wanted = None, False
+        self._profiler = None

@@ -259,6 +259,8 @@ def go_through_all(rank: int, size: int, folder: Path) -> dict[str, dict[str, An
     for name, is_due, passed_over, words in (
         ("once", in_step_7, PassedOver(), []),
         ("ten", in_batches_7_to_16, PassedOver(), []),
+        # The step that the run goes back for is the one before those that are profiled.
+        ("profiled", in_batches_7_to_16, PassedOver(), ["profile=true", "profile_from=17", "profile_to=18"]),
         ("quiet", never, PassedOver(((7, 16),)), []),
         ("always", from_step_7, PassedOver(), ["divergence.max_skipped_steps=4"]),
         ("killed", in_batches_7_to_16, PassedOver(), []),
@@ -309,6 +311,13 @@ def test_ten_in_a_row_are_passed_over_as_if_they_had_never_been(ranks: list[dict
     assert sorted(used) == [s for b in (*range(6), *range(16, 34)) for s in range(b * BATCH, (b + 1) * BATCH)]
 
 
+def test_a_run_goes_back_before_the_steps_that_are_profiled_too(ranks: list[dict[str, dict[str, Any]]]) -> None:
+    for told in ranks:
+        profiled, quiet = told["profiled"], told["quiet"]
+        assert profiled["failure"] is None and profiled["again"] == (24, ((7, 16),), 0)
+        assert all(torch.equal(a, b) for a, b in zip(profiled["weights"], quiet["weights"], strict=True))
+
+
 def test_what_comes_again_ends_the_run_with_step_and_batch_named(ranks: list[dict[str, dict[str, Any]]]) -> None:
     for told in ranks:
         always = told["always"]
@@ -320,6 +329,8 @@ def test_what_comes_again_ends_the_run_with_step_and_batch_named(ranks: list[dic
         assert always["again"] == (6, ((7, 14),), 2), "the next start knows"
     events = ranks[0]["always"]["events"]
     assert [e["rollbacks"] for e in events if e["event"] == "rolled_back"] == [1, 2]
+    rows = [row.split(",")[0] for row in ranks[0]["always"]["csv"][1:]]
+    assert rows == [str(step) for step in range(1, 11)], "up to the step that ended it"
 
 
 def test_a_run_that_is_killed_after_it_went_back_still_passes_over_the_batches(
