@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
-from launch.runs.hosts import describe_rank, driver_version
+from launch.runs.hosts import describe_cpus, describe_rank, driver_version
 from launch.runs.provenance import code_state, describe_code, library_versions
 from launch.runs.rank_environment import describe_environment
 from launch.runs.unwritten import has_written
@@ -49,7 +49,7 @@ class EnvironmentRecord:
         """
         entries = [describe_rank(rank, local, self._place) for local, rank in enumerate(ranks)]
         for local, bound in enumerate(cpus or ()):
-            entries[local]["cores"] = len(bound)
+            entries[local] |= describe_cpus(bound)
         self._part_left = {"ranks": entries}
         self._write_part()
 

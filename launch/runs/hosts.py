@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,18 @@ def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
         "node": node,
         "host": socket.gethostname(),
         "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "cores": len(os.sched_getaffinity(0)),
+        **describe_cpus(os.sched_getaffinity(0)),
     }
+
+
+def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
+    """Tell how many CPUs a rank may run on, and which, as Linux lists them: ``0-3,8``."""
+    numbers = sorted(cpus)
+    parts = []
+    for _, following in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in following]
+        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return {"cores": len(numbers), "cpus": ",".join(parts)}
 
 
 def threads_of(cores: int) -> int:

@@ -103,7 +103,7 @@ def test_executed_ranks_run_where_they_are_bound(tmp_path: Path, binds: bool) ->
     expected = all_cpus[-1:] if binds else all_cpus
     assert printed(folder) == f"{expected}\n"
     (told,) = json.loads(folder.environment(1).read_text())["ranks"]
-    assert told["cores"] == len(expected)
+    assert told["cores"] == len(expected) and [*parse_cpus(told["cpus"])] == expected
 
 
 def test_forked_ranks_run_where_they_are_bound(tmp_path: Path) -> None:

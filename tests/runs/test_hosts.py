@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.agent.numa import parse_cpus
 from launch.runs import hosts
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -72,8 +73,16 @@ def test_a_rank_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (entry["device"], entry["device_name"]) == ("cpu", hosts.cpu_name())
     assert (entry["cores"], entry["threads"]) == (len(os.sched_getaffinity(0)), 3)
     assert entry["host"] and entry["machine"] and "device_uuid" not in entry
+    # proc(5): the CPUs of the process as the kernel lists them.
+    assert f"Cpus_allowed_list:\t{entry['cpus']}\n" in Path("/proc/self/status").read_text()
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert hosts.describe_rank(5, 1, 2, on_cpu=True)["threads"] == entry["cores"]
+
+
+@pytest.mark.parametrize("text", ["7", "0-1", "0,2", "0-3,8,10-11", "64-127,192-255"])
+def test_cpus_are_listed_as_linux_lists_them(text: str) -> None:
+    cpus = frozenset(parse_cpus(text))
+    assert hosts.describe_cpus(cpus) == {"cores": len(cpus), "cpus": text}
 
 
 def test_a_rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
