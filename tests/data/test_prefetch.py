@@ -110,6 +110,63 @@ def test_small_batches_are_read_some_steps_ahead_and_more_of_them_once_half_are_
     assert numbers == [1, 2, 3, 4, 5, 6, 7], "each once"
 
 
+class OnHost(torch.Tensor):
+    """Ids that may be pinned and copied to a GPU that is not there; they tell ``seen`` of both."""
+
+    seen: list[tuple[Any, ...]]
+
+    def pin_memory(self, device: Any = None) -> OnHost:
+        self.seen.append(("pinned", threading.current_thread().name))
+        return self
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        self.seen.append(("copied", *args, options))
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_batch_for_a_gpu_is_pinned_by_the_thread_and_copied_once_without_waiting(samples: Samples) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def read_at(places: Any) -> OnHost:
+        ids_BT1 = samples.read_at(places).as_subclass(OnHost)
+        ids_BT1.seen = seen
+        return ids_BT1
+
+    gpu = torch.device("cuda:1")
+    there: Any = SimpleNamespace(locate=samples.locate, announce=samples.announce, read_at=read_at)
+    batches = BatchPrefetcher(there, BATCH, 1, 1, gpu)
+    taken = batches.take(1)
+    batches.close()
+    assert seen == [("pinned", "batches_0"), ("copied", gpu, {"non_blocking": True})]
+    tokens, targets = samples.batch("train", train_indices(1, 1, BATCH))
+    assert torch.equal(taken.tokens, tokens) and torch.equal(taken.targets, targets)
+
+
+def test_what_was_read_ahead_for_other_steps_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 4 * BATCH.per_rank * 3 * 8)
+    read: list[int] = []
+    begun, asked = threading.Event(), threading.Event()
+
+    def hold_2(step: int) -> None:
+        read.append(step)
+        if step == 2:
+            begun.set()
+            assert asked.wait(60)
+
+    def batch_of(step: int) -> int:
+        if step == 10:  # what follows the batch that is asked for in the end
+            asked.set()
+        return step
+
+    batches: Any = batches_of(read_by(hold_2), last_step=12)
+    batches.passed_over = SimpleNamespace(batch_of=batch_of)
+    batches.take(1)
+    assert begun.wait(60)
+    batches.take(9)
+    batches.close()
+    assert read[:3] == [1, 2, 9], "batches 3 to 5 were waiting for the thread"
+
+
 def test_a_failure_to_read_fails_the_step_that_it_belongs_to() -> None:
     def fail(step: int) -> None:
         if step == 3:

@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import compilation_time_metrics
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+import gpt.train
 from gpt.accounting.flops import forward_flops, recomputed_flops_per_token, training_flops_per_token
 from gpt.accounting.mfu import utilization
 from gpt.config import (
@@ -37,16 +40,20 @@ from gpt.config import (
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
+from gpt.parallel.distributed import World
 from gpt.planning.memory import per_rank
 from gpt.topology.batch import split_batch
 from gpt.topology.dims import parallel_dims
 from gpt.training.compile_time import CompileTime
 from gpt.training.determinism import set_matmul_precision, state
 from gpt.training.execution import open_compile_cache
+from gpt.training.request import Request
 from launch.runs.folder import RunFolder
 from launch.runs.rank_environment import COMPILE_CACHE, describe_environment
 from launch.runs.records import read_records
+from launch.worker import Run as Rank
 from tests.support.commands import TINY, run
+from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import start
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
@@ -301,3 +308,32 @@ def test_a_filesystem_without_locks_keeps_nothing_that_is_compiled(
     refuses = mock.Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)))  # as Lustre without flock
     monkeypatch.setattr(fcntl, "flock", refuses)
     assert open_compile_cache(tmp_path / "made") is None
+
+
+class RanksMetError(Exception):
+    """Ends a run when its ranks would agree on their folder."""
+
+
+def test_a_run_on_hopper_asks_cudnn_for_attention_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_from(["checkpoint.asynchronous=false"])
+    gpu = World(0, 1, 0, 1, 0, torch.device("cuda:0"), None)
+    orders = []
+
+    @contextmanager
+    def open_world(*_: Any) -> Iterator[World]:
+        yield gpu
+
+    def agree(*_: Any) -> None:
+        orders.append(torch._C._get_sdp_priority_order())
+        raise RanksMetError
+
+    monkeypatch.setattr(gpt.train, "open_world", open_world)
+    monkeypatch.setattr(gpt.train, "agree_on_folder", agree)
+    before = torch._C._get_sdp_priority_order()
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        with pytest.raises(RanksMetError):
+            gpt.train.run_ranks(Request(config, None), Rank())
+    assert orders[0] == before and orders[1] != before
+    assert SDPBackend(orders[1][0]) == SDPBackend.CUDNN_ATTENTION
+    assert torch._C._get_sdp_priority_order() == before

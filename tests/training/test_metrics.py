@@ -7,6 +7,7 @@ import json
 import resource
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,25 @@ def test_the_environment_is_recorded(resumed: RunFolder) -> None:
         assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
         assert environment["TORCH_GLOO_LAZY_INIT"] == environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
         assert environment["TORCH_FR_DUMP_TEMP_FILE"] == f"{resumed.attempt(attempt)}/nccl_trace_rank_"
+
+
+def test_views_of_short_steps_are_written_together_and_an_evaluation_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(writers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    folder, world = RunFolder(tmp_path), World(0, 1, 0, 1, 0, torch.device("cpu"), None)
+    config = config_from(["logging.csv=true", "logging.json=false", "logging.tensorboard=false"])
+    told = writers.MetricWriters(folder, world, Rank(), config, 0, [], 10**6)
+    rows = []
+    for step, (seconds, val_loss) in enumerate([(0.2, None), (0.4, None), (0.6, None), (0.7, 2.0), (0.8, None)], 1):
+        now[0] = seconds
+        told.write(StepRecord(step, 1, 2.0, 1e-3, 1.0, 10, (0, 1), step_time_s=0.2, val_loss=val_loss))
+        rows.append(len(folder.steps_csv.read_text().splitlines()) - 1)
+    assert rows == [0, 0, 3, 4, 4]
+    told.show()
+    assert len(folder.steps_csv.read_text().splitlines()) - 1 == 5
+    told.close()
 
 
 def test_the_share_of_the_bf16_peak_stands_beside_that_of_the_precision(

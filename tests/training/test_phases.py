@@ -41,6 +41,22 @@ def measure(rank: int, size: int, folder: Path, words: list[str], late: str) -> 
     return found
 
 
+def measure_beside(rank: int, size: int, folder: Path, words: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """Records of some steps in each of which the host does something else for a while, and how often it did."""
+    run = start(rank, size, folder, *words)
+    done = []
+
+    def work() -> None:
+        time.sleep(LATE_S)  # is what is measured
+        done.append(None)
+
+    found, since = [], time.perf_counter()
+    for _ in range(STEPS):
+        record, since = queue_step(run, None, Phase.training, meanwhile=work).finish(since)
+        found.append(record.own())
+    return found, len(done)
+
+
 def is_longer(name: str, here: list[dict[str, Any]], there: list[dict[str, Any]]) -> bool:
     """Tell whether one rank is longer in a phase than the other by what the sleep leaves, in any step but the first.
 
@@ -61,6 +77,17 @@ def test_what_a_rank_waits_for_another_is_its_communication(tmp_path: Path, late
     own = "forward_backward_s" if late == "forward" else "optimizer_s"
     assert all(record[own] >= LATE_S for record in last) and is_longer(own, last, first)
     assert is_longer("comm_s", first, last), "it is the one that the other waits for"
+
+
+@pytest.mark.parametrize(("size", "engine"), [(1, "ddp"), (2, "ddp"), (2, "zero1")])
+def test_what_the_host_does_beside_a_step_is_in_none_of_its_phases(tmp_path: Path, size: int, engine: str) -> None:
+    words = [*TINY, f"parallel={engine}", "optim.max_micro_batch=8"]
+    for records, done in run_distributed(measure_beside, size, tmp_path / "run", words):
+        assert done == STEPS
+        for record in records:
+            phases = ("forward_backward_s", "comm_s", "optimizer_s", "data_wait_s")
+            inside = sum(record.get(name, 0.0) for name in phases)
+            assert 0 < inside <= record["step_time_s"] - LATE_S + 1e-6
 
 
 GROUPS = {
