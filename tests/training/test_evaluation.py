@@ -33,10 +33,13 @@ def learn(rank: int, size: int, folder: Path, engines: list[str]) -> dict[str, l
             words = [*f"parallel={engine}".split(), "optim.max_micro_batch=4", *ENGINES[engine]]
             run = start(rank, size, folder / f"{number}-{evaluates}", *words)
             found[engine].append([])
+            held = [*run.engine.module.parameters()]
             for _ in range(4):
                 found[engine][-1].append(step(run))
                 if evaluates:
                     evaluated(run, batch=run.batch.micro)
+                    now = run.engine.module.parameters()
+                    assert all(a is b for a, b in zip(held, now, strict=True)), f"{engine}: nothing stays gathered"
     return found
 
 
