@@ -194,6 +194,7 @@ class Loop:
         if bad is None and pause.last:
             bad = guard.judge_end()
         if pause.is_due:
+            self._writers.show()  # a pause may be long
             asked |= self._hear_all(step)
             self._unasked = None
         if pause.evaluates and bad is None:
