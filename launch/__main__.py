@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import difflib
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -29,7 +28,7 @@ from launch.config import Config
 from launch.config.compose import not_in_point, prepare_overrides, register, require_folder, target_of, typed_form
 from launch.config.sweep_points import sweep_points
 from launch.errors import ConfigError, refusing
-from launch.runs.explain import CONFIG_ERRORS, explain, schema_keys
+from launch.runs.explain import CONFIG_ERRORS, explain, override_of_flag
 from launch.runs.files import deny_others_writing
 from launch.runs.overrides import point_name
 from launch.sweep import SweepFailedError, fail
@@ -91,8 +90,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
                 raise ConfigError(f"{flag} without a value", f"{flag} VALUE", "python -m launch --help")
             flags += [flag, following]
         else:
-            following = value or next(words, "")
-            raise unknown_flag(flag, following if following and not re.search("^-|=", following) else "VALUE")
+            raise unknown_flag(flag, value or next(words, ""))
     return flags, typed
 
 
@@ -113,14 +111,12 @@ def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -
     raise ConfigError(f"{showing} of a sweep (-m)", f"{showing} of one run: here of the first of its points", command)
 
 
-def unknown_flag(flag: str, value: str) -> ConfigError:
+def unknown_flag(flag: str, following: str) -> ConfigError:
     """Refuse a flag that Hydra does not have: a key of the config that was typed like one, or none at all."""
-    name = flag.lstrip("-")
-    keys = {key.rsplit(".", 1)[-1]: key for key in sorted(schema_keys(Config), key=lambda key: -key.count("."))}
-    key = keys.get(name.replace("-", "_"))
+    meant = override_of_flag(flag, following, Config)
     flags = [known for known in (*ALONE, *WITH_VALUE) if known.startswith("--")]
     likely = difflib.get_close_matches(flag.lstrip("-"), [known[2:] for known in flags], n=1, cutoff=0.7)
-    fix = f"{key}={value}" if key else f"--{likely[0]}" if likely else "python -m launch --help"
+    fix = meant or f"--{likely[0]}" if meant or likely else "python -m launch --help"
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
@@ -128,14 +124,27 @@ COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor",
 """Commands beside this one, each a module of its own."""
 
 
+VERBS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("run", "start", "submit", "launch", "train"), ()),
+    "sweep": ("-m",),
+    "help": ("--help",),
+    "version": ("--version",),
+}
+"""Words that other launchers begin with -> what stands in their place here."""
+
+
 def refuse_command(argv: Sequence[str]) -> None:
-    """Raise ConfigError where another command was typed as the first word of this one."""
+    """Raise ConfigError where another command, or a verb, was typed as the first word of this one."""
     if argv and argv[0] in COMMANDS:
         raise ConfigError(
             f"python -m launch {argv[0]}",
             f"KEY=VALUE; the other commands are launch.{', launch.'.join(COMMANDS)}",
             shlex.join(["python", "-m", f"launch.{argv[0]}", *argv[1:]]),
         )
+    if argv and argv[0] in VERBS:
+        split_flags(argv[1:])  # what is refused by itself is told first
+        fix = shlex.join(["python", "-m", "launch", *VERBS[argv[0]], *argv[1:]])
+        raise ConfigError(f"python -m launch {argv[0]}", "KEY=VALUE alone: this command starts what they say", fix)
 
 
 def workload_to_complete(flags: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Rank 0 looks at its device and chooses, by gpt/planning.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.training.execution import best_precision
 from launch.errors import CommandParser, ConfigError
 from launch.runs import compose
+from launch.runs.explain import override_of_flag
 from launch.runs.folder import RunFolder
 from launch.runs.identity import choose_folder, refuse_other_run
 from launch.runs.overrides import without_key
@@ -99,7 +101,25 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
-    return parser.parse_args(argv)
+    words, unknown = parser.parse_known_args(argv)
+    if unknown:
+        refuse_flag(parser, unknown[0], argv)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return words
+
+
+def refuse_flag(parser: CommandParser, typed: str, argv: Sequence[str]) -> None:
+    """Raise ConfigError where a flag stands for a key of the config, or for a sweep, which the launcher makes."""
+    flag, _, value = typed.partition("=")
+    fix: str | None = None
+    if flag in ("-m", "--multirun"):
+        points = [word for word in argv if word != typed] or ["nodes=1,2,4"]
+        fix = shlex.join(["python", "-m", "launch", "-m", *points])
+    elif flag.startswith("-"):
+        following = value or next(iter(argv[argv.index(typed) + 1 :]), "")
+        fix = override_of_flag(flag, following, TrainConfig)
+    if fix is not None:
+        raise ConfigError(f"{flag}, which {parser.prog} does not take", "KEY=VALUE for each key of the config", fix)
 
 
 def parse_request(words: argparse.Namespace) -> Request:

@@ -5,6 +5,8 @@ Owns the order of these steps. Writes and submits nothing.
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +169,8 @@ def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) ->
     seen: dict[str, Sequence[str]] = {}
     for plan, words in zip(plans, typed, strict=True):
         if plan.run_dir in seen:
+            if [*words] == [*seen[plan.run_dir]]:
+                raise twice(words, typed)
             apart = {typed_key(word) for word in {*seen[plan.run_dir]} ^ {*words}}
             texts = sorted(key for key in apart if key.startswith(TEXTS))
             each = {key: [value for point in typed if (value := typed_value(point, key)) is not None] for key in texts}
@@ -184,6 +188,20 @@ def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) ->
                 ),
             )
         seen[plan.run_dir] = words
+
+
+def twice(words: Sequence[str], typed: Sequence[Sequence[str]]) -> ConfigError:
+    """Return the refusal of a point that a sweep has more than once; proposes the sweep with each value once."""
+    points = dict.fromkeys(tuple(word.removeprefix("++") for word in point) for point in typed)
+    columns = [list(dict.fromkeys(column)) for column in zip(*points, strict=True)]
+    values = [[words[0], *(word.partition("=")[2] for word in words[1:])] for words in columns]
+    is_grid = math.prod(map(len, columns)) == len(points)
+    each_once = shlex.join(["python", "-m", "launch", "-m", *(",".join(column) for column in values)])
+    return ConfigError(
+        f"the point {' '.join(words)} more than once in the sweep",
+        "each point once: a second run with the same settings would write into the folder of the first",
+        each_once if is_grid else "each value once, or seed=0,1 for runs that differ in their seed alone",
+    )
 
 
 def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryFile
 
 from launch.errors import ConfigError
 from launch.runs.find import OUTPUTS, is_run, runs_inside
@@ -175,12 +176,21 @@ def writing_to(selection: Selection, out: Path) -> Selection:
     """The selection, with its report in another folder, which is made.
 
     Raises:
-        ConfigError: it is no folder, or one of runs, whose own report would be lost.
+        ConfigError: it is no folder, or one of runs, whose own report would be lost; or nothing can be written there.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}, which is a file", "a folder", f"--out {quote(str(out.parent / 'comparison'))}")
     if not selection.parts and runs_inside(out, depth=1):
         better = quote(str(out.parent / "report"))
         raise ConfigError(f"--out {out}, with runs in it, and a report of its own", "another folder", f"--out {better}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):  # before the report is computed, which may take minutes
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}, which cannot be written: {error.strerror}",
+            "a folder that this user may write into, on a filesystem with room",
+            "the same without --out, which writes beside the runs",
+        ) from error
     return replace(selection, out=out)

@@ -39,6 +39,16 @@ def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from schema_keys(inner, f"{prefix}{field.name}.")
 
 
+def override_of_flag(flag: str, following: str, schema: type) -> str | None:
+    """Return the override that was typed like a flag, ``optim.max_steps=3`` for ``--max-steps 3``; None where no key
+    has its name. ``following`` is the word behind it, which may be another override or flag."""
+    keys = {key.rsplit(".", 1)[-1]: key for key in sorted(schema_keys(schema), key=lambda key: -key.count("."))}
+    keys |= {key: key for key in schema_keys(schema)}
+    key = keys.get(flag.lstrip("-").replace("-", "_"))
+    value = following if following and not re.search("^-|=", following) else "VALUE"
+    return None if key is None else f"{key}={shlex.quote(value)}"
+
+
 def free_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """Keys whose value is a mapping with keys of the user's choice."""
     for field in dataclasses.fields(schema):
@@ -65,6 +75,11 @@ def explain(error: BaseException, schema: type, overrides: Sequence[str] = ()) -
         return ConfigError(found, "config, the name of the launcher's own", "the same without --config-name")
     if isinstance(error, OverrideParseException):
         return unreadable(error.override, schema)
+    packaged = next((arg for arg in overrides if "@" in typed_key(arg) and typed_key(arg) in text), None)
+    if packaged is not None:
+        key, _, value = packaged.partition("=")
+        expected = "GROUP=OPTION: an option fills the keys of its own group, and no others"
+        return ConfigError(packaged, expected, in_shell(typed_key(key).partition("@")[0], value))
     if "is not in struct" in text or "not in '" in text or "No match in the defaults list" in text:
         key = key or (re.findall(r"'([\w./+]+)'", text) or [first])[0]
         typed = next((arg for arg in overrides if f"{typed_key(arg)}.".startswith(f"{key}.")), f"{key}=VALUE")

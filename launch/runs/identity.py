@@ -148,7 +148,22 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
         int(p.name.rsplit("~", 1)[1]) for p in base.parent.glob(f"{glob_escape(base.name)}~*") if p.is_dir()
     ]
     newest = max(generations, default=0) + (1 if config.fresh else 0)
-    return RunFolder(base if newest <= 1 else base.with_name(f"{base.name}~{newest}"))
+    folder = base if newest <= 1 else base.with_name(f"{base.name}~{newest}")
+    refuse_file_in_place(folder)
+    return RunFolder(folder)
+
+
+def refuse_file_in_place(folder: Path) -> None:
+    """Raise ConfigError where a file has the place of a run folder, or of a folder above it."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(
+            f"{there}, a file in the path of the run folder {folder}"
+            if there != folder
+            else f"{folder}, which is a file",
+            "a folder for the run, or a path where nothing is yet",
+            "output_dir=FOLDER, or run_dir=FOLDER",
+        )
 
 
 def glob_escape(name: str) -> str:

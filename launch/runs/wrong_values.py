@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from launch.errors import ConfigError
-from launch.runs.overrides import typed_key
+from launch.runs.overrides import NOT_IN_POINT, typed_key
 from launch.runs.ranges import EXAMPLES, closest
 
 PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
@@ -32,9 +32,9 @@ def wrong_value(found: str, key: str, schema: type, overrides: Sequence[str] = (
         return ConfigError(typed, "true or false", f"{key}={meant_bool(value)}")
     if kind in (int, float):
         usual = default if type(default) in (int, float) else EXAMPLES.get(key, "1" if kind is int else "0.1")
-        fix = f"{key}={in_unit_of(key, value) or usual}"
-        if len(elements(value)) > 1:
-            fix = f"python -m launch -m {key}={','.join(elements(value))}"
+        fix = f"{key}={in_unit_of(key, value) or (whole(value) if kind is int else None) or usual}"
+        if len(several := points_of_range(key, value) or elements(value)) > 1:
+            fix = f"python -m launch -m {key}={','.join(several)}"
         return ConfigError(typed, "a whole number" if kind is int else "a number", fix)
     inner = get_args(kind)[0] if get_origin(kind) is list else None
     if isinstance(inner, type) and issubclass(inner, Enum):
@@ -91,6 +91,34 @@ def elements(value: str) -> list[str]:
     if bare in ("null", "[]", "{}"):
         return []
     return [word.strip() for word in bare[1:-1].split(",")] if bare[:1] in ("[", "{") else [bare]
+
+
+RANGE = re.compile(r"(\d{1,9})(?:\.\.|-)(\d{1,9})")
+"""A range of whole numbers, as ``1..4`` or ``1-4``."""
+SIZES = ("nodes", "ranks_per_node")
+"""Keys of which a scaling sweep takes each value twice as large as the one before."""
+MOST_POINTS = 12
+"""Points of a sweep that a refusal lists."""
+
+
+def points_of_range(key: str, value: str) -> list[str]:
+    """Values that were meant by a range such as ``1..4``; none where there are too many, or the key makes no points."""
+    found = RANGE.fullmatch(value)
+    if found is None or key.partition(".")[0] in NOT_IN_POINT:
+        return []
+    first, last = int(found[1]), int(found[2])
+    if key in SIZES and first:
+        return [str(first << power) for power in range((last // first).bit_length())]
+    return [] if last - first >= MOST_POINTS else [str(number) for number in range(first, last + 1)]
+
+
+def whole(value: str) -> str | None:
+    """Whole number above 0 that was meant by a number with a point or an exponent, as ``1e3``; None for others."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return str(int(number)) if 1 <= number < 1e15 and number.is_integer() else None
 
 
 def quoted(value: str) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from gpt.config.compose import compose_train
+from gpt.training.request import parse_arguments
 from launch.__main__ import COMMANDS, refuse_command
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
+from launch.config.sweep_points import sweep_points
 from launch.errors import ConfigError
 from launch.plan.budget import Use, use_text
 from launch.plan.plan import make_plan
@@ -55,6 +57,73 @@ def test_another_command_typed_behind_this_one_is_named_whole(command: str) -> N
     refuse_command([f"{command}=1"])
 
 
+@pytest.mark.parametrize(
+    ("typed", "fix"),
+    [
+        ("run nodes=2", "python -m launch nodes=2"),
+        ("submit -m nodes=1,2 'name=a b'", "python -m launch -m nodes=1,2 'name=a b'"),
+        ("sweep nodes=1,2", "python -m launch -m nodes=1,2"),
+        ("help", "python -m launch --help"),
+        ("version", "python -m launch --version"),
+        ("run --nodes 2", "nodes=2"),
+    ],
+)
+def test_a_verb_before_the_keys_is_answered_with_the_command_without_it(typed: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        refuse_command(shlex.split(typed))
+    assert refusal.value.fix == fix
+    refuse_command(shlex.split(fix.removeprefix("python -m launch ")))
+
+
+@pytest.mark.parametrize(
+    ("typed", "fix"),
+    [
+        ("-m nodes=1,1 dry_run=true", "python -m launch -m nodes=1 dry_run=True"),
+        ("-m nodes=1,1,2 seed=3,3 dry_run=true", "python -m launch -m nodes=1,2 seed=3 dry_run=True"),
+    ],
+)
+def test_a_point_typed_twice_is_answered_with_the_sweep_that_has_it_once(typed: str, fix: str, tmp_path: Path) -> None:
+    text = run("launch", *typed.split(), cwd=tmp_path, status=2)
+    assert "found: the point nodes=1 " in text and f"type next: {fix}\n" in text
+    assert "dry_run=true: nothing was submitted" in run("launch", *fix.split()[3:], cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "fix"),
+    [
+        ("--max-steps 3", "optim.max_steps=3"),
+        ("--optim.max_steps=3", "optim.max_steps=3"),
+        ("--lr optim.max_steps=3", "optim.lr=VALUE"),
+        ("seed=1 --model gpt2_124m", "model=gpt2_124m"),
+        ("-m", "python -m launch -m nodes=1,2,4"),
+        ("-m seed=1,2", "python -m launch -m seed=1,2"),
+        ("--rum x", "python -m gpt.train ... --run FOLDER"),
+    ],
+)
+def test_a_flag_of_a_training_is_answered_with_the_key_that_was_meant(typed: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_arguments(typed.split())
+    assert refusal.value.fix == fix
+    if fix.startswith("python -m launch"):
+        assert len(sweep_points(fix.split()[4:])) == fix.count(",") + 1
+    elif not fix.endswith(("VALUE", "FOLDER")):
+        compose_train([fix])
+
+
+@pytest.mark.parametrize("words", [["run_dir=taken"], ["run_dir=taken/run"], ["output_dir=taken"]], ids=str)
+def test_a_file_in_place_of_a_run_folder_is_refused_by_a_dry_run_as_by_a_start(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    with pytest.raises(ConfigError) as refusal:
+        make_plan(typed_config(compose_launch(words)), words, ClusterKind.local)
+    assert str(tmp_path / "taken") in refusal.value.found and refusal.value.fix.endswith("run_dir=FOLDER")
+    fresh = [*words, "fresh=true"]
+    if words == ["run_dir=taken"]:  # beside it there is room
+        assert make_plan(typed_config(compose_launch(fresh)), fresh, ClusterKind.local).run_dir.endswith("taken~2")
+
+
 def test_a_mistyped_key_has_its_likeness_first_and_a_dozen_names_at_most() -> None:
     refusal = refusal_of("cluster.gpus_per_nod=8")
     assert refusal.fix == "cluster.gpus_per_node=8"
@@ -88,6 +157,13 @@ def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
         ("nodes=1,,2", "KEY=VALUE, quoted", "nodes=1,2"),
         ("nodes =2", "KEY=VALUE, quoted", "nodes=2"),
         ("nodes=[1,2]", "a whole number", "python -m launch -m nodes=1,2"),
+        ("nodes=1e3", "a whole number", "nodes=1000"),
+        ("optim.max_steps=2.0", "a whole number", "optim.max_steps=2"),
+        ("optim.max_steps=2.5", "a whole number", "optim.max_steps=1"),
+        ("nodes=1..4", "a whole number", "python -m launch -m nodes=1,2,4"),
+        ("nodes=3-13", "a whole number", "python -m launch -m nodes=3,6,12"),
+        ("seed=1..4", "a whole number", "python -m launch -m seed=1,2,3,4"),
+        ("cluster.timeout_min=10-20", "a whole number", "cluster.timeout_min=1"),
         ("optim.lr=high", "a number", "optim.lr=0.001"),
         ("precision=BF16", "one of auto, ", "precision=bf16"),
         ("cluster.mem_gb=64G", "a number", "cluster.mem_gb=64"),
@@ -103,7 +179,9 @@ def test_a_value_that_does_not_fit_is_answered_with_one_that_does(typed: str, ex
     refusal = refusal_of(*workload, typed)
     assert refusal.found.removesuffix(", which cannot be read") == typed, "whole, not cut at a blank"
     assert refusal.expected.startswith(expected) and refusal.fix == fix
-    if "VALUE" not in fix and "nodes=1,2" not in fix and "same" not in fix:
+    if fix.startswith("python -m launch -m "):
+        assert len(sweep_points(shlex.split(fix)[4:])) == fix.count(",") + 1
+    elif "VALUE" not in fix and "nodes=1,2" not in fix and "same" not in fix:
         compose_launch([*workload, *shlex.split(fix)])
 
 

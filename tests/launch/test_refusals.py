@@ -92,6 +92,8 @@ REFUSED = [
     (["cluster.exclude=n[3-4]"], "cluster.exclude=n[3-4], which cannot be read", "'cluster.exclude=\"n[3-4]\"'"),
     (["cluster.setup=[a b,c=d]"], "which cannot be read", """'cluster.setup=["a b","c=d"]'"""),
     (["nodes=0"], "nodes=0", "nodes=1"),
+    (["model@x=gpt2_124m"], "model@x=gpt2_124m", "model=gpt2_124m"),
+    (["nodes@x=2"], "nodes@x=2", "nodes=2"),
     (
         ["nodes=3"],
         "nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a multiple of 3",

@@ -109,10 +109,12 @@ def test_folders_of_the_same_name_are_told_apart_by_those_above() -> None:
         (["{old}", "{old}/absent"], "no folder {old}/absent", "python -m launch.report {old}"),
         (["{old}", "{old}/nodes=1/metrics"], "no run in {old}/nodes=1/metrics", "python -m launch"),
         (["{old}", "{new}", "--sweep", "2"], "--sweep 2 with 2 folders", "{old}/sweeps/0002 {new}"),
+        (["{old}", "--out", "/proc/report"], "--out /proc/report, which cannot be written", "the same without --out"),
+        (["{old}", "--out", "/proc"], "--out /proc, which cannot be written", "the same without --out"),
         (["{old}", "--out", "{new}"], "--out {new}, with runs in it", "--out {above}/report"),
         (["{old}", "{new}", "--out", "{new}/nodes=1/metrics/rank_00000.jsonl"], "which is a file", "/comparison"),
     ],
-    ids=["twice", "a run of the sweep", "no folder", "no run", "a number", "a folder of runs", "a file"],
+    ids=["twice", "a run of the sweep", "no folder", "no run", "a number", "/proc/x", "/proc", "runs", "a file"],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(
     sweeps: dict[str, Path], words: list[str], found: str, fix: str, capsys: pytest.CaptureFixture[str]
