@@ -21,7 +21,7 @@ from launch.jobs.adoption import adopt_found
 from launch.jobs.display import duration, quiet_text
 from launch.jobs.handles import SlurmJob
 from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
-from launch.runs.events import damaged_text, skipped_text, slow_ranks, uncopied_text, unsaved_text
+from launch.runs.events import damaged_text, skipped_text, slow_ranks, uncopied_text, unread_text, unsaved_text
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS, throughput
 from launch.runs.unwritten import is_full
@@ -46,6 +46,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "advice": point.advice or None,
         "damage": point.damage
         or damaged_text(point.events())
+        or unread_text(point.folder)
         or ("its filesystem has no room" if is_full(point.folder.path) else None),
         "early": next((e["early"] for e in reversed(point.events()) if e.get("early")), None)
         if point.state == "finished"

@@ -24,6 +24,7 @@ from launch.report.series import (
     made_with,
     work_text,
 )
+from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
 from launch.runs.wording import counted
 
@@ -49,6 +50,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     members = [member for series in found for member in series.members]
     candidates = [
         *map(_unread, members),
+        *(unread_text(RunFolder(member.point.path)) or "" for member in members),
         _steps_used(members),
         _clusters(members),
         *_made_with(found),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.runs.folder import RunFolder
 from launch.runs.wording import counted, how_often
 
 Events = Sequence[dict[str, Any]]
@@ -83,6 +84,14 @@ def damaged_text(events: Events) -> str | None:
     """Name the checkpoints that were found damaged and set aside since the command was typed; None where none was."""
     found = [event["cause"] for event in events_since_submission(events) if event["event"] == "checkpoint_set_aside"]
     return f"damaged and set aside: {'; '.join(found)}" if found else None
+
+
+def unread_text(folder: RunFolder) -> str | None:
+    """Tell how many lines of the event log of a run could not be read; None where all could."""
+    unread = folder.unread_events()
+    if not unread:
+        return None
+    return f"{counted(unread, 'line')} of {folder.events} could not be read; what they told of the run is missing here"
 
 
 def slow_ranks(events: Events) -> list[dict[str, Any]]:

@@ -91,6 +91,11 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         lines = path.read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return
+    yield from parse_json_lines(lines)
+
+
+def parse_json_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the objects that lines of a JSONL file hold; what is none is passed over."""
     for line in lines:
         try:
             value = json.loads(line)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.runs.files import read_json_lines
+from launch.runs.files import parse_json_lines, read_json_lines
 from launch.runs.unwritten import append_lines, unwritten
 
 
@@ -129,6 +129,18 @@ class RunFolder:
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first, with those that this process could not write yet. Other lines are passed over."""
         return [event for event in (*read_json_lines(self.events), *unwritten(self.events)) if is_event(event)]
+
+    def unread_events(self) -> int:
+        """Count the lines of the event log that are no events, blank ones aside.
+
+        The last one is not counted while it has no end: it may be being written.
+        """
+        try:
+            data = self.events.read_bytes()
+        except OSError:
+            return 0
+        lines = [line for line in data[: data.rfind(b"\n") + 1].splitlines() if line.strip()]
+        return len(lines) - sum(map(is_event, parse_json_lines(lines)))
 
 
 def is_event(value: dict[str, Any]) -> bool:

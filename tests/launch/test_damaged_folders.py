@@ -154,6 +154,20 @@ def test_a_damaged_file_is_named_or_done_without(
     assert told == ("plan.json" in answer(lambda: status.main([str(folder.path)]), capsys)[1])
 
 
+def test_lines_of_the_event_log_that_cannot_be_read_are_counted_and_told(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = folder.events.read_bytes()
+    garbled = [b"\x00" * 40, whole.splitlines()[0][:-9], b"[1, 2]", b'{"event": "saved"}']
+    events = folder.read_events()
+    for lines, number in ((b"", 0), (b"\n  \n", 0), (garbled[0], 0), (b"\n".join(garbled) + b"\n", len(garbled))):
+        folder.events.write_bytes(whole + lines)
+        assert folder.unread_events() == number and folder.read_events() == events
+    told = f"{len(garbled)} lines of {folder.events} could not be read"
+    assert told in answer(lambda: status.main([str(folder.path)]), capsys)[1].replace("\n", " ")
+    assert [note for note in build(folder.path).notes if told in note]
+
+
 def test_a_config_that_was_cut_off_is_no_key_to_type(folder: RunFolder) -> None:
     text = folder.config.read_text()
     folder.config.write_text(text[: text.index("n_layer")].rsplit("\n", 1)[0] + "\n")
