@@ -85,7 +85,7 @@ SECONDS = {
     "test_structure.py": 15,
     "test_wheel.py": 21,
     "tools/test_export.py": 19,
-    "training/test_divergence.py": 38,
+    "training/test_divergence.py": 30,
     "training/test_execution.py": 40,
     "training/test_extend.py": 18,
     "training/test_loss_scale.py": 20,
