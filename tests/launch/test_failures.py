@@ -56,12 +56,23 @@ if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that 
                 spec.loader.exec_module = lambda module: (execute(module), self.sabotage(module))
             return spec
 
+        def wait_for_records(self):
+            # What rank 0 has done in the second attempt: its agent kills it with what its thread has not written yet.
+            import time
+
+            path, ends = os.path.join(os.environ["LAUNCH_RUN_DIR"], "metrics/rank_00000.jsonl"), time.monotonic() + 60
+            while os.environ["RANK"] == "1" and time.monotonic() < ends:
+                if os.path.exists(path) and '"attempt":2' in open(path).read().replace(" ", ""):
+                    return
+                time.sleep(0.05)
+
         def sabotage(self, module):
             lr_at = module.lr_at
             def sabotaged(config, step):
                 if step == 3 and "SABOTAGED_LR" in os.environ:
                     return float(os.environ["SABOTAGED_LR"]) if os.environ["RANK"] == "1" else lr_at(config, step)
                 if step == 3 and int(os.environ["LAUNCH_ATTEMPT"]) == int(os.environ["RANK"]) + 1:
+                    self.wait_for_records()
                     raise ZeroDivisionError("the data of step 3 has no tokens")
                 return lr_at(config, step)
             module.lr_at = sabotaged
