@@ -19,7 +19,7 @@ from gpt.parallel.timeline import WORLD
 
 
 class Clipped(NamedTuple):
-    """What all ranks know of a step before its update."""
+    """Gradient norm and figures of a step, as all ranks know them before its update."""
 
     norm: Tensor | None
     """Global norm of the gradients before they were clipped, (); None where the optimizer clips in its step."""

@@ -111,7 +111,7 @@ class Loop:
         self._unread: QueuedStep | None = None
         """The step whose figures were not read yet."""
         self._bad: BadSteps | None = None
-        """What the step that was read last while the next one was queued has to go back for."""
+        """Steps to go back for, found when the former step was read while another one was queued."""
         self._unasked: QueuedStep | None = None
         """The step whose requests were not looked at yet. Apart from the other, which is read at once for a profile."""
         self._left = Requests()

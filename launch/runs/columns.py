@@ -31,7 +31,7 @@ Flags = npt.NDArray[np.bool_]
 BLOCK = 1 << 16
 """Bytes that are decoded together: they stay in a core's cache while they are looked at."""
 ATTEMPT = re.compile(rb'"attempt": ?(\d{1,9})[,}]')
-"""What a line that is cut, or garbled, may still tell."""
+"""Attempt in a line that is cut or garbled otherwise."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from launch.errors import ConfigError
 from launch.runs.ranges import closest
 
 OWN_IMPORTS = re.compile(r"__path__|declare_namespace|meta_path|path_hooks|sys\.modules")
-"""What a package that makes its modules found in a way of its own has in its code."""
+"""Names in the code of a package whose modules are found in a way of its own."""
 USUAL = ("train", "main", "run", "cli")
 """Names of modules to propose first where a package cannot be run itself."""
 EXPECTED = "a module that python -m finds from script.workdir"

@@ -49,7 +49,7 @@ def workdir(tmp_path: Path) -> Path:
 
 
 def runs(module: str, workdir: Path, pythonpath: Sequence[str]) -> bool:
-    """Whether Python itself runs the module."""
+    """Tell whether Python itself runs the module."""
     done = subprocess.run(
         [sys.executable, "-m", module],
         cwd=workdir,

@@ -29,7 +29,7 @@ def config_of(*words: str) -> ScriptConfig:
 
 
 def arguments(*words: str) -> list[str]:
-    """What the program of these overrides gets on three nodes."""
+    """Arguments that the program of these overrides gets on three nodes."""
     config = config_of("nodes=3", *words)
     return list(ScriptWorkload().command(config, RunFolder("/runs/a"), attempt=2).args[2:])
 

@@ -43,7 +43,7 @@ SPARED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def is_record(line: bytes) -> bool:
-    """What a line is to Python's parser: a record has a step and an attempt that are numbers of a run."""
+    """Tell what a line is to Python's parser: a record has a step and an attempt that are numbers of a run."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -151,7 +151,7 @@ def test_what_is_added_to_half_a_line_while_it_is_read_is_no_line(tmp_path: Path
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """What a report of a folder says, by the way in which it says it."""
+    """Texts of a report of a folder, by the way in which it says them."""
     table, shown = build(folder), io.StringIO()
     show(table, Console(file=shown, width=250))
     page = next(path for path in write(table) if path.suffix == ".html")
