@@ -81,8 +81,8 @@ def fsdp_shard_modules(
 def reshard(module: nn.Module) -> None:
     """Free the parameters that FSDP all-gathered for a forward pass without a backward pass.
 
-    Those that stay gathered are in the place of the sharded ones, and have no gradients: zero_grad would leave those of
-    the last step where they are, and the next one would be added to them.
+    Gathered ones stand in the place of the sharded ones until the next backward pass. Whoever walks over the parameters
+    meanwhile, as a comparison of replicas does, would see tensors of other shapes, and without gradients.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
