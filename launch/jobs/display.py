@@ -186,7 +186,7 @@ def start_next_local(points: Sequence[RunStatus]) -> None:
         assert point.plan is not None
         point.job = start_local(point.plan)
         point.state = "running"
-        record_submitted(point.plan, point.job.job_id)
+        record_submitted(point.plan, point.job.job_id, pid_started=point.job.started)
         if is_cancelled(point):  # in the moment of its start
             Stop(point).push()
         return

@@ -145,9 +145,14 @@ class SlurmJob:
 class LocalJob:
     """The agents of a point on one machine, under a controller process of submitit."""
 
-    def __init__(self, job_id: str, host: str, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(
+        self, job_id: str, host: str, process: subprocess.Popen[bytes] | None = None, started: str | None = None
+    ) -> None:
         self.job_id = job_id
         self._host = host
+        self.started = processes.start_time(process.pid) if process is not None else started
+        """When its controller started, as ``processes.start_time``: the kernel gives process ids out again, and no
+        signal may reach the run that has this one by now. None where an event log of earlier versions does not say."""
         self._process = process
         """Given by the launcher that started it, which has to ask after its child for it to go."""
         self._asked = False
@@ -160,7 +165,7 @@ class LocalJob:
     @property
     def is_alive(self) -> bool:
         """Tell whether the controller runs."""
-        return is_local_job(int(self.job_id)) if self._process is None else self._process.poll() is None
+        return is_local_job(int(self.job_id), self.started) if self._process is None else self._process.poll() is None
 
     def status(self, queue: Mapping[str, JobState]) -> JobStatus:
         """Known on the machine it runs on only."""
@@ -188,18 +193,19 @@ class LocalJob:
                 return
 
 
-def is_local_job(pid: int) -> bool:
-    """Tell whether process ``pid`` is a submitit controller that still runs."""
+def is_local_job(pid: int, started: str | None = None) -> bool:
+    """Tell whether process ``pid`` is a submitit controller that still runs, that which ``started`` then if given."""
     try:
-        return CONTROLLER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        is_controller = CONTROLLER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+    return is_controller and started in (None, processes.start_time(pid))
 
 
 def job_of(event: Mapping[str, Any]) -> Job:
     """The job of an event log's ``submitted`` event."""
     if event["cluster"] == "local":
-        return LocalJob(str(event["job_id"]), str(event.get("host")))
+        return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
     return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
 
 

@@ -17,8 +17,12 @@ from launch.runs.events import Events
 from launch.runs.folder import RunFolder
 
 
-def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False) -> None:
+def record_submitted(
+    plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False, pid_started: str | None = None
+) -> None:
     """Enter a submission into the event log; ``moved`` where the run waited elsewhere before.
+
+    ``pid_started`` tells a local job, whose id is a process's, from others that get the same id later.
 
     The agent of a job that started at once may have been faster (``record_found``).
     """
@@ -27,7 +31,8 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, *, moved: bool
         return
     where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
     place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
-    folder.record_event("submitted", **where, **place, **({"moved": True} if moved else {}))
+    rest = ({"moved": True} if moved else {}) | ({} if pid_started is None else {"pid_started": pid_started})
+    folder.record_event("submitted", **where, **place, **rest)
 
 
 def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.agent.processes import start_time
 from launch.errors import ConfigError
 from launch.jobs.display import plain_line
-from launch.jobs.handles import JobStatus, LocalQueueEntry, SlurmJob
+from launch.jobs.handles import CONTROLLER, JobStatus, LocalJob, LocalQueueEntry, SlurmJob, is_local_job, job_of
 from launch.jobs.outcome import outcome
 from launch.jobs.status import RunStatus, find_run_status, read_steps
 from launch.logs import main as logs
@@ -277,6 +279,25 @@ def test_slurms_words_are_put_into_ours() -> None:
     assert status("REQUEUED") == JobStatus("pending")
     assert status("COMPLETED") == JobStatus("over")
     assert status("NODE_FAIL") == JobStatus("over", "NODE_FAIL")
+
+
+def test_another_process_with_the_id_of_a_local_job_is_neither_its_agents_nor_ended() -> None:
+    with subprocess.Popen(["bash", "-c", f"exec -a {CONTROLLER} sleep 600"]) as controller:
+        try:
+            event = {"cluster": "local", "job_id": str(controller.pid), "host": os.uname().nodename}
+            wait_for(lambda: is_local_job(controller.pid), "the name of the controller")
+            born = str(start_time(controller.pid))
+            assert LocalJob(event["job_id"], event["host"], controller).started == born
+            job = job_of(event | {"pid_started": str(int(born) - 1)})
+            assert job.status({}).state == "over"
+            job.kill()
+            assert controller.poll() is None
+            for own in (job_of(event), job_of(event | {"pid_started": born})):  # earlier versions did not say when
+                assert own.status({}).state == "running"
+            own.kill()
+            assert controller.wait(timeout=60) == -signal.SIGTERM
+        finally:
+            controller.kill()
 
 
 def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
