@@ -1,4 +1,4 @@
-"""GPUs that a job asks for where nothing says how many: those that every node has where it may go, by Slurm's facts.
+"""GPUs that a job takes where nothing says how many: those that every node has where it may go, or this machine's.
 
 Slurm gives a job that asks for no GPUs none, and a program that finds none computes on CPUs, many times slower. Owns
 that default. Asks nobody: the facts are handed in.
@@ -63,6 +63,35 @@ def settle_gpus(
         return number, "" if finding is None else line_of(finding)
 
     return settle_key("gpus_per_node", choose, documents, configs, kinds)
+
+
+def settle_local_ranks(
+    documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], gpus: int, torch: str
+) -> list[str]:
+    """Have each point on this machine start a rank on each of its GPUs, where nothing says how many ranks.
+
+    Points that stand for several nodes share the GPUs, and so nothing is chosen for a command with such points: in a
+    sweep over nodes each of them keeps the same number of ranks.
+
+    Args:
+        documents: the composed config of each point, which its run folder will hold.
+        configs: the same, typed; both are changed.
+        kinds: the cluster of each point.
+        gpus: of this machine that may be used.
+        torch: version of it that is installed; empty where there is none.
+
+    Returns:
+        What was decided and by what, for people.
+    """
+    local = [point for point in zip(documents, configs, kinds, strict=True) if point[2] is ClusterKind.local]
+    if gpus < 2 or built_for_cpus(torch) or any(config.nodes > 1 for _, config, _ in local):
+        return []
+    told = ""
+    for document, config, _ in local:
+        if config.ranks_per_node is None and not says_gpus(config) and not computes_on_cpus(config):
+            config.ranks_per_node = document.ranks_per_node = gpus
+            told = f"ranks_per_node={gpus}: this machine has {gpus} GPUs; ranks_per_node=1 takes one of them"
+    return [told] if told else []
 
 
 def line_of(finding: Finding) -> str:

@@ -19,6 +19,7 @@ from launch.config import ClusterKind, Config
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError
 from launch.plan.alone import settle_exclusive
+from launch.plan.capacity import local_gpus
 from launch.plan.expected import add_expected
 from launch.plan.plan import Plan, make_plan, unfinished
 from launch.plan.preflight import add_warnings
@@ -88,7 +89,7 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
 def settle_resources(
     documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], console: Console
 ) -> SlurmFacts | None:
-    """Settle what a command leaves open of its nodes, GPUs and CPUs, and say what was chosen.
+    """Settle what a command leaves open of its nodes, GPUs, ranks and CPUs, and say what was chosen.
 
     Args:
         documents: the composed config of each point.
@@ -103,10 +104,16 @@ def settle_resources(
     """
     if whole := settle_exclusive(documents, configs, kinds):
         console.print(whole, highlight=False, markup=False)
-    if not configs[0].launch.check_limits or ClusterKind.slurm not in kinds:
+    visible = local_gpus() if ClusterKind.local in kinds else 0
+    asks = configs[0].launch.check_limits and ClusterKind.slurm in kinds
+    if not asks and visible < 2:
         return None
     from launch.checks import cpus, facts, gpus
 
+    for line in gpus.settle_local_ranks(documents, configs, kinds, visible, facts.torch_version()):
+        console.print(line, highlight=False, markup=False)
+    if not asks:
+        return None
     slurm = facts.ask_slurm(facts.clusters_named(configs))
     told = gpus.settle_gpus(documents, configs, kinds, slurm)  # before the CPUs, which go by the ranks of a node
     for line in [*told, *cpus.settle_cpus(documents, configs, kinds, slurm)]:

@@ -266,7 +266,8 @@ class Config(RunConfig):
     nodes: int = 1
     """Nodes of the run; one agent is started on each."""
     ranks_per_node: Optional[int] = None
-    """Processes on each node; null means cluster.gpus_per_node, or 1."""
+    """Processes on each node. null: cluster.gpus_per_node; on this machine its GPUs where all points have nodes=1; or
+    1."""
     spare_nodes: int = 0
     """Slurm only: nodes asked for beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
     objective: Optional[str] = None

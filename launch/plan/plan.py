@@ -153,9 +153,9 @@ def make_plan(
     """
 
     def plan_words(words: Sequence[str]) -> Plan:
-        # What was settled by Slurm's facts, the number of ranks among it, holds for a proposal as well.
-        gpus = config.cluster.gpus_per_node
-        settled = [] if gpus is None else [f"cluster.gpus_per_node={gpus}"]
+        # What was settled by the GPUs that there are, the number of ranks among it, holds for a proposal as well.
+        known = {"cluster.gpus_per_node": config.cluster.gpus_per_node, "ranks_per_node": config.ranks_per_node}
+        settled = [f"{key}={value}" for key, value in known.items() if value is not None]
         return plan_point(typed_config(compose_launch([*settled, *words])), words, kind, sweep_sizes, gpu_type)
 
     try:
