@@ -25,7 +25,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch import __version__
 from launch.config import Config
-from launch.config.compose import not_in_point, prepare_overrides, register, require_folder, target_of, typed_form
+from launch.config.compose import (
+    not_in_point,
+    prepare_overrides,
+    register,
+    require_folder,
+    schema_of,
+    target_of,
+    typed_form,
+)
 from launch.config.sweep_points import sweep_points
 from launch.errors import ConfigError, refusing
 from launch.runs.explain import CONFIG_ERRORS, explain, override_of_flag
@@ -90,7 +98,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
                 raise ConfigError(f"{flag} without a value", f"{flag} VALUE", "python -m launch --help")
             flags += [flag, following]
         else:
-            raise unknown_flag(flag, value or next(words, ""))
+            raise unknown_flag(flag, value or next(words, ""), argv)
     return flags, typed
 
 
@@ -111,13 +119,21 @@ def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -
     raise ConfigError(f"{showing} of a sweep (-m)", f"{showing} of one run: here of the first of its points", command)
 
 
-def unknown_flag(flag: str, following: str) -> ConfigError:
+def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
     """Refuse a flag that Hydra does not have: a key of the config that was typed like one, or none at all."""
-    meant = override_of_flag(flag, following, Config)
+    meant = override_of_flag(flag, following, schema_named_in(argv))
     flags = [known for known in (*ALONE, *WITH_VALUE) if known.startswith("--")]
     likely = difflib.get_close_matches(flag.lstrip("-"), [known[2:] for known in flags], n=1, cutoff=0.7)
     fix = meant or f"--{likely[0]}" if meant or likely else "python -m launch --help"
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
+
+
+def schema_named_in(argv: Sequence[str]) -> type[Config]:
+    """Return the schema of the workload that a line names; the launcher's own where only a folder of configs tells."""
+    try:
+        return schema_of(target_of([word for word in argv if word.startswith("workload=")]))
+    except ConfigError:
+        return Config
 
 
 COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "batch")
