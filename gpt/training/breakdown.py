@@ -133,6 +133,8 @@ class StepBreakdown:
         assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
         spans: dict[str, list[Interval]] = {"compute": [], "communication": [], "copies": [], "step": []}
         for event in profiler.profiler.kineto_results.events():
+            if event.device_type() == DeviceType.CUDA and event.is_user_annotation():
+                continue  # the GPU's copy of a mark such as MARK: it lasts from the first kernel in it to the last
             name = event.name()
             kind = classify(name, event.device_type() == DeviceType.CUDA, self._on_gpus)
             if name == MARK and event.device_type() == DeviceType.CPU:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from torch.autograd import DeviceType
 
 from gpt.train import train
-from gpt.training.breakdown import Interval, break_down, classify
+from gpt.training.breakdown import MARK, Interval, StepBreakdown, break_down, classify
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -59,6 +62,25 @@ def test_events_are_told_apart_by_device_and_name() -> None:
         "c10d::allreduce_": "",
     }
     assert {name: classify(name, False, False) for name in on_cpu} == on_cpu
+
+
+def event(name: str, device: DeviceType, begin: int, end: int, annotates: bool = False) -> Any:
+    """Make an event as the profiler returns them, with times in seconds."""
+    values = {"name": name, "device_type": device, "start_ns": begin * 10**9, "duration_ns": (end - begin) * 10**9}
+    values["is_user_annotation"] = annotates
+    return SimpleNamespace(**{key: lambda value=value: value for key, value in values.items()})
+
+
+def test_marks_that_the_profiler_repeats_on_a_gpu_are_no_kernels() -> None:
+    """A mark lasts there from the first kernel of what it marks to the last one, with all the pauses between."""
+    gpu = DeviceType.CUDA
+    kernels = [event("gemm", gpu, 1, 2), event("ncclDevKernel_AllReduce", gpu, 2, 6), event("gemm", gpu, 8, 9)]
+    marks = [event(MARK, DeviceType.CPU, 0, 10, True), event(MARK, gpu, 1, 9, True)]
+    marks.append(event("nccl:all_reduce", gpu, 1, 8, True))
+    watching = StepBreakdown(1, cast("Any", SimpleNamespace(device=SimpleNamespace(type="cuda"))), 0)
+    trace = SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: [*kernels, *marks]))
+    found = watching._reduce(cast("Any", SimpleNamespace(profiler=trace)))
+    assert vars(found) == {"compute": 2.0, "communication": 4.0, "exposed": 4.0, "copies": 0.0, "idle": 4.0}
 
 
 def run_some_steps(rank: int, size: int, folder: Path) -> None:
