@@ -57,6 +57,8 @@ def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         # In ZeRO-0 the engine clips: DeepSpeed would clip each pipeline stage by a norm of its own, and not return it.
         "gradient_clipping": config.optim.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": zero,
+        # By default it waits for the device before and after every micro-batch, to time it.
+        "timers": {"throughput": {"enabled": False}},
     }
     if casts_weights(config):
         # 16-bit weights over fp32 master weights; gradients are accumulated and reduced in fp32, by default in 16 bits.

@@ -88,6 +88,25 @@ def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
             check_parallel_dims(config, 4)
 
 
+def test_micro_batches_are_not_timed_unless_the_file_asks_for_it(tmp_path: Path) -> None:
+    """DeepSpeed would wait for the device twice in each of them."""
+    from deepspeed.utils.config import get_timers_config
+
+    from gpt.topology.batch import split_batch
+    from gpt.topology.deepspeed_config import ds_config
+
+    path = tmp_path / "ds.json"
+    for words in (
+        ["parallel=zero2"],
+        ["parallel=ds_pp_zero1"],
+        [f"parallel.deepspeed_config={path}", "parallel=zero2"],
+    ):
+        config = config_of(*words)
+        path.write_text(json.dumps({"timers": {"throughput": {"enabled": True}}}))
+        timed = get_timers_config(ds_config(config, split_batch(config.optim, 4))).enabled
+        assert timed is (config.parallel.deepspeed_config is not None)
+
+
 # The last stage has the output matrix alone.
 ALONE = ["parallel=ds_pp_zero1", "parallel.pp=4", "optim.max_micro_batch=4", "model.n_layer=4", "model.vocab_size=2048"]
 
