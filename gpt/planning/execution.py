@@ -9,12 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpt.accounting.hardware import find
-from gpt.config import CompileMode, Float8, Precision, TrainConfig
+from gpt.config import CompileMode, Float8, Precision, Strategy, TrainConfig
 from gpt.config.train import check_tf32
+from gpt.topology.batch import split_batch
+from gpt.topology.deepspeed_config import casts_weights
+from gpt.topology.dims import parallel_dims
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder
+
+WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])
 
 
 def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
@@ -116,10 +121,12 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
 
     Raises:
         ConfigError: whole graphs or asynchronous tensor parallelism are asked for, and nothing is compiled; or the
-            latter on CPUs.
+            latter on CPUs; or CUDA graphs would overwrite gradients.
     """
     chosen = config.compile if config.compile is not CompileMode["auto"] else best_compile(config, world_size, on_cpus)
     refuse_async_tp(config, chosen, on_cpus)
+    if chosen in WITH_CUDA_GRAPHS and not on_cpus:
+        refuse_cuda_graphs(config, world_size)
     if config.compile_fullgraph and chosen is CompileMode["none"]:
         raise ConfigError(
             f"compile_fullgraph=true with compile={config.compile.name}, by which nothing is compiled here",
@@ -139,6 +146,33 @@ def refuse_async_tp(config: TrainConfig, chosen: CompileMode, on_cpus: bool) -> 
         "GPUs, which reach each other's memory, and torch.compile, which puts the pieces in",
         f"parallel.async_tp=false, or {'device=cuda' if on_cpus else 'compile=default'}",
     )
+
+
+def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
+    """Raise ConfigError where a step has several micro-batches, and their gradients are added up in place."""
+    dims = parallel_dims(config.parallel, world_size)
+    batch = split_batch(config.optim, dims.data_ranks)
+    if batch.accumulation == 1 or not adds_in_place(config):
+        return
+    fix = "compile=default"
+    if dims.pp == 1:  # a pipeline needs several
+        fix += f", or optim.max_micro_batch={batch.per_rank}"
+    raise ConfigError(
+        f"compile={config.compile.name} with {batch.accumulation} micro-batches a step",
+        "one micro-batch a step: CUDA graphs write the gradients of the next one where those of the former lie",
+        fix,
+    )
+
+
+def adds_in_place(config: TrainConfig) -> bool:
+    """Tell whether the gradients of a micro-batch stay where the backward pass wrote them until the next one's are
+    added: they do unless they are reduced, or cast, before that."""
+    parallel = config.parallel
+    if parallel.strategy is Strategy.deepspeed:
+        return (parallel.zero_stage or 0) < 2 and not casts_weights(config)
+    if parallel.strategy is Strategy.fsdp:
+        return not (config.precision.is_half or parallel.reduce_each_micro_batch)
+    return True
 
 
 def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:

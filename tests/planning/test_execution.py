@@ -66,6 +66,45 @@ def test_whole_graphs_where_nothing_is_compiled_are_refused(words: list[str], on
     assert choose_compile(compiled, 1, on_cpus) is CompileMode["default"]
 
 
+EACH_REDUCED = ["precision=fp32", "parallel.reduce_each_micro_batch=true"]
+SPLIT = ["precision=bf16", "optim.global_batch=32", "optim.max_micro_batch=4"]
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        ([], 1),
+        (["parallel=ddp"], 2),
+        (["parallel=zero1"], 2),
+        (["parallel=tp"], 2),
+        (["parallel=fsdp", "precision=fp32"], 2),
+        (["parallel=ds_zero0"], 2),
+        (["parallel=ds_zero1", "precision=fp32"], 2),
+        (["parallel=pp"], 2),
+    ],
+)
+def test_cuda_graphs_that_would_overwrite_gradients_are_refused(words: list[str], ranks: int, mode: str) -> None:
+    words = [*SPLIT, *words, f"compile={mode}"]
+    with pytest.raises(ConfigError) as refusal:
+        choose_compile(config_from(words), ranks, on_cpus=False)
+    micro_batches = 4 if ranks == 2 and words[3] not in ("parallel=tp", "parallel=pp") else 8
+    assert refusal.value.found == f"compile={mode} with {micro_batches} micro-batches a step"
+    fixes = refusal.value.fix.split(", or ")
+    assert len(fixes) == (1 if "parallel=pp" in words else 2), "a pipeline is made of micro-batches"
+    for fix in fixes:
+        choose_compile(config_from([*words, fix]), ranks, on_cpus=False)
+    assert choose_compile(config_from(words), ranks, on_cpus=True) is CompileMode[mode]
+
+
+@pytest.mark.parametrize(
+    "words", [["parallel=fsdp"], ["parallel=zero2"], ["parallel=zero3"], ["parallel=fsdp", *EACH_REDUCED]]
+)
+def test_cuda_graphs_whose_gradients_are_taken_away_at_once_are_not(words: list[str]) -> None:
+    config = config_from([*SPLIT, *words, "compile=reduce-overhead"])
+    assert choose_compile(config, 2, on_cpus=False) is CompileMode["reduce-overhead"]
+
+
 @pytest.mark.parametrize(
     ("words", "on_cpus", "allowed"),
     [
