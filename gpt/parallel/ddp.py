@@ -28,6 +28,9 @@ from gpt.parallel.timeline import Moment, current, waiting
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 
+NEVER = 2**31 - 1
+"""Steps between two of DDP's statistics: the largest number that it takes."""
+
 
 class DDPEngine(TorchEngine):
     """DistributedDataParallel: a replica on every rank. A single rank calls the model itself."""
@@ -43,6 +46,8 @@ class DDPEngine(TorchEngine):
             self._ddp = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        # For statistics that nobody reads DDP would wait for the device in each hundredth step.
+        self._ddp._set_ddp_runtime_logging_sample_rate(NEVER)
         super().__init__(self._ddp, self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last)
         self.timed_groups = ("dp",)
         self._warm_up_buckets()

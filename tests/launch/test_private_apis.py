@@ -1,4 +1,4 @@
-"""Private parts of libraries that the launcher leans on, each behind one module, are as that module expects them.
+"""Private parts of libraries that this project leans on, each behind one module, are as that module expects them.
 
 A failure here after an update names the library and the module to look at, before a run finds out.
 """
@@ -112,6 +112,17 @@ def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
     assert callable(torch.cuda._is_in_bad_fork), changed("torch", "cuda._is_in_bad_fork", "launch/agent/forked_rank.py")
     assert "global_rank" in inspect.signature(Worker.__init__).parameters, message("Worker.global_rank")
     assert "workers" in dir(WorkerGroup) or "workers" in WorkerGroup.__slots__, message("WorkerGroup.workers")
+
+
+def test_ddp_measures_steps_as_rarely_as_it_is_told() -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    name = "_set_ddp_runtime_logging_sample_rate"
+    message = changed("torch", f"nn.parallel.DistributedDataParallel.{name}", "gpt/parallel/ddp.py")
+    assert hasattr(DistributedDataParallel, name), message
+    assert list(inspect.signature(getattr(DistributedDataParallel, name)).parameters) == ["self", "sample_rate"], (
+        message
+    )
 
 
 def test_hydra_splits_a_sweep_as_before() -> None:
