@@ -13,6 +13,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,8 @@ class SharedMemory:
 
     def close(self) -> None:
         """Give the memory back, once its last view is gone."""
-        if self.is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+        if self.is_pinned and int(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())):
+            take_cuda_error()
         os.close(self.descriptor)
 
     def _pin(self) -> bool:
@@ -71,7 +72,14 @@ class SharedMemory:
             log.warning(
                 "the %d bytes to stage checkpoints in cannot be pinned, so copies from the GPU take longer", self.size
             )
+            take_cuda_error()
         return not int(error)
+
+
+def take_cuda_error() -> None:
+    """Take away the error of a call of CUDA that has failed: CUDA keeps it, and the next kernel would raise it."""
+    with suppress(RuntimeError):
+        torch.empty(1, device="cuda").fill_(1)  # torch has no call that does only that
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -196,3 +198,26 @@ def test_tensors_are_staged_the_same_by_any_number_of_threads(threads: int | Non
         assert torch.equal(memory.view(offset, tensor.dtype, tuple(tensor.shape)), tensor)
     with pytest.raises(NotImplementedError, match="meta"):  # what a thread raises reaches the save
         copy_into(memory, [*places, (torch.ones(2, device="meta"), 0)], threads)
+
+
+@pytest.mark.parametrize("failing", ["cudaHostRegister", "cudaHostUnregister"])
+def test_memory_that_cannot_be_pinned_leaves_no_error_to_the_next_kernel(failing: str, monkeypatch: Any) -> None:
+    """CUDA keeps the error of a failed call until the next kernel is launched, which raises it."""
+    kept: list[str] = []
+
+    def call(name: str, *_: object) -> int:
+        kept.extend([name] * (name == failing))
+        return len(kept)
+
+    def launch(*_: object, **__: object) -> None:
+        if kept:
+            raise RuntimeError(f"CUDA error of {kept.pop()}")
+
+    calls = {name: partial(call, name) for name in ("cudaHostRegister", "cudaHostUnregister")}
+    monkeypatch.setattr("torch.cuda.cudart", lambda: SimpleNamespace(**calls))
+    monkeypatch.setattr("torch.empty", lambda *_, device: SimpleNamespace(fill_=launch))
+    memory = SharedMemory(64, pin=True)
+    assert memory.is_pinned is (failing != "cudaHostRegister")
+    launch()
+    memory.close()
+    launch()
