@@ -1,267 +1,295 @@
-"""Every path that only a GPU takes, on the GPUs of this machine, against the plain fp32 path.
+"""Throughput, memory and waits of our step on the GPUs of this machine, and what each default is worth.
 
-    python benchmarks/gpu.py                                     # all of it; one GPU is enough
-    python benchmarks/gpu.py --only bf16,flash                   # entries whose name begins so
-    python benchmarks/gpu.py --device cpu --only bf16,fsdp       # rehearse the same list: gloo, tiny sizes, two ranks
+    python -m benchmarks.gpu --nanogpt PATH              # all of it within eight minutes, the most important first
+    python -m benchmarks.gpu --only models,peers         # some groups
+    python -m benchmarks.gpu --device cpu --to FOLDER    # rehearse the same lists: tiny sizes, no waits
 
-Each entry is a short run of ``gpt.train`` under torchrun, as users start it. Its losses of all steps and the gradient
-norm of the first must be near those of one rank in fp32 with attention written out and, for experts, one product after
-the other; the tolerance stands in the table. Writes a dated page and its JSON: hardware, versions, commit, tokens/s,
-MFU, memory. Exit status: 0, 1 where an entry failed or is too far off, 2 where there is no GPU.
+The models train bf16 and compiled, as their defaults are, on all GPUs; every other group compares its first entry with
+the others, on one GPU but for the engines. Each contestant lives in a process of its own; those that fit into the
+memory by their plans are warmed up together, and then take turns of about ``TURN_S`` seconds, in another order in each
+of ``--rounds`` rounds. Ours is the whole step of ``gpt.train``. The ratio is the contestant's time for a token over the
+first one's in the same round, its median over the rounds: above 1, the first is faster.
+
+MFU is by the PaLM convention, against the peak in the precision of the row; the share beside it is of the rate that a
+product of two square matrices reached on this GPU right before. Waits are places at which the host waits for the device
+in ten steps, found by ``torch.cuda.set_sync_debug_mode``: in its mode ``error`` where there are none. The page and its
+JSON are written again after each row. Exit status 0; 1 where a contestant failed; 2 where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import re
-import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
-from gpt.topology.rules import check_parallel_dims
+from benchmarks.gpu_groups import DATA, Entry, Group, Machine, groups, packs, planned
+from benchmarks.page import chosen, line_of, stamp
+from benchmarks.turns import ROOT, Contestant, opened, ratio, take_turns
 from launch.errors import ConfigError
-from launch.runs.compose import to_schema
 
-ROOT = Path(__file__).parents[1]
-LIMIT_S = 1200
-"""Of one entry; compiling with max-autotune takes minutes."""
-FP32, BF16 = 1e-3, 2e-2
-"""Relative tolerances: what other kernels and orders of summation make of a few steps in fp32, and what bf16 does."""
-COMMON = (
-    *("logging.tensorboard=false", "logging.gradients_interval=0", "checkpoint.interval=0", "eval.interval=0"),
-    *("optim.warmup_steps=4", "optim.lr=6e-4", "optim.min_lr=6e-5", "optim.global_batch=32"),
+NAMES = ("models", "peers", "engines", "changes", "experts", "float8")
+TURN_S = 1.0
+MOST_STEPS = 20
+"""Of a turn."""
+AT_ONCE = 7
+"""Contestants on a GPU at once: each compiles, and holds a context of half a gigabyte."""
+SQUARE = {"cuda": 8192, "cpu": 512}
+"""Sides of the matrices whose product gives the measured rate."""
+CPU_GIB = 8.0
+"""What rehearsals count with."""
+TITLES = (
+    *("contestant", "ranks", "micro-batch", "step, ms", "best, ms", "tokens/s", "MFU", "of the measured rate"),
+    *("memory, GiB", "planned, GiB", "ratio", "waits", "outcome"),
 )
-SIZES = {
-    "cuda": ("model.block_size=1024", "eval.sequences=16", "optim.max_steps=20"),
-    "cpu": (
-        *("model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.block_size=32", "model.vocab_size=256"),
-        *(
-            "model.n_kv_head=null",
-            "model.ffn_hidden=64",
-            "data.max_bytes=200000",
-            "eval.sequences=4",
-            "optim.max_steps=6",
-        ),
-    ),
-}
-MODELS = {
-    "dense": ("model=llama_124m",),
-    "experts": ("model=moe_200m",),
-}
-PLAIN = ("parallel=ddp", "precision=fp32", "model.attention=manual")
-ONE_BY_ONE = ("model.expert_matmul=loop",)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One run of the list."""
-
-    name: str
-    words: tuple[str, ...]
-    tolerance: float = BF16
-    model: str = "dense"
-    ranks: int = 1
 
 
 @dataclass
-class Result:
-    """Outcome and measurement; None where that is not known."""
+class Row:
+    """What was found of one entry."""
 
+    group: str
     entry: Entry
-    outcome: str
-    """``ok``, ``off`` (too far from the plain path), ``refused`` (by the program, in words) or ``failed``."""
-    why: str = ""
-    error: float | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
-    startup: dict[str, Any] = field(default_factory=dict)
+    outcome: str = "ok"
+    told: dict[str, Any] = field(default_factory=dict)
+    """By the contestant, of itself."""
+    step_s: float | None = None
+    """Median over the rounds."""
+    best_s: float | None = None
+    peak_gib: float | None = None
+    ratio: float | None = None
+    waits: dict[str, int] | None = None
+
+    def cells(self, rates: dict[str, float]) -> list[str]:
+        """Cells of its line; ``rates`` are measured ones by precision, FLOP/s."""
+        told = self.told
+        cells = [self.entry.name, str(self.entry.ranks), str(self.entry.micro_batch)]
+        if self.step_s is None or self.best_s is None:
+            return [*cells, *[""] * (len(TITLES) - len(cells) - 1), self.outcome]
+        tokens_per_s = told["tokens"] / self.step_s
+        rate = told["flops_per_token"] * tokens_per_s / told["ranks"]
+        shares = [told.get("peak_flops_per_s"), rates.get(told["precision"])]
+        cells += [f"{1e3 * self.step_s:.1f}", f"{1e3 * self.best_s:.1f}", f"{tokens_per_s:,.0f}"]
+        cells += [f"{rate / share:.1%}" if share else "" for share in shares]
+        cells += ["" if self.peak_gib is None else f"{self.peak_gib:.2f}"]
+        cells += ["" if self.entry.peer else f"{told['planned_gib']:.2f}"]
+        cells += ["" if self.ratio is None else f"{self.ratio:.3f}"]
+        cells += ["" if self.waits is None else ", ".join(f"{n} at {at}" for at, n in self.waits.items()) or "none"]
+        wanted = f"; wanted of one H100: {self.entry.target}" if self.entry.target else ""
+        return [*cells, self.outcome + wanted]
 
 
-KERNELS = (
-    Entry("fp32", (), FP32),
-    Entry("bf16", ("precision=bf16",)),
-    Entry("flash attention forced", ("precision=bf16", "model.attention=flash", "model.force_flash=true")),
-    Entry("compile=default", ("precision=bf16", "compile=default")),
-    Entry("compile=reduce-overhead", ("precision=bf16", "compile=reduce-overhead")),
-    Entry("recompute=selective", ("precision=bf16", "recompute=selective")),
-    Entry("recompute=full", ("precision=bf16", "recompute=full")),
-    Entry("compile and recompute", ("precision=bf16", "compile=default", "recompute=selective")),
-    Entry("deterministic", ("precision=bf16", "deterministic=true")),
-    Entry("experts grouped fp32", (), FP32, "experts"),
-    Entry("experts grouped bf16", ("precision=bf16",), BF16, "experts"),
-    Entry("experts compile", ("precision=bf16", "compile=default"), BF16, "experts"),
-    Entry("experts recompute=selective", ("precision=bf16", "recompute=selective"), BF16, "experts"),
-)
+@dataclass
+class Measurement:
+    """All that is found, and its page."""
+
+    machine: Machine
+    typed: str
+    deadline: float
+    """By the clock of ``time.monotonic``."""
+    to: Path
+    rounds: int
+    nanogpt: Path | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    """Precision -> rate of a large product, FLOP/s."""
+    rows: list[Row] = field(default_factory=list)
+
+    def left_s(self) -> float:
+        """Seconds that are left."""
+        return self.deadline - time.monotonic()
+
+    def add(self, row: Row) -> None:
+        """Keep a row, and write what there is."""
+        self.rows.append(row)
+        print(f"{row.group}: {line_of(row.cells(self.rates))}", flush=True)
+        self.to.mkdir(parents=True, exist_ok=True)
+        (self.to / "gpu.md").write_text(self.page())
+        kept = {"rates": self.rates, "rows": [asdict(one) for one in self.rows]}
+        (self.to / "gpu.json").write_text(json.dumps(kept, indent=1, default=str))
+
+    def page(self) -> str:
+        """The rows so far as Markdown."""
+        first = next((row.told for row in self.rows if row.told), {})
+        device = f"{self.machine.ranks} x {first.get('device', self.machine.device)}"
+        versions = {name: first.get("software", {}).get(name) for name in ("cuda", "nccl", "driver")}
+        device += "".join(f", {name} {version}" for name, version in versions.items() if version)
+        told = [f"{rate / 1e12:.1f} TFLOP/s in {precision}" for precision, rate in self.rates.items()]
+        about = (__doc__ or "").split("\n\n")[2:]
+        title = "On GPUs" if self.machine.device == "cuda" else "Rehearsed without a GPU"
+        parts = [f"# {title}: {device.partition(',')[0]}", f"`{self.typed}`", *(one.strip() for one in about)]
+        parts += [stamp(device)]
+        if told:
+            side = SQUARE[self.machine.device]
+            parts += [f"A product of two matrices of {side} x {side}: {', '.join(told)}."]
+        for name in dict.fromkeys(row.group for row in self.rows):
+            lines = [line_of(TITLES), line_of(["---"] * len(TITLES))]
+            lines += [line_of(row.cells(self.rates)) for row in self.rows if row.group == name]
+            parts += [f"## {name.capitalize()}", "\n".join(lines)]
+        return "\n\n".join(parts) + "\n"
 
 
-def presets(gpus: int) -> Iterator[Entry]:
-    """Each way of configs/parallel that fits, in fp32 and as it is used: bf16 with the flash kernel where there is one.
-
-    The numbers of a preset are kept where they fit, else each of its dimensions gets two ranks, else one.
-    """
-    ranks = 1 << (gpus.bit_length() - 1)
-    for path in sorted((ROOT / "configs" / "parallel").glob("*.yaml")):
-        if path.stem == "auto":  # one of the others, whichever the planner chooses
-            continue
-        values = yaml.safe_load(path.read_text())
-        model = "experts" if "ep" in values else "dense"
-        shrunk = [key for key in ("dp_shard", "tp", "pp", "cp", "ep") if values.get(key)]
-        for size in (None, 2, 1):
-            words = (f"parallel={path.stem}", *(f"parallel.{key}={size}" for key in shrunk if size))
-            try:
-                check_parallel_dims(to_schema(compose_train([*MODELS[model], *words]), TrainConfig), ranks)
-            except ConfigError:
-                continue
-            yield Entry(f"{path.stem} fp32", words, FP32, model, ranks)
-            yield Entry(f"{path.stem} bf16", (*words, "precision=bf16", "model.attention=flash"), BF16, model, ranks)
-            break
+def measure_rates(found: Measurement, folder: Path) -> None:
+    """Measure the rate of a large product in each precision that the device has."""
+    side, output = SQUARE[found.machine.device], folder / "matmul.json"
+    words = [f"--device={found.machine.device}", f"--sizes={side}", f"--output={output}", "--budget-s=0.3"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        command = [sys.executable, "-m", "gpt.bench_matmul", *words]
+        subprocess.run(command, cwd=ROOT, timeout=max(1.0, found.left_s()), stdout=subprocess.DEVNULL, check=False)
+    if output.is_file():
+        for sample in json.loads(output.read_text())["samples"]:
+            found.rates[sample["precision"]] = 2 * side**3 / sample["seconds"]
 
 
-def command(entry: Entry, device: str, folder: Path) -> list[str]:
-    """The words to type for an entry; its micro-batch is what is left for a data rank, four at most."""
-    words = [*MODELS[entry.model], *SIZES[device], *COMMON, f"device={device}", *entry.words]
-    config = to_schema(compose_train(words), TrainConfig)
-    micro = min(4, config.optim.global_batch // check_parallel_dims(config, entry.ranks).data_ranks)
-    words += [f"optim.max_micro_batch={micro}", f"run_dir={folder}", f"data.cache_dir={folder.parent / 'cache'}"]
-    starter = ["torch.distributed.run", "--standalone", f"--nproc-per-node={entry.ranks}", "-m", "gpt.train"]
-    return [sys.executable, "-m", *starter, *words]
+def command(entry: Entry, group: Group, found: Measurement, folder: Path) -> list[str]:
+    """Return the command that starts a contestant."""
+    kept = [f"data.cache_dir={folder / 'data'}", f"output_dir={folder}"]
+    shape = None if group.shape is None else asdict(replace(group.shape, batch=entry.micro_batch))
+    told = {
+        "words": [*entry.words, *kept],
+        "without": entry.without,
+        "peer": entry.peer,
+        "shape": shape,
+        "checkout": None if found.nanogpt is None else str(found.nanogpt.absolute()),
+        "compiled": found.machine.device == "cuda",
+        "device": found.machine.device,
+        "data": [*DATA[found.machine.device], *kept[:1]],
+    }
+    starter = [sys.executable, "-m"]
+    if entry.ranks > 1:  # the address is given: that of the host's name may be none
+        starter += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        starter += [f"--nproc-per-node={entry.ranks}", "-m"]
+    return [*starter, "benchmarks.gpu_contestant", json.dumps(told)]
 
 
-def run(entry: Entry, device: str, folder: Path) -> Result:
-    """Run an entry to its end."""
-    try:
-        words = command(entry, device, folder)
-    except ConfigError as error:
-        return Result(entry, "refused", f"{error.found}; expected {error.expected}")
-    log = folder.with_suffix(".log")
-    with log.open("wb") as file:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        status = process.wait(LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return Result(entry, "failed", f"not done after {LIMIT_S} s")
-    text = log.read_text(errors="replace")
-    if status:
-        refusal = re.search(r"found: (.*)\nexpected: (.*)", text)
-        if refusal:
-            return Result(entry, "refused", f"{refusal[1]}; expected {refusal[2]}")
-        raised = [line for line in text.splitlines() if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
-        return Result(entry, "failed", raised[0] if raised else f"exit status {status}")
-    told = json.loads((folder / "run.json").read_text())
-    summary = told["summary"] | {"losses": [step["loss"] for step in told["steps"]]}
-    summary["grad_norm"] = told["steps"][0]["grad_norm"]
-    return Result(entry, "ok", summary=summary, startup=told["startup"])
+def measure_pack(group: Group, pack: Sequence[Entry], found: Measurement, folder: Path) -> None:
+    """Let the entries of a pack take turns, and add a row for each that has none yet."""
+    known = {row.entry.name for row in found.rows if row.group == group.name}
+    with contextlib.ExitStack() as stack:
+        everybody = {
+            entry.name: stack.enter_context(
+                opened(
+                    entry.name,
+                    command(entry, group, found, folder),
+                    dict(entry.environment),
+                    log=found.to / "logs" / f"{group.name}_{'_'.join(entry.name.replace('/', ' ').split())}.log",
+                )
+            )
+            for entry in pack
+        }
+        for one in everybody.values():
+            one.told = one.answer(found.left_s())
+            print(f"  {one.name}: {one.failure or 'warm'}, {found.left_s():.0f} s left", file=sys.stderr, flush=True)
+        take_turns([*everybody.values()], found.rounds, steps_of_turn, found.left_s)
+        base = everybody.get(group.entries[0].name)  # not there where only one of the two fits
+        for entry in pack:
+            if entry.name not in known:
+                found.add(row_of(group, entry, everybody[entry.name], base, found))
 
 
-def compare(result: Result, plain: Result) -> None:
-    """Put in how far a result is from the plain path."""
-    if not (result.summary and plain.summary):
+def steps_of_turn(one: Contestant) -> int:
+    """Steps that take about ``TURN_S`` seconds."""
+    return max(1, min(MOST_STEPS, round(TURN_S / one.told["step_s"])))
+
+
+def row_of(group: Group, entry: Entry, one: Contestant, base: Contestant | None, found: Measurement) -> Row:
+    """Put together what is known of a contestant, and ask it for the rest."""
+    first = {} if base is None else base.told
+    if entry.peer and one.told and first:
+        if one.told["parameters"] != first["parameters"]:
+            one.failure = f"another model: {one.told['parameters']:,} parameters, not {first['parameters']:,}"
+        one.told = {**first, **one.told}  # the same work
+    row = Row(group.name, entry, "ok", one.told)
+    if one.failure or not one.wall or "tokens" not in one.told:
+        row.outcome = f"failed: {one.failure}" if one.failure else "no time was left"
+        return row
+    row.step_s, row.best_s = statistics.median(one.wall), min(one.wall)
+    if group.compares and base is not None and one is not base and base.wall:
+        row.ratio = ratio(one.wall, base.wall) * first["tokens"] / one.told["tokens"]
+    row.peak_gib = one.ask("memory", found.left_s()).get("peak_gib")
+    if entry.without != "running ahead":
+        row.waits = one.ask("waits", found.left_s()).get("waits")
+    row.outcome = f"failed: {one.failure}" if one.failure else "ok"
+    return row
+
+
+def measure(group: Group, found: Measurement, folder: Path, at_once: int) -> None:
+    """Measure a group, for as long as there is time; what is left out is told."""
+    entries = []
+    for entry in group.entries:
+        try:
+            entries.append(planned(found.machine, entry))
+        except ConfigError as error:
+            found.add(Row(group.name, entry, f"refused: {error.found}; expected {error.expected}"))
+    if not entries:
         return
-    pairs = [*zip(result.summary["losses"], plain.summary["losses"], strict=True)]
-    pairs.append((result.summary["grad_norm"], plain.summary["grad_norm"]))
-    result.error = max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
-    if not result.error <= result.entry.tolerance:
-        result.outcome = "off"
+    for pack in packs(replace(group, entries=tuple(entries)), found.machine, at_once):
+        if found.left_s() > 0:
+            measure_pack(group, pack, found, folder)
+            continue
+        known = {row.entry.name for row in found.rows if row.group == group.name}
+        for entry in pack:
+            if entry.name not in known:
+                found.add(Row(group.name, entry, "no time was left"))
 
 
-def row(result: Result) -> str:
-    """One line of the table."""
-    entry, summary = result.entry, result.summary
-    figures = [
-        f"{summary[name] * factor:{form}}" if name in summary else ""
-        for name, factor, form in (
-            ("step_time_s", 1e3, ".1f"),
-            ("tokens_per_s", 1, ",.0f"),
-            ("mfu_palm", 1, ".1%"),
-            ("mfu_causal", 1, ".1%"),
-            ("memory_peak_gib", 1, ".2f"),
-        )
-    ]
-    error = "" if result.error is None else f"{result.error:.1e}"
-    cells = [entry.name, str(entry.ranks), error, f"{entry.tolerance:g}", *figures]
-    return f"| {' | '.join(cells)} | {result.outcome}{': ' * bool(result.why)}{result.why} |"
+def this_machine(device: str, ranks: int) -> Machine:
+    """Describe the GPUs, or the CPU that stands for them."""
+    if device == "cpu":
+        return Machine(device, ranks or 2, CPU_GIB)
+    memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Machine(device, ranks or torch.cuda.device_count(), memory_gib)
 
 
-def page(results: Sequence[Result], commands: str) -> str:
-    """The results as Markdown."""
-    known = next(result.startup for result in results if result.startup)
-    ranks = known["ranks"][0]
-    versions = ", ".join(f"{name} {version}" for name, version in known["software"].items())
-    heads = (
-        "entry | ranks | error | tolerance | step, ms | tokens/s | MFU (PaLM) | MFU (causal) | memory, GiB | outcome"
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses with tiny sizes")
+    parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of it; else left out")
+    parser.add_argument("--only", default="", metavar="NAME,NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--ranks", type=int, default=0, help="default: all GPUs, or two on the CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget-s", type=float, default=460.0, help="after which nothing begins (%(default)s)")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="contestants in memory together (%(default)s)")
+    parser.add_argument(
+        "--to", type=Path, default=ROOT / "benchmarks", metavar="FOLDER", help="for gpu.md and gpu.json"
     )
-    return "\n".join(
-        [
-            f"# {ranks['device_name']}, {time.strftime('%Y-%m-%d')}",
-            "",
-            f"`{commands}`, commit {(known['git'].get('commit') or 'unknown')[:7]}; {versions}.",
-            "The error is that of all losses and of the first gradient norm, against one rank in fp32 with attention",
-            "written out and experts multiplied one by one.",
-            "",
-            f"| {heads} |",
-            "|---" * heads.count("|") + "|---|",
-            *map(row, results),
-            "",
-        ]
-    )
-
-
-def entries(ranks: int, only: Sequence[str]) -> list[Entry]:
-    """Entries that are compared with the plain paths."""
-    every = [*KERNELS, *presets(ranks)]
-    return [e for e in every if not only or any(e.name.startswith(word) for word in only)]
-
-
-def plain_paths(chosen: Sequence[Entry]) -> list[Entry]:
-    """Entries that the chosen ones are compared with: one for each model."""
-    names = dict.fromkeys(entry.model for entry in chosen)
-    return [Entry(f"plain {name}", PLAIN + ONE_BY_ONE * (name == "experts"), 0, name) for name in names]
+    return parser.parse_args()
 
 
 def main() -> int:
-    """Run the list; see the top for the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", choices=list(SIZES), default="cuda", help="cpu rehearses the list with tiny sizes")
-    parser.add_argument("--only", default="", metavar="NAME,NAME", help="entries whose names begin so; default: all")
-    parser.add_argument("--ranks", type=int, default=0, help="of the presets; default: all GPUs, or two on the CPU")
-    parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
-    words = parser.parse_args()
+    """Measure; see the top for the exit status."""
+    words = parse()
+    only = chosen(words.only, NAMES)
     if words.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here, so nothing is run; --device cpu rehearses the list", file=sys.stderr)
+        print("no GPU here, so nothing is run; --device cpu rehearses the lists", file=sys.stderr)
         return 2
-    ranks = words.ranks or (2 if words.device == "cpu" else torch.cuda.device_count())
-    chosen = entries(ranks, [name for name in words.only.split(",") if name])
-    results: list[Result] = []
-    plain: dict[str, Result] = {}
+    machine = this_machine(words.device, words.ranks)
+    typed = " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])
+    deadline = time.monotonic() + words.budget_s
+    to: Path = words.to.absolute()
+    found = Measurement(machine, typed, deadline, to, words.rounds, words.nanogpt)
+    (to / "logs").mkdir(parents=True, exist_ok=True)
+    # As many compilers as processes would be: each starts one for each core else.
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // 4)))
     with tempfile.TemporaryDirectory(prefix="gpu_") as place:
-        for entry in (*plain_paths(chosen), *chosen):
-            result = run(entry, words.device, Path(place) / str(len(results)))
-            compare(result, plain.setdefault(entry.model, result))
-            results.append(result)
-            print(row(result), flush=True)
-    if not any(result.startup for result in results):
-        return 1
-    words.to.mkdir(parents=True, exist_ok=True)
-    name = f"{words.device}_{time.strftime('%Y-%m-%d_%H%M')}"
-    typed = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
-    (words.to / f"{name}.md").write_text(page(results, typed))
-    (words.to / f"{name}.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
-    print(f"written: {words.to / name}.md and .json")
-    return 0 if all(result.outcome in ("ok", "refused") for result in results) else 1
+        measure_rates(found, Path(place))
+        for group in groups(machine, words.nanogpt is not None):
+            if group.name in only:
+                measure(group, found, Path(place), words.at_once)
+    print(f"written: {to / 'gpu.md'} and gpu.json")
+    return int(any(row.outcome.startswith("failed") for row in found.rows))
 
 
 if __name__ == "__main__":

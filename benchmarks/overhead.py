@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,44 +28,18 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.loops import FOR_EVER, open_run, our_turn
 from benchmarks.page import stamp
 from gpt.config import TrainConfig
-from gpt.metrics.writers import MetricWriters
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.parallel.distributed import World, open_world
-from gpt.train import build
-from gpt.training.gradient_stats import Gradients
-from gpt.training.request import agree_on_folder, parse_arguments, parse_request
-from gpt.training.run import Run, open_attempt
-from gpt.training.step import QueuedStep, queue_step
-from launch import worker
-from launch.runs.heartbeat import Phase
+from gpt.training.request import parse_arguments, parse_request
+from gpt.training.run import Run
 
 Step = Callable[[], None]
 ENGINES = ("ddp", "fsdp", "zero2")
 WARM = 3
-
-
-def our_loop(run: Run, folder: Path) -> Step:
-    """One turn of ``gpt.train``'s loop: queue a step, then complete and write the record of the one before."""
-    gradients = Gradients(run.config.model, run.world.device)
-    args = (run.world, run.worker, run.config, 0, gradients.names, run.tokens_per_step)
-    writers = MetricWriters(run.folder, *args)
-    interval = run.config.logging.gradients_interval
-    queued: list[QueuedStep] = []
-
-    def write_former() -> None:
-        if queued:
-            record, _ = queued.pop().finish(0.0)
-            writers.write(record)
-
-    def step() -> None:
-        measures = interval > 0 and (run.step + 1) % interval == 0
-        measured = gradients if measures else None
-        queued.append(queue_step(run, measured, Phase.training, meanwhile=write_former))
-
-    return step
 
 
 def bare_loop(config: TrainConfig, run: Run, engine: str, mean_loss: bool) -> Step:
@@ -157,13 +130,8 @@ def measure(step: Step) -> tuple[float, float]:
 
 def compare(engine: str, words: list[str], rounds: int, mean_loss: bool, world: World, folder: str) -> str:
     """Let both loops take turns; returns a line of the table."""
-    typed = [*words, f"parallel={engine}", f"run_dir={folder}/{engine}", "optim.max_steps=1000000"]
-    request = parse_request(parse_arguments(typed))
-    there = agree_on_folder(request, world)
-    rank = worker.Run(world.rank, world.local_rank, world.size)
-    run = build(request.config, there, world, open_attempt(there, world, rank), rank)
-    run.engine.module.train()
-    loops = {"ours": our_loop(run, Path(folder)), "bare": bare_loop(request.config, run, engine, mean_loss)}
+    run = open_run([*words, f"parallel={engine}", f"run_dir={folder}/{engine}", FOR_EVER], world)
+    loops = {"ours": our_turn(run), "bare": bare_loop(run.config, run, engine, mean_loss)}
     for step in [*loops.values()] * WARM:
         step()
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}

@@ -23,22 +23,19 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.page import stamp
 from benchmarks.peer_models import KINDS, Shape, build_step
+from benchmarks.turns import Contestant, Served, opened, ratio, serve, take_turns
 
-ROOT = Path(__file__).parents[1]
 OURS = "ours"
 SIZES = {
     "layers": ("blocks of the model", 6),
@@ -67,88 +64,42 @@ class Setting:
         return self.fused or self.device == "cuda" or name == "transformers"
 
 
-@dataclass
-class Contestant:
-    """One process that steps when it is told to."""
-
-    name: str
-    process: subprocess.Popen[str]
-    parameters: int = 0
-    failure: str = ""
-    wall: list[float] = field(default_factory=list)
-    """Seconds of a step, by round."""
-    cpu: list[float] = field(default_factory=list)
-    """Processor seconds of a step, by round."""
-
-    def answer(self) -> dict[str, Any]:
-        """Read its next answer; none where it has failed."""
-        assert self.process.stdout is not None
-        told: dict[str, Any] = json.loads(self.process.stdout.readline() or '{"failure": "ended without a word"}')
-        self.failure = told.get("failure", "")
-        return {} if self.failure else told
-
-    def turn(self, steps: int) -> tuple[float, float] | None:
-        """Have it step ``steps`` times; wall and processor seconds of one step."""
-        assert self.process.stdin is not None
-        print(steps, file=self.process.stdin, flush=True)
-        told = self.answer()
-        return (told["wall"], told["cpu"]) if told else None
-
-
 # --- inside a contestant's process ---
 
 
-def our_step(shape: Shape, compiled: bool, device: str, folder: Path) -> tuple[Callable[[], float], int]:
-    """Build our run; returns one turn of its loop, as gpt/train.py makes it, and the number of parameters."""
-    from gpt.metrics.writers import MetricWriters
+def serve_ours(shape: Shape, compiled: bool, device: str, folder: Path) -> Served:
+    """Build our run; its step is one turn of the loop of ``gpt.train``."""
+    from benchmarks.loops import FOR_EVER, open_run, our_turn
+    from gpt.config import Device
+    from gpt.model.attention import prefer_fast_kernels
     from gpt.parallel.distributed import open_world
-    from gpt.train import build
-    from gpt.training.gradient_stats import Gradients
-    from gpt.training.request import agree_on_folder, parse_arguments, parse_request
-    from gpt.training.run import open_attempt
-    from gpt.training.step import QueuedStep, queue_step
-    from launch import worker
-    from launch.runs.heartbeat import Phase
 
-    words = [*shape.words(), f"run_dir={folder}/run", "optim.max_steps=1000000", f"device={device}"]
+    words = [*shape.words(), f"run_dir={folder}/run", FOR_EVER, f"device={device}"]
     words += [f"compile={'default' if compiled else 'none'}", "optim.lr=6e-4", "optim.min_lr=6e-4"]
-    request = parse_request(parse_arguments(words))
-    config = request.config
-    world = contextlib.ExitStack().enter_context(open_world(config.device, config.parallel.timeout_s))
-    there = agree_on_folder(request, world)
-    rank = worker.Run(world.rank, world.local_rank, world.size)
-    run = build(config, there, world, open_attempt(there, world, rank), rank)
-    gradients = Gradients(config.model, world.device)
-    writers = MetricWriters(there, world, rank, config, 0, gradients.names, run.tokens_per_step)
-    queued: list[QueuedStep] = []
-    losses = [float("nan")]
-    run.engine.module.train()
-
-    def write_former() -> None:
-        if queued:
-            record, _ = queued.pop().finish(0.0)
-            losses[:] = [record.loss]
-            writers.write(record)
-
-    def step() -> float:
-        measured = gradients if (run.step + 1) % config.logging.gradients_interval == 0 else None
-        queued.append(queue_step(run, measured, Phase.training, meanwhile=write_former))
-        return losses[0]
-
-    return step, sum(p.numel() for p in run.engine.module.parameters())
+    stack = contextlib.ExitStack()
+    world = stack.enter_context(open_world(Device(device), 600))
+    stack.enter_context(prefer_fast_kernels(world.device))
+    run = open_run(words, world)
+    return Served(our_turn(run), {"parameters": parameters_of(run.engine.module)}, device)
 
 
-def peer_step(
-    name: str, shape: Shape, checkout: Path | None, compiled: bool, fused: bool, device: str, folder: Path
-) -> tuple[Callable[[], float], int]:
-    """Build a peer; returns one step on the next of a few batches that lie ready, and the number of parameters."""
+def serve_peer(
+    name: str,
+    shape: Shape,
+    checkout: Path | None,
+    compiled: bool,
+    fused: bool,
+    device: str,
+    data: Sequence[str] = (),
+) -> Served:
+    """Build a peer; its step takes the next of a few batches that lie ready, read from ``data`` as ours are."""
     from gpt.config import TrainConfig
     from gpt.config.compose import compose_train
     from gpt.data.corpus import prepare
     from gpt.data.loader import Samples
     from launch.runs.compose import to_schema
 
-    config = to_schema(compose_train(shape.words()), TrainConfig)
+    config = to_schema(compose_train([*shape.words(), *data]), TrainConfig)
     samples = Samples(prepare(config.data, config.data_cache), shape.block, config.seed)
     batches = [
         [x.to(device) for x in samples.batch("train", range(i * shape.batch, (i + 1) * shape.batch))] for i in range(16)
@@ -157,99 +108,61 @@ def peer_step(
     turns = iter(range(1 << 60))
     losses: list[torch.Tensor] = []
 
-    def step() -> float:
+    def step() -> None:
         tokens_BT, targets_BT = batches[next(turns) % len(batches)]
         losses.append(one(tokens_BT, targets_BT))
-        return losses.pop(0).item() if len(losses) > 1 else float("nan")  # read one step late, as ours is
+        if len(losses) > 1:  # read one step late, as ours is
+            losses.pop(0).item()
 
-    return step, sum(p.numel() for p in one.model.parameters())
+    return Served(step, {"parameters": parameters_of(one.model)}, device)
 
 
-def serve(words: argparse.Namespace) -> None:
-    """Build the contestant, then step as often as each line of the input says."""
-    talk = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is not part of the conversation
+def parameters_of(module: torch.nn.Module) -> int:
+    """Count the elements of a module's parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def serve_as_told(words: argparse.Namespace) -> None:
+    """Build the contestant that the command line names, then step as often as each line of the input says."""
     torch.set_num_threads(words.one_thread_count)
-    shape = Shape(**json.loads(words.shape))
-    compiled = words.mode == "compiled"
+    shape, compiled = Shape(**json.loads(words.shape)), words.mode == "compiled"
+    checkout = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt}.get(words.serve)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            if words.serve == OURS:
-                step, parameters = our_step(shape, compiled, words.device, Path(folder))
-            else:
-                checkout = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt}.get(words.serve)
-                step, parameters = peer_step(
-                    words.serve, shape, checkout, compiled, words.fused, words.device, Path(folder)
-                )
-            losses = [step() for _ in range(4)]  # warm: kernels are chosen, graphs compiled, buckets settled
-            print(json.dumps({"parameters": parameters, "loss": losses[-1]}), file=talk, flush=True)
-            for line in sys.stdin:
-                wall, cpu = time.perf_counter(), time.process_time()
-                for _ in range(int(line)):
-                    step()
-                if words.device == "cuda":
-                    torch.cuda.synchronize()
-                spent = time.perf_counter() - wall, time.process_time() - cpu
-                print(json.dumps({"wall": spent[0] / int(line), "cpu": spent[1] / int(line)}), file=talk, flush=True)
-        except Exception as error:
-            traceback.print_exc()
-            print(json.dumps({"failure": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}), file=talk)
-            talk.flush()
-    os._exit(0)  # process group and threads of ours are given up as they are
+        if words.serve == OURS:
+            serve(partial(serve_ours, shape, compiled, words.device, Path(folder)))
+        else:
+            serve(partial(serve_peer, words.serve, shape, checkout, compiled, words.fused, words.device))
+    os._exit(0)  # threads and process group of ours are given up
 
 
 # --- the referee ---
 
 
-@contextlib.contextmanager
-def opened(name: str, setting: Setting, words: argparse.Namespace) -> Iterator[Contestant]:
-    """Start a contestant, and end it in the end."""
+def command(name: str, setting: Setting, words: argparse.Namespace) -> list[str]:
+    """Return the command that starts a contestant."""
     arguments = ["--serve", name, "--shape", json.dumps(vars(setting.shape)), "--mode", setting.mode]
     arguments += ["--one-thread-count", str(setting.threads), "--device", setting.device]
     arguments += ["--fused"] * setting.fuses(name)
     for option in ("nanogpt", "litgpt"):
         if getattr(words, option) is not None:
             arguments += [f"--{option}", str(getattr(words, option).absolute())]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": python_path()}
-    log = None if words.verbose else subprocess.DEVNULL
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.peers", *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-    )
-    try:
-        yield Contestant(name, process)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def python_path() -> str:
-    """The module path of a contestant: this checkout first, then what this process was given."""
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return [sys.executable, "-m", "benchmarks.peers", *arguments]
 
 
 def compare(setting: Setting, names: Sequence[str], words: argparse.Namespace) -> list[Contestant]:
     """Let the contestants take turns; those that cannot be built stay away."""
+    threads = {"OMP_NUM_THREADS": str(setting.threads)}
     with contextlib.ExitStack() as stack:
-        everybody = [stack.enter_context(opened(name, setting, words)) for name in names]
+        everybody = [
+            stack.enter_context(opened(name, command(name, setting, words), threads, verbose=words.verbose))
+            for name in names
+        ]
         for one in everybody:
-            one.parameters = one.answer().get("parameters", 0)
-        there = [one for one in everybody if not one.failure]
-        if len({one.parameters for one in there}) > 1:
-            sys.exit(f"not the same model: { ({one.name: one.parameters for one in there}) } parameters")
-        for turn in range(words.rounds):
-            shift = turn % max(1, len(there))
-            for one in [*there[shift:], *there[:shift]]:
-                measured = one.turn(words.steps)
-                if measured is not None:
-                    one.wall.append(measured[0])
-                    one.cpu.append(measured[1])
-            there = [one for one in there if not one.failure]
+            one.told = one.answer(START_S)
+        sizes = {one.name: one.told["parameters"] for one in everybody if not one.failure}
+        if len(set(sizes.values())) > 1:
+            sys.exit(f"not the same model: {sizes} parameters")
+        take_turns(everybody, words.rounds, lambda _: words.steps, lambda: START_S)
     return everybody
 
 
@@ -269,11 +182,6 @@ def rows(setting: Setting, found: Sequence[Contestant]) -> list[str]:
         cells += [f"{ratio(theirs, mine):.3f}" for theirs, mine in pairs] or ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Median over the rounds of their time over ours."""
-    return statistics.median(their / our for their, our in zip(theirs, ours, strict=False))
 
 
 def contestants(kind: str, words: argparse.Namespace) -> list[str]:
@@ -310,7 +218,7 @@ def main() -> int:
     """Compare, and print the table."""
     words = parse()
     if words.serve:
-        serve(words)
+        serve_as_told(words)
     load = os.getloadavg()[0]
     head = "shape | mode | threads | contestant | step, ms | best, ms | processor, ms | ratio | of processor time"
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]

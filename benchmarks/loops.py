@@ -1,0 +1,47 @@
+"""Our training loop as benchmarks step it: a run that is ready, and one turn of its loop at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gpt.metrics.writers import MetricWriters
+from gpt.parallel.distributed import World
+from gpt.train import build
+from gpt.training.gradient_stats import Gradients
+from gpt.training.request import agree_on_folder, parse_arguments, parse_request
+from gpt.training.run import Run, open_attempt
+from gpt.training.step import QueuedStep, queue_step
+from launch import worker
+from launch.runs.heartbeat import Phase
+
+FOR_EVER = "optim.max_steps=1000000"
+"""Override for a run that is stepped as long as somebody likes."""
+
+
+def open_run(words: Sequence[str], world: World) -> Run:
+    """Build the run that these overrides of ``gpt.train`` ask for, as ``gpt.train`` does."""
+    request = parse_request(parse_arguments([*words]))
+    folder = agree_on_folder(request, world)
+    rank = worker.Run(world.rank, world.local_rank, world.size)
+    return build(request.config, folder, world, open_attempt(folder, world, rank), rank)
+
+
+def our_turn(run: Run) -> Callable[[], None]:
+    """Return one turn of the loop of ``gpt.train``: it queues a step, and reads and records the one before."""
+    run.engine.module.train()
+    gradients = Gradients(run.config.model, run.world.device)
+    args = (run.world, run.worker, run.config, 0, gradients.names, run.tokens_per_step)
+    writers = MetricWriters(run.folder, *args)
+    interval = run.config.logging.gradients_interval
+    queued: list[QueuedStep] = []
+
+    def write_former() -> None:
+        if queued:
+            record, _ = queued.pop().finish(0.0)
+            writers.write(record)
+
+    def step() -> None:
+        measured = gradients if interval > 0 and (run.step + 1) % interval == 0 else None
+        queued.append(queue_step(run, measured, Phase.training, meanwhile=write_former))
+
+    return step
