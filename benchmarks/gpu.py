@@ -47,6 +47,8 @@ AT_ONCE = 7
 """Contestants on a GPU at once: each compiles, and holds a context of half a gigabyte."""
 SQUARE = {"cuda": 8192, "cpu": 512}
 """Sides of the matrices whose product gives the measured rate."""
+ASKED_S = 10.0
+"""Limit of an answer that takes no step."""
 CPU_GIB = 8.0
 """What rehearsals count with."""
 TITLES = (
@@ -209,18 +211,24 @@ def row_of(group: Group, entry: Entry, one: Contestant, base: Contestant | None,
         if one.told["parameters"] != first["parameters"]:
             one.failure = f"another model: {one.told['parameters']:,} parameters, not {first['parameters']:,}"
         one.told = {**first, **one.told}  # the same work
-    row = Row(group.name, entry, "ok", one.told)
+    row = Row(group.name, entry, outcome_of(one, found), one.told)
     if one.failure or not one.wall or "tokens" not in one.told:
-        row.outcome = f"failed: {one.failure}" if one.failure else "no time was left"
         return row
     row.step_s, row.best_s = statistics.median(one.wall), min(one.wall)
     if group.compares and base is not None and one is not base and base.wall:
         row.ratio = ratio(one.wall, base.wall) * first["tokens"] / one.told["tokens"]
-    row.peak_gib = one.ask("memory", found.left_s()).get("peak_gib")
-    if entry.without != "running ahead":
+    row.peak_gib = one.ask("memory", ASKED_S).get("peak_gib")
+    if entry.without != "running ahead" and found.left_s() > 0:
         row.waits = one.ask("waits", found.left_s()).get("waits")
-    row.outcome = f"failed: {one.failure}" if one.failure else "ok"
+    row.outcome = outcome_of(one, found)
     return row
+
+
+def outcome_of(one: Contestant, found: Measurement) -> str:
+    """Say in words how it went so far."""
+    if found.left_s() <= 0 and (one.failure or not one.wall):
+        return "no time was left"
+    return f"failed: {one.failure}" if one.failure else "ok"
 
 
 def measure(group: Group, found: Measurement, folder: Path, at_once: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu_contestant
 from benchmarks.gpu_groups import Entry, Group, Machine, changes, engines, groups, models, packs, planned
 from benchmarks.turns import Contestant, opened, ratio, take_turns
 from launch.errors import ConfigError
@@ -87,6 +89,27 @@ def test_contestants_are_asked_in_another_order_in_each_round_and_one_that_fails
 def test_one_that_says_nothing_is_given_up() -> None:
     with opened("silent", [sys.executable, "-c", "import sys; sys.stdin.read()"], {}) as silent:
         assert silent.answer(0.1) == {} and "no answer within" in silent.failure
+
+
+def test_waits_are_told_by_place_and_looked_for_in_the_strict_mode_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What torch does on a GPU: a warning from the line that waits, or in the mode ``error`` an exception."""
+    modes: list[str] = []
+
+    def waiting() -> None:
+        if modes[-1] == "error":
+            raise RuntimeError(gpu_contestant.WAITS)
+        warnings.warn(gpu_contestant.WAITS, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    at = f"tests/test_gpu_script.py:{waiting.__code__.co_firstlineno + 3}"
+    assert gpu_contestant.waits(waiting) == {"waits": {at: gpu_contestant.WATCHED}} and modes == ["warn", "default"]
+    assert gpu_contestant.waits(lambda: None) == {"waits": {}} and modes[2:] == ["warn", "error", "default"]
+    told = gpu_contestant.waits(lambda: waiting() if modes[-1] == "error" else None)["waits"]
+    assert list(told) == [f"tests/test_gpu_script.py:{waiting.__code__.co_firstlineno + 2}: {gpu_contestant.WAITS}"]
+    assert modes[-1] == "default"
 
 
 def test_a_ratio_is_of_turns_of_the_same_round() -> None:
