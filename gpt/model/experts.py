@@ -1,10 +1,12 @@
 """The experts of a mixture: feed-forward layers of one shape, their matrices stacked, each applied to its own rows.
 
-R rows, E experts, D width, F inner width. Every parameter has the experts first, so that experts can be sharded along
-that dimension. Must not know how rows are chosen.
+R rows, Q rows of one expert, E experts, D width, F inner width, I inputs and O outputs of a matrix. Every parameter has
+the experts first, so that experts can be sharded along that dimension. Must not know how rows are chosen.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,22 +32,26 @@ class Experts(nn.Module):
         self.activation = ACTIVATIONS[config.ffn_activation]
         self.product = grouped_product if config.expert_matmul is ExpertMatmul.grouped else looped_product
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Apply each expert to its rows, (R, D) -> (R, D), expert e to rows from ``ends_E[e - 1]`` to ``ends_E[e]``."""
-        return self.apply_to(x_RD, ends_E, self.gate, self.up, self.down)
+    def forward(self, x_RD: Tensor, ends_E: Tensor, even: bool) -> Tensor:
+        """Apply each expert to its rows, (R, D) -> (R, D), expert e to rows from ``ends_E[e - 1]`` to ``ends_E[e]``.
+
+        ``even`` says that each has equally many.
+        """
+        return self.apply_to(x_RD, ends_E, even, self.gate, self.up, self.down)
 
     def apply_to(
-        self, x_RD: Tensor, ends_E: Tensor, gate_EFD: Tensor | None, up_EFD: Tensor, down_EDF: Tensor
+        self, x_RD: Tensor, ends_E: Tensor, even: bool, gate_EFD: Tensor | None, up_EFD: Tensor, down_EDF: Tensor
     ) -> Tensor:
         """Apply the experts with the given matrices, those of all experts or of the ones that this rank holds."""
         # torch.autocast does not know grouped products; cast here, the rows are kept once for both matrices.
         x_RD = autocast_rows(x_RD)
-        up_RF = self.product(x_RD, up_EFD, ends_E)
+        product = even_product if even and self.product is grouped_product else self.product
+        up_RF = product(x_RD, up_EFD, ends_E)
         if gate_EFD is None:
             inner_RF = self.activation(up_RF)
         else:
-            inner_RF = self.activation(self.product(x_RD, gate_EFD, ends_E)) * up_RF
-        return self.product(inner_RF, down_EDF, ends_E)
+            inner_RF = self.activation(product(x_RD, gate_EFD, ends_E)) * up_RF
+        return product(inner_RF, down_EDF, ends_E)
 
 
 def autocast_rows(x_RD: Tensor) -> Tensor:
@@ -59,10 +65,40 @@ def autocasts(device: torch.device) -> bool:
 
 
 def grouped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows by the transpose of its matrix, in one grouped product of torch."""
+    """Multiply each expert's rows by the transpose of its matrix, in one grouped product of torch.
+
+    Waits for the device, to read where each expert's rows end, unless in bf16 on GPUs of compute capability 9 and 10.
+    """
     # torch 2.13 traces it in bf16 only, though it computes others too.
     product = F.grouped_mm if x_RI.dtype is torch.bfloat16 else untraced_grouped_mm
     return product(x_RI, weight_EOI.to(x_RI.dtype).mT, offs=ends_E)
+
+
+def even_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply each expert's rows, equally many, by the transpose of its matrix, in one batched product.
+
+    Never waits for the device.
+    """
+    x_EQI = x_RI.unflatten(0, (len(weight_EOI), -1))
+    product_EQO: Tensor = BatchedProduct.apply(x_EQI, weight_EOI.to(x_RI.dtype))
+    return product_EQO.flatten(0, 1)
+
+
+class BatchedProduct(torch.autograd.Function):
+    """Product of each expert's rows and the transpose of its matrix.
+
+    torch's own gradient of the matrices lies transposed in memory, so that it would be copied once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_EQI: Tensor, weight_EOI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_EQI, weight_EOI)
+        return x_EQI.bmm(weight_EOI.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x_EQI, weight_EOI = ctx.saved_tensors
+        return gradients[0].bmm(weight_EOI), gradients[0].mT.bmm(x_EQI)
 
 
 def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

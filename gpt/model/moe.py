@@ -116,7 +116,7 @@ class MixtureOfExperts(nn.Module):
 
         Replaced from outside where other ranks hold some of the experts.
         """
-        return self.experts(x_RD, ends_E)
+        return self.experts(x_RD, ends_E, self.has_fixed_places)
 
     def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
         """Compute balance loss and z-loss, summed over the sequences and scaled, ().

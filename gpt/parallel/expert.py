@@ -88,7 +88,8 @@ def build_dispatch(
         x_SD = AllToAll.apply(autocast_rows(x_RD), plan.sent, plan.received, group)
         gate_HFD = None if experts.gate is None else local_experts(experts.gate, share)
         up_HFD, down_HDF = local_experts(experts.up, share), local_experts(experts.down, share)
-        y_SD = experts.apply_to(x_SD.index_select(0, plan.order), plan.ends, gate_HFD, up_HFD, down_HDF)
+        x_SD, even = x_SD.index_select(0, plan.order), mixture.has_fixed_places
+        y_SD = experts.apply_to(x_SD, plan.ends, even, gate_HFD, up_HFD, down_HDF)
         return AllToAll.apply(y_SD.index_select(0, invert_order(plan.order)), plan.received, plan.sent, group)
 
     return forward

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig
+from gpt.model.experts import even_product
 from gpt.model.gpt import GPT
 from gpt.model.init import initialize
 from gpt.model.moe import (
@@ -28,6 +29,7 @@ from tests.model.test_components import TINY, check_gradients
 from tests.model.test_transformers import assert_equal_logits, shaken
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
+from tests.support.watching import Operations
 
 KINDS = (Ffn.standard, Ffn.swiglu, Ffn.geglu)
 
@@ -101,11 +103,14 @@ def test_output_is_that_of_a_plain_loop(parts: dict) -> None:
         torch.testing.assert_close(layer(x_BTD), by_hand(layer, x_BTD), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [{}, {"capacity_factor": 0.5}], ids=["dropless", "capacity"])
+BATCHED = {"capacity_factor": 0.5, "expert_matmul": ExpertMatmul.grouped, "ffn_hidden": 8}
+
+
+@pytest.mark.parametrize("parts", [{}, {"capacity_factor": 0.5}, BATCHED], ids=["dropless", "capacity", "batched"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_gradient(kind: Ffn, parts: dict) -> None:
     torch.manual_seed(1)
-    parts = {**MOE, **TINY, **parts, "expert_ffn": kind, "expert_matmul": ExpertMatmul.loop, "n_shared_expert": 1}
+    parts = {**MOE, **TINY, "expert_matmul": ExpertMatmul.loop, **parts, "expert_ffn": kind, "n_shared_expert": 1}
     layer = MixtureOfExperts(small(**parts, balance_coefficient=0.0, z_coefficient=0.0))
     with torch.no_grad():
         layer.router.weight.normal_(std=3)  # far from where a finite difference would change the choice
@@ -122,6 +127,26 @@ def test_grouped_and_looped_products_have_the_same_gradients(parts: dict) -> Non
         gradients.append([p.grad for p in layer.parameters()])
     for grouped, looped in zip(*gradients, strict=True):
         torch.testing.assert_close(grouped, looped, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_equally_many_rows_are_multiplied_without_reading_how_many(precision: torch.dtype) -> None:
+    """A grouped product reads that on the host, on most GPUs."""
+    layer, x_BTD = mixture(capacity_factor=1.0), torch.randn(2, 12, 32)
+    with Operations(lambda name, *_: "grouped_mm" in name) as seen:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+            y_BTD = layer(x_BTD)
+        y_BTD.float().square().sum().backward()
+        assert not seen.found
+        layer.eval()(x_BTD)
+        assert seen.found, "where a token always finds its experts, these have as many rows as chose them"
+
+
+def test_gradients_of_a_batched_product_lie_as_the_matrices_do() -> None:
+    weight_EOI = torch.randn(4, 16, 32, requires_grad=True)
+    ends_E = torch.arange(1, 5, dtype=torch.int32) * 3
+    (gradient,) = torch.autograd.grad(even_product(torch.randn(12, 32), weight_EOI, ends_E).sum(), weight_EOI)
+    assert gradient.is_contiguous()
 
 
 def test_no_token_sees_a_later_one() -> None:

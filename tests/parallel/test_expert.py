@@ -43,6 +43,7 @@ CASES = {
     2: [
         *(Case(EP, model, count) for model, count in zip(MODELS, (1, 2, 1), strict=True)),
         *(Case(FSDP, model, count) for model, count in zip(MODELS, (2, 1, 4), strict=True)),
+        *(Case(f"{way} model.expert_matmul=grouped", PLACES) for way in (EP, FSDP)),
     ],
     4: [
         Case(EP, SHARED),

@@ -53,13 +53,14 @@ LAYERS = {
         *("model.ffn=moe", "model.n_expert=4", "model.ffn_hidden=12", "model.expert_matmul=loop"),
         *("model.expert_ffn=standard", "model.capacity_factor=1.0", "model.expert_balance=bias", ONE),
     ],
+    "even rows": ["model.ffn=moe", "model.n_expert=4", "model.ffn_hidden=32", "model.capacity_factor=1.0", ONE],
 }
 MODELS = {name: [*words, *PADDED] for name, words in LAYERS.items()}
 TP = "parallel=tp"
 WHOLE = "parallel.sequence_parallel=false parallel.loss_parallel=false"
 CASES = {
     2: [
-        *(Case(TP, model, count) for model, count in zip(MODELS, (2, 1, 1, 1, 2, 1), strict=True)),
+        *(Case(TP, model, count) for model, count in zip(MODELS, (2, 1, 1, 1, 2, 1, 2), strict=True)),
         *(Case(f"{TP} {WHOLE}", model, 1) for model in ("tied", "experts")),
         Case(f"{TP} recompute=full", "experts", 1),
         Case(f"{TP} recompute=full compile=default", "grouped queries", 1),
