@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from gpt.metrics.writers import MetricWriters
@@ -34,10 +35,12 @@ def our_turn(run: Run) -> Callable[[], None]:
     writers = MetricWriters(run.folder, *args)
     interval = run.config.logging.gradients_interval
     queued: list[QueuedStep] = []
+    clock = time.perf_counter()
 
     def write_former() -> None:
+        nonlocal clock
         if queued:
-            record, _ = queued.pop().finish(0.0)
+            record, clock = queued.pop().finish(clock)
             writers.write(record)
 
     def step() -> None:
