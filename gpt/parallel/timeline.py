@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -186,11 +186,10 @@ def waiting(name: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def aside() -> Iterator[None]:
-    """Mark what the host does of other steps' affairs while the ranks communicate."""
+def do_aside(action: Callable[[], None]) -> None:
+    """Do what is no part of a step in the middle of it, while its ranks communicate, apart from its phases."""
     with waiting(HOST):
-        yield
+        action()
 
 
 @contextmanager

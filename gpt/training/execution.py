@@ -100,6 +100,8 @@ AMPERE = (8, 0)
 """Compute capability from which they know bf16 and TF32."""
 ADA = (8, 9)
 """Compute capability from which they know 8-bit floating point."""
+GFX_OF_FLOAT8 = ("gfx94", "gfx95", "gfx12")
+"""What the architectures of AMD's GPUs that know it begin with: MI300, MI350 and Navi 4 (torchao, ``utils``)."""
 
 
 def best_precision(device: torch.device) -> Precision:
@@ -120,7 +122,7 @@ def has_tf32(device: torch.device) -> bool:
 def has_float8(device: torch.device) -> bool:
     """Tell whether the matrix units of a GPU multiply 8-bit floating point numbers."""
     if torch.version.hip is not None:
-        return "gfx94" in torch.cuda.get_device_properties(device).gcnArchName
+        return torch.cuda.get_device_properties(device).gcnArchName.startswith(GFX_OF_FLOAT8)
     return torch.cuda.get_device_capability(device) >= ADA
 
 

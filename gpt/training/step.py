@@ -25,7 +25,7 @@ from gpt.metrics.environment import memory_gib
 from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
-from gpt.parallel.timeline import aside
+from gpt.parallel.timeline import do_aside
 from gpt.training.ballot import NO_BALLOT, Ballot
 from gpt.training.gradient_stats import Gradients
 from gpt.training.phases import Phases
@@ -198,12 +198,6 @@ def queue_step(
     numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], flaw[None], sums_N, *uneven, *scale]))
     parts = bool(told), ballot, sum(map(len, own_times)), bool(uneven), bool(scale)
     return QueuedStep(record, requests, gradients, numbers, tokens, *parts, phases)
-
-
-def do_aside(action: Callable[[], None]) -> None:
-    """Do what is no part of a step in the middle of it, apart from its phases."""
-    with aside():
-        action()
 
 
 def is_mixture(run: Run) -> bool:

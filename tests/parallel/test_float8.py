@@ -15,12 +15,15 @@ from gpt.accounting.hardware import find
 from gpt.config import Float8, Precision, Recompute, TrainConfig, float8
 from gpt.model.gpt import GPT
 from gpt.parallel.compile import prepare_blocks
+from gpt.parallel.distributed import World
 from gpt.parallel.float8 import convert_linears
 from gpt.planning.execution import refuse_float8
+from gpt.training.execution import has_float8, settle_execution
 from gpt.training.state import load, save
 from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, compose, start, step
+from tests.support.learning import MODELS, compose, control_group, start, step
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
 
 pytest.importorskip("torchao")
@@ -144,3 +147,39 @@ def test_devices_that_are_known_to_have_none_are_refused_before_anything_starts(
         refuse_float8(TrainConfig(float8=Float8.tensorwise, float8_emulate=True), on_cpus, gpu)
     hopper = find("NVIDIA H200")
     assert hopper is not None and hopper.has_float8
+
+
+def settled_on(rank: int, size: int, folder: Path, capabilities: list[tuple[int, int]], words: list[str]) -> str:
+    """What a rank on a GPU of a compute capability settles ``float8`` on, or its refusal."""
+    config = compose("precision=bf16", "tf32=false", *words)
+    world = World(rank, size, rank, size, 0, torch.device("cuda", rank), control_group())
+    with mock.patch.object(torch.cuda, "get_device_capability", side_effect=lambda device: capabilities[device.index]):
+        try:
+            return settle_execution(config, RunFolder(folder), world).float8.name
+        except ConfigError as refusal:
+            return str(refusal)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("capabilities", [[(9, 0), (8, 9)], [(9, 0), (8, 6)]])
+def test_ranks_whose_gpus_were_not_known_refuse_it_together(
+    tmp_path: Path, capabilities: list[tuple[int, int]], emulate: bool
+) -> None:
+    words = ["float8=rowwise", f"float8_emulate={str(emulate).lower()}"]
+    told = run_distributed(settled_on, 2, tmp_path, capabilities, words)
+    if emulate or capabilities[1] == (8, 9):
+        assert told == ["rowwise", "rowwise"]
+    else:
+        assert told[0] == told[1] and "2 ranks, of which 1 have GPUs that do not compute in it" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"), [("gfx90a:sramecc+:xnack-", False), ("gfx942:sramecc+", True), ("gfx950", True)]
+)
+def test_gpus_of_amd_are_told_by_their_architecture(architecture: str, expected: bool) -> None:
+    device = mock.Mock(gcnArchName=architecture)
+    with (
+        mock.patch.object(torch.version, "hip", "6.4"),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=device),
+    ):
+        assert has_float8(torch.device("cuda", 0)) is expected
