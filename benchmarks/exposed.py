@@ -7,7 +7,6 @@ A tiny GPT takes ddp steps over two ranks, each on a node of its own, once with 
 ms more. A step has two all-reduces, one after the other, which nothing hides: that of its gradients, all in one bucket
 of DDP, and that of its figures. What `comm_s`, summed over a step, has to grow by is measured by a loop of its own that
 knows nothing of steps or records: a pause, as long as the computation, then two all-reduces of as many numbers.
-
 By arithmetic: a ring of two ranks all-reduces by two messages, one after the other; gloo sends a message once the
 receiver has said that it waits for it, so that each takes two ways; and a way passes the cables of both nodes: 2 x 2 x
 2 x 2 x 25 ms. The gradients are a few kilobytes, so that each message fits the window with which TCP begins after a
@@ -23,8 +22,9 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from benchmarks.page import keep, stamp
+from benchmarks.page import cores, keep, stamp
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
@@ -72,7 +72,7 @@ def main() -> int:
     waits, takes = {}, {}
     with Cluster(scratch / "sandbox") as sandbox:
         state = sandbox.up(Settings(nodes=2, gpus_per_node=0), timeout_s=300.0)
-        slurm = {"SLURM_CONF": str(state.slurm_conf)}
+        slurm: dict[str, Any] = {"SLURM_CONF": str(state.slurm_conf)}
         for latency_ms in (QUICK_MS, SLOW_MS):
             for node in state.nodes:
                 link(sandbox, node, latency_ms=latency_ms)
@@ -87,8 +87,7 @@ def main() -> int:
     text, error = table(takes, waits)
     print(text)
     if given.write:
-        machine = "2 CPU cores whose other work stood back (idle scheduling class)"
-        keep(Path(__file__), "Exposed communication over a slower link", __doc__, f"{stamp(machine)}\n\n{text}")
+        keep(Path(__file__), "Exposed communication over a slower link", __doc__, f"{stamp(cores())}\n\n{text}")
     return 0 if abs(error) <= DEMANDED else 1
 
 

@@ -157,9 +157,9 @@ def peers(machine: Machine, with_nanogpt: bool) -> Group:
 def engines(machine: Machine) -> Iterator[Entry]:
     """Each engine in eager mode on all GPUs, with dimensions of two ranks, where they and the packages are there."""
     dims = {"tp": "tp", "pp": "pp", "cp": "cp", "ep": "ep", "hsdp": "dp_shard"}
-    names = ("ddp", "zero1", "fsdp", "hsdp", "tp", "fsdp_tp", "pp", "pp_fsdp", "cp", "fsdp_cp", "ep", "fsdp_ep")
+    names = ["ddp", "zero1", "fsdp", "hsdp", "tp", "fsdp_tp", "pp", "pp_fsdp", "cp", "fsdp_cp", "ep", "fsdp_ep"]
     if is_importable("deepspeed"):
-        names += ("ds_zero0", "ds_zero1", "zero2", "zero3", "ds_pp")
+        names += ["ds_zero0", "ds_zero1", "zero2", "zero3", "ds_pp"]
     for name in names:
         parts = name.split("_")
         model = "moe_200m" if "ep" in parts else "gpt2_124m"

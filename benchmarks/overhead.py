@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def bare_loop(config: TrainConfig, run: Run, engine: str, mean_loss: bool) -> St
     first = run.world.rank * per_rank
     batches = []
     for turn in range(8):
-        indices = range(turn * run.batch.global_batch + first, turn * run.batch.global_batch + first + per_rank)
+        indices = turn * run.batch.global_batch + first + np.arange(per_rank)
         batches.append([x.to(run.world.device) for x in run.samples.batch("train", indices)])
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.optim.weight_decay},

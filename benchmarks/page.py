@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.metrics.environment import software
+from launch.runs.hosts import cpu_name
 from launch.runs.provenance import code_state
 
 UNCHANGED = hashlib.sha256(b"").hexdigest()
@@ -23,6 +25,11 @@ def chosen(words: str, known: Sequence[str]) -> list[str]:
             f"found: --only {','.join(strangers)}\nexpected: some of {', '.join(known)}\ntype next: --only {known[0]}"
         )
     return names
+
+
+def cores() -> str:
+    """How many cores of which processor this process may run on, in words."""
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}"
 
 
 def stamp(machine: str) -> str:

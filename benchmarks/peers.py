@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,9 +29,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from benchmarks.page import stamp
+from benchmarks.page import cores, stamp
 from benchmarks.peer_models import KINDS, Shape, build_step
 from benchmarks.turns import Contestant, Served, opened, ratio, serve, take_turns
 
@@ -101,9 +101,8 @@ def serve_peer(
 
     config = to_schema(compose_train([*shape.words(), *data]), TrainConfig)
     samples = Samples(prepare(config.data, config.data_cache), shape.block, config.seed)
-    batches = [
-        [x.to(device) for x in samples.batch("train", range(i * shape.batch, (i + 1) * shape.batch))] for i in range(16)
-    ]
+    places = np.arange(16 * shape.batch).reshape(16, shape.batch)
+    batches = [[x.to(device) for x in samples.batch("train", indices)] for indices in places]
     one = build_step(name, shape, checkout, compiled, fused, device)
     turns = iter(range(1 << 60))
     losses: list[torch.Tensor] = []
@@ -236,22 +235,13 @@ def main() -> int:
                 added = rows(setting, found)
                 print("\n".join(added), flush=True)
                 lines += added
-    notes = [f"load average {load:.1f} to {os.getloadavg()[0]:.1f}", f"{os.cpu_count()} cores of {processor()}"]
+    notes = [f"load average {load:.1f} to {os.getloadavg()[0]:.1f}", cores()]
     about = f"{', '.join(f'{size} {value}' for size, value in sizes.items())}; {stamp(', '.join(notes))}"
     about = f"{about} {'; '.join(missing)}".strip()
     print(f"\n{about}")
     if words.write:
         write(about, lines)
     return int(failed)
-
-
-def processor() -> str:
-    """Name of the processor, where the kernel tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.machine()
 
 
 def write(about: str, lines: Sequence[str]) -> None:

@@ -24,8 +24,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.page import chosen, commit, keep, merged, stamp
+from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from launch.config.compose import read_point as read_config
 from launch.project.projection import HeldOut, hold_out
 from launch.project.sweep_points import SweepPoints, as_measured
@@ -135,9 +136,7 @@ def main() -> int:
         print(*("  ".join(result.cells) for result in results), sep="\n")
     if given.write:
         table = merged(Path(__file__), TITLES, [result.cells for result in results])
-        machine = "2 CPU cores"
-        quiet = "Other work stood back in the idle scheduling class."
-        keep(Path(__file__), "Held-out points on limited links", __doc__, f"{stamp(machine)} {quiet}\n\n{table}")
+        keep(Path(__file__), "Held-out points on limited links", __doc__, f"{stamp(cores())}\n\n{table}")
     return 0 if all(abs(result.held_out.error) <= DEMANDED for result in results) else 1
 
 
@@ -159,7 +158,7 @@ def measure_cases(names: list[str], cables: Cables, known: Path | None, kept: Pa
     results = []
     with Cluster(scratch / "sandbox") as sandbox:
         state = sandbox.up(Settings(nodes=NODES, gpus_per_node=0), timeout_s=300.0)
-        environment = {"SLURM_CONF": str(state.slurm_conf)}
+        environment: dict[str, Any] = {"SLURM_CONF": str(state.slurm_conf)}
         for node in state.nodes:
             link(sandbox, node, bandwidth_mbit=cables.bandwidth_mbit, loss_percent=None, latency_ms=cables.latency_ms)
         network = (known or scratch / "network.json").absolute()

@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.page import commit, keep, merged, stamp
+from benchmarks.page import commit, cores, keep, merged, stamp
 from gpt.accounting.parameters import count
 from gpt.checkpoint import part
 from gpt.checkpoint.writer import InlineWriter, ProcessWriter, Writer
@@ -176,10 +176,8 @@ def main() -> int:
     share = stalls[WAYS[1]] / stalls[WAYS[0]]
     print(f"{table}\n\nin the background {share:.1%} of waiting; late {stalls[WAYS[2]]:.2f} s")
     if args.write:
-        machine = stamp("2 CPU cores")
-        about = (
-            f"State of {size / 1e9:.2f} GB; medians, in seconds. Other work stood back in the idle scheduling class."
-        )
+        machine = stamp(cores())
+        about = f"State of {size / 1e9:.2f} GB; medians, in seconds."
         keep(Path(__file__), "What a checkpoint costs the steps around it", __doc__, f"{machine} {about}\n\n{table}")
     return 0 if args.threads > 1 or (share <= SHARE and stalls[WAYS[2]] <= LATE_LIMIT_S) else 1
 

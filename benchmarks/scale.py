@@ -30,7 +30,7 @@ if __name__ == "__main__":  # as a script, the folder of the script is where Pyt
 from benchmarks import scale_engines as engines  # noqa: E402
 from benchmarks import scale_launcher as launcher  # noqa: E402
 from benchmarks import scale_records as records  # noqa: E402
-from benchmarks.page import chosen, keep, stamp  # noqa: E402
+from benchmarks.page import chosen, cores, keep, stamp  # noqa: E402
 
 LIMIT_S = 900.0
 """A row that takes longer was not measured."""
@@ -180,7 +180,7 @@ def main() -> int:
         )
         print(lines[-1], flush=True)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    machine = f"{os.cpu_count()} cores, load {began:.0f} before and {os.getloadavg()[0]:.0f} after"
+    machine = f"{cores()}, load {began:.0f} before and {os.getloadavg()[0]:.0f} after"
     text = f"{stamp(machine)}\n\n" + "\n".join(lines)
     if typed.write:
         keep(Path(__file__), "What grows with the number of ranks", __doc__, text)

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import chosen, commit, keep, merged, stamp
+from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from benchmarks.storm import SPARE, drill, gpt_words, slurm_version
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
@@ -149,8 +149,8 @@ def roads(names: list[str], runs: int, writes: bool) -> int:
     table = merged(Path(__file__), TITLES, rows)
     print(table)
     if writes:
-        machine = stamp(f"2 CPU cores, Slurm {slurm_version()} in network namespaces")
-        text = f"{machine} Other work stood back in the idle scheduling class.\n\nSeconds, median (slowest).\n\n{table}"
+        machine = stamp(f"{cores()}, Slurm {slurm_version()} in network namespaces")
+        text = f"{machine}\n\nSeconds, median (slowest).\n\n{table}"
         keep(Path(__file__), "Seconds from a fault to the next new step", __doc__, text, "--roads --write")
     return 0 if good else 1
 

@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import keep, stamp
+from benchmarks.page import cores, keep, stamp
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.scheduler.limits import read as read_limits
@@ -117,7 +117,7 @@ def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False, di
     subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=True, capture_output=True)
     calm.unlink()
     site = cluster_in_words() if here else f"Slurm {slurm_version()} in network namespaces"
-    machine = f"{os.cpu_count()} cores, {site}"
+    machine = f"{cores()}, {site}"
     told: dict[str, Any] = {"seed": seed, "planned": faults, "stamp": stamp(machine), "load": [os.getloadavg()[0]]}
     done = threading.Event()
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.page import chosen, keep, stamp
-from benchmarks.storm import SPARE
+from benchmarks.page import chosen, cores, keep, stamp
+from benchmarks.storm import SPARE, slurm_version
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.commands import SandboxError
 from slurm.sandbox.faults import heal, power_cut, preempt
@@ -112,7 +113,7 @@ def weather(folder: Path, name: str, whole: dict[str, torch.Tensor]) -> Row:
             outcome = f"failed: {str(error)[:300]}"
         finally:
             if storm.process.poll() is None:
-                storm.process.kill()
+                storm.process.send_signal(signal.SIGKILL)
             shutil.copytree(folder / "sandbox" / "log", folder / "slurm_logs")  # the sandbox takes its own along
     restarts = ", ".join(e["cause"] for e in storm.of("attempt_ended") if e["cause"] != "finished") or "none"
     if outcome == "finished" and not differing(whole, read_weights(storm.folder.path, STEPS, folder)):
@@ -148,7 +149,7 @@ def main() -> int:
         lines = ["| case | outcome | restarts, by cause | bit-identical | seconds |", "|---|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
         side = f"{args.at_once} cases side by side" if args.at_once > 1 else "one case after another"
-        machine = f"two cores, {side}, Slurm 22.05.8 in network namespaces"
+        machine = f"{cores()}, {side}, Slurm {slurm_version()} in network namespaces"
         text = f"{stamp(machine)}\n\n" + "\n".join(lines)
         keep(Path(__file__), "A storm of faults, on a Slurm sandbox", __doc__, text)
     good = all(row[1] == "finished" and row[3] == "yes" for row in rows)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.page import keep, stamp
+from benchmarks.page import cores, keep, stamp
 from benchmarks.storm import slurm_version
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import environment, wait_for
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write benchmarks/submit.md")
     args = parser.parse_args()
     table = measure(args.rounds)
-    machine = f"{os.cpu_count()} CPU cores (virtual machine), Slurm {slurm_version()}"
+    machine = f"{cores()}, Slurm {slurm_version()}"
     text = f"{stamp(machine)}\n\n{table}"
     print(text)
     if args.write:
