@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 from launch.runs.overrides import RANK_VALUES, typed_key
 from launch.runs.ranges import closest
 from launch.runs.renamed import is_former
-from launch.runs.wrong_values import PLAIN, field_of, in_shell, listed, quoted, wrong_value
+from launch.runs.wrong_values import PLAIN, could_take, field_of, in_shell, listed, quoted, wrong_value
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 LAUNCHER_KEYS = (
@@ -235,7 +235,8 @@ def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
     settable = {k.rpartition(".")[2]: k for k in siblings if k not in groups or "." not in k or f"{k}{rest}" in keys}
     likely = [settable[name] for name in closest(leaf, settable)]
     likely += [k for k in keys if k.rpartition(".")[2] == leaf] or [k for k in keys if leaf in k.rpartition(".")[2]]
-    fix = f"{below(likely[0], rest, schema)}={value}" if likely else f"the same without {typed}"
+    meant = sorted((below(name, rest, schema) for name in likely), key=lambda name: not could_take(name, value, schema))
+    fix = in_shell(meant[0], value) if meant else f"the same without {typed}"
     return ConfigError(f"unknown key {key}", some_of(siblings, leaf, likely), fix)
 
 

@@ -14,6 +14,8 @@ from launch.errors import ConfigError
 from launch.runs.overrides import NOT_IN_POINT, typed_key
 from launch.runs.ranges import EXAMPLES, closest
 
+NUMBER = re.compile(r"[+-]?[\d_]*\.?[\d_]*(e[+-]?\d+)?|[+-]?inf|nan", re.IGNORECASE)
+"""Numbers, and what else Hydra's grammar of overrides takes for one."""
 PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 """Values that Hydra's grammar of overrides reads without quotes."""
 
@@ -65,6 +67,18 @@ def field_of(schema: type, key: str) -> tuple[Any, Any]:
         kind = next(one for one in get_args(hint) if one is not NoneType) if optional else hint
         default = None if field.default is dataclasses.MISSING else field.default
     return kind, default
+
+
+def could_take(key: str, value: str, schema: type) -> bool:
+    """Tell whether a key may take a value as it was typed, of a sweep all of them: False for words where a number is
+    expected, or a choice of others."""
+    kind, _ = field_of(schema, key)
+    several = {word.strip() for word in value.split(",")} - {"null", "VALUE"}
+    if kind in (int, float):
+        return all(re.fullmatch(NUMBER, word) for word in several)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return several <= kind.__members__.keys()
+    return kind is not bool or several <= {"true", "false"}
 
 
 def meant_bool(value: str) -> str:

@@ -83,6 +83,8 @@ REFUSED = [
     (["nodes==2"], "nodes==2, which cannot be read", "nodes=2"),
     (["max_steps=3"], "unknown key max_steps", "optim.max_steps=3"),
     (["gpus=8"], "unknown key gpus", "cluster.gpus_per_node=8"),
+    (["cluster.gpu=NVIDIA H100"], "unknown key cluster.gpu", "'cluster.gpu_name=NVIDIA H100'"),
+    (["cluster.gpu=80"], "unknown key cluster.gpu", "cluster.gpu_memory_gib=80"),
     (["optim.foo.bar=1"], "unknown key optim.foo", "the same without optim.foo.bar=1"),
     (["nodes=2,3"], "nodes=2,3, several values", "python -m launch -m nodes=2,3"),
     (["launch=3"], "launch=3", "launch.check_limits=VALUE"),
