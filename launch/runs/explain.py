@@ -18,7 +18,8 @@ from launch.errors import ConfigError
 from launch.runs.overrides import RANK_VALUES, typed_key
 from launch.runs.ranges import closest
 from launch.runs.renamed import is_former
-from launch.runs.wrong_values import PLAIN, could_take, field_of, in_shell, listed, quoted, wrong_value
+from launch.runs.synonyms import override_meant
+from launch.runs.wrong_values import PLAIN, could_take, field_of, in_shell, in_unit_of, listed, quoted, wrong_value
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 LAUNCHER_KEYS = (
@@ -44,9 +45,10 @@ def override_of_flag(flag: str, following: str, schema: type) -> str | None:
     has its name. ``following`` is the word behind it, which may be another override or flag."""
     keys = {key.rsplit(".", 1)[-1]: key for key in sorted(schema_keys(schema), key=lambda key: -key.count("."))}
     keys |= {key: key for key in schema_keys(schema)}
-    key = keys.get(flag.lstrip("-").replace("-", "_"))
+    name = flag.lstrip("-").replace("-", "_")
     value = following if following and not re.search("^-|=", following) else "VALUE"
-    return None if key is None else f"{key}={shlex.quote(value)}"
+    meant = (keys[name], value) if name in keys else override_meant(name, value, keys.values())
+    return None if meant is None else f"{meant[0]}={shlex.quote(in_unit_of(*meant) or meant[1])}"
 
 
 def free_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -231,10 +233,20 @@ def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
     groups = {k.rpartition(".")[0] for k in keys}
     if parent in keys and parent not in groups:
         return ConfigError(typed, f"a value for {parent}, which has no keys below it", f"{parent}=VALUE")
-    rest = typed_key(typed)[len(key) :]
+    name = typed_key(typed)
+    elsewhere = override_meant(name, value, [*keys, *LAUNCHER_KEYS])
+    above = name.rpartition(".")[0]
+    if elsewhere and (above not in groups - {""} or elsewhere[0].rpartition(".")[0] == above):
+        ours = elsewhere[0], in_unit_of(*elsewhere) or elsewhere[1]
+        command = "" if ours[0] in keys else "python -m launch "
+        return ConfigError(f"unknown key {key}", some_of(siblings, leaf, [ours[0]]), command + in_shell(*ours))
+    rest = name[len(key) :]
     settable = {k.rpartition(".")[2]: k for k in siblings if k not in groups or "." not in k or f"{k}{rest}" in keys}
     likely = [settable[name] for name in closest(leaf, settable)]
-    likely += [k for k in keys if k.rpartition(".")[2] == leaf] or [k for k in keys if leaf in k.rpartition(".")[2]]
+    leaves = {k: k.rpartition(".")[2] for k in keys}
+    likely += [k for k in keys if leaves[k] == leaf] or [k for k in keys if f"_{leaf}_" in f"_{leaves[k]}_"]
+    if not likely and "." not in key and "script.options" in free_keys(schema):
+        likely = [f"script.options.{key}"]
     meant = sorted((below(name, rest, schema) for name in likely), key=lambda name: not could_take(name, value, schema))
     fix = in_shell(meant[0], value) if meant else f"the same without {typed}"
     return ConfigError(f"unknown key {key}", some_of(siblings, leaf, likely), fix)
