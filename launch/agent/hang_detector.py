@@ -20,9 +20,14 @@ from launch.runs.heartbeat import Phase, RankHeartbeat
 
 SLOW = (Phase.starting, Phase.saving, Phase.leaving)
 PAUSED_S = 5.0
-STACK_WAIT_S = 2.0
 STACK_SIGNAL = signal.SIGQUIT
 """Ranks answer it by writing the stacks of all their threads into their log (faulthandler)."""
+STACK_BEGUN = b"(most recent call first)"
+"""What the first line of each thread ends with."""
+STACK_WAIT_S = 3.0
+"""For the first line."""
+STACK_END_S = 20.0
+"""For the last one, on a node with more to do than cores to do it."""
 NEARLY = 0.8
 """Share of its limit after which a silent rank is named beside the one that reached it."""
 
@@ -131,22 +136,24 @@ def stack_of(pid: int, log: Path) -> str:
 
     A stopped process answers when it goes on: it is continued, and the caller must end it right after.
     """
-    before = _size(log)
+    before, blocking = _size(log), processes.threads_blocking(pid, STACK_SIGNAL)
     try:
         os.kill(pid, STACK_SIGNAL)
         os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
         return ""
-    deadline, size = time.monotonic() + STACK_WAIT_S, before
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        grown = _size(log)
-        if grown == size > before:
-            break
-        size = grown
-    with log.open("rb") as file:
-        file.seek(before)
-        return file.read().decode(errors="replace").strip()
+    asked = time.monotonic()
+    while True:
+        time.sleep(0.05)
+        # Looked at before the log is read: what was written until then is all there.
+        gone = processes.is_gone(pid)
+        handles = processes.is_pending(pid, STACK_SIGNAL) or processes.threads_blocking(pid, STACK_SIGNAL) - blocking
+        with log.open("rb") as file:
+            file.seek(before)
+            answer = file.read()
+        begun = STACK_BEGUN in answer
+        if gone or (begun and not handles) or time.monotonic() - asked > (STACK_END_S if begun else STACK_WAIT_S):
+            return answer.decode(errors="replace").strip()
 
 
 def _size(log: Path) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,10 +41,10 @@ class Clock:
         monkeypatch.setattr("launch.agent.hang_detector.time.monotonic", lambda: self._real() + self.ahead)
 
 
-def rank(folder: Path, phase: str) -> subprocess.Popen[bytes]:
+def rank(folder: Path, phase: str, program: str = STEPPING) -> subprocess.Popen[bytes]:
     """A process that says where it is, once, and then only beats."""
     with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-c", STEPPING, phase]
+        command = [sys.executable, "-c", program, phase]
         told = {"RANK": "3", "LAUNCH_RUN_DIR": str(folder), "LAUNCH_HEARTBEAT_DIR": str(folder)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment(**told), stdout=log, stderr=log)
     wait_for(lambda: (sign := heartbeat.read(folder / "3")) is not None and sign.step == 7, "its sign of life")
@@ -69,6 +70,55 @@ def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
         assert found[0].why.startswith("hung: no progress for ") and found[0].why.endswith(phase)
         stack = stack_of(process.pid, tmp_path / "log")
         assert "where_it_waits" in stack
+    finally:
+        process.kill()
+        process.wait()
+
+
+MANY_THREADS = """
+import sys, threading, time
+from launch import worker
+run = worker.attach()
+def deep(frames):
+    deep(frames - 1) if frames else time.sleep(600)
+for _ in range(80):
+    threading.Thread(target=deep, args=(60,), daemon=True).start()
+run.phase("training", 7)
+def where_it_waits():
+    time.sleep(600)
+where_it_waits()
+"""
+
+
+def interrupt(process: subprocess.Popen[bytes], log: Path, heard: threading.Event, sizes: list[int]) -> None:
+    """Stop a process for a while when it has begun to write into its log; the sizes that the log had then."""
+    before = log.stat().st_size
+    while not heard.is_set() and not sizes:
+        if log.stat().st_size > before:
+            os.kill(process.pid, signal.SIGSTOP)
+            heard.wait(0.4)
+            sizes.append(log.stat().st_size)
+            os.kill(process.pid, signal.SIGCONT)
+
+
+def test_a_rank_that_is_interrupted_as_it_writes_its_stacks_is_heard_out(tmp_path: Path) -> None:
+    process, log = rank(tmp_path, "training", MANY_THREADS), tmp_path / "log"
+    amid = 0
+    try:
+        for _ in range(20):  # whoever interrupts may itself come too late
+            heard, sizes = threading.Event(), list[int]()
+            thread = threading.Thread(target=interrupt, args=(process, log, heard, sizes))
+            thread.start()
+            try:
+                stacks = stack_of(process.pid, log)
+            finally:
+                heard.set()
+                thread.join()
+            assert stacks.count("(most recent call first)") == 82 and "where_it_waits" in stacks, stacks[-300:]
+            amid += bool(sizes) and sizes[0] < log.stat().st_size
+            if amid == 2:
+                break
+        assert amid == 2, "twice it was interrupted before the end"
     finally:
         process.kill()
         process.wait()
