@@ -16,7 +16,7 @@ from launch.config.compose import workload_of_run
 from launch.errors import CommandParser, refusing
 from launch.runs.find import add_paths, find_runs, labels_inside
 from launch.runs.folder import RunFolder
-from launch.runs.saved import SavedCheckpoint
+from launch.runs.identity import SavedCheckpoint
 
 
 def saved(folder: RunFolder, kind: str = "checkpoints") -> list[SavedCheckpoint] | None:

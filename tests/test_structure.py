@@ -64,26 +64,22 @@ ROOMS = {
     "launch.process": (),
     "launch.runs": ("launch.errors", "launch.process"),
     "launch.worker": ("launch.runs",),
-    "launch.scheduler": ("launch.worker",),
+    "launch.slurm.client": ("launch.worker",),
+    "launch.slurm.limits": ("launch.slurm.client",),
     "launch.workload": ("launch.worker",),
     "launch.config": ("launch.workload", "configs"),
-    "launch.plan": ("launch.config", "launch.scheduler"),
+    "launch.plan": ("launch.config", "launch.slurm.limits"),
     "launch.agent": ("launch.plan",),
-    "launch.jobs": ("launch.agent",),
-    "launch.checks": ("launch.jobs",),
-    "launch.script": ("launch.checks",),
-    "launch.report": ("launch.checks",),
+    "launch.slurm": ("launch.agent",),
+    "launch.script": ("launch.slurm",),
+    "launch.report": ("launch.slurm",),
     "launch.project": ("launch.report",),
     "launch.storm": ("launch.report",),
     "launch.sweep": ("launch.report",),
     "launch.bench_network": ("launch.sweep",),
-    "launch.batch": ("launch.checks",),
-    "launch.move": ("launch.checks",),
-    "launch.status": ("launch.checks",),
-    "launch.logs": ("launch.checks",),
-    "launch.cancel": ("launch.checks",),
-    "launch.verify": ("launch.checks",),
-    "launch.doctor": ("launch.checks",),
+    **dict.fromkeys((f"launch.{name}" for name in ("batch", "move", "status", "logs", "cancel")), ("launch.slurm",)),
+    "launch.verify": ("launch.slurm",),
+    "launch.doctor": ("launch.slurm",),
     "launch.__main__": ("launch.sweep", "launch.batch"),
     "hydra_plugins": ("launch.sweep",),
     "gpt.config": ("launch.worker",),
@@ -218,11 +214,10 @@ def test_metrics_and_checkpoints_know_no_slurm() -> None:
 ON_THE_NODES = tuple(
     f"launch.{name}"
     for name in (
-        "agent.workers",
-        "agent.elastic",
+        "agent.ranks",
         "agent.rendezvous",
-        "agent.heartbeat",
-        "agent.signed_store",
+        "agent.watch",
+        "agent.exchange",
         "doctor.links",
         "bench_network.measure",
     )
@@ -280,7 +275,7 @@ RUNS_CODE = {
         "_Unpickler",
     ): "memory without a name, which a rank shares with the process it has forked",
     ("gpt.parallel.deepspeed.checkpoint", "torch.load"): "the same, each checked against the manifest's sums before",
-    ("launch.jobs.adoption", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
+    ("launch.slurm.adoption", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
     ("launch.agent.after_step", "DelayedSubmission.load"): "the pickle that the job itself is made of",
 }
 """Where something is loaded in a way that could run code of who wrote it, and why that is nobody else."""
@@ -329,7 +324,6 @@ def test_no_module_is_a_dead_end() -> None:
     # in configs/hydra/launcher/per_point.yaml and configs/workload/
     named = {
         "hydra_plugins.launch_plugin.launcher",
-        "hydra_plugins.launch_plugin.sweeper",
         "gpt.workload",
         "launch.script",
     }

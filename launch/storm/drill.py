@@ -20,8 +20,7 @@ from launch.runs.events import is_finished
 from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
-from launch.storm.faults import FaultError, Site, inject
-from launch.storm.schedule import KINDS, PlannedFault
+from launch.storm.faults import KINDS, FaultError, PlannedFault, Site, inject
 from launch.storm.verdict import checkpoints
 
 UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "hung", "node_failed"))

@@ -25,8 +25,7 @@ from pathlib import Path
 
 from launch.process import die_with_parent
 from launch.runs.heartbeat import ENVIRONMENT
-from launch.worker.beat import beat_on, is_child, open_heartbeat, register_stacks
-from launch.worker.run import OutdatedAttemptError, Run
+from launch.worker.run import OutdatedAttemptError, Run, beat_on, is_child, open_heartbeat, register_stacks
 
 __all__ = ["STORE_PREFIX", "OutdatedAttemptError", "Run", "attach", "is_child", "make_run"]
 

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.checks.facts import container_problem
-from launch.checks.findings import Level
 from launch.config import ClusterKind
 from launch.config.cluster import ContainerRuntime
 from launch.config.compose import compose_launch, typed_config
 from launch.doctor.machine import check_container
 from launch.errors import ConfigError
-from launch.jobs.sbatch import sbatch_text
-from launch.plan import container
-from launch.plan.container import agent_words
+from launch.plan import placement as container
+from launch.plan.placement import agent_words
 from launch.plan.plan import make_plan
+from launch.slurm.facts import Level, container_problem
+from launch.slurm.handles import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.doctor_facts import FACTS
 

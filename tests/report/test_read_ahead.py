@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.report import read_ahead
+from launch.report import columns as read_ahead
 
 READ = """
 import sys
