@@ -17,8 +17,7 @@ from selenium import webdriver
 from selenium.common.exceptions import JavascriptException, TimeoutException
 from selenium.webdriver.support.ui import WebDriverWait
 
-from launch.report import build
-from launch.report.views import write
+from launch.report import build, write
 from launch.runs.tensorboard import EventWriter
 
 PATIENCE_S = 120

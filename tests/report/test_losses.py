@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.report import build
+from launch.report import build, write
 from launch.report.row import Row
 from launch.report.steps import LOSSES, lost
-from launch.report.views import write
 from launch.runs.records import append_records
 
 STEPS = 25

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from selenium import webdriver
 
-from launch.report import build
-from launch.report.views import write
+from launch.report import build, write
 from launch.runs.records import append_records
 
 SLOW_RANK, LATE_S = 5, 0.03

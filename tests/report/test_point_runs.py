@@ -11,8 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 
 from launch.config import ReportFile
-from launch.report import build
-from launch.report.views import write
+from launch.report import build, write
 from launch.runs.environment import GpuSample, append_samples
 from launch.runs.tensorboard import png_shape
 

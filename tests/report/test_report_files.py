@@ -17,9 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.config import ReportFile
 from launch.errors import ConfigError
-from launch.report import build, select, show
+from launch.report import build, select, show, write
 from launch.report.views import text as views
-from launch.report.views import write
 from launch.runs.find import record_sweep
 from launch.runs.tensorboard import EventWriter, png_shape
 from tests.support import commands

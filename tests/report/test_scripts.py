@@ -16,9 +16,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.errors import ConfigError
-from launch.report import Row, build, show
+from launch.report import Row, build, show, write
 from launch.report.table import ScalingTable
-from launch.report.views import write
 from launch.report.views.text import columns
 from launch.runs import progress
 from launch.runs.tensorboard import png_shape

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.report import ScalingTable, build
+from launch.report import ScalingTable, build, write
 from launch.report.row import RunDetail
 from launch.report.steps import RankTime, RankTimes
-from launch.report.views import write
 from launch.report.views.figures import draw_ranks
 from launch.report.views.text import markdown
 from launch.runs.records import append_records

@@ -15,10 +15,9 @@ import pytest
 from rich.console import Console
 from selenium import webdriver
 
-from launch.report import build, columns, show
+from launch.report import build, columns, show, write
 from launch.report.points import read_point
 from launch.report.steps import UnreadLines
-from launch.report.views import write
 from launch.report.views.text import csv_text, markdown
 from launch.report.views.write import json_text
 from launch.runs.folder import RunFolder
