@@ -23,6 +23,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+import gpt_launch.own_names  # noqa: F401
 from launch import __version__
 from launch.config import Config
 from launch.config.compose import (

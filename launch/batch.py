@@ -20,7 +20,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch.agent import main as agent
+import gpt_launch.own_names  # noqa: F401
+from gpt_launch.agent import run as run_agent
 from launch.agent.node import Node
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, read_point, require_folder, typed_config
@@ -169,7 +170,7 @@ def run_task(composed: DictConfig) -> None:
         write_run(plan, composed, args)
     else:
         wait_for_plan(RunFolder(output))
-    agent.run(str(output))
+    run_agent(str(output))
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:

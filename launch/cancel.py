@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
 from launch.runs.files import deny_others_writing
 from launch.runs.find import add_paths, find_runs

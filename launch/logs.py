@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.runs.files import read_json
 from launch.runs.find import find_runs, labels_inside

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
 from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs

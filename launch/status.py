@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
 from launch.runs.events import damaged_text, skipped_text, slow_ranks, uncopied_text, unread_text, unsaved_text
 from launch.runs.files import is_full

@@ -13,7 +13,7 @@ import yaml
 from launch.config.compose import compose_launch, typed_config
 from tests.support.commands import ROOT
 
-PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
+PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
 COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare", "smoke", "bench_matmul")
 
 
@@ -50,9 +50,18 @@ def imports(path: Path, top_level_only: bool = False) -> frozenset[str]:
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            module = imported_from(path, node)
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return frozenset(names)
+
+
+def imported_from(path: Path, node: ast.ImportFrom) -> str:
+    """Return the dotted name of the module that a ``from`` statement names, which may be relative to ``path``."""
+    if node.level == 0:
+        return node.module or ""
+    package = path.relative_to(ROOT).parent.parts
+    return ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module])))
 
 
 def starts(name: str, *prefixes: str) -> bool:
@@ -60,7 +69,12 @@ def starts(name: str, *prefixes: str) -> bool:
 
 
 ROOMS = {
-    "launch.errors": (),
+    "gpt_launch": (),
+    "gpt_launch.own_names": ("gpt_launch",),
+    "gpt_launch.agent": ("launch.agent", "gpt_launch.own_names"),
+    "gpt_launch.worker": ("launch.worker", "gpt_launch"),
+    "gpt_launch.__main__": ("launch.__main__",),
+    "launch.errors": ("gpt_launch.own_names",),
     "launch.process": (),
     "launch.runs": ("launch.errors", "launch.process"),
     "launch.worker": ("launch.runs",),
@@ -70,7 +84,7 @@ ROOMS = {
     "launch.config": ("launch.workload", "configs"),
     "launch.plan": ("launch.config", "launch.slurm.limits"),
     "launch.agent": ("launch.plan",),
-    "launch.slurm": ("launch.agent",),
+    "launch.slurm": ("gpt_launch.agent",),
     "launch.script": ("launch.slurm",),
     "launch.report": ("launch.slurm",),
     "launch.project": ("launch.report",),
@@ -139,9 +153,10 @@ def targets(path: Path, runtime_only: bool = False) -> frozenset[str]:
     for node in nodes_of(path):
         if node in skipped:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in every else node.module for name in names}
+        if isinstance(node, ast.ImportFrom):
+            module = imported_from(path, node)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found |= {name if name in every else module for name in names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return frozenset(name for name in found if name in every)
@@ -326,6 +341,7 @@ def test_no_module_is_a_dead_end() -> None:
         "hydra_plugins.launch_plugin.launcher",
         "gpt.workload",
         "launch.script",
+        "gpt_launch.worker",  # imported by scripts
     }
     assert set(every) - used - packages - started - named == set()
 

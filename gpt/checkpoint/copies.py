@@ -47,7 +47,7 @@ class Copies:
         # Python is started anew: a fork of a rank has locks of threads that are not there.
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gpt.checkpoint.copier", job.encode()],
+                [sys.executable, "-m", "gpt_launch", "gpt.checkpoint.copier", job.encode()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,

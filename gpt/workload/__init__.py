@@ -164,7 +164,7 @@ class GptWorkload:
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
         """The training script, which reads everything else from the run folder."""
-        args = (sys.executable, "-m", "gpt.train", "--run", str(folder.path))
+        args = (sys.executable, "-m", "gpt_launch", "gpt.train", "--run", str(folder.path))
         # Python reads the hash seed only at its start, which takes ranks that are executed (see fix_hash_seed).
         defaults = {"PYTHONHASHSEED": hash_seed(config.seed)} if config.deterministic else {}
         return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)

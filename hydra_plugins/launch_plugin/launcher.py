@@ -11,8 +11,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from launch.errors import ConfigError, counted
-
 if TYPE_CHECKING:
     from launch.sweep import Composed, PointResult
 
@@ -48,6 +46,9 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
     wrong = [(need, have) for need, have in zip(wanted, given, strict=True) if have is not None and have != need]
     if not wrong:
         return
+    # Hydra imports this module in every app of the environment, also beside a launch.py of the user's.
+    from launch.errors import ConfigError, counted
+
     need, have = wrong[0]
     own = f"the same without hydra/launcher={chosen}: then each point gets the nodes that it names"
     same = f"hydra.launcher.tasks_per_node={need}"

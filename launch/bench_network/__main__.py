@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.bench_network.fit import show
 from launch.config import Config
 from launch.config.compose import compose_launch, require_folder, typed_config

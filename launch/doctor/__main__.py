@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
+import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, require_folder, sweep_points, typed_config
 from launch.doctor import machine, on_cluster, verdict

@@ -243,7 +243,7 @@ def start_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndp
         if read_json(root / REQUEST).get("uses_cpus"):
             env["CUDA_VISIBLE_DEVICES"] = ""
         with log.open("wb") as file:
-            command = [sys.executable, "-m", "launch.doctor.links", str(record)]
+            command = [sys.executable, "-m", "gpt_launch", "launch.doctor.links", str(record)]
             started.append(
                 (rank, log, subprocess.Popen(command, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL))
             )

@@ -70,7 +70,7 @@ def python_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[s
 def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[str]:
     """Words behind ``srun`` that start the agents of a run from a batch script."""
     python = python_words(cluster, workdir, run_dir) or ["python"]
-    return [*srun_arguments(cluster, workdir, run_dir), *python, "-m", "launch.agent", str(run_dir)]
+    return [*srun_arguments(cluster, workdir, run_dir), *python, "-m", "gpt_launch", "agent", str(run_dir)]
 
 
 # Keys of ``cluster`` that a command leaves open, and that are settled for its points on Slurm.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.project.goal import EXAMPLE, NODES, compose_goal, offers, parse_goal
 from launch.project.projection import project, read_links, read_sweep, with_matmul_rates

@@ -11,6 +11,7 @@ from shlex import quote
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.config import ReportFile
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.report import ScalingTable, select, show_and_write, tabulate_selection

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically
-from launch.runs.folder import UNREADABLE, RunFolder, damaged, unreadable, writing_into
+from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
 from launch.runs.overrides import adopt_former_keys
 from launch.runs.refusals import explain, free_keys, schema_keys, unknown_key
 
@@ -117,7 +118,7 @@ def read_document(folder: RunFolder) -> DictConfig:
         raise ConfigError(f"no {folder.config}", "the folder of a run", "python -m launch, to make one")
     try:
         document = OmegaConf.load(folder.config)  # by its own grammar, in which 1e-4 is a number
-    except (*UNREADABLE, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise unreadable(folder.config, error) from error
     if not isinstance(document, DictConfig) or not document:
         raise damaged(folder.config, "it holds no keys")

@@ -257,7 +257,7 @@ def reachable_files(hard: int) -> int:
 ROOT = Path(__file__).absolute().parents[2]
 """The folder that the packages of this process lie in."""
 
-PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
+PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
 SUFFIXES = (".py", ".yaml", ".sh")
 ORIGIN = "code.json"
 """In a copy of the code: what it is a copy of."""

@@ -11,10 +11,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import yaml
-
-from launch.errors import ConfigError
-from launch.runs.files import append_lines, parse_json_lines, read_json_lines, unwritten
+from ..errors import ConfigError
+from .files import append_lines, parse_json_lines, read_json_lines, unwritten
 
 # The run folder: where each file of a run lies, and the event log of what happened to it.
 
@@ -171,10 +169,6 @@ FIXES = {
 """Name of a file -> what to type where it is damaged."""
 
 
-UNREADABLE = (OSError, ValueError, yaml.YAMLError)
-"""Errors of reading JSON or YAML from a file."""
-
-
 def damaged(path: Path, why: str) -> ConfigError:
     """Return the refusal of a file that is not as it was written."""
     fix = FIXES.get(path.name, "the file from a backup").format(path=quote(str(path)))
@@ -198,8 +192,15 @@ def read_strictly(path: Path) -> Any:
     """
     try:
         data = path.read_bytes()
-        return json.loads(data) if path.suffix == ".json" else yaml.safe_load(data.decode())
-    except UNREADABLE as error:
+        if path.suffix == ".json":
+            return json.loads(data)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    import yaml  # a rank imports this module, and its Python may have the standard library alone
+
+    try:
+        return yaml.safe_load(data.decode())
+    except (ValueError, yaml.YAMLError) as error:
         raise unreadable(path, error) from error
 
 
@@ -215,7 +216,7 @@ def _mapping(path: Path, value: Any) -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: BaseException) -> ConfigError:
-    """Return the refusal of a file that raised one of ``UNREADABLE``."""
+    """Return the refusal of a file that raised ``error`` when it was read."""
     if isinstance(error, OSError):
         return damaged(path, str(error.strerror))
     if not path.read_bytes().strip():

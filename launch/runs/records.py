@@ -14,9 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from launch.errors import ConfigError, closest
-from launch.runs.files import append_lines, append_whole, open_to_append, read_json_lines, say
-from launch.runs.folder import RunFolder
+from ..errors import ConfigError, closest
+from .files import append_lines, append_whole, open_to_append, read_json_lines, say
+from .folder import RunFolder
 
 # Step records: one line per step and rank in ``metrics/rank_*.jsonl``. They are the truth; every other view follows.
 

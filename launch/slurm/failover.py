@@ -279,7 +279,7 @@ def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-u", "-m", "launch.move", *map(str, folders)],
+            [sys.executable, "-u", "-m", "gpt_launch", "move", *map(str, folders)],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -256,8 +256,8 @@ class LocalQueueEntry:
 
 SUBMISSION = "submitit.core._submit"
 """Module that submitit's batch scripts run on every node."""
-AFTER_STEP = "launch.agent.after_step"
-"""Module that they run where srun has failed."""
+AFTER_STEP = "gpt_launch launch.agent.after_step"
+"""Command that they run where srun has failed."""
 
 
 def batch_parameters(plan: Plan) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import submitit
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
+from gpt_launch.agent import run as run_agent
 from launch.agent import main as agent
 from launch.agent.node import OWNER
 from launch.config import Config
@@ -108,7 +109,7 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
         raise SlurmError(gone)
     try:
         return submit_calls(
-            jobs_folder(plans[0]), batch_parameters(plans[0]), agent.run, [plan.run_dir for plan in plans]
+            jobs_folder(plans[0]), batch_parameters(plans[0]), run_agent, [plan.run_dir for plan in plans]
         )
     except FailedJobError as error:
         busy = any(text in str(error).lower() for text in BUSY)
@@ -258,7 +259,7 @@ def start_local(plan: Plan) -> LocalJob:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with clean_environment(), running_from(code_of_agents(plan)):
-            job: Any = executor.submit(agent.run, plan.run_dir)
+            job: Any = executor.submit(run_agent, plan.run_dir)
             close_pickles([job])
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -300,7 +300,16 @@ class Site:
 
     def _signal_by_srun(self, host: str, number: signal.Signals, what: str, which: str, *, in_save: bool) -> None:
         place = ["--overlap", f"--jobid={self.job}", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
-        program = [sys.executable, "-m", "launch.storm.processes", str(self.folder.path), number.name, what, which]
+        program = [
+            sys.executable,
+            "-m",
+            "gpt_launch",
+            "launch.storm.processes",
+            str(self.folder.path),
+            number.name,
+            what,
+            which,
+        ]
         self.strike()
         run_command(["srun", *place, *program, *(["--in-save"] if in_save else [])])
 
@@ -332,7 +341,7 @@ class Site:
     def ask_sandbox(self, *words: str) -> str:
         """Do one command of the sandbox's command line; returns what it said."""
         self.strike()
-        return run_command([sys.executable, "-m", "slurm.sandbox", *words, "--dir", str(self.sandbox)])
+        return run_command([sys.executable, "-m", "gpt_launch", "slurm.sandbox", *words, "--dir", str(self.sandbox)])
 
 
 def run_command(words: list[str]) -> str:

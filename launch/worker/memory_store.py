@@ -291,7 +291,7 @@ class MemoryStore:
 
     def _start(self, address: str, secret: str) -> None:
         self.close()
-        words = [sys.executable, "-m", __name__, str(os.getpid())]
+        words = [sys.executable, "-m", "gpt_launch", "launch.worker.memory_store", str(os.getpid())]
         process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.runs.files import keep_unwritten, say, write_unwritten
-from launch.runs.folder import RunFolder, is_newest_attempt
-from launch.runs.heartbeat import BEAT_S, FROM_FILE, HeartbeatFile, Phase, Request
-from launch.runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
+from ..runs.files import keep_unwritten, say, write_unwritten
+from ..runs.folder import RunFolder, is_newest_attempt
+from ..runs.heartbeat import BEAT_S, FROM_FILE, HeartbeatFile, Phase, Request
+from ..runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
 
 # Figures of a step record: values that JSON can hold, and the time of a step.
 
