@@ -30,19 +30,19 @@ def module_of(word: str) -> str | None:
     return word if word.startswith(PACKAGES) else COMMANDS.get(word)
 
 
-def main() -> None:
-    """Run the command that the first argument names; without one, the launcher."""
+def main() -> int:
+    """Run the command that the first argument names; without one, the launcher. Returns the exit status."""
     module = module_of(sys.argv[1]) if len(sys.argv) > 1 else None
     if module is None:
         from launch.__main__ import main as launch
 
-        launch()
-        return
+        return launch()
     del sys.argv[1]
     if not hasattr(sys.modules.get(module), "__path__"):
         sys.modules.pop(module, None)  # a rank that was forked has imported it; runpy would warn
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """The memory store of a node: a process beside the agent that holds checkpoints in memory while ranks die.
 
-    python -m launch.worker.memory_store AGENT          what the agent starts; it dies with it
+    python -m gpt_launch launch.worker.memory_store AGENT          what the agent starts; it dies with it
 
 Ranks send it their own part of a checkpoint, and those of another node theirs. The files lie in memory without a name
 in any file system, so nothing is left behind by whatever kills the node's processes. Of a checkpoint that all ranks

@@ -156,7 +156,7 @@ def test_nodes_that_wait_for_one_that_is_lost_meet_again_without_it() -> None:
 
 CLOCK = """
 import sys, time
-from launch.agent import clock
+from launch.agent import node as clock
 clock.TICK_S, clock.PAUSED_S = 0.02, 1.0
 ours, began = clock.RunningClock(), time.monotonic()
 for _ in sys.stdin:

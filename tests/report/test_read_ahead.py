@@ -16,7 +16,7 @@ from launch.report import columns as read_ahead
 READ = """
 import sys
 from pathlib import Path
-from launch.report import read_ahead
+from launch.report import columns as read_ahead
 from launch.report.points import read_point
 
 found = []
