@@ -6,33 +6,37 @@
 
 For refactorings, which must change nothing: run it with the checkout from before and the one from after. Each uses the
 interpreter of its own ``.venv``, where it has one, and else the one that runs this script. The command lines are in
-``same_results_cases.py``.
+``same_results_cases.py``, the written run folders in ``same_results_runs.py``.
 
 Prints a line for each comparison, "the same" or "DIFFERS" with a diff. Exit status 1 if anything differs.
 
 - plans: exit status and text of dry runs, byte for byte; paths of checkouts, folders and interpreters are replaced.
 - refusals: exit status, found/expected/type next, and the key and the value that each refusal has to name. The texts
   themselves may differ; ``--texts`` shows how.
-- figures: what ``launch.report`` prints and writes of six runs or sweeps. Values of scaling.csv and scaling.json are
-  compared by name to the last digit. Names that AFTER lacks are listed as gone; with ``--strict`` they fail.
+- figures: what the report, the projection and the status of six runs or sweeps print and write. Values of CSV and JSON
+  files are compared by name to the last digit. Names that AFTER lacks are listed as gone; with ``--strict`` they fail.
 - losses: step records of 2-rank training runs, bit for bit, without what depends on the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import difflib
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from benchmarks.same_results_cases import (
     FILES,
@@ -40,18 +44,22 @@ from benchmarks.same_results_cases import (
     ON_A_CLUSTER,
     OTHERS_OF_SLURM,
     PLANS,
+    READERS,
+    RECORDED,
     REFUSALS,
     SCONTROL,
     TINY,
     Refusal,
 )
+from benchmarks.same_results_runs import WRITTEN
 
 DRIVER = Path(__file__).with_name("same_results_driver.py")
-PROGRAMS = ("git", "sh", "cat", "printf", "hostname", "uname", "ls")
+PROGRAMS = ("git", "sh", "cat", "printf", "seq", "sleep")
 """Programs of this machine that command lines may find. Its Slurm is not among them."""
-RECORDED = ("step", "attempt", "loss", "grad_norm", "lr", "val_loss", "tokens", "samples")
+FIELDS = ("step", "attempt", "loss", "grad_norm", "lr", "val_loss", "tokens", "samples")
 """Fields of a step record that do not depend on the clock."""
 LONGEST_DIFF = 60
+REFUSED = "exit status 2"
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Line:
     words: tuple[str, ...]
     on_a_cluster: bool = False
     """True where the commands of Slurm are there and answer for a small cluster."""
+    runs: Path | None = None
+    """Folder that is copied to ``runs``."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,7 @@ class Side:
 
 
 Sides = tuple[Side, Side]
+T = TypeVar("T")
 
 
 def make_programs(folder: Path) -> None:
@@ -129,6 +140,8 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
     Returns:
         For each side the texts: what a line printed, its exit status, and the files that it left behind.
     """
+    if not lines:
+        return [[] for _ in sides]
     drivers = []
     for side in sides:
         make_programs(side.folder)
@@ -138,6 +151,8 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
             for name, content in FILES.items():
                 (cwd / name).parent.mkdir(parents=True, exist_ok=True)
                 (cwd / name).write_text(content)
+            if line.runs is not None:
+                shutil.copytree(line.runs, cwd / "runs", symlinks=True)
             folders = [side.folder / name for name in (("slurm",) if line.on_a_cluster else ()) + ("bin",)]
             job = {"module": line.words[0], "args": line.words[1:], "cwd": str(cwd), "seconds": seconds}
             jobs.append({**job, "path": os.pathsep.join(map(str, folders)), "output": f"{cwd}.txt"})
@@ -155,9 +170,14 @@ def collected(side: Side, number: int) -> str:
     """Return what a command line printed, its exit status, and the files that it left behind."""
     cwd = side.folder / f"{number:03d}"
     left = sorted(str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file())
-    left = [name for name in left if name not in FILES]
+    left = [name for name in left if name not in FILES and not name.startswith("runs/")]
     text = Path(f"{cwd}.txt").read_text(errors="replace")
     return side.plain(text + "".join(f"left behind: {name}\n" for name in left))
+
+
+def matching(cases: Mapping[str, T], args: argparse.Namespace) -> dict[str, T]:
+    """Return the cases whose names ``--match`` finds."""
+    return {name: case for name, case in cases.items() if re.search(args.match, name)}
 
 
 def differences(before: str, after: str) -> list[str]:
@@ -217,8 +237,9 @@ def compare_refusals(
 
 def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
     """Run dry runs and wrong command lines, and compare them."""
-    plans = {**PLANS, **ON_A_CLUSTER} if "plans" in parts else {}
-    refusals = REFUSALS if "refusals" in parts else ()
+    plans = matching({**PLANS, **ON_A_CLUSTER}, args) if "plans" in parts else {}
+    cases = {case.line: case for case in REFUSALS} if "refusals" in parts else {}
+    refusals = list(matching(cases, args).values())
     lines = [
         Line(("launch", *shlex.split(words), "dry_run=true"), name in ON_A_CLUSTER) for name, words in plans.items()
     ]
@@ -226,6 +247,97 @@ def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) 
     before, after = run_lines(sides, lines, args.seconds)
     yield from compare_plans(plans, before[: len(plans)], after[: len(plans)])
     yield from compare_refusals(refusals, before[len(plans) :], after[len(plans) :], args.texts)
+
+
+def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[str, Path]:
+    """Write the run folders of ``WRITTEN``, and record those of ``RECORDED`` with a checkout; each with its name."""
+    found = {}
+    for name, write in matching(WRITTEN, args).items():
+        found[name] = folder / "written" / name
+        write(found[name])
+    side, recorded = Side(checkout, folder / "recorded"), matching(RECORDED, args)
+    (texts,) = run_lines([side], [Line(tuple(shlex.split(line))) for line in recorded.values()], args.seconds)
+    for number, (name, text) in enumerate(zip(recorded, texts, strict=True)):
+        if status_of(text) != "exit status 0":
+            raise SystemExit(f"the sweep '{name}' failed in {checkout}:\n{text}")
+        found[name] = side.folder / f"{number:03d}" / "outputs" / "swept"
+        for report in found[name].rglob("scaling.*"):
+            report.unlink()
+    return found
+
+
+def written(side: Side, number: int, runs: Path) -> dict[str, str]:
+    """Return the tables and texts that a command has written into its copy of ``runs``, by the names of the files."""
+    copy = side.folder / f"{number:03d}" / "runs"
+    found = {}
+    for path in sorted(path for path in copy.rglob("*") if path.suffix in (".csv", ".json", ".md")):
+        original = runs / path.relative_to(copy)
+        text = path.read_text()
+        if not original.exists() or original.read_text() != text:
+            found[str(path.relative_to(copy))] = side.plain(text)
+    return found
+
+
+def values(name: str, text: str) -> dict[str, str]:
+    """Return the values of a CSV or JSON file, exactly as they are written, by the names of rows, columns and keys."""
+
+    def flat(value: Any, at: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from flat(item, f"{at}.{key}" if at else key)
+        elif isinstance(value, list):
+            yield f"{at}[]", f"{len(value)} items"
+            for index, item in enumerate(value):
+                yield from flat(item, f"{at}[{index}]")
+        else:
+            yield at, json.dumps(value)
+
+    if name.endswith(".json"):
+        return dict(flat(json.loads(text, parse_float=str, parse_int=str), ""))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    return dict(flat(rows, ""))
+
+
+def named(keys: Iterable[str]) -> list[str]:
+    """Return names of columns and keys, each once, without the numbers of rows and items."""
+    return list(dict.fromkeys(re.sub(r"\[\d*\]", "", key).lstrip(".") for key in keys))
+
+
+def compare_values(name: str, before: str, after: str, strict: bool = False) -> Golden:
+    """Compare two CSV or JSON files value by value, by their names and not by their order.
+
+    Args:
+        name: name of the comparison, which ends as the file does.
+        before: text of the file in the checkout from before.
+        after: text of the file in the checkout from after; empty where there is none.
+        strict: names that are gone are a difference.
+    """
+    if not after:
+        return Golden(name, ["after: there is no such file"])
+    one, other = values(name, before), values(name, after)
+    changed = [f"{key}: {one[key]}, and now {other[key]}" for key in one if key in other and one[key] != other[key]]
+    gone = [f"gone: {key}" for key in named(key for key in one if key not in other)]
+    new = [f"new: {key}" for key in named(key for key in other if key not in one)]
+    failures, notes = (changed + gone, new) if strict else (changed, gone + new)
+    return Golden(name, failures, notes, f"{len(one)} values")
+
+
+def compare_figures(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
+    """Report the same runs with both checkouts, and compare what is printed and written."""
+    runs = make_runs(sides[0].checkout, sides[0].folder.parent / "runs", args)
+    cases = [(name, folder, reader) for name, folder in runs.items() for reader in READERS]
+    lines = [Line(tuple(shlex.split(READERS[reader])), on_a_cluster=True, runs=folder) for _, folder, reader in cases]
+    for number, texts in enumerate(zip(*run_lines(sides, lines, args.seconds), strict=True)):
+        name, folder, reader = cases[number]
+        one, other = (status_of(text) if status_of(text) == REFUSED else text for text in texts)
+        yield Golden(f"figures: {name}: {reader}", differences(one, other), size=status_of(one))
+        before, after = (written(side, number, folder) for side in sides)
+        for file, text in before.items():
+            title = f"figures: {name}: {file}"
+            if file.endswith(".md"):
+                yield Golden(title, differences(text, after.get(file, "")), size=f"{len(text.splitlines())} lines")
+            else:
+                yield compare_values(title, text, after.get(file, ""), args.strict)
 
 
 def losses(side: Side, layout: str) -> subprocess.Popen[str]:
@@ -249,12 +361,12 @@ def step_records(side: Side, layout: str, printed: str) -> str:
     if len(files) != 2:
         return side.plain(printed)
     records = [(file.name, json.loads(line)) for file in files for line in file.read_text().splitlines()]
-    return "\n".join(f"{name} {json.dumps({key: one.get(key) for key in RECORDED})}" for name, one in records)
+    return "\n".join(f"{name} {json.dumps({key: one.get(key) for key in FIELDS})}" for name, one in records)
 
 
 def compare_losses(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
     """Train with every layout, both sides at the same time, and compare the step records."""
-    for layout in LOSSES:
+    for layout in matching(LOSSES, args):
         runs = [losses(side, layout) for side in sides]
         printed = [run.communicate()[0] for run in runs]
         one, other = (step_records(side, layout, text) for side, text in zip(sides, printed, strict=True))
@@ -266,6 +378,7 @@ def compare_losses(sides: Sides, parts: set[str], args: argparse.Namespace) -> I
 PARTS: dict[str, Callable[[Sides, set[str], argparse.Namespace], Iterator[Golden]]] = {
     "plans": plans_and_refusals,
     "refusals": plans_and_refusals,
+    "figures": compare_figures,
     "losses": compare_losses,
 }
 
@@ -284,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only what has a name in which this is found")
     parser.add_argument("--texts", action="store_true", help="show how the texts of refusals differ")
     parser.add_argument("--strict", action="store_true", help="columns of reports that are gone count as a difference")
     parser.add_argument("--seconds", type=int, default=120, help="kill a command line after so long (default: 120)")

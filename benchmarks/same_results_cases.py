@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STEPS = r"""for step in $(seq 30); do
+    sleep 0.02
+    if [ "$RANK" = 0 ]; then printf 'iter %d: loss %d.5, time %d.25ms\n' "$step" $((40 - step)) $((20 + step % 3)); fi
+done
+"""
+"""Program that prints steps."""
+
 FILES = {
     "train.py": "print('no step')\n",
+    "steps.sh": STEPS,
     "pkg/__init__.py": "",
     "pkg/train.py": "print('no step')\n",
     "corpus.txt": "to be or not to be\n" * 5_000,
@@ -252,6 +260,20 @@ TINY = (
     "checkpoint.interval=6 device=cpu"
 )
 """Training run of seconds, with accumulation, grouped queries and evaluations that no number of ranks divides."""
+
+RECORDED = {
+    "training": f"launch -m nodes=1,2 name=swept {HERE} {TINY}",
+    "script": f"launch -m nodes=1,2 name=swept cluster=local workload=script 'script.command=[sh,steps.sh]' {PROGRESS} "
+    "script.work_per_step=64",
+}
+"""Name -> command line of a sweep ``swept`` that is run by the checkout from before, and reported by both."""
+
+READERS = {
+    "report": "launch.report runs --files md,csv,json",
+    "projection": "launch.project runs --nodes 8,16,64 --mtbf-hours 20000",
+    "status": "launch.status runs --json",
+}
+"""Name -> command line that reads a copy of each of the recorded runs, ``runs``."""
 
 LOSSES = {
     "ddp": "parallel=ddp",
