@@ -250,16 +250,25 @@ def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) 
 
 
 def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """Write the run folders of ``WRITTEN``, and record those of ``RECORDED`` with a checkout; each with its name."""
-    found = {}
-    for name, write in matching(WRITTEN, args).items():
+    """Write the run folders of ``WRITTEN``, and record those of ``RECORDED`` with a checkout; each with its name.
+
+    The checkout also composes the configs of the written ones.
+    """
+    found, configs = {}, {}
+    for name, (write, words) in matching(WRITTEN, args).items():
         found[name] = folder / "written" / name
         write(found[name])
+        for run in sorted(found[name].iterdir()):
+            configs[run] = ("launch", run.name, *shlex.split(words), "--cfg", "job")
     side, recorded = Side(checkout, folder / "recorded"), matching(RECORDED, args)
-    (texts,) = run_lines([side], [Line(tuple(shlex.split(line))) for line in recorded.values()], args.seconds)
-    for number, (name, text) in enumerate(zip(recorded, texts, strict=True)):
+    lines = [*configs.values(), *(tuple(shlex.split(line)) for line in recorded.values())]
+    (texts,) = run_lines([side], [Line(words) for words in lines], args.seconds)
+    for line, text in zip(lines, texts, strict=True):
         if status_of(text) != "exit status 0":
-            raise SystemExit(f"the sweep '{name}' failed in {checkout}:\n{text}")
+            raise SystemExit(f"{shlex.join(line)} failed in {checkout}:\n{text}")
+    for run, text in zip(configs, texts):
+        (run / ".hydra" / "config.yaml").write_text(text.rpartition("exit status ")[0])
+    for number, name in enumerate(recorded, start=len(configs)):
         found[name] = side.folder / f"{number:03d}" / "outputs" / "swept"
         for report in found[name].rglob("scaling.*"):
             report.unlink()

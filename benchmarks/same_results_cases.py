@@ -272,6 +272,8 @@ READERS = {
     "report": "launch.report runs --files md,csv,json",
     "projection": "launch.project runs --nodes 8,16,64 --mtbf-hours 20000",
     "status": "launch.status runs --json",
+    "logs": "launch.logs runs/nodes=2 --rank 0",
+    "checkpoints": "launch.verify runs",
 }
 """Name -> command line that reads a copy of each of the recorded runs, ``runs``."""
 

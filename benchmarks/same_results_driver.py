@@ -60,14 +60,13 @@ def preload(names: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the jobs of a file. The first one runs twice: what it imports the first time is imported before the rest."""
+    """Run the jobs of a file. What the first one has imported is imported before the rest."""
     path = Path(sys.argv[1])
-    jobs = json.loads(path.read_text())
     imported = path.with_suffix(".modules")
-    run({**jobs[0], "output": os.devnull}, imported)
-    preload(imported.read_text().splitlines())
-    for job in jobs:
-        status = run(job)
+    for number, job in enumerate(json.loads(path.read_text())):
+        status = run(job, None if number else imported)
+        if number == 0:
+            preload(imported.read_text().splitlines())
         with Path(job["output"]).open("a") as file:
             file.write(f"exit status {status}\n")
 

@@ -18,6 +18,11 @@ BLOCK = 1024
 """Tokens of a sequence."""
 
 
+GPT = (
+    "model=gpt2_124m optim=gpt2 optim.global_batch=96 optim.max_steps=60 precision=bf16 cluster=slurm "
+    "'cluster.gpu_name=NVIDIA H100 80GB HBM3'"
+)
+"""Config of the written runs of the GPT library."""
 Times = Callable[[int, int], float]
 Fields = Callable[[int, int], dict[str, Any]]
 
@@ -39,7 +44,7 @@ class Recorder:
         folder: the run folder.
         nodes: nodes of the point.
         per_node: ranks of a node, each with a GPU.
-        overrides: what was typed for the point.
+        overrides: overrides of the point.
         known: further entries of environment.json.
     """
 
@@ -252,10 +257,10 @@ def script_with_progress(folder: Path) -> None:
             run.event("decided", attempt=1, action="fail", cause="crashed", reason="no second start")
 
 
-WRITTEN: dict[str, Callable[[Path], None]] = {
-    "strong scaling": strong_scaling,
-    "storm": storm,
-    "stragglers": stragglers,
-    "script with progress": script_with_progress,
+WRITTEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "strong scaling": (strong_scaling, f"{GPT} parallel=fsdp cluster.gpus_per_node=2"),
+    "storm": (storm, f"{GPT} cluster.gpus_per_node=2"),
+    "stragglers": (stragglers, f"{GPT} parallel=ddp cluster.gpus_per_node=8"),
+    "script with progress": (script_with_progress, "workload=script script.path=train.py script.work_per_step=512"),
 }
-"""Name -> writer of a folder of runs."""
+"""Name -> writer of a folder of runs, and the arguments of ``python -m launch`` that its config is composed of."""
