@@ -58,7 +58,8 @@ PROGRAMS = ("git", "sh", "cat", "printf", "seq", "sleep")
 """Programs of this machine that command lines may find. Its Slurm is not among them."""
 FIELDS = ("step", "attempt", "loss", "grad_norm", "lr", "val_loss", "tokens", "samples")
 """Fields of a step record that do not depend on the clock."""
-LONGEST_DIFF = 60
+LONGEST = 60
+"""Lines that are printed of one comparison."""
 REFUSED = "exit status 2"
 
 
@@ -161,8 +162,9 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
         command = [side.python, str(DRIVER), str(path)]
         drivers.append(subprocess.Popen(command, env=side.environment(), cwd=side.folder))
     statuses = [driver.wait() for driver in drivers]
-    if any(statuses):
-        raise SystemExit("a driver of command lines has failed; its last words are above")
+    for side, status in zip(sides, statuses, strict=True):
+        if status:
+            raise SystemExit(f"{DRIVER.name} ended with status {status} in {side.checkout}; what it printed is above")
     return [[collected(side, number) for number in range(len(lines))] for side in sides]
 
 
@@ -182,9 +184,7 @@ def matching(cases: Mapping[str, T], args: argparse.Namespace) -> dict[str, T]:
 
 def differences(before: str, after: str) -> list[str]:
     """Return the unified diff of two texts; nothing where they are equal."""
-    found = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=1))
-    more = len(found) - LONGEST_DIFF
-    return [*found[:LONGEST_DIFF], f"... and {more} lines"] if more > 0 else found
+    return list(difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=1))
 
 
 def compare_plans(lines: Mapping[str, str], before: Sequence[str], after: Sequence[str]) -> Iterator[Golden]:
@@ -396,8 +396,11 @@ def show(golden: Golden) -> None:
     """Print the line of a comparison, and below it what differs."""
     size = f" ({golden.size})" if golden.size else ""
     print(f"{golden.name}: {'DIFFERS' if golden.differences else 'the same'}{size}", flush=True)
-    for line in (*golden.differences, *golden.notes):
-        print(f"    {line}")
+    for lines in (golden.differences, golden.notes):
+        for line in lines[:LONGEST]:
+            print(f"    {line}")
+        if len(lines) > LONGEST:
+            print(f"    ... and {len(lines) - LONGEST} lines more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

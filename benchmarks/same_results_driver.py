@@ -48,7 +48,11 @@ def run(job: dict[str, Any], names: Path | None = None) -> int:
             if names is not None:
                 names.write_text("\n".join(sorted(sys.modules)))
         sys.exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status < 0:  # killed by its alarm: end what it has started
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    return status
 
 
 def preload(names: list[str]) -> None:
@@ -65,7 +69,7 @@ def main() -> None:
     imported = path.with_suffix(".modules")
     for number, job in enumerate(json.loads(path.read_text())):
         status = run(job, None if number else imported)
-        if number == 0:
+        if number == 0 and imported.exists():
             preload(imported.read_text().splitlines())
         with Path(job["output"]).open("a") as file:
             file.write(f"exit status {status}\n")
