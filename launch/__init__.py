@@ -3,4 +3,4 @@
 Imports no torch, except in ``launch.agent``, which runs on the nodes.
 """
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
