@@ -30,7 +30,7 @@ sys.stderr = Printed(sys.stderr)
 def faulty_checkout(folder: Path) -> Path:
     """Make a checkout with two faults: a time limit of 61 minutes, and a refusal that hides the key that was typed."""
     folder.mkdir()
-    for name in ("launch", "gpt", "hydra_plugins"):
+    for name in ("launch", "gpt", "gpt_launch", "hydra_plugins"):
         (folder / name).symlink_to(ROOT / name)
     for path in (ROOT / "configs").rglob("*"):
         if path.suffix in (".py", ".yaml"):
