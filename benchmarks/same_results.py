@@ -47,6 +47,7 @@ from benchmarks.same_results_cases import (
     READERS,
     RECORDED,
     REFUSALS,
+    RENAMED,
     SCONTROL,
     TINY,
     Refusal,
@@ -110,6 +111,8 @@ class Side:
         """Replace the paths of this side, which differ between two sides."""
         for path, name in ((self.python, "PYTHON"), (self.folder, "FOLDER"), (self.checkout, "CHECKOUT")):
             text = text.replace(str(path), name)
+        for former, name in RENAMED.items():
+            text = text.replace(former, name)
         return text
 
 

@@ -113,6 +113,9 @@ class Refusal:
     """False where the message need not have the three parts."""
 
 
+RENAMED = {"-m launch.agent.after_step": "-m gpt_launch launch.agent.after_step"}
+"""Former words of a batch script -> those of today: the only differences that do not count."""
+
 REFUSALS = (
     # Keys
     Refusal("launch model.n_layr=3", "model.n_layr", "3"),
