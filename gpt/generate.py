@@ -171,7 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = load_run_tokenizer(folder)
         checkpoint = find_checkpoint(folder, args.step)
         model = read_weights(config, checkpoint, choose_device(Device[args.device], 0, 1))
-        print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
+        step = step_of(checkpoint)
+        tokens = step * config.optim.global_batch * config.model.block_size
+        per_parameter = tokens / sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{config.model.name}, step {step}: trained on {tokens:,} tokens, {per_parameter:.2g} for each parameter"
+            + ("; expect words without sense below about 1" if per_parameter < 1 else ""),
+            file=sys.stderr,
+        )
         prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
         write(model, config, tokenizer, prompts, args)
     except KeyboardInterrupt:
