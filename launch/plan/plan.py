@@ -20,17 +20,10 @@ from launch.errors import ConfigError
 from launch.plan import code_copy
 from launch.plan.placement import Placement, place, refuse_local_container, worst_case
 from launch.runs import compose
-from launch.runs.events import is_finished
+from launch.runs.events import Continuation, SavedCheckpoint, apply_continuation, is_finished, plan_continuation
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder, writing_into
-from launch.runs.identity import (
-    Continuation,
-    SavedCheckpoint,
-    apply_continuation,
-    choose_folder,
-    plan_continuation,
-    refuse_other_run,
-)
+from launch.runs.identity import choose_folder, refuse_other_run
 from launch.runs.overrides import PLACE_KEYS, without_key
 from launch.runs.refusals import with_checked_fix
 from launch.workload import PlanRequest, Workload, WorkloadPlan

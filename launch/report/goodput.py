@@ -12,9 +12,8 @@ from typing import Any
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
 from launch.report.interruptions import Division, Losses, Record, Restart, Rollback, Stretch, read_rollbacks
-from launch.runs.events import best_interval_s, expected_goodput
+from launch.runs.events import aside_records, best_interval_s, expected_goodput
 from launch.runs.folder import RunFolder
-from launch.runs.identity import aside_records
 
 # Cost of failing nodes for a run of so many of them. The arithmetic is ``launch.runs.events``'s.
 

@@ -9,7 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from launch.report.columns import read_columns
 from launch.report.environment import Environment, GpuUse, read_environment, read_gpu_use
 from launch.report.goodput import Goodput, measure_goodput
 from launch.report.steps import RankTimes, Step, UnreadLines
@@ -50,6 +49,8 @@ class StepBreakdown:
 
 def read_breakdown(run: RunFolder) -> StepBreakdown | None:
     """Read the watched steps of a run; None where there is none. Only the first rank's file is read to see that."""
+    from launch.report.columns import read_columns  # numpy, which only reading needs
+
     sums, counts = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0)
     steps = ranks = 0
     for rank in run.metric_ranks():

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.report import series as series_of
 from launch.report.environment import GpuUse
 from launch.report.interruptions import Losses, saved_in_place
-from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
 from launch.report.notes import notes
 from launch.report.points import Point, neighbours, read_point
 from launch.report.row import Row, RunDetail, detail
@@ -30,6 +29,9 @@ from launch.report.series import (
     ratios_to_first,
 )
 from launch.report.steps import UnreadLines, lost, phase_shares
+
+if TYPE_CHECKING:
+    from launch.report.laws import Law, Repeats, SeriesFindings
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         MeasuredPoint(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)
     ]
     found = series_of.split(members)
+    from launch.report.laws import find, law_notes  # numpy, which only a report that reads records needs
+
     findings = [find(series) for series in found]
     ratios = ratios_to_first(members) if selection.parts else {}
     losses = {point.path: point.goodput.losses for point in points if point.goodput is not None}
