@@ -29,7 +29,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import link
-from slurm.sandbox.settings import Settings
+from slurm.sandbox.state import Settings
 from tests.support.commands import run
 
 QUICK_MS, SLOW_MS = 2.0, 27.0

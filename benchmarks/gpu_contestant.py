@@ -40,7 +40,7 @@ from gpt.training.garbage import collect_together
 from gpt.training.request import parse_arguments, parse_request
 from gpt.training.run import Run
 from launch.process import die_with_parent
-from launch.runs.rank_environment import raise_open_files, set_defaults
+from launch.runs.environment import raise_open_files, set_defaults
 
 WATCHED = 10
 """Steps in which waits are looked for: the gradients are measured by layer in one of them."""

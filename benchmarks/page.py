@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.metrics.environment import software
-from launch.runs.hosts import cpu_name
-from launch.runs.provenance import code_state
+from launch.runs.environment import code_state, cpu_name
 
 UNCHANGED = hashlib.sha256(b"").hexdigest()
 

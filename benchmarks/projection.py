@@ -28,15 +28,14 @@ from typing import Any
 
 from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from launch.config.compose import read_point as read_config
-from launch.project.projection import HeldOut, hold_out
-from launch.project.sweep_points import SweepPoints, as_measured
+from launch.project.projection import HeldOut, SweepPoints, as_measured, hold_out
 from launch.report.points import read_point
 from launch.report.selection import select
 from launch.report.series import MeasuredPoint, label_points, measure, split
 from launch.runs.folder import RunFolder
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import link
-from slurm.sandbox.settings import Settings
+from slurm.sandbox.state import Settings
 from tests.support.commands import run
 
 NODES = 4

@@ -4,7 +4,7 @@
     python -m launch parallel=auto cluster.matmul_rates=matmul.json nodes=8 dry_run=true
 
 On a node of the kind that runs will have, with nothing else on its device. Owns the timing; the file and what lies
-between its sizes are ``launch.runs.matmul_rates``'s.
+between its sizes are ``launch.runs.measured``'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from gpt.training.execution import has_tf32
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.files import write_json
-from launch.runs.matmul_rates import as_document
+from launch.runs.measured import rates_document
 
 TIMINGS = 5
 """Timings of each shape, of which the median counts."""
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             samples.append({"precision": precision, "m": m, "n": n, "k": k, "seconds": seconds})
             rates.append(2 * m * n * k / seconds / 1e12)
         print(f"{precision}: {min(rates):.3g} to {max(rates):.3g} TFLOP/s over {len(rates)} sizes", flush=True)
-    write_json(output, as_document(device_name(device), samples, circumstances()))
+    write_json(output, rates_document(device_name(device), samples, circumstances()))
     print(f"wrote {output}; to use it:\n  python -m launch parallel=auto cluster.matmul_rates={output} ...")
     return 0
 

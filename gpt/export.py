@@ -32,10 +32,9 @@ from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers.base import ABOUT, Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
-from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, RenamedOption, refusing, require_positive
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
-from launch.runs.ranges import require_positive
 
 GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -58,12 +58,11 @@ with lasting_imports():
     from launch import worker
     from launch.errors import ConfigError, refusing
     from launch.process import die_with_parent
-    from launch.runs.failures import record_failure
-    from launch.runs.files import deny_others_writing
+    from launch.runs.environment import raise_open_files, set_defaults, set_dump_file
+    from launch.runs.events import record_failure
+    from launch.runs.files import deny_others_writing, say
     from launch.runs.folder import RunFolder
     from launch.runs.heartbeat import Phase
-    from launch.runs.rank_environment import raise_open_files, set_defaults, set_dump_file
-    from launch.runs.unwritten import say
 
 
 def build(

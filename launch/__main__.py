@@ -23,6 +23,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+import gpt_launch.own_names  # noqa: F401
 from launch import __version__
 from launch.config import Config
 from launch.config.compose import (
@@ -31,14 +32,14 @@ from launch.config.compose import (
     register,
     require_folder,
     schema_of,
+    sweep_points,
     target_of,
     typed_form,
 )
-from launch.config.sweep_points import sweep_points
 from launch.errors import ConfigError, refusing
-from launch.runs.explain import CONFIG_ERRORS, explain, override_of_flag
 from launch.runs.files import deny_others_writing
 from launch.runs.overrides import point_name
+from launch.runs.refusals import CONFIG_ERRORS, explain, override_of_flag
 from launch.sweep import SweepFailedError, fail
 from launch.workload import load_workload
 

@@ -20,21 +20,23 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch.agent import main as agent
+import gpt_launch.own_names  # noqa: F401
+from gpt_launch.agent import run as run_agent
 from launch.agent.node import Node
-from launch.checks import facts, gpus
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, read_point, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.jobs.adoption import refuse_running
-from launch.plan.container import agent_words
+from launch.plan.placement import agent_words
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.submission import is_recorded, record_found, record_submitted
+from launch.plan.preflight import is_recorded, record_found, record_submitted
 from launch.plan.text import plan_text
 from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import append_groups, typed_value, without_key
-from launch.scheduler import client as scheduler
+from launch.slurm import client as scheduler
+from launch.slurm import facts
+from launch.slurm import resources as gpus
+from launch.slurm.adoption import refuse_running
 
 PLAN_TIMEOUT_S = 300.0
 """Longest wait for the plan of the head node's task: tasks of one job start within minutes of each other."""
@@ -168,7 +170,7 @@ def run_task(composed: DictConfig) -> None:
         write_run(plan, composed, args)
     else:
         wait_for_plan(RunFolder(output))
-    agent.run(str(output))
+    run_agent(str(output))
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
-from launch.jobs.adoption import adopt_found
-from launch.jobs.status import find_run_statuses, poll
-from launch.jobs.stop import leaving_text, outcome_text, stop_points
 from launch.runs.files import deny_others_writing
 from launch.runs.find import add_paths, find_runs
-from launch.scheduler.client import SlurmError
+from launch.slurm.adoption import adopt_found
+from launch.slurm.client import SlurmError
+from launch.slurm.status import find_run_statuses, poll
+from launch.slurm.stop import leaving_text, outcome_text, stop_points
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard. Torch-free; imported by everything, imports nothing of ours."""
+"""Refusals for the person at the keyboard: found, expected, and what to type next."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import errno
 import functools
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec
+
+# Errors meant for the person at the keyboard. Torch-free; imported by everything, imports nothing of ours.
+
 
 P = ParamSpec("P")
 
@@ -114,3 +117,50 @@ class RenamedOption(argparse.Action):
             return
         print(f"{option or self.dest.upper()} is {self.new} now; this release takes both", file=sys.stderr, flush=True)
         setattr(namespace, self.new.lstrip("-").replace("-", "_"), values)
+
+
+# Range checks that schemas share, and the look-alikes of a mistyped name, for error messages. Torch-free.
+
+
+EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
+"""Values to propose where 1, the usual proposal, would cost a run: nothing learns at such a rate."""
+
+
+def require_positive(key: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` is above zero."""
+    if not value > 0:
+        raise ConfigError(f"{key}={value}", "a number above 0", f"{key}={EXAMPLES.get(key, '1')}")
+
+
+def require_range(key: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        bound = f"at least {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
+        raise ConfigError(f"{key}={value}", bound, f"{key}={low:g}")
+
+
+def closest(name: str, choices: Iterable[str]) -> list[str]:
+    """Up to three of ``choices`` that look like ``name``, or begin like it, best first, for error messages."""
+    known = sorted(choices)
+    alike = [choice for choice in known if choice.lower() == name.lower() != choice]
+    alike = alike or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return alike or [choice for choice in known if choice[:3].lower() == name[:3].lower()][:3]
+
+
+# Numbers in the words of a message. Torch-free.
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """Write a number of things for people: 1 rank, 2 ranks.
+
+    Args:
+        number: how many there are.
+        thing: the word for one of them.
+        things: the word for several, where it is not the other with an s.
+    """
+    return f"{number} {thing if number == 1 else things or f'{thing}s'}"
+
+
+def how_often(times: int) -> str:
+    """Write how often something happened: once, 2 times."""
+    return "once" if times == 1 else f"{times} times"

@@ -12,15 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 
-from launch.errors import CommandParser, ConfigError, refusing
-from launch.jobs.adoption import adopt_found
-from launch.jobs.handles import SlurmJob, agent_logs
-from launch.jobs.outcome import outcome
-from launch.jobs.status import RunStatus, find_run_statuses, poll
+import gpt_launch.own_names  # noqa: F401
+from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.runs.files import read_json
 from launch.runs.find import find_runs, labels_inside
-from launch.runs.wording import counted
-from launch.scheduler.client import SlurmError, output_file
+from launch.slurm.adoption import adopt_found
+from launch.slurm.client import SlurmError, output_file
+from launch.slurm.handles import SlurmJob, agent_logs
+from launch.slurm.status import RunStatus, find_run_statuses, outcome, poll
 
 POLL_S = 0.5
 SLURM_POLL_S = 5.0

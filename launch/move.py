@@ -1,7 +1,7 @@
 """``python -m launch.move PATH...``: move runs that wait for too long to the next candidate of their placement.
 
 Owns the command, and leaving it behind for runs that go on without their launcher. The moves are
-``launch.jobs.failover``'s.
+``launch.slurm.failover``'s.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
-from launch.jobs.adoption import adopt_found
-from launch.jobs.failover import PlacementFailover, is_watched, promised
-from launch.jobs.status import RunStatus, find_run_statuses, poll
 from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
-from launch.scheduler.client import SlurmError
+from launch.slurm.adoption import adopt_found
+from launch.slurm.client import SlurmError
+from launch.slurm.failover import PlacementFailover, is_watched, promised
+from launch.slurm.status import RunStatus, find_run_statuses, poll
 
 POLL_S = 1.0
 LONGEST_POLL_S = 60.0

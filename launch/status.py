@@ -16,16 +16,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
-from launch.jobs.adoption import adopt_found
-from launch.jobs.display import duration, quiet_text
-from launch.jobs.handles import SlurmJob
-from launch.jobs.status import RunStatus, find_run_statuses, poll, update_from_event_log
 from launch.runs.events import damaged_text, skipped_text, slow_ranks, uncopied_text, unread_text, unsaved_text
+from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS, throughput
-from launch.runs.unwritten import is_full
-from launch.scheduler.client import SlurmError
+from launch.slurm.adoption import adopt_found
+from launch.slurm.client import SlurmError
+from launch.slurm.display import duration, quiet_text
+from launch.slurm.handles import SlurmJob
+from launch.slurm.status import RunStatus, find_run_statuses, poll, update_from_event_log
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 NUMBERS = COLUMNS[3:]

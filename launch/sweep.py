@@ -1,13 +1,11 @@
-"""The order of a sweep: plan every point, refuse or show, submit, watch, report.
-
-Owns the order of these steps and the exit status. One point is a sweep of one.
-"""
+"""The order of a sweep: plan every point, refuse or show, submit, watch, report."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -15,22 +13,49 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from launch.checks.sweep import plan_sweep
-from launch.config import Config, LaunchConfig
+from launch.config import Config, LaunchConfig, ReportFile
 from launch.config.compose import workload_of
-from launch.jobs.point_result import PointResult, result_of
-from launch.jobs.stop import next_start_text, stop_on_ctrl_c
 from launch.plan import code_copy
-from launch.plan.announcement import announce
 from launch.plan.plan import Plan, unfinished, write_run
-from launch.runs.labels import sweep_overrides
-from launch.runs.report_files import ReportFile
-from launch.runs.sweeps import Sweep, record_sweep
-from launch.scheduler import client as scheduler
+from launch.plan.text import announce
+from launch.runs.find import Sweep, record_sweep, sweep_overrides
+from launch.runs.folder import RunFolder
+from launch.runs.records import objective_value
+from launch.slurm import client as scheduler
+from launch.slurm.points import plan_sweep
+from launch.slurm.stop import next_start_text, stop_on_ctrl_c
 
 if TYPE_CHECKING:
-    from launch.jobs.handles import SlurmJob
-    from launch.jobs.status import RunStatus
+    from launch.slurm.handles import SlurmJob
+    from launch.slurm.status import RunStatus
+
+
+# The result of a point when its command ends: whether it finished, and the objective that it came to.
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """Result of one point."""
+
+    run_dir: str
+    objective: str | None
+    """Figure of the step records that was asked for."""
+    value: float | None
+    """Its value; None where it was not asked for, or no record has it."""
+    error: str | None = None
+    """Reason for which the point did not finish; None where it did."""
+
+
+def result_of(plan: Plan, config: Config, failures: Mapping[str, str]) -> PointResult:
+    """Result of a point, with the figure that its command asks for; ``failures`` are texts by run folder."""
+    why, name = failures.get(plan.run_dir), config.objective
+    if why is not None or name is None:
+        return PointResult(plan.run_dir, name, None, why)
+    return PointResult(plan.run_dir, name, objective_value(RunFolder(plan.run_dir), name, config.objective_of))
+
+
+# The order of a sweep: plan every point, refuse or show, submit, watch, report.
+
 
 Composed = tuple[DictConfig, Sequence[str]]
 
@@ -68,11 +93,11 @@ def run_sweep(
     documents, typed = [composed for composed, _ in points], [overrides for _, overrides in points]
     plans, configs = plan_sweep(documents, typed, console)
     if configs[0].dry_run:
-        from launch.jobs.dry_run import show_plans
+        from launch.slurm.submit import show_plans
 
         show_plans(plans, configs, console)
         return []
-    from launch.jobs.adoption import refuse_running
+    from launch.slurm.adoption import refuse_running
 
     for plan in unfinished(plans):
         refuse_running(plan)
@@ -83,7 +108,7 @@ def run_sweep(
         words = sweep_overrides(typed)
         failures = submit_and_watch(plans, console, configs[0].launch, words, with_report=with_report)
     except NothingSubmittedError:
-        from launch.jobs.submit import remove_unused
+        from launch.slurm.submit import remove_unused
 
         remove_unused(new_folders)
         raise
@@ -110,9 +135,8 @@ def submit_and_watch(
     Returns:
         The run folder of each point that did not finish, and why.
     """
-    from launch.jobs import display as watch
-    from launch.jobs.endings import explain, show_progress_problems
-    from launch.jobs.status import new_run_status
+    from launch.slurm import display as watch
+    from launch.slurm.status import explain, new_run_status, show_progress_problems
 
     points = [new_run_status(plan) for plan in unfinished(plans)]
     submit(points, console, sequential=after.sequential)
@@ -139,9 +163,9 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
         NothingSubmittedError: sbatch refused. What it had taken before goes on.
         SweepFailedError: it did not answer in time, and may have taken the job.
     """
-    from launch.jobs.handles import LocalQueueEntry
-    from launch.jobs.submit import explain_refusal, in_line, may_have_taken, shapes, submit_somewhere
-    from launch.plan.submission import record_submitted
+    from launch.plan.preflight import record_submitted
+    from launch.slurm.handles import LocalQueueEntry
+    from launch.slurm.submit import explain_refusal, in_line, may_have_taken, shapes, submit_somewhere
 
     by_folder = {str(point.folder.path): point for point in points}
     before: list[SlurmJob] = []
@@ -192,7 +216,7 @@ def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
 
 def leave_failover(plans: Sequence[Plan], console: Console) -> None:
     """Leave a process behind that moves the points that wait, where there is another place for them."""
-    from launch.jobs.failover import start_in_background
+    from launch.slurm.failover import start_in_background
 
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
     if not watched:

@@ -34,10 +34,10 @@ fi
 source slurm/env.sh
 
 # Plans for the nodes of this job, refuses what cannot work, and writes the run folder.
-run_dir="$(python -m launch.batch "$@")"
+run_dir="$(python -m gpt_launch batch "$@")"
 
 # What starts the agent of a node: this Python, or the one of cluster.container.
-agent_words="$(python -m launch.batch --agent-command "$run_dir")"
+agent_words="$(python -m gpt_launch batch --agent-command "$run_dir")"
 mapfile -t agent <<< "$agent_words"
 
 # A node whose ranks failed, or that is lost, must not take the others along: they end in order, or go on with a spare or without.
@@ -48,8 +48,8 @@ srun --kill-on-bad-exit=0 --no-kill --wait=0 "${agent[@]}" || status=$?
 if [ "$status" -ne 0 ]; then
     after="$status"
     status=0
-    python -m launch.agent.after_step "$after" "$run_dir" || status=$?
+    python -m gpt_launch launch.agent.after_step "$after" "$run_dir" || status=$?
 fi
 
-python -m launch.report "$run_dir" || true
+python -m gpt_launch report "$run_dir" || true
 exit "$status"

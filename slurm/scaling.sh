@@ -64,7 +64,7 @@ for index in "${!sizes[@]}"; do
     run_dirs+=("$(
         # shellcheck source=slurm/env.sh
         source slurm/env.sh
-        python -m launch.batch --nodes "$nodes" ${gpus:+--gpus-per-node "${gpus##*:}"} "${words[@]}"
+        python -m gpt_launch batch --nodes "$nodes" ${gpus:+--gpus-per-node "${gpus##*:}"} "${words[@]}"
     )")
 done
 again=()
@@ -87,12 +87,12 @@ done
 if [ "${#jobs[@]}" = 0 ]; then
     # shellcheck source=slurm/env.sh
     source slurm/env.sh
-    exec python -m launch.report "$folder"
+    exec python -m gpt_launch report "$folder"
 fi
 (
     # shellcheck source=slurm/env.sh
     source slurm/env.sh
-    python -m launch.batch "${entered[@]}"
+    python -m gpt_launch batch "${entered[@]}"
 )
 
 # sbatch --wrap would run in /bin/sh, which need not understand env.sh.
@@ -101,7 +101,7 @@ report="$(sbatch --parsable --nodes=1 --dependency="afterany:$after" --job-name=
 #!/bin/bash
 set -e
 source slurm/env.sh
-python -m launch.report $(printf '%q' "$folder")
+python -m gpt_launch report $(printf '%q' "$folder")
 EOF
 )"
 echo "report: job ${report%%;*}, then $folder/scaling.md"

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 
 from launch.process import lasting_imports
-from launch.runs import unwritten
+from launch.runs import files as unwritten
 from tests.support.commands import SHARED, STARTED, end_servers, kill_all, shared_servers
 from tests.support.cost import is_quick, seconds
 

@@ -23,8 +23,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, prepare_overrides, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
-from launch.runs.matmul_rates import as_document as rates_document
-from launch.runs.network import COLLECTIVES, LinkFit, Network, as_document
+from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, rates_document
 from tests.support.commands import ROOT, TINY, run
 from tests.support.composing import without_openwebtext
 
@@ -90,7 +89,7 @@ def write_measurements(folder: Path) -> None:
     """Write links and rates of products as they might have been measured."""
     links = {name: LinkFit(20e-6, 10e9, 1e-6, 1e8, 0.01) for name in COLLECTIVES}
     network = Network(8, {"intra_node": links, "inter_node": links})
-    (folder / "network.json").write_text(json.dumps(as_document(network, {"nodes": 2})))
+    (folder / "network.json").write_text(json.dumps(network_document(network, {"nodes": 2})))
     sample = {"precision": "fp32", "m": 64, "n": 64, "k": 64, "seconds": 1e-5}
     (folder / "matmul.json").write_text(json.dumps(rates_document("CPU", [sample], {})))
 

@@ -13,7 +13,7 @@ import yaml
 from launch.config.compose import compose_launch, typed_config
 from tests.support.commands import ROOT
 
-PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
+PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
 COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare", "smoke", "bench_matmul")
 
 
@@ -50,9 +50,18 @@ def imports(path: Path, top_level_only: bool = False) -> frozenset[str]:
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            module = imported_from(path, node)
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return frozenset(names)
+
+
+def imported_from(path: Path, node: ast.ImportFrom) -> str:
+    """Return the dotted name of the module that a ``from`` statement names, which may be relative to ``path``."""
+    if node.level == 0:
+        return node.module or ""
+    package = path.relative_to(ROOT).parent.parts
+    return ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module])))
 
 
 def starts(name: str, *prefixes: str) -> bool:
@@ -60,30 +69,31 @@ def starts(name: str, *prefixes: str) -> bool:
 
 
 ROOMS = {
-    "launch.errors": (),
+    "gpt_launch": (),
+    "gpt_launch.own_names": ("gpt_launch",),
+    "gpt_launch.agent": ("launch.agent", "gpt_launch.own_names"),
+    "gpt_launch.worker": ("launch.worker", "gpt_launch"),
+    "gpt_launch.__main__": ("launch.__main__",),
+    "launch.errors": ("gpt_launch.own_names",),
     "launch.process": (),
     "launch.runs": ("launch.errors", "launch.process"),
     "launch.worker": ("launch.runs",),
-    "launch.scheduler": ("launch.worker",),
+    "launch.slurm.client": ("launch.worker",),
+    "launch.slurm.limits": ("launch.slurm.client",),
     "launch.workload": ("launch.worker",),
     "launch.config": ("launch.workload", "configs"),
-    "launch.plan": ("launch.config", "launch.scheduler"),
+    "launch.plan": ("launch.config", "launch.slurm.limits"),
     "launch.agent": ("launch.plan",),
-    "launch.jobs": ("launch.agent",),
-    "launch.checks": ("launch.jobs",),
-    "launch.script": ("launch.checks",),
-    "launch.report": ("launch.checks",),
+    "launch.slurm": ("gpt_launch.agent",),
+    "launch.script": ("launch.slurm",),
+    "launch.report": ("launch.slurm",),
     "launch.project": ("launch.report",),
     "launch.storm": ("launch.report",),
     "launch.sweep": ("launch.report",),
     "launch.bench_network": ("launch.sweep",),
-    "launch.batch": ("launch.checks",),
-    "launch.move": ("launch.checks",),
-    "launch.status": ("launch.checks",),
-    "launch.logs": ("launch.checks",),
-    "launch.cancel": ("launch.checks",),
-    "launch.verify": ("launch.checks",),
-    "launch.doctor": ("launch.checks",),
+    **dict.fromkeys((f"launch.{name}" for name in ("batch", "move", "status", "logs", "cancel")), ("launch.slurm",)),
+    "launch.verify": ("launch.slurm",),
+    "launch.doctor": ("launch.slurm",),
     "launch.__main__": ("launch.sweep", "launch.batch"),
     "hydra_plugins": ("launch.sweep",),
     "gpt.config": ("launch.worker",),
@@ -143,9 +153,10 @@ def targets(path: Path, runtime_only: bool = False) -> frozenset[str]:
     for node in nodes_of(path):
         if node in skipped:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in every else node.module for name in names}
+        if isinstance(node, ast.ImportFrom):
+            module = imported_from(path, node)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found |= {name if name in every else module for name in names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return frozenset(name for name in found if name in every)
@@ -218,11 +229,10 @@ def test_metrics_and_checkpoints_know_no_slurm() -> None:
 ON_THE_NODES = tuple(
     f"launch.{name}"
     for name in (
-        "agent.workers",
-        "agent.elastic",
+        "agent.ranks",
         "agent.rendezvous",
-        "agent.heartbeat",
-        "agent.signed_store",
+        "agent.watch",
+        "agent.exchange",
         "doctor.links",
         "bench_network.measure",
     )
@@ -280,7 +290,7 @@ RUNS_CODE = {
         "_Unpickler",
     ): "memory without a name, which a rank shares with the process it has forked",
     ("gpt.parallel.deepspeed.checkpoint", "torch.load"): "the same, each checked against the manifest's sums before",
-    ("launch.jobs.adoption", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
+    ("launch.slurm.adoption", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
     ("launch.agent.after_step", "DelayedSubmission.load"): "the pickle that the job itself is made of",
 }
 """Where something is loaded in a way that could run code of who wrote it, and why that is nobody else."""
@@ -329,9 +339,9 @@ def test_no_module_is_a_dead_end() -> None:
     # in configs/hydra/launcher/per_point.yaml and configs/workload/
     named = {
         "hydra_plugins.launch_plugin.launcher",
-        "hydra_plugins.launch_plugin.sweeper",
         "gpt.workload",
         "launch.script",
+        "gpt_launch.worker",  # imported by scripts
     }
     assert set(every) - used - packages - started - named == set()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from launch.runs.provenance import PACKAGES
+from launch.runs.environment import PACKAGES
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment
 
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *PACKAGES)

@@ -28,8 +28,8 @@ from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.manifest import DamagedError
 from gpt.checkpoint.target import Target, describe, target_of
 from launch.process import die_with_parent
+from launch.runs.files import keep_unwritten, say
 from launch.runs.folder import RunFolder, is_newest_attempt
-from launch.runs.unwritten import keep_unwritten, say
 
 RETRY_S = 5.0
 """Time from the first failure to the next try; then twice as long each time."""

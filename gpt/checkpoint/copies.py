@@ -23,7 +23,7 @@ from gpt.checkpoint.copier import CopyJob
 from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.manifest import DamagedError
 from gpt.checkpoint.target import Target, describe
-from launch.runs.unwritten import say
+from launch.runs.files import say
 
 FINISHED_S = 600.0
 """Longest wait, at the end of training, for the copy of the last checkpoint."""
@@ -47,7 +47,7 @@ class Copies:
         # Python is started anew: a fork of a rank has locks of threads that are not there.
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gpt.checkpoint.copier", job.encode()],
+                [sys.executable, "-m", "gpt_launch", "gpt.checkpoint.copier", job.encode()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,

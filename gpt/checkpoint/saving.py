@@ -31,7 +31,7 @@ from gpt.checkpoint.scrub import Scrub
 from gpt.checkpoint.staging import StagedPart
 from gpt.checkpoint.writer import Result, Writer
 from launch.errors import ConfigError
-from launch.runs.unwritten import NO_ROOM
+from launch.runs.files import NO_ROOM
 
 RETRY_S = 5.0
 """Time from the first failed write to the next; then twice as long each time."""

@@ -72,7 +72,7 @@ def measured(request: str) -> dict[str, Any]:
         return answer(request)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, "-m", "gpt.components.measure"],
+        [sys.executable, "-m", "gpt_launch", "gpt.components.measure"],
         input=request, capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     lines = run.stdout.splitlines()

@@ -16,8 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from gpt.config.optim import OptimConfig
-from launch.errors import ConfigError
-from launch.runs.ranges import closest
+from launch.errors import ConfigError, closest
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import Optional, Union
 
 from omegaconf import MISSING
 
-from launch.errors import ConfigError
-from launch.runs.ranges import require_positive, require_range
+from launch.errors import ConfigError, require_positive, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045

@@ -6,8 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 
-from launch.errors import ConfigError
-from launch.runs.ranges import closest
+from launch.errors import ConfigError, closest
 
 
 def nearest_divisor(number: int, wish: int) -> int:

@@ -16,11 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt.config import ParallelConfig, TrainConfig
 from launch.errors import ConfigError
-from launch.runs.compose import make_absolute, refuse_unknown, register_schema
-from launch.runs.explain import CONFIG_ERRORS, explain
-from launch.runs.overrides import PLACE_KEYS, append_groups, config_groups, typed_value
-from launch.runs.renamed import adopt_former_keys, tell_former_keys
-from launch.runs.values import composed_with
+from launch.runs.compose import composed_with, make_absolute, refuse_unknown, register_schema
+from launch.runs.overrides import (
+    PLACE_KEYS,
+    adopt_former_keys,
+    append_groups,
+    config_groups,
+    tell_former_keys,
+    typed_value,
+)
+from launch.runs.refusals import CONFIG_ERRORS, explain
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)

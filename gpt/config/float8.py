@@ -9,7 +9,7 @@ from gpt.config.checks import is_importable
 from gpt.config.model import ModelConfig
 from gpt.config.parallel import Strategy
 from launch.errors import ConfigError
-from launch.runs.provenance import install_command
+from launch.runs.environment import install_command
 
 if TYPE_CHECKING:
     from gpt.config.train import TrainConfig

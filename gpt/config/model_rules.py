@@ -15,8 +15,7 @@ from gpt.config.components import (
     RopeScaling,
 )
 from gpt.config.model import ModelConfig
-from launch.errors import ConfigError
-from launch.runs.ranges import require_positive, require_range
+from launch.errors import ConfigError, require_positive, require_range
 
 INF = float("inf")
 GROUPED_MULTIPLE = 8

@@ -18,10 +18,9 @@ from gpt.config.float8 import Float8, check_float8
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
-from launch.errors import ConfigError
+from launch.errors import ConfigError, require_positive, require_range
+from launch.runs.environment import install_command
 from launch.runs.identity import RunConfig
-from launch.runs.provenance import install_command
-from launch.runs.ranges import require_positive, require_range
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Environment of one attempt: device and memory of each rank, and versions of the software.
 
 Owns the entries of ``attempts/NNNN/environment.json`` that need torch. Records no variable of the environment: some
-hold secrets (``launch.runs.rank_environment`` names those that are told).
+hold secrets (``launch.runs.environment`` names those that are told).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from gpt.parallel.distributed import World
-from launch.runs.hosts import cpu_name, describe_place, driver_version
-from launch.runs.provenance import library_versions
+from launch.runs.environment import cpu_name, describe_place, driver_version, library_versions
 
 
 def describe_rank(world: World) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gpt.accounting.flops import Flops, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 from gpt.config.float8 import float8_words
 from gpt.config.optim import ADAMW
-from launch.runs.wording import counted
+from launch.errors import counted
 
 WIDTH = 110
 """Columns of the summary in a log file, which has no width of its own; more than a terminal has are not used."""

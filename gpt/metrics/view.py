@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from launch.runs.files import say
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records
-from launch.runs.unwritten import say
 
 RETRY_S = 30.0
 """Between two tries to make a view again; each reads the records of rank 0."""

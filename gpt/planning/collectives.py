@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gpt.planning.hardware import Link, Machine
 from gpt.topology.dims import ParallelDims
-from launch.runs.network import COLLECTIVES, LinkFit
+from launch.runs.measured import COLLECTIVES, LinkFit
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Group:
     link: Link
 
     def seconds(self, collective: str, size: float) -> float:
-        """Return the seconds of one of ``launch.runs.network.COLLECTIVES`` with ``size`` bytes."""
+        """Return the seconds of one of ``launch.runs.measured.COLLECTIVES`` with ``size`` bytes."""
         fit = LinkFit(*self.link.rates(collective), curve=self.link.curves.get(collective, ()))
         return fit.seconds(collective, self.ranks, size)
 

@@ -33,7 +33,7 @@ from gpt.planning.memory import ParameterShards, parameter_shards
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.pipeline import StageLayers, bubble_fraction, local_stages, rank_stages
-from launch.runs.matmul_rates import MatmulRates
+from launch.runs.measured import MatmulRates
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,8 @@ from pathlib import Path
 from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops, words_of
 from gpt.accounting.units import GIB
 from gpt.config import Precision
-from launch.errors import ConfigError
-from launch.runs.matmul_rates import MatmulRates
-from launch.runs.network import TIERS, Curve, LinkFit, Network
-from launch.runs.ranges import closest
+from launch.errors import ConfigError, closest
+from launch.runs.measured import TIERS, Curve, LinkFit, MatmulRates, Network
 
 ATTAINABLE = 0.5
 """Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
@@ -44,7 +42,7 @@ class Link:
     latency_s: float
     bytes_per_s: float
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
-    """Collective -> latency and bandwidth in it, where they were measured (``launch.runs.network``)."""
+    """Collective -> latency and bandwidth in it, where they were measured (``launch.runs.measured``)."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
     """Collective -> how far that line is off by the bytes of a message, where it was measured."""

@@ -18,9 +18,9 @@ from gpt.config import Float8, Precision, TrainConfig
 from gpt.parallel.distributed import World
 from gpt.planning.execution import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
 from launch.errors import ConfigError
+from launch.runs.environment import COMPILE_CACHE
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
-from launch.runs.rank_environment import COMPILE_CACHE
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:

@@ -30,12 +30,10 @@ from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.training.execution import best_precision
 from launch.errors import CommandParser, ConfigError
 from launch.runs import compose
-from launch.runs.explain import override_of_flag
 from launch.runs.folder import RunFolder
-from launch.runs.identity import choose_folder, refuse_other_run
+from launch.runs.identity import apply_continuation, choose_folder, plan_continuation, refuse_alive, refuse_other_run
 from launch.runs.overrides import without_key
-from launch.runs.proposals import with_checked_fix
-from launch.runs.rollback import apply_continuation, plan_continuation, refuse_alive
+from launch.runs.refusals import override_of_flag, with_checked_fix
 
 
 def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:

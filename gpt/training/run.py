@@ -37,11 +37,10 @@ from gpt.training.early_stop import EarlyStop
 from gpt.training.execution import best_precision
 from launch import worker
 from launch.errors import ConfigError
+from launch.runs.environment import changed_since, code_state, describe_code, describe_environment, refuse_change
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
-from launch.runs.provenance import changed_since, code_state, describe_code, refuse_change
-from launch.runs.rank_environment import describe_environment
 
 
 @dataclass

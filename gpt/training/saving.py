@@ -16,9 +16,9 @@ from gpt.training.ballot import Ballot
 from gpt.training.run import Run
 from gpt.training.schedule import auto_interval_s
 from gpt.training.state import begin_save, begin_save_in_memory
+from launch.runs.files import say
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
-from launch.runs.unwritten import say
 
 TRIES = 2
 """Failed writes after which training no longer waits: it goes on, or leaves with the checkpoint before."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launch.runs.checkpoint_interval import best_interval_s
+from launch.runs.events import best_interval_s
 
 PRIOR_S = 24 * 3600.0
 """Running time without a failure, and one failure at its end, that every run is taken to have behind it."""

@@ -41,11 +41,11 @@ from gpt.workload.text import (
 )
 from launch.process import hash_seed
 from launch.runs.compose import read_config
+from launch.runs.environment import ROOT, source_files
 from launch.runs.folder import RunFolder
-from launch.runs.objective import step_figures
+from launch.runs.identity import SavedCheckpoint
 from launch.runs.overrides import typed_key
-from launch.runs.provenance import ROOT, source_files
-from launch.runs.saved import SavedCheckpoint
+from launch.runs.records import step_figures
 from launch.workload import (
     CodeTree,
     PlanRequest,
@@ -164,7 +164,7 @@ class GptWorkload:
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
         """The training script, which reads everything else from the run folder."""
-        args = (sys.executable, "-m", "gpt.train", "--run", str(folder.path))
+        args = (sys.executable, "-m", "gpt_launch", "gpt.train", "--run", str(folder.path))
         # Python reads the hash seed only at its start, which takes ranks that are executed (see fix_hash_seed).
         defaults = {"PYTHONHASHSEED": hash_seed(config.seed)} if config.deterministic else {}
         return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)

@@ -16,10 +16,8 @@ from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, 
 from gpt.planning.memory import GIB
 from gpt.topology.batch import Batch
 from gpt.topology.dims import ParallelDims
-from launch.errors import ConfigError
-from launch.runs.matmul_rates import MatmulRates, read_matmul_rates
-from launch.runs.network import read_network
-from launch.runs.ranges import closest
+from launch.errors import ConfigError, closest
+from launch.runs.measured import MatmulRates, read_matmul_rates, read_network
 from launch.workload import PlanRequest, StepTime
 
 

@@ -13,8 +13,7 @@ from gpt.topology.batch import Batch, split_batch
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from gpt.workload.nodes import gpu_memory, gpu_name, gpu_words, host_memory, on_cpus
-from launch.errors import ConfigError
-from launch.runs.wording import counted
+from launch.errors import ConfigError, counted
 from launch.workload import PlanRequest
 
 

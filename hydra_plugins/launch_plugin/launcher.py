@@ -1,22 +1,70 @@
-"""The adapter from Hydra's Launcher to ``launch.sweep``: composes each point by itself, resources included.
-
-Stock hydra-submitit-launcher submits every point with the resources of the base config; here a point that sets
-``nodes=4`` gets four nodes. A sweeper that searches (Optuna, Ax, Nevergrad) gets the objective of each point back.
-"""
+"""The launcher and the sweeper as Hydra finds them, and the refusal of what stock launchers cannot give a point."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    from launch.jobs.point_result import PointResult
-    from launch.sweep import Composed
+    from launch.sweep import Composed, PointResult
+
+
+# Launchers of Hydra's other plugins: what they start for a point, and the refusal of what they cannot give it.
+
+
+def tasks_of(launcher: DictConfig) -> int | None:
+    """Tasks that a launcher starts for every point; None of one that is not known.
+
+    Args:
+        launcher: the keys under ``hydra.launcher``.
+    """
+    target = str(launcher.get("_target_"))
+    if target.endswith("submitit_launcher.SlurmLauncher"):
+        return int(launcher.nodes) * int(launcher.tasks_per_node)
+    if target.endswith("submitit_launcher.LocalLauncher"):
+        return int(launcher.tasks_per_node)
+    if target.endswith(("basic_launcher.BasicLauncher", "joblib_launcher.JoblibLauncher")):
+        return 1
+    return None
+
+
+def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
+    """Raise ConfigError where a launcher would not start an agent for each node of every point.
+
+    Args:
+        points: composed, with Hydra's own keys.
+        chosen: option of the group ``hydra/launcher``.
+    """
+    wanted = [int(point.nodes) + int(point.spare_nodes) for point in points]
+    given = [tasks_of(point.hydra.launcher) for point in points]
+    wrong = [(need, have) for need, have in zip(wanted, given, strict=True) if have is not None and have != need]
+    if not wrong:
+        return
+    # Hydra imports this module in every app of the environment, also beside a launch.py of the user's.
+    from launch.errors import ConfigError, counted
+
+    need, have = wrong[0]
+    own = f"the same without hydra/launcher={chosen}: then each point gets the nodes that it names"
+    same = f"hydra.launcher.tasks_per_node={need}"
+    if "slurm" in chosen:
+        same = f"hydra.launcher.nodes={need} hydra.launcher.tasks_per_node=1"
+    fits = len(set(wanted)) == 1 and "submitit" in chosen
+    raise ConfigError(
+        f"a point with nodes={need} (spare_nodes included), and hydra/launcher={chosen} starts "
+        f"{counted(have, 'task')} for every point",
+        "one task, the agent, for each node of a point; a stock launcher gives all points the same resources",
+        f"{same}; or {own}" if fits else own,
+    )
+
+
+# The adapter from Hydra's Launcher to ``launch.sweep``: composes each point by itself, resources included.
+
 
 GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
 """Beginnings of the targets of sweepers that want no value back: the first point that fails ends the command."""
@@ -42,8 +90,8 @@ class PerPointLauncher(Launcher):
         A point of a search that does not finish, or cannot, is a job that failed: what follows is the sweeper's to
         decide, as by Optuna's ``max_failure_rate``. In any other sweep it raises.
         """
-        from launch.config.sweep_points import compose_points
-        from launch.runs.explain import CONFIG_ERRORS
+        from launch.config.compose import compose_points
+        from launch.runs.refusals import CONFIG_ERRORS
 
         assert self.context is not None and self.config is not None
         setup_globals()
@@ -111,7 +159,7 @@ def job_return(overrides: Sequence[str], result: PointResult) -> JobReturn:
         return failed(overrides, SweepFailedError(result.error, 1))
     if result.objective is not None and result.value is None:
         from launch.runs.folder import RunFolder
-        from launch.runs.objective import refuse_absent
+        from launch.runs.records import refuse_absent
 
         return failed(overrides, refuse_absent(RunFolder(result.run_dir), result.objective))
     return completed(overrides, result.value)
@@ -129,3 +177,25 @@ def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
     result = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
     result.return_value = error
     return result
+
+
+# Hydra's basic sweeper for the launcher of this project, which composes and checks all points before it submits.
+
+
+class PerPointSweeper(BasicSweeper):
+    """Composes each point once: stock sweepers compose a batch to check it, and the launcher composes it again."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Check a batch as Hydra does, unless the launcher is about to.
+
+        Raises:
+            ConfigError: a stock launcher would start another number of agents than a point has nodes.
+        """
+        if isinstance(self.launcher, PerPointLauncher):
+            return
+        pass
+
+        assert self.hydra_context is not None and self.config is not None
+        loader = self.hydra_context.config_loader
+        points = [loader.load_sweep_config(self.config, [str(word) for word in overrides]) for overrides in batch]
+        refuse_other_tasks(points, str(OmegaConf.select(self.config, "hydra.runtime.choices")["hydra/launcher"]))

@@ -2,6 +2,7 @@
 
 import sys
 
+import gpt_launch.own_names  # noqa: F401
 from launch.agent.main import main
 
 if __name__ == "__main__":

@@ -19,19 +19,17 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission, JobPaths
 
-from launch.agent import processes
-from launch.agent.avoided_hosts import hosts_to_avoid, points_beside
+from launch.agent import node as processes
+from launch.agent.main import on_event
 from launch.agent.node import Node
-from launch.agent.on_event import on_event
-from launch.agent.outcome import apply_decision
-from launch.agent.requeue import cause_of_stop, requeue, wait_for_controller
-from launch.agent.restart_policy import WANTED, Action, Cause, RunFailedError
+from launch.agent.outcome import apply_decision, cause_of_stop, requeue, wait_for_controller
+from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, points_beside
 from launch.config import Config
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
 from launch.runs.events import events_since_submission
 from launch.runs.folder import RunFolder
-from launch.scheduler import client as scheduler
+from launch.slurm import client as scheduler
 
 POLL_S = 1.0
 KILLED = 128

@@ -1,23 +1,124 @@
-"""Health of this node before a start of the ranks: GPUs, links, room on its disks, and a command of the site's own.
-
-Owns the checks and what each finds, for the agents before every start and for the doctor's job. A node is compared with
-itself at its first check. Must not know what follows from a sick node. Torch-free.
-"""
+"""Health of this node before the ranks start, and the members of the agent group."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.agent.gpu_health import GpuError, GpuMonitor, GpuReading, describe_faults
+from launch.agent.gpus import GpuError, GpuReading, Nvml, short_bus
 from launch.config import HealthCheckConfig
+from launch.runs.environment import DRIVER, THROTTLE_REASONS, visible_gpus
+from launch.runs.folder import RunFolder
+
+# Health of this node's NVIDIA GPUs: whether they answer, uncorrected memory errors, Xid errors, and throttled
+# clocks.
+
+
+THROTTLED = {bit: THROTTLE_REASONS[bit] for bit in (0x08, 0x40, 0x80)}
+"""Bits of NVML's clocks event reasons that mean a fault. Idle clocks, a power cap and the driver's own care for a warm
+GPU (0x01, 0x04, 0x20) are usual after an attempt."""
+SMI = ("pci.bus_id", "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.active")
+"""Fields of nvidia-smi; newer drivers still know the former name of the last."""
+
+
+def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading], expected: int | None) -> Iterator[str]:
+    """Yield what is wrong with the GPUs of this node.
+
+    Args:
+        readings: what they say now.
+        first: what they said before the first start of the job here; errors that are older are not the run's.
+        expected: how many there should be; None: not known.
+    """
+    before = {reading.bus: reading.uncorrected or 0 for reading in first}
+    answering = [reading for reading in readings if not reading.problem]
+    for reading in readings:
+        name = f"GPU {reading.bus}"
+        if reading.problem:
+            yield f"{name}: {reading.problem}"
+        if reading.xids:
+            yield f"{name}: Xid {', '.join(map(str, reading.xids))} since the first start"
+        new = (reading.uncorrected or 0) - before.get(reading.bus, 0)
+        if new > 0:
+            yield f"{name}: {new} uncorrected memory errors since the first start"
+        slow = [text for bit, text in THROTTLED.items() if reading.throttled & bit]
+        if slow:
+            yield f"{name}: its clocks are lowered ({', '.join(slow)})"
+    if expected is not None and len(answering) < expected:
+        yield f"{len(answering)} GPUs answer, and cluster.gpus_per_node={expected}"
+
+
+def own_buses() -> Collection[str]:
+    """Addresses of the GPUs of this job; empty where they cannot be told from those of others."""
+    known = [gpu.bus for gpu in visible_gpus()]
+    return [] if None in known else [bus for bus in known if bus is not None]
+
+
+@dataclass
+class GpuMonitor:
+    """Connection to the driver for the life of an agent: Xid errors are only told to who listens meanwhile."""
+
+    driver: Path = DRIVER
+    _nvml: Nvml | None = None
+
+    def read(self, timeout_s: float) -> list[GpuReading]:
+        """Read the GPUs of this job; none where this machine has no NVIDIA driver, or nothing to ask it with.
+
+        Raises:
+            GpuError: there is one, and it does not answer.
+        """
+        if not self.driver.is_dir():
+            return []
+        with contextlib.suppress(ImportError):
+            self._nvml = self._nvml or Nvml()
+        readings = self._nvml.read_health() if self._nvml is not None else read_by_smi(timeout_s)
+        own = own_buses()
+        return [reading for reading in readings if not own or reading.bus in own]
+
+
+def read_by_smi(timeout_s: float) -> list[GpuReading]:
+    """Read the GPUs through nvidia-smi; none where it is not installed.
+
+    Raises:
+        GpuError: it fails, or gives no answer in time.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise GpuError(f"nvidia-smi gave no answer in {timeout_s:g} s") from error
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        raise GpuError(f"nvidia-smi left with status {done.returncode}: {said[-1] if said else 'no word'}")
+    return [_parse_smi(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+def _parse_smi(line: str) -> GpuReading:
+    """One line of nvidia-smi; what a GPU does not have it writes as [N/A]."""
+    bus, errors, reasons = (part.strip() for part in line.split(","))
+    lost = [part for part in (errors, reasons) if "lost" in part.lower() or "error" in part.lower()]
+    if lost:
+        return GpuReading(short_bus(bus), problem=f"does not answer: {lost[0]}")
+    return GpuReading(
+        short_bus(bus),
+        uncorrected=int(errors) if errors.isdigit() else None,
+        throttled=int(reasons, 16) if reasons.startswith("0x") else 0,
+    )
+
+
+# Health of this node before a start of the ranks: GPUs, links, room on its disks, and a command of the site's own.
+
 
 SYS = Path("/sys/class")
 MIB = 2**20
@@ -193,3 +294,78 @@ def run_command(words: list[str], timeout_s: float) -> list[str]:
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     how = f"status {process.returncode}" if process.returncode > 0 else f"signal {-process.returncode}"
     return [f"{name} left with {how}{f': {lines[-1][:LONGEST]}' if lines else ''}"]
+
+
+# Members of the agent group: who takes part in a start of the ranks, and who is lost, sick or missing.
+
+
+@dataclass(frozen=True)
+class RendezvousRound:
+    """One start of the ranks: its participants and its store, the same for every agent."""
+
+    number: int
+    attempt: int
+    members: tuple[int, ...]
+    """Indices of the nodes that take part; a node's place among them is its place among the ranks."""
+    address: str
+    port: int
+    """Port of the ranks' store: a fresh one on the head node for each round."""
+
+    def place(self, index: int) -> int:
+        """Return the place of a node among the members."""
+        return self.members.index(index)
+
+    def ranks(self, index: int, on_node: int) -> range:
+        """Return the ranks of a node, each node having ``on_node``."""
+        return range(self.place(index) * on_node, (self.place(index) + 1) * on_node)
+
+
+@dataclass(frozen=True)
+class LostNode:
+    """A node of which nothing is heard any more."""
+
+    index: int
+    host: str
+    why: str
+
+
+@dataclass(frozen=True)
+class SickNode:
+    """A node that does not take part in a start, with what was found on it."""
+
+    index: int
+    host: str
+    faults: tuple[Fault, ...]
+
+
+class NodesMissingError(RuntimeError):
+    """There are not enough nodes left for a round."""
+
+
+class SickNodesError(RuntimeError):
+    """All nodes that are left are here, and too few of them are healthy, or the head node, which decides, is not."""
+
+    def __init__(self, sick: tuple[SickNode, ...]) -> None:
+        super().__init__("; ".join(f"{one.host}: {describe(one.faults)}" for one in sick))
+        self.sick = sick
+
+
+class HeadNodeLostError(RuntimeError):
+    """The head node, which decides, does not answer; the message says since when."""
+
+
+def record_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[LostNode]) -> None:
+    """Write into the event log that nodes are lost, by name."""
+    for one in lost:
+        folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
+
+
+def record_sick_nodes(folder: RunFolder, attempt: int | None, sick: Iterable[SickNode]) -> None:
+    """Write into the event log that nodes are sick, by name."""
+    for one in sick:
+        folder.record_event("node_sick", attempt=attempt, node=one.index, host=one.host, cause=describe(one.faults))
+
+
+def lost_text(lost: Iterable[LostNode]) -> str:
+    """The lost nodes, for people."""
+    return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)

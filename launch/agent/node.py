@@ -1,17 +1,146 @@
-"""Identity of this node in its job: read from the variables of Slurm, of submitit's local executor, or neither.
-
-Owns those variables, so that no other module reads them.
-"""
+"""This node as its agent sees it: identity in the job, processes, a clock, requests to stop."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import struct
+import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 
-from launch.scheduler import client as scheduler
+from launch.slurm import client as scheduler
+
+# A clock that stands still while the process does, by which silence of others is measured. Torch-free.
+
+
+TICK_S = 0.5
+PAUSED_S = 5.0
+"""A tick that is so late has not waited for a processor: the process was stopped."""
+
+
+class RunningClock:
+    """Seconds that this process has been running, counted by a thread, as nothing else tells a pause from a wait."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._count, name="clock", daemon=True)
+        self._thread.start()
+
+    def now(self) -> float:
+        """Seconds so far, at most ``TICK_S`` behind."""
+        return self._seconds
+
+    def close(self) -> None:
+        """Count no further."""
+        self._over.set()
+
+    def _count(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(TICK_S):
+            now = time.monotonic()
+            self._seconds += now - last if now - last <= PAUSED_S else TICK_S
+            last = now
+
+
+# State of a process of this machine, from /proc/PID/stat and /proc/PID/status. Torch-free.
+
+
+def is_gone(pid: int) -> bool:
+    """Tell whether a process has ended, also where its parent has not asked after it yet."""
+    fields = _fields(pid)
+    return fields is None or fields[0] in "ZX"
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process was stopped by a signal (SIGSTOP), or by a debugger."""
+    fields = _fields(pid)
+    return fields is not None and fields[0] in "Tt"
+
+
+def start_time(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot, which with its id names it for good. None: not there."""
+    fields = _fields(pid)
+    return None if fields is None else fields[19]
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Tell whether a process was sent a signal that none of its threads has begun to handle."""
+    return _has_signal(Path(f"/proc/{pid}/status"), "ShdPnd", number)
+
+
+def threads_blocking(pid: int, number: int) -> set[str]:
+    """Ids of the threads of a process that block a signal, as a thread also does while it handles that signal."""
+    threads = Path(f"/proc/{pid}/task").glob("*/status")
+    return {path.parent.name for path in threads if _has_signal(path, "SigBlk", number)}
+
+
+def _has_signal(status: Path, field: str, number: int) -> bool:
+    """Tell whether a signal is in a set of signals of a status file: hexadecimal, with the lowest bit for signal 1."""
+    try:
+        lines = status.read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in lines if line.startswith(f"{field}:"))
+
+
+def _fields(pid: int) -> list[str] | None:
+    """The fields from the third on, which is the state: the second, a name in parentheses, may hold anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+# A request to stop, as an agent hears it: a signal, or what it finds out by itself. The handler only sets a flag.
+
+
+OWNER = "LAUNCH_OWNER_PID"
+"""Process of the launcher that started a local run; without it the run stops too."""
+
+
+STOP_FILE = "STOP"
+"""File in a run folder that asks its run to save and leave; also what asks an agent then, in place of a signal."""
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR2 ask the ranks to save and leave.
+
+    Without Slurm a second one ends them at once (Ctrl-C twice). Slurm sends several by itself: there only the deadline
+    ends them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.name = ""
+        self.since = 0.0
+        self.interruptible = False
+        """True while a signal breaks out of a wait in which there are no ranks to ask."""
+
+    def install(self) -> None:
+        """Replace submitit's handlers, which would requeue from inside the handler and on rank 0 only."""
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._handle)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.ask(signal.Signals(number).name)
+        if self.interruptible:
+            raise InterruptedError(f"{self.name} before the ranks had started")
+
+    def ask(self, name: str) -> None:
+        """Note that the run should stop, and why."""
+        self.count += 1
+        if self.count == 1:
+            self.name, self.since = name, time.monotonic()
+
+
+# Identity of this node in its job: read from the variables of Slurm, of submitit's local executor, or neither.
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,175 @@
-"""Handling of the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
-
-Owns applying what ``launch.agent.restart_policy`` decides, on the head node (elsewhere: ``launch.agent.takeover``).
-Must not know how ranks are started or watched, nor how the controller is asked. Torch-free.
-"""
+"""Handling of the end of an attempt: its cause, and a restart, a requeue, a takeover, or the end of the run."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from launch.agent.avoided_hosts import hosts_to_avoid, points_beside
-from launch.agent.health import describe
-from launch.agent.members import LostNode, RendezvousRound, SickNode, lost_text, record_lost_nodes, record_sick_nodes
-from launch.agent.meter import BUDGET, Meter
-from launch.agent.node import Node
-from launch.agent.requeue import cause_of_stop, requeue
-from launch.agent.restart_policy import (
+from launch.agent.health import (
+    LostNode,
+    RendezvousRound,
+    SickNode,
+    describe,
+    lost_text,
+    record_lost_nodes,
+    record_sick_nodes,
+)
+from launch.agent.node import STOP_FILE, Node, StopRequest
+from launch.agent.policy import (
+    BUDGET,
     LEAVES_THE_NODES,
+    NO_HOSTS,
     WANTED,
     Action,
     Cause,
     Decision,
+    Meter,
     RunFailedError,
     RunSettledError,
     attempt_ends,
     cause_of_failure,
+    cause_of_signal,
     decide,
+    hosts_to_avoid,
+    points_beside,
+    reasons,
 )
-from launch.agent.stop import STOP_FILE, StopRequest
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
-from launch.runs.events import events_since_submission
-from launch.runs.failures import failure_text, first_failure
+from launch.runs.environment import DUMP_FILE, dumped_ranks
+from launch.runs.events import events_since_submission, failure_text, first_failure
 from launch.runs.folder import RunFolder
-from launch.runs.rank_environment import DUMP_FILE, dumped_ranks
 from launch.runs.records import recent_records
-from launch.scheduler import client as scheduler
+from launch.slurm import client as scheduler
 
 if TYPE_CHECKING:
     from launch.agent.rendezvous import AgentGroup
+
+
+# Questions of an agent to the controller: why it was told to stop, and putting its job back into the queue.
+
+
+Answer = TypeVar("Answer")
+
+CONTROLLER_WAIT_S = 12 * 3600.0
+"""Time that a decision waits for the controller. A failover takes minutes, an upgrade or a restored database hours; by
+then the job's own time limit has mostly passed."""
+ASK_AGAIN_S = 5.0
+
+
+def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
+    """Ask until the controller answers, and say in the event log, once, that it does not, and when it does again.
+
+    Raises:
+        SlurmError: the controller refuses, or gave no answer for ``CONTROLLER_WAIT_S``.
+    """
+    began: float | None = None
+    while True:
+        try:
+            answer = ask()
+        except scheduler.SlurmBusyError as error:
+            if began is None:
+                began = time.monotonic()
+                folder.record_event("controller_away", cause=str(error), waits_s=CONTROLLER_WAIT_S)
+            if time.monotonic() - began > CONTROLLER_WAIT_S:
+                raise
+            time.sleep(ASK_AGAIN_S)
+            continue
+        if began is not None:
+            folder.record_event("controller_back", away_s=round(time.monotonic() - began, 1))
+        return answer
+
+
+def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
+    """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals.
+
+    Raises:
+        RunFailedError: the controller does not know the job, or did not answer for hours.
+    """
+    events = events_since_submission(folder.read_events())
+    by_hand = any(e["event"] == "cancelled" for e in events)
+    by_file = any(e["event"] == "stopped" and e.get("attempt") == attempt and e.get("file") for e in events)
+    if by_hand or by_file or not node.is_slurm:
+        return Cause.cancelled
+    signalled_at = time.time()  # the answer may come much later
+    try:
+        job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
+    except scheduler.SlurmError as error:
+        raise failed_to_requeue(folder, node, "told to stop", str(error)) from error
+    return cause_of_signal(job, node.restarts, config.cluster.signal_delay_s, signalled_at)
+
+
+def requeue(
+    folder: RunFolder,
+    node: Node,
+    config: Config,
+    cause: Cause,
+    exclude: Mapping[str, str] = NO_HOSTS,
+    text: str = "",
+) -> None:
+    """Put this job, or this one element of its array, back into the queue, unless Slurm has done so already.
+
+    Args:
+        exclude: hosts it must not come back to, each with the reason.
+        text: what went wrong, for the error.
+
+    Raises:
+        RunFailedError: there is no queue, ``resilience.requeue=false``, or Slurm refused.
+    """
+    if not node.is_slurm or not config.resilience.requeue:
+        why = "there is no queue here" if not node.is_slurm else "resilience.requeue=false"
+        raise failed_to_requeue(folder, node, text or cause, f"{cause}, and {why}")
+    told = False
+
+    def put_back() -> None:
+        nonlocal told
+        by_slurm = scheduler.job_details(node.slurm_job).restarts > node.restarts
+        if not told:
+            # First the event log: Slurm may kill this process as soon as it has heard of the requeue.
+            by = "slurm" if by_slurm else "agent"
+            folder.record_event("requeued", job_id=node.slurm_job, by=by, cause=cause)
+            told = True
+        if not by_slurm:  # nor done by a question whose answer was lost
+            scheduler.requeue(node.slurm_job)
+
+    try:
+        wait_for_controller(folder, put_back)
+    except scheduler.SlurmError as error:
+        raise failed_to_requeue(folder, node, text or cause, f"Slurm did not requeue it: {error}") from error
+    if exclude:
+        keep_away(folder, node, config, exclude)
+
+
+def failed_to_requeue(folder: RunFolder, node: Node, text: str, why: str) -> RunFailedError:
+    """Enter into the event log why a run that should go on does not, and return the error that says so."""
+    folder.record_event("requeue_failed", job_id=node.slurm_job or None, cause=why)
+    return RunFailedError(f"{text}\nnot started again: {why}")
+
+
+def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Mapping[str, str]) -> None:
+    """Have Slurm exclude hosts from the job that was just requeued, where it then still has nodes to run on."""
+
+    def exclude() -> str | None:
+        left = scheduler.usable_nodes(node.slurm_job) - set(hosts)
+        if len(left) < config.nodes_asked:
+            return f"only {len(left)} nodes of its partition would be left, and it needs {config.nodes_asked}"
+        scheduler.exclude(node.slurm_job, list(hosts))
+        return None
+
+    try:
+        why_not = wait_for_controller(folder, exclude)
+    except scheduler.SlurmError as error:
+        why_not = str(error)
+    if why_not is None:
+        folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause=reasons(hosts))
+    else:
+        folder.record_event("not_excluded", hosts=list(hosts), cause=f"{why_not} ({reasons(hosts)})")
+
+
+# Handling of the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
 
 
 def refuse_without_budget(meter: Meter) -> None:
@@ -282,3 +411,66 @@ def record_dumps(folder: RunFolder, attempt: int) -> None:
     if ranks:
         how = f"torchfrtrace --prefix {DUMP_FILE.value} {shlex.quote(str(folder.attempt(attempt)))}"
         folder.record_event("flight_recorder", attempt=attempt, ranks=ranks, cause=f"a collective timed out: {how}")
+
+
+# Takeover of a job whose head node is lost: the next node that is there puts it into the queue.
+
+
+TAKE_OVER_S = 3.0
+"""Time that each node leaves to the one before it."""
+
+
+def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str, known: int | None) -> None:
+    """On another node: the head node, which decides, is lost. The next node that is there puts the job into the queue.
+
+    Args:
+        known: newest attempt that the head node has announced to this one; None where it has announced none.
+
+    Raises:
+        RunFailedError: always where this node could do nothing more; the job's end is the head node's.
+    """
+    time.sleep(TAKE_OVER_S * (node.index - 1))  # those before this one come first
+    if not node.is_slurm:
+        raise RunFailedError(f"the head node, {node.host_of(0)}, is lost: {why}")
+    events = events_since_submission(folder.read_events())
+    if is_given_up(events, node):
+        raise RunFailedError(f"{node.host} was cut off, and the others go on without it: {why}")
+    attempt = orphaned_attempt(events, node, known)
+    folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
+    try:
+        apply_decision(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
+    except RunSettledError:
+        raise
+    except RunFailedError:
+        # Nobody else would end what is left of the job.
+        wait_for_controller(folder, lambda: scheduler.cancel(node.slurm_job))
+        raise
+
+
+def is_given_up(events: Sequence[dict[str, Any]], node: Node) -> bool:
+    """Tell whether the head node of this start of the job takes this node for lost: then it works on, and decides."""
+    began = max((number for number, e in enumerate(events) if e["event"] == "agent_started"), default=0)
+    return any(e["event"] == "node_lost" and e["host"] == node.host for e in events[began:])
+
+
+def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | None) -> int | None:
+    """Return the attempt that a lost head node has left to its other nodes; None where it fell between two attempts.
+
+    Args:
+        events: the event log since the submission.
+        known: newest attempt that the head node has announced to this one; None where it has announced none.
+
+    Raises:
+        RunFailedError: the head node has gone on without this one, which was cut off, or has decided what follows.
+    """
+    begun = [i for i, e in enumerate(events) if e["event"] == "agent_started" and e["job"] == node.job]
+    events = events[begun[-1] :] if begun else events
+    started = max((e["attempt"] for e in events if e["event"] == "started"), default=None)
+    if started is not None and (known is None or started > known):
+        raise RunFailedError(f"attempt {started} was started without {node.host}, which had been cut off")
+    if not any(e["event"] == "attempt_ended" and e["attempt"] == known for e in events):
+        return known
+    decided = [e["action"] for e in events if e["event"] == "decided"]
+    if decided and decided[-1] == Action.restart:
+        return None
+    raise RunFailedError(f"the head node, {node.host_of(0)}, is lost, and has decided what follows attempt {known}")

@@ -14,25 +14,32 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.agent.avoided_hosts import NO_HOSTS, reasons
-from launch.agent.group_size import GroupSizes, record_size
-from launch.agent.health import Fault, HealthCheck, describe
-from launch.agent.heartbeat import POLL_S, Heartbeat, Message, open_endpoint, read_endpoint, write_endpoint
-from launch.agent.members import (
+from launch.agent.exchange import (
+    POLL_S,
+    Heartbeat,
+    Message,
+    SignedStore,
+    open_endpoint,
+    open_store,
+    read_endpoint,
+    write_endpoint,
+)
+from launch.agent.health import (
+    Fault,
     HeadNodeLostError,
+    HealthCheck,
     LostNode,
     NodesMissingError,
     RendezvousRound,
     SickNode,
     SickNodesError,
+    describe,
     record_sick_nodes,
 )
 from launch.agent.node import Node
-from launch.agent.restart_policy import RunFailedError
-from launch.agent.signed_store import SignedStore, open_store
+from launch.agent.policy import NO_HOSTS, GroupSizes, RunFailedError, reasons, record_size
 from launch.config import Config
-from launch.runs.damage import writing_into
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, writing_into
 
 SPARE_WAIT_S = 10.0
 """Time that a round with enough nodes waits for the rest of them."""

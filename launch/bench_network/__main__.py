@@ -20,13 +20,14 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from launch.bench_network.views import show
+import gpt_launch.own_names  # noqa: F401
+from launch.bench_network.fit import show
 from launch.config import Config
 from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.runs.environment import ROOT
 from launch.runs.files import deny_others_writing, read_json, write_json
-from launch.runs.network import as_document
-from launch.runs.provenance import ROOT
+from launch.runs.measured import network_document
 from launch.sweep import SweepFailedError, fail, run_sweep
 
 SAMPLES = "samples.json"
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     network = fit_network(samples, measured["ranks_per_node"])
     console = Console(soft_wrap=True)
     show(network, samples, measured, console)
-    write_json(output, as_document(network, measured))
+    write_json(output, network_document(network, measured))
     for line in (
         f"wrote {output}; to use it:",
         f"  python -m launch.project SWEEP --nodes 8,...,64 --network {output}",

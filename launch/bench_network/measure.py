@@ -21,7 +21,7 @@ from typing import Any
 from launch import worker
 from launch.process import lasting_imports
 from launch.runs.files import write_json
-from launch.runs.network import COLLECTIVES
+from launch.runs.measured import COLLECTIVES
 
 with lasting_imports():
     import torch

@@ -1,24 +1,37 @@
-"""The schema of the launcher: where and on how many nodes a run happens, whatever it computes.
-
-Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher. The keys of a workload are added to these
-in ``launch.config.compose``.
-"""
+"""The schema of the launcher: where and on how many nodes a run happens, whatever it computes."""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from typing import Any, Optional, Self
 
 from omegaconf import MISSING
 
 from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
-from launch.errors import ConfigError
+from launch.errors import ConfigError, require_positive, require_range
 from launch.runs.identity import RunConfig
-from launch.runs.objective import ObjectiveOf
 from launch.runs.overrides import NOT_IN_POINT
-from launch.runs.ranges import require_positive, require_range
-from launch.runs.report_files import ReportFile
+from launch.runs.records import ObjectiveOf
+
+# Kinds of files that a report consists of, for the schema of the launcher and for those who write them.
+
+
+class ReportFile(Enum):
+    """One of the files of a report; tensorboard is the Scaling run of a sweep, or the Summary run of one run."""
+
+    md = "md"
+    csv = "csv"
+    png = "png"
+    svg = "svg"
+    json = "json"
+    html = "html"
+    tensorboard = "tensorboard"
+
+
+# The schema of the launcher: where and on how many nodes a run happens, whatever it computes.
+
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

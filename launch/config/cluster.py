@@ -13,10 +13,8 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from launch.errors import ConfigError
-from launch.runs.matmul_rates import read_matmul_rates
-from launch.runs.network import read_network
-from launch.runs.ranges import require_positive, require_range
+from launch.errors import ConfigError, require_positive, require_range
+from launch.runs.measured import read_matmul_rates, read_network
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

@@ -1,13 +1,10 @@
-"""From arguments to a typed config: the launcher's schema together with that of the workload they name.
-
-Owns which schema a config has. Torch-free.
-"""
+"""From arguments to typed configs: of one run, and of each point of a sweep."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -16,22 +13,32 @@ from typing import cast
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 import configs
 from launch.config import NOT_IN_POINT, Config
-from launch.errors import ConfigError
+from launch.errors import ConfigError, closest
 from launch.runs import compose
-from launch.runs.damage import damaged
-from launch.runs.explain import CONFIG_ERRORS, explain, free_keys, schema_keys
-from launch.runs.folder import RunFolder
+from launch.runs.compose import composed_with
+from launch.runs.folder import RunFolder, damaged
 from launch.runs.identity import RunConfig
-from launch.runs.overrides import append_groups, config_groups, typed_key, typed_value
-from launch.runs.ranges import closest
-from launch.runs.renamed import adopt_former_keys, tell_former_keys
-from launch.runs.values import composed_with
+from launch.runs.overrides import (
+    adopt_former_keys,
+    append_groups,
+    config_groups,
+    tell_former_keys,
+    typed_key,
+    typed_value,
+)
+from launch.runs.refusals import CONFIG_ERRORS, explain, free_keys, schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
+
+# From arguments to a typed config: the launcher's schema together with that of the workload they name.
+
 
 CONFIGS = Path(configs.__file__).parent
 SCRIPT = "script"
@@ -280,3 +287,65 @@ def default_grace_period_s() -> float:
 def not_in_point(workload: Workload) -> tuple[str, ...]:
     """Keys that do not enter the name of a run folder."""
     return (*NOT_IN_POINT, *workload.not_in_point)
+
+
+# The points of a sweep: split without running it, and composed from what they share. Hydra's own code behind one
+# door.
+
+
+def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
+    """Split the overrides of a sweep into those of each point, in the order in which Hydra would run them.
+
+    Args:
+        overrides: as typed.
+        config_dir: folder of the user's own config files, searched too.
+
+    Raises:
+        ConfigError: they cannot be parsed, or name no config.
+    """
+    try:
+        parser = OverridesParser.create()
+        parser.parse_overrides(list(overrides))  # refused in the words that were typed
+        prepared = prepare_overrides(overrides, config_dir)
+        typed = parser.parse_overrides(prepared)
+        fixed = [text for text, parsed in zip(prepared, typed, strict=True) if not parsed.is_sweep_override()]
+        composed = compose_launch(fixed, config_dir, return_hydra_config=True)
+        params = composed.hydra.sweeper.get("params") or {}
+        swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+        return [list(point) for batch in BasicSweeper.split_arguments([*swept, *typed], None) for point in batch]
+    except CONFIG_ERRORS as error:
+        raise explain(error, Config, overrides) from error
+
+
+def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[Sequence[str]]) -> Iterator[DictConfig]:
+    """Compose the points of a sweep, without Hydra's own keys, each from its overrides.
+
+    Which files a config is made of depends on the choices of groups only. Points that choose alike share that part,
+    which takes most of the time, and differ in values that are set in a copy of it.
+
+    Args:
+        loader: of the running Hydra.
+        command: the config of the whole command.
+        points: overrides of each point.
+    """
+
+    @cache  # to list the files of a group Hydra copies its whole search path, and all points have the same keys
+    def is_group(key: str) -> bool:
+        return bool(loader.get_group_options(key))
+
+    @cache
+    def files_of(chosen: tuple[str, ...]) -> DictConfig:
+        return _without_hydra(loader.load_sweep_config(command, list(chosen)))
+
+    for point in points:
+        composed = composed_with([str(text) for text in point], is_group, files_of)
+        OmegaConf.set_struct(composed, None)
+        OmegaConf.copy_cache(from_config=command, to_config=composed)
+        yield composed
+
+
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    """Take Hydra's own keys out. The rest stays typed by its schema, and needs no merge with it (``to_schema``)."""
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+    return composed

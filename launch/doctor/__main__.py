@@ -23,22 +23,24 @@ from typing import Any
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from launch.checks import candidates, cpus, facts, findings, gpus
-from launch.checks import request as asked
-from launch.checks.facts import Facts, Request
-from launch.checks.findings import Finding
+import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, require_folder, typed_config
-from launch.config.sweep_points import sweep_points
+from launch.config.compose import compose_launch, require_folder, sweep_points, typed_config
 from launch.doctor import machine, on_cluster, verdict
 from launch.doctor.on_cluster import group_line, table
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.jobs.submit import shapes
 from launch.plan.plan import Plan, make_plan
 from launch.runs.files import deny_others_writing
 from launch.runs.find import labels_for
-from launch.scheduler.client import SlurmError
-from launch.scheduler.limits import Limits
+from launch.slurm import candidates, facts
+from launch.slurm import facts as findings
+from launch.slurm import request as asked
+from launch.slurm import resources as cpus
+from launch.slurm import resources as gpus
+from launch.slurm.client import SlurmError
+from launch.slurm.facts import Facts, Finding, Request
+from launch.slurm.limits import Limits
+from launch.slurm.submit import shapes
 
 COMMAND = re.compile(r"(python -m launch\b.* )\.\.\.$")
 """Command to type that takes the same arguments."""

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.checks.facts import DISTRIBUTION, Facts, Folder, Request
-from launch.checks.findings import Finding, fail, fine, warn
 from launch.config import ClusterKind, Config
-from launch.jobs.submit import INHERITED, INHERITED_NAMES, KEPT
-from launch.runs.rank_environment import reachable_files
+from launch.runs.environment import reachable_files
+from launch.slurm.facts import DISTRIBUTION, Facts, Finding, Folder, Request, fail, fine, warn
+from launch.slurm.submit import INHERITED, INHERITED_NAMES, KEPT
 
 SHARED = (
     *(

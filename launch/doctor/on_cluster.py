@@ -17,18 +17,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from launch.checks.facts import Request
-from launch.checks.findings import Finding, fail
 from launch.config import Config
 from launch.doctor import probe
-from launch.jobs.handles import SlurmJob, ask_queue
-from launch.jobs.submit import refusal_text, submit_calls
-from launch.plan.exposure import JOBS
+from launch.plan.plan import JOBS
 from launch.runs import compose
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.scheduler.client import SlurmError
-from launch.scheduler.limits import Limits
+from launch.slurm.client import SlurmError
+from launch.slurm.facts import Finding, Request, fail
+from launch.slurm.handles import SlurmJob, ask_queue
+from launch.slurm.limits import Limits
+from launch.slurm.submit import refusal_text, submit_calls
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,17 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 from launch.agent.health import HealthCheck
 from launch.agent.node import Node
-from launch.checks.facts import filesystem_of
 from launch.config import Config
 from launch.process import lasting_imports
 from launch.runs.compose import read_config
+from launch.runs.environment import reachable_files
 from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
-from launch.runs.rank_environment import reachable_files
-from launch.scheduler import client as scheduler
+from launch.slurm import client as scheduler
+from launch.slurm.facts import filesystem_of
 
 if TYPE_CHECKING:
-    from launch.agent.heartbeat import RendezvousEndpoint
+    from launch.agent.exchange import RendezvousEndpoint
 
 ARRIVAL_S = 60
 """Seconds in which all nodes of the job must have met."""
@@ -107,8 +107,8 @@ def resolve(hosts: list[str]) -> dict[str, str]:
 def visit(folder: RunFolder, node: Node, config: Config, record: dict[str, Any]) -> None:
     """Meet the other nodes, look for their files, call at their ports, and start this node's ranks."""
     with lasting_imports():
-        from launch.agent import heartbeat
-        from launch.agent import workers as ranks
+        from launch.agent import exchange as heartbeat
+        from launch.agent import ranks
 
     endpoint = heartbeat.open_endpoint(folder, node, ARRIVAL_S, ARRIVAL_S)
     record["address"] = endpoint.address
@@ -243,7 +243,7 @@ def start_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndp
         if read_json(root / REQUEST).get("uses_cpus"):
             env["CUDA_VISIBLE_DEVICES"] = ""
         with log.open("wb") as file:
-            command = [sys.executable, "-m", "launch.doctor.links", str(record)]
+            command = [sys.executable, "-m", "gpt_launch", "launch.doctor.links", str(record)]
             started.append(
                 (rank, log, subprocess.Popen(command, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL))
             )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launch.checks.findings import Finding, fail, fine, has_errors, warn
+from launch.slurm.facts import Finding, fail, fine, has_errors, warn
 
 Results = dict[str, Any]
 Links = dict[tuple[int, int], float]

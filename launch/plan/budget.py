@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError
-from launch.runs.damage import read_plan
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_plan
 
 if TYPE_CHECKING:  # which a report, that reckons too, need not load with Hydra
     from launch.config import BudgetConfig, Config

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.runs.damage import writing_into
+from launch.runs.environment import ORIGIN, ROOT, code_state, describe_code
 from launch.runs.files import write_json
-from launch.runs.provenance import ORIGIN, ROOT, code_state, describe_code
+from launch.runs.folder import writing_into
 from launch.workload import CodeTree
 
 RUNS_FROM = "LAUNCH_CODE"

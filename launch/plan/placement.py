@@ -1,25 +1,114 @@
-"""Placement of a point: its candidates in their order, and when a job that waits moves on.
-
-Owns the candidates of ``cluster.placement`` and the decision to stay, to move or to give up: pure functions of what was
-promised and of how long a point has waited. Must not know how a job is submitted or taken out of the queue, which is
-``launch.move``'s.
-"""
+"""Placement of a point: its candidates in their order, its container, and when a pending job moves on."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.config import Config, PlacementConfig
+from omegaconf import DictConfig, OmegaConf
+
+from launch.config import ClusterConfig, ClusterKind, Config, PlacementConfig
+from launch.config.cluster import ContainerRuntime
 from launch.errors import ConfigError
 from launch.plan import code_copy as snapshot
-from launch.plan import container, placement
 from launch.plan.budget import Use, use_of
-from launch.scheduler.limits import gres
-from launch.scheduler.reasons import OWN_WISH
+from launch.slurm.limits import OWN_WISH, gres
+
+# Containers: the words by which srun starts the agent of each node inside an image (``cluster.container``).
+
+
+SLURM_PATHS = ("/etc/slurm", "/run/munge")
+"""Paths of the node that Slurm's client in the image needs: agents ask the controller about their job."""
+
+
+def refuse_local_container(config: Config) -> None:
+    """Raise ConfigError where the agents of this machine would run without the container that is asked for."""
+    if config.cluster.container is not None:
+        raise ConfigError(
+            f"cluster.container={config.cluster.container} with agents on this machine (cluster=local)",
+            "a Slurm cluster, whose srun starts the container on each node",
+            "cluster=slurm; or the whole command in the container: apptainer exec IMAGE python -m launch ...",
+        )
+
+
+def mounts(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[str]:
+    """Mounts as ``SOURCE:TARGET`` with options behind: those that were asked for, and what every run needs.
+
+    Working directory and the folder of the run, with the files of its jobs beside it, have their own paths inside.
+    """
+    asked = [entry if ":" in entry else f"{entry}:{entry}" for entry in cluster.container_mounts]
+    targets = {entry.split(":")[1] for entry in asked}
+    own = [str(workdir), str(run_dir.parent), *(path for path in SLURM_PATHS if Path(path).exists())]
+    return [*asked, *(f"{path}:{path}" for path in dict.fromkeys(own) if path not in targets)]
+
+
+def srun_arguments(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[str]:
+    """Options of srun for pyxis; none for Apptainer, nor without a container."""
+    if cluster.container is None or cluster.container_runtime is not ContainerRuntime.pyxis:
+        return []
+    return [
+        f"--container-image={cluster.container}",
+        f"--container-mounts={','.join(mounts(cluster, workdir, run_dir))}",
+        f"--container-workdir={workdir}",
+    ]
+
+
+def python_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[str] | None:
+    """Words that start the Python of the agent where that is the image's; None without a container."""
+    if cluster.container is None:
+        return None
+    if cluster.container_runtime is ContainerRuntime.pyxis:
+        return [cluster.container_python]
+    binds = [word for entry in mounts(cluster, workdir, run_dir) for word in ("--bind", entry)]
+    gpus = [] if cluster.gpus_per_node == 0 else ["--nv"]  # where a node has none, it says so and goes on
+    return ["apptainer", "exec", *gpus, "--pwd", str(workdir), *binds, cluster.container, cluster.container_python]
+
+
+def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[str]:
+    """Words behind ``srun`` that start the agents of a run from a batch script."""
+    python = python_words(cluster, workdir, run_dir) or ["python"]
+    return [*srun_arguments(cluster, workdir, run_dir), *python, "-m", "gpt_launch", "agent", str(run_dir)]
+
+
+# Keys of ``cluster`` that a command leaves open, and that are settled for its points on Slurm.
+
+
+def settle_key(
+    key: str,
+    choose: Callable[[Config], tuple[Any, str]],
+    documents: Sequence[DictConfig],
+    configs: Sequence[Config],
+    kinds: Sequence[ClusterKind],
+) -> list[str]:
+    """Set a key of ``cluster`` in each point on Slurm.
+
+    Args:
+        key: its name in ``cluster``.
+        choose: returns the value for a config, None to leave it, and what is to be said of that, if anything.
+        documents: the composed config of each point, which its run folder will hold.
+        configs: the same, typed; both are changed.
+        kinds: the cluster of each point, settled.
+
+    Returns:
+        What was decided and by what, for people; each line once.
+    """
+    told: list[str] = []
+    for document, config, kind in zip(documents, configs, kinds, strict=True):
+        if kind is not ClusterKind.slurm:
+            continue
+        value, text = choose(config)
+        if value is not None:
+            setattr(config.cluster, key, value)
+            OmegaConf.update(document, f"cluster.{key}", value)
+        told += [text] if text else []
+    return list(dict.fromkeys(told))
+
+
+# Placement of a point: its candidates in their order, and when a job that waits moves on.
+
 
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
 """Events that a point's event log may gain while it waits."""
@@ -204,10 +293,10 @@ def place(config: Config, run_dir: Path, code: Path | None = None, resumes: bool
         Candidate(
             name,
             slurm_resources(there, run_dir, code, resumes),
-            placement.gpus_of(there),
+            gpus_of(there),
             there.cluster.price_per_gpu_hour,
         )
-        for name, there in placement.configs(config)
+        for name, there in configs(config)
     ]
     cluster = config.cluster
     return Placement(tuple(candidates), cluster.retry_interval_min, cluster.give_up_after_min)
@@ -219,13 +308,13 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
     ``python`` is the command line of the agent's Python where that is not the one which submits.
     """
     cluster = config.cluster
-    python = container.python_words(cluster, Path.cwd(), run_dir)
+    python = python_words(cluster, Path.cwd(), run_dir)
     # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch, and the agent could be left with one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
     # A node that is lost must not take the others, which go on without it or with the spare that replaces it.
     survives = bool(config.spare_nodes) or config.may_shrink
     srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if survives else []
-    srun_args += [*container.srun_arguments(cluster, Path.cwd(), run_dir), *cluster.srun_args]
+    srun_args += [*srun_arguments(cluster, Path.cwd(), run_dir), *cluster.srun_args]
     asked: dict[str, Any] = {
         "job_name": config.name,
         "nodes": config.nodes_asked,

@@ -1,14 +1,15 @@
-"""One point of a sweep -> Plan: what it will use, and a refusal where it cannot work.
-
-Owns everything that is promised before the queue. Torch-free, starts nothing and writes nothing. ``dry_run`` prints a
-Plan; the run folder keeps it as ``plan.json``. What is computed is the workload's to say.
-"""
+"""One point of a sweep -> Plan: what it will use, and a refusal where it cannot work."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,22 +18,131 @@ from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, not_in_point, typed_config, workload_of
 from launch.errors import ConfigError
 from launch.plan import code_copy
-from launch.plan.capacity import local_gpu_name, local_gpus, refuse_local_spares
-from launch.plan.container import refuse_local_container
-from launch.plan.event_command import refuse_missing_command
-from launch.plan.exposure import refuse_exposed
-from launch.plan.placement import Placement, place, worst_case
+from launch.plan.placement import Placement, place, refuse_local_container, worst_case
 from launch.runs import compose
-from launch.runs.damage import writing_into
 from launch.runs.events import is_finished
 from launch.runs.files import write_json
-from launch.runs.folder import RunFolder
-from launch.runs.identity import choose_folder, refuse_other_run
+from launch.runs.folder import RunFolder, writing_into
+from launch.runs.identity import (
+    Continuation,
+    SavedCheckpoint,
+    apply_continuation,
+    choose_folder,
+    plan_continuation,
+    refuse_other_run,
+)
 from launch.runs.overrides import PLACE_KEYS, without_key
-from launch.runs.proposals import with_checked_fix
-from launch.runs.rollback import Continuation, apply_continuation, plan_continuation
-from launch.runs.saved import SavedCheckpoint
+from launch.runs.refusals import with_checked_fix
 from launch.workload import PlanRequest, Workload, WorkloadPlan
+
+# GPUs of this machine, counted without torch, and the refusal of spares on it.
+
+
+def refuse_local_spares(config: Config) -> None:
+    """Raise ConfigError where spare nodes are asked of this one machine."""
+    if config.spare_nodes:
+        raise ConfigError(
+            f"spare_nodes={config.spare_nodes} with agents on this machine (cluster=local)",
+            "a Slurm cluster: nodes on one machine are lost together",
+            "spare_nodes=0, or cluster=slurm",
+        )
+
+
+def local_gpus() -> int:
+    """GPUs of this machine that may be used, counted without torch."""
+    named = _named_gpus()
+    if named is not None:
+        return len([name for name in named if name not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def visible_gpus() -> list[int]:
+    """Indices of the visible GPUs; those that CUDA_VISIBLE_DEVICES names in another way are left out."""
+    named = _named_gpus()
+    if named is not None:
+        return [int(name) for name in named if name.isdigit()]
+    return list(range(local_gpus()))
+
+
+def _named_gpus() -> list[str] | None:
+    """The devices in CUDA_VISIBLE_DEVICES; None where it is not set, and all GPUs may be used."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if names is None else [name.strip() for name in names.split(",")]
+
+
+def local_gpu_name() -> str | None:
+    """Name of the first GPU of this machine, from the driver's files."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.removeprefix("Model:").strip()
+    return None
+
+
+# Refusal of a ``launch.on_event`` that no agent could run, as far as the login node can tell.
+
+
+def refuse_missing_command(config: Config) -> None:
+    """Raise ConfigError where the program of ``launch.on_event`` is not there, or cannot be run.
+
+    In a container the agent has other programs than this machine, which are not looked for.
+    """
+    command = config.launch.on_event_command
+    if not command or config.cluster.container is not None or shutil.which(command[0]) is not None:
+        return
+    program, here = command[0], Path(command[0]).absolute()
+    found = f"launch.on_event, and no program {program} on the PATH"
+    fix = "launch.on_event=PATH"
+    if here.is_file() and os.access(here, os.X_OK):  # named as one of the PATH, and lies here
+        fix = quote(f"launch.on_event=[{','.join([str(here), *command[1:]])}]")
+    elif here.is_file():
+        found, fix = f"launch.on_event={program}, a file that is not executable", f"chmod +x {quote(str(here))}"
+    elif os.sep in program:
+        found = f"launch.on_event={program}, which is no file"
+    raise ConfigError(
+        found, "a program on the PATH, or the path of one that the nodes see too", f"{fix}, or launch.on_event=null"
+    )
+
+
+# Refusal of folders in which somebody else could change what a job runs.
+
+
+JOBS = ".submitit"
+"""Folder beside the points with submitit's pickles and the agents' logs."""
+SLURM_JOBS = "slurm"
+"""Folder in it for those of Slurm's jobs, whose numbers may be those of processes here."""
+ELSEWHERE = "on-"
+"""Beginning of the folder in it for those of another cluster's jobs, before the name of the cluster."""
+
+
+def refuse_exposed(run_dir: Path) -> None:
+    """Raise ConfigError where others can put something into the folders that a job of ``run_dir`` reads.
+
+    Pickles are code, so nobody else may write beside them, the group included. In the folder of the run, and the one
+    above, a group may share its work; a sticky bit (as /tmp has it) keeps what is there from being replaced.
+    """
+    jobs = run_dir.parent / JOBS
+    for folder in (jobs, jobs / SLURM_JOBS, *jobs.glob(f"{ELSEWHERE}*")):
+        refuse_writable(folder, stat.S_IWGRP | stat.S_IWOTH)
+    refuse_writable(run_dir, stat.S_IWOTH)
+    refuse_writable(run_dir.parent, stat.S_IWOTH, unless=stat.S_ISVTX)
+
+
+def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
+    """Raise ConfigError where a folder is there and has one of the mode ``bits``, and none of ``unless``."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:  # not there; or not to be looked at, which is told when it is written to
+        return
+    if mode & bits and not mode & unless:
+        raise ConfigError(
+            f"{folder} with mode {stat.S_IMODE(mode):04o}: others can change in it what your jobs run",
+            "a folder that nobody else can write to",
+            f"chmod -R go-w {quote(str(folder))}, or output_dir=FOLDER for another one",
+        )
+
+
+# One point of a sweep -> Plan: what it will use, and a refusal where it cannot work.
 
 
 @dataclass(frozen=True)

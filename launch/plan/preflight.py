@@ -1,29 +1,128 @@
-"""Preflight warnings of a plan, from what the run folders of earlier attempts hold. Writes nothing.
-
-Owns the warnings that ``dry_run`` and a submission show. What cannot work at all is refused by ``launch.plan``.
-"""
+"""Preflight warnings from earlier attempts, the ``submitted`` event, and points that would disturb each other."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.config import Config
+from omegaconf import DictConfig
+
+from launch.config import ClusterKind, Config
 from launch.config.compose import workload_of
+from launch.errors import ConfigError
 from launch.plan import code_copy as snapshot
-from launch.plan.placement import cluster_of
+from launch.plan.placement import cluster_of, settle_key
 from launch.plan.plan import Plan
-from launch.runs.events import unsaved_text
+from launch.runs.environment import changed_since, code_state, library_versions, refuse_change
+from launch.runs.events import Events, unsaved_text
 from launch.runs.files import read_json
-from launch.runs.folder import RunFolder
-from launch.runs.provenance import changed_since, code_state, library_versions, refuse_change
+from launch.runs.folder import RunFolder, read_plan
 from launch.runs.records import RECENT, recent_records
-from launch.scheduler.limits import Limits, how_preempted
+from launch.slurm.limits import Limits, how_preempted
 from launch.workload import CodeTree
+
+# The ``submitted`` event of a run: which job works on it, and where.
+
+
+def record_submitted(
+    plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False, pid_started: str | None = None
+) -> None:
+    """Enter a submission into the event log; ``moved`` where the run waited elsewhere before.
+
+    ``pid_started`` tells a local job, whose id is a process's, from others that get the same id later.
+
+    The agent of a job that started at once may have been faster (``record_found``).
+    """
+    folder = RunFolder(plan.run_dir)
+    if plan.cluster == "slurm" and is_recorded([e for e in folder.read_events() if "by" in e], [job_id]):
+        return
+    where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
+    place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
+    rest = ({"moved": True} if moved else {}) | ({} if pid_started is None else {"pid_started": pid_started})
+    folder.record_event("submitted", **where, **place, **rest)
+
+
+def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
+    """Enter a Slurm job that its launcher could not enter any more, as far as the plan and the event log tell.
+
+    The candidate is the one that the run was on its way to, or else the first: which others sbatch had refused is lost.
+    """
+    events = folder.read_events()
+    moved = on_its_way(events)
+    found: dict[str, Any] = {"cluster": "slurm", "job_id": job_id, "host": os.uname().nodename, "nodes": nodes}
+    try:
+        plan = Plan.from_dict(read_plan(folder))
+        possible = plan.placement.possible
+        candidate = moved["candidate"] if moved is not None else possible[0] if possible else 0
+        found |= {"nodes": plan.nodes, "candidate": candidate, **plan.placement.candidates[candidate].as_event()}
+    except (ConfigError, KeyError, TypeError, IndexError):  # without a plan it is still a job that can be cancelled
+        found["candidate"] = 0
+    folder.record_event("submitted", **found, by=by, **({"moved": True} if moved is not None else {}))
+
+
+def is_recorded(events: Events, names: Collection[str]) -> bool:
+    """Tell whether the event log has the submission of the job with one of these ids."""
+    return any(event["event"] == "submitted" and str(event["job_id"]) in names for event in events)
+
+
+def on_its_way(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the last ``moved`` where no submission has followed it; None elsewhere."""
+    last = next((event for event in reversed(events) if event["event"] in ("submitted", "moved")), None)
+    return last if last is not None and last["event"] == "moved" else None
+
+
+# Means that keep the points of a sweep on Slurm from measuring each other: whole nodes, and one point after another.
+
+
+WHY = "cluster.exclusive=true: points of a sweep over nodes or ranks would measure each other on shared nodes"
+
+
+def settle_exclusive(documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind]) -> str:
+    """Have the points of a sweep over nodes or ranks ask Slurm for whole nodes, where the command leaves that open.
+
+    The arguments are those of ``settle_key``.
+
+    Returns:
+        What was decided, for people; empty where nothing was.
+    """
+    sizes = {config.world_size for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm}
+
+    def choose(config: Config) -> tuple[bool | None, str]:
+        cluster = config.cluster
+        is_open = cluster.exclusive is None and "exclusive" not in cluster.additional_parameters
+        if len(sizes) < 2 or not is_open:
+            return None, ""
+        return True, f"{WHY} (cluster.exclusive=false shares them; a site may charge whole nodes)"
+
+    return "".join(settle_key("exclusive", choose, documents, configs, kinds))
+
+
+def wait_for(plan: Plan, before: Sequence[str]) -> Plan:
+    """The plan of a point that starts when no job of ``before`` is left, and alone of its job array."""
+    candidates = [
+        replace(one, slurm={**one.slurm, **dependency(one.slurm, before), "array_parallelism": 1})
+        for one in plan.placement.candidates
+    ]
+    return plan.replace_placement(replace(plan.placement, candidates=tuple(candidates)))
+
+
+def dependency(slurm: dict[str, Any], before: Sequence[str]) -> dict[str, Any]:
+    """The parameters of submitit by which a job waits for others too, beside what the user has it wait for."""
+    if not before:
+        return {}
+    own = dict(slurm["additional_parameters"])
+    typed = own.pop("dependency", None)
+    after = f"afterany:{':'.join(dict.fromkeys(before))}"
+    return {"additional_parameters": own, "dependency": f"{typed},{after}" if typed else after}
+
+
+# Preflight warnings of a plan, from what the run folders of earlier attempts hold. Writes nothing.
+
 
 TAKEOVER_S = 10
 """Time that the agents of a job need, once the head node has been silent for long enough, until it is requeued."""

@@ -1,7 +1,4 @@
-"""``python -m launch.project SWEEP --nodes 8,16,...,4096``: what a sweep would be at sizes that were not run.
-
-Predicts the largest measured point from the smaller ones, prints the error, then extrapolates. Starts nothing.
-"""
+"""``python -m launch.project SWEEP --nodes 8,16,...,4096``: what a sweep would be at sizes that were not run."""
 
 from __future__ import annotations
 
@@ -13,16 +10,71 @@ from pathlib import Path
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.project.goal import EXAMPLE, NODES, compose_goal, offers, parse_goal
-from launch.project.goal_views import show_offers
-from launch.project.projection import project
-from launch.project.sizes import parse_sizes
-from launch.project.sweep_points import read_links, read_sweep, with_matmul_rates
-from launch.project.views import csv_text, json_text, markdown, show
+from launch.project.projection import project, read_links, read_sweep, with_matmul_rates
+from launch.project.text import csv_text, json_text, markdown, show, show_offers
 from launch.report.selection import Selection, select
 from launch.runs.files import deny_others_writing, write_atomically
 from launch.runs.find import runs_labelled
+
+# Sizes as they are typed: ``8,16,32``, or with an ellipsis ``8,16,...,4096``. Owns the grammar.
+
+
+MOST = 64
+"""Sizes of one projection: more rows than anybody reads are a mistyped step."""
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Numbers of nodes, ascending, without doubles.
+
+    An ellipsis goes on as the two numbers before it: by their ratio where the second is a multiple of the first, else
+    by their difference. After one number it doubles.
+
+    Raises:
+        ConfigError: no such list.
+    """
+    words = [word.strip() for word in text.split(",")]
+    sizes: list[int] = []
+    for index, word in enumerate(words):
+        if word in ("...", "…"):
+            last = words[index + 1] if index + 1 < len(words) else ""
+            if not sizes or not last.isdecimal() or int(last) <= sizes[-1]:
+                raise refuse(text)
+            sizes += between(sizes, int(last))
+        elif word.isdecimal() and int(word) > 0:
+            sizes.append(int(word))
+        else:
+            raise refuse(text)
+        if len(sizes) > MOST:
+            raise refuse(text, f"at most {MOST} sizes")
+    return sorted(set(sizes))
+
+
+def between(before: list[int], last: int) -> list[int]:
+    """The sizes that an ellipsis stands for, without ``last``."""
+    factor, step = 2, 0
+    if len(before) > 1 and before[-1] > before[-2]:
+        factor, rest = divmod(before[-1], before[-2])
+        step = before[-1] - before[-2] if rest else 0
+    found: list[int] = []
+    size = before[-1]
+    while len(found) <= MOST:
+        size = size + step if step else size * factor
+        if size >= last:
+            break
+        found.append(size)
+    return found
+
+
+def refuse(text: str, expected: str = "numbers of nodes: 8,16,32, or with an ellipsis 8,16,...,4096") -> ConfigError:
+    """Return the refusal of what is no list of sizes."""
+    return ConfigError(f"--nodes {text}", expected, "--nodes 8,16,...,4096")
+
+
+# ``python -m launch.project SWEEP --nodes 8,16,...,4096``: what a sweep would be at sizes that were not run.
+
 
 STEM = "projection"
 
@@ -77,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = project(sweep, sizes, typed.mtbf_hours, typed.gpu)
     console = Console(soft_wrap=True)
     show(found, console)
-    from launch.project.figure import draw  # matplotlib takes a second, which no refusal should wait for
+    from launch.project.text import draw  # matplotlib takes a second, which no refusal should wait for
 
     contents = {
         "md": f"{markdown(found)}\n![projection]({STEM}.png)\n".encode(),

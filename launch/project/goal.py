@@ -16,10 +16,9 @@ from typing import Any
 from launch.config import Config
 from launch.config.cluster import InterconnectConfig
 from launch.config.compose import compose_launch, typed_config, workload_of
-from launch.errors import ConfigError
+from launch.errors import ConfigError, counted
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_key
-from launch.runs.wording import counted
 from launch.workload import PlanRequest, SetUp, TrainingGoal
 
 DAYS = {"hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 30.0}

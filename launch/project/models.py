@@ -1,12 +1,4 @@
-"""Models of the time of a step over the number of nodes, and their fit to measured points.
-
-A workload with a cost model of its own (the GPT's) is asked for the time of a step on nodes as they were measured:
-fitted are the rate at which a rank computes, and one factor on latency and bandwidth of the links, unless those were
-measured. For any other program the time is a sum of a part that is divided among the ranks, a part that is not, and a
-part that grows with the logarithm of their number, as trees and latencies do. To both the slowest rank adds what it is
-slower than their mean, where the records tell. Owns the fits. Must not know what is
-shown.
-"""
+"""Models of the time of a step over the number of nodes, with stragglers, fitted to measured points."""
 
 from __future__ import annotations
 
@@ -14,11 +6,220 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Protocol
 
-from launch.project.search import minimum, root
-from launch.project.stragglers import RankSpread
+import numpy as np
+
+from launch.report.columns import Floats, read_columns
+from launch.report.points import Point
+from launch.report.series import drop_warmup
+from launch.report.steps import TIME, WAITS, step_times
+from launch.runs.folder import RunFolder
 from launch.workload import StepTime
+
+# Minimum and root of a function of one number, by halving. Pure arithmetic.
+
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def root(function: Callable[[float], float], low: float, high: float, rounds: int = 60) -> float:
+    """Zero of a falling function of a positive number, by bisection of its logarithm.
+
+    The nearer end where it does not cross zero between ``low`` and ``high``.
+    """
+    if function(low) <= 0:
+        return low
+    if function(high) >= 0:
+        return high
+    for _ in range(rounds):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return math.sqrt(low * high)
+
+
+def minimum(function: Callable[[float], float], low: float, high: float, rounds: int = 48) -> float:
+    """Argument of the minimum of a function of a positive number, by golden sections of its logarithm (Kiefer, 1953).
+
+    Exact to the tolerance of the rounds where it has one minimum between ``low`` and ``high``.
+    """
+    a, b = math.log(low), math.log(high)
+    for _ in range(rounds):
+        left, right = b - GOLDEN * (b - a), a + GOLDEN * (b - a)
+        if function(math.exp(left)) <= function(math.exp(right)):
+            b = right
+        else:
+            a = left
+    return math.exp((a + b) / 2)
+
+
+# Expected maximum of so many independent draws, from a sample or of a normal distribution. Pure arithmetic.
+
+
+LEAST_TAIL = 10
+"""Fewest values that a tail is fitted to."""
+
+
+def maximum_weights(size: int, draws: int) -> Floats:
+    """Weights of ascending values whose weighted sum is the mean of the largest of ``draws``, over all choices.
+
+    That of every choice without replacement is the U-statistic of the maximum (Hoeffding, 1948): its expectation is the
+    expected maximum of ``draws`` independent draws, whatever the distribution. ``draws`` is at most ``size``.
+    """
+    places = np.arange(size, 1, -1)
+    # A value's weight from that of the next larger one: C(i - 2, d - 1) / C(i - 1, d - 1).
+    ratios = np.maximum(places - draws, 0) / (places - 1)
+    return draws / size * np.cumprod(np.append(1.0, ratios))[::-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Ascending values, and the exponential tail through the largest of them."""
+
+    values: Floats
+
+    @property
+    def in_tail(self) -> int:
+        """Number of the largest values that the tail is fitted to: as many as the square root of all."""
+        return min(max(LEAST_TAIL, math.isqrt(len(self.values))), len(self.values) // 2)
+
+    @property
+    def reach(self) -> int:
+        """Draws up to which the values speak for themselves: beyond, the few largest would be all that counts."""
+        return max(1, len(self.values) // max(1, self.in_tail))
+
+    @property
+    def tail(self) -> float:
+        """Mean excess of the largest values above the next one: the scale of an exponential tail, by maximum
+        likelihood."""
+        if not self.in_tail:
+            return 0.0
+        threshold = self.values[-self.in_tail - 1]
+        return float((self.values[-self.in_tail :] - threshold).mean())
+
+    def expected_maximum(self, draws: int) -> float:
+        """Return the expected maximum; beyond the reach it grows by the tail's scale with the logarithm of the draws.
+
+        So grows the maximum of every distribution whose tail is exponential, and less that of a normal one or of a
+        bounded one: for these it is an upper estimate.
+        """
+        inside = min(draws, self.reach)
+        known = float(maximum_weights(len(self.values), inside) @ self.values)
+        return known + self.tail * math.log(draws / inside)
+
+
+@lru_cache(maxsize=256)
+def normal_maximum(draws: int) -> float:
+    """Return the expected maximum of independent standard normal draws, by numerical integration."""
+    x = np.linspace(-10.0, 10.0, 4001)
+    below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x.tolist()])
+    return float(((x > 0) + 0.5 * (x == 0) - below**draws).sum() * (x[1] - x[0]))
+
+
+# Stragglers of a synchronous step: how much longer than the mean the slowest of so many ranks works by itself.
+
+
+MOST_STEPS = 2000
+"""Steps of a run that are looked at, its last ones: more tell no more, and are held for all ranks at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class RankSpread:
+    """Spread of the own times of the ranks of a point.
+
+    All figures are shares of the mean own time: a rank that has half of the work to do is slower by half as much.
+    """
+
+    own_s: float
+    """Mean own time of a step over ranks and steps, seconds."""
+    deviations: Floats
+    """[steps, ranks]: own time above the mean of its step."""
+    has_stages: bool = False
+    """True for a pipeline: its stages differ by design, so that a rank is held against itself only."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks, two or more."""
+        return int(self.deviations.shape[1])
+
+    @cached_property
+    def _rank_means(self) -> Floats:
+        means: Floats = self.deviations.mean(axis=0)
+        return means
+
+    @cached_property
+    def _in_step(self) -> Floats:
+        """[steps, ranks], ascending in each step."""
+        return np.sort(self.deviations - self._rank_means * self.has_stages, axis=1)
+
+    @cached_property
+    def noise(self) -> Sample:
+        """Noise from step to step, over all ranks. The means that were taken off took some of its variance along."""
+        steps, ranks = self.deviations.shape
+        taken = (1 - 1 / ranks) * (1 - 1 / steps)
+        return Sample(np.sort((self.deviations - self._rank_means).ravel()) / math.sqrt(taken))
+
+    @cached_property
+    def lasting(self) -> float:
+        """Standard deviation of what ranks are slower throughout, beyond what noise does to a mean; 0 for stages."""
+        noise = float(self.noise.values.var()) / len(self.deviations)
+        return 0.0 if self.has_stages else math.sqrt(max(0.0, float(self._rank_means.var(ddof=1)) - noise))
+
+    def share(self, ranks: int) -> float:
+        """Return the expected excess of the slowest of so many ranks over their mean, as a share of that mean.
+
+        Up to the ranks that were measured it is the mean over all choices of so many of them, exactly what was seen at
+        their number. Beyond, noise grows as the expected maximum of its sample, lasting slowness as that of a normal
+        distribution; both together as their root of squares, which is exact where both are normal or one is nothing.
+        """
+        known = self.ranks
+        inside = min(ranks, known)
+        seen = float((self._in_step @ maximum_weights(known, inside)).mean())
+        if ranks <= known:
+            return seen
+        noise = self.noise.expected_maximum(ranks) - self.noise.expected_maximum(known)
+        lasting = self.lasting * (normal_maximum(ranks) - normal_maximum(known))
+        return seen + math.hypot(noise, lasting)
+
+    @property
+    def text(self) -> str:
+        """Spread of the own times in words: throughout, and from step to step."""
+        lasting = "of pipeline stages noise only" if self.has_stages else f"{100 * self.lasting:.2g} % throughout"
+        noise = f"{100 * float(self.noise.values.std()):.2g} % from step to step"
+        return f"own times of {self.ranks} ranks differ by {lasting} and {noise} (standard deviations)"
+
+
+def spread_of(own: Floats, *, has_stages: bool = False) -> RankSpread:
+    """Take own times apart: seconds, [steps, ranks], of two steps and two ranks or more."""
+    mean = float(own.mean())
+    return RankSpread(mean, (own - own.mean(axis=1, keepdims=True)) / mean, has_stages)
+
+
+def read_spread(point: Point) -> RankSpread | None:
+    """Read the own times of a point's ranks; None where not all of them say in every step how long they waited."""
+    run, used = RunFolder(point.path), drop_warmup(point.steps)[-MOST_STEPS:]
+    expected = 0 if point.environment is None else point.environment.world_size
+    steps, attempts = (np.array([getattr(step, name) for step in used]) for name in ("step", "attempt"))
+    own, has_stages = [], False
+    for rank in run.metric_ranks():
+        columns = read_columns(run.metrics(rank), (TIME, *WAITS, "time"))
+        if not len(columns):
+            continue
+        at = np.searchsorted(columns.steps, steps).clip(0, len(columns) - 1)
+        known, times = step_times(columns)
+        is_there = (columns.steps[at] == steps).all() and (columns.attempts[at] == attempts).all()
+        if not is_there or not (known & columns.known["comm_s"])[at].all():
+            return None
+        waits = [np.where(columns.known[name], columns.values[name], 0.0)[at] for name in WAITS]
+        has_stages |= bool(columns.known["bubble_s"][at].any())
+        own.append(times[at] - sum(waits))
+    if len(own) < max(2, expected) or len(steps) < 2 or not np.mean(own) > 0:
+        return None
+    return spread_of(np.array(own).T, has_stages=has_stages)
+
+
+# Models of the time of a step over the number of nodes, and their fit to measured points.
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from collections.abc import Collection
 
 from rich.console import Console
 
+from launch.config import ReportFile
 from launch.report.row import Row
 from launch.report.selection import Selection, select
 from launch.report.table import ScalingTable, build, tabulate_selection
-from launch.report.views import show
-from launch.report.write import ALL_FILES, write
-from launch.runs.report_files import ReportFile
+from launch.report.views.text import show
+from launch.report.views.write import ALL_FILES, write
 
 __all__ = [
     "Row",

@@ -11,16 +11,15 @@ from shlex import quote
 
 from rich.console import Console
 
+import gpt_launch.own_names  # noqa: F401
+from launch.config import ReportFile
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.report import ScalingTable, select, show_and_write, tabulate_selection
-from launch.report.comparison import compare
 from launch.report.selection import writing_to
-from launch.report.watch import WATCH_S, watch
-from launch.report.write import ALL_FILES
+from launch.report.series import compare
+from launch.report.views.write import ALL_FILES, WATCH_S, watch
 from launch.runs.files import deny_others_writing
-from launch.runs.find import runs_labelled
-from launch.runs.report_files import ReportFile
-from launch.runs.sweeps import ARCHIVE
+from launch.runs.find import ARCHIVE, runs_labelled
 
 
 @refusing

@@ -1,9 +1,4 @@
-"""Goodput of a run: its time by part, from its submission to its end over all attempts, and what it cost.
-
-Owns the parts, which add up to the whole because each stretch of the clock is given to one of them: the event log says
-when nodes were allocated and attempts started, the records of the first rank when steps were made. Must not know how a
-report shows it.
-"""
+"""Goodput of a run: its time by part over all attempts, its cost, and the best interval between checkpoints."""
 
 from __future__ import annotations
 
@@ -16,10 +11,38 @@ from pathlib import Path
 from typing import Any
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
-from launch.report.division import Division, Record, Stretch
-from launch.report.interruptions import Losses, Restart, Rollback, read_rollbacks
+from launch.report.interruptions import Division, Losses, Record, Restart, Rollback, Stretch, read_rollbacks
+from launch.runs.events import best_interval_s, expected_goodput
 from launch.runs.folder import RunFolder
-from launch.runs.rollback import aside_records
+from launch.runs.identity import aside_records
+
+# Cost of failing nodes for a run of so many of them. The arithmetic is ``launch.runs.events``'s.
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Cost of failures: seconds that each save holds the steps up, seconds of a restart, hours between failures."""
+
+    mtbf_node_h: float
+    """Mean time between failures of one node, hours."""
+    save_s: float
+    restart_s: float
+
+    def interval_s(self, nodes: int) -> float:
+        """Return Young's interval between saves, seconds."""
+        return best_interval_s(self.save_s, self.mtbf_s(nodes))
+
+    def mtbf_s(self, nodes: int) -> float:
+        """Return the mean time between failures of any of the nodes, seconds: they fail independently."""
+        return 3600 * self.mtbf_node_h / nodes
+
+    def goodput(self, nodes: int) -> float:
+        """Return the share of the time in steps that count, 0 to 1, where saves are made at Young's interval."""
+        return expected_goodput(self.save_s, self.interval_s(nodes), self.restart_s, self.mtbf_s(nodes))
+
+
+# Goodput of a run: its time by part, from its submission to its end over all attempts, and what it cost.
+
 
 PARTS = {
     "waiting": "waiting for nodes",
@@ -184,7 +207,7 @@ TIMES = ("step_time_s", "compile_s", "val_compile_s", "restore_s")
 
 def _records_in(path: Path, rollbacks: Sequence[Rollback]) -> Iterator[Record]:
     """Yield the records of one file, with the last line of each step of an attempt between two roll-backs."""
-    from launch.runs.columns import read_columns  # numpy: see launch.report.points
+    from launch.report.columns import read_columns  # numpy: see launch.report.points
 
     columns = read_columns(path, (*TIMES, "time", "val_loss"), every=True)
     steps, attempts, times = (columns.values[name].tolist() for name in ("step", "attempt", "time"))

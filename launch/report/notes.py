@@ -1,19 +1,17 @@
-"""The sentences below a scaling table: what its figures do and do not say.
-
-Owns the wording. Must not know how a table is shown.
-"""
+"""The sentences below a scaling table, and the figures in them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.report.advice import low_mfu
-from launch.report.details import straggler_notes
-from launch.report.gpu_use import gpu_notes
-from launch.report.loss_tables import loss_notes
+from launch.errors import counted, how_often
+from launch.report.environment import gpu_notes
+from launch.report.interruptions import CAUSES, DEFINITION, SAVED_DEFINITION
 from launch.report.points import State
-from launch.report.readings import WARMUP_STEPS
+from launch.report.row import Row, straggler_notes
 from launch.report.series import (
     MIN_STEPS,
     NOISY,
@@ -24,12 +22,221 @@ from launch.report.series import (
     made_with,
     work_text,
 )
+from launch.report.steps import LOSSES, REST, WARMUP_STEPS, phase_shares
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
-from launch.runs.wording import counted
 
 if TYPE_CHECKING:
     from launch.report.row import Row
+
+
+# Figures as the tables of a report write them: on the terminal, in Markdown and in HTML alike.
+
+
+UNAVAILABLE = "unavailable"
+"""Stands for a figure that is not known."""
+
+
+def count(value: float | None) -> str:
+    """A whole number, with commas between the thousands."""
+    return UNAVAILABLE if value is None else f"{value:,.0f}"
+
+
+def rate(value: float | None) -> str:
+    """Throughput with three digits at least: 9.87, 98.7, 987, 98,765."""
+    if value is None or value >= 100:
+        return count(value)
+    return f"{value:.3g}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration in ms or s with three digits."""
+    if value is None:
+        return UNAVAILABLE
+    number, unit = (value * 1000, "ms") if value < 0.9995 else (value, "s")
+    return f"{number:#.3g}".rstrip(".") + f" {unit}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent; small ones, such as the MFU of a small model, keep a digit."""
+    if value is None:
+        return UNAVAILABLE
+    return f"{value * 100:.1f} %"
+
+
+def percentages(shares: Sequence[float]) -> list[str]:
+    """Round shares to tenths of a percent so that they add up to their rounded sum: 100.0 where that is 1.
+
+    Those whose digits behind are largest are rounded up (largest remainder method).
+    """
+    tenths = [1000 * share for share in shares]
+    below = [math.floor(value) for value in tenths]
+    order = sorted(range(len(tenths)), key=lambda index: below[index] - tenths[index])
+    for index in order[: round(sum(tenths)) - sum(below)]:
+        below[index] += 1
+    return [f"{value / 10:.1f}" for value in below]
+
+
+def run_time(value: float | None) -> str:
+    """A long duration: 12.3 s, 4 min 05 s, 2 h 10 min."""
+    if value is None or value < 99.95:
+        return seconds(value)
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def amount(value: float | None) -> str:
+    """A sum of money, or hours, with two decimals."""
+    return UNAVAILABLE if value is None else f"{value:,.2f}"
+
+
+def told(value: float | None, unit: str) -> str:
+    """Write a figure with four digits, and its unit."""
+    if value is None:
+        return UNAVAILABLE
+    return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.4g} {unit}"
+
+
+# Advice where a GPU is used little: what the steps of a point are made of, and what to type against it.
+
+
+LOW_MFU = 0.2
+WORTH_NAMING = 0.1
+"""Share of the step from which a phase other than computation is what to look at."""
+ADVICE = {
+    "communication": "More work between two reductions hides it: a larger optim.global_batch, or fewer nodes; "
+    "python -m launch.doctor measures the links.",
+    "stragglers": "All ranks wait for the slowest: scaling.html shows which one, and on which host.",
+    "data": "Token files on a filesystem that is nearer (data.path), prepared by python -m gpt.prepare.",
+    "bubble": "More micro-batches fill the pipeline: a smaller optim.max_micro_batch.",
+    "optimizer": "parallel=zero1 divides the optimizer among the ranks.",
+    REST: "Larger matrices use a GPU better: a larger optim.max_micro_batch, as far as memory goes, and "
+    "precision=bf16.",
+}
+
+
+def low_mfu(members: Sequence[MeasuredPoint]) -> list[str]:
+    """Advise on points of the GPT library whose MFU is low, by what most of their lost time is."""
+    told = []
+    for member in members:
+        mfu = None if member.figures is None else member.figures.mfu_palm
+        if mfu is None or mfu >= LOW_MFU or not member.point.is_gpt:
+            continue
+        shares = phase_shares(drop_warmup(member.point.steps))
+        known = {phase: share for phase, share in shares.items() if phase != REST}
+        most = max(known, key=lambda phase: known[phase], default=REST)
+        most = most if known.get(most, 0.0) >= WORTH_NAMING else REST
+        made_of = ", ".join(f"{LOSSES[phase]} {100 * share:.1f} %" for phase, share in shares.items())
+        steps = f" Its steps are {made_of}." if known else ""
+        told.append(
+            f"MFU at {member.point.title} is {100 * mfu:.1f} %, below {100 * LOW_MFU:.0f} %.{steps} {ADVICE[most]}"
+        )
+    return told
+
+
+# Costs of interruptions as a table, which Markdown and the HTML page share, and as notes. Must not compute figures.
+
+
+def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
+    """Add up the lost hours of several points by cause, in the order of ``CAUSES``."""
+    found = {cause: [hours for row in rows if (hours := row.interrupted().get(cause))] for cause in CAUSES}
+    return {cause: sum(hours) for cause, hours in found.items() if hours}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Losses of several points together, and what restarts in place saved them."""
+
+    by_cause: dict[str, float]
+    """Hours of one unit by cause."""
+    hours: float
+    interruptions: int
+    in_place: int
+    """Restarts in place."""
+    saved_h: float
+    saved_wait_s: float
+
+
+def add_up(rows: Sequence[Row]) -> Sums:
+    """Add up what several points lost and saved; what is not known of a point counts as nothing."""
+    return Sums(
+        by_cause=hours_by_cause(rows),
+        hours=sum(row.interrupted_h or 0.0 for row in rows),
+        interruptions=sum(row.interruptions or 0 for row in rows),
+        in_place=sum(row.restarts_in_place or 0 for row in rows),
+        saved_h=sum(row.saved_in_place_h or 0.0 for row in rows),
+        saved_wait_s=sum(row.saved_in_place_wait_s or 0.0 for row in rows),
+    )
+
+
+def units(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Group the rows with interruptions by the unit of their hours: those of GPUs and of nodes are never added up."""
+    found = {unit: [row for row in rows if row.hours_of == unit and row.interruptions] for unit in ("GPU", "node")}
+    return [(unit, of_unit) for unit, of_unit in found.items() if of_unit]
+
+
+def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Tell what interruptions cost each point, and all together, with a head; empty where there were none.
+
+    Args:
+        rows: with hours of one unit.
+    """
+    unit = f"{rows[0].hours_of}-h"
+    causes = hours_by_cause(rows)
+    has_saving = any(row.saved_in_place_h is not None for row in rows)
+    titles = [*(CAUSES[cause] for cause in causes), "in all", "interruptions", "of them in place"]
+    cells = [["point", *titles, *(["saved in place", "wait saved", "against"] if has_saving else [])]]
+    for row in rows:
+        by_cause = row.interrupted()
+        shown = [told(by_cause.get(cause, 0.0), unit) for cause in causes]
+        counts = [str(row.interruptions), str(row.restarts_in_place or 0)]
+        saved = [told(row.saved_in_place_h, unit), _time(row.saved_in_place_wait_s), row.saved_against or UNAVAILABLE]
+        cells.append([row.label or row.point, *shown, told(row.interrupted_h, unit), *counts, *saved[: 3 * has_saving]])
+    if len(rows) > 1:
+        whole = add_up(rows)
+        shown = [told(hours, unit) for hours in whole.by_cause.values()]
+        counts = [str(whole.interruptions), str(whole.in_place)]
+        saved = [told(whole.saved_h, unit), _time(whole.saved_wait_s), ""]
+        cells.append(["all", *shown, told(whole.hours, unit), *counts, *saved[: 3 * has_saving]])
+    return cells
+
+
+def loss_notes(rows: Sequence[Row]) -> list[str]:
+    """Make the sentences about interruptions: what they cost by cause, and what restarts in place saved."""
+    found = []
+    for unit, of_unit in units(rows):
+        whole = add_up(of_unit)
+        causes = ", ".join(f"{CAUSES[c]} {told(hours, f'{unit}-h')}" for c, hours in whole.by_cause.items())
+        number = counted(whole.interruptions, "interruption")
+        share = _share(of_unit, whole.hours)
+        found.append(f"{number} cost {told(whole.hours, f'{unit}-hours')}{share} ({causes}): {DEFINITION}.")
+        spared = [row for row in of_unit if row.saved_in_place_h is not None]
+        if spared:
+            saved = add_up(spared)
+            roads = " and ".join(dict.fromkeys(row.saved_against or "" for row in spared))
+            found.append(
+                f"Ranks were started again in place {how_often(saved.in_place)}, which saved about "
+                f"{told(saved.saved_h, f'{unit}-hours')} and {_time(saved.saved_wait_s)} of waiting for nodes, "
+                f"against {roads}: {SAVED_DEFINITION}."
+            )
+    return found
+
+
+def _share(rows: Sequence[Row], hours: float) -> str:
+    """Share of the hours that the runs with interruptions used; empty where it is not known."""
+    used = [row.gpu_hours for row in rows]
+    if rows[0].hours_of != "GPU" or None in used:
+        return ""
+    share = hours / sum(filter(None, used))
+    return f", {percent(share)} of what these runs used"
+
+
+def _time(value: float | None) -> str:
+    return "0 s" if value == 0 else run_time(value)
+
+
+# The sentences below a scaling table: what its figures do and do not say.
+
 
 STATE_TEXTS = {
     State.FAILED: "failed",

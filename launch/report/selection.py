@@ -13,8 +13,7 @@ from shlex import quote
 from tempfile import TemporaryFile
 
 from launch.errors import ConfigError
-from launch.runs.find import OUTPUTS, is_run, runs_inside
-from launch.runs.sweeps import ARCHIVE, CURRENT, Sweep, current_sweep, read_sweeps
+from launch.runs.find import ARCHIVE, CURRENT, OUTPUTS, Sweep, current_sweep, is_run, read_sweeps, runs_inside
 
 REPORT = "python -m launch.report"
 MAX_OTHERS = 8

@@ -1,28 +1,286 @@
-"""Step records of all ranks of a run, reduced while they are read, one rank's file at a time.
-
-Owns which records make a step, and what is kept of them: of each step the slowest rank, the work and the MFU, and of
-each rank its mean times by window of the run. Memory grows with the steps and with the ranks, not with their product.
-Must not know what a report says of them.
-"""
+"""Step records of all ranks of a run, reduced while they are read."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from launch.report.columns import Flags, Floats, Integers, RecordColumns, read_ahead, read_columns, size_of
 from launch.report.environment import Environment
-from launch.report.losses import RECORDED, REST, STRAGGLERS
-from launch.report.rank_times import OwnTimes
-from launch.report.read_ahead import read_ahead, size_of
-from launch.report.readings import Step, StepReading, UnreadLines
-from launch.runs.columns import Flags, Floats, Integers, RecordColumns, read_columns
 from launch.runs.folder import RunFolder
 from launch.runs.records import UNITS, own_work
+
+# Figures that a report takes from the step records of one run: its steps, and the times of its ranks.
+
+
+WARMUP_STEPS = 5
+"""Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
+LEAST_SHARE = 0.02
+"""Share of the step time below which nobody is called slow: a clock read at another moment makes as much."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over all ranks: the time of the slowest rank, the work of all of them."""
+
+    step: int
+    attempt: int
+    time_s: float
+    work: float | None
+    """In the unit of the point; None where neither the ranks nor the set-up tell."""
+    mfu_palm: float | None
+    recorded_by: int = 1
+    """Ranks whose own work was added up."""
+    phases: Mapping[str, float] | None = None
+    """Phase -> seconds of it in ``time_s``, on the rank with the longest own time: see ``losses``; they add up to it.
+    None where the ranks did not all say the same."""
+
+
+@dataclass(frozen=True)
+class RankTime:
+    """Times of one rank, means over the steps after warm-up, in seconds."""
+
+    rank: int
+    own_s: float
+    """Its step time, less what it says it waited in collectives (``comm_s``)."""
+    excess_s: float
+    """``own_s`` above the median of the other ranks; below it where negative."""
+    data_wait_s: float | None
+    wait_excess_s: float | None
+    """``data_wait_s`` above the median of the other ranks."""
+    is_slow: bool = False
+    """True where it takes longer than the others beyond their spread, and does so throughout the run."""
+    waits_long: bool = False
+    """True where it waits longer for its data than the others, in the same sense."""
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Times of all ranks of a run that recorded steps."""
+
+    ranks: tuple[RankTime, ...]
+    windows: tuple[tuple[int, int], ...]
+    """First and last step of each window of the run."""
+    excess_s: tuple[tuple[float, ...], ...]
+    """[ranks, windows]: mean of a rank's own time in a window above the median of all ranks there."""
+    is_net: bool = False
+    """True where waiting in collectives was recorded and is taken off."""
+
+
+@dataclass(frozen=True)
+class UnreadLines:
+    """Lines among the step records of one rank in one attempt that are no records: cut by a crash, or garbled."""
+
+    rank: int
+    attempt: int | None
+    """None where nothing in the file of the rank tells it."""
+    lines: int
+
+
+@dataclass(frozen=True)
+class StepReading:
+    """Everything that a report takes from the step records of a run."""
+
+    steps: tuple[Step, ...] = ()
+    """In order, of attempts with the set-up of the last one that had all nodes of the run."""
+    rank_times: RankTimes | None = None
+    unit: str | None = None
+    """Unit of the work, as the set-up states it or the records show it; None where nothing says."""
+    last_step: int | None = None
+    loss: float | None = None
+    """Training loss of the last step."""
+    attempt: int = 0
+    """Attempt whose set-up the steps have."""
+    attempt_steps: Mapping[int, int] = field(default_factory=dict)
+    """Attempt -> steps that it made, and that no later one made again."""
+    bf16_ratio: float | None = None
+    """MFU of the bf16 peak over that of the peak in the precision of the run, by the last record."""
+    attempt_times: Mapping[int, tuple[float, float]] | None = None
+    """Attempt -> times of its first and its last record that count, by the first rank."""
+    unread: tuple[UnreadLines, ...] = ()
+    """By rank, and by attempt in the order of its file."""
+
+
+# Efficiency that a point lost against the smallest one, divided among the phases of its steps.
+
+
+RECORDED = {
+    "communication": "comm_s",
+    "bubble": "bubble_s",
+    "data": "data_wait_s",
+    "optimizer": "optimizer_s",
+}
+"""Phase -> field of the step records that tells it. Communication comes first, as the others lie in a rank's own
+time."""
+STRAGGLERS, REST = "stragglers", "computation"
+LOSSES = {
+    "communication": "exposed communication",
+    "stragglers": "stragglers",
+    "data": "waiting for data",
+    "bubble": "pipeline bubble",
+    "optimizer": "optimizer",
+    "computation": "computation and the rest",
+}
+"""Phase -> its name for people, in the order in which they are shown."""
+
+
+def phase_shares(steps: Sequence[Step]) -> dict[str, float]:
+    """Divide the step time: phase -> its share over these steps; the shares add up to 1. Empty where nothing tells.
+
+    A phase that some steps lack counts as the rest in the others too.
+    """
+    divided = [step.phases for step in steps if step.phases is not None]
+    total = sum(step.time_s for step in steps)
+    if len(divided) < len(steps) or not total > 0:
+        return {}
+    told = [phase for phase in LOSSES if phase != REST and all(phase in phases for phases in divided)]
+    shares = {phase: sum(phases[phase] for phases in divided) / total for phase in told}
+    return {**shares, REST: 1 - sum(shares.values())}
+
+
+def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: float, alone: bool) -> dict[str, float]:
+    """Divide ``1 - efficiency`` of a point among phases: phase -> share of its step time; negative where it gained.
+
+    The ideal step takes ``efficiency`` of the time of the real one, divided as at the smallest point. What a phase
+    takes beyond its part of the ideal step is lost to it.
+
+    Args:
+        point: shares of the phases in its step time, as of ``phase_shares``.
+        base: those of the smallest point.
+        efficiency: of the point against the smallest one.
+        alone: True where the smallest point is one rank, which waits for nobody.
+    """
+    if not point or not base:
+        return {}
+    none_alone = {"communication": 0.0, STRAGGLERS: 0.0, "bubble": 0.0} if alone else {}
+    ideal = {**none_alone, **base}
+    told = [phase for phase in LOSSES if phase != REST and phase in point and phase in ideal]
+    if not told:
+        return {}
+    parts = {phase: point[phase] - efficiency * ideal[phase] for phase in told}
+    return {**parts, REST: 1 - efficiency - sum(parts.values())}
+
+
+# Times of each rank beside those of the others: who is slower, by how much, and whether the spread bears it out.
+
+
+WINDOWS = 60
+"""Windows of the run over which the times of each rank are averaged."""
+LEAST_WINDOWS = 4
+"""Of at least this many steps each window has one: nothing is called persistent that was seen in fewer."""
+WAITS = ("comm_s", "bubble_s")
+"""Fields of a step record that tell how long a rank waited for others."""
+BEYOND_SPREAD = 3.0
+"""Interquartile ranges of the other ranks by which a slow one lies above their median."""
+
+
+class OwnTimes:
+    """Mean times of the ranks in windows of the run; the first rank says which steps these are made of."""
+
+    def __init__(self, first: RecordColumns, counts: Flags) -> None:
+        for attempt in np.unique(first.attempts).tolist():
+            of_attempt = first.steps[first.attempts == attempt]
+            counts = counts & ~((first.attempts == attempt) & (first.steps < of_attempt[0] + WARMUP_STEPS))
+        self._steps, self._attempts = first.steps[counts], first.attempts[counts]
+        self._parts = np.array_split(np.arange(len(self._steps)), min(WINDOWS, len(self._steps)) or 1)
+        self._window = np.repeat(np.arange(len(self._parts)), [len(part) for part in self._parts])
+        self._sizes = np.bincount(self._window)
+        self._sought = np.empty(0, np.int64), np.empty(0, np.int64)
+        """Steps of the rank that was added last, and where the steps of the first rank are among them."""
+        self._ranks: list[int] = []
+        self._own: list[Floats] = []
+        self._waits: list[Floats] = []
+        self._is_net = True
+
+    def add(self, rank: int, columns: RecordColumns, known: Flags, times: Floats) -> None:
+        """Add one rank, with its step times; one that did not record all the steps is left out."""
+        if not np.array_equal(columns.steps, self._sought[0]):  # mostly all ranks recorded the same
+            places = np.searchsorted(columns.steps, self._steps).clip(0, len(columns) - 1)
+            self._sought = columns.steps, places
+        at = self._sought[1]
+        if not (columns.steps[at] == self._steps).all():
+            return
+        if not len(at) or not known[at].all() or not (columns.attempts[at] == self._attempts).all():
+            return
+        own = times[at]
+        for name in (name for name in WAITS if name in columns.known and columns.known[name][at].all()):
+            own = own - columns.values[name][at]
+        self._is_net = self._is_net and "comm_s" in columns.known and bool(columns.known["comm_s"][at].all())
+        self._ranks.append(rank)
+        self._own.append(self._averages(own))
+        self._waits.append(self._averages(columns.values["data_wait_s"][at]))
+
+    def _averages(self, values: Floats) -> Floats:
+        return np.bincount(self._window, weights=values) / self._sizes
+
+    def result(self) -> RankTimes | None:
+        """Compare the ranks; None where fewer than two have recorded the same steps."""
+        if len(self._ranks) < 2 or len(self._parts) < LEAST_WINDOWS:
+            return None
+        own, waits = np.array(self._own), np.array(self._waits)
+        sizes = self._sizes
+        step_s = float(own.mean())
+        excess, slow = _compare(own, sizes, step_s)
+        has_waits = not bool(np.isnan(waits).any())
+        wait_excess, long = _compare(waits, sizes, step_s) if has_waits else (np.zeros(len(own)), slow & False)
+        mean, mean_wait = (values @ sizes / sizes.sum() for values in (own, waits))
+        ranks = tuple(
+            RankTime(
+                rank=rank,
+                own_s=float(mean[index]),
+                excess_s=float(excess[index]),
+                data_wait_s=float(mean_wait[index]) if has_waits else None,
+                wait_excess_s=float(wait_excess[index]) if has_waits else None,
+                is_slow=bool(slow[index]),
+                waits_long=bool(long[index]),
+            )
+            for index, rank in enumerate(self._ranks)
+        )
+        map_s = own - np.median(own, axis=0)
+        return RankTimes(
+            ranks=ranks,
+            windows=tuple((int(self._steps[part[0]]), int(self._steps[part[-1]])) for part in self._parts),
+            excess_s=tuple(tuple(row) for row in map_s.tolist()),
+            is_net=self._is_net,
+        )
+
+
+def _compare(times: Floats, sizes: np.ndarray, step_s: float) -> tuple[Floats, Flags]:
+    """Return how far each rank lies above the median of the others, and which ones do so beyond doubt.
+
+    ``times`` are means of [ranks, windows], of ``sizes`` steps. Beyond doubt is what is worth naming, exceeds the
+    spread of the others, and holds in three quarters of the windows at half its size or more.
+    """
+    means = times @ sizes / sizes.sum()
+    order = np.argsort(means, kind="stable")
+    excess, slow = np.zeros(len(means)), np.zeros(len(means), np.bool_)
+    for place, rank in enumerate(order.tolist()):
+        excess[rank] = means[rank] - _quantile_without(means[order], place, 0.5)
+    for rank in np.flatnonzero(excess >= LEAST_SHARE * step_s).tolist():
+        place = int(np.flatnonzero(order == rank)[0])
+        low, high = (_quantile_without(means[order], place, share) for share in (0.25, 0.75))
+        if excess[rank] <= BEYOND_SPREAD * (high - low):
+            continue
+        others = np.median(np.delete(times, rank, axis=0), axis=0)
+        slow[rank] = np.quantile(times[rank] - others, 0.25) >= excess[rank] / 2
+    return excess, slow
+
+
+def _quantile_without(ordered: Floats, left_out: int, share: float) -> float:
+    """A quantile of ascending values without one of them, with linear interpolation as in ``numpy.quantile``."""
+    last = len(ordered) - 2
+    below = int(share * last)
+    pair = [float(ordered[i if i < left_out else i + 1]) for i in (below, min(below + 1, last))]
+    return pair[0] + (pair[1] - pair[0]) * (share * last - below)
+
+
+# Step records of all ranks of a run, reduced while they are read, one rank's file at a time.
+
 
 TIME = "step_time_s"
 

@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from launch.report import series as series_of
-from launch.report.comparison import comparison_notes, label_selected, ratios_to_first
-from launch.report.details import RunDetail, detail
-from launch.report.gpu_use import GpuUse
+from launch.report.environment import GpuUse
 from launch.report.interruptions import Losses, saved_in_place
 from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
-from launch.report.losses import lost, phase_shares
 from launch.report.notes import notes
 from launch.report.points import Point, neighbours, read_point
-from launch.report.readings import UnreadLines
-from launch.report.row import Row
+from launch.report.row import Row, RunDetail, detail
 from launch.report.selection import Selection, select
-from launch.report.series import MeasuredPoint, Measurement, Series, drop_warmup, measure
+from launch.report.series import (
+    MeasuredPoint,
+    Measurement,
+    Series,
+    comparison_notes,
+    drop_warmup,
+    label_selected,
+    measure,
+    ratios_to_first,
+)
+from launch.report.steps import UnreadLines, lost, phase_shares
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,31 @@
-"""Between Hydra's documents, typed configs, and the files of a run folder that hold them.
-
-Knows schemas only as dataclasses that it is handed. Torch-free.
-"""
+"""Conversion between Hydra's documents, typed configs, and the config files of a run folder."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.base import Node
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
-from launch.runs.damage import UNREADABLE, damaged, unreadable, writing_into
-from launch.runs.explain import explain, free_keys, schema_keys, unknown_key
 from launch.runs.files import write_atomically
-from launch.runs.folder import RunFolder
-from launch.runs.renamed import adopt_former_keys
+from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
+from launch.runs.overrides import adopt_former_keys
+from launch.runs.refusals import explain, free_keys, schema_keys, unknown_key
+
+# Between Hydra's documents, typed configs, and the files of a run folder that hold them.
+
 
 Schema = TypeVar("Schema")
 
@@ -113,7 +118,7 @@ def read_document(folder: RunFolder) -> DictConfig:
         raise ConfigError(f"no {folder.config}", "the folder of a run", "python -m launch, to make one")
     try:
         document = OmegaConf.load(folder.config)  # by its own grammar, in which 1e-4 is a number
-    except (*UNREADABLE, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise unreadable(folder.config, error) from error
     if not isinstance(document, DictConfig) or not document:
         raise damaged(folder.config, "it holds no keys")
@@ -159,3 +164,86 @@ def plain_config(config: Any) -> dict[str, Any]:
     """The config by dotted keys, as plain values that JSON can hold."""
     flat = flatten(dataclasses.asdict(config))
     return {key: plain(value) if hasattr(value, "name") else value for key, value in flat.items()}
+
+
+# Values that are set in a config which Hydra has composed already, as Hydra sets them. Its own code behind one door.
+
+
+AnyNode = TypeVar("AnyNode", bound=Node)
+
+
+def composed_with(
+    texts: Sequence[str], is_group: Callable[[str], bool], compose: Callable[[tuple[str, ...]], DictConfig]
+) -> DictConfig:
+    """Compose a config, for which ``compose`` is handed the overrides that choose files; values are set in a copy.
+
+    Args:
+        texts: overrides in Hydra's grammar. Where one sweeps, all go to ``compose``, and Hydra refuses it there.
+        is_group: tells whether a key without dots is a group of files.
+        compose: from overrides to a config; of the same overrides it may return the same one again.
+
+    Raises:
+        HydraException: an override cannot be parsed, its key is unknown, or its value of the wrong type.
+    """
+    chosen, values = _split(texts, is_group)
+    if any(override.is_sweep_override() for override in values):
+        chosen, values = tuple(texts), []
+    return _with_values(compose(chosen), values)
+
+
+def _split(texts: Sequence[str], is_group: Callable[[str], bool]) -> tuple[tuple[str, ...], list[Override]]:
+    """Split overrides into those that choose files, as typed, and those that set values, parsed.
+
+    Args:
+        texts: overrides in Hydra's grammar.
+        is_group: tells whether a key without dots is a group of files.
+
+    Raises:
+        HydraException: one of them cannot be parsed.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(texts))
+    values = [override for override in parsed if _sets_a_value(override, is_group)]
+    return tuple(text for text, override in zip(texts, parsed, strict=True) if override not in values), values
+
+
+def _with_values(composed: DictConfig, values: Sequence[Override]) -> DictConfig:
+    """A copy of a composed config with values set in it.
+
+    Raises:
+        HydraException: an unknown key, or a value of the wrong type.
+    """
+    copied = copy_of(composed)
+    OmegaConf.set_struct(copied, True)  # as Hydra sets values: a key that is not there is refused
+    ConfigLoaderImpl._apply_overrides_to_config(list(values), copied)
+    return copied
+
+
+def copy_of(node: AnyNode, parent: Node | None = None) -> AnyNode:
+    """Copy a config as ``copy.deepcopy`` does, node by node, for a root that hangs on no other; values are shared."""
+    made: AnyNode = _shallow(node)
+    made.__dict__.update(_parent=parent, _flags_cache=None, _metadata=_shallow(node._metadata))
+    metadata = made._metadata
+    metadata.flags = dict(metadata.flags or {})
+    metadata.resolver_cache = defaultdict(dict, {name: dict(told) for name, told in metadata.resolver_cache.items()})
+    content = made.__dict__.get("_content")
+    if isinstance(content, dict):
+        made.__dict__["_content"] = {key: copy_of(inner, made) for key, inner in content.items()}
+    elif isinstance(content, list):
+        made.__dict__["_content"] = [copy_of(inner, made) for inner in content]
+    elif isinstance(content, Node):  # one of several types
+        made.__dict__["_content"] = copy_of(content, made)
+    return made
+
+
+def _shallow(value: Any) -> Any:
+    """Another object with the same attributes."""
+    made = object.__new__(type(value))
+    made.__dict__.update(value.__dict__)
+    return made
+
+
+def _sets_a_value(override: Override, is_group: Callable[[str], bool]) -> bool:
+    """Tell whether an override takes no part in the choice of files."""
+    if override.package is not None or override.is_delete() or override.is_hydra_override():
+        return False
+    return "." in override.key_or_group or not is_group(override.key_or_group)  # a group has slashes, and no dots

@@ -1,13 +1,24 @@
-"""The event log since a person last asked for the run: what counts for restarts, limits and the queue. Torch-free."""
+"""The event log since the last submission: what counts for restarts and limits, and which rank failed first."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
+import re
+import socket
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from launch.errors import ConfigError, counted, how_often
 from launch.runs.folder import RunFolder
-from launch.runs.wording import counted, how_often
+from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
+
+# The event log since a person last asked for the run: what counts for restarts, limits and the queue. Torch-free.
+
 
 Events = Sequence[dict[str, Any]]
 FEWER_NODES, ALL_NODES = "fewer_nodes", "all_nodes"
@@ -35,7 +46,7 @@ def last_command(events: Events) -> int:
 
 
 CHANGED = ("resumed_from", "extended")
-"""Events of a command that has a run go on otherwise than where it stopped (``launch.runs.rollback``)."""
+"""Events of a command that has a run go on otherwise than where it stopped (``launch.runs.identity``)."""
 
 
 def planned_steps(events: Events) -> int | None:
@@ -152,3 +163,143 @@ def _since(events: Events, *, failure: str, success: str) -> list[dict[str, Any]
 def local_time(event: Mapping[str, Any]) -> str:
     """Write the time of an event as a clock here shows it, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
+
+
+# Failures of ranks in the event log, so that the first failure can be found among its echoes.
+
+
+ECHO = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|connect timeout|recv.*timed? ?out|DistBackendError|"
+    r"NCCL|socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|"
+    r"rank .* failed",
+    re.IGNORECASE,
+)
+
+
+def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
+    """Write the failure of this rank into the event log, with its traceback where no rank of this node has written it.
+
+    Thousands of ranks fail together, all but one about a lost peer, and every agent reads the whole log.
+    """
+    cause = f"{type(error).__name__}: {error}"
+    # A refusal says it all by itself.
+    trace = "" if isinstance(error, ConfigError) else "".join(traceback.format_exception(error))
+    same = same_failure(rank, failure_kind(cause, places_of(error))) if trace else None
+    if same is None:
+        enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=step)
+    else:
+        enter_failure(folder, attempt, rank, cause=cause, trace=same_text(same), step=step, same_as=same)
+
+
+def places_of(error: BaseException) -> str:
+    """Files and lines that an exception went through: the same for ranks that fail alike, whatever it says of each."""
+    return "\n".join(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))
+
+
+def failure_kind(cause: str, places: str) -> str:
+    """Name failures that one traceback speaks for: errors about a lost peer, or those of the same places."""
+    return "echo" if ECHO.search(cause) else f"{cause.partition(':')[0]}\n{places}"
+
+
+def same_failure(rank: int, kind: str) -> int | None:
+    """Return the rank of this node that has failed like this before, in this attempt; None where ``rank`` is the first.
+
+    A file tells it, in the folder that the agent keeps for its ranks of one attempt; without an agent all are first.
+    """
+    folder = os.environ.get(HEARTBEAT_DIR)
+    if folder is None:
+        return None
+    marker = Path(folder) / f"failure_{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
+    try:
+        own = Path(f"{marker}.{rank}")
+        own.write_text(str(rank))
+        os.link(own, marker)  # whole from the moment that it is there
+    except FileExistsError:
+        return int(marker.read_text())
+    except OSError:  # a full disk, or a folder that is gone
+        return None
+    return None
+
+
+def same_text(rank: int) -> str:
+    """Text in place of a traceback that another rank has written."""
+    return f"as rank {rank} of this host, which has the traceback; this rank's is in its log"
+
+
+def enter_failure(
+    folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None, **more: Any
+) -> None:
+    """Write the failure of a rank of this host into the event log, whoever noticed it.
+
+    ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last progress.
+    """
+    folder.record_event(
+        "rank_failed",
+        attempt=attempt,
+        rank=rank,
+        host=socket.gethostname(),
+        step=step,
+        cause=cause,
+        traceback=trace,
+        log=str(folder.log(attempt, rank)),
+        echo=bool(ECHO.search(cause)),
+        **more,
+    )
+
+
+def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
+    """The failure that came first in an attempt; an error about a lost peer counts only where there is no other.
+
+    Of ranks that were stuck it is the one that went silent first: the others waited for it.
+    """
+    failures = [e for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt]
+    first = min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)
+    if first is None or "same_as" not in first:
+        return first
+    # The rank with the traceback may have been slower to write it.
+    of_host = [e for e in failures if e["host"] == first["host"] and "same_as" not in e]
+    return next((e for e in of_host if e["rank"] == first["same_as"]), first)
+
+
+def failure_text(failure: dict[str, Any]) -> str:
+    """The first failure of a run, for people: who, where, why, and where to read on."""
+    step = f" after step {failure['step']}" if failure.get("step") is not None else ""
+    head = f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}"
+    trace = str(failure.get("traceback") or "").rstrip()
+    return "\n".join(part for part in (head, trace, f"log: {failure['log']}") if part)
+
+
+# Best interval between checkpoints where nodes fail, and the share of the time that is left for steps.
+#
+# Sources: J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974); J. T. Daly,
+# "A higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22 (2006), to first order: its
+# further terms matter only where a save takes a large part of the time between failures.
+
+
+def best_interval_s(save_s: float, between_failures_s: float) -> float:
+    """Return the time of computing between two saves that loses least, seconds: ``sqrt(2 C M)`` (Young 1974).
+
+    Saving more often costs more than the steps that it spares.
+
+    Args:
+        save_s: seconds for which a save holds the steps up.
+        between_failures_s: mean time between failures, seconds.
+    """
+    return math.sqrt(2 * save_s * between_failures_s)
+
+
+def expected_goodput(save_s: float, interval_s: float, restart_s: float, between_failures_s: float) -> float:
+    """Return the share of the time that goes into steps that count, 0 to 1.
+
+    Each interval costs a save, each failure a restart and half of what was done since the last save: at most one
+    failure an interval (Daly 2006).
+
+    Args:
+        save_s: seconds for which a save holds the steps up.
+        interval_s: seconds of computing between two saves.
+        restart_s: seconds from a failure to the next step.
+        between_failures_s: mean time between failures, seconds.
+    """
+    cycle = interval_s + save_s
+    lost = (restart_s + cycle / 2) / between_failures_s
+    return (interval_s / cycle if cycle else 1.0) * max(0.0, 1 - lost)

@@ -1,23 +1,203 @@
-"""Finding run folders, for every command that is given paths: status, logs, cancel, move, report, compare.
-
-Owns the marks of a run folder, the order of several, and which run a label means. Must not know what is in one.
-"""
+"""Run folders found from paths, with the sweeps that took them and the labels that tell them apart."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
+import time
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launch.errors import ConfigError
-from launch.runs.folder import RunFolder
-from launch.runs.labels import point_labels
-from launch.runs.overrides import read_overrides
-from launch.runs.ranges import closest
-from launch.runs.sweeps import read_sweeps
+from launch.errors import ConfigError, closest, counted
+from launch.runs.files import read_json, write_json
+from launch.runs.folder import RunFolder, damaged, read_mapping
+from launch.runs.overrides import NAME_LIMIT, NOT_IN_POINT, NOTHING_TYPED, read_overrides, typed_key, typed_value
+
+# Labels of runs for people: what was typed for one run and not for all of those beside it.
+
+
+MEASURING_KEYS = tuple(
+    f"script.{key}"
+    for key in (
+        *("work_per_step", "unit", "max_steps", "progress", "tensorboard", "silence_timeout_s"),
+        *("stop_signal", "requeue_exit", "resumes", "resume_args"),
+    )
+)
+"""Overrides that say how a script is watched, or how large a point is; the program stays the same."""
+
+
+def tells_apart(override: str) -> bool:
+    """Tell whether an override says what a run is, rather than where and how it is submitted or watched."""
+    key = typed_key(override)
+    return not any(f"{key}.".startswith(f"{other}.") for other in (*NOT_IN_POINT, *MEASURING_KEYS))
+
+
+def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
+    """Label each of some runs by the overrides that not all of them share, in the order in which they were typed.
+
+    Args:
+        runs: for each its folder, and what was typed for it.
+
+    Returns:
+        Labels that differ. A run alone, one whose folder was typed, and one that nothing typed sets apart is called by
+        its folder's name; a run alone for which nothing was typed, or so much that its folder's name was cut, by that
+        of the folder above, which is its ``name``. A later generation of a run that is labelled too keeps its number:
+        ``nodes=2~3``.
+    """
+    names = [path.name for path, _ in runs]
+    typed = [list(filter(tells_apart, overrides)) for _, overrides in runs]
+    common = set.intersection(*map(set, typed)) if typed else set()
+    if len(runs) < 2:
+        return [alone(path, overrides) for path, overrides in runs]
+    labels = []
+    for of_run, (path, overrides) in zip(typed, runs, strict=True):
+        own = ",".join(override.lstrip("+") for override in of_run if override not in common)
+        labels.append(path.name if typed_value(overrides, "run_dir") else own or NOTHING_TYPED)
+    counts = Counter(labels)
+    labels = [
+        label + generation(name) if counts[label] > 1 else label for label, name in zip(labels, names, strict=True)
+    ]
+    counts = Counter(labels)
+    labels = [name if counts[label] > 1 else label for label, name in zip(labels, names, strict=True)]
+    return labels if len(set(labels)) == len(labels) else names
+
+
+def alone(path: Path, overrides: Sequence[str]) -> str:
+    """Return the label of a run with no other beside it."""
+    number = generation(path.name)
+    of_folder = path.name.removesuffix(number)
+    # A cut name is longer than a line of a terminal leaves room for, and ends in a hash that says nothing to people.
+    says_little = of_folder == NOTHING_TYPED or len(of_folder) > NAME_LIMIT
+    is_named = typed_value(overrides, "run_dir") is not None or not path.parent.name
+    return path.parent.name + number if says_little and not is_named else path.name
+
+
+def generation(name: str) -> str:
+    """Return the suffix that ``fresh=true`` has given the name of a folder: ``~2``, or nothing."""
+    found = re.search(r"~\d+$", name)
+    return found.group() if found else ""
+
+
+def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
+    """Collect the overrides of a sweep from what was typed for each point: ``nodes=1,2,4``, ``optim.max_steps=60``."""
+    values: dict[str, list[str]] = {}
+    for override in (override for point in points for override in point if tells_apart(override)):
+        key, _, value = override.partition("=")
+        values.setdefault(key, [])
+        if value not in values[key]:
+            values[key].append(value)
+    return [f"{key}={','.join(of_key)}" for key, of_key in values.items()]
+
+
+# The sweeps of a folder: which points each command took, so that a later command takes nothing away from an earlier.
+
+
+CURRENT = "sweep.json"
+ARCHIVE = "sweeps"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Points of one command. ``number`` is None where somebody wrote ``sweep.json`` by hand."""
+
+    number: int | None
+    points: tuple[str, ...]
+    """Names of their folders, in the order of the command."""
+    typed: tuple[str, ...] = ()
+    """Overrides that were typed for it, those of all points together: ``nodes=1,2,4``."""
+    time: float = 0.0
+    """Time when it was typed last, Unix seconds."""
+
+    def folder(self, group: Path) -> Path | None:
+        """Folder of its record and its report; None where it has no record."""
+        return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
+
+    def summary(self, beside: Sequence[Sweep]) -> str:
+        """The sweep in a few words: what it sweeps over, and what sets it apart from those ``beside`` it."""
+        common = set.intersection(*(set(one.typed) for one in (self, *beside)))
+        told = [override for override in self.typed if "," in override or override not in common]
+        number = "" if self.number is None else f" {self.number}"
+        typed = f": {' '.join(told)}" if told else ""
+        when = time.strftime(", typed %Y-%m-%d %H:%M", time.localtime(self.time)) if self.time else ""
+        points = counted(len(self.points), "point")
+        return f"sweep{number}{typed} ({points}{when})"
+
+
+def read_sweeps(group: Path) -> list[Sweep]:
+    """The recorded sweeps of a folder by their numbers; a record that is damaged is passed over."""
+    numbers = sorted(int(path.name) for path in (group / ARCHIVE).glob("[0-9]*") if path.name.isdigit())
+    found = [(number, read_json(group / ARCHIVE / f"{number:04d}" / CURRENT)) for number in numbers]
+    return [sweep_of(known, number) for number, known in found if known.get("points")]
+
+
+def current_sweep(group: Path) -> Sweep | None:
+    """The sweep of a folder that was typed last; None where there was none.
+
+    Raises:
+        ConfigError: its record is damaged.
+    """
+    record = group / CURRENT
+    if not record.exists():
+        return None
+    known = read_mapping(record)
+    if not isinstance(known.get("points"), list) or not known["points"]:
+        raise damaged(record, "it names no points")
+    return with_points(group, known["points"]) or sweep_of(known, None)
+
+
+def with_points(group: Path, points: Sequence[str]) -> Sweep | None:
+    """The recorded sweep of just these points, in any order."""
+    return next((sweep for sweep in read_sweeps(group) if sorted(sweep.points) == sorted(points)), None)
+
+
+def sweep_of(known: dict[str, Any], number: int | None) -> Sweep:
+    """The sweep in a record."""
+    return Sweep(
+        number, tuple(map(str, known["points"])), tuple(map(str, known.get("typed", ()))), float(known.get("time", 0.0))
+    )
+
+
+def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sweep:
+    """Enter a sweep that was typed just now, which becomes the current one of its folder."""
+    with suppress(ConfigError):  # a damaged one names no points that could be kept
+        before = current_sweep(group)
+        if before is not None and before.number is None:  # of an earlier version, or written by hand
+            write_record(group, before)
+    known = with_points(group, points)
+    sweep = write_record(
+        group, Sweep(None if known is None else known.number, tuple(points), tuple(typed), time.time())
+    )
+    write_json(group / CURRENT, record_of(sweep))
+    return sweep
+
+
+def write_record(group: Path, sweep: Sweep) -> Sweep:
+    """Write the record of a sweep, under the next number where it has none. Safe against a second writer."""
+    number = sweep.number or max((one.number or 0 for one in read_sweeps(group)), default=0)
+    while sweep.number is None:
+        number += 1
+        try:
+            (group / ARCHIVE / f"{number:04d}").mkdir(parents=True)
+        except FileExistsError:
+            continue
+        sweep = Sweep(number, sweep.points, sweep.typed, sweep.time)
+    write_json(group / ARCHIVE / f"{number:04d}" / CURRENT, record_of(sweep))
+    return sweep
+
+
+def record_of(sweep: Sweep) -> dict[str, Any]:
+    """The record as JSON holds it."""
+    return {"sweep": sweep.number, "typed": list(sweep.typed), "time": sweep.time, "points": list(sweep.points)}
+
+
+# Finding run folders, for every command that is given paths: status, logs, cancel, move, report, compare.
+
 
 OUTPUTS = Path("outputs")
 """Folder in which runs are looked for by default, that of ``output_dir``."""

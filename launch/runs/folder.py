@@ -1,17 +1,20 @@
-"""The run folder: where each file of a run lies, and the event log of what happened to it.
-
-Owns the paths and ``events.jsonl``. Torch-free; read by the launcher and the reports. Must not know who writes what.
-"""
+"""The run folder: the path of each file of a run, its event log, and refusals of damaged files."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from launch.runs.files import parse_json_lines, read_json_lines
-from launch.runs.unwritten import append_lines, unwritten
+from ..errors import ConfigError
+from .files import append_lines, parse_json_lines, read_json_lines, unwritten
+
+# The run folder: where each file of a run lies, and the event log of what happened to it.
 
 
 class RunFolder:
@@ -122,7 +125,7 @@ class RunFolder:
     def record_event(self, event: str, **details: Any) -> None:
         """Append one event to the event log, with the time (Unix seconds).
 
-        An agent or a rank keeps it where the filesystem has no room for it (``launch.runs.unwritten``).
+        An agent or a rank keeps it where the filesystem has no room for it (``launch.runs.files``).
         """
         append_lines(self.events, [{"time": time.time(), "event": event, **details}])
 
@@ -151,3 +154,88 @@ def is_event(value: dict[str, Any]) -> bool:
 def is_newest_attempt(folder: RunFolder, attempt: int) -> bool:
     """Tell whether no later attempt of a run than ``attempt`` has begun. Asks the filesystem."""
     return max(folder.attempts(), default=0) <= attempt
+
+
+# Files of a run folder that are not as they were written, or cannot be written at all: refusals that name the file.
+
+
+FIXES = {
+    "config.yaml": "the same command with fresh=true, for a new folder beside it; or the file from a backup",
+    "plan.json": "the same command again when no job of the run is left, which writes it anew",
+    "overrides.yaml": "rm {path}; without it a report names the point by its folder",
+    "sweep.json": "rm {path}; sweeps/ beside it has every sweep, and without it a report takes all runs",
+    "events.jsonl": "the file from a backup; without it, squeue --me and scancel JOB for a job that still runs",
+}
+"""Name of a file -> what to type where it is damaged."""
+
+
+def damaged(path: Path, why: str) -> ConfigError:
+    """Return the refusal of a file that is not as it was written."""
+    fix = FIXES.get(path.name, "the file from a backup").format(path=quote(str(path)))
+    return ConfigError(f"{path}, which is damaged: {why}", "the file as it was written with the run", fix)
+
+
+def read_plan(folder: RunFolder) -> dict[str, Any]:
+    """Read ``plan.json``; empty where there is none, as of a run that ``gpt.train`` made.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return _mapping(folder.plan, read_strictly(folder.plan)) if folder.plan.exists() else {}
+
+
+def read_strictly(path: Path) -> Any:
+    """Read the value in a JSON or YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            return json.loads(data)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    import yaml  # a rank imports this module, and its Python may have the standard library alone
+
+    try:
+        return yaml.safe_load(data.decode())
+    except (ValueError, yaml.YAMLError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read the mapping in a JSON or YAML file. Raises ConfigError where it holds none."""
+    return _mapping(path, read_strictly(path))
+
+
+def _mapping(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        raise damaged(path, "it is empty" if not value else "it holds no keys")
+    return value
+
+
+def unreadable(path: Path, error: BaseException) -> ConfigError:
+    """Return the refusal of a file that raised ``error`` when it was read."""
+    if isinstance(error, OSError):
+        return damaged(path, str(error.strerror))
+    if not path.read_bytes().strip():
+        return damaged(path, "it is empty")
+    return damaged(path, " ".join(str(error).split()))
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Refuse in the ``with`` block, in three parts, where the files of a run cannot be written.
+
+    Raises:
+        ConfigError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder} cannot be written: {error.strerror}",
+            "a folder that this user may write into, with room, on a filesystem that all nodes see",
+            "output_dir=FOLDER, or run_dir=FOLDER",
+        ) from error

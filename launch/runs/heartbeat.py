@@ -12,7 +12,7 @@ answers. How ranks of many nodes come to the same answer at the same step:
    can have answered it already. Ranks that wait go on, and so does one that was inside a long step all the while.
 
 ``hold`` is a ticket: a rank waits while ``hold`` > ``at``, and the next request takes a ticket above the last ``at``.
-Agents do their half in ``launch.agent.agreement``. Standard library only. Must not know what is done about silence.
+Agents do their half in ``launch.agent.exchange``. Standard library only. Must not know what is done about silence.
 """
 
 from __future__ import annotations

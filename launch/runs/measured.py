@@ -1,17 +1,23 @@
-"""Files of measurements, which a command writes and a cost model reads thousands of times: once each, or refused.
-
-Must not know what was measured.
-"""
+"""Files of measurements: rates of matrix products, and the links between ranks."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from launch.errors import ConfigError
+
+# Files of measurements, which a command writes and a cost model reads thousands of times: once each, or refused.
+
 
 Measured = TypeVar("Measured")
 
@@ -68,3 +74,265 @@ def _read(path: Path, _changed: int, parse: Callable[[Any], Any], form: int) -> 
     if document["format"] != form:
         raise ValueError(f"format {document['format']}, and this is the launcher of format {form}")
     return parse(document)
+
+
+# Measured rates of matrix products by size: the file that ``cluster.matmul_rates`` names, and what lies between.
+
+
+RATES_FORMAT = 1
+COMMAND = "python -m gpt.bench_matmul"
+
+
+@dataclass(frozen=True, eq=False)
+class MatmulRates:
+    """Rates of one device in one precision on a grid of sizes, FLOP/s."""
+
+    axes: tuple[tuple[int, ...], ...]
+    """Ascending sizes of m, n and k."""
+    flops_per_s: Mapping[tuple[int, ...], float]
+    """(m, n, k) -> rate, for all of the grid."""
+
+    @property
+    def best(self) -> float:
+        """The fastest rate of all."""
+        return max(self.flops_per_s.values())
+
+    def rate(self, m: float, n: float, k: float) -> float:
+        """Return the rate of a product: linear in the logarithms of sizes and rate between the nearest measured ones.
+
+        Beyond the grid it is that of the nearest size on its edge.
+        """
+        corners = [between(axis, size) for axis, size in zip(self.axes, (m, n, k), strict=True)]
+        total = 0.0
+        for chosen in itertools.product(*corners):
+            weight = math.prod(share for _, share in chosen)
+            if weight:
+                total += weight * math.log(self.flops_per_s[tuple(size for size, _ in chosen)])
+        return math.exp(total)
+
+    def times(self, factor: float) -> MatmulRates:
+        """Return rates that are higher by a factor."""
+        return replace(self, flops_per_s={shape: factor * rate for shape, rate in self.flops_per_s.items()})
+
+
+def between(axis: Sequence[int], size: float) -> list[tuple[int, float]]:
+    """Return the two sizes of an axis around one, each with its weight by the distance of logarithms."""
+    above = bisect_right(axis, size)
+    if above in (0, len(axis)):
+        return [(axis[max(0, above - 1)], 1.0)]
+    low, high = axis[above - 1], axis[above]
+    share = math.log(size / low) / math.log(high / low)
+    return [(low, 1 - share), (high, share)]
+
+
+@dataclass(frozen=True)
+class MatmulFile:
+    """Measured rates of matrix products, as the file holds them."""
+
+    device: str
+    """Name as ``torch.cuda.get_device_name()`` gives it, or CPU."""
+    precisions: Mapping[str, MatmulRates]
+    """fp32, tf32, bf16 or fp16 -> rates."""
+
+
+def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the file holds: samples of precision, m, n, k and seconds, and how they were measured."""
+    return {"format": RATES_FORMAT, "device": device, "measured": dict(measured), "samples": [*map(dict, samples)]}
+
+
+def read_matmul_rates(path: Path, key: str = "cluster.matmul_rates") -> MatmulFile:
+    """Read measured rates.
+
+    Raises:
+        ConfigError: no such file, or something else in it.
+    """
+    return read_measured(path, key, _parse_rates, RATES_FORMAT, COMMAND)
+
+
+def _parse_rates(document: Any) -> MatmulFile:
+    found: dict[str, dict[tuple[int, ...], float]] = {}
+    for sample in document["samples"]:
+        shape = tuple(int(sample[name]) for name in "mnk")
+        seconds = float(sample["seconds"])
+        if min(shape) < 1 or not 0 < seconds < math.inf:
+            raise ValueError(f"a product of m, n, k = {shape} in {seconds:g} s")
+        found.setdefault(str(sample["precision"]), {})[shape] = 2 * math.prod(shape) / seconds
+    if not found:
+        raise ValueError("no samples")
+    return MatmulFile(str(document["device"]), {name: _on_grid(name, rates) for name, rates in found.items()})
+
+
+def _on_grid(precision: str, rates: Mapping[tuple[int, ...], float]) -> MatmulRates:
+    axes = tuple(tuple(sorted({shape[axis] for shape in rates})) for axis in range(3))
+    if missing := next((shape for shape in itertools.product(*axes) if shape not in rates), None):
+        raise ValueError(f"no sample of m, n, k = {missing} in {precision}")
+    return MatmulRates(axes, rates)
+
+
+# Measured links: the file that ``launch.bench_network`` writes, and the cost model that its figures belong to.
+
+
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
+TIERS = ("intra_node", "inter_node")
+"""Within a node, and between ranks of the same local number on different nodes, while all ranks of a node send."""
+NETWORK_FORMAT = 1
+FASTEST = 1e13
+"""Bytes a second of a link whose time does not grow with the size, as far as was measured: more than any has."""
+
+
+def terms(collective: str, ranks: int) -> tuple[float, float]:
+    """Messages one after the other, and the share of the bytes that pass a rank's link.
+
+    The bytes are those of the whole tensor: of the result of an all-gather, of the input of a reduce-scatter, and of
+    what each rank has in an all-to-all.
+    """
+    if collective == "send":
+        return 1.0, 1.0
+    if collective == "broadcast":
+        depth = float(math.ceil(math.log2(ranks))) if ranks > 1 else 0.0
+        return depth, depth
+    rounds = 2 if collective == "all_reduce" else 1
+    return float(rounds * (ranks - 1)), rounds * (ranks - 1) / ranks
+
+
+Curve = tuple[tuple[float, float], ...]
+"""Bytes of a message, ascending, and measured over fitted time."""
+
+
+@dataclass(frozen=True)
+class LinkFit:
+    """Latency and bandwidth of a rank's link in one collective, fitted to measured times, with their standard errors.
+
+    ``error`` is the root mean square of predicted over measured time less one. ``curve`` is how far the line is off
+    by the bytes of a message; empty for the line alone.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    latency_error_s: float = 0.0
+    bytes_per_s_error: float = 0.0
+    error: float = 0.0
+    curve: Curve = ()
+
+    def seconds(self, collective: str, ranks: int, size: float) -> float:
+        """Return the time of a collective of ``size`` bytes over ``ranks`` ranks."""
+        messages, share = terms(collective, ranks)
+        if not messages:
+            return 0.0
+        line = messages * self.latency_s + share * size / self.bytes_per_s
+        return line * factor_at(self.curve, share * size / messages)
+
+
+def factor_at(curve: Curve, size: float) -> float:
+    """Return measured over fitted time of a message: between two measured sizes by logarithms, beyond as the nearest.
+
+    No line describes a switch that lets a burst pass, or a library that has another algorithm for long messages.
+    """
+    if not curve:
+        return 1.0
+    above = bisect_right(curve, size, key=lambda one: one[0])
+    if above in (0, len(curve)):
+        return curve[max(0, above - 1)][1]
+    (low, before), (high, after) = curve[above - 1], curve[above]
+    share = math.log(size / low) / math.log(high / low)
+    return math.exp((1 - share) * math.log(before) + share * math.log(after))
+
+
+def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, float]]) -> Curve:
+    """Return how far a line is off by the bytes of a message; where groups of several sizes send such, their mean.
+
+    Args:
+        fit: the line.
+        collective: what was measured.
+        samples: ranks, bytes and seconds.
+    """
+    found = defaultdict[float, list[float]](list)
+    for ranks, size, seconds in samples:
+        messages, share = terms(collective, ranks)
+        found[share * size / messages].append(math.log(seconds / fit.seconds(collective, ranks, size)))
+    return tuple((size, math.exp(fmean(logs))) for size, logs in sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Network:
+    """Links of some nodes, as they were measured."""
+
+    ranks_per_node: int
+    """Ranks of a node that sent at the same time."""
+    tiers: Mapping[str, Mapping[str, LinkFit]]
+    """Tier -> collective -> fit; a tier that was not there is absent."""
+
+
+def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the file holds: the fits in the units of ``cluster.interconnect``, and how they were measured."""
+    tiers = {
+        tier: {
+            name: {
+                "latency_us": 1e6 * fit.latency_s,
+                "bandwidth_gb_per_s": fit.bytes_per_s / 1e9,
+                "latency_error_us": 1e6 * fit.latency_error_s,
+                "bandwidth_error_gb_per_s": fit.bytes_per_s_error / 1e9,
+                "error": fit.error,
+            }
+            for name, fit in fits.items()
+        }
+        for tier, fits in network.tiers.items()
+    }
+    return {
+        "format": NETWORK_FORMAT,
+        "ranks_per_node": network.ranks_per_node,
+        "tiers": tiers,
+        "measured": dict(measured),
+    }
+
+
+def read_network(path: Path, key: str = "cluster.network") -> Network:
+    """Read measured links.
+
+    Args:
+        path: of the file.
+        key: key or option that names it, for refusals.
+
+    Raises:
+        ConfigError: no such file, or something else in it.
+    """
+    return read_measured(path, key, _parse_network, NETWORK_FORMAT, "python -m launch.bench_network", "nodes=2")
+
+
+def _parse_network(document: Any) -> Network:
+    ranks = document["ranks_per_node"]
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks_per_node {ranks!r}")
+    samples = document.get("measured", {}).get("samples", [])
+    tiers = {
+        tier: {
+            name: _with_curve(_fit(f"tiers.{tier}.{name}", fit), tier, name, samples)
+            for name, fit in fits.items()
+            if name in COLLECTIVES
+        }
+        for tier, fits in document["tiers"].items()
+        if tier in TIERS
+    }
+    if not any(tiers.values()):
+        raise ValueError(f"no tiers: none of {' and '.join(TIERS)}")
+    return Network(ranks, tiers)
+
+
+def _with_curve(fit: LinkFit, tier: str, name: str, samples: Sequence[Mapping[str, Any]]) -> LinkFit:
+    known = [
+        (int(sample["ranks"]), float(sample["bytes"]), float(sample["seconds"]))
+        for sample in samples
+        if (sample["tier"], sample["collective"]) == (tier, name)
+    ]
+    if any(ranks < 2 or not 0 < size < math.inf or not 0 < seconds < math.inf for ranks, size, seconds in known):
+        raise ValueError(f"samples of {name} that cannot be")
+    return replace(fit, curve=curve_of(fit, name, known))
+
+
+def _fit(name: str, document: Mapping[str, Any]) -> LinkFit:
+    """The fit of one collective; ValueError where its numbers cannot be."""
+    latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
+    if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):
+        raise ValueError(f"{name}: latency_us {latency:g} and bandwidth_gb_per_s {bandwidth:g}")
+    errors = [float(document.get(key, 0.0)) for key in ("latency_error_us", "bandwidth_error_gb_per_s", "error")]
+    return LinkFit(latency / 1e6, bandwidth * 1e9, errors[0] / 1e6, errors[1] * 1e9, errors[2])

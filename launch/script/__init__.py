@@ -1,32 +1,254 @@
-"""The workload for any program that torchrun could start: a script, a module, or a command.
-
-Owns the plan of a point and the command of a rank; the keys under ``script`` are in ``launch.script.options``, the
-refusal of what cannot start in ``launch.script.program``. What the launcher does not know of a script, such as its
-memory, is absent from the plan. Torch-free.
-"""
+"""The workload for any program that torchrun could start: a script, a module, or a command."""
 
 from __future__ import annotations
 
+import glob
+import importlib
 import os
+import pkgutil
+import re
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, closest
 from launch.runs.compose import make_absolute
-from launch.runs.damage import read_plan
-from launch.runs.folder import RunFolder
+from launch.runs.environment import ORIGIN, git
+from launch.runs.folder import RunFolder, read_plan
 from launch.runs.overrides import typed_key
-from launch.runs.provenance import git
-from launch.script.arguments import PLACEHOLDER, fill, keep_values, require_known, split_args, written_options
-from launch.script.code import code_files
-from launch.script.options import ScriptConfig, ScriptOptions
-from launch.script.program import require_program
+from launch.runs.refusals import in_shell, quoted
+from launch.script.arguments import (
+    PLACEHOLDER,
+    ScriptConfig,
+    ScriptOptions,
+    fill,
+    keep_values,
+    require_known,
+    split_args,
+    written_options,
+)
 from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan, possible_sizes
+
+# Code of a script: the files that make it what it is, for the copy and the record of a run. Torch-free.
+
+
+CODE_SUFFIXES = (".py", ".yaml", ".yml", ".json", ".toml", ".cfg", ".sh", ".txt", ".md", ".ini")
+HIDDEN = ("__pycache__", "outputs", "node_modules", "wandb")
+MAX_FILES = 5000
+"""A folder with more files than this, and no git, is not the folder of a program: only the script itself counts."""
+
+
+def code_files(script: str | None, root: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a program's folder that make it what it is: what git tracks, and code that it does not ignore.
+
+    In a copy, which has no git, these are all files.
+    """
+    if (root / ORIGIN).is_file():
+        # A program that runs from it leaves compiled files there.
+        paths = (path for path in root.rglob("*") if path.name != ORIGIN and "__pycache__" not in path.parts)
+        names = [str(path.relative_to(root)) for path in paths]
+    else:
+        names = git_names(root) or folder_names(root) or ([Path(script).name] if script else [])
+    for name in sorted(set(names)):
+        if (root / name).is_file():
+            yield name, root / name
+
+
+def git_names(root: Path) -> list[str]:
+    """Files of a checkout: those that git tracks, and code that it neither tracks nor ignores."""
+    tracked = git(root, "ls-files", "-z")
+    others = git(root, "ls-files", "-z", "--others", "--exclude-standard")
+    if not tracked and not others:
+        return []
+    new = [name for name in (others or b"").decode().split("\0") if name.endswith(CODE_SUFFIXES)]
+    return [name for name in [*(tracked or b"").decode().split("\0"), *new] if name]
+
+
+def folder_names(root: Path) -> list[str]:
+    """Code below a folder that is no checkout; nothing where it holds too many files to be one program."""
+    found: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in HIDDEN]
+        found += [str((Path(folder) / name).relative_to(root)) for name in files if name.endswith(CODE_SUFFIXES)]
+        if len(found) > MAX_FILES:
+            return []
+    return found
+
+
+# Refusal of a module that ``python -m`` would not run, without importing anything of it. Torch-free.
+
+
+OWN_IMPORTS = re.compile(r"__path__|declare_namespace|meta_path|path_hooks|sys\.modules")
+"""Names in the code of a package whose modules are found in a way of its own."""
+USUAL = ("train", "main", "run", "cli")
+"""Names of modules to propose first where a package cannot be run itself."""
+EXPECTED = "a module that python -m finds from script.workdir"
+
+
+class Missing(NamedTuple):
+    """Where the search for a module ended."""
+
+    package: str
+    """Package in which the next part was looked for; empty at the start of the name."""
+    part: str
+    """Part of the name that was not found."""
+    locations: tuple[str, ...] | None
+    """Folders of the package; None where it is a module, and no package."""
+
+
+def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *, elsewhere: bool = False) -> None:
+    """Raise ConfigError where ``python -m`` finds no such module, or cannot run it; imports nothing of it.
+
+    Args:
+        module: dotted name.
+        workdir: folder in which it is run, and searched first.
+        pythonpath: folders that are searched after it, before those of this Python.
+        elsewhere: the ranks may have search paths, or packages, that this machine does not know.
+    """
+    if module.endswith(".py") and (workdir / module).is_file():
+        dotted = module.removesuffix(".py").replace("/", ".")
+        raise ConfigError(
+            f"script.module={module}, which is a file",
+            "a module, as python -m takes it, without .py",
+            f"script.path={module}, or script.module={dotted}",
+        )
+    searched = [str(workdir), *(str(workdir / folder) for folder in pythonpath), *sys.path]
+    importlib.invalidate_caches()  # a folder that was searched before may have new files
+    missing = search(module, searched)
+    if missing is None or (elsewhere and not missing.package):
+        return
+    if not missing.package:
+        raise ConfigError(
+            f"script.module={module}, and there is no {missing.part} in {workdir} nor among the installed packages",
+            EXPECTED,
+            "script.workdir=PATH of the folder it lies in, or script.path=FILE",
+        )
+    if missing.locations is None:
+        found = f"script.module={module}, and {missing.package} is a module, not a package"
+        raise ConfigError(found, EXPECTED, f"script.module={missing.package}")
+    names = [entry.name for entry in pkgutil.iter_modules(missing.locations)]
+    if missing.package == module:
+        found, likely = f"script.module={module}, a package without __main__.py", [*USUAL, *sorted(names)]
+    else:
+        found = f"script.module={module}, and there is no {missing.part} in {' nor '.join(missing.locations)}"
+        likely = closest(missing.part, names)
+    rest = module[len(f"{missing.package}.{missing.part}") :]
+    runnable = (f"{missing.package}.{name}{rest}" for name in likely if name in names)
+    fix = next((name for name in runnable if search(name, searched) is None), f"{missing.package}.MODULE")
+    raise ConfigError(found, f"{EXPECTED}, or a package with a __main__.py", f"script.module={fix}")
+
+
+def search(module: str, searched: Iterable[str]) -> Missing | None:
+    """Look for a module and, of a package, its ``__main__``; None where it is there, or may be."""
+    name, locations, spec = "", tuple(searched), None
+    for part in module.split("."):
+        package, name = name, f"{name}.{part}" if name else part
+        spec = find_spec(name, locations) if part else None
+        if spec is None:
+            return Missing(package, part, locations if package else ())
+        if spec.submodule_search_locations is None:
+            left = module[len(name) + 1 :].partition(".")[0]
+            return Missing(name, left, None) if left else None
+        if finds_by_itself(spec):
+            return None
+        locations = tuple(spec.submodule_search_locations)
+    return None if find_spec(f"{name}.__main__", locations) else Missing(name, "__main__", locations)
+
+
+def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
+    """Ask the finders of this Python for one module; ``importlib.util.find_spec`` would import its package."""
+    for finder in sys.meta_path:
+        # The others take no search path for the first part of a name.
+        path = locations if "." in name or finder is PathFinder else None
+        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+        if spec is not None:
+            return spec
+    return None
+
+
+def finds_by_itself(spec: ModuleSpec) -> bool:
+    """Tell whether the code of a package may find more modules than lie in its folders, as far as it can be read."""
+    if spec.origin is None:  # a namespace package has no code
+        return False
+    try:
+        source = spec.loader.get_source(spec.name)  # type: ignore[union-attr]
+    except (AttributeError, ImportError, SyntaxError, UnicodeDecodeError):
+        return True
+    return source is None or OWN_IMPORTS.search(source) is not None
+
+
+# Refusal of a script that cannot start, as far as the login node can tell. Torch-free.
+
+
+def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
+    """Raise ConfigError where the program is not there, as far as this machine can tell.
+
+    Args:
+        script: the keys of the program.
+        elsewhere: the ranks may have search paths, or packages, that this machine does not know.
+    """
+    if script.workdir is not None and not Path(script.workdir).is_dir():
+        raise ConfigError(f"script.workdir={script.workdir}, which is no folder", "a folder", "script.workdir=PATH")
+    if script.python is not None and shutil.which(script.python) is None:
+        raise ConfigError(
+            f"script.python={script.python}, which cannot be run", "an interpreter", f"script.python={sys.executable}"
+        )
+    if script.path is not None and not Path(script.path).is_file():
+        is_folder = Path(script.path).is_dir()
+        folder = Path(script.path) if is_folder else Path(script.path).parent
+        there = [path.name for path in folder.glob("*.py")] if folder.is_dir() else []
+        likely = closest(Path(script.path).name, there) or sorted(there)[:3]
+        raise ConfigError(
+            f"script.path={script.path}, which is {'a folder' if is_folder else 'no file'}",
+            f"a script{', such as ' + ', '.join(likely) if likely else ''}",
+            f"script.path={folder / likely[0] if likely else 'train.py'}",
+        )
+    if script.module is not None and script.python is None:
+        pythonpath = (script.env.get("PYTHONPATH") or "").split(os.pathsep)
+        unsettled = any(PLACEHOLDER.search(folder) for folder in pythonpath)
+        folders = [folder for folder in pythonpath if folder]
+        require_module(script.module, Path(script.workdir or "."), folders, elsewhere=elsewhere or unsettled)
+    if script.command is not None:
+        require_command([str(word) for word in script.command], Path(script.workdir or "."))
+
+
+def require_command(command: Sequence[str], workdir: Path) -> None:
+    """Raise ConfigError where the program of a command is not there, or cannot be executed."""
+    program, local = command[0], workdir / command[0]
+    if shutil.which(program, path=os.pathsep.join([str(workdir), os.environ.get("PATH", "")])):
+        return
+    if local.is_file() and os.access(local, os.X_OK):
+        return
+    typed = f"script.command={shlex.join(command)}"
+    if local.is_dir():
+        raise ConfigError(f"{typed}, and {program} is a folder", "a program", command_like(command, workdir))
+    if local.is_file():
+        expected = "a program that its owner may execute, or an interpreter before it"
+        raise ConfigError(f"{typed}, and {program} is not executable", expected, f"chmod +x {shlex.quote(str(local))}")
+    expected = "a program on the PATH, or in script.workdir"
+    raise ConfigError(f"{typed}, and no program {program}", expected, command_like(command, workdir))
+
+
+def command_like(command: Sequence[str], workdir: Path) -> str:
+    """Write a command anew with the program that is spelt most like the one that is not there; else an example."""
+    program = command[0]
+    folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder).is_dir()]
+    there = {entry.name for folder in folders for entry in folder.glob(f"{glob.escape(program[:1])}*")}
+    local = {f"./{path.name}" for path in workdir.iterdir() if path.is_file() and os.access(path, os.X_OK)}
+    likely = closest(program, there | local)
+    if not likely:
+        return "'script.command=[./train,--fast]'"
+    return in_shell("script.command", f"[{','.join(map(quoted, [likely[0], *command[1:]]))}]")
+
+
+# The workload for any program that torchrun could start: a script, a module, or a command.
 
 
 def script_name(path: str | None, module: str | None, command: Sequence[str] | None) -> str:

@@ -23,10 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.jobs.handles import SlurmJob, ask_queue
 from launch.report.goodput import PARTS
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json
@@ -34,12 +34,22 @@ from launch.runs.find import is_run
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 from launch.runs.records import is_record
-from launch.scheduler import client as scheduler
+from launch.slurm import client as scheduler
+from launch.slurm.handles import SlurmJob, ask_queue
 from launch.storm import verdict
 from launch.storm.drill import Drill, StuckError, run_quiet
-from launch.storm.faults import Site, require_own
+from launch.storm.faults import (
+    DISK,
+    SANDBOX,
+    SLURM,
+    SPARES,
+    PlannedFault,
+    Site,
+    choose_kinds,
+    make_schedule,
+    require_own,
+)
 from launch.storm.processes import of_run
-from launch.storm.schedule import DISK, SANDBOX, SLURM, SPARES, PlannedFault, choose_kinds, make_schedule
 
 GONE_S = 60.0
 """Time that what is left of a run has to go after its launcher has ended."""

@@ -20,8 +20,7 @@ from launch.runs.events import is_finished
 from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
-from launch.storm.faults import FaultError, Site, inject
-from launch.storm.schedule import KINDS, PlannedFault
+from launch.storm.faults import KINDS, FaultError, PlannedFault, Site, inject
 from launch.storm.verdict import checkpoints
 
 UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "hung", "node_failed"))
@@ -135,7 +134,7 @@ class Drill:
             raise StuckError(f"the command was typed {self.typed - 1} times; see {self._out / 'launch.log'}")
         with (self._out / "launch.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launch", *self._words],
+                [sys.executable, "-m", "gpt_launch", *self._words],
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
@@ -148,7 +147,7 @@ class Drill:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._patience_s)
         if self._process is not None and self._process.poll() is None:
-            command = [sys.executable, "-m", "launch.cancel", "--now", str(self._run.path)]
+            command = [sys.executable, "-m", "gpt_launch", "cancel", "--now", str(self._run.path)]
             subprocess.run(command, capture_output=True, check=False)
             try:
                 self._process.wait(60)
@@ -174,7 +173,7 @@ def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: flo
 
 def run_quiet(words: Sequence[str], folder: RunFolder, log: Path) -> bool:
     """Make the quiet run, to its end; whether it finished."""
-    command = [sys.executable, "-m", "launch", *words, f"run_dir={folder.path}"]
+    command = [sys.executable, "-m", "gpt_launch", *words, f"run_dir={folder.path}"]
     with log.open("wb") as file:
         subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False)
     return is_finished(folder.read_events())

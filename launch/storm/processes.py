@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.jobs.sbatch import SUBMISSION
 from launch.runs.folder import RunFolder
+from launch.slurm.handles import SUBMISSION
 
 AGENTS = (SUBMISSION, "launch.agent")
 """Modules that agents are started as: by submitit, and by a plain batch script."""

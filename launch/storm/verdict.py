@@ -16,8 +16,7 @@ from typing import Any
 
 from launch.config.compose import workload_of_run
 from launch.report.goodput import measure_goodput
-from launch.runs import checkpoint_interval
-from launch.runs.events import FEWER_NODES
+from launch.runs.events import FEWER_NODES, best_interval_s, expected_goodput
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 
@@ -102,8 +101,8 @@ class Prediction:
 
 def predict(save_s: float, interval_s: float, restart_s: float, between_faults_s: float) -> Prediction:
     """Predict the share of the time that goes into steps that count."""
-    goodput = checkpoint_interval.goodput(save_s, interval_s, restart_s, between_faults_s)
-    best = checkpoint_interval.best_interval_s(save_s, between_faults_s)
+    goodput = expected_goodput(save_s, interval_s, restart_s, between_faults_s)
+    best = best_interval_s(save_s, between_faults_s)
     return Prediction(save_s, interval_s, restart_s, between_faults_s, goodput, best)
 
 

@@ -23,10 +23,10 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.process import die_with_parent
-from launch.runs.heartbeat import ENVIRONMENT
-from launch.worker.beat import beat_on, is_child, open_heartbeat, register_stacks
-from launch.worker.run import OutdatedAttemptError, Run
+# Relative imports: a rank may load this package as gpt_launch.launch, beside a launch.py of the user's.
+from ..process import die_with_parent
+from ..runs.heartbeat import ENVIRONMENT
+from .run import OutdatedAttemptError, Run, beat_on, is_child, open_heartbeat, register_stacks
 
 __all__ = ["STORE_PREFIX", "OutdatedAttemptError", "Run", "attach", "is_child", "make_run"]
 

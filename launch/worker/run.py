@@ -1,26 +1,192 @@
-"""Line of one rank to the launcher: what it says of its steps, and when it hears that it is to save or to leave.
-
-Standard library only. Must not know how a rank is found and attached (``launch.worker``).
-"""
+"""Client with which a rank reports steps to the launcher and receives requests to save or to stop."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import faulthandler
+import numbers
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.runs.folder import RunFolder, is_newest_attempt
-from launch.runs.heartbeat import FROM_FILE, HeartbeatFile, Phase, Request
-from launch.runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
-from launch.runs.unwritten import keep_unwritten, say, write_unwritten
-from launch.worker.figures import StepTimes, plain_figure
-from launch.worker.requests import FolderRequests
+from ..runs.files import keep_unwritten, say, write_unwritten
+from ..runs.folder import RunFolder, is_newest_attempt
+from ..runs.heartbeat import BEAT_S, FROM_FILE, HeartbeatFile, Phase, Request
+from ..runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
+
+# Figures of a step record: values that JSON can hold, and the time of a step.
+
+
+PAUSES = (Phase.evaluating, Phase.saving)
+"""Phases whose time is not part of a step."""
+
+
+class StepTimes:
+    """Time of a step between two step records, without the pauses in between."""
+
+    def __init__(self) -> None:
+        self._recorded: tuple[int, float] | None = None
+        self._pause: float | None = None
+        self._paused_s = 0.0
+
+    def enter(self, phase: Phase) -> None:
+        """Note that another phase begins now."""
+        now = time.perf_counter()
+        if self._pause is not None:
+            self._paused_s += now - self._pause
+        self._pause = now if phase in PAUSES else None
+
+    def take(self, step: int, now: float) -> float | None:
+        """Seconds of a step since the record before; None at the first one, and where ``step`` is not a later one."""
+        seconds = None
+        if self._recorded is not None and step > self._recorded[0]:
+            seconds = (now - self._recorded[1] - self._paused_s) / (step - self._recorded[0])
+        self._recorded, self._paused_s = (step, now), 0.0
+        return seconds
+
+
+def plain_figure(value: object) -> Any:
+    """Turn a figure into what JSON can hold.
+
+    Raises:
+        TypeError: it is neither a real number nor a list or mapping of such.
+    """
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_figure(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_figure(each) for each in value]
+    if isinstance(value, numbers.Real):
+        return float(value)
+    item = getattr(value, "item", None)
+    if callable(item):
+        scalar = item()
+        if isinstance(scalar, (bool, int, float)):
+            return scalar
+    raise TypeError(f"{type(value).__name__} is no real number")
+
+
+# Requests that lie in the run folder: the files STOP and SAVE, and the attempt that has replaced this one.
+
+
+LOOK_S = 1.0
+"""Between two looks into the run folder, which may be on a shared filesystem."""
+
+
+class FolderRequests:
+    """Last look into the run folder, and which of its requests were obeyed.
+
+    Args:
+        want: hands a request on to the agent, with its cause or number.
+        is_current: tells whether no later attempt of the run has begun. Asks the filesystem.
+        is_stopping: tells whether this rank is leaving, so that nothing more is looked for.
+    """
+
+    def __init__(
+        self, want: Callable[[Request, int], None], is_current: Callable[[], bool], is_stopping: Callable[[], bool]
+    ) -> None:
+        self._want = want
+        self._is_current = is_current
+        self._is_stopping = is_stopping
+        self._lock = threading.Lock()
+        self._save_file = False
+        self._saves_wanted = 0
+        self._saves_obeyed = 0
+        self.stop_file = False
+        """True once the file STOP was seen."""
+        self.is_outdated = False
+        """True once a later attempt was seen."""
+
+    def watch(self, folder: Path) -> None:
+        """Look into the folder now and then, from a thread."""
+        threading.Thread(target=self._look_on, args=(folder,), name="requests", daemon=True).start()
+
+    @property
+    def has_save(self) -> bool:
+        """True where a save is wanted that was not yet obeyed."""
+        return self._saves_wanted > self._saves_obeyed
+
+    def obey_save(self) -> None:
+        """Note that the save that is wanted now is being made."""
+        self._saves_obeyed = self._saves_wanted
+
+    def clear(self, folder: Path) -> None:
+        """Take away the files whose requests were obeyed, so that the next start does not obey them again."""
+        with self._lock:  # else the thread might see a file that is about to go, and take it for a new request
+            if self._save_file and self._saves_obeyed == self._saves_wanted:
+                (folder / "SAVE").unlink(missing_ok=True)
+                self._save_file = False
+            if self.stop_file and self._is_stopping():
+                (folder / "STOP").unlink(missing_ok=True)
+
+    def _look_on(self, folder: Path) -> None:
+        while not (self._is_stopping() or self.is_outdated):
+            with contextlib.suppress(OSError), self._lock:  # the next look may succeed
+                self._look(folder)
+            time.sleep(LOOK_S)
+
+    def _look(self, folder: Path) -> None:
+        self.is_outdated = not self._is_current()
+        if not self.stop_file and (folder / "STOP").exists():
+            self.stop_file = True
+            self._want(Request.stop, FROM_FILE)
+        if not self._save_file and (folder / "SAVE").exists():
+            self._save_file = True
+            self._saves_wanted += 1
+            self._want(Request.save, self._saves_wanted)
+
+
+# Process of a rank as its agent watches it: the heartbeat and its thread, and the stacks that a stuck rank prints.
+
+
+STACK_SIGNAL = signal.SIGQUIT
+"""Signal by which an agent asks a rank that is stuck for the stacks of its threads."""
+
+
+def is_child() -> bool:
+    """True where multiprocessing started this process, which then is no rank but the helper of one."""
+    module = sys.modules.get("multiprocessing.process")
+    return module is not None and module.parent_process() is not None
+
+
+def open_heartbeat(folder: str | None, rank: int) -> HeartbeatFile | None:
+    """Open the heartbeat file of a rank; None where no agent looks for it, or none can be made."""
+    if folder is None:
+        return None
+    try:
+        heartbeat = HeartbeatFile(Path(folder) / str(rank))
+    except OSError as error:  # in a container that does not see the node's folder for temporary files
+        say(f"launch.worker: no heartbeat, stops are not agreed on: {error}")
+        return None
+    heartbeat.open_for_rank()
+    return heartbeat
+
+
+def register_stacks() -> None:
+    """Write the stacks of all threads into the log when the agent asks for them, as it does of a rank that is stuck."""
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # standard error is no file
+        faulthandler.register(STACK_SIGNAL)
+
+
+def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
+    """Beat for as long as this process runs, and end it where its ``parent`` is gone."""
+    while True:
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        heartbeat.beat()
+        time.sleep(BEAT_S)
+
+
+# Line of one rank to the launcher: what it says of its steps, and when it hears that it is to save or to leave.
+
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """Signals that mean: save and leave. SIGUSR1 is left alone, NCCL uses it."""

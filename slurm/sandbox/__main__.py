@@ -13,9 +13,8 @@ from pathlib import Path
 from launch.errors import CommandParser, ConfigError, refusing
 from slurm.sandbox import faults
 from slurm.sandbox.cluster import Cluster, NodeStatus
-from slurm.sandbox.commands import SandboxError
-from slurm.sandbox.settings import Settings, default_directory
-from slurm.sandbox.state import State
+from slurm.sandbox.processes import SandboxError
+from slurm.sandbox.state import Settings, State, default_directory
 
 DEFAULTS = Settings()
 EXAMPLES = """examples:

@@ -1,11 +1,10 @@
-"""A sandbox as a whole: up, down, and what it looks like. The Python interface for tests.
-
-Owns the order in which the parts are started and taken away.
-"""
+"""A sandbox as a whole: up, down, and its state. The Python interface for tests."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import socket
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +12,75 @@ from pathlib import Path
 from types import TracebackType
 
 from launch.errors import ConfigError
-from slurm.sandbox import accounting, configuration, leftovers, network, node, packages, processes
+from slurm.sandbox import configuration, network, node, processes
+from slurm.sandbox import node as accounting
+from slurm.sandbox import processes as packages
 from slurm.sandbox import state as records
-from slurm.sandbox.commands import SandboxError, run, wait_until
-from slurm.sandbox.settings import Settings, check, default_directory, directory_tag
-from slurm.sandbox.state import State
+from slurm.sandbox.processes import SandboxError, run, wait_until
+from slurm.sandbox.state import Settings, State, check, default_directory, directory_tag
+
+# Taking a sandbox away, whole or half-built or crashed: its processes, its bridge, its directory, and nothing else.
+
+
+def clear(state: State) -> None:
+    """End every process of a sandbox that still runs, and remove its bridge and its directory."""
+    for name in list(state.nodes):
+        node.switch_off(state, name)
+    for daemon in ("slurmctld", *accounting.DAEMONS, "munged"):
+        if daemon in state.processes:
+            processes.end(state.processes[daemon], grace_s=5.0)
+            state.disown(daemon)
+    if state.mode == "one-host":
+        _end_jobs_on_one_host(state)
+    if state.mode == "namespaces":
+        network.remove(state)
+    shutil.rmtree(state.directory)
+
+
+def log_tails(state: State, lines: int = 5) -> str:
+    """The last lines that every daemon of a sandbox printed, each under its name, for an error message."""
+    parts = []
+    for path in sorted((state.directory / "log").glob("*.out")):
+        tail = path.read_text(errors="replace").splitlines()[-lines:]
+        parts += [f"{path.name}:", *(f"  {line}" for line in tail)] if tail else []
+    return "\n".join(parts)
+
+
+def _end_jobs_on_one_host(state: State) -> None:
+    """End what the slurmds, which must have ended before, left on this host; wherever its parent was, it is found."""
+
+    def none_left() -> bool:
+        left = [process for process in map(_identify, processes.all_pids()) if process and _is_ours(state, process.pid)]
+        for process in left:
+            processes.end(process, grace_s=0)
+        return not left
+
+    # Again and again, because what still runs may start others meanwhile.
+    wait_until(none_left, timeout_s=30.0, what="the processes of jobs to end")
+
+
+def _identify(pid: int) -> processes.Process | None:
+    with contextlib.suppress(SandboxError):
+        return processes.identify(pid)
+    return None
+
+
+def _is_ours(state: State, pid: int) -> bool:
+    """True where a slurmd of this sandbox started a process: by our mark, or by what Slurm gives to tasks of a job.
+
+    A shell under salloc has SLURM_CONF and SLURM_JOB_ID too, but is on no node. slurmstepd writes its title over its
+    environment, and is known by its log.
+    """
+    if processes.name(pid) == "slurmstepd" and any(
+        state.directory in path.parents for path in processes.open_files(pid)
+    ):
+        return True
+    there = processes.environment(pid)
+    in_job = there.get("SLURM_CONF") == str(state.slurm_conf) and "SLURMD_NODENAME" in there
+    return there.get(node.MARK) == str(state.directory) or in_job
+
+
+# A sandbox as a whole: up, down, and what it looks like. The Python interface for tests.
 
 
 @dataclass(frozen=True)
@@ -114,8 +177,8 @@ class Cluster:
             try:
                 self._start(state, timeout_s)
             except BaseException as error:
-                told = leftovers.log_tails(state)
-                leftovers.clear(state)
+                told = log_tails(state)
+                clear(state)
                 if isinstance(error, SandboxError):
                     raise SandboxError(f"{error}\n{told}".strip()) from error
                 raise
@@ -138,7 +201,7 @@ class Cluster:
                 fix=f"export SLURM_CONF={old.slurm_conf}, which uses it; or python -m slurm.sandbox down{self.option}, "
                 "and up again",
             )
-        leftovers.clear(old)
+        clear(old)
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def _new_state(self, settings: Settings) -> State:
@@ -234,7 +297,7 @@ class Cluster:
             state = records.load(self.directory) if there else None
             if state is None:
                 return False
-            leftovers.clear(state)
+            clear(state)
             return True
 
 

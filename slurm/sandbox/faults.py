@@ -6,7 +6,8 @@ Owns the faults and the refusal of those that one host cannot show. Must not kno
 from __future__ import annotations
 
 from launch.errors import ConfigError
-from slurm.sandbox import network, node, shaping
+from slurm.sandbox import network, node
+from slurm.sandbox import network as shaping
 from slurm.sandbox import state as records
 from slurm.sandbox.cluster import Cluster, SlurmState
 from slurm.sandbox.state import State

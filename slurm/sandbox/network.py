@@ -1,8 +1,4 @@
-"""The sandbox's own network: a bridge with the controller on it, and one cable to each node.
-
-Owns addresses, ports, cables and what slows them down. Must not know Slurm. A cable's far end lies in its node's
-network namespace and dies with it, but the kernel takes its time over that.
-"""
+"""The sandbox's own network: a bridge, a cable to each node, and less bandwidth, loss or delay on a cable."""
 
 from __future__ import annotations
 
@@ -10,12 +6,21 @@ import contextlib
 import ipaddress
 import json
 import random
+import shutil
 import socket
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from slurm.sandbox.commands import SandboxError, run, succeeds, wait_until
+from launch.errors import ConfigError
+from slurm.sandbox import processes
+from slurm.sandbox import processes as packages
+from slurm.sandbox.processes import SandboxError, clean_environment, run, search_path, succeeds, wait_until
 from slurm.sandbox.state import Endpoint, State
+
+# The sandbox's own network: a bridge with the controller on it, and one cable to each node.
+
 
 # Private addresses; 10.0 to 10.63 are left to real clusters, which like them.
 RANGE = ipaddress.ip_network("10.64.0.0/10")
@@ -162,3 +167,141 @@ def link_is_up(state: State, node: str) -> bool:
         return bool(int(path.read_text(), 16) & 1)
     except (FileNotFoundError, OSError):
         return False
+
+
+# The delay of a node's cable where the kernel has no netem: a program carries the frames.
+
+
+PROGRAM = Path(__file__).with_name("delay_line.py")
+
+
+def insert(state: State, name: str, latency_ms: float) -> None:
+    """Put the program into a node's cable."""
+    ours, bridged = second_cable(state, name)
+    run(["ip", "link", "add", bridged, "type", "veth", "peer", "name", ours])
+    for interface in (cable(state, name), ours):
+        # They carry frames for others: the host, whose address is on the bridge, must not answer for it here.
+        Path(f"/proc/sys/net/ipv4/conf/{interface}/arp_ignore").write_text("8")
+    run(["ip", "link", "set", ours, "up"])
+    run(["ip", "link", "set", bridged, "master", state.bridge, "up"])
+    run(["ip", "link", "set", cable(state, name), "nomaster"])
+    log = state.log(_owner(name))
+    log.unlink(missing_ok=True)
+    command = [sys.executable, str(PROGRAM), cable(state, name), ours, f"{latency_ms:g}"]
+    record = partial(state.own, _owner(name))
+    line = processes.start(command, log=log, env=clean_environment(), record=record)
+
+    def is_ready() -> bool:
+        alive = line.alive()
+        said = log.read_text()
+        if not alive and "ready" not in said:
+            raise SandboxError(f"the delay of {name} ended as soon as it was started: {said}")
+        return "ready" in said
+
+    wait_until(is_ready, timeout_s=30.0, what=f"the delay of {name}, see {log}")
+
+
+def remove_delay(state: State, name: str) -> None:
+    """Take the program out again, where there is one, and plug the cable, where there is one, into the bridge."""
+    owner = state.processes.get(_owner(name))
+    if owner is None:
+        return
+    processes.end(owner, grace_s=0)
+    delete(second_cable(state, name)[1])
+    plugged = cable(state, name)
+    if succeeds(["ip", "link", "show", "dev", plugged]):
+        run(["ip", "link", "set", plugged, "master", state.bridge])
+    state.disown(_owner(name))
+
+
+def _owner(name: str) -> str:
+    return f"delay-{name}"
+
+
+# Shaping of a node's cable: less bandwidth (tbf), packets lost (nftables), delay (netem, or a program of ours).
+
+
+EMPTY_TABLE = "table netdev sandbox {}\ndelete table netdev sandbox\n"
+RESOLUTION = 100_000
+
+
+def shape(
+    state: State,
+    node: str,
+    *,
+    bandwidth_mbit: float | None = None,
+    loss_percent: float | None = None,
+    latency_ms: float | None = None,
+) -> None:
+    """Give a node's cable these limits in place of those it had; what is None is unlimited.
+
+    Raises ConfigError for values that cannot be.
+    """
+    _check(bandwidth_mbit, loss_percent, latency_ms)
+    _clear(state, node)
+    by_kernel = bool(latency_ms) and _kernel_delays(state, node, latency_ms or 0.0)
+    if latency_ms and not by_kernel:
+        insert(state, node, latency_ms)
+    for end in _ends(state, node):
+        if bandwidth_mbit is not None:
+            parent = ["parent", "1:1"] if by_kernel else ["root"]
+            # A bucket smaller than a burst between two timer ticks (4 ms at 250 Hz) would never reach the rate.
+            burst = max(65536, int(bandwidth_mbit * 1e6 / 8 * 0.004))
+            rate = f"{int(bandwidth_mbit * 1000)}kbit"
+            limit = ["handle", "10:", "tbf", "rate", rate, "burst", f"{burst}b", "latency", "100ms"]
+            run([*end[:-1], "tc", "qdisc", "add", "dev", end[-1], *parent, *limit])
+    if loss_percent:
+        _lose(state, node, loss_percent)
+
+
+def _check(bandwidth_mbit: float | None, loss_percent: float | None, latency_ms: float | None) -> None:
+    if bandwidth_mbit is not None and not 0.1 <= bandwidth_mbit <= 100_000:
+        raise ConfigError(f"--bandwidth-mbit {bandwidth_mbit:g}", "0.1 to 100000", "--bandwidth-mbit 100")
+    if loss_percent is not None and not 0 <= loss_percent <= 100:
+        raise ConfigError(f"--loss-percent {loss_percent:g}", "0 to 100", "--loss-percent 1")
+    if latency_ms is not None and not 0 <= latency_ms <= 10_000:
+        raise ConfigError(f"--latency-ms {latency_ms:g}", "0 to 10000", "--latency-ms 1")
+    if loss_percent:
+        packages.require(packages.WITH_LOSS)
+
+
+def _inside(state: State, node: str) -> list[str]:
+    return ["nsenter", f"--net=/proc/{state.processes[node].pid}/ns/net"]
+
+
+def _ends(state: State, node: str) -> Iterator[list[str]]:
+    """The two ends of a cable: the words that lead into its namespace, then the interface's name."""
+    yield [cable(state, node)]
+    yield [*_inside(state, node), "eth0"]
+
+
+def _clear(state: State, node: str) -> None:
+    remove_delay(state, node)
+    for *inside, device in _ends(state, node):
+        queues = json.loads(run([*inside, "tc", "-json", "qdisc", "show", "dev", device, "root"]))
+        if any(queue["kind"] in ("tbf", "netem") for queue in queues):
+            run([*inside, "tc", "qdisc", "del", "dev", device, "root"])
+    if shutil.which("nft", path=search_path()):
+        run([*_inside(state, node), "nft", "-f", "-"], stdin=EMPTY_TABLE)
+
+
+def _kernel_delays(state: State, node: str, latency_ms: float) -> bool:
+    """Delay both directions of a cable by netem; False, and nothing done, where this kernel has none."""
+    netem = ["netem", "delay", f"{int(latency_ms * 1000)}us", "limit", "100000"]
+    for *inside, device in _ends(state, node):
+        try:
+            run([*inside, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", *netem])
+        except SandboxError as error:
+            if "qdisc kind is unknown" not in str(error):
+                raise
+            return False
+    return True
+
+
+def _lose(state: State, node: str, loss_percent: float) -> None:
+    share = f"numgen random mod {RESOLUTION} < {round(loss_percent / 100 * RESOLUTION)} drop"
+    chains = "".join(
+        f'chain {hook} {{ type filter hook {hook} device "eth0" priority 0; {share}; }}\n'
+        for hook in ("ingress", "egress")
+    )
+    run([*_inside(state, node), "nft", "-f", "-"], stdin=f"{EMPTY_TABLE}table netdev sandbox {{\n{chains}}}\n")

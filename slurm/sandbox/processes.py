@@ -1,21 +1,154 @@
-"""Processes that outlive this program: started, recognised later, and ended, never by name and never the wrong one.
-
-A process is known by its number together with its start time and the boot it belongs to, because numbers are used
-again. Must not know Slurm.
-"""
+"""Programs of the system and processes that outlive this one: checked for, started, recognised later, ended."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.sandbox.commands import SandboxError
+from launch.errors import ConfigError
+
+# The one way to run a program of the system: with a timeout, and with its own words in the error.
+
+
+# Debian keeps daemons and network tools here, and leaves these out of an ordinary user's PATH.
+SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+
+class SandboxError(RuntimeError):
+    """Something on this machine did not do what the sandbox needs; the message ends with what that something said."""
+
+
+def search_path() -> str:
+    """The user's PATH, followed by the directories of system programs."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), *SYSTEM_DIRECTORIES])
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """An environment for daemons: nothing of the caller's, so a sandbox started inside a job behaves like any other."""
+    kept = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL", "TZ") if name in os.environ}
+    return {**kept, "PATH": search_path(), **extra}
+
+
+def run(
+    args: Sequence[str], *, timeout_s: float = 30.0, env: Mapping[str, str] | None = None, stdin: str | None = None
+) -> str:
+    """Run a program to its end and return what it printed.
+
+    Raises SandboxError where it is missing, takes longer than ``timeout_s``, or ends with a status other than 0.
+    """
+    shown = " ".join(args)
+    environment = dict(env) if env is not None else {**os.environ, "PATH": search_path()}
+    try:
+        done = subprocess.run(
+            list(args), capture_output=True, text=True, timeout=timeout_s, env=environment, input=stdin, check=False
+        )
+    except FileNotFoundError as error:
+        raise SandboxError(f"{args[0]}: not found in {environment.get('PATH', '')}") from error
+    except subprocess.TimeoutExpired as error:
+        raise SandboxError(f"`{shown}` did not end within {timeout_s:g} s") from error
+    if done.returncode != 0:
+        words = (done.stderr or done.stdout).strip() or "it printed nothing"
+        raise SandboxError(f"`{shown}` ended with status {done.returncode}: {words}")
+    return done.stdout
+
+
+def succeeds(args: Sequence[str], *, timeout_s: float = 30.0) -> bool:
+    """True where a program can be run and ends with status 0."""
+    try:
+        run(args, timeout_s=timeout_s)
+    except SandboxError:
+        return False
+    return True
+
+
+def wait_until(
+    condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str], interval_s: float = 0.05
+) -> None:
+    """Poll until the condition holds; SandboxError naming ``what`` (text, or a function for it) after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SandboxError(f"waited {timeout_s:g} s in vain for {what if isinstance(what, str) else what()}")
+        time.sleep(interval_s)
+
+
+# Requirements of the machine, checked before anything is started: Debian's packages, and the rights for namespaces.
+
+
+# program -> Debian package
+EVERYWHERE = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "srun": "slurm-client",
+    "sinfo": "slurm-client",
+    "squeue": "slurm-client",
+    "scontrol": "slurm-client",
+    "scancel": "slurm-client",
+    "munged": "munge",
+    "setsid": "util-linux",
+}
+WITH_NAMESPACES = {
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "mount": "mount",
+    "hostname": "hostname",
+    "ip": "iproute2",
+    "tc": "iproute2",
+}
+WITH_LOSS = {"nft": "nftables"}
+WITH_ACCOUNTING = {
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server-core",
+    "mariadb-install-db": "mariadb-server-core",
+    "my_print_defaults": "mariadb-client-core",
+    "sacctmgr": "slurm-client",
+}
+
+
+def missing(programs: dict[str, str]) -> list[str]:
+    """The Debian packages, in order and once each, of those programs that are not on this machine."""
+    path = search_path()
+    return sorted({package for program, package in programs.items() if shutil.which(program, path=path) is None})
+
+
+def require(programs: dict[str, str]) -> None:
+    """Refuse with the one command that installs what is missing; ConfigError."""
+    packages = missing(programs)
+    if packages:
+        raise ConfigError(
+            found=f"this machine lacks Debian's {', '.join(packages)}",
+            expected="Slurm, MUNGE and the programs that build the nodes",
+            fix=f"apt-get install --no-install-recommends {' '.join(packages)}",
+        )
+
+
+def why_no_namespaces(probe_interface: str) -> str | None:
+    """Reason for which nodes cannot be hosts of their own here, in the kernel's words; None where they can.
+
+    Tries both rights that are needed: new namespaces with mounts in them, and a bridge (``probe_interface``, removed
+    again) in the network namespace that this process is in.
+    """
+    mounts = "mount -t tmpfs tmpfs /dev/shm && mount -t sysfs sysfs /sys && ip link set lo up"
+    try:
+        run(["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc", "sh", "-c", mounts])
+        run(["ip", "link", "add", probe_interface, "type", "bridge"])
+        run(["ip", "link", "del", probe_interface])
+    except SandboxError as error:
+        return str(error)
+    return None
+
+
+# Processes that outlive this program: started, recognised later, and ended, never by name and never the wrong one.
+
 
 # The program runs only after its number was recorded: a caller that dies in between closes the pipe, and `read` fails.
 # The shell says its number as the mount of /proc that it sees has it, and exec keeps number and start time. It says so

@@ -19,11 +19,11 @@ from gpt.checkpoint.writer import InlineWriter, ProcessWriter
 from gpt.planning.memory import Memory, in_memory_bytes, staging_bytes
 from gpt.workload.refusals import refuse_too_little_host
 from gpt.workload.text import checkpoint_text
-from launch.agent.memory_store import Store, serve
 from launch.config import ClusterConfig
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.worker.memory import CHUNK, Place, StoreClient, StoreError, Upload
+from launch.worker.memory_store import Store, serve
 from launch.workload import PlanRequest
 from tests.support.commands import TINY
 from tests.support.composing import config_from

@@ -15,21 +15,19 @@ from gpt.config.compose import compose_train
 from gpt.training.request import parse_arguments
 from launch.__main__ import COMMANDS, refuse_command
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, typed_config
-from launch.config.sweep_points import sweep_points
+from launch.config.compose import compose_launch, sweep_points, typed_config
 from launch.errors import ConfigError
 from launch.plan.budget import Use, use_text
 from launch.plan.plan import make_plan
 from launch.plan.text import worst_case_text
-from launch.runs.explain import MOST_NAMES
-from launch.runs.find import find_runs, suggestion
+from launch.runs.environment import ROOT, install_command
+from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.identity import RunConfig, choose_folder
-from launch.runs.labels import point_labels
 from launch.runs.overrides import NOT_IN_POINT, point_name
-from launch.runs.provenance import ROOT, install_command
-from launch.script.options import ScriptOptions
-from launch.script.program import require_program
+from launch.runs.refusals import MOST_NAMES
+from launch.script import require_program
+from launch.script.arguments import ScriptOptions
 from tests.support.commands import ROOT as CHECKOUT
 from tests.support.commands import TIMEOUT_S, environment, run
 

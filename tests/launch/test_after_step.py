@@ -14,17 +14,16 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from launch.agent import requeue
+from launch.agent import outcome as requeue
 from launch.agent.after_step import events_of, is_alive, pending_action
-from launch.agent.elastic import FixedRendezvous
-from launch.agent.members import RendezvousRound
-from launch.agent.node import Node
-from launch.agent.processes import start_time
-from launch.agent.requeue import wait_for_controller
-from launch.agent.restart_policy import Action
-from launch.jobs.outcome import outcome, why_not_restarted
+from launch.agent.health import RendezvousRound
+from launch.agent.node import Node, start_time
+from launch.agent.outcome import wait_for_controller
+from launch.agent.policy import Action
+from launch.agent.ranks import FixedRendezvous
 from launch.runs.folder import RunFolder
-from launch.scheduler.client import SlurmBusyError, SlurmError
+from launch.slurm.client import SlurmBusyError, SlurmError
+from launch.slurm.status import outcome, why_not_restarted
 from tests.support.commands import ROOT
 
 Events = list[dict[str, Any]]
@@ -157,7 +156,7 @@ def test_nodes_that_wait_for_one_that_is_lost_meet_again_without_it() -> None:
 
 CLOCK = """
 import sys, time
-from launch.agent import clock
+from launch.agent import node as clock
 clock.TICK_S, clock.PAUSED_S = 0.02, 1.0
 ours, began = clock.RunningClock(), time.monotonic()
 for _ in sys.stdin:

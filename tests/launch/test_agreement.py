@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.agent.agreement import Agreement
+from launch.agent.exchange import Agreement
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Request
 from tests.support.commands import ROOT, environment, wait_for
@@ -168,7 +168,7 @@ def test_saves_are_agreed_on_again_and_again_and_the_file_goes(agents: Agents, t
 def test_a_node_that_answers_nothing_does_not_hold_the_others_for_ever(
     agents: Agents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.agent.agreement.ANSWER_S", 0.2)
+    monkeypatch.setattr("launch.agent.exchange.ANSWER_S", 0.2)
     agents.silent.add(2)
     agents.start()
     agents.agents[0].want_stop(signal.SIGTERM)

@@ -15,7 +15,7 @@ from launch.bench_network.__main__ import main
 from launch.bench_network.fit import Sample, fit_link, fit_network
 from launch.bench_network.measure import group_ranks, group_sizes
 from launch.errors import ConfigError
-from launch.runs.network import COLLECTIVES, LinkFit, Network, as_document, read_network, terms
+from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, read_network, terms
 from tests.support.commands import run
 
 SIZES = [4096 * 8**power for power in range(5)]
@@ -130,7 +130,7 @@ def test_samples_correct_the_line_by_the_bytes_of_a_message(tmp_path: Path) -> N
     network = fit_network(samples, 1)
     assert network.tiers["inter_node"]["all_gather"].error > 0.1, "a line is off"
     path = tmp_path / "network.json"
-    path.write_text(json.dumps(as_document(network, {"samples": [vars(sample) for sample in samples]})))
+    path.write_text(json.dumps(network_document(network, {"samples": [vars(sample) for sample in samples]})))
     alone = Machine("CPU", 1e9, 2**30, 1, Link(9.0, 9.0), Link(9.0, 9.0))
     link = with_network(alone, read_network(path)).inter_node
     for ranks in (2, 3, 8):
@@ -145,7 +145,7 @@ def test_samples_correct_the_line_by_the_bytes_of_a_message(tmp_path: Path) -> N
 
 def test_the_file_holds_what_was_fitted(tmp_path: Path) -> None:
     path = tmp_path / "network.json"
-    path.write_text(json.dumps(as_document(NETWORK, {"nodes": 2})))
+    path.write_text(json.dumps(network_document(NETWORK, {"nodes": 2})))
     found = read_network(path)
     assert found.ranks_per_node == 4
     for tier, of_tier in NETWORK.tiers.items():
@@ -156,7 +156,7 @@ def test_the_file_holds_what_was_fitted(tmp_path: Path) -> None:
 
 
 def damaged(**changes: object) -> str:
-    document = as_document(NETWORK, {}) | changes
+    document = network_document(NETWORK, {}) | changes
     return json.dumps({key: value for key, value in document.items() if value is not None})
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from launch.agent import requeue
+from launch.agent import outcome as requeue
 from launch.agent.after_step import settle
 from launch.agent.node import Node
-from launch.agent.requeue import cause_of_stop
-from launch.agent.restart_policy import Cause, RunFailedError
+from launch.agent.outcome import cause_of_stop
+from launch.agent.policy import Cause, RunFailedError
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
 from launch.runs.folder import RunFolder
-from launch.scheduler import client
+from launch.slurm import client
 from tests.support.commands import ROOT
 
 NODE = Node(0, 2, "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2"))

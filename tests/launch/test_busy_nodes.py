@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from launch.checks import facts
-from launch.checks.facts import Facts, Folder
-from launch.checks.findings import Level, warn
 from launch.config.compose import compose_launch, typed_config
 from launch.doctor import __main__ as command
 from launch.doctor import machine, on_cluster, verdict
 from launch.doctor.links import PASSES, merge
+from launch.slurm import facts
+from launch.slurm.facts import Facts, Folder, Level, warn
 from tests.launch.test_doctor_verdict import all_rates, bad, results
 from tests.support.doctor_facts import FACTS, LIMITS, request
 

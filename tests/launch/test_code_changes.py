@@ -14,15 +14,15 @@ import pytest
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import ConfigError
-from launch.jobs.sbatch import sbatch_text
 from launch.plan import code_copy as snapshot
 from launch.plan.preflight import add_warnings
 from launch.plan.text import plan_text
 from launch.runs.compose import write_config
+from launch.runs.environment import PACKAGES, changes, code_state, describe_code
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.runs.provenance import PACKAGES, changes, code_state, describe_code
 from launch.runs.records import read_records
+from launch.slurm.handles import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, start_fork, wait_for
 from tests.support.paced import paced

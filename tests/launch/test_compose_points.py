@@ -12,8 +12,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launch.config.compose import compose_launch, register, typed_config
-from launch.config.sweep_points import compose_points
+from launch.config.compose import compose_launch, compose_points, register, typed_config
 from launch.errors import ConfigError
 
 POINTS = [

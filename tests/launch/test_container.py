@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.checks.facts import container_problem
-from launch.checks.findings import Level
 from launch.config import ClusterKind
 from launch.config.cluster import ContainerRuntime
 from launch.config.compose import compose_launch, typed_config
 from launch.doctor.machine import check_container
 from launch.errors import ConfigError
-from launch.jobs.sbatch import sbatch_text
-from launch.plan import container
-from launch.plan.container import agent_words
+from launch.plan import placement as container
+from launch.plan.placement import agent_words
 from launch.plan.plan import make_plan
+from launch.slurm.facts import Level, container_problem
+from launch.slurm.handles import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.doctor_facts import FACTS
 
@@ -55,7 +54,7 @@ def test_pyxis_is_told_by_options_of_srun(tmp_path: Path) -> None:
         f"--container-workdir={tmp_path}",
         *("python3", "-u", "-m", "submitit.core._submit", str(runs / ".submitit" / "slurm")),
     ]
-    assert f"{shlex.quote(sys.executable)} -m launch.agent.after_step" in text, "outside, where Slurm is"
+    assert f"{shlex.quote(sys.executable)} -m gpt_launch launch.agent.after_step" in text, "outside, where Slurm is"
 
 
 @pytest.mark.parametrize(("gpus", "nv"), [(8, ["--nv"]), (0, [])])
@@ -74,9 +73,9 @@ def test_a_batch_script_starts_its_agents_by_the_same_words(tmp_path: Path) -> N
     cluster = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")])).cluster
     words = agent_words(cluster, tmp_path, tmp_path / "outputs" / "n" / "p")
     assert words[:2] == ["apptainer", "exec"]
-    assert words[-4:] == ["python3", "-m", "launch.agent", str(tmp_path / "outputs" / "n" / "p")]
+    assert words[-5:] == ["python3", "-m", "gpt_launch", "agent", str(tmp_path / "outputs" / "n" / "p")]
     plain = replace(cluster, container=None, container_runtime=None)
-    assert agent_words(plain, tmp_path, tmp_path / "p") == ["python", "-m", "launch.agent", str(tmp_path / "p")]
+    assert agent_words(plain, tmp_path, tmp_path / "p") == ["python", "-m", "gpt_launch", "agent", str(tmp_path / "p")]
 
 
 def test_the_words_of_apptainer_end_in_the_agent(tmp_path: Path) -> None:

@@ -19,16 +19,15 @@ from launch import cancel, logs, move, status
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError, refusing
-from launch.jobs import stop
-from launch.jobs.endings import explain
-from launch.jobs.handles import CONTROLLER, SlurmJob
-from launch.jobs.status import find_run_status, update
 from launch.plan.plan import make_plan, write_run
 from launch.report import build
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
-from launch.scheduler.client import JobState
+from launch.slurm import stop
+from launch.slurm.client import JobState
+from launch.slurm.handles import CONTROLLER, SlurmJob
+from launch.slurm.status import explain, find_run_status, update
 from launch.sweep import run_sweep
 from tests.support.commands import TINY
 

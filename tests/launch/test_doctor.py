@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from launch.checks import facts, findings
-from launch.checks.findings import Finding, Level
 from launch.config import ClusterKind, Config
-from launch.config.sweep_points import sweep_points
+from launch.config.compose import sweep_points
 from launch.doctor import machine, on_cluster
 from launch.doctor.__main__ import arguments, complete, configs_of, examine, main, settle_sharing
 from launch.runs import compose
+from launch.slurm import facts
+from launch.slurm import facts as findings
+from launch.slurm.facts import Finding, Level
 from tests.launch.test_doctor_verdict import all_rates
 from tests.launch.test_doctor_verdict import results as measured
 from tests.support.commands import ROOT, environment, run

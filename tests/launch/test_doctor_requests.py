@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.checks import findings
-from launch.checks import request as asked
-from launch.checks.facts import Facts
-from launch.checks.findings import Level
-from launch.scheduler import limits
+from launch.slurm import facts as findings
+from launch.slurm import limits
+from launch.slurm import request as asked
+from launch.slurm.facts import Facts, Level
 from tests.support.doctor_facts import (
     CONFIG,
     FACTS,

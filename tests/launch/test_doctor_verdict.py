@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.checks.findings import Finding, Level
 from launch.doctor import verdict
+from launch.slurm.facts import Finding, Level
 
 
 def results(rates: dict[tuple[int, int], float], nodes: int) -> dict[str, Any]:

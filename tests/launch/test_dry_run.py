@@ -11,11 +11,10 @@ from omegaconf import DictConfig
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
-from launch.jobs.handles import SlurmJob
-from launch.jobs.sbatch import sbatch_text
-from launch.jobs.submit import in_line, shapes
-from launch.plan.alone import settle_exclusive
 from launch.plan.plan import Plan, make_plan
+from launch.plan.preflight import settle_exclusive
+from launch.slurm.handles import SlurmJob, sbatch_text
+from launch.slurm.submit import in_line, shapes
 from tests.support.commands import run
 
 

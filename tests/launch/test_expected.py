@@ -9,9 +9,8 @@ import pytest
 
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
-from launch.plan.expected import add_expected, total_text
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.text import plan_text, worst_case_text
+from launch.plan.text import add_expected, plan_text, total_text, worst_case_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from launch.agent.rank_records import failure_message
+from launch.agent.records import failure_message
 from launch.config.compose import default_grace_period_s
-from launch.jobs.status import RunStatus
-from launch.jobs.stop import AGENT_S, leaving_text, next_start_text
 from launch.report import build
+from launch.runs.environment import GAUGES, read_samples, telemetry_nodes
 from launch.runs.files import read_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.runs.telemetry import GAUGES, read_samples, telemetry_nodes
+from launch.slurm.status import RunStatus
+from launch.slurm.stop import AGENT_S, leaving_text, next_start_text
 from tests.support.commands import (
     ROOT,
     TINY,

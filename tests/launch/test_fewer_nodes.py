@@ -14,24 +14,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.agent.group_size import GroupSizes
-from launch.agent.health import Fault
-from launch.agent.members import RendezvousRound, SickNodesError
+from launch.agent.health import Fault, RendezvousRound, SickNodesError
 from launch.agent.node import Node
+from launch.agent.outcome import take_over_as_leader
+from launch.agent.policy import GroupSizes, RunFailedError
 from launch.agent.rendezvous import join
-from launch.agent.restart_policy import RunFailedError
-from launch.agent.takeover import take_over_as_leader
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
-from launch.jobs.sbatch import sbatch_text
-from launch.jobs.status import find_run_status, poll
 from launch.plan.plan import Plan, make_plan, plan_point
 from launch.plan.text import plan_text
 from launch.runs.events import fewer_nodes
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.slurm.handles import sbatch_text
+from launch.slurm.status import find_run_status, poll
 from launch.storm.verdict import Recovery, recoveries
 from tests.support.commands import agents_of, descendants, run, start_fork, wait_for
 from tests.support.counting import COUNTING, checkpoint, from_step, options

@@ -219,7 +219,7 @@ def test_server_and_ranks_die_with_the_agent(told: dict[str, Any]) -> None:
     ids=["gpt", "switched off", "script"],
 )
 def test_who_has_a_server(words: list[str], is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.agent import workers
+    from launch.agent import ranks as workers
 
     monkeypatch.setattr(workers.threading, "active_count", lambda: 1)  # pytest's own threads are no agent's
     monkeypatch.setattr(workers, "ForkServer", lambda preload, code: nullcontext((preload, code)))

@@ -11,14 +11,12 @@ from types import ModuleType
 
 import pytest
 
-from launch.agent import telemetry
-from launch.agent.nvml import GpuError, GpuReading, Nvml
-from launch.agent.telemetry import Sampler, choose_gpus
+from launch.agent import gpus as telemetry
+from launch.agent.gpus import GpuError, GpuReading, Nvml, Sampler, choose_gpus
 from launch.config import LaunchConfig
 from launch.errors import ConfigError
+from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples, telemetry_nodes
 from launch.runs.folder import RunFolder
-from launch.runs.hosts import Gpu
-from launch.runs.telemetry import GpuSample, append_samples, read_samples, telemetry_nodes
 
 A, B, C = "0000:3b:00.0", "0000:d8:00.0", "0000:e1:00.0"
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 
 from launch import batch
-from launch.checks import facts as gathered
-from launch.checks.facts import SlurmFacts
-from launch.checks.gpus import gpu_type, refuse_without_gpus, settle_gpus
-from launch.checks.sweep import plan_points
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.placement import place
 from launch.plan.plan import Plan
-from launch.scheduler import limits
+from launch.slurm import facts as gathered
+from launch.slurm import limits
+from launch.slurm.facts import SlurmFacts
+from launch.slurm.points import plan_points
+from launch.slurm.resources import gpu_type, refuse_without_gpus, settle_gpus
 from tests.support.commands import TINY
 from tests.support.doctor_facts import CONFIG, NODES, PARTITIONS
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.checks import facts
-from launch.checks.gpus import settle_local_ranks
-from launch.checks.sweep import plan_sweep
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
+from launch.slurm import facts
+from launch.slurm.points import plan_sweep
+from launch.slurm.resources import settle_local_ranks
 from tests.support.commands import TINY
 
 SCRIPT = ("workload=script", "script.path=setup.cfg")

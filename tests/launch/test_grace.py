@@ -12,7 +12,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.plan.preflight import add_warnings, measure
 from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
-from launch.scheduler.limits import Limits
+from launch.slurm.limits import Limits
 from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY, run
 from tests.support.doctor_facts import LIMITS

@@ -12,11 +12,23 @@ from typing import Any
 
 import pytest
 
-from launch.agent.avoided_hosts import hosts_to_avoid
-from launch.agent.gpu_health import GpuError, GpuReading, describe_faults, read_by_smi, short_bus
-from launch.agent.health import Fault, HealthCheck, full_disks, is_link_up, links, run_command
-from launch.agent.members import RendezvousRound, SickNodesError
+from launch.agent.health import (
+    Fault,
+    GpuError,
+    GpuReading,
+    HealthCheck,
+    RendezvousRound,
+    SickNodesError,
+    describe_faults,
+    full_disks,
+    is_link_up,
+    links,
+    read_by_smi,
+    run_command,
+    short_bus,
+)
 from launch.agent.node import Node
+from launch.agent.policy import hosts_to_avoid
 from launch.agent.rendezvous import join
 from launch.config import Config, HealthCheckConfig
 from launch.doctor import verdict

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from launch.errors import ConfigError
-from launch.script.module import require_module
-from launch.script.options import ScriptOptions
-from launch.script.program import require_program
+from launch.script import require_module, require_program
+from launch.script.arguments import ScriptOptions
 from tests.support.commands import TIMEOUT_S, environment, run
 
 SAYS = "print('ran')\n"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from launch.checks.request import check_access, check_accounting
-from launch.scheduler import limits
+from launch.slurm import limits
+from launch.slurm.request import check_access, check_accounting
 from tests.support.doctor_facts import request
 
 # Printed by scontrol 24.11.5, unimportant fields left out.

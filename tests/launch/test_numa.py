@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.numa import cpus_of_ranks, parse_cpus, told_cpus
+from launch.agent.fork_server import cpus_of_ranks, parse_cpus, told_cpus
+from launch.runs.environment import Gpu, visible_gpus
 from launch.runs.folder import RunFolder
-from launch.runs.hosts import Gpu, visible_gpus
 from tests.support.commands import ROOT, environment, run
 from tests.support.scripts import LOCAL, printed, write_script
 
@@ -73,7 +73,7 @@ def test_the_driver_tells_where_a_gpu_is(tmp_path: Path) -> None:
 
 
 LAST_CPU = """
-import launch.agent.numa as numa
+import launch.agent.fork_server as numa
 numa.cpus_of_ranks = lambda ranks, gpus, allowed: [frozenset([max(allowed)])] * ranks
 """
 FORK = """

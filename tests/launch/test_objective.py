@@ -10,20 +10,18 @@ import yaml
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
-from hydra_plugins.launch_plugin.launcher import job_return, refuse_without_values
-from launch.checks.stock_launchers import refuse_other_tasks, tasks_of
+from hydra_plugins.launch_plugin.launcher import job_return, refuse_other_tasks, refuse_without_values, tasks_of
 from launch.errors import ConfigError
-from launch.jobs.point_result import PointResult
 from launch.runs.folder import RunFolder
-from launch.runs.objective import (
+from launch.runs.records import (
     ObjectiveOf,
+    append_records,
     objective_value,
     refuse_absent,
     refuse_unknown_figure,
     step_figures,
 )
-from launch.runs.records import append_records
-from launch.sweep import SweepFailedError
+from launch.sweep import PointResult, SweepFailedError
 from tests.support.commands import TINY, run
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
@@ -82,7 +80,7 @@ def test_a_search_that_would_get_no_value_is_refused(given: dict[str, object], f
     known = {"objective": None, "dry_run": False, "launch": {"detach": False}}
     with pytest.raises(ConfigError, match=found):
         refuse_without_values(OmegaConf.create({**known, **given}), OPTUNA)
-    refuse_without_values(OmegaConf.create({**known, **given}), "hydra_plugins.launch_plugin.sweeper.PerPointSweeper")
+    refuse_without_values(OmegaConf.create({**known, **given}), "hydra_plugins.launch_plugin.launcher.PerPointSweeper")
 
 
 @pytest.mark.parametrize(

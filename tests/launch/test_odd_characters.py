@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.workers import entrypoint
-from launch.jobs.sbatch import sbatch_text
+from launch.agent.ranks import entrypoint
+from launch.slurm.handles import sbatch_text
 from launch.workload import RankCommand
 from tests.launch.test_dry_run import directives, plan
 

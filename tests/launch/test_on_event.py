@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.on_event import EventTeller, name_of, variables
+from launch.agent.main import EventTeller, name_of, variables
 from launch.config import ClusterKind, LaunchConfig
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError

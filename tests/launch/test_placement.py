@@ -13,22 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.checks import candidates
 from launch.errors import ConfigError
-from launch.jobs.dry_run import elsewhere
-from launch.jobs.failover import PendingRun, claim, is_current, promised
-from launch.jobs.handles import JobStatus, SlurmJob
-from launch.jobs.sbatch import sbatch_text
-from launch.jobs.status import RunStatus, adopt_job, find_run_status, update
-from launch.jobs.submit import shapes
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
 from launch.plan.plan import Plan
-from launch.plan.submission import record_found, record_submitted
+from launch.plan.preflight import record_found, record_submitted
 from launch.plan.text import plan_text
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.scheduler.client import JobState
+from launch.slurm import candidates
+from launch.slurm.client import JobState
+from launch.slurm.failover import PendingRun, claim, is_current, promised
+from launch.slurm.handles import JobStatus, SlurmJob, sbatch_text
+from launch.slurm.status import RunStatus, adopt_job, find_run_status, update
+from launch.slurm.submit import elsewhere, shapes
 from tests.launch.test_dry_run import plan
 from tests.support.commands import run
 from tests.support.doctor_facts import FACTS, LIMITS, request
@@ -317,7 +315,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     assert promised(point) == made
     waiting = PendingRun(point, made, 0, 0.0, 0.0)
     assert is_current(waiting)
-    ask = f"from launch.jobs.failover import *\nwith claim(RunFolder({str(tmp_path)!r})) as ours: print(ours)"
+    ask = f"from launch.slurm.failover import *\nwith claim(RunFolder({str(tmp_path)!r})) as ours: print(ours)"
     with claim(folder) as ours:
         assert ours
         assert subprocess.check_output([sys.executable, "-c", ask], text=True) == "False\n"

@@ -20,13 +20,14 @@ from omegaconf.base import Node as ConfigNode
 from launch.agent.after_step import run_dir_of
 from launch.agent.node import Node
 from launch.config.compose import compose_launch
-from launch.jobs import handles, sbatch
-from launch.runs.values import copy_of
+from launch.runs.compose import copy_of
+from launch.slurm import handles
+from launch.slurm import handles as sbatch
 
 TAKEN = ("command", "folder", "map_count", "job_name", "partition", "time", "nodes", "ntasks_per_node", "cpus_per_task")
 TAKEN += ("gpus_per_node", "qos", "setup", "mem", "signal_delay_s", "comment", "constraint", "exclude", "account")
 TAKEN += ("gres", "array_parallelism", "additional_parameters", "srun_args", "teardown")
-"""Parameters that ``launch.plan.placement.slurm_resources`` may ask for, and that ``launch.jobs.sbatch`` adds."""
+"""Parameters that ``launch.plan.placement.slurm_resources`` may ask for, and that ``launch.slurm.handles`` adds."""
 
 
 def changed(library: str, what: str, module: str) -> str:
@@ -42,7 +43,7 @@ def check_parameters(function: Callable[..., Any], names: tuple[str, ...], messa
 def test_submitit_writes_the_batch_script_from_the_same_parameters() -> None:
     from submitit.slurm import slurm
 
-    message = changed("submitit", "slurm.slurm._make_sbatch_string", "launch/jobs/sbatch.py")
+    message = changed("submitit", "slurm.slurm._make_sbatch_string", "launch/slurm/handles.py")
     assert hasattr(slurm, "_make_sbatch_string"), message
     check_parameters(slurm._make_sbatch_string, TAKEN, message)
     needed = [p for p in inspect.signature(slurm._make_sbatch_string).parameters.values() if p.default is p.empty]
@@ -56,10 +57,10 @@ def test_submitit_runs_the_same_modules_and_keeps_the_process_of_a_local_job() -
 
     for name in (sbatch.SUBMISSION, handles.CONTROLLER):
         assert importlib.util.find_spec(name) is not None, changed(
-            "submitit", f"module {name}", "launch/jobs/sbatch.py"
+            "submitit", f"module {name}", "launch/slurm/handles.py"
         )
     source = inspect.getsource(LocalJob)
-    assert "self._process" in source, changed("submitit", "LocalJob._process", "launch/jobs/sbatch.py")
+    assert "self._process" in source, changed("submitit", "LocalJob._process", "launch/slurm/handles.py")
 
 
 def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     def message(what: str) -> str:
-        return changed("torch", what, "launch/agent/elastic.py")
+        return changed("torch", what, "launch/agent/ranks.py")
 
     parameters = list(inspect.signature(LocalElasticAgent._monitor_workers).parameters)
     assert parameters == ["self", "worker_group"], message("LocalElasticAgent._monitor_workers")
@@ -109,7 +110,7 @@ def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
     )
     lacking = used - {"pid", "poll", "wait", "send_signal"}
     assert not lacking, message(f"the use of {lacking} of a process")
-    assert callable(torch.cuda._is_in_bad_fork), changed("torch", "cuda._is_in_bad_fork", "launch/agent/forked_rank.py")
+    assert callable(torch.cuda._is_in_bad_fork), changed("torch", "cuda._is_in_bad_fork", "launch/agent/fork_server.py")
     assert "global_rank" in inspect.signature(Worker.__init__).parameters, message("Worker.global_rank")
     assert "workers" in dir(WorkerGroup) or "workers" in WorkerGroup.__slots__, message("WorkerGroup.workers")
 
@@ -129,7 +130,7 @@ def test_hydra_splits_a_sweep_as_before() -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    message = changed("hydra-core", "BasicSweeper.split_arguments", "launch/config/sweep_points.py")
+    message = changed("hydra-core", "BasicSweeper.split_arguments", "launch/config/compose.py")
     assert hasattr(BasicSweeper, "split_arguments"), message
     assert list(inspect.signature(BasicSweeper.split_arguments).parameters) == ["overrides", "max_batch_size"], message
     typed = OverridesParser.create().parse_overrides(["a=1,2", "b=x"])
@@ -142,7 +143,7 @@ def test_a_change_is_told_with_the_module_to_look_at(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(slurm, "_make_sbatch_string", lambda command, folder: SimpleNamespace())
     with pytest.raises(
-        AssertionError, match=r"submitit .* is not what launch/jobs/sbatch.py expects.*no parameter map"
+        AssertionError, match=r"submitit .* is not what launch/slurm/handles.py expects.*no parameter map"
     ):
         test_submitit_writes_the_batch_script_from_the_same_parameters()
 
@@ -160,7 +161,7 @@ def nodes_of(node: ConfigNode, key: str = "") -> Iterator[tuple[str, type, dict[
 
 
 def test_a_config_is_copied_as_omegaconf_copies_it() -> None:
-    message = changed("omegaconf", "base.Node", "launch/runs/values.py")
+    message = changed("omegaconf", "base.Node", "launch/runs/compose.py")
     composed = compose_launch(["cluster=slurm", 'cluster.setup=["a","b"]', "nodes=2"])
     before = list(nodes_of(copy.deepcopy(composed)))
     copied = copy_of(composed)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.agent import progress
-from launch.agent.progress import Progress, check_pattern
 from launch.errors import ConfigError
+from launch.runs import progress
 from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
+from launch.runs.progress import Progress, check_pattern
 from launch.runs.records import read_records
 
 PATTERN = r"step (?P<step>[\d,]+): loss (?P<loss>[\d.e+-]+|nan)(?:, (?P<step_time_ms>[\d.]+) ms)?"
@@ -145,7 +145,7 @@ def test_a_node_whose_ranks_do_not_print_says_nothing(folder: RunFolder) -> None
 def test_a_pattern_that_would_take_years_is_given_up(folder: RunFolder) -> None:
     say(folder, f"1 {'a' * 40}b\n2 a\n")
     code = (
-        "import sys; from launch.agent.progress import Progress; from launch.runs.folder import RunFolder\n"
+        "import sys; from launch.runs.progress import Progress; from launch.runs.folder import RunFolder\n"
         "pattern = r'(?P<step>[0-9]+) (a+)+$'\n"
         "watched = Progress(RunFolder(sys.argv[1]), 1, (0,), pattern, None, None, writes_curves=False)\n"
         "watched.poll(); watched.close()"
@@ -233,7 +233,7 @@ def test_patterns_that_work_are_taken() -> None:
 
 def test_the_pattern_is_checked_without_torch_and_tensorboard() -> None:
     code = (
-        "import sys; from launch.agent.progress import check_pattern; check_pattern('(?P<step>.)')\n"
+        "import sys; from launch.runs.progress import check_pattern; check_pattern('(?P<step>.)')\n"
         "assert not {'torch', 'tensorboard'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

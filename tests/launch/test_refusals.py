@@ -22,10 +22,9 @@ from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
 from launch.runs.compose import to_schema
-from launch.runs.explain import LAUNCHER_KEYS
 from launch.runs.identity import RunConfig, choose_folder, refuse_other_run
-from launch.runs.proposals import replace_typed, with_checked_fix
-from launch.runs.renamed import is_former
+from launch.runs.overrides import is_former
+from launch.runs.refusals import LAUNCHER_KEYS, replace_typed, with_checked_fix
 from tests.support.commands import environment, run
 
 REFUSED = [

@@ -15,7 +15,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.runs.compose import read_config, write_config
 from launch.runs.folder import RunFolder
 from launch.runs.identity import choose_folder
-from launch.runs.renamed import FORMER, in_former_spelling
+from launch.runs.overrides import FORMER, in_former_spelling
 from tests.support.commands import run
 
 VALUES: dict[str, Any] = {

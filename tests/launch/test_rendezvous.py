@@ -9,13 +9,14 @@ from threading import Barrier, Event
 
 import pytest
 
-from launch.agent import heartbeat, rendezvous
-from launch.agent.members import HeadNodeLostError, NodesMissingError, RendezvousRound
+from launch.agent import exchange as heartbeat
+from launch.agent import rendezvous
+from launch.agent.health import HeadNodeLostError, NodesMissingError, RendezvousRound
 from launch.agent.node import Node
 from launch.agent.rendezvous import join
 from launch.config import Config
 from launch.runs.folder import RunFolder
-from launch.scheduler import client
+from launch.slurm import client
 
 HOSTS = ("n0", "n1", "n2")
 

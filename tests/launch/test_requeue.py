@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.agent.avoided_hosts import hosts_to_avoid, points_beside, unreliable_hosts
-from launch.agent.restart_policy import (
+from launch.agent.policy import (
     Action,
     Cause,
     attempt_ends,
@@ -20,15 +19,18 @@ from launch.agent.restart_policy import (
     cause_of_failure,
     cause_of_signal,
     decide,
+    hosts_to_avoid,
+    points_beside,
+    unreliable_hosts,
 )
 from launch.config import RestartLimits
-from launch.jobs.handles import agent_logs, job_of
 from launch.report.goodput import measure_goodput
 from launch.runs.events import events_since_submission
 from launch.runs.files import read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.scheduler.client import JobDetails
+from launch.slurm.client import JobDetails
+from launch.slurm.handles import agent_logs, job_of
 from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start_fork, wait_for
 
 Events = list[dict[str, Any]]

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.scheduler import client, limits, reasons
-from launch.scheduler.fields import parse_fields
+from launch.slurm import client, limits
+from launch.slurm import limits as reasons
+from launch.slurm.client import parse_fields
 
 # As Slurm 22.05 prints it, shortened.
 JOB = (

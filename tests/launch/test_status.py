@@ -12,18 +12,17 @@ from typing import Any
 
 import pytest
 
-from launch.agent.processes import start_time
+from launch.agent.node import start_time
 from launch.errors import ConfigError
-from launch.jobs.display import plain_line
-from launch.jobs.handles import CONTROLLER, JobStatus, LocalJob, LocalQueueEntry, SlurmJob, is_local_job, job_of
-from launch.jobs.outcome import outcome
-from launch.jobs.status import RunStatus, find_run_status, read_steps
 from launch.logs import main as logs
 from launch.runs.files import append_json_lines
 from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.scheduler.client import JobState
+from launch.slurm.client import JobState
+from launch.slurm.display import plain_line
+from launch.slurm.handles import CONTROLLER, JobStatus, LocalJob, LocalQueueEntry, SlurmJob, is_local_job, job_of
+from launch.slurm.status import RunStatus, find_run_status, outcome, read_steps
 from launch.status import as_dict, notes, speed_text
 from tests.launch.test_failures import LONG, start_long_run
 from tests.support.commands import descendants, ranks_of, run, start_fork, wait_for

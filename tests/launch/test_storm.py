@@ -16,8 +16,18 @@ from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.storm import processes, verdict
 from launch.storm.drill import Interruption, first_save
-from launch.storm.faults import FaultError, Site, require_own
-from launch.storm.schedule import DISK, KINDS, SANDBOX, SLURM, SPARES, choose_kinds, make_schedule
+from launch.storm.faults import (
+    DISK,
+    KINDS,
+    SANDBOX,
+    SLURM,
+    SPARES,
+    FaultError,
+    Site,
+    choose_kinds,
+    make_schedule,
+    require_own,
+)
 from tests.support.commands import ROOT, run, start_fork
 from tests.support.scripts import LOCAL
 

@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.agent.heartbeat import LEADER_STATE, Heartbeat, heartbeat_key
-from launch.agent.signed_store import SignedStore, open_store
+from launch.agent.exchange import LEADER_STATE, Heartbeat, SignedStore, heartbeat_key, open_store
 from launch.errors import ConfigError
-from launch.jobs.adoption import run_dir_of
-from launch.plan.exposure import refuse_exposed
+from launch.plan.plan import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.slurm.adoption import run_dir_of
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
 TIMEOUT = timedelta(seconds=30)

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.checks import facts
-from launch.checks.candidates import look_before_submitting, refuse_missing_nodes
-from launch.checks.cpus import settle_cpus
-from launch.checks.facts import SlurmFacts
-from launch.checks.sweep import settle_resources
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.placement import place
 from launch.plan.plan import Plan
+from launch.slurm import facts
+from launch.slurm.candidates import look_before_submitting, refuse_missing_nodes
+from launch.slurm.facts import SlurmFacts
+from launch.slurm.points import settle_resources
+from launch.slurm.resources import settle_cpus
 from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY, run
 from tests.support.doctor_facts import LIMITS

@@ -10,11 +10,10 @@ import pytest
 from launch.agent.after_step import run_dir_of
 from launch.agent.main import run as run_agent
 from launch.agent.node import Node
-from launch.jobs.adoption import submitted_jobs
-from launch.jobs.handles import SlurmJob, agent_logs, slurm_layouts
-from launch.jobs.submit import submit_calls, submit_slurm
-from launch.plan.exposure import refuse_exposed
-from launch.plan.plan import Plan
+from launch.plan.plan import Plan, refuse_exposed
+from launch.slurm.adoption import submitted_jobs
+from launch.slurm.handles import SlurmJob, agent_logs, slurm_layouts
+from launch.slurm.submit import submit_calls, submit_slurm
 from tests.launch.test_dry_run import directives, plan
 
 NUMBER = "71"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from launch.__main__ import schema_named_in
-from launch.runs.explain import schema_keys
-from launch.runs.renamed import FORMER
-from launch.runs.synonyms import ELSEWHERE, MEANT, override_meant
+from launch.runs.overrides import FORMER
+from launch.runs.refusals import ELSEWHERE, MEANT, override_meant, schema_keys
 
 KEYS = set(schema_keys(schema_named_in([])))
 

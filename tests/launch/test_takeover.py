@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from launch.agent.members import LostNode
+from launch.agent.health import LostNode
 from launch.agent.node import Node
-from launch.agent.outcome import end_lost_agents
-from launch.agent.restart_policy import RunFailedError
-from launch.agent.takeover import orphaned_attempt
+from launch.agent.outcome import end_lost_agents, orphaned_attempt
+from launch.agent.policy import RunFailedError
 from launch.runs.folder import RunFolder
 
 NODE = Node(1, 3, "slurm-7-1-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2", "n3"))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.hang_detector import Watchdog, stack_of
+from launch.agent.watch import Watchdog, stack_of
 from launch.config import ResilienceConfig
 from launch.runs import heartbeat
-from launch.runs.failures import first_failure
+from launch.runs.events import first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Phase
 from launch.runs.records import read_records
@@ -38,7 +38,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._real, self.ahead = time.monotonic, 0.0
-        monkeypatch.setattr("launch.agent.hang_detector.time.monotonic", lambda: self._real() + self.ahead)
+        monkeypatch.setattr("launch.agent.watch.time.monotonic", lambda: self._real() + self.ahead)
 
 
 def rank(folder: Path, phase: str, program: str = STEPPING) -> subprocess.Popen[bytes]:

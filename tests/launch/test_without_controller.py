@@ -10,13 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from launch.checks.sweep import choose_clusters
 from launch.config import ClusterKind
 from launch.errors import ConfigError
-from launch.jobs.submit import explain_refusal, may_have_taken, remove_unused
 from launch.runs.folder import RunFolder
-from launch.scheduler import client
-from launch.scheduler.client import SlurmBusyError, SlurmError
+from launch.slurm import client
+from launch.slurm.client import SlurmBusyError, SlurmError
+from launch.slurm.points import choose_clusters
+from launch.slurm.submit import explain_refusal, may_have_taken, remove_unused
 from tests.launch.test_dry_run import plan
 from tests.support.commands import run
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from gpt.parallel.distributed import World
 from launch.errors import ConfigError
-from launch.runs.failures import first_failure, record_failure
+from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
 

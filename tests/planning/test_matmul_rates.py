@@ -20,7 +20,7 @@ from gpt.workload.nodes import estimated_step, machine_of
 from launch.config.cluster import ClusterConfig, ClusterKind
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
-from launch.runs.matmul_rates import MatmulRates, as_document, read_matmul_rates
+from launch.runs.measured import MatmulRates, rates_document, read_matmul_rates
 from launch.workload import PlanRequest
 from tests.planning.test_cost import BLOCK, MACHINE, D, T, config_of
 
@@ -66,7 +66,7 @@ def test_the_estimate_follows_the_rates() -> None:
 
 def write(path: Path, device: str = "CPU", precision: str = "fp32", seconds: float = 2e-9) -> Path:
     sample = {"precision": precision, "m": 1, "n": 1, "k": 1, "seconds": seconds}
-    path.write_text(json.dumps(as_document(device, [sample], {})))
+    path.write_text(json.dumps(rates_document(device, [sample], {})))
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch.report import build
-from launch.report.views import columns, markdown
+from launch.report.views.text import columns, markdown
 from launch.runs.records import append_records
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from launch.report.__main__ import main
-from launch.report.comparison import compare, source_labels
 from launch.report.selection import Selection, select
+from launch.report.series import compare, source_labels
 from launch.report.table import ScalingTable, tabulate_selection
-from launch.runs.sweeps import record_sweep
+from launch.runs.find import record_sweep
 
 STEP_S = {"old": {1: 1.0, 2: 0.8, 4: 0.5}, "new": {1: 0.5, 2: 0.25, 8: 0.1}}
 

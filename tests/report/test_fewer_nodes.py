@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from launch.jobs.status import RunStatus, read_steps
 from launch.report import build
-from launch.report.views import markdown
+from launch.report.views.text import markdown
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
+from launch.slurm.status import RunStatus, read_steps
 
 FEWER = {"nodes": 1, "asked": 2, "hosts": ["n1"], "cause": "n2: lost, nothing heard for 30 s"}
 T0 = 1.7e9

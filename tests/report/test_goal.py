@@ -16,7 +16,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.project.__main__ import main
 from launch.project.goal import Goal, Offer, as_offer, compose_goal, offers, parse_goal
-from launch.runs.network import LinkFit, Network, as_document
+from launch.runs.measured import LinkFit, Network, network_document
 from launch.workload import SetUp, TrainingGoal
 
 
@@ -106,7 +106,7 @@ def check_against_flops(one: Offer, goal: Goal) -> None:
 def test_the_command_shows_a_table_and_what_to_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = {name: LinkFit(1e-3, 1e9) for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")}
     network = tmp_path / "network.json"
-    network.write_text(json.dumps(as_document(Network(8, {"inter_node": slow}), {})))
+    network.write_text(json.dumps(network_document(Network(8, {"inter_node": slow}), {})))
     goal = ["--fit", "1.3e9 params, 1e11 tokens, 60 days", "--gpu", "h100", "--nodes", "2", "cluster.gpus_per_node=8"]
     goal += DATA_PARALLEL
     keys = tmp_path / "links.yaml"  # all collectives alike, as the file of measurements has them

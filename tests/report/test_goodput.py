@@ -11,7 +11,7 @@ import pytest
 
 from launch.report import build, write
 from launch.report.goodput import PARTS
-from launch.report.views import csv_text, markdown
+from launch.report.views.text import csv_text, markdown
 from launch.runs.records import append_records
 from launch.runs.tensorboard import png_shape
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build
-from launch.report.gpu_use import MOST_WINDOWS, GpuUse, energy_between, read_gpu_use
-from launch.report.page import page
-from launch.report.views import csv_text, markdown
-from launch.report.write import json_text
+from launch.report.environment import MOST_WINDOWS, GpuUse, energy_between, read_gpu_use
+from launch.report.views.page import page
+from launch.report.views.text import csv_text, markdown
+from launch.report.views.write import json_text
+from launch.runs.environment import GpuSample, append_samples
 from launch.runs.folder import RunFolder
-from launch.runs.telemetry import GpuSample, append_samples
 
 A, B = "0000:3b:00.0", "0000:d8:00.0"
 CAPPED = 0x04 | 0x01

@@ -12,7 +12,7 @@ from launch.report import build, write
 from launch.report.goodput import Goodput, measure_goodput
 from launch.report.interruptions import CAUSES
 from launch.report.row import Row
-from launch.report.views import csv_text, markdown
+from launch.report.views.text import csv_text, markdown
 from launch.runs.records import append_records
 
 T0 = 1.7e9
@@ -312,7 +312,7 @@ def test_a_sweep_adds_its_points_up_and_says_against_what_restarts_in_place_save
 
 
 def test_every_cause_of_the_restart_limits_has_a_column() -> None:
-    from launch.agent.restart_policy import Cause
+    from launch.agent.policy import Cause
 
     assert {str(cause) for cause in Cause} - {"finished"} < CAUSES.keys()
     assert {f"interrupted_{cause}_h" for cause in CAUSES} < {*Row.__dataclass_fields__}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.report import build
-from launch.runs.labels import point_labels
+from launch.runs.find import point_labels
 from launch.runs.overrides import point_name
 
 STEADY = [1.0] * 10

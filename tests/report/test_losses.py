@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from launch.report import build, write
-from launch.report.losses import LOSSES, lost
 from launch.report.row import Row
+from launch.report.steps import LOSSES, lost
 from launch.runs.records import append_records
 
 STEPS = 25

@@ -14,12 +14,10 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import make_plan, write_run
 from launch.project.__main__ import main
-from launch.project.extremes import Sample, maximum_weights, normal_maximum
-from launch.project.projection import project
-from launch.project.stragglers import spread_of
-from launch.project.sweep_points import read_sweep
+from launch.project.models import Sample, maximum_weights, normal_maximum, spread_of
+from launch.project.projection import project, read_sweep
+from launch.report.columns import Floats
 from launch.report.selection import select
-from launch.runs.columns import Floats
 from launch.runs.records import append_records
 from tests.report.conftest import RunBuilder
 

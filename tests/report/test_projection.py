@@ -17,16 +17,13 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan, write_run
-from launch.project.__main__ import main
-from launch.project.failures import Failures
-from launch.project.models import Measured, fit_costs, fit_trend
-from launch.project.search import minimum, root
-from launch.project.sizes import parse_sizes
-from launch.project.sweep_points import read_sweep, with_matmul_rates
+from launch.project.__main__ import main, parse_sizes
+from launch.project.models import Measured, fit_costs, fit_trend, minimum, root
+from launch.project.projection import read_sweep, with_matmul_rates
+from launch.report.goodput import Failures
 from launch.report.selection import select
 from launch.runs.folder import RunFolder
-from launch.runs.matmul_rates import as_document as rates_document
-from launch.runs.network import LinkFit, Network, as_document
+from launch.runs.measured import LinkFit, Network, network_document, rates_document
 from launch.workload import StepTime
 from tests.report.conftest import RunBuilder
 from tests.support.commands import run
@@ -241,7 +238,7 @@ def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pytest
     """Each collective as it was measured: the all-reduce, which is all that DDP needs, as the steps were made."""
     fits = {"all_reduce": LinkFit(5e-4, 1e7), "all_gather": LinkFit(1.0, 1.0)}
     links = tmp_path / "network.json"
-    links.write_text(json.dumps(as_document(Network(1, {"inter_node": fits}), {"nodes": 2})))
+    links.write_text(json.dumps(network_document(Network(1, {"inter_node": fits}), {"nodes": 2})))
     assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 0
     assert "its links at 1 times that" in capsys.readouterr().out
     assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02

@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.config import ReportFile
 from launch.errors import ConfigError
-from launch.report import build, select, show, views, write
-from launch.runs.report_files import ReportFile
-from launch.runs.sweeps import record_sweep
+from launch.report import build, select, show, write
+from launch.report.views import text as views
+from launch.runs.find import record_sweep
 from launch.runs.tensorboard import EventWriter, png_shape
 from tests.support import commands
 

@@ -15,11 +15,11 @@ from launch.errors import ConfigError
 from launch.report import Row, build
 from launch.report.environment import Environment, RankPlace
 from launch.report.points import Point, State, read_point
-from launch.report.readings import WARMUP_STEPS, Step
 from launch.report.selection import Selection
 from launch.report.series import MIN_STEPS, measure
+from launch.report.steps import WARMUP_STEPS, Step
 from launch.report.table import tabulate
-from launch.report.views import efficiency
+from launch.report.views.text import efficiency
 
 STEADY = [1.0] * 10
 

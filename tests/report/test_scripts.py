@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.agent import progress
 from launch.errors import ConfigError
 from launch.report import Row, build, show, write
 from launch.report.table import ScalingTable
-from launch.report.views import columns
+from launch.report.views.text import columns
+from launch.runs import progress
 from launch.runs.tensorboard import png_shape
 
 SAMPLES = {"unit": "samples", "work_per_step": 512}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch.report import ScalingTable, build
-from launch.report.page.tiles import tiles
+from launch.report.views.page import tiles
 from launch.runs.files import write_json
 
 EMPTY = hashlib.sha256(b"").hexdigest()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build, write
-from launch.report.details import RunDetail
-from launch.report.figure import draw_ranks
-from launch.report.readings import RankTime, RankTimes
-from launch.report.views import markdown
+from launch.report.row import RunDetail
+from launch.report.steps import RankTime, RankTimes
+from launch.report.views.figures import draw_ranks
+from launch.report.views.text import markdown
 from launch.runs.records import append_records
 from launch.runs.tensorboard import png_shape
 

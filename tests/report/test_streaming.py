@@ -16,12 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.report import columns
+from launch.report.columns import read_columns
 from launch.report.environment import read_environment
-from launch.report.losses import RECORDED
-from launch.report.readings import Step
-from launch.report.steps import read_steps, step_times
-from launch.runs import columns
-from launch.runs.columns import read_columns
+from launch.report.steps import RECORDED, Step, read_steps, step_times
 from launch.runs.folder import RunFolder
 from launch.runs.records import fill_in_step_times, own_work, read_records
 

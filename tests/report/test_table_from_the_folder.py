@@ -12,10 +12,10 @@ import pytest
 
 from launch.report import build, goodput
 from launch.report.interruptions import CAUSES
-from launch.report.losses import LOSSES
 from launch.report.row import Row
+from launch.report.steps import LOSSES
+from launch.runs.environment import GpuSample, append_samples
 from launch.runs.records import append_records
-from launch.runs.telemetry import GpuSample, append_samples
 
 
 def recorded(folder: Path, make_run: Any) -> None:

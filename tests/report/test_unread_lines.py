@@ -15,12 +15,11 @@ import pytest
 from rich.console import Console
 from selenium import webdriver
 
-from launch.report import build, show, write
+from launch.report import build, columns, show, write
 from launch.report.points import read_point
-from launch.report.readings import UnreadLines
-from launch.report.views import csv_text, markdown
-from launch.report.write import json_text
-from launch.runs import columns
+from launch.report.steps import UnreadLines
+from launch.report.views.text import csv_text, markdown
+from launch.report.views.write import json_text
 from launch.runs.folder import RunFolder
 
 GARBLE: dict[str, Callable[[bytes], bytes]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs.failures import first_failure, record_failure
+from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT
 

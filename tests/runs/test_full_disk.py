@@ -15,15 +15,16 @@ from gpt.checkpoint.folders import steps
 from gpt.metrics.steps_csv import StepsCsv
 from gpt.metrics.view import Records, View
 from launch import cancel
-from launch.agent import heartbeat as heartbeat_of_agents
-from launch.agent.environment import EnvironmentRecord
+from launch.agent import exchange as heartbeat_of_agents
 from launch.agent.node import Node
-from launch.jobs import handles, stop
-from launch.runs import heartbeat, unwritten
+from launch.agent.records import EnvironmentRecord
+from launch.runs import files as unwritten
+from launch.runs import heartbeat
 from launch.runs.events import unsaved_text
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import RecordWriter, StepRecord, read_records
+from launch.slurm import handles, stop
 from launch.workload import CodeTree, RankCommand, RankContract
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 

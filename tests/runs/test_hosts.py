@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.numa import parse_cpus
-from launch.runs import hosts
+from launch.agent.fork_server import parse_cpus
+from launch.runs import environment as hosts
 
 H100 = "NVIDIA H100 80GB HBM3"
 INFORMATION = """Model: \t\t {name}
@@ -93,5 +93,8 @@ def test_a_rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_no_torch_is_loaded() -> None:
-    code = "import sys; from launch.runs.hosts import describe_rank as d; d(0, 0, 0); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from launch.runs.environment import describe_rank as d; d(0, 0, 0); "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

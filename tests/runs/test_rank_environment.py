@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs.folder import RunFolder
-from launch.runs.rank_environment import (
+from launch.runs.environment import (
     MOST_FILES,
     describe_environment,
     dumped_ranks,
@@ -19,6 +18,7 @@ from launch.runs.rank_environment import (
     set_defaults,
     set_dump_file,
 )
+from launch.runs.folder import RunFolder
 from tests.support.commands import ROOT, environment
 from tests.support.scripts import LOCAL, printed, write_script
 

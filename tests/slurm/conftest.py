@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm.sandbox import packages
+from slurm.sandbox import processes as packages
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import heal
-from slurm.sandbox.settings import Settings
+from slurm.sandbox.state import Settings
 
 # A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own. Runs have 20 s to save and leave
 # when they are told to, as two cores are shared by all that the tests start.

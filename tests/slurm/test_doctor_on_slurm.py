@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from launch.checks import facts
-from launch.checks.findings import Level
 from launch.config import ClusterKind
-from launch.config.sweep_points import sweep_points
+from launch.config.compose import sweep_points
 from launch.doctor.__main__ import examine
-from launch.scheduler import client as scheduler
-from launch.scheduler.reasons import lasting_reason
-from slurm.sandbox import faults, packages
+from launch.slurm import client as scheduler
+from launch.slurm import facts
+from launch.slurm.facts import Level
+from launch.slurm.limits import lasting_reason
+from slurm.sandbox import faults
+from slurm.sandbox import processes as packages
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.commands import SandboxError
-from slurm.sandbox.settings import Settings
-from slurm.sandbox.state import require
+from slurm.sandbox.processes import SandboxError
+from slurm.sandbox.state import Settings, require
 from tests.support.commands import run, wait_for
 
 pytestmark = pytest.mark.slurm

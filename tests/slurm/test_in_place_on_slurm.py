@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs.handles import agent_logs, job_of
 from launch.report.goodput import measure_goodput
 from launch.runs import heartbeat
-from launch.runs.failures import first_failure
+from launch.runs.events import first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
 from launch.runs.records import read_records
+from launch.slurm.handles import agent_logs, job_of
 from slurm.sandbox import processes
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link

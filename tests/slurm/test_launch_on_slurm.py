@@ -16,10 +16,10 @@ import pytest
 
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
-from launch.jobs.submit import submit_slurm
 from launch.plan.plan import make_plan, write_run
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.slurm.submit import submit_slurm
 from slurm.sandbox import state as sandbox_state
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, TINY, run, start, start_fork, wait_for

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.jobs.failover import PlacementFailover
-from launch.jobs.handles import JobStatus, SlurmJob, ask_queue, job_of
-from launch.jobs.status import RunStatus, find_run_status
 from launch.runs.folder import RunFolder
-from launch.scheduler import limits
-from launch.scheduler.client import output_file
+from launch.slurm import limits
+from launch.slurm.client import output_file
+from launch.slurm.failover import PlacementFailover
+from launch.slurm.handles import JobStatus, SlurmJob, ask_queue, job_of
+from launch.slurm.status import RunStatus, find_run_status
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, is_alive, run, wait_for
 from tests.support.counting import COUNTING, options

@@ -13,9 +13,8 @@ import pytest
 from launch.errors import ConfigError
 from slurm.sandbox import configuration, faults, processes
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.commands import SandboxError, wait_until
-from slurm.sandbox.settings import MAX_DIRECTORY_LENGTH, Settings, check
-from slurm.sandbox.state import Endpoint, State
+from slurm.sandbox.processes import SandboxError, wait_until
+from slurm.sandbox.state import MAX_DIRECTORY_LENGTH, Endpoint, Settings, State, check
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from launch.errors import ConfigError
-from slurm.sandbox import faults, packages, processes
+from slurm.sandbox import faults, processes
+from slurm.sandbox import processes as packages
 from slurm.sandbox.__main__ import main
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.commands import SandboxError, wait_until
+from slurm.sandbox.processes import SandboxError, wait_until
 from slurm.sandbox.state import require
 
 # Waits for one connection, then says how many bytes arrived in how many seconds.

@@ -16,9 +16,8 @@ import pytest
 from launch.errors import ConfigError
 from slurm.sandbox import faults, processes
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.commands import SandboxError, run, wait_until
-from slurm.sandbox.settings import Settings, directory_tag
-from slurm.sandbox.state import load, require
+from slurm.sandbox.processes import SandboxError, run, wait_until
+from slurm.sandbox.state import Settings, directory_tag, load, require
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = Settings(nodes=2, gpus_per_node=0)

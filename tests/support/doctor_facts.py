@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from launch.checks import request as asked
-from launch.checks.facts import Facts, Folder, Machine, Request
-from launch.checks.findings import Finding, Level
 from launch.config import ClusterKind
 from launch.doctor.__main__ import configs_of
-from launch.jobs.sbatch import sbatch_text
 from launch.plan.plan import make_plan
-from launch.scheduler import limits
+from launch.slurm import limits
+from launch.slurm import request as asked
+from launch.slurm.facts import Facts, Finding, Folder, Level, Machine, Request
+from launch.slurm.handles import sbatch_text
 
 # Printed by scontrol 22.05.8 of the sandbox, unimportant fields left out.
 CONFIG = """Configuration data as of 2026-11-21T07:25:34

@@ -27,8 +27,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.agent import forked_rank
-from launch.agent.numa import told_cpus
+from launch.agent import fork_server as forked_rank
+from launch.agent.fork_server import told_cpus
 from launch.process import lasting_imports
 from tests.support.forking import ROOT, Job
 
@@ -366,7 +366,7 @@ def _job_of(given: Mapping[str, Any]) -> Job | None:
 
 def _rank_of(words: list[str], given: Mapping[str, Any]) -> Job | None:
     """The job of the shell by which an agent starts a rank, if that is a file of Python (``workers.entrypoint``)."""
-    from launch.agent.workers import START_RANK
+    from launch.agent.ranks import START_RANK
 
     if words[1:3] != ["-c", START_RANK] or len(words) < 8:
         return None

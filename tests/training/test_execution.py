@@ -48,8 +48,8 @@ from gpt.training.compile_time import CompileTime
 from gpt.training.determinism import set_matmul_precision, state
 from gpt.training.execution import open_compile_cache
 from gpt.training.request import Request
+from launch.runs.environment import COMPILE_CACHE, describe_environment
 from launch.runs.folder import RunFolder
-from launch.runs.rank_environment import COMPILE_CACHE, describe_environment
 from launch.runs.records import read_records
 from launch.worker import Run as Rank
 from tests.support.commands import TINY, run

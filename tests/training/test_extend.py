@@ -20,9 +20,8 @@ from launch.runs.compose import read_document
 from launch.runs.events import is_finished, saves_that_count
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
+from launch.runs.identity import Continuation, SavedCheckpoint, apply_continuation, plan_continuation, refuse_alive
 from launch.runs.records import append_records, read_records
-from launch.runs.rollback import Continuation, apply_continuation, plan_continuation, refuse_alive
-from launch.runs.saved import SavedCheckpoint
 from tests.support.commands import TINY, run
 from tests.support.weights import differing, read_weights
 

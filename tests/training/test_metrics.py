@@ -23,8 +23,8 @@ from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.gradient_stats import Gradients
+from launch.runs.environment import reachable_files
 from launch.runs.folder import RunFolder
-from launch.runs.rank_environment import reachable_files
 from launch.runs.records import StepRecord, read_records
 from launch.runs.tensorboard import record_scalars
 from launch.worker import Run as Rank

@@ -14,8 +14,7 @@ from gpt.planning.memory import staging_bytes
 from gpt.training.schedule import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s
 from gpt.workload.text import checkpoint_text
 from launch.errors import ConfigError
-from launch.runs.checkpoint_interval import best_interval_s
-from launch.runs.events import skipped_text, unsaved_text
+from launch.runs.events import best_interval_s, skipped_text, unsaved_text
 from launch.status import notes
 from tests.support.commands import TINY
 from tests.support.composing import config_from

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpt.train import train
 from gpt.training.stragglers import StragglerJudge
 from launch.errors import ConfigError
-from launch.jobs.status import find_run_status
 from launch.runs.events import slow_ranks
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.slurm.status import find_run_status
 from launch.status import as_dict, notes
 from launch.worker import Run as Rank
 from tests.support.composing import config_from

@@ -16,8 +16,7 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.errors import ConfigError
-from launch.runs.ranges import closest
+from launch.errors import ConfigError, closest
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
 """Numpy name of an integer -> its bytes; all files are little-endian."""

@@ -19,9 +19,8 @@ from functools import cache
 from pathlib import Path
 
 from gpt.data.formats.token_file import glob_files
-from launch.errors import ConfigError
+from launch.errors import ConfigError, closest
 from launch.runs.files import write_atomically
-from launch.runs.ranges import closest
 
 # Left out of the corpus of the standard library: other people's packages, tests, programs that happen to be shipped
 # with it and are missing from some distributions' packages, and files generated for one machine.

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from gpt.config.data import TokenizerKind
 from gpt.data.tokenizers.base import Ids, Tokenizer
 from launch.errors import ConfigError
-from launch.runs.provenance import install_command
+from launch.runs.environment import install_command
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 """Names that tokenizers give to the token that ends a document, in the order in which they are tried."""

@@ -1,0 +1,48 @@
+"""``gpt-launch`` and ``python -m gpt_launch``: the commands of the project, whatever lies in the working directory.
+
+gpt-launch -m nodes=1,2,4                   a sweep
+gpt-launch status outputs                   any other command of the launcher
+torchrun -m gpt_launch gpt.train            a module of the project by its name
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import gpt_launch.own_names  # noqa: F401  # before anything else of the project
+
+COMMANDS = {
+    **{
+        name: f"launch.{name}"
+        for name in ("status", "logs", "cancel", "report", "verify", "doctor", "project", "bench_network", "storm")
+    },
+    # What the launcher starts by itself.
+    **{name: f"launch.{name}" for name in ("agent", "batch", "move")},
+}
+PACKAGES = ("launch.", "gpt.", "slurm.")
+
+
+def module_of(word: str) -> str | None:
+    """Return the module that a first argument names; None where it is an override or an option of the launcher."""
+    if "=" in word:
+        return None
+    return word if word.startswith(PACKAGES) else COMMANDS.get(word)
+
+
+def main() -> int:
+    """Run the command that the first argument names; without one, the launcher. Returns the exit status."""
+    module = module_of(sys.argv[1]) if len(sys.argv) > 1 else None
+    if module is None:
+        from launch.__main__ import main as launch
+
+        return launch()
+    del sys.argv[1]
+    if not hasattr(sys.modules.get(module), "__path__"):
+        sys.modules.pop(module, None)  # a rank that was forked has imported it; runpy would warn
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

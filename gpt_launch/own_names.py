@@ -1,0 +1,29 @@
+"""Importing this module makes ``launch``, ``gpt``, ``configs`` and ``slurm`` the project's own in this process.
+
+Python looks into the working directory first, where a user's project may have a ``launch.py`` or a ``gpt/``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+from gpt_launch import ROOT
+
+NAMES = ("launch", "gpt", "configs", "slurm")
+
+
+class OwnNames(MetaPathFinder):
+    """Finder of the four packages in ``ROOT``, whatever ``sys.path`` begins with."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return where a package of the project is; None for every other module."""
+        return PathFinder.find_spec(fullname, [str(ROOT)]) if path is None and fullname in NAMES else None
+
+
+sys.meta_path.insert(0, OwnNames())

@@ -1,1 +1,0 @@
-"""Submitted runs: how they are submitted, followed, shown, stopped and moved."""

@@ -1,0 +1,1 @@
+"""Outputs of a report: text, figures, page, TensorBoard."""

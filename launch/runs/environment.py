@@ -1,0 +1,485 @@
+"""Environment of an attempt: machine, variables of the ranks, code, libraries, samples of the GPUs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import socket
+import subprocess
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from launch.errors import ConfigError
+from launch.runs.files import append_lines, read_json, read_json_lines
+from launch.runs.folder import RunFolder
+
+# Facts of this machine for ``environment.json``: host, processor, GPUs and cores of a rank, asked without torch.
+
+
+DRIVER = Path("/proc/driver/nvidia")
+
+
+def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False) -> dict[str, Any]:
+    """Describe a rank of this node from outside, for programs that say nothing of themselves.
+
+    The device is the GPU that ``local_rank`` counts to among the visible ones, or the CPU where there is none or
+    ``on_cpu``. ``device_uuid`` is absent where the GPU cannot be told for sure.
+    """
+    entry = describe_place(rank, local_rank, node)
+    gpus = [] if on_cpu else visible_gpus()
+    if gpus:
+        gpu = gpus[local_rank % len(gpus)]
+        entry |= {"device": f"cuda:{gpu.index}", "device_name": gpu.name}
+        entry |= {"device_uuid": gpu.uuid.removeprefix("GPU-")} if gpu.uuid else {}  # as torch writes it
+    else:
+        entry |= {"device": "cpu", "device_name": cpu_name()}
+    return entry | {"threads": threads_of(entry["cores"])}
+
+
+def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
+    """Name where a rank runs. ``machine`` is one string per booted kernel: several hostnames may share it."""
+    return {
+        "rank": rank,
+        "local_rank": local_rank,
+        "node": node,
+        "host": socket.gethostname(),
+        "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        **describe_cpus(os.sched_getaffinity(0)),
+    }
+
+
+def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
+    """Tell how many CPUs a rank may run on, and which, as Linux lists them: ``0-3,8``."""
+    numbers = sorted(cpus)
+    parts = []
+    for _, following in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in following]
+        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return {"cores": len(numbers), "cpus": ",".join(parts)}
+
+
+def threads_of(cores: int) -> int:
+    """Threads of a rank as OpenMP counts them: OMP_NUM_THREADS (its first level), else one for each core."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdigit() and int(first) else cores
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def driver_version(path: Path = DRIVER / "version") -> str | None:
+    """The NVIDIA driver of this machine; None where there is none."""
+    try:
+        found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", path.read_text())
+    except OSError:
+        return None
+    return found.group(1) if found else None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. ``index`` is its number for CUDA in this job; what cannot be told for sure is None."""
+
+    index: str
+    name: str
+    uuid: str | None
+    bus: str | None = None
+    """Its address on the PCI bus, as Linux writes it."""
+
+
+def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ) -> list[Gpu]:
+    """The GPUs that processes of this node may use, in CUDA's order."""
+    there = [_read_gpu(str(index), path) for index, path in enumerate(sorted(folder.glob("*/information")))]
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        names = [gpu.index for gpu in there]
+    else:  # CUDA ignores the first entry that names no GPU, and all that follow
+        names = list(itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, named.split(","))))
+    as_listed = _counts_as_listed(there, len(names), environ)
+    return [_find_gpu(name, index, there, as_listed) for index, name in enumerate(names)]
+
+
+def _read_gpu(index: str, path: Path) -> Gpu:
+    """A GPU as its driver tells it, under its number in the order of the PCI bus."""
+    told = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
+    uuid = told.get("GPU UUID", "")
+    # The driver writes question marks until the GPU is first used.
+    known = uuid if uuid.startswith("GPU-") and "?" not in uuid else None
+    return Gpu(index, told.get("Model", "GPU"), known, path.parent.name.lower())
+
+
+def _counts_as_listed(there: list[Gpu], visible: int, environ: Mapping[str, str]) -> bool:
+    """Tell whether CUDA's numbers are those of the driver's list.
+
+    Slurm may hide GPUs of other jobs by cgroups, and CUDA then counts what is left, while /proc shows all. CUDA puts
+    the fastest first where they differ, unless it is told not to.
+    """
+    hidden = "SLURM_JOB_ID" in environ and visible < len(there)
+    alike = len({gpu.name for gpu in there}) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    return alike and not hidden
+
+
+def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
+    """The GPU that CUDA_VISIBLE_DEVICES calls ``name``, a number or the beginning of a UUID, in its place ``index``."""
+    if name.isdigit():
+        return there[int(name)] if as_listed and int(name) < len(there) else Gpu(name, _names(there), None)
+    found = [gpu for gpu in there if gpu.uuid is not None and gpu.uuid.startswith(name)]
+    # A slice of a GPU (MIG-...) is a device of its own, which the driver does not list.
+    return found[0] if len(found) == 1 else Gpu(str(index), _names(there), name)
+
+
+def _names(gpus: list[Gpu]) -> str:
+    return " or ".join(sorted({gpu.name for gpu in gpus})) or "GPU"
+
+
+# Environment of the ranks: what the agent sets where the user has not, and what ``environment.json`` tells of it.
+
+
+@dataclass(frozen=True)
+class Default:
+    """A variable that is set where the user has set neither it nor another name of the same thing."""
+
+    name: str
+    value: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names, by any of which the user may have set it."""
+        return self.name, *self.aliases
+
+
+DEFAULTS = (
+    # A gloo group connects every pair of ranks at once else: P (P - 1) connections, as many requests of the store.
+    Default("TORCH_GLOO_LAZY_INIT", "1"),
+    # Blocks that grow leave no gaps between them, by which a GPU runs out of memory that is free.
+    Default("PYTORCH_ALLOC_CONF", "expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")),
+    # NCCL's flight recorder: the last collectives of a rank, written to a file when one of them times out.
+    Default("TORCH_FR_BUFFER_SIZE", "20000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
+    Default("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+)
+"""Set before torch is imported: a rank that is forked has what its interpreter was started with."""
+
+DUMP_FILE = Default("TORCH_FR_DUMP_TEMP_FILE", "nccl_trace_rank_", ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE",))
+"""Beginning of the files of the flight recorder, to which torch appends the rank; one for each attempt."""
+
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Folder in which torch's compiler keeps what it makes."""
+
+RECORDED = (
+    *(name for entry in (*DEFAULTS, DUMP_FILE) for name in entry.names),
+    *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", COMPILE_CACHE, "TRITON_CACHE_DIR"),
+)
+MOST_FILES = 1 << 20
+"""Programs that close every number a file could have take minutes where a site allows a billion."""
+
+
+def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()) -> None:
+    """Set what is the same for all attempts, where the user has not.
+
+    Args:
+        environment: of the ranks.
+        typed: names that the config sets for the ranks. A default for the same thing under another name goes: torch
+            would obey both.
+    """
+    for entry in DEFAULTS:
+        if not {*entry.names} & {*typed}:
+            if not any(name in environment for name in entry.names):
+                environment[entry.name] = entry.value
+        elif environment.get(entry.name) == entry.value:
+            del environment[entry.name]
+
+
+def set_dump_file(
+    run: Path, attempt: Path, environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()
+) -> None:
+    """Have the flight recorder of each rank write into the folder of its attempt, unless the user has named a file.
+
+    Args:
+        run: folder of the run. A file in it was named for an attempt before this one.
+        attempt: folder of the attempt.
+        environment: of the ranks.
+        typed: names that the config sets for the ranks.
+    """
+    named = [environment[name] for name in DUMP_FILE.names if name in environment]
+    if all(name.startswith(f"{run}/") for name in named) and not {*DUMP_FILE.names} & {*typed}:
+        environment[DUMP_FILE.name] = str(attempt / DUMP_FILE.value)
+
+
+def dumped_ranks(attempt: Path) -> list[int]:
+    """Ranks whose flight recorder has written into the folder of an attempt."""
+    found = (path.name.removeprefix(DUMP_FILE.value) for path in attempt.glob(f"{DUMP_FILE.value}*"))
+    return sorted(int(rank) for rank in found if rank.isdigit())
+
+
+def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str | int]:
+    """List the variables of this process that steer communication and memory, and its limit of open files."""
+    told: dict[str, str | int] = {name: environment[name] for name in RECORDED if name in environment}
+    return told | {"open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files of this process, and of those it starts, to the hard one; return the limit.
+
+    Every connection, data file and log of a rank is one, and the usual soft limit is 1,024. What needs no privilege is
+    done without asking.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = reachable_files(hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return soft
+
+
+def reachable_files(hard: int) -> int:
+    """Soft limit of open files that agents and ranks have where this is the hard one; -1 is unlimited."""
+    return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+
+
+# Provenance of an attempt: its code, its libraries, and what has changed since the attempt before.
+
+
+ROOT = Path(__file__).absolute().parents[2]
+"""The folder that the packages of this process lie in."""
+
+PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
+SUFFIXES = (".py", ".yaml", ".sh")
+ORIGIN = "code.json"
+"""In a copy of the code: what it is a copy of."""
+
+LIBRARIES = ("torch", "numpy", "hydra-core", "omegaconf", "submitit", "deepspeed")
+GIT_TIMEOUT_S = 10
+NAMED = 5
+
+
+def source_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """The files that make a run what it is, tracked by git or not, in the order of their names relative to ``root``."""
+    paths = [path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in SUFFIXES]
+    for path in sorted(paths):
+        if path.is_file():
+            yield str(path.relative_to(root)), path
+
+
+def describe_code(
+    root: Path = ROOT, files_of: Callable[[Path], Iterable[tuple[str, Path]]] = source_files
+) -> dict[str, Any]:
+    """Folder of the code, one digest of it, and one for each file.
+
+    Args:
+        root: folder of the code, or of a copy.
+        files_of: names relative to a root, and paths, of the files that count; those of this project by default.
+    """
+    files = {name: digest(path.read_bytes()) for name, path in files_of(root)}
+    whole = digest("".join(f"{name} {files[name]}\n" for name in files).encode())
+    return {"root": str(root), "is_snapshot": (root / ORIGIN).is_file(), "sha256": whole, "files": files}
+
+
+def digest(content: bytes) -> str:
+    """The first half of a SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def install_command(extra: str, root: Path = ROOT) -> str:
+    """Return the command that installs an optional extra of this project beside what is there.
+
+    Args:
+        extra: its name in pyproject.toml.
+        root: folder that the packages lie in: a checkout, or site-packages.
+    """
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'gpt-launch[{extra}]'"
+    place = "." if root == Path.cwd() else str(root)
+    return f"pip install -e {shlex.quote(f'{place}[{extra}]')}"
+
+
+def code_state(root: Path = ROOT) -> dict[str, str]:
+    """Commit and hash of the uncommitted changes of the checkout ``root`` lies in; empty where there is none.
+
+    A copy says what it was copied from.
+    """
+    origin = root / ORIGIN
+    if origin.is_file():
+        told = json.loads(origin.read_text())["git"]
+        assert isinstance(told, dict)
+        return told
+    commit = git(root, "rev-parse", "HEAD")
+    diff = git(root, "diff", "HEAD")
+    if commit is None or diff is None:
+        return {}
+    return {"commit": commit.decode().strip(), "diff_sha256": hashlib.sha256(diff).hexdigest()}
+
+
+def git(folder: Path, *args: str) -> bytes | None:
+    """Run git; its output, or None where there is no git or no checkout."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, as they are installed."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List what differs between two attempts' ``environment.json``; what one of them does not say is left out."""
+    return [*code_changes(before, now), *library_changes(before.get("software") or {}, now.get("software") or {})]
+
+
+def code_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """The files that differ; commit or uncommitted changes where an older record does not name files."""
+    old, new = before.get("git") or {}, now.get("git") or {}
+    commits = [str(state.get("commit", "none"))[:12] for state in (old, new)]
+    moved = f" (commit {commits[0]} -> {commits[1]})" if commits[0] != commits[1] else ""
+    files = (before.get("code") or {}).get("files"), (now.get("code") or {}).get("files")
+    if files[0] is not None and files[1] is not None:
+        touched = [f"{name} {how(files[0].get(name), files[1].get(name))}" for name in sorted({*files[0], *files[1]})
+                   if files[0].get(name) != files[1].get(name)]  # fmt: skip
+        more = f" and {len(touched) - NAMED} more" if len(touched) > NAMED else ""
+        if touched:
+            yield ", ".join(touched[:NAMED]) + more + moved
+    elif old and new and old != new:
+        yield f"the checkout{moved}" if moved else "uncommitted changes"
+
+
+def how(before: str | None, now: str | None) -> str:
+    """Describe what happened to a file."""
+    return "added" if before is None else "removed" if now is None else "changed"
+
+
+def library_changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+    """The libraries that differ. CUDA and NCCL are known on the nodes only, so one side may not name them.
+
+    The driver is not compared: it is the node's, and a requeued job may get others.
+    """
+    of_torch = {"cuda", "nccl"} & {*before} & {*now}
+    for name in sorted({*before, *now} & {"python", *LIBRARIES} | of_torch):
+        if before.get(name) != now.get(name):
+            yield f"{name} {before.get(name, 'not installed')} -> {now.get(name, 'not installed')}"
+
+
+def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
+    """Find what has changed since the attempt before ``attempt``, by default the last, and that attempt's number."""
+    earlier = {n: read_json(folder.environment(n)) for n in folder.attempts() if attempt is None or n < attempt}
+    there = [number for number, known in earlier.items() if known]
+    if not there:
+        return None
+    texts = changes(earlier[there[-1]], now)
+    return (there[-1], "; ".join(texts)) if texts else None
+
+
+def refuse_change(folder: RunFolder, since: int, what: str) -> None:
+    """Raise ConfigError, for ``require_same_code=true``."""
+    commit = (read_json(folder.environment(since)).get("git") or {}).get("commit")
+    back = f"git checkout {commit[:12]}, " if commit else ""
+    raise ConfigError(
+        f"since attempt {since} of {folder.path}: {what}",
+        "the code and the libraries of that attempt, as require_same_code=true demands",
+        f"{back}require_same_code=false to go on with what has changed, or fresh=true for a new folder",
+    )
+
+
+# GPU telemetry: samples of the GPUs of a node, a file for each node in the run folder.
+
+
+GAUGES = {
+    "power_w": 1,
+    "energy_j": 3,
+    "sm_clock_mhz": 0,
+    "memory_clock_mhz": 0,
+    "temperature_c": 0,
+    "throttle_reasons": 0,
+}
+"""Gauge -> decimals that are kept. Energy is a counter: joules since the driver was loaded, so that differences count.
+Throttle reasons are the bits of NVML's clocks event reasons."""
+THROTTLE_REASONS = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "driver's thermal limit",
+    0x40: "too hot",
+    0x80: "power brake",
+}
+"""Bit -> reason for which clocks are lower than asked for (nvml.h, nvmlClocksEventReasons). Idle clocks (0x01), clocks
+set by an administrator (0x02, 0x10, 0x100) are none."""
+
+
+@dataclass(frozen=True)
+class GpuSample:
+    """Sample of all GPUs that one node has for the run."""
+
+    time: float
+    """Unix time, seconds."""
+    attempt: int
+    host: str
+    gauges: Mapping[str, Mapping[str, float]]
+    """Address of a GPU on the PCI bus -> gauge -> value; one that it does not tell is absent."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line of the file."""
+        line: dict[str, Any] = {"time": round(self.time, 3), "attempt": self.attempt, "host": self.host}
+        line["bus"] = list(self.gauges)
+        for name, decimals in GAUGES.items():
+            values = [of_gpu.get(name) for of_gpu in self.gauges.values()]
+            if any(value is not None for value in values):
+                line[name] = [_rounded(value, decimals) for value in values]
+        return line
+
+
+def _rounded(value: float | None, decimals: int) -> float | int | None:
+    return None if value is None else round(value, decimals) if decimals else int(value)
+
+
+def append_samples(folder: RunFolder, node: int, samples: Iterable[GpuSample]) -> None:
+    """Append samples to the file of a node."""
+    append_lines(folder.telemetry(node), [sample.as_dict() for sample in samples])
+
+
+def telemetry_nodes(folder: RunFolder) -> list[int]:
+    """Nodes that have samples, in order."""
+    names = (path.stem.removeprefix("node_") for path in (folder.path / "telemetry").glob("node_*.jsonl"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_samples(folder: RunFolder, node: int) -> Iterator[GpuSample]:
+    """Yield the samples of a node in the order in which they were taken; other lines are passed over."""
+    for line in read_json_lines(folder.telemetry(node)):
+        sample = _parse(line)
+        if sample is not None:
+            yield sample
+
+
+def _parse(line: Mapping[str, Any]) -> GpuSample | None:
+    time, attempt, host, buses = (line.get(name) for name in ("time", "attempt", "host", "bus"))
+    if not (isinstance(time, int | float) and isinstance(attempt, int) and isinstance(host, str)):
+        return None
+    if not isinstance(buses, list):
+        return None
+    lists = {name: line[name] for name in GAUGES if isinstance(line.get(name), list) and len(line[name]) == len(buses)}
+    gauges = {
+        str(bus): {name: values[index] for name, values in lists.items() if isinstance(values[index], int | float)}
+        for index, bus in enumerate(buses)
+    }
+    return GpuSample(float(time), attempt, host, gauges)

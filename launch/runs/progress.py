@@ -1,0 +1,340 @@
+"""Step records of ranks that only print: read from their logs by a regular expression, and drawn as curves.
+
+Owns what a pattern may name, the reading of logs that are being written, and TensorBoard's files of programs that write
+none themselves. Every call is bounded in time and bytes: the agent that calls it has ranks to watch. Must not know what
+the ranks run, nor what follows from their records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import ConfigError
+from launch.runs.files import say
+from launch.runs.folder import RunFolder
+from launch.runs.records import append_records, is_record, recent_records
+
+if TYPE_CHECKING:
+    from launch.runs.tensorboard import EventWriter
+
+
+GROUPS = (
+    *("step", "loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
+    *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
+)
+"""Names that a pattern may give to what it finds."""
+POLL_S = 1.0
+"""Between two polls; the monitor asks several times a second."""
+LOOK_BYTES = 256 * 1024
+"""Of one log, or of the records, in one poll."""
+CLOSE_S = 10.0
+"""At the end, for what ranks printed faster than it was read."""
+LINE_BYTES = 2_000
+"""Of a line: what follows is not looked at."""
+MATCH_S = 0.5
+"""For the lines of one poll. A pattern with nested repetitions may take years for one line: (a+)+$."""
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+"""Colors and movements of the cursor, as terminals know them."""
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse a pattern that finds no step records.
+
+    Raises:
+        ConfigError: it is no regular expression, has no group ``step``, or names something else.
+    """
+    fix = r"script.progress='step (?P<step>\d+).* loss (?P<loss>[\d.]+)'"
+    try:
+        names = set(re.compile(pattern).groupindex)
+    except re.error as error:
+        raise ConfigError(
+            f"script.progress={pattern!r}, which is no regular expression: {error}",
+            "a regular expression of Python's module re, quoted for the shell",
+            fix,
+        ) from error
+    known = ", ".join(GROUPS)
+    if unknown := sorted(names - set(GROUPS)):
+        raise ConfigError(f"script.progress with a group {', '.join(unknown)}", f"groups among {known}", fix)
+    if "step" not in names:
+        raise ConfigError(
+            f"script.progress={pattern!r}, which has no group named step",
+            rf"a group (?P<step>\d+), and any of {known.removeprefix('step, ')}",
+            fix,
+        )
+
+
+class Progress:
+    """Reads the logs of this node's ranks in one attempt. Called by the agent's monitor, from one thread.
+
+    Args:
+        pattern: regular expression with named groups (``GROUPS``); None where the ranks record steps themselves.
+        unit: what throughput counts, for ``work_per_step``.
+        work_per_step: of all ranks together, where it was stated: gives the records of rank 0 a throughput.
+        writes_curves: draw the records of rank 0, whoever writes them, where that rank is among ``ranks``.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        attempt: int,
+        ranks: Sequence[int],
+        pattern: str | None,
+        unit: str | None,
+        work_per_step: float | None,
+        writes_curves: bool,
+    ) -> None:
+        self._folder = folder
+        self._attempt = attempt
+        self._expression = pattern
+        self._pattern = re.compile(pattern) if pattern else None
+        """None where there is none, or it was given up."""
+        self._logs = [_RankLog(folder, attempt, rank, unit, work_per_step) for rank in ranks] if pattern else []
+        self._curves = _Curves(folder, attempt) if writes_curves and 0 in ranks else None
+        self._polled = 0.0
+        self._cut = False
+        self.matched = False
+        """True where any line matched so far."""
+
+    def poll(self) -> None:
+        """Take in what was printed since the last poll, at most once a second."""
+        if time.monotonic() - self._polled < POLL_S:
+            return
+        for log in self._logs:
+            self._take_in(log)
+        if self._curves is not None:
+            self._curves.poll()
+        self._polled = time.monotonic()
+
+    def close(self) -> None:
+        """Take in the rest, and enter into the event log if no line ever matched."""
+        deadline = time.monotonic() + CLOSE_S
+        for log in self._logs:
+            while self._take_in(log) and time.monotonic() < deadline:
+                pass
+        if self._curves is not None:
+            while self._curves.poll() and time.monotonic() < deadline:
+                pass
+            self._curves.close()
+        self._tell_if_nothing_matched()
+
+    def _tell_if_nothing_matched(self) -> None:
+        """On the node of rank 0: many programs print on that rank alone, and the other nodes need not match."""
+        if self.matched or not any(log.rank == 0 for log in self._logs) or self._recorded_elsewhere():
+            return
+        cause = "no line in the logs of the ranks matches script.progress, so that no steps are known"
+        self._folder.record_event("progress_not_matched", attempt=self._attempt, pattern=self._expression, cause=cause)
+
+    def _recorded_elsewhere(self) -> bool:
+        recent = (recent_records(self._folder.metrics(rank))[-1:] for rank in self._folder.metric_ranks())
+        return any(record.get("attempt") == self._attempt for records in recent for record in records)
+
+    def _take_in(self, log: _RankLog) -> bool:
+        """Read a piece of a log; returns whether there was any."""
+        lines = log.new_lines()
+        if self._pattern is None or lines is None:
+            return False
+        if log.has_cut and not self._cut:
+            self._cut = True
+            cause = f"of lines longer than {LINE_BYTES:,} bytes only the beginning is searched by script.progress"
+            self._folder.record_event("progress_cut", attempt=self._attempt, rank=log.rank, cause=cause)
+        found: list[dict[str, str]] = []
+        line = ""
+        try:
+            with time_limit(MATCH_S):
+                for line in lines:
+                    match = self._pattern.search(line)
+                    if match:
+                        found.append({name: text for name, text in match.groupdict().items() if text is not None})
+        except TimeoutError:
+            self._pattern = None
+            cause = f"script.progress takes more than {MATCH_S} s for a line, and is not searched for any more"
+            self._folder.record_event(
+                "progress_too_slow", attempt=self._attempt, rank=log.rank, line=line[:200], cause=cause
+            )
+        self.matched |= log.record(found)
+        return True
+
+
+class _RankLog:
+    """The log of one rank: how far it was read, and when the last step was printed."""
+
+    def __init__(
+        self, folder: RunFolder, attempt: int, rank: int, unit: str | None, work_per_step: float | None
+    ) -> None:
+        self.rank = rank
+        self._reader = NewLines(folder.log(attempt, rank), re.compile(rb"[\r\n]"), LINE_BYTES)
+        self._records = folder.metrics(rank)
+        self._attempt = attempt
+        self._work = (f"{unit}_per_s", work_per_step) if unit and work_per_step and rank == 0 else None
+        self._last: tuple[int, float] | None = None
+        """Step of the last match, and when it was printed."""
+        self._looked_at = self._printed_at = time.time()
+
+    @property
+    def has_cut(self) -> bool:
+        """Tell whether a line was too long."""
+        return self._reader.has_cut
+
+    def new_lines(self) -> list[str] | None:
+        """Read the whole lines that are new; None where nothing is. A progress bar ends them by a carriage return."""
+        before, self._looked_at = self._looked_at, time.time()
+        lines = self._reader.read()
+        if lines is None:
+            return None
+        # The file's own time tells when the last line came, where a poll happens only now and then; a server of files
+        # whose clock is wrong cannot tell.
+        self._printed_at = min(max(self._reader.changed_at, before), self._looked_at)
+        return [ESCAPES.sub("", line.decode(errors="replace")) for line in lines]
+
+    def record(self, found: Sequence[Mapping[str, str]]) -> bool:
+        """Append a step record for each match; returns whether there was one."""
+        known = [fields for match in found if (fields := numbers(match)) is not None]
+        if not known:
+            return False
+        last = self._last
+        step_time_s = self._time_of_a_step(known[-1]["step"])
+        records = []
+        for fields in known:
+            step, at = fields.pop("step"), self._printed_at
+            if last is not None and step_time_s is not None and step > last[0]:
+                # As if all that were printed since the last poll came evenly.
+                at = min(at, last[1] + step_time_s * (step - last[0]))
+                fields.setdefault("step_time_s", step_time_s)
+            if self._work is not None and fields.get("step_time_s"):
+                fields.setdefault(self._work[0], self._work[1] / fields["step_time_s"])
+            records.append({"step": step, "attempt": self._attempt, **fields, "time": at})
+            self._last = (step, at)
+        append_records(self._records, records)
+        return True
+
+    def _time_of_a_step(self, step: int) -> float | None:
+        """Seconds from the last line of an earlier poll to the last one of this, over the steps in between."""
+        if self._last is None or step <= self._last[0] or self._printed_at <= self._last[1]:
+            return None
+        return (self._printed_at - self._last[1]) / (step - self._last[0])
+
+
+def numbers(match: Mapping[str, str]) -> dict[str, Any] | None:
+    """The fields of a step record in a match; None where its step is no number. 1,024 is a number, and 1.5e-3."""
+    fields: dict[str, Any] = {}
+    for name, text in match.items():
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(text.replace(",", "").replace("_", ""))
+            fields[name] = int(value) if name == "step" else value
+    if "step_time_ms" in fields:
+        fields["step_time_s"] = fields.pop("step_time_ms") / 1000
+    return fields if "step" in fields else None
+
+
+class _Curves:
+    """TensorBoard's files of rank 0, from its step records of this attempt."""
+
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
+        # Takes a second to import, which is better spent before the ranks start than between two polls of them.
+        from launch.runs.tensorboard import EventWriter, record_scalars
+
+        self._open, self._scalars = EventWriter, record_scalars
+        self._folder = folder
+        self._attempt = attempt
+        self._reader = NewLines(folder.metrics(0), re.compile(rb"\n"), LOOK_BYTES, skip=True)
+        self._writer: EventWriter | None = None
+
+    def poll(self) -> bool:
+        """Draw a piece of what is new; returns whether there was any."""
+        lines = self._reader.read()
+        for line in lines or ():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and is_record(record) and record["attempt"] == self._attempt:
+                    try:
+                        self._draw(record)
+                    except OSError as error:  # a full disk: a new file is begun when there is room
+                        say(f"the curves of step {record['step']} are lost: {error}")
+                        self._writer = None
+        return lines is not None
+
+    def _draw(self, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            # What earlier attempts drew of this step and later ones was lost with them, and is done again.
+            purge_step = record["step"] if self._attempt > 1 else None
+            self._writer = self._open(self._folder.tensorboard, purge_step=purge_step)
+        for tag, value in self._scalars(record).items():
+            self._writer.scalar(tag, value, record["step"], record.get("time"))
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+
+class NewLines:
+    """The lines of a file that somebody else appends to; a line without an end waits for it.
+
+    Args:
+        end: what ends a line.
+        longest: bytes of a line that are kept.
+        skip: leave out what the file holds already.
+    """
+
+    def __init__(self, path: Path, end: re.Pattern[bytes], longest: int, skip: bool = False) -> None:
+        self._path = path
+        self._end = end
+        self._longest = longest
+        self._offset = path.stat().st_size if skip and path.exists() else 0
+        self._begun = b""
+        self.has_cut = False
+        self.changed_at = 0.0
+        """Time of the last write to the file, Unix time."""
+
+    def read(self) -> list[bytes] | None:
+        """Return the whole lines among the next ``LOOK_BYTES``; None at the end of the file."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_size < self._offset:  # it was emptied
+                    self._offset, self._begun = 0, b""
+                file.seek(self._offset)
+                data = file.read(LOOK_BYTES)
+        except FileNotFoundError:
+            return None
+        if not data:
+            return None
+        self._offset += len(data)
+        self.changed_at = status.st_mtime
+        *whole, begun = self._end.split(self._begun + data)
+        self._begun = begun[: self._longest]
+        self.has_cut |= any(len(line) > self._longest for line in (*whole, begun))
+        return [line[: self._longest] for line in whole if line]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the ``with`` block after ``seconds``; only the main thread can.
+
+    Python's ``re`` looks for signals while it searches, and nothing else ends a search.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,1 +1,0 @@
-"""All talk with Slurm: its commands, its limits, and the one parser of what it prints."""

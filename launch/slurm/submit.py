@@ -1,0 +1,297 @@
+"""Submission of plans through submitit, as job arrays or as local processes; and the dry run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from rich.console import Console
+from submitit.core.utils import FailedJobError
+
+from gpt_launch.agent import run as run_agent
+from launch.agent import main as agent
+from launch.agent.node import OWNER
+from launch.config import Config
+from launch.config.compose import read_point, workload_of
+from launch.errors import ConfigError, closest
+from launch.plan.code_copy import RUNS_FROM, running_from
+from launch.plan.placement import cluster_of, next_candidate
+from launch.plan.plan import JOBS, Plan, visible_gpus
+from launch.plan.preflight import wait_for
+from launch.plan.text import plan_text, worst_case_text
+from launch.runs.files import make_folder
+from launch.runs.folder import RunFolder
+from launch.slurm.client import BUSY, SlurmBusyError, SlurmError, cluster_option, missing_configuration, run
+from launch.slurm.handles import (
+    LocalJob,
+    SlurmJob,
+    batch_parameters,
+    controller_process,
+    jobs_folder,
+    sbatch_text,
+    submitit_folder,
+)
+
+# Plans -> jobs, through submitit: a job array for each shape of resources on Slurm, one process group at a time
+# here.
+
+
+INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
+INHERITED_NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    RUNS_FROM,
+)
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
+"""Variables that stay: by them the client knows which cluster to talk to."""
+
+
+@contextmanager
+def clean_environment() -> Iterator[None]:
+    """Hide what an enclosing job or launcher left in the environment: it would bind and name the new job's processes.
+
+    An inherited SLURM_CPU_BIND alone was seen to slow runs three times over.
+    """
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if (name.startswith(INHERITED) or name in INHERITED_NAMES) and name not in KEPT
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Group plans that ask Slurm for the same resources, there and elsewhere, in order of first appearance."""
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement)]
+        key = json.dumps(asked, sort_keys=True, default=str)
+        groups.setdefault(key, []).append(plan)
+    return list(groups.values())
+
+
+def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
+    """Plans of one shape that run one after another, once the jobs of the shape before are over.
+
+    Slurm knows no dependency on jobs of another cluster: there the shapes run beside each other.
+    """
+    here = cluster_of(plans[0].slurm)
+    return [wait_for(plan, [job.array_id for job in before if job.cluster == here]) for plan in plans]
+
+
+def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
+    """Submit plans of one shape: a job array, or a plain job where there is one plan. In the plans' order.
+
+    Raises:
+        SlurmBusyError: the controller did not answer.
+        SlurmError: sbatch refused.
+    """
+    if gone := missing_configuration():  # sbatch would look for it for ten seconds
+        raise SlurmError(gone)
+    try:
+        return submit_calls(
+            jobs_folder(plans[0]), batch_parameters(plans[0]), run_agent, [plan.run_dir for plan in plans]
+        )
+    except FailedJobError as error:
+        busy = any(text in str(error).lower() for text in BUSY)
+        raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
+
+
+def submit_calls(
+    folder: Path, resources: Mapping[str, Any], function: Callable[[str], object], arguments: Sequence[str]
+) -> list[SlurmJob]:
+    """Submit calls of a function of one argument, on every node: a job array, or a plain job where there is one call.
+
+    Args:
+        folder: where submitit keeps what belongs to the jobs; made before sbatch is asked, as a job may start at once.
+        resources: what each job asks for, as parameters of submitit's Slurm executor; ``python`` among them is the
+            command line of the jobs' Python.
+
+    Raises:
+        submitit.core.utils.FailedJobError: sbatch refused.
+    """
+    make_folder(folder.parent)
+    make_folder(folder)
+    executor = submitit.SlurmExecutor(folder=folder, python=resources.get("python"))
+    executor.update_parameters(**{key: value for key, value in resources.items() if key != "python"})
+    said = redirect_stderr(io.StringIO())  # submitit prints what its error says, too
+    with clean_environment(), said, executor.batch() if len(arguments) > 1 else nullcontext():
+        jobs = [executor.submit(function, argument) for argument in arguments]
+    close_pickles(jobs)
+    return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
+
+
+def close_pickles(jobs: Sequence[Any]) -> None:
+    """Let nobody else read what submitit's jobs load; others could never write there."""
+    for job in jobs:
+        job.paths.submitted_pickle.chmod(0o600)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The jobs of plans of one shape, and the candidate of their placement that took them."""
+
+    candidate: int
+    jobs: list[SlurmJob]
+    refused: dict[int, str]
+    """Candidates that sbatch refused before, and why."""
+
+
+def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
+    """Submit plans of one shape to a candidate of their placement, or to the next that sbatch does not refuse.
+
+    Raises:
+        SlurmBusyError: the controller did not answer.
+        SlurmError: sbatch refused them everywhere.
+    """
+    placement, refused = plans[0].placement, dict[int, str]()
+    while True:
+        try:
+            return Submission(candidate, submit_slurm([plan.choose_candidate(candidate) for plan in plans]), refused)
+        except SlurmBusyError:
+            raise
+        except SlurmError as error:
+            refused[candidate] = refusal_text(error)
+            placement = placement.rule_out(candidate, refused[candidate])
+            following = next_candidate(placement, candidate)
+            if following is None and len(refused) == 1:
+                raise
+            if following is None:
+                reasons = (f"\n  {placement.candidates[index].name}: {why}" for index, why in refused.items())
+                raise SlurmError(f"sbatch refuses it at every candidate:{''.join(reasons)}") from error
+            candidate = following
+
+
+def refusal_text(error: SlurmError) -> str:
+    """Extract sbatch's complaints from submitit's error."""
+    found = re.findall(r"sbatch: error: (.+)", str(error))
+    return "; ".join(dict.fromkeys(line.strip() for line in found)) or str(error)
+
+
+def remove_unused(run_dirs: Sequence[str]) -> None:
+    """Remove run folders that this command has made and that no job was submitted for, and what lies around them."""
+    for run_dir in run_dirs:
+        if not any(event["event"] == "submitted" for event in RunFolder(run_dir).read_events()):
+            shutil.rmtree(run_dir, ignore_errors=True)
+    for group in {Path(run_dir).parent for run_dir in run_dirs}:
+        if group.is_dir() and {path.name for path in group.iterdir()} <= {JOBS}:
+            shutil.rmtree(group, ignore_errors=True)
+
+
+UNREACHED = ("unable to contact slurm controller (connect failure)", "connection refused")
+"""Parts of sbatch's errors where it has not spoken to any controller."""
+
+
+def may_have_taken(error: SlurmError) -> bool:
+    """Tell whether Slurm may have taken a job although sbatch failed: its answer was late."""
+    is_unreached = any(text in str(error).lower() for text in UNREACHED)
+    return isinstance(error, SlurmBusyError) and not is_unreached
+
+
+def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
+    """Say what sbatch refused of a job: its own words, what there is, and what to type next."""
+    said = refusal_text(error)
+    if isinstance(error, SlurmBusyError) or missing_configuration():
+        return ConfigError(
+            f"point {plan.title}, and no Slurm controller takes its job: {missing_configuration() or said}",
+            "a controller that answers",
+            "the same command when scontrol ping says UP; python -m launch.status first, which finds a job that was "
+            "taken although the answer was late; cluster=local runs it here",
+        )
+    found = f"point {plan.title}, and sbatch refuses its job: {said}"
+    wanted = re.search(r"invalid partition specified: (\S+)", said)
+    there = partition_names(plan) if wanted else []
+    if wanted and there:
+        likely = (closest(wanted[1], there) or there)[0]
+        return ConfigError(found, f"one of the partitions {', '.join(there)}", f"cluster.partition={likely}")
+    doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
+    return ConfigError(found, "resources that this cluster gives to you", doctor)
+
+
+def partition_names(plan: Plan) -> list[str]:
+    """Names of the partitions of the cluster that a plan goes to; none where sinfo does not answer."""
+    try:
+        listed = run("sinfo", *cluster_option(cluster_of(plan.slurm)), "--noheader", "--format=%R")
+    except SlurmError:
+        return []
+    return sorted({line.strip() for line in listed.splitlines() if line.strip() and "CLUSTER:" not in line})
+
+
+def code_of_agents(plan: Plan) -> Path | None:
+    """The copy of the code that the agents of a run are started from; None where it has none, or of a script only."""
+    if plan.code is None:
+        return None
+    config = read_point(RunFolder(plan.run_dir))
+    return Path(plan.code) if workload_of(config).code(config).has_launcher else None
+
+
+def start_local(plan: Plan) -> LocalJob:
+    """Start the agents of a point here. They ignore the terminal's Ctrl-C, which is the launcher's to answer."""
+    folder = submitit_folder(plan.run_dir)
+    make_folder(folder)
+    # No folder for each job: submitit makes it when the controller runs already, which may look for it before.
+    executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0)
+    gpus = visible_gpus()  # submitit hides all others
+    executor.update_parameters(
+        tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
+    )
+    os.environ[agent.TOKEN] = uuid.uuid4().hex
+    os.environ[OWNER] = str(os.getpid())
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with clean_environment(), running_from(code_of_agents(plan)):
+            job: Any = executor.submit(run_agent, plan.run_dir)
+            close_pickles([job])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return LocalJob(job.job_id, os.uname().nodename, controller_process(job))
+
+
+# The dry run: the plan of every point, and the batch script of every shape, as they would be submitted.
+
+
+def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
+    """Print the plan of every point and the batch script of every shape."""
+    for plan in plans:
+        console.print(plan_text(plan), highlight=False, markup=False)
+    console.print(worst_case_text(plans, configs), highlight=False, markup=False)
+    for number, group in enumerate(shapes([plan for plan in plans if not plan.finished])):
+        if configs[0].launch.sequential:
+            group = in_line(group, [SlurmJob("JOBID", cluster_of(group[0].slurm))] if number else [])
+        names = ", ".join(plan.title for plan in group)
+        kind = f"job array of {len(group)}" if len(group) > 1 else "job"
+        here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
+        console.print(f"\nsbatch text of the {kind}{here}: {names}", highlight=False, markup=False)
+        console.print(sbatch_text(group), highlight=False, markup=False)
+        for text in elsewhere(group):
+            console.print(text, highlight=False, markup=False)
+    console.print("dry_run=true: nothing was submitted or written", highlight=False)
+
+
+def elsewhere(group: Sequence[Plan]) -> Iterator[str]:
+    """The lines of the batch script that differ at the other candidates of a placement."""
+    placement, first = group[0].placement, sbatch_text(group).splitlines()
+    for index in placement.possible[1:]:
+        there = sbatch_text([plan.choose_candidate(index) for plan in group]).splitlines()
+        gone = [f"- {line}" for line in first if line not in there]
+        new = [f"+ {line}" for line in there if line not in first]
+        yield "\n".join([f"at {placement.candidates[index].name} it differs in:", *gone, *new])
