@@ -138,12 +138,6 @@ class ResilienceConfig:
     """Seconds without progress (a forward and backward pass, a round of an evaluation) after which a rank is hung."""
     startup_and_save_timeout_s: int = MISSING
     """Seconds without progress while a rank starts (data, compilation, loading) or saves, without a sign between."""
-    stop_grace_s: Optional[int] = None
-    """Former name of grace_period_s."""
-    frozen_timeout_s: Optional[int] = None
-    """Former name of heartbeat_timeout_s."""
-    hang_timeout_slow_s: Optional[int] = None
-    """Former name of startup_and_save_timeout_s."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
@@ -278,10 +272,6 @@ class Config(RunConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    spares: Optional[int] = None
-    """Former name of spare_nodes."""
-    snapshot: Optional[bool] = None
-    """Former name of copy_code."""
 
     @property
     def ranks_on_node(self) -> int:

@@ -17,8 +17,6 @@ from launch.runs.events import refuse_resume_from
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import (
     NOT_IN_POINT,
-    former_point_name,
-    in_former_spelling,
     point_keys,
     point_name,
     read_overrides,
@@ -48,8 +46,6 @@ class RunConfig:
     kept aside. It is found whatever number of steps was typed for it. Typed again it goes back again."""
     require_same_code: bool = False
     """Refuse to go on where the code or a library has changed since the attempt before, instead of warning."""
-    strict: Optional[bool] = None
-    """Former name of require_same_code."""
 
     def validate(self) -> None:
         """Raise ConfigError where ``name`` cannot be that of a folder and of a job, or ``resume_from`` a checkpoint."""
@@ -146,13 +142,6 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
     own = above / point_name(overrides, not_in_point)
     base = (own if config.run_dir is None else Path(config.run_dir).expanduser()).absolute()
     refuse_path(base)
-    formers = (
-        above / point_name(map(in_former_spelling, overrides), not_in_point),
-        above / former_point_name(overrides, not_in_point),
-    )
-    former = next((folder for folder in formers if folder.is_dir()), None)
-    if config.run_dir is None and not base.exists() and former is not None:
-        base = former.absolute()  # made by the same command, when its keys had other names
     generations = [1] if base.exists() else []
     generations += [
         int(p.name.rsplit("~", 1)[1]) for p in base.parent.glob(f"{glob_escape(base.name)}~*") if p.is_dir()

@@ -17,7 +17,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import EXAMPLES, ConfigError, closest
-from launch.runs.overrides import NOT_IN_POINT, RANK_VALUES, is_former, typed_key
+from launch.runs.overrides import NOT_IN_POINT, RANK_VALUES, typed_key
 
 # What keys are called elsewhere: by torchrun, by Slurm, and by the training libraries that people come from.
 
@@ -337,7 +337,7 @@ def explain(error: BaseException, schema: type, overrides: Sequence[str] = ()) -
     if any(isinstance(e, MissingMandatoryValue) for e in chain):
         return ConfigError(f"no value for {key}", "a value", f"{key}=VALUE")
     refused = re.search(r"override (\S+)", text)
-    inner = [known for known in schema_keys(schema) if known.startswith(f"{key}.") and not is_former(known)]
+    inner = [known for known in schema_keys(schema) if known.startswith(f"{key}.")]
     if inner and refused:
         return ConfigError(refused.group(1), f"a value for one of {', '.join(inner)}", f"{inner[0]}=VALUE")
     return wrong_value(refused.group(1) if refused else first, key or "KEY", schema, overrides)
@@ -404,7 +404,7 @@ def complete_path(word: str, schema: type) -> str:
 
 def complete(word: str, schema: type) -> str:
     """Propose what to type in place of a word without a value: a key, the group that has it as option, or nothing."""
-    keys = [known for known in schema_keys(schema) if not is_former(known)]
+    keys = list(schema_keys(schema))
     if word.rpartition(".")[0] in free_keys(schema):
         return f"{word}=VALUE"
     if word.isdecimal() and "nodes" in keys:
@@ -461,7 +461,7 @@ def below(group: str, rest: str, schema: type) -> str:
 def unknown_key(key: str, schema: type, typed: str) -> ConfigError:
     """Name the keys that look like the one that does not exist, of the override that was ``typed``."""
     value = typed.partition("=")[2]
-    keys = [known for known in schema_keys(schema) if not is_former(known)]
+    keys = list(schema_keys(schema))
     if key.split(".")[0] in LAUNCHER_KEYS and "nodes" not in keys:
         return ConfigError(
             f"{key}, a key of the launcher",

@@ -225,12 +225,8 @@ def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None
     assert point_name(words, NOT_IN_POINT) == "experiment=weak_scaling,nodes=2,script.options.lr=3"
     runs = [(tmp_path / "a", ["+experiment=weak_scaling"]), (tmp_path / "b", [])]
     assert point_labels(runs) == ["experiment=weak_scaling", "default"]
-    # A run that an earlier version has named with it goes on where it is.
     config = RunConfig(output_dir=str(tmp_path), name="sweep")
     assert choose_folder(config, words[:1], NOT_IN_POINT).path == tmp_path / "sweep" / "experiment=weak_scaling"
-    before = tmp_path / "sweep" / "+experiment=weak_scaling"
-    before.mkdir(parents=True)
-    assert choose_folder(config, words[:1], NOT_IN_POINT).path == before
 
 
 def test_one_hour_is_one() -> None:

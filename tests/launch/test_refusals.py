@@ -23,7 +23,6 @@ from launch.plan.plan import make_plan
 from launch.runs import compose
 from launch.runs.compose import to_schema
 from launch.runs.identity import RunConfig, choose_folder, refuse_other_run
-from launch.runs.overrides import is_former
 from launch.runs.refusals import LAUNCHER_KEYS, replace_typed, with_checked_fix
 from tests.support.commands import environment, run
 
@@ -292,7 +291,7 @@ def test_train_sends_the_keys_of_the_launcher_to_the_launcher() -> None:
         compose_train(["seed=1", "cluster.partition=x"])
     assert refusal.value.fix == "python -m launch cluster.partition=x"
     own, every = ({field.name for field in dataclasses.fields(kind)} for kind in (Config, RunConfig))
-    assert {key for key in own - every if not is_former(key)} == {*LAUNCHER_KEYS}
+    assert own - every == {*LAUNCHER_KEYS}
 
 
 def test_half_an_environment_of_ranks_is_refused(tmp_path: Path) -> None:
