@@ -44,9 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
     parser.add_argument("run", metavar="RUN", help="folder of the run")
-    parser.add_argument(
-        "--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required"
-    )
+    parser.add_argument("--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required")
     parser.add_argument(
         "--format",
         choices=("hf", "torch"),

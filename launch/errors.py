@@ -102,8 +102,8 @@ EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
 
 
 def require_positive(key: str, value: float) -> None:
-    """Raise ConfigError unless ``value`` is above zero."""
-    if not value > 0:
+    """Raise ConfigError unless ``value`` is above zero and finite."""
+    if not 0 < value < float("inf"):
         raise ConfigError(f"{key}={value}", "a number above 0", f"{key}={EXAMPLES.get(key, '1')}")
 
 
