@@ -1,4 +1,4 @@
-"""Step records of ranks as columns of numbers, read ahead on every core."""
+"""Step records of ranks as columns of numbers, and files of many ranks read ahead on every core."""
 
 from __future__ import annotations
 
@@ -26,55 +26,67 @@ from msgspec.structs import astuple
 from launch.process import die_with_parent
 from launch.runs.records import is_record
 
-# Step records of one rank as columns: numbers of chosen fields, without a dictionary for each record.
-
-
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 BLOCK = 1 << 16
-"""Bytes that are decoded together: they stay in a core's cache while they are looked at."""
+"""Bytes that are decoded together: they stay in a core's cache while they are read."""
 ATTEMPT = re.compile(rb'"attempt": ?(\d{1,9})[,}]')
 """Attempt in a line that is cut or garbled otherwise."""
 
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """Records of one rank in step order, each step once; arrays of [records]. A number that is unknown is NaN."""
+    """Records of one rank in step order, each step once; arrays of [records]. An unknown number is NaN."""
 
     steps: Integers
     attempts: Integers
     known: Mapping[str, Flags]
-    """Field -> where a record has a number there. Like ``values`` not to be written to: fields may share an array."""
+    """Field -> True where a record has a number. Read only, like ``values``: fields may share an array."""
     values: Mapping[str, Floats]
     last: dict[str, Any]
-    """The record of the last step, whole; empty where there is no record."""
+    """The whole record of the last step; empty if there is no record."""
     unread: tuple[int | None, ...] = ()
-    """Attempt of each line that is no record, in the order of the file; None where nothing in the file tells it."""
+    """Attempt of each line that is no record, in the order of the file; None if the file does not say."""
     has_open_end: bool = False
-    """True where the last of these is the end of the file, without its newline: it may be being written."""
+    """True if the last unread line is the end of the file without a newline: a rank may be writing it."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
 
-def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns:
-    """Read the numbers of ``fields`` from the records of one rank; no file has no records.
+@dataclass
+class _Block:
+    """Records of one block of a file, in its order; arrays of [fields, records]."""
 
-    The same records count as for ``records.read_records``: lines torn by a crash are passed over and counted, and of a
-    step that was done again the record of the later attempt counts; with ``every`` all are there, as the file has them.
+    start: int
+    """Offset of the block in the file, bytes."""
+    size: int
+    lines: Integers
+    """Line number of each record in the block."""
+    known: Flags
+    values: Floats
+    unread: Sequence[int | None] = ()
+    """Attempt of each other line that is not blank; None if neither the line nor a record before it says."""
+    has_open_end: bool = False
+
+
+def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns:
+    """Return the numbers of ``fields`` in the records of one rank; no records if there is no file.
+
+    The same records count as in ``records.read_records``: torn lines are counted and skipped, and a repeated step has
+    the record of its latest attempt. With ``every`` all records are returned in the order of the file.
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
-    parts = [_read_block(start, block, names) for start, block in _blocks(path)] or [_read_lines(0, b"", names)]
-    known = np.concatenate([part.known for part in parts], axis=1)
-    values = np.concatenate([part.values for part in parts], axis=1)
-    kept = None if every or (np.diff(values[0]) > 0).all() else latest_records(values[0], values[1])
-    size = values.shape[1]
-    last = _record(path, parts, size - 1 if kept is None else int(kept[-1])) if size else {}
-    if kept is not None:
-        known, values = known[:, kept], values[:, kept]
-    # A process that reads for another one sends what it found: fields that are nowhere, or everywhere, only once.
+    blocks = [_decode(start, text, names) for start, text in _whole_lines(path)] or [_decode_lines(0, b"", names)]
+    known = np.concatenate([block.known for block in blocks], axis=1)
+    values = np.concatenate([block.values for block in blocks], axis=1)
+    last = values.shape[1] - 1
+    if not every and (np.diff(values[0]) <= 0).any():
+        kept = latest_records(values[0], values[1])
+        known, values, last = known[:, kept], values[:, kept], int(kept[-1])
+    # Reader processes send these arrays: an array that is all known, or all unknown, is sent only once.
     size = values.shape[1]
     everywhere, nowhere, unknown = np.ones(size, np.bool_), np.zeros(size, np.bool_), np.full(size, np.nan)
     counts = known.sum(axis=1).tolist()
@@ -86,38 +98,21 @@ def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> R
             for index, name in enumerate(names)
         },
         values={name: values[index] if counts[index] else unknown for index, name in enumerate(names)},
-        last=last,
-        unread=_unread(parts),
-        has_open_end=parts[-1].has_open_end,
+        last=_record(path, blocks, last) if size else {},
+        unread=_attempts_of_unread(blocks),
+        has_open_end=blocks[-1].has_open_end,
     )
 
 
-def _unread(parts: Sequence[_Part]) -> tuple[int | None, ...]:
-    """Return the attempts of the lines that are no records: where these do not tell, that of the record before.
-
-    Before the first record it is that one's.
-    """
-    if not any(part.unread for part in parts):
-        return ()
-    found: list[int | None] = []
-    attempt = next((int(part.values[1, 0]) for part in parts if len(part.lines)), None)
-    for part in parts:
-        found += [attempt if told is None else told for told in part.unread]
-        if len(part.lines):
-            attempt = int(part.values[1, -1])
-    return tuple(found)
-
-
 def latest_records(steps: Floats, attempts: Floats) -> Integers:
-    """Indices of the records that count, by step: of the latest attempt, and of its lines the last."""
+    """Return the indices of the records that count, by step: the last line of the latest attempt."""
     order = np.lexsort((np.arange(len(steps)), attempts, steps))
     is_last: Integers = order[np.append(np.diff(steps[order]) > 0, True)]
     return is_last
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Whole lines of a file, ``BLOCK`` bytes of it at a time, and where each begins; a last line without its end is
-    a line. No file: nothing."""
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the offset and the bytes of about ``BLOCK`` bytes of whole lines; the last line may lack its newline."""
     try:
         file = path.open("rb", buffering=0)
     except (FileNotFoundError, NotADirectoryError):
@@ -131,170 +126,141 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
                 block = block[:end]
                 file.seek(start + end)
             yield start, block
-            if not end:  # what a writer adds to its last line meanwhile is no line
+            if not end:  # what a rank adds to its last line meanwhile is no line
                 return
             start += len(block)
 
 
-@dataclass
-class _Part:
-    """Records of a block in the order of the file; arrays of [fields, records]."""
-
-    start: int
-    """Where the block begins in the file."""
-    size: int
-    """Bytes of it."""
-    lines: Integers
-    """Line of each record in the block."""
-    known: Flags
-    values: Floats
-    unread: Sequence[int | None] = ()
-    """Attempt of each other line, where it or a record before it in the block tells; blank ones are left out."""
-    has_open_end: bool = False
-    """True where the last of these has no newline."""
-
-
-def _record(path: Path, parts: Sequence[_Part], index: int) -> dict[str, Any]:
-    """Read one record of all parts whole."""
-    for part in parts:
-        if index < len(part.lines):
+def _record(path: Path, blocks: Sequence[_Block], index: int) -> dict[str, Any]:
+    """Return one whole record, by its index among the records of all blocks."""
+    for block in blocks:
+        if index < len(block.lines):
             break
-        index -= len(part.lines)
+        index -= len(block.lines)
     with path.open("rb") as file:
-        file.seek(part.start)
-        found: dict[str, Any] = json.loads(file.read(part.size).split(b"\n")[part.lines[index]])
+        file.seek(block.start)
+        found: dict[str, Any] = json.loads(file.read(block.size).split(b"\n")[block.lines[index]])
     return found
+
+
+def _attempts_of_unread(blocks: Sequence[_Block]) -> tuple[int | None, ...]:
+    """Return the attempts of the lines that are no records: by the line, or the record before, or the first record."""
+    found: list[int | None] = []
+    attempt = next((int(block.values[1, 0]) for block in blocks if len(block.lines)), None)
+    for block in blocks:
+        found += [attempt if stated is None else stated for stated in block.unread]
+        if len(block.lines):
+            attempt = int(block.values[1, -1])
+    return tuple(found)
 
 
 @lru_cache
 def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
-    """Return the decoder of records of which ``names`` are wanted, in that order, the first two integers."""
-    # Attributes have names of their own: a field of a script's records may have a name that Python would not take.
+    """Return the decoder of the fields ``names`` of a record, of which the first two are integers."""
+    # Attributes have names of their own: a field of a script's records may have a name that Python does not allow.
     attributes = [f"field_{index}" for index in range(len(names))]
     kinds = [
         (attribute, int) if index < 2 else (attribute, float | None, math.nan)
         for index, attribute in enumerate(attributes)
     ]
-    # Rows hold no references to each other, and live for a block: nothing for the collector to look at.
+    # Rows hold no references to each other, and live for a block: the garbage collector has nothing to do.
     row = msgspec.defstruct("Row", kinds, rename=dict(zip(attributes, names, strict=True)), gc=False)
     return msgspec.json.Decoder(row)
 
 
-def _read_block(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
-    """Read the records among some whole lines; the first two of ``names`` are step and attempt."""
-    ends = np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n"))  # several times as fast as bytes.count
-    size = ends + (not block.endswith(b"\n"))
+def _decode(start: int, text: bytes, names: tuple[str, ...]) -> _Block:
+    """Return the records of some whole lines; the first two of ``names`` are step and attempt."""
+    ends = np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n"))  # several times as fast as bytes.count
+    size = ends + (not text.endswith(b"\n"))
     try:
-        rows = _decoder(names).decode_lines(block)
-        # As many values as lines are one in each. Text that is no ASCII may be no UTF-8 either, which is not looked at.
-        if len(rows) == size and block.isascii():
-            values = _table(rows, len(names)).T
-            return _Part(start, len(block), np.arange(size), ~np.isnan(values), values)
+        rows = _decoder(names).decode_lines(text)
+        # As many values as lines: one in each line. Text that is not ASCII may be no UTF-8, which msgspec ignores.
+        if len(rows) == size and text.isascii():
+            try:  # all fields at once: two to three times as fast as one after another
+                numbers = np.fromiter(chain.from_iterable(map(astuple, rows)), np.float64, size * len(names))
+            except TypeError:  # null in some records: unknown
+                numbers = np.array([*map(astuple, rows)], np.float64)
+            values = numbers.reshape(-1, len(names)).T
+            return _Block(start, len(text), np.arange(size), ~np.isnan(values), values)
     except (msgspec.DecodeError, OverflowError):
-        pass  # of these lines some are torn, or hold what is no number, or numbers that only Python writes: NaN
-    return _read_lines(start, block, names)
+        pass  # some lines are torn, or have NaN, which only Python's JSON knows, or a field that is no number
+    return _decode_lines(start, text, names)
 
 
-def _table(rows: Sequence[Any], fields: int) -> Floats:
-    """Return the numbers of decoded rows, as [records, fields]."""
-    try:  # all fields at once, which is two to three times as fast as one after another
-        return np.fromiter(chain.from_iterable(map(astuple, rows)), np.float64, len(rows) * fields).reshape(-1, fields)
-    except TypeError:  # null in some records, which is not known either
-        return np.array([*map(astuple, rows)], np.float64)
-
-
-def _read_lines(start: int, block: bytes, names: tuple[str, ...]) -> _Part:
-    """Read the records of a block of which some lines are for Python to judge, line by line."""
-    decoder = _decoder(names)
+def _decode_lines(start: int, text: bytes, names: tuple[str, ...]) -> _Block:
+    """Return the same as ``_decode`` with Python's JSON, line by line."""
     lines, table, unread = list[int](), list[list[float | None]](), list[int | None]()
-    at = -1
-    for number, line in enumerate(block.split(b"\n")):
-        try:
-            if not line.isascii():
-                raise msgspec.DecodeError
-            row = decoder.decode(line)
-            numbers = [None if value is None or math.isnan(value) else value for value in astuple(row)]
-        except (msgspec.DecodeError, OverflowError):
-            if (parsed := _parse(line, names)) is None:
-                if line.strip():
-                    at = number
-                    unread.append(_attempt_of(line, table[-1][1] if table else None))
-                continue
-            numbers = parsed
-        lines.append(number)
-        table.append(numbers)
+    is_last_unread = False
+    for line_number, line in enumerate(text.split(b"\n")):
+        numbers = _numbers(line, names)
+        is_last_unread = numbers is None and bool(line.strip())
+        if numbers is not None:
+            lines.append(line_number)
+            table.append(numbers)
+        elif is_last_unread:
+            stated, before = ATTEMPT.search(line), table[-1][1] if table else None
+            unread.append(int(stated[1]) if stated else None if before is None else int(before))
     values = np.array(table, np.float64).reshape(-1, len(names)).T
     known = np.array([[value is not None for value in numbers] for numbers in table], np.bool_)
     known = known.reshape(-1, len(names)).T
-    return _Part(start, len(block), np.array(lines, np.int64), known, values, unread, at == number)
+    return _Block(start, len(text), np.array(lines, np.int64), known, values, unread, is_last_unread)
 
 
-def _attempt_of(line: bytes, before: float | None) -> int | None:
-    """Attempt that a line which is no record belongs to: what it tells itself, or that of the record before."""
-    told = ATTEMPT.search(line)
-    if told:
-        return int(told[1])
-    return None if before is None else int(before)
-
-
-def _parse(text: bytes, names: tuple[str, ...]) -> list[float | None] | None:
-    """Read one line as JSON; None where it is no record, and for each field that is no number."""
+def _numbers(line: bytes, names: tuple[str, ...]) -> list[float | None] | None:
+    """Return the number of each field in one line, None for a field without one; None if it is no record."""
     try:
-        record = json.loads(text)
+        record = json.loads(line)
     except ValueError:
         return None
     if not isinstance(record, dict) or not is_record(record):
         return None
-    numbers = [_number(record.get(name)) for name in names]
-    return None if None in numbers[:2] else numbers  # such a step is no number of any run
+    numbers: list[float | None] = []
+    for name in names:
+        value = record.get(name)
+        try:
+            numbers.append(None if isinstance(value, bool) or not isinstance(value, int | float) else float(value))
+        except OverflowError:
+            numbers.append(None)
+    return None if None in numbers[:2] else numbers  # no run has such a step
 
 
-def _number(value: object) -> float | None:
-    """Return a number as a double; None where it is none, or larger than any."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-# Files of many ranks read ahead of their use, in their order: on every core where there is much to read.
+# Files of many ranks, read ahead of their use and returned in order.
 
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 THREADS = 2
-"""Threads that read: while one file is looked at, the next one comes from the filesystem."""
+"""Reading threads: while one file is reduced, the next one comes from the filesystem."""
 MOST_PROCESSES = 8
-"""More of them read faster than one process takes what they read."""
+"""More reading processes deliver faster than one process reduces."""
 TOGETHER = 4
-"""Files that a process reads before it hands them over: one by one took a tenth more processor time in all."""
+"""Files that a process reads before it sends them: one by one took a tenth more processor time in all."""
 MUCH = 128 << 20
-"""Bytes from which processes, which read on every core, make up for their start."""
+"""Bytes from which reading processes, one a core, make up for their start."""
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with what ``read`` makes of it, in order; a few more are under way meanwhile.
+    """Yield each item with the result of ``read``, in order, while a few more are read.
 
     Args:
-        read: a pure function, which reads a file; its result can be pickled.
-        items: what is read.
+        read: a pure function that reads a file; its result can be pickled.
+        items: arguments of ``read``.
         size: bytes of all files together.
     """
     readers = processes_for(size)
-    together = TOGETHER if readers else 1
+    left = iter(items)
     with executor(readers) as pool:
         ahead: deque[tuple[tuple[Item, ...], Future[list[Result]]]] = deque()
-        left = iter(items)
-        while group := tuple(islice(left, together)):
-            ahead.append((group, pool.submit(_read_all, read, group)))
-            if len(ahead) > max(readers, THREADS):
+        while True:
+            group = tuple(islice(left, TOGETHER if readers else 1))
+            if group:
+                ahead.append((group, pool.submit(_read_all, read, group)))
+            if not ahead:
+                return
+            if not group or len(ahead) > max(readers, THREADS):
                 first, found = ahead.popleft()
                 yield from zip(first, found.result(), strict=True)
-        for first, found in ahead:
-            yield from zip(first, found.result(), strict=True)
 
 
 def _read_all(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -302,9 +268,9 @@ def _read_all(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Res
 
 
 def processes_for(size: int) -> int:
-    """Number of processes that read so many bytes; 0 where threads do.
+    """Return the number of processes that read ``size`` bytes; 0 if threads do.
 
-    A process with threads must not be forked: a lock that one of them holds would stay locked.
+    A process with threads must not be forked: a lock that one of its threads has would stay locked.
     """
     cores = len(os.sched_getaffinity(0))
     if size < MUCH or cores < 2 or threading.active_count() > 1:
@@ -313,7 +279,7 @@ def processes_for(size: int) -> int:
 
 
 def executor(processes: int) -> Executor:
-    """Return so many forked processes, which end with this one; threads where it is none."""
+    """Return a pool of forked processes, which end with this one; of threads if ``processes`` is 0."""
     if not processes:
         return ThreadPoolExecutor(THREADS)
     fork = multiprocessing.get_context("fork")
@@ -327,7 +293,7 @@ def become_reader(parent: int) -> None:
 
 
 def size_of(paths: Iterable[Path]) -> int:
-    """Bytes of some files; those that are gone have none."""
+    """Return the bytes of some files; files that are gone have none."""
     total = 0
     for path in paths:
         try:

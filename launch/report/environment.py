@@ -1,28 +1,25 @@
-"""Environment of a run as ``environment.json`` has it, and the use of its GPUs."""
+"""Environment of a run as ``environment.json`` records it, and the use of its GPUs as telemetry records it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from launch.errors import counted
 from launch.runs.environment import THROTTLE_REASONS, GpuSample, read_samples, telemetry_nodes
 from launch.runs.folder import RunFolder
 
-# Environment of a run: ``attempts/NNNN/environment.json`` as the report needs it.
-
-
 NO_CHANGES = hashlib.sha256(b"").hexdigest()
 
 
-@dataclass(frozen=True)
-class RankPlace:
-    """Place of one rank: ``machine`` is the physical one (several nodes may lie on it)."""
+class RankPlace(msgspec.Struct, frozen=True):
+    """Place of one rank. ``machine`` is the physical machine, on which several nodes may be."""
 
     node: int
     host: str
@@ -31,41 +28,76 @@ class RankPlace:
     device_name: str
     cores: int
     threads: int
-    gpu: str | None = None
-    """Identity of the GPU, over all processes and machines; None where it was not recorded."""
+    # CUDA numbers devices per process: two ranks may both record cuda:0 and have different GPUs.
+    gpu: str | None = msgspec.field(default=None, name="device_uuid")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Environment:
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
     """Set-up of one attempt. Batches in sequences, ``block_size`` in tokens; what was not recorded is None."""
 
     ranks: tuple[RankPlace, ...]
     workload: str = "gpt"
     weak_scaling: bool | None = None
-    unit: str | None = None
-    """Unit of the throughput: tokens, samples, images."""
+    stated_unit: str | None = msgspec.field(default=None, name="unit")
     work_per_step: float | None = None
-    """Units that all ranks together do in a step, where that was said beforehand."""
+    """Units that all ranks together do in a step, if that was stated."""
     max_steps: int | None = None
-    command: str | None = None
-    topology: str | None = None
+    command_words: list[Any] | None = msgspec.field(default=None, name="command")
+    mesh: dict[str, Any] | None = msgspec.field(default=None, name="topology")
+    """Strategy, and the number of ranks along each dimension."""
     global_batch: int | None = None
-    per_rank_batch: int | None = None
+    micro_batch: int | None = None
+    accumulation: int | None = None
     block_size: int | None = None
     precision: str | None = None
     model: str | None = None
     parameters: int | None = None
-    torch: str | None = None
-    commit: str | None = None
-    changes: str | None = None
-    """Digest of what was changed since that commit; None where nothing was, or nobody looked."""
+    software: dict[str, Any] | None = None
+    git: dict[str, Any] | None = None
+
+    @property
+    def unit(self) -> str | None:
+        """Unit of the throughput: tokens, samples, images."""
+        return self.stated_unit or (None if self.block_size is None else "tokens")
+
+    @property
+    def command(self) -> str | None:
+        """Command of a script, as one types it."""
+        return None if self.command_words is None else shlex.join(map(str, self.command_words))
+
+    @property
+    def topology(self) -> str | None:
+        """Strategy and every dimension larger than 1: ``fsdp dp_shard=4``, ``deepspeed_zero0 dp_replicate=2 pp=2``."""
+        if self.mesh is None:
+            return None
+        strategy = str(self.mesh["strategy"])
+        name = f"deepspeed_{strategy.removeprefix('ds_')}" if strategy.startswith("ds_") else strategy
+        sizes = (f"{key}={size}" for key, size in self.mesh.items() if isinstance(size, int) and size > 1)
+        return " ".join([name, *sizes])
+
+    @property
+    def per_rank_batch(self) -> int | None:
+        """Sequences of one rank in a step."""
+        known = self.micro_batch is not None and self.accumulation is not None
+        return self.micro_batch * self.accumulation if known else None  # type: ignore[operator]
+
+    @property
+    def torch(self) -> str | None:
+        """Version of PyTorch."""
+        return (self.software or {}).get("torch")
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of the code."""
+        return (self.git or {}).get("commit")
 
     @property
     def code(self) -> str | None:
-        """The code it ran: a commit, and what was changed since."""
+        """Commit of the code, and the digest of what was changed since."""
+        changes = (self.git or {}).get("diff_sha256")
         if self.commit is None:
             return None
-        return self.commit[:12] + ("" if self.changes is None else f" with changes {self.changes[:8]}")
+        return self.commit[:12] + (f" with changes {changes[:8]}" if changes not in (None, "", NO_CHANGES) else "")
 
     @property
     def world_size(self) -> int:
@@ -79,11 +111,11 @@ class Environment:
 
     @property
     def device_names(self) -> str:
-        """The kinds of devices used, for people."""
+        """Kinds of devices, for people."""
         return " and ".join(sorted({place.device_name for place in self.ranks}))
 
     def same_setup(self, other: Environment) -> bool:
-        """Tell whether step times of both may be put together: all is equal but the names of hosts and the code."""
+        """Return True if step times of both may be put together: all is equal but host names and the code."""
         return self._setup() == other._setup()
 
     def _setup(self) -> tuple[Any, ...]:
@@ -96,26 +128,21 @@ class Environment:
         return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds)
 
     def crowding(self) -> list[str]:
-        """One phrase for each way in which ranks shared cores or a GPU, naming where; empty where each had its own."""
+        """Return one phrase for each way in which ranks shared cores or a GPU, with the place; empty if none did."""
         machines: dict[str, list[RankPlace]] = defaultdict(list)
         for place in self.ranks:
             machines[place.machine].append(place)
         where: dict[str, list[list[RankPlace]]] = defaultdict(list)
         for places in machines.values():
-            for what in _shared(places):
-                where[what].append(places)
+            gpus = Counter(place.gpu or place.device for place in places if place.device != "cpu")
+            for ranks in dict.fromkeys(gpus.values()):
+                if ranks > 1:
+                    where[f"{ranks} ranks on one GPU"].append(places)
+            on_cpu = [place for place in places if place.device == "cpu"]
+            threads, cores = sum(place.threads for place in on_cpu), max((place.cores for place in on_cpu), default=0)
+            if threads > cores:
+                where[f"{counted(threads, 'thread')} on {counted(cores, 'core')}"].append(places)
         return [f"{what} {_location(crowded)}" for what, crowded in where.items()]
-
-
-def _shared(places: list[RankPlace]) -> list[str]:
-    """Cores and GPUs that the ranks of one machine had to share."""
-    gpus = Counter(place.gpu or place.device for place in places if place.device != "cpu")
-    phrases = [f"{ranks} ranks on one GPU" for ranks in dict.fromkeys(gpus.values()) if ranks > 1]
-    on_cpu = [place for place in places if place.device == "cpu"]
-    threads, cores = sum(place.threads for place in on_cpu), max((place.cores for place in on_cpu), default=0)
-    if threads > cores:
-        phrases.append(f"{counted(threads, 'thread')} on {counted(cores, 'core')}")
-    return phrases
 
 
 def _location(machines: list[list[RankPlace]]) -> str:
@@ -128,84 +155,29 @@ def _location(machines: list[list[RankPlace]]) -> str:
 
 
 def read_environment(run: RunFolder, attempt: int) -> Environment | None:
-    """The set-up of one attempt; None where its file is absent or not whole."""
+    """Return the set-up of one attempt; None if its file is absent or not whole."""
     try:
-        return _parse(json.loads(run.environment(attempt).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return msgspec.json.decode(run.environment(attempt).read_bytes(), type=Environment)
+    except (OSError, msgspec.DecodeError):
         return None
 
 
-def _parse(content: dict[str, Any]) -> Environment:
-    micro, accumulation = content.get("micro_batch"), content.get("accumulation")
-    topology, command = content.get("topology"), content.get("command")
-    return Environment(
-        ranks=tuple(_place(rank) for rank in content["ranks"]),
-        workload=content.get("workload") or "gpt",
-        weak_scaling=content.get("weak_scaling"),
-        # Records of the GPT library from before there were other workloads do not name it.
-        unit=content.get("unit") or ("tokens" if "block_size" in content else None),
-        work_per_step=content.get("work_per_step"),
-        max_steps=content.get("max_steps"),
-        command=None if command is None else shlex.join(map(str, command)),
-        topology=None if topology is None else topology_label(topology),
-        global_batch=content.get("global_batch"),
-        per_rank_batch=None if micro is None or accumulation is None else micro * accumulation,
-        block_size=content.get("block_size"),
-        precision=content.get("precision"),
-        model=content.get("model"),
-        parameters=content.get("parameters"),
-        torch=(content.get("software") or {}).get("torch"),
-        commit=(content.get("git") or {}).get("commit"),
-        changes=_changes((content.get("git") or {}).get("diff_sha256")),
-    )
-
-
-def _changes(digest: str | None) -> str | None:
-    """The digest of a difference; None where there was none."""
-    return None if digest in (None, "", NO_CHANGES) else digest
-
-
-def _place(rank: dict[str, Any]) -> RankPlace:
-    return RankPlace(
-        node=rank["node"],
-        host=rank["host"],
-        machine=rank["machine"],
-        device=rank["device"],
-        device_name=rank["device_name"],
-        cores=rank["cores"],
-        threads=rank["threads"],
-        # CUDA numbers devices per process, so two ranks may both say cuda:0 and mean different GPUs.
-        gpu=rank.get("device_uuid"),
-    )
-
-
-def topology_label(topology: dict[str, Any]) -> str:
-    """The strategy and every dimension larger than 1: ``fsdp dp_shard=4``, ``deepspeed_zero0 dp_replicate=2 pp=2``."""
-    sizes = [f"{name}={size}" for name, size in topology.items() if isinstance(size, int) and size > 1]
-    return " ".join([_strategy_label(str(topology["strategy"])), *sizes])
-
-
-def _strategy_label(strategy: str) -> str:
-    """The strategy's name in records, with DeepSpeed's prefix written out."""
-    return f"deepspeed_{strategy.removeprefix('ds_')}" if strategy.startswith("ds_") else strategy
-
-
-# Use of a run's GPUs, by the samples that its agents took: energy, power, clocks, and who was throttled.
+# Use of a run's GPUs by the samples of its agents: energy, power, clocks and throttling.
 
 
 LEAST_THROTTLED = 0.01
-"""Share of the samples below which nobody is called throttled."""
+"""Share of the samples below which no host is called throttled."""
 THROTTLING = sum(THROTTLE_REASONS)
 """All bits of ``THROTTLE_REASONS``."""
 NAMED = 3
-"""Throttled hosts that a note names; of more it tells the number."""
+"""Throttled hosts that a note names; of the rest it gives the number."""
 MOST_WINDOWS = 400
 """Points of a curve over the run; their width is doubled when there are more."""
 
 
 @dataclass(frozen=True)
 class HostGpus:
-    """The GPUs of one host, over all attempts; what they did not tell is None."""
+    """The GPUs of one host over all attempts; an unknown figure is None."""
 
     host: str
     gpus: int
@@ -218,12 +190,12 @@ class HostGpus:
     throttled: float | None
     """Share of the samples in which clocks were lowered for a reason of ``THROTTLE_REASONS``."""
     reasons: Mapping[str, float]
-    """Reason -> share of the samples, the most frequent first; several may hold at once."""
+    """Reason -> share of the samples, the most frequent first; several may apply to one sample."""
 
 
 @dataclass(frozen=True)
 class GpuWindow:
-    """One point of the curves over a run: means, or extremes, of all GPUs in ``width_s`` seconds."""
+    """One point of the curves over a run: means, or extremes, of all GPUs in a window."""
 
     begun: float
     """Unix time, seconds."""
@@ -236,65 +208,43 @@ class GpuUse:
     """Telemetry of a run over all attempts, from the start of the ranks to their end."""
 
     hosts: tuple[HostGpus, ...]
-    """By name; those with numbers by number."""
+    """By name; numbers in names are sorted as numbers."""
     energy_j: float | None
-    """Of all GPUs; None where some were not sampled, or tell neither energy nor power."""
+    """Of all GPUs; None if some were not sampled, or have neither energy nor power."""
     mean_power_w: float | None
     """Of one GPU."""
     throttled: float | None
     """Share of the samples of all GPUs."""
     unsampled: tuple[str, ...] = ()
-    """Hosts on whose GPUs ranks ran and that have no samples of some attempt."""
+    """Hosts with ranks on GPUs of which there are no samples of some attempt."""
     windows: tuple[GpuWindow, ...] = field(default=(), repr=False)
 
 
-def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
-    """Reduce the telemetry of a run whose attempts have these set-ups; None where no GPU was sampled."""
-    reduction = _Reduction()
-    for node in telemetry_nodes(run):
-        for sample in read_samples(run, node):
-            reduction.add(node, sample)
-    return reduction.result(setups)
-
-
+@dataclass
 class _Gpu:
-    """Sums of one GPU."""
+    """Energy of one GPU so far, and its last sample: attempt, Unix time, gauges."""
 
-    def __init__(self) -> None:
-        self.last: tuple[int, float, Mapping[str, float]] | None = None
-        self.energy_j, self.seconds, self.unknown_s = 0.0, 0.0, 0.0
-        self.clock, self.samples = 0.0, 0
-        """Sum of the SM clocks, and how many they are."""
-        self.hottest: float | None = None
-        self.told, self.lowered = 0, 0
-        """Samples that tell the throttle reasons, and those with one."""
-        self.reasons: dict[int, int] = defaultdict(int)
+    last: tuple[int, float, Mapping[str, float]] | None = None
+    energy_j: float = 0.0
+    seconds: float = 0.0
+    unknown_s: float = 0.0
+    """Seconds of which the energy is unknown."""
 
-    def add(self, attempt: int, time: float, gauges: Mapping[str, float]) -> None:
-        if self.last is not None and self.last[0] == attempt and time > self.last[1]:
-            used = energy_between(self.last[2], gauges, time - self.last[1])
-            if used is None:
-                self.unknown_s += time - self.last[1]
+    def add(self, sample: GpuSample, gauges: Mapping[str, float]) -> None:
+        if self.last is not None and self.last[0] == sample.attempt and sample.time > self.last[1]:
+            seconds = sample.time - self.last[1]
+            energy_j = energy_between(self.last[2], gauges, seconds)
+            if energy_j is None:
+                self.unknown_s += seconds
             else:
-                self.energy_j, self.seconds = self.energy_j + used, self.seconds + time - self.last[1]
-        self.last = attempt, time, gauges
-        if "sm_clock_mhz" in gauges:
-            self.clock, self.samples = self.clock + gauges["sm_clock_mhz"], self.samples + 1
-        if "temperature_c" in gauges:
-            self.hottest = max(gauges["temperature_c"], self.hottest or gauges["temperature_c"])
-        if "throttle_reasons" in gauges:
-            self.told += 1
-            held = int(gauges["throttle_reasons"]) & THROTTLING
-            if held:
-                self.lowered += 1
-                for bit in THROTTLE_REASONS:
-                    self.reasons[bit] += held & bit != 0
+                self.energy_j, self.seconds = self.energy_j + energy_j, self.seconds + seconds
+        self.last = sample.attempt, sample.time, gauges
 
 
 def energy_between(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> float | None:
-    """Energy of one GPU between two samples in joules; None where they do not tell it.
+    """Return the energy of one GPU between two samples in joules; None if they do not say.
 
-    By its counter where both know it, and where it did not begin again with the driver; else by the mean power.
+    By its counter if both have it and the driver did not reset it; else by the mean power.
     """
     if "energy_j" in before and "energy_j" in after and after["energy_j"] >= before["energy_j"]:
         return after["energy_j"] - before["energy_j"]
@@ -303,103 +253,80 @@ def energy_between(before: Mapping[str, float], after: Mapping[str, float], seco
     return None
 
 
-class _Windows:
-    """Means over stretches of the run, of a width that grows with its length."""
+class _Gauges(dict[str, tuple[float, int, float, float]]):
+    """Gauge -> sum, count, minimum and maximum of its samples; ``throttled`` and each reason count 0 or 1."""
 
-    def __init__(self) -> None:
-        self.width_s = 1.0
-        self.bins: dict[int, dict[str, list[float]]] = {}
-        """Number of a stretch -> gauge -> sum, count, minimum, maximum."""
+    def add(self, name: str, total: float, count: int, low: float, high: float) -> None:
+        if name in self:
+            known = self[name]
+            total, count, low, high = known[0] + total, known[1] + count, min(known[2], low), max(known[3], high)
+        self[name] = total, count, low, high
 
-    def add(self, time: float, gpus: Sequence[Mapping[str, float]]) -> None:
-        of_bin = self.bins.setdefault(int(time // self.width_s), {})
+    def sample(self, gauges: Mapping[str, float]) -> None:
         for name in ("power_w", "sm_clock_mhz", "temperature_c"):
-            values = [gauges[name] for gauges in gpus if name in gauges]
-            if values:
-                _merge(of_bin, name, [sum(values), len(values), min(values), max(values)])
-        held = [int(gauges["throttle_reasons"]) & THROTTLING != 0 for gauges in gpus if "throttle_reasons" in gauges]
-        if held:
-            _merge(of_bin, "throttled", [sum(held), len(held), 0, 1])
-        while len(self.bins) > MOST_WINDOWS:
-            self.width_s *= 2
-            wider: dict[int, dict[str, list[float]]] = {}
-            for number, gauges_of in self.bins.items():
-                for name, sums in gauges_of.items():
-                    _merge(wider.setdefault(number // 2, {}), name, sums)
-            self.bins = wider
+            if name in gauges:
+                self.add(name, gauges[name], 1, gauges[name], gauges[name])
+        if "throttle_reasons" in gauges:
+            bits = int(gauges["throttle_reasons"]) & THROTTLING
+            for name, bit in (("throttled", bits), *((text, bits & bit) for bit, text in THROTTLE_REASONS.items())):
+                self.add(name, bit != 0, 1, 0, 1)
 
-    def result(self) -> tuple[GpuWindow, ...]:
-        """Return them in order."""
-        found = []
-        for number, sums in sorted(self.bins.items()):
-            values: dict[str, float] = {}
-            values |= {name: sums[name][0] / sums[name][1] for name in ("power_w", "sm_clock_mhz") if name in sums}
-            values |= {"sm_clock_min_mhz": sums["sm_clock_mhz"][2]} if "sm_clock_mhz" in sums else {}
-            values |= {"temperature_max_c": sums["temperature_c"][3]} if "temperature_c" in sums else {}
-            values |= {"throttled": sums["throttled"][0] / sums["throttled"][1]} if "throttled" in sums else {}
-            found.append(GpuWindow(number * self.width_s, values))
-        return tuple(found)
+    def mean(self, name: str) -> float | None:
+        return self[name][0] / self[name][1] if name in self else None
 
 
-def _merge(of_bin: dict[str, list[float]], name: str, sums: list[float]) -> None:
-    known = of_bin.get(name)
-    if known is None:
-        of_bin[name] = list(sums)
-    else:
-        known[:] = known[0] + sums[0], known[1] + sums[1], min(known[2], sums[2]), max(known[3], sums[3])
+def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
+    """Reduce the telemetry of a run whose attempts have these set-ups; None if no GPU was sampled."""
+    gpus: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
+    gauges_of: dict[str, _Gauges] = defaultdict(_Gauges)
+    sampled_by: dict[tuple[int, str, str], int] = {}
+    """Attempt, host, address -> node: agents on one machine may sample the same GPU."""
+    windows: dict[int, _Gauges] = defaultdict(_Gauges)
+    width_s = 1.0
+    for node in telemetry_nodes(run):
+        for sample in read_samples(run, node):
+            for bus, gauges in sample.gauges.items():
+                if gauges and sampled_by.setdefault((sample.attempt, sample.host, bus), node) == node:
+                    gpus[sample.host][bus].add(sample, gauges)
+                    gauges_of[sample.host].sample(gauges)
+                    windows[int(sample.time // width_s)].sample(gauges)
+            while len(windows) > MOST_WINDOWS:
+                width_s *= 2
+                narrow, windows = windows, defaultdict(_Gauges)
+                for number, known in narrow.items():
+                    for name, sums in known.items():
+                        windows[number // 2].add(name, *sums)
+    if not gpus:
+        return None
+    every = [gpu for of_host in gpus.values() for gpu in of_host.values()]
+    unsampled = _unsampled(sampled_by, setups)
+    counts = [of_host["throttled"] for of_host in gauges_of.values() if "throttled" in of_host]
+    return GpuUse(
+        hosts=tuple(_host(name, list(gpus[name].values()), gauges_of[name]) for name in sorted(gpus, key=_natural)),
+        energy_j=None if unsampled else _energy(every),
+        mean_power_w=_power(every),
+        throttled=sum(lowered for lowered, *_ in counts) / sum(count for _, count, *_ in counts) if counts else None,
+        unsampled=unsampled,
+        windows=tuple(GpuWindow(number * width_s, _curves(windows[number])) for number in sorted(windows)),
+    )
 
 
-class _Reduction:
-    """Sums over all samples of a run."""
+def _curves(gauges: _Gauges) -> dict[str, float]:
+    means = {name: gauges.mean(name) for name in ("power_w", "sm_clock_mhz", "throttled")}
+    found = {name: mean for name, mean in means.items() if mean is not None}
+    found |= {"sm_clock_min_mhz": gauges["sm_clock_mhz"][2]} if "sm_clock_mhz" in gauges else {}
+    return found | ({"temperature_max_c": gauges["temperature_c"][3]} if "temperature_c" in gauges else {})
 
-    def __init__(self) -> None:
-        self._gpus: dict[str, dict[str, _Gpu]] = defaultdict(dict)
-        """Host -> address -> sums."""
-        self._by: dict[tuple[int, str, str], int] = {}
-        """Attempt, host, address -> node that sampled it: agents that share a machine may see the same GPU."""
-        self._windows = _Windows()
 
-    def add(self, node: int, sample: GpuSample) -> None:
-        """Add one sample; those of a node come in the order of their time."""
-        gpus, counted = self._gpus[sample.host], []
-        for bus, gauges in sample.gauges.items():
-            if gauges and self._by.setdefault((sample.attempt, sample.host, bus), node) == node:
-                if bus not in gpus:
-                    gpus[bus] = _Gpu()
-                gpus[bus].add(sample.attempt, sample.time, gauges)
-                counted.append(gauges)
-        if counted:
-            self._windows.add(sample.time, counted)
-
-    def result(self, setups: Mapping[int, Environment]) -> GpuUse | None:
-        """Return what is known when all samples were added."""
-        self._gpus = {host: gpus for host, gpus in self._gpus.items() if gpus}
-        if not self._gpus:
-            return None
-        gpus = [gpu for of_host in self._gpus.values() for gpu in of_host.values()]
-        unsampled = self._unsampled(setups)
-        told = sum(gpu.told for gpu in gpus)
-        return GpuUse(
-            hosts=tuple(_of_host(host, list(self._gpus[host].values())) for host in sorted(self._gpus, key=_natural)),
-            energy_j=None if unsampled else _energy(gpus),
-            mean_power_w=_power(gpus),
-            throttled=sum(gpu.lowered for gpu in gpus) / told if told else None,
-            unsampled=unsampled,
-            windows=self._windows.result(),
-        )
-
-    def _unsampled(self, setups: Mapping[int, Environment]) -> tuple[str, ...]:
-        """Hosts of which, in some attempt, fewer GPUs were sampled than ranks ran on."""
-        sampled: dict[tuple[int, str], int] = defaultdict(int)
-        for attempt, host, _ in self._by:
-            sampled[attempt, host] += 1
-        missing = set()
-        for attempt, setup in setups.items():
-            devices = {(place.host, place.gpu or place.device) for place in setup.ranks if place.device != "cpu"}
-            for host in {host for host, _ in devices}:
-                if sampled[attempt, host] < sum(of == host for of, _ in devices):
-                    missing.add(host)
-        return tuple(sorted(missing, key=_natural))
+def _unsampled(sampled_by: Mapping[tuple[int, str, str], int], setups: Mapping[int, Environment]) -> tuple[str, ...]:
+    """Return the hosts of which, in some attempt, fewer GPUs were sampled than ranks ran on."""
+    sampled = Counter((attempt, host) for attempt, host, _ in sampled_by)
+    missing = set()
+    for attempt, setup in setups.items():
+        devices = {(place.host, place.gpu or place.device) for place in setup.ranks if place.device != "cpu"}
+        used = Counter(host for host, _ in devices)
+        missing |= {host for host, count in used.items() if sampled[attempt, host] < count}
+    return tuple(sorted(missing, key=_natural))
 
 
 def _energy(gpus: Sequence[_Gpu]) -> float | None:
@@ -412,47 +339,45 @@ def _power(gpus: Sequence[_Gpu]) -> float | None:
     return sum(gpu.energy_j for gpu in gpus) / seconds if seconds else None
 
 
-def _of_host(host: str, gpus: Sequence[_Gpu]) -> HostGpus:
-    told, clocks = sum(gpu.told for gpu in gpus), sum(gpu.samples for gpu in gpus)
-    counts = {text: sum(gpu.reasons[bit] for gpu in gpus) for bit, text in THROTTLE_REASONS.items()}
-    frequent = sorted((text for text, count in counts.items() if count), key=lambda text: -counts[text])
-    heats = [gpu.hottest for gpu in gpus if gpu.hottest is not None]
+def _host(host: str, gpus: Sequence[_Gpu], gauges: _Gauges) -> HostGpus:
+    counts = {text: gauges[text][0] for text in THROTTLE_REASONS.values() if text in gauges and gauges[text][0]}
+    frequent = sorted(counts, key=lambda text: -counts[text])
     return HostGpus(
         host=host,
         gpus=len(gpus),
         energy_j=_energy(gpus),
         mean_power_w=_power(gpus),
-        sm_clock_mhz=sum(gpu.clock for gpu in gpus) / clocks if clocks else None,
-        hottest_c=max(heats, default=None),
-        throttled=sum(gpu.lowered for gpu in gpus) / told if told else None,
-        reasons={text: counts[text] / told for text in frequent},
+        sm_clock_mhz=gauges.mean("sm_clock_mhz"),
+        hottest_c=gauges["temperature_c"][3] if "temperature_c" in gauges else None,
+        throttled=gauges.mean("throttled"),
+        reasons={text: counts[text] / gauges[text][1] for text in frequent},
     )
 
 
 def _natural(host: str) -> tuple[str, int, str]:
-    """Sort n2 before n10."""
+    """Return the key that sorts n2 before n10."""
     name = host.rstrip("0123456789")
     return name, int(host[len(name) :] or 0), host
 
 
 def gpu_notes(title: str, use: GpuUse | None) -> list[str]:
-    """Say of a point which hosts were throttled, and why its energy is not known where its power is."""
+    """Return the notes of a point on throttled hosts, and on why its energy is unknown."""
     if use is None:
         return []
     found = []
-    throttled = [host for host in use.hosts if host.throttled is not None and host.throttled >= LEAST_THROTTLED]
+    throttled = [host for host in use.hosts if (host.throttled or 0.0) >= LEAST_THROTTLED]
     if throttled:
         throttled.sort(key=lambda host: -(host.throttled or 0.0))
-        told = "; ".join(
+        named = "; ".join(
             f"host {host.host} {100 * (host.throttled or 0.0):.0f} % of samples ({', '.join(host.reasons)})"
             for host in throttled[:NAMED]
         )
         more = f"; and {len(throttled) - NAMED} more of {len(use.hosts)}" if len(throttled) > NAMED else ""
-        found.append(f"At {title}, throttled: {told}{more}. Clocks lower than asked for make steps longer.")
+        found.append(f"At {title}, throttled: {named}{more}. Clocks lower than asked for make steps longer.")
     if use.unsampled:
-        told = ", ".join(use.unsampled[:NAMED]) + (" and others" if len(use.unsampled) > NAMED else "")
+        named = ", ".join(use.unsampled[:NAMED]) + (" and others" if len(use.unsampled) > NAMED else "")
         found.append(
-            f"The energy of {title} is not known: GPUs of {told} were not sampled in every attempt "
+            f"The energy of {title} is not known: GPUs of {named} were not sampled in every attempt "
             "(launch.gpu_sample_s; nvidia-ml-py has to be installed: pip install '.[gpu]')."
         )
     return found

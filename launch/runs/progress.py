@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from launch.runs.tensorboard import EventWriter
 
 
+RESOLUTION = "step_time_resolution_s"
+"""Field of a step record: seconds over which its step time is a mean, if several lines were read together."""
 GROUPS = (
     *("step", "loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launch.report import columns as read_ahead
+import launch.report.columns as read_ahead
 
 READ = """
 import sys
 from pathlib import Path
-from launch.report import columns as read_ahead
+import launch.report.columns as read_ahead
 from launch.report.points import read_point
 
 found = []

@@ -175,13 +175,13 @@ def test_a_line_among_others_is_read_as_json_reads_it(tmp_path: Path, line: str)
 def test_lines_of_json_are_decoded_together_and_others_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judge(start: int, block: bytes, names: tuple[str, ...]) -> columns._Part:
+    def judge(start: int, block: bytes, names: tuple[str, ...]) -> columns._Block:
         judged.append(block)
         return read_lines(start, block, names)
 
     judged: list[bytes] = []
-    read_lines = columns._read_lines
-    monkeypatch.setattr(columns, "_read_lines", judge)
+    read_lines = columns._decode_lines
+    monkeypatch.setattr(columns, "_decode_lines", judge)
     spaced, null = LINE.replace("{", "{ "), LINE.replace("0.5", "null")
     assert_same_as_json(write(tmp_path / "plain.jsonl", [LINE, spaced, null]))
     assert not judged

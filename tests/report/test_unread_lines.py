@@ -142,7 +142,7 @@ def test_half_a_line_at_the_end_of_a_file_is_told_only_when_nobody_writes_it_any
 def test_what_is_added_to_half_a_line_while_it_is_read_is_no_line(tmp_path: Path) -> None:
     path = tmp_path / "rank_00000.jsonl"
     path.write_bytes(b'{"step": 1, "attempt": 1}\n{"step": 2, "at')
-    blocks = columns._blocks(path)
+    blocks = columns._whole_lines(path)
     read = [next(blocks), next(blocks)]
     with path.open("ab") as file:
         file.write(b'tempt": 1}\n{"step": 3, "attempt": 1}\n')
