@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from launch.errors import counted, how_often
 from launch.report.environment import gpu_notes
-from launch.report.interruptions import CAUSES, DEFINITION, SAVED_DEFINITION
+from launch.report.goodput import CAUSES, DEFINITION, SAVED_DEFINITION
 from launch.report.points import State
 from launch.report.row import Row, straggler_notes
 from launch.report.series import (

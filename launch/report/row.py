@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launch.report.interruptions import CAUSES
+from launch.report.goodput import CAUSES
 from launch.report.series import MeasuredPoint, drop_warmup
 from launch.report.steps import LOSSES, RankTime, RankTimes
 
@@ -140,7 +140,7 @@ class Row:
     restarts_in_place: int | None = None
     """Restarts inside of an allocation that came to a step."""
     saved_in_place_h: float | None = None
-    """Hours of GPUs that these spared, an estimate: see ``interruptions.SAVED_DEFINITION``; negative where they took
+    """Hours of GPUs that these spared, an estimate: see ``goodput.SAVED_DEFINITION``; negative where they took
     longer."""
     saved_in_place_wait_s: float | None = None
     """Waiting in the queue that they spared, an estimate."""
@@ -175,7 +175,7 @@ class Row:
         return value
 
     def interrupted(self) -> dict[str, float]:
-        """Return the lost hours by cause, of ``interruptions.CAUSES`` those that cost any."""
+        """Return the lost hours by cause, of ``goodput.CAUSES`` those that cost any."""
         hours = {cause: getattr(self, f"interrupted_{cause}_h") for cause in CAUSES}
         return {cause: value for cause, value in hours.items() if value is not None}
 

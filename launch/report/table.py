@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.report import series as series_of
 from launch.report.environment import GpuUse
-from launch.report.interruptions import Losses, saved_in_place
+from launch.report.goodput import Losses, saved_in_place
 from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
 from launch.report.notes import notes
 from launch.report.points import Point, neighbours, read_point

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from launch.report import build, write
-from launch.report.goodput import Goodput, measure_goodput
-from launch.report.interruptions import CAUSES
+from launch.report.goodput import CAUSES, Goodput, measure_goodput
 from launch.report.row import Row
 from launch.report.views.text import csv_text, markdown
 from launch.runs.records import append_records

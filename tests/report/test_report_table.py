@@ -317,8 +317,8 @@ times = st.lists(st.floats(1e-3, 1e3), min_size=MIN_STEPS, max_size=20)
 def in_memory(name: str, ranks: int, step_times: list[float]) -> Point:
     place = RankPlace(0, "n1", "boot", "cpu", "AMD EPYC 7763", cores=1024, threads=1)
     environment = Environment(
-        ranks=(place,) * ranks, weak_scaling=False, unit="tokens", topology="ddp", global_batch=64, per_rank_batch=64,
-        block_size=128, precision="fp32", model="m", parameters=1000, torch="2.13.0", commit="c",
+        ranks=(place,) * ranks, weak_scaling=False, mesh={"strategy": "ddp"}, global_batch=64, micro_batch=64,
+        accumulation=1, block_size=128, precision="fp32", model="m", parameters=1000,
     )  # fmt: skip
     warmup = [Step(number, 1, 100.0, 8192, None) for number in range(1, WARMUP_STEPS + 1)]
     steady = [Step(WARMUP_STEPS + n, 1, time, 8192, None) for n, time in enumerate(step_times, start=1)]

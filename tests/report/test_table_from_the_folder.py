@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch.report import build, goodput
-from launch.report.interruptions import CAUSES
+from launch.report.goodput import CAUSES
 from launch.report.row import Row
 from launch.report.steps import LOSSES
 from launch.runs.environment import GpuSample, append_samples

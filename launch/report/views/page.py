@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.errors import counted
-from launch.report.goodput import PARTS
-from launch.report.interruptions import CAUSES, DEFINITION
+from launch.report.goodput import CAUSES, DEFINITION, PARTS
 from launch.report.notes import (
     amount,
     hours_by_cause,
