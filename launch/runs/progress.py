@@ -204,6 +204,7 @@ class _RankLog:
         if not known:
             return False
         last = self._last
+        together = 0 if last is None else known[-1]["step"] - last[0]
         step_time_s = self._time_of_a_step(known[-1]["step"])
         records = []
         for fields in known:
@@ -211,7 +212,10 @@ class _RankLog:
             if last is not None and step_time_s is not None and step > last[0]:
                 # As if all that were printed since the last poll came evenly.
                 at = min(at, last[1] + step_time_s * (step - last[0]))
-                fields.setdefault("step_time_s", step_time_s)
+                if "step_time_s" not in fields:
+                    fields["step_time_s"] = step_time_s
+                    if together > 1:  # only their mean is known
+                        fields[RESOLUTION] = step_time_s * together
             if self._work is not None and fields.get("step_time_s"):
                 fields.setdefault(self._work[0], self._work[1] / fields["step_time_s"])
             records.append({"step": step, "attempt": self._attempt, **fields, "time": at})
