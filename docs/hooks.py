@@ -22,7 +22,10 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = "checkout/"
 LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
-CODE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)\s*$|`[^`\n]+`(?!\])", re.MULTILINE | re.DOTALL)
+PART = re.compile(
+    rf"(?P<link>{LINK.pattern})|^(?P<fence>```+|~~~+).*?^(?P=fence)\s*$|`[^`\n]+`", re.MULTILINE | re.DOTALL
+)
+"""A link, whose text may be code, or code: a fence or a span."""
 FETCHED = re.compile(
     r"""<(?:(?:script|img|iframe|source|video)\b[^>]*\bsrc|link\b[^>]*\bhref)=["']?(?:https?:)?//[^>]*>"""
 )
@@ -65,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return f"{match['text']}({target}{match['anchor'] or ''})"
 
     if here.endswith(".md"):
-        markdown = _in_prose(markdown, lambda text: LINK.sub(rewritten, text))
+        markdown = _in_links(markdown, lambda text: LINK.sub(rewritten, text))
     return re.sub(r"^( *```bash) not-run.*$", r"\1", markdown, flags=re.MULTILINE)
 
 
@@ -85,19 +88,15 @@ def _named(nav: Any) -> list[str]:
     return [uri for entry in entries for uri in _named(entry)]
 
 
-def _in_prose(markdown: str, change: Callable[[str], str]) -> str:
-    """Apply a change to everything but code."""
-    parts, end = [], 0
-    for code in CODE.finditer(markdown):
-        parts += [change(markdown[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join([*parts, change(markdown[end:])])
+def _in_links(markdown: str, change: Callable[[str], str]) -> str:
+    """Return the markdown with a change applied to its links, but not to code."""
+    return PART.sub(lambda part: change(part[0]) if part["link"] else part[0], markdown)
 
 
 def _outside(page: str, markdown: str) -> list[str]:
     """Files of the checkout outside docs/ that a page links to."""
     found: list[str | None] = []
-    _in_prose(markdown, lambda text: found.extend(_path(page, m["target"]) for m in LINK.finditer(text)) or text)
+    _in_links(markdown, lambda text: found.extend(_path(page, m["target"]) for m in LINK.finditer(text)) or text)
     return [path for path in found if path and not path.startswith("docs/") and (ROOT / path).is_file()]
 
 

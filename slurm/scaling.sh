@@ -1,13 +1,13 @@
 #!/bin/bash
-# A scaling sweep from plain batch scripts: the same run on 1, 2 and 4 nodes, then one table of them.
+# A scaling sweep from plain batch scripts: the same run on 1, 2 and 4 nodes, then one table.
 #
 #     bash slurm/scaling.sh model=gpt2_124m parallel=fsdp
 #     NODES="1 2 4 8" SBATCH_PARTITION=gpu bash slurm/scaling.sh name=my_sweep model=gpt2_124m
 #
 # sbatch reads options from SBATCH_* variables (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, ...).
-# Every point is planned, and Slurm asked about it, before the first is submitted: where one cannot work, none is.
-# `python -m launch.status` shows the points while they wait, and `python -m launch.cancel` takes them away.
-# `python -m launch -m nodes=1,2,4` does the same and watches the jobs as well.
+# Every point is planned, and checked by Slurm, before the first is submitted. If one cannot work, none is submitted.
+# `python -m launch.status` shows the points while they wait, and `python -m launch.cancel` cancels them.
+# `python -m launch -m nodes=1,2,4` does the same and also watches the jobs.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +24,7 @@ for word in "$@"; do
     esac
 done
 
-# Nothing is submitted where Slurm would never start one of them: it would wait for good.
+# Submit nothing if Slurm would never start one of the points, which would wait forever.
 for nodes in "${sizes[@]}"; do
     if [ "${CHECK_LIMITS:-yes}" = yes ] && ! said="$(sbatch --test-only --nodes="$nodes" slurm/multi_node.sh 2>&1)"; then
         printf 'found: nodes=%s, and Slurm: %s\nexpected: what one job may have here (sinfo -o "%%P %%D nodes %%c CPUs %%m MB %%G %%l")\n' \
@@ -35,11 +35,11 @@ for nodes in "${sizes[@]}"; do
     fi
 done
 
-# The number of ranks decides what can work: GPUs of a node, as the jobs will be given them.
+# The plan needs the number of ranks, and so the GPUs of a node in these jobs.
 gpus="${SBATCH_GPUS_PER_NODE:-$(sed -n 's/^#SBATCH --gpus-per-node=\([^ ]*\).*/\1/p' slurm/multi_node.sh)}"
 
-# In a subshell, whose modules and variables sbatch must not hand on. The jobs ask by SBATCH_* and by the lines of
-# multi_node.sh, and not by cluster.*: sbatch itself has compared that with what Slurm has.
+# In a subshell, so that sbatch does not pass on its modules and variables. Requests of the jobs come from SBATCH_* and the
+# lines of multi_node.sh, not from cluster.*; `sbatch --test-only` above has checked them.
 plan="$(
     # shellcheck source=slurm/env.sh
     source slurm/env.sh
@@ -52,11 +52,11 @@ if [ "$(grep -c '^point ' <<< "$plan")" != "${#sizes[@]}" ]; then
         "${sizes[*]}" "python -m launch -m nodes=..., which sweeps over more" >&2
     exit 2
 fi
-# Points that are finished already take no nodes to say so: the plan marks them, in the order of the sizes.
+# Finished points are not submitted. The plan marks them, in the order of the sizes.
 mapfile -t finished < <(awk '/^point /{n++; done[n]="no"} /^  finished /{done[n]="yes"} END{for (i=1; i<=n; i++) print done[i]}' <<< "$plan")
 folder="$(dirname "$(sed -n 's/^  folder  *//p' <<< "$plan" | head -n 1)")"
 
-# The run folders are made now, so that status and cancel know the runs while they wait. A job goes on in its folder.
+# Make the run folders now, so that status and cancel find the runs while they wait. Each job uses its folder.
 run_dirs=()
 for index in "${!sizes[@]}"; do
     [ "${finished[$index]}" = yes ] && { run_dirs+=(""); continue; }
@@ -81,7 +81,7 @@ for index in "${!sizes[@]}"; do
     fi
     job="$(sbatch --parsable --nodes="${sizes[$index]}" slurm/multi_node.sh "${again[@]}")"
     echo "nodes=${sizes[$index]}: job $job"
-    jobs+=("${job%%;*}")  # of a federation sbatch says the cluster too
+    jobs+=("${job%%;*}")  # in a federation sbatch also prints the cluster
     entered+=(--submitted "${run_dirs[$index]}" "${job%%;*}")
 done
 if [ "${#jobs[@]}" = 0 ]; then
@@ -95,7 +95,7 @@ fi
     python -m gpt_launch batch "${entered[@]}"
 )
 
-# sbatch --wrap would run in /bin/sh, which need not understand env.sh.
+# sbatch --wrap would use /bin/sh, which may not understand env.sh.
 after="$(IFS=:; echo "${jobs[*]}")"
 report="$(sbatch --parsable --nodes=1 --dependency="afterany:$after" --job-name="$(basename "$folder")-report" <<EOF
 #!/bin/bash
