@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +86,8 @@ class Measurement:
     mfu_palm: float | None
     resolution_s: float = 0.0
     """Seconds over which most step times are means; 0 if most steps were timed one by one."""
+    intervals: float = math.inf
+    """Number of such means."""
 
     @property
     def spread_share(self) -> float:
@@ -92,14 +95,9 @@ class Measurement:
         return (self.high_s - self.low_s) / self.step_time_s if self.step_time_s else 0.0
 
     @property
-    def intervals(self) -> float:
-        """Times that were measured, each of one or several steps."""
-        return self.steps * self.step_time_s / self.resolution_s if self.resolution_s else self.steps
-
-    @property
     def is_noisy(self) -> bool:
         """True if the steps differ too much, or are timed too coarsely, for an exact efficiency."""
-        return self.spread_share > NOISY or (self.resolution_s > 0 and NOISY * self.intervals < 1)
+        return self.spread_share > NOISY or NOISY * self.intervals < 1
 
 
 def measure(steps: Sequence[Step]) -> Measurement | None:
@@ -110,6 +108,8 @@ def measure(steps: Sequence[Step]) -> Measurement | None:
     low, median, high = statistics.quantiles([step.time_s for step in used], n=4, method="inclusive")
     mfu = [step.mfu_palm for step in used if step.mfu_palm is not None]
     work = [step.work for step in used if step.work is not None]
+    resolution_s = statistics.median(step.resolution_s for step in used)
+    length_s = median * (used[-1].step - used[0].step + 1)  # some programs print every tenth step
     return Measurement(
         steps=len(used),
         step_time_s=median,
@@ -117,7 +117,8 @@ def measure(steps: Sequence[Step]) -> Measurement | None:
         high_s=high,
         throughput=statistics.median(work) / median if len(work) == len(used) and median > 0 else None,
         mfu_palm=statistics.median(mfu) if mfu else None,
-        resolution_s=statistics.median(step.resolution_s for step in used),
+        resolution_s=resolution_s,
+        intervals=length_s / resolution_s if resolution_s else math.inf,
     )
 
 
@@ -172,7 +173,7 @@ class MeasuredPoint:
     @property
     def is_coarse(self) -> bool:
         """True if its steps were timed in too few intervals for any efficiency."""
-        return self.figures is not None and self.figures.resolution_s > 0 and self.figures.intervals < MIN_STEPS
+        return self.figures is not None and self.figures.intervals < MIN_STEPS
 
     @property
     def has_efficiency(self) -> bool:

@@ -203,9 +203,8 @@ class _RankLog:
         known = [fields for match in found if (fields := numbers(match)) is not None]
         if not known:
             return False
-        last = self._last
-        together = 0 if last is None else known[-1]["step"] - last[0]
-        step_time_s = self._time_of_a_step(known[-1]["step"])
+        last, newest = self._last, known[-1]["step"]
+        step_time_s = self._time_of_a_step(newest)
         records = []
         for fields in known:
             step, at = fields.pop("step"), self._printed_at
@@ -214,8 +213,8 @@ class _RankLog:
                 at = min(at, last[1] + step_time_s * (step - last[0]))
                 if "step_time_s" not in fields:
                     fields["step_time_s"] = step_time_s
-                    if together > 1:  # only their mean is known
-                        fields[RESOLUTION] = step_time_s * together
+                    if len(known) > 1:  # only the mean of the lines that were read together is known
+                        fields[RESOLUTION] = step_time_s * (newest - last[0])
             if self._work is not None and fields.get("step_time_s"):
                 fields.setdefault(self._work[0], self._work[1] / fields["step_time_s"])
             records.append({"step": step, "attempt": self._attempt, **fields, "time": at})
