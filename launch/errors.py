@@ -104,7 +104,7 @@ EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
 def require_positive(key: str, value: float) -> None:
     """Raise ConfigError unless ``value`` is above zero and finite."""
     if not 0 < value < float("inf"):
-        raise ConfigError(f"{key}={value}", "a number above 0", f"{key}={EXAMPLES.get(key, '1')}")
+        raise ConfigError(f"{key}={value}", "a finite number above 0", f"{key}={EXAMPLES.get(key, '1')}")
 
 
 def require_range(key: str, value: float, low: float, high: float) -> None:

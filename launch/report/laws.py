@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from launch.report.series import MeasuredPoint, Series, drop_warmup
+from launch.report.series import MeasuredPoint, Series
+from launch.report.steps import drop_warmup
 
 # Intervals of efficiency and of the laws that are fitted to it, by a block bootstrap over steps and repeats.
 

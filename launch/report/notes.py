@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING
 
 from launch.errors import counted, how_often
 from launch.report.environment import gpu_notes
-from launch.report.interruptions import CAUSES, DEFINITION, SAVED_DEFINITION
+from launch.report.goodput import CAUSES, DEFINITION, SAVED_DEFINITION
 from launch.report.points import State
-from launch.report.row import Row, straggler_notes
 from launch.report.series import (
     MIN_STEPS,
     NOISY,
     MeasuredPoint,
     Series,
     clusters_of,
-    drop_warmup,
     made_with,
+    resolution_note,
+    straggler_notes,
     work_text,
 )
-from launch.report.steps import LOSSES, REST, WARMUP_STEPS, phase_shares
+from launch.report.steps import LOSSES, REST, WARMUP_STEPS, drop_warmup, phase_shares
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from launch.report.row import Row
+    from launch.report.table import Row
 
 
 # Figures as the tables of a report write them: on the terminal, in Markdown and in HTML alike.
@@ -139,7 +139,7 @@ def low_mfu(members: Sequence[MeasuredPoint]) -> list[str]:
 
 def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
     """Add up the lost hours of several points by cause, in the order of ``CAUSES``."""
-    found = {cause: [hours for row in rows if (hours := row.interrupted().get(cause))] for cause in CAUSES}
+    found = {cause: [hours for row in rows if (hours := row.causes_h.get(cause))] for cause in CAUSES}
     return {cause: sum(hours) for cause, hours in found.items() if hours}
 
 
@@ -187,7 +187,7 @@ def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
     titles = [*(CAUSES[cause] for cause in causes), "in all", "interruptions", "of them in place"]
     cells = [["point", *titles, *(["saved in place", "wait saved", "against"] if has_saving else [])]]
     for row in rows:
-        by_cause = row.interrupted()
+        by_cause = row.causes_h
         shown = [told(by_cause.get(cause, 0.0), unit) for cause in causes]
         counts = [str(row.interruptions), str(row.restarts_in_place or 0)]
         saved = [told(row.saved_in_place_h, unit), _time(row.saved_in_place_wait_s), row.saved_against or UNAVAILABLE]
@@ -268,6 +268,7 @@ def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
     ]
     candidates += [_partly_recorded(members), _run_times(members), _crowding(members), *map(_crowded_base, found)]
     candidates += (_noise(series, rows) for series in found)
+    candidates += map(resolution_note, members)
     candidates += [note for member in members for note in straggler_notes(member)]
     candidates += [note for member in members for note in gpu_notes(member.point.title, member.point.gpu_use)]
     candidates += loss_notes(rows)
@@ -445,20 +446,20 @@ def _noise(series: Series, rows: Sequence[Row]) -> str:
     """Says why an efficiency is marked, and how far off it may be."""
     titles = {member.point.title for member in series.members}
     marked = [row for row in rows if row.noisy and row.label in titles]
-    if not marked:
-        return ""
     noisy = [
         f"{member.point.title} ({100 * member.figures.spread_share:.0f} %)"
         for member in series.members
-        if member.figures is not None and member.figures.is_noisy and not member.crowded
+        if member.figures is not None and member.figures.spread_share > NOISY and not member.crowded
     ]
+    if not marked or not noisy:
+        return ""
     ranges = [
-        f"{100 * (row.efficiency_low or 0):.0f} to {100 * (row.efficiency_high or 0):.0f} % at {row.label}"
+        f"{100 * (row.efficiency_low or 0):.1f} to {100 * (row.efficiency_high or 0):.1f} % at {row.label}"
         for row in marked
     ]
     return (
         f"~ marks an efficiency that is not exact: the middle half of the step times spans more than {100 * NOISY:.0f} "
-        f"% of their median at {', '.join(noisy)}. By the quartiles of both points it is {', '.join(ranges)}. More "
+        f"% of their median at {', '.join(noisy)}. Its 95 % interval is {', '.join(ranges)}. More "
         "steps, on machines that do nothing else, tell more."
     )
 

@@ -6,6 +6,7 @@ not know what is computed from the runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,3 +194,62 @@ def writing_to(selection: Selection, out: Path) -> Selection:
             "the same without --out, which writes beside the runs",
         ) from error
     return replace(selection, out=out)
+
+
+# Comparison of several sweeps and runs.
+
+
+def compare(parts: Sequence[Selection]) -> Selection:
+    """Join selections into one report; its files are ``comparison.*``, beside the runs of the first.
+
+    Raises:
+        ConfigError: a folder is there twice, or a run beside the sweep that it belongs to.
+    """
+    seen: dict[object, Selection] = {}
+    for part in parts:
+        key = (part.folder.resolve(), part.sweep and part.sweep.number, part.stem)
+        if key in seen:
+            raise twice(part.shown, f"with the same runs as {seen[key].shown}", parts, part)
+        seen[key] = part
+    for part in parts:
+        for other in parts:
+            of_other = [run.resolve() for run in other.runs]
+            if part is not other and is_run(part.folder) and part.folder.resolve() in of_other:
+                raise twice(part.shown, f"which belongs to {other.shown}", parts, part)
+    runs = tuple(run for part in parts for run in part.runs)
+    return Selection(parts[0].folder, runs, parts=tuple(parts))
+
+
+def twice(shown: Path, why: str, parts: Sequence[Selection], left_out: Selection) -> ConfigError:
+    """Return the refusal of what would be in a comparison twice."""
+    others = dict.fromkeys(quote(str(part.shown)) for part in parts if part is not left_out)
+    return ConfigError(f"{shown}, {why}", "folders with other runs each", f"{REPORT} {' '.join(others)}")
+
+
+def source_labels(parts: Sequence[Selection]) -> list[str]:
+    """Name the source of each part: as few of its folder's last components as tell the folders apart.
+
+    Runs typed one by one that lie in one folder are of one source, as the points of a sweep are; a source with the
+    folder of another one is named by its sweep.
+    """
+    keys = [_source(part) for part in parts]
+    folders = dict.fromkeys(folder for folder, _ in keys)
+    tails: dict[Path, str] = {}
+    for folder in folders:
+        size = 1
+        while size < len(folder.parts) and any(
+            folder.parts[-size:] == other.parts[-size:] for other in folders if other != folder
+        ):
+            size += 1
+        tails[folder] = "/".join(folder.parts[-size:])
+    several = Counter(folder for folder, _ in dict.fromkeys(keys))
+    return [tails[folder] + (f" {which}" if several[folder] > 1 else "") for folder, which in keys]
+
+
+def _source(part: Selection) -> tuple[Path, str]:
+    """The folder that the points of a part lie in, and what of it they are."""
+    if is_run(part.folder):
+        return part.folder.resolve().parent, "runs"
+    number = None if part.sweep is None else part.sweep.number
+    which = "all runs" if part.sweep is None else "sweep" if number is None else f"sweep {number}"
+    return part.folder.resolve(), which

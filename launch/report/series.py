@@ -1,27 +1,28 @@
-"""Series: points of a sweep that differ only in their size; and the comparison of several sweeps."""
+"""Series: points of a sweep that differ in size only, the figures of each, and what may be compared."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from shlex import quote
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, counted
 from launch.report.environment import Environment
 from launch.report.points import Point, State
-from launch.report.selection import Selection
-from launch.report.steps import WARMUP_STEPS, Step
-from launch.runs.find import is_run, labels_inside, point_labels, tells_apart
+from launch.report.selection import Selection, source_labels
+from launch.report.steps import Step, drop_warmup
+from launch.runs.find import labels_inside, point_labels, tells_apart
 from launch.runs.overrides import typed_key, typed_value
-
-# Series: the points of a sweep that differ only in their size, and so may be compared with each other.
-
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
 """Overrides along which a series runs."""
+NOISY = 0.1
+"""Above this interquartile range, in medians, an efficiency is marked. It does not shrink with the number of steps, as
+a standard error would: what disturbs a machine lasts for many steps, which are no independent samples."""
+MIN_STEPS = 5
+"""Fewer steps, or fewer intervals in which a log was read, have no quartiles and no efficiency."""
 
 
 def _model(environment: Environment) -> str | None:
@@ -33,56 +34,97 @@ def _model(environment: Environment) -> str | None:
     return f"{environment.model}{parameters}{length}"
 
 
-def _kind(environment: Environment) -> str | None:
-    if environment.weak_scaling is None:
-        return None
-    return "weak scaling" if environment.weak_scaling else "strong scaling"
-
-
 def _batch(environment: Environment) -> str | None:
-    """The batch in sequences, or the work of a step in the unit of the program, where they were stated."""
+    """Return the batch in sequences, or the work of a step in the unit of the program, if stated."""
+    work = environment.work_per_step
     if environment.weak_scaling:
         if environment.per_rank_batch is not None:
             return f"{environment.per_rank_batch} sequences per rank"
-        if environment.work_per_step is not None:
-            return (
-                f"{work_text(environment.work_per_step / environment.world_size, environment.unit)} per step and rank"
-            )
-    elif environment.global_batch is not None:
+        if work is not None:
+            return f"{work_text(work / environment.world_size, environment.unit)} per step and rank"
+        return None
+    if environment.global_batch is not None:
         return f"a global batch of {environment.global_batch} sequences"
-    elif environment.work_per_step is not None:
-        return f"{work_text(environment.work_per_step, environment.unit)} per step"
-    return None
+    return None if work is None else f"{work_text(work, environment.unit)} per step"
 
 
 def work_text(work: float, unit: str | None) -> str:
-    """An amount of work for people: 1,024 samples."""
+    """Write an amount of work for people: 1,024 samples."""
     number = f"{work:,.0f}" if work == round(work) or work >= 1000 else f"{work:.3g}"
     return f"{number} {unit or 'units of work'}"
 
 
-CONDITIONS: dict[str, Callable[[Environment], str | None]] = {
+CONDITIONS: Mapping[str, Callable[[Environment], str | None]] = {
     "hardware": lambda e: e.device_names,
     "precision": lambda e: e.precision,
     "model": _model,
-    "kind of scaling": _kind,
+    "kind of scaling": lambda e: (
+        None if e.weak_scaling is None else f"{'weak' if e.weak_scaling else 'strong'} scaling"
+    ),
     "batch": _batch,
     "unit": lambda e: e.unit,
 }
-"""Properties that all measured points of a series share; None, and not compared, where a point does not tell."""
-
-
-MADE_WITH: dict[str, Callable[[Environment], str | None]] = {
+"""Properties that all measured points of a series share; None, and not compared, if a point does not say."""
+MADE_WITH: Mapping[str, Callable[[Environment], str | None]] = {
     "software": lambda e: None if e.torch is None else f"torch {e.torch}",
     "code": lambda e: e.code and f"commit {e.code}",
 }
-"""Properties that a point takes from the day on which it was made, rather than from what was typed: points that differ
-in one are told apart, and compared with others of their kind only."""
+"""Properties that a point takes from the day on which it was made. Points that differ in one are told apart, and
+compared with others of their kind only."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Figures of one point, from ``steps`` optimizer steps. Times in seconds; low and high are the quartiles."""
+
+    steps: int
+    step_time_s: float
+    low_s: float
+    high_s: float
+    throughput: float | None
+    """Work per second, in the unit of the point; None if the work of a step is not known."""
+    mfu_palm: float | None
+    resolution_s: float = 0.0
+    """Seconds over which most step times are means; 0 if most steps were timed one by one."""
+    intervals: float = math.inf
+    """Number of such means."""
+
+    @property
+    def spread_share(self) -> float:
+        """Interquartile range over the median."""
+        return (self.high_s - self.low_s) / self.step_time_s if self.step_time_s else 0.0
+
+    @property
+    def is_noisy(self) -> bool:
+        """True if the steps differ too much, or are timed too coarsely, for an exact efficiency."""
+        return self.spread_share > NOISY or NOISY * self.intervals < 1
+
+
+def measure(steps: Sequence[Step]) -> Measurement | None:
+    """Measure a point; None if fewer than ``MIN_STEPS`` steps are left after warm-up."""
+    used = drop_warmup(steps)
+    if len(used) < MIN_STEPS:
+        return None
+    low, median, high = statistics.quantiles([step.time_s for step in used], n=4, method="inclusive")
+    mfu = [step.mfu_palm for step in used if step.mfu_palm is not None]
+    work = [step.work for step in used if step.work is not None]
+    resolution_s = statistics.median(step.resolution_s for step in used)
+    length_s = median * (used[-1].step - used[0].step + 1)  # some programs print every tenth step
+    return Measurement(
+        steps=len(used),
+        step_time_s=median,
+        low_s=low,
+        high_s=high,
+        throughput=statistics.median(work) / median if len(work) == len(used) and median > 0 else None,
+        mfu_palm=statistics.median(mfu) if mfu else None,
+        resolution_s=resolution_s,
+        intervals=length_s / resolution_s if resolution_s else math.inf,
+    )
 
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """A point and its figures; ``figures`` is None where too few steps are left."""
+    """A point and its figures; ``figures`` is None if too few steps are left."""
 
     point: Point
     figures: Measurement | None
@@ -91,22 +133,24 @@ class MeasuredPoint:
 
     @property
     def ranks(self) -> int | None:
-        """Number of ranks, from the run, or else from what was typed."""
+        """Number of ranks, from the run, or else from the overrides."""
         if self.point.environment is not None:
             return self.point.environment.world_size
-        nodes, per_node = (typed_number(self.point.overrides, key) for key in ("nodes", "ranks_per_node"))
+        nodes, per_node = (self._typed(key) for key in ("nodes", "ranks_per_node"))
         return nodes * per_node if nodes is not None and per_node is not None else None
 
     @property
     def nodes(self) -> int | None:
-        """Number of nodes, from the run, or else from what was typed."""
-        if self.point.environment is not None:
-            return self.point.environment.nodes
-        return typed_number(self.point.overrides, "nodes")
+        """Number of nodes, from the run, or else from the overrides."""
+        return self._typed("nodes") if self.point.environment is None else self.point.environment.nodes
+
+    def _typed(self, key: str) -> int | None:
+        value = typed_value(self.point.overrides, key)
+        return int(value) if value is not None and value.isdigit() else None
 
     @property
     def run_rate(self) -> float | None:
-        """Work per second of the run time, where it was stated how much there is and it was done in one go."""
+        """Work per second of the run time, if the work was stated and done in one attempt."""
         point, environment = self.point, self.point.environment
         if environment is None or environment.work_per_step is None or environment.max_steps is None:
             return None
@@ -116,19 +160,30 @@ class MeasuredPoint:
 
     @property
     def crowded(self) -> bool | None:
-        """Tell whether ranks shared cores or a GPU; None where it is not known what they ran on."""
-        environment = self.point.environment
-        return None if environment is None else bool(self.crowding())
+        """True if ranks shared cores or a GPU; None if it is not known what they ran on."""
+        return None if self.point.environment is None else bool(self.crowding())
 
     def crowding(self) -> list[str]:
-        """One phrase for each way in which its ranks shared cores or a GPU."""
+        """Return one phrase for each way in which its ranks shared cores or a GPU."""
         own = [] if self.point.environment is None else self.point.environment.crowding()
-        return own + ([f"at the same time as {_few(self.neighbours)}"] if self.neighbours else [])
+        names = self.neighbours
+        few = " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
+        return own + ([f"at the same time as {few}"] if names else [])
 
+    @property
+    def is_coarse(self) -> bool:
+        """True if its steps were timed in too few intervals for any efficiency."""
+        return self.figures is not None and self.figures.intervals < MIN_STEPS
 
-def _few(names: Sequence[str]) -> str:
-    """Two names at most, and how many there are besides."""
-    return " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
+    @property
+    def has_efficiency(self) -> bool:
+        """True if an efficiency of this point, or against it, may be stated."""
+        return self.figures is not None and not self.crowded and not self.is_coarse
+
+    def host(self, rank: int) -> str | None:
+        """Return the host of a rank; None if it was not recorded."""
+        places = () if self.point.environment is None else self.point.environment.ranks
+        return places[rank].host if rank < len(places) else None
 
 
 @dataclass(frozen=True)
@@ -162,12 +217,6 @@ class Series:
     def compares(self) -> bool:
         """Tell whether there is anything to compare: one point alone has no speedup."""
         return len(self.members) > 1
-
-
-def typed_number(overrides: Iterable[str], key: str) -> int | None:
-    """The number typed for ``key``, None where there is none."""
-    value = typed_value(overrides, key)
-    return int(value) if value is not None and value.isdigit() else None
 
 
 def label_points(points: Sequence[Point]) -> list[Point]:
@@ -282,125 +331,11 @@ def _again(point: Point) -> str:
     return " ".join(["python -m launch", *typed, "fresh=true"])
 
 
-NOISY = 0.1
-"""Above this interquartile range, in medians, an efficiency is marked. It does not shrink with the number of steps, as
-a standard error would: what disturbs a machine lasts for many steps, so that they are no independent samples."""
-MIN_STEPS = 5
-"""Fewer steps than this have no quartiles worth the name."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Figures of one point, from ``steps`` optimizer steps. Times in seconds; low and high are the quartiles."""
-
-    steps: int
-    step_time_s: float
-    low_s: float
-    high_s: float
-    throughput: float | None
-    """Work per second, in the unit of the point; None where the work of a step is not known."""
-    mfu_palm: float | None
-
-    @property
-    def spread_share(self) -> float:
-        """Interquartile range over the median: how much the steps differ, whatever their number and their outliers."""
-        return (self.high_s - self.low_s) / self.step_time_s if self.step_time_s else 0.0
-
-    @property
-    def is_noisy(self) -> bool:
-        """Tell whether the steps differ too much for an exact efficiency."""
-        return self.spread_share > NOISY
-
-
-def drop_warmup(steps: Sequence[Step]) -> list[Step]:
-    """The steps that count: all but the first ``WARMUP_STEPS`` of each attempt."""
-    first: dict[int, int] = {}
-    for step in steps:
-        first[step.attempt] = min(step.step, first.get(step.attempt, step.step))
-    return [step for step in steps if step.step >= first[step.attempt] + WARMUP_STEPS]
-
-
-def measure(steps: Sequence[Step]) -> Measurement | None:
-    """Measure a point; None where fewer than ``MIN_STEPS`` steps are left after warm-up."""
-    used = drop_warmup(steps)
-    if len(used) < MIN_STEPS:
-        return None
-    times = [step.time_s for step in used]
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    mfu = [step.mfu_palm for step in used if step.mfu_palm is not None]
-    work = [step.work for step in used if step.work is not None]
-    return Measurement(
-        steps=len(used),
-        step_time_s=median,
-        low_s=low,
-        high_s=high,
-        throughput=statistics.median(work) / median if len(work) == len(used) and median > 0 else None,
-        mfu_palm=statistics.median(mfu) if mfu else None,
-    )
-
-
 # Comparison of several sweeps and runs in one report, each with a baseline of its own.
 
 
-COMMAND = "python -m launch.report"
 COMPARED: Mapping[str, Callable[[Environment], str | None]] = {**CONDITIONS, **MADE_WITH}
-"""Conditions that a ratio between points of two folders is a measure of, where they differ."""
-
-
-def compare(parts: Sequence[Selection]) -> Selection:
-    """Join selections into one report; its files are ``comparison.*``, beside the runs of the first.
-
-    Raises:
-        ConfigError: a folder is there twice, or a run beside the sweep that it belongs to.
-    """
-    seen: dict[object, Selection] = {}
-    for part in parts:
-        key = (part.folder.resolve(), part.sweep and part.sweep.number, part.stem)
-        if key in seen:
-            raise twice(part.shown, f"with the same runs as {seen[key].shown}", parts, part)
-        seen[key] = part
-    for part in parts:
-        for other in parts:
-            of_other = [run.resolve() for run in other.runs]
-            if part is not other and is_run(part.folder) and part.folder.resolve() in of_other:
-                raise twice(part.shown, f"which belongs to {other.shown}", parts, part)
-    runs = tuple(run for part in parts for run in part.runs)
-    return Selection(parts[0].folder, runs, parts=tuple(parts))
-
-
-def twice(shown: Path, why: str, parts: Sequence[Selection], left_out: Selection) -> ConfigError:
-    """Return the refusal of what would be in a comparison twice."""
-    others = dict.fromkeys(quote(str(part.shown)) for part in parts if part is not left_out)
-    return ConfigError(f"{shown}, {why}", "folders with other runs each", f"{COMMAND} {' '.join(others)}")
-
-
-def source_labels(parts: Sequence[Selection]) -> list[str]:
-    """Name the source of each part: as few of its folder's last components as tell the folders apart.
-
-    Runs typed one by one that lie in one folder are of one source, as the points of a sweep are; a source with the
-    folder of another one is named by its sweep.
-    """
-    keys = [_source(part) for part in parts]
-    folders = dict.fromkeys(folder for folder, _ in keys)
-    tails: dict[Path, str] = {}
-    for folder in folders:
-        size = 1
-        while size < len(folder.parts) and any(
-            folder.parts[-size:] == other.parts[-size:] for other in folders if other != folder
-        ):
-            size += 1
-        tails[folder] = "/".join(folder.parts[-size:])
-    several = Counter(folder for folder, _ in dict.fromkeys(keys))
-    return [tails[folder] + (f" {which}" if several[folder] > 1 else "") for folder, which in keys]
-
-
-def _source(part: Selection) -> tuple[Path, str]:
-    """The folder that the points of a part lie in, and what of it they are."""
-    if is_run(part.folder):
-        return part.folder.resolve().parent, "runs"
-    number = None if part.sweep is None else part.sweep.number
-    which = "all runs" if part.sweep is None else "sweep" if number is None else f"sweep {number}"
-    return part.folder.resolve(), which
+"""Conditions that a ratio between points of two folders is a measure of, if they differ."""
 
 
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
@@ -470,3 +405,56 @@ def comparison_notes(members: Sequence[MeasuredPoint]) -> list[str]:
 
 def _values(condition: Callable[[Environment], str | None], environments: Sequence[Environment]) -> list[str]:
     return sorted({value for one in environments if (value := condition(one)) is not None})
+
+
+# Notes on points.
+
+
+NAMED = 3
+"""Slow ranks that a note names; of the rest it gives the number."""
+
+
+def straggler_notes(member: MeasuredPoint) -> list[str]:
+    """Name the ranks that hold the others up, where the spread bears it out; nothing where it does not."""
+    if member.figures is None or member.point.rank_times is None:
+        return []
+    ranks = member.point.rank_times.ranks
+    slow = {rank.rank: rank.excess_s for rank in ranks if rank.is_slow}
+    waiting = {rank.rank: rank.wait_excess_s or 0.0 for rank in ranks if rank.waits_long}
+    found = []
+    if slow:
+        found.append(
+            f"At {member.point.title}, slower than the other ranks throughout the run: {_told(member, slow)}. In each "
+            "step all ranks wait for the slowest."
+        )
+    if waiting:
+        found.append(
+            f"At {member.point.title}, longer waits for data than on the other ranks: {_told(member, waiting)}."
+        )
+    return found
+
+
+def _told(member: MeasuredPoint, ranks: Mapping[int, float]) -> str:
+    """Name the slowest of some ranks, with what they take longer than the median of the others."""
+    assert member.figures is not None
+    told = []
+    for rank, excess_s in sorted(ranks.items(), key=lambda item: -item[1])[:NAMED]:
+        host, share = member.host(rank), 100 * excess_s / member.figures.step_time_s
+        on = "" if host is None else f" on {host}"
+        told.append(f"rank {rank}{on} by {1000 * excess_s:.3g} ms, {share:.1f} % of the step time")
+    more = f"; and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return "; ".join(told) + more
+
+
+def resolution_note(member: MeasuredPoint) -> str:
+    """Return the note on a point whose steps were not timed one by one; empty for any other."""
+    figures = member.figures
+    if figures is None or not figures.resolution_s:
+        return ""
+    together = round(figures.resolution_s / figures.step_time_s) if figures.step_time_s else 0
+    claim = f", and no efficiency is claimed: they took less than {MIN_STEPS} such readings" if member.is_coarse else ""
+    return (
+        f"At {member.point.title} a step time is a mean over about {counted(together, 'step')}, whose lines were read "
+        f"together ({figures.resolution_s:.2g} s): their spread is not known{claim}. A step time in the line "
+        "(script.progress with a group step_time_s), or launch.worker, tells each step."
+    )

@@ -120,7 +120,7 @@ RECORDED = {
 STRAGGLERS, REST = "stragglers", "computation"
 LOSSES = {
     "communication": "exposed communication",
-    "stragglers": "stragglers",
+    "stragglers": "slowest rank of each step",
     "data": "waiting for data",
     "bubble": "pipeline bubble",
     "optimizer": "optimizer",

@@ -1,37 +1,180 @@
-"""The scaling table: one row a point, and plainly what the figures do and do not say.
-
-Owns what is in the rows, the claim of efficiency and where none is made. Must not know how a table is shown or drawn.
-"""
+"""The scaling table: one row a point, with what its figures say and what they do not."""
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.report import series as series_of
 from launch.report.environment import GpuUse
-from launch.report.interruptions import Losses, saved_in_place
-from launch.report.notes import notes
+from launch.report.goodput import saved_in_place
 from launch.report.points import Point, neighbours, read_point
-from launch.report.row import Row, RunDetail, detail
 from launch.report.selection import Selection, select
-from launch.report.series import (
-    MeasuredPoint,
-    Measurement,
-    Series,
-    comparison_notes,
-    drop_warmup,
-    label_selected,
-    measure,
-    ratios_to_first,
-)
-from launch.report.steps import UnreadLines, lost, phase_shares
+from launch.report.series import MeasuredPoint, Measurement, Series, comparison_notes, label_selected, ratios_to_first
+from launch.report.steps import RankTime, RankTimes, UnreadLines, drop_warmup, lost, phase_shares
 
 if TYPE_CHECKING:
     from launch.report.laws import Law, Repeats, SeriesFindings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One point; None is what is not known, or not claimed."""
+
+    point: str
+    nodes: int | None
+    ranks: int | None
+    topology: str | None
+    throughput: float | None = None
+    """Work per second in ``unit``; the CSV file names its columns for it: tokens_per_s, samples_per_s."""
+    throughput_per_rank: float | None = None
+    step_time_s: float | None = None
+    """Median over the steps after warm-up, of the slowest rank."""
+    step_time_s_spread: float | None = None
+    """Interquartile range; None if the step times are means over several steps."""
+    speedup: float | None = None
+    """Throughput over that of the smallest point of the series. If the work of a step is not known, the ratio of step
+    times; if there are no steps and the work was stated, the ratio of run times."""
+    efficiency: float | None = None
+    """speedup over the ratio of ranks; None if ranks of either point shared cores or a GPU, or times are too coarse."""
+    efficiency_low: float | None = None
+    """95 % interval of the efficiency, by a block bootstrap over the steps of both points: see ``laws``."""
+    efficiency_high: float | None = None
+    noisy: bool | None = None
+    """True if the step times of the point, or of the smallest one, differ too much, or are too coarse, for an exact
+    efficiency; None if none is claimed."""
+    mfu_palm: float | None = None
+    mfu_bf16: float | None = None
+    """MFU of the peak in bf16, whatever the precision, so that points in two precisions compare."""
+    oversubscribed: bool | None
+    state: str
+    series: str
+    scaling: str | None
+    loss: float | None
+    """Training loss of the last step, nats per token in the GPT library."""
+    last_step: int | None
+    steps_measured: int = 0
+    step_time_s_low: float | None = None
+    """First quartile."""
+    step_time_s_high: float | None = None
+    """Third quartile."""
+    step_time_resolution_s: float | None = None
+    """Seconds over which each step time is a mean; None if steps were timed one by one."""
+    throughput_low: float | None = None
+    """At the third quartile of the step time."""
+    throughput_high: float | None = None
+    """At the first quartile of the step time."""
+    throughput_ideal: float | None = None
+    """Of as many ranks as fast as those of the smallest point; None if these shared cores or a GPU."""
+    unit: str | None = None
+    """Unit of the throughput: tokens, samples, images; None if nothing says."""
+    run_time_s: float | None = None
+    """Time that the ranks ran, with start-up, over all attempts."""
+    attempts: int = 0
+    label: str = ""
+    """Label that sets the point apart from the others of this table: the overrides that not all of them share."""
+    goodput: float | None = None
+    """Share of the allocated time in steps that count."""
+    gpu_hours: float | None = None
+    """Of all allocations, from the start of each to its end."""
+    cost: float | None = None
+    """In the currency of cluster.price_per_gpu_hour."""
+    cost_per_billion: float | None = None
+    """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
+    energy_kwh: float | None = None
+    """Of all GPUs, from the start of the ranks to their end over all attempts; None if some were not sampled."""
+    joules_per_work: float | None = None
+    """Energy of one unit of work, such as a token; of a run whose steps are all known."""
+    gpu_power_w: float | None = None
+    """Mean power of one GPU."""
+    throttled: float | None = None
+    """Share of the samples of all GPUs in which clocks were lower than asked for."""
+    parts_s: Mapping[str, float] = field(default_factory=dict)
+    """Part of ``goodput.PARTS`` -> seconds; they add up to the time from the submission to the end."""
+    hours_of: str | None = None
+    """Unit of the hours of interruptions: GPU; node if the run has no GPUs."""
+    interruptions: int | None = None
+    """Interruptions that cost time, with roll-backs."""
+    interrupted_s: float | None = None
+    """Allocated time that interruptions cost: see ``goodput.DEFINITION``."""
+    interrupted_h: float | None = None
+    """The same in hours of ``hours_of``, all causes together."""
+    causes_h: Mapping[str, float] = field(default_factory=dict)
+    """Cause of ``goodput.CAUSES`` -> hours that interruptions cost."""
+    restarts_in_place: int | None = None
+    """Restarts inside of an allocation that came to a step."""
+    saved_in_place_h: float | None = None
+    """Hours that these saved, an estimate: see ``goodput.SAVED_DEFINITION``."""
+    saved_in_place_wait_s: float | None = None
+    """Waiting in the queue that they saved, an estimate."""
+    saved_against: str | None = None
+    """Starts that the two are estimated by: requeues of this run, of other points, or its own first start."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Phase of ``steps.LOSSES`` -> efficiency that was lost to it, as a share; negative if it takes less of the step
+    than at the smallest point. They add up to 1 - efficiency."""
+    source: str = ""
+    """Folder of a comparison that the point belongs to; empty in a report of one."""
+    ratio_to_first: float | None = None
+    """Throughput over that of the point with as many ranks in the first folder of a comparison."""
+    unread_lines: int = 0
+    """Lines among the step records of all ranks that could not be read as records."""
+
+
+# Details of one run beyond its row: the distribution of its step times, and its slowest ranks with their hosts.
+
+
+SLOWEST = 8
+"""Ranks that the table of the slowest lists."""
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One of the slowest ranks of a run, and its share of the step time."""
+
+    time: RankTime
+    host: str | None
+    share: float
+    """Excess over the median of the other ranks, as a share of the median step time."""
+
+
+@dataclass(frozen=True)
+class RunDetail:
+    """Step times and ranks of one measured run."""
+
+    label: str
+    step_time_s: float
+    step_times_s: tuple[float, ...]
+    """After warm-up, in the order of the steps."""
+    percentiles_s: tuple[tuple[str, float], ...]
+    slowest: tuple[RankRow, ...]
+    rank_times: RankTimes | None
+
+
+def detail(member: MeasuredPoint) -> RunDetail | None:
+    """Return the details of a point; None if it has no figures."""
+    if member.figures is None:
+        return None
+    step_time_s, of_ranks = member.figures.step_time_s, member.point.rank_times
+    times = [step.time_s for step in drop_warmup(member.point.steps)]
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    marks = [("shortest", min(times)), *((f"{p} %", cuts[p - 1]) for p in PERCENTILES), ("longest", max(times))]
+    slowest = sorted(of_ranks.ranks if of_ranks else (), key=lambda rank: -rank.excess_s)[:SLOWEST]
+    return RunDetail(
+        label=member.point.title,
+        step_time_s=step_time_s,
+        step_times_s=tuple(times),
+        percentiles_s=tuple(marks),
+        slowest=tuple(
+            RankRow(rank, member.host(rank.rank), rank.excess_s / step_time_s if step_time_s else 0.0)
+            for rank in slowest
+        ),
+        rank_times=of_ranks,
+    )
 
 
 @dataclass(frozen=True)
@@ -45,13 +188,13 @@ class ScalingTable:
     conditions: str
     notes: tuple[str, ...]
     is_gpt: bool = True
-    """True where the GPT library made every point whose workload is known."""
+    """True if the GPT library made every point whose workload is known."""
     details: tuple[RunDetail, ...] = ()
     """Step times and ranks of the measured points, in the order of the rows."""
     laws: tuple[Law, ...] = ()
     repeats: tuple[Repeats, ...] = ()
     gpus: tuple[GpuUse | None, ...] = ()
-    """Use of the GPUs of each point, in the order of the rows; None where they were not sampled."""
+    """Use of the GPUs of each point, in the order of the rows; None if they were not sampled."""
     unread: tuple[tuple[UnreadLines, ...], ...] = ()
     """Lines of the step records of each point that are no records, in the order of the rows."""
     typed: tuple[tuple[str, ...], ...] = ()
@@ -59,7 +202,7 @@ class ScalingTable:
 
     @property
     def name(self) -> str:
-        """Title of the report."""
+        """Name of what is reported."""
         if self.selection.parts:
             return " and ".join(dict.fromkeys(row.source for row in self.rows))
         return self.rows[0].label if len(self.rows) == 1 else self.selection.folder.resolve().name
@@ -72,23 +215,23 @@ class ScalingTable:
 
     @property
     def is_scaling(self) -> bool:
-        """Tell whether some series has several sizes; a single point, or one of each kind, scales nothing."""
+        """True if a series has several sizes."""
         return max(Counter((row.scaling, row.series) for row in self.rows).values(), default=0) > 1
 
     @property
     def compares_run_times(self) -> bool:
-        """Tell whether run times are all there is to show: no program recorded how long its steps take."""
+        """True if no program recorded how long its steps take, so that there are run times only."""
         has_steps = any(row.step_time_s is not None for row in self.rows)
         return not self.is_gpt and not has_steps and any(row.run_time_s is not None for row in self.rows)
 
     @property
     def unit(self) -> str:
-        """Unit of the throughput: tokens, samples, images; work where points differ, or nothing says."""
+        """Unit of the throughput: tokens, samples, images; work if points differ, or nothing says."""
         units = {row.unit for row in self.rows if row.throughput is not None}
         return (units.pop() if len(units) == 1 else None) or ("tokens" if self.is_gpt else "work")
 
     def sections(self) -> list[tuple[str, list[Row]]]:
-        """Heading and rows for each kind of scaling."""
+        """Return heading and rows for each kind of scaling."""
         kinds = list(dict.fromkeys(row.scaling for row in self.rows))
         return [(self._heading(kind), [row for row in self.rows if row.scaling == kind]) for kind in kinds]
 
@@ -113,7 +256,7 @@ def build(folder: Path) -> ScalingTable:
 
 
 def tabulate_selection(selection: Selection) -> ScalingTable:
-    """Compute the report of the runs that were selected.
+    """Compute the report of the selected runs.
 
     Raises:
         ConfigError: points that belong together are not comparable.
@@ -122,64 +265,52 @@ def tabulate_selection(selection: Selection) -> ScalingTable:
 
 
 def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
-    """The scaling table of points that were read.
+    """Compute the scaling table of points that were read.
 
     Raises:
         ConfigError: points that belong together are not comparable.
     """
+    from launch.report.notes import notes
+
     points = label_selected(selection, points)
-    beside = neighbours(points)
     members = [
-        MeasuredPoint(point, measure(point.steps), tuple(near)) for point, near in zip(points, beside, strict=True)
+        MeasuredPoint(point, series_of.measure(point.steps), tuple(near))
+        for point, near in zip(points, neighbours(points), strict=True)
     ]
-    found = series_of.split(members)
     from launch.report.laws import find, law_notes  # numpy, which only a report that reads records needs
 
-    findings = [find(series) for series in found]
+    found = [(series, find(series)) for series in series_of.split(members)]
     ratios = ratios_to_first(members) if selection.parts else {}
-    losses = {point.path: point.goodput.losses for point in points if point.goodput is not None}
     rows = tuple(
-        _with_interval(
-            replace(
-                _row(series, member),
-                ratio_to_first=ratios.get(member.point.title),
-                **_loss_figures(member.point.path, losses),
-            ),
-            finding,
-        )
-        for series, finding in zip(found, findings, strict=True)
+        replace(_row(series, member, finding, points), ratio_to_first=ratios.get(member.point.title))
+        for series, finding in found
         for member in series.members
     )
-    told = [law_notes(finding, series) for series, finding in zip(found, findings, strict=True)]
-    shown = [member.point for series in found for member in series.members]
+    shown = [member for series, _ in found for member in series.members]
+    told = [note for series, finding in found for note in law_notes(finding, series)]
     return ScalingTable(
         selection=selection,
         rows=rows,
-        batches=_batches(found),
-        conditions=_conditions(found),
-        notes=(*comparison_notes(members), *notes(found, rows), *(note for of_series in told for note in of_series)),
-        details=tuple(one for series in found for member in series.members if (one := detail(member)) is not None),
-        laws=tuple(finding.law for finding in findings if finding.law is not None),
-        repeats=tuple(size for finding in findings for size in finding.repeats),
-        gpus=tuple(point.gpu_use for point in shown),
-        unread=tuple(point.unread for point in shown),
-        typed=tuple(point.overrides for point in shown),
+        batches=_batches([series for series, _ in found]),
+        conditions=_conditions([member.point for member in shown]),
+        notes=(*comparison_notes(members), *notes([series for series, _ in found], rows), *told),
+        details=tuple(one for member in shown if (one := detail(member)) is not None),
+        laws=tuple(finding.law for _, finding in found if finding.law is not None),
+        repeats=tuple(size for _, finding in found for size in finding.repeats),
+        gpus=tuple(member.point.gpu_use for member in shown),
+        unread=tuple(member.point.unread for member in shown),
+        typed=tuple(member.point.overrides for member in shown),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
 
 
-def _with_interval(row: Row, finding: SeriesFindings) -> Row:
-    low, high = finding.intervals.get(row.point, (None, None))
-    return replace(row, efficiency_ci_low=low, efficiency_ci_high=high)
-
-
-def _row(series: Series, member: MeasuredPoint) -> Row:
-    point, environment = member.point, member.point.environment
+def _row(series: Series, member: MeasuredPoint, finding: SeriesFindings, points: Sequence[Point]) -> Row:
+    point, figures = member.point, member.figures
     return Row(
         point=point.name,
         nodes=member.nodes,
         ranks=member.ranks,
-        topology=None if environment is None else environment.topology,
+        topology=None if point.environment is None else point.environment.topology,
         oversubscribed=member.crowded,
         state=str(point.state),
         series=series.label,
@@ -192,92 +323,75 @@ def _row(series: Series, member: MeasuredPoint) -> Row:
         label=point.title,
         source=point.source,
         unread_lines=sum(one.lines for one in point.unread),
-        **_time_figures(point),
-        **_gpu_figures(point),
-        **(_run_time_figures(series, member) if member.figures is None else _figures(series, member, member.figures)),
+        **_time_and_energy(point, points),
+        **(_against_run_time(series, member) if figures is None else _figures(series, member, figures, finding)),
     )
 
 
-def _time_figures(point: Point) -> dict[str, Any]:
-    """Columns of the time by part, and of what it cost."""
-    found = point.goodput
-    if found is None:
-        return {}
-    work = _whole_work(point)
-    return {
-        "goodput": found.goodput,
-        "gpu_hours": found.gpu_hours,
-        "cost": found.cost,
-        "cost_per_billion": None if found.cost is None or not work else found.cost / (work / 1e9),
-        **{f"{part}_s": value for part, value in found.seconds.items()},
-    }
-
-
-def _loss_figures(path: Path, losses: Mapping[Path, Losses]) -> dict[str, Any]:
-    """Columns of what interruptions cost a run, and of what restarts in place spared it."""
-    found = losses.get(path)
-    if found is None:
-        return {}
-    spared = saved_in_place(found, [other for place, other in losses.items() if place != path])
-    return {
-        "hours_of": found.unit,
-        "interruptions": sum(found.counts.values()),
-        "interrupted_s": sum(found.seconds.values()) or None,
-        "interrupted_h": sum(found.hours.values()) or None,
-        **{f"interrupted_{cause}_h": hours for cause, hours in found.hours.items()},
-        "restarts_in_place": len(found.in_place),
-        "saved_in_place_h": None if spared is None else spared.hours,
-        "saved_in_place_wait_s": None if spared is None else spared.wait_s,
-        "saved_against": None if spared is None else spared.basis,
-    }
-
-
-def _whole_work(point: Point) -> float | None:
-    """Work of the whole run; None where some steps do not tell theirs: half of the steps would make each unit dear."""
+def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
+    """Return the fields of a row on its allocations, interruptions and GPUs."""
+    fields: dict[str, Any] = {}
+    # Work of the whole run: of half of the steps a unit of work would cost twice as much.
     works = [step.work for step in point.steps if step.work is not None]
-    return sum(works) if works and len(works) == point.last_step else None
-
-
-def _gpu_figures(point: Point) -> dict[str, Any]:
-    """Columns of a row on its GPUs; a unit of work took its part of the energy of all attempts."""
-    use = point.gpu_use
-    if use is None:
-        return {}
-    work = _whole_work(point)
-    return {
-        "energy_kwh": None if use.energy_j is None else use.energy_j / 3.6e6,
-        "joules_per_work": None if use.energy_j is None or not work else use.energy_j / work,
-        "gpu_power_w": use.mean_power_w,
-        "throttled": use.throttled,
+    work = sum(works) if works and len(works) == point.last_step else None
+    if (use := point.gpu_use) is not None:
+        fields = {
+            "energy_kwh": None if use.energy_j is None else use.energy_j / 3.6e6,
+            "joules_per_work": None if use.energy_j is None or not work else use.energy_j / work,
+            "gpu_power_w": use.mean_power_w,
+            "throttled": use.throttled,
+        }
+    if (time := point.goodput) is None:
+        return fields
+    others = [other.goodput.losses for other in points if other.path != point.path and other.goodput is not None]
+    saving, losses = saved_in_place(time.losses, others), time.losses
+    return fields | {
+        "goodput": time.goodput,
+        "gpu_hours": time.gpu_hours,
+        "cost": time.cost,
+        "cost_per_billion": None if time.cost is None or not work else time.cost / (work / 1e9),
+        "parts_s": time.seconds,
+        "hours_of": losses.unit,
+        "interruptions": sum(losses.counts.values()),
+        "interrupted_s": sum(losses.seconds.values()) or None,
+        "interrupted_h": sum(losses.hours.values()) or None,
+        "causes_h": losses.hours,
+        "restarts_in_place": len(losses.in_place),
+        "saved_in_place_h": saving and saving.hours,
+        "saved_in_place_wait_s": saving and saving.wait_s,
+        "saved_against": saving and saving.basis,
     }
 
 
-def _figures(series: Series, member: MeasuredPoint, figures: Measurement) -> dict[str, Any]:
-    """The columns that need measured steps."""
+def _figures(series: Series, member: MeasuredPoint, figures: Measurement, finding: SeriesFindings) -> dict[str, Any]:
+    """Return the fields of a row that need measured steps."""
     ratio = member.point.bf16_ratio
-    columns: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "step_time_s": figures.step_time_s,
-        "step_time_s_low": figures.low_s,
-        "step_time_s_high": figures.high_s,
-        "step_time_s_spread": figures.high_s - figures.low_s,
         "mfu_palm": figures.mfu_palm,
         "mfu_bf16": None if figures.mfu_palm is None or ratio is None else figures.mfu_palm * ratio,
         "steps_measured": figures.steps,
+        "step_time_resolution_s": figures.resolution_s or None,
     }
     if figures.throughput is not None:
         assert member.ranks
-        work = figures.throughput * figures.step_time_s  # of one step
-        columns |= {
-            "throughput": figures.throughput,
-            "throughput_per_rank": figures.throughput / member.ranks,
-            "throughput_low": work / figures.high_s,
-            "throughput_high": work / figures.low_s,
+        fields |= {"throughput": figures.throughput, "throughput_per_rank": figures.throughput / member.ranks}
+    if not figures.resolution_s:  # quartiles of means over several steps say nothing of the steps
+        fields |= {
+            "step_time_s_low": figures.low_s,
+            "step_time_s_high": figures.high_s,
+            "step_time_s_spread": figures.high_s - figures.low_s,
         }
-    return columns | _against_smallest(series, member, figures)
+        if figures.throughput is not None:
+            work = figures.throughput * figures.step_time_s  # of one step
+            fields |= {"throughput_low": work / figures.high_s, "throughput_high": work / figures.low_s}
+    return fields | _against_smallest(series, member, figures, finding)
 
 
-def _against_smallest(series: Series, member: MeasuredPoint, figures: Measurement) -> dict[str, Any]:
-    """Speedup, and what is claimed of it: nothing for a point alone, no efficiency without the work of a step."""
+def _against_smallest(
+    series: Series, member: MeasuredPoint, figures: Measurement, finding: SeriesFindings
+) -> dict[str, Any]:
+    """Return speedup and efficiency: neither of a point alone, no efficiency without the work of a step."""
     base = series.smallest
     assert base is not None and base.figures is not None and base.ranks and member.ranks
     if not series.compares:
@@ -286,39 +400,24 @@ def _against_smallest(series: Series, member: MeasuredPoint, figures: Measuremen
         return {"speedup": base.figures.step_time_s / figures.step_time_s}
     assert figures.throughput is not None and base.figures.throughput is not None
     ideal = base.figures.throughput * (member.ranks / base.ranks)
-    ratios = {
+    fields: dict[str, Any] = {
         "throughput_ideal": None if base.crowded else ideal,
         "speedup": figures.throughput / base.figures.throughput,
     }
-    if base.crowded or member.crowded:
-        return ratios
-    losses = {} if member is base else _losses(member, base, figures.throughput / ideal)
-    return ratios | _efficiency(member is base, figures, base.figures, ideal) | losses
-
-
-def _losses(member: MeasuredPoint, base: MeasuredPoint, efficiency: float) -> dict[str, Any]:
-    """Divide the lost efficiency of a point among the phases of its steps."""
-    here, there = (phase_shares(drop_warmup(one.point.steps)) for one in (member, base))
-    parts = lost(here, there, efficiency, alone=base.ranks == 1)
-    return {f"lost_to_{phase}": share for phase, share in parts.items()}
-
-
-def _efficiency(is_base: bool, figures: Measurement, base: Measurement, ideal: float) -> dict[str, Any]:
-    """Efficiency, what the quartiles of both points leave of it, and whether that is too much for an exact figure."""
-    assert figures.throughput is not None
+    if not base.has_efficiency or not member.has_efficiency:
+        return fields
     efficiency = figures.throughput / ideal
-    if is_base:
-        return {"efficiency": efficiency, "efficiency_low": efficiency, "efficiency_high": efficiency, "noisy": False}
-    return {
-        "efficiency": efficiency,
-        "efficiency_low": efficiency * (base.low_s / base.step_time_s) * (figures.step_time_s / figures.high_s),
-        "efficiency_high": efficiency * (base.high_s / base.step_time_s) * (figures.step_time_s / figures.low_s),
-        "noisy": figures.is_noisy or base.is_noisy,
-    }
+    low, high = finding.intervals.get(member.point.name, (None, None))
+    fields |= {"efficiency": efficiency, "efficiency_low": low, "efficiency_high": high}
+    if member is base:
+        return fields | {"noisy": False}
+    here, there = (phase_shares(drop_warmup(one.point.steps)) for one in (member, base))
+    losses = lost(here, there, efficiency, alone=base.ranks == 1)
+    return fields | {"noisy": figures.is_noisy or base.figures.is_noisy, "losses": losses}
 
 
-def _run_time_figures(series: Series, member: MeasuredPoint) -> dict[str, Any]:
-    """Speedup of a program that records no steps, where it was stated how much work each point did."""
+def _against_run_time(series: Series, member: MeasuredPoint) -> dict[str, Any]:
+    """Return speedup and efficiency of a program without step records, if the work of each point was stated."""
     base = series.smallest
     if base is None or base.figures is not None or not series.compares:
         return {}
@@ -331,7 +430,7 @@ def _run_time_figures(series: Series, member: MeasuredPoint) -> dict[str, Any]:
 
 
 def _batches(found: Sequence[Series]) -> dict[str, str]:
-    """Kind of scaling -> the batches of its series, for people."""
+    """Return kind of scaling -> the batches of its series, for people."""
     texts: dict[str, dict[str, None]] = {}
     for series in found:
         for member in series.members:
@@ -341,15 +440,15 @@ def _batches(found: Sequence[Series]) -> dict[str, str]:
     return {kind: " or ".join(batches) for kind, batches in texts.items()}
 
 
-def _conditions(found: Sequence[Series]) -> str:
-    """Model, precision, hardware and software of the points; several values are all named."""
-    known = [m.point.environment for series in found for m in series.members if m.point.environment is not None]
+def _conditions(points: Sequence[Point]) -> str:
+    """Return model, precision, hardware and software of the points; if several, all values."""
+    known = [point.environment for point in points if point.environment is not None]
     if not known:
         return "Conditions unavailable: no point has recorded what it ran on."
-    parts = [[series_of.CONDITIONS[name](e) for e in known] for name in ("model", "precision", "hardware")]
-    parts += [[None if e.torch is None else f"torch {e.torch}" for e in known]]
-    commits = [e.commit or ("unavailable" if e.workload == "gpt" else None) for e in known]
+    parts = [[series_of.CONDITIONS[name](one) for one in known] for name in ("model", "precision", "hardware")]
+    parts += [[series_of.MADE_WITH["software"](one) for one in known]]
+    commits = [one.commit or ("unavailable" if one.workload == "gpt" else None) for one in known]
     parts += [[None if commit is None else f"commit {commit[:12]}" for commit in commits]]
-    parts += [[None if e.command is None else f"command {e.command}" for e in known]]
+    parts += [[None if one.command is None else f"command {one.command}" for one in known]]
     told = [" / ".join(dict.fromkeys(value for value in values if value is not None)) for values in parts]
     return "; ".join(text for text in told if text) + "."

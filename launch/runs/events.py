@@ -360,8 +360,9 @@ def refuse_resume_from(value: Any, fresh: bool) -> None:
     if value is None:
         return
     if value != LAST and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        found = f"resume_from={value}"
-        raise ConfigError(found, "the step of a checkpoint, or last for the newest one", "resume_from=last, or null")
+        step = re.fullmatch(r"\D*0*([1-9]\d*)", str(value))  # as in step5, or step_00000005
+        fix = f"resume_from={step[1]}, or resume_from=last" if step else "resume_from=last"
+        raise ConfigError(f"resume_from={value}", "the step of a checkpoint, or last for the newest one", fix)
     if fresh:
         raise ConfigError(
             f"resume_from={value} with fresh=true",

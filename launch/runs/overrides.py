@@ -45,6 +45,9 @@ def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment
     """
     named = tuple(f"{group}=" for group in groups)
     args = [f"+{arg}" if arg.startswith(named) else arg for arg in map(quote_option, overrides)]
+    if "=" in args:  # nodes = 2 reaches a program as three arguments
+        joined = " ".join(args).replace(" = ", "=")
+        raise ConfigError(" ".join(args), "KEY=VALUE without blanks around the =", joined)
     for arg in args:
         if "=" in arg and not typed_key(arg):
             raise ConfigError(f"{arg}, a value without a key", "KEY=VALUE", f"the same without {arg}")

@@ -199,15 +199,18 @@ class _RankLog:
         known = [fields for match in found if (fields := numbers(match)) is not None]
         if not known:
             return False
-        last = self._last
-        step_time_s = self._time_of_a_step(known[-1]["step"])
+        last, newest = self._last, known[-1]["step"]
+        step_time_s = self._time_of_a_step(newest)
         records = []
         for fields in known:
             step, at = fields.pop("step"), self._printed_at
             if last is not None and step_time_s is not None and step > last[0]:
                 # As if all that were printed since the last poll came evenly.
                 at = min(at, last[1] + step_time_s * (step - last[0]))
-                fields.setdefault("step_time_s", step_time_s)
+                if "step_time_s" not in fields:
+                    fields["step_time_s"] = step_time_s
+                    if len(known) > 1:  # only the mean of the lines that were read together is known
+                        fields[RESOLUTION] = step_time_s * (newest - last[0])
             if self._work is not None and fields.get("step_time_s"):
                 fields.setdefault(self._work[0], self._work[1] / fields["step_time_s"])
             records.append({"step": step, "attempt": self._attempt, **fields, "time": at})

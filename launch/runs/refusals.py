@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -131,7 +132,7 @@ def override_of_flag(flag: str, following: str, schema: type) -> str | None:
 # What the keys of a schema are, and how a value is written.
 
 
-CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
+CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 LAUNCHER_KEYS = (
     *("workload", "nodes", "ranks_per_node", "spare_nodes", "dry_run", "copy_code"),
     *("launch", "cluster", "resilience", "budget", "objective", "objective_of"),
@@ -234,8 +235,18 @@ def explain(error: BaseException, schema: type, overrides: Sequence[str] = ()) -
     if isinstance(error, MissingConfigException) and "primary config" in first:
         found = f"no config {error.missing_cfg_file}"
         return ConfigError(found, "config, the name of the launcher's own", "the same without --config-name")
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+        found = f"{where}, which is no YAML: {getattr(error, 'problem', None) or first}"
+        return ConfigError(found, "KEY: VALUE on each line, with every bracket and quote closed", "the same command")
+    if in_file := re.search(r"In '([^']+)': ", first):
+        values = re.findall(r"Value '([^']*)'", text)
+        refusal = wrong_value(f"{key}={values[0] if values else '?'}", key or "KEY", schema)
+        fix = f"{refusal.fix.replace('=', ': ', 1)} in that file"
+        return ConfigError(f"{refusal.found} in {in_file[1]}.yaml", refusal.expected, fix)
     if isinstance(error, OverrideParseException):
-        return unreadable(error.override, schema, overrides)
+        return unreadable(error.override, schema)
     packaged = next((arg for arg in overrides if "@" in typed_key(arg) and typed_key(arg) in text), None)
     if packaged is not None:
         key, _, value = packaged.partition("=")
@@ -297,14 +308,12 @@ def unknown_option(path: str, options: Sequence[str]) -> ConfigError:
     return ConfigError(f"{group}={choice}", f"one of {', '.join(sorted(options))}", fix)
 
 
-def unreadable(override: str, schema: type, overrides: Sequence[str] = ()) -> ConfigError:
+def unreadable(override: str, schema: type) -> ConfigError:
     """Return the refusal of an argument that Hydra's grammar of overrides cannot read."""
     override = override.removeprefix("++")  # of a key of the user's choice, which needs none where it is typed
     key, equals, value = override.partition("=")
     value = BRACES.sub(r"${\1}", value).lstrip("=")
     found, expected = f"{override}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or ="
-    if "=" in overrides:  # typed with blanks, as in nodes = 2
-        return ConfigError(found, "KEY=VALUE without blanks", " ".join(overrides).replace(" = ", "="))
     if not equals or not key:
         if is_path(override, list(schema_keys(schema))):
             found = f"{override}, a path without a key"

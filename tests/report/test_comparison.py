@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from launch.report.__main__ import main
-from launch.report.selection import Selection, select
-from launch.report.series import compare, source_labels
+from launch.report.selection import Selection, compare, select, source_labels
 from launch.report.table import ScalingTable, tabulate_selection
 from launch.runs.find import record_sweep
 

@@ -65,7 +65,7 @@ def test_the_time_of_steps_on_fewer_nodes_is_a_part_of_its_own(tmp_path: Path, m
         append_records(run.run.metrics(0), [{"step": first + n, **known, "time": end} for n, end in enumerate(ends)])
     run.event("agent_ended", job="slurm-1-0-0", ended_at=T0 + 60, time=T0 + 60)
     (row,) = (table := build(tmp_path / "run")).rows
-    assert (row.steps_s, row.fewer_s, row.lost_s) == pytest.approx((8.0, 24.0, 2.0))
+    assert [row.parts_s[part] for part in ("steps", "fewer", "lost")] == pytest.approx([8.0, 24.0, 2.0])
     assert row.goodput == pytest.approx(32 / 60), "they count"
     assert "on fewer nodes" in markdown(table)
 

@@ -88,12 +88,12 @@ def sweep_of(folder: Path, make_run: Any, weak: bool, share: float, sizes: tuple
         expected = (
             1 / (share * row.ranks + 1 - share) if not weak else (row.ranks - share * (row.ranks - 1)) / row.ranks
         )
-        assert row.efficiency_ci_low is not None and row.efficiency_ci_high is not None
-        assert row.efficiency_ci_low < (row.efficiency or 0) < row.efficiency_ci_high
-        assert row.efficiency_ci_low - 0.004 < expected < row.efficiency_ci_high + 0.004
-    assert table.rows[0].efficiency_ci_low is None, "it is compared with itself"
-    assert [(row.efficiency_ci_low, row.efficiency_ci_high) for row in build(folder).rows] == [
-        (row.efficiency_ci_low, row.efficiency_ci_high) for row in table.rows
+        assert row.efficiency_low is not None and row.efficiency_high is not None
+        assert row.efficiency_low < (row.efficiency or 0) < row.efficiency_high
+        assert row.efficiency_low - 0.004 < expected < row.efficiency_high + 0.004
+    assert table.rows[0].efficiency_low is None, "it is compared with itself"
+    assert [(row.efficiency_low, row.efficiency_high) for row in build(folder).rows] == [
+        (row.efficiency_low, row.efficiency_high) for row in table.rows
     ], "the same each time"
     return list(table.notes)
 

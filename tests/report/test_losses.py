@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from launch.config import ReportFile
 from launch.report import build, write
-from launch.report.row import Row
 from launch.report.steps import LOSSES, lost
+from launch.report.table import Row
 from launch.runs.records import append_records
 
 STEPS = 25
@@ -62,8 +64,8 @@ def test_each_phase_loses_what_was_put_into_it(tmp_path: Path, make_run: Any) ->
         "optimizer": 0.02 - 0.02 / 4,
         "computation": mean_late,  # the work itself is divided as it should
     }
-    assert row.lost_to() == pytest.approx({phase: s / step_s for phase, s in expected.items()}, abs=1e-12)
-    assert sum(row.lost_to().values()) == pytest.approx(1 - (row.efficiency or 0), abs=1e-15)
+    assert row.losses == pytest.approx({phase: s / step_s for phase, s in expected.items()}, abs=1e-12)
+    assert sum(row.losses.values()) == pytest.approx(1 - (row.efficiency or 0), abs=1e-15)
 
 
 def test_the_parts_add_up_whatever_the_records_say(tmp_path: Path, make_run: Any) -> None:
@@ -78,7 +80,7 @@ def test_the_parts_add_up_whatever_the_records_say(tmp_path: Path, make_run: Any
         recorded(tmp_path, make_run, size, phases(size))
     rows = rows_of(tmp_path)
     for size in (4, 8):
-        parts = rows[size].lost_to()
+        parts = rows[size].losses
         assert set(parts) == {"communication", "stragglers", "data", "computation"}
         assert sum(parts.values()) == pytest.approx(1 - (rows[size].efficiency or 0), abs=1e-14)
     # By hand: the critical rank of each step, and what the others do less.
@@ -92,7 +94,7 @@ def test_the_parts_add_up_whatever_the_records_say(tmp_path: Path, make_run: Any
         shares[size] = [float(part.sum() / total.sum()) for part in parts]
     efficiency = rows[8].efficiency or 0
     expected = [here - efficiency * there for here, there in zip(shares[8], shares[2], strict=True)]
-    parts = rows[8].lost_to()
+    parts = rows[8].losses
     assert [parts["communication"], parts["stragglers"], parts["data"]] == pytest.approx(expected, abs=1e-12)
 
 
@@ -111,13 +113,14 @@ def test_a_point_may_gain_where_others_lose(tmp_path: Path, make_run: Any) -> No
     recorded(tmp_path, make_run, 8, lambda s, r: {"compute": 0.05, "comm_s": 0.05})
     row = rows_of(tmp_path)[8]
     assert row.efficiency == pytest.approx(1.0)
-    assert row.lost_to() == pytest.approx({"communication": 0.5, "stragglers": 0.0, "computation": -0.5})
+    assert row.losses == pytest.approx({"communication": 0.5, "stragglers": 0.0, "computation": -0.5})
 
 
 def test_the_csv_has_the_parts(tmp_path: Path, make_run: Any) -> None:
     recorded(tmp_path, make_run, 1, lambda s, r: {"compute": 0.4, "comm_s": 0.0})
     recorded(tmp_path, make_run, 2, lambda s, r: {"compute": 0.2, "comm_s": 0.2})
-    text = next(path for path in write(build(tmp_path)) if path.suffix == ".csv").read_text().splitlines()
-    columns = dict(zip(text[0].split(","), text[2].split(","), strict=True))
-    assert float(columns["lost_to_communication"]) == pytest.approx(0.5)
-    assert columns["lost_to_data"] == ""
+    write(build(tmp_path), files={ReportFile.csv})
+    with (tmp_path / "scaling_parts.csv").open() as file:
+        found = {(line["point"], line["part"]): line for line in csv.DictReader(file)}
+    assert float(found["nodes=2", "communication"]["value"]) == pytest.approx(0.5)
+    assert found["nodes=2", "communication"]["unit"] == "share" and ("nodes=2", "data") not in found

@@ -72,7 +72,7 @@ def test_the_first_screen_says_how_well_what_was_lost_and_who_is_slow(opened: we
     shown = dict(zip(texts(opened, ".tile .name"), texts(opened, ".tile b"), strict=True))
     # Of a step of 140 ms, 100 are the eighth part of the work of one rank.
     assert shown["Efficiency at nodes=8"] == "71.4 %"
-    assert shown["Most lost at nodes=8"] == "stragglers"
+    assert shown["Most lost at nodes=8"] == "slowest rank of each step"
     assert shown["Slow rank"] == f"rank {SLOW_RANK}"
     assert any("on n6, +30 ms, 21.4 % of the step time" in text for text in texts(opened, ".tile small"))
     first = opened.execute_script("return document.querySelector('.tiles').getBoundingClientRect().bottom")

@@ -57,6 +57,24 @@ def scalars(folder: Path, tag: str) -> dict[int, float]:
     return {point.step: point.value for point in EventAccumulator(str(folder)).Reload().Scalars(tag)}
 
 
+@pytest.mark.parametrize(("steps", "claimed"), [(21, False), (400, True)])
+def test_times_of_lines_that_were_read_together_have_no_spread_and_no_efficiency_below_their_resolution(
+    tmp_path: Path, make_run: Any, steps: int, claimed: bool
+) -> None:
+    for ranks, time_s in ((1, 0.08), (2, 0.04)):
+        built = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), script=SAMPLES).attempt()
+        built.records([time_s] * steps, ranks=1, step_time_s=time_s, step_time_resolution_s=1.0).ran(steps * time_s)
+    table = build(tmp_path)
+    assert figures(table.rows, "step_time_s", "step_time_s_spread", "step_time_resolution_s") == [
+        (0.08, None, 1.0),
+        (0.04, None, 1.0),
+    ]
+    assert table.rows[1].speedup == pytest.approx(2.0)
+    assert table.rows[1].efficiency == (pytest.approx(1.0) if claimed else None)
+    [note] = [note for note in table.notes if note.startswith("At nodes=2 a step time is a mean over about 25 steps")]
+    assert ("no efficiency is claimed" in note) is not claimed and "script.progress with a group step_time_s" in note
+
+
 def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:
     table = points(tmp_path / "s", make_run, {"unit": "samples"}, {1: 2.0, 2: 1.25}, samples=64, loss=0.5)
     # 64 samples in 2 s; twice 64 in 1.25 s, which is 1.6 times as much on each of two ranks.
@@ -245,9 +263,7 @@ def test_every_view_names_the_unit(tmp_path: Path, make_run: Any) -> None:
     table = points(tmp_path, make_run, SAMPLES, {1: 2.0, 2: 1.0})
     write(table)
     header = next(csv.reader((tmp_path / "scaling.csv").open()))
-    assert [name for name in header if "_per_s" in name] == [
-        *("samples_per_s", "samples_per_s_per_rank", "samples_per_s_low", "samples_per_s_high", "samples_per_s_ideal")
-    ]
+    assert [name for name in header if "_per_s" in name] == [*("samples_per_s", "samples_per_s_per_rank")]
     assert "| samples/s |" in (tmp_path / "scaling.md").read_text()
     assert scalars(tmp_path / "Scaling", "scaling/samples_per_s") == {1: 256, 2: 512}
     assert scalars(tmp_path / "Scaling" / "ideal", "scaling/samples_per_s") == {1: 256, 2: 512}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build, write
-from launch.report.row import RunDetail
 from launch.report.steps import RankTime, RankTimes
+from launch.report.table import RunDetail
 from launch.report.views.figures import draw_ranks
 from launch.report.views.text import markdown
 from launch.runs.records import append_records

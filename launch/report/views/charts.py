@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape as _escape
 
-from launch.report.row import RunDetail
 from launch.report.steps import LEAST_SHARE, RankTimes
+from launch.report.table import RunDetail
 
 # Pieces of the page: escaped text, elements, and coordinates that are no longer than a screen can show.
 

@@ -18,9 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from launch.report.goodput import PARTS
-from launch.report.row import Row, RunDetail
 from launch.report.steps import LEAST_SHARE, RankTimes
-from launch.report.table import ScalingTable
+from launch.report.table import Row, RunDetail, ScalingTable
 from launch.report.views.text import efficiency
 
 # Colors that the figures of a report share.
@@ -66,9 +65,9 @@ def draw_times(figure: FigureBase, rows: Sequence[Row]) -> None:
     axes.set_title("Where the time went", fontsize=11)
     shown = rows[:MAX_BARS]
     left = [0.0] * len(shown)
-    totals = [sum(row.part_s(part) or 0.0 for part in PARTS) for row in shown]
+    totals = [sum(row.parts_s.get(part, 0.0) for part in PARTS) for row in shown]
     for part, name in PARTS.items():
-        widths = [100 * (row.part_s(part) or 0.0) / total for row, total in zip(shown, totals, strict=True)]
+        widths = [100 * (row.parts_s.get(part, 0.0)) / total for row, total in zip(shown, totals, strict=True)]
         if not any(widths):
             continue
         axes.barh(range(len(shown)), widths, left=left, height=0.7, color=PART_COLORS[part], label=name)

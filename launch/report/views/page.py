@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.errors import counted
-from launch.report.goodput import PARTS
-from launch.report.interruptions import CAUSES, DEFINITION
+from launch.report.goodput import CAUSES, DEFINITION, PARTS
 from launch.report.notes import (
     amount,
     hours_by_cause,
@@ -21,9 +20,8 @@ from launch.report.notes import (
     told,
     units,
 )
-from launch.report.row import Row, RunDetail
 from launch.report.steps import LOSSES
-from launch.report.table import ScalingTable
+from launch.report.table import Row, RunDetail, ScalingTable
 from launch.report.views.charts import Mark, color, escape, grid, heat_map, histogram, line_chart, number, section
 from launch.report.views.text import columns, efficiency, gpu_cells, host_cells, times_cells
 
@@ -266,8 +264,8 @@ def _scaling(table: ScalingTable) -> list[Tile]:
         if row.efficiency is None:
             found.append(Tile(f"Efficiency at {row.label}", "not claimed", f"{speedup}; {_why(row)}"))
             continue
-        if row.efficiency_ci_low is not None and row.efficiency_ci_high is not None:
-            ends = f"{100 * row.efficiency_ci_low:.1f} to {100 * row.efficiency_ci_high:.1f} %"
+        if row.efficiency_low is not None and row.efficiency_high is not None:
+            ends = f"{100 * row.efficiency_low:.1f} to {100 * row.efficiency_high:.1f} %"
             speedup = f"{speedup}; 95 % interval {ends}"
         text = speedup + _unclaimed(table, row)
         found.append(Tile(f"Efficiency at {row.label}", efficiency(row), text, _kind(row.efficiency)))
@@ -275,11 +273,11 @@ def _scaling(table: ScalingTable) -> list[Tile]:
 
 
 def _losses(table: ScalingTable) -> list[Tile]:
-    rows = [row for row in _largest(table) if row.lost_to()]
+    rows = [row for row in _largest(table) if row.losses]
     if not rows:
         return []
     row = max(rows, key=lambda row: row.ranks or 0)
-    parts = sorted(row.lost_to().items(), key=lambda part: -part[1])
+    parts = sorted(row.losses.items(), key=lambda part: -part[1])
     phase, share = parts[0]
     others = ", ".join(f"{LOSSES[name]} {100 * other:.1f} %" for name, other in parts[1:3])
     name = f"Most lost at {row.label}"
@@ -309,7 +307,7 @@ def _slow_rank(table: ScalingTable) -> list[Tile]:
     if not slow:
         net = found.rank_times is not None and found.rank_times.is_net
         how = "own times agree within their spread" if net else "as far as step times and waits for data show it"
-        return [Tile("Slow ranks", "none", how, "good")]
+        return [Tile("Ranks slow throughout", "none", how, "good")]
     row = slow[0]
     more = f"; {len(slow) - 1} more" if len(slow) > 1 else ""
     excess_s, what = row.time.excess_s, "of the step time"
@@ -325,10 +323,10 @@ def _money(table: ScalingTable) -> list[Tile]:
     if not rows:
         return []
     worst = min(rows, key=lambda row: row.goodput or 0.0)
-    spent = {part: worst.part_s(part) or 0.0 for part in PARTS if part not in ("steps", "fewer", "waiting")}
+    spent = {part: worst.parts_s.get(part, 0.0) for part in PARTS if part not in ("steps", "fewer", "waiting")}
     part = max(spent, key=lambda name: spent[name])
-    allocated = sum(spent.values()) + (worst.steps_s or 0.0) + (worst.fewer_s or 0.0)
-    most = f"{PARTS[part]} {percent(spent[part] / allocated)}" if allocated else ""
+    whole = sum(worst.parts_s.values())  # as the bars: the wait for nodes included
+    most = f"{PARTS[part]} {percent(spent[part] / whole)} of the whole time" if whole else ""
     of = f" at {worst.label}" if len(rows) > 1 else ""
     found = [Tile(f"Goodput{of}", percent(worst.goodput), most, _kind(worst.goodput or 0.0))]
     hours = [row.gpu_hours for row in rows if row.gpu_hours is not None]
@@ -376,7 +374,7 @@ LEAST_LABELLED = 7.0
 
 def losses_section(table: ScalingTable) -> str:
     """Draw the waterfall of each point from the ideal to its efficiency, the largest points first."""
-    rows = [row for row in table.rows if row.lost_to()]
+    rows = [row for row in table.rows if row.losses]
     rows.sort(key=lambda row: -(row.ranks or 0))
     most = max((_most(row) for row in rows), default=100.0)  # of all: bars of two points can be held side by side
     falls = [_waterfall(row, most) for row in rows]
@@ -390,12 +388,12 @@ def losses_section(table: ScalingTable) -> str:
 
 def _most(row: Row) -> float:
     """Return the percentage that no bar of a waterfall passes: the ideal with all that was gained."""
-    return 100 * (1 + sum(-share for share in row.lost_to().values() if share < 0))
+    return 100 * (1 + sum(-share for share in row.losses.values() if share < 0))
 
 
 def _waterfall(row: Row, most: float) -> str:
     assert row.efficiency is not None
-    parts = row.lost_to()
+    parts = row.losses
     texts = percentages([*parts.values(), row.efficiency])
     lines, at = [_line("ideal", 0, 100, most, "var(--line)", "100.0 %", total=True)], 100.0
     for (phase, share), text in zip(parts.items(), texts, strict=False):
@@ -422,7 +420,7 @@ def times_section(table: ScalingTable) -> str:
     if not rows:
         return ""
     bars = "".join(map(_bar, rows))
-    parts = [part for part in PARTS if any(row.part_s(part) for row in rows)]
+    parts = [part for part in PARTS if any(row.parts_s.get(part) for row in rows)]
     legend = "".join(f'<li><i style="background:{PART_COLORS[part]}"></i>{escape(PARTS[part])}</li>' for part in parts)
     block = f'<div class="card wide">{bars}<ul class="legend">{legend}</ul></div>'
     lead = "The time of each run from its submission to its end, over all attempts. The parts add up to 100.0 %."
@@ -430,7 +428,7 @@ def times_section(table: ScalingTable) -> str:
 
 
 def _bar(row: Row) -> str:
-    parts = {part: row.part_s(part) or 0.0 for part in PARTS if row.part_s(part)}
+    parts = {part: row.parts_s.get(part, 0.0) for part in PARTS if row.parts_s.get(part)}
     total = sum(parts.values())
     pieces = []
     for (part, spent), text in zip(parts.items(), percentages([v / total for v in parts.values()]), strict=True):
@@ -498,7 +496,7 @@ def _step_times(row: Row) -> Triple:
 
 
 def _efficiency(row: Row) -> Triple:
-    """Efficiency in percent with what is left of it by the quartiles of both points."""
+    """Return the efficiency in percent, and its 95 % interval."""
     if row.efficiency is None:
         return None, None, None
     ends = (row.efficiency_low, row.efficiency, row.efficiency_high)

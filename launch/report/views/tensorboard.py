@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from launch.report.environment import GpuUse
-from launch.report.row import Row
-from launch.report.table import ScalingTable
+from launch.report.table import Row, ScalingTable
 from launch.report.views.figures import draw_ranks
 from launch.report.views.text import host_cells, lines, markdown
 from launch.runs.files import write_atomically

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,8 @@ from launch.report.notes import (
     told,
     units,
 )
-from launch.report.row import Row, RunDetail
 from launch.report.steps import LOSSES
-from launch.report.table import ScalingTable
+from launch.report.table import Row, RunDetail, ScalingTable
 
 # Cells of the tables about GPUs, which Markdown and the HTML page share. Must not compute figures.
 
@@ -212,7 +210,7 @@ def times_cells(table: ScalingTable) -> list[list[str]]:
     rows = [row for row in table.rows if row.goodput is not None]
     if not rows:
         return []
-    parts = [part for part in PARTS if any(row.part_s(part) for row in rows)]
+    parts = [part for part in PARTS if any(row.parts_s.get(part) for row in rows)]
     money = {
         "gpu_hours": "GPU-hours",
         "cost": "cost",
@@ -221,7 +219,7 @@ def times_cells(table: ScalingTable) -> list[list[str]]:
     money = {name: title for name, title in money.items() if any(getattr(row, name) is not None for row in rows)}
     cells = [["point", *(PARTS[part] for part in parts), "in all", "goodput", *money.values()]]
     for row in rows:
-        spent = [row.part_s(part) or 0.0 for part in parts]
+        spent = [row.parts_s.get(part, 0.0) for part in parts]
         total = sum(spent)
         texts = percentages([value / total for value in spent])
         # A run that tells no compilation, or no restore, may have had some, in its starts and steps.
@@ -243,11 +241,11 @@ def _table(heading: str, cells: list[list[str]]) -> str:
 
 def losses_cells(table: ScalingTable) -> list[list[str]]:
     """Tell what efficiency was lost to, with a head; empty where nothing is known of it."""
-    rows = [row for row in table.rows if row.lost_to()]
-    phases = [phase for phase in LOSSES if any(phase in row.lost_to() for row in rows)]
+    rows = [row for row in table.rows if row.losses]
+    phases = [phase for phase in LOSSES if any(phase in row.losses for row in rows)]
     cells = [["point", *(LOSSES[phase] for phase in phases), "efficiency"]]
     for row in rows:
-        parts = row.lost_to()
+        parts = row.losses
         texts = dict(zip([*parts, ""], percentages([*parts.values(), row.efficiency or 0.0]), strict=True))
         cells.append([row.label, *(f"{texts[p]} %" if p in texts else UNAVAILABLE for p in phases), f"{texts['']} %"])
     return cells if rows else []
@@ -280,18 +278,52 @@ def _escape(cell: str) -> str:
     return cell.replace("|", "\\|")
 
 
+CSV_COLUMNS = (
+    *("point", "nodes", "ranks", "topology", "throughput", "throughput_per_rank", "step_time_s", "step_time_s_spread"),
+    *("speedup", "efficiency", "mfu_palm", "oversubscribed", "state", "series", "scaling", "loss", "last_step"),
+    *("steps_measured", "run_time_s", "attempts", "label", "efficiency_low", "efficiency_high", "noisy", "goodput"),
+    *("gpu_hours", "cost", "energy_kwh", "ratio_to_first", "unread_lines"),
+)
+"""Fields of a row in the CSV file, in this order. The JSON file has all."""
+
+
 def csv_text(table: ScalingTable) -> str:
     """Write the rows with all digits; a figure that is not known, or not claimed, is an empty cell.
 
-    Throughput is named for its unit, such as tokens_per_s, and work_per_s where points count different things.
+    Throughput is named for its unit, such as tokens_per_s, and work_per_s if points count different things.
     """
-    names = [field.name for field in dataclasses.fields(Row)]
-    per_s = f"{table.unit}_per_s"
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([name.replace("throughput", per_s) for name in names])
+    names = [name.replace("throughput", f"{table.unit}_per_s") for name in CSV_COLUMNS]
+    return _csv([names, *([getattr(row, name) for name in CSV_COLUMNS] for row in table.rows)])
+
+
+def parts_csv_text(table: ScalingTable) -> str:
+    """Write what the rows divide into, one part a line: time, interruptions by cause, lost efficiency, GPUs."""
+    lines: list[list[Any]] = [["point", "label", "of", "part", "value", "unit"]]
     for row in table.rows:
-        writer.writerow([_csv_cell(getattr(row, name)) for name in names])
+        hours, one = f"{row.hours_of}-hours", table.unit.removesuffix("s")
+        parts: list[tuple[str, str, float | None, str]] = [
+            ("time", part, value, "s") for part, value in row.parts_s.items()
+        ]
+        parts += [("interruptions", cause, value, hours) for cause, value in row.causes_h.items()]
+        parts += [("lost efficiency", phase, value, "share") for phase, value in row.losses.items()]
+        known = [
+            ("interruptions", "number", row.interruptions, ""),
+            ("interruptions", "restarts in place", row.restarts_in_place, ""),
+            ("interruptions", "saved in place", row.saved_in_place_h, hours),
+            ("interruptions", "wait saved in place", row.saved_in_place_wait_s, "s"),
+            ("cost", f"a billion {table.unit}", row.cost_per_billion, ""),
+            ("energy", f"a {one}", row.joules_per_work, "J"),
+            ("energy", "mean power of a GPU", row.gpu_power_w, "W"),
+            ("energy", "throttled", row.throttled, "share"),
+        ]
+        parts += [part for part in known if part[2] is not None]
+        lines += [[row.point, row.label, *part] for part in parts]
+    return _csv(lines)
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([_csv_cell(value) for value in line] for line in lines)
     return file.getvalue()
 
 

@@ -15,7 +15,7 @@ from launch.report.environment import GpuUse
 from launch.report.points import State
 from launch.report.table import ScalingTable
 from launch.report.views.page import page
-from launch.report.views.text import csv_text, markdown, show
+from launch.report.views.text import csv_text, markdown, parts_csv_text, show
 from launch.runs.files import ReportFile, write_atomically
 
 # The files of a report: Markdown, CSV, figures, JSON, one HTML page, and the Scaling or Summary run for TensorBoard.
@@ -50,6 +50,8 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
         ReportFile.html: lambda: page(table, reload_s).encode(),
     }
     contents = {f"{selection.stem}.{file.value}": make() for file, make in made.items() if file in files}
+    if ReportFile.csv in files:
+        contents[f"{selection.stem}_parts.csv"] = parts_csv_text(table).encode()
     for folder in selection.folders:
         for name, content in contents.items():
             write_atomically(folder / name, content)
