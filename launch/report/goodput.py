@@ -384,6 +384,8 @@ class _Division:
 
     def _records_in(self, path: Path) -> list[_Record]:
         """Return the records of one file: the last line of each step of an attempt between two roll-backs."""
+        from launch.report.columns import read_columns  # numpy, which only a report that reads records needs
+
         names = ("step_time_s", "compile_s", "val_compile_s", "restore_s")
         columns = read_columns(path, (*names, "time", "val_loss"), every=True)
         known = {name: columns.known[name].tolist() for name in ("time", "val_loss")}
