@@ -40,6 +40,7 @@ from typing import Any, TypeVar
 
 from benchmarks.same_results_cases import (
     FILES,
+    GONE,
     LOSSES,
     ON_A_CLUSTER,
     OTHERS_OF_SLURM,
@@ -133,6 +134,16 @@ def make_programs(folder: Path) -> None:
         (folder / "slurm" / name).chmod(0o755)
 
 
+def drop_gone_keys(runs: Path) -> None:
+    """Take the former keys out of the configs of run folders: each line of a key that has no value."""
+    for config in runs.rglob(".hydra/config.yaml"):
+        lines = config.read_text().splitlines(keepends=True)
+        gone = [number for number, line in enumerate(lines) if line.strip() in GONE]
+        # The four keys below links have no value either.
+        inside = {number + k for number in gone if lines[number].strip() == "links:" for k in range(1, 5)}
+        config.write_text("".join(line for number, line in enumerate(lines) if number not in {*gone, *inside}))
+
+
 def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) -> list[list[str]]:
     """Run command lines in both checkouts at the same time.
 
@@ -157,6 +168,7 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
                 (cwd / name).write_text(content)
             if line.runs is not None:
                 shutil.copytree(line.runs, cwd / "runs", symlinks=True)
+                drop_gone_keys(cwd / "runs")
             folders = [side.folder / name for name in (("slurm",) if line.on_a_cluster else ()) + ("bin",)]
             job = {"module": line.words[0], "args": line.words[1:], "cwd": str(cwd), "seconds": seconds}
             jobs.append({**job, "path": os.pathsep.join(map(str, folders)), "output": f"{cwd}.txt"})

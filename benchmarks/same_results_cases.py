@@ -116,6 +116,20 @@ class Refusal:
 RENAMED = {"-m launch.agent.after_step": "-m gpt_launch launch.agent.after_step"}
 """Former words of a batch script -> those of today: the only differences that do not count."""
 
+GONE = {
+    f"{key}: null"
+    for key in (
+        "strict",
+        "snapshot",
+        "spares",
+        "micro_batch",
+        "stop_grace_s",
+        "frozen_timeout_s",
+        "hang_timeout_slow_s",
+    )
+} | {"attainable: null", "links:"}
+"""Lines of former keys in a config that the first checkout composed, and that the second one does not know."""
+
 REFUSALS = (
     # Keys
     Refusal("launch model.n_layr=3", "model.n_layr", "3"),
@@ -195,7 +209,7 @@ REFUSALS = (
     Refusal("launch --nproc-per-node=2", "--nproc-per-node", "2"),
     Refusal("launch --time 1:00:00", "--time"),
     Refusal("launch --nnodes 2 train.py", "--nnodes", "2"),
-    Refusal("launch run nodes=2", "run", "nodes=2"),
+    Refusal("launch run nodes=2", "run", "run"),
     Refusal("launch status outputs", "status", "outputs"),
     # A cluster that does not have it
     Refusal("launch cluster.partition=lwo", "cluster.partition", "lwo", on_a_cluster=True),

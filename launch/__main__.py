@@ -142,7 +142,7 @@ COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor",
 
 
 def refuse_command(argv: Sequence[str]) -> None:
-    """Raise ConfigError where another command was typed as the first argument of this one."""
+    """Raise ConfigError if another command was typed as the first argument of this one."""
     if argv and argv[0] in COMMANDS:
         raise ConfigError(
             f"python -m launch {argv[0]}",

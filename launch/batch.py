@@ -1,10 +1,10 @@
-"""Entering a run from inside a job: the batch script's, or one that a stock Hydra launcher started.
+"""Start of a run from inside a job: the job of a batch script, or one that a stock Hydra launcher started.
 
     python -m launch.batch KEY=VALUE ...                 in a batch script: plans for its nodes, prints the run folder
     python -m launch.batch --nodes 2 KEY=VALUE ...       before sbatch: the same for a job of two nodes
-    python -m launch.batch --submitted FOLDER JOB        after sbatch: the run waits for this job, as status then shows
+    python -m launch.batch --submitted FOLDER JOB        after sbatch: records the job, so that status shows the run
 
-Owns making a run folder where nobody submitted for us. The agents then take the same road as everywhere.
+The module makes the run folder; the agents then run as in any other job.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]
             "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
         )
     args = append_groups(overrides)
-    if "SLURM_RESTART_COUNT" in job:  # the requeued job goes on in the folder that its first start made
+    if "SLURM_RESTART_COUNT" in job:  # the requeued job continues in the folder that its first start made
         args = [arg for arg in without_key(args, "resume_from") if arg.lstrip("+") != "fresh=true"]
     spares = typed_value(args, "spare_nodes") or "0"
     used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
@@ -125,7 +125,7 @@ def minutes_of(job_id: str) -> int | None:
 
 
 def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
-    """Raise ConfigError where the job asks for no GPUs, and every node of its partition has some."""
+    """Raise ConfigError if the job asks for no GPUs, and every node of its partition has some."""
     partition = job.get("SLURM_JOB_PARTITION") or job.get("SBATCH_PARTITION")
     if not config.launch.check_limits or gpus.says_gpus(config) or gpus.built_for_cpus(facts.torch_version()):
         return
@@ -134,7 +134,7 @@ def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
 
 
 def refuse_snapshot(config: Config) -> None:
-    """Raise ConfigError where a copy of the code is wanted: the time to take it, the submission, is over."""
+    """Raise ConfigError if a copy of the code is wanted: the time to take it, the submission, is over."""
     if config.copy_code:
         raise ConfigError(
             "copy_code=true inside a job",

@@ -1,7 +1,7 @@
-"""``python -m launch.cancel PATH...``: have runs save and leave, then end what is left of them.
+"""``python -m launch.cancel PATH...``: request a save from runs, then end what is left of them.
 
-Owns the one orderly stop there is; Ctrl-C at the launcher is the same. The cancel is entered into the event log before
-any signal is sent, so that the end it brings about is never taken for a preemption.
+Ctrl-C at the launcher does the same. The event log has the cancel before any signal is sent, so that the end is never
+mistaken for a preemption.
 """
 
 from __future__ import annotations

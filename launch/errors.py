@@ -21,7 +21,7 @@ class ConfigError(ValueError):
     """A configuration that cannot work, refused before anything is started or overwritten.
 
     Attributes:
-        found: what the user asked for, with the values that clash.
+        found: what the user requested, with the values that clash.
         expected: what would have been accepted.
         fix: what to type next, ready to be copied.
     """
@@ -131,7 +131,7 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
     Args:
         number: how many there are.
         thing: the word for one of them.
-        things: the word for several, where it is not the other with an s.
+        things: the word for several, if it is not the other with an s.
     """
     return f"{number} {thing if number == 1 else things or f'{thing}s'}"
 

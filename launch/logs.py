@@ -1,6 +1,6 @@
-"""``python -m launch.logs PATH``: what a rank, or its agent, printed; with ``-f`` what it goes on to print.
+"""``python -m launch.logs PATH``: the output of a rank or of its agent; with ``-f``, new output as it is printed.
 
-Owns choosing the log and following it over the attempts of a run. Changes nothing.
+The command follows the log over the attempts of a run, and changes nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Log:
 
 
 def the_run(path: Path) -> RunStatus:
-    """The one run in ``path``. Raises ConfigError where there are several, or none."""
+    """The one run in ``path``. Raises ConfigError if there are several, or none."""
     runs = find_runs([path])
     if len(runs) > 1:
         labels = labels_inside({run.path.parent for run in runs})
@@ -206,7 +206,7 @@ def parser() -> CommandParser:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 where Slurm did not answer, 2 where there is no such log."""
+    """Exit status: 0, 1 where Slurm did not answer, 2 if there is no such log."""
     try:
         print_logs(parser().parse_args(arguments))
     except SlurmError as error:

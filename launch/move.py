@@ -1,7 +1,6 @@
-"""``python -m launch.move PATH...``: move runs that wait for too long to the next candidate of their placement.
+"""``python -m launch.move PATH...``: move runs that are pending for too long to the next candidate of their placement.
 
-Owns the command, and leaving it behind for runs that go on without their launcher. The moves are
-``launch.slurm.failover``'s.
+A launcher leaves this command behind for runs that continue without it. ``launch.slurm.failover`` makes the moves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Quick starts and ends of processes that import torch.
+"""Quick starts and ends of processes that import torch. Torch-free.
 
-Such an import makes some 300,000 objects that live as long as the process. Python's collector of reference cycles goes
-through them again and again while they come, and once more at the exit: about 40 % of what a rank needs to start and to
-leave. Owns the pause of the collector. Torch-free.
+Importing torch makes some 300,000 objects that exist as long as the process. Python's collector of reference cycles
+visits them again and again during the import, and once more at the exit: about 40 % of the time in which a rank starts
+and ends. So the collector is paused while such libraries are imported.
 """
 
 from __future__ import annotations

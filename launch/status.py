@@ -1,6 +1,6 @@
-"""``python -m launch.status [PATH...]``: how runs stand, from the queue, their event logs and their newest steps.
+"""``python -m launch.status [PATH...]``: state of runs, from the queue, their event logs and their newest steps.
 
-Owns the table and the JSON. Needs no accounting, and works for local runs. Changes nothing.
+Prints a table or JSON. Needs no accounting in Slurm, works for local runs, and changes nothing.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
 
 
 def waiting_s(point: RunStatus) -> float | None:
-    """Seconds the point has waited where it is; None where it does not wait, or Slurm does not say."""
+    """Seconds the point has waited where it is; None if it does not wait, or Slurm does not say."""
     since = point.job_status.since if point.state == "pending" else None
     return None if since is None else max(0.0, time.time() - since)
 
@@ -101,7 +101,7 @@ def cells(known: dict[str, Any]) -> list[str]:
 
 
 def nodes_text(known: dict[str, Any]) -> str:
-    """Number of nodes; ``1 of 2`` while the run goes on without those that were lost."""
+    """Number of nodes; ``1 of 2`` while the run continues without those that were lost."""
     fewer = known.get("fewer_nodes")
     return str(known.get("nodes", "")) if fewer is None else f"{fewer['nodes']} of {fewer['asked']}"
 
@@ -175,7 +175,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 where Slurm did not answer and the table is from event logs alone, 2 where there is no run."""
+    """Exit status: 0, 1 where Slurm did not answer and the table is from event logs alone, 2 if there is no run."""
     parser = CommandParser(prog="python -m launch.status", description="Show how runs stand.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",

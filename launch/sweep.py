@@ -39,11 +39,11 @@ class PointResult:
 
     run_dir: str
     objective: str | None
-    """Figure of the step records that was asked for."""
+    """Figure of the step records that was requested."""
     value: float | None
-    """Its value; None where it was not asked for, or no record has it."""
+    """Its value; None if it was not requested, or no record has it."""
     error: str | None = None
-    """Reason for which the point did not finish; None where it did."""
+    """Reason for which the point did not finish; None if it did."""
 
 
 def result_of(plan: Plan, config: Config, failures: Mapping[str, str]) -> PointResult:
@@ -160,7 +160,7 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
     """Submit what is for Slurm, one job for each shape; local points get in line.
 
     Raises:
-        NothingSubmittedError: sbatch refused. What it had taken before goes on.
+        NothingSubmittedError: sbatch refused. What it had taken before continues.
         SweepFailedError: it did not answer in time, and may have taken the job.
     """
     from launch.plan.preflight import record_submitted
@@ -203,7 +203,7 @@ def group_folder(plans: Sequence[Plan]) -> Path:
 
 
 def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
-    """The commands for a sweep that goes on without its launcher."""
+    """The commands for a sweep that continues without its launcher."""
     one, whole = unfinished(plans)[0].run_dir, plans[0].run_dir if sweep is None else str(group_folder(plans))
     number = "" if sweep is None else f" --sweep {sweep.number}"
     commands = [
@@ -215,7 +215,7 @@ def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
 
 
 def leave_failover(plans: Sequence[Plan], console: Console) -> None:
-    """Leave a process behind that moves the points that wait, where there is another place for them."""
+    """Leave a process behind that moves the points that wait, if there is another place for them."""
     from launch.slurm.failover import start_in_background
 
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]

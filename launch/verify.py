@@ -1,7 +1,6 @@
-"""``python -m launch.verify PATH...``: whether every checkpoint of runs is byte for byte what was saved.
+"""``python -m launch.verify PATH...``: check that every checkpoint of runs is byte for byte as saved.
 
-Owns which checkpoints are read, the progress, and what is said of each. The workload knows what they are made of.
-Changes nothing, and may be asked while a run goes on. Torch-free.
+The workload knows the files of its checkpoints. Changes nothing, and can run while a run continues. Torch-free.
 """
 
 from __future__ import annotations

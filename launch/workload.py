@@ -54,7 +54,7 @@ class PlanRequest:
     """Factor on the bandwidth of all links of a cost model, and its inverse on their latency; fitted likewise."""
 
     min_nodes: int | None = None
-    """Smallest number of nodes with which the run may go on where some are lost; None where it may not."""
+    """Smallest number of nodes with which the run may go on where some are lost; None if it may not."""
 
     @property
     def world_size(self) -> int:
@@ -90,7 +90,7 @@ class WorkloadPlan:
     step_kind: str = ""
     """Runs with the same one take as long for a step on the same nodes; empty where nothing tells."""
     step_s: float | None = None
-    """Time of a step by a model of the workload, seconds; None where it has none for these nodes."""
+    """Time of a step by a model of the workload, seconds; None if it has none for these nodes."""
     saves: str = ""
     """Override that says how often the run saves, for messages, such as ``checkpoint.interval=200``."""
     saves_more_often: str = ""
@@ -219,7 +219,7 @@ class Workload(Protocol):
 
     One that can size a model also has ``goal_words``, the overrides that ``launch.project --fit`` starts from, and
     ``set_ups(config, request, goal) -> Sequence[SetUp]``: ways towards a TrainingGoal on the nodes of ``request``, the
-    fastest first; ConfigError where there is none.
+    fastest first; ConfigError if there is none.
     """
 
     name: str

@@ -35,7 +35,7 @@ def tasks_of(launcher: DictConfig) -> int | None:
 
 
 def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
-    """Raise ConfigError where a launcher would not start an agent for each node of every point.
+    """Raise ConfigError if a launcher would not start an agent for each node of every point.
 
     Args:
         points: composed, with Hydra's own keys.
@@ -129,7 +129,7 @@ def run(points: list[Composed], overrides: Sequence[Sequence[str]], searches: bo
 
 
 def refuse_without_values(config: DictConfig, target: str) -> None:
-    """Raise ConfigError where a sweeper searches, and would get no value to go by."""
+    """Raise ConfigError if a sweeper searches, and would get no value to go by."""
     from launch.errors import ConfigError
 
     package = next((name for name in SEARCHING if name in target), None)

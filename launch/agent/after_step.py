@@ -1,11 +1,12 @@
-"""The look of a batch script at its run after srun has failed: a run whose end nobody wanted goes back into the queue.
+"""Requeue from the batch script after srun has failed: a run that was interrupted by a fault is requeued.
 
     python -m launch.agent.after_step STATUS RUN_DIR                STATUS: the exit status of srun
     python -m launch.agent.after_step STATUS FOLDER --submitit      FOLDER: submitit's, with the job's pickle
 
-srun ends a step, agents included, where a node reboots before Slurm has called it down ("io error and missing step"),
-and it can itself be killed, which leaves the agents at work. Owns telling these from an end that the agents have
-brought about; what follows is decided as everywhere. Torch-free.
+srun ends a step, agents included, if a node reboots before Slurm has declared it DOWN ("io error and missing step").
+srun itself can also be killed, and then the agents continue. This module distinguishes both from an
+end that the agents decided.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def wait_for_agents(folder: RunFolder, node: Node) -> None:
 
 
 def is_alive(started: dict[str, Any]) -> bool:
-    """Tell whether the agent of an ``agent_started`` runs on this host."""
+    """Return whether the agent of an ``agent_started`` runs on this host."""
     pid = started["pid"]
     return not processes.is_gone(pid) and processes.start_time(pid) == started["pid_started"]
 
@@ -103,7 +104,7 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
 
 
 def still_runs(folder: RunFolder, node: Node) -> bool:
-    """Tell whether Slurm leaves the job to this script: it was not cancelled, preempted or requeued meanwhile."""
+    """Return whether Slurm leaves the job to this script: it was not cancelled, preempted or requeued meanwhile."""
     job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
     return job.state == "RUNNING" and job.restarts == node.restarts
 

@@ -61,7 +61,7 @@ class SignedStore:
         self._store = dist.PrefixStore(derive(token, f"keys of {name}"), store)
         self._secret = derive(token, f"messages of {name}").encode()
         self.foreign = ""
-        """Key of a value that was passed over, as it is not signed; empty where there was none."""
+        """Key of a value that was passed over, as it is not signed; empty if there was none."""
 
     def set(self, key: str, message: str) -> None:
         """Leave a message."""
@@ -113,7 +113,7 @@ Message = dict[str, Any]
 
 
 def quick_s(count: int) -> float:
-    """Seconds between two exchanges of an agent in a hurry, where there are ``count`` of them."""
+    """Seconds between two exchanges of an agent in a hurry, if there are ``count`` of them."""
     return min(INTERVAL_S, QUICK_S * max(1.0, count / HURRYING))
 
 
@@ -166,7 +166,7 @@ class Conversation(Protocol):
 
     @property
     def is_under_way(self) -> bool:
-        """Tell whether an answer is urgent."""
+        """Return whether an answer is urgent."""
 
     def turn(self, heard: Mapping[int, Message]) -> tuple[Message, Message]:
         """Work out what to say and, on the head node, what to add to the leader state."""
@@ -267,7 +267,7 @@ class Heartbeat:
 
     @property
     def foreign(self) -> str:
-        """Key of a message that was passed over, since no agent of this job wrote it; empty where there was none."""
+        """Key of a message that was passed over, since no agent of this job wrote it; empty if there was none."""
         return self._store.foreign
 
     def _exchange(self, message: Message, leader_state: Message) -> None:
@@ -300,7 +300,7 @@ def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> bool:
 
 
 def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any] | None:
-    """Read what the head node has written so far; None where there is nothing yet."""
+    """Read what the head node has written so far; None if there is nothing yet."""
     path = endpoint_file(folder, node)
     try:
         told = json.loads(path.read_text())
@@ -344,7 +344,7 @@ class Report:
     """One node's part in the agreement on one kind of request."""
 
     wants: int = 0
-    """Largest wish: a signal, or how many saves were asked for."""
+    """Largest wish: a signal, or how many saves were requested."""
     held: int = 0
     """Ticket for which all ranks of the node wait, if they ask."""
     most: int = 0
@@ -387,7 +387,7 @@ class Agreement:
 
     @property
     def is_under_way(self) -> bool:
-        """Tell whether ranks may be waiting, so that the agents should talk quickly."""
+        """Return whether ranks may be waiting, so that the agents should talk quickly."""
         return self._is_under_way
 
     def want_stop(self, number: int) -> None:
@@ -438,7 +438,7 @@ class Agreement:
             decided.ticket, decided.taken, decided.cause, decided.since = decided.at + 1, wish, wish, now
 
     def _may_follow(self, request: Request, decided: Decision, reports: Sequence[Report]) -> bool:
-        """Tell whether another request may come: never after a stop; after a save once every rank has had it."""
+        """Return whether another request may come: never after a stop; after a save once every rank has had it."""
         all_there = len(reports) == len(self._members)
         return request is Request.save and all_there and min(r.least for r in reports) >= decided.at
 
@@ -458,6 +458,6 @@ class Agreement:
         self._is_under_way = under_way
 
     def _is_wanted(self, request: Request, at: int) -> bool:
-        """Tell whether this node waits for the first ticket of a stop; a save has time."""
+        """Return whether this node waits for the first ticket of a stop; a save has time."""
         wishes = [self._stop_cause, *(file.wants(request) for file in self._ranks)]
         return request is Request.stop and at == 0 and max(wishes) > 0

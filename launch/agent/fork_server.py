@@ -72,13 +72,13 @@ def parse_cpus(text: str) -> Iterator[int]:
 
 
 def told_cpus(environment: Mapping[str, str]) -> frozenset[int]:
-    """CPUs that a rank with this environment is bound to; none where it is not bound."""
+    """CPUs that a rank with this environment is bound to; none if it is not bound."""
     return frozenset(parse_cpus(environment.get(VARIABLE, "")))
 
 
 @contextmanager
 def bound(cpus: Collection[int]) -> Iterator[None]:
-    """Start processes in a ``with`` block that run on these CPUs only; where there are none, anywhere."""
+    """Start processes in a ``with`` block that run on these CPUs only; if there are none, anywhere."""
     before = os.sched_getaffinity(0)
     if cpus:
         os.sched_setaffinity(0, cpus)  # of this thread, and of what it starts
@@ -361,7 +361,7 @@ class ForkServer:
 
     @property
     def pid(self) -> int | None:
-        """Process id; None where there is no server any more."""
+        """Process id; None if there is no server any more."""
         return self._pid
 
     def wait_ready(self, is_called_off: Callable[[], bool] = lambda: False) -> None:
@@ -384,7 +384,7 @@ class ForkServer:
             log: file that is appended to.
 
         Returns:
-            None where it has to be executed: another program than ``python -m``, another working directory or
+            None if it has to be executed: another program than ``python -m``, another working directory or
             environment than modules were imported with, or a server that is not ready, or gone.
         """
         if not self._is_ready or self._pid is None:
@@ -415,7 +415,7 @@ class ForkServer:
             self._connection.close()
 
     def _hear(self, timeout_s: float, start: Start | None = None) -> int | None:
-        """Hear a process id from the server, its own or that of a rank to ``start``; None where it is given up."""
+        """Hear a process id from the server, its own or that of a rank to ``start``; None if it is given up."""
         try:
             if start is not None:
                 self._connection.send(start)
@@ -444,7 +444,7 @@ def adopting() -> Iterator[None]:
 
 
 def serve(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
-    """Import, tell how that went, then fork what is asked for until the agent is gone."""
+    """Import, tell how that went, then fork what is requested until the agent is gone."""
     try:
         die_with_parent(agent)
         ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
@@ -510,7 +510,7 @@ def import_all(modules: Sequence[str]) -> str | None:
 
 
 def why_not_to_fork() -> str | None:
-    """Name what an import has begun that a fork cannot take along; None where there is nothing."""
+    """Name what an import has begun that a fork cannot take along; None if there is nothing."""
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     if len(list(Path("/proc/self/task").iterdir())) > 1:
         return f"an import has started threads ({', '.join(threads) or 'of a library'})"

@@ -300,7 +300,7 @@ class Sampler:
 
 @contextlib.contextmanager
 def gpu_telemetry(folder: RunFolder, node: Node, config: Config, attempt: int) -> Iterator[None]:
-    """Sample the GPUs of this node in a ``with`` block, as ``launch.gpu_sample_s`` asks; nothing where there are none.
+    """Sample the GPUs of this node in a ``with`` block, as ``launch.gpu_sample_s`` asks; nothing if there are none.
 
     To be opened when the environment of the ranks is set, which says what GPUs are theirs.
     """

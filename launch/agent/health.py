@@ -85,7 +85,7 @@ class GpuMonitor:
 
 
 def read_by_smi(timeout_s: float) -> list[GpuReading]:
-    """Read the GPUs through nvidia-smi; none where it is not installed.
+    """Read the GPUs through nvidia-smi; none if it is not installed.
 
     Raises:
         GpuError: it fails, or gives no answer in time.
@@ -138,7 +138,7 @@ class Fault:
 
     @property
     def is_shared(self) -> bool:
-        """Tell whether it would be found on any other node too."""
+        """Return whether it would be found on any other node too."""
         return self.part == RUN_FOLDER
 
     def __str__(self) -> str:
@@ -253,7 +253,7 @@ def links(root: Path = SYS) -> dict[str, bool]:
 
 
 def is_link_up(name: str, root: Path = SYS) -> bool:
-    """Tell whether an interface, a port (``mlx5_0/1``) or any port of an adapter (``mlx5_0``) is up."""
+    """Return whether an interface, a port (``mlx5_0/1``) or any port of an adapter (``mlx5_0``) is up."""
     adapter, _, port = name.partition("/")
     if (root / "net" / adapter).exists():
         return _has_carrier(root, adapter)
@@ -286,7 +286,7 @@ def run_command(words: list[str], timeout_s: float) -> list[str]:
     except subprocess.TimeoutExpired:
         return [f"{name} gave no answer in {timeout_s:g} s"]
     finally:
-        if process.poll() is None:  # too late, or this agent was told to stop meanwhile
+        if process.poll() is None:  # too late, or this agent was requested to stop meanwhile
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode == 0:

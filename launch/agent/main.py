@@ -60,7 +60,7 @@ TOLD_AS_THEY_ARE = (
 
 
 def name_of(event: Mapping[str, Any]) -> str | None:
-    """Name by which the command is told of an event; None where it is not told."""
+    """Name by which the command is told of an event; None if it is not told."""
     kind = event["event"]
     if kind == COPY_FAILED:  # and tried again every few minutes, for as long as the store is away
         return kind if event["failures"] == 1 else None
@@ -93,7 +93,7 @@ def variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> dict[st
 
 @contextlib.contextmanager
 def on_event(folder: RunFolder, config: Config, is_active: bool = True) -> Iterator[None]:
-    """Run the user's command for each event that is entered in a ``with`` block, where there is one.
+    """Run the user's command for each event that is entered in a ``with`` block, if there is one.
 
     At the end it waits for the commands of the last events, for ``launch.on_event_timeout_s`` in all.
 
@@ -318,7 +318,7 @@ def start_repeatedly(context: AgentContext) -> None:
 
 @refusing
 def main() -> int:
-    """Run the agent of this node. Exit status 1 where the run failed, 2 where there is no run."""
+    """Run the agent of this node. Exit status 1 where the run failed, 2 if there is no run."""
     parser = CommandParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
     try:

@@ -62,13 +62,13 @@ class RunningClock:
 
 
 def is_gone(pid: int) -> bool:
-    """Tell whether a process has ended, also where its parent has not asked after it yet."""
+    """Return whether a process has ended, also where its parent has not asked after it yet."""
     fields = _fields(pid)
     return fields is None or fields[0] in "ZX"
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether a process was stopped by a signal (SIGSTOP), or by a debugger."""
+    """Return whether a process was stopped by a signal (SIGSTOP), or by a debugger."""
     fields = _fields(pid)
     return fields is not None and fields[0] in "Tt"
 
@@ -80,7 +80,7 @@ def start_time(pid: int) -> str | None:
 
 
 def is_pending(pid: int, number: int) -> bool:
-    """Tell whether a process was sent a signal that none of its threads has begun to handle."""
+    """Return whether a process was sent a signal that none of its threads has begun to handle."""
     return _has_signal(Path(f"/proc/{pid}/status"), "ShdPnd", number)
 
 
@@ -91,7 +91,7 @@ def threads_blocking(pid: int, number: int) -> set[str]:
 
 
 def _has_signal(status: Path, field: str, number: int) -> bool:
-    """Tell whether a signal is in a set of signals of a status file: hexadecimal, with the lowest bit for signal 1."""
+    """Return whether a signal is in a hexadecimal set of signals of a status file; the lowest bit is signal 1."""
     try:
         lines = status.read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -181,7 +181,7 @@ class Node:
 
     @property
     def is_head(self) -> bool:
-        """Tell whether this node decides for all. Its loss is the loss of the job: the batch script runs there too."""
+        """Return whether this node decides for all. If it is lost, so is the job: the batch script runs there."""
         return self.index == 0
 
     @property

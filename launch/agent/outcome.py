@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from launch.agent.rendezvous import AgentGroup
 
 
-# Questions of an agent to the controller: why it was told to stop, and putting its job back into the queue.
+# Questions of an agent to the controller: why it was requested to stop, and putting its job back into the queue.
 
 
 Answer = TypeVar("Answer")
@@ -188,7 +188,7 @@ def handle_early_stop(context: RunContext, why: str) -> None:
 
 
 def close_lost_attempts(context: RunContext) -> None:
-    """Enter the end of an attempt that was killed with its job, before this start of the job goes on from it.
+    """Enter the end of an attempt that was killed with its job, before this start of the job continues from it.
 
     Raises:
         RunFailedError: the limits are used up.
@@ -196,7 +196,7 @@ def close_lost_attempts(context: RunContext) -> None:
     events = context.events()
     ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     lost = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
-    moved = any(e["event"] == "moved" for e in events)  # a preempted run that waited for long: another job goes on
+    moved = any(e["event"] == "moved" for e in events)  # a preempted run that waited for long: another job continues
     if not lost or not (context.node.restarts or moved):
         return
     told = any(e["event"] == "signalled" and e.get("attempt") == lost[-1] for e in events)
@@ -213,7 +213,7 @@ def close_lost_attempts(context: RunContext) -> None:
 
 
 def record_attempt_end(folder: RunFolder, job: str, attempt: int | None, cause: Cause, **details: Any) -> None:
-    """Enter the end of an attempt, and the last step it made: None where it came to no step.
+    """Enter the end of an attempt, and the last step it made: None if it came to no step.
 
     Args:
         job: the start of the job that it belongs to.
@@ -260,7 +260,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
     """On the head node: find the cause, decide, and put the job back into the queue if need be.
 
     Raises:
-        RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
+        RunFailedError: the run does not go on although it did not finish, and nobody requested that.
     """
     refuse_replaced(context)
     refuse_settled(context, rdzv.attempt)
@@ -428,7 +428,7 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
     """On another node: the head node, which decides, is lost. The next node that is there puts the job into the queue.
 
     Args:
-        known: newest attempt that the head node has announced to this one; None where it has announced none.
+        known: newest attempt that the head node has announced to this one; None if it has announced none.
 
     Raises:
         RunFailedError: always where this node could do nothing more; the job's end is the head node's.
@@ -453,17 +453,17 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
 
 
 def is_given_up(events: Sequence[dict[str, Any]], node: Node) -> bool:
-    """Tell whether the head node of this start of the job takes this node for lost: then it works on, and decides."""
+    """Return whether the head node of this start of the job takes this node for lost: then it works on, and decides."""
     began = max((number for number, e in enumerate(events) if e["event"] == "agent_started"), default=0)
     return any(e["event"] == "node_lost" and e["host"] == node.host for e in events[began:])
 
 
 def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | None) -> int | None:
-    """Return the attempt that a lost head node has left to its other nodes; None where it fell between two attempts.
+    """Return the attempt that a lost head node has left to its other nodes; None if it fell between two attempts.
 
     Args:
         events: the event log since the submission.
-        known: newest attempt that the head node has announced to this one; None where it has announced none.
+        known: newest attempt that the head node has announced to this one; None if it has announced none.
 
     Raises:
         RunFailedError: the head node has gone on without this one, which was cut off, or has decided what follows.

@@ -61,7 +61,7 @@ class Cause(StrEnum):
     repeated = "repeated"
     """By the ranks, which have gone back and tried again by themselves as often as they were allowed to."""
     refused = "refused"
-    """By the ranks: what was asked for cannot work, as a rule before the first step, and would be refused again."""
+    """By the ranks: what was requested cannot work, as a rule before the first step, and would be refused again."""
 
 
 class Action(StrEnum):
@@ -106,7 +106,7 @@ def decide(
         events: the event log, the ``attempt_ended`` of this attempt included.
         limits: how often each cause may come.
         without_progress: after so many attempts in a row that saved nothing new the run stops.
-        resumes: whether a new start goes on from a checkpoint; without one no new start is made.
+        resumes: whether a new start continues from a checkpoint; without one no new start is made.
         forgive_after_s: seconds after which a failure no longer counts, if a newer checkpoint was saved; None: never.
     """
     if cause in WANTED:
@@ -131,7 +131,7 @@ def decide(
 
 
 def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | None) -> bool:
-    """Tell whether the end of an attempt counts no longer: the run has saved a newer checkpoint since, some time ago.
+    """Return whether the end of an attempt counts no longer: the run has saved a newer checkpoint since, some time ago.
 
     A checkpoint alone would let a run fail for ever right after each; the time alone one that waits in the queue.
     """
@@ -180,7 +180,7 @@ def attempts_without_progress(events: Events) -> int:
 
 
 def is_blameless(end: dict[str, Any]) -> bool:
-    """Tell whether an attempt was interrupted from outside before its first step, by its ``attempt_ended``."""
+    """Return whether an attempt was interrupted from outside before its first step, by its ``attempt_ended``."""
     return end["cause"] in FROM_OUTSIDE and end.get("step", -1) is None
 
 
@@ -455,7 +455,7 @@ class Meter:
         return why
 
     def _lead_s(self) -> float:
-        """Seconds until a run that is told to stop at the next poll, and not now, would be gone.
+        """Seconds until a run that is requested to stop at the next poll, and not now, would be gone.
 
         Its ranks are killed after ``resilience.grace_period_s``: that is how long it takes while no save was measured.
         """

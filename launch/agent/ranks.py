@@ -66,7 +66,7 @@ class FixedRendezvous(RendezvousHandler):
         """Take part in a round.
 
         Args:
-            is_leaving: tells whether this node was told to leave.
+            is_leaving: tells whether this node was requested to leave.
             find_lost: says which node is lost, None where none is; asked until all have come.
         """
         self._round = rdzv
@@ -83,7 +83,7 @@ class FixedRendezvous(RendezvousHandler):
         """Return the place of this node among the members, and the store for the ranks.
 
         Raises:
-            InterruptedError: a node was told to leave before all had come here.
+            InterruptedError: a node was requested to leave before all had come here.
             torch.distributed.DistStoreError: a node did not come, or was lost before it could.
         """
         self._meet()
@@ -163,7 +163,7 @@ class Departures:
         self._store.set(self._keys[self._place], "left")
 
     def is_complete(self) -> bool:
-        """Tell whether those of all nodes have. One node looks for all, and tells the others."""
+        """Return whether those of all nodes have. One node looks for all, and tells the others."""
         if self._place == 0 and None not in self._store.read(self._keys):
             self._store.set("left/all", "left")
         return self._store.read(["left/all"]) == ["left"]
@@ -222,7 +222,7 @@ class RankAgent(LocalElasticAgent):
         """True where ranks have left with the exit status that means: saved, requeue the job."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Start the ranks, by forks where there are some: elastic makes their handlers by a function of its module."""
+        """Start the ranks, by forks if there are some: elastic makes their handlers by a function of its module."""
         fork, original, cpus = self.fork, elastic_processes.get_subprocess_handler, self.cpus
 
         class Handler(SubprocessHandler):
@@ -272,7 +272,7 @@ class RankAgent(LocalElasticAgent):
         return [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
 
     def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
-        """Tell whether a rank has failed, or left, and the others still have a moment to do what they have to.
+        """Return whether a rank has failed, or left, and the others still have a moment to do what they have to.
 
         Elastic would end them right away: the echo of a failure, which comes first, would hide the failure. Those
         that are stuck with the lost rank are then killed, where elastic would wait for them for half a minute.
@@ -495,7 +495,7 @@ def poll_of(watch: Watch, records: RankRecords, stop: StopRequest, grace_s: floa
 
 
 def server_for(server: ForkServer | None, tree: CodeTree, stop: StopRequest) -> ForkServer | None:
-    """Return the fork server once it is ready; None where there is none, or it has imported other code."""
+    """Return the fork server once it is ready; None if there is none, or it has imported other code."""
     if server is None:
         return None
     if server.code != state_of(tree):

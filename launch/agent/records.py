@@ -195,7 +195,7 @@ class RankRecords:
         told = {e["rank"] for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt}
         kinds: dict[str, int] = {}
         for rank, failure in sorted(result.failures.items()):
-            # A program that is told to stop, and knows nothing of us, may end in any way.
+            # A program that is requested to stop, and knows nothing of us, may end in any way.
             stopped = stop.count and (failure.exitcode < 0 or not contract.records_events)
             if rank in told or rank in ended_here or stopped or failure.exitcode == contract.requeue_exit:
                 continue
@@ -209,7 +209,7 @@ class RankRecords:
 
 
 def has_told_its_end(folder: RunFolder, attempt: int) -> bool:
-    """Tell whether rank 0 has written how an attempt ended, as a script does that uses ``launch.worker``."""
+    """Return whether rank 0 has written how an attempt ended, as a script does that uses ``launch.worker``."""
     ends = ("finished", "stopped")
     return any(e["event"] in ends and e.get("attempt") == attempt for e in folder.read_events())
 
@@ -237,7 +237,7 @@ def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
 
 
 def tail(log: Path, lines: int = 30) -> str:
-    """The last lines of a log; nothing where there is none."""
+    """The last lines of a log; nothing if there is none."""
     try:
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Rendezvous of the node agents: who takes part in each start of the ranks, and which nodes are lost.
 
-Owns the agreement among the agents. The head node decides and the others follow its state; where there are more nodes
-than a run needs, the rest are spares and wait. Must not know how ranks are started, nor what follows a lost node.
+The head node decides, and the other agents follow its state. If there are more nodes than a run needs, the rest are
+spares and wait.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class AgentGroup:
         Every node checks its health first, and tells what it found; a sick one takes no part.
 
         Args:
-            avoid: hosts that take part only where there are no others, each with the reason (head node).
+            avoid: hosts that take part only if there are no others, each with the reason (head node).
 
         Raises:
             NodesMissingError: on the head node, where too few nodes are left.
@@ -120,7 +120,7 @@ class AgentGroup:
             self.heartbeat.publish(failed=number)
 
     def has_failed(self, number: int) -> bool:
-        """Tell whether ranks of another node have failed in round ``number``."""
+        """Return whether ranks of another node have failed in round ``number``."""
         self._record_foreign()
         failed = any(self._said(index, "failed") >= number for index in list(self.heartbeat.heard))
         if failed:
@@ -179,7 +179,7 @@ class AgentGroup:
 
     @property
     def can_go_on(self) -> bool:
-        """Tell whether there are enough nodes for another round."""
+        """Return whether there are enough nodes for another round."""
         return self.next_size is not None
 
     @property
@@ -224,7 +224,7 @@ class AgentGroup:
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
             healthy = {0, *ready} - self._sick.keys()
-            # Who is absent may come: with fewer nodes a round is made where there are no more.
+            # Who is absent may come: with fewer nodes a round is made if there are no more.
             is_enough = len(healthy) >= (size if absent else self._sizes.least)
             if 0 in healthy and is_enough and (not absent or waited > SPARE_WAIT_S):
                 return sorted(healthy)
@@ -311,7 +311,7 @@ class AgentGroup:
         return None if told is None else int(told["attempt"])
 
     def head_is_lost(self) -> bool:
-        """Tell whether the head node, which decides, has fallen silent."""
+        """Return whether the head node, which decides, has fallen silent."""
         silent = self.heartbeat.silence(0)
         return self.heartbeat.hung_up or (silent is not None and silent > self._limits.node_timeout_s)
 

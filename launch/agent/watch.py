@@ -48,12 +48,12 @@ class StuckRank:
     rank: int
     pid: int
     step: int | None
-    """Steps it had done; None where it never got as far as telling."""
+    """Steps it had done; None if it never got as far as telling."""
     why: str
     since: float
     """Time of its last progress, Unix time."""
     has_stacks: bool = True
-    """True where it would answer to being asked for its stacks; SIGQUIT ends any other process, with a core file."""
+    """True where it would answer to being requested its stacks; SIGQUIT ends any other process, with a core file."""
 
 
 class Watchdog:
@@ -143,7 +143,7 @@ def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> St
 def stack_of(pid: int, log: Path) -> str:
     """The stacks of a rank's threads, by having it write them into its log; empty where it does not answer.
 
-    A stopped process answers when it goes on: it is continued, and the caller must end it right after.
+    A stopped process answers when it continues: it is continued, and the caller must end it right after.
     """
     before, blocking = _size(log), processes.threads_blocking(pid, STACK_SIGNAL)
     try:
@@ -202,7 +202,7 @@ class Watch:
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._asked = False
         self.kill_reason: str | None = None
-        """Reason for which this agent ended its ranks; None where it did not."""
+        """Reason for which this agent ended its ranks; None if it did not."""
 
     def poll(self, agent: RankAgent) -> None:
         """Hand a request to stop on, and end the ranks where they outstay it, are stuck, or have lost their peers."""
@@ -227,7 +227,7 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _finds_stop_file(self) -> bool:
-        """Tell whether somebody has put a file STOP into the run folder of ranks that do not look for it themselves.
+        """Return whether somebody has put a file STOP into the run folder of ranks that do not look for it themselves.
 
         Every agent looks, as a program that knows nothing of the launcher has only its own agent to tell it.
         """

@@ -81,7 +81,7 @@ def _alone(rows: Any) -> list[Any]:
     return found
 
 
-# Measured links as a table for the terminal. Owns columns and rounding.
+# Measured links as a table for the terminal.
 
 
 WIDE = 1000

@@ -1,8 +1,8 @@
-"""Rank of ``launch.bench_network``: times each collective in each tier, for growing sizes, with all ranks at it.
+"""Rank of ``launch.bench_network``: times each collective in each tier, for growing sizes, with all ranks taking part.
 
     python -m launch.bench_network.measure --output FILE        started by the launcher on every rank
 
-Owns the measurements; NCCL where every rank has a GPU of its own, gloo elsewhere. Fits and judges nothing.
+Ranks use NCCL if each has a GPU of its own, and gloo otherwise. ``launch.bench_network.fit`` fits the times.
 """
 
 from __future__ import annotations

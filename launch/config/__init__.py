@@ -35,7 +35,7 @@ __all__ = [
 
 
 def split_command(key: str, command: Any, example: str) -> list[str]:
-    """Program and arguments of a command that was typed as a string or as a list; none where there is none.
+    """Program and arguments of a command that was typed as a string or as a list; none if there is none.
 
     Raises:
         ConfigError: its quotes are not closed.
@@ -84,7 +84,7 @@ class HealthCheckConfig:
     """Seconds after which a check that has not come back means a sick node; the command has as many for itself."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range, or the command is none."""
+        """Raise ConfigError if a number is out of its range, or the command is none."""
         require_range("resilience.health_check.min_free_mib", self.min_free_mib, 0, float("inf"))
         require_range("resilience.health_check.timeout_s", self.timeout_s, 0.1, 3600)
         if self.command is not None and not self.words:
@@ -96,7 +96,7 @@ class HealthCheckConfig:
 
     @property
     def words(self) -> list[str]:
-        """Program and arguments of the command; none where there is no command."""
+        """Program and arguments of the command; none if there is no command."""
         return split_command("resilience.health_check.command", self.command, "/opt/site/check_node,--quick")
 
 
@@ -129,7 +129,7 @@ class ResilienceConfig:
     rendezvous_timeout_s: int = MISSING
     """Seconds in which all agents of a run must have found each other."""
     grace_period_s: int = MISSING
-    """Seconds a run that was told to stop has for its last step and checkpoint before its ranks are killed."""
+    """Seconds a run that was requested to stop has for its last step and checkpoint before its ranks are killed."""
     node_timeout_s: int = MISSING
     """Seconds without a message from a node's agent after which the node counts as lost."""
     heartbeat_timeout_s: int = MISSING
@@ -140,7 +140,7 @@ class ResilienceConfig:
     """Seconds without progress while a rank starts (data, compilation, loading) or saves, without a sign between."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         for key in ("rendezvous_timeout_s", "grace_period_s", "max_without_progress", "startup_and_save_timeout_s"):
             require_positive(f"resilience.{key}", getattr(self, key))
         for key in ("node_timeout_s", "heartbeat_timeout_s", "hang_timeout_s"):
@@ -171,7 +171,7 @@ class BudgetConfig:
     """Seconds between two polls of what was used."""
 
     def validate(self, cluster: ClusterConfig) -> None:
-        """Raise ConfigError where a number is out of its range, or nobody knows what is to be counted."""
+        """Raise ConfigError if a number is out of its range, or nobody knows what is to be counted."""
         require_range("budget.poll_s", self.poll_s, 0.1, 3600)
         for key in ("gpu_hours", "cost"):
             cap = getattr(self, key)
@@ -223,7 +223,7 @@ class LaunchConfig:
     clocks, temperature, throttle reasons. 0 takes none; 1 to 3600 else. Needs nvidia-ml-py, pip install '.[gpu]'."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range, or a command is none."""
+        """Raise ConfigError if a number is out of its range, or a command is none."""
         require_range("launch.poll_s", self.poll_s, 0.5, 3600)
         if self.gpu_sample_s != 0 and not 1 <= self.gpu_sample_s <= 3600:
             expected = "0, for no samples, or seconds from 1 to 3600"
@@ -235,7 +235,7 @@ class LaunchConfig:
 
     @property
     def on_event_command(self) -> list[str]:
-        """Program and arguments of on_event; none where there is no command."""
+        """Program and arguments of on_event; none if there is no command."""
         return split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
 
 
@@ -258,7 +258,7 @@ class Config(RunConfig):
     """Processes on each node. null: cluster.gpus_per_node; on this machine its GPUs where all points have nodes=1; or
     1."""
     spare_nodes: int = 0
-    """Slurm only: nodes asked for beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
+    """Slurm only: nodes requested beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
     objective: Optional[str] = None
     """Figure of the step records, such as val_loss, that each point of a sweep returns to Hydra's sweeper: what Optuna,
     Ax and Nevergrad search by. null returns nothing."""
@@ -285,7 +285,7 @@ class Config(RunConfig):
 
     @property
     def may_shrink(self) -> bool:
-        """Tell whether the run goes on with fewer nodes where some are lost."""
+        """Return whether the run continues with fewer nodes where some are lost."""
         return self.resilience.min_nodes is not None and self.resilience.min_nodes < self.nodes
 
     def with_nodes(self, nodes: int) -> Self:

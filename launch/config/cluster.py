@@ -36,7 +36,7 @@ class ContainerRuntime(Enum):
 
 
 def require_cluster_name(key: str, name: str | None) -> None:
-    """Raise ConfigError where this is not the name of one cluster; null is the one the command talks to."""
+    """Raise ConfigError if this is not the name of one cluster; null is the one the command talks to."""
     if name is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
         raise ConfigError(
             f"{key}={name}", "the name of one cluster, as sacctmgr show clusters prints it", f"{key}=NAME, or null"
@@ -71,7 +71,7 @@ class LinkConfig:
     """10^9 bytes a second; null is what the vendor's own system with such GPUs has, else PCIe or 100 Gbit/s."""
 
     def validate(self, name: str) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         if self.bandwidth_gb_per_s is not None:
             require_positive(f"cluster.interconnect.{name}.bandwidth_gb_per_s", self.bandwidth_gb_per_s)
         require_range(f"cluster.interconnect.{name}.latency_us", self.latency_us, 0, float("inf"))
@@ -95,7 +95,7 @@ class InterconnectConfig:
     """From a node to others, all its network adapters together."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         self.intra_node.validate("intra_node")
         self.inter_node.validate("inter_node")
 
@@ -186,7 +186,7 @@ class ClusterConfig:
     """Any other sbatch option, name without dashes: value."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         require_positive("cluster.timeout_min", self.timeout_min)
         require_range("cluster.signal_delay_s", self.signal_delay_s, 0, 60 * self.timeout_min)
         require_positive("cluster.array_parallelism", self.array_parallelism)
@@ -213,7 +213,7 @@ class ClusterConfig:
         self.validate_placement()
 
     def validate_mail(self) -> None:
-        """Raise ConfigError where Slurm has no mail of this type: sbatch would say so only when it is asked."""
+        """Raise ConfigError if Slurm has no mail of this type: sbatch would say so only when it is asked."""
         unknown = [word for word in self.mail_type.split(",") if word.strip().upper() not in MAIL_TYPES]
         if unknown:
             raise ConfigError(
@@ -223,7 +223,7 @@ class ClusterConfig:
             )
 
     def validate_container(self) -> None:
-        """Raise ConfigError where image and runtime are not named together, or a mount is none."""
+        """Raise ConfigError if image and runtime are not named together, or a mount is none."""
         if (self.container is None) != (self.container_runtime is None):
             runtime = None if self.container_runtime is None else self.container_runtime.name
             raise ConfigError(
@@ -245,7 +245,7 @@ class ClusterConfig:
                 )
 
     def validate_cluster(self) -> None:
-        """Raise ConfigError where it is not one cluster that a job goes to."""
+        """Raise ConfigError if it is not one cluster that a job goes to."""
         for key in ("clusters", "M"):
             if key in self.additional_parameters:
                 raise ConfigError(
@@ -256,7 +256,7 @@ class ClusterConfig:
         require_cluster_name("cluster.cluster", self.cluster)
 
     def validate_placement(self) -> None:
-        """Raise ConfigError where the candidates, or the times they are tried for, make no sense."""
+        """Raise ConfigError if the candidates, or the times they are tried for, make no sense."""
         require_positive("cluster.retry_interval_min", self.retry_interval_min)
         if self.give_up_after_min is not None:
             require_positive("cluster.give_up_after_min", self.give_up_after_min)

@@ -86,7 +86,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
 
 
 def refuse_script_keys(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError where keys of a script are typed without ``workload=script``; proposes keys that it has."""
+    """Raise ConfigError if keys of a script are typed without ``workload=script``; proposes keys that it has."""
     typed = [arg for arg in overrides if typed_key(arg).partition(".")[0] == SCRIPT]
     if not typed or SCRIPT in schema_keys(workload.schema):
         return
@@ -108,7 +108,7 @@ def refuse_script_keys(overrides: Sequence[str], workload: Workload) -> None:
 
 
 def refuse_foreign_keys(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError where keys of another workload are typed; proposes them as options of a script."""
+    """Raise ConfigError if keys of another workload are typed; proposes them as options of a script."""
     known = {key for key in schema_keys(schema_of(target_of([]))) if "." not in key} - {*schema_keys(Config)}
     own = {*schema_keys(workload.schema)}
     typed = [arg for arg in overrides if "=" in arg and typed_key(arg).partition(".")[0] in known - own]
@@ -188,7 +188,7 @@ def workload_of(config: Config | DictConfig) -> Workload:
 
 
 def computes_on_cpus(config: Config) -> bool:
-    """Tell whether the config has the workload compute on CPUs; a workload that cannot tell may use GPUs."""
+    """Return whether the config has the workload compute on CPUs; a workload that cannot tell may use GPUs."""
     tells = getattr(workload_of(config), "computes_on_cpus", None)
     return bool(tells is not None and tells(config))
 

@@ -1,4 +1,4 @@
-"""Doctor: looks for what commonly breaks a run, before it is submitted: ``python -m launch.doctor``.
+"""Doctor: finds what commonly breaks a run, before it is submitted: ``python -m launch.doctor``.
 
-Owns the gathering of facts, the checks over them, and a short job that measures the nodes. Decides nothing about runs.
+The doctor gathers facts, checks them, and can submit a short job that measures the nodes. It changes no run.
 """

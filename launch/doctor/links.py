@@ -2,7 +2,7 @@
 
     python -m launch.doctor.links RECORD        started by launch.doctor.probe with the file to write
 
-Owns the measurements. NCCL where every rank has a GPU, gloo elsewhere. Judges nothing.
+Ranks use NCCL if each has a GPU of its own, and gloo otherwise. ``launch.doctor.verdict`` judges the figures.
 """
 
 from __future__ import annotations

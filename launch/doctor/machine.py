@@ -52,7 +52,7 @@ PYTHONS = ((3, 11), (3, 12), (3, 13))
 
 
 def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Tell whether the image of the run is there, and what starts it; nodes may have what this machine lacks."""
+    """Return whether the image of the run is there, and what starts it; nodes may have what this machine lacks."""
     image, runtime = config.cluster.container, config.cluster.container_runtime
     if image is None or runtime is None:
         return
@@ -65,7 +65,7 @@ def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def check_slurm(facts: Facts) -> Iterator[Finding]:
-    """Tell whether there is a Slurm to talk to."""
+    """Return whether there is a Slurm to talk to."""
     if facts.limits is not None:
         version = facts.limits.config.get("SLURM_VERSION", "of unknown version")
         yield fine("slurm", f"cluster {facts.limits.config.get('ClusterName', '')}, Slurm {version}, answers")
@@ -194,7 +194,7 @@ def check_versions(facts: Facts) -> Iterator[Finding]:
 
 
 def sharing(folder: Folder) -> tuple[str, str]:
-    """Tell whether all nodes see a folder, by the type of its filesystem: yes, no or unsure; and why.
+    """Return whether all nodes see a folder, by the type of its filesystem: yes, no or unsure; and why.
 
     Its name tells nothing: /tmp may be shared, and /home each node's own. The job of ``--on-cluster`` asks the nodes.
     """
@@ -206,7 +206,7 @@ def sharing(folder: Folder) -> tuple[str, str]:
 
 
 def check_output_folder(facts: Facts) -> Iterator[Finding]:
-    """Tell whether output_dir, with the pickles of submitit and the logs in it, is one folder for all nodes."""
+    """Return whether output_dir, with the pickles of submitit and the logs in it, is one folder for all nodes."""
     path = facts.output.path
     if facts.kind is ClusterKind.local:
         yield fine("shared folder", f"{path} on {facts.output.filesystem}, used on this machine only")
@@ -224,7 +224,7 @@ def check_output_folder(facts: Facts) -> Iterator[Finding]:
 
 
 def check_space(facts: Facts, requests: list[Request]) -> Iterator[Finding]:
-    """Tell whether output_dir can be written to, and holds the checkpoints that are kept."""
+    """Return whether output_dir can be written to, and holds the checkpoints that are kept."""
     folder = facts.output
     if folder.problem:
         yield fail(
@@ -249,7 +249,7 @@ def check_space(facts: Facts, requests: list[Request]) -> Iterator[Finding]:
 
 
 def check_programs(facts: Facts) -> Iterator[Finding]:
-    """Tell whether the nodes find the Python and the code that the job names by path."""
+    """Return whether the nodes find the Python and the code that the job names by path."""
     for folder in facts.machine.programs if facts.kind is ClusterKind.slurm else ():
         above = [other for other in facts.machine.programs if Path(other.path) in Path(folder.path).parents]
         if any(other.filesystem == folder.filesystem for other in above):
@@ -263,7 +263,7 @@ def check_programs(facts: Facts) -> Iterator[Finding]:
 
 
 def check_host_name(facts: Facts, addresses: tuple[str, ...]) -> Iterator[Finding]:
-    """Tell whether this machine's name leads anywhere; ``addresses`` is what it resolves to."""
+    """Return whether this machine's name leads anywhere; ``addresses`` is what it resolves to."""
     host = facts.machine.host
     if not addresses:
         why = "srun typed here, and torchrun, give the nodes this name to call back"

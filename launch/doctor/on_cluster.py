@@ -1,7 +1,7 @@
-"""The doctor's job: submitted the way runs are, waited for, and read back.
+"""The doctor's job: submitted as runs are, waited for, and read back.
 
-Owns the job's folder, ``<output_dir>/.doctor/<time>-<random>/``, and ``results.json`` in it. What is wrong with
-the results is ``launch.doctor.verdict``'s to say.
+The job has a folder, ``<output_dir>/.doctor/<time>-<random>/``, with ``results.json``. ``launch.doctor.verdict`` says
+what is wrong with the results.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ KEPT_S = 30 * 24 * 3600.0
 
 def earlier_results(output: Path, cluster: str) -> dict[str, Any] | None:
     """Results of the newest of these jobs that has run with the same ``output_dir`` on the same cluster lately; None
-    where there is none. ``cluster`` is what ``name_of`` calls it."""
+    if there is none. ``cluster`` is what ``name_of`` calls it."""
     for path in sorted(output.glob(".doctor/*/results.json"), reverse=True):
         try:
             results: dict[str, Any] = json.loads(path.read_text())
@@ -171,7 +171,7 @@ def refused(error: Exception) -> Finding:
 
 
 def group_line(results: dict[str, Any]) -> str:
-    """The all-reduce over all ranks for people; empty where there was none."""
+    """The all-reduce over all ranks for people; empty if there was none."""
     groups = [rank["group"] for rank in results["ranks"] if "group" in rank]
     if not groups:
         return ""

@@ -1,7 +1,7 @@
-"""Probe of the doctor's job, on every node: looks around, meets the other nodes, tries them, and starts the ranks.
+"""Probe of the doctor's job, on every node: inspects the node, meets the other nodes, and starts the ranks.
 
-Owns the node's own record, ``nodes/00000.json``. Takes the agents' road: their rendezvous, addresses and interfaces.
-Importing this module loads no torch: the login node submits ``run`` by name.
+The probe uses the rendezvous, addresses and interfaces of the agents, and writes a record of its node,
+``nodes/00000.json``. Importing this module loads no torch: the login node submits ``run`` by name.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def host(results: Results, index: int) -> str:
 
 
 def check_job(results: Results) -> Iterator[Finding]:
-    """Tell whether the job ran at all."""
+    """Return whether the job ran at all."""
     count, asked = len(results["nodes"]), results["asked"]["nodes"]
     if not results["started"]:
         found = f"job {results['job_id']} did not start: {results['state']}; it was cancelled"
@@ -141,7 +141,7 @@ def check_health(results: Results) -> Iterator[Finding]:
 
 
 def check_folder(results: Results) -> Iterator[Finding]:
-    """Tell whether each node sees in the shared folder what the others wrote."""
+    """Return whether each node sees in the shared folder what the others wrote."""
     complaints = []
     for node in results["nodes"]:
         if node.get("unseen"):
@@ -157,13 +157,13 @@ def check_folder(results: Results) -> Iterator[Finding]:
 
 
 def is_shared(results: Results) -> bool:
-    """Tell whether the job has shown that the folder is one and the same for this machine and all nodes."""
+    """Return whether the job has shown that the folder is one and the same for this machine and all nodes."""
     findings = list(check_folder(results))
     return bool(findings) and not has_errors(findings)
 
 
 def check_ports(results: Results) -> Iterator[Finding]:
-    """Tell whether each node reaches a free port on each other."""
+    """Return whether each node reaches a free port on each other."""
     closed = 0
     for node in results["nodes"]:
         for index, problem in sorted(node.get("ports", {}).items()):
@@ -182,7 +182,7 @@ def check_ports(results: Results) -> Iterator[Finding]:
 
 
 def check_names(results: Results) -> Iterator[Finding]:
-    """Tell whether the nodes' names lead to each other, and not to themselves."""
+    """Return whether the nodes' names lead to each other, and not to themselves."""
     bad = 0
     for node in results["nodes"]:
         for name, address in node.get("names", {}).items():
@@ -198,7 +198,7 @@ def check_names(results: Results) -> Iterator[Finding]:
 
 
 def check_clocks(results: Results) -> Iterator[Finding]:
-    """Tell whether the clocks agree, within what the network lets one measure."""
+    """Return whether the clocks agree, within what the network lets one measure."""
     offsets = {
         str(n["host"]): (n["clock_offset_s"], n["clock_error_s"]) for n in results["nodes"] if "clock_offset_s" in n
     }
@@ -217,7 +217,7 @@ def check_clocks(results: Results) -> Iterator[Finding]:
 
 
 def check_cpus(results: Results) -> Iterator[Finding]:
-    """Tell whether the agents may use the CPUs that were asked for; nodes of one kind together."""
+    """Return whether the agents may use the CPUs that were requested; nodes of one kind together."""
     asked = results["asked"]["cpus_per_task"]
     alike: dict[tuple[int, bool], list[str]] = {}
     for node in results["nodes"] if asked else ():
@@ -235,7 +235,7 @@ def check_cpus(results: Results) -> Iterator[Finding]:
 
 
 def check_gpus(results: Results) -> Iterator[Finding]:
-    """Tell whether every rank has a GPU where GPUs were asked for, and one that is as fast as the others."""
+    """Return whether every rank has a GPU where GPUs were requested, and one that is as fast as the others."""
     ranks, asked = results["ranks"], results["asked"]["gpus_per_node"]
     for node in results["nodes"] if asked else ():
         seen = [rank["gpus_seen"] for rank in ranks if rank["node"] == node["index"]]

@@ -1,8 +1,8 @@
 """Budget of a run: its use so far, its worst case, and when it has to stop. Pure functions of event logs.
 
-An allocation is paid from the start of its job to the end, whatever the ranks do in it. The event log has
-``agent_started`` and ``agent_ended`` for each one; one that was killed silently lasted until its last
-heartbeat. The caps are for all points of one command together, over all attempts. Must not know how a run is stopped.
+An allocation is paid for from the start of its job to the end, whatever the ranks do in it. The event log has
+``agent_started`` and ``agent_ended`` for each allocation; one that was killed silently lasted until its last
+heartbeat. The caps are for all points of one command together, over all attempts.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def caps(budget: BudgetConfig) -> dict[str, float]:
 
 
 def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int) -> None:
-    """Raise ConfigError where what was used and the worst case of the next submission exceed a cap together."""
+    """Raise ConfigError if what was used and the worst case of the next submission exceed a cap together."""
     for key, cap in caps(budget).items():
         before, more = getattr(so_far, key), getattr(worst, key)
         assert before is not None and more is not None, "Config.validate asks for GPUs and their price where needed"
@@ -136,9 +136,9 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 
 
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
-    """Explain which cap ``expected`` reaches, with what to type to go on; None where it reaches none.
+    """Explain which cap ``expected`` reaches, with what to type to go on; None if it reaches none.
 
-    ``expected`` is what will have been used by the time a run that is told to stop now has saved and left.
+    ``expected`` is what will have been used by the time a run that is requested to stop now has saved and left.
     """
     for key, cap in caps(budget).items():
         before, then = getattr(so_far, key), getattr(expected, key)

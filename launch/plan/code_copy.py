@@ -1,7 +1,7 @@
-"""A copy of the code, taken at submission, that a job runs from however the checkout changes while it waits.
+"""Copy of the code, taken at submission, that a job runs from, however the checkout changes while the job is pending.
 
-Owns the folder of copies, ``<output_dir>/<name>/.code/<digest>/``, beside the points: one for each state of the code,
-shared by all that run it, requeued jobs included. The packages are found there because PYTHONPATH names it first.
+The copies are in ``<output_dir>/<name>/.code/<digest>/``, beside the points: one for each state of the code, shared by
+all jobs that run it, requeued jobs included. Python finds the packages there because PYTHONPATH names it first.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def running_from(copy: Path | None) -> Iterator[None]:
 
 
 def refuse_other_code() -> None:
-    """Raise ConfigError where this process was to run from a copy and does not."""
+    """Raise ConfigError if this process was to run from a copy and does not."""
     copy = os.environ.get(RUNS_FROM)
     if copy and Path(copy) != ROOT:
         raise ConfigError(

@@ -25,7 +25,7 @@ SLURM_PATHS = ("/etc/slurm", "/run/munge")
 
 
 def refuse_local_container(config: Config) -> None:
-    """Raise ConfigError where the agents of this machine would run without the container that is asked for."""
+    """Raise ConfigError if the agents of this machine would run without the container that is requested."""
     if config.cluster.container is not None:
         raise ConfigError(
             f"cluster.container={config.cluster.container} with agents on this machine (cluster=local)",
@@ -35,7 +35,7 @@ def refuse_local_container(config: Config) -> None:
 
 
 def mounts(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[str]:
-    """Mounts as ``SOURCE:TARGET`` with options behind: those that were asked for, and what every run needs.
+    """Mounts as ``SOURCE:TARGET`` with options behind: those that were requested, and what every run needs.
 
     Working directory and the folder of the run, with the files of its jobs beside it, have their own paths inside.
     """
@@ -63,7 +63,7 @@ def python_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[s
     if cluster.container_runtime is ContainerRuntime.pyxis:
         return [cluster.container_python]
     binds = [word for entry in mounts(cluster, workdir, run_dir) for word in ("--bind", entry)]
-    gpus = [] if cluster.gpus_per_node == 0 else ["--nv"]  # where a node has none, it says so and goes on
+    gpus = [] if cluster.gpus_per_node == 0 else ["--nv"]  # where a node has none, it says so and continues
     return ["apptainer", "exec", *gpus, "--pwd", str(workdir), *binds, cluster.container, cluster.container_python]
 
 
@@ -115,17 +115,17 @@ OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
 
 
 def cluster_of(slurm: Mapping[str, Any]) -> str | None:
-    """The other cluster that resources for submitit are asked of; None where it is the local one."""
+    """The other cluster that resources for submitit are asked of; None if it is the local one."""
     name: str | None = slurm.get("additional_parameters", {}).get("clusters")
     return name
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One place, and what is asked of Slurm there."""
+    """One place, and what is requested from Slurm there."""
 
     name: str
-    """Name of the candidate, as the user typed it; empty where there is no list."""
+    """Name of the candidate, as the user typed it; empty if there is no list."""
     slurm: dict[str, Any]
     """The resources, as parameters of submitit's Slurm executor."""
     gpus: int | None = None
@@ -166,7 +166,7 @@ class Placement:
 
     @property
     def is_watched(self) -> bool:
-        """Tell whether a point that waits needs somebody to move it, or to give up."""
+        """Return whether a point that waits needs somebody to move it, or to give up."""
         return len(self.possible) > 1 or self.give_up_after_min is not None
 
     def exclude_hosts(self, hosts: Sequence[str]) -> Placement:
@@ -208,7 +208,7 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> Step:
 
 
 def next_candidate(placement: Placement, at: int) -> int | None:
-    """The next possible candidate after ``at``, from the first again after the last; None where there is no other."""
+    """The next possible candidate after ``at``, from the first again after the last; None if there is no other."""
     others = [index for index in placement.possible if index != at]
     return next((index for index in others if index > at), min(others, default=None))
 
@@ -217,7 +217,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
     """Time when a point began to wait, over all places, in Unix seconds.
 
     Args:
-        events: the event log since a person last asked for the run.
+        events: the event log since a person last requested the run.
         since_here: when it began to wait where it is.
     """
     last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
@@ -227,12 +227,12 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
 
 
 def waits_for_room(reason: str) -> bool:
-    """Tell whether a pending job with this reason waits for what another place might have."""
+    """Return whether a pending job with this reason waits for what another place might have."""
     return reason not in OWN_WISH
 
 
 def configs(config: Config) -> list[tuple[str, Config]]:
-    """The config that holds at each candidate, and its name; the config itself where there is no list."""
+    """The config that holds at each candidate, and its name; the config itself if there is no list."""
     if not config.cluster.placement:
         return [("", config)]
     return [(name_of(candidate), config_at(config, candidate)) for candidate in config.cluster.placement]
@@ -266,7 +266,7 @@ def minutes(seconds: float) -> str:
 
 
 def text(placement: Placement) -> list[str]:
-    """The candidates as a person reads them, a line each; nothing where there is but one, and no end to its wait."""
+    """The candidates as a person reads them, a line each; nothing if there is but one, and no end to its wait."""
     lines = []
     for number, candidate in enumerate(placement.candidates, start=1):
         head = "  placement  " if number == 1 else " " * 13
@@ -303,7 +303,7 @@ def place(config: Config, run_dir: Path, code: Path | None = None, resumes: bool
 
 
 def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: bool = True) -> dict[str, Any]:
-    """Resources asked of Slurm for this point, as parameters of submitit. One task a node: the agent.
+    """Resources requested from Slurm for this point, as parameters of submitit. One task a node: the agent.
 
     ``python`` is the command line of the agent's Python where that is not the one which submits.
     """
@@ -349,7 +349,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
 
 
 def refuse_line_breaks(asked: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a value would not stay on its ``#SBATCH`` line: what follows would run as shell."""
+    """Raise ConfigError if a value would not stay on its ``#SBATCH`` line: what follows would run as shell."""
     for key, value in {**asked, **asked["additional_parameters"]}.items():
         if isinstance(value, str) and ("\n" in value or "\r" in value):
             raise ConfigError(

@@ -31,7 +31,7 @@ from launch.workload import PlanRequest, Workload, WorkloadPlan
 
 
 def refuse_local_spares(config: Config) -> None:
-    """Raise ConfigError where spare nodes are asked of this one machine."""
+    """Raise ConfigError if spare nodes are asked of this one machine."""
     if config.spare_nodes:
         raise ConfigError(
             f"spare_nodes={config.spare_nodes} with agents on this machine (cluster=local)",
@@ -57,7 +57,7 @@ def visible_gpus() -> list[int]:
 
 
 def _named_gpus() -> list[str] | None:
-    """The devices in CUDA_VISIBLE_DEVICES; None where it is not set, and all GPUs may be used."""
+    """The devices in CUDA_VISIBLE_DEVICES; None if it is not set, and all GPUs may be used."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     return None if names is None else [name.strip() for name in names.split(",")]
 
@@ -75,7 +75,7 @@ def local_gpu_name() -> str | None:
 
 
 def refuse_missing_command(config: Config) -> None:
-    """Raise ConfigError where the program of ``launch.on_event`` is not there, or cannot be run.
+    """Raise ConfigError if the program of ``launch.on_event`` is not there, or cannot be run.
 
     In a container the agent has other programs than this machine, which are not looked for.
     """
@@ -108,7 +108,7 @@ ELSEWHERE = "on-"
 
 
 def refuse_exposed(run_dir: Path) -> None:
-    """Raise ConfigError where others can put something into the folders that a job of ``run_dir`` reads.
+    """Raise ConfigError if others can put something into the folders that a job of ``run_dir`` reads.
 
     Pickles are code, so nobody else may write beside them, the group included. In the folder of the run, and the one
     above, a group may share its work; a sticky bit (as /tmp has it) keeps what is there from being replaced.
@@ -121,7 +121,7 @@ def refuse_exposed(run_dir: Path) -> None:
 
 
 def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
-    """Raise ConfigError where a folder is there and has one of the mode ``bits``, and none of ``unless``."""
+    """Raise ConfigError if a folder is there and has one of the mode ``bits``, and none of ``unless``."""
     try:
         mode = folder.stat().st_mode
     except OSError:  # not there; or not to be looked at, which is told when it is written to
@@ -157,7 +157,7 @@ class Plan:
     cost: float | None
     """GPU-hours times cluster.price_per_gpu_hour; None where one of them is not known."""
     slurm: dict[str, Any]
-    """The resources asked of Slurm, as submitit's parameters; points with the same ones share a job array."""
+    """The resources requested from Slurm, as submitit's parameters; points with the same ones share a job array."""
     placement: Placement
     """Candidates that the point may go to, and when it does; ``slurm`` is what is asked at one of its candidates."""
     workload: str
@@ -167,7 +167,7 @@ class Plan:
     command_run_dirs: tuple[str, ...] = ()
     """The run folders of all points of the command, which share its budget."""
     code: str | None = None
-    """The copy of the code that the job runs from; None where it runs from where it was submitted."""
+    """The copy of the code that the job runs from; None if it runs from where it was submitted."""
     warnings: tuple[str, ...] = ()
     """Those of the workload, and preflight warnings from earlier attempts."""
     label: str = ""
@@ -256,7 +256,7 @@ def make_plan(
         overrides: as typed for the point.
         kind: where it runs.
         sweep_sizes: numbers of ranks of all points of the command.
-        gpu_type: of the GPUs where the point may go, as Slurm names it; None where it is not known.
+        gpu_type: of the GPUs where the point may go, as Slurm names it; None if it is not known.
 
     Raises:
         ConfigError: the point cannot work.
@@ -326,7 +326,7 @@ def plan_request(
 
 
 def refuse_fewer_nodes(config: Config, workload: str, promised: WorkloadPlan) -> None:
-    """Raise ConfigError where ``resilience.min_nodes`` asks for what the program cannot do, or does not say it can."""
+    """Raise ConfigError if ``resilience.min_nodes`` asks for what the program cannot do, or does not say it can."""
     if not config.may_shrink:
         return
     found, fix = f"resilience.min_nodes={config.resilience.min_nodes}", "resilience.min_nodes=null"
@@ -345,7 +345,7 @@ def checkpoints_of(workload: Workload, folder: RunFolder) -> Iterator[SavedCheck
 
 
 def refuse_unknown_checkpoints(config: Config, workload: Workload) -> None:
-    """Raise ConfigError where a run is to go back whose checkpoints only its program knows."""
+    """Raise ConfigError if a run is to go back whose checkpoints only its program knows."""
     if config.resume_from is not None and not hasattr(workload, "checkpoints"):
         raise ConfigError(
             f"resume_from={config.resume_from} with workload={workload.name}, whose checkpoints are the program's own",

@@ -66,7 +66,7 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
 
 
 def is_recorded(events: Events, names: Collection[str]) -> bool:
-    """Tell whether the event log has the submission of the job with one of these ids."""
+    """Return whether the event log has the submission of the job with one of these ids."""
     return any(event["event"] == "submitted" and str(event["job_id"]) in names for event in events)
 
 
@@ -152,7 +152,7 @@ def add_warnings(plan: Plan, config: Config, limits: Mapping[str | None, Limits]
 
 
 def changed_code(plan: Plan, config: Config) -> Iterator[str]:
-    """Tell whether the next attempt would run something else than the last one did."""
+    """Return whether the next attempt would run something else than the last one did."""
     folder = RunFolder(plan.run_dir)
     changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
     if changed is None:
@@ -169,14 +169,14 @@ def _current(tree: CodeTree) -> dict[str, Any]:
 
 
 def unsaved(plan: Plan) -> Iterator[str]:
-    """Tell whether the last attempts could not write their checkpoints, which the next would meet again."""
+    """Return whether the last attempts could not write their checkpoints, which the next would meet again."""
     told = unsaved_text(RunFolder(plan.run_dir).read_events())
     if told is not None:
         yield f"{told}; type df -h {plan.run_dir}"
 
 
 def short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[str]:
-    """Tell whether the run would be killed before it has saved, by what its saves and steps have taken so far."""
+    """Return whether the run would be killed before it has saved, by what its saves and steps have taken so far."""
     known = evidence(plan)
     if known is None:
         return
@@ -202,7 +202,7 @@ def short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits])
 
 
 def late_takeover(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[str]:
-    """Tell whether Slurm ends a job whose head node is lost before another agent can put it back into the queue.
+    """Return whether Slurm ends a job whose head node is lost before another agent can put it back into the queue.
 
     A job with spares, or that may shrink, is not to end by a lost node (``--no-kill``). Slurm 22.05 then takes the node
     out of the job, also where it is the one of the batch script, with which the job ends as FAILED and is not requeued.
@@ -228,7 +228,7 @@ def evidence(plan: Plan) -> StopTime | None:
 
 
 def has_same_model(folder: RunFolder, plan: Plan) -> bool:
-    """Tell whether a run's checkpoints are as large as the plan's."""
+    """Return whether a run's checkpoints are as large as the plan's."""
     if not folder.events.is_file():
         return False
     there = read_json(folder.plan).get("promised") or {}

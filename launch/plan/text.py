@@ -78,7 +78,7 @@ def similar(plan: Plan) -> Iterator[RunFolder]:
 
 
 def measure(folder: RunFolder, plan: Plan) -> Pace | None:
-    """The pace of a run; None where it was of another kind, or made too few steps."""
+    """The pace of a run; None if it was of another kind, or made too few steps."""
     there = read_json(folder.plan)
     if kind_of(there) != kind_of(plan.as_dict()) or not plan.promised.step_kind:
         return None
@@ -183,7 +183,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def fewer_text(sizes: Sequence[int]) -> str:
-    """Numbers of nodes that a run goes on with, for people."""
+    """Numbers of nodes that a run continues with, for people."""
     return f"goes on with {' or '.join(map(str, sizes))} in the same job, where no spare is left"
 
 
@@ -255,7 +255,7 @@ def requeue_text(plans: Sequence[Plan]) -> str:
     return f"{each}{of} ({cap})"
 
 
-# Announcement of a sweep before it is submitted: what is finished, where the rest goes on, and the worst case.
+# Announcement of a sweep before it is submitted: what is finished, where the rest continues, and the worst case.
 
 
 def announce(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:

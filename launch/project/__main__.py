@@ -19,7 +19,7 @@ from launch.report.selection import Selection, select
 from launch.runs.files import deny_others_writing, write_atomically
 from launch.runs.find import runs_labelled
 
-# Sizes as they are typed: ``8,16,32``, or with an ellipsis ``8,16,...,4096``. Owns the grammar.
+# Sizes as they are typed: ``8,16,32``, or with an ellipsis ``8,16,...,4096``.
 
 
 MOST = 64
@@ -29,7 +29,7 @@ MOST = 64
 def parse_sizes(text: str) -> list[int]:
     """Numbers of nodes, ascending, without doubles.
 
-    An ellipsis goes on as the two numbers before it: by their ratio where the second is a multiple of the first, else
+    An ellipsis continues as the two numbers before it: by their ratio where the second is a multiple of the first, else
     by their difference. After one number it doubles.
 
     Raises:

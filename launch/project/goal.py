@@ -1,7 +1,7 @@
-"""``launch.project --fit``: the cheapest nodes and parallelism that train a model in the time there is.
+"""``launch.project --fit``: the cheapest nodes and parallelism that train a model within a given time.
 
-Owns the goal as it is typed, and the search over numbers of nodes. The workload knows what a model costs. Starts
-nothing; every figure is an estimate.
+The workload estimates what a model costs; this module reads the goal and searches over numbers of nodes. It starts
+nothing, and every figure is an estimate.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ class Model(Protocol):
         """One sentence on what was fitted, for people."""
 
     def seconds(self, nodes: int) -> float:
-        """Time of a step. Raises ConfigError where a run of this size cannot work."""
+        """Time of a step. Raises ConfigError if a run of this size cannot work."""
 
     def parts(self, nodes: int) -> dict[str, float]:
         """Share of the step by cause, in seconds; they add up to ``seconds``."""
@@ -281,7 +281,7 @@ class CostModel:
         return f"the workload's cost model, with ranks at {self.rate:.3g} times the rate it assumes, and {links}"
 
     def seconds(self, nodes: int) -> float:
-        """Time of a step. Raises ConfigError where a run of this size cannot work."""
+        """Time of a step. Raises ConfigError if a run of this size cannot work."""
         return self.costs(nodes, self.rate, self.links).step_s
 
     def parts(self, nodes: int) -> dict[str, float]:
@@ -372,7 +372,7 @@ class StragglerModel:
         return f"{self.even.text}; stragglers as the expected maximum over the ranks"
 
     def seconds(self, nodes: int) -> float:
-        """Time of a step. Raises ConfigError where a run of this size cannot work."""
+        """Time of a step. Raises ConfigError if a run of this size cannot work."""
         return self.even.seconds(nodes) + self.stragglers_s(nodes)
 
     def parts(self, nodes: int) -> dict[str, float]:

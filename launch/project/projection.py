@@ -64,7 +64,7 @@ class SweepPoints:
 
     @property
     def is_weak(self) -> bool:
-        """Tell whether the work of a step grows with the number of ranks."""
+        """Return whether the work of a step grows with the number of ranks."""
         return self.series.scaling == "weak"
 
     def fit(self, points: Sequence[Measured]) -> Model:
@@ -116,12 +116,12 @@ class SweepPoints:
 
     @property
     def has_gpus(self) -> bool:
-        """Tell whether the ranks of the sweep computed on GPUs."""
+        """Return whether the ranks of the sweep computed on GPUs."""
         environment = self.base.environment
         return environment is not None and not environment.ranks[0].device.startswith("cpu")
 
     def costs(self, gpu: str | None = None) -> Costs | None:
-        """The workload's cost model for the nodes of the sweep; None where it has none, or knows too little.
+        """The workload's cost model for the nodes of the sweep; None if it has none, or knows too little.
 
         Args:
             gpu: other GPUs than those of the sweep.
@@ -174,14 +174,14 @@ class SweepPoints:
         return known if self.network is None else replace(known, interconnect=self.network, network=None)
 
     def plan(self, nodes: int, gpu: str | None) -> WorkloadPlan:
-        """The workload's plan of another size. Raises ConfigError where that cannot work."""
+        """The workload's plan of another size. Raises ConfigError if that cannot work."""
         config, request = self.ask(nodes, gpu=gpu)
         found = workload_of(config).plan(config, request)
         assert isinstance(found, WorkloadPlan)
         return found
 
     def save_s(self) -> float | None:
-        """Median time that a save of the largest point took, seconds; None where it made none."""
+        """Median time that a save of the largest point took, seconds; None if it made none."""
         events = RunFolder(self.base.path).read_events()
         saves = [float(e["seconds"]) for e in events if e["event"] == "saved" and e.get("seconds") is not None]
         return statistics.median(saves) if saves else None

@@ -27,7 +27,7 @@ from launch.report.notes import percent, rate, seconds
 from launch.report.views.figures import COLORS, GREY
 from launch.runs.overrides import typed_key
 
-# A projection as text: terminal and Markdown, CSV, JSON. Owns columns and rounding. Must not compute figures.
+# A projection as text: terminal and Markdown, CSV, JSON.
 
 
 Cell = Callable[[Row], str]
@@ -148,7 +148,7 @@ def json_text(found: Projection) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-# Offers of ``launch.project --fit`` as a table for the terminal. Owns columns and rounding.
+# Offers of ``launch.project --fit`` as a table for the terminal.
 
 
 GIB = 2**30

@@ -1,6 +1,6 @@
 """From run folders to a scaling report: a table, a figure, and a dashboard in TensorBoard.
 
-Reads run folders only, and so can be made again at any time. Loads no torch. Must not know how runs are started.
+A report reads run folders only, so it can be repeated at any time. Loads no torch.
 """
 
 from __future__ import annotations

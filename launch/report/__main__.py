@@ -22,7 +22,7 @@ from launch.runs.find import ARCHIVE, runs_labelled
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the report; returns the exit status: 0, or 2 where there is nothing to report or it cannot be compared."""
+    """Make the report; returns the exit status: 0, or 2 if there is nothing to report or it cannot be compared."""
     parser = CommandParser(
         prog="python -m launch.report",
         description="The scaling report of a sweep, or the summary of a run. Of a folder with several sweeps it shows "

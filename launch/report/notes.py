@@ -176,7 +176,7 @@ def units(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Tell what interruptions cost each point, and all together, with a head; empty where there were none.
+    """Tell what interruptions cost each point, and all together, with a head; empty if there were none.
 
     Args:
         rows: with hours of one unit.
@@ -223,7 +223,7 @@ def loss_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _share(rows: Sequence[Row], hours: float) -> str:
-    """Share of the hours that the runs with interruptions used; empty where it is not known."""
+    """Share of the hours that the runs with interruptions used; empty if it is not known."""
     used = [row.gpu_hours for row in rows]
     if rows[0].hours_of != "GPU" or None in used:
         return ""

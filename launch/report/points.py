@@ -48,7 +48,7 @@ class StepBreakdown:
 
 
 def read_breakdown(run: RunFolder) -> StepBreakdown | None:
-    """Read the watched steps of a run; None where there is none. Only the first rank's file is read to see that."""
+    """Read the watched steps of a run; None if there is none. Only the first rank's file is read to see that."""
     from launch.report.columns import read_columns  # numpy, which only reading needs
 
     sums, counts = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0)
@@ -125,7 +125,7 @@ class Point:
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of its GPUs; None where none was sampled."""
     breakdown: StepBreakdown | None = None
-    """Parts of the steps that a profiler watched; None where it watched none."""
+    """Parts of the steps that a profiler watched; None if it watched none."""
     rank_times: RankTimes | None = None
     """Times of each rank beside those of the others; None where fewer than two recorded the same steps."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Point:
 
     @property
     def is_gpt(self) -> bool:
-        """Tell whether the GPT library made it, of which more is known than of other programs."""
+        """Return whether the GPT library made it, of which more is known than of other programs."""
         return self.environment is not None and self.environment.workload == "gpt"
 
     @property
@@ -233,7 +233,7 @@ def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, f
 
 
 def _run_time(events: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds from ``started`` to the end, over all attempts; None where there was none, or one has not ended."""
+    """Seconds from ``started`` to the end, over all attempts; None if there was none, or one has not ended."""
     times = _attempt_times(events)
     ended = [end - start for start, end in times.values() if end is not None]
     return sum(ended) if ended and len(ended) == len(times) else None
@@ -245,7 +245,7 @@ def _started_and_ended(events: Sequence[dict[str, Any]], attempt: int) -> tuple[
 
 
 def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tuple[float, float]:
-    """From the start of the agent, or where there was none of the ranks, to their end, around ``span``."""
+    """From the start of the agent, or if there was none of the ranks, to their end, around ``span``."""
     before = {event["event"]: event["time"] for event in events if event["time"] <= span[0]}
     ends = [event["time"] for event in events if event["event"] == "agent_ended" and event["time"] >= span[1]]
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
@@ -291,7 +291,7 @@ def _disturb(one: Point, other: Point) -> bool:
 
 
 def _share(one: Environment, other: Environment) -> bool:
-    """Tell whether both had ranks on one GPU, or together more threads on a machine than it has cores."""
+    """Return whether both had ranks on one GPU, or together more threads on a machine than it has cores."""
     gpus = [{place.gpu for place in side.ranks if place.gpu is not None} for side in (one, other)]
     if gpus[0] & gpus[1]:
         return True

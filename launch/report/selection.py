@@ -1,8 +1,4 @@
-"""Selection of the runs that a report is about: one run, a sweep of a folder, or all runs in it.
-
-Owns the choice, the sentence that names it, what else there is to see, and where the files of the report belong. Must
-not know what is computed from the runs.
-"""
+"""Selection of the runs of a report: one run, a sweep of a folder, or all runs in it; and the folder for its files."""
 
 from __future__ import annotations
 
@@ -59,7 +55,7 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder whose Scaling or Summary run in TensorBoard shows this report; None where there is none such."""
+        """Folder whose Scaling or Summary run in TensorBoard shows this report; None if there is none such."""
         if self.out is not None or self.parts:
             return None
         if len(self.runs) == 1:
@@ -138,7 +134,7 @@ def select(
 
 
 def numbered(folder: Path, number: int, command: str = REPORT, options: str = "") -> Sweep:
-    """The sweep with this number. Raises ConfigError where there is none."""
+    """The sweep with this number. Raises ConfigError if there is none."""
     known = read_sweeps(folder)
     for sweep in known:
         if sweep.number == number:

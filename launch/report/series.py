@@ -209,13 +209,13 @@ class Series:
 
     @property
     def has_rates(self) -> bool:
-        """Tell whether the work of every measured point is known, in one unit, so that they compare by throughput."""
+        """Return whether the work of every measured point is known, in one unit, so that they compare by throughput."""
         measured = [(m.figures.throughput, m.point.unit) for m in self.members if m.figures is not None]
         return all(rate is not None for rate, _ in measured) and len({unit for _, unit in measured}) == 1
 
     @property
     def compares(self) -> bool:
-        """Tell whether there is anything to compare: one point alone has no speedup."""
+        """Return whether there is anything to compare: one point alone has no speedup."""
         return len(self.members) > 1
 
 
@@ -357,7 +357,7 @@ def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]
 def ratios_to_first(members: Sequence[MeasuredPoint]) -> dict[str, float]:
     """Title -> throughput over that of the first source's point with as many ranks.
 
-    Where that has several points of a size, the one that was typed alike counts, and none where there is none. Only
+    Where that has several points of a size, the one that was typed alike counts, and none if there is none. Only
     the same units compare.
     """
     sources = list(dict.fromkeys(member.point.source for member in members))
@@ -373,7 +373,7 @@ def ratios_to_first(members: Sequence[MeasuredPoint]) -> dict[str, float]:
 
 
 def _counterpart(member: MeasuredPoint, others: Sequence[MeasuredPoint]) -> MeasuredPoint | None:
-    """The point of another source that one compares with; None where there is none, or several might be it."""
+    """The point of another source that one compares with; None if there is none, or several might be it."""
     as_large = [one for one in others if one.ranks == member.ranks and one.figures is not None]
     alike = [one for one in as_large if identity(one.point) == identity(member.point)]
     candidates = alike or as_large

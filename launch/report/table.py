@@ -92,7 +92,7 @@ class Row:
     gpu_power_w: float | None = None
     """Mean power of one GPU."""
     throttled: float | None = None
-    """Share of the samples of all GPUs in which clocks were lower than asked for."""
+    """Share of the samples of all GPUs in which clocks were lower than requested."""
     parts_s: Mapping[str, float] = field(default_factory=dict)
     """Part of ``goodput.PARTS`` -> seconds; they add up to the time from the submission to the end."""
     hours_of: str | None = None

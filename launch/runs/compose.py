@@ -241,7 +241,7 @@ def _shallow(value: Any) -> Any:
 
 
 def _sets_a_value(override: Override, is_group: Callable[[str], bool]) -> bool:
-    """Tell whether an override takes no part in the choice of files."""
+    """Return whether an override takes no part in the choice of files."""
     if override.package is not None or override.is_delete() or override.is_hydra_override():
         return False
     return "." in override.key_or_group or not is_group(override.key_or_group)  # a group has slashes, and no dots

@@ -31,7 +31,7 @@ DRIVER = Path("/proc/driver/nvidia")
 def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False) -> dict[str, Any]:
     """Describe a rank of this node from outside, for programs that say nothing of themselves.
 
-    The device is the GPU that ``local_rank`` counts to among the visible ones, or the CPU where there is none or
+    The device is the GPU that ``local_rank`` counts to among the visible ones, or the CPU if there is none or
     ``on_cpu``. ``device_uuid`` is absent where the GPU cannot be told for sure.
     """
     entry = describe_place(rank, local_rank, node)
@@ -82,7 +82,7 @@ def cpu_name() -> str:
 
 
 def driver_version(path: Path = DRIVER / "version") -> str | None:
-    """The NVIDIA driver of this machine; None where there is none."""
+    """The NVIDIA driver of this machine; None if there is none."""
     try:
         found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", path.read_text())
     except OSError:
@@ -123,7 +123,7 @@ def _read_gpu(index: str, path: Path) -> Gpu:
 
 
 def _counts_as_listed(there: list[Gpu], visible: int, environ: Mapping[str, str]) -> bool:
-    """Tell whether CUDA's numbers are those of the driver's list.
+    """Return whether CUDA's numbers are those of the driver's list.
 
     Slurm may hide GPUs of other jobs by cgroups, and CUDA then counts what is left, while /proc shows all. CUDA puts
     the fastest first where they differ, unless it is told not to.
@@ -308,7 +308,7 @@ def install_command(extra: str, root: Path = ROOT) -> str:
 
 
 def code_state(root: Path = ROOT) -> dict[str, str]:
-    """Commit and hash of the uncommitted changes of the checkout ``root`` lies in; empty where there is none.
+    """Commit and hash of the uncommitted changes of the checkout ``root`` lies in; empty if there is none.
 
     A copy says what it was copied from.
     """
@@ -325,7 +325,7 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
 
 
 def git(folder: Path, *args: str) -> bytes | None:
-    """Run git; its output, or None where there is no git or no checkout."""
+    """Run git; its output, or None if there is no git or no checkout."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -422,7 +422,7 @@ THROTTLE_REASONS = {
     0x40: "too hot",
     0x80: "power brake",
 }
-"""Bit -> reason for which clocks are lower than asked for (nvml.h, nvmlClocksEventReasons). Idle clocks (0x01), clocks
+"""Bit -> reason for which clocks are lower than requested (nvml.h, nvmlClocksEventReasons). Idle clocks (0x01), clocks
 set by an administrator (0x02, 0x10, 0x100) are none."""
 
 

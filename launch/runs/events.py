@@ -22,7 +22,7 @@ from launch.runs.folder import RunFolder, writing_into
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
 from launch.runs.records import is_record, recent_records
 
-# The event log since a person last asked for the run: what counts for restarts, limits and the queue. Torch-free.
+# The event log since a person last requested the run: what counts for restarts, limits and the queue. Torch-free.
 
 
 Events = Sequence[dict[str, Any]]
@@ -36,7 +36,7 @@ def events_since_submission(events: Events) -> list[dict[str, Any]]:
 
 
 def last_command(events: Events) -> int:
-    """Index of the submission that a person last asked for; a move to another partition is none.
+    """Index of the submission that a person last requested; a move to another partition is none.
 
     Nor is a second entry of the same job: where its agent and its launcher did not see each other's.
     """
@@ -72,7 +72,7 @@ def saves_that_count(events: Events) -> list[dict[str, Any]]:
 
 
 def is_finished(events: Events) -> bool:
-    """Tell whether the newest attempt made the last step of the run: a new start would find nothing to do.
+    """Return whether the newest attempt made the last step of the run: a new start would find nothing to do.
 
     It would where a command has extended the run since, or taken it back to an earlier checkpoint.
     """
@@ -253,7 +253,7 @@ def enter_failure(
 
 
 def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
-    """The failure that came first in an attempt; an error about a lost peer counts only where there is no other.
+    """The failure that came first in an attempt; an error about a lost peer counts only if there is no other.
 
     Of ranks that were stuck it is the one that went silent first: the others waited for it.
     """
@@ -323,7 +323,7 @@ class SavedCheckpoint:
     size: int
     """Bytes that checking it reads."""
     find_damage: Callable[[Callable[[int], None]], tuple[str, ...] | None]
-    """Read all of it, telling the bytes as it goes. Returns what is damaged, a line each; None where it is deleted."""
+    """Read all of it, telling the bytes as it goes. Returns what is damaged, a line each; None if it is deleted."""
 
 
 # Going on with a run otherwise than where it stopped: from an earlier checkpoint, or beyond its end.
@@ -335,17 +335,17 @@ LAST = "last"
 
 @dataclass(frozen=True)
 class Continuation:
-    """Way in which a command goes on with the run of a folder."""
+    """Way in which a command continues with the run of a folder."""
 
     back_to: int | None = None
-    """Step of the checkpoint that the run goes back to; None where it goes on from the newest one."""
+    """Step of the checkpoint that the run goes back to; None if it continues from the newest one."""
     last: int | None = None
     """Last step that is kept aside when it goes back."""
     extends: int | None = None
     """Steps after which the run was finished, where it is now to make more."""
 
     def text(self, max_steps: int | None) -> str:
-        """Say for people what happens to the run; empty where it goes on where it stopped."""
+        """Say for people what happens to the run; empty where it continues where it stopped."""
         parts = []
         if self.back_to is not None:
             kept = f"; steps {self.back_to + 1} to {self.last} are kept in aside/" if self.last else ""
@@ -356,7 +356,7 @@ class Continuation:
 
 
 def refuse_resume_from(value: Any, fresh: bool) -> None:
-    """Raise ConfigError where ``resume_from`` names no checkpoint, or is typed with ``fresh=true``."""
+    """Raise ConfigError if ``resume_from`` names no checkpoint, or is typed with ``fresh=true``."""
     if value is None:
         return
     if value != LAST and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -379,7 +379,7 @@ def plan_continuation(
     Args:
         folder: of the run; it need not be there where ``resume_from`` is None.
         resume_from: step of a checkpoint, ``last``, or None.
-        max_steps: steps of the whole run, as asked for now; None where nobody knows them.
+        max_steps: steps of the whole run, as requested now; None where nobody knows them.
         saved: its checkpoints; read only where they matter.
 
     Raises:
@@ -430,7 +430,7 @@ def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoi
 
 
 def refuse_shorter(folder: RunFolder, max_steps: int, done: int) -> None:
-    """Raise ConfigError where a run has made more steps than it is now to make in all."""
+    """Raise ConfigError if a run has made more steps than it is now to make in all."""
     if max_steps < done:
         raise ConfigError(
             f"{folder.path} has made {done} steps, and now it is to have {max_steps}",
@@ -448,7 +448,7 @@ def last_step(folder: RunFolder, saved: Iterable[SavedCheckpoint]) -> int:
 def apply_continuation(
     folder: RunFolder, goes_on: Continuation, max_steps: int | None, saved: Iterable[SavedCheckpoint]
 ) -> None:
-    """Enter into the event log how a run goes on, and keep aside what it goes back from. Deletes nothing.
+    """Enter into the event log how a run continues, and keep aside what it goes back from. Deletes nothing.
 
     To be called while nothing works on the run. Killed in between, the same command does what is left.
 
@@ -515,7 +515,7 @@ def aside_records(folder: RunFolder, rank: int) -> list[Path]:
 
 
 def refuse_alive(folder: RunFolder) -> None:
-    """Raise ConfigError where ranks of the newest attempt run on this machine, whoever started them.
+    """Raise ConfigError if ranks of the newest attempt run on this machine, whoever started them.
 
     For ranks without a launcher, of which no queue knows; of those of other machines nothing can be told here.
     """
@@ -536,13 +536,13 @@ def refuse_alive(folder: RunFolder) -> None:
 
 
 def has_ended(events: Events, attempt: int) -> bool:
-    """Tell whether the event log has an end of an attempt."""
+    """Return whether the event log has an end of an attempt."""
     ends = ("finished", "stopped", "rank_failed", "attempt_ended")
     return any(event["event"] in ends and event.get("attempt") == attempt for event in events)
 
 
 def began_before(pid: int, when: float) -> bool:
-    """Tell whether a process runs that had begun by ``when``, Unix seconds: another may have got its number since."""
+    """Return whether a process runs that had begun by ``when``, Unix seconds: another may have got its number since."""
     try:
         ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
         booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))

@@ -146,7 +146,7 @@ def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary in a file; empty where there is no such file, or something else in it."""
+    """The dictionary in a file; empty if there is no such file, or something else in it."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
@@ -241,7 +241,7 @@ def say(text: str) -> None:
 
 
 def is_full(folder: Path) -> bool:
-    """Tell whether the filesystem of a folder has no room left, as far as it says: quotas it does not tell."""
+    """Return whether the filesystem of a folder has no room left, as far as it says: quotas it does not tell."""
     try:
         found = os.statvfs(folder)
     except OSError:

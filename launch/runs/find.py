@@ -33,7 +33,7 @@ MEASURING_KEYS = tuple(
 
 
 def tells_apart(override: str) -> bool:
-    """Tell whether an override says what a run is, rather than where and how it is submitted or watched."""
+    """Return whether an override says what a run is, rather than where and how it is submitted or watched."""
     key = typed_key(override)
     return not any(f"{key}.".startswith(f"{other}.") for other in (*NOT_IN_POINT, *MEASURING_KEYS))
 
@@ -115,7 +115,7 @@ class Sweep:
     """Time when it was typed last, Unix seconds."""
 
     def folder(self, group: Path) -> Path | None:
-        """Folder of its record and its report; None where it has no record."""
+        """Folder of its record and its report; None if it has no record."""
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
@@ -137,7 +137,7 @@ def read_sweeps(group: Path) -> list[Sweep]:
 
 
 def current_sweep(group: Path) -> Sweep | None:
-    """The sweep of a folder that was typed last; None where there was none.
+    """The sweep of a folder that was typed last; None if there was none.
 
     Raises:
         ConfigError: its record is damaged.
@@ -288,7 +288,7 @@ def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
 
 
 def runs_labelled(path: Path) -> list[Path]:
-    """The run that the end of ``path`` is the label of, among all of its folder or in its sweep; none where there is
+    """The run that the end of ``path`` is the label of, among all of its folder or in its sweep; none if there is
     none.
 
     Raises:

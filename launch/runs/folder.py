@@ -152,7 +152,7 @@ def is_event(value: dict[str, Any]) -> bool:
 
 
 def is_newest_attempt(folder: RunFolder, attempt: int) -> bool:
-    """Tell whether no later attempt of a run than ``attempt`` has begun. Asks the filesystem."""
+    """Return whether no later attempt of a run than ``attempt`` has begun. Asks the filesystem."""
     return max(folder.attempts(), default=0) <= attempt
 
 
@@ -176,7 +176,7 @@ def damaged(path: Path, why: str) -> ConfigError:
 
 
 def read_plan(folder: RunFolder) -> dict[str, Any]:
-    """Read ``plan.json``; empty where there is none, as of a run that ``gpt.train`` made.
+    """Read ``plan.json``; empty if there is none, as of a run that ``gpt.train`` made.
 
     Raises:
         ConfigError: it is damaged.
@@ -205,7 +205,7 @@ def read_strictly(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read the mapping in a JSON or YAML file. Raises ConfigError where it holds none."""
+    """Read the mapping in a JSON or YAML file. Raises ConfigError if it holds none."""
     return _mapping(path, read_strictly(path))
 
 

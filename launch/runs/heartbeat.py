@@ -1,18 +1,18 @@
-"""The heartbeat of a rank: some numbers in a file on its node, mapped into memory by the rank and by its agent.
+"""The heartbeat of a rank: numbers in a file on its node, mapped into memory by the rank and by its agent.
 
-Every number is one aligned word of 8 bytes with a single writer, so that none is ever seen half written and nothing is
-locked. The rank says that it runs, where it is, and how often it has asked whether to stop or to save; the agent
-answers. How ranks of many nodes come to the same answer at the same step:
+Every number is one aligned word of 8 bytes with a single writer, so a reader never sees half a number and nothing is
+locked. The rank writes that it runs, its phase, and how often it has polled for a request to stop or to save; the agent
+answers. Ranks of many nodes reach the same answer at the same step as follows:
 
-1. A rank counts a question (``calls``) before it looks whether its agent has set ``hold``.
-2. Somebody wants a stop (or a save): all agents set ``hold`` for their ranks. A rank that asks from now on waits.
+1. A rank increments its count of polls (``calls``) before it reads whether its agent has set ``hold``.
+2. If a stop or a save is requested, all agents set ``hold`` for their ranks. A rank that polls from now on waits.
 3. Some tens of milliseconds later every agent reads the ``calls`` of its ranks. A rank that did not see ``hold`` has
-   long written its count: the delay is what a memory barrier on both sides would be for.
-4. The largest count of all nodes plus one becomes ``at``: the question that all ranks answer with yes. None of them
-   can have answered it already. Ranks that wait go on, and so does one that was inside a long step all the while.
+   written its count by then: the delay replaces a memory barrier on both sides.
+4. The largest count of all nodes plus one becomes ``at``: the poll that all ranks answer with yes. No rank can have
+   answered it already. Ranks that wait continue, and so does a rank that was inside a long step all the time.
 
 ``hold`` is a ticket: a rank waits while ``hold`` > ``at``, and the next request takes a ticket above the last ``at``.
-Agents do their half in ``launch.agent.exchange``. Standard library only. Must not know what is done about silence.
+``launch.agent.exchange`` has the agents' half. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BEAT_S = 1.0
 WAIT_S = 0.005
 """Between two looks of a rank that waits for an agreement."""
 FROM_FILE = 1000
-"""Cause of a stop that a file asked for; smaller numbers are signals."""
+"""Cause of a stop that a file requested; smaller numbers are signals."""
 
 BEAT, MOVED = 0, 1  # floats, seconds of the monotonic clock, which all processes of a machine share
 PID, STEP, PHASE, CAUSE = 2, 3, 4, 5
@@ -139,14 +139,14 @@ class HeartbeatFile:
 
     @property
     def cause(self) -> int:
-        """Signal that the agreed stop came from, on any rank; FROM_FILE for a file, 0 where it is not known."""
+        """Signal that the agreed stop came from, on any rank; FROM_FILE for a file, 0 if it is not known."""
         return self._words[CAUSE]
 
     # The agent's side.
 
     @property
     def is_open(self) -> bool:
-        """Tell whether a rank has opened the file."""
+        """Return whether a rank has opened the file."""
         return self._words[PID] != 0
 
     def calls(self, request: Request) -> int:
@@ -154,7 +154,7 @@ class HeartbeatFile:
         return self._words[REQUESTS + 4 * request + CALLS]
 
     def wants(self, request: Request) -> int:
-        """Last wish of the rank; 0 where there was none."""
+        """Last wish of the rank; 0 if there was none."""
         return self._words[REQUESTS + 4 * request + WANTS]
 
     def set_hold(self, request: Request, ticket: int) -> None:

@@ -48,7 +48,7 @@ class RunConfig:
     """Refuse to go on where the code or a library has changed since the attempt before, instead of warning."""
 
     def validate(self) -> None:
-        """Raise ConfigError where ``name`` cannot be that of a folder and of a job, or ``resume_from`` a checkpoint."""
+        """Raise ConfigError if ``name`` cannot be that of a folder and of a job, or ``resume_from`` a checkpoint."""
         refuse_name(self.name)
         refuse_resume_from(self.resume_from, self.fresh)
 
@@ -71,7 +71,7 @@ def refuse_name(name: str) -> None:
 
 
 def refuse_path(path: Path) -> None:
-    """Raise ConfigError where the path of a run folder has characters that stand for something else in a job."""
+    """Raise ConfigError if the path of a run folder has characters that stand for something else in a job."""
     found = UNUSABLE.search(str(path))
     if found is not None:
         raise ConfigError(
@@ -87,7 +87,7 @@ def choose_folder(
     """The folder of a run: ``run_dir``, or ``<output_dir>/<name>/<point>``.
 
     With ``fresh`` a new generation, ``<point>~2``, ``<point>~3``, ...; without it the newest there is, so that the
-    same command goes on where the last one stopped. With ``resume_from`` the run that is there, whatever its length.
+    same command continues where the last one stopped. With ``resume_from`` the run that is there, whatever its length.
 
     Args:
         config: keys of the run.
@@ -106,7 +106,7 @@ def choose_folder(
 
 
 def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
-    """The run beside ``folder`` for which the same was typed, but for keys to ``exclude``; None where there is none.
+    """The run beside ``folder`` for which the same was typed, but for keys to ``exclude``; None if there is none.
 
     Raises:
         ConfigError: there are several.
@@ -153,7 +153,7 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
 
 
 def refuse_file_in_place(folder: Path) -> None:
-    """Raise ConfigError where a file has the place of a run folder, or of a folder above it."""
+    """Raise ConfigError if a file has the place of a run folder, or of a folder above it."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(
@@ -171,11 +171,11 @@ def glob_escape(name: str) -> str:
 
 
 def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Sequence[str]) -> None:
-    """Raise ConfigError where ``folder`` already holds a run with other settings.
+    """Raise ConfigError if ``folder`` already holds a run with other settings.
 
     Args:
         folder: of the run.
-        config: what was asked for now.
+        config: what was requested now.
         schema: dataclass whose fields are compared; ``config`` has them all.
         resumable: keys, or groups of keys, that may change between the attempts of one run.
     """
@@ -197,12 +197,12 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
 
 
 def is_left_open(value: Any) -> bool:
-    """Tell whether a key says ``auto``: a run goes on with what was chosen when it began."""
+    """Return whether a key says ``auto``: a run continues with what was chosen when it began."""
     return isinstance(value, Enum) and value.name == "auto"
 
 
 def refuse_lost_config(folder: RunFolder) -> None:
-    """Raise ConfigError where a run has been in ``folder`` whose config is gone: its checkpoints may be another's."""
+    """Raise ConfigError if a run has been in ``folder`` whose config is gone: its checkpoints may be another's."""
     there = [path.name for path in (folder.path / "attempts", folder.checkpoints) if path.exists()]
     if there:
         raise ConfigError(
@@ -213,5 +213,5 @@ def refuse_lost_config(folder: RunFolder) -> None:
 
 
 def may_change(key: str, resumable: Sequence[str]) -> bool:
-    """Tell whether ``key``, or a group that it is in, is among ``resumable``."""
+    """Return whether ``key``, or a group that it is in, is among ``resumable``."""
     return any(f"{key}.".startswith(f"{allowed}.") for allowed in resumable)

@@ -13,7 +13,7 @@ from launch.runs.folder import RunFolder, damaged, read_strictly
 
 
 def typed_value(overrides: Iterable[str], key: str) -> str | None:
-    """Value typed for ``key``, of the last override where it was typed twice; None where it was not."""
+    """Value typed for ``key``, of the last override where it was typed twice; None if it was not."""
     values = [override.split("=", 1)[1] for override in overrides if "=" in override and typed_key(override) == key]
     return values[-1] if values else None
 
@@ -63,7 +63,7 @@ COMPOSED = ("experiment", "workload", "hydra")
 
 
 def refuse_listed_options(override: str) -> None:
-    """Raise ConfigError where a group is given a list, from which Hydra would compose all options over each other."""
+    """Raise ConfigError if a group is given a list, from which Hydra would compose all options over each other."""
     key, _, value = override.partition("=")
     if typed_key(override) not in config_groups().difference(COMPOSED) or not value.startswith("["):
         return

@@ -1,8 +1,7 @@
 """Step records of ranks that only print: read from their logs by a regular expression, and drawn as curves.
 
-Owns what a pattern may name, the reading of logs that are being written, and TensorBoard's files of programs that write
-none themselves. Every call is bounded in time and bytes: the agent that calls it has ranks to watch. Must not know what
-the ranks run, nor what follows from their records.
+Logs are read while programs write them. Programs that write no TensorBoard files get some. Every call is bounded in
+time and bytes, because the agent that calls it has ranks to watch.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ class Progress:
         self._attempt = attempt
         self._expression = pattern
         self._pattern = re.compile(pattern) if pattern else None
-        """None where there is none, or it was given up."""
+        """None if there is none, or it was given up."""
         read = ranks if pattern else ()
         self._logs = [_RankLog(folder, attempt, rank, contract.unit, contract.work_per_step) for rank in read]
         self._curves = _Curves(folder, attempt) if contract.writes_curves and 0 in ranks else None
@@ -180,7 +179,7 @@ class _RankLog:
 
     @property
     def has_cut(self) -> bool:
-        """Tell whether a line was too long."""
+        """Return whether a line was too long."""
         return self._reader.has_cut
 
     def new_lines(self) -> list[str] | None:

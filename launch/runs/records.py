@@ -34,7 +34,7 @@ class StepRecord:
     """Steps are counted from 1: record s describes the update that made the weights of step s."""
     attempt: int
     loss: float | None
-    """Mean cross-entropy over the global batch, nats per token; the same on every rank. None where it is not finite,
+    """Mean cross-entropy over the global batch, nats per token; the same on every rank. None if it is not finite,
     and the step was skipped."""
     lr: float
     grad_norm: float | None
@@ -232,7 +232,7 @@ class RecordWriter:
 
 
 def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Units per second of the whole run that a step record tells, and which units; None where it tells none."""
+    """Units per second of the whole run that a step record tells, and which units; None if it tells none."""
     known = (unit for unit in UNITS if record.get(f"{unit}_per_s") is not None)
     unit = next(known, None)
     return None if unit is None else (float(record[f"{unit}_per_s"]), unit)
@@ -355,7 +355,7 @@ def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None) -> No
     """Raise ConfigError for an objective that no step will record, before a run is trained for it.
 
     Args:
-        name: figure that was asked for; None for none.
+        name: figure that was requested; None for none.
         figures: those that the program records; None where only the program knows.
     """
     if name is None or figures is None or name in figures:

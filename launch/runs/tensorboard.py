@@ -1,8 +1,8 @@
 """TensorBoard event files: the names of the curves, and a writer of scalars, texts, images and chart layouts.
 
-Owns the mapping from a step record to tags, so that every run shows the same curves under the same names, and the
-event files themselves. Uses tensorboard's own file writer and messages; loads neither torch nor TensorFlow. Must not
-know what is trained or how: the records are the truth, this is one view of them.
+One table maps the fields of a step record to tags, so that every run shows the same curves under the same names. Files
+are written by tensorboard's own writer and messages; neither torch nor TensorFlow is loaded. The step records are the
+data; event files are a view of them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # colour type in the IHDR chunk -
 
 
 class Curve(NamedTuple):
-    """Tags of one curve in a chart of the Custom Scalars tab, and of the band around it where there is one."""
+    """Tags of one curve in a chart of the Custom Scalars tab, and of the band around it if there is one."""
 
     value: str
     lower: str | None = None

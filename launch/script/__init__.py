@@ -100,11 +100,11 @@ class Missing(NamedTuple):
     part: str
     """Part of the name that was not found."""
     locations: tuple[str, ...] | None
-    """Folders of the package; None where it is a module, and no package."""
+    """Folders of the package; None if it is a module, and no package."""
 
 
 def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *, elsewhere: bool = False) -> None:
-    """Raise ConfigError where ``python -m`` finds no such module, or cannot run it; imports nothing of it.
+    """Raise ConfigError if ``python -m`` finds no such module, or cannot run it; imports nothing of it.
 
     Args:
         module: dotted name.
@@ -146,7 +146,7 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
 
 
 def search(module: str, searched: Iterable[str]) -> Missing | None:
-    """Look for a module and, of a package, its ``__main__``; None where it is there, or may be."""
+    """Look for a module and, of a package, its ``__main__``; None if it is there, or may be."""
     name, locations, spec = "", tuple(searched), None
     for part in module.split("."):
         package, name = name, f"{name}.{part}" if name else part
@@ -174,7 +174,7 @@ def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
 
 
 def finds_by_itself(spec: ModuleSpec) -> bool:
-    """Tell whether the code of a package may find more modules than lie in its folders, as far as it can be read."""
+    """Return whether the code of a package may find more modules than lie in its folders, as far as it can be read."""
     if spec.origin is None:  # a namespace package has no code
         return False
     try:
@@ -188,7 +188,7 @@ def finds_by_itself(spec: ModuleSpec) -> bool:
 
 
 def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
-    """Raise ConfigError where the program is not there, as far as this machine can tell.
+    """Raise ConfigError if the program is not there, as far as this machine can tell.
 
     Args:
         script: the keys of the program.
@@ -220,7 +220,7 @@ def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
 
 
 def require_command(command: Sequence[str], workdir: Path) -> None:
-    """Raise ConfigError where the program of a command is not there, or cannot be executed."""
+    """Raise ConfigError if the program of a command is not there, or cannot be executed."""
     program, local = command[0], workdir / command[0]
     if shutil.which(program, path=os.pathsep.join([str(workdir), os.environ.get("PATH", "")])):
         return
@@ -422,7 +422,7 @@ def unused_keys(request: PlanRequest) -> Iterator[str]:
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
-    """Raise ConfigError where the script is not said to go on with another number of ranks."""
+    """Raise ConfigError if the script is not said to go on with another number of ranks."""
     if not script.elastic:
         raise ConfigError(
             f"a script that is not said to go on with {request.world_size} ranks",

@@ -68,7 +68,7 @@ def flat(values: Sequence[Any]) -> Iterator[Any]:
 
 
 def refuse_nested(key: str, values: Sequence[Any], expected: str, meant: Sequence[Any] | str) -> None:
-    """Raise ConfigError where the elements of a list are not texts and numbers; proposes what was ``meant``."""
+    """Raise ConfigError if the elements of a list are not texts and numbers; proposes what was ``meant``."""
     for value in values:
         if value is None or isinstance(value, list | Mapping):
             what = "null" if value is None else "a list" if isinstance(value, list) else "a mapping"
@@ -78,7 +78,7 @@ def refuse_nested(key: str, values: Sequence[Any], expected: str, meant: Sequenc
 
 
 def check_options(options: Mapping[str, Any], style: Style, prefix: str = "script.options.") -> None:
-    """Raise ConfigError where an option has a list that arguments of this style cannot say."""
+    """Raise ConfigError if an option has a list that arguments of this style cannot say."""
     for name, value in options.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -126,7 +126,7 @@ def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") 
 
 
 def require_known(key: str, value: Any, keys: Collection[str]) -> None:
-    """Raise ConfigError where ``${NAME}`` in arguments is neither a value of the run nor a key at the root.
+    """Raise ConfigError if ``${NAME}`` in arguments is neither a value of the run nor a key at the root.
 
     ``{NAME}`` of such a value is refused too where a word is made of it: a text with other braces is the program's.
     """
@@ -210,7 +210,7 @@ class ScriptOptions:
     env: dict[str, Optional[str]] = field(default_factory=dict)
     """Variables of the environment that are set for the ranks, or with null taken away, RANK and the like included."""
     resumes: bool = False
-    """A new start goes on from the script's own checkpoint, so it may be restarted and requeued."""
+    """A new start continues from the script's own checkpoint, so it may be restarted and requeued."""
     elastic: bool = False
     """A new start may have fewer ranks than the one before, or more: WORLD_SIZE tells, the script does the rest."""
     resume_args: Any = None

@@ -1,8 +1,8 @@
-"""Jobs that sbatch has taken and that no event log names, as their launcher died in between: found and adopted.
+"""Adoption of jobs that sbatch accepted and that no event log names, because their launcher died in between.
 
-A job that runs has entered itself (``launch.plan.preflight``). One that waits is known by submitit's pickle of it,
-which names its run folder. One for which submitit did not get as far finds no pickle, and ends by itself after
-a minute. Owns finding them; status, logs, cancel, move and a second launch then treat them as the run's job.
+A running job has recorded itself (``launch.plan.preflight``). A pending one is recognized by submitit's pickle, which
+names its run folder. If submitit wrote no pickle, the job finds none and ends by itself after a minute. Status, logs,
+cancel, move and a second launch treat an adopted job as the job of its run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
 
 
 def running_job(folder: RunFolder, own: str | None = None) -> str | None:
-    """Name the job that still works on a run folder, or waits to; None where there is none, or it is our ``own``.
+    """Name the job that still works on a run folder, or waits to; None if there is none, or it is our ``own``.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -70,7 +70,7 @@ def running_job(folder: RunFolder, own: str | None = None) -> str | None:
 
 
 def refuse_running(plan: Plan, own: str | None = None) -> None:
-    """Raise ConfigError where an earlier submission still works on the same folder; ``own`` is this process's job.
+    """Raise ConfigError if an earlier submission still works on the same folder; ``own`` is this process's job.
 
     Before a run goes back also where its ranks were started by hand.
     """

@@ -36,7 +36,7 @@ def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Findi
 
 
 def check_at(facts: SlurmFacts, request: Request, name: str, config: Config) -> list[Finding]:
-    """All checks at one candidate, whose name goes with every complaint; no name where there is no list."""
+    """All checks at one candidate, whose name goes with every complaint; no name if there is no list."""
     try:
         config.validate()
     except ConfigError as error:
@@ -81,7 +81,7 @@ def settle(facts: SlurmFacts, request: Request) -> Placement:
 
 
 def refuse_missing_nodes(facts: SlurmFacts, configs: Sequence[Config]) -> None:
-    """Raise ConfigError where a point asks for more nodes than any partition has that it could go to.
+    """Raise ConfigError if a point asks for more nodes than any partition has that it could go to.
 
     Needs no plan of the points, unlike the other checks; says nothing where an option or a plugin of the site decides.
     """
@@ -108,7 +108,7 @@ def most_nodes(facts: SlurmFacts, config: Config) -> float:
 
 
 def refuse_impossible(facts: SlurmFacts, request: Request, settled: Placement) -> None:
-    """Raise ConfigError where a job could start at no candidate."""
+    """Raise ConfigError if a job could start at no candidate."""
     if settled.possible:
         return
     points = f"point {request.points[0]}" if len(request.points) == 1 else f"points {', '.join(request.points)}"
@@ -139,7 +139,7 @@ def fitting(facts: SlurmFacts, config: Config) -> str:
 
 
 def refuse_without_controller(facts: SlurmFacts) -> None:
-    """Raise ConfigError where no controller answers that could take a job."""
+    """Raise ConfigError if no controller answers that could take a job."""
     if facts.is_away:
         raise ConfigError(
             f"cluster=slurm, and {facts.slurm_problem}",
@@ -151,8 +151,9 @@ def refuse_without_controller(facts: SlurmFacts) -> None:
 def look_before_submitting(
     facts: SlurmFacts, plans: Sequence[Plan], configs: Sequence[Config], console: Console
 ) -> list[Plan]:
-    """Compare what is asked of Slurm with what it has: leave out candidates of a placement where a point could never
-    run, and say which and why.
+    """Compare what is requested from Slurm with what it has.
+
+    Candidates of a placement where a point could never run are left out, and printed with the reason.
 
     Raises:
         ConfigError: a point could start nowhere.

@@ -113,7 +113,7 @@ def missing_configuration() -> str:
 def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run a command that neither Ctrl-C nor a SIGTERM ends halfway.
 
-    Slurm sends SIGTERM to everything in a job that is requeued or preempted, the command that asked for it included.
+    Slurm sends SIGTERM to everything in a job that is requeued or preempted, the command that requested it included.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # what is started inherits the mask
     try:
@@ -131,7 +131,7 @@ def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.Comp
 
 
 def controller_answers() -> bool:
-    """Tell whether sbatch is installed and a Slurm controller can be reached from here."""
+    """Return whether sbatch is installed and a Slurm controller can be reached from here."""
     return controller_problem() is None
 
 
@@ -171,13 +171,13 @@ class JobState:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether the job will not run again by itself."""
+        """Return whether the job will not run again by itself."""
         active = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
         return not self.is_waiting and self.state not in active
 
     @property
     def is_waiting(self) -> bool:
-        """Tell whether the job has yet to start, or to start again."""
+        """Return whether the job has yet to start, or to start again."""
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
@@ -290,7 +290,7 @@ def unix_time(text: str) -> float | None:
 
 
 def seconds(text: str) -> float | None:
-    """A length of time as Slurm prints it, ``1-02:03:04``; None where there is no limit."""
+    """A length of time as Slurm prints it, ``1-02:03:04``; None if there is no limit."""
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
@@ -305,7 +305,7 @@ def requeue(job_id: str) -> None:
 
 
 def nodes_left(job_id: str, retries: int = RETRIES) -> set[str]:
-    """Names of the nodes that a running job has now: Slurm takes those that fail from one that asked for --no-kill.
+    """Names of the nodes that a running job has now: Slurm takes those that fail from one that requested --no-kill.
 
     Raises:
         SlurmError: it does not answer, or has forgotten the job.

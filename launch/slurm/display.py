@@ -1,7 +1,6 @@
-"""Shows how submitted points go on, and waits for their end.
+"""Progress of submitted points on the terminal, as bars or as plain lines, until all of them end.
 
-Owns the progress bars of a terminal and the plain lines where there is none. Decides nothing but which local point
-starts next; where one on Slurm waits is decided in ``launch.plan.placement``.
+The loop also starts the next local point. ``launch.plan.placement`` decides when a pending job moves.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def duration(seconds: float) -> str:
 
 
 def state_text(point: RunStatus) -> str:
-    """The state, and why where that is known; of a run that goes on with fewer nodes, with how many."""
+    """The state, and why where that is known; of a run that continues with fewer nodes, with how many."""
     fewer = point.fewer_nodes() if point.state == "running" else None
     on = "" if fewer is None else f"{fewer['nodes']} of {fewer['asked']} nodes"
     told = ", ".join(part for part in (point.detail, on) if part)
@@ -193,5 +192,5 @@ def start_next_local(points: Sequence[RunStatus]) -> None:
 
 
 def is_cancelled(point: RunStatus) -> bool:
-    """Tell whether somebody has cancelled the point since it was planned."""
+    """Return whether somebody has cancelled the point since it was planned."""
     return any(e["event"] == "cancelled" for e in point.events())

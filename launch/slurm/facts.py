@@ -96,7 +96,7 @@ def refusal(check: str, error: ConfigError) -> Finding:
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
-    """Tell whether any finding is an error."""
+    """Return whether any finding is an error."""
     return any(finding.level is Level.error for finding in findings)
 
 
@@ -126,7 +126,7 @@ def summary(findings: Iterable[Finding]) -> str:
     return f"{errors} errors, {warnings} warnings, {levels.count(Level.ok)} ok"
 
 
-# Facts for the checks, gathered once: this machine, the folders of the run, Slurm's limits, and what is asked for.
+# Facts for the checks, gathered once: this machine, the folders of the run, Slurm's limits, and what is requested.
 
 
 DISTRIBUTION = "gpt-launch"
@@ -162,7 +162,7 @@ class Machine:
     versions: dict[str, str]
     """Installed versions of torch and of what is required, by distribution; one that is not there is absent."""
     requirements: tuple[str, ...]
-    """Requirements of our distribution; empty where it is not installed."""
+    """Requirements of our distribution; empty if it is not installed."""
     programs: tuple[Folder, ...]
     """Folders of the job's Python and of our code, where that is a folder of the user's and not of the system."""
 
@@ -189,11 +189,11 @@ class SlurmFacts:
     is_away: bool = False
     """True where that is for want of a controller, so that nothing can be submitted."""
     others: dict[str, Limits | str] = field(default_factory=dict)
-    """The limits of other clusters that are asked for, by name; the reason where one is not known or not there."""
+    """The limits of other clusters that are requested, by name; the reason where one is not known or not there."""
     groups: tuple[str, ...] | None = None
     """Unix groups of the user; None for root, whom every partition lets in."""
     torch: str = ""
-    """Version of the torch that the job will import, which tells what it was built for; empty where there is none."""
+    """Version of the torch that the job will import, which tells what it was built for; empty if there is none."""
 
     def at(self, cluster: str | None) -> Limits | str:
         """The limits of a cluster, None being the local one; the reason where they are not known."""
@@ -331,7 +331,7 @@ def ask_slurm(clusters: Iterable[str] = ()) -> SlurmFacts:
 
 
 def torch_version() -> str:
-    """Version of the installed torch, without importing it; empty where there is none."""
+    """Version of the installed torch, without importing it; empty if there is none."""
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -339,7 +339,7 @@ def torch_version() -> str:
 
 
 def container_problem(cluster: ClusterConfig) -> str:
-    """Problem with the container of a run, as far as this machine tells; empty where there is none."""
+    """Problem with the container of a run, as far as this machine tells; empty if there is none."""
     image, runtime = cluster.container, cluster.container_runtime
     if image is None:
         return ""

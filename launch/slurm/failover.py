@@ -58,7 +58,7 @@ class PendingRun:
 
     @property
     def is_between(self) -> bool:
-        """Tell whether it was taken out of the queue and is not in it again."""
+        """Return whether it was taken out of the queue and is not in it again."""
         return self.point.job_status.state == "over"
 
     def step(self, now: float) -> Step:
@@ -75,7 +75,7 @@ class PlacementFailover:
         """Time when a job was last seen to wait for something that is no matter of place."""
 
     def step(self, points: Sequence[RunStatus]) -> SlurmError | None:
-        """Move what is due. A Slurm that does not answer in between is returned; the next step goes on from there."""
+        """Move what is due. A Slurm that does not answer in between is returned; the next step continues from there."""
         now = time.time()
         waiting = [w for point in points if (w := self._waiting(point, now)) is not None]
         due = [w for w in waiting if w.is_between or w.step(now) != Step()]
@@ -187,8 +187,8 @@ class PlacementFailover:
 
 
 def promised(point: RunStatus) -> Plan | None:
-    """The plan of a point, without candidates that sbatch has refused and hosts that failed in it; None where there is
-    none to move by. Raises ConfigError where it is damaged."""
+    """The plan of a point, without candidates that sbatch has refused and hosts that failed in it; None if there is
+    none to move by. Raises ConfigError if it is damaged."""
     plan = point.plan
     if plan is None:
         known = read_plan(point.folder)
@@ -206,7 +206,7 @@ def promised(point: RunStatus) -> Plan | None:
 
 
 def is_watched(point: RunStatus) -> bool:
-    """Tell whether the point needs somebody to move it, or to give up, while it waits."""
+    """Return whether the point needs somebody to move it, or to give up, while it waits."""
     plan = promised(point)
     return plan is not None and plan.placement.is_watched
 
@@ -219,7 +219,7 @@ def note_that_it_stayed(point: RunStatus) -> None:
 
 
 def is_current(w: PendingRun) -> bool:
-    """Tell whether nobody else has moved the point or cancelled it since it was looked at."""
+    """Return whether nobody else has moved the point or cancelled it since it was looked at."""
     events = w.point.events()
     submitted = [job_of(e).name for e in events if e["event"] == "submitted"]
     cancelled = any(e["event"] == "cancelled" for e in events)
@@ -228,7 +228,7 @@ def is_current(w: PendingRun) -> bool:
 
 @contextmanager
 def claim(folder: RunFolder) -> Iterator[bool]:
-    """Tell whether this process alone moves the point for now."""
+    """Return whether this process alone moves the point for now."""
     path = folder.path / ".launch" / "moving"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -268,7 +268,7 @@ def wait_until_out(points: Sequence[RunStatus]) -> Mapping[str, JobState]:
 
 
 def is_out(point: RunStatus, queue: Mapping[str, JobState]) -> bool:
-    """Tell whether the job of a point was taken out of the queue, rather than having started."""
+    """Return whether the job of a point was taken out of the queue, rather than having started."""
     assert point.job is not None
     known = queue.get(point.job.name)
     return known is None or known.state == "CANCELLED"

@@ -167,7 +167,7 @@ class LocalJob:
 
     @property
     def is_alive(self) -> bool:
-        """Tell whether the controller runs."""
+        """Return whether the controller runs."""
         return is_local_job(int(self.job_id), self.started) if self._process is None else self._process.poll() is None
 
     def status(self, queue: Mapping[str, JobState]) -> JobStatus:
@@ -197,7 +197,7 @@ class LocalJob:
 
 
 def is_local_job(pid: int, started: str | None = None) -> bool:
-    """Tell whether process ``pid`` is a submitit controller that still runs, that which ``started`` then if given."""
+    """Return whether process ``pid`` is a submitit controller that still runs, that which ``started`` then if given."""
     try:
         is_controller = CONTROLLER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

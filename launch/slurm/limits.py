@@ -88,7 +88,7 @@ class NodeLimits:
 
     @property
     def is_usable(self) -> bool:
-        """Tell whether jobs can start here, now or when it is free."""
+        """Return whether jobs can start here, now or when it is free."""
         return not self.states & UNUSABLE
 
     def count(self, name: str, kind: str = "") -> int:
@@ -109,7 +109,7 @@ class Limits:
     """Flags of each QOS by its name; None where slurmdbd, which knows them, does not answer."""
 
     def number(self, key: str) -> int | None:
-        """A number of slurm.conf, without its unit; None where it is unlimited or not said."""
+        """A number of slurm.conf, without its unit; None if it is unlimited or not said."""
         return count(self.config.get(key, "").split(" ")[0])
 
     def nodes_of(self, partition: Partition) -> list[NodeLimits]:
@@ -118,11 +118,11 @@ class Limits:
 
     @property
     def has_accounting(self) -> bool:
-        """Tell whether there is a slurmdbd, and with it accounts, associations and QOSes."""
+        """Return whether there is a slurmdbd, and with it accounts, associations and QOSes."""
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
 
     def may_be_lifted(self, flag: str, partition: Partition, qos: str | None) -> bool:
-        """Tell whether a QOS with this flag may lift a limit of the partition for a job; by its default where ``qos``
+        """Return whether a QOS with this flag may lift a limit of the partition for a job; by its default where ``qos``
         is None. With EnforcePartLimits no QOS does (slurm.conf)."""
         if not self.has_accounting or self.config.get("EnforcePartLimits", "NO") not in ("NO", "0"):
             return False
@@ -157,7 +157,7 @@ def read(cluster: str | None = None) -> Limits:
 
 
 def read_qos_flags() -> dict[str, frozenset[str]] | None:
-    """Ask slurmdbd for the flags of every QOS; None where it does not answer."""
+    """Ask slurmdbd for the flags of every QOS; None if it does not answer."""
     words = ("--noheader", "--parsable2", "show", "qos", "format=Name,Flags")
     try:
         text = scheduler.run("sacctmgr", *words, timeout_s=TIMEOUT_S, retries=1)
@@ -253,7 +253,7 @@ def names(text: str) -> tuple[str, ...] | None:
 
 
 def minutes(text: str) -> float | None:
-    """``[days-]hours:minutes:seconds`` in minutes; None where it is unlimited."""
+    """``[days-]hours:minutes:seconds`` in minutes; None if it is unlimited."""
     if text in NOTHING or text in UNLIMITED:
         return None
     days, _, clock = text.rpartition("-")

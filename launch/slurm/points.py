@@ -1,6 +1,6 @@
-"""Plans of all points of a sweep: settled by what Slurm has, made, told apart, and held against its limits.
+"""Plans of all points of a sweep: resolved with Slurm's facts, told apart, and compared with Slurm's limits.
 
-Owns the order of these steps. Writes and submits nothing.
+The functions stand in the order of these steps. Nothing is written or submitted.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def settle_resources(
         kinds: the cluster of each point.
 
     Returns:
-        What Slurm tells of itself; None where it is not asked.
+        What Slurm tells of itself; None if it is not asked.
 
     Raises:
-        ConfigError: more ranks are asked for on a node than its GPUs, and nothing says which of the two is meant.
+        ConfigError: more ranks are requested on a node than its GPUs, and nothing says which of the two is meant.
     """
     if whole := settle_exclusive(documents, configs, kinds):
         console.print(whole, highlight=False, markup=False)
@@ -129,7 +129,7 @@ def plan_points(
     """Plan all points of a command.
 
     Args:
-        slurm: what Slurm tells of itself; None where it was not asked.
+        slurm: what Slurm tells of itself; None if it was not asked.
 
     Raises:
         ConfigError: one cannot work; where a cluster does not have its nodes, that is said first.
@@ -171,7 +171,7 @@ def label_plans(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> list[P
 
 
 def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> None:
-    """Raise ConfigError where two points would write into one folder."""
+    """Raise ConfigError if two points would write into one folder."""
     seen: dict[str, Sequence[str]] = {}
     for plan, words in zip(plans, typed, strict=True):
         if plan.run_dir in seen:
@@ -214,7 +214,7 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
     """Hold the plans against Slurm's limits, and add their share of the budget, expected times and warnings.
 
     Args:
-        slurm: what Slurm tells of itself; None where it was not asked.
+        slurm: what Slurm tells of itself; None if it was not asked.
 
     Raises:
         ConfigError: Slurm would refuse a point, or never start it.
@@ -233,7 +233,7 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
 
 
 def refuse_local(plans: Sequence[Plan]) -> None:
-    """Raise ConfigError where a run would have to do without the launcher that it is bound to."""
+    """Raise ConfigError if a run would have to do without the launcher that it is bound to."""
     if any(plan.cluster == "local" for plan in plans):
         raise ConfigError(
             "launch.detach=true with agents on this machine (cluster=local)",

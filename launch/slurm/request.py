@@ -39,7 +39,7 @@ def check_asked(
 WantText = tuple[str, str, Callable[[float], str], str]
 """Key, value, an amount for people, and how to ask for less."""
 Want = tuple[WantText, float, Callable[[NodeLimits], float]]
-"""Words, how much is asked for, and how much of it a node gives."""
+"""Words, how much is requested, and how much of it a node gives."""
 
 
 def wants(limits: Limits, partition: Partition, request: Request) -> Iterator[Want]:
@@ -87,12 +87,12 @@ def typed_options(cluster: ClusterConfig) -> set[str]:
 
 
 def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
-    """Tell whether a job has its nodes, and all of their CPUs, to itself."""
+    """Return whether a job has its nodes, and all of their CPUs, to itself."""
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
 
 
 def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
-    """Tell whether Slurm would give the one task of a node, the agent with all ranks, a single CPU."""
+    """Return whether Slurm would give the one task of a node, the agent with all ranks, a single CPU."""
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit
     for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
@@ -101,7 +101,7 @@ def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfi
 
 
 def check_defaults(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
-    """CPUs and memory that were not asked for, where the cluster's default is meant for jobs of one CPU."""
+    """CPUs and memory that were not requested, where the cluster's default is meant for jobs of one CPU."""
     cluster, ranks = request.config.cluster, request.config.ranks_on_node
     options = typed_options(cluster)
     if gives_whole_nodes(partition, cluster):
@@ -177,7 +177,7 @@ def check(limits: Limits, partition: Partition, request: Request) -> Iterator[Fi
 
 
 def check_requeue(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
-    """Tell whether the batch job may be requeued: JobRequeue of the cluster, or --requeue."""
+    """Return whether the batch job may be requeued: JobRequeue of the cluster, or --requeue."""
     options = {str(key).replace("-", "_"): value for key, value in request.config.cluster.additional_parameters.items()}
     if options.get("no_requeue"):
         found, fix = "cluster.additional_parameters.no_requeue is set", "~cluster.additional_parameters.no_requeue"
@@ -191,7 +191,7 @@ def check_requeue(limits: Limits, partition: Partition, request: Request) -> Ite
 
 
 def check_grace(limits: Limits, partition: Partition, request: Request) -> Iterator[Finding]:
-    """Tell whether a preempted run has the time to save that it has before its time limit.
+    """Return whether a preempted run has the time to save that it has before its time limit.
 
     Slurm 22.05 ends a preempted job GraceTime and then KillWait after it was told.
     """
@@ -275,7 +275,7 @@ def soften(finding: Finding) -> Finding:
 
 
 def asked_names(config: Config) -> list[str]:
-    """The partitions that were asked for by name; Slurm takes any of several."""
+    """The partitions that were requested by name; Slurm takes any of several."""
     return [name.strip() for name in (config.cluster.partition or "").split(",") if name.strip()]
 
 
@@ -286,7 +286,7 @@ def partitions_of(limits: Limits, config: Config) -> list[Partition]:
 
 
 def check_partition_names(limits: Limits, request: Request) -> Iterator[Finding]:
-    """Tell whether the partitions exist."""
+    """Return whether the partitions exist."""
     there = [partition.name for partition in limits.partitions]
     names = asked_names(request.config)
     for name in names:
@@ -327,7 +327,7 @@ def check_partition(
 
 
 def check_state(limits: Limits, partition: Partition) -> Iterator[Finding]:
-    """Tell whether the partition takes and starts jobs."""
+    """Return whether the partition takes and starts jobs."""
     if partition.state == "UP":
         return
     others = [p.name for p in limits.partitions if p.state == "UP"]
@@ -392,13 +392,13 @@ def check_time(limits: Limits, partition: Partition, request: Request) -> Iterat
 
 
 def eligible(limits: Limits, partition: Partition, request: Request) -> list[NodeLimits]:
-    """The nodes of a partition that are not excluded and have the features asked for, usable or not."""
+    """The nodes of a partition that are not excluded and have the features requested, usable or not."""
     nodes = limits.nodes_of(partition)
     return [node for node in nodes if node.name not in request.excluded and has_features(node, request.config)]
 
 
 def has_features(node: NodeLimits, config: Config) -> bool:
-    """Tell whether a node has the features that are asked for."""
+    """Return whether a node has the features that are requested."""
     return features(config) <= node.features
 
 
@@ -456,7 +456,7 @@ def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
 
 
 def check_accounting(limits: Limits) -> Iterator[Finding]:
-    """Tell whether sacct knows anything. Nothing of ours needs it."""
+    """Return whether sacct knows anything. Nothing of ours needs it."""
     kind = limits.config.get("AccountingStorageType", "")
     if kind.endswith("/none") or not kind:
         yield fine(

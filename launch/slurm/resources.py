@@ -44,7 +44,7 @@ def settle_cpus(
 def cpus_for(config: Config, facts: SlurmFacts) -> tuple[int, str] | None:
     """CPUs of each node for a point, and what they follow from; None where Slurm gives more than one by itself.
 
-    Every node that has the GPUs asked for can give them, at every place that the point may go to.
+    Every node that has the GPUs requested can give them, at every place that the point may go to.
     """
     wanted = CPUS_PER_RANK * config.ranks_on_node
     why = f"{CPUS_PER_RANK} for each of {counted(config.ranks_on_node, 'rank')} on a node"
@@ -68,7 +68,7 @@ def cpus_for(config: Config, facts: SlurmFacts) -> tuple[int, str] | None:
 
 
 def fitting(limits: Limits, partition: Partition, config: Config) -> list[NodeLimits]:
-    """Nodes of a partition that take jobs and have the GPUs that are asked for."""
+    """Nodes of a partition that take jobs and have the GPUs that are requested."""
     nodes = limits.nodes_of(partition)
     return [node for node in nodes if node.is_usable and node.count("gpu") >= (config.cluster.gpus_per_node or 0)]
 
@@ -77,7 +77,7 @@ def fitting(limits: Limits, partition: Partition, config: Config) -> list[NodeLi
 
 
 GPU_OPTIONS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "gres", "G"}
-"""Options of sbatch that ask for GPUs, or that say there are none to be asked for."""
+"""Options of sbatch that ask for GPUs, or that say there are none to be requested."""
 NONE_WANTED = "cluster.gpus_per_node=0 computes on CPUs"
 
 
@@ -109,7 +109,7 @@ def settle_gpus(
         facts: what Slurm tells of itself. Where it tells nothing of a place, that point is left as it is.
 
     Raises:
-        ConfigError: more ranks are asked for on a node than its GPUs, and nothing says which of the two is meant.
+        ConfigError: more ranks are requested on a node than its GPUs, and nothing says which of the two is meant.
     """
 
     def choose(config: Config) -> tuple[int | None, str]:
@@ -132,7 +132,7 @@ def settle_local_ranks(
         configs: the same, typed; both are changed.
         kinds: the cluster of each point.
         gpus: of this machine that may be used.
-        torch: version of it that is installed; empty where there is none.
+        torch: version of it that is installed; empty if there is none.
 
     Returns:
         What was decided and by what, for people.
@@ -159,7 +159,7 @@ def choose_gpus(config: Config, facts: SlurmFacts) -> tuple[int | None, Finding 
     """GPUs of each node to ask for, None where the config stays as it is; and what to say of that, if anything.
 
     Raises:
-        ConfigError: more ranks are asked for on a node than its GPUs, and nothing says which of the two is meant.
+        ConfigError: more ranks are requested on a node than its GPUs, and nothing says which of the two is meant.
     """
     if says_gpus(config) or computes_on_cpus(config) or (there := gpus_there(config, facts)) is None:
         return None, None
@@ -187,7 +187,7 @@ def choose_gpus(config: Config, facts: SlurmFacts) -> tuple[int | None, Finding 
 
 
 def refuse_without_gpus(config: Config, facts: SlurmFacts) -> None:
-    """Raise ConfigError where a batch script of the user's asks for no GPUs on nodes that all have some.
+    """Raise ConfigError if a batch script of the user's asks for no GPUs on nodes that all have some.
 
     Args:
         config: of the run; ``cluster.gpus_per_node`` is what the job has been given.
@@ -203,12 +203,12 @@ def refuse_without_gpus(config: Config, facts: SlurmFacts) -> None:
 
 
 def built_for_cpus(torch: str) -> bool:
-    """Tell whether a torch of this version was built without any kind of GPU."""
+    """Return whether a torch of this version was built without any kind of GPU."""
     return torch.endswith("+cpu")
 
 
 def says_gpus(config: Config) -> bool:
-    """Tell whether the config says how many GPUs there are to be, none included, here or at a candidate."""
+    """Return whether the config says how many GPUs there are to be, none included, here or at a candidate."""
     return any(
         there.cluster.gpus_per_node is not None
         or any(part.name == "gpu" for part in gres(there.cluster.gres or ""))
@@ -218,7 +218,7 @@ def says_gpus(config: Config) -> bool:
 
 
 def gpu_type(config: Config, facts: SlurmFacts) -> str | None:
-    """Type of the GPUs where a point may go, as Slurm's Gres name it; None where it is not known, or not one."""
+    """Type of the GPUs where a point may go, as Slurm's Gres name it; None if it is not known, or not one."""
     there = gpus_there(config, facts)
     return None if there is None else there.type
 

@@ -52,7 +52,7 @@ def outcome(events: Sequence[dict[str, Any]]) -> str:
 
 
 def has_ended(events: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether the event log says that nothing more will happen: the agent decided to stop, and has left since."""
+    """Return whether the event log shows that nothing more will happen: the agent decided to stop, and left."""
     last = next((e for e in reversed(events) if e["event"] in DECISIVE), None)
     if last is None or last["event"] != "agent_ended" or last.get("cause") == "killed":
         return False
@@ -83,7 +83,7 @@ def state_between_places(events: Sequence[dict[str, Any]], is_out: bool) -> tupl
 
 
 def last_placed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last event that says where the point waits; None where it ran after that."""
+    """The last event that says where the point waits; None if it ran after that."""
     for event in reversed(events):
         if event["event"] in PLACED:
             return event
@@ -170,7 +170,7 @@ class RunStatus:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether nothing more will happen."""
+        """Return whether nothing more will happen."""
         return self.state in OVER
 
     @property
@@ -181,7 +181,7 @@ class RunStatus:
         return advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)), self.job.cluster)
 
     def why_not_restarted(self) -> str | None:
-        """Reason for which a run does not start again; None where it goes on, or ended as it was meant to."""
+        """Reason for which a run does not start again; None if it continues, or ended as it was meant to."""
         return why_not_restarted(self.events())
 
     def sick_nodes(self) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ class RunStatus:
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
 
     def start_refusal(self) -> str | None:
-        """Refusal of the newest start of the ranks, in three parts; None where it was not refused."""
+        """Refusal of the newest start of the ranks, in three parts; None if it was not refused."""
         told = [e["cause"] for e in events_since_start(self.events()) if e["event"] == "start_refused"]
         return told[-1] if told else None
 
@@ -315,7 +315,7 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
 
 
 def is_silent(point: RunStatus) -> bool:
-    """Tell whether the agents of a Slurm job left no word at all: neither an event nor a line of output."""
+    """Return whether the agents of a Slurm job left no word at all: neither an event nor a line of output."""
     if not isinstance(point.job, SlurmJob):
         return False
     logs = agent_logs(point.folder.path, point.job, 0)
@@ -387,7 +387,7 @@ def read_steps(point: RunStatus) -> None:
 
 
 def size_of(record: Mapping[str, Any], fewer: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Return the number of nodes that a step was made on, where it was fewer than asked for; else None."""
+    """Return the number of nodes that a step was made on, where it was fewer than requested; else None."""
     event = fewer.get(record["attempt"])
     return None if event is None else int(event["nodes"])
 

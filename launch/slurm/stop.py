@@ -1,7 +1,7 @@
-"""Stop of submitted runs: ask them to save and leave, and end what has not left in time.
+"""Stop of submitted runs: request a save, and end what has not left in time.
 
-Owns the one orderly stop there is, of ``launch.cancel`` and of Ctrl-C at the launcher: the cancel stands in the event
-log before any signal is sent, so that the end it brings about is never taken for a preemption.
+``launch.cancel`` and Ctrl-C at the launcher use it. The event log has the cancel before any signal is sent, so that the
+end is never mistaken for a preemption.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stop:
 
     @property
     def is_done(self) -> bool:
-        """Tell whether there is nothing left to do, or nothing that can be done."""
+        """Return whether there is nothing left to do, or nothing that can be done."""
         return self.point.is_over or self.error is not None
 
     def mark(self) -> None:
@@ -76,7 +76,7 @@ class Stop:
             self._asked = job
 
     def _was_heard(self) -> bool:
-        """Tell whether the agents know already, where the answer to an earlier scancel was lost: a second one kills."""
+        """Return whether the agents know already, if the answer to an earlier scancel was lost: a second one kills."""
         names = [e["event"] for e in self.point.events()]
         return "signalled" in names[names.index("cancelled") :]
 

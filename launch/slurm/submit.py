@@ -99,7 +99,7 @@ def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
 
 
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
-    """Submit plans of one shape: a job array, or a plain job where there is one plan. In the plans' order.
+    """Submit plans of one shape: a job array, or a plain job if there is one plan. In the plans' order.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -119,7 +119,7 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
 def submit_calls(
     folder: Path, resources: Mapping[str, Any], function: Callable[[str], object], arguments: Sequence[str]
 ) -> list[SlurmJob]:
-    """Submit calls of a function of one argument, on every node: a job array, or a plain job where there is one call.
+    """Submit calls of a function of one argument, on every node: a job array, or a plain job if there is one call.
 
     Args:
         folder: where submitit keeps what belongs to the jobs; made before sbatch is asked, as a job may start at once.
@@ -202,7 +202,7 @@ UNREACHED = ("unable to contact slurm controller (connect failure)", "connection
 
 
 def may_have_taken(error: SlurmError) -> bool:
-    """Tell whether Slurm may have taken a job although sbatch failed: its answer was late."""
+    """Return whether Slurm may have taken a job although sbatch failed: its answer was late."""
     is_unreached = any(text in str(error).lower() for text in UNREACHED)
     return isinstance(error, SlurmBusyError) and not is_unreached
 
@@ -237,7 +237,7 @@ def partition_names(plan: Plan) -> list[str]:
 
 
 def code_of_agents(plan: Plan) -> Path | None:
-    """The copy of the code that the agents of a run are started from; None where it has none, or of a script only."""
+    """The copy of the code that the agents of a run are started from; None if it has none, or of a script only."""
     if plan.code is None:
         return None
     config = read_point(RunFolder(plan.run_dir))

@@ -1,7 +1,6 @@
-"""``python -m launch.storm WORD...``: a chaos drill. One run under seeded faults must end as a quiet one does.
+"""``python -m launch.storm KEY=VALUE...``: a chaos drill. A run under seeded faults must end as an undisturbed run.
 
-Owns the options, the refusals and the verdict for people. The words are those of ``python -m launch``, or the folder of
-a finished run, which is then the quiet one.
+The arguments are those of ``python -m launch``, or the folder of a finished run, which is then the undisturbed one.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def _parser() -> CommandParser:
 
 
 def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str], RunFolder | None]:
-    """The overrides of the drill, and the quiet run where there is one already."""
+    """The overrides of the drill, and the quiet run if there is one already."""
     if len(words) == 1 and is_run(Path(words[0])):
         quiet, words = Path(words[0]), read_overrides(RunFolder(Path(words[0]).absolute()))
     words = [word for word in words if not word.startswith("run_dir=")]

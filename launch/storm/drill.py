@@ -1,6 +1,6 @@
-"""One drill: types the command, waits until the run has recovered, brings the next fault about, and types it again.
+"""One drill: runs the command, waits until the run has recovered, injects the next fault, and repeats the command.
 
-Owns the order of things and ``faults.jsonl``. Must not know how a fault is brought about, nor how the end is judged.
+``faults.jsonl`` records the faults.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Drill:
 
 
 def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: float) -> int | None:
-    """Step of the first checkpoint of the attempt that goes on after a fault; None where there is none yet.
+    """Step of the first checkpoint of the attempt that continues after a fault; None if there is none yet.
 
     What an attempt saves on its way out is no sign of recovery: the next fault would meet a run that is leaving, and
     two would be counted where one came. Where all agents were killed nobody enters the end of the attempt, and the

@@ -214,7 +214,7 @@ class Site:
         raise FaultError("no attempt has told where its ranks are")
 
     def running_rank(self, rank: int) -> int:
-        """Return a rank that there is: ``rank``, or another where the run goes on with fewer nodes than planned."""
+        """Return a rank that there is: ``rank``, or another where the run continues with fewer nodes than planned."""
         sizes = [e["world_size"] for e in self.folder.read_events() if e["event"] == "started" and e.get("world_size")]
         return rank % sizes[-1] if sizes else rank
 

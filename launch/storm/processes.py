@@ -1,7 +1,7 @@
 """Processes of a run on this host, and signals to them: ``python -m launch.storm.processes RUN SIGNAL WHAT RANK``.
 
-A drill starts this module by srun on a node whose processes it does not see. Owns the rule that nothing is signalled
-that is another user's, or no process of the run. Must not know why.
+A drill starts this module by srun on a node whose processes it cannot see. Only processes of the run that belong to
+this user are signalled.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def send(pid: int, number: signal.Signals) -> bool:
 
 
 def find(run_dir: Path, what: str, rank: int, is_over: Callable[[], bool] = lambda: False) -> int | None:
-    """Wait for a rank of a run on this host, or for its agent; None where it does not come, or ``is_over``."""
+    """Wait for a rank of a run on this host, or for its agent; None if it does not come, or ``is_over``."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and not is_over():
         pid = ranks_of(run_dir).get(rank)
@@ -145,7 +145,7 @@ def wait_for_save(run_dir: Path, is_over: Callable[[], bool] = lambda: False) ->
 
 @refusing
 def main() -> int:
-    """Signal one process of a run on this host. Exit status 1 where there is none."""
+    """Signal one process of a run on this host. Exit status 1 if there is none."""
     parser = CommandParser(prog="python -m launch.storm.processes", description="Signal a process of a run here.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("signal", choices=("SIGKILL", "SIGTERM", "SIGSTOP", "SIGCONT"))

@@ -1,6 +1,6 @@
-"""The verdict of a drill: final state, samples, remains, and goodput beside what Young and Daly predict.
+"""The verdict of a drill: final state, samples, leftovers, and goodput beside the prediction of Young and Daly.
 
-Pure functions over two run folders. Must not know how faults are brought about.
+Pure functions over two run folders.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Measurement:
 
 
 def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measurement | None:
-    """Measure the goodput of the stormy run; None where it has too few figures.
+    """Measure the goodput of the stormy run; None if it has too few figures.
 
     The prediction is for the time of the faults: of saves and steps it takes those up to the last one, as a run may go
     on for long, and at another pace, after it.

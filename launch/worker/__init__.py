@@ -1,6 +1,6 @@
-"""The public API of a rank: what a training script may say to the launcher, and hear from it.
+"""The public API of a rank: a training script reports steps to the launcher and polls for requests to save or stop.
 
-    from launch import worker
+    from launch import worker                   # from gpt_launch import worker, beside a launch.py of your own
 
     run = worker.attach()
     for step in range(first_step, steps):
@@ -11,8 +11,8 @@
             run.saved(step)
             break
 
-The same script runs without the launcher: ``attach`` then gives a stand-in that writes nothing. Standard library only;
-``gpt.train`` is the first user. docs/scripts.md tells it at length. Must not know what a script trains, nor with what.
+The same script runs without the launcher: ``attach`` then returns a stand-in that writes nothing. Standard library
+only. docs/scripts.md is the guide; ``gpt.train`` is the first user.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""In-memory checkpoints as a rank sees them: its line to the memory stores that the agents keep beside the ranks.
+"""In-memory checkpoints as a rank sees them: its connection to the memory stores that the agents keep beside the ranks.
 
-Owns what goes over that line. Both ends prove that they know the run's token before anything else is said; messages are
-JSON, signed and numbered, and what follows one of them is bytes under a SHA-256 sum. Nothing is unpickled. A file is
-cut into chunks: its sum is that of the sums of its chunks, so that each byte is hashed once, however many stores it
-goes to. Standard library only. Must not know what is in the files.
+Both ends first prove that they know the run's token. Messages are JSON, signed and numbered; bytes after a message have
+a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, and its sum is that of the sums of its chunks, so
+that each byte is hashed once, however many stores receive it. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The memory store of a node: a process beside the agent that holds checkpoints in memory while ranks die.
+"""The memory store of a node: a process beside the agent that keeps checkpoints in memory while ranks restart.
 
-    python -m gpt_launch launch.worker.memory_store AGENT          what the agent starts; it dies with it
+    python -m gpt_launch launch.worker.memory_store AGENT          started by the agent; ends with it
 
-Ranks send it their own part of a checkpoint, and those of another node theirs. The files lie in memory without a name
-in any file system, so nothing is left behind by whatever kills the node's processes. Of a checkpoint that all ranks
-have agreed on the store keeps one, and the one that is on its way. Owns that memory, and who may reach it: it listens
-on the one address that the job uses, and answers who proves to know the job's token. Torch-free. Must not know what is
-in the files.
+Ranks send their own part of a checkpoint to the store of their node and to that of another node. The files are in
+anonymous memory, so nothing is left behind when the node's processes are killed. The store keeps one checkpoint that
+all ranks have agreed on, and the one that is being sent. It listens on the address that the job uses, and answers only
+clients that know the job's token. Torch-free.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ class Store:
         return {}
 
     def keep(self, save: str) -> dict[str, Any]:
-        """Give back the memory of all saves but one; of that too where there is none of that name."""
+        """Give back the memory of all saves but one; of that too if there is none of that name."""
         with self._lock:
             self._drop(self._saves.keys() - {save})
         return {}
@@ -251,7 +250,7 @@ def main() -> None:
 
 
 class MemoryStore:
-    """The memory store of this agent, for the length of a ``with`` block. Started when it is first asked for."""
+    """The memory store of this agent, for the length of a ``with`` block. Started when it is first requested."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -216,13 +216,13 @@ class Run:
         self.local_rank = local_rank
         self.world_size = world_size
         self.folder: Path | None = None
-        """The run folder; None where there is none."""
+        """The run folder; None if there is none."""
         self.attempt = 1
         """Number of this start of the run, counted from 1."""
         self.checkpoint_dir: Path | None = None
-        """Folder for checkpoints; None where there is no run folder. Not created by itself."""
+        """Folder for checkpoints; None if there is no run folder. Not created by itself."""
         self.grace_s = grace_s
-        """Seconds between a request to stop and the kill; None where it is not known."""
+        """Seconds between a request to stop and the kill; None if it is not known."""
         self.under_agent = under_agent
         """True where an agent of the launcher started this rank, and watches it."""
         self._heartbeat = heartbeat
@@ -254,7 +254,7 @@ class Run:
 
     @property
     def signal_name(self) -> str | None:
-        """Name of the signal that asked for the stop, of this rank or of another one; None where it was none."""
+        """Name of the signal that requested the stop, of this rank or of another one; None if it was none."""
         if self._signal is not None:
             return self._signal.name
         cause = 0 if self._heartbeat is None else self._heartbeat.cause
@@ -313,7 +313,7 @@ class Run:
     # What a step asks.
 
     def stop_requested(self) -> bool:
-        """Tell whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
+        """Return whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
 
         To be called once a step by every rank. All ranks get True after the same number of calls, without a collective,
         where ``agrees`` holds. Costs about a microsecond; while the launcher's agents agree it waits for them, mostly
@@ -333,7 +333,7 @@ class Run:
         return answer
 
     def save_requested(self) -> bool:
-        """Tell whether to save now and go on, as the file SAVE in the run folder asks. True once for each request.
+        """Return whether to save now and go on, as the file SAVE in the run folder asks. True once for each request.
 
         To be called once a step by every rank, under the same promise as ``stop_requested``. ``saved`` takes the file
         away.
@@ -347,7 +347,7 @@ class Run:
         return answer
 
     def is_current(self) -> bool:
-        """Tell whether this is still the newest attempt. Asks the filesystem; worth it right before a commit."""
+        """Return whether this is still the newest attempt. Asks the filesystem; worth it right before a commit."""
         return self._runs is None or is_newest_attempt(self._runs, self.attempt)
 
     # What happened. Rank 0 writes it down.

@@ -1,7 +1,4 @@
-"""The command line of the sandbox: ``python -m slurm.sandbox up``, and ``--help`` for the rest.
-
-Owns the options and what is printed. Must not know how anything is done.
-"""
+"""The command line of the sandbox: ``python -m slurm.sandbox up``, and ``--help`` for the rest."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class NodeStatus:
 
     @property
     def is_sound(self) -> bool:
-        """True where there is nothing to heal, but for limits on its cable."""
+        """True if there is nothing to heal, but for limits on its cable."""
         return self.power and self.link and not self.frozen and self.slurm.is_in_service
 
 

@@ -1,7 +1,4 @@
-"""Faults of a cluster, injected on purpose: power, cables, hangs, preemption.
-
-Owns the faults and the refusal of those that one host cannot show. Must not know what runs on the cluster.
-"""
+"""Faults of a cluster, injected on purpose: power, cables, hangs, preemption."""
 
 from __future__ import annotations
 

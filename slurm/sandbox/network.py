@@ -151,7 +151,7 @@ def plug_in(state: State, node: str, pid: int) -> None:
 
 
 def unplug(state: State, node: str) -> None:
-    """Take a node's cable away, where there is one."""
+    """Take a node's cable away, if there is one."""
     delete(cable(state, node))
 
 
@@ -202,7 +202,7 @@ def insert(state: State, name: str, latency_ms: float) -> None:
 
 
 def remove_delay(state: State, name: str) -> None:
-    """Take the program out again, where there is one, and plug the cable, where there is one, into the bridge."""
+    """Take the program out again, if there is one, and plug the cable, if there is one, into the bridge."""
     owner = state.processes.get(_owner(name))
     if owner is None:
         return

@@ -135,7 +135,7 @@ DAEMONS = ("slurmdbd", "mariadbd")
 
 
 def place(state: State) -> None:
-    """Choose where slurmdbd listens, or find the one to join; ConfigError where there is none."""
+    """Choose where slurmdbd listens, or find the one to join; ConfigError if there is none."""
     if state.settings.join:
         state.accounting = _to_join(state)
     elif state.settings.accounting:
@@ -217,7 +217,7 @@ def enter(state: State, slurm: Callable[..., str]) -> None:
 
 
 def is_known(state: State, slurm: Callable[..., str]) -> bool:
-    """True where slurmdbd can tell others where the controller is; true where there is no slurmdbd."""
+    """True where slurmdbd can tell others where the controller is; true if there is no slurmdbd."""
     if state.accounting is None:
         return True
     words = ("show", "clusters", state.settings.cluster_name, "format=controlport")

@@ -193,13 +193,13 @@ def _start_ticks(pid: int) -> int | None:
 
 
 def state_letter(pid: int) -> str | None:
-    """The kernel's letter for a process's state (T is stopped, Z a zombie); None where there is none such."""
+    """The kernel's letter for a process's state (T is stopped, Z a zombie); None if there is none such."""
     fields = _stat_fields(pid)
     return fields[0] if fields is not None else None
 
 
 def name(pid: int) -> str:
-    """Name that a process gives itself; empty where there is none such."""
+    """Name that a process gives itself; empty if there is none such."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
@@ -207,7 +207,7 @@ def name(pid: int) -> str:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The variables a process was started with; empty where there is none such, or it is another user's."""
+    """The variables a process was started with; empty if there is none such, or it is another user's."""
     try:
         text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     except OSError:
@@ -216,7 +216,7 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def open_files(pid: int) -> list[Path]:
-    """Paths that a process holds open; empty where there is none such, or it is another user's."""
+    """Paths that a process holds open; empty if there is none such, or it is another user's."""
     found = []
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -240,7 +240,7 @@ def children(pid: int) -> list[int]:
 
 
 def identify(pid: int) -> Process:
-    """The process that has this number now; SandboxError where there is none."""
+    """The process that has this number now; SandboxError if there is none."""
     ticks = _start_ticks(pid)
     if ticks is None:
         raise SandboxError(f"process {pid} ended as soon as it was started")

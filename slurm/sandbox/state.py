@@ -123,7 +123,7 @@ def _check_partitions(partitions: tuple[str, ...]) -> None:
         raise ConfigError(f"--partitions {' '.join(names)}", "each name once", example)
 
 
-# The record of one sandbox, kept in its directory: what was asked for, where it listens, and which processes it
+# The record of one sandbox, kept in its directory: what was requested, where it listens, and which processes it
 # owns.
 
 
@@ -143,7 +143,7 @@ class Endpoint:
 class State:
     """A sandbox as recorded; ``processes`` has its daemons (munged, slurmctld, ...) and one for each node that is on.
 
-    ``accounting`` is where its slurmdbd listens, or that of the sandbox it has joined; None where there is none.
+    ``accounting`` is where its slurmdbd listens, or that of the sandbox it has joined; None if there is none.
     ``why_one_host`` holds the reason for the mode one-host, empty in the mode namespaces; ``started`` is set once every
     node was idle.
     """
@@ -197,7 +197,7 @@ class State:
 
 
 def load(directory: Path) -> State | None:
-    """The sandbox recorded in a directory; None where there is none."""
+    """The sandbox recorded in a directory; None if there is none."""
     try:
         record = json.loads((directory / RECORD).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -217,7 +217,7 @@ def load(directory: Path) -> State | None:
 
 
 def require(directory: Path) -> State:
-    """The sandbox recorded in a directory; ConfigError where there is none."""
+    """The sandbox recorded in a directory; ConfigError if there is none."""
     state = load(directory)
     if state is None:
         raise ConfigError(

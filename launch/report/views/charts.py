@@ -46,7 +46,7 @@ def number(value: float) -> str:
 
 
 def grid(blocks: Iterable[str]) -> str:
-    """Put blocks beside each other where there is room, else below."""
+    """Put blocks beside each other if there is room, else below."""
     told = "".join(filter(None, blocks))
     return f'<div class="grid">{told}</div>' if told else ""
 

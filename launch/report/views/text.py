@@ -233,7 +233,7 @@ def times_cells(table: ScalingTable) -> list[list[str]]:
 
 
 def _table(heading: str, cells: list[list[str]]) -> str:
-    """Write cells under a heading, numbers to the right of the names; empty where there are none."""
+    """Write cells under a heading, numbers to the right of the names; empty if there are none."""
     if not cells:
         return ""
     return f"## {heading}\n\n" + lines([cells[0], [":---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]])
