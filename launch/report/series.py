@@ -397,7 +397,7 @@ NAMED = 3
 
 
 def straggler_notes(member: MeasuredPoint) -> list[str]:
-    """Name the ranks that hold the others up, where the spread bears it out; nothing where it does not."""
+    """Return the notes on slow ranks and on ranks that wait for data; none if their excess is within the spread."""
     if member.figures is None or member.point.rank_times is None:
         return []
     ranks = member.point.rank_times.ranks
@@ -417,7 +417,7 @@ def straggler_notes(member: MeasuredPoint) -> list[str]:
 
 
 def _told(member: MeasuredPoint, ranks: Mapping[int, float]) -> str:
-    """Name the slowest of some ranks, with what they take longer than the median of the others."""
+    """Write the slowest of some ranks and their excess over the median of all other ranks."""
     assert member.figures is not None
     told = []
     for rank, excess_s in sorted(ranks.items(), key=lambda item: -item[1])[:NAMED]:
